@@ -1,0 +1,80 @@
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+# `=` and not `?=`: a DATA or OUT that happens to be in the environment must not change a run.
+RECIPE = recipes/quickstart.yaml
+DATA =
+WEIGHTS =
+OUT =
+SET =
+ARGS =
+RANKS = 1
+BUNDLE = runs/quickstart/bundle
+RUN = runs/quickstart
+PYTHON =
+VENV = .venv
+
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+LAUNCH = $(if $(filter-out 1,$(RANKS)),$(BIN)/torchrun --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
+EXIT_CODES = 1: a target is missed, 2: something to correct above, 130: interrupted
+
+.PHONY: help setup compress test check bench report clean
+
+help: ## list the targets and their variables
+	@awk -F ' ## ' '/^[a-z]+:.* ## / { split($$1, target, ":"); printf "  make %-9s %s\n", target[1], $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv and install the tested versions (PYTHON=python3.12)
+
+compress: $(READY) ## run a recipe (RECIPE= DATA= WEIGHTS= OUT= SET="path=value ..." RANKS=8 ARGS="--trust-code -v")
+	@$(LAUNCH) run '$(RECIPE)' $(if $(DATA),--data '$(DATA)') $(if $(WEIGHTS),--weights '$(WEIGHTS)') \
+		$(if $(OUT),--out '$(OUT)') $(foreach item,$(SET),--set '$(item)') $(ARGS) \
+		|| { code=$$?; echo "compress: exit code $$code ($(EXIT_CODES))" >&2; exit $$code; }
+
+test: $(READY) ## run all tests (ARGS="-k words")
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+check: $(READY) ## format, lint, types, and the quick tests
+	@$(BIN)/ruff format --check
+	@$(BIN)/ruff check
+	@$(BIN)/mypy
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow'
+
+bench: $(READY) ## time a bundle's files in ONNX Runtime (BUNDLE=runs/quickstart/bundle ARGS=...)
+	@$(BIN)/python -m export.bench '$(BUNDLE)' $(ARGS)
+
+report: $(READY) ## draw a finished run's report again (RUN=runs/quickstart)
+	@$(BIN)/compress report '$(RUN)'
+
+clean: ## remove caches and build leftovers; runs and .venv stay
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	@find compress export tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The first interpreter of 3.11 or newer that can make virtual environments.
+define find_python
+	for python in $(or $(PYTHON),python3.12 python3.11 python3 python3.13); do \
+		if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			echo "$$python cannot make virtual environments (on Debian: apt install $$(basename "$$python")-venv); looking further" >&2; \
+		fi; \
+		python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "no Python 3.11 or newer with its venv module$(if $(PYTHON), at PYTHON=$(PYTHON)); install one, or name one: make setup PYTHON=/path/to/python3.12" >&2; \
+		exit 1; \
+	fi
+endef
+
+# Large downloads are named as they come; the rest of pip's talk goes to pip.log.
+$(READY): pyproject.toml constraints.txt
+	@if ! $(BIN)/python -c '' 2>/dev/null; then \
+		$(find_python); \
+		echo "making $(VENV) with $$("$$python" --version)"; \
+		"$$python" -m venv --clear $(VENV); \
+	fi
+	@echo "installing into $(VENV): several GB and some minutes the first time"
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]' 2>&1 \
+		| tee $(VENV)/pip.log | awk '/(Downloading|Using cached) .* MB\)/ { print "  " $$0; fflush() } /^Installing/ { print "  Installing"; fflush() }' \
+		|| { grep -i -A 20 error $(VENV)/pip.log >&2 || tail -20 $(VENV)/pip.log >&2; echo "pip failed; all it said is in $(VENV)/pip.log" >&2; exit 1; }
+	@touch $@

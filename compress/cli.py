@@ -1,0 +1,250 @@
+"""The command `compress`.
+
+Exit codes: 0 done, 1 a target missed, 2 the user's mistake, 130 interrupted. Torch is imported by the commands that train, inside them.
+"""
+
+import errno
+import json
+import os
+import shlex
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from safetensors import SafetensorError
+from typer.core import TyperGroup
+
+from compress.errors import CompressError, RecipeError
+from compress.recipe import Recipe
+from compress.recipe_file import read_recipe
+from export.errors import BundleError
+
+REPAIRS = {
+    errno.EACCES: "check its permissions, or choose another folder with --out (OUT= under make)",
+    errno.EPERM: "check its permissions, or choose another folder with --out (OUT= under make)",
+    errno.EROFS: "choose another folder with --out (OUT= under make)",
+    errno.ENOSPC: "free some space, or choose another folder with --out (OUT= under make); the same command then goes on",
+    errno.EDQUOT: "free some of your quota, or choose another folder with --out (OUT= under make); the same command then goes on",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f); the same command then goes on",
+    errno.EMFILE: "raise the limit on open files (ulimit -n); the same command then goes on",
+}
+
+
+class Commands(TyperGroup):
+    """The commands, with the mistakes of a user and of a machine told in one sentence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; unexpected errors keep their traceback."""
+        try:
+            return super().invoke(ctx)
+        except (CompressError, BundleError) as error:
+            _fail(str(error))
+        except (OSError, SafetensorError) as error:
+            if (number := _os_error(error)) not in REPAIRS:
+                raise
+            place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+            _fail(f"{place}{os.strerror(number).lower()}; {REPAIRS[number]}")
+        except KeyboardInterrupt:
+            _say("interrupted; the same command goes on from here")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Turn a trained vision network into a small, fast, measured INT8 student.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a field, such as qat.fit.epochs=2; may be repeated."),
+]
+DataPath = Annotated[
+    str | None, typer.Option("--data", metavar="DIR", help="The images: short for --set data.path=DIR.")
+]
+Weights = Annotated[
+    str | None,
+    typer.Option("--weights", metavar="FILE", help="The teacher's weights: short for --set model.weights=FILE."),
+]
+Out = Annotated[
+    str | None, typer.Option("--out", metavar="DIR", help="The folder of all runs: short for --set out=DIR.")
+]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="Let the recipe run a model's own file.py.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and let libraries speak.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"compress {version('compress')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Set = None,
+    data: DataPath = None,
+    weights: Weights = None,
+    out: Out = None,
+    trust_code: TrustCode = False,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run the recipe's stages that are not there yet, write the report, and judge it against the targets."""
+    resolved = read_recipe(recipe, overrides or (), data=data, weights=weights, out=out)
+    _quiet(verbose)
+    from compress.pipeline import run_recipe
+
+    settings: list[tuple[str, str | None]] = [("--set", override) for override in overrides or ()]
+    settings += [("--data", data), ("--weights", weights), ("--out", out), ("--until", until)]
+    command = _command(recipe, settings, trust_code=trust_code)
+    raise typer.Exit(run_recipe(resolved, trust_code=trust_code, until=until, verbose=verbose, command=command))
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(metavar="STAGE", help="One of the recipe's stages.")],
+    recipe: RecipePath,
+    to: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to make.")],
+    src: Annotated[
+        Path | None, typer.Option("--src", metavar="DIR", help="The stage folder to start from; `source` takes none.")
+    ] = None,
+    overrides: Set = None,
+    data: DataPath = None,
+    weights: Weights = None,
+    trust_code: TrustCode = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run one stage alone, from one stage folder to a new one."""
+    resolved = read_recipe(recipe, overrides or (), data=data, weights=weights)
+    _quiet(verbose)
+    from compress.pipeline import run_stage
+
+    raise typer.Exit(run_stage(resolved, name, src=src, out=to, trust_code=trust_code, verbose=verbose))
+
+
+@app.command()
+def check(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recipes.")], overrides: Set = None
+) -> None:
+    """Judge recipes without running them, and name every mistake."""
+    mistakes: list[str] = []
+    for file in files:
+        try:
+            recipe = read_recipe(file, overrides or ())
+        except RecipeError as error:
+            mistakes.append(str(error))
+        else:
+            typer.echo(f"{file}: ok ({' → '.join(section.stage for section in recipe.stages)})")
+    if mistakes:
+        _fail("\n".join(mistakes))
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Set = None,
+    data: DataPath = None,
+    weights: Weights = None,
+    out: Out = None,
+    trust_code: TrustCode = False,
+) -> None:
+    """Say which stages would run, which are there already, and why."""
+    resolved = read_recipe(recipe, overrides or (), data=data, weights=weights, out=out)
+    from compress.pipeline import plan_recipe
+
+    for line in plan_recipe(resolved, trust_code=trust_code):
+        typer.echo(f"{'cached' if line.cached else 'runs':6}  {line.stage:7}  {line.directory}  ({line.reason})")
+
+
+@app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference page's tables instead.")] = False,
+) -> None:
+    """Print the recipe's JSON Schema, for editors."""
+    if markdown:
+        from compress.recipe_reference import reference
+
+        typer.echo(reference(), nl=False)
+    else:
+        typer.echo(json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")],
+) -> None:
+    """Draw a finished run's report again."""
+    _quiet(verbose=False)
+    from compress.pipeline import render_report
+
+    typer.echo(render_report(run_folder))
+
+
+@app.command()
+def doctor(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of all runs.")] = Path("runs"),
+) -> None:
+    """Look at this machine: what is installed, what INT8 can gain here, and how to repair what is missing."""
+    _quiet(verbose=False)
+    from compress.doctor import examine
+
+    raise typer.Exit(examine(out))
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="compress")
+
+
+def _quiet(verbose: bool) -> None:
+    from compress.log import quiet_libraries
+
+    quiet_libraries(verbose)
+
+
+def _command(recipe: Path, settings: list[tuple[str, str | None]], *, trust_code: bool) -> str:
+    """Return the command line that runs the same again, on as many processes."""
+    words = ["compress", "run", str(recipe)]
+    for option, value in settings:
+        words += [option, value] if value is not None else []
+    words += ["--trust-code"] if trust_code else []
+    ranks, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if ranks > 1:
+        words = ["torchrun", f"--nnodes={ranks // local}", f"--nproc-per-node={local}", "--no-python", *words]
+    return shlex.join(words)
+
+
+def _os_error(error: OSError | SafetensorError) -> int:
+    """Return the system's error number; safetensors only tells it in its text, as `(os error 28)`."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    return int(str(error).partition("(os error ")[2].partition(")")[0] or 0)
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(text, err=True)
+
+
+def _fail(text: str) -> NoReturn:
+    _say(text)
+    raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    main()

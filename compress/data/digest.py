@@ -1,0 +1,70 @@
+"""Name a data set by its content, without decoding an image and without torch."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from compress.data.folders import list_folder
+from compress.errors import DataError
+
+# Height and width of each data set's images when the recipe leaves it open; multiples of 32, which most networks halve five times.
+NATIVE_SIZE = {
+    "digits": 32,
+    "imagefolder": 224,
+    "cifar10": 32,
+    "cifar100": 32,
+    "fashion_mnist": 32,
+    "imagenette": 224,
+}
+VERSION = 1  # of how images become tensors; a change of it makes every cached stage run again
+
+
+def dataset_digest(
+    name: str,
+    path: Path | None,
+    *,
+    image_size: int | None,
+    resize: float,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    val_fraction: float,
+    limit_per_class: int | None,
+    skip_broken: bool,
+    seed: int,
+) -> str:
+    """Return a sha256 over all that decides the pixels and the split: the settings and, for a folder, every image's path and size.
+
+    Raises `DataError` where the folder cannot be used.
+    """
+    settings = {
+        "version": VERSION,
+        "name": name,
+        "image_size": image_size or NATIVE_SIZE[name],
+        "resize": resize,
+        "mean": list(mean),
+        "std": list(std),
+        "val_fraction": val_fraction,
+        "limit_per_class": limit_per_class,
+        "skip_broken": skip_broken,
+        "seed": seed,
+        "files": folder_digest(folder_of(path)) if name == "imagefolder" else None,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def folder_of(path: Path | None) -> Path:
+    """Return the folder of an `imagefolder`; raise `DataError` where none was given."""
+    if path is None:
+        raise DataError("imagefolder: needs its folder: give DATA=/path/to/images, or set data.path")
+    return path
+
+
+def folder_digest(root: Path) -> str:
+    """Return a sha256 over the sorted (path, class, size) of every image; where it lies does not matter."""
+    listing = list_folder(root)
+    content = hashlib.sha256(json.dumps(listing.classes).encode())
+    for relative, label in sorted(listing.train + (listing.val or ())):
+        file = root / relative
+        size = file.stat().st_size if file.exists() else None
+        content.update(f"{relative}\0{label}\0{size}\n".encode("utf-8", "surrogateescape"))
+    return content.hexdigest()

@@ -1,0 +1,138 @@
+"""Data sets known by name: embedded in scikit-learn, packaged by Debian, or downloaded by torchvision."""
+
+import gzip
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torchvision.datasets as downloads
+from sklearn.datasets import load_digits
+
+from compress.data.folders import Listing, list_folder
+from compress.errors import DataError
+
+T = TypeVar("T")
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # apt install dataset-fashion-mnist
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Decoded images uint8 (n, height, width, 3) and their labels (n,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A data set in memory; `val` is None where it brings no validation set."""
+
+    classes: tuple[str, ...]
+    train: Arrays
+    val: Arrays | None
+
+
+def digits(_: Path | None) -> NamedSet:
+    """Return scikit-learn's 1,797 handwritten digits, 8 x 8, their 17 grey levels spread over 0..255."""
+    bunch = load_digits()
+    grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    return NamedSet(tuple(str(digit) for digit in range(10)), Arrays(_rgb(grey), bunch.target), None)
+
+
+def cifar10(path: Path | None) -> NamedSet:
+    """Return CIFAR-10, downloaded to the path."""
+    return _cifar(downloads.CIFAR10, path)
+
+
+def cifar100(path: Path | None) -> NamedSet:
+    """Return CIFAR-100, downloaded to the path."""
+    return _cifar(downloads.CIFAR100, path)
+
+
+def fashion_mnist(path: Path | None) -> NamedSet:
+    """Return Fashion-MNIST from its four .gz files in the path or in Debian's package, else downloaded to the path."""
+    for folder in (path, DEBIAN_FASHION_MNIST):
+        if folder is not None and (folder / "train-images-idx3-ubyte.gz").is_file():
+            return NamedSet(FASHION_MNIST_CLASSES, _idx(folder, "train"), _idx(folder, "t10k"))
+    root = cache_folder(path)
+    _download("fashion_mnist", root, partial(downloads.FashionMNIST, root, download=True))
+    raw = root / "FashionMNIST" / "raw"
+    return NamedSet(FASHION_MNIST_CLASSES, _idx(raw, "train"), _idx(raw, "t10k"))
+
+
+def imagenette(path: Path | None) -> Listing:
+    """List Imagenette (320 pixels), downloaded to the path."""
+    root = cache_folder(path)
+    folder = root / "imagenette2-320"
+    if not folder.is_dir():
+        _download("imagenette", root, partial(downloads.Imagenette, root, size="320px", download=True))
+    return list_folder(folder)
+
+
+NAMED: dict[str, Callable[[Path | None], NamedSet | Listing]] = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "fashion_mnist": fashion_mnist,
+    "imagenette": imagenette,
+}
+
+
+def cache_folder(path: Path | None) -> Path:
+    """Return where downloads lie: the path given, else the user's cache."""
+    if path is not None:
+        return path
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
+
+
+def _cifar(kind: type[downloads.CIFAR10], path: Path | None) -> NamedSet:
+    root = cache_folder(path)
+    parts = []
+    for train in (True, False):
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # numpy warns of the old pickles inside the archive, which torchvision checks by digest
+            part = _download(kind.__name__.lower(), root, partial(kind, root, train=train, download=True))
+        parts.append((part.classes, Arrays(part.data, np.asarray(part.targets))))
+    return NamedSet(tuple(parts[0][0]), parts[0][1], parts[1][1])
+
+
+def _download(name: str, root: Path, fetch: Callable[[], T]) -> T:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return fetch()
+    except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError for a file that arrived damaged
+        raise DataError(
+            f"{name}: could not be downloaded to {root} ({error}); fetch it on a machine with network access and give its folder: DATA=/path"
+        ) from error
+
+
+def _idx(folder: Path, part: str) -> Arrays:
+    """Read MNIST's own format: a header of 16 (images) or 8 (labels) bytes, then one byte a value."""
+    images = _bytes(folder / f"{part}-images-idx3-ubyte.gz", header=16)
+    labels = _bytes(folder / f"{part}-labels-idx1-ubyte.gz", header=8)
+    if images.size != labels.size * 28 * 28:
+        raise DataError(
+            f"{folder}: {part} holds {images.size:,} pixels for {labels.size:,} labels; fetch the files anew"
+        )
+    return Arrays(_rgb(images.reshape(-1, 28, 28)), labels)
+
+
+def _bytes(file: Path, *, header: int) -> np.ndarray:
+    try:
+        return np.frombuffer(gzip.decompress(file.read_bytes()), dtype=np.uint8, offset=header)
+    except (OSError, EOFError) as error:
+        raise DataError(f"{file}: cannot be read ({error}); fetch the file anew") from error
+
+
+def _rgb(grey: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(grey[..., None], (*grey.shape, 3))

@@ -1,0 +1,28 @@
+"""The one error a user can cause.
+
+CompressError            a sentence that names the thing, the value and the repair; the command line prints it and exits with 2
+├── RecipeError          one or more mistakes in a recipe, one line each
+├── DataError            a data folder, an image, a split
+├── ModelError           an architecture or its weights
+└── ArtifactError        a run folder: not writable, in use, damaged
+"""
+
+
+class CompressError(Exception):
+    """Report a mistake of the user's; the message names the thing, its value and the repair."""
+
+
+class RecipeError(CompressError):
+    """Report every mistake found in a recipe, one line each."""
+
+
+class DataError(CompressError):
+    """Report data that cannot be used as they are."""
+
+
+class ModelError(CompressError):
+    """Report an architecture or weights that cannot be used as they are."""
+
+
+class ArtifactError(CompressError):
+    """Report a run folder that cannot be written, is in use, or is damaged."""

@@ -1,0 +1,228 @@
+"""What a stage says while it runs: one live line, `log.jsonl`, TensorBoard.
+
+Everything goes to stderr. On a terminal a stage is one line that is redrawn; elsewhere each epoch is a plain line.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, SupportsFloat
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+REFRESH_S = 0.25  # reading a loss waits for the GPU, so it happens four times a second and not at every step
+SHOWN = {  # measurements that a line shows, and how
+    "loss": "loss {:.4g}",
+    "top1": "top-1 {:.2%}",
+    "images_per_s": "{:,.0f} images/s",
+}
+
+
+def quiet_libraries(verbose: bool) -> None:
+    """Silence what libraries print below an error, unless verbose; call it before torch is imported.
+
+    Our own lines use neither `logging` nor `warnings`, so both can be switched off whole. `python -W` still wins.
+    """
+    if verbose:
+        return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.disable(logging.WARNING)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    import onnxruntime  # slow to import, and needed by real runs only
+
+    onnxruntime.set_default_logger_severity(3)
+
+
+class StageLog:
+    """The log of one stage; silent where `enabled` is false (ranks other than 0).
+
+    `log.jsonl` holds {"epoch": 1, "epochs": 5, …measurements} for each epoch and {"note": …} for each note, written at
+    once; a reopened log goes on where it stopped. TensorBoard's events lie in `tensorboard/PHASE`.
+    """
+
+    def __init__(
+        self, out: Path, *, stage: str, verbose: bool = False, enabled: bool = True, console: Console | None = None
+    ) -> None:
+        self.stage = stage
+        self.verbose = verbose
+        self.enabled = enabled
+        self._out = out
+        self._lines = out / "log.jsonl"
+        self._console = console or Console(stderr=True)
+        self._progress: Progress | None = None
+        self._bar = TaskID(0)
+        self._board: SummaryWriter | None = None
+        self._phase = stage
+        self._epochs = self._batches = self._epoch = self._first_epoch = 0
+        self._batch = self._images = 0
+        self._shown: dict[str, float] = {}
+        self._started_s = self._epoch_started_s = self._refresh_at_s = 0.0
+
+    def __enter__(self) -> Self:
+        """Open the log, and the live line where there is a terminal."""
+        if self.enabled and self._console.is_interactive:
+            self._progress = Progress(
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=10),
+                TextColumn("{task.fields[shown]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                console=self._console,
+                refresh_per_second=1 / REFRESH_S,
+            )
+            self._bar = self._progress.add_task(self.stage, total=None, shown="")
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the last line standing and close the files."""
+        if self._progress:
+            self._progress.stop()
+        if self._board:
+            self._board.close()
+
+    def start(self, *, epochs: int, batches: int, done: int = 0, phase: str | None = None) -> None:
+        """Begin a training of so many epochs of so many batches, of which a resume has `done` epochs behind it.
+
+        A stage that trains more than once names each training's `phase`. Logged epochs after `done` come again, and
+        are dropped.
+        """
+        self._phase = phase or self.stage
+        self._epochs, self._batches, self._epoch, self._first_epoch = epochs, batches, done, done
+        self._batch = self._images = 0
+        self._shown = {}
+        self._started_s = self._epoch_started_s = time.monotonic()
+        if not self.enabled:
+            return
+        self._forget_after(done)
+        if self._board:
+            self._board.close()
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(self._out / "tensorboard" / self._phase), purge_step=done + 1)
+        if self._progress:
+            self._progress.reset(self._bar, total=epochs * batches, completed=done * batches)
+        self._refresh()
+
+    def batch(self, *, images: int, loss: SupportsFloat) -> None:
+        """Count one training step; `loss` may be a tensor, and is read only when the line is redrawn."""
+        if not self._progress:
+            return
+        self._batch += 1
+        self._images += images
+        now_s = time.monotonic()
+        if now_s >= self._refresh_at_s:
+            speed = self._images / max(now_s - self._epoch_started_s, 1e-9)
+            self._shown |= {"loss": float(loss), "images_per_s": speed}
+            self._refresh()
+
+    def update(self, done: int, total: int, *, doing: str = "") -> None:
+        """Show progress through work that has no epochs, such as calibration or timing; on a terminal only."""
+        if self._progress and (done == total or time.monotonic() >= self._refresh_at_s):
+            label = f"{self.stage} {doing}".rstrip()
+            self._progress.update(self._bar, description=label, completed=done, total=total, shown=f"{done}/{total}")
+            self._refresh_at_s = time.monotonic() + REFRESH_S
+
+    def epoch(self, measurements: Mapping[str, float]) -> None:
+        """Record a finished epoch: its mean loss, learning rate, speed, and validation top-1 as a fraction."""
+        self._epoch += 1
+        self._batch = self._images = 0
+        self._epoch_started_s = time.monotonic()
+        if not self.enabled:
+            return
+        phase = {} if self._phase == self.stage else {"phase": self._phase}
+        self._append({"epoch": self._epoch, "epochs": self._epochs, **phase, **measurements})
+        for name, value in measurements.items():
+            if self._board:
+                self._board.add_scalar(name, value, self._epoch)
+        self._shown = {name: measurements[name] for name in SHOWN if name in measurements}
+        self._refresh()
+        if self.verbose or not self._progress:
+            self._say(self._epoch_line(measurements))
+
+    def note(self, text: str) -> None:
+        """Print one line and keep it in the log."""
+        if self.enabled:
+            self._append({"note": text})
+            self._say(f"{self.stage}: {text}")
+
+    def note_detail(self, text: str) -> None:
+        """Keep one line in the log, and print it where verbose."""
+        if self.enabled:
+            self._append({"note": text})
+            if self.verbose:
+                self._say(f"{self.stage}: {text}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+    def _append(self, entry: Mapping[str, object]) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        with self._lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+
+    def _forget_after(self, done: int) -> None:
+        """Drop this phase's epochs after `done`, all later epochs, and a line torn by a kill; keep the notes."""
+        if not self._lines.exists():
+            return
+        kept: list[str] = []
+        repeated = False
+        for line in self._lines.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # only a line that a kill cut short
+                continue
+            same_phase = entry.get("phase", self.stage) == self._phase
+            repeated |= same_phase and entry.get("epoch", 0) > done
+            if not repeated or "note" in entry:
+                kept.append(line)
+        self._lines.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def _refresh(self) -> None:
+        """Redraw the live line."""
+        self._refresh_at_s = time.monotonic() + REFRESH_S
+        if not self._progress:
+            return
+        finished = self._epoch == self._epochs
+        self._progress.update(
+            self._bar,
+            description=f"{self._phase} {min(self._epoch + 1, self._epochs)}/{self._epochs}",
+            completed=self._epochs * self._batches if finished else self._epoch * self._batches + self._batch,
+            shown=_format(self._shown),
+        )
+
+    def _epoch_line(self, measurements: Mapping[str, float]) -> str:
+        """Return one epoch as plain text, with every measurement where verbose."""
+        spent_s = time.monotonic() - self._started_s
+        left_s = spent_s / (self._epoch - self._first_epoch) * (self._epochs - self._epoch)
+        more = [f"{name} {value:.4g}" for name, value in measurements.items() if self.verbose and name not in SHOWN]
+        parts = [f"{self._phase} {self._epoch}/{self._epochs}", _format(measurements), *more]
+        if left_s:
+            parts.append(f"{_clock(left_s)} left")
+        return "  ".join(part for part in parts if part)
+
+
+def _format(measurements: Mapping[str, float]) -> str:
+    """Return the measurements that a line shows, in their order and units."""
+    return "  ".join(text.format(measurements[name]) for name, text in SHOWN.items() if name in measurements)
+
+
+def _clock(seconds: float) -> str:
+    """Return a time as 0:07, 12:30 or 1:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

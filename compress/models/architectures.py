@@ -1,0 +1,111 @@
+"""Build a network from its name: torchvision's, timm's, or a person's own file."""
+
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+
+import torchvision
+from torch import nn
+
+from compress.errors import ModelError
+from compress.models.digest import existing_file
+
+# These two classify by auxiliary heads, too, unless told not to, and warn unless told how to start. transform_input is what their published
+# weights expect: it turns ImageNet's normalization into theirs.
+_NO_AUXILIARY_HEADS: dict[str, bool] = {"aux_logits": False, "init_weights": True, "transform_input": True}
+_EXTRA = {"googlenet": _NO_AUXILIARY_HEADS, "inception_v3": _NO_AUXILIARY_HEADS}
+
+
+def build(arch: str, *, num_classes: int, trust_code: bool = False) -> nn.Module:
+    """Build `torchvision:NAME`, `timm:NAME` or `file.py:factory` with random weights, in eval mode.
+
+    A file's factory is called as `factory(num_classes)` and only with `trust_code`: loading it runs its code.
+    Raises `ModelError` for an unknown name, and for a file that cannot be used.
+    """
+    source, _, name = arch.rpartition(":")
+    model = (
+        LIBRARIES[source](name, num_classes) if source in LIBRARIES else _own(arch, num_classes, trust_code=trust_code)
+    )
+    return model.eval()
+
+
+def _torchvision(name: str, num_classes: int) -> nn.Module:
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise ModelError(f"torchvision:{name}: torchvision has no classifier of this name; {nearest(name, known)}")
+    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **_EXTRA.get(name, {}))
+    return model
+
+
+def _timm(name: str, num_classes: int) -> nn.Module:
+    timm = import_timm()
+    known = timm.list_models()
+    if name.partition(".")[0] not in known:
+        raise ModelError(f"timm:{name}: timm has no model of this name; {nearest(name, known)}")
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes)
+    return model
+
+
+LIBRARIES: dict[str, Callable[[str, int], nn.Module]] = {"torchvision": _torchvision, "timm": _timm}
+
+
+def import_timm() -> ModuleType:
+    """Return timm; raise `ModelError` where it is not installed."""
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise ModelError(f"timm: cannot be imported ({error}); pip install timm") from error
+    return timm
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a did-you-mean for a name that is not known."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3)
+    return (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else f"known are {', '.join(known[:8])}{', …' if len(known) > 8 else ''}"
+    )
+
+
+def _own(arch: str, num_classes: int, *, trust_code: bool) -> nn.Module:
+    path, _, name = arch.rpartition(":")
+    file = existing_file(path, "the model's file")
+    if not trust_code:
+        raise ModelError(f"{arch}: building it runs the code in {file}; read it first, then add --trust-code")
+    module = _import(file)
+    factories = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
+    if name not in factories:
+        raise ModelError(f"{arch}: {file} defines no {name}; {nearest(name, factories)}")
+    try:
+        inspect.signature(factories[name]).bind(num_classes)
+    except TypeError as error:
+        raise ModelError(f"{arch}: must be callable as {name}(num_classes): {error}") from error
+    model = factories[name](num_classes)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{arch}: must return a torch.nn.Module, returned {type(model).__name__}")
+    return model
+
+
+def _import(file: Path) -> ModuleType:
+    """Run a person's file as a module of its own name, with its folder importable meanwhile."""
+    name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None, "a .py file has a spec"
+    assert spec.loader is not None, "and a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and torch.fx look their module up there
+    sys.path.insert(0, str(file.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise ModelError(f"{file}: cannot be imported: {error}") from error
+    finally:
+        sys.path.remove(str(file.resolve().parent))
+    return module

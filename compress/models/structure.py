@@ -1,0 +1,99 @@
+"""What a network is made of: its cost, and which of its layers is the classifier."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from compress.errors import ModelError
+
+# Image sizes at which `classifier` tries a network, which does not say what it takes.
+PROBES = (224, 32, 64, 128, 256, 299, 384)
+aten = torch.ops.aten
+WEIGHTED = (
+    aten.convolution,
+    aten.addmm,
+    aten.mm,
+)  # what convolutions and linear layers, called as modules or not, come down to
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a network costs: parameters, and multiply-accumulates of its convolutions and linear layers for one image."""
+
+    params: int
+    macs: int
+
+
+def count(model: nn.Module, image_size: int) -> Counts:
+    """Count parameters, and multiply-accumulates for one image (3, image_size, image_size).
+
+    Attention counts by its projections: products of activations have no weights to prune and are left out, as are biases.
+    Raises `ModelError` where the network does not take images of this size.
+    """
+    with FlopCounterMode(display=False) as counter:
+        _run(model, image_size)
+    flops = counter.get_flop_counts()["Global"]
+    macs = sum(flops.get(operation, 0) for operation in WEIGHTED) // 2
+    return Counts(sum(parameter.numel() for parameter in model.parameters()), macs)
+
+
+def classifier(model: nn.Module) -> str:
+    """Return the module path of the classifier: the convolution or linear layer that runs last.
+
+    Raises `ModelError` where the network runs at none of the usual image sizes, or has no such layer.
+    """
+    ran: list[nn.Module] = []
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    handles = [layer.register_forward_hook(lambda layer, *_: ran.append(layer)) for layer in layers]
+    try:
+        for image_size in PROBES:
+            try:
+                _run(model, image_size)
+            except ModelError:
+                ran.clear()
+            else:
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not ran:
+        raise ModelError(
+            f"{type(model).__name__}: no convolution or linear layer runs on images (n, 3, size, size) of {PROBES} pixels; "
+            "give a network of such layers"
+        )
+    return next(path for path, module in model.named_modules() if module is ran[-1])
+
+
+def check_output(model: nn.Module, *, image_size: int, num_classes: int) -> None:
+    """Raise `ModelError` unless the network turns (n, 3, image_size, image_size) into logits (n, num_classes)."""
+    output = _run(model, image_size)
+    if not isinstance(output, Tensor) or output.shape != (1, num_classes):
+        found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise ModelError(
+            f"{type(model).__name__}: must return logits of shape (n, {num_classes}), returned {found} for one image"
+        )
+
+
+def _run(model: nn.Module, image_size: int) -> object:
+    """Return the network's output for one black image in eval mode; leave every module's mode as it was."""
+    first = next(model.parameters(), torch.empty(0))
+    image = torch.zeros((1, 3, image_size, image_size), dtype=first.dtype, device=first.device)
+    image.requires_grad_()  # keeps nn.MultiheadAttention off its fused path, which shows no projections
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.enable_grad():
+            return model.eval()(image)
+    except (
+        RuntimeError,
+        ValueError,
+        AssertionError,
+    ) as error:  # what layers and vision transformers raise on a wrong size
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ModelError(
+            f"{type(model).__name__}: does not take images of {image_size} x {image_size}: {reason}"
+        ) from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode

@@ -1,0 +1,195 @@
+"""Read weights without running their code, and fit them into a network or say why they do not fit."""
+
+import pickle
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from compress.errors import ModelError
+from compress.models.architectures import import_timm, nearest
+from compress.models.digest import existing_file, is_named
+from compress.models.structure import classifier
+
+State = dict[str, Tensor]
+# Where training scripts put the state dict inside a checkpoint, the first that is there; averages only where there is nothing else.
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "network",
+    "weights",
+    "state_dict_ema",
+    "model_ema",
+    "ema",
+)
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")  # of parallel, compiled and wrapped models
+# Heads that only training uses, which `build` leaves out, and the counter of torch's weight averaging.
+TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.", "n_averaged")
+DENSENET_OLD = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")  # norm.1.weight, now norm1.weight
+NAMED = 8  # keys that an error names; the rest are counted
+
+
+def load_weights_(model: nn.Module, arch: str, weights: str, *, reset_head: bool) -> None:
+    """Load a file (.safetensors, .pt, .pth) or a library's weights (`torchvision:IMAGENET1K_V2`, `timm:TAG`) into the model, in place.
+
+    With `reset_head` the classifier keeps its random start. Raises `ModelError` for a file that cannot be read, needs code to be read, holds
+    a value that is not finite, or does not fit: then missing, unexpected and misshapen keys are listed.
+    """
+    state = _named(arch, weights) if is_named(weights) else _read(existing_file(weights, "the weights file"))
+    state = _known_names(state, model.state_dict().keys())
+    _refuse_not_finite(state, weights)
+    if reset_head:
+        head = classifier(model) + "."
+        state |= {key: value for key, value in model.state_dict().items() if key.startswith(head)}
+    own = model.state_dict()
+    misshapen = [key for key in state if key in own and state[key].shape != own[key].shape]
+    found = model.load_state_dict({key: value for key, value in state.items() if key not in misshapen}, strict=False)
+    missing = [key for key in found.missing_keys if key not in misshapen]
+    if misshapen and not missing and not found.unexpected_keys:
+        _refuse_other_classes(state, own, misshapen, classifier(model), weights)
+    if missing or found.unexpected_keys or misshapen:
+        shapes = [f"{key} {tuple(state[key].shape)}, needs {tuple(own[key].shape)}" for key in misshapen]
+        parts = (
+            _listed("missing", missing),
+            _listed("unexpected", found.unexpected_keys),
+            _listed("of another shape", shapes),
+        )
+        raise ModelError(
+            f"{weights}: does not fit {arch}: {'; '.join(filter(None, parts))}; give weights of this architecture"
+        )
+
+
+def _refuse_other_classes(state: State, own: State, misshapen: Sequence[str], head: str, weights: str) -> None:
+    if all(key.startswith(head + ".") for key in misshapen):
+        classes, wanted = len(state[misshapen[0]]), len(own[misshapen[0]])
+        raise ModelError(
+            f"{weights}: has {classes:,} classes, the data have {wanted:,}; "
+            "give weights of this data set, or set model.reset_head: true to train the classifier anew"
+        )
+
+
+def _listed(kind: str, keys: Sequence[str]) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - NAMED:,} more" if len(keys) > NAMED else ""
+    return f"{len(keys):,} {kind} ({', '.join(keys[:NAMED])}{more})"
+
+
+def _refuse_not_finite(state: State, weights: str) -> None:
+    bad = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise ModelError(
+            f"{weights}: {_listed('not finite', bad)}; the training that wrote it diverged: give an earlier checkpoint"
+        )
+
+
+def _known_names(state: State, known: Iterable[str]) -> State:
+    """Return the state under the model's own names: prefixes that every key carries go, and so do parts that only training uses."""
+    names = set(known)
+    state = {key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY) or key in names}
+    while state and names.isdisjoint(state):
+        prefix = next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None)
+        if prefix is None:
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return {key if key in names else DENSENET_OLD.sub(r"\1\2", key): value for key, value in state.items()}
+
+
+def _read(file: Path) -> State:
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: is not a whole safetensors file ({error}); fetch or save it anew") from error
+    if file.suffix not in (".pt", ".pth"):
+        raise ModelError(f"{file}: {file.suffix or 'no suffix'} is not known; give a .safetensors, .pt or .pth file")
+    return _unwrapped(_unpickled(file), file)
+
+
+def _unpickled(file: Path) -> object:
+    """Read a .pt or .pth file as data only; torch refuses every pickle that would run code."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of old pickle protocols before it judges the content
+            content: object = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is None:
+            raise ModelError(f"{file}: is not a torch file; fetch or save it anew") from error
+        raise ModelError(
+            f"{file}: needs code to be read ({code[1]}), which could do anything and was not run; "
+            "save model.state_dict() alone, best as .safetensors"
+        ) from error
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # all seen on damaged files
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ModelError(f"{file}: is not a whole torch file ({reason}); fetch or save it anew") from error
+    return content
+
+
+def _unwrapped(content: object, file: Path) -> State:
+    """Return the state dict inside a checkpoint."""
+    while isinstance(content, dict):
+        tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+        if tensors:
+            return tensors
+        inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), None)
+        if inner is None:
+            keys = ", ".join(str(key) for key in list(content)[:NAMED])
+            raise ModelError(f"{file}: holds no state dict ({keys or 'empty'}); save model.state_dict()")
+        content = inner
+    raise ModelError(f"{file}: holds a {type(content).__name__}, not a state dict; save model.state_dict()")
+
+
+def _named(arch: str, weights: str) -> State:
+    library, _, tag = weights.partition(":")
+    source, _, name = arch.rpartition(":")
+    if source != library:
+        raise ModelError(
+            f"{weights}: are {library}'s weights, but the network is {arch}; give model.arch as {library}:NAME"
+        )
+    return (_torchvision if library == "torchvision" else _timm)(name, tag)
+
+
+def _torchvision(name: str, tag: str) -> State:
+    known = torchvision.models.get_model_weights(name).__members__
+    if tag not in known:
+        raise ModelError(f"torchvision:{tag}: {name} has no such weights; {nearest(tag, known)}")
+    try:
+        return dict(known[tag].get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu"))
+    except (OSError, RuntimeError) as error:
+        raise ModelError(
+            f"torchvision:{tag}: could not be downloaded ({error}); fetch {known[tag].url} where there is a network "
+            "and give the file: WEIGHTS=/path/to/it"
+        ) from error
+
+
+def _timm(name: str, tag: str) -> State:
+    timm = import_timm()
+    base = name.partition(".")[0]
+    known = [model.partition(".")[2] for model in timm.list_pretrained(f"{base}.*")]
+    if tag not in known:
+        raise ModelError(f"timm:{tag}: {base} has no such weights; {nearest(tag, known)}")
+    try:
+        state: State = timm.create_model(f"{base}.{tag}", pretrained=True).state_dict()
+    except (OSError, RuntimeError) as error:
+        raise ModelError(
+            f"timm:{tag}: could not be downloaded ({error}); fetch model.safetensors of https://huggingface.co/timm/{base}.{tag} "
+            "where there is a network and give the file: WEIGHTS=/path/to/it"
+        ) from error
+    return state

@@ -1,0 +1,267 @@
+"""Run a recipe: for every stage find what is already there, make the rest, then report.
+
+Stages meet on disk. A stage's key is a digest of its settings and of its parent's key, so whatever did not change is kept.
+"""
+
+import difflib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from compress.artifact import Meta, exclusive, finish, is_complete, key_of, lineage, read_meta, write_json
+from compress.data.digest import dataset_digest
+from compress.errors import ArtifactError, CompressError
+from compress.models.digest import source_digest
+from compress.recipe import GIVES, TAKES, Recipe, StageSection
+from compress.recipe_file import write_recipe
+from export.environment import environment, fingerprint
+from export.targets import resolve_target
+
+if TYPE_CHECKING:
+    from compress.report.shape import Report
+    from compress.run import Run
+
+# Bumped when a stage's code changes what it makes from the same settings.
+VERSIONS = {"source": 1, "prune": 1, "distill": 1, "qat": 1, "export": 1, "bench": 1}
+
+
+@dataclass(frozen=True)
+class PlanLine:
+    """One stage of a recipe: where its artifact stands, and whether it is there."""
+
+    stage: str
+    key: str
+    cached: bool
+    reason: str
+    directory: Path
+
+
+def run_root(recipe: Recipe) -> Path:
+    """Return the folder of a recipe's run."""
+    return Path(recipe.out) / recipe.name
+
+
+def plan_recipe(recipe: Recipe, *, trust_code: bool) -> list[PlanLine]:
+    """Say for every stage whether it would run, and why. Imports no torch.
+
+    `trust_code` changes nothing here: no code of the recipe's runs. Raises CompressError for data or weights that are missing.
+    """
+    lines: list[PlanLine] = []
+    for index, (section, key) in enumerate(zip(recipe.stages, _keys(recipe), strict=True)):
+        directory = run_root(recipe) / f"{index:02d}-{section.stage}-{key}"
+        cached = is_complete(directory)
+        reason = "unchanged" if cached else _why(recipe, index, section, directory, lines)
+        lines.append(PlanLine(section.stage, key, cached, reason, directory))
+    return lines
+
+
+def run_recipe(recipe: Recipe, *, trust_code: bool, until: str | None, verbose: bool, command: str) -> int:
+    """Make what is missing, write the report and the bundle, print the tables; return 0, or 1 where a target is missed."""
+    plan = plan_recipe(recipe, trust_code=trust_code)
+    if until is not None:
+        plan = plan[: _position(recipe, until) + 1]
+    root = run_root(recipe)
+    first_rank = _is_first_rank()
+    with exclusive(root) if first_rank else nullcontext():
+        if first_rank:
+            write_recipe(recipe, root / "recipe.yaml")
+        if not all(line.cached for line in plan):
+            _make_missing(recipe, plan, trust_code=trust_code, verbose=verbose)
+        if not first_rank:
+            return 0
+        cached = {line.directory.name: line.cached for line in plan}
+        return _report(recipe, [line.directory for line in plan], cached, command=command, verbose=verbose)
+
+
+def run_stage(recipe: Recipe, stage: str, *, src: Path | None, out: Path, trust_code: bool, verbose: bool) -> int:
+    """Run one stage of the recipe alone, from an artifact directory to a new one.
+
+    Raises ArtifactError where `out` exists or `src` is not what the stage takes.
+    """
+    section = recipe.stages[_position(recipe, stage)]
+    if out.exists():
+        raise ArtifactError(f"{out}: exists already; name a new folder with --out")
+    kind = "nothing" if src is None else read_meta(src).kind
+    if kind not in TAKES[stage]:
+        raise ArtifactError(f"--src: {stage} takes {' or '.join(sorted(TAKES[stage]))}, but {src or 'no folder'} holds {kind}")
+    parent = None if src is None else lineage(src)[-1]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    key = key_of({"section": section.model_dump(mode="json"), "src": None if src is None else read_meta(src).key})
+    from compress.run import open_run
+
+    _make(section, key, parent, out, open_run(recipe, trust_code=trust_code, verbose=verbose))
+    return 0
+
+
+def render_report(root: Path) -> Path:
+    """Write the HTML of a finished run again from its files and return its path."""
+    from compress.report.html import render
+
+    try:
+        report = json.loads((root / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{root}: holds no readable report.json ({error}); run the recipe first") from error
+    page = root / "report" / "index.html"
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(render(report, root), encoding="utf-8")
+    return page
+
+
+def _keys(recipe: Recipe) -> Iterator[str]:
+    """Yield every stage's key, in order."""
+    data, target = recipe.data, resolve_target(recipe.target).name
+    digest = dataset_digest(
+        data.dataset,
+        None if data.path is None else Path(data.path),
+        image_size=data.image_size,
+        resize=data.resize,
+        mean=data.mean,
+        std=data.std,
+        val_fraction=data.val_fraction,
+        limit_per_class=data.limit_per_class,
+        skip_broken=data.skip_broken,
+        seed=recipe.seed,
+    )
+    key = key_of(
+        {
+            "task": recipe.task,
+            "seed": recipe.seed,
+            "data": digest,
+            "augment": data.augment.model_dump(mode="json"),
+            "model": source_digest(recipe.model.arch, recipe.model.weights),
+            "reset_head": recipe.model.reset_head,
+        }
+    )
+    for section in recipe.stages:
+        more = {"qat": target, "export": target, "bench": fingerprint(environment())}.get(section.stage)
+        key = key_of(
+            {"section": section.model_dump(mode="json"), "parent": key, "version": VERSIONS[section.stage], "more": more}
+        )
+        yield key
+
+
+def _why(recipe: Recipe, index: int, section: StageSection, directory: Path, before: list[PlanLine]) -> str:
+    """Return why a stage must run: what changed against the newest artifact of the same place."""
+    if directory.exists():
+        return "its files are damaged"
+    if (directory.parent / f".{directory.name}.partial").exists():
+        return "was interrupted; goes on"
+    if index and not before[index - 1].cached:
+        return f"{before[index - 1].stage} runs"
+    others = [path for path in run_root(recipe).glob(f"{index:02d}-{section.stage}-*") if is_complete(path)]
+    if not others:
+        return "not made yet"
+    newest = read_meta(max(others, key=lambda path: path.stat().st_mtime)).section
+    now = section.model_dump(mode="json")
+    changes = list(_differences("", newest, now))
+    return f"changed: {', '.join(changes)}" if changes else "the data, the model, the seed, the machine or the tool changed"
+
+
+def _differences(path: str, old: object, new: object) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from _differences(f"{path}.{name}" if path else name, old.get(name), new.get(name))
+    elif old != new:
+        yield f"{path} {old} to {new}"
+
+
+def _position(recipe: Recipe, stage: str) -> int:
+    names = [section.stage for section in recipe.stages]
+    if stage not in names:
+        near = difflib.get_close_matches(stage, names, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise CompressError(f"stage {stage}: this recipe has {', '.join(names)}{hint}")
+    return names.index(stage)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _make_missing(recipe: Recipe, plan: list[PlanLine], *, trust_code: bool, verbose: bool) -> None:
+    from compress.run import open_run
+
+    run = open_run(recipe, trust_code=trust_code, verbose=verbose)
+    parent: Path | None = None
+    for line, section in zip(plan, recipe.stages, strict=False):
+        if not line.cached:
+            _make(section, line.key, parent, line.directory, run)
+        parent = line.directory
+    run.barrier()
+
+
+def _make(section: StageSection, key: str, parent: Path | None, directory: Path, run: "Run") -> None:
+    """Run one stage in a working directory beside its place, then put it there."""
+    from compress.stages import STAGES
+
+    work = directory.parent / f".{directory.name}.partial"
+    started = time.monotonic()
+    if run.rank == 0:
+        work.mkdir(exist_ok=True)
+    run.barrier()
+    metrics = {}
+    if run.rank == 0 or GIVES[section.stage] != "onnx":
+        metrics = STAGES[section.stage](section, parent, work, run)
+    if run.rank == 0:
+        for leftover in (*work.glob("checkpoint-*"), *work.glob(".*")):
+            leftover.unlink()
+        meta = Meta(
+            stage=section.stage,
+            key=key,
+            parent=None if parent is None else _relative(parent, directory.parent),
+            kind=GIVES[section.stage],
+            section=section.model_dump(mode="json"),
+            version=VERSIONS[section.stage],
+            seconds=time.monotonic() - started,
+            metrics=metrics,
+            files={},
+        )
+        finish(work, directory, meta)
+    run.barrier()
+
+
+def _relative(path: Path, start: Path) -> str:
+    return os.path.relpath(path, start)
+
+
+def _report(recipe: Recipe, artifacts: list[Path], cached: dict[str, bool], *, command: str, verbose: bool) -> int:
+    """Write report.json, the HTML page and the bundle; print the tables; return the exit code."""
+    from compress.report.collect import collect
+    from compress.report.terminal import print_report
+
+    root = run_root(recipe)
+    report = collect(recipe, artifacts, cached=cached, command=command)
+    write_json(root / "report.json", report)
+    render_report(root)
+    exported = [path for path in artifacts if read_meta(path).stage == "export"]
+    if exported:
+        _bundle(recipe, root / "bundle", exported[-1], report)
+    print_report(report, Console())
+    return 0 if report["verdict"] == "pass" else 1
+
+
+def _bundle(recipe: Recipe, out: Path, exported: Path, report: "Report") -> None:
+    from export.bundle import write_bundle
+
+    rows = {row["name"]: row for row in report["deployed"]}
+    files = {path.stem: path for path in sorted(exported.glob("*.onnx"))}
+    write_bundle(
+        out,
+        files,
+        preprocess=json.loads((exported / "preprocess.json").read_text()),
+        labels=(exported / "labels.txt").read_text(encoding="utf-8").splitlines(),
+        manifest={
+            "name": recipe.name,
+            "task": recipe.task,
+            "target": resolve_target(recipe.target).name,
+            "recipe_digest": key_of(recipe.model_dump(mode="json")),
+        },
+        metrics={name: {key: rows[name][key] for key in ("top1", "agreement")} for name in files if name in rows},
+    )

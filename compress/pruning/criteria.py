@@ -1,0 +1,105 @@
+"""Importance of channels: how much a group of coupled layers would lose without one of them.
+
+Every criterion looks at one layer's slices (channels, rest) and gives (channels,) scores. `score` adds them up over the layers that the
+dependency graph couples (Fang et al. 2023, DepGraph, eq. 6), takes the mean over layers, and divides by the group's mean so that groups of
+different size can compete.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch_pruning.dependency import Group
+
+from compress.pruning.layers import is_output_cut
+
+
+@dataclass(frozen=True)
+class Slices:
+    """One layer's part in a group: a row for each channel."""
+
+    module: nn.Module
+    weight: Tensor  # (channels, rest)
+    grad: Tensor | None  # (channels, rest)
+    is_output: bool
+    roots: Tensor  # (channels,) the group's channel that each row belongs to
+
+
+def score_l1(layer: Slices) -> Tensor | None:
+    """Sum of |w| (Li et al. 2017, Pruning Filters for Efficient ConvNets)."""
+    return layer.weight.abs().sum(1)
+
+
+def score_l2(layer: Slices) -> Tensor | None:
+    """Sum of w² (DepGraph, eq. 6)."""
+    return layer.weight.square().sum(1)
+
+
+def score_taylor(layer: Slices) -> Tensor | None:
+    """Sum of |w · ∂L/∂w|, the first-order change of the loss (Molchanov et al. 2019, eq. 8)."""
+    assert layer.grad is not None
+    return (layer.weight * layer.grad).abs().sum(1)
+
+
+def score_fpgm(layer: Slices) -> Tensor | None:
+    """Sum of the distances to all other filters: small for filters that others can replace (He et al. 2019, FPGM, eq. 5)."""
+    if not layer.is_output or isinstance(layer.module, nn.modules.batchnorm._BatchNorm):
+        return None
+    return torch.cdist(layer.weight, layer.weight).sum(1)
+
+
+def score_bn_scale(layer: Slices) -> Tensor | None:
+    """Batch-norm's |γ| (Liu et al. 2017, Network Slimming)."""
+    return layer.weight.abs().sum(1) if isinstance(layer.module, nn.modules.batchnorm._BatchNorm) else None
+
+
+def score_random(layer: Slices) -> Tensor | None:
+    """Uniform noise from torch's generator: the baseline that a criterion must beat."""
+    return torch.rand(len(layer.weight)).to(layer.weight.device)
+
+
+CRITERIA: dict[str, Callable[[Slices], Tensor | None]] = {
+    "l1": score_l1,
+    "l2": score_l2,
+    "taylor": score_taylor,
+    "fpgm": score_fpgm,
+    "bn_scale": score_bn_scale,
+    "random": score_random,
+}
+NEEDS_GRADIENTS = frozenset({"taylor"})
+
+
+@torch.no_grad()
+def score(group: Group, criterion: str) -> Tensor | None:
+    """Return the importance of every channel of a full group, float32 (channels,) with mean 1; None where no layer has a say."""
+    total = torch.zeros(len(group[0].idxs))
+    voters = 0
+    for layer in _slices(group):
+        values = CRITERIA[criterion](layer)
+        if values is not None:
+            total.scatter_add_(0, layer.roots, values.float().cpu())
+            voters += 1
+    if not voters:
+        return None
+    return total / total.mean().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _slices(group: Group) -> Iterator[Slices]:
+    """Yield the layers with weights in a group, rows in the order of the group's indices."""
+    for item in group.items:
+        module, output = item.dep.target.module, is_output_cut(item.dep.handler)
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, nn.Module) or not isinstance(weight, Tensor) or None in item.root_idxs:
+            continue
+        rows = torch.tensor(item.idxs, device=weight.device)
+        roots = torch.tensor(item.root_idxs)
+        repeats = 1 if output or not isinstance(module, nn.Conv2d) else module.groups
+        grad = None if weight.grad is None else _rows(weight.grad, output, repeats)[rows]
+        yield Slices(module, _rows(weight, output, repeats)[rows], grad, output, roots)
+
+
+def _rows(weight: Tensor, output: bool, repeats: int) -> Tensor:
+    """Return (channels, rest) along the output or input dimension; a grouped convolution's inputs share rows."""
+    rows = weight.detach() if output or weight.dim() == 1 else weight.detach().transpose(0, 1)
+    return rows.flatten(1).repeat(repeats, 1) if rows.dim() > 1 else rows[:, None]

@@ -1,0 +1,85 @@
+"""What a cut costs or saves: every layer's width, multiply-accumulates and parameters as functions of the channels that stay."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from torch import nn
+
+OUTPUT_CUTS = frozenset(
+    pruner.prune_out_channels for pruner in tp.function.PrunerBox.values() if pruner is not None
+)
+
+
+def is_output_cut(handler: Callable[..., object]) -> bool:
+    """Tell whether Torch-Pruning's function removes a layer's outputs (else its inputs)."""
+    return handler in OUTPUT_CUTS
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer at its full width."""
+
+    name: str
+    kind: str
+    inputs: int
+    outputs: int
+    depthwise: bool
+    macs: int  # for one image
+    weights: int  # parameters that scale with inputs * outputs
+    vectors: int  # parameters that scale with outputs: biases, batch-norms
+
+
+def measure_layers(model: nn.Module, images: torch.Tensor) -> list[Layer]:
+    """Run `images` (1, 3, s, s) once and return every layer with parameters, in order of execution."""
+    found: dict[str, Layer] = {}
+    names = {module: name for name, module in model.named_modules()}
+
+    def record(module: nn.Module, _: object, output: torch.Tensor) -> None:
+        found[names[module]] = _layer(names[module], module, output)
+
+    kinds = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+    hooks = [module.register_forward_hook(record) for module in names if isinstance(module, kinds)]
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return list(found.values())
+
+
+def _layer(name: str, module: nn.Module, output: torch.Tensor) -> Layer:
+    kind = type(module).__name__
+    if isinstance(module, nn.Conv2d):
+        positions = output.shape[-2] * output.shape[-1]
+        depthwise = module.groups > 1 and module.groups == module.in_channels
+        inputs, outputs = module.in_channels, module.out_channels
+    elif isinstance(module, nn.Linear):
+        positions = output.numel() // output.shape[-1]
+        depthwise, inputs, outputs = False, module.in_features, module.out_features
+    else:
+        vectors = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        channels = int(module.weight.numel()) if isinstance(module.weight, torch.Tensor) else 0
+        return Layer(name, kind, channels, channels, True, 0, 0, vectors)
+    weights = module.weight.numel()
+    vectors = 0 if module.bias is None else outputs
+    return Layer(name, kind, inputs, outputs, depthwise, weights * positions, weights, vectors)
+
+
+class CostModel:
+    """The network's cost as a function of how many inputs and outputs each layer has left."""
+
+    def __init__(self, layers: list[Layer], goal: str) -> None:
+        self.outputs = np.array([layer.outputs for layer in layers], dtype=float)
+        self.inputs = np.array([layer.inputs for layer in layers], dtype=float)
+        self.depthwise = np.array([layer.depthwise for layer in layers])
+        by_goal = {"macs": lambda layer: (layer.macs, 0), "params": lambda layer: (layer.weights, layer.vectors)}
+        product, vector = zip(*(by_goal[goal](layer) for layer in layers), strict=True)
+        self.product, self.vector = np.array(product, dtype=float), np.array(vector, dtype=float)
+
+    def cost(self, outputs: np.ndarray, inputs: np.ndarray) -> float:
+        """Return multiply-accumulates or parameters for the given widths (layers,)."""
+        kept_outputs = outputs / np.maximum(self.outputs, 1)
+        kept_inputs = np.where(self.depthwise, 1.0, inputs / np.maximum(self.inputs, 1))
+        return float((self.product * kept_outputs * kept_inputs + self.vector * kept_outputs).sum())

@@ -1,0 +1,351 @@
+"""The recipe: one frozen object that says everything a run does.
+
+Only the shape lives here. `compress.recipe_file` reads it from YAML; stages translate its sections into plain arguments.
+Imports no torch: `compress check` answers in under a second.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+Kind = Literal["nothing", "float", "fakequant", "onnx"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+FileName = Literal["teacher_fp32", "student_fp32", "student_fp16", "student_ptq_int8", "student_int8"]
+PathText = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Augment(Section):
+    """Random changes of the training images; teacher and student always see the same view."""
+
+    crop: Literal["none", "pad", "random_resized"] = "none"
+    """How training images are cropped: not at all, shifted inside a padded border, or by a random area and aspect ratio."""
+    pad: Annotated[float, Field(gt=0, le=0.5)] = 0.125
+    """The border that `crop: pad` adds on each side, as a fraction of the image size."""
+    min_area: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """The smallest area that `crop: random_resized` keeps, as a fraction of the image."""
+    flip: bool = False
+    """Mirror every second image left to right."""
+    randaugment: Annotated[int, Field(ge=0, le=30)] = 0
+    """The magnitude of RandAugment's two operations (0 switches it off; 9 is the paper's usual value)."""
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """The alpha of mixup's Beta distribution (0 switches it off)."""
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """The alpha of CutMix's Beta distribution (0 switches it off); with mixup also on, each batch draws one of the two."""
+
+
+class Data(Section):
+    """The images, their split, and how they reach the network."""
+
+    dataset: Literal["digits", "imagefolder", "cifar10", "cifar100", "fashion_mnist", "imagenette"] = "digits"
+    """The data set; `digits` is embedded in scikit-learn, `imagefolder` reads `path`, the others download to `path`."""
+    path: PathText | None = None
+    """The folder that holds the data set."""
+    image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
+    """Height and width in pixels that the network sees; null takes the data set's own (digits 32, imagefolder 224)."""
+    resize: Annotated[float, Field(ge=1, le=2)] = 1.0
+    """Evaluation resizes the shorter side to `image_size * resize`, then crops the centre (ImageNet's usual value is 1.143)."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """The mean that is subtracted from each channel, for pixels in [0, 1]."""
+    std: Annotated[tuple[float, float, float], Field()] = (0.229, 0.224, 0.225)
+    """The standard deviation that divides each channel, for pixels in [0, 1]."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """The part held out for validation, by class and by seed, where the data set brings no validation set of its own."""
+    limit_per_class: PositiveInt | None = None
+    """Use only so many training images of each class (the first, after a shuffle by seed)."""
+    skip_broken: bool = False
+    """Leave out images that cannot be read, counted and named in the log, instead of stopping at the first."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Loader processes; null chooses: none for small images in memory, one for each core otherwise."""
+    eval_batch_size: PositiveInt = 128
+    """Images in a batch of validation or calibration."""
+    augment: Augment = Augment()
+    """Random changes of the training images."""
+
+    @model_validator(mode="after")
+    def _needs_path(self) -> "Data":
+        if self.dataset == "imagefolder" and self.path is None:
+            raise ValueError("path: an imagefolder needs its folder: give DATA=/path/to/images, or set data.path")
+        if min(self.std) <= 0:
+            raise ValueError(f"std: must be > 0 in every channel, got {self.std}")
+        return self
+
+
+class Model(Section):
+    """The teacher's network and where its weights come from."""
+
+    arch: Annotated[str, Field(pattern=r"^(torchvision:[a-z0-9_]+|timm:[A-Za-z0-9_.\-]+|.+\.py:[A-Za-z_]\w*)$")]
+    """`torchvision:NAME`, `timm:NAME`, or `file.py:factory` (a person's own code; needs --trust-code)."""
+    weights: PathText | None = None
+    """A .safetensors, .pt or .pth state dict, or the library's named weights as `torchvision:IMAGENET1K_V2` or `timm:TAG`; null trains here."""
+    reset_head: bool = False
+    """Keep the weights' body and start the classifier anew, for weights trained on other classes."""
+
+
+class Fit(Section):
+    """One training run."""
+
+    epochs: PositiveInt
+    """Passes over the training images."""
+    batch_size: PositiveInt = 64
+    """Images in a step, over all ranks together."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with Nesterov momentum, or AdamW."""
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    """The peak learning rate; the schedule is a linear warm-up, then a cosine to zero."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD's momentum."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Weight decay of convolution and linear weights; biases and batch-norms have none."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs of linear warm-up."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay per step of the weights' moving average, which then is the result (0 switches it off)."""
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    """The largest norm of the gradient (0 switches clipping off)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast type; auto is bf16 on a GPU that has it and fp32 elsewhere."""
+    compile: bool = False
+    """Run the training step through torch.compile."""
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> "Fit":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs: must be < epochs ({self.epochs}), got {self.warmup_epochs}")
+        return self
+
+
+class CrossEntropyTerm(Section):
+    """Cross-entropy with the labels."""
+
+    name: Literal["cross_entropy"]
+    """This loss."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Factor in the sum of losses."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability moved from the label to all classes evenly."""
+
+
+class KDTerm(Section):
+    """The teacher's soft targets (Hinton 2015)."""
+
+    name: Literal["kd"]
+    """This loss."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Factor in the sum of losses."""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """Divides both networks' logits before the softmax."""
+
+
+LossTerm = Annotated[CrossEntropyTerm | KDTerm, Field(discriminator="name")]
+KD_ONLY: tuple[LossTerm, ...] = (KDTerm(name="kd"),)
+
+
+class SourceStage(Section):
+    """The teacher: weights given, or trained here."""
+
+    stage: Literal["source"]
+    """This stage."""
+    fit: Fit | None = None
+    """How the teacher is trained when `model.weights` is null (or with `fine_tune`)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability moved from the label to all classes evenly while the teacher trains."""
+    fine_tune: bool = False
+    """Train given weights further on this data."""
+
+
+class Sparsity(Section):
+    """A training phase before the cut that pushes whole groups towards zero (DepGraph's group regularizer)."""
+
+    fit: Fit
+    """How long and how fast."""
+    strength: Annotated[float, Field(gt=0)] = 1e-4
+    """Factor of the group penalty's gradient."""
+
+
+class PruneStage(Section):
+    """Remove whole channels by Torch-Pruning's dependency graph."""
+
+    stage: Literal["prune"]
+    """This stage."""
+    criterion: Literal["l1", "l2", "taylor", "fpgm", "bn_scale", "random"] = "l2"
+    """How a channel's importance is scored."""
+    scope: Literal["global", "local", "isomorphic"] = "global"
+    """Channels compete over the whole network, inside their own layer group, or among groups of the same structure."""
+    keep_macs: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The fraction of multiply-accumulates that stays."""
+    keep_params: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The fraction of parameters that stays."""
+    steps: PositiveInt = 1
+    """Cuts: 1 is one-shot; more score again after each cut (and recover in between where `recover` is given)."""
+    recover: Fit | None = None
+    """Distillation between the cuts of an iterative plan."""
+    round_to: PositiveInt = 8
+    """Widths stay multiples of this; 8 is what the fast INT8 and FP32 kernels need."""
+    min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """No layer loses more than the rest of this fraction of its channels."""
+    score_batches: PositiveInt = 8
+    """Training batches that criteria with gradients (taylor) average over."""
+    sparsity: Sparsity | None = None
+    """Optional sparsity learning before the cut."""
+    exclude: tuple[str, ...] = ()
+    """Module paths (shell patterns such as `layer4.*`) whose outputs are never cut; the classifier never is."""
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> "PruneStage":
+        if (self.keep_macs is None) == (self.keep_params is None):
+            raise ValueError("keep_macs: give exactly one of keep_macs and keep_params")
+        return self
+
+
+class DistillStage(Section):
+    """Recover accuracy under the teacher."""
+
+    stage: Literal["distill"]
+    """This stage."""
+    fit: Fit
+    """How long and how fast."""
+    loss: Annotated[tuple[LossTerm, ...], Field(min_length=1)] = KD_ONLY
+    """A weighted sum of losses."""
+
+
+class QatStage(Section):
+    """Quantization-aware training on the target's grid, under the teacher's soft targets."""
+
+    stage: Literal["qat"]
+    """This stage."""
+    fit: Fit
+    """How long and how fast; a tenth of the float epochs and a hundredth of the rate is a good start."""
+    loss: Annotated[tuple[LossTerm, ...], Field(min_length=1)] = KD_ONLY
+    """A weighted sum of losses."""
+    calibration_images: PositiveInt = 512
+    """Training images that set the activations' first ranges."""
+    freeze_ranges_at: Fraction = 0.5
+    """The part of the training after which the activations' ranges stay as they are."""
+    freeze_batchnorm_at: Fraction = 0.25
+    """The part of the training after which batch-norm uses its running statistics."""
+
+
+class ExportStage(Section):
+    """ONNX files for the serving stack."""
+
+    stage: Literal["export"]
+    """This stage."""
+    ptq_calibration_images: PositiveInt = 512
+    """Training images for the post-training baseline that QAT must justify itself against."""
+    ptq_method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    """How ONNX Runtime's static quantizer chooses the activations' ranges."""
+
+
+class BenchStage(Section):
+    """Accuracy and latency in ONNX Runtime."""
+
+    stage: Literal["bench"]
+    """This stage."""
+    batches: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)
+    """Batch sizes to time."""
+    threads: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (1, 0)
+    """CPU threads to time with; 0 is all of them."""
+    image_sizes: tuple[PositiveInt, ...] = ()
+    """Further image sizes to time, besides the recipe's own."""
+    providers: Annotated[tuple[Literal["cpu", "cuda"], ...], Field(min_length=1)] = ("cpu", "cuda")
+    """Where to time; a provider that this machine lacks is left out and the report says so."""
+    seconds: Annotated[float, Field(gt=0)] = 2.0
+    """Time for each file at each setting."""
+    blocks: Annotated[int, Field(ge=4)] = 10
+    """Interleaved blocks; medians and the intervals come from them."""
+
+
+StageSection = Annotated[
+    SourceStage | PruneStage | DistillStage | QatStage | ExportStage | BenchStage, Field(discriminator="stage")
+]
+
+# What each stage takes and gives; the order of a recipe's stages is judged by this and by nothing else.
+TAKES: dict[str, frozenset[Kind]] = {
+    "source": frozenset({"nothing"}),
+    "prune": frozenset({"float"}),
+    "distill": frozenset({"float"}),
+    "qat": frozenset({"float"}),
+    "export": frozenset({"float", "fakequant"}),
+    "bench": frozenset({"onnx"}),
+}
+GIVES: dict[str, Kind] = {
+    "source": "float",
+    "prune": "float",
+    "distill": "float",
+    "qat": "fakequant",
+    "export": "onnx",
+    "bench": "onnx",
+}
+
+
+class Targets(Section):
+    """What the run must reach; a miss fails it with exit code 1."""
+
+    max_top1_drop: Fraction | None = None
+    """Largest loss of top-1 from the teacher to the deployed file, as a fraction (0.01 is one point)."""
+    min_speedup: Annotated[float, Field(gt=0)] | None = None
+    """Smallest speed-up of the deployed file over the teacher's FP32: CPU, one thread, batch 1, the largest image size timed."""
+    min_int8_speedup: Annotated[float, Field(gt=0)] | None = None
+    """Smallest speed-up of the INT8 file over the same student in FP32, under the same conditions."""
+    max_size_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Largest size of the deployed file, as a fraction of the teacher's FP32 file."""
+    max_macs_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Largest fraction of the teacher's multiply-accumulates."""
+
+
+class Recipe(Section):
+    """Everything a run does."""
+
+    schema_version: Literal[1] = 1
+    """The version of this format."""
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_\-]{0,63}$")]
+    """The run's name, and its folder under `out`."""
+    task: Literal["classification"] = "classification"
+    """What the network is for."""
+    target: Literal["auto", "cpu_avx2", "cpu_vnni", "cpu_arm"] = "auto"
+    """Where INT8 will run; auto reads this machine's instruction sets."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Drives every random choice."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where training runs."""
+    out: PathText = "runs"
+    """The folder that holds the runs."""
+    data: Data = Data()
+    """The images."""
+    model: Model
+    """The teacher."""
+    stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
+    """What is done, in order."""
+    targets: Targets = Targets()
+    """What must be reached."""
+
+    @model_validator(mode="after")
+    def _order(self) -> "Recipe":
+        kind: Kind = "nothing"
+        for index, section in enumerate(self.stages):
+            if kind not in TAKES[section.stage]:
+                wanted = " or ".join(sorted(TAKES[section.stage]))
+                before = f"{self.stages[index - 1].stage} gives {kind}" if index else "the first stage starts from nothing"
+                raise ValueError(
+                    f"stages.{index}: {section.stage} takes {wanted}, but {before}; "
+                    "the usual order is source, prune, distill, qat, export, bench"
+                )
+            kind = GIVES[section.stage]
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_is_trained(self) -> "Recipe":
+        source = self.stages[0]
+        if not isinstance(source, SourceStage):
+            return self
+        if source.fit is None and (self.model.weights is None or source.fine_tune):
+            raise ValueError("stages.0.fit: without model.weights the teacher is trained here: say how, or give WEIGHTS=file")
+        if self.model.reset_head and not source.fine_tune:
+            raise ValueError("model.reset_head: leaves the classifier untrained: also set stages.0.fine_tune: true")
+        return self

@@ -1,0 +1,154 @@
+"""The geometry of the page's charts: axes, positions, label places. The template draws them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+LABEL_HEIGHT = 14.0
+CHARACTER_WIDTH = 7.0  # a little more than the text needs, so that labels never touch
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear or logarithmic scale from values to pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: tuple[float, ...]
+    log: bool = False
+
+    def at(self, value: float) -> float:
+        """Return a value's pixel."""
+        low, high, value = (math.log(x) if self.log else x for x in (self.low, self.high, value))
+        return round(self.start + (value - low) / (high - low) * (self.end - self.start), 2)
+
+
+def linear_axis(values: Sequence[float], start: float, end: float) -> Axis:
+    """Return an axis over the values with about four round ticks."""
+    low, high = min(values), max(values)
+    spread = (high - low) or abs(high) * 0.02 or 1.0
+    step = _round_step(spread / 3)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    if first == last:
+        last += 1
+    ticks = tuple(round(index * step, 10) for index in range(first, last + 1))
+    return Axis(ticks[0], ticks[-1], start, end, ticks)
+
+
+def log_axis(values: Sequence[float], start: float, end: float) -> Axis:
+    """Return a logarithmic axis a little wider than the values, with the coarsest round ticks that are at least two."""
+    low, high = min(values) / 1.2, max(values) * 1.2
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: tuple[float, ...] = ()
+    for mantissas in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+        every = (round(mantissa * 10.0**decade, 10) for decade in decades for mantissa in mantissas)
+        ticks = tuple(tick for tick in every if low <= tick <= high)
+        if len(ticks) >= 2:
+            break
+    return Axis(low, high, start, end, ticks, log=True)
+
+
+class Point(NamedTuple):
+    """A labelled point of a scatter, in pixels."""
+
+    name: str
+    x: float
+    y: float
+    label: str
+    label_x: float
+    label_y: float
+    anchor: str
+
+
+class Box(NamedTuple):
+    """A rectangle in pixels."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def overlaps(self, other: "Box") -> bool:
+        """Tell whether two rectangles share area."""
+        apart = (
+            self.right <= other.left or other.right <= self.left or self.bottom <= other.top or other.bottom <= self.top
+        )
+        return not apart
+
+
+def place_labels(points: Sequence[tuple[str, str, float, float]], frame: Box) -> list[Point]:
+    """Put the label of each (name, label, x, y) where it meets no other label, no point and no edge of the frame.
+
+    Right and left of the point are tried first, then above and below; where nothing is free, the fewest meetings win.
+    """
+    taken = [Box(x - 6, y - 6, x + 6, y + 6) for _, _, x, y in points]
+    placed = []
+    for name, label, x, y in points:
+        best = min(_places(label, x, y), key=lambda place: _conflicts(place[0], taken, frame))
+        box, anchor = best
+        taken.append(box)
+        label_x = {"start": box.left, "end": box.right, "middle": (box.left + box.right) / 2}[anchor]
+        placed.append(Point(name, x, y, label, round(label_x, 1), round(box.bottom - 3, 1), anchor))
+    return placed
+
+
+def _places(label: str, x: float, y: float) -> list[tuple[Box, str]]:
+    width, half = CHARACTER_WIDTH * len(label), LABEL_HEIGHT / 2
+    places = []
+    for rise in (0, -12, 12, -24, 24):
+        top = y - half + rise
+        gap = 9 if rise == 0 else 4
+        places.append((Box(x + gap, top, x + gap + width, top + LABEL_HEIGHT), "start"))
+        places.append((Box(x - gap - width, top, x - gap, top + LABEL_HEIGHT), "end"))
+        if rise:
+            places.append((Box(x - width / 2, top, x + width / 2, top + LABEL_HEIGHT), "middle"))
+    return places
+
+
+def _conflicts(box: Box, taken: Sequence[Box], frame: Box) -> int:
+    outside = box.left < frame.left or box.right > frame.right or box.top < frame.top or box.bottom > frame.bottom
+    return sum(box.overlaps(other) for other in taken) + 10 * outside
+
+
+class Step(NamedTuple):
+    """One stage of a waterfall, in percent of the track: a bar to its value, and the change since the stage before."""
+
+    value: float
+    at: float
+    change_left: float
+    change_width: float
+    change: float | None
+
+
+def waterfall(values: Sequence[float], *, from_zero: bool) -> list[Step]:
+    """Return the steps of a waterfall over the values; the track starts at zero, or a little below the smallest."""
+    spread = (max(values) - min(values)) or abs(max(values)) * 0.05 or 1.0
+    low = 0.0 if from_zero else min(values) - 0.2 * spread
+    high = max(values) if from_zero else max(values) + 0.1 * spread
+    steps = []
+    for before, value in zip((None, *values[:-1]), values, strict=True):
+        at = 100 * (value - low) / (high - low) if high > low else 0.0
+        other = at if before is None else 100 * (before - low) / (high - low)
+        change = None if before is None else value - before
+        steps.append(Step(value, round(at, 2), round(min(at, other), 2), round(abs(at - other), 2), change))
+    return steps
+
+
+def polylines(epochs: Sequence[int], values: Sequence[float | None], x: Axis, y: Axis) -> list[str]:
+    """Return SVG point lists, broken where a value is missing."""
+    runs: list[list[str]] = [[]]
+    for epoch, value in zip(epochs, values, strict=True):
+        if value is None:
+            runs.append([])
+        else:
+            runs[-1].append(f"{x.at(epoch)},{y.at(value)}")
+    return [" ".join(run) for run in runs if run]
+
+
+def _round_step(step: float) -> float:
+    """Return the next 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * (1 - 1e-9))

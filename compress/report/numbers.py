@@ -1,0 +1,53 @@
+"""Numbers as a reader wants them: few digits, with their unit; a dash for what is unknown."""
+
+UNKNOWN = "–"
+GAP = "\u00a0"  # keeps a number and its unit on one line
+
+
+def percent(fraction: float | None, decimals: int = 2) -> str:
+    """Return a fraction as 97.78 %."""
+    return UNKNOWN if fraction is None else f"{100 * fraction:.{decimals}f}{GAP}%"
+
+
+def points(difference: float) -> str:
+    """Return a signed difference of two fractions as −0.56 points."""
+    value = round(100 * difference, 2)
+    return f"{'+' if value > 0 else '−' if value < 0 else '±'}{abs(value):.2f}{GAP}points"
+
+
+def change(before: float, after: float) -> str:
+    """Return a step as −58 %; nothing where it is below half a percent."""
+    percents = round(100 * (after / before - 1)) if before else 0
+    return f"{percents:+}{GAP}%".replace("-", "−") if percents else ""
+
+
+def significant(value: float | None, unit: str = "", digits: int = 3) -> str:
+    """Return a number with so many significant digits and its unit, such as 0.412 ms, 17.9 ms or 1,204 ms."""
+    if value is None:
+        return UNKNOWN
+    size = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    text = f"{value:.{digits}g}" if abs(value) < 0.1 else f"{value:,.{max(digits - size, 0)}f}"
+    return f"{text}{GAP}{unit}" if unit else text
+
+
+def times(ratio: float | None) -> str:
+    """Return a ratio as 2.31×."""
+    return UNKNOWN if ratio is None else f"{ratio:.2f}×"
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time as 0.8 s, 42 s, 12 min 30 s or 3 h 05 min."""
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minute:02} min"
+    return f"{minute} min {second:02} s" if minute else f"{second} s"
+
+
+def tick(value: float) -> str:
+    """Return an axis label without needless zeros."""
+    return f"{value:,.10g}"

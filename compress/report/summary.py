@@ -1,0 +1,188 @@
+"""What the page and the terminal both say: the headline, the targets, the conditions of a timing."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from compress.report.numbers import percent, points, significant, times
+from compress.report.shape import DeployedRow, Report
+from compress.report.verdict import CPU, deployed_name, first_and_last, headline_row, is_met, limit, measure, show
+
+TITLES = {
+    "teacher_fp32": "Teacher FP32",
+    "student_fp32": "Student FP32",
+    "student_fp16": "Student FP16",
+    "student_ptq_int8": "Student INT8 (PTQ)",
+    "student_int8": "Student INT8",
+}
+TARGET_TITLES = {
+    "max_top1_drop": "Top-1 drop",
+    "min_speedup": "Speed-up over the teacher",
+    "min_int8_speedup": "Speed-up of INT8 over FP32",
+    "max_size_ratio": "Size, as a part of the teacher's",
+    "max_macs_ratio": "MACs, as a part of the teacher's",
+}
+
+
+class Card(NamedTuple):
+    """One number of the headline: the deployed file's, what it is compared with, and a note."""
+
+    title: str
+    value: str
+    against: str
+    note: str
+
+
+class TargetRow(NamedTuple):
+    """One target that the recipe sets."""
+
+    name: str
+    title: str
+    wanted: str
+    measured: str
+    met: bool
+    conditions: str
+
+
+def headline(report: Report) -> list[Card]:
+    """Return the headline's cards; a run without a bench stage shows what its stages measured."""
+    name = deployed_name(report)
+    teacher, student = headline_row(report, "teacher_fp32"), headline_row(report, name)
+    if not teacher or not student:
+        return [card for card in _stage_cards(report) if card]
+    cards = [
+        _top1_card(report, teacher["top1"], student["top1"], "ONNX Runtime"),
+        _ratio_card("Size", teacher["size_mb"], student["size_mb"], "MB", "smaller"),
+        _ratio_card("MACs", *first_and_last(report, "macs_m"), "M", "fewer"),
+        _latency_card(teacher, student),
+        _speedup_card(student),
+    ]
+    return [card for card in cards if card]
+
+
+def target_rows(report: Report) -> list[TargetRow]:
+    """Return every target that the recipe sets, with what was measured."""
+    measured = measure(report)
+    rows = []
+    for target, wanted in report["targets"].items():
+        if wanted is None:
+            continue
+        value, conditions = measured[target]
+        met = is_met(target, wanted, value)
+        rows.append(
+            TargetRow(
+                target,
+                TARGET_TITLES[target],
+                f"{limit(target)} {show(target, wanted)}",
+                show(target, value),
+                met,
+                conditions,
+            )
+        )
+    return rows
+
+
+def verdict_text(report: Report) -> str:
+    """Return the verdict in a few words."""
+    wanted = sum(value is not None for value in report["targets"].values())
+    if report["failures"]:
+        return f"{len(report['failures'])} of {wanted} targets missed"
+    return "all targets met" if wanted else "no targets set"
+
+
+def training_gain(report: Report) -> str | None:
+    """Return what quantization-aware training gains over post-training quantization, where both were measured."""
+    ptq, qat = headline_row(report, "student_ptq_int8"), headline_row(report, "student_int8")
+    if not ptq or not qat or ptq["top1"] is None or qat["top1"] is None:
+        return None
+    digits = decimals(report)
+    before, after = percent(ptq["top1"], digits), percent(qat["top1"], digits)
+    text = f"INT8 by calibration alone (PTQ) {before}, by training (QAT) {after}: {points(qat['top1'] - ptq['top1'])}."
+    if ptq["agreement"] is not None and qat["agreement"] is not None:
+        agreements = f"{percent(ptq['agreement'], digits)} and {percent(qat['agreement'], digits)}"
+        text += f" They answer as the float student on {agreements} of the images."
+    return text
+
+
+def conditions(row: DeployedRow) -> str:
+    """Return a timing's conditions, such as CPU · 1 thread · batch 1 · 224 px."""
+    provider = provider_title(row["provider"])
+    threads = {0: "all threads", 1: "1 thread"}.get(row["threads"], f"{row['threads']} threads")
+    parts = [provider, threads if provider == "CPU" else None, f"batch {row['batch']}", f"{row['image_size']} px"]
+    return " · ".join(part for part in parts if part)
+
+
+def ordered(rows: Iterable[DeployedRow]) -> list[DeployedRow]:
+    """Return the rows with those of equal conditions together, the files in their usual order."""
+    names = list(TITLES)
+    return sorted(
+        rows,
+        key=lambda row: (
+            row["provider"] != CPU,
+            row["provider"],
+            -row["image_size"],
+            row["batch"],
+            row["threads"] or float("inf"),
+            names.index(row["name"]),
+        ),
+    )
+
+
+def provider_title(provider: str) -> str:
+    """Return CPU for CPUExecutionProvider."""
+    return provider.removesuffix("ExecutionProvider")
+
+
+def options_text(row: DeployedRow) -> str:
+    """Return the provider's options that a row was timed with."""
+    return ", ".join(f"{key}={value}" for key, value in (row["provider_options"] or {}).items())
+
+
+def decimals(report: Report) -> int:
+    """Return how many decimals of a percentage mean something for the number of validation images."""
+    images = max((row["images"] or 0 for row in report["deployed"]), default=0)
+    return 1 if 0 < images < 1000 else 2
+
+
+def _stage_cards(report: Report) -> list[Card | None]:
+    return [
+        _top1_card(report, *first_and_last(report, "top1"), "PyTorch"),
+        _ratio_card("Parameters", *first_and_last(report, "params_m"), "M", "fewer"),
+        _ratio_card("Size", *first_and_last(report, "size_mb"), "MB", "smaller"),
+        _ratio_card("MACs", *first_and_last(report, "macs_m"), "M", "fewer"),
+    ]
+
+
+def _top1_card(report: Report, before: float | None, after: float | None, where: str) -> Card | None:
+    if before is None or after is None:
+        return None
+    digits = decimals(report)
+    return Card(
+        "Top-1", percent(after, digits), f"from {percent(before, digits)}", f"{points(after - before)}, {where}"
+    )
+
+
+def _ratio_card(title: str, before: float | None, after: float | None, unit: str, better: str) -> Card | None:
+    if not before or not after:
+        return None
+    note = f"{percent(after / before, 0)}, {before / after:.1f}× {better}"
+    return Card(title, significant(after, unit), f"from {significant(before, unit)}", note)
+
+
+def _latency_card(teacher: DeployedRow, student: DeployedRow) -> Card | None:
+    if student["p50_ms"] is None:
+        return None
+    return Card(
+        "Latency",
+        significant(student["p50_ms"], "ms"),
+        f"from {significant(teacher['p50_ms'], 'ms')}",
+        conditions(student),
+    )
+
+
+def _speedup_card(student: DeployedRow) -> Card | None:
+    if not student["speedup"]:
+        return None
+    low, high = student["speedup"]["ci95"]
+    return Card(
+        "Speed-up", times(student["speedup"]["ratio"]), "over the teacher", f"95 % interval {low:.2f}–{high:.2f}"
+    )

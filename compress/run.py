@@ -1,0 +1,203 @@
+"""One execution of a recipe: where, on what, with which data and teacher. Stages ask it; it decides nothing about compression."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from compress.artifact import Metrics, lineage, read_meta
+from compress.data.augment import Augmentation
+from compress.data.batches import Batch, eval_batches, steps_per_epoch, train_batches
+from compress.data.dataset import Dataset, open_dataset
+from compress.errors import CompressError
+from compress.log import StageLog
+from compress.network import load_float, load_network
+from compress.pruning.layers import measure_layers
+from compress.recipe import Fit, Recipe
+from compress.tasks import TASKS, Task, evaluate
+from compress.train import Loop, Step, fit
+from export.targets import Target, resolve_target
+
+# One rank exports and benches while the others wait at the barrier; that can take long.
+PATIENCE = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage may ask for."""
+
+    recipe: Recipe
+    device: torch.device
+    rank: int
+    ranks: int
+    target: Target
+    trust_code: bool
+    verbose: bool
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The images, opened when the first stage needs them."""
+        data = self.recipe.data
+        return open_dataset(
+            data.dataset,
+            None if data.path is None else Path(data.path),
+            image_size=data.image_size,
+            resize=data.resize,
+            mean=data.mean,
+            std=data.std,
+            val_fraction=data.val_fraction,
+            limit_per_class=data.limit_per_class,
+            skip_broken=data.skip_broken,
+            seed=self.recipe.seed,
+        )
+
+    @property
+    def task(self) -> Task:
+        """What the network is for."""
+        return TASKS[self.recipe.task]
+
+    @property
+    def image_size(self) -> int:
+        """Height and width that the network sees, in pixels."""
+        return self.dataset.preprocess.image_size
+
+    def validation(self) -> Iterator[Batch]:
+        """Return the validation batches, in order."""
+        data = self.recipe.data
+        return eval_batches(
+            self.dataset.val, self.dataset.preprocess, batch_size=data.eval_batch_size, device=self.device, workers=data.workers
+        )
+
+    def calibration(self, images: int) -> Iterator[Batch]:
+        """Return unaugmented training batches, spread over the set, for ranges and statistics."""
+        data = self.recipe.data
+        return eval_batches(
+            self.dataset.train,
+            self.dataset.preprocess,
+            batch_size=min(data.eval_batch_size, 32),
+            device=self.device,
+            workers=data.workers,
+            limit=images,
+        )
+
+    def training(self, settings: Fit, epoch: int) -> Iterator[Batch]:
+        """Return this rank's share of an epoch."""
+        return train_batches(
+            self.dataset,
+            batch_size=settings.batch_size,
+            augmentation=Augmentation(**asdict_section(self.recipe.data.augment)),
+            seed=self.recipe.seed,
+            epoch=epoch,
+            rank=self.rank,
+            ranks=self.ranks,
+            workers=self.recipe.data.workers,
+            device=self.device,
+        )
+
+    def log(self, out: Path, stage: str) -> StageLog:
+        """Return the log of a stage; silent on all ranks but the first."""
+        return StageLog(out, stage=stage, verbose=self.verbose, enabled=self.rank == 0)
+
+    def fit(
+        self,
+        model: nn.Module,
+        step: Step,
+        settings: Fit,
+        *,
+        out: Path,
+        log: StageLog,
+        phase: str,
+        before_step: Callable[[nn.Module, float], None] | None = None,
+        after_backward: Callable[[nn.Module], None] | None = None,
+    ) -> nn.Module:
+        """Train by the one loop; a stage that trains twice names its phases."""
+        loop = Loop(
+            batches=lambda epoch: self.training(settings, epoch),
+            steps_per_epoch=steps_per_epoch(len(self.dataset.train), settings.batch_size),
+            evaluate=lambda trained: evaluate(trained, self.validation(), self.task),
+            log=log,
+            checkpoint=out / f"checkpoint-{phase}.pt",
+            device=self.device,
+            ranks=self.ranks,
+            seed=self.recipe.seed,
+            phase=phase,
+            before_step=before_step,
+            after_backward=after_backward,
+        )
+        return fit(model, step, settings, loop)
+
+    def load(self, directory: Path) -> nn.Module:
+        """Return an artifact's network on the device."""
+        return load_network(directory, trust_code=self.trust_code).to(self.device, memory_format=torch.channels_last)
+
+    def teacher(self, directory: Path) -> nn.Module:
+        """Return the teacher that an artifact descends from: on the device, in eval mode, without gradients."""
+        source = lineage(directory)[0]
+        teacher = load_float(source, trust_code=self.trust_code).requires_grad_(False)
+        return teacher.to(self.device, memory_format=torch.channels_last)
+
+    def measure(self, model: nn.Module) -> Metrics:
+        """Return the stage metrics of a float network: accuracy, parameters, multiply-accumulates, size."""
+        images = torch.zeros(1, 3, self.image_size, self.image_size, device=self.device)
+        macs = sum(layer.macs for layer in measure_layers(model, images))
+        params = sum(parameter.numel() for parameter in model.parameters())
+        return {
+            **evaluate(model, self.validation(), self.task),
+            "params_m": params / 1e6,
+            "macs_m": macs / 1e6,
+            "size_mb": params * 4 / 1e6,
+        }
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.ranks > 1:
+            dist.barrier()
+
+
+def asdict_section(section: object) -> dict[str, object]:
+    """Return a recipe section's fields as plain arguments."""
+    return dict(section)  # type: ignore[call-overload, no-any-return]
+
+
+def float_ancestor(directory: Path) -> Path:
+    """Return the newest float network in an artifact's lineage: the student before quantization."""
+    return next(path for path in reversed(lineage(directory)) if read_meta(path).kind == "float")
+
+
+def open_run(recipe: Recipe, *, trust_code: bool, verbose: bool) -> Run:
+    """Return the run on the recipe's device; under torchrun, join the other ranks.
+
+    Raises CompressError where the recipe asks for a GPU and there is none.
+    """
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise CompressError("device: cuda, but torch finds no GPU; use device: auto, or see `compress doctor`")
+    if recipe.device != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    else:
+        device = torch.device("cpu")
+    if ranks > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    return Run(recipe, device, rank, ranks, resolve_target(recipe.target), trust_code, verbose)
+
+
+def as_numpy(batches: Iterator[Batch]) -> Iterator[tuple[object, object]]:
+    """Yield (images float32 (n, 3, s, s), labels int64 (n,)) as contiguous arrays for ONNX Runtime."""
+    for batch in batches:
+        yield to_array(batch.images), to_array(batch.targets)
+
+
+def to_array(tensor: Tensor) -> object:
+    """Return a tensor as a contiguous array on the CPU."""
+    return tensor.cpu().contiguous().numpy()
+
+

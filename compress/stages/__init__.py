@@ -1,0 +1,15 @@
+"""The stages: plain functions from one directory to another."""
+
+from collections.abc import Callable
+
+from compress.artifact import Metrics
+from compress.stages import bench, distill, export, prune, qat, source
+
+STAGES: dict[str, Callable[..., Metrics]] = {
+    "source": source.apply,
+    "prune": prune.apply,
+    "distill": distill.apply,
+    "qat": qat.apply,
+    "export": export.apply,
+    "bench": bench.apply,
+}

@@ -1,0 +1,45 @@
+"""Accuracy and latency of every file, in ONNX Runtime."""
+
+from pathlib import Path
+
+from compress.artifact import Metrics, lineage, read_meta, write_json
+from compress.recipe import BenchStage
+from compress.run import Run, as_numpy
+from export.accuracy import accuracy, score
+from export.bench import bench
+from export.environment import environment
+
+
+ORDER = ("teacher_fp32", "student_fp32", "student_fp16", "student_ptq_int8", "student_int8")
+
+
+def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
+    """Score all files on the whole validation set, then time them against each other."""
+    assert src is not None
+    exported = next(path for path in reversed(lineage(src)) if read_meta(path).stage == "export")
+    files = {name: exported / f"{name}.onnx" for name in ORDER if (exported / f"{name}.onnx").exists()}
+    with run.log(out, "bench") as log:
+        scores = accuracy(score(files, as_numpy(run.validation())), reference="student_fp32")
+        measured = bench(
+            files,
+            batches=cfg.batches,
+            threads=cfg.threads,
+            image_sizes=cfg.image_sizes,
+            providers=cfg.providers,
+            seconds=cfg.seconds,
+            blocks=cfg.blocks,
+            seed=run.recipe.seed,
+            target=run.target.name,
+            progress=log.note_detail,
+        )
+    write_json(
+        out / "bench.json",
+        {
+            "accuracy": scores,
+            "timings": measured.timings,
+            "warnings": measured.warnings,
+            "environment": environment(),
+        },
+    )
+    deployed = "student_int8" if "student_int8" in files else "student_ptq_int8"
+    return {"top1": scores[deployed]["top1"], "agreement": scores[deployed]["agreement"], "size_mb": files[deployed].stat().st_size / 1e6}

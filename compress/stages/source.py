@@ -1,0 +1,30 @@
+"""The teacher: weights given, or trained here. Its metrics are the baseline of everything after it."""
+
+from pathlib import Path
+
+from compress.artifact import Metrics
+from compress.distillation import supervised_step
+from compress.models.architectures import build
+from compress.models.weights import load_weights_
+from compress.network import Architecture, save_network
+from compress.recipe import SourceStage
+from compress.run import Run
+
+
+def apply(cfg: SourceStage, src: Path | None, out: Path, run: Run) -> Metrics:
+    """Build the network, load or train its weights, measure it."""
+    given = run.recipe.model
+    architecture = Architecture(given.arch, len(run.dataset.classes), run.image_size)
+    model = build(given.arch, num_classes=architecture.num_classes, trust_code=run.trust_code)
+    if given.weights is not None:
+        load_weights_(model, given.arch, given.weights, reset_head=given.reset_head)
+    with run.log(out, "source") as log:
+        if cfg.fit is not None and (given.weights is None or cfg.fine_tune):
+            step = supervised_step(run.task, label_smoothing=cfg.label_smoothing)
+            model = run.fit(model, step, cfg.fit, out=out, log=log, phase="source")
+        else:
+            log.note(f"weights from {given.weights}, used as they are")
+    model = model.to(run.device).eval()
+    if run.rank == 0:
+        save_network(model, architecture, out)
+    return run.measure(model)

@@ -1,0 +1,305 @@
+"""Time the files of a bundle against each other in ONNX Runtime, and score them where images are given.
+
+`python -m export.bench BUNDLE` does it, without torch, on the machine that will serve.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from export.accuracy import accuracy, score
+from export.bench_json import STUDENT, AccuracyRow, BenchJson, Setting, TimingRow, timing_row
+from export.bundle import Bundle, read_bundle
+from export.cuda_options import describe, fastest
+from export.environment import environment
+from export.errors import BundleError
+from export.images import labelled_batches
+from export.latency import Timing, time_sessions
+from export.memory import peak_memory_mb
+from export.model_file import ModelFile, inspect
+from export.session import CPU, PROVIDERS, Run, available_providers, bind, open_session, resize_input
+from export.table import table
+from export.targets import host_target
+
+SLOW = 3.0  # a float16 file that is slower than float32 by this factor runs on emulated kernels: one row says it all
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The rows in the order they were measured, and what their reader must know."""
+
+    timings: list[TimingRow] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def bench(
+    files: Mapping[str, Path],
+    *,
+    batches: Sequence[int] = (1, 8),
+    threads: Sequence[int] = (1, 0),
+    image_sizes: Sequence[int] = (),
+    providers: Sequence[str] = ("cpu", "cuda"),
+    seconds: float = 2.0,
+    blocks: int = 10,
+    seed: int = 0,
+    target: str | None = None,
+    progress: Progress = lambda _: None,
+) -> Bench:
+    """Time `files` (name to ONNX file) at every setting, all files of a setting in turns, each for about `seconds`.
+
+    `image_sizes` are timed besides the files' own. Left out with a warning: a provider that this machine lacks, an
+    image size that a network cannot take, and emulated float16 but for the headline setting. A machine other than
+    `target` is a warning too.
+    Raises BundleError for a file that cannot be read or run at its own size.
+    """
+    facts = {name: inspect(path) for name, path in files.items()}
+    result = Bench(warnings=[*target_warnings(target), *provider_warnings(providers, facts)])
+    memory_mb = cache(peak_memory_mb)
+    emulated: set[str] = set()
+    with tempfile.TemporaryDirectory() as folder:
+        sized, baked_in = at_sizes(files, image_sizes, own=own_size(facts), folder=Path(folder))
+        result.warnings.extend(baked_in)
+        plan = list(settings(providers, threads, batches, list(sized)))
+        for index, setting in enumerate(plan, 1):
+            progress(f"{setting} ({index}/{len(plan)})")
+            left_out = set() if setting.provider != CPU or setting.is_headline else emulated
+            live = {name: path for name, path in sized[setting.image_size].items() if name not in left_out}
+            runs, options, skipped = prepare(live, setting, seconds=seconds, seed=seed, progress=progress)
+            result.warnings.extend(skipped)
+            timed = time_sessions(runs, seconds=seconds, blocks=blocks, seed=seed)
+            for name, path in live.items():
+                memory = (
+                    memory_mb(path, batch=setting.batch, image_size=setting.image_size)
+                    if setting.provider == CPU
+                    else None
+                )
+                row = timing_row(
+                    name,
+                    files[name],
+                    facts[name],
+                    setting,
+                    timed,
+                    provider_options=options[name],
+                    peak_memory_mb=memory,
+                )
+                result.timings.append(row)
+            if setting.provider == CPU:
+                emulated |= {name for name in live if facts[name].precision == "fp16" and is_slow(timed, name)}
+    result.warnings.extend(
+        f"{name}: this CPU has no fast float16 kernels (over {SLOW:g} times slower than float32): timed with one thread and batch 1 only"
+        for name in sorted(emulated)
+    )
+    return result
+
+
+def settings(
+    providers: Sequence[str], threads: Sequence[int], batches: Sequence[int], sizes: Sequence[int]
+) -> Iterator[Setting]:
+    """Yield the settings to time where their provider is here, the headline's first; CUDA has no threads to vary."""
+    for provider in (PROVIDERS[name] for name in providers):
+        if provider not in available_providers():
+            continue
+        # 0 is all cores: the largest count.
+        counts = sorted(set(threads), key=lambda count: count or sys.maxsize) if provider == CPU else [1]
+        yield from (
+            Setting(provider, count, batch, size)
+            for size in sizes
+            for batch in sorted(set(batches))
+            for count in counts
+        )
+
+
+def own_size(facts: Mapping[str, ModelFile]) -> int:
+    """Return the image size that the files were made for."""
+    sizes = {fact.image_size for fact in facts.values()}
+    if len(sizes) != 1:
+        raise BundleError(f"image size: must be the same in all files, got {sorted(sizes)}: time the files of one run")
+    return sizes.pop()
+
+
+def at_sizes(
+    files: Mapping[str, Path], sizes: Sequence[int], *, own: int, folder: Path
+) -> tuple[dict[int, Mapping[str, Path]], list[str]]:
+    """Return the files at each size and their own, smallest first, and a sentence for each size that one cannot take."""
+    sized: dict[int, Mapping[str, Path]] = {}
+    warnings: list[str] = []
+    for size in sorted({own, *sizes}):
+        try:
+            sized[size] = files if size == own else {name: at_size(path, size, folder) for name, path in files.items()}
+        except BundleError as error:
+            warnings.append(f"{error}; left out")
+    return sized, warnings
+
+
+def at_size(path: Path, size: int, folder: Path) -> Path:
+    """Write `path` with its input resized into `folder` and return where."""
+    resized = folder / f"{path.stem}-{size}{path.suffix}"
+    resized.write_bytes(resize_input(path.read_bytes(), size))
+    return resized
+
+
+def prepare(
+    files: Mapping[str, Path], setting: Setting, *, seconds: float, seed: int, progress: Progress
+) -> tuple[dict[str, Run], dict[str, dict[str, str]], list[str]]:
+    """Open all files at one setting; return the call that runs each, its provider options, and warnings.
+
+    All get the same images: noise of unit variance, as normalized photographs have.
+    """
+    shape = (setting.batch, 3, setting.image_size, setting.image_size)
+    images = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    runs: dict[str, Run] = {}
+    options: dict[str, dict[str, str]] = {name: {} for name in files}
+    warnings: list[str] = []
+    for name, path in files.items():
+        if setting.provider == CPU:
+            runs[name] = bind(open_session(path, threads=setting.threads), images)
+            continue
+        progress(f"{setting}: provider options for {name}")
+        runs[name], options[name], skipped = fastest(path, images, seconds=seconds / 4)
+        warnings.extend(f"{setting}: {name}: {sentence}" for sentence in skipped)
+    return runs, options, warnings
+
+
+def is_slow(timed: Mapping[str, Timing], name: str) -> bool:
+    """Whether a float16 file is so much slower than the student's float32 that its kernels must be emulated."""
+    return STUDENT in timed and timed[name].percentile(50) > SLOW * timed[STUDENT].percentile(50)
+
+
+def target_warnings(target: str | None) -> list[str]:
+    """Say when the files were made for another kind of machine."""
+    host = host_target().name
+    if target in (None, host):
+        return []
+    return [
+        f"the INT8 files are made for {target} and this machine is {host}: their times and accuracy here are not the target's"
+    ]
+
+
+def provider_warnings(providers: Sequence[str], facts: Mapping[str, ModelFile]) -> list[str]:
+    """Say which providers are missing, and what INT8 means on CUDA."""
+    missing = [name for name in providers if PROVIDERS[name] not in available_providers()]
+    warnings = [f"{PROVIDERS[name]} is not on this machine: not timed" for name in missing]
+    if "cuda" in set(providers) - set(missing) and any(fact.precision == "int8" for fact in facts.values()):
+        warnings.append(
+            "ONNX Runtime's CUDA provider has no INT8 convolution: INT8 files compute in float there, serve FP16"
+        )
+    return warnings
+
+
+def measure(bundle: Bundle, arguments: argparse.Namespace) -> BenchJson:
+    """Return the accuracy (where there are data) and the timings of a bundle's files."""
+    scored: dict[str, AccuracyRow] = {}
+    if arguments.data:
+        batches = labelled_batches(arguments.data, bundle.preprocess, bundle.labels)
+        scores = score(bundle.files, batches, progress=print_live)
+        scored = accuracy(scores, reference=STUDENT if STUDENT in scores else min(scores))
+    found = bench(
+        bundle.files,
+        batches=arguments.batches,
+        threads=arguments.threads,
+        image_sizes=arguments.image_sizes,
+        seconds=arguments.seconds,
+        blocks=arguments.blocks,
+        target=bundle.target,
+        progress=print_live,
+    )
+    print_live("")
+    return BenchJson(accuracy=scored, timings=found.timings, environment=environment(), warnings=found.warnings)
+
+
+def as_text(found: BenchJson) -> str:
+    """Return a table for each setting, then the warnings."""
+    header = (
+        "file",
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "images/s",
+        "MB",
+        "peak MB",
+        "speed-up",
+        "95 %",
+        "top-1",
+        "agreement",
+    )
+    parts = []
+    for setting, rows in groupby(found["timings"], key=setting_of):
+        parts.append(f"{setting}\n{table(header, [cells(row, found['accuracy'].get(row['name'])) for row in rows])}")
+    return "\n\n".join([*parts, *(f"note: {warning}" for warning in found["warnings"])])
+
+
+def setting_of(row: TimingRow) -> Setting:
+    """Return the conditions of a row."""
+    return Setting(row["provider"], row["threads"], row["batch"], row["image_size"])
+
+
+def cells(row: TimingRow, scored: AccuracyRow | None) -> list[str | float | None]:
+    """Return a row as one line of the table."""
+    faster = row["speedup"]
+    return [
+        f"{row['name']} ({describe(row['provider_options'])})" if row["provider_options"] else row["name"],
+        row["p50_ms"],
+        row["p90_ms"],
+        row["p99_ms"],
+        row["throughput_ips"],
+        row["size_mb"],
+        row["peak_memory_mb"],
+        faster["ratio"] if faster else None,
+        f"{faster['ci95'][0]:.2f}-{faster['ci95'][1]:.2f}" if faster else None,
+        scored["top1"] if scored else None,
+        scored["agreement"] if scored else None,
+    ]
+
+
+def print_live(line: str) -> None:
+    """Show the latest line of progress in place, on a terminal only."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\033[K{line[:110]}")
+        sys.stderr.flush()
+
+
+def numbers(text: str) -> list[int]:
+    """Read `1,8` as whole numbers, none below zero; argparse makes a sentence of the ValueError."""
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 0:
+        raise ValueError(text)
+    return found
+
+
+def main() -> int:
+    """Time a bundle's files against each other on this machine, and score them where images are given."""
+    parser = argparse.ArgumentParser(prog="python -m export.bench", description=main.__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--threads", type=numbers, default=[1, 0], metavar="1,0", help="CPU threads; 0 is all cores")
+    parser.add_argument("--batches", type=numbers, default=[1, 8], metavar="1,8", help="images in a run")
+    parser.add_argument(
+        "--image-sizes", type=numbers, default=[], metavar="224", help="pixels, besides the bundle's own size"
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each file at each setting")
+    parser.add_argument("--blocks", type=int, default=10, help="turns that the time is cut into")
+    parser.add_argument("--data", type=Path, help="a folder of class folders, or an .npz file with images and labels")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    arguments = parser.parse_args()
+    try:
+        found = measure(read_bundle(arguments.bundle), arguments)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    except (BundleError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stdout.write(f"{as_text(found)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,317 @@
+"""A bundle: one folder with everything a server needs to run the model, and the digests that prove it whole.
+
+bundle.json      what the model is, and each file's precision, digest and metrics
+preprocess.json  how an image becomes the network's input
+labels.txt       one class name a line, in the order of the outputs
+NAME.onnx        the model files
+SHA256SUMS       the digest of every other file; `sha256sum -c SHA256SUMS` passes
+
+The same inputs give the same bytes.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from export.errors import BundleError
+from export.images import Preprocess
+from export.model_file import ModelFile, inspect
+
+MANIFEST, PREPROCESS, LABELS, SUMS = "bundle.json", "preprocess.json", "labels.txt", "SHA256SUMS"
+SCHEMA_VERSION = 1
+MAX_TEXT_BYTES = 16 * 2**20
+NAME = re.compile(r"[a-z0-9][a-z0-9_\-]{0,63}")
+SUMS_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+
+Json = dict[str, object]
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was found whole; `files` are the models by name."""
+
+    path: Path
+    name: str
+    target: str | None
+    preprocess: Preprocess
+    labels: tuple[str, ...]
+    files: dict[str, Path]
+    manifest: Json
+
+
+def write_bundle(
+    out: Path,
+    files: Mapping[str, Path],
+    *,
+    preprocess: Mapping[str, object],
+    labels: Sequence[str],
+    manifest: Mapping[str, object],
+    metrics: Mapping[str, Mapping[str, object]],
+) -> None:
+    """Write the bundle beside `out`, read it back, and put it in place in one step; only an older bundle is replaced.
+
+    `manifest` says what the files do not: name, task, target, recipe digest; `metrics` the same for each file: top-1,
+    agreement.
+    Raises BundleError for content that no reader would accept and for a place that cannot be written.
+    """
+    if not is_replaceable(out):
+        raise BundleError(f"{out}: exists and is no bundle: move it away or name another place")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
+            aside = Path(folder, "new")
+            aside.mkdir()
+            fill(aside, files, preprocess=preprocess, labels=labels, manifest=manifest, metrics=metrics)
+            read_bundle(aside)
+            put_in_place(aside, out, old=Path(folder, "old"))
+    except OSError as error:
+        raise BundleError(
+            f"{out}: cannot be written ({error.strerror}): free the disk or name another place"
+        ) from error
+
+
+def is_replaceable(out: Path) -> bool:
+    """Whether `out` is free, an empty folder, or an older bundle."""
+    if out.is_symlink() or not out.is_dir():
+        return not out.exists() and not out.is_symlink()
+    return (out / MANIFEST).is_file() or not any(out.iterdir())
+
+
+def fill(
+    folder: Path,
+    files: Mapping[str, Path],
+    *,
+    preprocess: Mapping[str, object],
+    labels: Sequence[str],
+    manifest: Mapping[str, object],
+    metrics: Mapping[str, Mapping[str, object]],
+) -> None:
+    """Write every file of the bundle into the empty `folder`, SHA256SUMS last."""
+    if bad := [label for label in labels if not label.isprintable() or label != label.strip() or not label]:
+        raise BundleError(f"labels: must be one printable line each, got {bad[0]!r}: rename the class")
+    entries: dict[str, Json] = {}
+    facts: dict[str, ModelFile] = {}
+    for name, source in files.items():
+        if not NAME.fullmatch(name):
+            raise BundleError(f"files: {name!r}: must be lower-case letters, digits, - and _")
+        shutil.copyfile(source, folder / f"{name}.onnx")
+        facts[name] = inspect(folder / f"{name}.onnx")
+        entries[name] = entry(folder / f"{name}.onnx", facts[name]) | dict(metrics.get(name, {}))
+    shapes = {(fact.input, fact.output) for fact in facts.values()}
+    if len(shapes) != 1:
+        raise BundleError(
+            f"files: must have the same input and output, got {len(shapes)} kinds: export them from one run"
+        )
+    given, wanted = shapes.pop()
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        **manifest,
+        "input": asdict(given),
+        "output": asdict(wanted),
+        "files": entries,
+    }
+    write_text(folder / MANIFEST, dump(document))
+    write_text(folder / PREPROCESS, dump(dict(preprocess)))
+    write_text(folder / LABELS, "".join(f"{label}\n" for label in labels))
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    write_text(folder / SUMS, "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths))
+
+
+def entry(path: Path, facts: ModelFile) -> Json:
+    """Return what bundle.json says of one model file, before its metrics."""
+    return {
+        "file": path.name,
+        "precision": facts.precision,
+        "sha256": sha256(path),
+        "bytes": facts.bytes,
+        "opset": facts.opset,
+        "ir_version": facts.ir_version,
+    }
+
+
+def put_in_place(new: Path, out: Path, *, old: Path) -> None:
+    """Move `new` to `out`; a bundle already there moves to `old` first, and back if that fails."""
+    for path in [*new.rglob("*"), new]:
+        sync(path)
+    replaced = out.exists()
+    if replaced:
+        out.rename(old)
+    try:
+        new.rename(out)
+    except OSError:
+        if replaced:
+            old.rename(out)
+        raise
+    sync(out.parent)
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Return the bundle in the folder `path` after checking every digest, every name and every model file's facts.
+
+    Reads nothing outside the folder and follows no link in it. Raises BundleError, naming the file, for anything amiss.
+    """
+    if not path.is_dir():
+        raise BundleError(f"{path}: is no folder: give the bundle that a run left in runs/NAME/bundle")
+    digests = read_sums(path)
+    for name, digest in digests.items():
+        if sha256(contained(path, name)) != digest:
+            raise BundleError(
+                f"{name}: is not the file the bundle was made with (SHA-256 differs): get the bundle again"
+            )
+    if missing := {MANIFEST, PREPROCESS, LABELS} - digests.keys():
+        raise BundleError(f"{SUMS}: lists no {', '.join(sorted(missing))}: get the bundle again")
+    manifest = read_json(path, MANIFEST)
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise BundleError(
+            f"{MANIFEST}: schema_version: must be {SCHEMA_VERSION}, got {manifest.get('schema_version')!r}"
+        )
+    preprocess = read_preprocess(path)
+    labels = tuple(read_text(path, LABELS).splitlines())
+    files = {
+        name: check_model(path, name, listed, digests, preprocess=preprocess, classes=len(labels))
+        for name, listed in get(manifest, MANIFEST, "files", dict).items()
+    }
+    if not files:
+        raise BundleError(f"{MANIFEST}: files: must name at least one model")
+    target = manifest.get("target")
+    return Bundle(
+        path=path,
+        name=get(manifest, MANIFEST, "name", str),
+        target=target if isinstance(target, str) else None,
+        preprocess=preprocess,
+        labels=labels,
+        files=files,
+        manifest=manifest,
+    )
+
+
+def check_model(
+    folder: Path, name: str, listed: object, digests: Mapping[str, str], *, preprocess: Preprocess, classes: int
+) -> Path:
+    """Return the path of one listed model after comparing it with its entry, the preprocessing and the labels."""
+    where = f"{MANIFEST}: files.{name}"
+    if not NAME.fullmatch(name) or not isinstance(listed, dict):
+        raise BundleError(f"{where}: must be a plain name with an object, got {listed!r}")
+    file = get(listed, where, "file", str)
+    path = contained(folder, file)
+    facts = inspect(path)
+    expected = entry(path, facts)
+    if wrong := [key for key in expected if listed.get(key) != expected[key]]:
+        raise BundleError(
+            f"{where}.{wrong[0]}: {file} has {expected[wrong[0]]!r}, got {listed.get(wrong[0])!r}: get the bundle again"
+        )
+    if file not in digests:
+        raise BundleError(f"{SUMS}: lists no {file}: get the bundle again")
+    if facts.image_size != preprocess.image_size:
+        raise BundleError(
+            f"{PREPROCESS}: image_size: {file} takes {facts.image_size}, got {preprocess.image_size}: get the bundle again"
+        )
+    if facts.output.shape[1:2] != (classes,):
+        raise BundleError(f"{LABELS}: {file} answers {facts.output.shape}, got {classes} labels: get the bundle again")
+    return path
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Return SHA256SUMS as name to digest."""
+    digests: dict[str, str] = {}
+    for line in read_text(folder, SUMS).splitlines():
+        found = SUMS_LINE.fullmatch(line)
+        if not found or found[2] in digests:
+            raise BundleError(f"{SUMS}: must hold one digest and one name a line, once each, got {line[:100]!r}")
+        digests[found[2]] = found[1]
+    return digests
+
+
+def read_preprocess(folder: Path) -> Preprocess:
+    """Return preprocess.json's numbers, checked."""
+    document = read_json(folder, PREPROCESS)
+    size, resize_to = get(document, PREPROCESS, "image_size", int), get(document, PREPROCESS, "resize_to", int)
+    if not 0 < size <= resize_to:
+        raise BundleError(f"{PREPROCESS}: resize_to: must be >= image_size ({size}), got {resize_to}")
+    mean, std = (get(document, PREPROCESS, key, list) for key in ("mean", "std"))
+    for key, numbers in (("mean", mean), ("std", std)):
+        if (
+            len(numbers) != 3
+            or not all(isinstance(number, int | float) for number in numbers)
+            or (key == "std" and min(numbers) <= 0)
+        ):
+            raise BundleError(f"{PREPROCESS}: {key}: must be three numbers (std > 0), got {numbers!r}")
+    return Preprocess(size, resize_to, tuple(mean), tuple(std))
+
+
+def contained(folder: Path, name: str) -> Path:
+    """Return the regular file `name` in `folder`; raise BundleError for a path that leaves it and for links."""
+    parts = PurePosixPath(name).parts
+    if not name.isprintable() or "\\" in name or not parts or parts[0] == "/" or ".." in parts:
+        raise BundleError(f"{name!r}: must be a file inside the bundle")
+    path = folder
+    for part in parts:
+        path = path / part
+        if path.is_symlink():
+            raise BundleError(f"{name}: must be a file of its own, not a link: get the bundle again")
+    if not path.is_file():
+        raise BundleError(f"{name}: is missing: get the bundle again")
+    return path
+
+
+def read_text(folder: Path, name: str) -> str:
+    """Return a small text file of the bundle."""
+    path = contained(folder, name)
+    if path.stat().st_size > MAX_TEXT_BYTES:
+        raise BundleError(f"{name}: must be at most {MAX_TEXT_BYTES} bytes, got {path.stat().st_size}")
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{name}: must be UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def read_json(folder: Path, name: str) -> Json:
+    """Return the JSON object in a file of the bundle."""
+    try:
+        document = json.loads(read_text(folder, name))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BundleError(f"{name}: must be JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise BundleError(f"{name}: must be a JSON object")
+    return document
+
+
+def get(document: Json, where: str, key: str, kind: type[Kind]) -> Kind:
+    """Return a value of the wanted type."""
+    value = document.get(key)
+    if not isinstance(value, kind):
+        raise BundleError(f"{where}: {key}: must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal digest of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def dump(document: Mapping[str, object]) -> str:
+    """Return JSON as people read it and in the same bytes each time."""
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 with Unix line ends everywhere."""
+    path.write_bytes(text.encode())
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

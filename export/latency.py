@@ -1,0 +1,126 @@
+"""Time several files against each other so that the machine's moods cancel.
+
+All are alive in one process and take turns in blocks. The order in a block is random, and the next block reverses it.
+Ratios are taken within a block, so what slows a whole block down slows both sides. Timed one after the other, a file
+measured 0.64 to 1.67 times as fast as itself; in turns, 0.945 to 1.029.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+RESAMPLES = 10_000
+MAX_RUNS = 2_000  # in one block: enough for any percentile, and a bound on memory
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The wall-clock time of every run, by block, in milliseconds."""
+
+    blocks: tuple[Floats, ...]
+
+    @property
+    def block_ms(self) -> Floats:
+        """The median of each block."""
+        return np.array([np.median(block) for block in self.blocks])
+
+    @property
+    def runs(self) -> int:
+        """How many runs were timed."""
+        return sum(map(len, self.blocks))
+
+    def percentile(self, percent: float) -> float:
+        """Return a percentile over all runs, in milliseconds."""
+        return float(np.percentile(np.concatenate(self.blocks), percent))
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times faster, with the 95 % interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+def time_sessions(
+    sessions: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float,
+    blocks: int,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Run every session for about `seconds` (and once per block at least), in `blocks` blocks of alternating order.
+
+    A tenth of the time more goes to the warm-up, which also tells how many runs fill a session's share of a block.
+    """
+    with no_garbage_collection():
+        share = seconds / blocks
+        counts = {name: runs_within(share, run, warmup=seconds / 10, clock=clock) for name, run in sessions.items()}
+        timed: dict[str, list[Floats]] = {name: [] for name in sessions}
+        for order in orders(list(sessions), blocks, seed):
+            for name in order:
+                timed[name].append(time_block(sessions[name], counts[name], clock))
+    return {name: Timing(tuple(parts)) for name, parts in timed.items()}
+
+
+def orders(names: list[str], blocks: int, seed: int) -> Iterator[list[str]]:
+    """Yield one order per block: a random one, then its reverse, so that every name comes early as often as late."""
+    rng = np.random.default_rng(seed)
+    order = names
+    for block in range(blocks):
+        order = order[::-1] if block % 2 else [names[i] for i in rng.permutation(len(names))]
+        yield order
+
+
+def runs_within(share: float, run: Callable[[], object], *, warmup: float, clock: Callable[[], float]) -> int:
+    """Warm up for `warmup` seconds (two runs at least) and return how many runs fill `share` seconds."""
+    durations: list[float] = []
+    while len(durations) < 2 or sum(durations) < warmup:
+        start = clock()
+        run()
+        durations.append(clock() - start)
+    return int(np.clip(share / max(np.median(durations[1:]), 1e-9), 1, MAX_RUNS))
+
+
+def time_block(run: Callable[[], object], count: int, clock: Callable[[], float]) -> Floats:
+    """Return the milliseconds of `count` runs; before more than two, one untimed run brings the caches back."""
+    if count > 2:
+        run()
+    ticks = np.empty(count + 1)
+    ticks[0] = clock()
+    for index in range(count):
+        run()
+        ticks[index + 1] = clock()
+    return np.diff(ticks) * 1e3
+
+
+def speedup(reference: Timing, other: Timing, *, seed: int = 0) -> Speedup:
+    """Return how many times faster than `reference` the `other` is: the median over blocks of the medians' ratio.
+
+    The interval is the percentile bootstrap's over blocks. Both timings must come from one call of `time_sessions`.
+    """
+    ratios = reference.block_ms / other.block_ms  # (blocks,)
+    drawn = np.random.default_rng(seed).integers(len(ratios), size=(RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(ratios[drawn], axis=1), [2.5, 97.5])
+    return Speedup(float(np.median(ratios)), float(low), float(high))
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collect once, then leave the collector off inside the block, as timeit does."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,131 @@
+"""What an ONNX file says about itself: one image input, one output, the precision it computes in. Reads, never runs."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from export.errors import BundleError
+
+Precision = Literal["fp32", "fp16", "int8"]
+MAX_BYTES = 2**31 - 1  # protobuf's own limit
+
+
+@dataclass(frozen=True)
+class Value:
+    """An input or output; a size that varies is None."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """The facts of one file."""
+
+    input: Value
+    output: Value
+    precision: Precision
+    opset: int
+    ir_version: int
+    bytes: int
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the input in pixels."""
+        size = self.input.shape[2]
+        assert size is not None
+        return size
+
+    def to_json(self) -> dict[str, object]:
+        """Return the facts as JSON holds them."""
+        return asdict(self)
+
+
+def inspect(path: Path) -> ModelFile:
+    """Read the facts of `path` without running it or opening any other file.
+
+    Raises BundleError for what is no ONNX model, for one that keeps weights in other files, and for one that does not
+    take one batch of square images and give one output.
+    """
+    model = parse(path)
+    if len(model.graph.input) != 1 or len(model.graph.output) != 1:
+        counts = f"{len(model.graph.input)} inputs and {len(model.graph.output)} outputs"
+        raise BundleError(f"{path.name}: must have one input and one output, got {counts}: export it again")
+    given, wanted = value(model.graph.input[0]), value(model.graph.output[0])
+    if len(given.shape) != 4 or given.shape[1] != 3 or given.shape[2] is None or given.shape[2] != given.shape[3]:
+        raise BundleError(
+            f"{path.name}: input {given.name}: must be (batch, 3, size, size), got {given.shape}: export it again"
+        )
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    return ModelFile(
+        input=given,
+        output=wanted,
+        precision=precision(model),
+        opset=opsets.get("", opsets.get("ai.onnx", 0)),
+        ir_version=model.ir_version,
+        bytes=path.stat().st_size,
+    )
+
+
+def parse(path: Path) -> ModelProto:
+    """Return the model in `path`, its own bytes only.
+
+    Raises BundleError for what is no ONNX model, and for one that keeps weights in other files: their paths may lead
+    anywhere.
+    """
+    if not path.is_file():
+        raise BundleError(f"{path}: no such file")
+    if not 0 < path.stat().st_size <= MAX_BYTES:
+        raise BundleError(f"{path.name}: must have 1 to {MAX_BYTES} bytes, got {path.stat().st_size}: export it again")
+    try:
+        model = onnx.load_model(path, load_external_data=False)
+    except DecodeError as error:
+        raise BundleError(f"{path.name}: is not an ONNX model ({error}): export it again") from error
+    if not model.graph.node:
+        raise BundleError(f"{path.name}: is not an ONNX model (no graph in it): export it again")
+    graphs = [model.graph, *(function_graph(function.node) for function in model.functions)]
+    for tensor in (tensor for graph in graphs for tensor in tensors(graph)):
+        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+            raise BundleError(f"{path.name}: keeps {tensor.name or 'a tensor'} in another file: export it as one file")
+    return model
+
+
+def tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    """Yield every tensor of the graph: initializers, constants in attributes, and those of subgraphs."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for subgraph in (attribute.g, *attribute.graphs):
+            yield from tensors(subgraph)
+
+
+def function_graph(nodes: list[NodeProto]) -> GraphProto:
+    """Return a model-local function's nodes as a graph, so that its tensors are found like any other's."""
+    return GraphProto(node=nodes)
+
+
+def value(info: ValueInfoProto) -> Value:
+    """Return name, shape and numpy's name of the element type of an input or output."""
+    tensor = info.type.tensor_type
+    shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim)
+    return Value(
+        info.name, shape, helper.tensor_dtype_to_np_dtype(tensor.elem_type).name if tensor.elem_type else "unknown"
+    )
+
+
+def precision(model: ModelProto) -> Precision:
+    """Return int8 for a file with any quantized operator, fp16 for one with half-precision tensors, else fp32."""
+    operators = {node.op_type for node in model.graph.node}
+    if operators & {"QuantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger"}:
+        return "int8"
+    return "fp16" if any(tensor.data_type == TensorProto.FLOAT16 for tensor in tensors(model.graph)) else "fp32"

@@ -1,0 +1,119 @@
+"""Open ONNX Runtime sessions, bind their inputs and outputs, and fit a network to another image size."""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+from export.errors import BundleError
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+PROVIDERS = {"cpu": CPU, "cuda": CUDA}
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+# ONNX Runtime's exceptions share no base class of their own; pybind turns the rest into RuntimeError.
+RUNTIME_ERRORS: tuple[type[Exception], ...] = (
+    native.EPFail,
+    native.Fail,
+    native.InvalidArgument,
+    native.InvalidGraph,
+    native.InvalidProtobuf,
+    native.NoSuchFile,
+    native.NotImplemented,
+    native.RuntimeException,
+    RuntimeError,
+)
+
+Run = Callable[[], None]
+
+
+def open_session(
+    model: Path | bytes, *, provider: str = CPU, threads: int = 0, provider_options: Mapping[str, str] | None = None
+) -> onnxruntime.InferenceSession:
+    """Open `model` with every graph optimization on `provider` with `threads` intra-op threads (0 is all cores).
+
+    Raises BundleError where the file or the provider cannot be loaded; never falls back to another provider.
+    """
+    name = model.name if isinstance(model, Path) else "the model"
+    if provider not in available_providers():
+        raise BundleError(
+            f"{provider}: not here, ONNX Runtime offers {', '.join(available_providers())}: install onnxruntime-gpu"
+        )
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    # Workers spin while a run lasts, but not after it: files timed in turn would steal each other's cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    source = str(model) if isinstance(model, Path) else model
+    try:
+        session = onnxruntime.InferenceSession(
+            source, options, providers=[(provider, dict(provider_options or {}))], enable_fallback=0
+        )
+    except RUNTIME_ERRORS as error:
+        raise BundleError(f"{name}: ONNX Runtime cannot load it ({first_line(error)}): export it again") from error
+    if session.get_providers()[0] != provider:
+        raise BundleError(f"{provider}: did not start: install the CUDA and cuDNN that onnxruntime-gpu asks for")
+    return session
+
+
+@cache
+def available_providers() -> tuple[str, ...]:
+    """Return the providers that this ONNX Runtime offers; with CUDA among them its libraries are loaded first."""
+    providers = tuple(onnxruntime.get_available_providers())
+    if CUDA in providers:
+        onnxruntime.preload_dlls()
+    return providers
+
+
+def bind(session: onnxruntime.InferenceSession, images: NDArray[np.generic]) -> Run:
+    """Return a call that runs `session` on `images` once, with input and output buffers that stay on the device.
+
+    The call returns when the device is done. Raises BundleError where the network cannot run on this shape.
+    """
+    device = "cuda" if session.get_providers()[0] == CUDA else "cpu"
+    (given,), (wanted,) = session.get_inputs(), session.get_outputs()
+    shape = [len(images), *wanted.shape[1:]]
+    binding = session.io_binding()
+    inputs = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(images, DTYPES[given.type]), device, 0)
+    outputs = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, DTYPES[wanted.type], device, 0)
+    binding.bind_ortvalue_input(given.name, inputs)
+    binding.bind_ortvalue_output(wanted.name, outputs)
+
+    def run() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    try:
+        run()
+    except RUNTIME_ERRORS as error:
+        raise BundleError(f"input {images.shape}: the network cannot run on it ({first_line(error)})") from error
+    return run
+
+
+def resize_input(model: bytes, size: int) -> bytes:
+    """Return the fully convolutional `model` with an input of `size` x `size` pixels.
+
+    Raises BundleError where the network has its size baked in.
+    """
+    proto = onnx.load_model_from_string(model)
+    (value,) = proto.graph.input
+    for dim in value.type.tensor_type.shape.dim[2:]:
+        dim.dim_value = size
+    del proto.graph.value_info[:]
+    resized: bytes = proto.SerializeToString()
+    try:
+        bind(open_session(resized, threads=1), np.zeros((1, 3, size, size), np.float32))
+    except BundleError as error:
+        raise BundleError(f"image size {size}: the network has its own size baked in, time it at that size") from error
+    return resized
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error of ONNX Runtime's, short enough for a sentence."""
+    return str(error).strip().partition("\n")[0][:200]

@@ -1,0 +1,67 @@
+"""Where INT8 will run, and the number grid that is right there.
+
+One frozen row for each target. Training, post-training quantization and export all read the same row, so the grid that was trained is
+the grid that is deployed.
+"""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Target:
+    """The INT8 numerics of one kind of machine."""
+
+    name: str
+    activation_min: int
+    activation_max: int
+    weight_min: int
+    weight_max: int
+    symmetric_activations: bool
+    why: str
+
+    @property
+    def unsigned_activations(self) -> bool:
+        """Whether activations are stored as uint8 (else int8)."""
+        return self.activation_min == 0
+
+    @property
+    def weight_scale_divisor(self) -> int:
+        """The largest weight level that has a mirror image; a channel's scale is max|w| divided by it."""
+        return min(-self.weight_min, self.weight_max)
+
+
+TARGETS = {
+    "cpu_avx2": Target("cpu_avx2", 0, 255, -64, 63, False,
+        "vpmaddubsw adds two U8xS8 products into 16 bits and saturates: 7-bit weights cannot, and run at the same speed"),
+    "cpu_vnni": Target("cpu_vnni", 0, 255, -128, 127, False,
+        "VNNI accumulates U8xS8 into 32 bits: the full weight range is exact"),
+    "cpu_arm": Target("cpu_arm", -128, 127, -128, 127, False,
+        "Arm's integer kernels multiply S8xS8"),
+}  # fmt: skip
+
+
+def host_instruction_sets() -> frozenset[str]:
+    """Return the CPU's feature flags as the kernel names them, empty where the system does not tell."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return frozenset()
+    for line in cpuinfo.read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def host_target() -> Target:
+    """Return the target that this machine is; without a sign of VNNI the 7-bit grid, which is exact everywhere."""
+    if platform.machine() in ("aarch64", "arm64"):
+        return TARGETS["cpu_arm"]
+    if host_instruction_sets() & {"avx512_vnni", "avx_vnni", "avxvnni"}:
+        return TARGETS["cpu_vnni"]
+    return TARGETS["cpu_avx2"]
+
+
+def resolve_target(name: str) -> Target:
+    """Return the named target; `auto` is this machine's."""
+    return host_target() if name == "auto" else TARGETS[name]
