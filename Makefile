@@ -77,4 +77,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]' 2>&1 \
 		| tee $(VENV)/pip.log | awk '/(Downloading|Using cached) .* MB\)/ { print "  " $$0; fflush() } /^Installing/ { print "  Installing"; fflush() }' \
 		|| { grep -i -A 20 error $(VENV)/pip.log >&2 || tail -20 $(VENV)/pip.log >&2; echo "pip failed; all it said is in $(VENV)/pip.log" >&2; exit 1; }
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+		echo "  a GPU is here: onnxruntime-gpu takes onnxruntime's place (both at once overwrite each other's files)"; \
+		$(BIN)/python -m pip uninstall -q -y onnxruntime onnxruntime-gpu 2>/dev/null; \
+		$(BIN)/python -m pip install -q --disable-pip-version-check --progress-bar off -c constraints.txt onnxruntime-gpu; \
+	fi
 	@touch $@

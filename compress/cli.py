@@ -46,7 +46,7 @@ class Commands(TyperGroup):
             place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
             _fail(f"{place}{os.strerror(number).lower()}; {REPAIRS[number]}")
         except KeyboardInterrupt:
-            _say("interrupted; the same command goes on from here")
+            _say("interrupted; the same command goes on from the last finished stage")
             raise typer.Exit(130) from None
 
 
@@ -161,13 +161,12 @@ def plan(
     data: DataPath = None,
     weights: Weights = None,
     out: Out = None,
-    trust_code: TrustCode = False,
 ) -> None:
     """Say which stages would run, which are there already, and why."""
     resolved = read_recipe(recipe, overrides or (), data=data, weights=weights, out=out)
     from compress.pipeline import plan_recipe
 
-    for line in plan_recipe(resolved, trust_code=trust_code):
+    for line in plan_recipe(resolved):
         typer.echo(f"{'cached' if line.cached else 'runs':6}  {line.stage:7}  {line.directory}  ({line.reason})")
 
 
@@ -200,7 +199,6 @@ def doctor(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of all runs.")] = Path("runs"),
 ) -> None:
     """Look at this machine: what is installed, what INT8 can gain here, and how to repair what is missing."""
-    _quiet(verbose=False)
     from compress.doctor import examine
 
     raise typer.Exit(examine(out))

@@ -28,7 +28,7 @@ def distillation_step(terms: Sequence[LossTerm], task: Task, teacher: nn.Module)
     def step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         targets = _teach(teacher, batch.images) if needs_teacher else batch.targets
         outputs = model(batch.images)
-        measured = {term.name: _loss(term, task, outputs, targets, batch) for term in terms}
+        measured: dict[str, Tensor] = {term.name: _loss(term, task, outputs, targets, batch) for term in terms}
         return {"loss": torch.stack([term.weight * measured[term.name] for term in terms]).sum(), **measured}
 
     return step

@@ -19,7 +19,7 @@ from compress.artifact import Meta, exclusive, finish, is_complete, key_of, line
 from compress.data.digest import dataset_digest
 from compress.errors import ArtifactError, CompressError
 from compress.models.digest import source_digest
-from compress.recipe import GIVES, TAKES, Recipe, StageSection
+from compress.recipe import FILES, GIVES, TAKES, Recipe, StageSection, Targets
 from compress.recipe_file import write_recipe
 from export.environment import environment, fingerprint
 from export.targets import resolve_target
@@ -48,10 +48,10 @@ def run_root(recipe: Recipe) -> Path:
     return Path(recipe.out) / recipe.name
 
 
-def plan_recipe(recipe: Recipe, *, trust_code: bool) -> list[PlanLine]:
-    """Say for every stage whether it would run, and why. Imports no torch.
+def plan_recipe(recipe: Recipe) -> list[PlanLine]:
+    """Say for every stage whether it would run, and why. Imports no torch and runs none of the recipe's code.
 
-    `trust_code` changes nothing here: no code of the recipe's runs. Raises CompressError for data or weights that are missing.
+    Raises CompressError for data or weights that are missing.
     """
     lines: list[PlanLine] = []
     for index, (section, key) in enumerate(zip(recipe.stages, _keys(recipe), strict=True)):
@@ -64,9 +64,10 @@ def plan_recipe(recipe: Recipe, *, trust_code: bool) -> list[PlanLine]:
 
 def run_recipe(recipe: Recipe, *, trust_code: bool, until: str | None, verbose: bool, command: str) -> int:
     """Make what is missing, write the report and the bundle, print the tables; return 0, or 1 where a target is missed."""
-    plan = plan_recipe(recipe, trust_code=trust_code)
-    if until is not None:
+    plan = plan_recipe(recipe)
+    if until is not None:  # part of a recipe is not judged by what the whole must reach
         plan = plan[: _position(recipe, until) + 1]
+        recipe = recipe.model_copy(update={"targets": Targets()})
     root = run_root(recipe)
     first_rank = _is_first_rank()
     with exclusive(root) if first_rank else nullcontext():
@@ -90,7 +91,9 @@ def run_stage(recipe: Recipe, stage: str, *, src: Path | None, out: Path, trust_
         raise ArtifactError(f"{out}: exists already; name a new folder with --out")
     kind = "nothing" if src is None else read_meta(src).kind
     if kind not in TAKES[stage]:
-        raise ArtifactError(f"--src: {stage} takes {' or '.join(sorted(TAKES[stage]))}, but {src or 'no folder'} holds {kind}")
+        raise ArtifactError(
+            f"--src: {stage} takes {' or '.join(sorted(TAKES[stage]))}, but {src or 'no folder'} holds {kind}"
+        )
     parent = None if src is None else lineage(src)[-1]
     out.parent.mkdir(parents=True, exist_ok=True)
     key = key_of({"section": section.model_dump(mode="json"), "src": None if src is None else read_meta(src).key})
@@ -142,7 +145,12 @@ def _keys(recipe: Recipe) -> Iterator[str]:
     for section in recipe.stages:
         more = {"qat": target, "export": target, "bench": fingerprint(environment())}.get(section.stage)
         key = key_of(
-            {"section": section.model_dump(mode="json"), "parent": key, "version": VERSIONS[section.stage], "more": more}
+            {
+                "section": section.model_dump(mode="json"),
+                "parent": key,
+                "version": VERSIONS[section.stage],
+                "more": more,
+            }
         )
         yield key
 
@@ -161,7 +169,11 @@ def _why(recipe: Recipe, index: int, section: StageSection, directory: Path, bef
     newest = read_meta(max(others, key=lambda path: path.stat().st_mtime)).section
     now = section.model_dump(mode="json")
     changes = list(_differences("", newest, now))
-    return f"changed: {', '.join(changes)}" if changes else "the data, the model, the seed, the machine or the tool changed"
+    return (
+        f"changed: {', '.join(changes)}"
+        if changes
+        else "the data, the model, the seed, the machine or the tool changed"
+    )
 
 
 def _differences(path: str, old: object, new: object) -> Iterator[str]:
@@ -243,7 +255,7 @@ def _report(recipe: Recipe, artifacts: list[Path], cached: dict[str, bool], *, c
     exported = [path for path in artifacts if read_meta(path).stage == "export"]
     if exported:
         _bundle(recipe, root / "bundle", exported[-1], report)
-    print_report(report, Console())
+    print_report(report, Console(), verbose=verbose, page=root / "report" / "index.html")
     return 0 if report["verdict"] == "pass" else 1
 
 
@@ -251,7 +263,7 @@ def _bundle(recipe: Recipe, out: Path, exported: Path, report: "Report") -> None
     from export.bundle import write_bundle
 
     rows = {row["name"]: row for row in report["deployed"]}
-    files = {path.stem: path for path in sorted(exported.glob("*.onnx"))}
+    files = {name: exported / f"{name}.onnx" for name in FILES if (exported / f"{name}.onnx").exists()}
     write_bundle(
         out,
         files,

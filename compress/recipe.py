@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 Kind = Literal["nothing", "float", "fakequant", "onnx"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-FileName = Literal["teacher_fp32", "student_fp32", "student_fp16", "student_ptq_int8", "student_int8"]
+FILES = ("teacher_fp32", "student_fp32", "student_fp16", "student_ptq_int8", "student_int8")
 PathText = Annotated[str, Field(min_length=1)]
 
 
@@ -109,7 +109,7 @@ class Fit(Section):
     clip_norm: Annotated[float, Field(ge=0)] = 0.0
     """The largest norm of the gradient (0 switches clipping off)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast type; auto is bf16 on a GPU that has it and fp32 elsewhere."""
+    """Autocast type; auto is bf16 on a GPU that has it and fp32 elsewhere, and fp32 in the qat stage."""
     compile: bool = False
     """Run the training step through torch.compile."""
 
@@ -255,7 +255,7 @@ class BenchStage(Section):
     """Further image sizes to time, besides the recipe's own."""
     providers: Annotated[tuple[Literal["cpu", "cuda"], ...], Field(min_length=1)] = ("cpu", "cuda")
     """Where to time; a provider that this machine lacks is left out and the report says so."""
-    seconds: Annotated[float, Field(gt=0)] = 2.0
+    seconds: Annotated[float, Field(gt=0)] = 1.0
     """Time for each file at each setting."""
     blocks: Annotated[int, Field(ge=4)] = 10
     """Interleaved blocks; medians and the intervals come from them."""
@@ -331,7 +331,9 @@ class Recipe(Section):
         for index, section in enumerate(self.stages):
             if kind not in TAKES[section.stage]:
                 wanted = " or ".join(sorted(TAKES[section.stage]))
-                before = f"{self.stages[index - 1].stage} gives {kind}" if index else "the first stage starts from nothing"
+                before = (
+                    f"{self.stages[index - 1].stage} gives {kind}" if index else "the first stage starts from nothing"
+                )
                 raise ValueError(
                     f"stages.{index}: {section.stage} takes {wanted}, but {before}; "
                     "the usual order is source, prune, distill, qat, export, bench"
@@ -345,7 +347,9 @@ class Recipe(Section):
         if not isinstance(source, SourceStage):
             return self
         if source.fit is None and (self.model.weights is None or source.fine_tune):
-            raise ValueError("stages.0.fit: without model.weights the teacher is trained here: say how, or give WEIGHTS=file")
+            raise ValueError(
+                "stages.0.fit: without model.weights the teacher is trained here: say how, or give WEIGHTS=file"
+            )
         if self.model.reset_head and not source.fine_tune:
             raise ValueError("model.reset_head: leaves the classifier untrained: also set stages.0.fine_tune: true")
         return self

@@ -1,15 +1,17 @@
 """One execution of a recipe: where, on what, with which data and teacher. Stages ask it; it decides nothing about compression."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import nn
 
 from compress.artifact import Metrics, lineage, read_meta
 from compress.data.augment import Augmentation
@@ -17,11 +19,11 @@ from compress.data.batches import Batch, eval_batches, steps_per_epoch, train_ba
 from compress.data.dataset import Dataset, open_dataset
 from compress.errors import CompressError
 from compress.log import StageLog
+from compress.models.structure import count
 from compress.network import load_float, load_network
-from compress.pruning.layers import measure_layers
 from compress.recipe import Fit, Recipe
 from compress.tasks import TASKS, Task, evaluate
-from compress.train import Loop, Step, fit
+from compress.train import Loop, Step, fit, place_
 from export.targets import Target, resolve_target
 
 # One rank exports and benches while the others wait at the barrier; that can take long.
@@ -71,7 +73,11 @@ class Run:
         """Return the validation batches, in order."""
         data = self.recipe.data
         return eval_batches(
-            self.dataset.val, self.dataset.preprocess, batch_size=data.eval_batch_size, device=self.device, workers=data.workers
+            self.dataset.val,
+            self.dataset.preprocess,
+            batch_size=data.eval_batch_size,
+            device=self.device,
+            workers=data.workers,
         )
 
     def calibration(self, images: int) -> Iterator[Batch]:
@@ -91,7 +97,7 @@ class Run:
         return train_batches(
             self.dataset,
             batch_size=settings.batch_size,
-            augmentation=Augmentation(**asdict_section(self.recipe.data.augment)),
+            augmentation=Augmentation(**self.recipe.data.augment.model_dump()),
             seed=self.recipe.seed,
             epoch=epoch,
             rank=self.rank,
@@ -134,35 +140,27 @@ class Run:
 
     def load(self, directory: Path) -> nn.Module:
         """Return an artifact's network on the device."""
-        return load_network(directory, trust_code=self.trust_code).to(self.device, memory_format=torch.channels_last)
+        return place_(load_network(directory, trust_code=self.trust_code), self.device)
 
     def teacher(self, directory: Path) -> nn.Module:
         """Return the teacher that an artifact descends from: on the device, in eval mode, without gradients."""
         source = lineage(directory)[0]
-        teacher = load_float(source, trust_code=self.trust_code).requires_grad_(False)
-        return teacher.to(self.device, memory_format=torch.channels_last)
+        return place_(load_float(source, trust_code=self.trust_code).requires_grad_(False), self.device)
 
     def measure(self, model: nn.Module) -> Metrics:
         """Return the stage metrics of a float network: accuracy, parameters, multiply-accumulates, size."""
-        images = torch.zeros(1, 3, self.image_size, self.image_size, device=self.device)
-        macs = sum(layer.macs for layer in measure_layers(model, images))
-        params = sum(parameter.numel() for parameter in model.parameters())
+        costs = count(model, self.image_size)
         return {
             **evaluate(model, self.validation(), self.task),
-            "params_m": params / 1e6,
-            "macs_m": macs / 1e6,
-            "size_mb": params * 4 / 1e6,
+            "params_m": costs.params / 1e6,
+            "macs_m": costs.macs / 1e6,
+            "size_mb": costs.params * 4 / 1e6,
         }
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.ranks > 1:
             dist.barrier()
-
-
-def asdict_section(section: object) -> dict[str, object]:
-    """Return a recipe section's fields as plain arguments."""
-    return dict(section)  # type: ignore[call-overload, no-any-return]
 
 
 def float_ancestor(directory: Path) -> Path:
@@ -190,14 +188,7 @@ def open_run(recipe: Recipe, *, trust_code: bool, verbose: bool) -> Run:
     return Run(recipe, device, rank, ranks, resolve_target(recipe.target), trust_code, verbose)
 
 
-def as_numpy(batches: Iterator[Batch]) -> Iterator[tuple[object, object]]:
-    """Yield (images float32 (n, 3, s, s), labels int64 (n,)) as contiguous arrays for ONNX Runtime."""
+def as_numpy(batches: Iterator[Batch]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    """Yield (images (n, 3, s, s), labels (n,)) as contiguous arrays for ONNX Runtime."""
     for batch in batches:
-        yield to_array(batch.images), to_array(batch.targets)
-
-
-def to_array(tensor: Tensor) -> object:
-    """Return a tensor as a contiguous array on the CPU."""
-    return tensor.cpu().contiguous().numpy()
-
-
+        yield batch.images.cpu().contiguous().numpy(), batch.targets.cpu().numpy()

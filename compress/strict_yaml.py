@@ -32,7 +32,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose a node; refuse anchors, aliases, tags and depth."""
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "anchor", None) is not None:
             _refuse("anchors and aliases (& and *) are not read; write the value out", event.start_mark)
         if getattr(event, "tag", None) is not None:

@@ -33,7 +33,9 @@ class Loop:
     ranks: int
     seed: int
     phase: str
-    before_step: Callable[[nn.Module, float], None] | None = None  # (model in training mode, part of the training that is done)
+    before_step: Callable[[nn.Module, float], None] | None = (
+        None  # (model in training mode, part of the training that is done)
+    )
     after_backward: Callable[[nn.Module], None] | None = None
 
 
@@ -60,8 +62,15 @@ def make_optimizer(model: nn.Module, settings: Fit) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr)
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
+        return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+    return torch.optim.SGD(
+        groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=True
+    )
+
+
+def place_(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network to its device in channels_last: up to eight times faster convolutions on a CPU, tensor cores on a GPU."""
+    return model.to(device).to(memory_format=torch.channels_last)
 
 
 def fit(model: nn.Module, step: Step, settings: Fit, loop: Loop) -> nn.Module:
@@ -70,7 +79,7 @@ def fit(model: nn.Module, step: Step, settings: Fit, loop: Loop) -> nn.Module:
     `step` returns one dictionary of measurements whose "loss" is minimized. Every view, dropout and shuffle is a function of (seed, epoch),
     so a run that was killed goes on from its checkpoint to the same bits. Raises CompressError when the loss is no longer finite.
     """
-    model = model.to(loop.device, memory_format=torch.channels_last)  # up to 8x faster convolutions on a CPU
+    model = place_(model, loop.device)
     optimizer = make_optimizer(model, settings)
     average = _average(model, settings)
     done = _resume(loop.checkpoint, model, optimizer, average)
@@ -84,7 +93,9 @@ def fit(model: nn.Module, step: Step, settings: Fit, loop: Loop) -> nn.Module:
         measurements |= loop.evaluate(result)
         loop.log.epoch(measurements)
         if not math.isfinite(measurements["loss"]):
-            raise CompressError(f"{loop.phase}: the loss is {measurements['loss']} in epoch {epoch + 1}; lower fit.lr or set fit.clip_norm")
+            raise CompressError(
+                f"{loop.phase}: the loss is {measurements['loss']} in epoch {epoch + 1}; lower fit.lr or set fit.clip_norm"
+            )
         if loop.log.enabled and epoch + 1 < settings.epochs and time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
             _save(loop.checkpoint, epoch + 1, model, optimizer, average)
             saved_at = time.monotonic()
@@ -141,16 +152,21 @@ def _wrap(model: nn.Module, settings: Fit, loop: Loop) -> nn.Module:
     """Return what the step calls: the model itself, distributed or compiled around the same parameters."""
     wrapped = model
     if loop.ranks > 1:
-        wrapped = DistributedDataParallel(wrapped, device_ids=[loop.device.index] if loop.device.type == "cuda" else None)
+        wrapped = DistributedDataParallel(
+            wrapped, device_ids=[loop.device.index] if loop.device.type == "cuda" else None
+        )
     return torch.compile(wrapped) if settings.compile else wrapped  # type: ignore[return-value]
 
 
-def _save(path: Path, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedModel | None) -> None:
+def _save(
+    path: Path, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedModel | None
+) -> None:
     state = {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     if average:
         state["average"] = average.state_dict()
     aside = path.with_suffix(".partial")
-    torch.save(state, aside)
+    with aside.open("wb") as file:  # torch hides what went wrong with a path of its own, such as a full disk
+        torch.save(state, file)
     aside.rename(path)
 
 

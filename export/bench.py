@@ -22,7 +22,7 @@ from export.cuda_options import describe, fastest
 from export.environment import environment
 from export.errors import BundleError
 from export.images import labelled_batches
-from export.latency import Timing, time_sessions
+from export.latency import Timing, speedup, time_sessions
 from export.memory import peak_memory_mb
 from export.model_file import ModelFile, inspect
 from export.session import CPU, PROVIDERS, Run, available_providers, bind, open_session, resize_input
@@ -171,8 +171,8 @@ def prepare(
 
 
 def is_slow(timed: Mapping[str, Timing], name: str) -> bool:
-    """Whether a float16 file is so much slower than the student's float32 that its kernels must be emulated."""
-    return STUDENT in timed and timed[name].percentile(50) > SLOW * timed[STUDENT].percentile(50)
+    """Whether a float16 file is surely so much slower than the student's float32 that its kernels must be emulated."""
+    return STUDENT in timed and speedup(timed[STUDENT], timed[name]).high < 1 / SLOW
 
 
 def target_warnings(target: str | None) -> list[str]:

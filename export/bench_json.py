@@ -29,7 +29,7 @@ class SpeedupRow(TypedDict):
 
 
 class TimingRow(TypedDict):
-    """One file at one setting; MB are 10^6 bytes."""
+    """One file at one setting; MB are 10^6 bytes, and peak memory is what one thread's run adds to ONNX Runtime's own."""
 
     name: str
     file: str

@@ -11,6 +11,7 @@ The same inputs give the same bytes.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -238,11 +239,8 @@ def read_preprocess(folder: Path) -> Preprocess:
         raise BundleError(f"{PREPROCESS}: resize_to: must be >= image_size ({size}), got {resize_to}")
     mean, std = (get(document, PREPROCESS, key, list) for key in ("mean", "std"))
     for key, numbers in (("mean", mean), ("std", std)):
-        if (
-            len(numbers) != 3
-            or not all(isinstance(number, int | float) for number in numbers)
-            or (key == "std" and min(numbers) <= 0)
-        ):
+        lowest = 0 if key == "std" else -math.inf
+        if len(numbers) != 3 or not all(isinstance(one, int | float) and lowest < one < math.inf for one in numbers):
             raise BundleError(f"{PREPROCESS}: {key}: must be three numbers (std > 0), got {numbers!r}")
     return Preprocess(size, resize_to, tuple(mean), tuple(std))
 
@@ -277,7 +275,7 @@ def read_json(folder: Path, name: str) -> Json:
     """Return the JSON object in a file of the bundle."""
     try:
         document = json.loads(read_text(folder, name))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{name}: must be JSON ({error})") from error
     if not isinstance(document, dict):
         raise BundleError(f"{name}: must be a JSON object")

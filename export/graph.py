@@ -68,13 +68,17 @@ def global_average_pools_(model: ModelProto) -> int:
             pooled, flat = f"{node.output[0]}_pooled", node.output[0]
             node.output[0] = pooled
             position = list(model.graph.node).index(node)
-            model.graph.node.insert(position + 1, helper.make_node("Flatten", [pooled], [flat], name=f"{node.name}_flatten"))
+            model.graph.node.insert(
+                position + 1, helper.make_node("Flatten", [pooled], [flat], name=f"{node.name}_flatten")
+            )
     return len(pools)
 
 
 def to_float16(model: ModelProto) -> ModelProto:
     """Return the model with float16 weights and arithmetic; input and output stay float32, so callers need no change."""
-    halved = convert_float_to_float16(onnx.ModelProto.FromString(model.SerializeToString()), keep_io_types=True)
+    halved: ModelProto = convert_float_to_float16(
+        onnx.ModelProto.FromString(model.SerializeToString()), keep_io_types=True
+    )
     OnnxModel(halved).topological_sort()  # the converter appends the input's cast at the end
     return halved
 

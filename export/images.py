@@ -4,6 +4,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte decoded
 
 Labelled = tuple[NDArray[np.float32], NDArray[np.int64]]
 """Images as the network takes them, (batch, 3, size, size), and their labels, (batch,)."""
@@ -42,6 +44,8 @@ class Preprocess:
             from PIL import Image
 
             width, height = self.resize_to * width // shorter, self.resize_to * height // shorter
+            if width * height > MAX_PIXELS:
+                raise BundleError(f"an image of {image.width} x {image.height} pixels: too narrow to resize: remove it")
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         left, top = (width - self.image_size) // 2, (height - self.image_size) // 2
         return np.asarray(image)[top : top + self.image_size, left : left + self.image_size]
@@ -61,6 +65,8 @@ def labelled_batches(
     The .npz file holds `images`, uint8 (n, height, width, 3), and `labels`, integers (n,).
     Raises BundleError for data that do not fit the bundle, and for a broken image.
     """
+    if find_spec("PIL") is None:
+        raise BundleError(f"{data}: reading images needs Pillow: pip install pillow")
     if data.is_dir():
         examples = folder_examples(data / "val" if (data / "val").is_dir() else data, preprocess, labels)
     elif data.suffix == ".npz":
@@ -119,7 +125,7 @@ def read_image(path: Path) -> "Image.Image":
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # of damaged metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 return image.convert("RGB")

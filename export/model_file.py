@@ -7,11 +7,12 @@ from typing import Literal
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from export.errors import BundleError
 
 Precision = Literal["fp32", "fp16", "int8"]
+DTYPES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.UINT8: "uint8"}
 MAX_BYTES = 2**31 - 1  # protobuf's own limit
 
 
@@ -58,10 +59,13 @@ def inspect(path: Path) -> ModelFile:
         counts = f"{len(model.graph.input)} inputs and {len(model.graph.output)} outputs"
         raise BundleError(f"{path.name}: must have one input and one output, got {counts}: export it again")
     given, wanted = value(model.graph.input[0]), value(model.graph.output[0])
-    if len(given.shape) != 4 or given.shape[1] != 3 or given.shape[2] is None or given.shape[2] != given.shape[3]:
+    size = given.shape[2] if len(given.shape) == 4 else None
+    if not size or size < 1 or given.shape[1:] != (3, size, size):
         raise BundleError(
-            f"{path.name}: input {given.name}: must be (batch, 3, size, size), got {given.shape}: export it again"
+            f"{path.name}: {given.name}: must be (batch, 3, size, size), got {given.shape}: export it again"
         )
+    if not wanted.shape or None in wanted.shape[1:]:
+        raise BundleError(f"{path.name}: {wanted.name}: must be of one size, got {wanted.shape}: export it again")
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     return ModelFile(
         input=given,
@@ -117,10 +121,10 @@ def function_graph(nodes: list[NodeProto]) -> GraphProto:
 def value(info: ValueInfoProto) -> Value:
     """Return name, shape and numpy's name of the element type of an input or output."""
     tensor = info.type.tensor_type
+    if tensor.elem_type not in DTYPES:
+        raise BundleError(f"{info.name}: must be a tensor of {', '.join(DTYPES.values())}: export it again")
     shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim)
-    return Value(
-        info.name, shape, helper.tensor_dtype_to_np_dtype(tensor.elem_type).name if tensor.elem_type else "unknown"
-    )
+    return Value(info.name, shape, DTYPES[tensor.elem_type])
 
 
 def precision(model: ModelProto) -> Precision:

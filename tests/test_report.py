@@ -291,7 +291,8 @@ def test_a_report_is_json_without_the_block_medians(tmp_path: Path) -> None:
 
 def test_a_run_without_a_bench_still_says_where_it_ran(tmp_path: Path) -> None:
     report = build_report(tmp_path, ("source", "prune"))
-    assert report["deployed"] == [] and report["environment"]["python"] == sys.version.split()[0]
+    assert report["deployed"] == []
+    assert report["environment"]["python"] == sys.version.split()[0]
 
 
 def test_the_report_imports_no_torch() -> None:
@@ -347,7 +348,8 @@ def test_a_speed_target_is_judged_at_the_largest_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["max_top1_drop", "min_speedup", "min_int8_speedup", "max_size_ratio"])
 def test_without_a_bench_stage_a_target_is_not_measured_and_so_missed(tmp_path: Path, target: str) -> None:
     report = build_report(tmp_path, ("source", "prune"), {target: 1.0})
-    assert report["verdict"] == "fail" and "not measured" in report["failures"][0]
+    assert report["verdict"] == "fail"
+    assert "not measured" in report["failures"][0]
 
 
 def test_gpu_timings_alone_do_not_reach_a_speed_target(tmp_path: Path) -> None:
@@ -373,7 +375,8 @@ def test_the_page_is_well_formed_self_contained_and_small(tmp_path: Path, varian
     tags = parse(page)
     assert (tags.open, tags.links) == ([], [])
     assert not tags.seen & {"script", "link", "img", "iframe", "object"}
-    assert "url(" not in page and "@import" not in page
+    assert "url(" not in page
+    assert "@import" not in page
     assert len(page.encode()) < 1_000_000
 
 
@@ -399,7 +402,8 @@ def test_the_page_draws_what_each_stage_changed(tmp_path: Path) -> None:
 
 def test_the_page_says_which_target_was_missed(tmp_path: Path) -> None:
     page = render(build_report(tmp_path, targets={"min_speedup": 5, "max_top1_drop": 0.01}), tmp_path)
-    assert "1 of 2 targets missed" in page and "wanted at least 5.00×" in page
+    assert "1 of 2 targets missed" in page
+    assert "wanted at least 5.00×" in page
 
 
 def test_a_training_with_a_lost_loss_is_drawn_with_a_gap() -> None:
@@ -470,7 +474,8 @@ def test_the_terminal_s_tables_fit_80_columns(tmp_path: Path, variant: str) -> N
 
 def test_the_terminal_shows_batch_1_and_one_thread_unless_verbose(tmp_path: Path) -> None:
     report = build_report(tmp_path)
-    assert "batch 8" not in shown(report) and "all threads" not in shown(report)
+    assert "batch 8" not in shown(report)
+    assert "all threads" not in shown(report)
     assert "CPU · all threads · batch 8 · 224 px" in shown(report, verbose=True)
 
 
@@ -484,4 +489,5 @@ def test_the_terminal_ends_with_verdict_failures_and_the_page(tmp_path: Path) ->
 
 def test_a_file_shows_no_escape_codes_and_brackets_as_they_are(tmp_path: Path) -> None:
     text = shown(build_report(tmp_path, warnings=("class [red]x[/red]",)))
-    assert "class [red]x[/red]" in text and "\x1b" not in text
+    assert "class [red]x[/red]" in text
+    assert "\x1b" not in text

@@ -1,18 +1,22 @@
 """Open a data set: its images, split, classes and preprocessing."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from compress.data import images
 from compress.data.digest import NATIVE_SIZE, dataset_digest, folder_of
 from compress.data.folders import Listing, list_folder
-from compress.data.images import ImageSet
+from compress.data.images import MEMORY_BYTES, ArrayImages, FileImages, ImageSet, decode_all, from_files
 from compress.data.named import NAMED, Arrays, NamedSet
 from compress.data.preprocess import Preprocess
 from compress.data.split import held_out, limited
 from compress.errors import DataError
+
+Lazy = FileImages | ArrayImages
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,64 +63,60 @@ def open_dataset(
     )
     preprocess = Preprocess(image_size or NATIVE_SIZE[name], resize, mean, std)
     found = list_folder(folder_of(path)) if name == "imagefolder" else NAMED[name](path)
-    split = _Split(found.classes, val_fraction, limit_per_class, seed)
+    labels = _train_labels(found)
+    val = None if found.val is not None else held_out(labels, found.classes, fraction=val_fraction, seed=seed)
+    train = np.arange(len(labels)) if val is None else np.setdiff1d(np.arange(len(labels)), val)
+    if limit_per_class is not None:
+        train = train[limited(labels[train], len(found.classes), per_class=limit_per_class, seed=seed)]
+    lazy = _pick(found, train, val, skip_broken=skip_broken)
+    images = _in_memory(*lazy, preprocess)
+    _check(*images, found.classes)
+    return Dataset(name, *images, found.classes, preprocess, digest)
+
+
+def _train_labels(found: Listing | NamedSet) -> np.ndarray:
+    return np.array([label for _, label in found.train]) if isinstance(found, Listing) else found.train.labels
+
+
+def _pick(
+    found: Listing | NamedSet, train: np.ndarray, val: np.ndarray | None, *, skip_broken: bool
+) -> tuple[Lazy, Lazy]:
+    """Return the training images chosen, and the data set's own validation images or those held out."""
     if isinstance(found, Listing):
-        train, val = _from_listing(found, split, preprocess, skip_broken=skip_broken)
-    else:
-        train, val = _from_arrays(found, split, preprocess)
-    _refuse_lost_classes(train, found.classes)
-    return Dataset(name, train, val, found.classes, preprocess, digest)
+        files = [[found.train[index] for index in chosen] for chosen in (train, () if val is None else val)]
+        train_files, val_files = files[0], found.val if found.val is not None else files[1]
+        return (
+            from_files(found.root, train_files, skip_broken=skip_broken),
+            from_files(found.root, val_files, skip_broken=skip_broken),
+        )
+    held = found.train if found.val is None else found.val
+    return _arrays(found.train, train), _arrays(held, np.arange(len(held.labels)) if val is None else val)
 
 
-@dataclass(frozen=True)
-class _Split:
-    classes: tuple[str, ...]
-    val_fraction: float
-    limit_per_class: int | None
-    seed: int
-
-    def masks(self, labels: np.ndarray, *, has_val: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Return which of the training images (n,) are trained on, and which are held out."""
-        none = np.zeros(len(labels), dtype=bool)
-        val = none if has_val else held_out(labels, self.classes, fraction=self.val_fraction, seed=self.seed)
-        train = ~val
-        if self.limit_per_class is not None:
-            rest = np.flatnonzero(train)
-            train = none.copy()
-            train[rest[limited(labels[rest], len(self.classes), per_class=self.limit_per_class, seed=self.seed)]] = True
-        return train, val
+def _arrays(arrays: Arrays, chosen: np.ndarray) -> ArrayImages:
+    return ArrayImages(arrays.images[chosen], torch.from_numpy(arrays.labels[chosen].astype(np.int64)))
 
 
-def _from_arrays(found: NamedSet, split: _Split, preprocess: Preprocess) -> tuple[ImageSet, ImageSet]:
-    train_mask, val_mask = split.masks(found.train.labels, has_val=found.val is not None)
-    train = Arrays(found.train.images[train_mask], found.train.labels[train_mask])
-    val = found.val or Arrays(found.train.images[val_mask], found.train.labels[val_mask])
-    return (
-        images.from_arrays(train.images, train.labels, preprocess, side=preprocess.resize_to),
-        images.from_arrays(val.images, val.labels, preprocess, side=preprocess.image_size),
-    )
-
-
-def _from_listing(
-    found: Listing, split: _Split, preprocess: Preprocess, *, skip_broken: bool
-) -> tuple[ImageSet, ImageSet]:
-    labels = np.array([label for _, label in found.train])
-    train_mask, val_mask = split.masks(labels, has_val=found.val is not None)
-    held = tuple(file for file, chosen in zip(found.train, val_mask, strict=True) if chosen)
-    kept = tuple(file for file, chosen in zip(found.train, train_mask, strict=True) if chosen)
-    train = images.from_files(found.root, kept, skip_broken=skip_broken)
-    val = images.from_files(found.root, held if found.val is None else found.val, skip_broken=skip_broken)
+def _in_memory(train: Lazy, val: Lazy, preprocess: Preprocess) -> tuple[ImageSet, ImageSet]:
+    """Return the images decoded where all of them fit, as they are where they do not."""
     needed = 3 * (len(train) * preprocess.resize_to**2 + len(val) * preprocess.image_size**2)
-    if needed > images.MEMORY_BYTES:
+    if needed > MEMORY_BYTES:
         return train, val
     return (
-        images.decode_all(train, preprocess, side=preprocess.resize_to),
-        images.decode_all(val, preprocess, side=preprocess.image_size),
+        decode_all(train, preprocess, side=preprocess.resize_to),
+        decode_all(val, preprocess, side=preprocess.image_size),
     )
 
 
-def _refuse_lost_classes(train: ImageSet, classes: tuple[str, ...]) -> None:
-    present = set(train.labels.tolist())
-    lost = [name for label, name in enumerate(classes) if label not in present]
-    if lost:
-        raise DataError(f"class {lost[0]!r}: none of its training images can be read; repair them or remove the class")
+def _check(train: ImageSet, val: ImageSet, classes: tuple[str, ...]) -> None:
+    """Raise `DataError` where leaving out broken images left out too much; log classes that validation cannot judge."""
+    untrained, unjudged = (
+        [name for label, name in enumerate(classes) if label not in present]
+        for present in (set(train.labels.tolist()), set(val.labels.tolist()))
+    )
+    if untrained:
+        raise DataError(f"class {untrained[0]!r}: none of its training images can be read; repair them or remove it")
+    if len(val) == 0:
+        raise DataError("validation: none of its images can be read; repair them or give other ones")
+    if unjudged:
+        log.warning("validation has no image of %d classes, %s first", len(unjudged), unjudged[0])

@@ -1,7 +1,7 @@
 """Open an image file under guard: named formats, a cap on its pixels, nothing truncated."""
 
 import struct
-import warnings
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,10 +9,12 @@ from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte decoded
+# What Pillow's decoders raise on damaged files.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error)
 NAMED = 3  # broken files that an error names; the rest are counted
 
 
-class BrokenImage(ValueError):
+class BrokenImage(Exception):
     """Report why one file is not an image that can be used; callers count and name them."""
 
 
@@ -22,15 +24,13 @@ def read_image(path: Path) -> Image.Image:
     Raises `BrokenImage` for a file that is missing, truncated, of another format, above `MAX_PIXELS`, or wider than 8 bits.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of size and damaged metadata; both are judged here
-            with Image.open(path, formats=FORMATS) as image:
-                return _rgb(image)
+        with Image.open(path, formats=FORMATS) as image:
+            return _rgb(image)
     except UnidentifiedImageError:
         raise BrokenImage(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # a warning where warnings are errors
         raise BrokenImage(f"more than {MAX_PIXELS:,} pixels") from None
-    except (OSError, SyntaxError, EOFError, struct.error) as error:  # what Pillow's decoders raise on damaged files
+    except DAMAGE as error:
         raise BrokenImage(getattr(error, "strerror", None) or str(error)) from None
 
 

@@ -72,8 +72,11 @@ def check_folder(root: Path) -> None:
 
 
 def _subfolders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed: {error.strerror}; check its permissions") from error
 
 
 def _refuse_nested(root: Path) -> None:
@@ -85,8 +88,11 @@ def _refuse_nested(root: Path) -> None:
 def _classes(folder: Path) -> tuple[str, ...]:
     classes = tuple(_subfolders(folder))
     if len(classes) < 2:
-        found = f"one class folder ({classes[0]})" if classes else "no class folder"
-        raise DataError(f"{folder}: has {found}; give each class a folder of its own, two at least")
+        loose = len(_images(folder, folder))
+        found = f"one class folder ({classes[0]})" if classes else f"{loose:,} images and no class folder"
+        raise DataError(
+            f"{folder}: has {found}; give each class a folder of its own with its images, two classes at least"
+        )
     return classes
 
 
@@ -118,7 +124,9 @@ def _annotated(root: Path, folder: Path, classes: tuple[str, ...]) -> tuple[File
     """Read Tiny-ImageNet's validation set: one line `file<TAB>class<TAB>box` for each image in images/."""
     labels = {name: label for label, name in enumerate(classes)}
     rows = [
-        line.split("\t") for line in (folder / ANNOTATIONS).read_text(encoding="utf-8").splitlines() if line.strip()
+        line.split("\t")
+        for line in (folder / ANNOTATIONS).read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
     ]
     odd = next((row for row in rows if len(row) < 2 or Path(row[0]).name != row[0]), None)
     if odd is not None:

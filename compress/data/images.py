@@ -78,7 +78,22 @@ class FileImages:
         log.warning("%s: left out: %s", self.root, describe_broken(new, len(self)))
 
 
-ImageSet = MemoryImages | FileImages
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images of a named data set at their own size, uint8 (n, height, width, 3), resized when asked for; `labels` int64 (n,)."""
+
+    arrays: np.ndarray
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def whole(self, index: int) -> Image.Image:
+        """Return one RGB image."""
+        return Image.fromarray(self.arrays[index])
+
+
+ImageSet = MemoryImages | FileImages | ArrayImages
 REPAIR = "repair or remove them, or set data.skip_broken: true to leave them out"
 
 
@@ -89,42 +104,45 @@ def from_files(root: Path, files: Sequence[File], *, skip_broken: bool) -> FileI
     return FileImages(root, paths, labels, skip_broken)
 
 
-def from_arrays(
-    arrays: np.ndarray, labels: Sequence[int] | np.ndarray, preprocess: Preprocess, *, side: int
-) -> MemoryImages:
-    """Return uint8 images (n, height, width, 3) resized and cropped to (n, 3, side, side)."""
-    pixels = torch.empty((len(arrays), 3, side, side), dtype=torch.uint8)
-    for slot, array in zip(pixels, arrays, strict=True):
-        slot.copy_(_square(Image.fromarray(array), preprocess, side))
-    return MemoryImages(pixels, torch.as_tensor(np.asarray(labels), dtype=torch.int64))
-
-
-def decode_all(images: FileImages, preprocess: Preprocess, *, side: int) -> MemoryImages:
-    """Decode every file into memory, on all cores.
+def decode_all(images: FileImages | ArrayImages, preprocess: Preprocess, *, side: int) -> MemoryImages:
+    """Decode every image into memory, on all cores.
 
     Raises `DataError` that counts and names the broken files, unless they are to be skipped: then they are logged and left out.
     """
-    pixels = torch.empty((len(images), 3, side, side), dtype=torch.uint8)
+    pixels = np.empty((len(images), 3, side, side), dtype=np.uint8)
     broken: dict[int, str] = {}
 
-    def decode(index: int) -> bool:
-        try:
-            pixels[index] = _square(images.whole(index), preprocess, side)
-        except BrokenImage as error:
-            broken[index] = str(error)
-            return False
-        return True
+    def decode(indices: range) -> None:
+        for index in indices:
+            try:
+                square = square_pixels(
+                    images.whole(index), resize_to=preprocess.resize_to, side=side, centre=preprocess.image_size
+                )
+            except BrokenImage as error:
+                broken[index] = str(error)
+            else:
+                pixels[index] = square.transpose(2, 0, 1)
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        good = torch.tensor(list(threads.map(decode, range(len(images)))), dtype=torch.bool)
-    images.report_broken(broken)
-    return MemoryImages(pixels, images.labels) if good.all() else MemoryImages(pixels[good], images.labels[good])
+    cores = usable_cores()
+    with ThreadPoolExecutor(cores) as threads:  # Pillow decodes and resizes outside Python's lock
+        list(threads.map(decode, (range(first, len(images), cores) for first in range(cores))))
+    if isinstance(images, FileImages):
+        images.report_broken(broken)
+    good = np.setdiff1d(np.arange(len(images)), list(broken))
+    return MemoryImages(torch.from_numpy(pixels[good] if broken else pixels), images.labels[good])
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def centre(pixels: Tensor, size: int) -> Tensor:
+    """Return the middle (..., size, size) of square images."""
+    offset = (pixels.shape[-1] - size) // 2
+    return pixels[..., offset : offset + size, offset : offset + size]
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
     """Return uint8 (height, width, 3) as a tensor (3, height, width)."""
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-
-
-def _square(image: Image.Image, preprocess: Preprocess, side: int) -> Tensor:
-    return to_tensor(square_pixels(image, resize_to=preprocess.resize_to, side=side, centre=preprocess.image_size))

@@ -4,7 +4,7 @@ import gzip
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +20,10 @@ T = TypeVar("T")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # apt install dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+IMAGENETTE_CLASSES = (  # in the order of their folders, n01440764 to n03888257
+    "tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck", "gas pump",
+    "golf ball", "parachute",
 )  # fmt: skip
 
 
@@ -49,12 +53,12 @@ def digits(_: Path | None) -> NamedSet:
 
 def cifar10(path: Path | None) -> NamedSet:
     """Return CIFAR-10, downloaded to the path."""
-    return _cifar(downloads.CIFAR10, path)
+    return _cifar("cifar10", downloads.CIFAR10, path)
 
 
 def cifar100(path: Path | None) -> NamedSet:
     """Return CIFAR-100, downloaded to the path."""
-    return _cifar(downloads.CIFAR100, path)
+    return _cifar("cifar100", downloads.CIFAR100, path)
 
 
 def fashion_mnist(path: Path | None) -> NamedSet:
@@ -74,7 +78,7 @@ def imagenette(path: Path | None) -> Listing:
     folder = root / "imagenette2-320"
     if not folder.is_dir():
         _download("imagenette", root, partial(downloads.Imagenette, root, size="320px", download=True))
-    return list_folder(folder)
+    return replace(list_folder(folder), classes=IMAGENETTE_CLASSES)
 
 
 NAMED: dict[str, Callable[[Path | None], NamedSet | Listing]] = {
@@ -93,17 +97,13 @@ def cache_folder(path: Path | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
 
 
-def _cifar(kind: type[downloads.CIFAR10], path: Path | None) -> NamedSet:
+def _cifar(name: str, kind: Callable[..., downloads.CIFAR10], path: Path | None) -> NamedSet:
     root = cache_folder(path)
-    parts = []
-    for train in (True, False):
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # numpy warns of the old pickles inside the archive, which torchvision checks by digest
-            part = _download(kind.__name__.lower(), root, partial(kind, root, train=train, download=True))
-        parts.append((part.classes, Arrays(part.data, np.asarray(part.targets))))
-    return NamedSet(tuple(parts[0][0]), parts[0][1], parts[1][1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy warns of the archive's old pickles, which torchvision checks by digest
+        train, val = (_download(name, root, partial(kind, root, train=part, download=True)) for part in (True, False))
+    arrays = [Arrays(part.data, np.asarray(part.targets)) for part in (train, val)]
+    return NamedSet(tuple(train.classes), *arrays)
 
 
 def _download(name: str, root: Path, fetch: Callable[[], T]) -> T:
@@ -111,8 +111,10 @@ def _download(name: str, root: Path, fetch: Callable[[], T]) -> T:
         root.mkdir(parents=True, exist_ok=True)
         return fetch()
     except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError for a file that arrived damaged
+        reason = " ".join(str(error).split())
         raise DataError(
-            f"{name}: could not be downloaded to {root} ({error}); fetch it on a machine with network access and give its folder: DATA=/path"
+            f"{name}: could not be downloaded to {root} ({reason}); "
+            "download it where there is a network and give that folder: DATA=/path/to/it"
         ) from error
 
 

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from PIL import Image
 
+from compress.data.decode import MAX_PIXELS, BrokenImage
+
 
 @dataclass(frozen=True)
 class Preprocess:
@@ -27,8 +29,10 @@ class Preprocess:
         """Return every fact that another program needs to feed the network the same numbers."""
         return asdict(self) | {
             "resize_to": self.resize_to,
+            "resize_longer": "floor(resize_to * longer / shorter)",
             "interpolation": "bilinear (antialias)",
             "crop": "center",
+            "crop_offset": "floor((length - image_size) / 2)",
             "color": "RGB",
             "scale": 1 / 255,
             "layout": "NCHW",
@@ -41,11 +45,14 @@ def square_pixels(image: Image.Image, *, resize_to: int, side: int, centre: int)
 
     The longer side becomes floor(resize_to * longer / shorter). A later centre crop from `side` to `centre` pixels gives exactly the
     centre crop of the resized image, which starts at floor((length - centre) / 2).
+    Raises `BrokenImage` for an image so narrow that resizing its shorter side makes it huge.
     """
     width, height = image.size
     shorter = min(width, height)
     if shorter != resize_to:
         width, height = resize_to * width // shorter, resize_to * height // shorter
+        if width * height > MAX_PIXELS:
+            raise BrokenImage(f"{image.width:,} x {image.height:,} is too narrow")
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     inner = (side - centre) // 2
     left, top = (width - centre) // 2 - inner, (height - centre) // 2 - inner

@@ -26,13 +26,15 @@ class Boxes:
     mirrored: Tensor
 
     def __getitem__(self, indices: Tensor) -> "Boxes":
-        return Boxes(
-            self.top[indices], self.left[indices], self.height[indices], self.width[indices], self.mirrored[indices]
-        )
+        return Boxes(*(part[indices] for part in self._parts))
 
     def to(self, device: torch.device) -> "Boxes":
         """Return the boxes on the device."""
-        return Boxes(*(part.to(device) for part in (self.top, self.left, self.height, self.width, self.mirrored)))
+        return Boxes(*(part.to(device) for part in self._parts))
+
+    @property
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.top, self.left, self.height, self.width, self.mirrored
 
 
 def draw_boxes(augmentation: Augmentation, n: int, *, side: int, image_size: int, generator: torch.Generator) -> Boxes:
@@ -55,9 +57,11 @@ def _random_sizes(min_area: float, n: int, side: int, generator: torch.Generator
     ratio = torch.exp(low + (high - low) * torch.rand((n, ATTEMPTS), generator=generator))
     height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()  # (n, attempts)
     fits = (height >= 1) & (width >= 1) & (height <= side) & (width <= side)
-    first = fits.int().argmax(dim=1, keepdim=True)
-    whole = ~fits.any(dim=1)
-    return tuple(torch.where(whole, float(side), length.gather(1, first)[:, 0]) for length in (height, width))  # type: ignore[return-value]
+    first, any_fits = fits.int().argmax(dim=1, keepdim=True), fits.any(dim=1)
+    return (
+        torch.where(any_fits, height.gather(1, first)[:, 0], float(side)),
+        torch.where(any_fits, width.gather(1, first)[:, 0], float(side)),
+    )
 
 
 def apply_boxes(pixels: Tensor, boxes: Boxes, image_size: int) -> Tensor:
@@ -66,7 +70,8 @@ def apply_boxes(pixels: Tensor, boxes: Boxes, image_size: int) -> Tensor:
     rows = _resampling(boxes.top, boxes.height, side, image_size)  # (n, image_size, side)
     columns = _resampling(boxes.left, boxes.width, side, image_size)
     columns = torch.where(boxes.mirrored[:, None, None], columns.flip(1), columns)
-    return rows[:, None] @ pixels.float() @ columns[:, None].mT
+    with torch.autocast(pixels.device.type, enabled=False):  # which would keep no more than 8 bits of a pixel
+        return rows[:, None] @ pixels.float() @ columns[:, None].mT
 
 
 def _resampling(start: Tensor, length: Tensor, side: int, image_size: int) -> Tensor:

@@ -63,7 +63,8 @@ def classifier(model: nn.Module) -> str:
             f"{type(model).__name__}: no convolution or linear layer runs on images (n, 3, size, size) of {PROBES} pixels; "
             "give a network of such layers"
         )
-    return next(path for path, module in model.named_modules() if module is ran[-1])
+    paths: dict[nn.Module, str] = {module: path for path, module in model.named_modules()}
+    return paths[ran[-1]]
 
 
 def check_output(model: nn.Module, *, image_size: int, num_classes: int) -> None:

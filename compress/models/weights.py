@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import struct
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,6 +35,18 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")  # of paralle
 # Heads that only training uses, which `build` leaves out, and the counter of torch's weight averaging.
 TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.", "n_averaged")
 DENSENET_OLD = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")  # norm.1.weight, now norm1.weight
+# What torch.load raises on damaged files, beside pickle's own error.
+DAMAGE = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
 NAMED = 8  # keys that an error names; the rest are counted
 
 
@@ -45,34 +58,47 @@ def load_weights_(model: nn.Module, arch: str, weights: str, *, reset_head: bool
     """
     state = _named(arch, weights) if is_named(weights) else _read(existing_file(weights, "the weights file"))
     state = _known_names(state, model.state_dict().keys())
-    _refuse_not_finite(state, weights)
     if reset_head:
         head = classifier(model) + "."
         state |= {key: value for key, value in model.state_dict().items() if key.startswith(head)}
-    own = model.state_dict()
-    misshapen = [key for key in state if key in own and state[key].shape != own[key].shape]
+    _refuse_other_classes(model, state, weights)
+    _fit_(model, state, f"{weights}: does not fit {arch}")
+    _refuse_not_finite(model.state_dict(), weights)
+
+
+def _fit_(model: nn.Module, state: State, complaint: str) -> None:
+    """Copy the state into the model; raise `ModelError` with the complaint and the keys unless it fits whole."""
+    misshapen = _misshapen(model, state)
     found = model.load_state_dict({key: value for key, value in state.items() if key not in misshapen}, strict=False)
-    missing = [key for key in found.missing_keys if key not in misshapen]
-    if misshapen and not missing and not found.unexpected_keys:
-        _refuse_other_classes(state, own, misshapen, classifier(model), weights)
-    if missing or found.unexpected_keys or misshapen:
-        shapes = [f"{key} {tuple(state[key].shape)}, needs {tuple(own[key].shape)}" for key in misshapen]
-        parts = (
-            _listed("missing", missing),
-            _listed("unexpected", found.unexpected_keys),
-            _listed("of another shape", shapes),
-        )
-        raise ModelError(
-            f"{weights}: does not fit {arch}: {'; '.join(filter(None, parts))}; give weights of this architecture"
-        )
+    parts = (
+        _listed("missing", [key for key in found.missing_keys if key not in misshapen]),
+        _listed("unexpected", found.unexpected_keys),
+        _listed("of another shape", list(misshapen.values())),
+    )
+    if any(parts):
+        raise ModelError(f"{complaint}: {'; '.join(filter(None, parts))}; give weights of this architecture")
 
 
-def _refuse_other_classes(state: State, own: State, misshapen: Sequence[str], head: str, weights: str) -> None:
-    if all(key.startswith(head + ".") for key in misshapen):
+def _misshapen(model: nn.Module, state: State) -> dict[str, str]:
+    """Return the keys whose shape is not the model's own, each with both shapes."""
+    return {
+        key: f"{key} {tuple(state[key].shape)}, needs {tuple(own.shape)}"
+        for key, own in model.state_dict().items()
+        if key in state and state[key].shape != own.shape
+    }
+
+
+def _refuse_other_classes(model: nn.Module, state: State, weights: str) -> None:
+    """Raise `ModelError` where the number of classes alone is in the way."""
+    own, misshapen = model.state_dict(), list(_misshapen(model, state))
+    if not misshapen or not state.keys() <= own.keys():
+        return
+    head = classifier(model) + "."
+    if all(key.startswith(head) and state[key].shape[1:] == own[key].shape[1:] for key in misshapen):
         classes, wanted = len(state[misshapen[0]]), len(own[misshapen[0]])
         raise ModelError(
-            f"{weights}: has {classes:,} classes, the data have {wanted:,}; "
-            "give weights of this data set, or set model.reset_head: true to train the classifier anew"
+            f"{weights}: has {classes:,} classes, the data have {wanted:,}; give weights of this data set, or set "
+            "model.reset_head: true and stages.0.fine_tune: true to train the classifier anew"
         )
 
 
@@ -128,15 +154,7 @@ def _unpickled(file: Path) -> object:
             f"{file}: needs code to be read ({code[1]}), which could do anything and was not run; "
             "save model.state_dict() alone, best as .safetensors"
         ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:  # all seen on damaged files
+    except DAMAGE as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelError(f"{file}: is not a whole torch file ({reason}); fetch or save it anew") from error
     return content

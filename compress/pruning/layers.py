@@ -8,9 +8,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-OUTPUT_CUTS = frozenset(
-    pruner.prune_out_channels for pruner in tp.function.PrunerBox.values() if pruner is not None
-)
+OUTPUT_CUTS = frozenset(pruner.prune_out_channels for pruner in tp.function.PrunerBox.values() if pruner is not None)
 
 
 def is_output_cut(handler: Callable[..., object]) -> bool:
@@ -74,9 +72,9 @@ class CostModel:
         self.outputs = np.array([layer.outputs for layer in layers], dtype=float)
         self.inputs = np.array([layer.inputs for layer in layers], dtype=float)
         self.depthwise = np.array([layer.depthwise for layer in layers])
-        by_goal = {"macs": lambda layer: (layer.macs, 0), "params": lambda layer: (layer.weights, layer.vectors)}
-        product, vector = zip(*(by_goal[goal](layer) for layer in layers), strict=True)
-        self.product, self.vector = np.array(product, dtype=float), np.array(vector, dtype=float)
+        macs = goal == "macs"
+        self.product = np.array([layer.macs if macs else layer.weights for layer in layers], dtype=float)
+        self.vector = np.array([0 if macs else layer.vectors for layer in layers], dtype=float)
 
     def cost(self, outputs: np.ndarray, inputs: np.ndarray) -> float:
         """Return multiply-accumulates or parameters for the given widths (layers,)."""

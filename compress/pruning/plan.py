@@ -5,6 +5,7 @@ the goal is cut. The scopes differ in the rank alone.
 """
 
 import fnmatch
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.pruning.criteria import score
-from compress.pruning.layers import CostModel, Layer, is_output_cut, measure_layers
+from compress.pruning.layers import CostModel, Layer, is_output_cut
 
+Goal = Literal["macs", "params"]
 Scope = Literal["global", "local", "isomorphic"]
 
 
@@ -90,7 +92,7 @@ def choose(
     groups: Sequence[ChannelGroup],
     layers: Sequence[Layer],
     *,
-    goal: Literal["macs", "params"],
+    goal: Goal,
     budget: float,
     scope: Scope,
     round_to: int,
@@ -201,7 +203,7 @@ def _blocks(index: int, group: ChannelGroup, round_to: int, min_channels: Mappin
     first = units % step or step  # the first block takes the odd channels too
     edges = [0, *range(first, units - smallest + 1, step)]
     blocks = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         members = order[start:end]
         channels = [unit + part * units for part in range(group.unit) for unit in members]
         value = float(scores[members].mean())
@@ -212,7 +214,7 @@ def _blocks(index: int, group: ChannelGroup, round_to: int, min_channels: Mappin
 class _Costs:
     """The network's cost after a set of blocks has left."""
 
-    def __init__(self, groups: Sequence[ChannelGroup], layers: Sequence[Layer], goal: str) -> None:
+    def __init__(self, groups: Sequence[ChannelGroup], layers: Sequence[Layer], goal: Goal) -> None:
         self.model = CostModel(list(layers), goal)
         position = {layer.name: index for index, layer in enumerate(layers)}
         shape = (len(groups), len(layers))
@@ -227,6 +229,3 @@ class _Costs:
         for block in blocks:
             removed[block.group] += len(block.channels)
         return self.model.cost(self.model.outputs - removed @ self.outputs, self.model.inputs - removed @ self.inputs)
-
-
-__all__ = ["ChannelGroup", "Cut", "Scope", "Width", "choose", "cut_", "find_groups", "measure_layers", "smallest_widths", "widths"]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from compress.errors import ModelError
 from compress.quant.fake_quant import (
@@ -26,7 +26,7 @@ from compress.quant.fake_quant import (
 )
 from export.targets import Target
 
-CLIPS = {nn.ReLU: math.inf, F.relu: math.inf, torch.relu: math.inf, nn.ReLU6: 6.0, F.relu6: 6.0}
+CLIPS: dict[object, float] = {nn.ReLU: math.inf, F.relu: math.inf, torch.relu: math.inf, nn.ReLU6: 6.0, F.relu6: 6.0}
 NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
 ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 JOINS = (torch.cat, torch.concat)
@@ -52,6 +52,12 @@ def trace(model: nn.Module) -> fx.GraphModule:
         if _what(graph, node) in NO_OPS:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
+        elif _is_global_mean(node):
+            # Pool and flatten apart: the pool has an integer kernel, and its Q/DQ pair must stand right behind it.
+            with graph.graph.inserting_before(node):
+                pooled = graph.graph.call_function(F.adaptive_avg_pool2d, (node.args[0], 1))
+                node.replace_all_uses_with(graph.graph.call_function(torch.flatten, (pooled, 1)))
+            graph.graph.erase_node(node)
     graph.delete_all_unused_submodules()
     graph.recompile()
     return graph
@@ -63,10 +69,10 @@ def prepare(model: nn.Module, target: Target) -> fx.GraphModule:
     Raises ModelError where the network cannot be traced.
     """
     graph = trace(model)
-    for name, module in list(graph.named_modules()):
+    for module in graph.modules():
         if type(module) in (nn.Conv2d, nn.Linear):
             module.__class__ = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
-            module.target = target
+            module.target = target  # type: ignore[assignment]
         elif isinstance(module, (nn.ReLU, nn.ReLU6)):
             module.inplace = False  # a residual may still read the unclipped tensor's quantized copy
     output = next(node for node in graph.graph.nodes if node.op == "output")
@@ -78,6 +84,12 @@ def prepare(model: nn.Module, target: Target) -> fx.GraphModule:
             end, cap = _end_of_chain(graph, node)
             if end not in output.all_input_nodes:
                 _insert_after(graph, end, ActivationQuantizer(target, cap=cap), f"quantizer_{node.name}")
+    for node in list(
+        graph.graph.nodes
+    ):  # behind operators that have no integer kernel the next layer still needs its grid
+        if _what(graph, node) in (QuantConv2d, QuantLinear) and not _is_quantized(graph, node.all_input_nodes[0]):
+            before = node.all_input_nodes[0]
+            _insert_after(graph, before, ActivationQuantizer(target), f"quantizer_{before.name}")
     graph.graph.lint()
     graph.recompile()
     return graph
@@ -133,6 +145,21 @@ def _what(graph: fx.GraphModule, node: fx.Node) -> object:
     return node.target if node.op in ("call_function", "call_method") else None
 
 
+def _is_global_mean(node: fx.Node) -> bool:
+    """Tell whether a node is the mean over height and width that drops both dimensions."""
+    if node.target not in (torch.mean, "mean") or node.kwargs.get("keepdim", False) or len(node.args) > 2:
+        return False
+    axes = node.args[1] if len(node.args) == 2 else node.kwargs.get("dim")
+    return isinstance(axes, tuple | list) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]
+
+
+def _is_quantized(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Tell whether a tensor lies on a quantizer's grid, be it behind pools and reshapes that keep it."""
+    while _what(graph, node) is SameRange or _what(graph, node) in KEEP_RANGE:
+        node = node.all_input_nodes[0]
+    return _what(graph, node) is ActivationQuantizer
+
+
 def _computes(what: object, node: fx.Node) -> bool:
     """Tell whether a node makes a new range that an integer kernel can produce."""
     if what in ADDS:
@@ -142,16 +169,15 @@ def _computes(what: object, node: fx.Node) -> bool:
 
 def _end_of_chain(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, float]:
     """Follow batch-norm and ReLU as long as nobody else reads in between; return the last node and ReLU6's bound."""
-    cap = math.inf
     while len(node.users) == 1:
         user = next(iter(node.users))
         what = _what(graph, user)
         if what in CLIPS:
-            return user, CLIPS[what]  # type: ignore[index]
+            return user, CLIPS[what]
         if what not in NORMS:
             break
         node = user
-    return node, cap
+    return node, math.inf
 
 
 def _upstream(node: fx.Node) -> Iterator[fx.Node]:
@@ -175,9 +201,10 @@ def _fold_batchnorms_(graph: fx.GraphModule) -> None:
         before = node.all_input_nodes[0]
         if _what(graph, before) not in (QuantConv2d, QuantLinear) or len(before.users) > 1:
             continue
-        layer = graph.get_submodule(str(before.target))
-        fused = fuse_conv_bn_eval(layer, graph.get_submodule(str(node.target)))
-        graph.set_submodule(str(before.target), fused)
+        layer, norm = graph.get_submodule(str(before.target)), graph.get_submodule(str(node.target))
+        assert isinstance(norm, NORMS)
+        fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+        graph.set_submodule(str(before.target), fuse(layer, norm))  # type: ignore[type-var]
         node.replace_all_uses_with(before)
         graph.graph.erase_node(node)
     graph.delete_all_unused_submodules()

@@ -39,14 +39,14 @@ def linear_axis(values: Sequence[float], start: float, end: float) -> Axis:
 
 
 def log_axis(values: Sequence[float], start: float, end: float) -> Axis:
-    """Return a logarithmic axis a little wider than the values, with the coarsest round ticks that are at least two."""
+    """Return a logarithmic axis a little wider than the values, with the coarsest round ticks that are enough."""
     low, high = min(values) / 1.2, max(values) * 1.2
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: tuple[float, ...] = ()
-    for mantissas in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+    for mantissas, enough in (((1,), 3), ((1, 2, 5), 2), ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), 1)):
         every = (round(mantissa * 10.0**decade, 10) for decade in decades for mantissa in mantissas)
         ticks = tuple(tick for tick in every if low <= tick <= high)
-        if len(ticks) >= 2:
+        if len(ticks) >= enough:
             break
     return Axis(low, high, start, end, ticks, log=True)
 

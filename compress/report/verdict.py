@@ -122,7 +122,7 @@ def show(target: str, value: float | None) -> str:
     if value is None:
         return "not measured"
     if target == "max_top1_drop":
-        return f"{100 * value:.2f} points"
+        return f"{100 * value:.2f} points".replace("-", "−")
     return times(value) if target.endswith("speedup") else f"{value:.3f}"
 
 

@@ -3,21 +3,18 @@
 from pathlib import Path
 
 from compress.artifact import Metrics, lineage, read_meta, write_json
-from compress.recipe import BenchStage
+from compress.recipe import FILES, BenchStage
 from compress.run import Run, as_numpy
 from export.accuracy import accuracy, score
 from export.bench import bench
 from export.environment import environment
 
 
-ORDER = ("teacher_fp32", "student_fp32", "student_fp16", "student_ptq_int8", "student_int8")
-
-
 def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
     """Score all files on the whole validation set, then time them against each other."""
     assert src is not None
     exported = next(path for path in reversed(lineage(src)) if read_meta(path).stage == "export")
-    files = {name: exported / f"{name}.onnx" for name in ORDER if (exported / f"{name}.onnx").exists()}
+    files = {name: exported / f"{name}.onnx" for name in FILES if (exported / f"{name}.onnx").exists()}
     with run.log(out, "bench") as log:
         scores = accuracy(score(files, as_numpy(run.validation())), reference="student_fp32")
         measured = bench(
@@ -42,4 +39,8 @@ def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
         },
     )
     deployed = "student_int8" if "student_int8" in files else "student_ptq_int8"
-    return {"top1": scores[deployed]["top1"], "agreement": scores[deployed]["agreement"], "size_mb": files[deployed].stat().st_size / 1e6}
+    return {
+        "top1": scores[deployed]["top1"],
+        "agreement": scores[deployed]["agreement"],
+        "size_mb": files[deployed].stat().st_size / 1e6,
+    }

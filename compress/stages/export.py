@@ -71,4 +71,6 @@ def _check(path: Path) -> None:
     """Refuse an INT8 file in which convolutions would run in float."""
     floats = [name for name in audit(path).float_layers if "conv" in name.lower()]
     if floats:
-        raise CompressError(f"{path.name}: {len(floats)} convolutions stay float once optimized: {', '.join(floats[:5])}")
+        raise CompressError(
+            f"{path.name}: {len(floats)} convolutions stay float once optimized: {', '.join(floats[:5])}"
+        )

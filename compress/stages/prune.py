@@ -8,10 +8,11 @@ from torch import nn
 
 from compress.artifact import Metrics, write_json
 from compress.distillation import distillation_step, supervised_step
-from compress.models.structure import classifier
+from compress.log import StageLog
+from compress.models.structure import classifier, count
 from compress.network import example_images, read_architecture, save_network
 from compress.pruning.criteria import NEEDS_GRADIENTS
-from compress.pruning.layers import Layer, measure_layers
+from compress.pruning.layers import measure_layers
 from compress.pruning.plan import Cut, choose, cut_, find_groups, smallest_widths, widths
 from compress.recipe import KD_ONLY, PruneStage
 from compress.run import Run
@@ -23,14 +24,14 @@ def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:
     model = run.load(src)
     exclude = (classifier(model), *cfg.exclude)
     images = example_images(run.image_size, run.device)
-    layers = measure_layers(model, images)
+    layers, before = measure_layers(model, images), run.measure(model)
     smallest = smallest_widths(find_groups(model, images, "random", exclude=exclude), cfg.min_keep)
     steps: list[tuple[Cut, ...]] = []
     with run.log(out, "prune") as log:
         if cfg.sparsity is not None:
-            model = _learn_sparsity(model, cfg, exclude, images, out, run)
+            model = _learn_sparsity(model, cfg, images, out, log, run)
         for number in range(1, cfg.steps + 1):
-            cuts = _cut_once_(model, cfg, images, exclude, smallest, _budget(cfg, layers, number), run)
+            cuts = _cut_once_(model, cfg, images, exclude, smallest, _budget(cfg, before, number), run)
             steps.append(tuple(cuts))
             if cfg.recover is not None and number < cfg.steps:
                 step = distillation_step(KD_ONLY, run.task, run.teacher(src))
@@ -39,24 +40,33 @@ def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:
         for width in table:
             log.note_detail(f"{width.name}: {width.out_before} to {width.out_after} channels")
         metrics = run.measure(model)
-        _check(cfg, layers, metrics)
+        _check(cfg, before, metrics)
         if run.rank == 0:
             save_network(model, read_architecture(src).pruned(*steps), out)
             write_json(
                 out / "plan.json",
-                {"layers": [vars(width) for width in table], "cuts": [[cut.to_json() for cut in step] for step in steps]},
+                {
+                    "layers": [vars(width) for width in table],
+                    "cuts": [[cut.to_json() for cut in step] for step in steps],
+                },
             )
         cut = sum(width.out_after < width.out_before for width in table)
         log.note(f"{cut} of {len(table)} layers narrower; {metrics['macs_m']:.1f} M multiply-accumulates left")
     return metrics
 
 
-def _budget(cfg: PruneStage, layers: list[Layer], number: int) -> float:
-    """Return what the network may cost after step `number`; the steps share the way to the goal evenly."""
+def _budget(cfg: PruneStage, before: Metrics, number: int) -> float:
+    """Return what the network may cost after step `number`, in millions; the steps share the way to the goal evenly."""
     keep = cfg.keep_macs if cfg.keep_macs is not None else cfg.keep_params
+    full = before[_measure(cfg)]
     assert keep is not None
-    full = sum(layer.macs if cfg.keep_macs is not None else layer.weights + layer.vectors for layer in layers)
+    assert full is not None
     return full * (1 - (1 - keep) * number / cfg.steps)
+
+
+def _measure(cfg: PruneStage) -> str:
+    """Return the metric that the goal speaks of."""
+    return "macs_m" if cfg.keep_macs is not None else "params_m"
 
 
 def _cut_once_(
@@ -72,12 +82,17 @@ def _cut_once_(
     torch.manual_seed(run.recipe.seed)
     if cfg.criterion in NEEDS_GRADIENTS:
         _accumulate_gradients_(model, cfg, run)
-    groups = find_groups(model, images, cfg.criterion, exclude=exclude)
+    layers, costs = measure_layers(model, images), count(model, run.image_size)
+    macs = cfg.keep_macs is not None
+    prunable = sum(layer.macs if macs else layer.weights + layer.vectors for layer in layers)
+    fixed = (
+        costs.macs if macs else costs.params
+    ) - prunable  # attention, position embeddings: never cut, but part of the whole
     cuts = choose(
-        groups,
-        measure_layers(model, images),
-        goal="macs" if cfg.keep_macs is not None else "params",
-        budget=budget,
+        find_groups(model, images, cfg.criterion, exclude=exclude),
+        layers,
+        goal="macs" if macs else "params",
+        budget=budget * 1e6 - fixed,
         scope=cfg.scope,
         round_to=cfg.round_to,
         min_channels=smallest,
@@ -95,17 +110,16 @@ def _accumulate_gradients_(model: nn.Module, cfg: PruneStage, run: Run) -> None:
 
 
 def _learn_sparsity(
-    model: nn.Module, cfg: PruneStage, exclude: tuple[str, ...], images: torch.Tensor, out: Path, run: Run
+    model: nn.Module, cfg: PruneStage, images: torch.Tensor, out: Path, log: StageLog, run: Run
 ) -> nn.Module:
     """Train with DepGraph's group regularizer (Fang et al. 2023, eq. 7), so that what will be cut is close to zero."""
     assert cfg.sparsity is not None
-    head = model.get_submodule(classifier(model))
     regularizer = tp.pruner.GroupNormPruner(
         model,
         example_inputs=images,
         importance=tp.importance.GroupMagnitudeImportance(p=2, normalizer=None),
         reg=cfg.sparsity.strength,
-        ignored_layers=[head],
+        ignored_layers=[model.get_submodule(classifier(model))],
         customized_pruners={},
         unwrapped_parameters={},
         in_channel_groups={},
@@ -113,23 +127,14 @@ def _learn_sparsity(
         num_heads={},
         channel_groups={},
     )
-    with run.log(out, "prune") as log:
-        return run.fit(
-            model,
-            supervised_step(run.task, label_smoothing=0.0),
-            cfg.sparsity.fit,
-            out=out,
-            log=log,
-            phase="sparsity",
-            after_backward=regularizer.regularize,
-        )
+    step = supervised_step(run.task, label_smoothing=0.0)
+    return run.fit(
+        model, step, cfg.sparsity.fit, out=out, log=log, phase="sparsity", after_backward=regularizer.regularize
+    )
 
 
-def _check(cfg: PruneStage, layers: list[Layer], metrics: Metrics) -> None:
+def _check(cfg: PruneStage, before: Metrics, after: Metrics) -> None:
     """Hold the network to its plan: what was cut costs what was planned."""
-    params, macs = metrics["params_m"], metrics["macs_m"]
-    assert params is not None
-    assert macs is not None
-    budget = _budget(cfg, layers, cfg.steps) / 1e6
-    cost = macs if cfg.keep_macs is not None else params
-    assert cost <= budget * (1 + 1e-6), f"the plan allows {budget} million, the network costs {cost}"
+    cost, budget = after[_measure(cfg)], _budget(cfg, before, cfg.steps)
+    assert cost is not None
+    assert cost <= budget * (1 + 1e-6), f"the plan allows {budget} million, the network costs {cost} million"

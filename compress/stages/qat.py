@@ -13,6 +13,7 @@ from compress.quant.prepare import freeze_batchnorm_, prepare, set_phase_
 from compress.recipe import QatStage
 from compress.run import Run
 from compress.tasks import evaluate
+from compress.train import place_
 
 
 def apply(cfg: QatStage, src: Path | None, out: Path, run: Run) -> Metrics:
@@ -21,7 +22,7 @@ def apply(cfg: QatStage, src: Path | None, out: Path, run: Run) -> Metrics:
     student = run.load(src)
     costs = run.measure(student)
     with run.log(out, "qat") as log:
-        model: nn.Module = prepare(student.cpu(), run.target).to(run.device, memory_format=torch.channels_last)
+        model: nn.Module = place_(prepare(student.cpu(), run.target), run.device)
         _calibrate_(model, cfg, run)
         before = evaluate(model, run.validation(), run.task)
         log.note(f"target {run.target.name}; top-1 after calibration alone {before['top1']:.4f}")
@@ -31,13 +32,21 @@ def apply(cfg: QatStage, src: Path | None, out: Path, run: Run) -> Metrics:
             if done >= cfg.freeze_batchnorm_at:
                 freeze_batchnorm_(training)
 
+        # bf16 has eight bits of precision, no more than the grid itself: rounding levels again would train the wrong numbers.
+        settings = cfg.fit.model_copy(update={"precision": "fp32"}) if cfg.fit.precision == "auto" else cfg.fit
         step = distillation_step(cfg.loss, run.task, run.teacher(src))
-        model = run.fit(model, step, cfg.fit, out=out, log=log, phase="qat", before_step=before_step)
+        model = run.fit(model, step, settings, out=out, log=log, phase="qat", before_step=before_step)
     set_phase_(model, observing=False, quantizing=True)
     if run.rank == 0:
         save_network(model, replace(read_architecture(src), target=run.target.name), out)
     trained = evaluate(model, run.validation(), run.task)
-    return {**trained, "top1_calibrated": before["top1"], "params_m": costs["params_m"], "macs_m": costs["macs_m"], "size_mb": None}
+    return {
+        **trained,
+        "top1_calibrated": before["top1"],
+        "params_m": costs["params_m"],
+        "macs_m": costs["macs_m"],
+        "size_mb": None,
+    }
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from pathlib import Path
 from compress.artifact import Metrics
 from compress.distillation import supervised_step
 from compress.models.architectures import build
+from compress.models.structure import check_output
 from compress.models.weights import load_weights_
 from compress.network import Architecture, save_network
 from compress.recipe import SourceStage
@@ -18,6 +19,7 @@ def apply(cfg: SourceStage, src: Path | None, out: Path, run: Run) -> Metrics:
     model = build(given.arch, num_classes=architecture.num_classes, trust_code=run.trust_code)
     if given.weights is not None:
         load_weights_(model, given.arch, given.weights, reset_head=given.reset_head)
+    check_output(model, image_size=run.image_size, num_classes=architecture.num_classes)
     with run.log(out, "source") as log:
         if cfg.fit is not None and (given.weights is None or cfg.fine_tune):
             step = supervised_step(run.task, label_smoothing=cfg.label_smoothing)

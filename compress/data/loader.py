@@ -1,0 +1,105 @@
+"""Make batches image by image, in loader processes where that pays: files, and images in memory that RandAugment changes."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from compress.data.augment import Augmentation, image_transform
+from compress.data.decode import BrokenImage
+from compress.data.images import FileImages, ImageSet, MemoryImages, centre, to_tensor, usable_cores
+from compress.data.preprocess import Preprocess, eval_pixels
+
+Raw = tuple[Tensor, Tensor]
+"""Pixels 0..255 (n, 3, image_size, image_size) and labels int64 (n,), both on the device."""
+View = Callable[[int], Tensor]
+"""Gives an image's pixels uint8 (3, image_size, image_size); raises `BrokenImage`."""
+
+
+def random_view(images: ImageSet, augmentation: Augmentation, preprocess: Preprocess, *, seed: int) -> View:
+    """Return the view that torchvision's transforms give each image, a function of the seed and the image alone."""
+    transform = image_transform(augmentation, preprocess.image_size)
+    seeds = torch.randint(2**62, (len(images),), generator=torch.Generator().manual_seed(seed))
+    still = still_view(images, preprocess)
+
+    def view(index: int) -> Tensor:
+        source = images.whole(index) if augmentation.crop == "random_resized" else still(index)
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(int(seeds[index]))
+            changed: Tensor = transform(source)
+        return changed
+
+    return view
+
+
+def still_view(images: ImageSet, preprocess: Preprocess) -> View:
+    """Return the view that evaluation sees."""
+    if isinstance(images, MemoryImages):
+        middle = centre(images.pixels, preprocess.image_size)
+        return lambda index: middle[index]
+    return lambda index: to_tensor(eval_pixels(images.whole(index), preprocess))
+
+
+class _Loaded(NamedTuple):
+    pixels: Tensor
+    labels: Tensor
+    broken: dict[int, str]
+
+
+class _Reader(TorchDataset[_Loaded]):
+    """Makes one batch from its images' indices; runs in the loader processes."""
+
+    def __init__(self, images: ImageSet, view: View) -> None:
+        self.images = images
+        self.view = view
+
+    def __getitem__(self, indices: list[int]) -> _Loaded:
+        views: list[Tensor] = []
+        kept: list[int] = []
+        broken: dict[int, str] = {}
+        for index in indices:
+            try:
+                views.append(self.view(index))
+                kept.append(index)
+            except BrokenImage as error:
+                broken[index] = str(error)
+        return _Loaded(torch.stack(views) if views else torch.empty(0), self.images.labels[kept], broken)
+
+
+def loaded(
+    images: ImageSet, view: View, shares: Sequence[Tensor], *, workers: int | None, device: torch.device
+) -> Iterator[Raw]:
+    """Yield the shares' batches in their order; `workers` None chooses the number of processes.
+
+    Leaves out broken images that are to be skipped, be it all of a batch. Raises `DataError` for the others.
+    """
+    processes = min(_num_workers(images, device) if workers is None else workers, len(shares))
+    loader = DataLoader(
+        _Reader(images, view),
+        batch_size=None,  # each key is a batch already
+        sampler=[share.tolist() for share in shares],
+        num_workers=processes,
+        multiprocessing_context="fork" if processes else None,  # views are closures, which no other start can carry
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # keeps the loader from drawing its own seed out of the training's
+    )
+    with warnings.catch_warnings():
+        # Python 3.12 warns of any fork beside threads; the loader's processes call nothing that waits on them.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        batches = iter(loader)
+    for pixels, labels, broken in batches:
+        if isinstance(images, FileImages):
+            images.report_broken(broken)
+        yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def _num_workers(images: ImageSet, device: torch.device) -> int:
+    """Choose loader processes: each core this rank can use, none where images are in memory and the cores are training."""
+    if isinstance(images, MemoryImages) and device.type == "cpu":
+        return 0
+    return max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

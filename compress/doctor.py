@@ -1,0 +1,169 @@
+"""Look at this machine: what is installed, what INT8 can gain here, and the repair of what is missing."""
+
+import os
+import platform
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import typer
+from packaging.requirements import Requirement
+
+from export.targets import Target, host_instruction_sets, host_target
+
+Status = Literal["ok", "warn", "missing"]
+COLOURS = {"ok": "green", "warn": "yellow", "missing": "red"}
+CUDA_PROVIDER = "CUDAExecutionProvider"
+# One distribution provides what another asks for; both at once overwrite each other's files.
+STANDS_FOR = {"onnxruntime": "onnxruntime-gpu"}
+LITTLE_MEMORY_GB = 3.5  # a ResNet-50 recipe at 64 px needs about 2.5
+LITTLE_DISK_GB = 2.0  # a ResNet-50 run with its checkpoints takes about 1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination; a repair is there unless all is well."""
+
+    name: str
+    status: Status
+    value: str
+    repair: str = ""
+
+
+def examine(out: Path) -> int:
+    """Print every finding; return 0, or 2 where something that a run needs is missing."""
+    installed = [python(sys.version_info[:2]), *packages(metadata.requires("compress") or (), version_of)]
+    found = list(installed)
+    if all(finding.status != "missing" for finding in installed):
+        found += machine(out)
+    width = max(len(finding.name) for finding in found)
+    for finding in found:
+        typer.echo(
+            f"{typer.style(f'{finding.status:7}', fg=COLOURS[finding.status])}  {finding.name:{width}}  {finding.value}"
+        )
+        if finding.repair:
+            typer.echo(f"{'':{9 + width}}  → {finding.repair}")
+    return 2 if any(finding.status == "missing" for finding in found) else 0
+
+
+def python(version: tuple[int, int]) -> Finding:
+    """Judge the interpreter."""
+    if (3, 11) <= version <= (3, 12):
+        return Finding("Python", "ok", platform.python_version())
+    return Finding("Python", "warn", platform.python_version(), "tested on 3.11 and 3.12: make setup PYTHON=python3.12")
+
+
+def packages(requirements: Sequence[str], version_of: Callable[[str], str | None]) -> Iterator[Finding]:
+    """Judge the installed packages against the distribution's own requirements, the extras left out."""
+    for requirement in map(Requirement, requirements):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        name = requirement.name
+        version = version_of(name) or version_of(STANDS_FOR.get(name, name))
+        repair = f"pip install '{requirement}', or make setup"
+        if version is None:
+            yield Finding(name, "missing", "not installed", repair)
+        elif not requirement.specifier.contains(version, prereleases=True):
+            yield Finding(name, "missing", f"{version}, needs {requirement.specifier}", repair)
+        else:
+            yield Finding(name, "ok", version)
+
+
+def version_of(name: str) -> str | None:
+    """Return an installed distribution's version."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def machine(out: Path) -> list[Finding]:
+    """Judge the hardware; every package must be there."""
+    from export.environment import cpu_model, gpu, memory_gb, usable_cores
+    from export.session import available_providers
+
+    card = gpu("name")
+    return [
+        cpu(cpu_model() or platform.machine(), host_target(), host_instruction_sets()),
+        Finding("cores", "ok", str(usable_cores())),
+        memory(memory_gb()),
+        accelerator(card, *_torch_cuda()),
+        providers(available_providers(), card),
+        disk(out),
+    ]
+
+
+def cpu(model: str, target: Target, flags: Collection[str]) -> Finding:
+    """Say what INT8 can gain on this processor, and on which target's grid."""
+    value = f"{model}: target {target.name}"
+    if target.name == "cpu_arm":
+        if "asimddp" in flags or not flags:
+            return Finding("CPU", "ok", f"{value}, dot product: INT8 up to about 4x the arithmetic of FP32")
+        return Finding("CPU", "warn", f"{value}, no dot product", "expect little from INT8 here; pruning still pays")
+    if target.name == "cpu_vnni":
+        return Finding("CPU", "ok", f"{value}, VNNI: INT8 up to about 4x the arithmetic of FP32, full-range weights")
+    if "avx2" in flags:
+        return Finding(
+            "CPU", "ok", f"{value}, AVX2 without VNNI: INT8 about 1.9x the arithmetic of FP32, 7-bit weights"
+        )
+    return Finding("CPU", "warn", f"{value}, no AVX2", "expect no gain from INT8 here; pruning still pays")
+
+
+def memory(total_gb: float | None) -> Finding:
+    """Judge the memory."""
+    if total_gb is None:
+        return Finding("memory", "warn", "unknown", f"training needs about {LITTLE_MEMORY_GB} GB")
+    if total_gb < LITTLE_MEMORY_GB:
+        return Finding("memory", "warn", f"{total_gb} GB", "take smaller batches: --set data.eval_batch_size=32")
+    return Finding("memory", "ok", f"{total_gb} GB")
+
+
+def accelerator(card: str | None, cuda_build: str | None, usable: bool) -> Finding:
+    """Judge whether torch can train on the GPU that is there."""
+    build = f"torch built for CUDA {cuda_build}" if cuda_build else "torch built for the CPU"
+    if card is None:
+        return Finding("GPU", "ok", f"none ({build}): training runs on the CPU")
+    if usable:
+        return Finding("GPU", "ok", f"{card} ({build})")
+    repair = "update the driver, or install the torch build that fits it: https://pytorch.org/get-started/locally"
+    return Finding("GPU", "warn", f"{card}, but torch cannot use it ({build})", repair)
+
+
+def providers(names: Collection[str], card: str | None) -> Finding:
+    """Judge whether ONNX Runtime reaches the GPU that is there."""
+    value = ", ".join(names)
+    if card is None or CUDA_PROVIDER in names:
+        return Finding("ONNX Runtime", "ok", value)
+    repair = (
+        "pip uninstall -y onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu (without it the GPU is not timed)"
+    )
+    return Finding("ONNX Runtime", "warn", f"{value}, no {CUDA_PROVIDER}", repair)
+
+
+def disk(out: Path) -> Finding:
+    """Judge the place of the runs: the folder, or the nearest parent that exists."""
+    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        return Finding(
+            "disk", "missing", f"{place}: cannot be written", "choose another folder with --out (OUT= under make)"
+        )
+    free_gb = shutil.disk_usage(place).free / 1e9
+    if free_gb < LITTLE_DISK_GB:
+        return Finding(
+            "disk", "warn", f"{free_gb:.1f} GB free at {place}", "free some, or choose another folder with --out"
+        )
+    return Finding("disk", "ok", f"{free_gb:.1f} GB free at {place}")
+
+
+def _torch_cuda() -> tuple[str | None, bool]:
+    """Return torch's CUDA version and whether it can use a GPU; an old driver is a finding, not a warning."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.version.cuda, torch.cuda.is_available()

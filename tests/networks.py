@@ -1,0 +1,88 @@
+"""Small networks that have what large ones have: residuals, depthwise and grouped convolutions, ReLU6, concatenation."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.down: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.down = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (n, outputs, h / stride, w / stride)."""
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out: Tensor = self.relu(y + self.down(x))
+        return out
+
+
+class Residual(nn.Module):
+    """Two residual blocks and a head."""
+
+    def __init__(self, num_classes: int, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
+        self.pool = nn.MaxPool2d(2)
+        self.block1 = Block(width, width, 1)
+        self.block2 = Block(width, 2 * width, 2)
+        self.head = nn.Linear(2 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (n, num_classes)."""
+        x = self.block2(self.block1(self.pool(self.stem(x))))
+        out: Tensor = self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return out
+
+
+class Mobile(nn.Module):
+    """An inverted residual with ReLU6, a grouped convolution and a concatenation."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6(inplace=True))
+        self.expand = nn.Sequential(nn.Conv2d(16, 48, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU6(inplace=True))
+        self.depth = nn.Sequential(
+            nn.Conv2d(48, 48, 3, 1, 1, groups=48, bias=False), nn.BatchNorm2d(48), nn.ReLU6(inplace=True)
+        )
+        self.project = nn.Sequential(nn.Conv2d(48, 16, 1, bias=False), nn.BatchNorm2d(16))
+        self.grouped = nn.Sequential(nn.Conv2d(16, 32, 3, 1, 1, groups=4), nn.ReLU())
+        self.drop = nn.Dropout(0.2)
+        self.head = nn.Linear(48, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (n, num_classes)."""
+        x = self.stem(x)
+        x = x + self.project(self.depth(self.expand(x)))
+        x = torch.cat([x, self.grouped(x)], 1)
+        out: Tensor = self.head(self.drop(x.mean((2, 3))))
+        return out
+
+
+def lively(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give batch-norms statistics and scales that matter, as after training; return the model in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            shape = module.weight.shape
+            module.weight.data = torch.empty(shape).uniform_(0.5, 1.5, generator=generator)
+            module.bias.data = torch.empty(shape).uniform_(-0.3, 0.3, generator=generator)
+            module.running_mean = torch.empty(shape).uniform_(-0.2, 0.2, generator=generator)
+            module.running_var = torch.empty(shape).uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
+
+
+def small(num_classes: int) -> nn.Module:
+    """Return the network that tests give to recipes as a person's own."""
+    return Residual(num_classes)

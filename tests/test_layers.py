@@ -1,0 +1,74 @@
+"""The rows of docs/design.md: a module imports from its own row or a lower one."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROWS = (
+    ("compress.errors", "export"),
+    ("compress.artifact", "compress.log", "compress.recipe", "compress.recipe_errors", "compress.recipe_file",
+     "compress.recipe_reference", "compress.strict_yaml"),
+    ("compress.data", "compress.losses", "compress.models", "compress.pruning", "compress.quant", "compress.tasks"),
+    ("compress.distillation", "compress.network", "compress.train"),
+    ("compress.run",),
+    ("compress.stages",),
+    ("compress.pipeline", "compress.report"),
+    ("compress.cli", "compress.doctor"),
+)  # fmt: skip
+ALGORITHMS = ROWS[2]  # these take plain arguments, never a recipe's section
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for folder in ("compress", "export") for path in sorted((ROOT / folder).rglob("*.py"))}
+
+
+def imports(module: str) -> Iterator[str]:
+    """Yield what a module imports anywhere in it, also inside functions; of `from package import name` the full path."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute"
+            assert node.module is not None
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else node.module
+
+
+def is_within(module: str, *parents: str) -> bool:
+    return any(module == parent or module.startswith(f"{parent}.") for parent in parents)
+
+
+def row(module: str) -> int:
+    (found,) = (index for index, parents in enumerate(ROWS) if is_within(module, *parents))
+    return found
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "compress"])
+def test_module_imports_from_its_own_row_or_lower(module: str) -> None:
+    higher = [name for name in imports(module) if name in MODULES and name != "compress" and row(name) > row(module)]
+    assert higher == []
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if is_within(name, "export")])
+def test_export_stands_alone(module: str) -> None:
+    forbidden = ["compress"] if module == "export.to_onnx" else ["compress", "torch", "torchvision", "timm"]
+    assert [name for name in imports(module) if is_within(name, *forbidden)] == []
+
+
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if is_within(name, "compress.stages") and name != "compress.stages"]
+)
+def test_stages_never_import_each_other(module: str) -> None:
+    assert [name for name in imports(module) if is_within(name, "compress.stages")] == []
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if is_within(name, *ALGORITHMS)])
+def test_algorithms_know_nothing_of_recipes(module: str) -> None:
+    assert [name for name in imports(module) if is_within(name, "compress.recipe", "compress.recipe_file")] == []

@@ -1,0 +1,55 @@
+"""The Makefile passes on what a person gives it, and nothing else."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TARGETS = {"help", "setup", "compress", "test", "check", "bench", "report", "clean"}
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs GNU make")
+
+
+def make(*words: str, **environment: str) -> str:
+    """What make would run, with the virtual environment taken as made."""
+    command = ["make", "--no-print-directory", "--dry-run", "--assume-old=.venv/.ready", *words]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(
+        command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_every_target_is_phony_and_explained() -> None:
+    text = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)
+    assert phony is not None
+    assert set(phony[1].split()) == TARGETS
+    assert set(re.findall(r"^([a-z]+):.* ## ", text, re.MULTILINE)) == TARGETS
+
+
+def test_compress_runs_the_quickstart() -> None:
+    assert make("compress").split("\n")[0].split()[:3] == [".venv/bin/compress", "run", "'recipes/quickstart.yaml'"]
+
+
+def test_compress_passes_on_every_variable() -> None:
+    shown = make("compress", "RECIPE=r.yaml", "DATA=/my images", "WEIGHTS=w.pth", "OUT=o", "SET=a=1 b.c=2", "ARGS=-v")
+    words = "run 'r.yaml' --data '/my images' --weights 'w.pth' --out 'o' --set 'a=1' --set 'b.c=2' -v"
+    assert words in re.sub(r"[\s\\]+", " ", shown)
+
+
+def test_the_environment_changes_no_run() -> None:
+    assert make("compress", DATA="/elsewhere", OUT="/elsewhere", SET="seed=1", RECIPE="x.yaml") == make("compress")
+
+
+def test_several_processes_start_under_torchrun() -> None:
+    assert ".venv/bin/torchrun --nproc-per-node=8 --no-python .venv/bin/compress run" in make("compress", "RANKS=8")
+
+
+def test_clean_keeps_runs_and_the_virtual_environment() -> None:
+    shown = make("clean")
+    assert "rm -rf" in shown
+    assert not re.search(r"runs|\.venv", shown)

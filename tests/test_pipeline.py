@@ -1,0 +1,293 @@
+"""The chain on a small network of a person's own: what it makes, what it keeps, what it refuses."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from compress.artifact import is_complete, read_meta
+from compress.errors import ArtifactError, CompressError
+from compress.pipeline import plan_recipe, run_recipe, run_stage
+from compress.recipe import Recipe
+from compress.recipe_file import read_recipe
+from compress.report.shape import Report
+from export.bundle import read_bundle
+from export.graph import weight_levels
+
+RECIPE = """
+name: small
+target: cpu_avx2
+data: {dataset: digits, image_size: 16, limit_per_class: 40}
+model: {arch: "NETWORKS:small"}
+stages:
+  - {stage: source, fit: {epochs: 4, batch_size: 32, lr: 0.05}}
+  - {stage: prune, keep_macs: 0.6}
+  - {stage: distill, fit: {epochs: 2, batch_size: 32, lr: 0.02}}
+  - {stage: qat, fit: {epochs: 1, batch_size: 32, lr: 0.001}, calibration_images: 64}
+  - {stage: export, ptq_calibration_images: 64}
+  - {stage: bench, seconds: 0.05, blocks: 4, batches: [1, 2], threads: [1]}
+""".replace("NETWORKS", str(Path(__file__).with_name("networks.py")))
+NAMES = ["source", "prune", "distill", "qat", "export", "bench"]
+FILES = ["teacher_fp32", "student_fp32", "student_fp16", "student_ptq_int8", "student_int8"]
+
+
+def recipe(folder: Path, *overrides: str) -> Recipe:
+    path = folder / "small.yaml"
+    path.write_text(RECIPE)
+    return read_recipe(path, [f"out={folder}", *overrides])
+
+
+def run(folder: Path, *overrides: str, until: str | None = None) -> int:
+    return run_recipe(
+        recipe(folder, *overrides), trust_code=True, until=until, verbose=False, command="compress run small.yaml"
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    assert run(folder) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished / "small", tmp_path / "small")
+    return tmp_path
+
+
+def report(folder: Path) -> Report:
+    value: Report = json.loads((folder / "small" / "report.json").read_text())
+    return value
+
+
+def test_every_stage_and_every_file_is_reported(finished: Path) -> None:
+    found = report(finished)
+    assert [row["stage"] for row in found["stages"]] == NAMES
+    assert {row["name"] for row in found["deployed"]} == set(FILES)
+    assert {(row["batch"], row["threads"], row["image_size"]) for row in found["deployed"]} == {(1, 1, 16), (2, 1, 16)}
+    assert all(0 <= (row["top1"] or 0) <= 1 for row in found["deployed"])
+    assert found["verdict"] == "pass"
+    assert "<html" in (finished / "small" / "report" / "index.html").read_text()
+
+
+def test_the_reported_accuracy_is_the_files_own_in_onnx_runtime(finished: Path) -> None:
+    """Scored again by hand: Pillow's pixels of the validation digits, and a fresh session."""
+    import torch
+
+    from compress.run import open_run
+
+    run_ = open_run(recipe(finished), trust_code=True, verbose=False)
+    bundle = read_bundle(finished / "small" / "bundle")
+    session = onnxruntime.InferenceSession(bundle.files["student_int8"], providers=["CPUExecutionProvider"])
+    right = total = 0
+    for images, labels in run_.validation():
+        (logits,) = session.run(None, {"input": images.contiguous(memory_format=torch.contiguous_format).numpy()})
+        right, total = right + int((logits.argmax(1) == labels.numpy()).sum()), total + len(labels)
+    row = next(row for row in report(finished)["deployed"] if row["name"] == "student_int8")
+    assert row["top1"] == pytest.approx(right / total)
+
+
+def test_the_bundle_stands_alone(finished: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(finished / "small" / "bundle", moved)
+    bundle = read_bundle(moved)
+    assert list(bundle.files) == FILES
+    assert bundle.labels == tuple("0123456789")
+    assert bundle.preprocess.image_size == 16
+    subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=moved, check=True)
+    for path in bundle.files.values():
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        assert session.run(None, {"input": np.zeros((3, 3, 16, 16), np.float32)})[0].shape == (3, 10)
+
+
+def test_the_int8_file_holds_the_targets_grid_and_says_how_to_feed_it(finished: Path) -> None:
+    model = onnx.load(read_bundle(finished / "small" / "bundle").files["student_int8"])
+    levels = weight_levels(model)
+    assert len(levels) == 7
+    assert all(level.min() >= -64 and level.max() <= 63 for level in levels.values())
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(metadata["preprocess"])["image_size"] == 16
+    assert json.loads(metadata["classes"]) == list("0123456789")
+    assert metadata["target"] == "cpu_avx2"
+
+
+def test_the_student_costs_what_the_recipe_allows(finished: Path) -> None:
+    rows = {row["stage"]: row["metrics"] for row in report(finished)["stages"]}
+    before, after = rows["source"]["macs_m"], rows["prune"]["macs_m"]
+    assert before is not None
+    assert after is not None
+    assert after <= 0.6 * before
+
+
+def test_a_second_run_runs_nothing(copied: Path) -> None:
+    assert all(line.cached for line in plan_recipe(recipe(copied)))
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("meta.json")}
+    assert run(copied) == 0
+    assert {path: path.stat().st_mtime_ns for path in copied.rglob("meta.json")} == before
+    assert all(row["cached"] for row in report(copied)["stages"])
+
+
+def test_changed_qat_epochs_keep_prune_and_distill(copied: Path) -> None:
+    plan = plan_recipe(recipe(copied, "qat.fit.epochs=2"))
+    assert [line.cached for line in plan] == [True, True, True, False, False, False]
+    assert plan[3].reason == "changed: fit.epochs 1 to 2"
+    assert plan[4].reason == "qat runs"
+    assert run(copied, "qat.fit.epochs=2", until="qat") == 0
+    assert [row["cached"] for row in report(copied)["stages"]] == [True, True, True, False]
+    assert all(line.cached for line in plan_recipe(recipe(copied)))  # the first recipe's artifacts are still there
+
+
+@pytest.mark.parametrize("change", ["seed=1", "data.image_size=24", "data.augment.flip=true"])
+def test_other_data_or_another_seed_runs_everything(copied: Path, change: str) -> None:
+    assert not any(line.cached for line in plan_recipe(recipe(copied, change)))
+
+
+def test_a_run_killed_in_a_stage_goes_on_from_the_last_finished_one(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress.stages import STAGES
+
+    for directory in (copied / "small").glob("0[345]-*"):
+        shutil.rmtree(directory)
+    real = STAGES["qat"]
+
+    def killed(cfg: object, src: Path, out: Path, run: object) -> None:
+        (out / "weights.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(STAGES, "qat", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(copied)
+    plan = plan_recipe(recipe(copied))
+    assert [line.cached for line in plan] == [True, True, True, False, False, False]
+    assert plan[3].reason == "was interrupted; goes on"
+    monkeypatch.setitem(STAGES, "qat", real)
+    assert run(copied, until="qat") == 0
+    assert is_complete(plan[3].directory)
+    assert read_meta(plan[3].directory).files["weights.safetensors"] > 4
+
+
+def test_a_missed_target_is_exit_1_and_the_report_names_it(copied: Path) -> None:
+    assert run(copied, "targets.max_size_ratio=0.0001") == 1
+    found = report(copied)
+    assert found["verdict"] == "fail"
+    assert "max_size_ratio" in str(found["failures"])
+
+
+def test_a_stage_runs_alone_from_any_artifact(finished: Path, tmp_path: Path) -> None:
+    source = next((finished / "small").glob("02-distill-*"))
+    out = tmp_path / "narrower"
+    narrower = recipe(tmp_path, "prune.keep_macs=0.8")
+    assert run_stage(narrower, "prune", src=source, out=out, trust_code=True, verbose=False) == 0
+    assert read_meta(out).metrics["macs_m"] < read_meta(source).metrics["macs_m"]  # type: ignore[operator]
+
+
+def test_a_stage_refuses_what_it_cannot_take(finished: Path, tmp_path: Path) -> None:
+    source = next((finished / "small").glob("03-qat-*"))
+    with pytest.raises(ArtifactError, match=r"prune takes float, but .* holds fakequant"):
+        run_stage(recipe(tmp_path), "prune", src=source, out=tmp_path / "out", trust_code=True, verbose=False)
+    with pytest.raises(ArtifactError, match="exists already"):
+        run_stage(recipe(tmp_path), "prune", src=source, out=tmp_path, trust_code=True, verbose=False)
+
+
+def test_an_unreachable_keep_macs_is_one_sentence_and_leaves_nothing_to_trust(copied: Path) -> None:
+    with pytest.raises(CompressError, match=r"keep_macs: .* cannot be reached; the narrowest plan keeps"):
+        run(copied, "prune.keep_macs=0.001", until="prune")
+    assert not plan_recipe(recipe(copied, "prune.keep_macs=0.001"))[1].cached
+
+
+@pytest.mark.parametrize("criterion", ["l1", "taylor", "fpgm", "bn_scale", "random"])
+def test_every_criterion_reaches_its_budget(copied: Path, criterion: str) -> None:
+    assert run(copied, f"prune.criterion={criterion}", "prune.scope=isomorphic", until="prune") == 0
+
+
+def test_sparsity_learning_and_an_iterative_plan_with_recovery(copied: Path) -> None:
+    overrides = [
+        "prune.steps=2",
+        "prune.keep_macs=0.35",
+        "prune.recover={epochs: 1, batch_size: 32, lr: 0.01}",
+        "prune.sparsity={fit: {epochs: 1, batch_size: 32, lr: 0.01}, strength: 0.001}",
+    ]
+    assert run(copied, *overrides, until="distill") == 0
+    pruned = plan_recipe(recipe(copied, *overrides))[1].directory
+    plan = json.loads((pruned / "plan.json").read_text())
+    assert len(plan["cuts"]) == 2
+    assert all(plan["cuts"])
+    phases = [json.loads(line).get("phase") for line in (pruned / "log.jsonl").read_text().splitlines()]
+    assert phases[:2] == ["sparsity", "recover-1"]
+
+
+def test_other_ways_to_train(copied: Path) -> None:
+    overrides = [
+        "data.augment={crop: random_resized, flip: true, mixup: 0.2, cutmix: 1.0}",
+        "source.label_smoothing=0.1",
+        "source.fit={epochs: 1, batch_size: 32, optimizer: adamw, lr: 0.001, ema_decay: 0.9, clip_norm: 1.0, precision: bf16}",
+        "distill.fit.epochs=1",
+        "distill.loss=[{name: cross_entropy, weight: 0.3}, {name: kd, temperature: 4.0, weight: 0.7}]",
+    ]
+    assert run(copied, *overrides, until="qat") == 0
+
+
+def cli(
+    folder: Path, *arguments: str, launcher: Sequence[str] = ("-m", "compress.cli"), limit: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line; `limit` is the largest file in bytes that the kernel lets it write."""
+    (folder / "small.yaml").write_text(RECIPE)
+    command = [
+        sys.executable,
+        *launcher,
+        "run",
+        str(folder / "small.yaml"),
+        "--out",
+        str(folder),
+        "--trust-code",
+        *arguments,
+    ]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),  # type: ignore[arg-type]
+    )
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_to_trust(copied: Path) -> None:
+    """A file-size limit makes the kernel refuse the write in its middle, as a full disk does."""
+    changes = ["seed=5", "source.fit.epochs=1"]
+    done = cli(copied, *(part for change in changes for part in ("--set", change)), "--until", "source", limit=40_000)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not plan_recipe(recipe(copied, *changes))[0].cached
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "compress.cli")
+    done = cli(tmp_path, "--until", "qat", launcher=torchrun)
+    assert done.returncode == 0, done.stderr[-2000:]
+    plan = plan_recipe(recipe(tmp_path))
+    assert [line.cached for line in plan] == [True, True, True, True, False, False]
+    assert float(read_meta(plan[3].directory).metrics["top1"] or 0) > 0.3
+
+
+def test_the_plan_command_imports_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    code = (
+        "import sys; from pathlib import Path; from compress.pipeline import plan_recipe; from compress.recipe_file import read_recipe\n"
+        "print(len(plan_recipe(read_recipe(Path(sys.argv[1]))))); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "small.yaml")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "6\n"), done.stderr

@@ -1,0 +1,150 @@
+"""The training loop: schedules against formulas, a killed run against one that was not."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from networks import Residual
+from torch import nn
+
+from compress import train
+from compress.data.batches import Batch
+from compress.distillation import supervised_step
+from compress.errors import CompressError
+from compress.log import StageLog
+from compress.recipe import Fit
+from compress.tasks import TASKS, evaluate
+from compress.train import Loop, fit, learning_rate, make_optimizer, precision_of
+
+CPU = torch.device("cpu")
+STEP = supervised_step(TASKS["classification"], label_smoothing=0.0)
+DATA = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+LABELS = (DATA.mean((1, 2, 3)) > 0).long()
+
+
+def batches(epoch: int) -> Iterator[Batch]:
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(epoch))
+    for part in order.split(16):
+        yield Batch(DATA[part], LABELS[part])
+
+
+def loop(out: Path, *, seed: int = 0) -> Loop:
+    out.mkdir(exist_ok=True)
+    task = TASKS["classification"]
+    return Loop(
+        batches=batches,
+        steps_per_epoch=4,
+        evaluate=lambda model: evaluate(model, [Batch(DATA, LABELS)], task),
+        log=StageLog(out, stage="test"),
+        checkpoint=out / "checkpoint.pt",
+        device=CPU,
+        ranks=1,
+        seed=seed,
+        phase="test",
+    )
+
+
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(Residual(2), nn.Dropout(0.3))
+
+
+def test_the_rate_warms_up_linearly_and_falls_to_zero_by_a_cosine() -> None:
+    settings = Fit(epochs=10, lr=0.4, warmup_epochs=2)
+    rates = [learning_rate(settings, step, 5) for step in range(50)]
+    assert rates[:10] == pytest.approx([0.04 * (step + 1) for step in range(10)])
+    assert rates[30] == pytest.approx(0.2)  # half of the cosine
+    assert rates[49] == pytest.approx(0.4 * 0.5 * (1 + math.cos(math.pi * 39 / 40)))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_vectors_have_no_weight_decay() -> None:
+    groups = make_optimizer(network(), Fit(epochs=1, weight_decay=0.1)).param_groups
+    assert [(group["weight_decay"], {p.dim() > 1 for p in group["params"]}) for group in groups] == [
+        (0.1, {True}),
+        (0.0, {False}),
+    ]
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    model = fit(network(), STEP, Fit(epochs=8, batch_size=16, lr=0.05), loop(tmp_path))
+    assert evaluate(model, [Batch(DATA, LABELS)], TASKS["classification"])["top1"] > 0.9
+    assert not model.training
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_killed_run_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, ema: float
+) -> None:
+    settings = Fit.model_validate({"epochs": 4, "batch_size": 16, "lr": 0.01, "optimizer": optimizer, "ema_decay": ema})
+    whole = fit(network(), STEP, settings, loop(tmp_path / "whole"))
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", -1.0)
+    calls = 0
+
+    def killed(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 11:  # in the middle of the third epoch
+            raise KeyboardInterrupt
+        return STEP(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(network(), killed, settings, loop(tmp_path / "killed"))
+    torch.manual_seed(99)  # a new process has another random state
+    resumed = fit(network(), STEP, settings, loop(tmp_path / "killed"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
+
+
+def test_the_moving_average_is_the_result(tmp_path: Path) -> None:
+    settings = Fit(epochs=1, batch_size=16, lr=0.1, ema_decay=0.5)
+    seen: list[torch.Tensor] = []
+
+    def step(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        seen.append(model.get_parameter("0.head.weight").detach().clone())
+        return STEP(model, batch)
+
+    model = network()
+    result = fit(model, step, settings, loop(tmp_path))
+    weights = [*seen[1:], model.get_parameter("0.head.weight").detach()]  # after each step
+    expected = weights[0]
+    for weight in weights[1:]:
+        expected = 0.5 * expected + 0.5 * weight
+    assert torch.allclose(result.get_parameter("0.head.weight"), expected, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_repair(tmp_path: Path) -> None:
+    def broken(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        return {"loss": STEP(model, batch)["loss"] * math.nan}
+
+    with pytest.raises(CompressError, match=r"the loss is nan in epoch 1; lower fit\.lr"):
+        fit(network(), broken, Fit(epochs=2, batch_size=16), loop(tmp_path))
+
+
+def test_clipping_bounds_the_step(tmp_path: Path) -> None:
+    model = network()
+    before = [p.detach().clone() for p in model.parameters()]
+    settings = Fit(epochs=1, batch_size=16, lr=1.0, momentum=0.0, weight_decay=0.0, clip_norm=1e-3)
+    after = fit(model, STEP, settings, loop(tmp_path))
+    moved = math.sqrt(
+        sum(float((a.detach() - b).square().sum()) for a, b in zip(after.parameters(), before, strict=True))
+    )
+    assert 0 < moved <= 4 * 1e-3 * 1.01  # four steps
+
+
+def test_auto_precision_is_float32_on_a_cpu() -> None:
+    assert precision_of(Fit(epochs=1), CPU) is None
+    assert precision_of(Fit(epochs=1, precision="bf16"), CPU) is torch.bfloat16
+
+
+def test_every_measurement_of_the_step_is_logged_as_its_mean(tmp_path: Path) -> None:
+    def step(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        return {**STEP(model, batch), "extra": torch.tensor(2.5)}
+
+    fit(network(), step, Fit(epochs=1, batch_size=16), loop(tmp_path))
+    assert '"extra": 2.5' in (tmp_path / "log.jsonl").read_text()
