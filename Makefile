@@ -53,7 +53,7 @@ clean: ## remove caches and build leftovers; runs and .venv stay
 
 # The first interpreter of 3.11 or newer that can make virtual environments.
 define find_python
-	for python in $(or $(PYTHON),python3.12 python3.11 python3 python3.13); do \
+	for python in $(or $(PYTHON),python3 python3.12 python3.11 python3.13); do \
 		if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; \
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			echo "$$python cannot make virtual environments (on Debian: apt install $$(basename "$$python")-venv); looking further" >&2; \

@@ -263,6 +263,7 @@ def cli(
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_to_trust(copied: Path) -> None:
     """A file-size limit makes the kernel refuse the write in its middle, as a full disk does."""
     changes = ["seed=5", "source.fit.epochs=1"]
@@ -272,6 +273,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_to_trust(copied: Path) -
     assert not plan_recipe(recipe(copied, *changes))[0].cached
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "compress.cli")
     done = cli(tmp_path, "--until", "qat", launcher=torchrun)

@@ -37,8 +37,6 @@ def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:
                 step = distillation_step(KD_ONLY, run.task, run.teacher(src))
                 model = run.fit(model, step, cfg.recover, out=out, log=log, phase=f"recover-{number}")
         table = widths(layers, model)
-        for width in table:
-            log.note_detail(f"{width.name}: {width.out_before} to {width.out_after} channels")
         metrics = run.measure(model)
         _check(cfg, before, metrics)
         if run.rank == 0:
@@ -50,8 +48,8 @@ def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:
                     "cuts": [[cut.to_json() for cut in step] for step in steps],
                 },
             )
-        cut = sum(width.out_after < width.out_before for width in table)
-        log.note(f"{cut} of {len(table)} layers narrower; {metrics['macs_m']:.1f} M multiply-accumulates left")
+        log.note(", ".join(f"{width.name} {width.out_before}→{width.out_after}" for width in table))
+        log.note(f"{metrics['macs_m']:.1f} of {before['macs_m']:.1f} M multiply-accumulates left")
     return metrics
 
 
