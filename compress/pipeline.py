@@ -21,6 +21,7 @@ from compress.errors import ArtifactError, CompressError
 from compress.models.digest import source_digest
 from compress.recipe import FILES, GIVES, TAKES, Recipe, StageSection, Targets
 from compress.recipe_file import write_recipe
+from compress.settings import data_settings
 from export.environment import environment, fingerprint
 from export.targets import resolve_target
 
@@ -119,25 +120,13 @@ def render_report(root: Path) -> Path:
 
 def _keys(recipe: Recipe) -> Iterator[str]:
     """Yield every stage's key, in order."""
-    data, target = recipe.data, resolve_target(recipe.target).name
-    digest = dataset_digest(
-        data.dataset,
-        None if data.path is None else Path(data.path),
-        image_size=data.image_size,
-        resize=data.resize,
-        mean=data.mean,
-        std=data.std,
-        val_fraction=data.val_fraction,
-        limit_per_class=data.limit_per_class,
-        skip_broken=data.skip_broken,
-        seed=recipe.seed,
-    )
+    target = resolve_target(recipe.target).name
     key = key_of(
         {
             "task": recipe.task,
             "seed": recipe.seed,
-            "data": digest,
-            "augment": data.augment.model_dump(mode="json"),
+            "data": dataset_digest(data_settings(recipe)),
+            "augment": recipe.data.augment.model_dump(mode="json"),
             "model": source_digest(recipe.model.arch, recipe.model.weights),
             "reset_head": recipe.model.reset_head,
         }

@@ -22,6 +22,7 @@ from compress.log import StageLog
 from compress.models.structure import count
 from compress.network import load_float, load_network
 from compress.recipe import Fit, Recipe
+from compress.settings import data_settings
 from compress.tasks import TASKS, Task, evaluate
 from compress.train import Loop, Step, fit, place_
 from export.targets import Target, resolve_target
@@ -45,19 +46,7 @@ class Run:
     @cached_property
     def dataset(self) -> Dataset:
         """The images, opened when the first stage needs them."""
-        data = self.recipe.data
-        return open_dataset(
-            data.dataset,
-            None if data.path is None else Path(data.path),
-            image_size=data.image_size,
-            resize=data.resize,
-            mean=data.mean,
-            std=data.std,
-            val_fraction=data.val_fraction,
-            limit_per_class=data.limit_per_class,
-            skip_broken=data.skip_broken,
-            seed=self.recipe.seed,
-        )
+        return open_dataset(data_settings(self.recipe))
 
     @property
     def task(self) -> Task:

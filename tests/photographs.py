@@ -8,6 +8,7 @@ from PIL import Image
 
 from compress.data.augment import Augmentation
 from compress.data.dataset import Dataset, open_dataset
+from compress.data.digest import DataSettings
 
 STILL: dict[str, Any] = {
     "crop": "none",
@@ -37,7 +38,7 @@ def augmentation(**changes: Any) -> Augmentation:
 
 def opened(name: str, path: Path | None = None, **changes: Any) -> Dataset:
     """Open a data set with small settings."""
-    return open_dataset(name, path, **SETTINGS | changes)
+    return open_dataset(DataSettings(name, path, **SETTINGS | changes))
 
 
 def write_photo(file: Path, *, width: int = 21, height: int = 17, seed: int = 0) -> Path:

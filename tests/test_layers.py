@@ -12,7 +12,7 @@ ROWS = (
     ("compress.artifact", "compress.log", "compress.recipe", "compress.recipe_errors", "compress.recipe_file",
      "compress.recipe_reference", "compress.strict_yaml"),
     ("compress.data", "compress.losses", "compress.models", "compress.pruning", "compress.quant", "compress.tasks"),
-    ("compress.distillation", "compress.network", "compress.train"),
+    ("compress.distillation", "compress.network", "compress.settings", "compress.train"),
     ("compress.run",),
     ("compress.stages",),
     ("compress.pipeline", "compress.report"),

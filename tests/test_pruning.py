@@ -11,6 +11,7 @@ from networks import Mobile, Residual, lively
 from torch import nn
 
 from compress.errors import CompressError
+from compress.models.architectures import build
 from compress.pruning.criteria import CRITERIA, score
 from compress.pruning.layers import CostModel, measure_layers
 from compress.pruning.plan import Cut, Goal, Scope, choose, cut_, find_groups, smallest_widths, widths
@@ -202,3 +203,16 @@ def test_local_scope_keeps_the_same_part_everywhere() -> None:
     parts = [len(cut.remove) / groups[cut.root] for cut in cuts]
     assert len(parts) == len(groups)
     assert all(abs(a - b) <= 8 / 64 + 1e-9 for a, b in itertools.pairwise(parts))
+
+
+def test_a_network_whose_channels_cannot_be_followed_is_refused_in_a_sentence() -> None:
+    with pytest.raises(CompressError, match="ShuffleNetV2: Torch-Pruning cannot follow its channels"):
+        find_groups(build("torchvision:shufflenet_v2_x0_5", num_classes=5), torch.zeros(1, 3, 32, 32), "l2", exclude=[])
+
+
+def test_attention_keeps_its_width_and_the_mlp_is_cut() -> None:
+    model = build("timm:test_vit", num_classes=5)
+    size = 160
+    groups = find_groups(model, torch.zeros(1, 3, size, size), "l2", exclude=["head"])
+    assert groups
+    assert all(group.root.endswith("mlp.fc1") for group in groups)

@@ -2,12 +2,11 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from compress.data.digest import NATIVE_SIZE, dataset_digest, folder_of
+from compress.data.digest import NATIVE_SIZE, DataSettings, dataset_digest, folder_of
 from compress.data.folders import Listing, list_folder
 from compress.data.images import MEMORY_BYTES, ArrayImages, FileImages, ImageSet, decode_all, from_files
 from compress.data.named import NAMED, Arrays, NamedSet
@@ -31,47 +30,27 @@ class Dataset:
     digest: str
 
 
-def open_dataset(
-    name: str,
-    path: Path | None,
-    *,
-    image_size: int | None,
-    resize: float,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    val_fraction: float,
-    limit_per_class: int | None,
-    skip_broken: bool,
-    seed: int,
-) -> Dataset:
+def open_dataset(settings: DataSettings) -> Dataset:
     """Open a data set by name; decode it into memory where it fits, so that every broken image is found now.
 
     Without a validation set of its own, a fraction of each class is held out by seed. `limit_per_class` limits training only.
     Raises `DataError` for data that are missing, unreadable or cannot be split.
     """
-    digest = dataset_digest(
-        name,
-        path,
-        image_size=image_size,
-        resize=resize,
-        mean=mean,
-        std=std,
-        val_fraction=val_fraction,
-        limit_per_class=limit_per_class,
-        skip_broken=skip_broken,
-        seed=seed,
-    )
-    preprocess = Preprocess(image_size or NATIVE_SIZE[name], resize, mean, std)
+    name, path = settings.name, settings.path
+    preprocess = Preprocess(settings.image_size or NATIVE_SIZE[name], settings.resize, settings.mean, settings.std)
     found = list_folder(folder_of(path)) if name == "imagefolder" else NAMED[name](path)
     labels = _train_labels(found)
-    val = None if found.val is not None else held_out(labels, found.classes, fraction=val_fraction, seed=seed)
+    val = None
+    if found.val is None:
+        val = held_out(labels, found.classes, fraction=settings.val_fraction, seed=settings.seed)
     train = np.arange(len(labels)) if val is None else np.setdiff1d(np.arange(len(labels)), val)
-    if limit_per_class is not None:
-        train = train[limited(labels[train], len(found.classes), per_class=limit_per_class, seed=seed)]
-    lazy = _pick(found, train, val, skip_broken=skip_broken)
+    if settings.limit_per_class is not None:
+        chosen = limited(labels[train], len(found.classes), per_class=settings.limit_per_class, seed=settings.seed)
+        train = train[chosen]
+    lazy = _pick(found, train, val, skip_broken=settings.skip_broken)
     images = _in_memory(*lazy, preprocess)
     _check(*images, found.classes)
-    return Dataset(name, *images, found.classes, preprocess, digest)
+    return Dataset(name, *images, found.classes, preprocess, dataset_digest(settings))
 
 
 def _train_labels(found: Listing | NamedSet) -> np.ndarray:
@@ -119,4 +98,4 @@ def _check(train: ImageSet, val: ImageSet, classes: tuple[str, ...]) -> None:
     if len(val) == 0:
         raise DataError("validation: none of its images can be read; repair them or give other ones")
     if unjudged:
-        log.warning("validation has no image of %d classes, %s first", len(unjudged), unjudged[0])
+        log.error("validation has no image of %d classes, %s first", len(unjudged), unjudged[0])

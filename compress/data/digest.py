@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compress.data.folders import list_folder
@@ -19,37 +20,35 @@ NATIVE_SIZE = {
 VERSION = 1  # of how images become tensors; a change of it makes every cached stage run again
 
 
-def dataset_digest(
-    name: str,
-    path: Path | None,
-    *,
-    image_size: int | None,
-    resize: float,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    val_fraction: float,
-    limit_per_class: int | None,
-    skip_broken: bool,
-    seed: int,
-) -> str:
+@dataclass(frozen=True)
+class DataSettings:
+    """All that decides which images there are, how they are split, and what evaluation makes of them."""
+
+    name: str
+    path: Path | None
+    image_size: int | None  # None takes the data set's own
+    resize: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    val_fraction: float
+    limit_per_class: int | None
+    skip_broken: bool
+    seed: int
+
+
+def dataset_digest(settings: DataSettings) -> str:
     """Return a sha256 over all that decides the pixels and the split: the settings and, for a folder, every image's path and size.
 
-    Raises `DataError` where the folder cannot be used.
+    Where the folder lies does not matter. Raises `DataError` where it cannot be used.
     """
-    settings = {
+    content = {
+        **asdict(settings),
         "version": VERSION,
-        "name": name,
-        "image_size": image_size or NATIVE_SIZE[name],
-        "resize": resize,
-        "mean": list(mean),
-        "std": list(std),
-        "val_fraction": val_fraction,
-        "limit_per_class": limit_per_class,
-        "skip_broken": skip_broken,
-        "seed": seed,
-        "files": folder_digest(folder_of(path)) if name == "imagefolder" else None,
+        "image_size": settings.image_size or NATIVE_SIZE[settings.name],
+        "path": None,
+        "files": folder_digest(folder_of(settings.path)) if settings.name == "imagefolder" else None,
     }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def folder_of(path: Path | None) -> Path:

@@ -75,7 +75,7 @@ class FileImages:
         if not self.skip_broken:
             raise DataError(f"{self.root}: {describe_broken(new, len(self))}; {REPAIR}")
         self.broken.update(new)
-        log.warning("%s: left out: %s", self.root, describe_broken(new, len(self)))
+        log.error("%s: left out: %s", self.root, describe_broken(new, len(self)))
 
 
 @dataclass(frozen=True)

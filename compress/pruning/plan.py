@@ -20,6 +20,8 @@ from compress.errors import CompressError
 from compress.pruning.criteria import score
 from compress.pruning.layers import CostModel, Layer, is_output_cut
 
+# What Torch-Pruning raises on operators that it does not know, such as a channel shuffle.
+GRAPH_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 Goal = Literal["macs", "params"]
 Scope = Literal["global", "local", "isomorphic"]
 
@@ -72,7 +74,8 @@ def find_groups(model: nn.Module, images: Tensor, criterion: str, *, exclude: Se
     """Return every group that may be cut, with its channels' scores.
 
     `images` is one input (1, 3, s, s). Left out: groups that reach an output of a module named by `exclude` (shell patterns), attention
-    (its heads fix the width) and bare parameters.
+    (its heads fix the width), channels that are split or fused on their way (another layer sees a part of them), and bare parameters.
+    Raises CompressError where the network's channels cannot be followed.
     """
     graph = _graph(model, images)
     names = {module: name for name, module in model.named_modules()}
@@ -80,7 +83,9 @@ def find_groups(model: nn.Module, images: Tensor, criterion: str, *, exclude: Se
     groups = []
     for group in graph.get_all_groups(ignored_layers=kept):
         modules = [item.dep.target.module for item in group.items]
-        if any(isinstance(module, (nn.MultiheadAttention, nn.Parameter)) for module in modules):
+        if any(isinstance(module, nn.MultiheadAttention | nn.Parameter) for module in modules):
+            continue
+        if any(len(item.idxs) % len(group[0].idxs) for item in group.items):
             continue
         scores = score(group, criterion)
         if scores is not None:
@@ -153,11 +158,17 @@ def smallest_widths(groups: Sequence[ChannelGroup], min_keep: float) -> dict[str
 
 
 def _graph(model: nn.Module, images: Tensor) -> Any:
-    # Fresh dictionaries: Torch-Pruning's default ones are shared between calls and change.
-    with torch.enable_grad():
-        return tp.DependencyGraph().build_dependency(
-            model, example_inputs=images, unwrapped_parameters=[], customized_pruners={}, verbose=False
-        )
+    # Fresh containers: Torch-Pruning's default ones are shared between calls and change.
+    try:
+        with torch.enable_grad():
+            return tp.DependencyGraph().build_dependency(
+                model, example_inputs=images, unwrapped_parameters=[], customized_pruners={}, verbose=False
+            )
+    except GRAPH_ERRORS as error:
+        raise CompressError(
+            f"{type(model).__name__}: Torch-Pruning cannot follow its channels ({type(error).__name__}: {error}); "
+            "leave out the prune stage, or choose another network"
+        ) from error
 
 
 def _describe(group: Any, names: Mapping[nn.Module, str], scores: Tensor) -> ChannelGroup:
