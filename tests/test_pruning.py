@@ -83,30 +83,41 @@ def test_widths_stay_multiples_of_eight_and_the_classifier_keeps_its_outputs() -
     assert all(width.out_after % 8 == 0 for name, width in table.items() if name != "head")
 
 
-def test_the_chosen_cut_is_the_shortest_prefix_of_the_ranking() -> None:
-    """Brute force over all prefixes of the globally sorted blocks."""
-    model = lively(Residual(5))
-    layers = measure_layers(model, IMAGE)
-    groups = find_groups(model, IMAGE, "l2", exclude=["head"])
-    minimum = smallest_widths(groups, 0.1)
-    budget = 0.55 * sum(layer.macs for layer in layers)
+def by_blocks(model: nn.Module) -> list[tuple[str, list[int]]]:
+    """All removable blocks of eight in the order of their mean score: the ranking by brute force."""
     blocks = []
-    for group in groups:
+    for group in find_groups(model, IMAGE, "l2", exclude=["head"]):
         order = torch.argsort(group.scores, stable=True).tolist()
         for start in range(0, group.channels - 8, 8):
             members = order[start : start + 8]
             blocks.append((float(group.scores[members].mean()), group.root, members))
-    blocks.sort(key=lambda block: block[0])
-    for count in range(len(blocks) + 1):
-        removed: dict[str, list[int]] = {}
-        for _, root, members in blocks[:count]:
-            removed.setdefault(root, []).extend(members)
-        candidate = copy.deepcopy(model)
-        cut_(candidate, IMAGE, [Cut(root, tuple(members)) for root, members in removed.items()])
-        if macs(candidate) <= budget:
-            break
-    chosen = choose(groups, layers, goal="macs", budget=budget, scope="global", round_to=8, min_channels=minimum)
-    assert {cut.root: set(cut.remove) for cut in chosen} == {root: set(members) for root, members in removed.items()}
+    return [(root, members) for _, root, members in sorted(blocks, key=lambda block: block[0])]
+
+
+def cost_without(model: nn.Module, blocks: list[tuple[str, list[int]]]) -> int:
+    removed: dict[str, list[int]] = {}
+    for root, members in blocks:
+        removed.setdefault(root, []).extend(members)
+    candidate = copy.deepcopy(model)
+    cut_(candidate, IMAGE, [Cut(root, tuple(members)) for root, members in removed.items()])
+    return macs(candidate)
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.55, 0.7])
+def test_the_cut_is_the_shortest_prefix_of_the_ranking_less_what_the_budget_spares(keep: float) -> None:
+    """Brute force over all prefixes, on networks that are really cut."""
+    model = lively(Residual(5))
+    budget = keep * macs(model)
+    blocks = by_blocks(model)
+    prefix = next(blocks[:n] for n in range(len(blocks) + 1) if cost_without(model, blocks[:n]) <= budget)
+    cuts = {cut.root: set(cut.remove) for cut in planned(model, keep=keep)}
+    chosen = [(root, members) for root, members in prefix if set(members) <= cuts.get(root, set())]
+    assert sum(len(members) for _, members in chosen) == sum(
+        map(len, cuts.values())
+    )  # nothing beyond the prefix is cut
+    assert cost_without(model, chosen) <= budget
+    last = {root: (root, members) for root, members in chosen}  # of each group, the most important block that is cut
+    assert all(cost_without(model, [block for block in chosen if block != one]) > budget for one in last.values())
 
 
 def test_a_plan_replays_from_json_to_identical_weights() -> None:

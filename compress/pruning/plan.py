@@ -1,7 +1,7 @@
 """Choose which channels go, cut them, and replay a cut from JSON.
 
 Channels leave in blocks, so that widths stay multiples of `round_to`. Every block gets a rank; the shortest prefix of the ranking that meets
-the goal is cut. The scopes differ in the rank alone.
+the goal is cut, less the blocks that the budget can spare. The scopes differ in the rank alone.
 """
 
 import fnmatch
@@ -121,7 +121,7 @@ def choose(
         middle = (low + high) // 2
         low, high = (low, middle) if costs.after(blocks[:middle]) <= budget else (middle + 1, high)
     removed: dict[int, list[int]] = {}
-    for block in blocks[:low]:
+    for block in _spare(blocks[:low], costs, budget):
         removed.setdefault(block.group, []).extend(block.channels)
     return [Cut(groups[index].root, tuple(sorted(channels))) for index, channels in sorted(removed.items())]
 
@@ -220,6 +220,22 @@ def _blocks(index: int, group: ChannelGroup, round_to: int, min_channels: Mappin
         value = float(scores[members].mean())
         blocks.append(_Block(index, tuple(channels), value, end / units))
     return blocks
+
+
+def _spare(removed: list[_Block], costs: "_Costs", budget: float) -> list[_Block]:
+    """Give blocks back, the most important first, as long as the budget holds: the last block of a prefix can be far larger than the rest."""
+    kept, open_groups = list(removed), {block.group for block in removed}
+    for block in reversed(removed):
+        if block.group not in open_groups:
+            continue
+        without = [other for other in kept if other is not block]
+        if costs.after(without) <= budget:
+            kept = without
+        else:
+            open_groups.discard(
+                block.group
+            )  # a group's less important blocks only come back after its more important ones
+    return kept
 
 
 class _Costs:
