@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+from torch import nn
+
 from compress.artifact import Metrics
 from compress.distillation import supervised_step
 from compress.models.architectures import build
 from compress.models.structure import check_output
 from compress.models.weights import load_weights_
-from compress.network import Architecture, save_network
+from compress.network import Architecture, example_images, save_network
+from compress.pruning.plan import find_groups
+from compress.quant.prepare import trace
 from compress.recipe import SourceStage
 from compress.run import Run
 
@@ -20,6 +24,7 @@ def apply(cfg: SourceStage, src: Path | None, out: Path, run: Run) -> Metrics:
     if given.weights is not None:
         load_weights_(model, given.arch, given.weights, reset_head=given.reset_head)
     check_output(model, image_size=run.image_size, num_classes=architecture.num_classes)
+    _check_later_stages(model, run)
     with run.log(out, "source") as log:
         if cfg.fit is not None and (given.weights is None or cfg.fine_tune):
             step = supervised_step(run.task, label_smoothing=cfg.label_smoothing)
@@ -30,3 +35,12 @@ def apply(cfg: SourceStage, src: Path | None, out: Path, run: Run) -> Metrics:
     if run.rank == 0:
         save_network(model, architecture, out)
     return run.measure(model)
+
+
+def _check_later_stages(model: nn.Module, run: Run) -> None:
+    """Refuse a network that a later stage cannot handle now, before hours of training."""
+    stages = {section.stage for section in run.recipe.stages}
+    if "prune" in stages:
+        find_groups(model, example_images(run.image_size), "random", exclude=())
+    if "qat" in stages:
+        trace(model)
