@@ -11,6 +11,7 @@ import torch
 from networks import Mobile, Residual, lively
 from torch import fx, nn
 
+from compress.errors import ModelError
 from compress.quant.fake_quant import ActivationQuantizer, QuantConv2d, fake_quantize_weight, quantize_weight
 from compress.quant.prepare import deploy, freeze_batchnorm_, prepare, quantizers, set_phase_
 from export.audit import audit
@@ -140,3 +141,17 @@ def test_every_convolution_and_the_head_run_in_integers(network: str, tmp_path: 
 def test_the_audit_names_a_convolution_that_stays_float(tmp_path: Path) -> None:
     to_onnx(lively(Residual(5)), tmp_path / "model.onnx", image_size=16, metadata={})
     assert len(audit(tmp_path / "model.onnx").float_layers) == 7
+
+
+def test_a_layer_that_runs_twice_is_refused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.conv(self.conv(x))
+            return out
+
+    with pytest.raises(ModelError, match="conv: runs 2 times in one forward"):
+        prepare(Twice(), TARGETS["cpu_vnni"])

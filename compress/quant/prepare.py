@@ -8,6 +8,7 @@ their input's grid. The network's output stays float.
 import copy
 import math
 import operator
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -66,9 +67,10 @@ def trace(model: nn.Module) -> fx.GraphModule:
 def prepare(model: nn.Module, target: Target) -> fx.GraphModule:
     """Return a copy of the float model with fake-quantized weights and activations; module paths stay as they are.
 
-    Raises ModelError where the network cannot be traced.
+    Raises ModelError where the network cannot be traced, or uses a layer twice.
     """
     graph = trace(model)
+    _refuse_shared_layers(graph)
     for module in graph.modules():
         if type(module) in (nn.Conv2d, nn.Linear):
             module.__class__ = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
@@ -84,15 +86,24 @@ def prepare(model: nn.Module, target: Target) -> fx.GraphModule:
             end, cap = _end_of_chain(graph, node)
             if end not in output.all_input_nodes:
                 _insert_after(graph, end, ActivationQuantizer(target, cap=cap), f"quantizer_{node.name}")
-    for node in list(
-        graph.graph.nodes
-    ):  # behind operators that have no integer kernel the next layer still needs its grid
+    # Behind operators that have no integer kernel the next layer still needs its grid.
+    for node in list(graph.graph.nodes):
         if _what(graph, node) in (QuantConv2d, QuantLinear) and not _is_quantized(graph, node.all_input_nodes[0]):
             before = node.all_input_nodes[0]
             _insert_after(graph, before, ActivationQuantizer(target), f"quantizer_{before.name}")
     graph.graph.lint()
     graph.recompile()
     return graph
+
+
+def _refuse_shared_layers(graph: fx.GraphModule) -> None:
+    """Refuse a convolution or linear layer that runs twice: its inputs have two grids, its int32 bias can only have one."""
+    calls = [str(node.target) for node in graph.graph.nodes if _what(graph, node) in (nn.Conv2d, nn.Linear)]
+    shared = [name for name, uses in Counter(calls).items() if uses > 1]
+    if shared:
+        raise ModelError(
+            f"{shared[0]}: runs {calls.count(shared[0])} times in one forward; give each use a layer of its own"
+        )
 
 
 def quantizers(model: nn.Module) -> Iterator[ActivationQuantizer]:
