@@ -129,6 +129,19 @@ def test_the_student_costs_what_the_recipe_allows(finished: Path) -> None:
     assert after <= 0.6 * before
 
 
+def test_the_seed_alone_decides_the_weights(finished: Path, tmp_path: Path) -> None:
+    """The first run was made in this process too, with torch's generator wherever it stood."""
+    weights = []
+    for seed in (0, 1):
+        assert run(tmp_path, f"seed={seed}", until="source") == 0
+        weights.append(
+            (plan_recipe(recipe(tmp_path, f"seed={seed}"))[0].directory / "weights.safetensors").read_bytes()
+        )
+    (first,) = (finished / "small").glob("00-source-*/weights.safetensors")
+    assert weights[0] == first.read_bytes()
+    assert weights[1] != weights[0]
+
+
 def test_a_second_run_runs_nothing(copied: Path) -> None:
     assert all(line.cached for line in plan_recipe(recipe(copied)))
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("meta.json")}

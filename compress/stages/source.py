@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from compress.artifact import Metrics
@@ -20,6 +21,7 @@ def apply(cfg: SourceStage, src: Path | None, out: Path, run: Run) -> Metrics:
     """Build the network, load or train its weights, measure it."""
     given = run.recipe.model
     architecture = Architecture(given.arch, len(run.dataset.classes), run.image_size)
+    torch.manual_seed(run.recipe.seed)
     model = build(given.arch, num_classes=architecture.num_classes, trust_code=run.trust_code)
     if given.weights is not None:
         load_weights_(model, given.arch, given.weights, reset_head=given.reset_head)
