@@ -130,13 +130,6 @@ class StageLog:
             self._shown |= {"loss": float(loss), "images_per_s": speed}
             self._refresh()
 
-    def update(self, done: int, total: int, *, doing: str = "") -> None:
-        """Show progress through work that has no epochs, such as calibration or timing; on a terminal only."""
-        if self._progress and (done == total or time.monotonic() >= self._refresh_at_s):
-            label = f"{self.stage} {doing}".rstrip()
-            self._progress.update(self._bar, description=label, completed=done, total=total, shown=f"{done}/{total}")
-            self._refresh_at_s = time.monotonic() + REFRESH_S
-
     def epoch(self, measurements: Mapping[str, float]) -> None:
         """Record a finished epoch: its mean loss, learning rate, speed, and validation top-1 as a fraction."""
         self._epoch += 1

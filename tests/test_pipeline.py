@@ -81,7 +81,7 @@ def test_every_stage_and_every_file_is_reported(finished: Path) -> None:
 
 
 def test_the_reported_accuracy_is_the_files_own_in_onnx_runtime(finished: Path) -> None:
-    """Scored again by hand: Pillow's pixels of the validation digits, and a fresh session."""
+    """Scored again in a session of its own."""
     import torch
 
     from compress.run import open_run
