@@ -12,6 +12,7 @@ ARGS =
 RANKS = 1
 BUNDLE = runs/quickstart/bundle
 RUN = runs/quickstart
+STUDY = recipes/studies/int8.yaml
 PYTHON =
 VENV = .venv
 
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 LAUNCH = $(if $(filter-out 1,$(RANKS)),$(BIN)/torchrun --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
 EXIT_CODES = 1: a target is missed, 2: something to correct above, 130: interrupted
 
-.PHONY: help setup compress test check bench report clean
+.PHONY: help setup compress test check bench report study matrix elsewhere clean
 
 help: ## list the targets and their variables
 	@awk -F ' ## ' '/^[a-z]+:.* ## / { split($$1, target, ":"); printf "  make %-9s %s\n", target[1], $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +47,15 @@ bench: $(READY) ## time a bundle's files in ONNX Runtime (BUNDLE=runs/quickstart
 
 report: $(READY) ## draw a finished run's report again (RUN=runs/quickstart)
 	@$(BIN)/compress report '$(RUN)'
+
+study: $(READY) ## run a study's recipes and tabulate them (STUDY=recipes/studies/int8.yaml DATA= OUT= ARGS=...)
+	@$(BIN)/compress study '$(STUDY)' $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out '$(OUT)') $(ARGS)
+
+matrix: $(READY) ## examine every network of docs/models.md and renew its table
+	@$(BIN)/python tests/matrix.py --latency
+
+elsewhere: $(READY) ## install the other runtimes that the tests run INT8 files in
+	@tests/elsewhere/setup.sh
 
 clean: ## remove caches and build leftovers; runs and .venv stay
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -195,6 +195,21 @@ def report(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's YAML file.")],
+    data: DataPath = None,
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="The folder of all runs.")] = "runs",
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="RECIPE", help="Only this recipe's runs; may be repeated.")
+    ] = None,
+) -> None:
+    """Run several recipes in several variants and seeds, and print a table of what each measured."""
+    from compress.study import run_study
+
+    typer.echo(run_study(file, data=data, out=out, only=only or ()))
+
+
+@app.command()
 def doctor(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of all runs.")] = Path("runs"),
 ) -> None:

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
-from compress.artifact import read_meta, write_json
+from compress.artifact import write_json
 from compress.models.architectures import build
 from compress.pruning.plan import Cut, cut_
+from compress.quant.fake_quant import Ranges
 from compress.quant.prepare import prepare
 from export.targets import TARGETS
 
@@ -25,7 +26,9 @@ class Architecture:
     num_classes: int
     image_size: int
     cuts: tuple[tuple[Cut, ...], ...] = ()  # one entry for each pruning step, in order
-    target: str | None = None  # the grid of a fake-quantized network
+    target: str | None = None  # the grid of a fake-quantized network, and what `prepare` was asked for
+    ranges: Ranges = "moving_average"
+    keep_float: tuple[str, ...] = ()
 
     def pruned(self, *steps: tuple[Cut, ...]) -> "Architecture":
         """Return the architecture after further cuts."""
@@ -48,7 +51,8 @@ def read_architecture(directory: Path) -> Architecture:
     """Read what `save_network` wrote."""
     value = json.loads((directory / ARCHITECTURE).read_text())
     cuts = tuple(tuple(Cut(cut["root"], tuple(cut["remove"])) for cut in step) for step in value.pop("cuts"))
-    return Architecture(**value, cuts=cuts)
+    keep_float = tuple(value.pop("keep_float", ()))  # float networks of version 0.1.0 do not say
+    return Architecture(**value, cuts=cuts, keep_float=keep_float)
 
 
 def rebuild(architecture: Architecture, *, trust_code: bool) -> nn.Module:
@@ -66,16 +70,16 @@ def load_float(directory: Path, *, trust_code: bool) -> nn.Module:
     return model.eval()
 
 
-def load_prepared(directory: Path, *, trust_code: bool) -> fx.GraphModule:
-    """Return the fake-quantized network of an artifact, in eval mode on the CPU, its ranges frozen."""
-    architecture = read_architecture(directory)
+def prepare_as(architecture: Architecture, model: nn.Module) -> fx.GraphModule:
+    """Return the float network fake-quantized as the architecture says, its ranges not set yet."""
     assert architecture.target is not None
-    model = prepare(rebuild(architecture, trust_code=trust_code), TARGETS[architecture.target])
+    target = TARGETS[architecture.target]
+    return prepare(model, target, ranges=architecture.ranges, keep_float=architecture.keep_float)
+
+
+def load_prepared(directory: Path, *, trust_code: bool) -> fx.GraphModule:
+    """Return a fake-quantized network, in eval mode on the CPU, its ranges frozen."""
+    architecture = read_architecture(directory)
+    model = prepare_as(architecture, rebuild(architecture, trust_code=trust_code))
     model.load_state_dict(load_file(directory / WEIGHTS))
     return model.eval()
-
-
-def load_network(directory: Path, *, trust_code: bool) -> nn.Module:
-    """Return an artifact's network, float or fake-quantized."""
-    fake = read_meta(directory).kind == "fakequant"
-    return (load_prepared if fake else load_float)(directory, trust_code=trust_code)

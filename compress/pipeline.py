@@ -18,8 +18,9 @@ from rich.console import Console
 from compress.artifact import Meta, exclusive, finish, is_complete, key_of, lineage, read_meta, write_json
 from compress.data.digest import dataset_digest
 from compress.errors import ArtifactError, CompressError
+from compress.files import files_in
 from compress.models.digest import source_digest
-from compress.recipe import FILES, GIVES, TAKES, Recipe, StageSection, Targets
+from compress.recipe import GIVES, TAKES, Recipe, StageSection, Targets
 from compress.recipe_file import write_recipe
 from compress.settings import data_settings
 from export.environment import environment, fingerprint
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from compress.run import Run
 
 # Bumped when a stage's code changes what it makes from the same settings.
-VERSIONS = {"source": 1, "prune": 2, "distill": 1, "qat": 1, "export": 1, "bench": 1}
+VERSIONS = {"source": 1, "prune": 2, "distill": 1, "ptq": 1, "qat": 2, "export": 2, "bench": 1}
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,16 @@ def run_stage(recipe: Recipe, stage: str, *, src: Path | None, out: Path, trust_
 def render_report(root: Path) -> Path:
     """Write the HTML of a finished run again from its files and return its path."""
     from compress.report.html import render
+    from compress.report.shape import REPORT_VERSION
 
     try:
         report = json.loads((root / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{root}: holds no readable report.json ({error}); run the recipe first") from error
+    if report.get("schema_version") != REPORT_VERSION:
+        raise ArtifactError(
+            f"{root}: its report.json is of another version; run the recipe again, what is finished is kept"
+        )
     page = root / "report" / "index.html"
     page.parent.mkdir(exist_ok=True)
     page.write_text(render(report, root), encoding="utf-8")
@@ -120,7 +126,7 @@ def render_report(root: Path) -> Path:
 
 def _keys(recipe: Recipe) -> Iterator[str]:
     """Yield every stage's key, in order."""
-    target = resolve_target(recipe.target).name
+    targets = [resolve_target(recipe.target).name, *recipe.further_targets]
     key = key_of(
         {
             "task": recipe.task,
@@ -132,7 +138,9 @@ def _keys(recipe: Recipe) -> Iterator[str]:
         }
     )
     for section in recipe.stages:
-        more = {"qat": target, "export": target, "bench": fingerprint(environment())}.get(section.stage)
+        more: object = targets if section.stage in ("ptq", "qat", "export") else None
+        if section.stage == "bench":
+            more = fingerprint(environment())
         key = key_of(
             {
                 "section": section.model_dump(mode="json"),
@@ -252,7 +260,7 @@ def _bundle(recipe: Recipe, out: Path, exported: Path, report: "Report") -> None
     from export.bundle import write_bundle
 
     rows = {row["name"]: row for row in report["deployed"]}
-    files = {name: exported / f"{name}.onnx" for name in FILES if (exported / f"{name}.onnx").exists()}
+    files = files_in(exported)
     write_bundle(
         out,
         files,

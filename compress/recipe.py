@@ -6,18 +6,15 @@ Imports no torch: `compress check` answers in under a second.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
+
+from compress.recipe_losses import KD_ONLY, LossTerm
+from compress.section import Fraction, Section
 
 Kind = Literal["nothing", "float", "fakequant", "onnx"]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-FILES = ("teacher_fp32", "student_fp32", "student_fp16", "student_ptq_int8", "student_int8")
+CalibrationMethod = Literal["minmax", "percentile", "entropy"]
+Int8Target = Literal["cpu_avx2", "cpu_vnni", "cpu_arm", "tensorrt"]
 PathText = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """A frozen part of a recipe that refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Augment(Section):
@@ -120,32 +117,6 @@ class Fit(Section):
         return self
 
 
-class CrossEntropyTerm(Section):
-    """Cross-entropy with the labels."""
-
-    name: Literal["cross_entropy"]
-    """This loss."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Factor in the sum of losses."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability moved from the label to all classes evenly."""
-
-
-class KDTerm(Section):
-    """The teacher's soft targets (Hinton 2015)."""
-
-    name: Literal["kd"]
-    """This loss."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Factor in the sum of losses."""
-    temperature: Annotated[float, Field(gt=0)] = 2.0
-    """Divides both networks' logits before the softmax."""
-
-
-LossTerm = Annotated[CrossEntropyTerm | KDTerm, Field(discriminator="name")]
-KD_ONLY: tuple[LossTerm, ...] = (KDTerm(name="kd"),)
-
-
 class SourceStage(Section):
     """The teacher: weights given, or trained here."""
 
@@ -214,21 +185,65 @@ class DistillStage(Section):
     """A weighted sum of losses."""
 
 
+class PtqStage(Section):
+    """INT8 without training, by every method; then tuning until the accuracy holds. The network itself passes through unchanged."""
+
+    stage: Literal["ptq"]
+    """This stage."""
+    calibration_images: PositiveInt = 512
+    """Training images that set the activations' ranges."""
+    methods: Annotated[tuple[CalibrationMethod, ...], Field(min_length=1)] = ("minmax", "percentile", "entropy")
+    """How ranges are chosen: each is measured, and tuning tries them in this order."""
+    neural_compressor: bool = True
+    """Also measure neural-compressor's own static quantization."""
+    max_top1_drop: Fraction = 0.01
+    """The loss of top-1 from the float student that tuning may leave; 0.01 is one point."""
+    max_trials: PositiveInt = 12
+    """Files that tuning builds and scores at most."""
+    score_images: PositiveInt | None = None
+    """Validation images that each file is scored on; null takes all."""
+
+
 class QatStage(Section):
     """Quantization-aware training on the target's grid, under the teacher's soft targets."""
 
     stage: Literal["qat"]
     """This stage."""
-    fit: Fit
-    """How long and how fast; a tenth of the float epochs and a hundredth of the rate is a good start."""
+    fit: Fit | None = None
+    """How long and how fast; null takes the last float training's, with a tenth of its epochs and a hundredth of its rate."""
     loss: Annotated[tuple[LossTerm, ...], Field(min_length=1)] = KD_ONLY
     """A weighted sum of losses."""
+    ranges: Literal["moving_average", "lsq"] = "moving_average"
+    """How the grid's scales are found: a moving average of each batch's minimum and maximum, or learned with the weights (LSQ)."""
+    calibration: CalibrationMethod = "minmax"
+    """How the activations' first ranges are chosen."""
     calibration_images: PositiveInt = 512
     """Training images that set the activations' first ranges."""
     freeze_ranges_at: Fraction = 0.5
-    """The part of the training after which the activations' ranges stay as they are."""
+    """The part of the training after which moving ranges stay as they are (learned ones go on)."""
     freeze_batchnorm_at: Fraction = 0.25
     """The part of the training after which batch-norm uses its running statistics."""
+    reestimate_batchnorm_images: Annotated[int, Field(ge=0)] = 0
+    """Training images that measure batch-norm's statistics anew after the training (0 keeps the running ones)."""
+    keep_float: tuple[str, ...] = ()
+    """Module paths (shell patterns such as `features.0.*`) that stay in float on purpose."""
+    skip_if_ptq_drop_below: Fraction | None = None
+    """Do not train where the ptq stage lost less top-1 than this against the float student."""
+    max_top1_drop: Fraction | None = None
+    """After training, put the worst layers back to float until no more than this is lost against the float student."""
+
+
+class AuditLimits(Section):
+    """What the optimized graph of the deployed file may hold at most; more fails the run and names the layers."""
+
+    max_float_layers: Annotated[int, Field(ge=0)] | None = None
+    """Convolutions and matrix products that run in float."""
+    max_float_fraction: Fraction | None = None
+    """The part of the multiply-accumulates that run in float."""
+    max_leftover_qdq: Annotated[int, Field(ge=0)] | None = None
+    """QuantizeLinear and DequantizeLinear nodes that the optimizer left, besides the one at each end."""
+    min_agreement: Fraction | None = None
+    """The fraction of images on which the file must answer as the trained fake-quantized network does."""
 
 
 class ExportStage(Section):
@@ -236,10 +251,12 @@ class ExportStage(Section):
 
     stage: Literal["export"]
     """This stage."""
-    ptq_calibration_images: PositiveInt = 512
-    """Training images for the post-training baseline that QAT must justify itself against."""
-    ptq_method: Literal["minmax", "entropy", "percentile"] = "minmax"
-    """How ONNX Runtime's static quantizer chooses the activations' ranges."""
+    verify_images: PositiveInt = 1000
+    """Validation images on which the INT8 file is compared with the trained network, tensor by tensor on some of them."""
+    uint8_input: bool = True
+    """Also write the INT8 file with uint8 pixels (batch, height, width, 3) as input and the normalization inside."""
+    limits: AuditLimits = AuditLimits()
+    """What the optimized graph may hold."""
 
 
 class BenchStage(Section):
@@ -262,7 +279,8 @@ class BenchStage(Section):
 
 
 StageSection = Annotated[
-    SourceStage | PruneStage | DistillStage | QatStage | ExportStage | BenchStage, Field(discriminator="stage")
+    SourceStage | PruneStage | DistillStage | PtqStage | QatStage | ExportStage | BenchStage,
+    Field(discriminator="stage"),
 ]
 
 # What each stage takes and gives; the order of a recipe's stages is judged by this and by nothing else.
@@ -270,6 +288,7 @@ TAKES: dict[str, frozenset[Kind]] = {
     "source": frozenset({"nothing"}),
     "prune": frozenset({"float"}),
     "distill": frozenset({"float"}),
+    "ptq": frozenset({"float"}),
     "qat": frozenset({"float"}),
     "export": frozenset({"float", "fakequant"}),
     "bench": frozenset({"onnx"}),
@@ -278,6 +297,7 @@ GIVES: dict[str, Kind] = {
     "source": "float",
     "prune": "float",
     "distill": "float",
+    "ptq": "float",
     "qat": "fakequant",
     "export": "onnx",
     "bench": "onnx",
@@ -290,7 +310,7 @@ class Targets(Section):
     max_top1_drop: Fraction | None = None
     """Largest loss of top-1 from the teacher to the deployed file, as a fraction (0.01 is one point)."""
     min_speedup: Annotated[float, Field(gt=0)] | None = None
-    """Smallest speed-up of the deployed file over the teacher's FP32: CPU, one thread, batch 1, the largest image size timed."""
+    """Smallest speed-up of the deployed file over the teacher's FP32: CPU with one thread (or the target's own provider), batch 1, the largest image size timed."""
     min_int8_speedup: Annotated[float, Field(gt=0)] | None = None
     """Smallest speed-up of the INT8 file over the same student in FP32, under the same conditions."""
     max_size_ratio: Annotated[float, Field(gt=0)] | None = None
@@ -308,8 +328,10 @@ class Recipe(Section):
     """The run's name, and its folder under `out`."""
     task: Literal["classification"] = "classification"
     """What the network is for."""
-    target: Literal["auto", "cpu_avx2", "cpu_vnni", "cpu_arm"] = "auto"
-    """Where INT8 will run; auto reads this machine's instruction sets."""
+    target: Literal["auto", "cuda"] | Int8Target = "auto"
+    """Where the student will run; auto reads this machine's instruction sets; cuda is FP16 (it has no INT8 convolution)."""
+    further_targets: tuple[Int8Target, ...] = ()
+    """Further machines that get INT8 files of their own, each calibrated and trained on its grid."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Drives every random choice."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -336,9 +358,36 @@ class Recipe(Section):
                 )
                 raise ValueError(
                     f"stages.{index}: {section.stage} takes {wanted}, but {before}; "
-                    "the usual order is source, prune, distill, qat, export, bench"
+                    "the usual order is source, prune, distill, ptq, qat, export, bench"
                 )
             kind = GIVES[section.stage]
+        return self
+
+    @model_validator(mode="after")
+    def _int8_makes_sense(self) -> "Recipe":
+        names = [section.stage for section in self.stages]
+        quantizing = [name for name in names if name in ("ptq", "qat")]
+        if self.target == "cuda" and quantizing:
+            raise ValueError(
+                f"target: cuda runs FP16, ONNX Runtime's CUDA provider has no INT8 convolution: leave out {' and '.join(quantizing)}, "
+                "or name the target that INT8 is for (tensorrt, cpu_avx2, cpu_vnni, cpu_arm)"
+            )
+        if "qat" in names and "ptq" not in names[: names.index("qat")]:
+            raise ValueError(
+                f"stages.{names.index('qat')}: qat needs a ptq stage before it, to show what training gains: add `- stage: ptq`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _qat_knows_how_long(self) -> "Recipe":
+        trained = [
+            section for section in self.stages if isinstance(section, SourceStage | DistillStage) and section.fit
+        ]
+        for index, section in enumerate(self.stages):
+            if isinstance(section, QatStage) and section.fit is None and not trained:
+                raise ValueError(
+                    f"stages.{index}.fit: no float training here to derive it from: say how, or add a distill stage"
+                )
         return self
 
     @model_validator(mode="after")

@@ -20,12 +20,12 @@ from compress.data.dataset import Dataset, open_dataset
 from compress.errors import CompressError
 from compress.log import StageLog
 from compress.models.structure import count
-from compress.network import load_float, load_network
+from compress.network import load_float
 from compress.recipe import Fit, Recipe
 from compress.settings import data_settings
 from compress.tasks import TASKS, Task, evaluate
-from compress.train import Loop, Step, fit, place_
-from export.targets import Target, resolve_target
+from compress.train import Loop, Network, Step, fit, place_
+from export.targets import TARGETS, Target, resolve_target
 
 # One rank exports and benches while the others wait at the barrier; that can take long.
 PATIENCE = timedelta(hours=12)
@@ -54,12 +54,20 @@ class Run:
         return TASKS[self.recipe.task]
 
     @property
+    def int8_targets(self) -> tuple[Target, ...]:
+        """The grids that get INT8 files, the recipe's own target first; none where that has no INT8."""
+        if self.target.precision != "int8":
+            return ()
+        further = (TARGETS[name] for name in self.recipe.further_targets)
+        return tuple(dict.fromkeys((self.target, *further)))
+
+    @property
     def image_size(self) -> int:
         """Height and width that the network sees, in pixels."""
         return self.dataset.preprocess.image_size
 
-    def validation(self) -> Iterator[Batch]:
-        """Return the validation batches, in order."""
+    def validation(self, *, limit: int | None = None) -> Iterator[Batch]:
+        """Return the validation batches, in order; `limit` takes so many images, spread over the set."""
         data = self.recipe.data
         return eval_batches(
             self.dataset.val,
@@ -67,6 +75,7 @@ class Run:
             batch_size=data.eval_batch_size,
             device=self.device,
             workers=data.workers,
+            limit=limit,
         )
 
     def calibration(self, images: int) -> Iterator[Batch]:
@@ -101,7 +110,7 @@ class Run:
 
     def fit(
         self,
-        model: nn.Module,
+        model: Network,
         step: Step,
         settings: Fit,
         *,
@@ -110,7 +119,7 @@ class Run:
         phase: str,
         before_step: Callable[[nn.Module, float], None] | None = None,
         after_backward: Callable[[nn.Module], None] | None = None,
-    ) -> nn.Module:
+    ) -> Network:
         """Train by the one loop; a stage that trains twice names its phases."""
         loop = Loop(
             batches=lambda epoch: self.training(settings, epoch),
@@ -128,8 +137,8 @@ class Run:
         return fit(model, step, settings, loop)
 
     def load(self, directory: Path) -> nn.Module:
-        """Return an artifact's network on the device."""
-        return place_(load_network(directory, trust_code=self.trust_code), self.device)
+        """Return an artifact's float network on the device."""
+        return place_(load_float(directory, trust_code=self.trust_code), self.device)
 
     def teacher(self, directory: Path) -> nn.Module:
         """Return the teacher that an artifact descends from: on the device, in eval mode, without gradients."""
@@ -155,6 +164,11 @@ class Run:
 def float_ancestor(directory: Path) -> Path:
     """Return the newest float network in an artifact's lineage: the student before quantization."""
     return next(path for path in reversed(lineage(directory)) if read_meta(path).kind == "float")
+
+
+def newest(directory: Path, stage: str) -> Path | None:
+    """Return the newest artifact of a stage in an artifact's lineage, None where there is none."""
+    return next((path for path in reversed(lineage(directory)) if read_meta(path).stage == stage), None)
 
 
 def open_run(recipe: Recipe, *, trust_code: bool, verbose: bool) -> Run:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from compress.data.digest import DataSettings
-from compress.recipe import Recipe
+from compress.recipe import DistillStage, Fit, QatStage, Recipe, SourceStage
 
 
 def data_settings(recipe: Recipe) -> DataSettings:
@@ -20,4 +20,20 @@ def data_settings(recipe: Recipe) -> DataSettings:
         limit_per_class=data.limit_per_class,
         skip_broken=data.skip_broken,
         seed=recipe.seed,
+    )
+
+
+def qat_fit(cfg: QatStage, recipe: Recipe) -> Fit:
+    """Return how quantization-aware training runs: as the recipe says, or a tenth of the last float training at a hundredth of its rate.
+
+    Krishnamoorthi 2018 (Quantizing deep convolutional networks, section 4) and NVIDIA's QAT guide (2021) start from these.
+    """
+    if cfg.fit is not None:
+        return cfg.fit
+    trained = [
+        section.fit for section in recipe.stages if isinstance(section, SourceStage | DistillStage) and section.fit
+    ]
+    last = trained[-1]
+    return last.model_copy(
+        update={"epochs": max(1, round(last.epochs / 10)), "lr": last.lr / 100, "warmup_epochs": 0.0}
     )

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from compress.errors import CompressError
 from compress.log import StageLog
 from compress.recipe import Fit
 
-Step = Callable[[nn.Module, Batch], dict[str, Tensor]]
+Step = Callable[[nn.Module, Batch, float], dict[str, Tensor]]  # (model, batch, part of the training that is done)
+Network = TypeVar("Network", bound=nn.Module)
 CHECKPOINT_EVERY_S = 20.0
 
 
@@ -68,12 +70,12 @@ def make_optimizer(model: nn.Module, settings: Fit) -> torch.optim.Optimizer:
     )
 
 
-def place_(model: nn.Module, device: torch.device) -> nn.Module:
+def place_(model: Network, device: torch.device) -> Network:
     """Move a network to its device in channels_last: up to eight times faster convolutions on a CPU, tensor cores on a GPU."""
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def fit(model: nn.Module, step: Step, settings: Fit, loop: Loop) -> nn.Module:
+def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     """Train `model` and return it in eval mode on its device, or its moving average where the settings ask for one.
 
     `step` returns one dictionary of measurements whose "loss" is minimized. Every view, dropout and shuffle is a function of (seed, epoch),
@@ -89,7 +91,7 @@ def fit(model: nn.Module, step: Step, settings: Fit, loop: Loop) -> nn.Module:
     for epoch in range(done, settings.epochs):
         torch.manual_seed(hash((loop.seed, epoch)) % 2**63)  # dropout
         measurements = _epoch(wrapped, model, step, settings, loop, optimizer, average, epoch)
-        result = average.module if average else model
+        result = cast(Network, average.module) if average else model
         measurements |= loop.evaluate(result)
         loop.log.epoch(measurements)
         if not math.isfinite(measurements["loss"]):
@@ -99,7 +101,7 @@ def fit(model: nn.Module, step: Step, settings: Fit, loop: Loop) -> nn.Module:
         if loop.log.enabled and epoch + 1 < settings.epochs and time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
             _save(loop.checkpoint, epoch + 1, model, optimizer, average)
             saved_at = time.monotonic()
-    return (average.module if average else model).eval()
+    return (cast(Network, average.module) if average else model).eval()
 
 
 def _epoch(
@@ -124,7 +126,7 @@ def _epoch(
         if loop.before_step:
             loop.before_step(model, index / total)
         with torch.autocast(loop.device.type, dtype, enabled=dtype is not None):
-            measured = step(wrapped, batch)
+            measured = step(wrapped, batch, index / total)
         measured["loss"].backward()
         if loop.after_backward:
             loop.after_backward(model)

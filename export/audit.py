@@ -1,37 +1,305 @@
-"""What really runs: the operators of the graph after ONNX Runtime has optimized it, not those of the file."""
+"""What really runs: the graph after ONNX Runtime has optimized it, not the one in the file.
 
-import tempfile
+`python -m export.audit FILE_OR_BUNDLE` prints it; limits given on the command line make it exit with 1 where the file is over one.
+"""
+
+import argparse
+import json
+import sys
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import onnx
-import onnxruntime
+from onnx import NodeProto, TensorProto
 
-INTEGER = ("QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat")
-FLOAT = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+from export.bundle import read_bundle
+from export.errors import BundleError
+from export.macs import macs
+from export.model_file import parse, precision
+from export.names import SUFFIX, module_of
+from export.node_times import NodeTime, node_times
+from export.optimized import FLOATS, MOVES, float_operators, leftover_qdq, optimize
+from export.session import PROVIDERS
+from export.table import table
+from export.wiring import DQ, FLOAT, INTEGER, LAYERS, Q, Wiring, origin, wire
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The optimized graph of one file on the CPU."""
+    """The optimized graph of one file on one provider; layers are convolutions and matrix products, named by module."""
 
+    provider: str
     operators: dict[str, int]
+    providers: dict[str, dict[str, int]]
     integer_layers: tuple[str, ...]
     float_layers: tuple[str, ...]
+    float_fraction: float | None  # of the multiply-accumulates; None where the shapes do not tell
+    leftover_qdq: tuple[str, ...]  # besides the Q at the input and the DQ at the output
+    float_biases: tuple[str, ...]  # of layers with integer weights
+    quantized_by_runtime: tuple[str, ...]  # float in the file; one scale for all channels, on the full range
+    float_initializer_mb: float
+    copies: tuple[str, ...]  # between the memories of two providers
+    float_operators: dict[str, str]  # what computes in float and is no layer
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the audit as JSON holds it."""
+        return asdict(self)
 
 
-def audit(model: Path) -> Audit:
-    """Optimize `model` as the CPU provider would and count what came out."""
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder, "optimized.onnx")
-        options = onnxruntime.SessionOptions()
-        options.optimized_model_filepath = str(optimized)
-        options.log_severity_level = 3
-        onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        nodes = onnx.load(optimized).graph.node
+def audit(path: Path, provider: str = "cpu") -> Audit:
+    """Optimize the file as `provider` (a key of PROVIDERS) would, and describe what came out.
+
+    Raises BundleError for what is no ONNX model, and for a provider that is not here.
+    """
+    if provider not in PROVIDERS:
+        raise BundleError(f"provider: must be one of {', '.join(PROVIDERS)}, got {provider!r}")
+    file = wire(parse(path))
+    try:
+        runs = optimize(file.model, PROVIDERS[provider])
+        times = node_times(file.model.SerializeToString(), provider=PROVIDERS[provider])
+    except BundleError as error:
+        raise BundleError(str(error).replace("the model", path.name, 1)) from error
+    layers = {node.name: origin(node, file) for node in runs.nodes.values() if node.op_type in (*INTEGER, *FLOAT)}
+    integer = [name for name in layers if runs.nodes[name].op_type in INTEGER]
+    in_float = [name for name in layers if name not in integer]
+    leftover = leftover_qdq(runs)
+    floats = float_operators(runs)
+    in_integers = {found.name: found for name in integer if (found := layers[name])}
+    by_module: dict[str, str] = {}
+    for node in floats:
+        name = _label(origin(node, file), node.name)
+        by_module[name] = f"{by_module[name]}, {node.op_type}" if name in by_module else node.op_type
+    reasons: dict[str, str] = {}
+    if any(node.op_type == Q for node in file.nodes.values()):
+        for name, reason in why(file, runs, [layers[name] for name in in_float], floats, leftover):
+            reasons.setdefault(name, reason)  # of a module with several operators the first is the cause
     return Audit(
-        operators=dict(sorted(Counter(node.op_type for node in nodes).items())),
-        integer_layers=tuple(node.name or node.output[0] for node in nodes if node.op_type in INTEGER),
-        float_layers=tuple(node.name or node.output[0] for node in nodes if node.op_type in FLOAT),
+        provider=provider,
+        operators=dict(sorted(Counter(node.op_type for node in runs.nodes.values()).items())),
+        providers=by_provider(times),
+        integer_layers=tuple(_label(layers[name], name) for name in integer),
+        float_layers=tuple(_label(layers[name], name) for name in in_float),
+        float_fraction=float_fraction(macs(file), set(in_integers)),
+        leftover_qdq=tuple(_plain(node.name) for node in leftover),
+        float_biases=tuple(module_of(layer.name) for layer in file.layers() if has_float_bias(layer, file)),
+        quantized_by_runtime=tuple(
+            module_of(name) for name, found in in_integers.items() if not file.is_quantized(found)
+        ),
+        float_initializer_mb=sum(_float_bytes(tensor) for tensor in runs.constants.values()) / 1e6,
+        copies=tuple(node.name for node in runs.nodes.values() if node.op_type.startswith("Memcpy")),
+        float_operators=by_module,
+        reasons=reasons,
     )
+
+
+def float_fraction(counts: dict[str, int] | None, in_integers: set[str]) -> float | None:
+    """Return the part of the multiply-accumulates that does not run in integers."""
+    if not counts or not sum(counts.values()):
+        return None
+    return 1 - sum(counts[name] for name in in_integers) / sum(counts.values())
+
+
+def has_float_bias(layer: NodeProto, file: Wiring) -> bool:
+    """Tell whether a layer with integer weights adds a bias that lies in the file as float."""
+    if len(layer.input) < 3 or not file.is_quantized(layer):
+        return False
+    bias = file.constants.get(layer.input[2])
+    return bias is not None and bias.data_type in FLOATS
+
+
+def by_provider(times: list[NodeTime]) -> dict[str, dict[str, int]]:
+    """Return how many nodes of each operator each provider really ran."""
+    counts = Counter((node.provider, node.operator) for node in times)
+    found: dict[str, dict[str, int]] = {}
+    for (provider, operator), count in sorted(counts.items()):
+        found.setdefault(provider, {})[operator] = count
+    return found
+
+
+def why(
+    file: Wiring, runs: Wiring, layers: list[NodeProto | None], operators: list[NodeProto], leftover: list[NodeProto]
+) -> Iterator[tuple[str, str]]:
+    """Yield for each float layer, float operator and leftover Q/DQ node what keeps it from running in integers."""
+    for node in [*layers, *(origin(node, file) for node in operators)]:
+        if node is not None:
+            yield module_of(node.name), _why_float(node, file)
+    neighbours: dict[str, dict[str, None]] = {}  # the optimizer doubles a node that two others read
+    for node in leftover:
+        around = _past_moves(node, runs.below if node.op_type == DQ else runs.above)
+        labels = [f"{_label(origin(other, file), other.name)} ({other.op_type})" for other in around]
+        neighbours.setdefault(_plain(node.name), {}).update(dict.fromkeys(labels))
+    for node in leftover:
+        names = " and ".join(neighbours[_plain(node.name)]) or "the end of the graph"
+        yield _plain(node.name), f"{'feeds' if node.op_type == DQ else 'takes'} {names}, not in integers"
+
+
+def _past_moves(node: NodeProto, neighbours: Callable[[NodeProto], list[NodeProto]]) -> list[NodeProto]:
+    """Return the nearest nodes in one direction that do more than move values."""
+    found: list[NodeProto] = []
+    for other in neighbours(node):
+        found.extend(_past_moves(other, neighbours) if other.op_type in MOVES else [other])
+    return found
+
+
+def _why_float(node: NodeProto, file: Wiring) -> str:
+    weights = file.producer.get(node.input[1]) if node.op_type in LAYERS else None
+    if node.op_type in LAYERS and (weights is None or weights.op_type != DQ):
+        return "its weights are float in the file: it was not quantized"
+    for name in node.input:
+        maker = file.producer.get(name)
+        if name not in file.constants and (maker is None or maker.op_type not in (DQ, "Constant")):
+            return f"its input comes in float from {maker.name if maker else name}"
+    below, clip = file.below(node), ""
+    while len(below) == 1 and below[0].op_type in ("Relu", "Clip"):
+        below, clip = file.below(below[0]), below[0].name
+    other = next((reader for reader in below if reader.op_type != Q), None)
+    if other is not None or not below:
+        return f"its output goes in float to {other.name if other else 'the end of the graph'}"
+    if clip:
+        return (
+            f"{clip} stands before its grid, which reaches further than {clip} lets through, so that it is not dropped"
+        )
+    return f"ONNX Runtime has no integer kernel for this {node.op_type}"
+
+
+def over_limits(
+    found: Audit, *, max_float_layers: int | None, max_float_fraction: float | None, max_leftover_qdq: int | None
+) -> list[str]:
+    """Return a sentence for each limit (None is none) that the file is over, with the names and the repair."""
+    over: list[str] = []
+    if max_float_layers is not None and len(found.float_layers) > max_float_layers:
+        over.append(
+            f"max_float_layers: at most {max_float_layers} may run in float, got {len(found.float_layers)}: "
+            f"{_named(found, found.float_layers)}; quantize them or raise the limit"
+        )
+    if max_float_fraction is not None and found.float_fraction is None:
+        over.append(
+            "max_float_fraction: cannot be told, the file's shapes are not known: export it with fixed image size"
+        )
+    elif (
+        max_float_fraction is not None
+        and found.float_fraction is not None
+        and found.float_fraction > max_float_fraction
+    ):
+        over.append(
+            f"max_float_fraction: at most {max_float_fraction:.2%} of the multiply-accumulates may run in float, "
+            f"got {found.float_fraction:.2%}: {_named(found, found.float_layers)}; quantize them or raise the limit"
+        )
+    if max_leftover_qdq is not None and len(found.leftover_qdq) > max_leftover_qdq:
+        over.append(
+            f"max_leftover_qdq: at most {max_leftover_qdq} Q/DQ nodes may stay between the ends, got {len(found.leftover_qdq)}: "
+            f"{_named(found, found.leftover_qdq)}; quantize what stands around them, remove the pair, or raise the limit"
+        )
+    return over
+
+
+def _named(found: Audit, names: tuple[str, ...]) -> str:
+    """Return the first names with their reasons, short enough for a line."""
+    shown = [f"{name} ({found.reasons[name]})" if name in found.reasons else name for name in names[:5]]
+    return ", ".join([*shown, *([f"and {len(names) - 5} more"] if len(names) > 5 else [])])
+
+
+def _label(node: NodeProto | None, name: str) -> str:
+    return module_of(node.name if node else name)
+
+
+def _plain(name: str) -> str:
+    return SUFFIX.sub("", name)
+
+
+def _float_bytes(tensor: TensorProto) -> int:
+    return 4 * onnx.numpy_helper.to_array(tensor).size if tensor.data_type == TensorProto.FLOAT else 0
+
+
+def as_text(found: Audit) -> str:
+    """Return the audit as lines for a terminal."""
+    total = len(found.integer_layers) + len(found.float_layers)
+    part = "unknown" if found.float_fraction is None else f"{found.float_fraction:.2%}"
+    counts = [
+        (provider, operator, str(n)) for provider, kinds in found.providers.items() for operator, n in kinds.items()
+    ]
+    lines = [
+        f"{len(found.integer_layers)} of {total} layers run in integers; {part} of the multiply-accumulates in float; "
+        f"{found.float_initializer_mb:.2f} MB of FP32 constants",
+        table(("provider", "operator", "nodes"), counts),
+    ]
+    for title, names in (
+        ("layers in float", [_with_reason(found, name) for name in found.float_layers]),
+        ("float operators", [_with_reason(found, name, f" ({kind})") for name, kind in found.float_operators.items()]),
+        ("leftover Q/DQ", [_with_reason(found, name) for name in found.leftover_qdq]),
+        ("float biases", found.float_biases),
+        ("float weights that ONNX Runtime quantizes itself, on the full range", found.quantized_by_runtime),
+        ("copies between providers", found.copies),
+    ):
+        lines.extend([f"{title}: {len(names)}", *(f"  {name}" for name in names)] if names else [])
+    return "\n".join(lines)
+
+
+def _with_reason(found: Audit, name: str, kind: str = "") -> str:
+    reason = found.reasons.get(name)
+    return f"{name}{kind}: {reason}" if reason else f"{name}{kind}"
+
+
+def slowest(path: Path, provider: str, *, rows: int = 15) -> str:
+    """Return a table of the nodes that take most of the time: one thread, one image, the median of nine runs after the first."""
+    times = sorted(
+        node_times(parse(path).SerializeToString(), provider=PROVIDERS[provider], runs=10),
+        key=lambda node: -node.milliseconds,
+    )
+    total = sum(node.milliseconds for node in times)
+    cells = [
+        (node.name, node.operator, node.provider, node.milliseconds, f"{node.milliseconds / total:.1%}")
+        for node in times[:rows]
+    ]
+    return table(("node", "operator", "provider", "ms", "part"), cells)
+
+
+def main() -> int:
+    """Say what ONNX Runtime makes of a file, or of each file of a bundle, on this machine."""
+    parser = argparse.ArgumentParser(prog="python -m export.audit", description=main.__doc__)
+    parser.add_argument("path", type=Path, metavar="FILE_OR_BUNDLE")
+    parser.add_argument("--provider", choices=PROVIDERS, default="cpu")
+    parser.add_argument("--max-float-layers", type=int, metavar="N", help="exit with 1 where more layers run in float")
+    parser.add_argument(
+        "--max-float-fraction", type=float, metavar="PART", help="the same for the part of the work, 0 to 1"
+    )
+    parser.add_argument("--max-leftover-qdq", type=int, metavar="N", help="the same for Q/DQ nodes inside the graph")
+    parser.add_argument("--times", action="store_true", help="also list the slowest nodes")
+    parser.add_argument("--json", type=Path, help="also write the audits to this file")
+    arguments = parser.parse_args()
+    over: list[str] = []
+    try:
+        path: Path = arguments.path
+        files = read_bundle(path).files if path.is_dir() else {path.stem: path}
+        audits = {name: audit(file, arguments.provider) for name, file in files.items()}
+        for name, found in audits.items():
+            sys.stdout.write(f"{name}\n{as_text(found)}\n")
+            if arguments.times:
+                sys.stdout.write(f"{slowest(files[name], arguments.provider)}\n")
+            sys.stdout.write("\n")
+            if path.is_dir() and precision(parse(files[name])) != "int8":
+                continue  # a bundle's float files are float on purpose
+            over.extend(
+                f"{name}: {sentence}"
+                for sentence in over_limits(
+                    found,
+                    max_float_layers=arguments.max_float_layers,
+                    max_float_fraction=arguments.max_float_fraction,
+                    max_leftover_qdq=arguments.max_leftover_qdq,
+                )
+            )
+        if arguments.json:
+            content = {name: found.to_json() for name, found in audits.items()}
+            arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    except (BundleError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stderr.write("".join(f"{sentence}\n" for sentence in over))
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

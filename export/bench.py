@@ -25,11 +25,13 @@ from export.images import labelled_batches
 from export.latency import Timing, speedup, time_sessions
 from export.memory import peak_memory_mb
 from export.model_file import ModelFile, inspect
-from export.session import CPU, PROVIDERS, Run, available_providers, bind, open_session, resize_input
+from export.session import CPU, CUDA, PROVIDERS, Run, available_providers, bind, open_session, resize_input
 from export.table import table
 from export.targets import host_target
 
 SLOW = 3.0  # a float16 file that is slower than float32 by this factor runs on emulated kernels: one row says it all
+
+TARGET_PROVIDERS = {"cuda": CUDA, "tensorrt": "TensorrtExecutionProvider"}
 
 Progress = Callable[[str], None]
 
@@ -176,12 +178,17 @@ def is_slow(timed: Mapping[str, Timing], name: str) -> bool:
 
 
 def target_warnings(target: str | None) -> list[str]:
-    """Say when the files were made for another kind of machine."""
-    host = host_target().name
-    if target in (None, host):
+    """Say when the files were made for another kind of machine, or for a provider that is not here."""
+    if target is None or target == host_target().name:
         return []
+    if (provider := TARGET_PROVIDERS.get(target)) is not None:
+        missing = provider not in available_providers()
+        return [
+            f"the files are made for {target}, and {provider} is not on this machine: their speed there is not measured"
+        ] * missing
     return [
-        f"the INT8 files are made for {target} and this machine is {host}: their times and accuracy here are not the target's"
+        f"the INT8 files are made for {target} and this machine is {host_target().name}: "
+        "their times and accuracy here are not the target's"
     ]
 
 

@@ -9,12 +9,16 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
+from export.names import name_nodes_
+
 INPUT, OUTPUT = "input", "logits"
 IR_VERSION = 9  # ONNX Runtime 1.15, which servers in the field still run, reads opset <= 19 and IR <= 9
 
 
 def finish(model: ModelProto, *, opset: int, metadata: Mapping[str, str]) -> ModelProto:
-    """Return the exported model ready to be served: right versions, no stack traces or paths, pools that have integer kernels.
+    """Return the exported model ready to be served: right versions, nodes named after their modules, no stack traces or paths.
+
+    Global averages become pools, which have integer kernels.
 
     Raises ValueError where the exporter did not honour the opset.
     """
@@ -25,6 +29,7 @@ def finish(model: ModelProto, *, opset: int, metadata: Mapping[str, str]) -> Mod
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "compress", ""
     global_average_pools_(model)
+    name_nodes_(model)
     strip_(model)
     helper.set_model_props(model, dict(metadata))
     return model
@@ -68,9 +73,9 @@ def global_average_pools_(model: ModelProto) -> int:
             pooled, flat = f"{node.output[0]}_pooled", node.output[0]
             node.output[0] = pooled
             position = list(model.graph.node).index(node)
-            model.graph.node.insert(
-                position + 1, helper.make_node("Flatten", [pooled], [flat], name=f"{node.name}_flatten")
-            )
+            flatten = helper.make_node("Flatten", [pooled], [flat])
+            flatten.metadata_props.extend(node.metadata_props)  # its module
+            model.graph.node.insert(position + 1, flatten)
     return len(pools)
 
 

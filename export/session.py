@@ -32,10 +32,18 @@ Run = Callable[[], None]
 
 
 def open_session(
-    model: Path | bytes, *, provider: str = CPU, threads: int = 0, provider_options: Mapping[str, str] | None = None
+    model: Path | bytes,
+    *,
+    provider: str = CPU,
+    threads: int = 0,
+    provider_options: Mapping[str, str] | None = None,
+    optimize: bool = True,
+    optimized_file: Path | None = None,
+    profile_prefix: Path | None = None,
 ) -> onnxruntime.InferenceSession:
-    """Open `model` with every graph optimization on `provider` with `threads` intra-op threads (0 is all cores).
+    """Open `model` on `provider` with `threads` intra-op threads (0 is all cores), the graph optimized wholly or as it is.
 
+    The graph that will run is written to `optimized_file`, times of each node to a file that starts with `profile_prefix`.
     Raises BundleError where the file or the provider cannot be loaded; never falls back to another provider.
     """
     name = model.name if isinstance(model, Path) else "the model"
@@ -44,7 +52,12 @@ def open_session(
             f"{provider}: not here, ONNX Runtime offers {', '.join(available_providers())}: install onnxruntime-gpu"
         )
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    if optimized_file is not None:
+        options.optimized_model_filepath = str(optimized_file)
+    if profile_prefix is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4

@@ -7,18 +7,21 @@ the grid that is deployed.
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class Target:
-    """The INT8 numerics of one kind of machine."""
+    """The numerics of one kind of machine; where `precision` is fp16 the INT8 fields say nothing."""
 
     name: str
+    precision: Literal["int8", "fp16"]
     activation_min: int
     activation_max: int
     weight_min: int
     weight_max: int
     symmetric_activations: bool
+    integer_bias: bool  # int32 in the file; else float
     why: str
 
     @property
@@ -33,13 +36,18 @@ class Target:
 
 
 TARGETS = {
-    "cpu_avx2": Target("cpu_avx2", 0, 255, -64, 63, False,
+    "cpu_avx2": Target("cpu_avx2", "int8", 0, 255, -64, 63, False, True,
         "vpmaddubsw adds two U8xS8 products into 16 bits and saturates: 7-bit weights cannot, and run at the same speed"),
-    "cpu_vnni": Target("cpu_vnni", 0, 255, -128, 127, False,
+    "cpu_vnni": Target("cpu_vnni", "int8", 0, 255, -128, 127, False, True,
         "VNNI accumulates U8xS8 into 32 bits: the full weight range is exact"),
-    "cpu_arm": Target("cpu_arm", -128, 127, -128, 127, False,
+    "cpu_arm": Target("cpu_arm", "int8", -128, 127, -128, 127, False, True,
         "Arm's integer kernels multiply S8xS8"),
+    "tensorrt": Target("tensorrt", "int8", -128, 127, -128, 127, True, False,
+        "TensorRT takes symmetric S8 with zero-point 0 only, and no int32 DequantizeLinear: the bias stays float"),
+    "cuda": Target("cuda", "fp16", -128, 127, -128, 127, True, False,
+        "ONNX Runtime's CUDA provider has no INT8 convolution: FP16 is the file for it"),
 }  # fmt: skip
+INT8_TARGETS = {name: target for name, target in TARGETS.items() if target.precision == "int8"}
 
 
 def host_instruction_sets() -> frozenset[str]:

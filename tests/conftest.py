@@ -17,6 +17,7 @@ stages:
     fit: {epochs: 1}
   - stage: prune
     keep_macs: 0.5
+  - stage: ptq
   - stage: qat
     fit: {epochs: 1, lr: 1e-3}
 """

@@ -160,7 +160,7 @@ def test_a_wrong_recipe_stops_before_anything_runs(
     invoke: Invoke, runs: list[tuple[Recipe, dict[str, Any]]], recipe_path: Path
 ) -> None:
     result = invoke("run", recipe_path, "--set", "qat.fit.epochs=0")
-    assert (result.exit_code, result.output) == (2, f"{recipe_path}: stages.2.fit.epochs: must be > 0, got 0\n")
+    assert (result.exit_code, result.output) == (2, f"{recipe_path}: stages.3.fit.epochs: must be > 0, got 0\n")
     assert runs == []
 
 
@@ -174,9 +174,9 @@ def test_check_judges_every_file_and_tells_all_mistakes(invoke: Invoke, recipe_p
     wrong.write_text(recipe_path.read_text().replace("epochs: 1", "epochs: 0") + "seed: x\n")
     result = invoke("check", wrong, recipe_path, recipe_path.with_name("absent.yaml"))
     assert result.exit_code == 2
-    assert f"{recipe_path}: ok (source → prune → qat)\n" in result.stdout
+    assert f"{recipe_path}: ok (source → prune → ptq → qat)\n" in result.stdout
     places = [line.removeprefix(f"{wrong}: ").partition(":")[0] for line in result.stderr.splitlines()[:-1]]
-    assert sorted(places) == ["seed", "stages.0.fit.epochs", "stages.2.fit.epochs"]
+    assert sorted(places) == ["seed", "stages.0.fit.epochs", "stages.3.fit.epochs"]
     assert "absent.yaml: no such file" in result.stderr.splitlines()[-1]
 
 

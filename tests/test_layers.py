@@ -9,14 +9,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROWS = (
     ("compress.errors", "export"),
-    ("compress.artifact", "compress.log", "compress.recipe", "compress.recipe_errors", "compress.recipe_file",
-     "compress.recipe_reference", "compress.strict_yaml"),
+    ("compress.artifact", "compress.files", "compress.log", "compress.recipe", "compress.recipe_errors", "compress.recipe_file",
+     "compress.recipe_losses", "compress.recipe_reference", "compress.section", "compress.strict_yaml"),
     ("compress.data", "compress.losses", "compress.models", "compress.pruning", "compress.quant", "compress.tasks"),
     ("compress.distillation", "compress.network", "compress.settings", "compress.train"),
-    ("compress.run",),
+    ("compress.onnx_export", "compress.run", "compress.scoring"),
     ("compress.stages",),
     ("compress.pipeline", "compress.report"),
-    ("compress.cli", "compress.doctor"),
+    ("compress.cli", "compress.doctor", "compress.study"),
 )  # fmt: skip
 ALGORITHMS = ROWS[2]  # these take plain arguments, never a recipe's section
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TARGETS = {"help", "setup", "compress", "test", "check", "bench", "report", "clean"}
+TARGETS = {"help", "setup", "compress", "test", "check", "bench", "report", "study", "matrix", "elsewhere", "clean"}
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs GNU make")
 

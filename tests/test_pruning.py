@@ -3,15 +3,20 @@
 import copy
 import itertools
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch_pruning as tp
+from matrix import measure_batchnorm_
 from networks import Mobile, Residual, lively
 from torch import nn
+from torch.nn import functional as F
+from torch_pruning.dependency import index_mapping
 
 from compress.errors import CompressError
 from compress.models.architectures import build
+from compress.models.structure import classifier, count
 from compress.pruning.criteria import CRITERIA, score
 from compress.pruning.layers import CostModel, measure_layers
 from compress.pruning.plan import Cut, Goal, Scope, choose, cut_, find_groups, smallest_widths, widths
@@ -216,14 +221,149 @@ def test_local_scope_keeps_the_same_part_everywhere() -> None:
     assert all(abs(a - b) <= 8 / 64 + 1e-9 for a, b in itertools.pairwise(parts))
 
 
-def test_a_network_whose_channels_cannot_be_followed_is_refused_in_a_sentence() -> None:
-    with pytest.raises(CompressError, match="ShuffleNetV2: Torch-Pruning cannot follow its channels"):
-        find_groups(build("torchvision:shufflenet_v2_x0_5", num_classes=5), torch.zeros(1, 3, 32, 32), "l2", exclude=[])
+# The smallest images that each takes.
+LIBRARY = {
+    "torchvision:shufflenet_v2_x0_5": 32,
+    "torchvision:mobilenet_v3_small": 32,
+    "torchvision:mobilenet_v2": 32,
+    "timm:repvgg_a0": 32,
+    "timm:test_vit": 160,
+}
+LARGE = {
+    "torchvision:resnext50_32x4d": 32,
+    "torchvision:densenet121": 32,
+    "torchvision:googlenet": 64,
+    "torchvision:efficientnet_b0": 32,
+    "torchvision:regnet_y_400mf": 32,
+    "torchvision:convnext_tiny": 32,
+    "torchvision:swin_t": 112,
+    "timm:vit_tiny_patch16_224": 224,
+    "timm:efficientnet_lite0": 32,
+    "timm:mobileone_s0": 32,
+}
+
+
+def distinct(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Give every channel a bias of its own, by which it is recognized after a cut, and batch-norms the statistics of `images`."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data = torch.linspace(-0.5, 1.0, len(parameter))[torch.randperm(len(parameter))]
+        elif parameter.dim() == 2:
+            nn.init.kaiming_normal_(parameter)  # transformers start so small that all images look alike
+    return measure_batchnorm_(model, images)
+
+
+def silence_(model: nn.Module, pruned: nn.Module) -> None:
+    """Zero every channel of `model` that `pruned` does not have any more: what it says to the layers behind it is 0."""
+    for name, module in model.named_modules():
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, nn.Parameter) and isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+            gone = ~torch.isin(bias.data, pruned.get_submodule(name).bias.data)  # type: ignore[arg-type]
+            module.weight.data[gone] = bias.data[gone] = 0.0
+
+
+def cut_to(model: nn.Module, size: int, keep: float) -> float:
+    """Cut the network to a part of its multiply-accumulates; return the part that is left."""
+    image = torch.zeros(1, 3, size, size)
+    layers, full = measure_layers(model, image), count(model, size).macs
+    groups = find_groups(model, image, "l2", exclude=[classifier(model)])
+    fixed = full - sum(layer.macs for layer in layers)
+    smallest = smallest_widths(groups, 0.1)
+    cuts = choose(
+        groups, layers, goal="macs", budget=keep * full, scope="local", round_to=8, min_channels=smallest, fixed=fixed
+    )
+    cut_(model, image, cuts)
+    return count(model, size).macs / full
+
+
+@pytest.mark.parametrize(
+    ("arch", "size"), [*LIBRARY.items(), *(pytest.param(*row, marks=pytest.mark.slow) for row in LARGE.items())]
+)
+def test_library_networks_are_cut_to_their_budget_and_equal_the_silenced_network(arch: str, size: int) -> None:
+    assert_equals_silenced(build(arch, num_classes=5), size)
+
+
+def test_channels_are_followed_through_a_flatten() -> None:
+    """As in VGG, where each channel becomes 7 x 7 features of the first linear layer."""
+    features = nn.Sequential(
+        nn.Conv2d(3, 128, 3), nn.BatchNorm2d(128), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten()
+    )
+    assert_equals_silenced(nn.Sequential(features, nn.Linear(128 * 9, 64), nn.ReLU(), nn.Linear(64, 5)), 16)
+
+
+def assert_equals_silenced(model: nn.Module, size: int) -> None:
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, size, size)
+    pruned = copy.deepcopy(distinct(model, images))
+    assert 0.65 < cut_to(pruned, size, 0.7) <= 0.7
+    silence_(model, pruned)
+    with torch.no_grad():
+        expected, got = model(images), pruned(images)
+    spread = float((expected[0] - expected[1]).abs().max())
+    assert spread > 1e-4 * float(expected.abs().max())  # else equality would say nothing
+    assert float((got - expected).abs().max()) < 1e-2 * spread
+
+
+class Shuffled(nn.Module):
+    """Two convolutions, an operation on channels between them."""
+
+    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+        self.between, self.head = between, nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.second(self.between(self.first(self.stem(x)))))
+        return out.mean((2, 3))
+
+
+REGROUPINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "shuffle": lambda x: x.unflatten(1, (2, 8)).transpose(1, 2).flatten(1, 2),
+    "channel_shuffle": lambda x: F.channel_shuffle(x, 4),
+    "halves swapped": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
+    "folded into the batch": lambda x: x.reshape(-1, 8, *x.shape[2:]).reshape(x.shape),
+    "rolled": lambda x: x.roll(1, 1),
+    "gathered": lambda x: x[:, torch.arange(15, -1, -1)],
+    "doubled": lambda x: x.repeat(1, 2, 1, 1)[:, ::2],
+    "functional convolution": lambda x: F.conv2d(x, torch.ones(16, 16, 1, 1, requires_grad=True)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REGROUPINGS))
+def test_channels_that_are_regrouped_keep_their_width_and_the_others_go(name: str) -> None:
+    groups = find_groups(Shuffled(REGROUPINGS[name]), torch.zeros(1, 3, 8, 8), "l2", exclude=["head"])
+    assert [group.root for group in groups] == ["second", "stem"]
+
+
+def test_a_network_whose_channels_cannot_be_followed_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("integer division or modulo by zero")
+
+    monkeypatch.setattr(index_mapping, "update_index_mapping", fail)
+    with pytest.raises(CompressError, match="Residual: Torch-Pruning cannot follow its channels"):
+        find_groups(Residual(5), IMAGE, "l2", exclude=[])
+
+
+def test_a_budget_below_what_cannot_be_cut_is_refused_in_parts_of_the_whole() -> None:
+    model = lively(Residual(5))
+    groups, full = find_groups(model, IMAGE, "l2", exclude=["head"]), macs(model)
+    smallest = smallest_widths(groups, 0.1)
+    with pytest.raises(
+        CompressError, match=r"0\.300 of the present macs cannot be reached; the narrowest plan keeps 0\.6"
+    ):
+        choose(
+            groups,
+            measure_layers(model, IMAGE),
+            goal="macs",
+            budget=0.6 * full,
+            scope="local",
+            round_to=8,
+            min_channels=smallest,
+            fixed=full,
+        )
 
 
 def test_attention_keeps_its_width_and_the_mlp_is_cut() -> None:
-    model = build("timm:test_vit", num_classes=5)
-    size = 160
-    groups = find_groups(model, torch.zeros(1, 3, size, size), "l2", exclude=["head"])
+    groups = find_groups(build("timm:test_vit", num_classes=5), torch.zeros(1, 3, 160, 160), "l2", exclude=["head"])
     assert groups
     assert all(group.root.endswith("mlp.fc1") for group in groups)

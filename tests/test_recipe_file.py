@@ -10,9 +10,11 @@ from compress.errors import RecipeError
 from compress.recipe import TAKES, Recipe
 from compress.recipe_file import MAX_BYTES, read_recipe, write_recipe
 from compress.recipe_reference import reference
+from compress.settings import qat_fit
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = sorted(ROOT.glob("recipes/**/*.yaml"))
+STUDIES = sorted(ROOT.glob("recipes/studies/*.yaml"))
+SHIPPED = sorted(set(ROOT.glob("recipes/**/*.yaml")) - set(STUDIES))
 HEAD = "name: tiny\nmodel: {arch: 'torchvision:resnet18'}\n"
 SOURCE = "stages:\n- {stage: source, fit: {epochs: 1}}\n"
 
@@ -206,16 +208,15 @@ def test_an_unknown_key_of_a_stage_names_the_nearest_and_all(tmp_path: Path) -> 
 
 def test_a_misspelt_stage_names_the_nearest_and_all(tmp_path: Path) -> None:
     (line,) = mistakes(tmp_path / "a.yaml", HEAD + SOURCE + "- {stage: pruen, keep_macs: 0.5}")
-    known = "source, prune, distill, qat, export, bench"
+    known = "source, prune, distill, ptq, qat, export, bench"
     assert line == f"stages.1.stage: unknown value 'pruen'; did you mean prune? (known: {known})"
 
 
 def test_a_key_of_a_loss_term_is_found_below_its_union(tmp_path: Path) -> None:
     stage = "- {stage: distill, fit: {epochs: 1}, loss: [{name: kd, temprature: 2}]}"
     (line,) = mistakes(tmp_path / "a.yaml", HEAD + SOURCE + stage)
-    assert (
-        line == "stages.1.loss.0.temprature: unknown key; did you mean temperature? (known: name, weight, temperature)"
-    )
+    known = "name, weight, schedule, standardize, temperature"
+    assert line == f"stages.1.loss.0.temprature: unknown key; did you mean temperature? (known: {known})"
 
 
 @pytest.mark.parametrize(
@@ -250,10 +251,11 @@ def test_a_hostile_value_is_shown_short_and_printable(tmp_path: Path) -> None:
 # --- overrides and shorthands
 
 
-@pytest.mark.parametrize("path", ["stages.2.fit.epochs", "stages.qat.fit.epochs", "qat.fit.epochs"])
+@pytest.mark.parametrize("path", ["stages.3.fit.epochs", "stages.qat.fit.epochs", "qat.fit.epochs"])
 def test_an_override_reaches_a_stage_by_position_and_by_name(recipe_path: Path, path: str) -> None:
-    stage = read_recipe(recipe_path, [f"{path}=7"]).stages[2]
+    stage = read_recipe(recipe_path, [f"{path}=7"]).stages[3]
     assert stage.stage == "qat"
+    assert stage.fit is not None
     assert stage.fit.epochs == 7
 
 
@@ -269,13 +271,13 @@ def test_an_override_takes_lists_and_later_ones_win(recipe_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("qat.fit.epochs=0", "{path}: stages.2.fit.epochs: must be > 0, got 0"),
-        ("qat.fit.epoch=1", "{path}: stages.2.fit.epoch: unknown key; did you mean epochs?"),
+        ("qat.fit.epochs=0", "{path}: stages.3.fit.epochs: must be > 0, got 0"),
+        ("qat.fit.epoch=1", "{path}: stages.3.fit.epoch: unknown key; did you mean epochs?"),
         ("sed=1", "--set sed=1: unknown path sed; did you mean seed?"),
         ("qta.fit=1", "--set qta.fit=1: unknown path qta.fit; did you mean qat?"),
         ("distill.fit.epochs=1", "--set distill.fit.epochs=1: the recipe has no such stage; known: "),
-        ("stages.distill.fit.epochs=1", "--set stages.distill.fit.epochs=1: the recipe has no such stage; known: source, prune, qat"),
-        ("stages.9.fit=1", "--set stages.9.fit=1: stages has the entries 0 to 2, got 9"),
+        ("stages.distill.fit.epochs=1", "--set stages.distill.fit.epochs=1: the recipe has no such stage; known: source, prune, ptq, qat"),
+        ("stages.9.fit=1", "--set stages.9.fit=1: stages has the entries 0 to 3, got 9"),
         ("name.first=1", "--set name.first=1: name is 'tiny' and has no first; set name whole"),
         ("seed", "--set seed: must be path.to.key=value"),
         ("a..b=1", "--set a..b=1: must be path.to.key=value"),
@@ -326,3 +328,31 @@ def test_the_reference_page_is_current() -> None:
 def test_every_field_has_a_description() -> None:
     tables = reference().splitlines()
     assert [row for row in tables if row.startswith("| `") and row.endswith("|  |")] == []
+
+
+PTQ, QAT = "- {stage: ptq}\n", "- {stage: qat}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (SOURCE + QAT, "stages.1: qat needs a ptq stage before it"),
+        ("stages:\n- {stage: source}\n" + PTQ + QAT, "stages.2.fit: no float training here to derive it from"),
+        (SOURCE + PTQ + "target: cuda\n", "target: cuda runs FP16, ONNX Runtime's CUDA provider has no INT8 convolution: leave out ptq"),
+        (SOURCE + "further_targets: [cuda]\n", "further_targets.0: "),
+    ],
+)  # fmt: skip
+def test_int8_that_makes_no_sense_is_refused_before_anything_runs(tmp_path: Path, text: str, words: str) -> None:
+    head = HEAD.replace("resnet18'", "resnet18', weights: w.pth") if "{stage: source}" in text else HEAD
+    (line,) = mistakes(tmp_path / "a.yaml", head + text)
+    assert line.startswith(words)
+
+
+def test_qat_takes_a_tenth_of_the_float_epochs_and_a_hundredth_of_the_rate(tmp_path: Path) -> None:
+    distill = "- {stage: distill, fit: {epochs: 24, lr: 0.02, batch_size: 32, warmup_epochs: 1}}\n"
+    recipe = read(tmp_path / "a.yaml", HEAD + SOURCE + distill + PTQ + QAT)
+    section = recipe.stages[-1]
+    assert section.stage == "qat"
+    fit = qat_fit(section, recipe)
+    assert (fit.epochs, fit.batch_size, fit.warmup_epochs) == (2, 32, 0)
+    assert fit.lr == pytest.approx(0.0002)

@@ -1,210 +1,17 @@
 import json
-import random
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
-from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from reports import CPU, CUDA, FILES, build_int8, build_report, shown, with_row
 
-from compress.recipe import Recipe
 from compress.report import charts, numbers
-from compress.report.collect import collect
 from compress.report.html import render
-from compress.report.shape import Report
-from compress.report.terminal import print_report
 from compress.report.verdict import judge
-
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-STAGES = ("source", "prune", "distill", "qat", "export", "bench")
-METRICS: dict[str, dict[str, float | None]] = {
-    "source": {"top1": 0.98333, "params_m": 23.53, "macs_m": 332.4, "size_mb": 94.1},
-    "prune": {"top1": 0.61111, "params_m": 10.91, "macs_m": 156.2, "size_mb": 43.7},
-    "distill": {"top1": 0.98056, "params_m": 10.91, "macs_m": 156.2, "size_mb": 43.7},
-    "qat": {"top1": 0.97778, "params_m": 10.88, "macs_m": 156.2, "size_mb": 11.1},
-    "export": {"top1": None},
-    "bench": {"top1": 0.97778, "size_mb": 11.3},
-}
-FILES = {  # name: precision, top-1, agreement, MB, ms on the CPU with one thread at 224 px, on CUDA
-    "teacher_fp32": ("fp32", 0.98333, 0.98611, 94.1, 91.2, 1.52),
-    "student_fp32": ("fp32", 0.98056, 1.0, 43.7, 42.8, 1.21),
-    "student_fp16": ("fp16", 0.98056, 1.0, 21.9, 48.9, 0.861),
-    "student_ptq_int8": ("int8", 0.97222, 0.98333, 11.2, 22.4, 2.58),
-    "student_int8": ("int8", 0.97778, 0.9944, 11.3, 22.1, 2.55),
-}
-FITS: dict[str, dict[str, Any]] = {
-    "source": {"epochs": 12, "lr": 0.05},
-    "distill": {"epochs": 8, "lr": 0.02},
-    "qat": {"epochs": 2, "lr": 0.0005},
-}
-
-
-def build_recipe(stages: tuple[str, ...] = STAGES, **targets: float) -> Recipe:
-    """Return a recipe with these stages and targets."""
-    sections: list[dict[str, Any]] = [{"stage": stage} for stage in stages]
-    for section in sections:
-        if section["stage"] in FITS:
-            section["fit"] = FITS[section["stage"]]
-        if section["stage"] == "prune":
-            section["keep_macs"] = 0.47
-    model = {"arch": "torchvision:resnet50"}
-    return Recipe.model_validate({"name": "resnet50_int8", "model": model, "stages": sections, "targets": targets})
-
-
-def build_run(root: Path, stages: tuple[str, ...] = STAGES, **bench: Any) -> list[Path]:
-    """Write a run's finished stage directories as a ResNet-50 on digits leaves them; `bench` goes to `build_bench`."""
-    artifacts: list[Path] = []
-    for index, stage in enumerate(stages):
-        directory = root / f"{index:02}-{stage}-{index:012x}"
-        directory.mkdir(parents=True)
-        if stage in FITS:
-            write_log(directory / "log.jsonl", top1=METRICS[stage]["top1"] or 0.0, **FITS[stage])
-        if stage == "prune":
-            (directory / "plan.json").write_text(json.dumps({"layers": list(resnet50_layers()), "cuts": []}))
-        if stage == "bench":
-            (directory / "bench.json").write_text(json.dumps(build_bench(**bench)))
-        meta = {
-            "stage": stage,
-            "key": f"{index:012x}",
-            "parent": artifacts[-1].name if artifacts else None,
-            "kind": "float",
-            "section": {},
-            "version": 1,
-            "seconds": 7.3 * 2.4**index,
-            "metrics": METRICS[stage],
-            "files": {},
-            "schema_version": 1,
-        }
-        (directory / "meta.json").write_text(json.dumps(meta))
-        artifacts.append(directory)
-    return artifacts
-
-
-def write_log(path: Path, *, epochs: int, lr: float, top1: float) -> None:
-    """Write a training that converges to `top1`."""
-    with path.open("w") as file:
-        file.write('{"note": "training images 1437"}\n')
-        for epoch in range(1, epochs + 1):
-            left = 1 - epoch / epochs
-            entry = {
-                "epoch": epoch,
-                "epochs": epochs,
-                "loss": 0.08 + 2.1 * left**3,
-                "lr": lr * left,
-                "images_per_s": 224.0,
-            }
-            file.write(json.dumps(entry | {"top1": top1 - 0.3 * left**2}) + "\n")
-
-
-def resnet50_layers() -> Iterator[dict[str, Any]]:
-    """Yield the pruning plan of a ResNet-50's convolutions and its head."""
-    yield layer("conv1", 3, 64, 3, 48)
-    width = 64
-    for stage, (blocks, inner) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512)), 1):
-        for block in range(blocks):
-            name, kept = f"layer{stage}.{block}", inner * (6 - block % 3) // 8
-            yield layer(f"{name}.conv1", width, inner, width, kept)
-            yield layer(f"{name}.conv2", inner, inner, kept, kept)
-            yield layer(f"{name}.conv3", inner, 4 * inner, kept, 3 * inner)
-            if block == 0:
-                yield layer(f"{name}.downsample.0", width, 4 * inner, width, 3 * inner)
-            width = 4 * inner
-    yield layer("fc", 2048, 10, 1536, 10) | {"kind": "Linear"}
-
-
-def layer(name: str, in_before: int, out_before: int, in_after: int, out_after: int) -> dict[str, Any]:
-    """Return one line of a pruning plan."""
-    widths = {"in_before": in_before, "in_after": in_after, "out_before": out_before, "out_after": out_after}
-    return {"name": name, "kind": "Conv2d", **widths}
-
-
-def build_bench(
-    *,
-    files: tuple[str, ...] = tuple(FILES),
-    providers: tuple[str, ...] = (CPU,),
-    batches: tuple[int, ...] = (1, 8),
-    nulls: bool = False,
-    warnings: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    """Return a bench stage's bench.json; with `nulls` what may be unknown is."""
-    draw = random.Random(0)
-    timings: list[dict[str, Any]] = []
-    for provider in providers:
-        for size in (32, 224):
-            for batch in batches:
-                for threads in (1, 0) if provider == CPU else (0,):
-                    timings.extend(timing(draw, name, provider, size, batch, threads, nulls=nulls) for name in files)
-    accuracy = {name: {"top1": FILES[name][1], "agreement": FILES[name][2], "images": 360} for name in files}
-    environment = {
-        "cpu": "AMD EPYC 7B13",
-        "cores": 2,
-        "instruction_sets": ["avx2", "fma", "f16c"],
-        "target": "cpu_avx2",
-        "memory_gb": 8.2,
-        "gpu": "NVIDIA H100 80GB HBM3" if CUDA in providers else None,
-        "os": "Linux 6.1.0",
-        "python": "3.12.4",
-        "versions": {"onnxruntime": "1.32.0", "torch": "2.14.1", "torch-pruning": "1.6.1"},
-    }
-    return {
-        "accuracy": {} if nulls else accuracy,
-        "timings": timings,
-        "environment": environment,
-        "warnings": list(warnings),
-    }
-
-
-def timing(
-    draw: random.Random, name: str, provider: str, size: int, batch: int, threads: int, *, nulls: bool
-) -> dict[str, Any]:
-    """Return one row of bench.json."""
-    precision, _, _, size_mb, cpu_ms, cuda_ms = FILES[name]
-    scale = batch**0.95 * (size / 224) ** 1.6 * (0.56 if threads == 0 and provider == CPU else 1)
-    p50 = (cpu_ms if provider == CPU else cuda_ms) * scale
-    blocks = [p50 * (1 + draw.gauss(0, 0.012)) for _ in range(10)]
-    return {
-        "name": name,
-        "file": f"{name}.onnx",
-        "precision": precision,
-        "provider": provider,
-        "threads": threads,
-        "batch": batch,
-        "image_size": size,
-        "p50_ms": p50,
-        "p90_ms": None if nulls else p50 * 1.04,
-        "p99_ms": None if nulls else p50 * draw.uniform(1.1, 1.5),
-        "throughput_ips": 1000 * batch / p50,
-        "runs": 41,
-        "block_ms": [] if nulls else blocks,
-        "size_mb": size_mb,
-        "peak_memory_mb": None if nulls else 3.1 * size_mb + 60,
-        "provider_options": {"cudnn_conv_use_max_workspace": "1", "prefer_nhwc": "1"} if provider == CUDA else {},
-        "speedup": None if nulls else speedup("teacher_fp32", name, provider),
-        "speedup_vs_student_fp32": None if nulls else speedup("student_fp32", name, provider),
-    }
-
-
-def speedup(reference: str, name: str, provider: str) -> dict[str, Any]:
-    """Return how many times faster `name` is, with an interval of 3 % around it."""
-    column = 4 if provider == CPU else 5
-    ratio = float(FILES[reference][column]) / float(FILES[name][column])
-    return {"vs": reference, "ratio": ratio, "ci95": [ratio * 0.97, ratio * 1.03]}
-
-
-def build_report(
-    root: Path, stages: tuple[str, ...] = STAGES, targets: Mapping[str, float] | None = None, **bench: Any
-) -> Report:
-    """Build a run and collect its report."""
-    artifacts = build_run(root, stages, **bench)
-    cached = {path.name: path.name.startswith(("00", "01")) for path in artifacts}
-    recipe = build_recipe(stages, **(targets or {}))
-    return collect(recipe, artifacts, cached=cached, command="make compress RECIPE=recipes/resnet50_int8.yaml")
-
 
 ALL_TARGETS = {
     "max_top1_drop": 0.015,
@@ -214,16 +21,21 @@ ALL_TARGETS = {
     "max_macs_ratio": 0.5,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "everything": {},
+    "everything": {"int8": build_int8()},
+    "no int8 files": {},
+    "further targets": {
+        "int8": build_int8(),
+        "files": (*FILES, "student_int8_cpu_vnni", "student_ptq_int8_tensorrt"),
+    },
     "cuda": {"providers": (CPU, CUDA)},
     "only cuda": {"providers": (CUDA,)},
     "one batch": {"batches": (1,)},
     "no batch of one": {"batches": (8,)},
     "unknown values": {"nulls": True},
     "only the teacher": {"files": ("teacher_fp32",)},
-    "no distill": {"stages": ("source", "prune", "qat", "export", "bench")},
+    "no distill": {"stages": ("source", "prune", "ptq", "qat", "export", "bench")},
     "no qat": {"stages": ("source", "prune", "distill", "export", "bench"), "files": tuple(FILES)[:4]},
-    "no bench": {"stages": ("source", "prune", "distill", "qat", "export")},
+    "no bench": {"stages": ("source", "prune", "distill", "ptq", "qat", "export"), "int8": build_int8()},
     "only the source": {"stages": ("source",)},
 }
 
@@ -253,20 +65,6 @@ def parse(page: str) -> Tags:
     tags = Tags()
     tags.feed(page)
     return tags
-
-
-def with_row(report: Report, name: str, **values: Any) -> Report:
-    """Change every deployed row of one file."""
-    for row in report["deployed"]:
-        if row["name"] == name:
-            row.update(values)  # type: ignore[typeddict-item]
-    return report
-
-
-def shown(report: Report, width: int = 80, *, verbose: bool = False) -> str:
-    screen = StringIO()
-    print_report(report, Console(file=screen, width=width), verbose=verbose, page=Path("runs/a/report/index.html"))
-    return screen.getvalue()
 
 
 def test_a_report_has_one_row_for_each_file_provider_threads_batch_and_size(tmp_path: Path) -> None:
@@ -467,8 +265,7 @@ def test_durations_read_as_spoken(seconds: float | None, text: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_terminal_s_tables_fit_80_columns(tmp_path: Path, variant: str) -> None:
     text = shown(build_report(tmp_path, **VARIANTS[variant]), verbose=True)
-    tables = text.partition("\nINT8 by calibration")[0]
-    assert max(len(line.rstrip()) for line in tables.splitlines()) <= 80
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
     assert "…" not in text
 
 

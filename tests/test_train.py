@@ -85,12 +85,12 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", -1.0)
     calls = 0
 
-    def killed(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def killed(model: nn.Module, batch: Batch, done: float) -> dict[str, torch.Tensor]:
         nonlocal calls
         calls += 1
         if calls == 11:  # in the middle of the third epoch
             raise KeyboardInterrupt
-        return STEP(model, batch)
+        return STEP(model, batch, done)
 
     with pytest.raises(KeyboardInterrupt):
         fit(network(), killed, settings, loop(tmp_path / "killed"))
@@ -105,9 +105,9 @@ def test_the_moving_average_is_the_result(tmp_path: Path) -> None:
     settings = Fit(epochs=1, batch_size=16, lr=0.1, ema_decay=0.5)
     seen: list[torch.Tensor] = []
 
-    def step(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def step(model: nn.Module, batch: Batch, done: float) -> dict[str, torch.Tensor]:
         seen.append(model.get_parameter("0.head.weight").detach().clone())
-        return STEP(model, batch)
+        return STEP(model, batch, done)
 
     model = network()
     result = fit(model, step, settings, loop(tmp_path))
@@ -119,8 +119,8 @@ def test_the_moving_average_is_the_result(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_repair(tmp_path: Path) -> None:
-    def broken(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        return {"loss": STEP(model, batch)["loss"] * math.nan}
+    def broken(model: nn.Module, batch: Batch, done: float) -> dict[str, torch.Tensor]:
+        return {"loss": STEP(model, batch, done)["loss"] * math.nan}
 
     with pytest.raises(CompressError, match=r"the loss is nan in epoch 1; lower fit\.lr"):
         fit(network(), broken, Fit(epochs=2, batch_size=16), loop(tmp_path))
@@ -143,8 +143,19 @@ def test_auto_precision_is_float32_on_a_cpu() -> None:
 
 
 def test_every_measurement_of_the_step_is_logged_as_its_mean(tmp_path: Path) -> None:
-    def step(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        return {**STEP(model, batch), "extra": torch.tensor(2.5)}
+    def step(model: nn.Module, batch: Batch, done: float) -> dict[str, torch.Tensor]:
+        return {**STEP(model, batch, done), "extra": torch.tensor(2.5)}
 
     fit(network(), step, Fit(epochs=1, batch_size=16), loop(tmp_path))
     assert '"extra": 2.5' in (tmp_path / "log.jsonl").read_text()
+
+
+def test_the_step_is_told_how_much_of_the_training_is_done(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    def step(model: nn.Module, batch: Batch, done: float) -> dict[str, torch.Tensor]:
+        seen.append(done)
+        return STEP(model, batch, done)
+
+    fit(network(), step, Fit(epochs=2, batch_size=16), loop(tmp_path))
+    assert seen == [0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875]

@@ -13,15 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.pruning.criteria import score
+from compress.pruning.graph import channel_graph
 from compress.pruning.layers import CostModel, Layer, is_output_cut
 
-# What Torch-Pruning raises on operators that it does not know, such as a channel shuffle.
-GRAPH_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 Goal = Literal["macs", "params"]
 Scope = Literal["global", "local", "isomorphic"]
 
@@ -73,19 +71,16 @@ class _Block:
 def find_groups(model: nn.Module, images: Tensor, criterion: str, *, exclude: Sequence[str]) -> list[ChannelGroup]:
     """Return every group that may be cut, with its channels' scores.
 
-    `images` is one input (1, 3, s, s). Left out: groups that reach an output of a module named by `exclude` (shell patterns), attention
-    (its heads fix the width), channels that are split or fused on their way (another layer sees a part of them), and bare parameters.
+    `images` is one input (1, 3, s, s). Left out: groups that reach an output of a module named by `exclude` (shell patterns), a wall of
+    the graph (attention, a split, a shuffle, a bare parameter), or a layer that sees a part of their channels.
     Raises CompressError where the network's channels cannot be followed.
     """
-    graph = _graph(model, images)
+    graph = channel_graph(model, images)
     names = {module: name for name, module in model.named_modules()}
     kept = [module for module, name in names.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)]
     groups = []
     for group in graph.get_all_groups(ignored_layers=kept):
-        modules = [item.dep.target.module for item in group.items]
-        if any(isinstance(module, nn.MultiheadAttention | nn.Parameter) for module in modules):
-            continue
-        if any(len(item.idxs) % len(group[0].idxs) for item in group.items):
+        if graph.reaches_wall(group) or any(len(item.idxs) % len(group[0].idxs) for item in group.items):
             continue
         scores = score(group, criterion)
         if scores is not None:
@@ -102,13 +97,15 @@ def choose(
     scope: Scope,
     round_to: int,
     min_channels: Mapping[str, int],
+    fixed: float = 0.0,
 ) -> list[Cut]:
     """Return the cuts after which the network costs at most `budget` (multiply-accumulates of one image, or parameters).
 
-    `min_channels` gives each root's smallest width. Raises CompressError where even the narrowest allowed network costs more.
+    `fixed` is what the network costs outside of `layers`; `min_channels` gives each root's smallest width. Raises CompressError where even
+    the narrowest allowed network costs more.
     """
     blocks = _ranked(groups, scope, round_to, min_channels)
-    costs = _Costs(groups, layers, goal)
+    costs = _Costs(groups, layers, goal, fixed)
     narrowest = costs.after(blocks)
     if narrowest > budget:
         full = costs.after([])
@@ -128,7 +125,7 @@ def choose(
 
 def cut_(model: nn.Module, images: Tensor, cuts: Sequence[Cut]) -> None:
     """Remove the channels in place. The same cuts on the same weights give the same network, bit for bit."""
-    graph = _graph(model, images)
+    graph = channel_graph(model, images)
     for cut in cuts:
         root = model.get_submodule(cut.root)
         pruner = graph.get_pruner_of_module(root)
@@ -155,20 +152,6 @@ def widths(before: Sequence[Layer], model: nn.Module) -> list[Width]:
 def smallest_widths(groups: Sequence[ChannelGroup], min_keep: float) -> dict[str, int]:
     """Return each root's smallest width: at least `min_keep` of its channels, at least one."""
     return {group.root: max(1, math.ceil(group.channels * min_keep)) for group in groups}
-
-
-def _graph(model: nn.Module, images: Tensor) -> Any:
-    # Fresh containers: Torch-Pruning's default ones are shared between calls and change.
-    try:
-        with torch.enable_grad():
-            return tp.DependencyGraph().build_dependency(
-                model, example_inputs=images, unwrapped_parameters=[], customized_pruners={}, verbose=False
-            )
-    except GRAPH_ERRORS as error:
-        raise CompressError(
-            f"{type(model).__name__}: Torch-Pruning cannot follow its channels ({type(error).__name__}: {error}); "
-            "leave out the prune stage, or choose another network"
-        ) from error
 
 
 def _describe(group: Any, names: Mapping[nn.Module, str], scores: Tensor) -> ChannelGroup:
@@ -241,8 +224,8 @@ def _spare(removed: list[_Block], costs: "_Costs", budget: float) -> list[_Block
 class _Costs:
     """The network's cost after a set of blocks has left."""
 
-    def __init__(self, groups: Sequence[ChannelGroup], layers: Sequence[Layer], goal: Goal) -> None:
-        self.model = CostModel(list(layers), goal)
+    def __init__(self, groups: Sequence[ChannelGroup], layers: Sequence[Layer], goal: Goal, fixed: float) -> None:
+        self.model, self.fixed = CostModel(list(layers), goal), fixed
         position = {layer.name: index for index, layer in enumerate(layers)}
         shape = (len(groups), len(layers))
         self.outputs, self.inputs = np.zeros(shape), np.zeros(shape)
@@ -255,4 +238,5 @@ class _Costs:
         removed = np.zeros(len(self.outputs))
         for block in blocks:
             removed[block.group] += len(block.channels)
-        return self.model.cost(self.model.outputs - removed @ self.outputs, self.model.inputs - removed @ self.inputs)
+        outputs, inputs = self.model.outputs - removed @ self.outputs, self.model.inputs - removed @ self.inputs
+        return self.fixed + self.model.cost(outputs, inputs)

@@ -1,22 +1,25 @@
-"""The modules that simulate INT8 while training, and their deployed form that exports as QuantizeLinear / DequantizeLinear.
+"""The modules that simulate INT8 while training.
 
 The numbers are those of Jacob et al. 2018 (Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference),
-eq. 1: real = scale * (level - zero_point), on the grid that `export.targets.Target` gives.
+eq. 1: real = scale * (level - zero_point), on the grid that `export.targets.Target` gives. Ranges are either measured (a moving average)
+or learned (`compress.quant.lsq`).
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
+from compress.quant.lsq import round_learned, scale_gradient
 from export.targets import Target
+
+Ranges = Literal["moving_average", "lsq"]
 
 # Smallest scale: a constant-zero tensor or a dead channel must not divide by zero, and float16 scales must not underflow.
 MIN_SCALE = 2.0**-24
-ONNX_VERSION = 18
 
 
 class _Round(torch.autograd.Function):
@@ -54,20 +57,27 @@ class _RoundWeight(torch.autograd.Function):
 
 
 class ActivationQuantizer(nn.Module):
-    """Round one tensor to the target's activation grid; its range is a moving average of the batches' minimum and maximum.
+    """Round one tensor to the target's activation grid.
 
-    `observing` updates the range from the tensors that pass (in training mode only), `quantizing` rounds them.
+    Its range is a moving average of the batches' minimum and maximum, or (`ranges="lsq"`) two parameters that start there. `observing`
+    updates a measured range from the tensors that pass (in training mode only), `quantizing` rounds them.
     """
 
     low: Tensor  # () smallest value of the range, <= 0 so that zero is exact
     high: Tensor  # () largest value of the range, >= 0
 
-    def __init__(self, target: Target, *, cap: float = math.inf, momentum: float = 0.05) -> None:
+    def __init__(
+        self, target: Target, *, cap: float = math.inf, momentum: float = 0.05, ranges: Ranges = "moving_average"
+    ) -> None:
         super().__init__()
-        self.target, self.cap, self.momentum = target, cap, momentum
+        self.target, self.cap, self.momentum, self.learned = target, cap, momentum, ranges == "lsq"
+        self.group: str | None = None  # the layer that `quantize_only_` switches this quantizer with
         self.observing, self.quantizing = True, True
-        self.register_buffer("low", torch.tensor(math.inf))
-        self.register_buffer("high", torch.tensor(-math.inf))
+        for name, start in (("low", math.inf), ("high", -math.inf)):
+            if self.learned:
+                self.register_parameter(name, nn.Parameter(torch.tensor(start)))
+            else:
+                self.register_buffer(name, torch.tensor(start))
 
     @torch.no_grad()
     def observe_(self, values: Tensor) -> None:
@@ -75,37 +85,105 @@ class ActivationQuantizer(nn.Module):
         flat = values.detach()
         if flat.dim() == 4 and flat.is_contiguous(memory_format=torch.channels_last):
             flat = flat.permute(0, 2, 3, 1)  # the order in memory: twenty times faster to reduce
-        low, high = flat.aminmax()
-        low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
+        low, high = (extreme.float() for extreme in flat.aminmax())
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         first = torch.isinf(self.low)
         self.low.copy_(torch.where(first, low, torch.lerp(self.low, low, self.momentum)))
         self.high.copy_(torch.where(first, high, torch.lerp(self.high, high, self.momentum)))
 
+    @torch.no_grad()
+    def set_range_(self, low: float | Tensor, high: float | Tensor) -> None:
+        """Make the range [low, high], widened to hold zero."""
+        self.low.copy_(torch.as_tensor(low).clamp(max=0.0))
+        self.high.copy_(torch.as_tensor(high).clamp(min=0.0))
+
     def scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
         """Return the scale (float32 scalar) and the zero-point (int32 scalar) of the present range."""
-        target = self.target
-        if target.symmetric_activations:
-            scale = torch.maximum(-self.low, self.high) / target.activation_max
-            return scale.clamp(min=MIN_SCALE), torch.zeros((), dtype=torch.int32, device=scale.device)
-        levels = target.activation_max - target.activation_min
-        # The range of a ReLU6 stays a hair inside 6, so that ONNX Runtime can drop the Clip (ClipQuantFusion).
-        high = self.high.clamp(max=self.cap * (1 - 1e-6)) if math.isfinite(self.cap) else self.high
-        scale = ((high - self.low) / levels).clamp(min=MIN_SCALE)
-        zero_point = (
-            (target.activation_min - self.low / scale).round().clamp(target.activation_min, target.activation_max)
-        )
-        return scale, zero_point.to(torch.int32)
+        low, high = self._range()
+        scale = self._scale(low, high)
+        return scale.detach(), self._zero_point(low, scale)
+
+    def read_scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
+        """Return the scale and zero-point that readers give the levels: those they were written with."""
+        return self.scale_and_zero_point()
 
     def forward(self, values: Tensor) -> Tensor:
         """Return `values` rounded to the grid, of the same shape."""
-        if self.observing and self.training:
+        # Between calibration and the end of the training, a learned range is the optimizer's alone.
+        if self.observing and self.training and not (self.learned and self.quantizing):
             self.observe_(values)
         if not self.quantizing:
             return values
+        values, (low, high) = values.float(), self._range()
+        if self.learned:
+            # One step serves the features of one image (Esser 2020, section 2.2), whatever the batch.
+            features = values.numel() // max(1, len(values))
+            low, high = (scale_gradient(end, features, self._levels) for end in (low, high))
+        scale = self._scale(low, high)
+        zero_point = self._zero_point(low, scale)
+        lowest, highest = self.target.activation_min - zero_point, self.target.activation_max - zero_point
+        if not self.learned:
+            rounded: Tensor = _Round.apply(values, scale, lowest, highest)
+            return rounded
+        if self.target.symmetric_activations:
+            low, high = scale * lowest, scale * highest
+        return round_learned(values, scale, low, high, lowest, highest)
+
+    @property
+    def _levels(self) -> int:
+        """The steps that the range is divided into."""
+        target = self.target
+        return target.activation_max - (0 if target.symmetric_activations else target.activation_min)
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        """Return the ends of the range: an end at zero stays there, and with ReLU6 the upper one stays a hair inside 6."""
+        low, high = torch.where(self.low < 0, self.low, 0.0), torch.where(self.high > 0, self.high, 0.0)
+        if math.isfinite(self.cap):
+            # The hair lets ONNX Runtime drop the Clip (ClipQuantFusion); the gradient passes, so that a learned range can leave the bound.
+            high = high - (high.detach() - self.cap * (1 - 1e-6)).clamp(min=0.0)
+        return low, high
+
+    def _scale(self, low: Tensor, high: Tensor) -> Tensor:
+        span = torch.maximum(-low, high) if self.target.symmetric_activations else high - low
+        return (span / self._levels).clamp(min=MIN_SCALE)
+
+    def _zero_point(self, low: Tensor, scale: Tensor) -> Tensor:
+        target = self.target
+        if target.symmetric_activations:
+            return torch.zeros((), dtype=torch.int32, device=scale.device)
+        zero_point = (target.activation_min - low.detach() / scale.detach()).round()
+        return zero_point.clamp(target.activation_min, target.activation_max).to(torch.int32)
+
+
+class HardSigmoidQuantizer(ActivationQuantizer):
+    """Compute relu6(x + 3) / 6 by rounding alone: x is written with scale 6/254 and zero 127, and read with scale 1/254 and zero 0.
+
+    The grid clips on both sides, which is the function; behind a convolution it costs nothing, as the convolution writes that grid. Its
+    largest level reads as 255/254.
+    """
+
+    STEPS = 254  # of the function's slope from -3 to 3
+
+    def __init__(self, target: Target) -> None:
+        assert not target.symmetric_activations  # two zero-points are what it lives on
+        super().__init__(target)
+        self.low.fill_(-3.0)
+        self.high.fill_(3.0 + 6.0 / self.STEPS)
+
+    def observe_(self, values: Tensor) -> None:
+        """Leave the range alone: it is the function."""
+
+    def set_range_(self, low: float | Tensor, high: float | Tensor) -> None:
+        """Leave the range alone: it is the function."""
+
+    def read_scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
+        """Return the scale and zero-point under which the levels are the function's values."""
         scale, zero_point = self.scale_and_zero_point()
-        low, high = self.target.activation_min - zero_point, self.target.activation_max - zero_point
-        rounded: Tensor = _Round.apply(values.float(), scale, low, high)
-        return rounded
+        return scale / 6, torch.full_like(zero_point, self.target.activation_min)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return the hard sigmoid of `values`, on its grid while quantizing."""
+        return super().forward(values) / 6 + 0.5 if self.quantizing else F.hardsigmoid(values)
 
 
 class SameRange(nn.Module):
@@ -122,122 +200,75 @@ def weight_scale(weight: Tensor, target: Target) -> Tensor:
     return (largest / target.weight_scale_divisor).clamp(min=MIN_SCALE)
 
 
-def quantize_weight(weight: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """Return the int8 levels (same shape) and the scale of each output channel (out,)."""
-    scale = weight_scale(weight, target)
-    levels = (weight.detach().float() / _per_channel(scale, weight)).round()
-    return levels.clamp(target.weight_min, target.weight_max).to(torch.int8), scale
+def quantize_weight(weight: Tensor, scale: Tensor, target: Target) -> Tensor:
+    """Return the levels of each output channel's weights at `scale` (out,), float of the weight's shape.
+
+    The grid is clipped to its symmetric part, so that a negative batch-norm scale may turn the sign of a whole channel.
+    """
+    largest = target.weight_scale_divisor
+    return (weight.detach().float() / per_channel(scale, weight)).round().clamp(-largest, largest)
 
 
 def fake_quantize_weight(weight: Tensor, target: Target) -> Tensor:
-    """Return `weight` rounded to each output channel's grid; gradients pass straight through."""
-    rounded: Tensor = _RoundWeight.apply(weight.float(), _per_channel(weight_scale(weight, target), weight))
+    """Return `weight` rounded to each output channel's grid of max|w|; gradients pass straight through."""
+    rounded: Tensor = _RoundWeight.apply(weight.float(), per_channel(weight_scale(weight, target), weight))
     return rounded
 
 
-def _per_channel(scale: Tensor, weight: Tensor) -> Tensor:
+def per_channel(scale: Tensor, weight: Tensor) -> Tensor:
     """Return (out,) scales as (out, 1, …), one dimension for each of the weight's."""
     return scale.view(-1, *[1] * (weight.dim() - 1))
 
 
-class QuantConv2d(nn.Conv2d):
-    """A convolution with fake-quantized weights.
+class QuantLayer(nn.Module):
+    """What a convolution and a linear layer with fake-quantized weights share.
 
-    The batch-norm behind it stays a module of its own while training. A scale of max|w| for each output channel makes rounding commute
+    The batch-norm behind it stays a module of its own while training. Any positive scale for each output channel makes rounding commute
     with the fold (round(γ/σ·w) = γ/σ·round(w) on the folded grid), so the trained grid is the deployed one without folding in the loop.
     """
 
+    weight: Tensor
+    weight_range: nn.Parameter | None  # (out,) learned largest weight of each channel
     target: Target
+    quantizing: bool
+
+    def quantize_(self, target: Target, ranges: Ranges) -> None:
+        """Make a plain layer whose class was just changed one that quantizes."""
+        self.target, self.quantizing = target, True
+        # LSQ's own start, 2·mean|w|/√Q (Esser 2020), cuts off more than max|w| only on grids of few bits: at 8 bits it would be 3.6 max|w|.
+        start = weight_scale(self.weight, target) * target.weight_scale_divisor
+        self.register_parameter("weight_range", nn.Parameter(start) if ranges == "lsq" else None)
+
+    def weight_scale(self) -> Tensor:
+        """Return the scale of each output channel, (out,)."""
+        if self.weight_range is None:
+            return weight_scale(self.weight, self.target)
+        return (self.weight_range.detach() / self.target.weight_scale_divisor).clamp(min=MIN_SCALE)
+
+    def rounded_weight(self) -> Tensor:
+        """Return the weights on their grid, or as they are while quantization is switched off."""
+        if not self.quantizing:
+            return self.weight
+        if self.weight_range is None:
+            return fake_quantize_weight(self.weight, self.target)
+        largest, weight = self.target.weight_scale_divisor, self.weight.float()
+        learned = scale_gradient(self.weight_range, weight[0].numel(), largest)
+        scale = per_channel((learned / largest).clamp(min=MIN_SCALE), weight)
+        return round_learned(weight, scale, -largest * scale, largest * scale, -largest, largest)
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """A convolution with fake-quantized weights."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Convolve (n, in, h, w) with the rounded weights."""
-        weight = fake_quantize_weight(self.weight, self.target)
-        return self._conv_forward(images, weight, self.bias)  # type: ignore[no-any-return]
+        convolved: Tensor = self._conv_forward(images, self.rounded_weight(), self.bias)
+        return convolved
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(QuantLayer, nn.Linear):
     """A linear layer with fake-quantized weights."""
-
-    target: Target
 
     def forward(self, features: Tensor) -> Tensor:
         """Multiply (…, in) with the rounded weights."""
-        return F.linear(features, fake_quantize_weight(self.weight, self.target), self.bias)
-
-
-def quantize_linear(values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Return the ONNX operator QuantizeLinear as a traceable op."""
-    return torch.onnx.ops.symbolic(
-        "QuantizeLinear", (values, scale, zero_point), dtype=zero_point.dtype, shape=values.shape, version=ONNX_VERSION
-    )
-
-
-def dequantize_linear(levels: Tensor, scale: Tensor, zero_point: Tensor, *, per_channel: bool = False) -> Tensor:
-    """Return the ONNX operator DequantizeLinear as a traceable op; per channel along the first dimension."""
-    attrs: dict[str, Any] = {"axis": 0} if per_channel else {}
-    return torch.onnx.ops.symbolic(
-        "DequantizeLinear",
-        (levels, scale, zero_point),
-        attrs,
-        dtype=torch.float32,
-        shape=levels.shape,
-        version=ONNX_VERSION,
-    )
-
-
-class DeployedQuantizer(nn.Module):
-    """An activation quantizer as the pair QuantizeLinear, DequantizeLinear."""
-
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, quantizer: ActivationQuantizer) -> None:
-        super().__init__()
-        scale, zero_point = quantizer.scale_and_zero_point()
-        dtype = torch.uint8 if quantizer.target.unsigned_activations else torch.int8
-        self.register_buffer("scale", scale.clone())
-        self.register_buffer("zero_point", zero_point.to(dtype))
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Return `values` through the Q/DQ pair."""
-        return dequantize_linear(quantize_linear(values, self.scale, self.zero_point), self.scale, self.zero_point)
-
-
-class DeployedWeights(nn.Module):
-    """A convolution or linear layer whose weights are int8 and whose bias is int32 in the file, each behind a DequantizeLinear.
-
-    The bias has scale(input) * scale(weight), the accumulator's own unit, so the runtime adds it without rounding again.
-    """
-
-    weight_levels: Tensor
-    weight_scale: Tensor
-    weight_zero: Tensor
-    bias_levels: Tensor
-    bias_scale: Tensor
-    bias_zero: Tensor
-
-    def __init__(self, layer: nn.Conv2d | nn.Linear, input_scale: Tensor, target: Target) -> None:
-        super().__init__()
-        levels, scale = quantize_weight(layer.weight, target)
-        bias = torch.zeros(len(scale)) if layer.bias is None else layer.bias.detach().float()
-        bias_scale = scale * input_scale
-        limit = 2**31 - 1
-        bias_levels = (bias.double() / bias_scale.double()).round().clamp(-limit, limit).to(torch.int32)
-        self.convolution = (
-            (layer.stride, layer.padding, layer.dilation, layer.groups) if isinstance(layer, nn.Conv2d) else None
-        )
-        self.register_buffer("weight_levels", levels)
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("weight_zero", torch.zeros(len(scale), dtype=torch.int8))
-        self.register_buffer("bias_levels", bias_levels)
-        self.register_buffer("bias_scale", bias_scale)
-        self.register_buffer("bias_zero", torch.zeros(len(scale), dtype=torch.int32))
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Apply the layer to (n, in, h, w) or (…, in)."""
-        weight = dequantize_linear(self.weight_levels, self.weight_scale, self.weight_zero, per_channel=True)
-        bias = dequantize_linear(self.bias_levels, self.bias_scale, self.bias_zero, per_channel=True)
-        if self.convolution is None:
-            return F.linear(values, weight, bias)
-        stride, padding, dilation, groups = self.convolution
-        return F.conv2d(values, weight, bias, stride, padding, dilation, groups)
+        return F.linear(features, self.rounded_weight(), self.bias)

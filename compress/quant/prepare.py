@@ -1,109 +1,71 @@
-"""Turn a float network into one that trains for INT8 (`prepare`), steer its phases, and turn that into its deployed form (`deploy`).
-
-A quantizer stands where ONNX Runtime wants a Q/DQ pair so that the optimized graph runs integer kernels: on the input, behind every
-convolution or linear layer with its batch-norm and ReLU, behind additions, concatenations and average pools. Max-pools and reshapes keep
-their input's grid. The network's output stays float.
-"""
+"""Turn a float network into one that trains for INT8 (`prepare`), steer its phases, and turn that into its deployed form (`deploy`)."""
 
 import copy
-import math
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from compress.errors import ModelError
+from compress.quant.deployed import DeployedQuantizer, DeployedSameRange, DeployedWeights, FloatGuard, depthwise, fold
 from compress.quant.fake_quant import (
     ActivationQuantizer,
-    DeployedQuantizer,
-    DeployedWeights,
+    HardSigmoidQuantizer,
     QuantConv2d,
+    QuantLayer,
     QuantLinear,
+    Ranges,
     SameRange,
 )
+from compress.quant.placement import (
+    CLIPS,
+    LAYERS,
+    NORMS,
+    is_kernel,
+    is_quantized,
+    is_quantizer,
+    keeps_range,
+    place_quantizers_,
+    runs_in_integers,
+)
+from compress.quant.rewrite import traced
+from compress.quant.trace import called
 from export.targets import Target
 
-CLIPS: dict[object, float] = {nn.ReLU: math.inf, F.relu: math.inf, torch.relu: math.inf, nn.ReLU6: 6.0, F.relu6: 6.0}
-NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
-ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
-JOINS = (torch.cat, torch.concat)
-MEANS = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, F.adaptive_avg_pool2d, F.avg_pool2d, torch.mean, "mean")
-KEEP_RANGE = (nn.MaxPool2d, nn.Flatten, F.max_pool2d, torch.flatten, "flatten", torch.reshape, "reshape", "view", "contiguous",
-              "permute", torch.permute, "transpose", torch.transpose, "chunk", torch.chunk, operator.getitem)  # fmt: skip
-NO_OPS = (nn.Dropout, nn.Identity, nn.Dropout2d, F.dropout)
+PLAIN = (nn.Conv2d, nn.Linear)
+# Shapes and sizes: they compute nothing from the tensors.
+SILENT = (SameRange, getattr, "size", "dim", operator.floordiv)
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
-    """Return the model as a graph of its own modules; dropouts and identities are gone.
-
-    Raises ModelError where the forward depends on values and cannot be one graph.
-    """
-    try:
-        graph = fx.symbolic_trace(copy.deepcopy(model))
-    except (fx.proxy.TraceError, TypeError, RuntimeError) as error:
-        raise ModelError(
-            f"{type(model).__name__}: its forward cannot be traced into one graph ({error}); "
-            "write it without branches on tensor values, or leave out the qat stage"
-        ) from error
-    for node in list(graph.graph.nodes):
-        if _what(graph, node) in NO_OPS:
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
-        elif _is_global_mean(node):
-            # Pool and flatten apart: the pool has an integer kernel, and its Q/DQ pair must stand right behind it.
-            with graph.graph.inserting_before(node):
-                pooled = graph.graph.call_function(F.adaptive_avg_pool2d, (node.args[0], 1))
-                node.replace_all_uses_with(graph.graph.call_function(torch.flatten, (pooled, 1)))
-            graph.graph.erase_node(node)
-    graph.delete_all_unused_submodules()
-    graph.recompile()
-    return graph
-
-
-def prepare(model: nn.Module, target: Target) -> fx.GraphModule:
+def prepare(
+    model: nn.Module, target: Target, *, ranges: Ranges = "moving_average", keep_float: Collection[str] = ()
+) -> fx.GraphModule:
     """Return a copy of the float model with fake-quantized weights and activations; module paths stay as they are.
 
-    Raises ModelError where the network cannot be traced, or uses a layer twice.
+    `ranges` says how scales are found: measured, or learned with the weights (LSQ). `keep_float` holds shell patterns of the layers' paths
+    that stay plain. Raises ModelError where the network cannot be traced, uses a layer twice, or has no layer that a pattern names.
     """
-    graph = trace(model)
+    graph = traced(model)
     _refuse_shared_layers(graph)
-    for module in graph.modules():
-        if type(module) in (nn.Conv2d, nn.Linear):
+    kept = _matching(groups(graph), keep_float)
+    for name, module in graph.named_modules():
+        if type(module) in PLAIN and name not in kept:
             module.__class__ = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
-            module.target = target  # type: ignore[assignment]
+            assert isinstance(module, QuantLayer)
+            module.quantize_(target, ranges)
         elif isinstance(module, (nn.ReLU, nn.ReLU6)):
             module.inplace = False  # a residual may still read the unclipped tensor's quantized copy
-    output = next(node for node in graph.graph.nodes if node.op == "output")
-    for node in list(graph.graph.nodes):
-        what = _what(graph, node)
-        if what in KEEP_RANGE:
-            _insert_after(graph, node, SameRange(), f"same_range_{node.name}")
-        elif node.op == "placeholder" or _computes(what, node):
-            end, cap = _end_of_chain(graph, node)
-            if end not in output.all_input_nodes:
-                _insert_after(graph, end, ActivationQuantizer(target, cap=cap), f"quantizer_{node.name}")
-    # Behind operators that have no integer kernel the next layer still needs its grid.
-    for node in list(graph.graph.nodes):
-        if _what(graph, node) in (QuantConv2d, QuantLinear) and not _is_quantized(graph, node.all_input_nodes[0]):
-            before = node.all_input_nodes[0]
-            _insert_after(graph, before, ActivationQuantizer(target), f"quantizer_{before.name}")
-    graph.graph.lint()
-    graph.recompile()
+    place_quantizers_(graph, target, ranges)
     return graph
 
 
-def _refuse_shared_layers(graph: fx.GraphModule) -> None:
-    """Refuse a convolution or linear layer that runs twice: its inputs have two grids, its int32 bias can only have one."""
-    calls = [str(node.target) for node in graph.graph.nodes if _what(graph, node) in (nn.Conv2d, nn.Linear)]
-    shared = [name for name, uses in Counter(calls).items() if uses > 1]
-    if shared:
-        raise ModelError(
-            f"{shared[0]}: runs {calls.count(shared[0])} times in one forward; give each use a layer of its own"
-        )
+def groups(model: nn.Module) -> tuple[str, ...]:
+    """Return the paths of the layers that can be quantized, or are, in the order they run."""
+    graph = model if isinstance(model, fx.GraphModule) else traced(model)
+    return tuple(str(node.target) for node in graph.graph.nodes if called(graph, node) in (*PLAIN, *LAYERS))
 
 
 def quantizers(model: nn.Module) -> Iterator[ActivationQuantizer]:
@@ -117,6 +79,15 @@ def set_phase_(model: nn.Module, *, observing: bool, quantizing: bool) -> None:
         quantizer.observing, quantizer.quantizing = observing, quantizing
 
 
+def quantize_only_(prepared: nn.Module, names: Collection[str] | None) -> None:
+    """Let only the named layers round their weights, and the activations computed from them up to the next layer; None is all."""
+    for name, module in prepared.named_modules():
+        if isinstance(module, QuantLayer):
+            module.quantizing = names is None or name in names
+        elif isinstance(module, ActivationQuantizer):
+            module.quantizing = names is None or module.group in names
+
+
 def freeze_batchnorm_(model: nn.Module) -> None:
     """Let batch-norms use their running statistics from now on, also in training mode; scale and shift keep learning."""
     for module in model.modules():
@@ -124,99 +95,135 @@ def freeze_batchnorm_(model: nn.Module) -> None:
             module.eval()
 
 
+@torch.no_grad()
+def reestimate_batchnorm_(prepared: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Measure batch-norms' statistics anew, as the plain mean over `batches`, with the rounding that is deployed; leave eval mode."""
+    prepared.eval()
+    norms = [module for module in prepared.modules() if isinstance(module, NORMS)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+        norm.train()
+    for batch in batches:
+        prepared(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    prepared.eval()
+
+
 def deploy(prepared: fx.GraphModule) -> fx.GraphModule:
     """Return the prepared model with batch-norms folded, int8 weights, int32 biases and Q/DQ pairs, ready for export."""
     graph = copy.deepcopy(prepared).eval().cpu()
-    _fold_batchnorms_(graph)
-    scales: dict[fx.Node, Tensor] = {}
-    replaced: dict[str, nn.Module] = {}
+    integer = {node.name for node in prepared.graph.nodes if runs_in_integers(prepared, node)}
     source: dict[fx.Node, DeployedQuantizer] = {}
-    for node in graph.graph.nodes:
+    for node in list(graph.graph.nodes):
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        before = node.all_input_nodes[0] if node.all_input_nodes else None
         if isinstance(module, ActivationQuantizer):
             source[node] = DeployedQuantizer(module)
-            replaced[str(node.target)] = source[node]
-        elif isinstance(module, SameRange):
-            quantizer = next((source[n] for n in _upstream(node) if n in source), None)
-            if quantizer is not None:
-                replaced[str(node.target)] = source[node] = quantizer
+            graph.set_submodule(str(node.target), source[node])
+        elif before in source and (isinstance(module, SameRange) or keeps_range(graph, node)):
+            source[node] = source[before]
+            if isinstance(module, SameRange):
+                graph.set_submodule(str(node.target), DeployedSameRange(source[node]))
         elif isinstance(module, (QuantConv2d, QuantLinear)):
-            scales[node] = source[node.all_input_nodes[0]].scale
-            replaced[str(node.target)] = DeployedWeights(module, scales[node], module.target)
-    for name, module in replaced.items():
-        graph.set_submodule(name, module)
+            assert before is not None
+            folded = fold(module, _fold_norm(graph, node))
+            deployed = DeployedWeights(module, folded, source[before], _output_scale(graph, node))
+            graph.set_submodule(str(node.target), deployed)
+        elif type(module) in PLAIN and before in source:
+            graph.add_submodule(f"float_guard_{node.name}", FloatGuard(source[before]))
+            with graph.graph.inserting_before(node):
+                guard = graph.graph.call_module(f"float_guard_{node.name}", (before,))
+            node.replace_input_with(before, guard)
+        elif isinstance(module, nn.BatchNorm2d) and node.name in integer:
+            assert before is not None
+            folded = depthwise(module, source[before].target)
+            deployed = DeployedWeights(None, folded, source[before], _output_scale(graph, node))
+            graph.set_submodule(str(node.target), deployed)
+    graph.delete_all_unused_submodules()
     graph.recompile()
     return graph
 
 
-def _what(graph: fx.GraphModule, node: fx.Node) -> object:
-    """Return what a node calls: a module's class, a function, or a method's name."""
-    if node.op == "call_module":
-        return type(graph.get_submodule(str(node.target)))
-    return node.target if node.op in ("call_function", "call_method") else None
-
-
-def _is_global_mean(node: fx.Node) -> bool:
-    """Tell whether a node is the mean over height and width that drops both dimensions."""
-    if node.target not in (torch.mean, "mean") or node.kwargs.get("keepdim", False) or len(node.args) > 2:
-        return False
-    axes = node.args[1] if len(node.args) == 2 else node.kwargs.get("dim")
-    return isinstance(axes, tuple | list) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]
-
-
-def _is_quantized(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Tell whether a tensor lies on a quantizer's grid, be it behind pools and reshapes that keep it."""
-    while _what(graph, node) is SameRange or _what(graph, node) in KEEP_RANGE:
-        node = node.all_input_nodes[0]
-    return _what(graph, node) is ActivationQuantizer
-
-
-def _computes(what: object, node: fx.Node) -> bool:
-    """Tell whether a node makes a new range that an integer kernel can produce."""
-    if what in ADDS:
-        return len(node.all_input_nodes) == 2
-    return what in (QuantConv2d, QuantLinear) or what in JOINS or what in MEANS
-
-
-def _end_of_chain(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, float]:
-    """Follow batch-norm and ReLU as long as nobody else reads in between; return the last node and ReLU6's bound."""
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        what = _what(graph, user)
-        if what in CLIPS:
-            return user, CLIPS[what]
-        if what not in NORMS:
-            break
-        node = user
-    return node, math.inf
-
-
-def _upstream(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the chain of first inputs above a node."""
-    while node.all_input_nodes:
-        node = node.all_input_nodes[0]
-        yield node
-
-
-def _insert_after(graph: fx.GraphModule, node: fx.Node, module: nn.Module, name: str) -> None:
-    graph.add_submodule(name, module)
-    with graph.graph.inserting_after(node):
-        inserted = graph.graph.call_module(name, (node,))
-    node.replace_all_uses_with(inserted, delete_user_cb=lambda user: user is not inserted)
-
-
-def _fold_batchnorms_(graph: fx.GraphModule) -> None:
-    for node in list(graph.graph.nodes):
-        if _what(graph, node) not in NORMS:
+def float_on_purpose(prepared: fx.GraphModule) -> dict[str, str]:
+    """Return why each operation that runs in float does, by its module's path or its node's name."""
+    reasons: dict[str, str] = {}
+    for node in prepared.graph.nodes:
+        what = called(prepared, node)
+        if node.op in ("placeholder", "output", "get_attr") or what in SILENT or what in LAYERS:
             continue
-        before = node.all_input_nodes[0]
-        if _what(graph, before) not in (QuantConv2d, QuantLinear) or len(before.users) > 1:
+        if what is HardSigmoidQuantizer and is_quantized(prepared, node.all_input_nodes[0]):
+            reasons[str(node.target)] = "its pair of DequantizeLinear and QuantizeLinear is the hard sigmoid itself"
+        elif keeps_range(prepared, node) or is_quantizer(prepared, node) or runs_in_integers(prepared, node):
             continue
-        layer, norm = graph.get_submodule(str(before.target)), graph.get_submodule(str(node.target))
-        assert isinstance(norm, NORMS)
-        fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        graph.set_submodule(str(before.target), fuse(layer, norm))  # type: ignore[type-var]
-        node.replace_all_uses_with(before)
-        graph.graph.erase_node(node)
-    graph.delete_all_unused_submodules()
-    graph.recompile()
+        elif not (node.all_input_nodes and _taken_along(prepared, node)):
+            name = str(node.target) if node.op == "call_module" else node.name
+            reasons[name] = _reason(prepared, node)
+    return reasons
+
+
+def _reason(graph: fx.GraphModule, node: fx.Node) -> str:
+    what = called(graph, node)
+    if what in PLAIN:
+        return "keep_float names it"
+    if not is_kernel(graph, node):
+        kind = what if isinstance(what, str) else getattr(what, "__name__", str(what))
+        return f"ONNX Runtime has no integer kernel for {kind}"
+    if any(not is_quantized(graph, source) for source in node.all_input_nodes):
+        return "an input is float"
+    return "nothing behind it reads integers"
+
+
+def _taken_along(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Tell whether a batch-norm or a clip belongs to the integer operation before it."""
+    before = node.all_input_nodes[0]
+    if called(graph, node) in CLIPS and called(graph, before) in NORMS:
+        return runs_in_integers(graph, before) or _taken_along(graph, before)
+    if called(graph, node) in NORMS or called(graph, node) in CLIPS:
+        return called(graph, before) in LAYERS or runs_in_integers(graph, before)
+    return False
+
+
+def _output_scale(graph: fx.GraphModule, node: fx.Node) -> Tensor | None:
+    """Return the scale of the grid that an integer layer writes to, through a clip that the grid contains."""
+    users = list(node.users)
+    if len(users) == 1 and called(graph, users[0]) in CLIPS:
+        return _output_scale(graph, users[0])
+    if len(users) == 1 and is_quantizer(graph, users[0]):
+        quantizer = graph.get_submodule(str(users[0].target))
+        assert isinstance(quantizer, ActivationQuantizer)
+        return quantizer.scale_and_zero_point()[0]
+    return None
+
+
+def _fold_norm(graph: fx.GraphModule, node: fx.Node) -> nn.BatchNorm1d | nn.BatchNorm2d | None:
+    """Take the batch-norm behind a layer out of the graph and return it, if there is one that nobody else reads past."""
+    users = list(node.users)
+    if len(users) != 1 or called(graph, users[0]) not in NORMS:
+        return None
+    norm = graph.get_submodule(str(users[0].target))
+    assert isinstance(norm, NORMS)
+    users[0].replace_all_uses_with(node)
+    graph.graph.erase_node(users[0])
+    return norm
+
+
+def _matching(names: tuple[str, ...], patterns: Collection[str]) -> set[str]:
+    """Return the names that a pattern matches.
+
+    Raises ModelError for a pattern that matches none.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ModelError(f"keep_float: {pattern} names no convolution or linear layer; they are {', '.join(names)}")
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def _refuse_shared_layers(graph: fx.GraphModule) -> None:
+    """Refuse a convolution or linear layer that runs twice: its inputs have two grids, its int32 bias can only have one."""
+    shared = [name for name, uses in Counter(groups(graph)).items() if uses > 1]
+    if shared:
+        uses = groups(graph).count(shared[0])
+        raise ModelError(f"{shared[0]}: runs {uses} times in one forward; give each use a layer of its own")

@@ -1,13 +1,14 @@
-"""Gather a run's report from the `meta.json` of its stages and the `bench.json` of its last bench stage."""
+"""Gather a run's report from the `meta.json` of its stages and from what its last ptq, export and bench stages measured."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from compress.artifact import read_meta
 from compress.recipe import Recipe
-from compress.report.shape import DeployedRow, Json, Report, StageRow
+from compress.report.recommend import recommend
+from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report, StageRow
 from compress.report.verdict import judge
 from export.environment import environment
 
@@ -19,21 +20,26 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, cached: Mapping[str, b
 
     `cached` says for each directory's name whether an earlier run made it; `command` reproduces the run.
     """
-    benches = [_read(path / "bench.json") for path in artifacts if (path / "bench.json").exists()]
-    bench: Json = benches[-1] if benches else {"accuracy": {}, "timings": [], "warnings": []}
+    bench: Json = _last(artifacts, "bench.json") or {"accuracy": {}, "timings": [], "warnings": []}
     report = Report(
-        schema_version=1,
+        schema_version=REPORT_VERSION,
         recipe=recipe.model_dump(mode="json"),
         command=command,
         environment=bench.get("environment") or environment(),
         stages=[_stage_row(path, cached[path.name]) for path in artifacts],
         deployed=[_deployed_row(timing, bench["accuracy"].get(timing["name"], {})) for timing in bench["timings"]],
+        ptq=_last(artifacts, "ptq.json"),
+        audit=_last(artifacts, "audit.json"),
+        verify=_last(artifacts, "verify.json"),
+        limits=_last(artifacts, "limits.json") or [],
+        recommendation=None,
         targets=recipe.targets.model_dump(),
         verdict="pass",
         failures=[],
         warnings=bench["warnings"],
     )
     report["verdict"], report["failures"] = judge(report)
+    report["recommendation"] = recommend(report)
     return report
 
 
@@ -54,5 +60,7 @@ def _deployed_row(timing: Json, accuracy: Json) -> DeployedRow:
     return cast(DeployedRow, {key: {**accuracy, **timing}.get(key) for key in ROW_KEYS})
 
 
-def _read(path: Path) -> Json:
-    return cast(Json, json.loads(path.read_text(encoding="utf-8")))
+def _last(artifacts: Sequence[Path], name: str) -> Any:
+    """Return the newest artifact's file of this name, None where no stage wrote one."""
+    found = [path / name for path in artifacts if (path / name).exists()]
+    return json.loads(found[-1].read_text(encoding="utf-8")) if found else None

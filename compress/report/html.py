@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from compress.report import charts, numbers, series, summary
+from compress.report import charts, gain, int8, numbers, proof, series, summary
 from compress.report.shape import DeployedRow, Report
 from compress.report.verdict import CPU, headline_row
 
@@ -83,17 +83,25 @@ def render(report: Report, root: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"numbers": numbers, "summary": summary, "titles": summary.TITLES}
+    environment.globals |= {"numbers": numbers, "summary": summary}
+    digits = summary.decimals(report)
+    parities = proof.parities(report)
     headline_rows = _headline_rows(report)
+    # A file for another target is timed here too, but this machine's picture of it would mislead.
+    drawn = [own for rows in headline_rows if (own := [row for row in rows if row["name"] in summary.TITLES])]
     return environment.get_template("page.html.j2").render(
         report=report,
-        digits=summary.decimals(report),
+        digits=digits,
         cards=summary.headline(report),
         targets=summary.target_rows(report),
-        gain=summary.training_gain(report),
+        gains=[gain.training_gain(report, digits), gain.skipped(report), gain.left_in_float(report)],
+        int8=int8.sections(report, digits),
+        parities=parities,
+        warnings=[*report["warnings"], *(f"{file.name}: {file.alarm}" for file in parities if file.alarm)],
+        graphs=proof.graphs(report),
         waterfalls=_waterfalls(report),
-        clouds=[cloud for rows in headline_rows if (cloud := _cloud(rows))],
-        distributions=[_distribution(report, root, rows) for rows in headline_rows],
+        clouds=[cloud for rows in drawn if (cloud := _cloud(rows))],
+        distributions=[_distribution(report, root, rows) for rows in drawn],
         layers=series.layers(root, report),
         trainings=[
             (training.title, training.epochs[-1], _curves(training)) for training in series.trainings(root, report)
@@ -112,7 +120,8 @@ def _headline_rows(report: Report) -> list[list[DeployedRow]]:
     providers = sorted(
         {row["provider"] for row in report["deployed"]}, key=lambda provider: (provider != CPU, provider)
     )
-    rows = [[headline_row(report, name, provider) for name in summary.TITLES] for provider in providers]
+    names = sorted({row["name"] for row in report["deployed"]}, key=summary.order)
+    rows = [[headline_row(report, name, provider) for name in names] for provider in providers]
     timed = [[row for row in group if row and row["p50_ms"]] for group in rows]
     return [group for group in timed if group]
 
@@ -147,7 +156,7 @@ def _cloud(rows: Sequence[DeployedRow]) -> Cloud | None:
     frame = charts.Box(56, 8, WIDTH - 6, 236)
     x = charts.log_axis([p50_ms for _, p50_ms, _ in known], frame.left, frame.right)
     y = charts.linear_axis([100 * top1 for _, _, top1 in known], frame.bottom - 14, frame.top + 14)
-    places = [(name, summary.TITLES[name], x.at(p50_ms), y.at(100 * top1)) for name, p50_ms, top1 in known]
+    places = [(name, summary.title(name), x.at(p50_ms), y.at(100 * top1)) for name, p50_ms, top1 in known]
     return Cloud(summary.conditions(rows[0]), x, y, charts.place_labels(places, frame))
 
 
@@ -162,7 +171,7 @@ def _distribution(report: Report, root: Path, rows: Sequence[DeployedRow]) -> Di
         spreads.append(
             Spread(
                 row["name"],
-                summary.TITLES[row["name"]],
+                summary.title(row["name"]),
                 [x.at(ms) for ms in medians],
                 x.at(p50 or 0),
                 x.at(p90) if p90 else None,

@@ -15,6 +15,11 @@ def points(difference: float) -> str:
     return f"{'+' if value > 0 else '−' if value < 0 else '±'}{abs(value):.2f}{GAP}points"
 
 
+def loss(drop: float) -> str:
+    """Return a drop of a fraction as 0.56 points; a negative one is a gain."""
+    return f"{100 * drop:.2f}{GAP}points".replace("-", "−")
+
+
 def change(before: float, after: float) -> str:
     """Return a step as −58 %; nothing where it is below half a percent."""
     percents = round(100 * (after / before - 1)) if before else 0

@@ -4,6 +4,7 @@ from typing import Any, Literal, TypedDict
 
 Verdict = Literal["pass", "fail"]
 Json = dict[str, Any]
+REPORT_VERSION: Literal[2] = 2
 
 
 class StageRow(TypedDict):
@@ -53,15 +54,138 @@ class DeployedRow(TypedDict):
     speedup_vs_student_fp32: Speedup | None
 
 
-class Report(TypedDict):
-    """Everything a run measured, and whether that is what its recipe wanted."""
+class MethodRow(TypedDict):
+    """One way of calibrating INT8 without training; agreement is with the float student's answers."""
 
-    schema_version: Literal[1]
+    engine: str
+    method: str
+    scored_in: str
+    top1: float
+    agreement: float
+    integer_layers: int | None
+    float_layers: int | None
+    note: str | None
+
+
+class GroupRow(TypedDict):
+    """What quantizing one group of layers alone does to the float student's answers."""
+
+    group: str
+    kl: float
+    top1_drop: float
+
+
+class TrialRow(TypedDict):
+    """One file that tuning built: how, what it loses against the float student, how many times faster than it (FP32) it is."""
+
+    number_format: str
+    calibration: str
+    keep_float: list[str]
+    top1: float
+    top1_drop: float
+    agreement: float
+    latency_ratio: float | None
+    met: bool
+
+
+class PtqTarget(TypedDict):
+    """INT8 without training on one target's grid; `chosen` is an index of the trials."""
+
+    methods: list[MethodRow]
+    sensitivity: list[GroupRow]
+    trials: list[TrialRow]
+    chosen: int | None
+
+
+class Ptq(TypedDict):
+    """The ptq stage's ptq.json."""
+
+    images: int
+    float_top1: float
+    targets: dict[str, PtqTarget]
+
+
+class AuditRow(TypedDict):
+    """What ONNX Runtime's optimizer made of one file; names are those of the network's modules."""
+
+    provider: str
+    operators: dict[str, int]
+    integer_layers: list[str]
+    float_layers: list[str]
+    float_fraction: float | None
+    leftover_qdq: list[str]
+    float_biases: list[str]
+    float_initializer_mb: float
+    copies: list[str]
+    float_operators: dict[str, str]
+    reasons: dict[str, str]
+
+
+class Distance(TypedDict):
+    """How far one tensor of the file lies from the reference's, in levels of its grid (LSB) and in decibels."""
+
+    max_lsb: int
+    mean_lsb: float
+    differing: float
+    snr_db: float | None
+
+
+class TensorRow(Distance):
+    """One tensor end to end; `local` is what its own layers add, run on the reference's inputs."""
+
+    name: str
+    local: Distance
+
+
+class SaturationRow(TypedDict):
+    """One layer whose 16-bit sums overflow on the machine that verified it."""
+
+    layer: str
+    max_lsb: int
+    weight_sum: int
+    values: float
+
+
+class VerifyRow(TypedDict):
+    """One INT8 file in ONNX Runtime against its reference, tensor by tensor on the first `tensor_images` images."""
+
+    images: int
+    tensor_images: int
+    agreement: float
+    agreement_ci95: list[float]
+    top1_reference: float | None
+    top1: float | None
+    tensors: list[TensorRow]
+    first_divergence: str | None
+    saturation: list[SaturationRow]
+    saturation_possible: list[str]
+
+
+class Recommendation(TypedDict):
+    """The file to serve on the target, None where the target was not measured, and why."""
+
+    file: str | None
+    sentence: str
+
+
+class Report(TypedDict):
+    """Everything a run measured, and whether that is what its recipe wanted.
+
+    `ptq`, `audit` and `verify` are None where no stage wrote them; audit and verify are by file. `limits` has a sentence for each of
+    the export stage's limits that the deployed file is over.
+    """
+
+    schema_version: Literal[2]
     recipe: Json
     command: str
     environment: Json
     stages: list[StageRow]
     deployed: list[DeployedRow]
+    ptq: Ptq | None
+    audit: dict[str, AuditRow] | None
+    verify: dict[str, VerifyRow] | None
+    limits: list[str]
+    recommendation: Recommendation | None
     targets: dict[str, float | None]
     verdict: Verdict
     failures: list[str]

@@ -3,16 +3,27 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from compress.files import FP16, FP32, PTQ, QAT, TEACHER
 from compress.report.numbers import percent, points, significant, times
 from compress.report.shape import DeployedRow, Report
-from compress.report.verdict import CPU, deployed_name, first_and_last, headline_row, is_met, limit, measure, show
+from compress.report.verdict import (
+    CPU,
+    deployed_name,
+    first_and_last,
+    headline_provider,
+    headline_row,
+    is_met,
+    limit,
+    measure,
+    show,
+)
 
-TITLES = {
-    "teacher_fp32": "Teacher FP32",
-    "student_fp32": "Student FP32",
-    "student_fp16": "Student FP16",
-    "student_ptq_int8": "Student INT8 (PTQ)",
-    "student_int8": "Student INT8",
+TITLES = {  # in the order of the tables
+    TEACHER: "Teacher FP32",
+    FP32: "Student FP32",
+    FP16: "Student FP16",
+    PTQ: "Student INT8 (PTQ)",
+    QAT: "Student INT8",
 }
 TARGET_TITLES = {
     "max_top1_drop": "Top-1 drop",
@@ -46,7 +57,8 @@ class TargetRow(NamedTuple):
 def headline(report: Report) -> list[Card]:
     """Return the headline's cards; a run without a bench stage shows what its stages measured."""
     name = deployed_name(report)
-    teacher, student = headline_row(report, "teacher_fp32"), headline_row(report, name)
+    provider = headline_provider(report)
+    teacher, student = headline_row(report, TEACHER, provider), headline_row(report, name, provider)
     if not teacher or not student:
         return [card for card in _stage_cards(report) if card]
     cards = [
@@ -83,24 +95,33 @@ def target_rows(report: Report) -> list[TargetRow]:
 
 def verdict_text(report: Report) -> str:
     """Return the verdict in a few words."""
-    wanted = sum(value is not None for value in report["targets"].values())
-    if report["failures"]:
-        return f"{len(report['failures'])} of {wanted} targets missed"
-    return "all targets met" if wanted else "no targets set"
+    wanted, over = sum(value is not None for value in report["targets"].values()), len(report["limits"])
+    missed = len(report["failures"]) - over
+    targets = "all targets met" if wanted else "no targets set"
+    targets = f"{missed} of {wanted} targets missed" if missed else targets
+    return f"{targets}, {over} export {'limit' if over == 1 else 'limits'} exceeded" if over else targets
 
 
-def training_gain(report: Report) -> str | None:
-    """Return what quantization-aware training gains over post-training quantization, where both were measured."""
-    ptq, qat = headline_row(report, "student_ptq_int8"), headline_row(report, "student_int8")
-    if not ptq or not qat or ptq["top1"] is None or qat["top1"] is None:
-        return None
-    digits = decimals(report)
-    before, after = percent(ptq["top1"], digits), percent(qat["top1"], digits)
-    text = f"INT8 by calibration alone (PTQ) {before}, by training (QAT) {after}: {points(qat['top1'] - ptq['top1'])}."
-    if ptq["agreement"] is not None and qat["agreement"] is not None:
-        agreements = f"{percent(ptq['agreement'], digits)} and {percent(qat['agreement'], digits)}"
-        text += f" They answer as the float student on {agreements} of the images."
-    return text
+def title(name: str) -> str:
+    """Return a file's title; those for further targets are named after their own, such as Student INT8 (PTQ), tensorrt."""
+    own = next((own for own in (PTQ, QAT) if name.startswith(f"{own}_")), None)
+    return f"{TITLES[own]}, {name.removeprefix(f'{own}_')}" if own else TITLES.get(name, name)
+
+
+def has_further(report: Report) -> bool:
+    """Tell whether files for further targets were timed."""
+    return any(row["name"] not in TITLES for row in report["deployed"])
+
+
+def colour(name: str) -> str:
+    """Return a file's colour as CSS; a name from elsewhere never gets into the style."""
+    known = next((known for known in TITLES if name == known or name.startswith(f"{known}_")), None)
+    return f"var(--{known})" if known else "var(--muted)"
+
+
+def order(name: str) -> tuple[int, str]:
+    """Return a file's place in the tables; those for further targets come last."""
+    return (list(TITLES).index(name) if name in TITLES else len(TITLES), name)
 
 
 def conditions(row: DeployedRow) -> str:
@@ -113,7 +134,6 @@ def conditions(row: DeployedRow) -> str:
 
 def ordered(rows: Iterable[DeployedRow]) -> list[DeployedRow]:
     """Return the rows with those of equal conditions together, the files in their usual order."""
-    names = list(TITLES)
     return sorted(
         rows,
         key=lambda row: (
@@ -122,7 +142,7 @@ def ordered(rows: Iterable[DeployedRow]) -> list[DeployedRow]:
             -row["image_size"],
             row["batch"],
             row["threads"] or float("inf"),
-            names.index(row["name"]),
+            order(row["name"]),
         ),
     )
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from compress.report import numbers, summary
+from compress.report import gain, numbers, summary, terminal_int8
 from compress.report.shape import DeployedRow, Report
 from compress.report.verdict import CPU
 
@@ -20,13 +20,22 @@ def print_report(report: Report, console: Console, *, verbose: bool = False, pag
     gap = 2 if console.width >= 100 else 1
     recipe = report["recipe"]
     _say(console, f"\n{recipe['name']}", f"  {recipe['model']['arch']} on {recipe['data']['dataset']}\n", style="bold")
+    if report["recommendation"]:
+        console.print(Text(f"{report['recommendation']['sentence']}\n"))
     console.print(_headline(report))
     console.print(_stages(report, gap=gap))
     shown = [row for row in summary.ordered(report["deployed"]) if verbose or _is_telling(row)]
     for title, rows in groupby(shown, summary.conditions):
         console.print(_files(title, list(rows), digits=summary.decimals(report), gap=gap))
-    if gain := summary.training_gain(report):
-        _say(console, f"\n{gain}")
+    for renderable in (
+        *terminal_int8.without_training(report, gap=gap, verbose=verbose),
+        *terminal_int8.proofs(report, gap=gap, verbose=verbose),
+    ):
+        console.print(renderable)
+    digits = summary.decimals(report)
+    for sentence in (gain.training_gain(report, digits), gain.skipped(report), gain.left_in_float(report)):
+        if sentence:
+            console.print(Text(f"\n{sentence}"))
     for warning in report["warnings"]:
         _say(console, "\nwarning ", warning, style="yellow")
     _say(console, f"\n{report['verdict'].upper()} ", summary.verdict_text(report), style=_verdict_style(report))
@@ -96,7 +105,7 @@ def _table(title: str, first: str, others: tuple[str, ...], *, gap: int) -> Tabl
     table = _grid(gap=gap)
     table.title, table.title_justify, table.title_style, table.show_header = f"\n{title}", "left", "bold", True
     table.header_style = "dim"
-    table.add_column(first, no_wrap=True, min_width=16)
+    table.add_column(first, overflow="fold", min_width=16)  # long names break, numbers never
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
     return table

@@ -2,12 +2,14 @@
 
 from typing import NamedTuple
 
+from compress.files import FP32, TEACHER, deployed
 from compress.report.numbers import percent, times
 from compress.report.shape import DeployedRow, Report, Speedup, Verdict
+from export.targets import TARGETS
 
 TOLERANCE = 1e-9  # a target that is met exactly is met, whatever the last bit says
-DEPLOYED_FIRST = ("student_int8", "student_ptq_int8", "student_fp32")
 CPU = "CPUExecutionProvider"
+PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}  # the other targets are CPUs
 
 
 class Measurement(NamedTuple):
@@ -18,13 +20,14 @@ class Measurement(NamedTuple):
 
 
 def judge(report: Report) -> tuple[Verdict, list[str]]:
-    """Return the verdict, and a sentence for each target that is missed or was not measured."""
+    """Return the verdict, and a sentence for each target that is missed or was not measured and each limit that is exceeded."""
     measured = measure(report)
     failures = [
         _sentence(target, wanted, measured[target])
         for target, wanted in report["targets"].items()
         if wanted is not None and not is_met(target, wanted, measured[target].value)
     ]
+    failures += report["limits"]
     return ("fail" if failures else "pass"), failures
 
 
@@ -37,24 +40,38 @@ def is_met(target: str, wanted: float, value: float | None) -> bool:
 
 def measure(report: Report) -> dict[str, Measurement]:
     """Return for each target what the run measured."""
-    deployed = deployed_name(report)
-    teacher, student = _any_row(report, "teacher_fp32"), _any_row(report, deployed)
-    timed = headline_row(report, deployed)
+    name = deployed_name(report)
+    teacher, student = any_row(report, TEACHER), any_row(report, name)
+    provider = PROVIDERS.get(target_of(report), CPU)
+    timed = headline_row(report, name, provider)
+    where = "CPU, 1 thread, batch 1" if provider == CPU else f"{provider.removesuffix('ExecutionProvider')}, batch 1"
     return {
         "max_top1_drop": _top1_drop(teacher, student),
-        "min_speedup": _speedup(timed, timed and timed["speedup"]),
+        "min_speedup": _speedup(timed, timed and timed["speedup"], where),
         "min_int8_speedup": _speedup(
-            timed, timed["speedup_vs_student_fp32"] if timed and timed["precision"] == "int8" else None
+            timed, timed["speedup_vs_student_fp32"] if timed and timed["precision"] == "int8" else None, where
         ),
         "max_size_ratio": _size_ratio(teacher, student),
         "max_macs_ratio": _macs_ratio(report),
     }
 
 
+def target_of(report: Report) -> str:
+    """Return the recipe's target; auto is the machine that the run was made on."""
+    target: str = report["recipe"]["target"]
+    return report["environment"]["target"] if target == "auto" else target
+
+
 def deployed_name(report: Report) -> str | None:
-    """Return the file that the targets are about: trained INT8, else calibrated INT8, else FP32; None without a bench."""
+    """Return the file that the targets are about, None without a bench that timed it."""
     names = {row["name"] for row in report["deployed"]}
-    return next((name for name in DEPLOYED_FIRST if name in names), None)
+    return deployed(names, TARGETS[target_of(report)]) if FP32 in names else None
+
+
+def headline_provider(report: Report) -> str:
+    """Return where the headline's times come from: the target's provider, or the CPU where that was not timed."""
+    wanted = PROVIDERS.get(target_of(report), CPU)
+    return wanted if any(row["provider"] == wanted for row in report["deployed"]) else CPU
 
 
 def headline_row(report: Report, name: str | None, provider: str = CPU) -> DeployedRow | None:
@@ -75,7 +92,8 @@ def first_and_last(report: Report, metric: str) -> tuple[float | None, float | N
     return (values[0], measured[-1]) if measured else (None, None)
 
 
-def _any_row(report: Report, name: str | None) -> DeployedRow | None:
+def any_row(report: Report, name: str | None) -> DeployedRow | None:
+    """Return one of a file's rows: size and accuracy are the same in all of them."""
     return next((row for row in report["deployed"] if row["name"] == name), None)
 
 
@@ -89,14 +107,14 @@ def _top1_drop(teacher: DeployedRow | None, student: DeployedRow | None) -> Meas
     )
 
 
-def _speedup(timed: DeployedRow | None, speedup: Speedup | None) -> Measurement:
+def _speedup(timed: DeployedRow | None, speedup: Speedup | None, where: str) -> Measurement:
     if not timed or not speedup:
-        return Measurement(None, "CPU, 1 thread, batch 1")
+        return Measurement(None, where)
     low, high = speedup["ci95"]
     return Measurement(
         speedup["ratio"],
         f"95 % interval {low:.2f} to {high:.2f}, {timed['name']} against {speedup['vs']}, "
-        f"CPU, 1 thread, batch 1, {timed['image_size']} px",
+        f"{where}, {timed['image_size']} px",
     )
 
 

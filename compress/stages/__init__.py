@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 from compress.artifact import Metrics
-from compress.stages import bench, distill, export, prune, qat, source
+from compress.stages import bench, distill, export, prune, ptq, qat, source
 
 STAGES: dict[str, Callable[..., Metrics]] = {
     "source": source.apply,
     "prune": prune.apply,
     "distill": distill.apply,
+    "ptq": ptq.apply,
     "qat": qat.apply,
     "export": export.apply,
     "bench": bench.apply,

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from compress.artifact import Metrics, lineage, read_meta, write_json
-from compress.recipe import FILES, BenchStage
-from compress.run import Run, as_numpy
+from compress.artifact import Metrics, read_meta, write_json
+from compress.files import deployed, files_in
+from compress.recipe import BenchStage
+from compress.run import Run, as_numpy, newest
 from export.accuracy import accuracy, score
 from export.bench import bench
 from export.environment import environment
@@ -13,8 +14,9 @@ from export.environment import environment
 def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
     """Score all files on the whole validation set, then time them against each other."""
     assert src is not None
-    exported = next(path for path in reversed(lineage(src)) if read_meta(path).stage == "export")
-    files = {name: exported / f"{name}.onnx" for name in FILES if (exported / f"{name}.onnx").exists()}
+    exported = newest(src, "export")
+    assert exported is not None
+    files = files_in(exported)
     with run.log(out, "bench") as log:
         scores = accuracy(score(files, as_numpy(run.validation())), reference="student_fp32")
         measured = bench(
@@ -29,12 +31,10 @@ def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
             target=run.target.name,
             progress=log.note_detail,
         )
-    deployed = list(files)[-1]
+    name = deployed(files, run.target)
     floats = read_meta(exported).metrics["float_layers"]
     notes = (
-        [f"{deployed}: {floats} layers run in float once optimized; the export stage's log names them"]
-        if floats
-        else []
+        [f"{name}: {floats} layers run in float once optimized; the export stage's log names them"] if floats else []
     )
     write_json(
         out / "bench.json",
@@ -46,7 +46,7 @@ def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
         },
     )
     return {
-        "top1": scores[deployed]["top1"],
-        "agreement": scores[deployed]["agreement"],
-        "size_mb": files[deployed].stat().st_size / 1e6,
+        "top1": scores[name]["top1"],
+        "agreement": scores[name]["agreement"],
+        "size_mb": files[name].stat().st_size / 1e6,
     }

@@ -1,69 +1,142 @@
-"""Write the ONNX files: teacher and student in FP32, student in FP16, INT8 after training alone (PTQ), INT8 from QAT."""
+"""Write the ONNX files, then prove them: what the optimizer makes of each INT8 file, and how it answers beside the trained network."""
 
-import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx
-import torch
-from torch import nn
 
-from compress.artifact import Metrics, key_of, lineage, read_meta, write_json
+from compress.artifact import Metrics, lineage, read_meta, write_json
+from compress.files import FP16, FP32, PTQ, QAT, TEACHER, UINT8, deployed, files_in, name_for
+from compress.log import StageLog
 from compress.network import load_float, load_prepared
-from compress.quant.prepare import deploy
-from compress.recipe import FILES, ExportStage
-from compress.run import Run, as_numpy, float_ancestor
-from export import ptq
-from export.audit import audit
+from compress.onnx_export import export_network
+from compress.quant.prepare import deploy, float_on_purpose
+from compress.quant.reference import reference_of
+from compress.recipe import AuditLimits, ExportStage
+from compress.run import Run, as_numpy, float_ancestor, newest
+from export.audit import Audit, audit, over_limits
 from export.graph import save_model, to_float16
-from export.to_onnx import to_onnx
+from export.uint8_input import with_uint8_input
+from export.verify import Verification, verify
 
 
 def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
-    """Export every file, then count what the optimizer makes of the deployed one."""
+    """Export every file, audit all of them, verify the trained INT8 ones, hold the deployed one to the recipe's limits."""
     assert src is not None
     with run.log(out, "export") as log:
-        for name in _write_files(cfg, src, out, run):
+        for name in _write_files(src, out, run):
             log.note(f"{name}.onnx")
-        found = audit(out / f"{name}.onnx")
-        log.note(f"{name}: {len(found.integer_layers)} layers run in integers, {len(found.float_layers)} in float")
-        if found.float_layers:
-            log.note(f"in float once optimized: {', '.join(found.float_layers)}")
+        files = files_in(out)
+        name = deployed(files, run.target)
+        audits = {file: audit(path) for file, path in files.items()}
+        parity = _verify(cfg, src, files, run)
+        if cfg.uint8_input and run.int8_targets and name != FP32:
+            model = with_uint8_input(onnx.load(files[name]), run.dataset.preprocess.to_json())
+            save_model(model, out / f"{UINT8}.onnx")
+            log.note(f"{UINT8}.onnx")
+        # TensorRT's file is float on the CPU by nature; its own optimizer is not here to be asked.
+        over = _over(cfg.limits, name, audits[name], parity.get(name)) if run.target.name != "tensorrt" else []
+        _note(log, name, audits[name], parity.get(name), over)
+    reasons = _reasons(src, run)
+    write_json(
+        out / "audit.json",
+        {
+            file: {**found.to_json(), "reasons": {**found.reasons, **reasons.get(file, {})}}
+            for file, found in audits.items()
+        },
+    )
+    write_json(out / "verify.json", {file: found.to_json() for file, found in parity.items()})
+    write_json(out / "limits.json", over)
     write_json(out / "preprocess.json", run.dataset.preprocess.to_json())
     (out / "labels.txt").write_text("".join(f"{label}\n" for label in run.dataset.classes), encoding="utf-8")
     return {
-        "size_mb": (out / f"{name}.onnx").stat().st_size / 1e6,
-        "integer_layers": len(found.integer_layers),
-        "float_layers": len(found.float_layers),
+        "size_mb": files[name].stat().st_size / 1e6,
+        "integer_layers": len(audits[name].integer_layers),
+        "float_layers": len(audits[name].float_layers),
     }
 
 
-def _write_files(cfg: ExportStage, src: Path, out: Path, run: Run) -> Iterator[str]:
-    """Write the files and yield the name of each once it is there; the last is the one to deploy."""
-    files = {name: out / f"{name}.onnx" for name in FILES}
-    for name, artifact in (("teacher_fp32", lineage(src)[0]), ("student_fp32", float_ancestor(src))):
-        _export(load_float(artifact, trust_code=run.trust_code), artifact, files[name], run)
+def _write_files(src: Path, out: Path, run: Run) -> Iterator[str]:
+    """Write the files and yield the name of each once it is there."""
+    for name, artifact in ((TEACHER, lineage(src)[0]), (FP32, float_ancestor(src))):
+        model = load_float(artifact, trust_code=run.trust_code)
+        export_network(model, out / f"{name}.onnx", run, top1=_metric(artifact, "top1"), target=run.target)
         yield name
-    save_model(to_float16(onnx.load(files["student_fp32"])), files["student_fp16"])
-    yield "student_fp16"
-    images = (batch for batch, _ in as_numpy(run.calibration(cfg.ptq_calibration_images)))
-    ptq.quantize(files["student_fp32"], files["student_ptq_int8"], images, target=run.target, method=cfg.ptq_method)
-    yield "student_ptq_int8"
-    if read_meta(src).kind == "fakequant":
-        _export(deploy(load_prepared(src, trust_code=run.trust_code)), src, files["student_int8"], run)
-        yield "student_int8"
+    save_model(to_float16(onnx.load(out / f"{FP32}.onnx")), out / f"{FP16}.onnx")
+    yield FP16
+    ptq, qat = newest(src, "ptq"), newest(src, "qat")
+    for target in run.int8_targets:
+        if ptq is not None:
+            name = name_for(PTQ, target, run.target)
+            shutil.copyfile(ptq / target.name / f"{PTQ}.onnx", out / f"{name}.onnx")
+            yield name
+        if qat is not None and (qat / target.name).exists():
+            name = name_for(QAT, target, run.target)
+            model = deploy(load_prepared(qat / target.name, trust_code=run.trust_code))
+            export_network(model, out / f"{name}.onnx", run, top1=_metric(qat, f"top1_{target.name}"), target=target)
+            yield name
 
 
-def _export(model: nn.Module, artifact: Path, path: Path, run: Run) -> None:
-    """Write one network with all that a server must know about it."""
-    recipe = run.recipe.model_dump(mode="json")
-    metadata = {
-        "task": run.recipe.task,
-        "classes": json.dumps(run.dataset.classes),
-        "preprocess": json.dumps(run.dataset.preprocess.to_json()),
-        "recipe": run.recipe.name,
-        "recipe_digest": key_of(recipe),
-        "top1_torch": f"{read_meta(artifact).metrics['top1']:.4f}",
-        "target": run.target.name,
+def _metric(artifact: Path, name: str) -> float:
+    value = read_meta(artifact).metrics[name]
+    assert value is not None
+    return value
+
+
+def _verify(cfg: ExportStage, src: Path, files: Mapping[str, Path], run: Run) -> dict[str, Verification]:
+    """Compare each trained INT8 file with its fake-quantized network, and where none was trained the calibrated file with itself unoptimized."""
+    qat = newest(src, "qat")
+    found: dict[str, Verification] = {}
+    for target in run.int8_targets:
+        trained, calibrated = name_for(QAT, target, run.target), name_for(PTQ, target, run.target)
+        images = as_numpy(run.validation(limit=cfg.verify_images))
+        if trained in files:
+            assert qat is not None
+            model = load_prepared(qat / target.name, trust_code=run.trust_code)
+            found[trained] = verify(files[trained], images, reference_of(model))
+        elif calibrated in files:
+            found[calibrated] = verify(files[calibrated], images)
+    return found
+
+
+def _reasons(src: Path, run: Run) -> dict[str, dict[str, str]]:
+    """Return for each trained INT8 file what runs in float on purpose, and why."""
+    qat = newest(src, "qat")
+    folders = {name_for(QAT, target, run.target): qat / target.name for target in run.int8_targets if qat is not None}
+    return {
+        name: float_on_purpose(load_prepared(folder, trust_code=run.trust_code))
+        for name, folder in folders.items()
+        if folder.exists()
     }
-    to_onnx(model.eval().to(memory_format=torch.contiguous_format), path, image_size=run.image_size, metadata=metadata)
+
+
+def _over(limits: AuditLimits, name: str, found: Audit, parity: Verification | None) -> list[str]:
+    """Return a sentence for each limit that the deployed file is over."""
+    over = over_limits(
+        found,
+        max_float_layers=limits.max_float_layers,
+        max_float_fraction=limits.max_float_fraction,
+        max_leftover_qdq=limits.max_leftover_qdq,
+    )
+    if limits.min_agreement is not None and parity is not None and parity.agreement < limits.min_agreement:
+        over.append(
+            f"min_agreement: wanted at least {limits.min_agreement:.2%}, measured {parity.agreement:.2%} on {parity.images} images; "
+            f"the first tensor that diverges is {parity.first_divergence or 'none of the quantized ones'}"
+        )
+    return [f"{name}: {sentence}" for sentence in over]
+
+
+def _note(log: StageLog, name: str, found: Audit, parity: Verification | None, over: list[str]) -> None:
+    log.note(f"{name}: {len(found.integer_layers)} layers run in integers, {len(found.float_layers)} in float")
+    if found.float_layers:
+        log.note(f"in float once optimized: {', '.join(found.float_layers)}")
+    if parity is not None:
+        low, high = parity.agreement_ci95
+        log.note(
+            f"answers as the trained network on {parity.agreement:.2%} of {parity.images} images (95 % interval {low:.2%} to {high:.2%})"
+        )
+        for layer in parity.saturation:
+            log.note(f"{layer.layer}: saturates on this machine")
+    for sentence in over:
+        log.note(sentence)

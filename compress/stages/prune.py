@@ -7,14 +7,15 @@ import torch_pruning as tp
 from torch import nn
 
 from compress.artifact import Metrics, write_json
-from compress.distillation import distillation_step, supervised_step
+from compress.distillation import distillation, online_teacher, supervised_step
 from compress.log import StageLog
 from compress.models.structure import classifier, count
 from compress.network import example_images, read_architecture, save_network
 from compress.pruning.criteria import NEEDS_GRADIENTS
 from compress.pruning.layers import measure_layers
 from compress.pruning.plan import Cut, choose, cut_, find_groups, smallest_widths, widths
-from compress.recipe import KD_ONLY, PruneStage
+from compress.recipe import PruneStage
+from compress.recipe_losses import KD_ONLY
 from compress.run import Run
 
 
@@ -34,8 +35,15 @@ def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:
             cuts = _cut_once_(model, cfg, images, exclude, smallest, _budget(cfg, before, number), run)
             steps.append(tuple(cuts))
             if cfg.recover is not None and number < cfg.steps:
-                step = distillation_step(KD_ONLY, run.task, run.teacher(src))
-                model = run.fit(model, step, cfg.recover, out=out, log=log, phase=f"recover-{number}")
+                learner, step = distillation(
+                    KD_ONLY,
+                    run.task,
+                    student=model,
+                    teacher=online_teacher(run.teacher(src), KD_ONLY),
+                    images=images,
+                    seed=run.recipe.seed,
+                )
+                model = run.fit(learner, step, cfg.recover, out=out, log=log, phase=f"recover-{number}").student
         table = widths(layers, model)
         metrics = run.measure(model)
         _check(cfg, before, metrics)

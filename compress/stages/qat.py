@@ -1,61 +1,171 @@
-"""Quantization-aware training on the target's grid, under the teacher's soft targets."""
+"""Quantization-aware training on each target's grid, under the teacher's soft targets."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
+from torch import fx, nn
 
-from compress.artifact import Metrics
-from compress.distillation import distillation_step
-from compress.network import read_architecture, save_network
-from compress.quant.prepare import freeze_batchnorm_, prepare, set_phase_
+from compress.artifact import Metrics, write_json
+from compress.distillation import distillation, online_teacher
+from compress.log import StageLog
+from compress.network import Architecture, example_images, load_float, prepare_as, read_architecture, save_network
+from compress.onnx_export import export_network
+from compress.quant.calibrate import calibrate_
+from compress.quant.prepare import deploy, freeze_batchnorm_, reestimate_batchnorm_, set_phase_
+from compress.quant.sensitivity import sensitivity
+from compress.quant.tuning import Trial, fallback_trials, tune
 from compress.recipe import QatStage
-from compress.run import Run
+from compress.run import Run, newest
+from compress.scoring import latency_ratio, runs_here, score_files
+from compress.settings import qat_fit
 from compress.tasks import evaluate
 from compress.train import place_
+from export.accuracy import Score
+from export.targets import Target
+
+SENSITIVITY_IMAGES = 128  # each layer takes one pass over them
+MAX_TRIALS = 8
 
 
 def apply(cfg: QatStage, src: Path | None, out: Path, run: Run) -> Metrics:
-    """Insert fake-quantization, calibrate, train, freeze, measure."""
+    """Fake-quantize, calibrate, train and measure the student once for each target; `out/<target>` holds each network."""
     assert src is not None
-    student = run.load(src)
-    costs = run.measure(student)
+    costs = run.measure(run.load(src))
+    metrics: Metrics = {"params_m": costs["params_m"], "macs_m": costs["macs_m"], "size_mb": None}
     with run.log(out, "qat") as log:
-        model: nn.Module = place_(prepare(student.cpu(), run.target), run.device)
-        _calibrate_(model, cfg, run)
-        before = evaluate(model, run.validation(), run.task)
-        log.note(f"target {run.target.name}; top-1 after calibration alone {before['top1']:.4f}")
+        for target in reversed(run.int8_targets):  # the recipe's own last: its numbers are the stage's
+            result = _skip(cfg, log, target, _ptq(src, target)) or _train(cfg, src, out, run, log, target)
+            metrics |= {f"top1_{target.name}": result["top1"], **result}
+    return metrics
 
-        def before_step(training: nn.Module, done: float) -> None:
-            set_phase_(training, observing=done < cfg.freeze_ranges_at, quantizing=True)
-            if done >= cfg.freeze_batchnorm_at:
-                freeze_batchnorm_(training)
 
-        # bf16 has eight bits of precision, no more than the grid itself: rounding levels again would train the wrong numbers.
-        settings = cfg.fit.model_copy(update={"precision": "fp32"}) if cfg.fit.precision == "auto" else cfg.fit
-        step = distillation_step(cfg.loss, run.task, run.teacher(src))
-        model = run.fit(model, step, settings, out=out, log=log, phase="qat", before_step=before_step)
-    set_phase_(model, observing=False, quantizing=True)
-    if run.rank == 0:
-        save_network(model, replace(read_architecture(src), target=run.target.name), out)
-    trained = evaluate(model, run.validation(), run.task)
+def _ptq(src: Path, target: Target) -> dict[str, Any]:
+    """Return what the ptq stage found out for a target."""
+    stage = newest(src, "ptq")
+    assert stage is not None  # the recipe's validator holds the order
+    found: dict[str, Any] = json.loads((stage / "ptq.json").read_text())["targets"][target.name]
+    return found
+
+
+def _skip(cfg: QatStage, log: StageLog, target: Target, ptq: dict[str, Any]) -> Metrics | None:
+    """Return the calibrated file's metrics where calibration alone is good enough; None where training must go on."""
+    trial, enough = ptq["trials"][ptq["chosen"]], cfg.skip_if_ptq_drop_below
+    if enough is None or trial["number_format"] != "int8" or trial["top1_drop"] >= enough:
+        return None
+    log.note(
+        f"{target.name}: not trained: calibration alone loses {100 * trial['top1_drop']:.2f} points of top-1, "
+        f"less than skip_if_ptq_drop_below ({100 * enough:.2f})"
+    )
     return {
-        **trained,
-        "top1_calibrated": before["top1"],
-        "params_m": costs["params_m"],
-        "macs_m": costs["macs_m"],
-        "size_mb": None,
+        "top1": trial["top1"],
+        "top1_calibrated": trial["top1"],
+        "trained": 0,
+        "float_groups": len(trial["keep_float"]),
     }
 
 
-@torch.no_grad()
-def _calibrate_(model: nn.Module, cfg: QatStage, run: Run) -> None:
-    """Set the activations' first ranges from unaugmented training images, in float."""
-    model.train()
-    freeze_batchnorm_(model)
-    set_phase_(model, observing=True, quantizing=False)
-    for batch in run.calibration(cfg.calibration_images):
-        model(batch.images)
-    set_phase_(model, observing=True, quantizing=True)
-    model.eval()
+def _train(cfg: QatStage, src: Path, out: Path, run: Run, log: StageLog, target: Target) -> Metrics:
+    """Train on one target's grid and save the network."""
+    architecture = replace(read_architecture(src), target=target.name, ranges=cfg.ranges, keep_float=cfg.keep_float)
+    model = _calibrated(cfg, src, architecture, run)
+    before = evaluate(model, run.validation(), run.task)
+    log.note(f"{target.name}: top-1 after calibration alone {before['top1']:.4f}")
+
+    def before_step(training: nn.Module, done: float) -> None:
+        set_phase_(training, observing=done < cfg.freeze_ranges_at, quantizing=True)
+        if done >= cfg.freeze_batchnorm_at:
+            freeze_batchnorm_(training)
+
+    # bf16 has eight bits of precision, no more than the grid itself: rounding levels again would train the wrong numbers.
+    settings = qat_fit(cfg, run.recipe)
+    settings = settings.model_copy(update={"precision": "fp32"}) if settings.precision == "auto" else settings
+    learner, step = distillation(
+        cfg.loss,
+        run.task,
+        student=model,
+        teacher=online_teacher(run.teacher(src), cfg.loss),
+        images=example_images(run.image_size, run.device),
+        seed=run.recipe.seed,
+    )
+    phase = "qat" if target == run.target else f"qat-{target.name}"
+    learner = run.fit(learner, step, settings, out=out, log=log, phase=phase, before_step=before_step)
+    model = learner.student
+    set_phase_(model, observing=False, quantizing=True)
+    if cfg.reestimate_batchnorm_images:
+        reestimate_batchnorm_(model, (batch.images for batch in run.calibration(cfg.reestimate_batchnorm_images)))
+    if cfg.max_top1_drop is not None:
+        model, architecture = _hold(cfg, cfg.max_top1_drop, src, model, architecture, out, run, log, target)
+    _save(model, architecture, out, run)
+    measured = evaluate(model, run.validation(), run.task)
+    return {**measured, "top1_calibrated": before["top1"], "trained": 1, "float_groups": len(architecture.keep_float)}
+
+
+def _hold(
+    cfg: QatStage,
+    max_top1_drop: float,
+    src: Path,
+    model: nn.Module,
+    architecture: Architecture,
+    out: Path,
+    run: Run,
+    log: StageLog,
+    target: Target,
+) -> tuple[nn.Module, Architecture]:
+    """Put the trained network's worst layers back to float until its file holds the accuracy in ONNX Runtime."""
+    student, trained = load_float(src, trust_code=run.trust_code), model.state_dict()
+    images = run.calibration(min(SENSITIVITY_IMAGES, cfg.calibration_images))
+    damage = sensitivity(model, [(batch.images, batch.targets) for batch in images])
+    work = out / f"trials-{target.name}"
+
+    def kept(trial: Trial) -> tuple[fx.GraphModule, Architecture]:
+        changed = replace(architecture, keep_float=(*architecture.keep_float, *trial.keep_float))
+        prepared = prepare_as(changed, student)
+        # A layer in float can give its neighbours quantizers that training did not know: those keep the calibrated range.
+        calibrate_(prepared, (batch.images.cpu() for batch in run.calibration(cfg.calibration_images)), cfg.calibration)
+        prepared.load_state_dict(
+            {name: trained[name] for name in prepared.state_dict() if name in trained}, strict=False
+        )
+        set_phase_(prepared, observing=False, quantizing=True)
+        return prepared.eval(), changed
+
+    def build(trial: Trial, path: Path) -> None:
+        export_network(deploy(kept(trial)[0]), path, run, top1=baseline.top1, target=target)
+
+    def score(path: Path) -> Score:
+        return score_files([path], run, images=None, optimize=runs_here(target))[0]
+
+    work.mkdir(exist_ok=True)
+    fp32 = work / "float.onnx"
+    export_network(student, fp32, run, top1=float("nan"), target=target)
+    (baseline,) = score_files([fp32], run, images=None, optimize=True)
+    results, chosen = tune(
+        (Trial("int8", "trained"), *fallback_trials("trained", [group.group for group in damage], MAX_TRIALS)[:-1]),
+        build,
+        score,
+        baseline=baseline,
+        max_top1_drop=max_top1_drop,
+        folder=work,
+        latency_ratio=lambda path: latency_ratio(fp32, path, run.image_size) if runs_here(target) else None,
+        tell=lambda result: log.note(f"{target.name}: {result.trial}: {100 * result.top1_drop:.2f} points below float"),
+    )
+    write_json(out / f"trials-{target.name}.json", [result.to_json() for result in results])
+    shutil.rmtree(work)
+    return kept(results[chosen].trial)
+
+
+def _calibrated(cfg: QatStage, src: Path, architecture: Architecture, run: Run) -> nn.Module:
+    """Return the float student fake-quantized, with the activations' first ranges, on the run's device."""
+    student = load_float(src, trust_code=run.trust_code)
+    model = place_(prepare_as(architecture, student), run.device)
+    calibrate_(model, (batch.images for batch in run.calibration(cfg.calibration_images)), cfg.calibration)
+    return model
+
+
+def _save(model: nn.Module, architecture: Architecture, out: Path, run: Run) -> None:
+    if run.rank == 0:
+        folder = out / str(architecture.target)
+        folder.mkdir(exist_ok=True)
+        save_network(model, architecture, folder)

@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from compress.artifact import Metrics
-from compress.distillation import supervised_step
+from compress.distillation import check_layers, supervised_step
 from compress.models.architectures import build
 from compress.models.structure import check_output
 from compress.models.weights import load_weights_
 from compress.network import Architecture, example_images, save_network
 from compress.pruning.plan import find_groups
-from compress.quant.prepare import trace
-from compress.recipe import SourceStage
+from compress.quant.trace import trace
+from compress.recipe import DistillStage, QatStage, SourceStage
 from compress.run import Run
 
 
@@ -46,3 +46,6 @@ def _check_later_stages(model: nn.Module, run: Run) -> None:
         find_groups(model, example_images(run.image_size), "random", exclude=())
     if "qat" in stages:
         trace(model)
+    for section in run.recipe.stages:
+        if isinstance(section, DistillStage | QatStage):
+            check_layers(section.loss, model)

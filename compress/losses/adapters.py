@@ -1,0 +1,71 @@
+"""Small networks that bring a student's features to its teacher's shapes. They train with the student and are not kept."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LARGEST_MIDDLE = 512  # channels in which Knowledge Review fuses, at most (the authors' code)
+
+
+class Widen(nn.Module):
+    """A 1 × 1 convolution for each layer: FitNets' regressor."""
+
+    def __init__(self, student: Sequence[torch.Size], teacher: Sequence[torch.Size]) -> None:
+        """Take the shapes (batch, channels, …) of both networks' features."""
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(s[1], t[1], 1) for s, t in zip(student, teacher, strict=True))
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Return the features with the teacher's channels."""
+        return [
+            layer(x) if x.dim() == 4 else layer(x[:, :, None, None]).flatten(1)
+            for layer, x in zip(self.layers, features, strict=True)
+        ]
+
+
+class Review(nn.Module):
+    """Attention-based fusion from the last layer back to the first (Chen et al. 2021, sections 3.2 and 3.3)."""
+
+    def __init__(self, student: Sequence[torch.Size], teacher: Sequence[torch.Size]) -> None:
+        """Take the shapes (batch, channels, height, width) of both networks' features, in forward order."""
+        super().__init__()
+        middle = min(LARGEST_MIDDLE, student[-1][1])
+        last = len(student) - 1
+        self.fusions = nn.ModuleList(
+            _Fusion(s[1], middle, t[1], (t[2], t[3]), first=index == last)
+            for index, (s, t) in enumerate(zip(student, teacher, strict=True))
+        )
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Return the fused features in the teacher's shapes, in forward order."""
+        fused: list[Tensor] = []
+        below: Tensor | None = None
+        for fusion, x in zip(reversed(self.fusions), reversed(features), strict=True):
+            out, below = fusion(x, below)
+            fused.insert(0, out)
+        return fused
+
+
+class _Fusion(nn.Module):
+    """Fuse one layer with what the deeper layers gave, by an attention map for each of the two."""
+
+    def __init__(self, inputs: int, middle: int, outputs: int, size: tuple[int, int], *, first: bool) -> None:
+        super().__init__()
+        self.size = size
+        self.enter = nn.Sequential(nn.Conv2d(inputs, middle, 1, bias=False), nn.BatchNorm2d(middle))
+        self.leave = nn.Sequential(nn.Conv2d(middle, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs))
+        self.attention = nn.Identity() if first else nn.Conv2d(2 * middle, 2, 1)
+        for layers in (self.enter, self.leave):
+            nn.init.kaiming_uniform_(layers[0].weight, a=1)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, below: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the layer's features in the teacher's shape, and what the layer before it is fused with."""
+        x = self.enter(x)
+        if below is not None:
+            below = F.interpolate(below, x.shape[2:])
+            both = self.attention(torch.cat([x, below], 1)).sigmoid()  # (batch, 2, height, width)
+            x = x * both[:, :1] + below * both[:, 1:]
+        x = F.interpolate(x, self.size)
+        return self.leave(x), x

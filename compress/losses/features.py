@@ -1,0 +1,102 @@
+"""Losses between one layer's features in the student and in the teacher. Each is a pure function that returns one number in float32.
+
+Features are (batch, channels, height, width) or (batch, channels). Where student and teacher differ in size, the larger map is averaged
+down to the smaller one; where they differ in channels, only losses that compare images or positions (`at`, `sp`, `rkd`, `pkt`) take them as
+they are, and `fitnet` and `review` read the student through an adapter.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SMALL = 1e-7
+
+
+def fitnet_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return mean (r(s) - t)², where the adapter r has made `student` of it (Romero et al. 2015, FitNets: Hints for Thin Deep Nets, eq. 3).
+
+    The paper halves the sum over all values; the mean keeps a weight valid for any layer.
+    """
+    return F.mse_loss(*_same_size(student.float(), teacher.float()))
+
+
+def at_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return mean (Q_s/‖Q_s‖ - Q_t/‖Q_t‖)², Q = vec(Σ_c A_c²) (Zagoruyko & Komodakis 2017, Paying More Attention to Attention, eq. 2).
+
+    The mean over batch and positions is the authors' code's; their factor β/2 is the weight.
+    """
+    maps = [features.square().sum(1).flatten(1) for features in _same_size(student.float(), teacher.float())]
+    return F.mse_loss(F.normalize(maps[0], dim=1), F.normalize(maps[1], dim=1))
+
+
+def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return ‖G_s - G_t‖²_F / batch², G = rows of QQᵀ over their norm (Tung & Mori 2019, Similarity-Preserving Knowledge Distillation, eq. 3)."""
+    similar = [F.normalize(flat @ flat.T, dim=1) for flat in (student.float().flatten(1), teacher.float().flatten(1))]
+    return F.mse_loss(similar[0], similar[1])
+
+
+def rkd_loss(student: Tensor, teacher: Tensor, *, distance: float, angle: float) -> Tensor:
+    """Return `distance` · RKD-D + `angle` · RKD-A (Park et al. 2019, Relational Knowledge Distillation, sections 3.2.1 and 3.2.2).
+
+    RKD-D is the Huber loss between the images' distances over their mean, RKD-A between the cosines of the angles of every three images,
+    each the mean over all pairs or triples of the batch. Maps are averaged over their positions first.
+    """
+    (s_distances, s_cosines), (t_distances, t_cosines) = (_relations(_embedded(f)) for f in (student, teacher))
+    return distance * F.smooth_l1_loss(s_distances, t_distances) + angle * F.smooth_l1_loss(s_cosines, t_cosines)
+
+
+def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return mean_{i≠j} p_{i|j} log(p_{i|j} / q_{i|j}) (Passalis & Tefas 2018, Learning Deep Representations with Probabilistic Knowledge
+    Transfer, section 3), p the teacher's, q the student's.
+
+    p_{i|j} = K(x_i, x_j) / Σ_{k≠j} K(x_k, x_j) with K = (cos + 1) / 2. Maps are averaged over their positions first.
+    """  # noqa: D205
+    q, p = (_neighbours(_embedded(features)) for features in (student, teacher))
+    pairs = max(len(p) * (len(p) - 1), 1)
+    return (p * ((p + SMALL) / (q + SMALL)).log()).sum() / pairs
+
+
+def review_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the hierarchical context loss of one fused map (Chen et al. 2021, Distilling Knowledge via Knowledge Review, section 3.3).
+
+    (MSE + Σ_l 2^-k MSE of both averaged to l × l) / (1 + Σ_l 2^-k) for l = 4, 2, 1 below the map's size, k = 1, 2, … in turn.
+    """
+    s, t = student.float(), teacher.float()
+    loss, weight, total = F.mse_loss(s, t), 1.0, 1.0
+    for size in (4, 2, 1):
+        if size < min(s.shape[2:]):
+            weight /= 2
+            total += weight
+            loss = loss + weight * F.mse_loss(F.adaptive_avg_pool2d(s, size), F.adaptive_avg_pool2d(t, size))
+    return loss / total
+
+
+def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Average the larger of two maps (batch, channels, height, width) down to the smaller one's height and width."""
+    if student.shape[2:] == teacher.shape[2:]:
+        return student, teacher
+    size = tuple(min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)  # type: ignore[arg-type]
+
+
+def _embedded(features: Tensor) -> Tensor:
+    """Return one vector for each image, (batch, channels)."""
+    return features.float().flatten(2).mean(2) if features.dim() > 2 else features.float()
+
+
+def _relations(points: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the points' distances over their mean (n, n), and the cosine of the angle at j between i and k as [j, i, k] (n, n, n)."""
+    differences = points.unsqueeze(0) - points.unsqueeze(1)  # (n, n, channels)
+    distances = differences.norm(dim=2)
+    # Two images with one embedding have no direction; to divide by their distance would blow the gradient up.
+    apart = distances > SMALL
+    directions = differences / distances.clamp(min=SMALL).unsqueeze(2) * apart.unsqueeze(2)
+    mean = distances.sum() / max(len(points) * (len(points) - 1), 1)
+    return distances / mean.clamp(min=SMALL), directions @ directions.transpose(1, 2)
+
+
+def _neighbours(points: Tensor) -> Tensor:
+    """Return for each point (row) the probability of each other point as its neighbour, (n, n) with a zero diagonal."""
+    unit = F.normalize(points, dim=1)
+    kernel = (unit @ unit.T + 1) / 2 * (1 - torch.eye(len(points), device=points.device))
+    return kernel / kernel.sum(1, keepdim=True).clamp(min=SMALL)

@@ -1,0 +1,94 @@
+"""Read what the modules at given paths return while a network runs, in a plain module and in a fake-quantized graph."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, fx, nn
+
+from compress.errors import ModelError
+from compress.quant.fake_quant import ActivationQuantizer, SameRange
+
+Features = dict[str, Tensor]
+Tapped = Callable[[Tensor], tuple[Tensor, Features]]
+
+
+def tap(network: nn.Module, paths: Sequence[str]) -> Tapped:
+    """Return what runs the network on images and returns its output and what the modules at `paths` returned.
+
+    In a graph made by `quant.prepare` it is the module's result as the next layer reads it, behind its quantizer. Raises ModelError for a
+    path that the network does not have.
+    """
+    return _Graph(network, paths) if isinstance(network, fx.GraphModule) and paths else _Modules(network, paths)
+
+
+class _Modules:
+    """A plain network with a hook on some modules, which keeps what they return while it runs here and nothing otherwise.
+
+    The hooks stay: torch.compile cannot follow one that comes and goes. A copy of the network (a moving average) has hooks of its own.
+    """
+
+    def __init__(self, network: nn.Module, paths: Sequence[str]) -> None:
+        known = dict(network.named_modules())
+        for path in paths:
+            if path not in known or not path:
+                raise _unknown(network, path, known)
+        self.network, self.listening = network, False
+        self.found: Features = {}
+        for path in paths:
+            known[path].register_forward_hook(partial(self._keep, path))
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Features]:
+        self.found, self.listening = {}, True
+        output = self.network(images)
+        found, self.found, self.listening = self.found, {}, False
+        return output, found
+
+    def _keep(self, path: str, _module: nn.Module, _inputs: object, output: object) -> None:
+        if self.listening and isinstance(output, Tensor):
+            self.found[path] = output.clone()  # a ReLU behind it may write over it in place
+
+
+class _Graph:
+    """A graph that also returns the features, made of the same layers as the network's own."""
+
+    def __init__(self, network: fx.GraphModule, paths: Sequence[str]) -> None:
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(network.graph, copies)
+        features = {}
+        for path in paths:
+            source = copies[_result_of(network, path)]
+            with graph.inserting_after(source):
+                features[path] = graph.call_function(torch.clone, (source,))  # an addition may write over it in place
+        graph.output((output, features))
+        self.view = fx.GraphModule(network, graph)
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Features]:
+        found: tuple[Tensor, Features] = self.view(images)
+        return found
+
+
+def _result_of(network: fx.GraphModule, path: str) -> fx.Node:
+    """Return the node that holds what the module at `path` returned: the last one traced inside it, behind its quantizer."""
+    scopes = {node: [name for name, _ in node.meta.get("nn_module_stack", {}).values()] for node in network.graph.nodes}
+    inside = [node for node, names in scopes.items() if path in names]
+    if not inside:
+        known = dict.fromkeys(name for names in scopes.values() for name in names)
+        raise _unknown(network, path, known)
+    node: fx.Node = inside[-1]
+    while len(node.users) == 1 and _is_quantizer(network, next(iter(node.users))):
+        node = next(iter(node.users))
+    return node
+
+
+def _is_quantizer(network: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(
+        network.get_submodule(str(node.target)), ActivationQuantizer | SameRange
+    )
+
+
+def _unknown(network: nn.Module, path: str, known: dict[str, object] | dict[str, nn.Module]) -> ModelError:
+    near = difflib.get_close_matches(path, [name for name in known if name], 1, cutoff=0.0)
+    return ModelError(f"layer {path!r}: {type(network).__name__} has no module of that path; did you mean {near[0]}?")

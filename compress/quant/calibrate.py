@@ -1,0 +1,156 @@
+"""Choose each activation quantizer's range from unaugmented batches: the extremes, a percentile, or the least Kullback-Leibler divergence.
+
+One pass over the batches fills a histogram for each quantizer, and every method reads its range from it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from compress.errors import CompressError
+from compress.quant.fake_quant import ActivationQuantizer
+from compress.quant.prepare import set_phase_
+
+Method = Literal["minmax", "percentile", "entropy"]
+PERCENTILE = 99.99
+BINS = 2**14  # on each side of zero: after the last doubling at least half of them lie inside the extremes
+ENTROPY_BINS, ENTROPY_STEP = 2048, 8  # Migacz 2017 tries every bin; eight bins are 0.4 % of the largest range
+SMALLEST_TOP = 2.0**-24
+
+
+class Histogram:
+    """Counts of a tensor's values over [-top, top], which doubles when a value lies outside: bins merge in pairs, and nothing is lost."""
+
+    def __init__(self) -> None:
+        self.top, self.low, self.high = SMALLEST_TOP, 0.0, 0.0  # zero always belongs to the range
+        self.counts: NDArray[np.int64] = np.zeros(2 * BINS, np.int64)
+
+    def add_(self, values: Tensor) -> None:
+        """Count every value of a tensor.
+
+        Raises CompressError where one is not finite.
+        """
+        if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
+            values = values.permute(0, 2, 3, 1)  # the order in memory: twenty times faster to reduce
+        flat = values.detach().float().reshape(-1)
+        low, high = (float(extreme) for extreme in flat.aminmax())
+        if not np.isfinite(high - low):
+            raise CompressError(
+                "calibration: an activation is not finite; the network's weights are damaged, train again"
+            )
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        while self.top < max(-self.low, self.high):
+            self.top *= 2
+            merged = self.counts.reshape(-1, 2).sum(1)
+            self.counts = np.pad(merged, BINS // 2)
+        # bincount is exact where histc counts in float32, and faster; to scale by a power of two is exact too.
+        bins = flat.mul(BINS / self.top).floor_().add_(BINS).clamp_(max=2 * BINS - 1).to(torch.int32)
+        self.counts += torch.bincount(bins, minlength=2 * BINS).cpu().numpy()
+
+
+def calibrate_(prepared: nn.Module, batches: Iterable[Tensor], method: Method) -> None:
+    """Set every quantizer's range from `batches`, each (n, 3, s, s); leave the model in eval mode, observing and quantizing."""
+    set_ranges_(prepared, collect(prepared, batches), method)
+
+
+@torch.no_grad()
+def collect(prepared: nn.Module, batches: Iterable[Tensor]) -> dict[str, Histogram]:
+    """Return the histogram of what reaches each quantizer, by its name, with the activations in float.
+
+    Raises CompressError where there is no batch.
+    """
+    named = {name: part for name, part in prepared.named_modules() if isinstance(part, ActivationQuantizer)}
+    histograms = {name: Histogram() for name in named}
+    handles = [quantizer.register_forward_pre_hook(_counter(histograms[name])) for name, quantizer in named.items()]
+    prepared.eval()
+    set_phase_(prepared, observing=False, quantizing=False)
+    try:
+        for batch in batches:
+            prepared(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not all(histogram.counts.any() for histogram in histograms.values()):
+        raise CompressError("calibration: not one image; raise calibration_images, or check the data folder")
+    set_phase_(prepared, observing=True, quantizing=True)
+    return histograms
+
+
+def set_ranges_(prepared: nn.Module, histograms: Mapping[str, Histogram], method: Method) -> None:
+    """Set every quantizer's range as the method reads it from the quantizer's histogram."""
+    for name, histogram in histograms.items():
+        quantizer = prepared.get_submodule(name)
+        assert isinstance(quantizer, ActivationQuantizer)
+        quantizer.set_range_(*METHODS[method](histogram, quantizer.target.symmetric_activations))
+
+
+def minmax(histogram: Histogram, _symmetric: bool) -> tuple[float, float]:
+    """Return the smallest and the largest value."""
+    return histogram.low, histogram.high
+
+
+def percentile(histogram: Histogram, _symmetric: bool, percent: float = PERCENTILE) -> tuple[float, float]:
+    """Return the range that leaves the part 1 - percent / 100 of all values outside at each end, linear inside a bin."""
+    counts = histogram.counts
+    cumulative = np.concatenate([[0], np.cumsum(counts)]) / counts.sum()  # at the edges of the bins
+    edges = np.linspace(-histogram.top, histogram.top, 2 * BINS + 1)
+    rising = np.concatenate([[True], np.diff(cumulative) > 0])
+    low, high = np.interp([1 - percent / 100, percent / 100], cumulative[rising], edges[rising])
+    return max(histogram.low, min(low, 0.0)), min(histogram.high, max(high, 0.0))
+
+
+def entropy(histogram: Histogram, symmetric: bool) -> tuple[float, float]:
+    """Return the range [-t, t], within the extremes, whose quantized distribution of |x| diverges least from the true one.
+
+    Migacz 2017 (8-bit inference with TensorRT), slides 38 to 40.
+    """
+    largest = max(-histogram.low, histogram.high)
+    if largest == 0:
+        return 0.0, 0.0
+    negative, positive = histogram.counts.reshape(2, BINS)
+    used = int(np.ceil(largest / histogram.top * BINS))
+    width = -(-used // ENTROPY_BINS)  # fine bins in a coarse one
+    counts = np.add.reduceat((positive + negative[::-1])[:used], np.arange(0, used, width))
+    one_sided = histogram.low == 0 and not symmetric
+    kept = least_divergent(counts, levels=256 if one_sided else 128)
+    threshold = kept * width / BINS * histogram.top
+    return max(histogram.low, -threshold), min(histogram.high, threshold)
+
+
+def least_divergent(counts: NDArray[np.int64], *, levels: int, step: int = ENTROPY_STEP) -> int:
+    """Return how many of the first bins to keep so that, rounded to `levels`, they diverge least from all; what is cut joins the last."""
+    values = counts.astype(np.float64)
+    values[0] = values[
+        1
+    ]  # zeros are exact on every grid; after a ReLU they would outweigh the rest (as in pytorch-quantization)
+    sizes = range(len(values), levels - 1, -step)
+    return min(sizes, key=lambda size: _divergence(values, size, levels))
+
+
+def _divergence(counts: NDArray[np.float64], size: int, levels: int) -> float:
+    """Return the Kullback-Leibler divergence of the quantized first `size` bins from the clipped distribution."""
+    level = np.arange(size) * levels // size
+    true, occupied = counts[:size].copy(), counts[:size] > 0
+    sums, bins = np.bincount(level, true, levels), np.bincount(level, occupied, levels)
+    rounded = np.where(occupied, (sums / np.maximum(bins, 1))[level], 0.0)
+    true[-1] += counts[size:].sum()
+    support = true > 0
+    if not np.all(rounded[support] > 0):
+        return np.inf
+    true, rounded = true[support] / true.sum(), rounded[support] / rounded.sum()
+    return float(np.sum(true * np.log(true / rounded)))
+
+
+def _counter(histogram: Histogram) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda _, inputs: histogram.add_(inputs[0])
+
+
+METHODS: dict[Method, Callable[[Histogram, bool], tuple[float, float]]] = {
+    "minmax": minmax,
+    "percentile": percentile,
+    "entropy": entropy,
+}

@@ -1,0 +1,226 @@
+"""The deployed forms of the fake-quantized modules: int8 weights, int32 biases, and the operators QuantizeLinear and DequantizeLinear.
+
+Exported, they are those operators. Called, they do the integer kernels' arithmetic: sums of whole numbers, one multiplication, one rounding.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress.quant.fake_quant import MIN_SCALE, ActivationQuantizer, QuantLayer, per_channel, quantize_weight
+from export.targets import Target
+
+ONNX_VERSION = 18
+# A bias may fill half of int32; products have the other half.
+BIAS_LIMIT = 2**30
+
+
+def quantize_linear(values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return the levels of `values`; in an export the ONNX operator QuantizeLinear."""
+    if not torch.compiler.is_exporting():
+        limits = torch.iinfo(zero_point.dtype)
+        levels = (values / scale).round() + zero_point.float()
+        return levels.clamp(limits.min, limits.max).to(zero_point.dtype)
+    return torch.onnx.ops.symbolic(
+        "QuantizeLinear", (values, scale, zero_point), dtype=zero_point.dtype, shape=values.shape, version=ONNX_VERSION
+    )
+
+
+def dequantize_linear(levels: Tensor, scale: Tensor, zero_point: Tensor, *, per_channel: bool = False) -> Tensor:
+    """Return the values of `levels`, per channel along the first dimension; in an export the ONNX operator DequantizeLinear."""
+    if not torch.compiler.is_exporting():
+        return (levels.float() - zero_point.float()) * scale
+    attrs: dict[str, Any] = {"axis": 0} if per_channel else {}
+    return torch.onnx.ops.symbolic(
+        "DequantizeLinear",
+        (levels, scale, zero_point),
+        attrs,
+        dtype=torch.float32,
+        shape=levels.shape,
+        version=ONNX_VERSION,
+    )
+
+
+class DeployedQuantizer(nn.Module):
+    """An activation quantizer as the pair QuantizeLinear, DequantizeLinear."""
+
+    scale: Tensor
+    zero_point: Tensor
+    read_scale: Tensor
+    read_zero_point: Tensor
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self.target = quantizer.target
+        dtype = torch.uint8 if quantizer.target.unsigned_activations else torch.int8
+        written, read = quantizer.scale_and_zero_point(), quantizer.read_scale_and_zero_point()
+        for prefix, (scale, zero_point) in (("", written), ("read_", read)):
+            self.register_buffer(f"{prefix}scale", scale.clone())
+            self.register_buffer(f"{prefix}zero_point", zero_point.to(dtype))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return `values` through the Q/DQ pair."""
+        levels = quantize_linear(values, self.scale, self.zero_point)
+        return dequantize_linear(levels, self.read_scale, self.read_zero_point)
+
+
+class DeployedSameRange(nn.Module):
+    """A Q/DQ pair on the grid that a quantizer's tensor was read on."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, source: DeployedQuantizer) -> None:
+        super().__init__()
+        self.register_buffer("scale", source.read_scale.clone())
+        self.register_buffer("zero_point", source.read_zero_point.clone())
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return `values` through the Q/DQ pair."""
+        return dequantize_linear(quantize_linear(values, self.scale, self.zero_point), self.scale, self.zero_point)
+
+
+class FloatGuard(nn.Module):
+    """Keep a float layer behind a quantizer float, by clipping its input to the range that it has anyway.
+
+    ONNX Runtime quantizes the weights of a convolution that stands between a DequantizeLinear and a QuantizeLinear by itself
+    (WeightBiasQuantization, seen in 1.32), on the full grid, which saturates without VNNI.
+    """
+
+    def __init__(self, source: DeployedQuantizer) -> None:
+        super().__init__()
+        limits, zero = torch.iinfo(source.read_zero_point.dtype), int(source.read_zero_point)
+        scale = float(source.read_scale)
+        self.low, self.high = (limits.min - zero) * scale, (limits.max - zero) * scale
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return `values` as they are."""
+        return values.clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A layer's integers: levels (out, …) as floats, scale (out,) of the folded weights, bias (out,) in float."""
+
+    levels: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
+def fold(layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm1d | nn.BatchNorm2d | None) -> Folded:
+    """Return the levels that were trained, with the batch-norm behind them in the scale, the sign and the bias.
+
+    The levels are those of the unfolded weights, so no rounding happens twice and none can turn out differently.
+    """
+    assert isinstance(layer, QuantLayer)
+    scale = layer.weight_scale()
+    levels = quantize_weight(layer.weight, scale, layer.target)
+    bias = torch.zeros(len(scale)) if layer.bias is None else layer.bias.detach().float()
+    if norm is None:
+        return Folded(levels, scale, bias)
+    factor, shift = affine_of(norm)
+    return Folded(levels * per_channel(factor.sign(), levels), scale * factor.abs(), bias * factor + shift)
+
+
+def affine_of(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Return the factor and the shift of each channel that a batch-norm in eval mode is."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    factor = torch.rsqrt(norm.running_var.float() + norm.eps)
+    if not norm.affine:
+        return factor, -norm.running_mean.float() * factor
+    factor = factor * norm.weight.detach().float()
+    return factor, norm.bias.detach().float() - norm.running_mean.float() * factor
+
+
+def depthwise(norm: nn.BatchNorm2d, target: Target) -> Folded:
+    """Return a batch-norm that follows no layer as a 1x1 depthwise convolution, which is exact: each channel's weight is its scale."""
+    factor, shift = affine_of(norm)
+    largest = target.weight_scale_divisor
+    return Folded(largest * factor.sign().view(-1, 1, 1, 1), factor.abs() / largest, shift)
+
+
+class DeployedWeights(nn.Module):
+    """A convolution or linear layer whose weights are int8 in the file, behind a DequantizeLinear.
+
+    An int32 bias has scale(input) * scale(weight), the accumulator's own unit, so the runtime adds it without rounding again. Where the
+    target takes no int32 DequantizeLinear the bias is float.
+    """
+
+    weight_levels: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor
+    bias: Tensor
+    bias_levels: Tensor
+    bias_scale: Tensor
+    bias_zero: Tensor
+    input_scale: Tensor
+    output_scale: Tensor | None
+
+    def __init__(
+        self,
+        layer: nn.Conv2d | nn.Linear | None,
+        folded: Folded,
+        source: DeployedQuantizer,
+        output_scale: Tensor | None,
+    ) -> None:
+        """Take a layer's stride and groups; None is a 1x1 depthwise convolution.
+
+        `source` wrote the layer's input; without an `output_scale` the output is float.
+        """
+        super().__init__()
+        input_scale, target = source.read_scale, source.target
+        # Dead channels: a scale that is too small for its own numbers, or for its bias to fit, takes coarser levels instead.
+        scale = torch.maximum(folded.scale, folded.bias.abs() / (input_scale * BIAS_LIMIT)).clamp(min=MIN_SCALE)
+        levels = (folded.levels * per_channel(folded.scale / scale, folded.levels)).round().to(torch.int8)
+        self.convolution: tuple[Any, ...] | None = ((1, 1), (0, 0), (1, 1), len(scale))
+        if layer is not None:
+            self.convolution = (
+                (layer.stride, layer.padding, layer.dilation, layer.groups) if isinstance(layer, nn.Conv2d) else None
+            )
+        self.integer_bias = target.integer_bias
+        self.register_buffer("input_scale", input_scale.clone())
+        self.register_buffer("output_scale", output_scale)
+        self.register_buffer("weight_levels", levels)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_zero", torch.zeros(len(scale), dtype=torch.int8))
+        if not target.integer_bias:
+            self.register_buffer("bias", folded.bias)
+            return
+        bias_scale = scale * input_scale
+        self.register_buffer("bias_levels", (folded.bias.double() / bias_scale.double()).round().to(torch.int32))
+        self.register_buffer("bias_scale", bias_scale)
+        self.register_buffer("bias_zero", torch.zeros(len(scale), dtype=torch.int32))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Apply the layer to (n, in, h, w) or (…, in)."""
+        if not torch.compiler.is_exporting():
+            return self._in_integers(values)
+        weight = dequantize_linear(self.weight_levels, self.weight_scale, self.weight_zero, per_channel=True)
+        if self.integer_bias:
+            bias = dequantize_linear(self.bias_levels, self.bias_scale, self.bias_zero, per_channel=True)
+        else:
+            bias = self.bias
+        return self._layer(values, weight, bias)
+
+    def _in_integers(self, values: Tensor) -> Tensor:
+        """Sum whole numbers (in float32, which holds them exactly up to 2^24), round to the output's grid if the kernel writes one."""
+        unit = self.weight_scale * self.input_scale
+        bias = self.bias_levels.float() if self.integer_bias else self.bias / unit
+        sums = self._layer((values / self.input_scale).round(), self.weight_levels.float(), bias)
+        shape = (-1, 1, 1) if self.convolution is not None else (-1,)
+        if self.output_scale is None:
+            return sums * unit.view(shape)
+        return (sums * (unit / self.output_scale).view(shape)).round() * self.output_scale
+
+    def _layer(self, values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if self.convolution is not None:
+            stride, padding, dilation, groups = self.convolution
+            return F.conv2d(values, weight, bias, stride, padding, dilation, groups)
+        if values.dim() == 2:
+            return F.linear(values, weight, bias)
+        # Only a Gemm takes the bias along (QGemm), and only two dimensions make one; the reshapes copy nothing.
+        return F.linear(values.reshape(-1, values.shape[-1]), weight, bias).reshape(*values.shape[:-1], len(weight))

@@ -1,0 +1,108 @@
+"""What quantization-aware training gains over post-training quantization, as far as the totals of the same images tell."""
+
+from compress.files import PTQ, QAT
+from compress.report.numbers import loss, percent, points, significant
+from compress.report.shape import DeployedRow, Json, Report
+from compress.report.verdict import any_row
+
+SIGNIFICANT = 0.05
+
+
+def training_gain(report: Report, digits: int) -> str | None:
+    """Return what training gains, where both INT8 files were scored, or else what PyTorch measured before and after it."""
+    if not was_trained(report):
+        return None
+    ptq, qat = any_row(report, PTQ), any_row(report, QAT)
+    if ptq and qat and ptq["top1"] is not None and qat["top1"] is not None:
+        return " ".join(_gain(ptq, qat, ptq["top1"], qat["top1"], digits))
+    metrics = stage_metrics(report, "qat") or {}
+    before, after = metrics.get("top1_calibrated"), metrics.get("top1")
+    if before is None or after is None:
+        return None
+    return (
+        f"INT8 in PyTorch: calibrated alone {percent(before, digits)}, trained (QAT) {percent(after, digits)} "
+        f"on the same validation images: {points(after - before)}."
+    )
+
+
+def skipped(report: Report) -> str | None:
+    """Return why quantization-aware training was skipped, where it was."""
+    if was_trained(report):
+        return None
+    enough = (stage_section(report, "qat") or {}).get("skip_if_ptq_drop_below")
+    drop = (stage_metrics(report, "ptq") or {}).get("ptq_top1_drop")
+    lost = "" if drop is None else f" {loss(drop)} of top-1 against the float student,"
+    limit = "" if enough is None else f" ({loss(enough)})"
+    return f"Quantization-aware training was skipped: calibration alone loses{lost} less than qat.skip_if_ptq_drop_below{limit}."
+
+
+def left_in_float(report: Report) -> str | None:
+    """Return how many layers the qat stage leaves in float for accuracy, where any."""
+    count = (stage_metrics(report, "qat") or {}).get("float_groups")
+    if not count:
+        return None
+    allowed = (stage_section(report, "qat") or {}).get("max_top1_drop")
+    why = (
+        ""
+        if allowed is None
+        else f" to lose no more than {loss(allowed)} against the float student (qat.max_top1_drop)"
+    )
+    return f"{count:.0f} {'layer stays' if count == 1 else 'layers stay'} in float{why}."
+
+
+def was_trained(report: Report) -> bool:
+    """Tell whether the INT8 file was trained: a qat stage says so itself."""
+    return (stage_metrics(report, "qat") or {}).get("trained") != 0
+
+
+def stage_metrics(report: Report, stage: str) -> dict[str, float | None] | None:
+    """Return the numbers of the last stage of this kind."""
+    return next((row["metrics"] for row in reversed(report["stages"]) if row["stage"] == stage), None)
+
+
+def stage_section(report: Report, stage: str) -> Json | None:
+    """Return the recipe's last section of this kind."""
+    return next((section for section in reversed(report["recipe"]["stages"]) if section["stage"] == stage), None)
+
+
+def sign_test(difference: int, discordant: int) -> float:
+    """Return the exact two-sided sign test's p for so many more right answers among so many discordant ones (McNemar, exact).
+
+    P(|S| ≥ difference) where S is the sum of `discordant` fair ±1 steps.
+    """
+    term = tail = 1  # the number of ways to be wrong 0, 1, … times
+    for wrong in range((discordant - difference) // 2):
+        term = term * (discordant - wrong) // (wrong + 1)
+        tail += term
+    return min(1.0, 2 * tail / (1 << discordant))
+
+
+def _gain(ptq: DeployedRow, qat: DeployedRow, before: float, after: float, digits: int) -> list[str]:
+    shown = f"INT8 by calibration alone (PTQ) {percent(before, digits)}, by training (QAT) {percent(after, digits)}"
+    images = ptq["images"]
+    if not images or images != qat["images"]:
+        return [f"{shown}: {points(after - before)}."]
+    more = round(after * images) - round(before * images)
+    net = f"{abs(more):,} {'more' if more > 0 else 'fewer'} right {'answer' if abs(more) == 1 else 'answers'}"
+    sentences = [f"{shown} on the same {images:,} images: {points(after - before)}{f', {net}' if more else ''}."]
+    agreements = [row["agreement"] for row in (ptq, qat) if row["agreement"] is not None]
+    if len(agreements) == 2:
+        # Where both answer as the float student they answer alike, so their discordant images are among the others.
+        most = min(images, sum(images - round(agreement * images) for agreement in agreements))
+        both = " and ".join(percent(agreement, digits) for agreement in agreements)
+        chance = f": {_chance(abs(more), most)}" if 0 < abs(more) <= most else ""
+        sentences.append(
+            f"They answer as the float student on {both} of them, so as each other on all but {most:,} at most{chance}."
+        )
+    return sentences
+
+
+def _chance(difference: int, most: int) -> str:
+    """Return whether chance explains a net difference, when all that is known of the discordant images is their largest number."""
+    largest = most - (most - difference) % 2  # as odd as the difference; more discordant images make p larger
+    low, high = sign_test(difference, difference), sign_test(difference, largest)
+    if low > SIGNIFICANT:
+        return f"chance alone can make this difference (exact sign test, p ≥ {significant(low, digits=2)})"
+    if high <= SIGNIFICANT:
+        return f"more than chance makes (exact sign test, p ≤ {significant(high, digits=2)})"
+    return f"the totals do not tell whether that is more than chance (exact sign test, p between {significant(low, digits=2)} and {significant(high, digits=2)})"

@@ -1,0 +1,155 @@
+"""Say which file to serve on the target, and why, from measured rows alone; where the target was not measured, say that instead."""
+
+from typing import NamedTuple
+
+from compress.files import FP16, FP32, PTQ, QAT, TEACHER
+from compress.report.numbers import loss, times
+from compress.report.shape import DeployedRow, Recommendation, Report, Speedup
+from compress.report.verdict import CPU, PROVIDERS, TOLERANCE, deployed_name, headline_row, target_of
+from export.targets import TARGETS
+
+DEFAULT_MAX_TOP1_DROP = 0.01  # where the recipe sets no target of its own
+SLOW_INT8 = (
+    "in small networks and depthwise layers quantizing and dequantizing costs more than the integer kernels save"
+)
+
+
+class Bar(NamedTuple):
+    """What a file may lose: top-1 of the file that it is compared with, that file in words, and the largest drop."""
+
+    top1: float | None
+    reference: str
+    max_drop: float
+    note: str
+
+
+def recommend(report: Report) -> Recommendation | None:
+    """Return the file to serve on the recipe's target and a sentence why; None where no student was timed.
+
+    Speed is that of the headline: one thread on a CPU, batch 1, the largest image.
+    """
+    name = deployed_name(report)
+    if name is None:
+        return None
+    target = target_of(report)
+    provider = PROVIDERS.get(target, CPU)
+    if not _is_measured_on(report, target, provider):
+        return Recommendation(file=None, sentence=_elsewhere(report, name, target))
+    rows = {file: headline_row(report, file, provider) for file in (TEACHER, FP32, FP16, PTQ, QAT)}
+    if rows[FP32] is None:
+        where = "CPU with one thread at batch 1" if provider == CPU else "batch 1"
+        return Recommendation(file=None, sentence=f"No file is recommended: {FP32} was not timed on {where}.")
+    file, reason = _choose(rows, _bar(report, rows), on_gpu=TARGETS[target].precision == "fp16")
+    return Recommendation(file=file, sentence=f"Serve {file} on {target}: {reason}.")
+
+
+def _choose(rows: dict[str, DeployedRow | None], bar: Bar, *, on_gpu: bool) -> tuple[str, str]:
+    """Return the file and the reason: the fastest precision whose speed-up is beyond doubt and whose accuracy holds."""
+    fp16 = rows[FP16]
+    fp16_problem = (_fp16_gpu_problem if on_gpu else _problem)(fp16, bar) if fp16 else None
+    fp16_serves = fp16 is not None and fp16_problem is None
+    if on_gpu:
+        if fp16 and fp16_serves:
+            return FP16, f"{_praise(fp16, bar)}; ONNX Runtime's CUDA provider has no INT8 convolution{bar.note}"
+        return FP32, f"{fp16_problem or f'{FP16} was not measured'}{bar.note}"
+    int8 = [row for row in (rows[QAT], rows[PTQ]) if row]
+    problems = {row["name"]: _problem(row, bar) or _no_faster(row, fp16 if fp16_serves else None) for row in int8}
+    good = [row for row in int8 if not problems[row["name"]]]
+    if good:
+        best = max(good, key=lambda row: row["top1"] or 0.0)  # of equals the first, which is the trained one
+        passed_over = problems[int8[0]["name"]]
+        return best["name"], f"{_praise(best, bar)}{f'; {passed_over}' if passed_over else ''}{bar.note}"
+    why = next((str(problem) for problem in problems.values()), "no INT8 file was made")
+    if fp16 and fp16_serves:
+        return FP16, f"{_praise(fp16, bar)}; {why}{bar.note}"
+    return FP32, f"{why}{f'; {fp16_problem}' if fp16_problem else ''}{bar.note}"
+
+
+def _bar(report: Report, rows: dict[str, DeployedRow | None]) -> Bar:
+    """Return what a file may lose against the teacher, or against the float student where even that loses more."""
+    wanted = report["targets"]["max_top1_drop"]
+    max_drop = DEFAULT_MAX_TOP1_DROP if wanted is None else wanted
+    teacher, student = (row["top1"] if row else None for row in (rows[TEACHER], rows[FP32]))
+    if teacher is None:
+        return Bar(student, "the float student", max_drop, "")
+    if student is None or teacher - student <= max_drop + TOLERANCE:
+        return Bar(teacher, "the teacher", max_drop, "")
+    note = f"; no precision brings it within {loss(max_drop)} of the teacher, the student in FP32 loses {loss(teacher - student)}"
+    return Bar(student, "the float student", max_drop, note)
+
+
+def _problem(row: DeployedRow, bar: Bar) -> str | None:
+    """Return what speaks against a file: accuracy, or a speed-up over FP32 that is not beyond doubt."""
+    speed, name = row["speedup_vs_student_fp32"], row["name"]
+    if problem := _accuracy_problem(row, bar):
+        return problem
+    if speed is None:
+        return f"{name} was not timed beside {FP32}"
+    if speed["ci95"][0] > 1:
+        return None
+    why = f": {SLOW_INT8}" if row["precision"] == "int8" else ""
+    return f"{_title(row)} is {_interval(speed)} of FP32 here{why}"
+
+
+def _fp16_gpu_problem(row: DeployedRow, bar: Bar) -> str | None:
+    """Return what speaks against FP16 on a GPU, where half the memory at equal speed is reason enough for it."""
+    speed = row["speedup_vs_student_fp32"]
+    if problem := _accuracy_problem(row, bar):
+        return problem
+    return f"FP16 is {_interval(speed)} of FP32 here" if speed and speed["ci95"][1] < 1 else None
+
+
+def _accuracy_problem(row: DeployedRow, bar: Bar) -> str | None:
+    if row["top1"] is None or bar.top1 is None:
+        return f"the accuracy of {row['name']} was not measured"
+    drop = bar.top1 - row["top1"]
+    if drop <= bar.max_drop + TOLERANCE:
+        return None
+    return f"{row['name']} loses {loss(drop)} of top-1 against {bar.reference}, {loss(bar.max_drop)} are allowed"
+
+
+def _no_faster(row: DeployedRow, fp16: DeployedRow | None) -> str | None:
+    """Return that INT8 is not beyond doubt faster than an FP16 file that serves, where it is not."""
+    own, other = row["speedup_vs_student_fp32"], fp16 and fp16["speedup_vs_student_fp32"]
+    if not own or not other or own["ci95"][0] > other["ci95"][1]:
+        return None
+    return f"INT8 ({_interval(own)} of FP32) is not beyond doubt faster than FP16 ({_interval(other)})"
+
+
+def _praise(row: DeployedRow, bar: Bar) -> str:
+    speed = row["speedup_vs_student_fp32"]
+    fast = f"{_interval(speed)} as fast as the same student in FP32" if speed else "half the size of FP32"
+    assert row["top1"] is not None
+    assert bar.top1 is not None
+    drop = bar.top1 - row["top1"]
+    lost = f"loses {loss(drop)} of top-1 against" if drop > 0 else "loses no top-1 against"
+    return f"{fast}, and {lost} {bar.reference} ({loss(bar.max_drop)} allowed)"
+
+
+def _elsewhere(report: Report, name: str, target: str) -> str:
+    """Return what is known where these times are not the target's."""
+    host = report["environment"]["target"]
+    here = "no such provider was timed here" if target in PROVIDERS else f"this machine is {host}"
+    row, student = headline_row(report, name), headline_row(report, FP32)
+    speed = row and row["speedup_vs_student_fp32"]
+    known = f" Here {name} is {_interval(speed)} of FP32 on the CPU." if speed and row != student else ""
+    return (
+        f"No file is recommended yet: speed was not measured on the target {target} ({here}). The file made for it is {name}.{known} "
+        "Time the bundle there: python -m export.bench BUNDLE."
+    )
+
+
+def _is_measured_on(report: Report, target: str, provider: str) -> bool:
+    if provider == CPU and target != report["environment"]["target"]:
+        return False
+    return any(row["provider"] == provider for row in report["deployed"])
+
+
+def _title(row: DeployedRow) -> str:
+    return row["precision"].upper()
+
+
+def _interval(speed: Speedup) -> str:
+    """Return 1.94× [1.88, 2.00]."""
+    low, high = speed["ci95"]
+    return f"{times(speed['ratio'])} [{low:.2f}, {high:.2f}]"

@@ -1,0 +1,279 @@
+"""INT8 without training: measure every method on each target's grid, then tune until the accuracy holds. The network passes unchanged."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from compress.artifact import Metrics, write_json
+from compress.errors import ModelError
+from compress.files import PTQ
+from compress.log import StageLog
+from compress.network import ARCHITECTURE, WEIGHTS, load_float
+from compress.onnx_export import export_network
+from compress.quant import neural_compressor_ptq
+from compress.quant.calibrate import Method, calibrate_, collect, set_ranges_
+from compress.quant.prepare import deploy, prepare
+from compress.quant.sensitivity import sensitivity
+from compress.quant.tuning import Trial, TrialResult, calibration_trials, choose, fallback_trials, file_of, tune
+from compress.recipe import PtqStage
+from compress.run import Run
+from compress.scoring import latency_ratio, runs_here, score_files
+from compress.train import place_
+from export import ptq
+from export.accuracy import Score
+from export.audit import audit
+from export.graph import save_model, to_float16
+from export.targets import Target
+from export.to_onnx import to_onnx
+
+SENSITIVITY_IMAGES = 128  # each layer takes one pass over them
+Row = dict[str, Any]
+Files = dict[tuple[str, str], Path]  # by engine and method
+
+
+@dataclass(frozen=True)
+class Student:
+    """The float network, and what all targets share."""
+
+    cfg: PtqStage
+    run: Run
+    src: Path
+    fp32: Path
+    top1: float  # in torch
+    baseline: Score  # of `fp32`, in ONNX Runtime
+    log: StageLog
+
+    def calibration(self) -> Iterator[Tensor]:
+        """Yield the calibration images."""
+        return (batch.images for batch in self.run.calibration(self.cfg.calibration_images))
+
+    def prepared(self, target: Target, keep_float: Sequence[str] = ()) -> torch.fx.GraphModule:
+        """Return the network fake-quantized on the run's device, its ranges not set yet."""
+        model = load_float(self.src, trust_code=self.run.trust_code)
+        placed = place_(prepare(model, target, keep_float=keep_float), self.run.device)
+        assert isinstance(placed, torch.fx.GraphModule)
+        return placed.eval()
+
+    def export(self, prepared: torch.fx.GraphModule, path: Path, target: Target) -> None:
+        """Write a calibrated network's INT8 file."""
+        export_network(deploy(prepared), path, self.run, top1=self.top1, target=target)
+
+
+def apply(cfg: PtqStage, src: Path | None, out: Path, run: Run) -> Metrics:
+    """Measure, tune, and keep each target's best INT8 file; the metrics are the float network's, and the chosen trial's."""
+    assert src is not None
+    metrics = run.measure(run.load(src))
+    if run.rank != 0:
+        return metrics
+    for name in (ARCHITECTURE, WEIGHTS):
+        shutil.copyfile(src / name, out / name)
+    work, top1 = out / "trials", metrics["top1"]
+    work.mkdir(exist_ok=True)
+    assert top1 is not None
+    with run.log(out, "ptq") as log:
+        fp32 = work / "float.onnx"
+        export_network(load_float(src, trust_code=run.trust_code), fp32, run, top1=top1, target=run.target)
+        (baseline,) = score_files([fp32], run, images=cfg.score_images, optimize=True)
+        log.note(f"float student: top-1 {_percent(baseline.top1)} on {baseline.images} images in ONNX Runtime")
+        student = Student(cfg, run, src, fp32, top1, baseline, log)
+        found = {target.name: _on_target(student, target, work / target.name, out) for target in run.int8_targets}
+    write_json(out / "ptq.json", {"images": baseline.images, "float_top1": baseline.top1, "targets": found})
+    shutil.rmtree(work)
+    own = found[run.target.name]
+    chosen = own["trials"][own["chosen"]]
+    return {
+        **metrics,
+        "ptq_top1": chosen["top1"],
+        "ptq_top1_drop": chosen["top1_drop"],
+        "trials": len(own["trials"]),
+    }
+
+
+def _on_target(student: Student, target: Target, work: Path, out: Path) -> Row:
+    """Measure and tune on one target; leave the best INT8 file as `out/<target>/student_ptq_int8.onnx`."""
+    work.mkdir(exist_ok=True)
+    prepared = student.prepared(target)
+    histograms = collect(prepared, student.calibration())
+    files: Files = {}
+    for method in student.cfg.methods:
+        set_ranges_(prepared, histograms, method)
+        files["compress", method] = work / f"compress-{method}.onnx"
+        student.export(prepared, files["compress", method], target)
+    rows = _measure(student, target, files | _by_onnxruntime(student, target, work))
+    if student.cfg.neural_compressor:
+        rows += [_by_neural_compressor(student, target, name, work) for name in neural_compressor_ptq.ALGORITHMS]
+    for row in rows:
+        student.log.note(_method_line(target, row))
+    ours = {row["method"]: row["top1"] for row in rows if row["engine"] == "compress"}
+    best: Method = max(student.cfg.methods, key=lambda method: ours[method])
+    set_ranges_(prepared, histograms, best)
+    images = student.run.calibration(min(SENSITIVITY_IMAGES, student.cfg.calibration_images))
+    damage = sensitivity(prepared, [(batch.images, batch.targets) for batch in images])
+    del prepared
+    results = _tune(student, target, best, [group.group for group in damage], files, work)
+    chosen = choose(results)
+    # An INT8 file is left even where fp16 was chosen: its name says INT8, and a later stage compares with it.
+    int8 = [result for result in results if result.trial.number_format == "int8"]
+    (out / target.name).mkdir(exist_ok=True)
+    shutil.copyfile(file_of(int8[choose(int8)].trial, work), out / target.name / f"{PTQ}.onnx")
+    student.log.note(_verdict(student.cfg, target, results, chosen))
+    return {
+        "methods": rows,
+        "sensitivity": [asdict(group) for group in damage],
+        "trials": [result.to_json() for result in results],
+        "chosen": chosen,
+    }
+
+
+def _by_onnxruntime(student: Student, target: Target, work: Path) -> Files:
+    """Build a file by each method of ONNX Runtime's own quantizer."""
+    batches = [images.cpu().contiguous().numpy() for images in student.calibration()]
+    files: Files = {}
+    for method in student.cfg.methods:
+        files["onnxruntime", method] = work / f"onnxruntime-{method}.onnx"
+        ptq.quantize(student.fp32, files["onnxruntime", method], batches, target=target, method=method)
+    return files
+
+
+def _measure(student: Student, target: Target, files: Files) -> list[Row]:
+    """Score files in ONNX Runtime on the same images."""
+    optimize = runs_here(target)
+    scores = score_files(list(files.values()), student.run, images=student.cfg.score_images, optimize=optimize)
+    note = None if optimize else "scored unoptimized: this machine is not the target"
+    rows = []
+    for ((engine, method), path), found in zip(files.items(), scores, strict=True):
+        layers = audit(path) if optimize else None
+        rows.append(
+            {
+                "engine": engine,
+                "method": method,
+                "scored_in": "onnxruntime",
+                "top1": found.top1,
+                "agreement": _agreement(found, student.baseline),
+                "integer_layers": len(layers.integer_layers) if layers else None,
+                "float_layers": len(layers.float_layers) if layers else None,
+                "note": note,
+            }
+        )
+    return rows
+
+
+def _by_neural_compressor(
+    student: Student, target: Target, algorithm: neural_compressor_ptq.Algorithm, work: Path
+) -> Row:
+    """Measure neural-compressor's static quantization in ONNX Runtime where it exports, else in PyTorch."""
+    row: Row = {"engine": "neural-compressor", "method": algorithm, "scored_in": "pytorch"}
+    row |= {"top1": None, "agreement": None, "integer_layers": None, "float_layers": None, "note": None}
+    model = load_float(student.src, trust_code=student.run.trust_code)
+    images = (batch.cpu() for batch in student.calibration())
+    try:
+        quantized = neural_compressor_ptq.quantize(model, images, target=target, algorithm=algorithm)
+    except ModelError as error:
+        return row | {"note": str(error)}
+    path = work / f"neural-compressor-{algorithm}.onnx"
+    try:
+        with neural_compressor_ptq.quiet():
+            to_onnx(quantized, path, image_size=student.run.image_size, metadata={})
+    except torch.onnx.OnnxExporterError as error:
+        found = _score_in_torch(quantized, student.cfg, student.run)
+        note = f"no ONNX file ({str(error).strip().partition(chr(10))[0]})"
+        return row | {"top1": found.top1, "agreement": _agreement(found, student.baseline), "note": note}
+    (measured,) = _measure(student, target, {("neural-compressor", algorithm): path})
+    full_range = "its weights take levels from -128 to 127, off this target's grid" if target.weight_max < 127 else None
+    return measured | {"note": measured["note"] or full_range}
+
+
+def _tune(
+    student: Student, target: Target, best: Method, worst_first: Sequence[str], files: Files, work: Path
+) -> tuple[TrialResult, ...]:
+    """Try each calibration, then the best with the worst layers in float, then fp16."""
+    cfg, run = student.cfg, student.run
+
+    def build(trial: Trial, path: Path) -> None:
+        if trial.number_format == "fp16":
+            save_model(to_float16(onnx.load(student.fp32)), path)
+        elif not trial.keep_float:
+            shutil.copyfile(files["compress", trial.calibration], path)
+        else:
+            prepared = student.prepared(target, trial.keep_float)
+            calibrate_(prepared, student.calibration(), best)
+            student.export(prepared, path, target)
+
+    def score(path: Path) -> Score:
+        return score_files([path], run, images=cfg.score_images, optimize=runs_here(target))[0]
+
+    def faster(path: Path) -> float | None:
+        return latency_ratio(student.fp32, path, run.image_size) if runs_here(target) else None
+
+    def run_trials(trials: Sequence[Trial]) -> tuple[TrialResult, ...]:
+        results, _ = tune(
+            trials,
+            build,
+            score,
+            baseline=student.baseline,
+            max_top1_drop=cfg.max_top1_drop,
+            folder=work,
+            latency_ratio=faster,
+            tell=lambda result: student.log.note(_trial_line(target, result)),
+        )
+        return results
+
+    results = run_trials(calibration_trials(cfg.methods, cfg.max_trials))
+    further = fallback_trials(best, worst_first, cfg.max_trials - len(results))
+    return results if results[-1].met or not further else results + run_trials(further)
+
+
+@torch.no_grad()
+def _score_in_torch(model: nn.Module, cfg: PtqStage, run: Run) -> Score:
+    """Run every validation image through a network on the CPU."""
+    batches = [
+        (model(images.cpu()).argmax(1).numpy(), labels.cpu().numpy())
+        for images, labels in run.validation(limit=cfg.score_images)
+    ]
+    predictions, truth = zip(*batches, strict=True)
+    return Score(np.concatenate(predictions), np.concatenate(truth))
+
+
+def _agreement(found: Score, baseline: Score) -> float:
+    return float(np.mean(found.predictions == baseline.predictions))
+
+
+def _method_line(target: Target, row: Row) -> str:
+    name = f"{target.name}: {row['engine']}, {row['method']}"
+    if row["top1"] is None:
+        return f"{name}: {row['note']}"
+    layers = "" if row["integer_layers"] is None else f", {row['integer_layers']} layers in integers"
+    note = f" ({row['note']})" if row["note"] else ""
+    return f"{name}: top-1 {_percent(row['top1'])}, agreement {_percent(row['agreement'])}{layers}{note}"
+
+
+def _trial_line(target: Target, result: TrialResult) -> str:
+    faster = "" if result.latency_ratio is None else f", {result.latency_ratio:.2f} times as fast as FP32"
+    verdict = "holds" if result.met else "loses too much"
+    lost = f"{_points(result.top1_drop)} points below float"
+    return f"{target.name}: trial {result.trial}: top-1 {_percent(result.top1)}, {lost}{faster}: {verdict}"
+
+
+def _verdict(cfg: PtqStage, target: Target, results: Sequence[TrialResult], chosen: int) -> str:
+    best, allowed = results[chosen], f"{_points(cfg.max_top1_drop)} points"
+    if best.met:
+        return f"{target.name}: {best.trial} holds within {allowed} after {len(results)} trials"
+    return (
+        f"{target.name}: none of {len(results)} trials holds within {allowed}; "
+        f"the best, {best.trial}, loses {_points(best.top1_drop)}"
+    )
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
+
+
+def _points(drop: float) -> str:
+    return f"{100 * drop:.2f}"

@@ -1,0 +1,58 @@
+"""How far a tensor is from its reference: in levels of its grid, and as a signal-to-noise ratio."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# A layer alone rounds the same sum in two ways, which moves ties by one level and no further. Measured on every tensor of
+# MobileNetV2 and EfficientNet-B0 (random weights, 64 pixels, cpu_vnni) and of the tests' networks: no value moved by two, at most
+# 0.53 % by one, and 3.1 % behind an addition whose scales are 1:2, where every other sum is a tie.
+FAR = 2
+MAX_FAR = 1e-4
+MAX_DIFFERING = 0.1
+
+
+@dataclass
+class Distance:
+    """How far one tensor is from its reference, summed over batches."""
+
+    values: int = 0
+    max_lsb: int = 0
+    sum_lsb: float = 0.0
+    differing: int = 0
+    far: int = 0  # by FAR levels or more
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add_(self, expected: NDArray[np.float32], got: NDArray[np.float32], scale: float | None) -> None:
+        """Count one batch; a tensor without a grid is measured in 1/255 of the range that the reference spans."""
+        unit = scale or float(np.ptp(expected)) / 255 or 1.0
+        error = expected.astype(np.float64) - got
+        levels = np.rint(np.abs(error) / unit)
+        self.values += levels.size
+        self.max_lsb = max(self.max_lsb, int(levels.max()))
+        self.sum_lsb += float(levels.sum())
+        self.differing += int(np.count_nonzero(levels))
+        self.far += int(np.count_nonzero(levels >= FAR))
+        self.signal += float(np.square(expected, dtype=np.float64).sum())
+        self.noise += float(np.square(error).sum())
+
+    @property
+    def diverges(self) -> bool:
+        """Whether this is more than rounding, for a layer that was fed with its reference's inputs."""
+        return self.far > MAX_FAR * self.values or self.differing > MAX_DIFFERING * self.values
+
+    @property
+    def snr_db(self) -> float | None:
+        """10 log10 of the reference's energy over the error's; None where there is no error or no signal."""
+        return 10 * float(np.log10(self.signal / self.noise)) if self.noise and self.signal else None
+
+    def to_json(self) -> dict[str, object]:
+        """Return what is reported."""
+        return {
+            "max_lsb": self.max_lsb,
+            "mean_lsb": self.sum_lsb / self.values,
+            "differing": self.differing / self.values,
+            "snr_db": self.snr_db,
+        }

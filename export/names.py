@@ -1,0 +1,61 @@
+"""Name a graph's nodes after the modules they come from, so that an audit can say `layer1.0.conv1` and not `node_Conv_96`."""
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from onnx import ModelProto, NodeProto
+
+SCOPES, RULE = "pkg.torch.onnx.name_scopes", "pkg.onnxscript.rewriter.rule_name"
+# What ONNX Runtime appends to a name when it replaces or doubles the node: a counter, or the layout of its float convolutions.
+SUFFIX = re.compile(r"(_nchwc|_token_\d+|_nhwc|/duplicated)+$")
+
+
+def name_nodes_(model: ModelProto) -> None:
+    """Name every node `<module path>/<OpType>`, numbered where that is taken, and its outputs after it.
+
+    Reads the exporter's metadata. A node that no module holds is `<OpType>` alone; the graph's own inputs and outputs
+    keep their names.
+    """
+    kept = {value.name for value in model.graph.output}
+    renamed: dict[str, str] = {}
+    names = unique(f"{_module(node)}/{node.op_type}".lstrip("/") for node in model.graph.node)
+    for node, name in zip(model.graph.node, names, strict=True):
+        node.name = name
+        outputs = [name, *(f"{name}:{index}" for index in range(1, len(node.output)))]
+        renamed |= {old: new for old, new in zip(node.output, outputs, strict=True) if old and old not in kept}
+    for node in model.graph.node:
+        node.input[:] = [renamed.get(tensor, tensor) for tensor in node.input]
+        node.output[:] = [renamed.get(tensor, tensor) for tensor in node.output]
+
+
+def unique(names: Iterable[str]) -> list[str]:
+    """Return the names in order; the second `a` is `a_1`, the third `a_2`."""
+    seen: Counter[str] = Counter()
+    taken: set[str] = set()
+    result: list[str] = []
+    for name in names:
+        free = name
+        while free in taken:
+            seen[name] += 1
+            free = f"{name}_{seen[name]}"
+        taken.add(free)
+        result.append(free)
+    return result
+
+
+def module_of(node_name: str) -> str:
+    """Return the module path in a node's name, also of one that ONNX Runtime replaced; another name as it is."""
+    module, _, _ = SUFFIX.sub("", node_name).rpartition("/")
+    return module or node_name
+
+
+def _module(node: NodeProto) -> str:
+    """Return the path of the innermost module whose forward made the node, empty where it is the network's own."""
+    notes = {entry.key: entry.value for entry in node.metadata_props}
+    if "BatchNorm" in notes.get(RULE, ""):
+        # Folded into the convolution: the note names the batch-norm, the weights still name the convolution.
+        return str(node.input[1]).rpartition(".")[0]
+    scopes = ast.literal_eval(notes.get(SCOPES, "[]"))  # outer modules first, then the operation itself
+    return str(scopes[-2]) if len(scopes) > 1 else ""

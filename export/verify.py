@@ -1,0 +1,350 @@
+"""Compare an INT8 file, as ONNX Runtime runs it, with the fake-quantized network that it was made from.
+
+By its answers; and tensor by tensor, end to end and each layer alone on the reference's inputs, so that a layer is blamed for its own
+error only. Without the network (`python -m export.verify BUNDLE_OR_FILE`) the reference is the file itself, unoptimized: its Q/DQ
+graph in float.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from export.bundle import read_bundle
+from export.distance import Distance
+from export.errors import BundleError
+from export.graph import OUTPUT as LOGITS
+from export.images import labelled_batches
+from export.intervals import clopper_pearson
+from export.model_file import parse, precision
+from export.names import module_of
+from export.saturation import modules, saturation_possible
+from export.session import RUNTIME_ERRORS, first_line, open_session
+from export.submodels import IMAGES, Piece, exposed, pieces, quantized_tensors
+from export.table import table
+from export.wiring import Wiring, wire
+
+Floats = NDArray[np.float32]
+Labels = NDArray[np.int64]
+Reference = Callable[[Floats], Mapping[str, Floats]]
+"""Images (n, 3, s, s) to `logits` and, by quantizer module path, the float values of the quantized tensors."""
+
+CHUNK = 8  # images at once: ResNet-50's tensors at 224 pixels take 44 MB for each
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """A layer that this machine's kernels compute wrongly: sums of two products left 16 bits."""
+
+    layer: str
+    max_lsb: int
+    weight_sum: int
+    values: float  # the part of its outputs that moved by more than rounding
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One quantized tensor's distance from the reference: end to end, and its layers alone on the reference's inputs."""
+
+    name: str
+    layers: tuple[str, ...]
+    accumulated: Distance
+    local: Distance
+
+    def to_json(self) -> dict[str, object]:
+        """Return the tensor as JSON holds it."""
+        return {"name": self.name, "layers": self.layers, **self.accumulated.to_json(), "local": self.local.to_json()}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How a file answers beside its reference, and where the two part."""
+
+    images: int
+    tensor_images: int
+    agreement: float
+    agreement_ci95: tuple[float, float]
+    top1_reference: float | None
+    top1: float | None
+    tensors: tuple[Tensor, ...]
+    first_divergence: str | None
+    saturation: tuple[Saturation, ...]
+    saturation_possible: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """Return the verification as JSON holds it."""
+        plain = {key: value for key, value in vars(self).items() if key != "tensors"}
+        return {
+            **plain,
+            "tensors": [tensor.to_json() for tensor in self.tensors],
+            "saturation": [asdict(layer) for layer in self.saturation],
+        }
+
+
+@dataclass
+class Probe:
+    """A piece of the graph, open for running, and what was measured on it."""
+
+    piece: Piece
+    as_run: onnxruntime.InferenceSession
+    unoptimized: onnxruntime.InferenceSession | None  # only where saturation is possible
+    accumulated: Distance = field(default_factory=Distance)
+    local: Distance = field(default_factory=Distance)
+    unoptimized_local: Distance = field(default_factory=Distance)  # of `as_run` from `unoptimized`
+
+    def measure_(self, images: Floats, expected: Mapping[str, Floats], got: dict[str, Floats]) -> None:
+        """Run the piece on the outputs of the pieces before it (`got`, to which it adds its own) and on the reference's."""
+        name, scale = self.piece.name, self.piece.scale
+        alone = self._run(self.as_run, images, expected)
+        if expected[name].shape != alone.shape:
+            raise BundleError(
+                f"{name}: is {alone.shape} in the file and {expected[name].shape} in its reference: export it again"
+            )
+        if name not in got:
+            got[name] = self._run(self.as_run, images, got)
+        self.accumulated.add_(expected[name], got[name], scale)
+        self.local.add_(expected[name], alone, scale)
+        if self.unoptimized is not None:
+            self.unoptimized_local.add_(self._run(self.unoptimized, images, expected), alone, scale)
+
+    def _run(self, session: onnxruntime.InferenceSession, images: Floats, tensors: Mapping[str, Floats]) -> Floats:
+        feeds = [images if name == IMAGES else tensors[name] for name in self.piece.inputs]
+        result: Floats = session.run(
+            None, {value.name: feed for value, feed in zip(session.get_inputs(), feeds, strict=True)}
+        )[0]
+        return result
+
+
+def verify(
+    path: Path,
+    batches: Iterable[tuple[Floats, Labels | None]],
+    reference: Reference | None = None,
+    *,
+    tensor_images: int = 64,
+) -> Verification:
+    """Compare the file with `reference` (None: with itself, unoptimized) on all images, tensor by tensor on the first `tensor_images`.
+
+    Raises BundleError for a file that is not INT8 or cannot run, for no images, and for a reference without logits or on
+    another number of classes.
+    """
+    file = wire(parse(path))
+    if not quantized_tensors(file):
+        raise BundleError(
+            f"{path.name}: has no QuantizeLinear on an activation: only an INT8 (Q/DQ) file can be verified"
+        )
+    reference = reference or file_reference(file)
+    session = open_session(path)
+    probes: list[Probe] = []
+    expected_answers, answers, labels = list[Labels](), list[Labels](), list[Labels]()
+    seen = 0
+    for images, targets in in_chunks(batches):
+        expected = reference(images)
+        logits = _run(session, images, path.name)
+        answers.append(np.argmax(logits, axis=1))
+        expected_answers.append(np.argmax(_logits(expected), axis=1))
+        labels.extend([] if targets is None else [targets])
+        if seen < tensor_images:
+            probes = probes or open_probes(file, expected)
+            few = slice(0, tensor_images - seen)
+            measure_(probes, images[few], {name: values[few] for name, values in expected.items()}, logits[few])
+        seen += len(images)
+    if not seen:
+        raise BundleError(f"{path.name}: no images to verify it on: give at least one")
+    truth = np.concatenate(labels) if labels else None
+    return summarize(
+        file, probes, np.concatenate(expected_answers), np.concatenate(answers), truth, min(seen, tensor_images)
+    )
+
+
+def file_reference(file: Wiring) -> Reference:
+    """Return the file's own Q/DQ graph as a reference: run as it stands, so that every product and sum is in float."""
+    model, outputs = exposed(file)
+    session = open_session(model.SerializeToString(), optimize=False)
+    names = dict.fromkeys([value.name for value in session.get_outputs()])
+
+    def reference(images: Floats) -> Mapping[str, Floats]:
+        found = dict(zip(names, session.run(None, {session.get_inputs()[0].name: images}), strict=True))
+        return {LOGITS: found[next(iter(names))], **{name: found[tensor] for name, tensor in outputs.items()}}
+
+    return reference
+
+
+def in_chunks(batches: Iterable[tuple[Floats, Labels | None]]) -> Iterator[tuple[Floats, Labels | None]]:
+    """Yield the batches in parts of at most CHUNK images."""
+    for images, labels in batches:
+        for start in range(0, len(images), CHUNK):
+            part = slice(start, start + CHUNK)
+            yield images[part], None if labels is None else labels[part]
+
+
+def open_probes(file: Wiring, known: Mapping[str, Floats]) -> list[Probe]:
+    """Open every piece of the file between the tensors that the reference knows."""
+    possible = saturation_possible(file)
+    probes = []
+    for piece in pieces(file, known):
+        model = piece.model.SerializeToString()
+        suspect = not possible.keys().isdisjoint(piece.layers)
+        unoptimized = open_session(model, threads=1, optimize=False) if suspect else None
+        probes.append(Probe(piece, open_session(model, threads=1), unoptimized))
+    return probes
+
+
+def measure_(probes: list[Probe], images: Floats, expected: Mapping[str, Floats], logits: Floats) -> None:
+    """Measure every piece on one chunk of images, in the file's order; the whole file answered `logits`."""
+    got: dict[str, Floats] = {LOGITS: logits}
+    for probe in probes:
+        probe.measure_(images, expected, got)
+
+
+def summarize(
+    file: Wiring, probes: list[Probe], expected: Labels, answers: Labels, labels: Labels | None, tensor_images: int
+) -> Verification:
+    """Put the counts together."""
+    possible = saturation_possible(file)
+    tensors = tuple(Tensor(probe.piece.name, probe.piece.modules, probe.accumulated, probe.local) for probe in probes)
+    same = int(np.sum(expected == answers))
+    return Verification(
+        images=len(answers),
+        tensor_images=tensor_images,
+        agreement=same / len(answers),
+        agreement_ci95=clopper_pearson(same, len(answers)),
+        top1_reference=None if labels is None else float(np.mean(expected == labels)),
+        top1=None if labels is None else float(np.mean(answers == labels)),
+        tensors=tensors,
+        first_divergence=next((tensor.name for tensor in tensors if tensor.local.diverges), None),
+        saturation=tuple(
+            Saturation(module_of(layer), moved.max_lsb, possible[layer], moved.far / moved.values)
+            for probe in probes
+            if (moved := probe.unoptimized_local).diverges
+            for layer in probe.piece.layers
+            if layer in possible
+        ),
+        saturation_possible=modules(possible),
+    )
+
+
+def _run(session: onnxruntime.InferenceSession, images: Floats, name: str) -> Floats:
+    try:
+        logits: Floats = session.run(None, {session.get_inputs()[0].name: images})[0]
+    except RUNTIME_ERRORS as error:
+        raise BundleError(
+            f"{name}: cannot run on {images.shape} ({first_line(error)}): give images of its size"
+        ) from error
+    return logits
+
+
+def _logits(expected: Mapping[str, Floats]) -> Floats:
+    if LOGITS not in expected:
+        raise BundleError(
+            f"the reference gives no {LOGITS!r}, only {', '.join(list(expected)[:5])}: add the network's output"
+        )
+    return expected[LOGITS]
+
+
+def as_text(found: Verification) -> str:
+    """Return the verification as lines for a terminal."""
+    low, high = found.agreement_ci95
+    rows = [
+        (
+            tensor.name,
+            ", ".join(tensor.layers) or "no layer",
+            str(tensor.accumulated.max_lsb),
+            f"{tensor.accumulated.differing / tensor.accumulated.values:.2%}",
+            tensor.accumulated.snr_db,
+            str(tensor.local.max_lsb),
+            f"{tensor.local.differing / tensor.local.values:.2%}",
+        )
+        for tensor in found.tensors
+    ]
+    header = ("tensor", "layers", "max LSB", "differing", "SNR dB", "alone: max LSB", "differing")
+    lines = [
+        f"same answer on {found.agreement:.2%} of {found.images} images (95 % interval {low:.2%} to {high:.2%})",
+        *([f"top-1 {found.top1:.2%}, of the reference {found.top1_reference:.2%}"] if found.top1 is not None else []),
+        table(header, rows),
+        f"first tensor that diverges: {found.first_divergence or 'none'}",
+        *(
+            f"{layer.layer}: saturates on this machine: {layer.values:.2%} of its values are off, by up to {layer.max_lsb} levels: "
+            "export for cpu_avx2 (7-bit weights)"
+            for layer in found.saturation
+        ),
+    ]
+    if found.saturation_possible and not found.saturation:
+        some = ", ".join(found.saturation_possible[:3])
+        lines.append(
+            f"on a CPU without VNNI {len(found.saturation_possible)} layers can saturate ({some} first): serve the file for cpu_avx2 there"
+        )
+    return "\n".join(lines)
+
+
+def batches_of(path: Path, data: Path | None, images: int) -> Iterator[tuple[Floats, Labels | None]]:
+    """Yield the first `images` of `data` as the bundle prepares them, or noise of unit variance where there are no data."""
+    if data is None:
+        file = parse(path)
+        shape = [dim.dim_value for dim in file.graph.input[0].type.tensor_type.shape.dim][1:]
+        generator = np.random.default_rng(0)
+        yield generator.standard_normal((images, *shape), dtype=np.float32), None
+        return
+    bundle = read_bundle(path.parent)
+    left = images
+    for pixels, labels in labelled_batches(data, bundle.preprocess, bundle.labels):
+        yield pixels[:left], labels[:left]
+        left -= len(pixels)
+        if left <= 0:
+            return
+
+
+def int8_files(path: Path) -> dict[str, Path]:
+    """Return the INT8 files of a bundle that take normalized floats, or the one file."""
+    if not path.is_dir():
+        return {path.stem: path}
+    found = {name: file for name, file in read_bundle(path).files.items() if _is_int8_of_floats(file)}
+    if not found:
+        raise BundleError(f"{path}: holds no INT8 file: run a recipe with a ptq or qat stage")
+    return found
+
+
+def _is_int8_of_floats(file: Path) -> bool:
+    model = parse(file)
+    return precision(model) == "int8" and model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+def main() -> int:
+    """Compare an INT8 file, or each of a bundle, with its own Q/DQ graph in float, on this machine; exit with 1 where they part."""
+    parser = argparse.ArgumentParser(prog="python -m export.verify", description=main.__doc__)
+    parser.add_argument("path", type=Path, metavar="BUNDLE_OR_FILE")
+    parser.add_argument(
+        "--data", type=Path, help="a folder of class folders, or an .npz file; a bundle is needed to read it"
+    )
+    parser.add_argument("--images", type=int, default=256, help="how many to compare on")
+    parser.add_argument("--tensor-images", type=int, default=64, help="of these, how many tensor by tensor")
+    parser.add_argument("--min-agreement", type=float, default=0.0, metavar="PART", help="exit with 1 below it")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    arguments = parser.parse_args()
+    found: dict[str, Verification] = {}
+    try:
+        for name, file in int8_files(arguments.path).items():
+            images = batches_of(file, arguments.data, arguments.images)
+            found[name] = verify(file, images, tensor_images=arguments.tensor_images)
+            sys.stdout.write(f"{name}\n{as_text(found[name])}\n\n")
+        if arguments.json:
+            content = {name: verification.to_json() for name, verification in found.items()}
+            arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    except (BundleError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    parted = any(
+        verification.first_divergence or verification.agreement < arguments.min_agreement
+        for verification in found.values()
+    )
+    return int(parted)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Other runtimes: their environments, the scripts that run in them, and the files they are given."""
