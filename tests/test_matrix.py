@@ -5,11 +5,11 @@ from matrix import BEGIN, DOCUMENT, END, IMAGE_SIZES, KEEP_MACS, examine
 
 QUICK = ("torchvision:resnet18", "torchvision:mobilenet_v2", "torchvision:mobilenet_v3_small",
          "torchvision:shufflenet_v2_x1_0")  # fmt: skip
-# How many layers (products of two activations count) ONNX Runtime computes in float, and a word of every reason; 0 for all others.
+# How many products (two in each attention) ONNX Runtime computes in float, and why; 0 for all others.
 FLOAT = {
-    "torchvision:swin_t": (24, "float"),
-    "timm:vit_tiny_patch16_224": (24, "float"),
-}  # attention: queries by keys, weights by values
+    "torchvision:swin_t": (24, "no integer kernel for attend_in_windows"),
+    "timm:vit_tiny_patch16_224": (24, "no integer kernel for scaled_dot_product_attention"),
+}
 # A tie in a squeeze-excite's hard sigmoid, times up to 190 levels: 0.12 % of one product's values are off by at most two levels.
 DIVERGES = {"torchvision:mobilenet_v3_small": "quantizer_mul_4"}
 
