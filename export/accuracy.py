@@ -30,6 +30,10 @@ class Score:
         """The fraction of images whose arg-max is their label."""
         return float(np.mean(self.predictions == self.labels))
 
+    def agreement(self, other: "Score") -> float:
+        """Return the fraction of images that both answer alike."""
+        return float(np.mean(self.predictions == other.predictions))
+
 
 def score(
     files: Mapping[str, Path],
@@ -37,13 +41,16 @@ def score(
     *,
     provider: str = CPU,
     threads: int = 0,
+    optimize: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Score]:
-    """Run every batch through every file; each batch is decoded once.
+    """Run every batch through every file, its graph optimized or as it is; each batch is decoded once.
 
     Raises BundleError where there is no image or a file cannot run.
     """
-    sessions = {name: open_session(path, provider=provider, threads=threads) for name, path in files.items()}
+    sessions = {
+        name: open_session(path, provider=provider, threads=threads, optimize=optimize) for name, path in files.items()
+    }
     answers: dict[str, list[NDArray[np.int64]]] = {name: [] for name in files}
     labels: list[NDArray[np.int64]] = []
     for images, targets in batches:
@@ -66,8 +73,7 @@ def score(
 
 def accuracy(scores: Mapping[str, Score], *, reference: str) -> dict[str, AccuracyRow]:
     """Return each file's top-1 and its agreement with the arg-max of the `reference` file."""
-    expected = scores[reference].predictions
     return {
-        name: AccuracyRow(top1=found.top1, agreement=float(np.mean(found.predictions == expected)), images=found.images)
+        name: AccuracyRow(top1=found.top1, agreement=found.agreement(scores[reference]), images=found.images)
         for name, found in scores.items()
     }

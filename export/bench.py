@@ -25,13 +25,12 @@ from export.images import labelled_batches
 from export.latency import Timing, speedup, time_sessions
 from export.memory import peak_memory_mb
 from export.model_file import ModelFile, inspect
-from export.session import CPU, CUDA, PROVIDERS, Run, available_providers, bind, open_session, resize_input
+from export.session import CPU, PROVIDERS, Run, available_providers, bind, open_session, resize_input
 from export.table import table
-from export.targets import host_target
+from export.targets import TARGET_PROVIDERS, host_target
 
 SLOW = 3.0  # a float16 file that is slower than float32 by this factor runs on emulated kernels: one row says it all
 
-TARGET_PROVIDERS = {"cuda": CUDA, "tensorrt": "TensorrtExecutionProvider"}
 
 Progress = Callable[[str], None]
 

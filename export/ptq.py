@@ -3,7 +3,7 @@
 import contextlib
 import io
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -54,11 +54,10 @@ def quantize(
     *,
     target: Target,
     method: Literal["minmax", "entropy", "percentile"],
-    nodes_to_exclude: Sequence[str] = (),
 ) -> None:
     """Quantize an FP32 file on the target's grid with ranges from `batches`, each (n, 3, s, s), and write it to `path`.
 
-    The named nodes stay in float. Raises ValueError where a weight came out off the grid.
+    Raises ValueError where a weight came out off the grid.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # its calibrators print
         prepared, quantized = Path(folder, "prepared.onnx"), Path(folder, "quantized.onnx")
@@ -71,7 +70,6 @@ def quantize(
             per_channel=True,
             activation_type=QuantType.QUInt8 if target.unsigned_activations else QuantType.QInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=list(nodes_to_exclude),
             calibrate_method=METHODS[method],
             extra_options={
                 "ActivationSymmetric": target.symmetric_activations,

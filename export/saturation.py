@@ -68,18 +68,6 @@ def modules(layers: dict[str, int]) -> tuple[str, ...]:
     return tuple(module_of(name) for name in layers)
 
 
-def vpmaddubsw_product(levels: NDArray[np.uint8], weights: NDArray[np.int8]) -> NDArray[np.int32]:
-    """Return levels (rows, inner) times weights (out, inner) as AVX2 without VNNI computes it: (rows, out).
-
-    Intel's manual: SaturateToSignedWord(a0 * b0 + a1 * b1) for each pair; the words are then added in 32 bits.
-    """
-    left, right = _pairs(levels), _pairs(weights)  # (rows, pairs, 2), (out, pairs, 2)
-    total = np.zeros((len(left), len(right)), np.int32)
-    for pair in range(left.shape[1]):  # one pair at a time: all at once would need rows x pairs x out words
-        total += np.clip(left[:, pair] @ right[:, pair].T, INT16.min, INT16.max)
-    return total
-
-
 def _pairs(values: NDArray[np.generic]) -> NDArray[np.int32]:
     """Return (…, inner) as (…, pairs, 2); an odd end meets zero."""
     padded = np.pad(values.astype(np.int32), [(0, 0)] * (values.ndim - 1) + [(0, values.shape[-1] % 2)])

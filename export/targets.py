@@ -47,6 +47,8 @@ TARGETS = {
     "cuda": Target("cuda", "fp16", -128, 127, -128, 127, True, False,
         "ONNX Runtime's CUDA provider has no INT8 convolution: FP16 is the file for it"),
 }  # fmt: skip
+# Targets that are no CPU, and the ONNX Runtime provider that runs them.
+TARGET_PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 INT8_TARGETS = {name: target for name, target in TARGETS.items() if target.precision == "int8"}
 
 

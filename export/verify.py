@@ -140,6 +140,7 @@ def verify(
             f"{path.name}: has no QuantizeLinear on an activation: only an INT8 (Q/DQ) file can be verified"
         )
     reference = reference or file_reference(file)
+    possible = saturation_possible(file)
     session = open_session(path)
     probes: list[Probe] = []
     expected_answers, answers, labels = list[Labels](), list[Labels](), list[Labels]()
@@ -151,7 +152,7 @@ def verify(
         expected_answers.append(np.argmax(_logits(expected), axis=1))
         labels.extend([] if targets is None else [targets])
         if seen < tensor_images:
-            probes = probes or open_probes(file, expected)
+            probes = probes or open_probes(file, expected, possible)
             few = slice(0, tensor_images - seen)
             measure_(probes, images[few], {name: values[few] for name, values in expected.items()}, logits[few])
         seen += len(images)
@@ -159,7 +160,7 @@ def verify(
         raise BundleError(f"{path.name}: no images to verify it on: give at least one")
     truth = np.concatenate(labels) if labels else None
     return summarize(
-        file, probes, np.concatenate(expected_answers), np.concatenate(answers), truth, min(seen, tensor_images)
+        possible, probes, np.concatenate(expected_answers), np.concatenate(answers), truth, min(seen, tensor_images)
     )
 
 
@@ -184,9 +185,8 @@ def in_chunks(batches: Iterable[tuple[Floats, Labels | None]]) -> Iterator[tuple
             yield images[part], None if labels is None else labels[part]
 
 
-def open_probes(file: Wiring, known: Mapping[str, Floats]) -> list[Probe]:
-    """Open every piece of the file between the tensors that the reference knows."""
-    possible = saturation_possible(file)
+def open_probes(file: Wiring, known: Mapping[str, Floats], possible: Mapping[str, int]) -> list[Probe]:
+    """Open every piece of the file between the tensors that the reference knows; unoptimized too where saturation is `possible`."""
     probes = []
     for piece in pieces(file, known):
         model = piece.model.SerializeToString()
@@ -204,10 +204,14 @@ def measure_(probes: list[Probe], images: Floats, expected: Mapping[str, Floats]
 
 
 def summarize(
-    file: Wiring, probes: list[Probe], expected: Labels, answers: Labels, labels: Labels | None, tensor_images: int
+    possible: dict[str, int],
+    probes: list[Probe],
+    expected: Labels,
+    answers: Labels,
+    labels: Labels | None,
+    tensor_images: int,
 ) -> Verification:
     """Put the counts together."""
-    possible = saturation_possible(file)
     tensors = tuple(Tensor(probe.piece.name, probe.piece.modules, probe.accumulated, probe.local) for probe in probes)
     same = int(np.sum(expected == answers))
     return Verification(

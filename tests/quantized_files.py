@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 from onnx_files import model_of
 
@@ -87,3 +88,17 @@ def images(count: int, seed: int = 0) -> np.ndarray:
     """Return images (count, 3, SIZE, SIZE) that fill the input's grid."""
     shape = (count, 3, SIZE, SIZE)
     return np.random.default_rng(seed).uniform(0, 4, shape).astype(np.float32)
+
+
+def vpmaddubsw_product(levels: NDArray[np.uint8], weights: NDArray[np.int8]) -> NDArray[np.int32]:
+    """Return levels (rows, inner) times weights (out, inner) as AVX2 without VNNI computes it: (rows, out).
+
+    Intel's manual: SaturateToSignedWord(a0 * b0 + a1 * b1) for each pair of neighbours; the words are then added in 32 bits.
+    """
+    odd = [(0, 0), (0, levels.shape[1] % 2)]  # an odd end meets zero
+    left, right = np.pad(levels.astype(np.int32), odd), np.pad(weights.astype(np.int32), odd)
+    total = np.zeros((len(left), len(right)), np.int32)
+    for first in range(0, left.shape[1], 2):  # one pair at a time: all at once would need rows x pairs x out words
+        pair = slice(first, first + 2)
+        total += np.clip(left[:, pair] @ right[:, pair].T, -32768, 32767)
+    return total

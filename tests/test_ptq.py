@@ -128,15 +128,6 @@ def test_slices_of_the_calibration_images_change_no_range(mobile: Path, tmp_path
     assert np.array_equal(run(whole, images(8, 1)), run(parts, images(8, 1)))
 
 
-def test_excluded_nodes_keep_their_float_weights(mobile: Path, tmp_path: Path) -> None:
-    path = tmp_path / "int8.onnx"
-    gemm = next(node for node in onnx.load(mobile).graph.node if node.op_type == "Gemm")
-    quantize(mobile, path, [images(16)], target=TARGETS["cpu_avx2"], method="minmax", nodes_to_exclude=[gemm.name])
-    model = onnx.load(path)
-    assert len(weight_levels(model)) == 5
-    assert initializers(model)[gemm.input[1]].dtype == np.float32
-
-
 def test_metadata_and_versions_are_the_float_files(mobile: Path, tmp_path: Path) -> None:
     path = tmp_path / "int8.onnx"
     quantize(mobile, path, [images(16)], target=TARGETS["cpu_avx2"], method="minmax")

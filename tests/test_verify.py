@@ -14,14 +14,14 @@ import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto, helper, numpy_helper
 from onnx_files import class_folders, classifier, save, write_small_bundle
-from quantized_files import SIZE, changed, constant, images, quantized_network
+from quantized_files import SIZE, changed, constant, images, quantized_network, vpmaddubsw_product
 
 from export import verify as verify_module
 from export.distance import Distance
 from export.errors import BundleError
 from export.intervals import clopper_pearson
 from export.optimized import optimize
-from export.saturation import can_saturate, inner_order, saturation_possible, vpmaddubsw_product, weight_sum
+from export.saturation import can_saturate, inner_order, saturation_possible, weight_sum
 from export.session import CPU, open_session
 from export.submodels import Piece, pieces
 from export.targets import host_target

@@ -1,87 +1,32 @@
 """Rewrite a traced network in operations that have integer kernels: same function, other nodes."""
 
-import copy
 import operator
 from collections.abc import Callable
 
 import torch
-from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torchvision.ops.stochastic_depth import StochasticDepth, stochastic_depth
 
 from compress.quant.trace import called, trace
 
 SILUS = (nn.SiLU, F.silu)
-# As with dropout, a network that learns its grid sees no further noise; the node would stand between two integer operations.
-RANDOM = (StochasticDepth, stochastic_depth)
 PRODUCTS = (operator.mul, torch.mul, "mul")
 THREES: dict[object, float] = dict.fromkeys((operator.add, torch.add, "add"), 3.0)
 SIXTHS: dict[object, float] = dict.fromkeys((operator.truediv, torch.div, "div"), 6.0) | dict.fromkeys(PRODUCTS, 1 / 6)
 HARD_SWISHES = (nn.Hardswish, F.hardswish)
 
 
-class _NormThenRest(nn.Module):
-    """A batch-norm and what a library's subclass of it runs behind it, so that tracing sees both."""
-
-    def __init__(self, norm: nn.BatchNorm2d, rest: list[tuple[str, nn.Module]]) -> None:
-        super().__init__()
-        self.norm = norm
-        self.names = [name for name, _ in rest]
-        for name, module in rest:
-            self.add_module(name, module)
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Return the normalized values after the rest."""
-        values = self.norm(values)
-        for name in self.names:
-            values = self.get_submodule(name)(values)
-        return values
-
-
 def traced(model: nn.Module) -> fx.GraphModule:
-    """Return the model as one graph in which batch-norms are plain and activations are made of what integer kernels compute."""
-    graph = _trace_with_plain_norms(model)
+    """Return the model as one graph whose activations are made of what integer kernels compute."""
+    graph = trace(model)
     for node in list(graph.graph.nodes):
         what = called(graph, node)
-        if what in RANDOM:
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            graph.graph.erase_node(node)
-        elif what in SILUS:
+        if what in SILUS:
             _gate(graph, node, torch.sigmoid)
         elif what in HARD_SWISHES:
             _gate(graph, node, F.hardsigmoid)
     _recognize_hard_sigmoids(graph)
     graph.delete_all_unused_submodules()
-    graph.recompile()
-    return graph
-
-
-def _trace_with_plain_norms(model: nn.Module) -> fx.GraphModule:
-    """Trace with timm's BatchNormAct2d (a batch-norm whose forward also activates) as a batch-norm and an activation; paths stay."""
-    model = copy.deepcopy(model).eval()
-    split: list[str] = []
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.BatchNorm2d) and type(module) is not nn.BatchNorm2d:
-            rest = list(module.named_children())
-            norm = copy.copy(module)
-            norm.__class__, norm._modules = nn.BatchNorm2d, {}
-            model.set_submodule(path, _NormThenRest(norm, rest))
-            split.append(path)
-        elif type(module) is TimmLinear:
-            object.__setattr__(module, "__class__", nn.Linear)  # differs only where TorchScript runs it
-    graph = trace(model)
-    for path in split:
-        if not any(name == f"{path}.norm" for name, _ in graph.named_modules()):
-            continue  # the forward never called it
-        rest = [(name, part) for name, part in graph.get_submodule(path).named_children() if name != "norm"]
-        plain = graph.get_submodule(f"{path}.norm")
-        for name, part in rest:
-            plain.add_module(name, part)
-        graph.set_submodule(path, plain)
-        for node in graph.graph.nodes:
-            if node.op == "call_module" and node.target == f"{path}.norm":
-                node.target = path
     graph.recompile()
     return graph
 

@@ -9,6 +9,7 @@ import inspect
 from typing import Any
 
 import torch
+from timm.layers.linear import Linear as TimmLinear
 from torch import fx, nn
 from torch.nn import functional as F
 from torchvision.models.swin_transformer import ShiftedWindowAttention
@@ -43,6 +44,9 @@ def trace(model: nn.Module) -> fx.GraphModule:
     Raises ModelError where the forward depends on values and cannot be one graph.
     """
     model = copy.deepcopy(model).eval()  # stochastic depth and its kin take no part in eval mode
+    for module in model.modules():
+        if type(module) is TimmLinear:
+            object.__setattr__(module, "__class__", nn.Linear)  # differs only where TorchScript runs it
     try:
         graph = fx.GraphModule(model, _Tracer().trace(model, _defaults(model)), type(model).__name__)
     except (fx.proxy.TraceError, TypeError, RuntimeError) as error:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from torch import nn
 
 from compress.artifact import key_of, write_json
@@ -44,6 +43,11 @@ class TrialResult:
     agreement: float
     latency_ratio: float | None  # the float file's time / its time
     met: bool
+
+    def __str__(self) -> str:
+        faster = "" if self.latency_ratio is None else f", {self.latency_ratio:.2f} times as fast as FP32"
+        lost = f"{100 * self.top1_drop:.2f} points below float"
+        return f"trial {self.trial}: top-1 {100 * self.top1:.2f} %, {lost}{faster}: {'holds' if self.met else 'loses too much'}"
 
     def to_json(self) -> dict[str, Any]:
         """Return one flat object, the trial's fields first."""
@@ -122,7 +126,7 @@ def _judge(
         trial,
         top1=found.top1,
         top1_drop=drop,
-        agreement=float(np.mean(found.predictions == baseline.predictions)),
+        agreement=found.agreement(baseline),
         latency_ratio=latency_ratio(path),
         met=1 - drop >= 1 - max_top1_drop,  # to the bit what `autotune` compares
     )

@@ -84,7 +84,7 @@ def _methods(report: Report, target: str, found: PtqTarget, digits: int) -> list
     top1 = percent(report["ptq"]["float_top1"], digits)
     trained = _trained(report, target, digits)
     return [
-        MethodLine("float student", "", "PyTorch", top1, "", "", "", "", False),
+        MethodLine("float student", "", "ONNX Runtime", top1, "", "", "", "", False),
         *(_method(row, digits) for row in found["methods"]),
         *([trained] if trained else []),
     ]

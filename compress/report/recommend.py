@@ -5,8 +5,8 @@ from typing import NamedTuple
 from compress.files import FP16, FP32, PTQ, QAT, TEACHER
 from compress.report.numbers import loss, times
 from compress.report.shape import DeployedRow, Recommendation, Report, Speedup
-from compress.report.verdict import CPU, PROVIDERS, TOLERANCE, deployed_name, headline_row, target_of
-from export.targets import TARGETS
+from compress.report.verdict import CPU, TOLERANCE, deployed_name, headline_row, target_of
+from export.targets import TARGET_PROVIDERS, TARGETS
 
 DEFAULT_MAX_TOP1_DROP = 0.01  # where the recipe sets no target of its own
 SLOW_INT8 = (
@@ -32,7 +32,7 @@ def recommend(report: Report) -> Recommendation | None:
     if name is None:
         return None
     target = target_of(report)
-    provider = PROVIDERS.get(target, CPU)
+    provider = TARGET_PROVIDERS.get(target, CPU)
     if not _is_measured_on(report, target, provider):
         return Recommendation(file=None, sentence=_elsewhere(report, name, target))
     rows = {file: headline_row(report, file, provider) for file in (TEACHER, FP32, FP16, PTQ, QAT)}
@@ -129,7 +129,7 @@ def _praise(row: DeployedRow, bar: Bar) -> str:
 def _elsewhere(report: Report, name: str, target: str) -> str:
     """Return what is known where these times are not the target's."""
     host = report["environment"]["target"]
-    here = "no such provider was timed here" if target in PROVIDERS else f"this machine is {host}"
+    here = "no such provider was timed here" if target in TARGET_PROVIDERS else f"this machine is {host}"
     row, student = headline_row(report, name), headline_row(report, FP32)
     speed = row and row["speedup_vs_student_fp32"]
     known = f" Here {name} is {_interval(speed)} of FP32 on the CPU." if speed and row != student else ""

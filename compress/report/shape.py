@@ -55,13 +55,13 @@ class DeployedRow(TypedDict):
 
 
 class MethodRow(TypedDict):
-    """One way of calibrating INT8 without training; agreement is with the float student's answers."""
+    """One way of calibrating INT8 without training, None where it failed; agreement is with the float student's answers."""
 
     engine: str
     method: str
     scored_in: str
-    top1: float
-    agreement: float
+    top1: float | None
+    agreement: float | None
     integer_layers: int | None
     float_layers: int | None
     note: str | None

@@ -5,11 +5,10 @@ from typing import NamedTuple
 from compress.files import FP32, TEACHER, deployed
 from compress.report.numbers import percent, times
 from compress.report.shape import DeployedRow, Report, Speedup, Verdict
-from export.targets import TARGETS
+from export.targets import TARGET_PROVIDERS, TARGETS
 
 TOLERANCE = 1e-9  # a target that is met exactly is met, whatever the last bit says
 CPU = "CPUExecutionProvider"
-PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}  # the other targets are CPUs
 
 
 class Measurement(NamedTuple):
@@ -42,7 +41,7 @@ def measure(report: Report) -> dict[str, Measurement]:
     """Return for each target what the run measured."""
     name = deployed_name(report)
     teacher, student = any_row(report, TEACHER), any_row(report, name)
-    provider = PROVIDERS.get(target_of(report), CPU)
+    provider = TARGET_PROVIDERS.get(target_of(report), CPU)
     timed = headline_row(report, name, provider)
     where = "CPU, 1 thread, batch 1" if provider == CPU else f"{provider.removesuffix('ExecutionProvider')}, batch 1"
     return {
@@ -70,7 +69,7 @@ def deployed_name(report: Report) -> str | None:
 
 def headline_provider(report: Report) -> str:
     """Return where the headline's times come from: the target's provider, or the CPU where that was not timed."""
-    wanted = PROVIDERS.get(target_of(report), CPU)
+    wanted = TARGET_PROVIDERS.get(target_of(report), CPU)
     return wanted if any(row["provider"] == wanted for row in report["deployed"]) else CPU
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx
+from torch import fx
 
 from compress.artifact import Metrics, lineage, read_meta, write_json
 from compress.files import FP16, FP32, PTQ, QAT, TEACHER, UINT8, deployed, files_in, name_for
@@ -24,13 +25,14 @@ from export.verify import Verification, verify
 def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
     """Export every file, audit all of them, verify the trained INT8 ones, hold the deployed one to the recipe's limits."""
     assert src is not None
+    trained = _trained(src, run)
     with run.log(out, "export") as log:
-        for name in _write_files(src, out, run):
+        for name in _write_files(src, out, run, trained):
             log.note(f"{name}.onnx")
         files = files_in(out)
         name = deployed(files, run.target)
         audits = {file: audit(path) for file, path in files.items()}
-        parity = _verify(cfg, src, files, run)
+        parity = _verify(cfg, files, run, trained)
         if cfg.uint8_input and run.int8_targets and name != FP32:
             model = with_uint8_input(onnx.load(files[name]), run.dataset.preprocess.to_json())
             save_model(model, out / f"{UINT8}.onnx")
@@ -38,7 +40,7 @@ def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
         # TensorRT's file is float on the CPU by nature; its own optimizer is not here to be asked.
         over = _over(cfg.limits, name, audits[name], parity.get(name)) if run.target.name != "tensorrt" else []
         _note(log, name, audits[name], parity.get(name), over)
-    reasons = _reasons(src, run)
+    reasons = {file: float_on_purpose(network) for file, network in trained.items()}
     write_json(
         out / "audit.json",
         {
@@ -57,7 +59,16 @@ def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
     }
 
 
-def _write_files(src: Path, out: Path, run: Run) -> Iterator[str]:
+def _trained(src: Path, run: Run) -> dict[str, fx.GraphModule]:
+    """Return the fake-quantized networks by the names of their files; none where quantization-aware training did not run."""
+    qat = newest(src, "qat")
+    folders = {name_for(QAT, target, run.target): qat / target.name for target in run.int8_targets if qat is not None}
+    return {
+        name: load_prepared(folder, trust_code=run.trust_code) for name, folder in folders.items() if folder.exists()
+    }
+
+
+def _write_files(src: Path, out: Path, run: Run, trained: Mapping[str, fx.GraphModule]) -> Iterator[str]:
     """Write the files and yield the name of each once it is there."""
     for name, artifact in ((TEACHER, lineage(src)[0]), (FP32, float_ancestor(src))):
         model = load_float(artifact, trust_code=run.trust_code)
@@ -71,10 +82,9 @@ def _write_files(src: Path, out: Path, run: Run) -> Iterator[str]:
             name = name_for(PTQ, target, run.target)
             shutil.copyfile(ptq / target.name / f"{PTQ}.onnx", out / f"{name}.onnx")
             yield name
-        if qat is not None and (qat / target.name).exists():
-            name = name_for(QAT, target, run.target)
-            model = deploy(load_prepared(qat / target.name, trust_code=run.trust_code))
-            export_network(model, out / f"{name}.onnx", run, top1=_metric(qat, f"top1_{target.name}"), target=target)
+        if qat is not None and (name := name_for(QAT, target, run.target)) in trained:
+            top1 = _metric(qat, f"top1_{target.name}")
+            export_network(deploy(trained[name]), out / f"{name}.onnx", run, top1=top1, target=target)
             yield name
 
 
@@ -84,31 +94,18 @@ def _metric(artifact: Path, name: str) -> float:
     return value
 
 
-def _verify(cfg: ExportStage, src: Path, files: Mapping[str, Path], run: Run) -> dict[str, Verification]:
+def _verify(
+    cfg: ExportStage, files: Mapping[str, Path], run: Run, trained: Mapping[str, fx.GraphModule]
+) -> dict[str, Verification]:
     """Compare each trained INT8 file with its fake-quantized network, and where none was trained the calibrated file with itself unoptimized."""
-    qat = newest(src, "qat")
     found: dict[str, Verification] = {}
     for target in run.int8_targets:
-        trained, calibrated = name_for(QAT, target, run.target), name_for(PTQ, target, run.target)
-        images = as_numpy(run.validation(limit=cfg.verify_images))
-        if trained in files:
-            assert qat is not None
-            model = load_prepared(qat / target.name, trust_code=run.trust_code)
-            found[trained] = verify(files[trained], images, reference_of(model))
-        elif calibrated in files:
-            found[calibrated] = verify(files[calibrated], images)
+        names = [name_for(kind, target, run.target) for kind in (QAT, PTQ)]
+        name = next((name for name in names if name in files), None)
+        if name is not None:
+            reference = reference_of(trained[name]) if name in trained else None
+            found[name] = verify(files[name], as_numpy(run.validation(limit=cfg.verify_images)), reference)
     return found
-
-
-def _reasons(src: Path, run: Run) -> dict[str, dict[str, str]]:
-    """Return for each trained INT8 file what runs in float on purpose, and why."""
-    qat = newest(src, "qat")
-    folders = {name_for(QAT, target, run.target): qat / target.name for target in run.int8_targets if qat is not None}
-    return {
-        name: float_on_purpose(load_prepared(folder, trust_code=run.trust_code))
-        for name, folder in folders.items()
-        if folder.exists()
-    }
 
 
 def _over(limits: AuditLimits, name: str, found: Audit, parity: Verification | None) -> list[str]:
@@ -134,7 +131,8 @@ def _note(log: StageLog, name: str, found: Audit, parity: Verification | None, o
     if parity is not None:
         low, high = parity.agreement_ci95
         log.note(
-            f"answers as the trained network on {parity.agreement:.2%} of {parity.images} images (95 % interval {low:.2%} to {high:.2%})"
+            f"answers as {'the trained network' if name == QAT else 'itself unoptimized'} on {parity.agreement:.2%} of {parity.images} images "
+            f"(95 % interval {low:.2%} to {high:.2%})"
         )
         for layer in parity.saturation:
             log.note(f"{layer.layer}: saturates on this machine")

@@ -1,7 +1,7 @@
 """INT8 without training: measure every method on each target's grid, then tune until the accuracy holds. The network passes unchanged."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from compress.artifact import Metrics, write_json
+from compress.artifact import Metrics, read_meta, write_json
 from compress.errors import ModelError
 from compress.files import PTQ
 from compress.log import StageLog
@@ -20,22 +20,21 @@ from compress.onnx_export import export_network
 from compress.quant import neural_compressor_ptq
 from compress.quant.calibrate import Method, calibrate_, collect, set_ranges_
 from compress.quant.prepare import deploy, prepare
-from compress.quant.sensitivity import sensitivity
 from compress.quant.tuning import Trial, TrialResult, calibration_trials, choose, fallback_trials, file_of, tune
 from compress.recipe import PtqStage
-from compress.run import Run
-from compress.scoring import latency_ratio, runs_here, score_files
+from compress.run import Run, as_numpy
+from compress.scoring import faster_than, runs_here, score_file, worst_first
 from compress.train import place_
 from export import ptq
-from export.accuracy import Score
+from export.accuracy import Score, score
 from export.audit import audit
 from export.graph import save_model, to_float16
 from export.targets import Target
 from export.to_onnx import to_onnx
 
-SENSITIVITY_IMAGES = 128  # each layer takes one pass over them
 Row = dict[str, Any]
-Files = dict[tuple[str, str], Path]  # by engine and method
+Name = tuple[str, str]  # engine and method
+Files = dict[Name, Path]
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Student:
 def apply(cfg: PtqStage, src: Path | None, out: Path, run: Run) -> Metrics:
     """Measure, tune, and keep each target's best INT8 file; the metrics are the float network's, and the chosen trial's."""
     assert src is not None
-    metrics = run.measure(run.load(src))
+    metrics = read_meta(src).metrics
     if run.rank != 0:
         return metrics
     for name in (ARCHITECTURE, WEIGHTS):
@@ -80,7 +79,7 @@ def apply(cfg: PtqStage, src: Path | None, out: Path, run: Run) -> Metrics:
     with run.log(out, "ptq") as log:
         fp32 = work / "float.onnx"
         export_network(load_float(src, trust_code=run.trust_code), fp32, run, top1=top1, target=run.target)
-        (baseline,) = score_files([fp32], run, images=cfg.score_images, optimize=True)
+        baseline = score_file(fp32, run, images=cfg.score_images, optimize=True)
         log.note(f"float student: top-1 {_percent(baseline.top1)} on {baseline.images} images in ONNX Runtime")
         student = Student(cfg, run, src, fp32, top1, baseline, log)
         found = {target.name: _on_target(student, target, work / target.name, out) for target in run.int8_targets}
@@ -106,18 +105,18 @@ def _on_target(student: Student, target: Target, work: Path, out: Path) -> Row:
         set_ranges_(prepared, histograms, method)
         files["compress", method] = work / f"compress-{method}.onnx"
         student.export(prepared, files["compress", method], target)
-    rows = _measure(student, target, files | _by_onnxruntime(student, target, work))
+    files |= _by_onnxruntime(student, target, work)
+    scores = _score(student, target, files)
+    rows = [_row(student, target, name, path, scores[name]) for name, path in files.items()]
     if student.cfg.neural_compressor:
         rows += [_by_neural_compressor(student, target, name, work) for name in neural_compressor_ptq.ALGORITHMS]
     for row in rows:
         student.log.note(_method_line(target, row))
-    ours = {row["method"]: row["top1"] for row in rows if row["engine"] == "compress"}
-    best: Method = max(student.cfg.methods, key=lambda method: ours[method])
+    best: Method = max(student.cfg.methods, key=lambda method: scores["compress", method].top1)
     set_ranges_(prepared, histograms, best)
-    images = student.run.calibration(min(SENSITIVITY_IMAGES, student.cfg.calibration_images))
-    damage = sensitivity(prepared, [(batch.images, batch.targets) for batch in images])
+    damage = worst_first(prepared, student.run, images=student.cfg.calibration_images)
     del prepared
-    results = _tune(student, target, best, [group.group for group in damage], files, work)
+    results = _tune(student, target, best, [group.group for group in damage], files, scores, work)
     chosen = choose(results)
     # An INT8 file is left even where fp16 was chosen: its name says INT8, and a later stage compares with it.
     int8 = [result for result in results if result.trial.number_format == "int8"]
@@ -142,27 +141,27 @@ def _by_onnxruntime(student: Student, target: Target, work: Path) -> Files:
     return files
 
 
-def _measure(student: Student, target: Target, files: Files) -> list[Row]:
-    """Score files in ONNX Runtime on the same images."""
-    optimize = runs_here(target)
-    scores = score_files(list(files.values()), student.run, images=student.cfg.score_images, optimize=optimize)
-    note = None if optimize else "scored unoptimized: this machine is not the target"
-    rows = []
-    for ((engine, method), path), found in zip(files.items(), scores, strict=True):
-        layers = audit(path) if optimize else None
-        rows.append(
-            {
-                "engine": engine,
-                "method": method,
-                "scored_in": "onnxruntime",
-                "top1": found.top1,
-                "agreement": _agreement(found, student.baseline),
-                "integer_layers": len(layers.integer_layers) if layers else None,
-                "float_layers": len(layers.float_layers) if layers else None,
-                "note": note,
-            }
-        )
-    return rows
+def _score(student: Student, target: Target, files: Files) -> dict[Name, Score]:
+    """Run the same validation images through every file in ONNX Runtime, as the target would where this machine can."""
+    images = as_numpy(student.run.validation(limit=student.cfg.score_images))
+    found = score({path.stem: path for path in files.values()}, images, optimize=runs_here(target))
+    return {name: found[path.stem] for name, path in files.items()}
+
+
+def _row(student: Student, target: Target, name: Name, path: Path, found: Score) -> Row:
+    """Return what is reported of a file that was scored in ONNX Runtime."""
+    engine, method = name
+    layers = audit(path) if runs_here(target) else None
+    return {
+        "engine": engine,
+        "method": method,
+        "scored_in": "onnxruntime",
+        "top1": found.top1,
+        "agreement": found.agreement(student.baseline),
+        "integer_layers": len(layers.integer_layers) if layers else None,
+        "float_layers": len(layers.float_layers) if layers else None,
+        "note": None if layers else "scored unoptimized: this machine is not the target",
+    }
 
 
 def _by_neural_compressor(
@@ -184,17 +183,25 @@ def _by_neural_compressor(
     except torch.onnx.OnnxExporterError as error:
         found = _score_in_torch(quantized, student.cfg, student.run)
         note = f"no ONNX file ({str(error).strip().partition(chr(10))[0]})"
-        return row | {"top1": found.top1, "agreement": _agreement(found, student.baseline), "note": note}
-    (measured,) = _measure(student, target, {("neural-compressor", algorithm): path})
+        return row | {"top1": found.top1, "agreement": found.agreement(student.baseline), "note": note}
+    name = ("neural-compressor", algorithm)
+    measured = _row(student, target, name, path, _score(student, target, {name: path})[name])
     full_range = "its weights take levels from -128 to 127, off this target's grid" if target.weight_max < 127 else None
     return measured | {"note": measured["note"] or full_range}
 
 
 def _tune(
-    student: Student, target: Target, best: Method, worst_first: Sequence[str], files: Files, work: Path
+    student: Student,
+    target: Target,
+    best: Method,
+    groups: Sequence[str],
+    files: Files,
+    scores: Mapping[Name, Score],
+    work: Path,
 ) -> tuple[TrialResult, ...]:
-    """Try each calibration, then the best with the worst layers in float, then fp16."""
+    """Try each calibration, then the best with the worst of the `groups`, which stand first, in float, then fp16."""
     cfg, run = student.cfg, student.run
+    known = {file_of(Trial("int8", method), work): scores["compress", method] for method in cfg.methods}
 
     def build(trial: Trial, path: Path) -> None:
         if trial.number_format == "fp16":
@@ -206,27 +213,24 @@ def _tune(
             calibrate_(prepared, student.calibration(), best)
             student.export(prepared, path, target)
 
-    def score(path: Path) -> Score:
-        return score_files([path], run, images=cfg.score_images, optimize=runs_here(target))[0]
-
-    def faster(path: Path) -> float | None:
-        return latency_ratio(student.fp32, path, run.image_size) if runs_here(target) else None
+    def score_trial(path: Path) -> Score:
+        return known.get(path) or score_file(path, run, images=cfg.score_images, optimize=runs_here(target))
 
     def run_trials(trials: Sequence[Trial]) -> tuple[TrialResult, ...]:
         results, _ = tune(
             trials,
             build,
-            score,
+            score_trial,
             baseline=student.baseline,
             max_top1_drop=cfg.max_top1_drop,
             folder=work,
-            latency_ratio=faster,
-            tell=lambda result: student.log.note(_trial_line(target, result)),
+            latency_ratio=faster_than(student.fp32, run, target),
+            tell=lambda result: student.log.note(f"{target.name}: {result}"),
         )
         return results
 
     results = run_trials(calibration_trials(cfg.methods, cfg.max_trials))
-    further = fallback_trials(best, worst_first, cfg.max_trials - len(results))
+    further = fallback_trials(best, groups, cfg.max_trials - len(results))
     return results if results[-1].met or not further else results + run_trials(further)
 
 
@@ -241,10 +245,6 @@ def _score_in_torch(model: nn.Module, cfg: PtqStage, run: Run) -> Score:
     return Score(np.concatenate(predictions), np.concatenate(truth))
 
 
-def _agreement(found: Score, baseline: Score) -> float:
-    return float(np.mean(found.predictions == baseline.predictions))
-
-
 def _method_line(target: Target, row: Row) -> str:
     name = f"{target.name}: {row['engine']}, {row['method']}"
     if row["top1"] is None:
@@ -252,13 +252,6 @@ def _method_line(target: Target, row: Row) -> str:
     layers = "" if row["integer_layers"] is None else f", {row['integer_layers']} layers in integers"
     note = f" ({row['note']})" if row["note"] else ""
     return f"{name}: top-1 {_percent(row['top1'])}, agreement {_percent(row['agreement'])}{layers}{note}"
-
-
-def _trial_line(target: Target, result: TrialResult) -> str:
-    faster = "" if result.latency_ratio is None else f", {result.latency_ratio:.2f} times as fast as FP32"
-    verdict = "holds" if result.met else "loses too much"
-    lost = f"{_points(result.top1_drop)} points below float"
-    return f"{target.name}: trial {result.trial}: top-1 {_percent(result.top1)}, {lost}{faster}: {verdict}"
 
 
 def _verdict(cfg: PtqStage, target: Target, results: Sequence[TrialResult], chosen: int) -> str:

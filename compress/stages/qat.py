@@ -8,32 +8,30 @@ from typing import Any
 
 from torch import fx, nn
 
-from compress.artifact import Metrics, write_json
+from compress.artifact import Metrics, read_meta, write_json
 from compress.distillation import distillation, online_teacher
 from compress.log import StageLog
 from compress.network import Architecture, example_images, load_float, prepare_as, read_architecture, save_network
 from compress.onnx_export import export_network
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, freeze_batchnorm_, reestimate_batchnorm_, set_phase_
-from compress.quant.sensitivity import sensitivity
 from compress.quant.tuning import Trial, fallback_trials, tune
 from compress.recipe import QatStage
 from compress.run import Run, newest
-from compress.scoring import latency_ratio, runs_here, score_files
+from compress.scoring import faster_than, runs_here, score_file, worst_first
 from compress.settings import qat_fit
 from compress.tasks import evaluate
 from compress.train import place_
 from export.accuracy import Score
 from export.targets import Target
 
-SENSITIVITY_IMAGES = 128  # each layer takes one pass over them
 MAX_TRIALS = 8
 
 
 def apply(cfg: QatStage, src: Path | None, out: Path, run: Run) -> Metrics:
     """Fake-quantize, calibrate, train and measure the student once for each target; `out/<target>` holds each network."""
     assert src is not None
-    costs = run.measure(run.load(src))
+    costs = read_meta(src).metrics
     metrics: Metrics = {"params_m": costs["params_m"], "macs_m": costs["macs_m"], "size_mb": None}
     with run.log(out, "qat") as log:
         for target in reversed(run.int8_targets):  # the recipe's own last: its numbers are the stage's
@@ -116,8 +114,7 @@ def _hold(
 ) -> tuple[nn.Module, Architecture]:
     """Put the trained network's worst layers back to float until its file holds the accuracy in ONNX Runtime."""
     student, trained = load_float(src, trust_code=run.trust_code), model.state_dict()
-    images = run.calibration(min(SENSITIVITY_IMAGES, cfg.calibration_images))
-    damage = sensitivity(model, [(batch.images, batch.targets) for batch in images])
+    damage = worst_first(model, run, images=cfg.calibration_images)
     work = out / f"trials-{target.name}"
 
     def kept(trial: Trial) -> tuple[fx.GraphModule, Architecture]:
@@ -135,12 +132,12 @@ def _hold(
         export_network(deploy(kept(trial)[0]), path, run, top1=baseline.top1, target=target)
 
     def score(path: Path) -> Score:
-        return score_files([path], run, images=None, optimize=runs_here(target))[0]
+        return score_file(path, run, images=None, optimize=runs_here(target))
 
     work.mkdir(exist_ok=True)
     fp32 = work / "float.onnx"
     export_network(student, fp32, run, top1=float("nan"), target=target)
-    (baseline,) = score_files([fp32], run, images=None, optimize=True)
+    baseline = score_file(fp32, run, images=None, optimize=True)
     results, chosen = tune(
         (Trial("int8", "trained"), *fallback_trials("trained", [group.group for group in damage], MAX_TRIALS)[:-1]),
         build,
@@ -148,8 +145,8 @@ def _hold(
         baseline=baseline,
         max_top1_drop=max_top1_drop,
         folder=work,
-        latency_ratio=lambda path: latency_ratio(fp32, path, run.image_size) if runs_here(target) else None,
-        tell=lambda result: log.note(f"{target.name}: {result.trial}: {100 * result.top1_drop:.2f} points below float"),
+        latency_ratio=faster_than(fp32, run, target),
+        tell=lambda result: log.note(f"{target.name}: {result}"),
     )
     write_json(out / f"trials-{target.name}.json", [result.to_json() for result in results])
     shutil.rmtree(work)
