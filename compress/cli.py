@@ -149,7 +149,9 @@ def check(
         except RecipeError as error:
             mistakes.append(str(error))
         else:
-            typer.echo(f"{file}: ok ({' → '.join(section.stage for section in recipe.stages)})")
+            for student, chain in recipe.chains().items():
+                order = " → ".join(section.stage for section in chain.stages)
+                typer.echo(f"{file}: ok ({f'{student}: ' if student else ''}{order})")
     if mistakes:
         _fail("\n".join(mistakes))
 
@@ -166,7 +168,8 @@ def plan(
     resolved = read_recipe(recipe, overrides or (), data=data, weights=weights, out=out)
     from compress.pipeline import plan_recipe
 
-    for line in plan_recipe(resolved):
+    lines = {line.directory: line for chain in resolved.chains().values() for line in plan_recipe(chain)}
+    for line in lines.values():
         typer.echo(f"{'cached' if line.cached else 'runs':6}  {line.stage:7}  {line.directory}  ({line.reason})")
 
 

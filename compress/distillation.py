@@ -1,7 +1,7 @@
 """Distillation: the student learns from a weighted sum of losses, some against the labels, some against the teacher.
 
-`distillation` gives what `train.fit` trains (the student with its adapters) and the step that does it. The teacher is a callable: today the
-network itself (`online_teacher`), and whatever answers a batch with logits and features can take its place.
+`distillation` gives what `train.fit` trains (the student with its adapters) and the step that does it. The teacher is a callable that answers a
+batch with logits and features: the network itself (`online_teacher`), or what it said before (`compress.teaching`).
 """
 
 import itertools
@@ -66,7 +66,6 @@ class StudentAnswer(NamedTuple):
 Teacher = Callable[[Batch], TeacherAnswer]
 Loss = Callable[[Tensor, Tensor], Tensor]  # (student's, teacher's) -> ()
 LabelledLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (student's, teacher's, targets) -> ()
-NO_ANSWER = TeacherAnswer(torch.empty(0), {})
 
 
 class Learner(nn.Module):
@@ -115,6 +114,21 @@ def online_teacher(network: nn.Module, terms: Sequence[LossTerm]) -> Teacher:
     return answer
 
 
+def no_teacher(_batch: Batch) -> TeacherAnswer:
+    """Stand in where every loss is against the labels."""
+    return TeacherAnswer(torch.empty(0), {})
+
+
+def needs_teacher(terms: Sequence[LossTerm]) -> bool:
+    """Tell whether a loss is against the teacher."""
+    return any(not isinstance(term, CrossEntropyTerm) for term in terms)
+
+
+def needs_features(terms: Sequence[LossTerm]) -> bool:
+    """Tell whether a loss is against the teacher's features, so that its logits are not enough."""
+    return bool(_of_features(terms))
+
+
 def distillation(
     terms: Sequence[LossTerm], task: Task, *, student: nn.Module, teacher: Teacher, images: Tensor, seed: int
 ) -> tuple[Learner, Step]:
@@ -138,19 +152,20 @@ def distillation(
     return Learner(student, tapped, adapters, [term.layers for term in feature_terms]), _step(terms, task, teacher)
 
 
-def check_layers(terms: Sequence[LossTerm], network: nn.Module) -> None:
-    """Raise ModelError where a loss names a layer that the network, teacher and student alike, does not have."""
+def check_layers(terms: Sequence[LossTerm], *, student: nn.Module, teacher: nn.Module) -> None:
+    """Raise ModelError where a loss names a layer that the network does not have."""
     for term in _of_features(terms):
-        tap(network, (*term.layers, *term.teacher_layers))
+        tap(student, term.layers)
+        tap(teacher, _teacher_layers(term))
 
 
 def _step(terms: Sequence[LossTerm], task: Task, teacher: Teacher) -> Step:
     """Return the step: one dictionary with the weighted sum as "loss" and every loss's own value."""
-    needs_teacher = any(not isinstance(term, CrossEntropyTerm) for term in terms)
+    ask = teacher if needs_teacher(terms) else no_teacher
     labels, measures = _labels(terms), [_measure(term, task) for term in terms]
 
     def step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
-        taught = teacher(batch) if needs_teacher else NO_ANSWER
+        taught = ask(batch)
         answer: StudentAnswer = model(batch.images)
         adapted = iter(answer.features)
         with torch.autocast(batch.images.device.type, enabled=False):  # products inside losses stay in float32

@@ -7,7 +7,7 @@ import difflib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from compress.run import Run
 
 # Bumped when a stage's code changes what it makes from the same settings.
-VERSIONS = {"source": 1, "prune": 2, "distill": 1, "ptq": 1, "qat": 2, "export": 2, "bench": 1}
+VERSIONS = {"source": 2, "student": 1, "prune": 2, "distill": 2, "ptq": 1, "qat": 3, "export": 2, "bench": 1}
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,13 @@ def run_root(recipe: Recipe) -> Path:
     return Path(recipe.out) / recipe.name
 
 
+def report_root(recipe: Recipe, student: str) -> Path:
+    """Return the folder that a student's report and bundle go to; a recipe without students has them in its own."""
+    return run_root(recipe) / "students" / student if student else run_root(recipe)
+
+
 def plan_recipe(recipe: Recipe) -> list[PlanLine]:
-    """Say for every stage whether it would run, and why. Imports no torch and runs none of the recipe's code.
+    """Say for every stage of one chain whether it would run, and why. Imports no torch and runs none of the recipe's code.
 
     Raises CompressError for data or weights that are missing.
     """
@@ -66,21 +71,25 @@ def plan_recipe(recipe: Recipe) -> list[PlanLine]:
 
 def run_recipe(recipe: Recipe, *, trust_code: bool, until: str | None, verbose: bool, command: str) -> int:
     """Make what is missing, write the report and the bundle, print the tables; return 0, or 1 where a target is missed."""
-    plan = plan_recipe(recipe)
+    chains = recipe.chains()
+    plans = {student: plan_recipe(chain) for student, chain in chains.items()}
     if until is not None:  # part of a recipe is not judged by what the whole must reach
-        plan = plan[: _position(recipe, until) + 1]
-        recipe = recipe.model_copy(update={"targets": Targets()})
+        plans = {student: plan[: _position(chains[student], until) + 1] for student, plan in plans.items()}
+        chains = {student: chain.model_copy(update={"targets": Targets()}) for student, chain in chains.items()}
     root = run_root(recipe)
     first_rank = _is_first_rank()
     with exclusive(root) if first_rank else nullcontext():
         if first_rank:
             write_recipe(recipe, root / "recipe.yaml")
-        if not all(line.cached for line in plan):
-            _make_missing(recipe, plan, trust_code=trust_code, verbose=verbose)
+        if not all(line.cached for plan in plans.values() for line in plan):
+            _make_missing(recipe, plans, trust_code=trust_code, verbose=verbose)
         if not first_rank:
             return 0
-        cached = {line.directory.name: line.cached for line in plan}
-        return _report(recipe, [line.directory for line in plan], cached, command=command, verbose=verbose)
+        codes = [
+            _report(chain, plans[student], report_root(recipe, student), command=command, verbose=verbose)
+            for student, chain in chains.items()
+        ]
+    return max(codes)
 
 
 def run_stage(recipe: Recipe, stage: str, *, src: Path | None, out: Path, trust_code: bool, verbose: bool) -> int:
@@ -126,7 +135,6 @@ def render_report(root: Path) -> Path:
 
 def _keys(recipe: Recipe) -> Iterator[str]:
     """Yield every stage's key, in order."""
-    targets = [resolve_target(recipe.target).name, *recipe.further_targets]
     key = key_of(
         {
             "task": recipe.task,
@@ -138,18 +146,29 @@ def _keys(recipe: Recipe) -> Iterator[str]:
         }
     )
     for section in recipe.stages:
-        more: object = targets if section.stage in ("ptq", "qat", "export") else None
-        if section.stage == "bench":
-            more = fingerprint(environment())
         key = key_of(
             {
                 "section": section.model_dump(mode="json"),
                 "parent": key,
                 "version": VERSIONS[section.stage],
-                "more": more,
+                "more": _outside(recipe, section),
             }
         )
         yield key
+
+
+def _outside(recipe: Recipe, section: StageSection) -> list[object]:
+    """Return what a stage's product depends on beside its section and its parent."""
+    found: list[object] = []
+    if section.stage in ("ptq", "qat", "export"):
+        found += [resolve_target(recipe.target).name, *recipe.further_targets]
+    if section.stage in ("distill", "qat") or (section.stage == "prune" and section.recover is not None):
+        found.append(recipe.teaching.model_dump(mode="json"))
+    if section.stage == "student":
+        found.append(source_digest(section.arch, section.weights))
+    if section.stage == "bench":
+        found.append(fingerprint(environment()))
+    return found
 
 
 def _why(recipe: Recipe, index: int, section: StageSection, directory: Path, before: list[PlanLine]) -> str:
@@ -194,15 +213,17 @@ def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _make_missing(recipe: Recipe, plan: list[PlanLine], *, trust_code: bool, verbose: bool) -> None:
+def _make_missing(recipe: Recipe, plans: Mapping[str, list[PlanLine]], *, trust_code: bool, verbose: bool) -> None:
+    """Make every chain's missing stages; what students share is made once, by the whole recipe."""
     from compress.run import open_run
 
     run = open_run(recipe, trust_code=trust_code, verbose=verbose)
-    parent: Path | None = None
-    for line, section in zip(plan, recipe.stages, strict=False):
-        if not line.cached:
-            _make(section, line.key, parent, line.directory, run)
-        parent = line.directory
+    for student, chain in recipe.chains().items():
+        parent: Path | None = None
+        for index, (line, section) in enumerate(zip(plans[student], chain.stages, strict=False)):
+            if not is_complete(line.directory):
+                _make(section, line.key, parent, line.directory, run if index < len(recipe.stages) else run.of(chain))
+            parent = line.directory
     run.barrier()
 
 
@@ -240,18 +261,21 @@ def _relative(path: Path, start: Path) -> str:
     return os.path.relpath(path, start)
 
 
-def _report(recipe: Recipe, artifacts: list[Path], cached: dict[str, bool], *, command: str, verbose: bool) -> int:
-    """Write report.json, the HTML page and the bundle; print the tables; return the exit code."""
+def _report(chain: Recipe, plan: Sequence[PlanLine], root: Path, *, command: str, verbose: bool) -> int:
+    """Write a chain's report.json, HTML page and bundle to `root`; print the tables; return the exit code."""
     from compress.report.collect import collect
     from compress.report.terminal import print_report
 
-    root = run_root(recipe)
-    report = collect(recipe, artifacts, cached=cached, command=command)
+    root.mkdir(parents=True, exist_ok=True)
+    artifacts = [line.directory for line in plan]
+    report = collect(
+        chain, artifacts, root=root, cached={line.directory.name: line.cached for line in plan}, command=command
+    )
     write_json(root / "report.json", report)
     render_report(root)
     exported = [path for path in artifacts if read_meta(path).stage == "export"]
     if exported:
-        _bundle(recipe, root / "bundle", exported[-1], report)
+        _bundle(chain, root / "bundle", exported[-1], report)
     print_report(report, Console(), verbose=verbose, page=root / "report" / "index.html")
     return 0 if report["verdict"] == "pass" else 1
 

@@ -12,9 +12,11 @@ from compress.recipe_losses import KD_ONLY, LossTerm
 from compress.section import Fraction, Section
 
 Kind = Literal["nothing", "float", "fakequant", "onnx"]
+NAME = r"^[a-z0-9][a-z0-9_\-]{0,63}$"
 CalibrationMethod = Literal["minmax", "percentile", "entropy"]
 Int8Target = Literal["cpu_avx2", "cpu_vnni", "cpu_arm", "tensorrt"]
 PathText = Annotated[str, Field(min_length=1)]
+Arch = Annotated[str, Field(pattern=r"^(torchvision:[a-z0-9_]+|timm:[A-Za-z0-9_.\-]+|.+\.py:[A-Za-z_]\w*)$")]
 
 
 class Augment(Section):
@@ -76,12 +78,23 @@ class Data(Section):
 class Model(Section):
     """The teacher's network and where its weights come from."""
 
-    arch: Annotated[str, Field(pattern=r"^(torchvision:[a-z0-9_]+|timm:[A-Za-z0-9_.\-]+|.+\.py:[A-Za-z_]\w*)$")]
+    arch: Arch
     """`torchvision:NAME`, `timm:NAME`, or `file.py:factory` (a person's own code; needs --trust-code)."""
     weights: PathText | None = None
     """A .safetensors, .pt or .pth state dict, or the library's named weights as `torchvision:IMAGENET1K_V2` or `timm:TAG`; null trains here."""
     reset_head: bool = False
     """Keep the weights' body and start the classifier anew, for weights trained on other classes."""
+
+
+class Teaching(Section):
+    """How the teacher answers while students train."""
+
+    mode: Literal["cached", "online"] = "cached"
+    """Each view of an image is answered once, and the logits are kept below `out` for every stage, student and study; or on every batch anew. Losses on features always ask online."""
+    views: PositiveInt = 8
+    """Views of each training image (crop, flip, colours, mixing partner) that a cached teacher answers; epochs go round them."""
+    top_k: PositiveInt | None = None
+    """Keep so many logits of an image, the largest, and spread the rest of the probability evenly; null keeps all, two bytes each."""
 
 
 class Fit(Section):
@@ -128,6 +141,24 @@ class SourceStage(Section):
     """Probability moved from the label to all classes evenly while the teacher trains."""
     fine_tune: bool = False
     """Train given weights further on this data."""
+
+
+class StudentStage(Section):
+    """Another network, usually a smaller one, to learn from the teacher in the place of the pruned teacher."""
+
+    stage: Literal["student"]
+    """This stage."""
+    arch: Arch
+    """The network, named as `model.arch` is."""
+    weights: PathText | None = None
+    """Weights to start from, named as `model.weights` are; null starts from random ones."""
+    reset_head: bool = False
+    """Keep the weights' body and start the classifier anew, for weights trained on other classes."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the network knows its classes before anything taught it."""
+        return self.weights is not None and not self.reset_head
 
 
 class Sparsity(Section):
@@ -279,13 +310,14 @@ class BenchStage(Section):
 
 
 StageSection = Annotated[
-    SourceStage | PruneStage | DistillStage | PtqStage | QatStage | ExportStage | BenchStage,
+    SourceStage | StudentStage | PruneStage | DistillStage | PtqStage | QatStage | ExportStage | BenchStage,
     Field(discriminator="stage"),
 ]
 
 # What each stage takes and gives; the order of a recipe's stages is judged by this and by nothing else.
 TAKES: dict[str, frozenset[Kind]] = {
     "source": frozenset({"nothing"}),
+    "student": frozenset({"float"}),
     "prune": frozenset({"float"}),
     "distill": frozenset({"float"}),
     "ptq": frozenset({"float"}),
@@ -295,6 +327,7 @@ TAKES: dict[str, frozenset[Kind]] = {
 }
 GIVES: dict[str, Kind] = {
     "source": "float",
+    "student": "float",
     "prune": "float",
     "distill": "float",
     "ptq": "float",
@@ -319,12 +352,21 @@ class Targets(Section):
     """Largest fraction of the teacher's multiply-accumulates."""
 
 
+class Student(Section):
+    """One of several students of the same teacher."""
+
+    stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
+    """What is done after the recipe's own stages, which all students share."""
+    targets: Targets | None = None
+    """What this student must reach; null takes the recipe's."""
+
+
 class Recipe(Section):
     """Everything a run does."""
 
     schema_version: Literal[1] = 1
     """The version of this format."""
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_\-]{0,63}$")]
+    name: Annotated[str, Field(pattern=NAME)]
     """The run's name, and its folder under `out`."""
     task: Literal["classification"] = "classification"
     """What the network is for."""
@@ -342,52 +384,39 @@ class Recipe(Section):
     """The images."""
     model: Model
     """The teacher."""
+    teaching: Teaching = Teaching()
+    """How it answers."""
     stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
     """What is done, in order."""
+    students: dict[Annotated[str, Field(pattern=NAME)], Student] = Field(
+        default={}, exclude_if=lambda students: not students
+    )
+    """Several students by name: each goes on from the shared stages, and one report compares them."""
     targets: Targets = Targets()
     """What must be reached."""
 
-    @model_validator(mode="after")
-    def _order(self) -> "Recipe":
-        kind: Kind = "nothing"
-        for index, section in enumerate(self.stages):
-            if kind not in TAKES[section.stage]:
-                wanted = " or ".join(sorted(TAKES[section.stage]))
-                before = (
-                    f"{self.stages[index - 1].stage} gives {kind}" if index else "the first stage starts from nothing"
-                )
-                raise ValueError(
-                    f"stages.{index}: {section.stage} takes {wanted}, but {before}; "
-                    "the usual order is source, prune, distill, ptq, qat, export, bench"
-                )
-            kind = GIVES[section.stage]
-        return self
+    def chains(self) -> dict[str, "Recipe"]:
+        """Return each student's recipe by name: the shared stages and its own. A recipe without students is its own only chain, named ""."""
+        return {
+            name: self.model_copy(
+                update={
+                    "stages": (*self.stages, *student.stages),
+                    "targets": student.targets or self.targets,
+                    "students": {},
+                }
+            )
+            for name, student in self.students.items()
+        } or {"": self}
 
     @model_validator(mode="after")
-    def _int8_makes_sense(self) -> "Recipe":
-        names = [section.stage for section in self.stages]
-        quantizing = [name for name in names if name in ("ptq", "qat")]
-        if self.target == "cuda" and quantizing:
-            raise ValueError(
-                f"target: cuda runs FP16, ONNX Runtime's CUDA provider has no INT8 convolution: leave out {' and '.join(quantizing)}, "
-                "or name the target that INT8 is for (tensorrt, cpu_avx2, cpu_vnni, cpu_arm)"
-            )
-        if "qat" in names and "ptq" not in names[: names.index("qat")]:
-            raise ValueError(
-                f"stages.{names.index('qat')}: qat needs a ptq stage before it, to show what training gains: add `- stage: ptq`"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _qat_knows_how_long(self) -> "Recipe":
-        trained = [
-            section for section in self.stages if isinstance(section, SourceStage | DistillStage) and section.fit
-        ]
-        for index, section in enumerate(self.stages):
-            if isinstance(section, QatStage) and section.fit is None and not trained:
-                raise ValueError(
-                    f"stages.{index}.fit: no float training here to derive it from: say how, or add a distill stage"
-                )
+    def _chains_make_sense(self) -> "Recipe":
+        for name, chain in self.chains().items():
+            mistake = next(filter(None, (judge(chain) for judge in JUDGES)), None)
+            if mistake is not None:
+                index, text = mistake
+                own = index - len(self.stages)
+                place = f"stages.{index}" if own < 0 else f"students.{name}.stages.{own}"
+                raise ValueError(f"{place}{text}")
         return self
 
     @model_validator(mode="after")
@@ -402,3 +431,78 @@ class Recipe(Section):
         if self.model.reset_head and not source.fine_tune:
             raise ValueError("model.reset_head: leaves the classifier untrained: also set stages.0.fine_tune: true")
         return self
+
+    @model_validator(mode="after")
+    def _target_has_int8(self) -> "Recipe":
+        stages = {section.stage for chain in self.chains().values() for section in chain.stages}
+        quantizing = [name for name in ("ptq", "qat") if name in stages]
+        if self.target == "cuda" and quantizing:
+            raise ValueError(
+                f"target: cuda runs FP16, ONNX Runtime's CUDA provider has no INT8 convolution: leave out {' and '.join(quantizing)}, "
+                "or name the target that INT8 is for (tensorrt, cpu_avx2, cpu_vnni, cpu_arm)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cache_holds_what_losses_need(self) -> "Recipe":
+        if self.teaching.top_k is None or self.teaching.mode == "online":
+            return self
+        for chain in self.chains().values():
+            for section in chain.stages:
+                for term in section.loss if isinstance(section, DistillStage | QatStage) else ():
+                    if term.name == "mse" or getattr(term, "standardize", False):
+                        what = "mse" if term.name == "mse" else f"{term.name} with standardize"
+                        raise ValueError(
+                            f"teaching.top_k: {what} in {section.stage} needs every logit: leave top_k out, or set teaching.mode: online"
+                        )
+        return self
+
+
+Mistake = tuple[int, str]  # the stage's place in its chain, and what is wrong with it
+
+
+def _out_of_order(chain: Recipe) -> Mistake | None:
+    kind: Kind = "nothing"
+    for index, section in enumerate(chain.stages):
+        if kind not in TAKES[section.stage]:
+            wanted = " or ".join(sorted(TAKES[section.stage]))
+            before = f"{chain.stages[index - 1].stage} gives {kind}" if index else "the first stage starts from nothing"
+            return index, (
+                f": {section.stage} takes {wanted}, but {before}; "
+                "the usual order is source, prune, distill, ptq, qat, export, bench"
+            )
+        kind = GIVES[section.stage]
+    return None
+
+
+def _qat_unjustified(chain: Recipe) -> Mistake | None:
+    names = [section.stage for section in chain.stages]
+    if "qat" in names and "ptq" not in names[: names.index("qat")]:
+        return names.index("qat"), ": qat needs a ptq stage before it, to show what training gains: add `- stage: ptq`"
+    return None
+
+
+def _qat_of_unknown_length(chain: Recipe) -> Mistake | None:
+    trained = any(isinstance(section, SourceStage | DistillStage) and section.fit for section in chain.stages)
+    for index, section in enumerate(chain.stages):
+        if isinstance(section, QatStage) and section.fit is None and not trained:
+            return index, ".fit: no float training here to derive it from: say how, or add a distill stage"
+    return None
+
+
+def _student_untaught(chain: Recipe) -> Mistake | None:
+    names = [section.stage for section in chain.stages]
+    for index, section in enumerate(chain.stages):
+        if not isinstance(section, StudentStage):
+            continue
+        if index != 1:
+            return (
+                index,
+                f": student starts another network, so what {names[index - 1]} made is lost; put it behind source",
+            )
+        if not section.is_trained and "distill" not in names[index:]:
+            return index, ": its classifier starts untrained: add a distill stage behind it, or give weights"
+    return None
+
+
+JUDGES = (_out_of_order, _qat_unjustified, _qat_of_unknown_length, _student_untaught)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from compress import strict_yaml
 from compress.errors import RecipeError
-from compress.recipe import TAKES, Recipe
+from compress.recipe import TAKES, Recipe, Student
 from compress.recipe_errors import explain, show, unknown
 
 MAX_BYTES = 1_000_000
@@ -105,29 +105,35 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 
 def _locate(raw: dict[str, Any], parts: list[str]) -> list[str]:
-    """Return the path with a stage's name replaced by its position."""
+    """Return the path with a stage's name replaced by its position; a student's stages are named `students.NAME.STAGE`."""
+    start, holder, students = list[str](), raw, raw.get("students")
+    if parts[0] == "students" and len(parts) > 2 and isinstance(students, dict):
+        start, parts, holder = parts[:2], parts[2:], students.get(parts[1]) or {}
+    known_fields = Student.model_fields if start else Recipe.model_fields
     if parts[0] == "stages":
         named = parts[1:]
         if not named or named[0].isdecimal():
-            return parts
-    elif parts[0] in Recipe.model_fields:
-        return parts
+            return [*start, *parts]
+    elif parts[0] in known_fields:
+        return [*start, *parts]
     else:
         named = parts
-    sections = raw.get("stages")
+    sections = holder.get("stages")
     names = (
         [str(section.get("stage")) for section in sections if isinstance(section, dict)]
         if isinstance(sections, list)
         else []
     )
     if named[0] not in names:
-        known = dict.fromkeys(names) if parts[0] == "stages" else dict.fromkeys([*Recipe.model_fields, *names])
-        missing = "the recipe has no such stage" if named[0] in TAKES else f"unknown path {'.'.join(parts)}"
+        known = dict.fromkeys(names) if parts[0] == "stages" else dict.fromkeys([*known_fields, *names])
+        missing = "the recipe has no such stage" if named[0] in TAKES else f"unknown path {'.'.join([*start, *parts])}"
         raise RecipeError(f"{missing}; {unknown(named[0], known)}")
     if names.count(named[0]) > 1:
-        places = " or ".join(f"stages.{index}" for index, name in enumerate(names) if name == named[0])
+        places = " or ".join(
+            ".".join([*start, "stages", str(index)]) for index, name in enumerate(names) if name == named[0]
+        )
         raise RecipeError(f"the recipe has {named[0]} more than once; say {places}")
-    return ["stages", str(names.index(named[0])), *named[1:]]
+    return [*start, "stages", str(names.index(named[0])), *named[1:]]
 
 
 def _put(raw: dict[str, Any], parts: Sequence[str], value: object) -> None:

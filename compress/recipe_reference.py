@@ -53,6 +53,8 @@ def _kind(field: Schema) -> str:
     for union in ("anyOf", "oneOf"):
         if union in field:
             return " or ".join(_kind(option) for option in field[union])
+    if field["type"] == "object":
+        return f"names, each with {_kind(next(iter(field['patternProperties'].values())))}"
     if field["type"] == "array":
         if "prefixItems" in field:
             return f"{len(field['prefixItems'])} × {_kind(field['prefixItems'][0])}"
@@ -71,7 +73,7 @@ def _kind(field: Schema) -> str:
 def _default(field: Schema) -> str:
     default = field["default"]
     if isinstance(default, dict):
-        return "its defaults"
+        return "its defaults" if default else "none"
     if default is None or isinstance(default, bool):
         return f"`{str(default).lower().replace('none', 'null')}`"
     if default and isinstance(default, list) and isinstance(default[0], dict):

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +48,12 @@ class Run:
         """The images, opened when the first stage needs them."""
         return open_dataset(data_settings(self.recipe))
 
+    def of(self, chain: Recipe) -> "Run":
+        """Return the run of one of the recipe's chains, on the same images."""
+        other = replace(self, recipe=chain)
+        vars(other)["dataset"] = self.dataset  # where cached_property keeps it
+        return other
+
     @property
     def task(self) -> Task:
         """What the network is for."""
@@ -90,14 +96,20 @@ class Run:
             limit=images,
         )
 
-    def training(self, settings: Fit, epoch: int) -> Iterator[Batch]:
-        """Return this rank's share of an epoch."""
+    @property
+    def augmentation(self) -> Augmentation:
+        """How training images change."""
+        return Augmentation(**self.recipe.data.augment.model_dump())
+
+    def training(self, settings: Fit, epoch: int, view: int) -> Iterator[Batch]:
+        """Return this rank's share of an epoch, its images under one view."""
         return train_batches(
             self.dataset,
             batch_size=settings.batch_size,
-            augmentation=Augmentation(**self.recipe.data.augment.model_dump()),
+            augmentation=self.augmentation,
             seed=self.recipe.seed,
             epoch=epoch,
+            view=view,
             rank=self.rank,
             ranks=self.ranks,
             workers=self.recipe.data.workers,
@@ -117,12 +129,13 @@ class Run:
         out: Path,
         log: StageLog,
         phase: str,
+        views: int | None = None,
         before_step: Callable[[nn.Module, float], None] | None = None,
         after_backward: Callable[[nn.Module], None] | None = None,
     ) -> Network:
-        """Train by the one loop; a stage that trains twice names its phases."""
+        """Train by the one loop; a stage that trains twice names its phases. Epochs go round the `views`; None shows a new one each time."""
         loop = Loop(
-            batches=lambda epoch: self.training(settings, epoch),
+            batches=lambda epoch: self.training(settings, epoch, epoch if views is None else epoch % views),
             steps_per_epoch=steps_per_epoch(len(self.dataset.train), settings.batch_size),
             evaluate=lambda trained: evaluate(trained, self.validation(), self.task),
             log=log,

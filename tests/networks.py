@@ -86,3 +86,8 @@ def lively(model: nn.Module, seed: int = 0) -> nn.Module:
 def small(num_classes: int) -> nn.Module:
     """Return the network that tests give to recipes as a person's own."""
     return Residual(num_classes)
+
+
+def thin(num_classes: int) -> nn.Module:
+    """Return the smallest network of another width than `small`."""
+    return Residual(num_classes, width=8)

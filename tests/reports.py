@@ -364,7 +364,9 @@ def build_report(
     artifacts = build_run(root, stages, **run)
     cached = {path.name: path.name.startswith(("00", "01")) for path in artifacts}
     recipe = build_recipe(stages, target=target, sections=sections, targets=targets)
-    return collect(recipe, artifacts, cached=cached, command="make compress RECIPE=recipes/resnet50_int8.yaml")
+    return collect(
+        recipe, artifacts, root=root, cached=cached, command="make compress RECIPE=recipes/resnet50_int8.yaml"
+    )
 
 
 def with_row(report: Report, name: str, **values: Any) -> Report:

@@ -194,7 +194,7 @@ def on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def seen(data: Dataset, workers: int, *, batch_size: int = 4) -> list[int]:
     """Return the labels of an epoch and of validation."""
     train = train_batches(
-        data, batch_size=batch_size, augmentation=augmentation(), seed=0, epoch=0, workers=workers, device=CPU
+        data, batch_size=batch_size, augmentation=augmentation(), seed=0, epoch=0, view=0, workers=workers, device=CPU
     )
     val = eval_batches(data.val, data.preprocess, batch_size=batch_size, workers=workers, device=CPU)
     return [label for batches in (train, val) for batch in batches for label in batch.targets.tolist()]

@@ -47,6 +47,7 @@ def training(data: Dataset, *, batch_size: int = 4, epoch: int = 0, seed: int = 
             augmentation=augmentation(**changes),
             seed=seed,
             epoch=epoch,
+            view=options.pop("view", epoch),
             device=CPU,
             **options,
         )
@@ -452,7 +453,7 @@ def test_every_batch_and_every_epoch_is_mixed_in_its_own_way() -> None:
 def test_an_abandoned_epoch_leaves_no_process_behind(tmp_path: Path) -> None:
     data = opened("imagefolder", write_imagenet_layout(tmp_path))
     batches: Iterator[Batch] | None = train_batches(
-        data, batch_size=2, augmentation=augmentation(crop="pad"), seed=0, epoch=0, workers=2, device=CPU
+        data, batch_size=2, augmentation=augmentation(crop="pad"), seed=0, epoch=0, view=0, workers=2, device=CPU
     )
     assert batches is not None
     next(batches)
@@ -468,6 +469,7 @@ def test_images_in_memory_need_no_process() -> None:
         augmentation=augmentation(randaugment=9),
         seed=0,
         epoch=0,
+        view=0,
         workers=None,
         device=CPU,
     )
@@ -482,3 +484,56 @@ def names(images: object) -> set[str]:
 
 def test_preprocess_says_the_shorter_side() -> None:
     assert Preprocess(224, 1.143, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)).resize_to == 256
+
+
+VIEWS: dict[str, dict[str, Any]] = {
+    "crops": {"crop": "random_resized", "flip": True},
+    "colours": {"crop": "pad", "randaugment": 9},
+    "mixed": {"crop": "pad", "mixup": 0.4, "cutmix": 1.0},
+}
+
+
+def shown(batches: list[Batch]) -> dict[int, tuple[bytes, bytes]]:
+    """Return every image's bits and target by its index."""
+    found = {}
+    for batch in batches:
+        assert batch.views is not None
+        for index, image, target in zip(batch.views.indices.tolist(), batch.images, batch.targets, strict=True):
+            found[index] = (image.contiguous().numpy().tobytes(), target.numpy().tobytes())
+    return found
+
+
+@pytest.mark.parametrize("change", VIEWS.values(), ids=VIEWS)
+def test_a_replayed_view_is_the_same_to_the_bit_in_other_batches(change: dict[str, Any]) -> None:
+    data = opened("digits")
+    first = shown(training(data, batch_size=64, epoch=0, view=2, **change))
+    again = shown(training(data, batch_size=48, epoch=5, view=2, **change))
+    both = first.keys() & again.keys()  # the ragged last batch is left out
+    assert len(both) > 1300
+    assert all(first[index] == again[index] for index in both)
+
+
+@pytest.mark.parametrize("change", VIEWS.values(), ids=VIEWS)
+def test_another_view_shows_most_images_in_another_way(change: dict[str, Any]) -> None:
+    data = opened("digits")
+    first, other = (shown(training(data, batch_size=64, epoch=0, view=view, **change)) for view in (0, 1))
+    assert sum(first[index] == other[index] for index in first) < 0.2 * len(first)
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_files_are_replayed_as_well(tmp_path: Path) -> None:
+    data = opened("imagefolder", write_imagenet_layout(tmp_path))
+    change = {"crop": "random_resized", "flip": True, "mixup": 1.0}
+    first, again = (shown(training(data, batch_size=n, epoch=n, view=1, **change)) for n in (3, 4))
+    both = first.keys() & again.keys()
+    assert len(both) >= 6
+    assert all(first[index] == again[index] for index in both)
+
+
+def test_a_batch_splits_into_parts_that_know_their_images() -> None:
+    (batch, *_) = training(opened("digits"), batch_size=10)
+    parts = list(batch.split(4))
+    assert [len(part.images) for part in parts] == [4, 4, 2]
+    assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+    assert batch.views is not None
+    assert torch.equal(torch.cat([part.views.indices for part in parts if part.views]), batch.views.indices)

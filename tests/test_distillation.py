@@ -312,8 +312,8 @@ def test_an_unknown_layer_is_one_sentence_with_the_nearest_name(make: object) ->
 def test_layers_can_be_checked_before_any_training() -> None:
     terms = parse({"name": "at", "layers": ["block1"], "teacher_layers": ["block9"]})
     with pytest.raises(ModelError, match="layer 'block9'"):
-        check_layers(terms, network())
-    check_layers(parse({"name": "at", "layers": ["block1"]}, {"name": "kd"}), network())
+        check_layers(terms, student=network(), teacher=network())
+    check_layers(parse({"name": "at", "layers": ["block1"]}, {"name": "kd"}), student=network(), teacher=network())
 
 
 def test_a_layer_that_returns_no_map_is_refused_where_the_loss_needs_one() -> None:

@@ -208,7 +208,7 @@ def test_an_unknown_key_of_a_stage_names_the_nearest_and_all(tmp_path: Path) -> 
 
 def test_a_misspelt_stage_names_the_nearest_and_all(tmp_path: Path) -> None:
     (line,) = mistakes(tmp_path / "a.yaml", HEAD + SOURCE + "- {stage: pruen, keep_macs: 0.5}")
-    known = "source, prune, distill, ptq, qat, export, bench"
+    known = "source, student, prune, distill, ptq, qat, export, bench"
     assert line == f"stages.1.stage: unknown value 'pruen'; did you mean prune? (known: {known})"
 
 

@@ -39,13 +39,3 @@ def image_transform(augmentation: Augmentation, image_size: int) -> v2.Transform
     if augmentation.randaugment:
         steps.append(v2.RandAugment(magnitude=augmentation.randaugment))
     return v2.Compose([*steps, v2.PILToTensor()])
-
-
-def batch_transforms(augmentation: Augmentation, num_classes: int) -> tuple[v2.Transform, ...]:
-    """Return the transforms of a batch of which one is drawn: mixup, CutMix, both or none."""
-    chosen: list[v2.Transform] = []
-    if augmentation.mixup:
-        chosen.append(v2.MixUp(alpha=augmentation.mixup, num_classes=num_classes))
-    if augmentation.cutmix:
-        chosen.append(v2.CutMix(alpha=augmentation.cutmix, num_classes=num_classes))
-    return tuple(chosen)

@@ -1,7 +1,8 @@
 """Batches for training and evaluation, on the device, normalized.
 
-Every training view is a function of (seed, epoch, image) alone: the number of loader processes, ranks or resumes changes nothing. Pixels
-stay uint8 until they are on the device.
+Every training view is a function of (seed, view, image) alone: the number of loader processes, ranks or resumes changes nothing, and neither
+does the batch an image stands in. So a view can be shown again, and what a teacher said about it can be kept. Pixels stay uint8 until they
+are on the device.
 """
 
 import hashlib
@@ -11,20 +12,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compress.data.augment import Augmentation, batch_transforms
+from compress.data.augment import Augmentation
 from compress.data.dataset import Dataset
 from compress.data.images import ImageSet, MemoryImages, centre
 from compress.data.loader import Raw, loaded, random_view, still_view
+from compress.data.mixing import Mixes, draw_mixes, mix
 from compress.data.preprocess import Preprocess
 from compress.data.views import apply_boxes, draw_boxes
 from compress.errors import DataError
 
 
+class Views(NamedTuple):
+    """Which images a batch shows, int64 (n,) on the CPU, and under which view of the data."""
+
+    indices: Tensor
+    view: int
+
+
 class Batch(NamedTuple):
-    """Images float32 (n, 3, image_size, image_size), channels_last, normalized; targets int64 (n,), or float32 (n, classes) when mixed."""
+    """Images float32 (n, 3, image_size, image_size), channels_last, normalized; targets int64 (n,), or float32 (n, classes) when mixed.
+
+    `views` says what a training batch shows; batches of unchanged images have none.
+    """
 
     images: Tensor
     targets: Tensor
+    views: Views | None = None
+
+    def split(self, size: int) -> "Iterator[Batch]":
+        """Yield the batch in parts of at most `size` images."""
+        for first in range(0, len(self.images), size):
+            part = slice(first, first + size)
+            views = self.views and Views(self.views.indices[part], self.views.view)
+            yield Batch(self.images[part], self.targets[part], views)
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
@@ -39,35 +59,66 @@ def train_batches(
     augmentation: Augmentation,
     seed: int,
     epoch: int,
+    view: int,
     rank: int = 0,
     ranks: int = 1,
     workers: int | None,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """Yield this rank's share of an epoch's batches; `batch_size` counts the images of all ranks together.
+    """Yield this rank's share of an epoch's batches, shuffled by the epoch; `batch_size` counts the images of all ranks together.
 
     Raises `DataError` for a broken image that is not to be skipped, and for fewer images in a batch than ranks.
     """
-    images, size = dataset.train, dataset.preprocess.image_size
-    shares = _shares(len(images), batch_size, seed=seed, epoch=epoch, rank=rank, ranks=ranks)
-    if isinstance(images, MemoryImages) and not augmentation.randaugment:
-        raw = _memory_views(images, shares, augmentation, size, seed=_derived_seed(seed, epoch, "views"), device=device)
-    else:
-        view = random_view(images, augmentation, dataset.preprocess, seed=_derived_seed(seed, epoch, "views"))
-        raw = loaded(images, view, shares, workers=workers, device=device)
-    mixes = batch_transforms(augmentation, len(dataset.classes))
-    for step, (pixels, labels) in enumerate(raw):
-        if not len(labels):
+    shares = _shares(len(dataset.train), batch_size, seed=seed, epoch=epoch, rank=rank, ranks=ranks)
+    for batch in view_batches(
+        dataset, shares, augmentation=augmentation, seed=seed, view=view, workers=workers, device=device
+    ):
+        if not len(batch.targets):
             raise DataError(
                 f"{dataset.name}: not one image of a batch can be read; check the folder, or raise the batch size"
             )
-        batch = _normalized(pixels, labels, dataset.preprocess)
-        if mixes:
-            with torch.random.fork_rng(devices=()):
-                torch.default_generator.manual_seed(_derived_seed(seed, epoch, "mix", step, rank))
-                mixed, targets = mixes[int(torch.randint(len(mixes), ()))](*batch)
-            batch = Batch(mixed.contiguous(memory_format=torch.channels_last), targets)
         yield batch
+
+
+def view_batches(
+    dataset: Dataset,
+    shares: Sequence[Tensor],
+    *,
+    augmentation: Augmentation,
+    seed: int,
+    view: int,
+    workers: int | None,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Yield the training images of each share (indices) under one view; broken images that are to be skipped are missing in it."""
+    images, size = dataset.train, dataset.preprocess.image_size
+    mixes = draw_mixes(augmentation, len(images), image_size=size, seed=_derived_seed(seed, view, "mix"))
+    shown = shares if mixes is None else [torch.cat([share, mixes.partner[share]]) for share in shares]
+    views_seed = _derived_seed(seed, view, "views")
+    if isinstance(images, MemoryImages) and not augmentation.randaugment:
+        raws = _memory_views(images, shown, augmentation, size, seed=views_seed, device=device)
+    else:
+        change = random_view(images, augmentation, dataset.preprocess, seed=views_seed)
+        raws = loaded(images, change, shown, workers=workers, device=device)
+    for share, raw in zip(shares, raws, strict=True):
+        batch = _normalized(raw, dataset.preprocess)
+        indices = raw.indices
+        if mixes is not None and len(indices):
+            batch, indices = _mixed(batch, indices, share, mixes, classes=len(dataset.classes))
+        yield batch._replace(views=Views(indices, view))
+
+
+def _mixed(batch: Batch, shown: Tensor, share: Tensor, mixes: Mixes, *, classes: int) -> tuple[Batch, Tensor]:
+    """Mix the share's images with their partners, which stand behind them; an image whose partner is broken stays itself."""
+    row = {index: place for place, index in reversed(list(enumerate(shown.tolist())))}
+    own = [index for index in share.tolist() if index in row]
+    rows = torch.tensor([row[index] for index in own], device=batch.images.device)
+    partners = [row.get(partner, row[index]) for index, partner in zip(own, mixes.partner[own].tolist(), strict=True)]
+    others = torch.tensor(partners, device=batch.images.device)
+    images, targets = batch.images[rows], batch.targets[rows]
+    chosen = mixes[torch.tensor(own, dtype=torch.int64)]
+    images, targets = mix(images, targets, batch.images[others], batch.targets[others], chosen, classes=classes)
+    return Batch(images.contiguous(memory_format=torch.channels_last), targets), torch.tensor(own, dtype=torch.int64)
 
 
 def eval_batches(
@@ -84,12 +135,12 @@ def eval_batches(
     chosen = torch.arange(n) if limit is None or limit >= n else torch.arange(limit) * n // limit
     shares = torch.split(chosen, batch_size)
     if isinstance(images, MemoryImages):
-        raw = _memory_pixels(images, shares, preprocess.image_size, device=device)
+        raws = _memory_pixels(images, shares, preprocess.image_size, device=device)
     else:
-        raw = loaded(images, still_view(images, preprocess), shares, workers=workers, device=device)
-    for pixels, labels in raw:
-        if len(labels):
-            yield _normalized(pixels, labels, preprocess)
+        raws = loaded(images, still_view(images, preprocess), shares, workers=workers, device=device)
+    for raw in raws:
+        if len(raw.labels):
+            yield _normalized(raw, preprocess)
 
 
 def _derived_seed(*parts: int | str) -> int:
@@ -106,10 +157,13 @@ def _shares(n: int, batch_size: int, *, seed: int, epoch: int, rank: int, ranks:
     return shares
 
 
-def _normalized(pixels: Tensor, labels: Tensor, preprocess: Preprocess) -> Batch:
-    mean, std = (torch.tensor(part, device=pixels.device).view(3, 1, 1) for part in (preprocess.mean, preprocess.std))
-    images = pixels.float().div_(255).sub_(mean).div_(std)  # three times as fast before the layout changes as after
-    return Batch(images.contiguous(memory_format=torch.channels_last), labels)
+def _normalized(raw: Raw, preprocess: Preprocess) -> Batch:
+    device = raw.pixels.device
+    if not len(raw.labels):
+        return Batch(raw.pixels, raw.labels)
+    mean, std = (torch.tensor(part, device=device).view(3, 1, 1) for part in (preprocess.mean, preprocess.std))
+    images = raw.pixels.float().div_(255).sub_(mean).div_(std)  # three times as fast before the layout changes as after
+    return Batch(images.contiguous(memory_format=torch.channels_last), raw.labels)
 
 
 def _memory_pixels(images: MemoryImages, shares: Sequence[Tensor], size: int, *, device: torch.device) -> Iterator[Raw]:
@@ -117,7 +171,7 @@ def _memory_pixels(images: MemoryImages, shares: Sequence[Tensor], size: int, *,
     labels = images.labels.to(device)
     for share in shares:
         indices = share.to(device)
-        yield pixels[indices], labels[indices]
+        yield Raw(pixels[indices], labels[indices], share)
 
 
 def _memory_views(
@@ -142,4 +196,4 @@ def _memory_views(
     labels = images.labels.to(device)
     for share in shares:
         indices = share.to(device)
-        yield apply_boxes(pixels[indices], boxes[indices], size), labels[indices]
+        yield Raw(apply_boxes(pixels[indices], boxes[indices], size), labels[indices], share)

@@ -15,8 +15,15 @@ from compress.data.decode import BrokenImage
 from compress.data.images import FileImages, ImageSet, MemoryImages, centre, to_tensor, usable_cores
 from compress.data.preprocess import Preprocess, eval_pixels
 
-Raw = tuple[Tensor, Tensor]
-"""Pixels 0..255 (n, 3, image_size, image_size) and labels int64 (n,), both on the device."""
+
+class Raw(NamedTuple):
+    """Pixels 0..255 (n, 3, image_size, image_size) and labels int64 (n,), both on the device; which images they are, int64 (n,), on the CPU."""
+
+    pixels: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
 View = Callable[[int], Tensor]
 """Gives an image's pixels uint8 (3, image_size, image_size); raises `BrokenImage`."""
 
@@ -46,8 +53,7 @@ def still_view(images: ImageSet, preprocess: Preprocess) -> View:
 
 
 class _Loaded(NamedTuple):
-    pixels: Tensor
-    labels: Tensor
+    raw: Raw
     broken: dict[int, str]
 
 
@@ -68,7 +74,8 @@ class _Reader(TorchDataset[_Loaded]):
                 kept.append(index)
             except BrokenImage as error:
                 broken[index] = str(error)
-        return _Loaded(torch.stack(views) if views else torch.empty(0), self.images.labels[kept], broken)
+        pixels = torch.stack(views) if views else torch.empty(0)
+        return _Loaded(Raw(pixels, self.images.labels[kept], torch.tensor(kept, dtype=torch.int64)), broken)
 
 
 def loaded(
@@ -92,10 +99,10 @@ def loaded(
         # Python 3.12 warns of any fork beside threads; the loader's processes call nothing that waits on them.
         warnings.simplefilter("ignore", DeprecationWarning)
         batches = iter(loader)
-    for pixels, labels, broken in batches:
+    for (pixels, labels, indices), broken in batches:
         if isinstance(images, FileImages):
             images.report_broken(broken)
-        yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        yield Raw(pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True), indices)
 
 
 def _num_workers(images: ImageSet, device: torch.device) -> int:

@@ -1,6 +1,7 @@
 """Gather a run's report from the `meta.json` of its stages and from what its last ptq, export and bench stages measured."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,8 +16,10 @@ from export.environment import environment
 ROW_KEYS = tuple(DeployedRow.__annotations__)
 
 
-def collect(recipe: Recipe, artifacts: Sequence[Path], *, cached: Mapping[str, bool], command: str) -> Report:
-    """Return the report of the finished stages in `artifacts`, in their order.
+def collect(
+    recipe: Recipe, artifacts: Sequence[Path], *, root: Path, cached: Mapping[str, bool], command: str
+) -> Report:
+    """Return the report of the finished stages in `artifacts`, in their order, for the folder `root`.
 
     `cached` says for each directory's name whether an earlier run made it; `command` reproduces the run.
     """
@@ -26,7 +29,7 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, cached: Mapping[str, b
         recipe=recipe.model_dump(mode="json"),
         command=command,
         environment=bench.get("environment") or environment(),
-        stages=[_stage_row(path, cached[path.name]) for path in artifacts],
+        stages=[_stage_row(path, root, cached[path.name]) for path in artifacts],
         deployed=[_deployed_row(timing, bench["accuracy"].get(timing["name"], {})) for timing in bench["timings"]],
         ptq=_last(artifacts, "ptq.json"),
         audit=_last(artifacts, "audit.json"),
@@ -43,12 +46,12 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, cached: Mapping[str, b
     return report
 
 
-def _stage_row(path: Path, cached: bool) -> StageRow:
+def _stage_row(path: Path, root: Path, cached: bool) -> StageRow:
     meta = read_meta(path)
     return StageRow(
         stage=meta.stage,
         key=meta.key,
-        directory=path.name,
+        directory=os.path.relpath(path, root),
         cached=cached,
         seconds=meta.seconds,
         metrics=meta.metrics,

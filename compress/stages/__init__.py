@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 from compress.artifact import Metrics
-from compress.stages import bench, distill, export, prune, ptq, qat, source
+from compress.stages import bench, distill, export, prune, ptq, qat, source, student
 
 STAGES: dict[str, Callable[..., Metrics]] = {
     "source": source.apply,
+    "student": student.apply,
     "prune": prune.apply,
     "distill": distill.apply,
     "ptq": ptq.apply,

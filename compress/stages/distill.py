@@ -3,22 +3,17 @@
 from pathlib import Path
 
 from compress.artifact import Metrics
-from compress.distillation import distillation, online_teacher
-from compress.network import example_images, read_architecture, save_network
+from compress.network import read_architecture, save_network
 from compress.recipe import DistillStage
 from compress.run import Run
+from compress.teaching import distil
 
 
 def apply(cfg: DistillStage, src: Path | None, out: Path, run: Run) -> Metrics:
     """Train the student under the recipe's losses and measure it."""
     assert src is not None
-    teacher = online_teacher(run.teacher(src), cfg.loss)
-    images = example_images(run.image_size, run.device)
-    learner, step = distillation(
-        cfg.loss, run.task, student=run.load(src), teacher=teacher, images=images, seed=run.recipe.seed
-    )
     with run.log(out, "distill") as log:
-        learner = run.fit(learner, step, cfg.fit, out=out, log=log, phase="distill")
+        student = distil(run, run.load(src), cfg.loss, cfg.fit, src=src, out=out, log=log, phase="distill")
     if run.rank == 0:
-        save_network(learner.student, read_architecture(src), out)
-    return run.measure(learner.student)
+        save_network(student, read_architecture(src), out)
+    return run.measure(student)

@@ -7,7 +7,7 @@ import torch_pruning as tp
 from torch import nn
 
 from compress.artifact import Metrics, write_json
-from compress.distillation import distillation, online_teacher, supervised_step
+from compress.distillation import supervised_step
 from compress.log import StageLog
 from compress.models.structure import classifier, count
 from compress.network import example_images, read_architecture, save_network
@@ -17,6 +17,7 @@ from compress.pruning.plan import Cut, choose, cut_, find_groups, smallest_width
 from compress.recipe import PruneStage
 from compress.recipe_losses import KD_ONLY
 from compress.run import Run
+from compress.teaching import distil
 
 
 def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:
@@ -35,15 +36,8 @@ def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:
             cuts = _cut_once_(model, cfg, images, exclude, smallest, _budget(cfg, before, number), run)
             steps.append(tuple(cuts))
             if cfg.recover is not None and number < cfg.steps:
-                learner, step = distillation(
-                    KD_ONLY,
-                    run.task,
-                    student=model,
-                    teacher=online_teacher(run.teacher(src), KD_ONLY),
-                    images=images,
-                    seed=run.recipe.seed,
-                )
-                model = run.fit(learner, step, cfg.recover, out=out, log=log, phase=f"recover-{number}").student
+                phase = f"recover-{number}"
+                model = distil(run, model, KD_ONLY, cfg.recover, src=src, out=out, log=log, phase=phase)
         table = widths(layers, model)
         metrics = run.measure(model)
         _check(cfg, before, metrics)

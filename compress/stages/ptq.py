@@ -238,8 +238,8 @@ def _tune(
 def _score_in_torch(model: nn.Module, cfg: PtqStage, run: Run) -> Score:
     """Run every validation image through a network on the CPU."""
     batches = [
-        (model(images.cpu()).argmax(1).numpy(), labels.cpu().numpy())
-        for images, labels in run.validation(limit=cfg.score_images)
+        (model(batch.images.cpu()).argmax(1).numpy(), batch.targets.cpu().numpy())
+        for batch in run.validation(limit=cfg.score_images)
     ]
     predictions, truth = zip(*batches, strict=True)
     return Score(np.concatenate(predictions), np.concatenate(truth))

@@ -9,9 +9,8 @@ from typing import Any
 from torch import fx, nn
 
 from compress.artifact import Metrics, read_meta, write_json
-from compress.distillation import distillation, online_teacher
 from compress.log import StageLog
-from compress.network import Architecture, example_images, load_float, prepare_as, read_architecture, save_network
+from compress.network import Architecture, load_float, prepare_as, read_architecture, save_network
 from compress.onnx_export import export_network
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, freeze_batchnorm_, reestimate_batchnorm_, set_phase_
@@ -21,6 +20,7 @@ from compress.run import Run, newest
 from compress.scoring import faster_than, runs_here, score_file, worst_first
 from compress.settings import qat_fit
 from compress.tasks import evaluate
+from compress.teaching import distil
 from compress.train import place_
 from export.accuracy import Score
 from export.targets import Target
@@ -80,17 +80,8 @@ def _train(cfg: QatStage, src: Path, out: Path, run: Run, log: StageLog, target:
     # bf16 has eight bits of precision, no more than the grid itself: rounding levels again would train the wrong numbers.
     settings = qat_fit(cfg, run.recipe)
     settings = settings.model_copy(update={"precision": "fp32"}) if settings.precision == "auto" else settings
-    learner, step = distillation(
-        cfg.loss,
-        run.task,
-        student=model,
-        teacher=online_teacher(run.teacher(src), cfg.loss),
-        images=example_images(run.image_size, run.device),
-        seed=run.recipe.seed,
-    )
     phase = "qat" if target == run.target else f"qat-{target.name}"
-    learner = run.fit(learner, step, settings, out=out, log=log, phase=phase, before_step=before_step)
-    model = learner.student
+    model = distil(run, model, cfg.loss, settings, src=src, out=out, log=log, phase=phase, before_step=before_step)
     set_phase_(model, observing=False, quantizing=True)
     if cfg.reestimate_batchnorm_images:
         reestimate_batchnorm_(model, (batch.images for batch in run.calibration(cfg.reestimate_batchnorm_images)))

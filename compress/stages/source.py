@@ -13,7 +13,7 @@ from compress.models.weights import load_weights_
 from compress.network import Architecture, example_images, save_network
 from compress.pruning.plan import find_groups
 from compress.quant.trace import trace
-from compress.recipe import DistillStage, QatStage, SourceStage
+from compress.recipe import DistillStage, QatStage, SourceStage, StudentStage
 from compress.run import Run
 
 
@@ -39,13 +39,17 @@ def apply(cfg: SourceStage, src: Path | None, out: Path, run: Run) -> Metrics:
     return run.measure(model)
 
 
-def _check_later_stages(model: nn.Module, run: Run) -> None:
+def _check_later_stages(teacher: nn.Module, run: Run) -> None:
     """Refuse a network that a later stage cannot handle now, before hours of training."""
-    stages = {section.stage for section in run.recipe.stages}
-    if "prune" in stages:
-        find_groups(model, example_images(run.image_size), "random", exclude=())
-    if "qat" in stages:
-        trace(model)
-    for section in run.recipe.stages:
-        if isinstance(section, DistillStage | QatStage):
-            check_layers(section.loss, model)
+    for chain in run.recipe.chains().values():
+        stages = {section.stage: section for section in chain.stages}
+        student = teacher
+        if isinstance(section := stages.get("student"), StudentStage):
+            student = build(section.arch, num_classes=len(run.dataset.classes), trust_code=run.trust_code)
+        if "prune" in stages:
+            find_groups(student, example_images(run.image_size), "random", exclude=())
+        if "qat" in stages:
+            trace(student)
+        for section in chain.stages:
+            if isinstance(section, DistillStage | QatStage):
+                check_layers(section.loss, student=student, teacher=teacher)
