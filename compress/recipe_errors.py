@@ -129,7 +129,9 @@ def _place(loc: Sequence[str | int], schema: Schema) -> _Place:
             fixed = node.get("prefixItems", [])
             node = fixed[part] if part < len(fixed) else node.get("items", {})
         else:
-            named = next(iter(node.get("patternProperties", {}).values()), {})  # a mapping whose keys a person chooses
+            named: Schema = next(
+                iter(node.get("patternProperties", {}).values()), {}
+            )  # a mapping whose keys a person chooses
             node = node.get("properties", {}).get(part, named)
         description = node.get("description", "").rstrip(".")
         node = _follow(node, schema)

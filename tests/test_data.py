@@ -523,7 +523,7 @@ def test_another_view_shows_most_images_in_another_way(change: dict[str, Any]) -
 @pytest.mark.usefixtures("no_memory")
 def test_files_are_replayed_as_well(tmp_path: Path) -> None:
     data = opened("imagefolder", write_imagenet_layout(tmp_path))
-    change = {"crop": "random_resized", "flip": True, "mixup": 1.0}
+    change: dict[str, Any] = {"crop": "random_resized", "flip": True, "mixup": 1.0}
     first, again = (shown(training(data, batch_size=n, epoch=n, view=1, **change)) for n in (3, 4))
     both = first.keys() & again.keys()
     assert len(both) >= 6

@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from test_data import augmentation
 
+from compress.data.augment import Augmentation
 from compress.data.mixing import Mixes, draw_mixes, mix
 
 SIZE, N = 8, 4000
+
+
+def augmentation(mixup: float = 0.0, cutmix: float = 0.0) -> Augmentation:
+    return Augmentation("none", 0.1, 0.2, flip=False, randaugment=0, mixup=mixup, cutmix=cutmix)
 
 
 def drawn(**changes: float) -> Mixes:
@@ -63,15 +67,12 @@ def test_mixing_is_what_the_papers_write() -> None:
         torch.tensor([0.25, 1.0, 1.0]),
         torch.tensor([[0, 0, 0, 0], [2, 3, 6, 8], [0, 0, 8, 8]]),
     )
-    found, targets = mix(
-        *map(torch.from_numpy, (images, np.array([0, 1, 2]))),
-        *map(torch.from_numpy, (others, np.array([1, 2, 0]))),
-        mixes,
-        classes=3,
-    )
+    labels, other_labels = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0])
+    found, targets = mix(torch.from_numpy(images), labels, torch.from_numpy(others), other_labels, mixes, classes=3)
     pasted = images[1].copy()
     pasted[:, 2:6, 3:8] = others[1][:, 2:6, 3:8]
     expected = np.stack([0.25 * images[0] + 0.75 * others[0], pasted, others[2]])
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
     area = 4 * 5 / SIZE**2
-    np.testing.assert_allclose(targets.numpy(), [[0.25, 0.75, 0], [0, 1 - area, area], [1, 0, 0]], rtol=1e-5)
+    parts = np.array([[0.25, 0.75, 0.0], [0.0, 1 - area, area], [1.0, 0.0, 0.0]])
+    np.testing.assert_allclose(targets.numpy(), parts, rtol=1e-5)

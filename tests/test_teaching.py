@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,7 +160,7 @@ def test_no_room_is_one_sentence_before_anything_runs(
     opened: tuple[Run, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, source, log = opened
-    monkeypatch.setattr(teaching.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(CompressError, match=r"the teacher's answers need .* teaching.mode: online"):
         taught(run, source, log)
 
