@@ -281,7 +281,7 @@ def _report(chain: Recipe, plan: Sequence[PlanLine], root: Path, *, command: str
 
 
 def _bundle(recipe: Recipe, out: Path, exported: Path, report: "Report") -> None:
-    from export.bundle import write_bundle
+    from export.write_bundle import write_bundle
 
     rows = {row["name"]: row for row in report["deployed"]}
     files = files_in(exported)

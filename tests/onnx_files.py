@@ -8,7 +8,7 @@ import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
-from export.bundle import write_bundle
+from export.write_bundle import write_bundle
 
 PREPROCESS = {"image_size": 16, "resize_to": 18, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
 LABELS = ("cat", "dog", "gnu")

@@ -9,11 +9,12 @@ import pytest
 from onnx import ModelProto, TensorProto, helper
 from onnx_files import LABELS, PREPROCESS, classifier, save, small_files, write_small_bundle
 
-from export import bundle as bundle_module
-from export.bundle import read_bundle, write_bundle
+from export import write_bundle as writing
+from export.bundle import read_bundle
 from export.errors import BundleError
 from export.images import Preprocess
 from export.model_file import inspect
+from export.write_bundle import write_bundle
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_a_failure_while_writing_leaves_the_old_bundle(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bundle_module, step, full)
+    monkeypatch.setattr(writing, step, full)
     with pytest.raises(BundleError, match="No space left on device"):
         write_small_bundle(bundle, small_files(bundle.parent))
     assert digests(bundle) == before
