@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 
 from compress.artifact import Meta, exclusive, finish, is_complete, key_of, lineage, read_meta, write_json
 from compress.data.digest import dataset_digest
 from compress.errors import ArtifactError, CompressError
-from compress.files import files_in
+from compress.files import deployed, files_in
 from compress.models.digest import source_digest
 from compress.recipe import GIVES, TAKES, Recipe, StageSection, Targets
 from compress.recipe_file import write_recipe
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from compress.run import Run
 
 # Bumped when a stage's code changes what it makes from the same settings.
-VERSIONS = {"source": 2, "student": 1, "prune": 2, "distill": 2, "ptq": 1, "qat": 3, "export": 2, "bench": 1}
+VERSIONS = {"source": 2, "student": 1, "prune": 2, "distill": 2, "ptq": 1, "qat": 3, "export": 3, "bench": 1}
 
 
 @dataclass(frozen=True)
@@ -281,20 +282,25 @@ def _report(chain: Recipe, plan: Sequence[PlanLine], root: Path, *, command: str
 
 
 def _bundle(recipe: Recipe, out: Path, exported: Path, report: "Report") -> None:
-    from export.write_bundle import write_bundle
+    from export.write_bundle import Contents, write_bundle
 
     rows = {row["name"]: row for row in report["deployed"]}
     files = files_in(exported)
-    write_bundle(
-        out,
-        files,
+    target = resolve_target(recipe.target)
+    recommended = report["recommendation"] and report["recommendation"]["file"]
+    with np.load(exported / "golden.npz") as golden:
+        images, labels = golden["images"], golden["labels"]
+    contents = Contents(
+        name=recipe.name,
+        files=files,
+        served=recommended or deployed(files, target),
         preprocess=json.loads((exported / "preprocess.json").read_text()),
         labels=(exported / "labels.txt").read_text(encoding="utf-8").splitlines(),
-        manifest={
-            "name": recipe.name,
-            "task": recipe.task,
-            "target": resolve_target(recipe.target).name,
-            "recipe_digest": key_of(recipe.model_dump(mode="json")),
-        },
+        images=images,
+        image_labels=labels,
+        task=recipe.task,
+        target=target.name,
+        recipe_digest=key_of(recipe.model_dump(mode="json")),
         metrics={name: {key: rows[name][key] for key in ("top1", "agreement")} for name in files if name in rows},
     )
+    write_bundle(out, contents)

@@ -286,6 +286,9 @@ class ExportStage(Section):
     """Validation images on which the INT8 file is compared with the trained network, tensor by tensor on some of them."""
     uint8_input: bool = True
     """Also write the INT8 file with uint8 pixels (batch, height, width, 3) as input and the normalization inside."""
+    # Left out of the dump where it changes nothing, as in recipe_losses.
+    golden_images: Annotated[int, Field(ge=1, le=64, exclude_if=lambda images: images == 8)] = 8
+    """Validation images that the bundle carries, with what each file answers, for whoever serves it to compare."""
     limits: AuditLimits = AuditLimits()
     """What the optimized graph may hold."""
 

@@ -1,30 +1,43 @@
 """A bundle: one folder with everything a server needs to run the model, and the digests that prove it whole.
 
-bundle.json      what the model is, and each file's precision, digest and metrics
-preprocess.json  how an image becomes the network's input
-labels.txt       one class name a line, in the order of the outputs
-NAME.onnx        the model files
-SHA256SUMS       the digest of every other file; `sha256sum -c SHA256SUMS` passes
+bundle.json         what the model is, which file to serve (`served`), and each file's precision, digest and metrics
+preprocess.json     how an image becomes the network's input
+labels.txt          one class name a line, in the order of the outputs
+NAME.onnx           the model files
+golden/images.npy   uint8 (n, size, size, 3): real validation images, resized and cropped
+golden/inputs.npy   float32 (n, 3, size, size): the same normalized, to the last bit
+golden/NAME.npy     float32 (n, classes): what NAME.onnx answered where the bundle was made; `golden` in bundle.json has the
+                    images' labels and, for each file, the largest difference that another machine's logits may show
+serving/            folders and requests for servers, made of the files above
+README.md           the model card; recipe.yaml, environment.json, report.json, report/index.html, LICENSE, NOTICE: where it is from
+SHA256SUMS          the digest of every other file; `sha256sum -c SHA256SUMS` passes
+model.sig           a signature over all files, where the bundle was signed; no digest covers it
 
-The same inputs give the same bytes.
+A reader needs the first seven lines and SHA256SUMS. The same inputs give the same bytes.
 """
 
 import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from export.errors import BundleError
+from export.golden import FOLDER, IMAGES, INPUTS, Golden, read_array
 from export.images import Preprocess
 from export.model_file import ModelFile, inspect
 
 MANIFEST, PREPROCESS, LABELS, SUMS = "bundle.json", "preprocess.json", "labels.txt", "SHA256SUMS"
-SCHEMA_VERSION = 1
+SIGNATURE = "model.sig"
+SCHEMA_VERSION = 2
 MAX_TEXT_BYTES = 16 * 2**20
+MAX_GOLDEN = 64  # images
 NAME = re.compile(r"[a-z0-9][a-z0-9_\-]{0,63}")
 SUMS_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
@@ -34,7 +47,7 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was found whole; `files` are the models by name."""
+    """A bundle that was found whole; `files` are the models by name, `served` is the name of the one to serve."""
 
     path: Path
     name: str
@@ -42,6 +55,8 @@ class Bundle:
     preprocess: Preprocess
     labels: tuple[str, ...]
     files: dict[str, Path]
+    served: str
+    golden: Golden
     manifest: Json
 
 
@@ -85,6 +100,11 @@ def read_bundle(path: Path) -> Bundle:
     }
     if not files:
         raise BundleError(f"{MANIFEST}: files: must name at least one model")
+    served = get(manifest, MANIFEST, "served", str)
+    if served not in files:
+        raise BundleError(
+            f"{MANIFEST}: served: must be one of {', '.join(files)}, got {served!r}: get the bundle again"
+        )
     target = manifest.get("target")
     return Bundle(
         path=path,
@@ -93,6 +113,8 @@ def read_bundle(path: Path) -> Bundle:
         preprocess=preprocess,
         labels=labels,
         files=files,
+        served=served,
+        golden=read_golden(path, manifest, digests, names=list(files), preprocess=preprocess, classes=len(labels)),
         manifest=manifest,
     )
 
@@ -123,6 +145,41 @@ def check_model(
     return path
 
 
+def read_golden(
+    folder: Path,
+    manifest: Json,
+    digests: Mapping[str, str],
+    *,
+    names: Sequence[str],
+    preprocess: Preprocess,
+    classes: int,
+) -> Golden:
+    """Return the golden arrays, whose shapes the manifest and the models leave no choice in, and whose inputs are the images'."""
+    listed, where = get(manifest, MANIFEST, "golden", dict), f"{MANIFEST}: golden"
+    labels, tolerance = get(listed, where, "labels", list), get(listed, where, "tolerance", dict)
+    if not 0 < len(labels) <= MAX_GOLDEN or not all(type(label) is int and 0 <= label < classes for label in labels):
+        raise BundleError(f"{where}.labels: must be 1 to {MAX_GOLDEN} integers below {classes}, got {labels[:9]!r}")
+    if set(tolerance) != set(names) or not all(
+        type(one) is float and 0 <= one < math.inf for one in tolerance.values()
+    ):
+        raise BundleError(f"{where}.tolerance: must be a number >= 0 for each file, got {str(tolerance)[:200]}")
+
+    def array(name: str, dtype: type[np.generic], *shape: int) -> NDArray[Any]:
+        file = f"{FOLDER}/{name}.npy"
+        if file not in digests:
+            raise BundleError(f"{SUMS}: lists no {file}: get the bundle again")
+        return read_array(contained(folder, file), dtype, (len(labels), *shape))
+
+    size = preprocess.image_size
+    images, inputs = array(IMAGES, np.uint8, size, size, 3), array(INPUTS, np.float32, 3, size, size)
+    if not np.array_equal(preprocess.normalize(images), inputs):
+        raise BundleError(
+            f"{PREPROCESS}: mean and std: give other inputs than {FOLDER}/{INPUTS}.npy: get the bundle again"
+        )
+    outputs = {name: array(name, np.float32, classes) for name in names}
+    return Golden(images, inputs, np.array(labels, np.int64), outputs, tolerance)
+
+
 def read_sums(folder: Path) -> dict[str, str]:
     """Return SHA256SUMS as name to digest."""
     digests: dict[str, str] = {}
@@ -136,7 +193,11 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 def read_preprocess(folder: Path) -> Preprocess:
     """Return preprocess.json's numbers, checked."""
-    document = read_json(folder, PREPROCESS)
+    return preprocess_of(read_json(folder, PREPROCESS))
+
+
+def preprocess_of(document: Mapping[str, object]) -> Preprocess:
+    """Return the numbers of preprocess.json's content, checked."""
     size, resize_to = get(document, PREPROCESS, "image_size", int), get(document, PREPROCESS, "resize_to", int)
     if not 0 < size <= resize_to:
         raise BundleError(f"{PREPROCESS}: resize_to: must be >= image_size ({size}), got {resize_to}")
@@ -185,7 +246,7 @@ def read_json(folder: Path, name: str) -> Json:
     return document
 
 
-def get(document: Json, where: str, key: str, kind: type[Kind]) -> Kind:
+def get(document: Mapping[str, object], where: str, key: str, kind: type[Kind]) -> Kind:
     """Return a value of the wanted type."""
     value = document.get(key)
     if not isinstance(value, kind):

@@ -4,29 +4,65 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from export.bundle import LABELS, MANIFEST, NAME, PREPROCESS, SCHEMA_VERSION, SUMS, Json, entry, read_bundle, sha256
+import numpy as np
+from numpy.typing import NDArray
+
+from export.bundle import (
+    LABELS,
+    MANIFEST,
+    NAME,
+    PREPROCESS,
+    SCHEMA_VERSION,
+    SUMS,
+    Json,
+    entry,
+    preprocess_of,
+    read_bundle,
+    sha256,
+)
 from export.errors import BundleError
+from export.golden import IMAGES, INPUTS, make_golden, write_arrays
 from export.model_file import ModelFile, inspect
 
 
-def write_bundle(
-    out: Path,
-    files: Mapping[str, Path],
-    *,
-    preprocess: Mapping[str, object],
-    labels: Sequence[str],
-    manifest: Mapping[str, object],
-    metrics: Mapping[str, Mapping[str, object]],
-) -> None:
+@dataclass(frozen=True)
+class Contents:
+    """What a bundle is made of.
+
+    `files` are the models by name and `served` is the one to serve; `metrics` has for a file what it does not say itself: top-1,
+    agreement. `images` (n, size, size, 3) and `image_labels` (n,) are the golden ones. `documents` are further files by their path.
+    """
+
+    name: str
+    files: Mapping[str, Path]
+    served: str
+    preprocess: Mapping[str, object]
+    labels: Sequence[str]
+    images: NDArray[np.uint8]
+    image_labels: NDArray[np.int64]
+    task: str
+    target: str
+    recipe_digest: str
+    metrics: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    documents: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def write_bundle(out: Path, contents: Contents) -> None:
     """Write the bundle beside `out`, read it back, and put it in place in one step; only an older bundle is replaced.
 
-    `manifest` says what the files do not: name, task, target, recipe digest; `metrics` the same for each file: top-1,
-    agreement.
     Raises BundleError for content that no reader would accept and for a place that cannot be written.
+    """
+    in_one_step(out, lambda folder: fill(folder, contents))
+
+
+def in_one_step(out: Path, fill: Callable[[Path], None]) -> None:
+    """Have `fill` write a bundle into an empty folder beside `out`, read it back, and rename it.
+
+    Raises BundleError where `out` is anything but an older bundle, and for a place that cannot be written.
     """
     if not is_replaceable(out):
         raise BundleError(f"{out}: exists and is no bundle: move it away or name another place")
@@ -35,7 +71,7 @@ def write_bundle(
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
             aside = Path(folder, "new")
             aside.mkdir()
-            fill(aside, files, preprocess=preprocess, labels=labels, manifest=manifest, metrics=metrics)
+            fill(aside)
             read_bundle(aside)
             put_in_place(aside, out, old=Path(folder, "old"))
     except OSError as error:
@@ -51,42 +87,54 @@ def is_replaceable(out: Path) -> bool:
     return (out / MANIFEST).is_file() or not any(out.iterdir())
 
 
-def fill(
-    folder: Path,
-    files: Mapping[str, Path],
-    *,
-    preprocess: Mapping[str, object],
-    labels: Sequence[str],
-    manifest: Mapping[str, object],
-    metrics: Mapping[str, Mapping[str, object]],
-) -> None:
+def fill(folder: Path, contents: Contents) -> None:
     """Write every file of the bundle into the empty `folder`, SHA256SUMS last."""
-    if bad := [label for label in labels if not label.isprintable() or label != label.strip() or not label]:
+    if bad := [label for label in contents.labels if not label.isprintable() or label != label.strip() or not label]:
         raise BundleError(f"labels: must be one printable line each, got {bad[0]!r}: rename the class")
-    entries: dict[str, Json] = {}
     facts: dict[str, ModelFile] = {}
-    for name, source in files.items():
-        if not NAME.fullmatch(name):
-            raise BundleError(f"files: {name!r}: must be lower-case letters, digits, - and _")
+    for name, source in contents.files.items():
+        if not NAME.fullmatch(name) or name in (IMAGES, INPUTS):
+            raise BundleError(
+                f"files: {name!r}: must be lower-case letters, digits, - and _, and not {IMAGES} or {INPUTS}"
+            )
         shutil.copyfile(source, folder / f"{name}.onnx")
         facts[name] = inspect(folder / f"{name}.onnx")
-        entries[name] = entry(folder / f"{name}.onnx", facts[name]) | dict(metrics.get(name, {}))
     shapes = {(fact.input, fact.output) for fact in facts.values()}
     if len(shapes) != 1:
         raise BundleError(
             f"files: must have the same input and output, got {len(shapes)} kinds: export them from one run"
         )
     given, wanted = shapes.pop()
-    document = {
+    write_text(folder / PREPROCESS, dump(contents.preprocess))
+    write_text(folder / LABELS, "".join(f"{label}\n" for label in contents.labels))
+    golden = make_golden(
+        {name: (folder / f"{name}.onnx", fact.precision) for name, fact in facts.items()},
+        contents.images,
+        preprocess_of(contents.preprocess).normalize(contents.images),
+        contents.image_labels,
+    )
+    write_arrays(folder, golden)
+    entries = {
+        name: entry(folder / f"{name}.onnx", fact) | dict(contents.metrics.get(name, {}))
+        for name, fact in facts.items()
+    }
+    document: Json = {
         "schema_version": SCHEMA_VERSION,
-        **manifest,
+        "name": contents.name,
+        "task": contents.task,
+        "target": contents.target,
+        "recipe_digest": contents.recipe_digest,
         "input": asdict(given),
         "output": asdict(wanted),
+        "served": contents.served,
         "files": entries,
+        "golden": {"labels": golden.labels.tolist(), "tolerance": golden.tolerance},
     }
     write_text(folder / MANIFEST, dump(document))
-    write_text(folder / PREPROCESS, dump(dict(preprocess)))
-    write_text(folder / LABELS, "".join(f"{label}\n" for label in labels))
+    for name, content in contents.documents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     write_text(folder / SUMS, "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths))
 

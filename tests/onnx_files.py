@@ -8,7 +8,7 @@ import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
-from export.write_bundle import write_bundle
+from export.write_bundle import Contents, write_bundle
 
 PREPROCESS = {"image_size": 16, "resize_to": 18, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
 LABELS = ("cat", "dog", "gnu")
@@ -69,16 +69,26 @@ def small_files(folder: Path) -> dict[str, Path]:
     return {name: save(model, folder / f"{name}.onnx") for name, model in models.items()}
 
 
-def write_small_bundle(out: Path, files: dict[str, Path]) -> None:
-    """Write a legal bundle of `files`."""
-    write_bundle(
-        out,
-        files,
+def small_contents(files: dict[str, Path]) -> Contents:
+    """Return what a legal bundle of `files` is made of; the golden images are noise."""
+    return Contents(
+        name="small",
+        files=files,
+        served=next((name for name in ("student_int8", "student_fp32") if name in files), min(files)),
         preprocess=PREPROCESS,
         labels=LABELS,
-        manifest={"name": "small", "task": "classification", "target": "cpu_avx2", "recipe_digest": "abc"},
+        images=np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8),
+        image_labels=np.array([0, 1, 2, 0]),
+        task="classification",
+        target="cpu_avx2",
+        recipe_digest="abc",
         metrics={"student_fp32": {"top1": 0.75, "agreement": 1.0}},
     )
+
+
+def write_small_bundle(out: Path, files: dict[str, Path]) -> None:
+    """Write a legal bundle of `files`."""
+    write_bundle(out, small_contents(files))
 
 
 def class_folders(root: Path, names: list[str]) -> None:

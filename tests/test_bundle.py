@@ -3,11 +3,12 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from onnx import ModelProto, TensorProto, helper
-from onnx_files import LABELS, PREPROCESS, classifier, save, small_files, write_small_bundle
+from onnx_files import LABELS, PREPROCESS, classifier, save, small_contents, small_files, write_small_bundle
 
 from export import write_bundle as writing
 from export.bundle import read_bundle
@@ -31,7 +32,8 @@ def bundle(made: Path, tmp_path: Path) -> Path:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def seal(folder: Path) -> None:
@@ -94,8 +96,9 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_new_bundle_replaces_the_old_one_whole(bundle: Path, tmp_path: Path) -> None:
     write_small_bundle(bundle, {"student_fp32": save(classifier(4), tmp_path / "s.onnx")})
-    assert {path.name for path in bundle.iterdir()} == {
+    assert set(digests(bundle)) == {
         "SHA256SUMS", "bundle.json", "labels.txt", "preprocess.json", "student_fp32.onnx",
+        "golden/images.npy", "golden/inputs.npy", "golden/student_fp32.npy",
     }  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "s.onnx"]
 
@@ -142,14 +145,7 @@ def test_a_failed_rename_brings_the_old_bundle_back(bundle: Path, monkeypatch: p
 @pytest.mark.parametrize("labels", [("a", "b"), ("a", "b", ""), ("a", "b", "c\nd"), ("a", "b", " c")])
 def test_labels_that_no_reader_would_understand_are_refused(tmp_path: Path, labels: tuple[str, ...]) -> None:
     with pytest.raises(BundleError, match="labels"):
-        write_bundle(
-            tmp_path / "out",
-            small_files(tmp_path),
-            preprocess=PREPROCESS,
-            labels=labels,
-            manifest={"name": "x"},
-            metrics={},
-        )
+        write_bundle(tmp_path / "out", replace(small_contents(small_files(tmp_path)), labels=labels))
     assert not (tmp_path / "out").exists()
 
 

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 from torch import fx
 
@@ -51,12 +52,21 @@ def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
     write_json(out / "verify.json", {file: found.to_json() for file, found in parity.items()})
     write_json(out / "limits.json", over)
     write_json(out / "preprocess.json", run.dataset.preprocess.to_json())
+    _write_golden_images(out / "golden.npz", run, limit=cfg.golden_images)
     (out / "labels.txt").write_text("".join(f"{label}\n" for label in run.dataset.classes), encoding="utf-8")
     return {
         "size_mb": files[name].stat().st_size / 1e6,
         "integer_layers": len(audits[name].integer_layers),
         "float_layers": len(audits[name].float_layers),
     }
+
+
+def _write_golden_images(path: Path, run: Run, *, limit: int) -> None:
+    """Write validation images, spread over the set, as a decoder leaves them: `images`, uint8 (n, size, size, 3), and `labels`."""
+    images, labels = zip(*as_numpy(run.validation(limit=limit)), strict=True)
+    mean, std = (np.array(part, np.float32) for part in (run.dataset.preprocess.mean, run.dataset.preprocess.std))
+    pixels = (np.concatenate(images).transpose(0, 2, 3, 1) * std + mean) * 255  # (n, size, size, 3)
+    np.savez(path, images=np.rint(pixels).astype(np.uint8), labels=np.concatenate(labels))
 
 
 def _trained(src: Path, run: Run) -> dict[str, fx.GraphModule]:
