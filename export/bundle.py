@@ -105,10 +105,13 @@ def read_bundle(path: Path) -> Bundle:
         raise BundleError(
             f"{MANIFEST}: served: must be one of {', '.join(files)}, got {served!r}: get the bundle again"
         )
+    name = get(manifest, MANIFEST, "name", str)
+    if not NAME.fullmatch(name):
+        raise BundleError(f"{MANIFEST}: name: must be lower-case letters, digits, - and _, got {name[:100]!r}")
     target = manifest.get("target")
     return Bundle(
         path=path,
-        name=get(manifest, MANIFEST, "name", str),
+        name=name,
         target=target if isinstance(target, str) else None,
         preprocess=preprocess,
         labels=labels,

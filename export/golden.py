@@ -55,8 +55,14 @@ def make_golden(
     inputs: NDArray[np.float32],
     labels: NDArray[np.int64],
 ) -> Golden:
-    """Return the golden arrays of `files` (name to path and precision), run on this machine."""
+    """Return the golden arrays of `files` (name to path and precision), run on this machine.
+
+    Raises BundleError where a file answers with infinity or no number.
+    """
     outputs = {name: answer(path, inputs) for name, (path, _) in files.items()}
+    for name, logits in outputs.items():
+        if not np.isfinite(logits).all():
+            raise BundleError(f"{name}: answers a golden image with logits that are not finite: export it again")
     tolerance = {name: TOLERANCE[kind] * float(outputs[name].std()) for name, (_, kind) in files.items()}
     return Golden(images, inputs, labels, outputs, {name: float(f"{value:.3g}") for name, value in tolerance.items()})
 

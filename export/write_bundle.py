@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,21 +25,23 @@ from export.bundle import (
     sha256,
 )
 from export.errors import BundleError
-from export.golden import IMAGES, INPUTS, make_golden, write_arrays
+from export.golden import IMAGES, INPUTS, Golden, make_golden, write_arrays
 from export.model_file import ModelFile, inspect
+from export.serving.protocol import write_kserve, write_requests
+from export.serving.triton import Serving, write_repositories
 
 
 @dataclass(frozen=True)
 class Contents:
     """What a bundle is made of.
 
-    `files` are the models by name and `served` is the one to serve; `metrics` has for a file what it does not say itself: top-1,
-    agreement. `images` (n, size, size, 3) and `image_labels` (n,) are the golden ones. `documents` are further files by their path.
+    `files` are the models by name; `metrics` has for a file what it does not say itself: top-1, agreement. `images`
+    (n, size, size, 3) and `image_labels` (n,) are the golden ones. `documents` are further files by their path.
     """
 
     name: str
     files: Mapping[str, Path]
-    served: str
+    serving: Serving
     preprocess: Mapping[str, object]
     labels: Sequence[str]
     images: NDArray[np.uint8]
@@ -89,54 +91,74 @@ def is_replaceable(out: Path) -> bool:
 
 def fill(folder: Path, contents: Contents) -> None:
     """Write every file of the bundle into the empty `folder`, SHA256SUMS last."""
+    if not NAME.fullmatch(contents.name):
+        raise BundleError(f"name: must be lower-case letters, digits, - and _, got {contents.name!r}: rename the run")
     if bad := [label for label in contents.labels if not label.isprintable() or label != label.strip() or not label]:
         raise BundleError(f"labels: must be one printable line each, got {bad[0]!r}: rename the class")
+    facts = copy_models(folder, contents.files)
+    write_text(folder / PREPROCESS, dump(contents.preprocess))
+    write_text(folder / LABELS, "".join(f"{label}\n" for label in contents.labels))
+    inputs = preprocess_of(contents.preprocess).normalize(contents.images)
+    models = {name: (folder / f"{name}.onnx", fact.precision) for name, fact in facts.items()}
+    golden = make_golden(models, contents.images, inputs, contents.image_labels)
+    write_arrays(folder, golden)
+    write_text(folder / MANIFEST, dump(manifest(folder, contents, facts, golden)))
+    write_serving(folder, contents, facts, golden)
+    for name, content in contents.documents.items():
+        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute() or (folder / name).exists():
+            raise BundleError(f"documents: {name!r}: must be a new file inside the bundle")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    write_text(folder / SUMS, "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths))
+
+
+def copy_models(folder: Path, files: Mapping[str, Path]) -> dict[str, ModelFile]:
+    """Copy the model files and return their facts; all must take and give the same."""
     facts: dict[str, ModelFile] = {}
-    for name, source in contents.files.items():
+    for name, source in files.items():
         if not NAME.fullmatch(name) or name in (IMAGES, INPUTS):
             raise BundleError(
                 f"files: {name!r}: must be lower-case letters, digits, - and _, and not {IMAGES} or {INPUTS}"
             )
         shutil.copyfile(source, folder / f"{name}.onnx")
         facts[name] = inspect(folder / f"{name}.onnx")
-    shapes = {(fact.input, fact.output) for fact in facts.values()}
-    if len(shapes) != 1:
+    kinds = {(fact.input, fact.output) for fact in facts.values()}
+    if len(kinds) != 1:
         raise BundleError(
-            f"files: must have the same input and output, got {len(shapes)} kinds: export them from one run"
+            f"files: must have the same input and output, got {len(kinds)} kinds: export them from one run"
         )
-    given, wanted = shapes.pop()
-    write_text(folder / PREPROCESS, dump(contents.preprocess))
-    write_text(folder / LABELS, "".join(f"{label}\n" for label in contents.labels))
-    golden = make_golden(
-        {name: (folder / f"{name}.onnx", fact.precision) for name, fact in facts.items()},
-        contents.images,
-        preprocess_of(contents.preprocess).normalize(contents.images),
-        contents.image_labels,
-    )
-    write_arrays(folder, golden)
-    entries = {
-        name: entry(folder / f"{name}.onnx", fact) | dict(contents.metrics.get(name, {}))
-        for name, fact in facts.items()
-    }
-    document: Json = {
+    return facts
+
+
+def manifest(folder: Path, contents: Contents, facts: Mapping[str, ModelFile], golden: Golden) -> Json:
+    """Return the content of bundle.json."""
+    served = contents.serving.served
+    return {
         "schema_version": SCHEMA_VERSION,
         "name": contents.name,
         "task": contents.task,
         "target": contents.target,
         "recipe_digest": contents.recipe_digest,
-        "input": asdict(given),
-        "output": asdict(wanted),
-        "served": contents.served,
-        "files": entries,
+        "input": asdict(facts[served].input),
+        "output": asdict(facts[served].output),
+        "served": served,
+        "serving": asdict(contents.serving),
+        "files": {
+            name: entry(folder / f"{name}.onnx", fact) | dict(contents.metrics.get(name, {}))
+            for name, fact in facts.items()
+        },
         "golden": {"labels": golden.labels.tolist(), "tolerance": golden.tolerance},
     }
-    write_text(folder / MANIFEST, dump(document))
-    for name, content in contents.documents.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    write_text(folder / SUMS, "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths))
+
+
+def write_serving(folder: Path, contents: Contents, facts: Mapping[str, ModelFile], golden: Golden) -> None:
+    """Write the folder serving/ from what is in the bundle already."""
+    served = facts[contents.serving.served]
+    image, logits = golden.inputs[0].astype(served.input.dtype), golden.outputs[contents.serving.served][0]
+    write_repositories(folder, contents.name, served, contents.serving, sample=image.tobytes())
+    write_requests(folder, contents.name, served, image, logits)
+    write_kserve(folder, contents.name, contents.serving)
 
 
 def put_in_place(new: Path, out: Path, *, old: Path) -> None:

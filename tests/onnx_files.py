@@ -8,6 +8,7 @@ import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
+from export.serving.triton import Serving
 from export.write_bundle import Contents, write_bundle
 
 PREPROCESS = {"image_size": 16, "resize_to": 18, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
@@ -71,10 +72,13 @@ def small_files(folder: Path) -> dict[str, Path]:
 
 def small_contents(files: dict[str, Path]) -> Contents:
     """Return what a legal bundle of `files` is made of; the golden images are noise."""
+    served = next((name for name in ("student_int8", "student_fp32") if name in files), min(files))
     return Contents(
         name="small",
         files=files,
-        served=next((name for name in ("student_int8", "student_fp32") if name in files), min(files)),
+        serving=Serving(
+            {"cpu": served, "cuda": served, "tensorrt": served}, "cpu", threads=1, instances=1, max_batch_size=8
+        ),
         preprocess=PREPROCESS,
         labels=LABELS,
         images=np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8),

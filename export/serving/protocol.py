@@ -1,0 +1,64 @@
+"""Write what a client of the Open Inference Protocol (v2) sends and gets, and how KServe starts the server."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.model_file import ModelFile
+from export.serving.triton import DATATYPES, Serving, write_text
+
+Floats = NDArray[np.floating[Any]]
+
+
+def write_requests(folder: Path, name: str, facts: ModelFile, image: Floats, logits: Floats) -> None:
+    """Write request.json with one input (3, size, size), and response.json with what the model answers, (classes,)."""
+    given, wanted = facts.input, facts.output
+    request = {"id": "golden", "inputs": [tensor(given.name, given.dtype, image)], "outputs": [{"name": wanted.name}]}
+    answer = [tensor(wanted.name, wanted.dtype, logits)]
+    response = {"id": "golden", "model_name": name, "model_version": "1", "outputs": answer}
+    for file, document in (("request.json", request), ("response.json", response)):
+        write_text(folder / "serving" / file, json.dumps(document, allow_nan=False) + "\n")
+
+
+def tensor(name: str, dtype: str, values: Floats) -> dict[str, object]:
+    """Return one image's values as the protocol's JSON holds them: a batch of one, each number as short as float32 needs."""
+    data = [float(str(value)) for value in values.ravel()]
+    return {"name": name, "datatype": DATATYPES[dtype], "shape": [1, *values.shape], "data": data}
+
+
+def write_kserve(folder: Path, name: str, serving: Serving) -> None:
+    """Write kserve.yaml, an InferenceService that runs the Triton repository."""
+    needs = {"cpu": str(serving.threads * serving.instances)} if serving.kind == "cpu" and serving.threads else {}
+    if serving.kind != "cpu":
+        needs = {"nvidia.com/gpu": str(serving.instances)}
+    limits = "".join(f'          {key}: "{value}"\n' for key, value in needs.items())
+    resources = f"      resources:\n        requests:\n{limits}        limits:\n{limits}" if limits else ""
+    write_text(
+        folder / "serving" / "kserve.yaml",
+        f"""\
+# Copy the folder triton/ to a store that the cluster reads, and name it in storageUri (pvc://, s3://, gs://, https://).
+# Requests: POST /v2/models/{name}/infer with request.json; response.json is the answer.
+apiVersion: serving.kserve.io/v1beta1
+kind: InferenceService
+metadata:
+  name: {dns_name(name)}
+spec:
+  predictor:
+    model:
+      modelFormat:
+        name: triton
+      runtime: kserve-tritonserver
+      protocolVersion: v2
+      storageUri: pvc://models/{name}/serving/triton
+{resources}""",
+    )
+
+
+def dns_name(name: str) -> str:
+    """Return the name as Kubernetes allows it: letters, digits and hyphens, a letter first, no hyphen last."""
+    plain = name.replace("_", "-").strip("-")
+    return plain if re.match("[a-z]", plain) else f"model-{plain}"[:63].strip("-")

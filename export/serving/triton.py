@@ -1,0 +1,155 @@
+"""Write Triton's model repositories: config.pbtxt for each kind of machine, labels, a warm-up, and the model files.
+
+serving/triton/NAME/config.pbtxt         for Triton's ONNX Runtime backend; the same folder serves OpenVINO Model Server
+                    configs/KIND.pbtxt   the same for `--model-config-name=KIND`: cpu, cuda, tensorrt
+                    labels.txt           Triton's classification extension answers with these
+                    warmup/golden        the first golden input, raw
+                    1/model.onnx         what config.pbtxt serves; 1/model.cuda, 1/model.tensorrt: other files for the other kinds
+serving/triton-python/NAME/              for Triton's Python backend: config.pbtxt, labels.txt, warmup/golden, 1/model.py, 1/model.onnx
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from export.model_file import ModelFile
+
+Kind = Literal["cpu", "cuda", "tensorrt"]
+DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8"}  # Triton's and the Open Inference Protocol's
+TRITON, TRITON_PYTHON = "triton", "triton-python"
+SAMPLE = "golden"
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a server runs, as it was benchmarked: the file for each kind of machine, the kind to start with, threads, batches.
+
+    `threads` are of one session on the CPU, 0 is all cores. None, where nothing was benchmarked, leaves the choice to the server.
+    """
+
+    files: dict[Kind, str]
+    kind: Kind
+    threads: int | None
+    instances: int
+    max_batch_size: int
+
+    @property
+    def served(self) -> str:
+        """The file to serve."""
+        return self.files[self.kind]
+
+
+def write_repositories(folder: Path, name: str, facts: ModelFile, serving: Serving, *, sample: bytes) -> None:
+    """Write both repositories into `folder`/serving from the bundle's files in `folder`; `sample` is one raw input."""
+    python = folder / "serving" / TRITON_PYTHON / name
+    write_text(python / "config.pbtxt", python_config(name, facts, serving))
+    place(Path(__file__).with_name("triton_model.py"), python / "1" / "model.py")
+    place(folder / f"{serving.files['cpu']}.onnx", python / "1" / "model.onnx")
+    onnx = folder / "serving" / TRITON / name
+    write_text(onnx / "config.pbtxt", onnx_config(name, facts, serving, serving.kind))
+    place(folder / f"{serving.served}.onnx", onnx / "1" / "model.onnx")
+    for kind, file in serving.files.items():
+        write_text(onnx / "configs" / f"{kind}.pbtxt", onnx_config(name, facts, serving, kind))
+        if (alias := filename(serving, kind)) != "model.onnx":
+            place(folder / f"{file}.onnx", onnx / "1" / alias)
+    for model in (onnx, python):
+        place(folder / "labels.txt", model / "labels.txt")
+        (model / "warmup").mkdir()
+        (model / "warmup" / SAMPLE).write_bytes(sample)
+
+
+def filename(serving: Serving, kind: Kind) -> str:
+    """Return the name of a kind's model file; OpenVINO Model Server takes any file that ends in .onnx, so there is one."""
+    return "model.onnx" if serving.files[kind] == serving.served else f"model.{kind}"
+
+
+def onnx_config(name: str, facts: ModelFile, serving: Serving, kind: Kind) -> str:
+    """Return the configuration for the ONNX Runtime backend on a kind of machine."""
+    lines = [f'backend: "onnxruntime"\ndefault_model_filename: "{filename(serving, kind)}"']
+    lines.append(common(name, facts, serving))
+    lines.append(instances(serving, "KIND_CPU" if kind == "cpu" else "KIND_GPU"))
+    if kind == "cpu" and serving.threads is not None:
+        lines.append(parameter("intra_op_thread_count", str(serving.threads)))
+        lines.append(parameter("inter_op_thread_count", "1"))
+    if kind == "tensorrt":
+        precision = "INT8" if serving.files["tensorrt"] != serving.files["cuda"] else "FP16"
+        lines.append(tensorrt(precision))
+    return "\n".join(lines)
+
+
+def python_config(name: str, facts: ModelFile, serving: Serving) -> str:
+    """Return the configuration for the Python backend, on a CPU."""
+    threads = parameter("intra_op_thread_count", str(serving.threads or 0))
+    return "\n".join(['backend: "python"', common(name, facts, serving), instances(serving, "KIND_CPU"), threads])
+
+
+def common(name: str, facts: ModelFile, serving: Serving) -> str:
+    """Return what all configurations share: tensors, batching, the warm-up."""
+    given, wanted = facts.input, facts.output
+    dims, classes = (", ".join(map(str, value.shape[1:])) for value in (given, wanted))
+    kinds = {value: f"TYPE_{DATATYPES[value.dtype]}" for value in (given, wanted)}
+    batching = "dynamic_batching { }\n" if serving.max_batch_size > 1 else ""
+    return f"""\
+name: "{name}"
+max_batch_size: {serving.max_batch_size}
+input [
+  {{ name: {json.dumps(given.name)} data_type: {kinds[given]} dims: [ {dims} ] }}
+]
+output [
+  {{ name: {json.dumps(wanted.name)} data_type: {kinds[wanted]} dims: [ {classes} ] label_filename: "labels.txt" }}
+]
+{batching}model_warmup [
+  {{
+    name: "{SAMPLE}"
+    batch_size: 1
+    inputs {{
+      key: {json.dumps(given.name)}
+      value {{ data_type: {kinds[given]} dims: [ {dims} ] input_data_file: "{SAMPLE}" }}
+    }}
+  }}
+]
+"""
+
+
+def instances(serving: Serving, kind: str) -> str:
+    """Return how many sessions run, and where."""
+    return f"instance_group [\n  {{ count: {serving.instances} kind: {kind} }}\n]\n"
+
+
+def parameter(key: str, value: str) -> str:
+    """Return one of the backend's own settings."""
+    return f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
+
+
+def tensorrt(precision: str) -> str:
+    """Return the request for the TensorRT execution provider; INT8 reads the ranges that are in the file."""
+    return f"""\
+optimization {{
+  execution_accelerators {{
+    gpu_execution_accelerator [
+      {{ name: "tensorrt" parameters {{ key: "precision_mode" value: "{precision}" }} }}
+    ]
+  }}
+}}
+"""
+
+
+def place(source: Path, path: Path) -> None:
+    """Have `path` hold the bytes of `source`: the same file on the disk where the file system can, else a copy."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if source.suffix == ".onnx":
+        try:
+            os.link(source, path)
+        except OSError:
+            shutil.copyfile(source, path)
+    else:
+        shutil.copyfile(source, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 with Unix line ends everywhere."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())

@@ -1,0 +1,85 @@
+"""Sign a bundle with a private key, and verify it with the public one, offline, by OpenSSF Model Signing.
+
+`python -m export.signature BUNDLE --key PUBLIC.pem` verifies; `compress publish --sign PRIVATE.pem` signs. The keys are PEM files of an
+elliptic curve: `openssl ecparam -name prime256v1 -genkey -noout -out private.pem`, `openssl ec -in private.pem -pubout -out public.pem`.
+"""
+
+import argparse
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from export.bundle import SIGNATURE, read_bundle
+from export.errors import BundleError
+
+
+def sign(folder: Path, key: Path) -> None:
+    """Write the signature of every file in `folder` into it.
+
+    Raises BundleError for a key that cannot sign, and where model-signing is not installed.
+    """
+    model_signing, _ = library()
+    try:
+        signer = model_signing.signing.Config().use_elliptic_key_signer(private_key=key)
+        signer.set_hashing_config(hashing(model_signing)).sign(folder, folder / SIGNATURE)
+    except (OSError, TypeError, ValueError, AttributeError) as error:  # of a key with a password, or of another kind
+        raise BundleError(
+            f"{key}: cannot sign ({error}): give the PEM file of an elliptic curve's private key without a password"
+        ) from error
+
+
+def verify(folder: Path, key: Path) -> None:
+    """Hold every file in `folder` against its signature.
+
+    Raises BundleError, naming the files, where one was changed, added or removed, for a signature of another key, and where
+    model-signing is not installed.
+    """
+    model_signing, invalid_signature = library()
+    try:
+        verifier = model_signing.verifying.Config().use_elliptic_key_verifier(public_key=key)
+    except (OSError, ValueError, AttributeError) as error:
+        raise BundleError(f"{key}: is no public key of an elliptic curve in PEM ({error}): give another") from error
+    if (folder / SIGNATURE).is_symlink() or not (folder / SIGNATURE).is_file():
+        raise BundleError(f"{SIGNATURE}: is missing: the bundle is not signed; publish it with --sign")
+    try:
+        verifier.set_hashing_config(hashing(model_signing)).verify(folder, folder / SIGNATURE)
+    except invalid_signature as error:
+        raise BundleError(f"{SIGNATURE}: was not made with the key of {key}: get the bundle again") from error
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        said = re.sub(r": Expected 'Digest\(.*?\)', Actual 'Digest\(.*?\)'", "", str(error))  # the names are enough
+        raise BundleError(f"{SIGNATURE}: does not fit this bundle ({said}): get the bundle again") from error
+
+
+def hashing(model_signing: Any) -> Any:
+    """Return what is signed: all files but the signature, also those that git would ignore."""
+    return model_signing.hashing.Config().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False)
+
+
+def library() -> tuple[Any, type[Exception]]:
+    """Return model-signing and the error of a false signature."""
+    try:
+        return import_module("model_signing"), import_module("cryptography.exceptions").InvalidSignature
+    except ImportError as error:
+        raise BundleError(f"signatures need model-signing ({error}): pip install 'compress[sign]'") from error
+
+
+def main() -> int:
+    """Verify a bundle's digests and its signature; exit with 2 where a file is not the signed one."""
+    parser = argparse.ArgumentParser(prog="python -m export.signature", description=main.__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--key", type=Path, required=True, metavar="PUBLIC.pem", help="the signer's public key")
+    arguments = parser.parse_args()
+    try:
+        verify(arguments.bundle, arguments.key)  # first: nothing of a file is read before it is known
+        bundle = read_bundle(arguments.bundle)
+    except BundleError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stdout.write(f"{arguments.bundle}: {bundle.name}, every file is the signed one\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
