@@ -198,6 +198,21 @@ def report(
 
 
 @app.command()
+def publish(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to make, or an older bundle to replace.")],
+    key: Annotated[
+        Path | None, typer.Option("--sign", metavar="KEY", help="Sign it with this private key (PEM, elliptic curve).")
+    ] = None,
+) -> None:
+    """Check a finished run's bundle and copy it, whole or not at all."""
+    from compress.bundling import publish
+
+    publish(run_folder, to, key=key)
+    typer.echo(to)
+
+
+@app.command()
 def study(
     file: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's YAML file.")],
     data: DataPath = None,

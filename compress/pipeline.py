@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.console import Console
 
 from compress.artifact import Meta, exclusive, finish, is_complete, key_of, lineage, read_meta, write_json
 from compress.data.digest import dataset_digest
 from compress.errors import ArtifactError, CompressError
-from compress.files import deployed, files_in
 from compress.models.digest import source_digest
 from compress.recipe import GIVES, TAKES, Recipe, StageSection, Targets
 from compress.recipe_file import write_recipe
@@ -28,7 +26,6 @@ from export.environment import environment, fingerprint
 from export.targets import resolve_target
 
 if TYPE_CHECKING:
-    from compress.report.shape import Report
     from compress.run import Run
 
 # Bumped when a stage's code changes what it makes from the same settings.
@@ -264,8 +261,10 @@ def _relative(path: Path, start: Path) -> str:
 
 def _report(chain: Recipe, plan: Sequence[PlanLine], root: Path, *, command: str, verbose: bool) -> int:
     """Write a chain's report.json, HTML page and bundle to `root`; print the tables; return the exit code."""
+    from compress.bundling import contents
     from compress.report.collect import collect
     from compress.report.terminal import print_report
+    from export.write_bundle import write_bundle
 
     root.mkdir(parents=True, exist_ok=True)
     artifacts = [line.directory for line in plan]
@@ -276,31 +275,6 @@ def _report(chain: Recipe, plan: Sequence[PlanLine], root: Path, *, command: str
     render_report(root)
     exported = [path for path in artifacts if read_meta(path).stage == "export"]
     if exported:
-        _bundle(chain, root / "bundle", exported[-1], report)
+        write_bundle(root / "bundle", contents(chain, root, exported[-1], report))
     print_report(report, Console(), verbose=verbose, page=root / "report" / "index.html")
     return 0 if report["verdict"] == "pass" else 1
-
-
-def _bundle(recipe: Recipe, out: Path, exported: Path, report: "Report") -> None:
-    from export.write_bundle import Contents, write_bundle
-
-    rows = {row["name"]: row for row in report["deployed"]}
-    files = files_in(exported)
-    target = resolve_target(recipe.target)
-    recommended = report["recommendation"] and report["recommendation"]["file"]
-    with np.load(exported / "golden.npz") as golden:
-        images, labels = golden["images"], golden["labels"]
-    contents = Contents(
-        name=recipe.name,
-        files=files,
-        served=recommended or deployed(files, target),
-        preprocess=json.loads((exported / "preprocess.json").read_text()),
-        labels=(exported / "labels.txt").read_text(encoding="utf-8").splitlines(),
-        images=images,
-        image_labels=labels,
-        task=recipe.task,
-        target=target.name,
-        recipe_digest=key_of(recipe.model_dump(mode="json")),
-        metrics={name: {key: rows[name][key] for key in ("top1", "agreement")} for name in files if name in rows},
-    )
-    write_bundle(out, contents)

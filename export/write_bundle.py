@@ -156,7 +156,7 @@ def write_serving(folder: Path, contents: Contents, facts: Mapping[str, ModelFil
     """Write the folder serving/ from what is in the bundle already."""
     served = facts[contents.serving.served]
     image, logits = golden.inputs[0].astype(served.input.dtype), golden.outputs[contents.serving.served][0]
-    write_repositories(folder, contents.name, served, contents.serving, sample=image.tobytes())
+    write_repositories(folder, contents.name, facts, contents.serving, sample=image.tobytes())
     write_requests(folder, contents.name, served, image, logits)
     write_kserve(folder, contents.name, contents.serving)
 

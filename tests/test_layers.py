@@ -15,7 +15,7 @@ ROWS = (
     ("compress.distillation", "compress.logit_cache", "compress.network", "compress.settings", "compress.train"),
     ("compress.onnx_export", "compress.run", "compress.scoring", "compress.teaching"),
     ("compress.stages",),
-    ("compress.pipeline", "compress.report"),
+    ("compress.bundling", "compress.pipeline", "compress.report"),
     ("compress.cli", "compress.doctor", "compress.study"),
 )  # fmt: skip
 ALGORITHMS = ROWS[2]  # these take plain arguments, never a recipe's section

@@ -11,6 +11,7 @@ serving/triton-python/NAME/              for Triton's Python backend: config.pbt
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,23 +43,26 @@ class Serving:
         return self.files[self.kind]
 
 
-def write_repositories(folder: Path, name: str, facts: ModelFile, serving: Serving, *, sample: bytes) -> None:
+def write_repositories(
+    folder: Path, name: str, facts: Mapping[str, ModelFile], serving: Serving, *, sample: bytes
+) -> None:
     """Write both repositories into `folder`/serving from the bundle's files in `folder`; `sample` is one raw input."""
-    python = folder / "serving" / TRITON_PYTHON / name
-    write_text(python / "config.pbtxt", python_config(name, facts, serving))
-    place(Path(__file__).with_name("triton_model.py"), python / "1" / "model.py")
-    place(folder / f"{serving.files['cpu']}.onnx", python / "1" / "model.onnx")
-    onnx = folder / "serving" / TRITON / name
-    write_text(onnx / "config.pbtxt", onnx_config(name, facts, serving, serving.kind))
-    place(folder / f"{serving.served}.onnx", onnx / "1" / "model.onnx")
-    for kind, file in serving.files.items():
-        write_text(onnx / "configs" / f"{kind}.pbtxt", onnx_config(name, facts, serving, kind))
-        if (alias := filename(serving, kind)) != "model.onnx":
-            place(folder / f"{file}.onnx", onnx / "1" / alias)
-    for model in (onnx, python):
-        place(folder / "labels.txt", model / "labels.txt")
+    python, onnx = (folder / "serving" / repository / name for repository in (TRITON_PYTHON, TRITON))
+    for model in (python, onnx):
+        (model / "1").mkdir(parents=True)
         (model / "warmup").mkdir()
         (model / "warmup" / SAMPLE).write_bytes(sample)
+        shutil.copyfile(folder / "labels.txt", model / "labels.txt")
+    shutil.copyfile(Path(__file__).with_name("triton_model.py"), python / "1" / "model.py")
+    share(folder / f"{serving.files['cpu']}.onnx", python / "1" / "model.onnx")
+    write_text(python / "config.pbtxt", python_config(name, facts[serving.files["cpu"]], serving))
+    for kind, file in serving.files.items():
+        config = onnx_config(name, facts[file], serving, kind)
+        write_text(onnx / "configs" / f"{kind}.pbtxt", config)
+        if kind == serving.kind:
+            write_text(onnx / "config.pbtxt", config)
+        if not (onnx / "1" / filename(serving, kind)).exists():
+            share(folder / f"{file}.onnx", onnx / "1" / filename(serving, kind))
 
 
 def filename(serving: Serving, kind: Kind) -> str:
@@ -75,8 +79,7 @@ def onnx_config(name: str, facts: ModelFile, serving: Serving, kind: Kind) -> st
         lines.append(parameter("intra_op_thread_count", str(serving.threads)))
         lines.append(parameter("inter_op_thread_count", "1"))
     if kind == "tensorrt":
-        precision = "INT8" if serving.files["tensorrt"] != serving.files["cuda"] else "FP16"
-        lines.append(tensorrt(precision))
+        lines.append(tensorrt(facts.precision.upper()))
     return "\n".join(lines)
 
 
@@ -137,15 +140,11 @@ optimization {{
 """
 
 
-def place(source: Path, path: Path) -> None:
-    """Have `path` hold the bytes of `source`: the same file on the disk where the file system can, else a copy."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if source.suffix == ".onnx":
-        try:
-            os.link(source, path)
-        except OSError:
-            shutil.copyfile(source, path)
-    else:
+def share(source: Path, path: Path) -> None:
+    """Have `path` be the same file on the disk as `source` where the file system can, else a copy."""
+    try:
+        os.link(source, path)
+    except OSError:
         shutil.copyfile(source, path)
 
 

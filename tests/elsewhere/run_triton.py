@@ -38,7 +38,7 @@ def serving(repository: Path, log: Path) -> Iterator[tuple[str, str]]:
         "http-address": "127.0.0.1", "http-port": http.partition(":")[2], "strict-readiness": "true",
         "grpc-address": "127.0.0.1", "grpc-port": grpc.partition(":")[2], "exit-timeout-secs": "5",
     }  # fmt: skip
-    command = [SERVER / "bin" / "tritonserver", *(f"--{name}={value}" for name, value in options.items())]
+    command = [str(SERVER / "bin" / "tritonserver"), *(f"--{name}={value}" for name, value in options.items())]
     # The Python backend starts the first interpreter of the PATH, whose packages model.py then imports.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with log.open("wb") as stream:

@@ -1,0 +1,128 @@
+"""Gather what a run's bundle is made of, and publish a finished one."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import distribution
+from pathlib import Path
+
+import numpy as np
+
+from compress import strict_yaml
+from compress.artifact import key_of
+from compress.errors import ArtifactError
+from compress.files import FP16, FP32, PTQ, QAT, deployed, files_in, name_for
+from compress.recipe import Recipe
+from compress.report.card import card
+from compress.report.html import render
+from compress.report.shape import Report
+from export.bundle import SUMS, contained, read_bundle, read_sums
+from export.model_file import inspect
+from export.serving.triton import Kind, Serving, share
+from export.session import CPU
+from export.signature import sign
+from export.targets import TARGETS, Target, resolve_target
+from export.write_bundle import Contents, dump, in_one_step
+
+
+def contents(recipe: Recipe, root: Path, exported: Path, report: Report) -> Contents:
+    """Return what the bundle of the run in `root` is made of; `exported` is its export stage's folder."""
+    files, target = files_in(exported), resolve_target(recipe.target)
+    preprocess = json.loads((exported / "preprocess.json").read_text())
+    labels = (exported / "labels.txt").read_text(encoding="utf-8").splitlines()
+    with np.load(exported / "golden.npz") as golden:
+        images, image_labels = golden["images"], golden["labels"]
+    serving = serving_of(report, files, target, image_size=preprocess["image_size"])
+    facts = inspect(files[serving.served])
+    # Whether a stage was kept from an earlier run is no fact of the bundle: run again, it has the same bytes.
+    report = {**report, "stages": [{**row, "cached": False} for row in report["stages"]]}
+    rows = {row["name"]: row for row in report["deployed"]}
+    readme = card(
+        report,
+        served=serving.served,
+        classes=len(labels),
+        golden=len(images),
+        tensors={"input": facts.input, "output": facts.output},
+    )
+    texts = {
+        "README.md": readme,
+        "recipe.yaml": strict_yaml.dump(recipe.model_dump(mode="json")),
+        "environment.json": dump(report["environment"]),
+        "report.json": dump(report),
+        "report/index.html": render(report, root),
+        "LICENSE": distribution("compress").read_text("licenses/LICENSE") or "",
+        "NOTICE": notice(recipe),
+    }
+    return Contents(
+        name=recipe.name,
+        files=files,
+        serving=serving,
+        preprocess=preprocess,
+        labels=labels,
+        images=images,
+        image_labels=image_labels,
+        task=recipe.task,
+        target=target.name,
+        recipe_digest=key_of(recipe.model_dump(mode="json")),
+        metrics={name: {key: rows[name][key] for key in ("top1", "agreement")} for name in files if name in rows},
+        documents={name: text.encode() for name, text in texts.items()},
+    )
+
+
+def serving_of(report: Report, files: Mapping[str, Path], target: Target, *, image_size: int) -> Serving:
+    """Return the file for each kind of machine, and the threads and batches of its best throughput in the bench.
+
+    The file for the recipe's target is the recommended one, else the one that was made for it.
+    """
+    kind: Kind = {"cuda": "cuda", "tensorrt": "tensorrt"}.get(target.name, "cpu")  # type: ignore[assignment]
+    recommended = report["recommendation"] and report["recommendation"]["file"]
+    symmetric = [name_for(made, TARGETS["tensorrt"], target) for made in (QAT, PTQ)]
+    chosen: dict[Kind, str] = {
+        "cpu": FP32,
+        "cuda": FP16,
+        "tensorrt": next((name for name in symmetric if name in files), FP16),
+        kind: recommended or deployed(files, target),
+    }
+    timed = [row for row in report["deployed"] if row["image_size"] == image_size]
+    on_cpu = [row for row in timed if (row["name"], row["provider"]) == (chosen["cpu"], CPU)]
+    fastest = max(on_cpu, key=lambda row: row["throughput_ips"] or 0, default=None)
+    batches = [row["batch"] for row in timed if row["name"] == chosen[kind]]
+    # The bench runs one session of a file, so one instance is what its numbers hold for.
+    return Serving(chosen, kind, fastest and fastest["threads"], instances=1, max_batch_size=max(batches, default=1))
+
+
+def notice(recipe: Recipe) -> str:
+    """Return whose terms hold for which part of the bundle."""
+    weights = recipe.model.weights or "none given: trained by this recipe"
+    return f"""\
+{recipe.name}
+
+Made with compress {distribution("compress").version}. serving/triton-python/{recipe.name}/1/model.py is a part of it, under the Apache License 2.0 (LICENSE).
+The weights descend from: {recipe.model.arch}, weights: {weights}. The images in golden/ and in serving/ are
+validation images of: {recipe.data.dataset}. For weights and images the terms of their owners hold.
+"""
+
+
+def publish(run: Path, to: Path, *, key: Path | None) -> None:
+    """Copy a finished run's bundle to `to` in one step, signed where a private key is given; only an older bundle is replaced.
+
+    Raises ArtifactError where the run has no bundle, BundleError where it is damaged or cannot be signed or written.
+    """
+    source = run / "bundle"
+    if not source.is_dir():
+        raise ArtifactError(f"{run}: holds no bundle; run its recipe to the export stage")
+    read_bundle(source)
+
+    def fill(folder: Path) -> None:
+        sums = read_sums(source)
+        models = {digest: name for name, digest in sums.items() if name.endswith(".onnx") and "/" not in name}
+        for name in sorted([*sums, SUMS], key=lambda name: name not in models.values()):  # the models first
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if (model := models.get(sums.get(name, ""), name)) != name:
+                share(folder / model, folder / name)
+            else:
+                shutil.copyfile(contained(source, name), folder / name)
+        if key is not None:
+            sign(folder, key)
+
+    in_one_step(to, fill)
