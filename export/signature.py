@@ -48,7 +48,8 @@ def verify(folder: Path, key: Path) -> None:
     except invalid_signature as error:
         raise BundleError(f"{SIGNATURE}: was not made with the key of {key}: get the bundle again") from error
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        said = re.sub(r": Expected 'Digest\(.*?\)', Actual 'Digest\(.*?\)'", "", str(error))  # the names are enough
+        digests = r": Expected \\*'Digest\(.*?\)\\*', Actual \\*'Digest\(.*?\)\\*'"
+        said = re.sub(digests, "", str(error)).replace("\\'", "'")  # the names are enough
         raise BundleError(f"{SIGNATURE}: does not fit this bundle ({said}): get the bundle again") from error
 
 

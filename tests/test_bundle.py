@@ -1,13 +1,16 @@
 import hashlib
 import json
+import pickle
 import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx_files import LABELS, PREPROCESS, classifier, save, small_contents, small_files, write_small_bundle
 
 from export import write_bundle as writing
@@ -96,10 +99,11 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_new_bundle_replaces_the_old_one_whole(bundle: Path, tmp_path: Path) -> None:
     write_small_bundle(bundle, {"student_fp32": save(classifier(4), tmp_path / "s.onnx")})
-    assert set(digests(bundle)) == {
-        "SHA256SUMS", "bundle.json", "labels.txt", "preprocess.json", "student_fp32.onnx",
-        "golden/images.npy", "golden/inputs.npy", "golden/student_fp32.npy",
-    }  # fmt: skip
+    models = {name for name in digests(bundle) if name.endswith(".onnx")}
+    assert models == {
+        "student_fp32.onnx",
+        *(f"serving/{kind}/small/1/model.onnx" for kind in ("triton", "triton-python")),
+    }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "s.onnx"]
 
 
@@ -308,3 +312,112 @@ def test_external_data_is_refused_wherever_it_hides(tmp_path: Path) -> None:
             inspect(path)
         refused.append(place)
     assert refused == list(hidden)
+
+
+def test_golden_outputs_are_what_another_session_answers(made: Path) -> None:
+    """With ONNX Runtime's own defaults, all images in one batch."""
+    found = read_bundle(made)
+    pixels = np.load(made / "golden" / "images.npy")
+    np.testing.assert_array_equal(pixels, found.golden.images)
+    mean, std = np.array([0.5, 0.4, 0.3], np.float32), np.array([0.2, 0.25, 0.3], np.float32)
+    np.testing.assert_allclose(found.golden.inputs.transpose(0, 2, 3, 1), (pixels / 255 - mean) / std, atol=1e-5)
+    for name, path in found.files.items():
+        (logits,) = onnxruntime.InferenceSession(path).run(None, {"input": np.load(made / "golden" / "inputs.npy")})
+        assert found.golden.differing(name, logits) == []
+        np.testing.assert_array_equal(np.load(made / "golden" / f"{name}.npy"), found.golden.outputs[name])
+
+
+def test_a_golden_answer_beyond_its_tolerance_is_told_by_image(made: Path) -> None:
+    golden = read_bundle(made).golden
+    logits = golden.outputs["student_fp32"].copy()
+    logits[1, 0] += 0.9 * golden.tolerance["student_fp32"]
+    logits[2, 1] -= 1.1 * golden.tolerance["student_fp32"]
+    logits[3, 2] = np.nan
+    assert golden.differing("student_fp32", logits) == [2, 3]
+    assert golden.tolerance["student_fp32"] == pytest.approx(1e-3 * golden.outputs["student_fp32"].std(), rel=0.01)
+
+
+@pytest.mark.parametrize(("key", "value"), [("mean", [0.5, 0.3, 0.4]), ("std", [0.2, 0.25, 0.3001])])
+def test_a_normalization_that_the_golden_inputs_contradict_is_refused(bundle: Path, key: str, value: object) -> None:
+    (bundle / "preprocess.json").write_text(json.dumps(PREPROCESS | {key: value}))
+    seal_sums(bundle)
+    with pytest.raises(BundleError, match=r"preprocess\.json: mean and std"):
+        read_bundle(bundle)
+
+
+def npy(header: str, data: bytes = b"") -> bytes:
+    """Return a .npy file of version 1.0 with any header."""
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"garbage", b"\x93NUMPY\x02\x00" + b"\x00" * 40, b"\x93NUMPY\x01\x00\xff\xff{",
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (4, 3)}"),
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (4, 3)}", b"\0" * 47),
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (4, 3)}", b"\0" * 49),
+        npy("{'descr': '<f4', 'fortran_order': True, 'shape': (4, 3)}", b"\0" * 48),
+        npy("{'descr': '<f8', 'fortran_order': False, 'shape': (4, 3)}", b"\0" * 96),
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776, 3)}", b"\0" * 48),
+        npy("{'descr': '|O', 'fortran_order': False, 'shape': (4, 3)}", pickle.dumps(np.zeros((4, 3)))),
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': " + "(" * 600 + "}"),
+        npy("__import__('os')"),
+    ],
+)  # fmt: skip
+def test_an_array_that_is_not_the_one_expected_is_refused(bundle: Path, content: bytes) -> None:
+    (bundle / "golden" / "student_fp32.npy").write_bytes(content)
+    seal_sums(bundle)
+    with pytest.raises(BundleError, match=r"student_fp32\.npy: must "):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    "golden",
+    [
+        None, {}, {"labels": []}, {"labels": [0, 1, 2, 3]}, {"labels": [0, 1, 2, True]}, {"labels": [0] * 65},
+        {"tolerance": {}}, {"tolerance": {"teacher_fp32": -1.0}}, {"tolerance": "none"},
+    ],
+)  # fmt: skip
+def test_senseless_facts_of_the_golden_images_are_refused(bundle: Path, golden: dict[str, object] | None) -> None:
+    def change(document: dict[str, dict[str, dict[str, object]]]) -> None:
+        if not golden:
+            document["golden"] = golden  # type: ignore[assignment]
+        else:
+            document["golden"] |= golden  # type: ignore[arg-type]
+
+    change_manifest(bundle, change)
+    with pytest.raises(BundleError, match=r"bundle\.json: golden"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("served", "student_int8"), ("served", None), ("name", "../up"), ("name", 3)]
+)
+def test_a_bundle_that_serves_nothing_or_has_no_plain_name_is_refused(bundle: Path, key: str, value: object) -> None:
+    change_manifest(bundle, lambda document: document.update({key: value}))  # type: ignore[dict-item]
+    with pytest.raises(BundleError, match=rf"bundle\.json: {key}: must be"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "/abs", "Upper", "", "a" * 65])
+def test_a_bundles_name_that_is_a_path_is_refused(tmp_path: Path, name: str) -> None:
+    contents = replace(small_contents(small_files(tmp_path)), name=name)
+    with pytest.raises(BundleError, match="name: must be lower-case letters"):
+        write_bundle(tmp_path / "out", contents)
+
+
+@pytest.mark.parametrize("name", ["../up", "/tmp/abs", "a/../../up", "labels.txt", "golden"])
+def test_a_document_that_leaves_the_bundle_or_replaces_a_file_is_refused(tmp_path: Path, name: str) -> None:
+    contents = replace(small_contents(small_files(tmp_path)), documents={name: b"x"})
+    with pytest.raises(BundleError, match="must be a new file inside the bundle"):
+        write_bundle(tmp_path / "out", contents)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_answers_no_numbers_is_not_bundled(tmp_path: Path) -> None:
+    model = classifier()
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(np.full(tuple(tensor.dims), np.nan, np.float32), tensor.name))
+    with pytest.raises(BundleError, match="student_fp32: answers a golden image with logits that are not finite"):
+        write_small_bundle(tmp_path / "out", {"student_fp32": save(model, tmp_path / "nan.onnx")})

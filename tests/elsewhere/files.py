@@ -28,7 +28,7 @@ Logits = dict[str, NDArray[np.float32]]
 
 SCRIPTS = Path(__file__).resolve().parent
 ENVIRONMENTS = SCRIPTS.parents[1] / ".elsewhere"
-PROGRAMS: dict[str, tuple[str | Path, str | Path]] = {
+PROGRAMS: dict[str, tuple[str | Path, Path]] = {
     "arm64": (ENVIRONMENTS / "arm64/python", SCRIPTS / "run_onnxruntime.py"),
     "onnxruntime": (ENVIRONMENTS / "onnxruntime/bin/python", SCRIPTS / "run_onnxruntime.py"),
     "openvino": (ENVIRONMENTS / "openvino/bin/python", SCRIPTS / "run_openvino.py"),
@@ -114,8 +114,12 @@ def is_there(runtime: str) -> bool:
 @cache
 def run(runtime: str, folder: Path) -> tuple[Logits, dict[str, Any]]:
     """Return what the runtime makes of every file in the folder, and what its script says of itself."""
-    out = folder / runtime
-    command = [*map(str, PROGRAMS[runtime]), str(folder), str(out), *ARGUMENTS.get(runtime, ())]
+    return run_script(*PROGRAMS[runtime], folder, folder / runtime, *ARGUMENTS.get(runtime, ()))
+
+
+def run_script(program: str | Path, script: Path, folder: Path, out: Path, *more: str) -> tuple[Logits, dict[str, Any]]:
+    """Run a script of another environment on `folder`; return the arrays and the facts that it writes into `out`."""
+    command = [*map(str, (program, script, folder, out)), *more]
     # Nothing of this project: no PYTHONPATH, and another working directory.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

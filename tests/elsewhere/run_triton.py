@@ -7,6 +7,7 @@ server listens on free ports of 127.0.0.1 and ends with this script, however tha
 import ctypes
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,8 @@ import numpy as np
 import pytriton  # type: ignore[import-not-found]
 import tritonclient.grpc  # type: ignore[import-not-found]
 import tritonclient.http  # type: ignore[import-not-found]
+from google.protobuf import json_format, text_format  # type: ignore[import-untyped]
+from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException  # type: ignore[import-not-found]
 
 SERVER = Path(pytriton.__file__).parent / "tritonserver"
@@ -115,6 +118,12 @@ def refused(call: Any) -> str | None:
     return None
 
 
+def parsed(path: Path) -> Any:
+    """Return a configuration read by Triton's own schema, in which an unknown field is an error."""
+    message = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+    return json_format.MessageToDict(message, preserving_proto_field_name=True)
+
+
 def post(address: str, model: str, request: bytes) -> Any:
     """Return the JSON answer to a request as `curl` would send it."""
     with urllib.request.urlopen(f"http://{address}/v2/models/{model}/infer", data=request, timeout=30) as answer:
@@ -124,7 +133,8 @@ def post(address: str, model: str, request: bytes) -> Any:
 def main(bundle: Path, out: Path) -> None:
     """Ask in every way."""
     out.mkdir()
-    repository = bundle / "serving" / "triton-python"
+    # A copy: where it may write, the server leaves its __pycache__ beside model.py.
+    repository = Path(shutil.copytree(bundle / "serving" / "triton-python", out / "repository"))
     (model,) = (path.name for path in repository.iterdir())
     inputs = np.load(bundle / "golden" / "inputs.npy")
     with serving(repository, out / "server.log") as (http, grpc):
@@ -147,6 +157,7 @@ def main(bundle: Path, out: Path) -> None:
             "config": http_client.get_model_config(model),
             "requests": after["inference_count"] - before["inference_count"],
             "executions": after["execution_count"] - before["execution_count"],
+            "configs": {path.relative_to(bundle).as_posix(): parsed(path) for path in bundle.rglob("*.pbtxt")},
             "classified": [bytes(word).decode() for word in ask(*clients[0], model, inputs[:1], classes=1).ravel()],
             "response": post(http, model, (bundle / "serving" / "request.json").read_bytes()),
             "wrong_shape": refused(lambda: ask(over_http, http_client, model, inputs[:, :, 1:])),

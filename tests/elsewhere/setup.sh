@@ -7,6 +7,8 @@ cd "$(dirname "$0")/../.."
 ORT=(onnxruntime==1.15.1 numpy==1.26.4)
 OPENVINO=(openvino==2026.4.1 numpy==2.4.6)
 WEB=(onnxruntime-web@1.30.0)
+TRITON=(nvidia-pytriton==0.7.0 tritonclient==2.73.0 onnxruntime==1.32.0 numpy==1.26.4)
+SIGNING=(model-signing==1.1.1 pyopenssl==26.4.0 onnxruntime==1.32.0 onnx==1.23.2 numpy==2.4.6)
 ARM64=(onnxruntime==1.22.1 numpy==2.2.6 flatbuffers==25.12.19 protobuf==6.33.0 packaging==25.0)
 
 fail() { echo "elsewhere: $1" >&2; exit 1; }
@@ -29,10 +31,33 @@ python_environment() { # NAME "VERSIONS" PACKAGES...
 	if ready "$name" "$@"; then return; fi
 	# shellcheck disable=SC2086 # a list of words
 	python=$(find_python $versions) || fail "$name needs one of Python $versions with its venv module; install one (on Debian: apt install python3-venv)"
+	install_into "$name" "$python" "$@"
+	echo "$*" >".elsewhere/$name/.ready"
+}
+
+install_into() { # NAME INTERPRETER PACKAGES...
+	local name=$1 python=$2; shift 2
 	echo ".elsewhere/$name: installing $* with $("$python" --version)"
 	"$python" -m venv --clear ".elsewhere/$name"
 	".elsewhere/$name/bin/python" -m pip install -q --disable-pip-version-check --progress-bar off "$@" >".elsewhere/$name/pip.log" 2>&1 \
 		|| fail "pip cannot install $*; all it said is in .elsewhere/$name/pip.log"
+}
+
+# Triton's Python backend loads the interpreter's shared library, which Debian's Python has and pyenv's lacks.
+triton_environment() { # NAME PACKAGES...
+	local name=$1 version server; shift
+	if ready "$name" "$@"; then return; fi
+	for version in 3.11 3.12 3.13; do
+		"/usr/bin/python$version" -c "import venv, ensurepip, ctypes; ctypes.CDLL('libpython$version.so.1.0')" 2>/dev/null && break
+		version=
+	done
+	if [ -z "$version" ]; then
+		echo ".elsewhere/$name: left out, it needs Debian's Python with its shared library (apt install python3-venv libpython3-dev, or python3.11-venv libpython3.11)"
+		return
+	fi
+	install_into "$name" "/usr/bin/python$version" "$@"
+	server=".elsewhere/$name/lib/python$version/site-packages/pytriton/tritonserver"
+	cp "$server/python_backend_stubs/$version/triton_python_backend_stub" "$server/backends/python/"
 	echo "$*" >".elsewhere/$name/.ready"
 }
 
@@ -82,5 +107,7 @@ arm64_environment() { # NAME PACKAGES...
 mkdir -p .elsewhere
 python_environment onnxruntime "3.11 3.10 3.9 3.8" "${ORT[@]}"
 python_environment openvino "3.13 3.12 3.11 3.10" "${OPENVINO[@]}"
+python_environment signing "3.13 3.12 3.11" "${SIGNING[@]}"
+triton_environment triton "${TRITON[@]}"
 node_environment web "${WEB[@]}"
 arm64_environment arm64 "${ARM64[@]}"
