@@ -213,6 +213,21 @@ def publish(
 
 
 @app.command()
+def compare(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="A B...", help="Two or more runs' folders, such as runs/quickstart, or bundles."),
+    ],
+    page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")] = None,
+    document: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers.")] = None,
+) -> None:
+    """Set runs or bundles side by side: what each measured, and what differs in their recipes."""
+    from compress.report.compare_files import compare_folders
+
+    compare_folders(folders, page=page, document=document)
+
+
+@app.command()
 def study(
     file: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's YAML file.")],
     data: DataPath = None,

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from compress.artifact import read_meta
+from compress.data.digest import dataset_digest
 from compress.recipe import Recipe
 from compress.report.recommend import recommend
 from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report, StageRow
 from compress.report.verdict import judge
+from compress.settings import data_settings
 from export.environment import environment
 
 ROW_KEYS = tuple(DeployedRow.__annotations__)
@@ -29,6 +31,7 @@ def collect(
         recipe=recipe.model_dump(mode="json"),
         command=command,
         environment=bench.get("environment") or environment(),
+        data_digest=dataset_digest(data_settings(recipe)),
         stages=[_stage_row(path, root, cached[path.name]) for path in artifacts],
         deployed=[_deployed_row(timing, bench["accuracy"].get(timing["name"], {})) for timing in bench["timings"]],
         ptq=_last(artifacts, "ptq.json"),

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from compress.report import charts, gain, int8, numbers, proof, series, summary
 from compress.report.shape import DeployedRow, Report
 from compress.report.verdict import CPU, headline_row
 
 WIDTH = 440  # of a chart in its own pixels; close to a phone's, so that its text stays readable there
+FRAME = charts.Box(56, 8, WIDTH - 6, 236)  # of a cloud's points
 CURVES = {"loss": "Loss", "top1": "Validation top-1", "lr": "Learning rate"}
 WATERFALLS = {  # stage metric: title, unit, whether the track starts at zero
     "top1": ("Top-1", "", False),
@@ -37,6 +38,7 @@ class Cloud(NamedTuple):
     x: charts.Axis
     y: charts.Axis
     points: list[charts.Point]
+    x_title: str = "median latency, ms (log scale)"
 
 
 class Spread(NamedTuple):
@@ -76,20 +78,12 @@ def render(report: Report, root: Path) -> str:
 
     Every text of the report is escaped: class names and paths come from strangers.
     """
-    environment = Environment(
-        loader=PackageLoader("compress.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {"numbers": numbers, "summary": summary}
     digits = summary.decimals(report)
     parities = proof.parities(report)
     headline_rows = _headline_rows(report)
     # A file for another target is timed here too, but this machine's picture of it would mislead.
     drawn = [own for rows in headline_rows if (own := [row for row in rows if row["name"] in summary.TITLES])]
-    return environment.get_template("page.html.j2").render(
+    return template("page.html.j2").render(
         report=report,
         digits=digits,
         cards=summary.headline(report),
@@ -113,6 +107,19 @@ def render(report: Report, root: Path) -> str:
         environment_rows=list(_flat(report["environment"])),
         recipe_yaml=yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True),
     )
+
+
+def template(name: str) -> Template:
+    """Return a page's template: it escapes every text, and a name it does not know is an error."""
+    environment = Environment(
+        loader=PackageLoader("compress.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"numbers": numbers, "summary": summary}
+    return environment.get_template(name)
 
 
 def _headline_rows(report: Report) -> list[list[DeployedRow]]:
@@ -153,11 +160,10 @@ def _cloud(rows: Sequence[DeployedRow]) -> Cloud | None:
     known = [(name, p50_ms, top1) for name, p50_ms, top1 in measured if p50_ms is not None and top1 is not None]
     if not known:
         return None
-    frame = charts.Box(56, 8, WIDTH - 6, 236)
-    x = charts.log_axis([p50_ms for _, p50_ms, _ in known], frame.left, frame.right)
-    y = charts.linear_axis([100 * top1 for _, _, top1 in known], frame.bottom - 14, frame.top + 14)
+    x = charts.log_axis([p50_ms for _, p50_ms, _ in known], FRAME.left, FRAME.right)
+    y = charts.linear_axis([100 * top1 for _, _, top1 in known], FRAME.bottom - 14, FRAME.top + 14)
     places = [(name, summary.title(name), x.at(p50_ms), y.at(100 * top1)) for name, p50_ms, top1 in known]
-    return Cloud(summary.conditions(rows[0]), x, y, charts.place_labels(places, frame))
+    return Cloud(summary.conditions(rows[0]), x, y, charts.place_labels(places, FRAME))
 
 
 def _distribution(report: Report, root: Path, rows: Sequence[DeployedRow]) -> Distribution:

@@ -1,6 +1,8 @@
 """The shape of `report.json`. Accuracies are fractions, what is unknown is None."""
 
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired
+
+from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
 
 Verdict = Literal["pass", "fail"]
 Json = dict[str, Any]
@@ -172,13 +174,14 @@ class Report(TypedDict):
     """Everything a run measured, and whether that is what its recipe wanted.
 
     `ptq`, `audit` and `verify` are None where no stage wrote them; audit and verify are by file. `limits` has a sentence for each of
-    the export stage's limits that the deployed file is over.
+    the export stage's limits that the deployed file is over. `data_digest` names the images; older reports have none.
     """
 
     schema_version: Literal[2]
     recipe: Json
     command: str
     environment: Json
+    data_digest: NotRequired[str]
     stages: list[StageRow]
     deployed: list[DeployedRow]
     ptq: Ptq | None

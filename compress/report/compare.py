@@ -1,0 +1,136 @@
+"""Set runs side by side: what each measured, what differs in their recipes, and how far the comparison is fair."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from compress.report import numbers, summary
+from compress.report.compare_candidate import Candidate, Subject, Teacher, candidate, common_conditions
+from compress.report.compare_fair import Fairness, SpeedBy, judge_fairness
+from compress.report.compare_recipes import Difference, differences
+
+
+@dataclass(frozen=True)
+class Best:
+    """Who leads in one respect; several where they are equal. `note` says how sure that is."""
+
+    title: str
+    names: tuple[str, ...]
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side; `conditions` are those of every time in it, None where the runs share none.
+
+    `speed_by` says what may be ranked: the times themselves, only their ratios to each run's own teacher, or nothing.
+    """
+
+    candidates: tuple[Candidate, ...]
+    teachers: tuple[Teacher, ...]
+    conditions: str | None
+    speed_by: SpeedBy | None
+    best: tuple[Best, ...]
+    differences: tuple[Difference, ...]
+    warnings: tuple[str, ...]
+    decimals: int
+
+
+def compare(subjects: Mapping[str, Subject]) -> Comparison:
+    """Compare runs by name, in this order."""
+    reports = {name: subject.report for name, subject in subjects.items()}
+    conditions = common_conditions(list(reports.values()))
+    found = [candidate(name, subject, conditions) for name, subject in subjects.items()]
+    fairness = judge_fairness(found, reports, are_alike=conditions is not None)
+    digits = min(summary.decimals(report) for report in reports.values())
+    found = [replace(one, is_efficient=_is_efficient(one, found, fairness)) for one in found]
+    return Comparison(
+        candidates=tuple(found),
+        teachers=_teachers(found),
+        conditions=conditions.text if conditions else None,
+        speed_by=fairness.speed_by,
+        best=tuple(_best(found, fairness, digits)),
+        differences=tuple(differences([report["recipe"] for report in reports.values()])),
+        warnings=fairness.warnings,
+        decimals=digits,
+    )
+
+
+def leaders(candidates: Sequence[Candidate], value: Callable[[Candidate], float | None]) -> tuple[str, ...]:
+    """Return the names with the largest value; none where fewer than two are known, or all are equal."""
+    known = {one.name: number for one in candidates if (number := value(one)) is not None}
+    if len(known) < 2 or len(set(known.values())) == 1:
+        return ()
+    return tuple(name for name, number in known.items() if number == max(known.values()))
+
+
+def speed(one: Candidate, speed_by: SpeedBy | None) -> float | None:
+    """Return what a candidate's speed is ranked by: more is faster."""
+    if speed_by == "latency":
+        return None if not one.p50_ms else 1 / one.p50_ms
+    return one.speedup["ratio"] if one.speedup and speed_by == "speedup" else None
+
+
+def top1(one: Candidate, fairness: Fairness) -> float | None:
+    """Return what a candidate's accuracy is ranked by; nothing where the images are others."""
+    return one.top1 if fairness.same_images else None
+
+
+def _is_efficient(one: Candidate, everyone: Sequence[Candidate], fairness: Fairness) -> bool | None:
+    """Tell whether nobody is at least as accurate and as fast and better in one of both (Pareto); None where that is unknown."""
+    places = {other.name: (top1(other, fairness), speed(other, fairness.speed_by)) for other in everyone}
+    known = {name: (right, fast) for name, (right, fast) in places.items() if right is not None and fast is not None}
+    if one.name not in known or len(known) < 2:
+        return None
+    own = known[one.name]
+    return not any(place != own and place[0] >= own[0] and place[1] >= own[1] for place in known.values())
+
+
+def _teachers(found: Sequence[Candidate]) -> tuple[Teacher, ...]:
+    """Return each teacher once; the candidates that one source stage taught share it."""
+    unique: dict[str, list[Candidate]] = {}
+    for one in found:
+        if one.teacher:
+            unique.setdefault(one.teacher.key, []).append(one)
+    return tuple(
+        replace(ones[0].teacher, of=tuple(one.name for one in ones)) for ones in unique.values() if ones[0].teacher
+    )
+
+
+def _best(found: Sequence[Candidate], fairness: Fairness, digits: int) -> list[Best]:
+    """Return who is the most accurate, the fastest, the smallest; a title is left out where nobody can be named."""
+    by_name = {one.name: one for one in found}
+    best = []
+    if names := leaders(found, lambda one: top1(one, fairness)):
+        intervals = {one.name: one.top1_ci95 for one in found if one.top1 is not None}
+        first = by_name[names[0]]
+        best.append(Best("Most accurate", names, numbers.percent(first.top1, digits), _apart(names, intervals)))
+    if names := leaders(found, lambda one: speed(one, fairness.speed_by)):
+        intervals = {one.name: _interval(one) for one in found if one.p50_ms}
+        first, sure = by_name[names[0]], _apart(names, intervals) if fairness.same_teacher else ""
+        ratio = f"{numbers.times(first.speedup['ratio'])} its teacher" if first.speedup else ""
+        if fairness.speed_by == "speedup":
+            best.append(Best("Fastest", names, ratio, sure))
+        else:
+            note = ", ".join(part for part in (ratio, sure) if part)
+            best.append(Best("Fastest", names, numbers.significant(first.p50_ms, "ms"), note))
+    if names := leaders(found, lambda one: None if one.size_mb is None else -one.size_mb):
+        best.append(Best("Smallest", names, numbers.significant(by_name[names[0]].size_mb, "MB"), ""))
+    return best
+
+
+def _interval(one: Candidate) -> tuple[float, float] | None:
+    if one.speedup is None:
+        return None
+    low, high = one.speedup["ci95"]
+    return (low, high)
+
+
+def _apart(names: Sequence[str], intervals: Mapping[str, tuple[float, float] | None]) -> str:
+    """Return whether the leaders' intervals lie above those of all others."""
+    ours = [intervals[name] for name in names]
+    others = [interval for name, interval in intervals.items() if name not in names]
+    if not others or not all(ours) or not all(others):
+        return ""
+    above = min(low for low, _ in filter(None, ours)) > max(high for _, high in filter(None, others))
+    return "beyond all other intervals" if above else "but the 95 % intervals overlap"

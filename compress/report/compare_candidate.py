@@ -1,0 +1,194 @@
+"""One run in a comparison: what its report, or a bundle's manifest, says of the file that is deployed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from compress.files import TEACHER
+from compress.report import summary
+from compress.report.shape import DeployedRow, Json, Report, Speedup, Verdict
+from compress.report.verdict import (
+    CPU,
+    any_row,
+    deployed_name,
+    first_and_last,
+    headline_provider,
+    target_of,
+)
+from export.intervals import clopper_pearson
+
+MAX_IMAGES = 10_000_000  # more would be a mistake in the file, and the interval's sums would fill the memory
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is compared: a report, the opset of the deployed file where a bundle tells it, and the page to link to."""
+
+    report: Report
+    opset: int | None = None
+    link: str | None = None
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher's FP32 file; candidates `of` the same source stage share it."""
+
+    key: str
+    arch: str | None
+    params_m: float | None
+    macs_m: float | None
+    top1: float | None
+    p50_ms: float | None
+    of: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One run; all but the training is about the file that is deployed. Unknown is None.
+
+    `training_seconds` are those of the stages that train, without the teacher's own. `agreement` is with its own float student.
+    `is_efficient` says that no other candidate is both as accurate and as fast, and better in one of them.
+    """
+
+    name: str
+    link: str | None
+    arch: str | None
+    target: str
+    file: str | None
+    teacher: Teacher | None
+    top1: float | None
+    top1_ci95: tuple[float, float] | None
+    images: int | None
+    scored_in: str | None
+    agreement: float | None
+    params_m: float | None
+    macs_m: float | None
+    size_mb: float | None
+    image_size: int | None
+    p50_ms: float | None
+    speedup: Speedup | None
+    speedup_vs_student_fp32: Speedup | None
+    integer_layers: int | None
+    float_layers: int | None
+    training_seconds: float | None
+    opset: int | None
+    verdict: Verdict | None
+    failures: int
+    is_efficient: bool | None = None
+
+
+class Conditions(NamedTuple):
+    """What all runs were timed under: batch 1, and one thread on a CPU."""
+
+    provider: str
+    image_size: int
+    text: str
+
+
+def common_conditions(reports: Sequence[Report]) -> Conditions | None:
+    """Return the conditions that all timed runs share: the headline's provider where all have the same, and the largest image."""
+    timed = [report for report in reports if _settings(report)]
+    if not timed:
+        return None
+    shared = set.intersection(*(set(_settings(report)) for report in timed))
+    providers = {headline_provider(report) for report in timed}
+    provider = providers.pop() if len(providers) == 1 else CPU
+    sizes = [size for name, size in shared if name == provider]
+    if not sizes:
+        return None
+    return Conditions(provider, max(sizes), summary.conditions(_settings(timed[0])[provider, max(sizes)]))
+
+
+def candidate(name: str, subject: Subject, conditions: Conditions | None) -> Candidate:
+    """Return what a run measured, its times under these conditions or, without them, under its own headline's."""
+    report = subject.report
+    file = deployed_name(report)
+    where = conditions or _own_conditions(report)
+    row, timed = any_row(report, file), _timing(report, file, where)
+    scored = row["top1"] if row else first_and_last(report, "top1")[1]
+    images = row["images"] if row else None
+    audit = (report["audit"] or {}).get(file or "")
+    is_whole = bool(report["stages"])
+    return Candidate(
+        name=name,
+        link=subject.link,
+        arch=report["recipe"].get("model", {}).get("arch"),
+        target=target_of(report),
+        file=file,
+        teacher=_teacher(report, where),
+        top1=scored,
+        top1_ci95=_interval(scored, images),
+        images=images,
+        scored_in=None if scored is None else "ONNX Runtime" if row else "PyTorch",
+        agreement=row["agreement"] if row else None,
+        params_m=first_and_last(report, "params_m")[1],
+        macs_m=first_and_last(report, "macs_m")[1],
+        size_mb=row["size_mb"] if row else first_and_last(report, "size_mb")[1],
+        image_size=timed["image_size"] if timed else None,
+        p50_ms=timed["p50_ms"] if timed else None,
+        speedup=timed["speedup"] if timed else None,
+        speedup_vs_student_fp32=timed["speedup_vs_student_fp32"] if timed else None,
+        integer_layers=len(audit["integer_layers"]) if audit else None,
+        float_layers=len(audit["float_layers"]) if audit else None,
+        training_seconds=_training_seconds(report) if is_whole else None,
+        opset=subject.opset,
+        verdict=report["verdict"] if is_whole else None,
+        failures=len(report["failures"]),
+    )
+
+
+def _settings(report: Report) -> dict[tuple[str, int], DeployedRow]:
+    """Return the deployed file's timings at batch 1, on the CPU with one thread, by provider and image size."""
+    name = deployed_name(report)
+    return {
+        (row["provider"], row["image_size"]): row
+        for row in report["deployed"]
+        if row["name"] == name
+        and row["batch"] == 1
+        and row["p50_ms"]
+        and (row["threads"] == 1 or row["provider"] != CPU)
+    }
+
+
+def _own_conditions(report: Report) -> Conditions | None:
+    return common_conditions([report]) if _settings(report) else None
+
+
+def _timing(report: Report, name: str | None, where: Conditions | None) -> DeployedRow | None:
+    """Return a file's row under these conditions."""
+    if where is None:
+        return None
+    rows = (
+        row
+        for row in report["deployed"]
+        if (row["name"], row["provider"], row["image_size"], row["batch"])
+        == (name, where.provider, where.image_size, 1)
+        and (row["threads"] == 1 or where.provider != CPU)
+    )
+    return next(rows, None)
+
+
+def _teacher(report: Report, where: Conditions | None) -> Teacher | None:
+    """Return the teacher as deployed, or as its stage left it; its key is the source stage's, else its file's facts."""
+    row, timed = any_row(report, TEACHER), _timing(report, TEACHER, where)
+    params_m, macs_m = first_and_last(report, "params_m")[0], first_and_last(report, "macs_m")[0]
+    top1 = row["top1"] if row else first_and_last(report, "top1")[0]
+    if row is None and top1 is None:
+        return None
+    key = report["stages"][0]["key"] if report["stages"] else f"{row and row['size_mb']} MB, {top1}"
+    arch: Json = report["recipe"].get("model", {})
+    return Teacher(key, arch.get("arch"), params_m, macs_m, top1, timed["p50_ms"] if timed else None)
+
+
+def _training_seconds(report: Report) -> float | None:
+    """Return what the stages after the source that train took; None where one's time is unknown."""
+    pairs = list(zip(report["stages"], report["recipe"].get("stages", []), strict=False))
+    seconds = [stage["seconds"] for stage, section in pairs[1:] if "fit" in section]
+    return None if None in seconds else sum(filter(None, seconds))
+
+
+def _interval(top1: float | None, images: int | None) -> tuple[float, float] | None:
+    """Return the exact 95 % interval of a top-1 that was counted on so many images."""
+    if top1 is None or not images or not 0 < images <= MAX_IMAGES or not 0 <= top1 <= 1:
+        return None
+    return clopper_pearson(round(top1 * images), images)

@@ -1,0 +1,176 @@
+"""How far a comparison is fair: other images, other machines, other teachers, each in a sentence."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from compress.report.compare_candidate import Candidate
+from compress.report.numbers import significant
+from compress.report.shape import Report
+from export.environment import HARDWARE
+
+SpeedBy = Literal["latency", "speedup"]
+RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+# Settings that decide what is shown to the network when it is scored; `path` decides by its content, which the digest covers.
+IMAGES = ("dataset", "image_size", "resize", "mean", "std", "val_fraction", "skip_broken")
+DRIFT = 1.05  # the same teacher on the same machine: more than 5 % apart says that the machine was not equally free
+
+
+class Fairness(NamedTuple):
+    """What may be ranked, and a sentence for each thing that stands against it."""
+
+    same_images: bool
+    same_teacher: bool
+    speed_by: SpeedBy | None
+    warnings: tuple[str, ...]
+
+
+def judge_fairness(found: Sequence[Candidate], reports: Mapping[str, Report], *, are_alike: bool) -> Fairness:
+    """Return what may be ranked; `are_alike` says that all times were taken under the same conditions."""
+    images = list(_other_images(found, reports))
+    timed = [one for one in found if one.p50_ms]
+    machine = list(_other_machines([one.name for one in timed], reports))
+    known = [one for one in found if one.teacher and one.teacher.macs_m]
+    teachers = {_teacher(one) for one in known}
+    same_teacher = len(teachers) == 1
+    warnings = [*_bare(found), *images, *_other_split(found, reports), *_scored_elsewhere(found), *machine]
+    drift = _drift(timed) if same_teacher and not machine else None
+    speed_by: SpeedBy | None = "latency" if not machine and not drift else "speedup" if same_teacher else None
+    if drift:
+        warnings.append(drift)
+    if machine:
+        only = "only the ratios that each machine measured within itself are comparable"
+        warnings.append(
+            f"Times in ms of different machines or runtimes do not compare: {only}"
+            + (
+                ", so the speed-up over the teacher ranks them."
+                if same_teacher
+                else ", and the teachers differ, so none is the fastest."
+            )
+        )
+    if not are_alike and len(timed) > 1:
+        speed_by = None
+        warnings.append(
+            f"The runs were not timed under one setting ({_grouped(timed, _setting)}): no times are ranked."
+        )
+    if len(teachers) > 1:
+        warnings.append(
+            f"The teachers differ ({_grouped(known, _teacher)}): a speed-up and a loss are against each run's own."
+        )
+    return Fairness(not images and not _bare(found), same_teacher, speed_by, tuple(warnings))
+
+
+def _bare(found: Sequence[Candidate]) -> list[str]:
+    """Return that nothing more is known of a bundle that holds no report."""
+    names = ", ".join(one.name for one in found if one.verdict is None)
+    return (
+        [f"Of {names} only the bundle's own facts are known: it holds no report, so nothing but size is ranked."]
+        if names
+        else []
+    )
+
+
+def _other_images(found: Sequence[Candidate], reports: Mapping[str, Report]) -> list[str]:
+    """Return why top-1 is not of the same images."""
+    data = {name: report["recipe"].get("data") for name, report in reports.items()}
+    known = {name: section for name, section in data.items() if section}
+    problems = []
+    for key in IMAGES:
+        values = {name: json.dumps(section.get(key)) for name, section in known.items()}
+        if len(set(values.values())) > 1:
+            problems.append(f"data.{key}: {_groups(values)}")
+    counts = {one.name: f"{one.images:,} images" for one in found if one.images}
+    if len(set(counts.values())) > 1:
+        problems.append(_groups(counts))
+    digests = {name: report["data_digest"] for name, report in reports.items() if "data_digest" in report}
+    drawn = {_split(report) for name, report in reports.items() if name in digests}
+    if not problems and len(set(digests.values())) > 1 and len(drawn) == 1:
+        problems.append("the folders' content is not the same")
+    return [f"Top-1 is not of the same images ({'; '.join(problems)}): it is not ranked."] if problems else []
+
+
+def _other_split(found: Sequence[Candidate], reports: Mapping[str, Report]) -> list[str]:
+    """Return that the validation images may be drawn otherwise: equally hard on average, not the same."""
+    seeds = {
+        name: f"seed {reports[name]['recipe']['seed']}"
+        for name in (one.name for one in found)
+        if "seed" in reports[name]["recipe"]
+    }
+    if len(set(seeds.values())) < 2:
+        return []
+    return [
+        f"The seeds differ ({_groups(seeds)}): where validation images are held out by seed, top-1 is of other images of the same kind; "
+        "its intervals still tell."
+    ]
+
+
+def _split(report: Report) -> str:
+    """Return what else the digest covers: it changes with the seed and the limit, the folder's content aside."""
+    recipe = report["recipe"]
+    return json.dumps([recipe.get("seed"), recipe.get("data", {}).get("limit_per_class")])
+
+
+def _scored_elsewhere(found: Sequence[Candidate]) -> list[str]:
+    places = {one.name: one.scored_in for one in found if one.scored_in}
+    return [f"Top-1 was measured in {_groups(places)}."] if len(set(places.values())) > 1 else []
+
+
+def _other_machines(names: Sequence[str], reports: Mapping[str, Report]) -> list[str]:
+    """Return a sentence for the hardware and one for the runtime, where they are not the same."""
+    environments = {name: reports[name]["environment"] for name in names}
+    found = []
+    hardware = {name: json.dumps([env.get(key) for key in HARDWARE]) for name, env in environments.items()}
+    if len(set(hardware.values())) > 1:
+        differing = [key for key in HARDWARE if len({json.dumps(env.get(key)) for env in environments.values()}) > 1]
+        words = {name: ", ".join(_fact(key, env.get(key)) for key in differing) for name, env in environments.items()}
+        found.append(f"The machines differ ({_groups(words)}).")
+    for package in RUNTIMES:
+        versions = {name: str(env.get("versions", {}).get(package) or "none") for name, env in environments.items()}
+        if len(set(versions.values())) > 1:
+            found.append(f"{package} differs ({_groups(versions)}).")
+    return found
+
+
+def _drift(timed: Sequence[Candidate]) -> str | None:
+    """Return that the same teacher was not equally fast each time, where it was not."""
+    known = [one for one in timed if one.teacher and one.teacher.p50_ms]
+    times = [one.teacher.p50_ms for one in known if one.teacher and one.teacher.p50_ms]
+    if len(times) < 2 or max(times) <= DRIFT * min(times):
+        return None
+    return (
+        f"The same teacher was not equally fast each time ({_grouped(known, _teacher_ms)}): the machine was not equally free. "
+        "The speed-up over the teacher, which is timed beside each file, ranks them."
+    )
+
+
+def _teacher_ms(one: Candidate) -> str:
+    return significant(one.teacher.p50_ms if one.teacher else None, "ms")
+
+
+def _setting(one: Candidate) -> str:
+    return f"{one.image_size} px, target {one.target}"
+
+
+def _teacher(one: Candidate) -> str:
+    """Return the teacher's network and cost: equal where a speed-up is over the same thing."""
+    teacher = one.teacher
+    assert teacher is not None
+    return ", ".join([teacher.arch or "unknown", *([significant(teacher.macs_m, "M MACs")] if teacher.macs_m else [])])
+
+
+def _fact(key: str, value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return f"{value} cores" if key == "cores" else str(value or f"no {key}")
+
+
+def _grouped(candidates: Sequence[Candidate], words: Callable[[Candidate], str]) -> str:
+    return _groups({one.name: words(one) for one in candidates})
+
+
+def _groups(values: Mapping[str, str]) -> str:
+    """Return `a, b: 72 images; c: 360 images`."""
+    groups: dict[str, list[str]] = {}
+    for name, value in values.items():
+        groups.setdefault(value, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {value}" for value, names in groups.items())

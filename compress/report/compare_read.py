@@ -1,0 +1,179 @@
+"""Read what a run or a bundle measured from its folder. No model is opened, no torch is imported."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NotRequired
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from compress.errors import ArtifactError
+from compress.report.compare_candidate import Subject
+from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report
+from compress.report.verdict import deployed_name
+from export.bundle import MANIFEST, MAX_TEXT_BYTES, PREPROCESS, contained, read_json, read_sums, read_text, sha256
+from export.errors import BundleError
+from export.targets import TARGETS
+
+REPORT = "report.json"
+IN_BUNDLE = ("report/report.json", REPORT)
+
+
+class _Recipe(TypedDict):
+    """What a comparison reads of a recipe; a bundle without its report knows the first two."""
+
+    name: str
+    target: str
+    seed: NotRequired[int]
+    data: NotRequired[Json]
+    model: NotRequired[Json]
+    stages: NotRequired[list[Json]]
+
+
+class _Environment(TypedDict):
+    """What a comparison reads of an environment."""
+
+    target: NotRequired[str | None]
+    versions: NotRequired[Json]
+
+
+def read_subjects(folders: Sequence[Path]) -> dict[str, Subject]:
+    """Return what each folder's run or bundle measured, by the recipes' names, or by the folders where those are not unique.
+
+    Raises ArtifactError or BundleError, in one sentence, for a folder that holds neither or whose report cannot be read.
+    """
+    if len(folders) < 2:
+        raise ArtifactError(f"takes two or more runs or bundles to compare, got {len(folders)}")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ArtifactError("a run cannot be compared with itself: name each folder once")
+    subjects = [_read(folder) for folder in folders]
+    names = [str(subject.report["recipe"]["name"]) for subject in subjects]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return dict(zip(names, subjects, strict=True))
+
+
+def page_of(folder: Path) -> Path | None:
+    """Return the report's page in a run or bundle."""
+    page = folder / "report" / "index.html"
+    return page if page.is_file() else None
+
+
+def _read(folder: Path) -> Subject:
+    if (folder / MANIFEST).is_file():
+        return _read_bundle(folder)
+    if (folder / REPORT).is_file():
+        report = _parse(_text(folder / REPORT), str(folder / REPORT))
+        return Subject(report, _opset(folder / "bundle", report))
+    raise ArtifactError(
+        f"{folder}: holds no finished run and no bundle (no {REPORT}, no {MANIFEST}); give a run's folder, such as runs/quickstart, or its bundle"
+    )
+
+
+def _read_bundle(folder: Path) -> Subject:
+    """Return the bundle's report where it holds one, else what its manifest says; of what is read, the digests are checked."""
+    digests = read_sums(folder)
+    held = next((name for name in IN_BUNDLE if name in digests), None)
+    for name in (MANIFEST, PREPROCESS, *([held] if held else [])):
+        if digests.get(name) != sha256(contained(folder, name)):
+            raise BundleError(
+                f"{folder / name}: is not the file the bundle was made with (SHA-256 differs): get the bundle again"
+            )
+    manifest = read_json(folder, MANIFEST)
+    report = _parse(read_text(folder, held), str(folder / held)) if held else _from_manifest(folder, manifest)
+    return Subject(report, _opset(folder, report))
+
+
+def _from_manifest(folder: Path, manifest: Json) -> Report:
+    """Return a report that knows no more than the manifest: names, sizes, accuracy."""
+    target, files = manifest.get("target"), manifest.get("files")
+    if not isinstance(manifest.get("name"), str) or target not in TARGETS or not isinstance(files, dict):
+        raise BundleError(f"{folder / MANIFEST}: must have a name, a known target and files: get the bundle again")
+    size = read_json(folder, PREPROCESS).get("image_size")
+    unknown: Json = dict.fromkeys(DeployedRow.__annotations__)
+    untimed = {"provider": "", "provider_options": {}, "threads": 0, "batch": 0, "image_size": size}
+    rows = []
+    for name, listed in files.items():
+        if not isinstance(listed, dict) or not isinstance(listed.get("bytes"), int):
+            raise BundleError(f"{folder / MANIFEST}: files.{name}: must say its bytes: get the bundle again")
+        facts = {key: listed.get(key) for key in ("file", "precision", "top1", "agreement")}
+        rows.append({**unknown, **untimed, **facts, "name": name, "size_mb": listed["bytes"] / 1e6})
+    document = {
+        "schema_version": REPORT_VERSION,
+        "recipe": {"name": manifest["name"], "target": target},
+        "command": "",
+        "environment": {},
+        "stages": [],
+        "deployed": rows,
+        "ptq": None,
+        "audit": None,
+        "verify": None,
+        "limits": [],
+        "recommendation": None,
+        "targets": {},
+        "verdict": "pass",
+        "failures": [],
+        "warnings": [],
+    }
+    return _judge(document, str(folder / MANIFEST))
+
+
+def _opset(bundle: Path, report: Report) -> int | None:
+    """Return the opset of the deployed file, None where no bundle tells it."""
+    if not (bundle / MANIFEST).is_file():
+        return None
+    files = read_json(bundle, MANIFEST).get("files")
+    listed = files.get(deployed_name(report)) if isinstance(files, dict) else None
+    opset = listed.get("opset") if isinstance(listed, dict) else None
+    return opset if isinstance(opset, int) else None
+
+
+def _text(path: Path) -> str:
+    if path.stat().st_size > MAX_TEXT_BYTES:
+        raise ArtifactError(f"{path}: must be at most {MAX_TEXT_BYTES:,} bytes; run the recipe again")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(
+            f"{path}: must be UTF-8 text ({error.reason} at byte {error.start}); run the recipe again"
+        ) from error
+
+
+def _parse(text: str, where: str) -> Report:
+    """Return a report.json's report; numbers that are not finite are refused."""
+    try:
+        document = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{where}: must be JSON ({error}); run the recipe again") from error
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if version != REPORT_VERSION:
+        raise ArtifactError(
+            f"{where}: is a report of version {version}, this tool reads {REPORT_VERSION}; run the recipe again, what is finished is kept"
+        )
+    return _judge(document, where)
+
+
+def _judge(document: Json, where: str) -> Report:
+    """Return the document as a report after checking the type of all that a comparison reads."""
+    try:
+        report = TypeAdapter(Report).validate_python(document)
+        TypeAdapter(_Recipe).validate_python(report["recipe"])
+        TypeAdapter(_Environment).validate_python(report["environment"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{where}: {place}: {first['msg'].lower()}; run the recipe again") from error
+    if (target := report["recipe"]["target"]) == "auto":
+        target = report["environment"].get("target")
+    if target not in TARGETS:
+        raise ArtifactError(f"{where}: target: must be {', '.join(TARGETS)}, got {target}; run the recipe again")
+    return report
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number")
+    return number

@@ -1,0 +1,84 @@
+"""What differs between recipes, as the dotted paths that `--set` takes."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from compress.report.shape import Json
+
+ABSENT: Final = "–"
+LEFT_OUT = ("name", "out")  # these say where a run lies, not what it is
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One setting and its value in each recipe, a dash where a recipe has no such setting."""
+
+    path: str
+    values: tuple[str, ...]
+
+    def groups(self, names: Sequence[str]) -> list[tuple[str, list[str]]]:
+        """Return each value once, with the names that have it."""
+        found: dict[str, list[str]] = {}
+        for name, value in zip(names, self.values, strict=True):
+            found.setdefault(value, []).append(name)
+        return list(found.items())
+
+
+def differences(recipes: Sequence[Json]) -> Iterator[Difference]:
+    """Yield what is not the same in all recipes; one that is not known (a bundle without its report) takes no part."""
+    known = {index: _by_name(recipe) for index, recipe in enumerate(recipes) if "stages" in recipe}
+    for path, values in _walk("", known):
+        yield Difference(path, tuple(values.get(index, ABSENT) for index in range(len(recipes))))
+
+
+def _by_name(recipe: Json) -> Json:
+    """Return the recipe with its stages and its losses by name, in place of their positions."""
+    kept = {key: value for key, value in recipe.items() if key not in (*LEFT_OUT, "stages")}
+    stages = recipe["stages"]
+    order = " → ".join(str(section.get("stage")) for section in stages)
+    return {**kept, "stages": order, **{name: _losses(section) for name, section in _named(stages, "stage").items()}}
+
+
+def _losses(section: Json) -> Json:
+    terms = section.get("loss")
+    if not isinstance(terms, list) or not all(isinstance(term, dict) and "name" in term for term in terms):
+        return section
+    return {**section, "loss": _named(terms, "name")}
+
+
+def _named(sections: Sequence[Json], key: str) -> dict[str, Json]:
+    """Return sections by their name; the second `kd` is kd_2."""
+    found: dict[str, Json] = {}
+    for section in sections:
+        name = str(section.get(key))
+        count = sum(str(other.get(key)) == name for other in found.values())
+        found[name if not count else f"{name}_{count + 1}"] = section
+    return found
+
+
+def _walk(path: str, sections: Mapping[int, Json]) -> Iterator[tuple[str, dict[int, str]]]:
+    """Yield the paths below `path` where the sections differ, with the value of each that has one."""
+    for key in dict.fromkeys(key for section in sections.values() for key in section):
+        below = f"{path}.{key}" if path else key
+        values = {index: section[key] for index, section in sections.items() if key in section}
+        is_stage = any(isinstance(value, Mapping) and "stage" in value for value in values.values())
+        if is_stage or (len(values) == len(sections) and all(isinstance(value, Mapping) for value in values.values())):
+            yield from _walk(below, values)  # a stage that some have not is told by the order of the stages
+        elif len(values) < len(sections) or any(value != next(iter(values.values())) for value in values.values()):
+            yield below, {index: _text(value) for index, value in values.items()}
+
+
+def _text(value: Any) -> str:
+    """Return a value as YAML's flow style has it."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return (
+            ", ".join(f"{key} {_text(below)}" for key, below in value.items() if key != "name" and below is not None)
+            or "yes"
+        )
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    return json.dumps(value)

@@ -1,0 +1,98 @@
+"""The comparison as tables in the terminal, readable at 80 columns: up to four runs are columns, more are rows."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from compress.report.compare import Comparison
+from compress.report.compare_table import Line, lines, no_differences
+
+MOST_COLUMNS = 4
+NAME_WIDTH = 20
+GAP = 2
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print who leads, every measurement, what differs in the recipes, and what stands against the comparison."""
+    names = [one.name for one in comparison.candidates]
+    console.print(Text(f"\n{' · '.join(names)}", "bold"))
+    if comparison.conditions:
+        console.print(Text(f"times: {comparison.conditions}", "dim"))
+    for best in comparison.best:
+        note = f"  {best.note}" if best.note else ""
+        console.print(
+            Text.assemble(
+                (f"\n{best.title:14}", "dim"), (f"{', '.join(best.names)} ", "bold"), best.value, (note, "dim")
+            ),
+            end="",
+        )
+    console.print()
+    is_wide = len(names) > MOST_COLUMNS
+    for table in _rows(names, lines(comparison), console.width) if is_wide else [_columns(names, lines(comparison))]:
+        console.print(table)
+    console.print(_differences(comparison, names, as_columns=not is_wide))
+    for warning in comparison.warnings:
+        console.print(Text.assemble(("\nwarning ", "yellow"), warning))
+
+
+def _columns(names: Sequence[str], measured: Sequence[Line]) -> Table:
+    """Return the candidates side by side."""
+    table = _table("Measured", "")
+    for name in names:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    for line in measured:
+        table.add_row(line.title, *(Text(cell, _style(line, index)) for index, cell in enumerate(line.cells)))
+    return table
+
+
+def _rows(names: Sequence[str], measured: Sequence[Line], width: int) -> Iterator[Table]:
+    """Yield tables with a candidate in each row, as many measurements in each as the width takes."""
+    first = min(max(map(len, names)), NAME_WIDTH)
+    while measured:
+        taken, room = 0, width - first
+        for line in measured:
+            room -= GAP + max(len(line.short), *map(len, line.cells))
+            if room < 0 and taken:
+                break
+            taken += 1
+        table = _table("Measured", "")
+        table.columns[0].width = first
+        for line in measured[:taken]:
+            table.add_column(line.short, justify="right", no_wrap=True)
+        for index, name in enumerate(names):
+            table.add_row(Text(name), *(Text(line.cells[index], _style(line, index)) for line in measured[:taken]))
+        yield table
+        measured = measured[taken:]
+
+
+def _differences(comparison: Comparison, names: Sequence[str], *, as_columns: bool) -> Table | Text:
+    """Return the settings that differ, with a column for each candidate or a row for each value."""
+    if not comparison.differences:
+        return Text(f"\n{no_differences(comparison)}", "dim")
+    table = _table("Recipes", "Setting")
+    if as_columns:
+        for name in names:
+            table.add_column(Text(name), justify="right", overflow="fold")
+        for difference in comparison.differences:
+            table.add_row(Text(difference.path), *map(Text, difference.values))
+        return table
+    table.add_column("Value", overflow="fold", ratio=1)
+    table.add_column("Of", overflow="fold", ratio=1)
+    for difference in comparison.differences:
+        for place, (value, of) in enumerate(difference.groups(names)):
+            table.add_row(Text("" if place else difference.path), Text(value), Text(", ".join(of)))
+    return table
+
+
+def _style(line: Line, index: int) -> str:
+    return "bold green" if index in line.best else ""
+
+
+def _table(title: str, first: str) -> Table:
+    """Return an empty table whose first column folds."""
+    table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="dim")
+    table.title, table.title_justify, table.title_style = Text(f"\n{title}", "bold"), "left", ""
+    table.add_column(first, overflow="fold")
+    return table
