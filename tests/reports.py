@@ -167,6 +167,7 @@ def build_bench(
                     timings.extend(timing(draw, name, provider, size, batch, threads, nulls=nulls) for name in files)
     accuracy = {name: {"top1": facts_of(name)[1], "agreement": facts_of(name)[2], "images": 360} for name in files}
     environment = {
+        "machine": "x86_64",
         "cpu": "AMD EPYC 7B13",
         "cores": 2,
         "instruction_sets": ["avx2", "fma", "f16c"],
@@ -367,6 +368,46 @@ def build_report(
     return collect(
         recipe, artifacts, root=root, cached=cached, command="make compress RECIPE=recipes/resnet50_int8.yaml"
     )
+
+
+def build_student(
+    root: Path,
+    name: str,
+    *,
+    scale: float = 1.0,
+    top1: float | None = 0.97778,
+    targets: Mapping[str, float] | None = None,
+    **settings: Any,
+) -> Report:
+    """Return the report of a student of its own name whose deployed file is `scale` times as large and slow as the usual one.
+
+    `settings` are a stage's, such as prune={"keep_macs": 0.3}, or else the recipe's own.
+    """
+    report = build_report(root / name, int8=build_int8(), batches=(1,), targets=targets)
+    report["recipe"]["name"] = name
+    for key, value in settings.items():
+        section = next((stage for stage in report["recipe"]["stages"] if stage["stage"] == key), None)
+        if section is None:
+            report["recipe"][key] = value
+        else:
+            section.update(value)
+    for row in report["deployed"]:
+        if row["name"] == "student_int8":
+            row["top1"], row["size_mb"], row["p50_ms"] = top1, 11.3 * scale, (row["p50_ms"] or 0) * scale
+            for speed in (row["speedup"], row["speedup_vs_student_fp32"]):
+                if speed:
+                    speed["ratio"], speed["ci95"] = speed["ratio"] / scale, [end / scale for end in speed["ci95"]]
+    for stage in report["stages"]:
+        if stage["metrics"].get("macs_m") and stage["stage"] != "source":
+            stage["metrics"]["macs_m"] = 156.2 * scale
+    return report
+
+
+def slowed(report: Report, factor: float) -> Report:
+    """Return the report as a machine that is so many times slower would have left it: the ratios stay."""
+    for row in report["deployed"]:
+        row["p50_ms"] = (row["p50_ms"] or 0) * factor
+    return report
 
 
 def with_row(report: Report, name: str, **values: Any) -> Report:

@@ -27,37 +27,38 @@ class Fairness(NamedTuple):
 
 def judge_fairness(found: Sequence[Candidate], reports: Mapping[str, Report], *, are_alike: bool) -> Fairness:
     """Return what may be ranked; `are_alike` says that all times were taken under the same conditions."""
-    images = list(_other_images(found, reports))
+    bare, images = _bare(found), _other_images(found, reports)
+    taught = [one for one in found if one.teacher and one.teacher.macs_m]
+    teachers = {_teacher(one) for one in taught}
     timed = [one for one in found if one.p50_ms]
-    machine = list(_other_machines([one.name for one in timed], reports))
-    known = [one for one in found if one.teacher and one.teacher.macs_m]
-    teachers = {_teacher(one) for one in known}
-    same_teacher = len(teachers) == 1
-    warnings = [*_bare(found), *images, *_other_split(found, reports), *_scored_elsewhere(found), *machine]
-    drift = _drift(timed) if same_teacher and not machine else None
-    speed_by: SpeedBy | None = "latency" if not machine and not drift else "speedup" if same_teacher else None
-    if drift:
-        warnings.append(drift)
-    if machine:
-        only = "only the ratios that each machine measured within itself are comparable"
-        warnings.append(
-            f"Times in ms of different machines or runtimes do not compare: {only}"
-            + (
-                ", so the speed-up over the teacher ranks them."
-                if same_teacher
-                else ", and the teachers differ, so none is the fastest."
-            )
-        )
-    if not are_alike and len(timed) > 1:
-        speed_by = None
-        warnings.append(
-            f"The runs were not timed under one setting ({_grouped(timed, _setting)}): no times are ranked."
-        )
+    speed_by, against_speed = _speed(timed, reports, are_alike=are_alike, same_teacher=len(teachers) == 1)
+    warnings = [*bare, *images, *_other_split(found, reports), *_scored_elsewhere(found), *against_speed]
     if len(teachers) > 1:
-        warnings.append(
-            f"The teachers differ ({_grouped(known, _teacher)}): a speed-up and a loss are against each run's own."
+        whose = "a speed-up and a loss are against each run's own"
+        warnings.append(f"The teachers differ ({_grouped(taught, _teacher)}): {whose}.")
+    return Fairness(not images and not bare, len(teachers) == 1, speed_by, tuple(warnings))
+
+
+def _speed(
+    timed: Sequence[Candidate], reports: Mapping[str, Report], *, are_alike: bool, same_teacher: bool
+) -> tuple[SpeedBy | None, list[str]]:
+    """Return what speed is ranked by, and what stands against comparing the times themselves."""
+    if len(timed) < 2:
+        return None, []
+    if not are_alike:
+        return None, [f"The runs were not timed under one setting ({_grouped(timed, _setting)}): no times are ranked."]
+    machine = _other_machines([one.name for one in timed], reports)
+    if machine:
+        ranked = (
+            "the speed-up over the teacher ranks them"
+            if same_teacher
+            else "the teachers differ too, so no time is ranked"
         )
-    return Fairness(not images and not _bare(found), same_teacher, speed_by, tuple(warnings))
+        within = "only the ratios that each measured within itself are comparable"
+        machine.append(f"Times in ms of different machines or runtimes do not compare: {within}; {ranked}.")
+        return ("speedup" if same_teacher else None), machine
+    drift = _drift(timed) if same_teacher else []
+    return ("speedup" if drift else "latency"), drift
 
 
 def _bare(found: Sequence[Candidate]) -> list[str]:
@@ -131,20 +132,16 @@ def _other_machines(names: Sequence[str], reports: Mapping[str, Report]) -> list
     return found
 
 
-def _drift(timed: Sequence[Candidate]) -> str | None:
+def _drift(timed: Sequence[Candidate]) -> list[str]:
     """Return that the same teacher was not equally fast each time, where it was not."""
-    known = [one for one in timed if one.teacher and one.teacher.p50_ms]
-    times = [one.teacher.p50_ms for one in known if one.teacher and one.teacher.p50_ms]
-    if len(times) < 2 or max(times) <= DRIFT * min(times):
-        return None
-    return (
-        f"The same teacher was not equally fast each time ({_grouped(known, _teacher_ms)}): the machine was not equally free. "
+    known = {one.name: one.teacher.p50_ms for one in timed if one.teacher and one.teacher.p50_ms}
+    if len(known) < 2 or max(known.values()) <= DRIFT * min(known.values()):
+        return []
+    times = _groups({name: significant(p50_ms, "ms") for name, p50_ms in known.items()})
+    return [
+        f"The same teacher was not equally fast each time ({times}): the machine was not equally free. "
         "The speed-up over the teacher, which is timed beside each file, ranks them."
-    )
-
-
-def _teacher_ms(one: Candidate) -> str:
-    return significant(one.teacher.p50_ms if one.teacher else None, "ms")
+    ]
 
 
 def _setting(one: Candidate) -> str:

@@ -18,7 +18,6 @@ from export.errors import BundleError
 from export.targets import TARGETS
 
 REPORT = "report.json"
-IN_BUNDLE = ("report/report.json", REPORT)
 
 
 class _Recipe(TypedDict):
@@ -75,14 +74,14 @@ def _read(folder: Path) -> Subject:
 def _read_bundle(folder: Path) -> Subject:
     """Return the bundle's report where it holds one, else what its manifest says; of what is read, the digests are checked."""
     digests = read_sums(folder)
-    held = next((name for name in IN_BUNDLE if name in digests), None)
-    for name in (MANIFEST, PREPROCESS, *([held] if held else [])):
+    held = [name for name in (REPORT,) if name in digests]
+    for name in (MANIFEST, PREPROCESS, *held):
         if digests.get(name) != sha256(contained(folder, name)):
             raise BundleError(
                 f"{folder / name}: is not the file the bundle was made with (SHA-256 differs): get the bundle again"
             )
     manifest = read_json(folder, MANIFEST)
-    report = _parse(read_text(folder, held), str(folder / held)) if held else _from_manifest(folder, manifest)
+    report = _parse(read_text(folder, REPORT), str(folder / REPORT)) if held else _from_manifest(folder, manifest)
     return Subject(report, _opset(folder, report))
 
 

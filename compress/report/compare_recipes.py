@@ -1,4 +1,4 @@
-"""What differs between recipes, as the dotted paths that `--set` takes."""
+"""What differs between recipes, as dotted paths; stages go by their name, as `--set` takes them, and so do losses."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,9 +63,10 @@ def _walk(path: str, sections: Mapping[int, Json]) -> Iterator[tuple[str, dict[i
     for key in dict.fromkeys(key for section in sections.values() for key in section):
         below = f"{path}.{key}" if path else key
         values = {index: section[key] for index, section in sections.items() if key in section}
-        is_stage = any(isinstance(value, Mapping) and "stage" in value for value in values.values())
-        if is_stage or (len(values) == len(sections) and all(isinstance(value, Mapping) for value in values.values())):
-            yield from _walk(below, values)  # a stage that some have not is told by the order of the stages
+        are_sections = all(isinstance(value, Mapping) for value in values.values())
+        # A stage that some have not is told by the order of the stages.
+        if are_sections and (len(values) == len(sections) or all("stage" in value for value in values.values())):
+            yield from _walk(below, values)
         elif len(values) < len(sections) or any(value != next(iter(values.values())) for value in values.values()):
             yield below, {index: _text(value) for index, value in values.items()}
 

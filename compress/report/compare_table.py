@@ -55,14 +55,14 @@ def _lines(comparison: Comparison) -> Iterator[Line]:
         "Teacher",
         lambda one: numbers.percent(one.teacher.top1 if one.teacher else None, digits),
     )
-    yield line("Agreement with the float student", "Agree", lambda one: numbers.percent(one.agreement, digits))
+    yield line("Agreement with own FP32", "Agree", lambda one: numbers.percent(one.agreement, digits))
     yield line("Size", "MB", lambda one: numbers.significant(one.size_mb, "MB"), "Smallest")
     yield line("Multiply-accumulates", "MACs", lambda one: numbers.significant(one.macs_m, "M"))
     yield line("Parameters", "Params", lambda one: numbers.significant(one.params_m, "M"))
     yield line("Latency, median", "p50", lambda one: numbers.significant(one.p50_ms, "ms"), fastest[0])
-    yield line("Speed-up over the teacher", "vs teacher", lambda one: _ratio(one.speedup), fastest[1])
+    yield line("Speed-up over teacher", "vs teacher", lambda one: _ratio(one.speedup), fastest[1])
     yield line("Its 95 % interval", "95 %", lambda one: _interval(one.speedup))
-    yield line("Speed-up over its own FP32", "vs FP32", lambda one: _ratio(one.speedup_vs_student_fp32))
+    yield line("Speed-up over own FP32", "vs FP32", lambda one: _ratio(one.speedup_vs_student_fp32))
     yield line("Best trade-off", "Trade-off", _efficient)
     yield line("Layers in integers", "Int", lambda one: _count(one.integer_layers))
     yield line("Layers in float", "Float", lambda one: _count(one.float_layers))

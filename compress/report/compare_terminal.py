@@ -11,6 +11,7 @@ from compress.report.compare_table import Line, lines, no_differences
 
 MOST_COLUMNS = 4
 NAME_WIDTH = 20
+LEAST_COLUMN = 8
 GAP = 2
 
 
@@ -29,21 +30,29 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
             end="",
         )
     console.print()
-    is_wide = len(names) > MOST_COLUMNS
-    for table in _rows(names, lines(comparison), console.width) if is_wide else [_columns(names, lines(comparison))]:
-        console.print(table)
-    console.print(_differences(comparison, names, as_columns=not is_wide))
+    measured = lines(comparison)
+    if len(names) <= MOST_COLUMNS:
+        rows = [(line.title, [_cell(line, index) for index in range(len(names))]) for line in measured]
+        console.print(_columns("Measured", "", names, rows, console.width))
+    else:
+        for table in _rows(names, measured, console.width):
+            console.print(table)
+    console.print(_differences(comparison, names, console.width))
     for warning in comparison.warnings:
         console.print(Text.assemble(("\nwarning ", "yellow"), warning))
 
 
-def _columns(names: Sequence[str], measured: Sequence[Line]) -> Table:
-    """Return the candidates side by side."""
-    table = _table("Measured", "")
+def _columns(
+    title: str, first: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[Text]]], width: int
+) -> Table:
+    """Return the candidates side by side; what does not fit is broken, titles last."""
+    table, longest = _table(title, first), max(len(row) for row, _ in rows)
+    room = (width - longest) // len(names) - GAP
+    table.columns[0].no_wrap = room >= LEAST_COLUMN
     for name in names:
-        table.add_column(Text(name), justify="right", overflow="fold")
-    for line in measured:
-        table.add_row(line.title, *(Text(cell, _style(line, index)) for index, cell in enumerate(line.cells)))
+        table.add_column(Text(name), justify="right", overflow="fold", max_width=max(room, LEAST_COLUMN))
+    for row, cells in rows:
+        table.add_row(Text(row), *cells)
     return table
 
 
@@ -62,22 +71,21 @@ def _rows(names: Sequence[str], measured: Sequence[Line], width: int) -> Iterato
         for line in measured[:taken]:
             table.add_column(line.short, justify="right", no_wrap=True)
         for index, name in enumerate(names):
-            table.add_row(Text(name), *(Text(line.cells[index], _style(line, index)) for line in measured[:taken]))
+            table.add_row(Text(name), *(_cell(line, index) for line in measured[:taken]))
         yield table
         measured = measured[taken:]
 
 
-def _differences(comparison: Comparison, names: Sequence[str], *, as_columns: bool) -> Table | Text:
-    """Return the settings that differ, with a column for each candidate or a row for each value."""
+def _differences(comparison: Comparison, names: Sequence[str], width: int) -> Table | Text:
+    """Return the settings that differ, with a column for each candidate or, of many, a row for each value."""
     if not comparison.differences:
         return Text(f"\n{no_differences(comparison)}", "dim")
+    if len(names) <= MOST_COLUMNS:
+        rows = [
+            (difference.path, [Text(value) for value in difference.values]) for difference in comparison.differences
+        ]
+        return _columns("Recipes", "Setting", names, rows, width)
     table = _table("Recipes", "Setting")
-    if as_columns:
-        for name in names:
-            table.add_column(Text(name), justify="right", overflow="fold")
-        for difference in comparison.differences:
-            table.add_row(Text(difference.path), *map(Text, difference.values))
-        return table
     table.add_column("Value", overflow="fold", ratio=1)
     table.add_column("Of", overflow="fold", ratio=1)
     for difference in comparison.differences:
@@ -86,8 +94,8 @@ def _differences(comparison: Comparison, names: Sequence[str], *, as_columns: bo
     return table
 
 
-def _style(line: Line, index: int) -> str:
-    return "bold green" if index in line.best else ""
+def _cell(line: Line, index: int) -> Text:
+    return Text(line.cells[index], "bold green" if index in line.best else "")
 
 
 def _table(title: str, first: str) -> Table:
