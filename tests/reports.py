@@ -11,6 +11,9 @@ from rich.console import Console
 
 from compress.recipe import Recipe
 from compress.report.collect import collect
+from compress.report.compare import Comparison, compare
+from compress.report.compare_candidate import Subject
+from compress.report.compare_terminal import print_comparison
 from compress.report.shape import Report
 from compress.report.terminal import print_report
 
@@ -408,6 +411,24 @@ def slowed(report: Report, factor: float) -> Report:
     for row in report["deployed"]:
         row["p50_ms"] = (row["p50_ms"] or 0) * factor
     return report
+
+
+def save_report(report: Report, root: Path) -> Path:
+    """Write a run's folder with nothing but its report, and return it."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "report.json").write_text(json.dumps(report))
+    return root
+
+
+def compared(*reports: Report) -> Comparison:
+    """Compare reports by their recipes' names."""
+    return compare({report["recipe"]["name"]: Subject(report) for report in reports})
+
+
+def printed(comparison: Comparison, width: int = 80) -> str:
+    screen = StringIO()
+    print_comparison(comparison, Console(file=screen, width=width))
+    return screen.getvalue()
 
 
 def with_row(report: Report, name: str, **values: Any) -> Report:

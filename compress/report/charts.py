@@ -98,7 +98,7 @@ def place_labels(points: Sequence[tuple[str, str, float, float]], frame: Box) ->
 def _places(label: str, x: float, y: float) -> list[tuple[Box, str]]:
     width, half = CHARACTER_WIDTH * len(label), LABEL_HEIGHT / 2
     places = []
-    for rise in (0, -12, 12, -24, 24):
+    for rise in (0, -12, 12, -24, 24, -36, 36):
         top = y - half + rise
         gap = 9 if rise == 0 else 4
         places.append((Box(x + gap, top, x + gap + width, top + LABEL_HEIGHT), "start"))

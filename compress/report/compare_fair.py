@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from compress.report.compare_candidate import Candidate
+from compress.report.compare_words import sentence
 from compress.report.numbers import significant
 from compress.report.shape import Report
 from export.environment import HARDWARE
@@ -166,8 +167,4 @@ def _grouped(candidates: Sequence[Candidate], words: Callable[[Candidate], str])
 
 
 def _groups(values: Mapping[str, str]) -> str:
-    """Return `a, b: 72 images; c: 360 images`."""
-    groups: dict[str, list[str]] = {}
-    for name, value in values.items():
-        groups.setdefault(value, []).append(name)
-    return "; ".join(f"{', '.join(names)}: {value}" for value, names in groups.items())
+    return sentence(list(values), list(values.values()))

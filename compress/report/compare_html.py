@@ -13,7 +13,7 @@ from compress.report.html import FRAME, Cloud, template
 
 COLOURS = 8  # of the style's --series-1 and so on; then they start again
 LABEL_LENGTH = 26
-MOST_COLUMNS = 4
+MOST_COLUMNS = 4  # more candidates are rows, and numbers in the drawing
 
 
 def write_comparison(subjects: Mapping[str, Subject], page: Path, *, title: str | None = None) -> Comparison:
@@ -26,14 +26,15 @@ def write_comparison(subjects: Mapping[str, Subject], page: Path, *, title: str 
 
 def render_comparison(comparison: Comparison, *, title: str | None = None) -> str:
     """Return the page; every text is escaped."""
-    names = [one.name for one in comparison.candidates]
+    names, measured = [one.name for one in comparison.candidates], lines(comparison)
     return template("compare.html.j2").render(
         title=title or " · ".join(names),
         comparison=comparison,
         names=names,
         colours={name: f"series-{index % COLOURS + 1}" for index, name in enumerate(names)},
         links={one.name: one.link for one in comparison.candidates},
-        lines=lines(comparison),
+        lines=measured,
+        shared=[line for line in measured if line.is_shared],
         as_columns=len(names) <= MOST_COLUMNS,
         no_differences=no_differences(comparison),
         cloud=_cloud(comparison),
@@ -57,7 +58,8 @@ def _cloud(comparison: Comparison) -> Cloud | None:
     for index, one in enumerate(comparison.candidates):
         x = one.speedup["ratio"] if by_ratio and one.speedup else None if by_ratio else one.p50_ms
         if x and x > 0 and one.top1 is not None:
-            known.append((f"series-{index % COLOURS + 1}", one.name, x, 100 * one.top1))
+            label = one.name if len(comparison.candidates) <= MOST_COLUMNS else str(index + 1)
+            known.append((f"series-{index % COLOURS + 1}", label, x, 100 * one.top1))
     if comparison.speed_by is None or not any(name.startswith("series") for name, *_ in known):
         return None
     x_axis = charts.log_axis([x for _, _, x, _ in known], FRAME.left, FRAME.right)

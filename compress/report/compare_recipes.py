@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from compress.report.compare_words import by_value
 from compress.report.shape import Json
 
 ABSENT: Final = "–"
@@ -18,12 +19,9 @@ class Difference:
     path: str
     values: tuple[str, ...]
 
-    def groups(self, names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    def groups(self, names: Sequence[str]) -> list[tuple[str, str]]:
         """Return each value once, with the names that have it."""
-        found: dict[str, list[str]] = {}
-        for name, value in zip(names, self.values, strict=True):
-            found.setdefault(value, []).append(name)
-        return list(found.items())
+        return by_value(names, self.values)
 
 
 def differences(recipes: Sequence[Json]) -> Iterator[Difference]:

@@ -19,6 +19,11 @@ class Line(NamedTuple):
     best: frozenset[int] = frozenset()
 
     @property
+    def is_shared(self) -> bool:
+        """Whether all candidates have the same."""
+        return len(set(self.cells)) == 1
+
+    @property
     def is_known(self) -> bool:
         """Whether any candidate has it."""
         return any(cell != UNKNOWN for cell in self.cells)
@@ -56,7 +61,7 @@ def _lines(comparison: Comparison) -> Iterator[Line]:
         lambda one: numbers.percent(one.teacher.top1 if one.teacher else None, digits),
     )
     yield line("Agreement with own FP32", "Agree", lambda one: numbers.percent(one.agreement, digits))
-    yield line("Size", "MB", lambda one: numbers.significant(one.size_mb, "MB"), "Smallest")
+    yield line("Size", "Size", lambda one: numbers.significant(one.size_mb, "MB"), "Smallest")
     yield line("Multiply-accumulates", "MACs", lambda one: numbers.significant(one.macs_m, "M"))
     yield line("Parameters", "Params", lambda one: numbers.significant(one.params_m, "M"))
     yield line("Latency, median", "p50", lambda one: numbers.significant(one.p50_ms, "ms"), fastest[0])

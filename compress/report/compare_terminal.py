@@ -35,8 +35,11 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         rows = [(line.title, [_cell(line, index) for index in range(len(names))]) for line in measured]
         console.print(_columns("Measured", "", names, rows, console.width))
     else:
-        for table in _rows(names, measured, console.width):
+        shared = " · ".join(f"{line.title} {line.cells[0]}" for line in measured if line.is_shared)
+        for table in _rows(names, [line for line in measured if not line.is_shared], console.width):
             console.print(table)
+        if shared:
+            console.print(Text(f"\nall: {shared}", "dim"))
     console.print(_differences(comparison, names, console.width))
     for warning in comparison.warnings:
         console.print(Text.assemble(("\nwarning ", "yellow"), warning))
@@ -58,7 +61,7 @@ def _columns(
 
 def _rows(names: Sequence[str], measured: Sequence[Line], width: int) -> Iterator[Table]:
     """Yield tables with a candidate in each row, as many measurements in each as the width takes."""
-    first = min(max(map(len, names)), NAME_WIDTH)
+    first, title = min(max(map(len, names)), NAME_WIDTH), "Measured"
     while measured:
         taken, room = 0, width - first
         for line in measured:
@@ -66,7 +69,7 @@ def _rows(names: Sequence[str], measured: Sequence[Line], width: int) -> Iterato
             if room < 0 and taken:
                 break
             taken += 1
-        table = _table("Measured", "")
+        table, title = _table(title, ""), ""
         table.columns[0].width = first
         for line in measured[:taken]:
             table.add_column(line.short, justify="right", no_wrap=True)
@@ -90,7 +93,7 @@ def _differences(comparison: Comparison, names: Sequence[str], width: int) -> Ta
     table.add_column("Of", overflow="fold", ratio=1)
     for difference in comparison.differences:
         for place, (value, of) in enumerate(difference.groups(names)):
-            table.add_row(Text("" if place else difference.path), Text(value), Text(", ".join(of)))
+            table.add_row(Text("" if place else difference.path), Text(value), Text(of))
     return table
 
 
@@ -101,6 +104,6 @@ def _cell(line: Line, index: int) -> Text:
 def _table(title: str, first: str) -> Table:
     """Return an empty table whose first column folds."""
     table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="dim")
-    table.title, table.title_justify, table.title_style = Text(f"\n{title}", "bold"), "left", ""
+    table.title, table.title_justify, table.title_style = Text(f"\n{title}" if title else "", "bold"), "left", ""
     table.add_column(first, overflow="fold")
     return table
