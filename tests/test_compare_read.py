@@ -53,9 +53,23 @@ def test_folders_are_read_and_written_about(
     assert [one["top1"] for one in numbers["candidates"]] == [0.98056, 0.95]
 
 
-def test_runs_of_one_name_go_by_their_folders(tmp_path: Path, pair: tuple[Report, Report]) -> None:
-    folders = [save_report(pair[0], tmp_path / "a"), save_report(pair[0], tmp_path / "b")]
-    assert list(read_subjects(folders)) == [str(folder) for folder in folders]
+@pytest.mark.parametrize(
+    ("places", "names"),
+    [
+        (("students/half", "students/fifth"), ("half", "fifth")),
+        (("half/bundle", "fifth/bundle"), ("half", "fifth")),
+        (("today/a", "yesterday/a"), ("today/a", "yesterday/a")),
+    ],
+)
+def test_runs_of_one_recipe_go_by_their_folders(
+    tmp_path: Path,
+    pair: tuple[Report, Report],
+    places: tuple[str, ...],
+    names: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tuple(read_subjects([save_report(pair[0], Path(place)) for place in places])) == names
 
 
 def test_a_bundle_without_a_report_tells_names_sizes_accuracy_and_opset(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class _Environment(TypedDict):
 
 
 def read_subjects(folders: Sequence[Path]) -> dict[str, Subject]:
-    """Return what each folder's run or bundle measured, by the recipes' names, or by the folders where those are not unique.
+    """Return what each folder's run or bundle measured, by the shortest names that tell them apart.
 
     Raises ArtifactError or BundleError, in one sentence, for a folder that holds neither or whose report cannot be read.
     """
@@ -48,16 +48,22 @@ def read_subjects(folders: Sequence[Path]) -> dict[str, Subject]:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ArtifactError("a run cannot be compared with itself: name each folder once")
     subjects = [_read(folder) for folder in folders]
-    names = [str(subject.report["recipe"]["name"]) for subject in subjects]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    return dict(zip(names, subjects, strict=True))
+    return dict(zip(_names(folders, subjects), subjects, strict=True))
 
 
 def page_of(folder: Path) -> Path | None:
     """Return the report's page in a run or bundle."""
     page = folder / "report" / "index.html"
     return page if page.is_file() else None
+
+
+def _names(folders: Sequence[Path], subjects: Sequence[Subject]) -> list[str]:
+    """Return the recipes' names, else the folders' (the students of a recipe), else their whole paths."""
+    recipes = [str(subject.report["recipe"]["name"]) for subject in subjects]
+    places = [folder.resolve() for folder in folders]
+    short = [place.parent.name if place.name == "bundle" else place.name for place in places]
+    paths = [str(folder) for folder in folders]
+    return next(names for names in (recipes, short, paths) if len(set(names)) == len(names) or names is paths)
 
 
 def _read(folder: Path) -> Subject:
