@@ -240,8 +240,15 @@ def test_agreement_is_judged_by_the_recipe_s_limit(tmp_path: Path, agreement: fl
 
 @pytest.mark.parametrize(("top1", "met"), [(0.97778 - 0.002, True), (0.97778 - 0.0021, False), (0.98, False)])
 def test_accuracy_may_differ_by_a_fifth_of_a_point(tmp_path: Path, top1: float, met: bool) -> None:
-    planted = {"verify": {"student_int8": build_verify(top1=top1)}}
+    planted = {"verify": {"student_int8": build_verify(top1=top1, images=10_000)}}
     assert facts(build_report(tmp_path, int8=planted))["Top-1 against PyTorch"].met is met
+
+
+@pytest.mark.parametrize(("more", "met"), [(1, True), (-1, True), (2, False)])
+def test_of_few_images_one_may_differ(tmp_path: Path, more: int, met: bool) -> None:
+    planted = {"verify": {"student_int8": build_verify(top1_reference=352 / 360, top1=(352 + more) / 360)}}
+    fact = facts(build_report(tmp_path, int8=planted))["Top-1 against PyTorch"]
+    assert (fact.met, fact.note.endswith("at most one image wanted")) == (met, True)
 
 
 def test_without_labels_no_accuracy_is_compared(tmp_path: Path) -> None:
