@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 LABEL_HEIGHT = 14.0
-CHARACTER_WIDTH = 7.0  # a little more than the text needs, so that labels never touch
+CHARACTER_WIDTH = 7.6  # a little more than the text needs on a phone, where it is drawn larger; so labels never touch
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from compress.report import charts, gain, int8, numbers, proof, series, summary
 from compress.report.shape import DeployedRow, Report
-from compress.report.verdict import CPU, headline_row
+from compress.report.verdict import CPU, deployed_name, headline_row
 
 WIDTH = 440  # of a chart in its own pixels; close to a phone's, so that its text stays readable there
 FRAME = charts.Box(56, 8, WIDTH - 6, 236)  # of a cloud's points
@@ -87,6 +87,7 @@ def render(report: Report, root: Path) -> str:
         report=report,
         digits=digits,
         cards=summary.headline(report),
+        judged=deployed_name(report),
         targets=summary.target_rows(report),
         gains=[gain.training_gain(report, digits), gain.skipped(report), gain.left_in_float(report)],
         int8=int8.sections(report, digits),
