@@ -39,6 +39,7 @@ def test_a_candidate_is_its_run_s_deployed_file(tmp_path: Path) -> None:
     (one, _) = compared(build_student(tmp_path, "a"), build_student(tmp_path, "b")).candidates
     assert (one.file, one.top1, one.images, one.agreement, one.size_mb) == ("student_int8", 0.97778, 360, 0.9944, 11.3)
     assert (one.macs_m, one.params_m, one.p50_ms, one.image_size) == (156.2, 10.88, 22.1, 224)
+    assert one.recommended == "student_int8"
     assert one.speedup is not None
     assert one.speedup["ratio"] == pytest.approx(91.2 / 22.1)
     assert (one.integer_layers, one.float_layers, one.scored_in) == (53, 1, "ONNX Runtime")

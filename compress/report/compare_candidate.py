@@ -46,7 +46,7 @@ class Teacher:
 class Candidate:
     """One run; all but the training is about the file that is deployed. Unknown is None.
 
-    `training_seconds` are those of the stages that train, without the teacher's own. `agreement` is with its own float student.
+    `recommended` is the file that the report would serve, which may be another one. `training_seconds` are those of the stages that train, without the teacher's own. `agreement` is with its own float student.
     `is_efficient` says that no other candidate is both as accurate and as fast, and better in one of them.
     """
 
@@ -55,6 +55,7 @@ class Candidate:
     arch: str | None
     target: str
     file: str | None
+    recommended: str | None
     teacher: Teacher | None
     top1: float | None
     top1_ci95: tuple[float, float] | None
@@ -115,6 +116,7 @@ def candidate(name: str, subject: Subject, conditions: Conditions | None) -> Can
         arch=report["recipe"].get("model", {}).get("arch"),
         target=target_of(report),
         file=file,
+        recommended=(report["recommendation"] or {"file": None})["file"],
         teacher=_teacher(report, where),
         top1=scored,
         top1_ci95=_interval(scored, images),

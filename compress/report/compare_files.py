@@ -14,7 +14,7 @@ from compress.report.compare_terminal import print_comparison
 
 
 def compare_folders(folders: Sequence[Path], *, page: Path | None, document: Path | None) -> None:
-    """Print the comparison; write it as a page, which links to each run's own, and as JSON."""
+    """Write the comparison as a page, which links to each run's own, and as JSON; then print it."""
     subjects = read_subjects(folders)
     if page:
         own = dict(zip(subjects, map(page_of, folders), strict=True))
@@ -23,10 +23,10 @@ def compare_folders(folders: Sequence[Path], *, page: Path | None, document: Pat
             for name, subject in subjects.items()
         }
     comparison = compare(subjects)
-    print_comparison(comparison, Console())
     if page:
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(render_comparison(comparison), encoding="utf-8")
     if document:
         document.parent.mkdir(parents=True, exist_ok=True)
         write_json(document, asdict(comparison))
+    print_comparison(comparison, Console())

@@ -52,6 +52,7 @@ def _lines(comparison: Comparison) -> Iterator[Line]:
     fastest = {"latency": ("Fastest", ""), "speedup": ("", "Fastest"), None: ("", "")}[comparison.speed_by]
     yield line("Verdict", "Verdict", _verdict)
     yield line("Deployed file", "File", lambda one: one.file or UNKNOWN)
+    yield line("Recommended file", "To serve", lambda one: one.recommended or UNKNOWN)
     yield line("Made for", "Target", lambda one: one.target)
     yield line("Top-1", "Top-1", lambda one: numbers.percent(one.top1, digits), "Most accurate")
     yield line("Its 95 % interval", "95 %", lambda one: _percents(one.top1_ci95, digits))
