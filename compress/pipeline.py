@@ -87,6 +87,8 @@ def run_recipe(recipe: Recipe, *, trust_code: bool, until: str | None, verbose: 
             _report(chain, plans[student], report_root(recipe, student), command=command, verbose=verbose)
             for student, chain in chains.items()
         ]
+        if recipe.students:
+            _compare(recipe)
     return max(codes)
 
 
@@ -257,6 +259,17 @@ def _make(section: StageSection, key: str, parent: Path | None, directory: Path,
 
 def _relative(path: Path, start: Path) -> str:
     return os.path.relpath(path, start)
+
+
+def _compare(recipe: Recipe) -> None:
+    """Write the page that compares the recipe's students, and print it."""
+    from compress.report.compare_files import compare_folders
+
+    page = run_root(recipe) / "report" / "index.html"
+    folders = [report_root(recipe, student) for student in recipe.students]
+    if len(folders) > 1:  # one student has nobody beside it
+        compare_folders(folders, page=page, document=run_root(recipe) / "comparison.json")
+        Console().print(f"\n{page}", soft_wrap=True, highlight=False)
 
 
 def _report(chain: Recipe, plan: Sequence[PlanLine], root: Path, *, command: str, verbose: bool) -> int:

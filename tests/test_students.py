@@ -92,6 +92,14 @@ def test_every_student_has_its_report_and_its_bundle(finished: Path) -> None:
         assert [row["name"] for row in report(finished, student)["deployed"]][:2] == ["teacher_fp32", "student_fp32"]
 
 
+def test_one_page_compares_the_students_and_links_to_each(finished: Path) -> None:
+    page = (finished / "report" / "index.html").read_text()
+    assert all(f'href="../students/{student}/report/index.html"' in page for student in ("half", "thin"))
+    compared = json.loads((finished / "comparison.json").read_text())
+    assert [one["name"] for one in compared["candidates"]] == ["half", "thin"]
+    assert len(compared["teachers"]) == 1
+
+
 def test_a_second_run_makes_nothing_and_a_change_touches_one_student(finished: Path) -> None:
     chains = recipe(finished.parent).chains()
     assert all(line.cached for chain in chains.values() for line in plan_recipe(chain))
