@@ -166,11 +166,16 @@ def plan(
 ) -> None:
     """Say which stages would run, which are there already, and why."""
     resolved = read_recipe(recipe, overrides or (), data=data, weights=weights, out=out)
+    from compress.data.digest import to_download
     from compress.pipeline import plan_recipe
+    from compress.settings import data_settings
 
     lines = {line.directory: line for chain in resolved.chains().values() for line in plan_recipe(chain)}
     for line in lines.values():
         typer.echo(f"{'cached' if line.cached else 'runs':6}  {line.stage:7}  {line.directory}  ({line.reason})")
+    folder = to_download(data_settings(resolved))
+    if folder is not None:
+        _say(f"{resolved.data.dataset}: is not in {folder}; a run downloads it there, or give its folder: DATA=/path/to/it")
 
 
 @app.command()

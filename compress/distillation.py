@@ -159,6 +159,12 @@ def check_layers(terms: Sequence[LossTerm], *, student: nn.Module, teacher: nn.M
         tap(teacher, _teacher_layers(term))
 
 
+def weight_of(term: LossTerm, done: float) -> float:
+    """Return a term's weight after a part `done` of the training, in [0, 1)."""
+    warmed_up = min(done / term.warmup, 1.0) if term.warmup else 1.0
+    return term.weight * warmed_up * SCHEDULES[term.schedule](done)
+
+
 def _step(terms: Sequence[LossTerm], task: Task, teacher: Teacher) -> Step:
     """Return the step: one dictionary with the weighted sum as "loss" and every loss's own value."""
     ask = teacher if needs_teacher(terms) else no_teacher
@@ -173,7 +179,7 @@ def _step(terms: Sequence[LossTerm], task: Task, teacher: Teacher) -> Step:
                 measure(answer.logits, next(adapted) if isinstance(term, FeatureTerm) else (), taught, batch.targets)
                 for term, measure in zip(terms, measures, strict=True)
             ]
-            factors = [term.weight * SCHEDULES[term.schedule](done) for term in terms]
+            factors = [weight_of(term, done) for term in terms]
             total = torch.stack([factor * value for factor, value in zip(factors, values, strict=True)]).sum()
         return {"loss": total, **dict(zip(labels, values, strict=True))}
 

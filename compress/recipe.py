@@ -16,7 +16,9 @@ NAME = r"^[a-z0-9][a-z0-9_\-]{0,63}$"
 CalibrationMethod = Literal["minmax", "percentile", "entropy"]
 Int8Target = Literal["cpu_avx2", "cpu_vnni", "cpu_arm", "tensorrt"]
 PathText = Annotated[str, Field(min_length=1)]
-Arch = Annotated[str, Field(pattern=r"^(torchvision:[a-z0-9_]+|timm:[A-Za-z0-9_.\-]+|.+\.py:[A-Za-z_]\w*)$")]
+Arch = Annotated[
+    str, Field(pattern=r"^(torchvision:[a-z0-9_]+|timm:[A-Za-z0-9_.\-]+|cifar:[a-z0-9_]+|.+\.py:[A-Za-z_]\w*)$")
+]
 
 
 class Augment(Section):
@@ -79,7 +81,7 @@ class Model(Section):
     """The teacher's network and where its weights come from."""
 
     arch: Arch
-    """`torchvision:NAME`, `timm:NAME`, or `file.py:factory` (a person's own code; needs --trust-code)."""
+    """`torchvision:NAME`, `timm:NAME`, `cifar:NAME` (32-pixel networks of the papers), or `file.py:factory` (a person's own; needs --trust-code)."""
     weights: PathText | None = None
     """A .safetensors, .pt or .pth state dict, or the library's named weights as `torchvision:IMAGENET1K_V2` or `timm:TAG`; null trains here."""
     reset_head: bool = False
@@ -105,13 +107,24 @@ class Fit(Section):
     batch_size: PositiveInt = 64
     """Images in a step, over all ranks together."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with Nesterov momentum, or AdamW."""
+    """SGD with momentum, or AdamW."""
     lr: Annotated[float, Field(gt=0)] = 0.05
-    """The peak learning rate; the schedule is a linear warm-up, then a cosine to zero."""
+    """The peak learning rate, after the warm-up."""
+    # Fields with `exclude_if` are left out of the dump where they change nothing, so that artifacts made before them keep their keys.
+    schedule: Annotated[Literal["cosine", "step"], Field(exclude_if=lambda schedule: schedule == "cosine")] = "cosine"
+    """How the rate falls after the warm-up: by half a cosine to zero, or by `gamma` at each of `milestones`."""
+    milestones: Annotated[tuple[PositiveInt, ...], Field(exclude_if=lambda milestones: not milestones)] = ()
+    """Epochs after which `schedule: step` multiplies the rate by `gamma`."""
+    gamma: Annotated[float, Field(gt=0, lt=1, exclude_if=lambda gamma: gamma == 0.1)] = 0.1
+    """The factor of `schedule: step`."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD's momentum."""
+    nesterov: Annotated[bool, Field(exclude_if=lambda nesterov: nesterov)] = True
+    """Nesterov's momentum; false is the plain one, which most papers train with."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    """Weight decay of convolution and linear weights; biases and batch-norms have none."""
+    """Weight decay of convolution and linear weights."""
+    decay_vectors: Annotated[bool, Field(exclude_if=lambda decay_vectors: not decay_vectors)] = False
+    """Weight decay of biases and batch-norms, too, as most papers train."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     """Epochs of linear warm-up."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -127,6 +140,15 @@ class Fit(Section):
     def _warm_up_ends(self) -> "Fit":
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs: must be < epochs ({self.epochs}), got {self.warmup_epochs}")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_are_reached(self) -> "Fit":
+        shown = list(self.milestones)
+        if (self.schedule == "step") != bool(shown):
+            raise ValueError(f"milestones: schedule step needs them and cosine has none, got {shown}")
+        if shown != sorted(set(shown)) or (shown and shown[-1] >= self.epochs):
+            raise ValueError(f"milestones: must rise and be < epochs ({self.epochs}), got {shown}")
         return self
 
 
@@ -262,6 +284,12 @@ class QatStage(Section):
     """Do not train where the ptq stage lost less top-1 than this against the float student."""
     max_top1_drop: Fraction | None = None
     """After training, put the worst layers back to float until no more than this is lost against the float student."""
+
+    @model_validator(mode="after")
+    def _ranges_do_not_decay(self) -> "QatStage":
+        if self.ranges == "lsq" and self.fit is not None and self.fit.decay_vectors:
+            raise ValueError("fit.decay_vectors: would shrink the ranges that lsq learns: leave it out")
+        return self
 
 
 class AuditLimits(Section):

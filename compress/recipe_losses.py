@@ -22,6 +22,8 @@ class Term(Section):
     # Left out of the dump where it changes nothing, so that artifacts made before it existed keep their keys.
     schedule: Annotated[Schedule, Field(exclude_if=lambda schedule: schedule == "constant")] = "constant"
     """How the weight changes over the training: not at all, linearly from zero, linearly to zero, or to zero by half a cosine."""
+    warmup: Annotated[float, Field(ge=0, le=1, exclude_if=lambda warmup: warmup == 0)] = 0.0
+    """The part of the training over which the weight first rises linearly from zero (DKD's authors: 20 of 240 epochs)."""
 
 
 class CrossEntropyTerm(Term):

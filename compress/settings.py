@@ -24,7 +24,7 @@ def data_settings(recipe: Recipe) -> DataSettings:
 
 
 def qat_fit(cfg: QatStage, recipe: Recipe) -> Fit:
-    """Return how quantization-aware training runs: as the recipe says, or a tenth of the last float training at a hundredth of its rate.
+    """Return how quantization-aware training runs: as the recipe says, or a tenth of the last float training at a hundredth of its rate, with a cosine.
 
     Krishnamoorthi 2018 (Quantizing deep convolutional networks, section 4) and NVIDIA's QAT guide (2021) start from these.
     """
@@ -35,5 +35,12 @@ def qat_fit(cfg: QatStage, recipe: Recipe) -> Fit:
     ]
     last = trained[-1]
     return last.model_copy(
-        update={"epochs": max(1, round(last.epochs / 10)), "lr": last.lr / 100, "warmup_epochs": 0.0}
+        update={
+            "epochs": max(1, round(last.epochs / 10)),
+            "lr": last.lr / 100,
+            "warmup_epochs": 0.0,
+            "schedule": "cosine",
+            "milestones": (),
+            "decay_vectors": False,  # learned ranges are vectors, too
+        }
     )

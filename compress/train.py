@@ -1,5 +1,6 @@
 """The training loop. Plain training, distillation and quantization-aware training differ by the step they pass in, never by a copy of it."""
 
+import bisect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -49,25 +50,29 @@ def precision_of(settings: Fit, device: torch.device) -> torch.dtype | None:
 
 
 def learning_rate(settings: Fit, step: int, steps_per_epoch: int) -> float:
-    """Return the rate of a step: linear warm-up, then a cosine to zero (Loshchilov & Hutter 2017, eq. 5, one cycle)."""
+    """Return the rate of a step: linear warm-up, then a factor at each milestone or a cosine to zero (Loshchilov & Hutter 2017, eq. 5)."""
     warm_up, total = settings.warmup_epochs * steps_per_epoch, settings.epochs * steps_per_epoch
     if step < warm_up:
         return settings.lr * (step + 1) / warm_up
+    if settings.schedule == "step":
+        return settings.lr * settings.gamma ** bisect.bisect_right(settings.milestones, step // steps_per_epoch)
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(total - warm_up, 1)))
 
 
 def make_optimizer(model: nn.Module, settings: Fit) -> torch.optim.Optimizer:
-    """Return the optimizer; biases, batch-norms and other vectors have no weight decay."""
+    """Return the optimizer; biases, batch-norms and other vectors have no weight decay unless the settings say so."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {
+            "params": [p for p in parameters if p.dim() <= 1],
+            "weight_decay": settings.weight_decay if settings.decay_vectors else 0.0,
+        },
     ]
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
-    return torch.optim.SGD(
-        groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=True
-    )
+    nesterov = settings.nesterov and settings.momentum > 0
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov, fused=True)
 
 
 def place_(model: Network, device: torch.device) -> Network:

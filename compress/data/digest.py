@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ NATIVE_SIZE = {
     "fashion_mnist": 32,
     "imagenette": 224,
 }
+# The folder that a download leaves, where it is one.
+DOWNLOADED = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "imagenette": "imagenette2-320"}
 VERSION = 1  # of how images become tensors; a change of it makes every cached stage run again
 
 
@@ -49,6 +52,20 @@ def dataset_digest(settings: DataSettings) -> str:
         "files": folder_digest(folder_of(settings.path)) if settings.name == "imagefolder" else None,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def cache_folder(path: Path | None) -> Path:
+    """Return where downloads lie: the path given, else the user's cache."""
+    if path is not None:
+        return path
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
+
+
+def to_download(settings: DataSettings) -> Path | None:
+    """Return the folder that a run would download the data set to; None where it lies there already, or needs no download."""
+    root = cache_folder(settings.path)
+    folder = DOWNLOADED.get(settings.name)
+    return None if folder is None or (root / folder).is_dir() else root
 
 
 def folder_of(path: Path | None) -> Path:

@@ -1,7 +1,6 @@
 """Data sets known by name: embedded in scikit-learn, packaged by Debian, or downloaded by torchvision."""
 
 import gzip
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import numpy as np
 import torchvision.datasets as downloads
 from sklearn.datasets import load_digits
 
+from compress.data.digest import cache_folder
 from compress.data.folders import Listing, list_folder
 from compress.errors import DataError
 
@@ -88,13 +88,6 @@ NAMED: dict[str, Callable[[Path | None], NamedSet | Listing]] = {
     "fashion_mnist": fashion_mnist,
     "imagenette": imagenette,
 }
-
-
-def cache_folder(path: Path | None) -> Path:
-    """Return where downloads lie: the path given, else the user's cache."""
-    if path is not None:
-        return path
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
 
 
 def _cifar(name: str, kind: Callable[..., downloads.CIFAR10], path: Path | None) -> NamedSet:

@@ -1,4 +1,4 @@
-"""Build a network from its name: torchvision's, timm's, or a person's own file."""
+"""Build a network from its name: torchvision's, timm's, one for CIFAR, or a person's own file."""
 
 import difflib
 import hashlib
@@ -13,6 +13,7 @@ import torchvision
 from torch import nn
 
 from compress.errors import ModelError
+from compress.models.cifar import CIFAR_NETWORKS
 from compress.models.digest import existing_file
 
 # These two classify by auxiliary heads, too, unless told not to, and warn unless told how to start. transform_input is what their published
@@ -22,7 +23,7 @@ _EXTRA = {"googlenet": _NO_AUXILIARY_HEADS, "inception_v3": _NO_AUXILIARY_HEADS}
 
 
 def build(arch: str, *, num_classes: int, trust_code: bool = False) -> nn.Module:
-    """Build `torchvision:NAME`, `timm:NAME` or `file.py:factory` with random weights, in eval mode.
+    """Build `torchvision:NAME`, `timm:NAME`, `cifar:NAME` or `file.py:factory` with random weights, in eval mode.
 
     A file's factory is called as `factory(num_classes)` and only with `trust_code`: loading it runs its code.
     Raises `ModelError` for an unknown name, and for a file that cannot be used.
@@ -51,7 +52,13 @@ def _timm(name: str, num_classes: int) -> nn.Module:
     return model
 
 
-LIBRARIES: dict[str, Callable[[str, int], nn.Module]] = {"torchvision": _torchvision, "timm": _timm}
+def _cifar(name: str, num_classes: int) -> nn.Module:
+    if name not in CIFAR_NETWORKS:
+        raise ModelError(f"cifar:{name}: there is no network for CIFAR of this name; {nearest(name, CIFAR_NETWORKS)}")
+    return CIFAR_NETWORKS[name](num_classes)
+
+
+LIBRARIES: dict[str, Callable[[str, int], nn.Module]] = {"torchvision": _torchvision, "timm": _timm, "cifar": _cifar}
 
 
 def import_timm() -> ModuleType:

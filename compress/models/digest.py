@@ -6,7 +6,8 @@ from pathlib import Path
 
 from compress.errors import ModelError
 
-LIBRARIES = ("torchvision", "timm")
+LIBRARIES = ("torchvision", "timm", "cifar")  # of networks
+WITH_WEIGHTS = ("torchvision", "timm")  # those that publish weights under names
 
 
 def source_digest(arch: str, weights: str | None) -> str:
@@ -21,7 +22,7 @@ def source_digest(arch: str, weights: str | None) -> str:
 
 def is_named(weights: str) -> bool:
     """Return whether weights are a library's, `torchvision:NAME` or `timm:TAG`, rather than a file."""
-    return weights.partition(":")[0] in LIBRARIES
+    return weights.partition(":")[0] in WITH_WEIGHTS
 
 
 def existing_file(text: str, what: str) -> Path:
