@@ -57,6 +57,9 @@ IMAGE_SIZES = {
     "timm:efficientnet_lite0": 64,
     "timm:vit_tiny_patch16_224": 224,
     "timm:repvgg_a0": 64,
+    "cifar:resnet20": 32,
+    "cifar:resnet8x4": 32,
+    "cifar:wrn_16_2": 32,
 }
 TARGET = TARGETS["cpu_avx2"]  # 7-bit weights: exact on every x86, so that parity does not depend on the machine
 CLASSES = 10  # five regions of each of two photographs

@@ -163,11 +163,14 @@ def _unpickled(file: Path) -> object:
 def _unwrapped(content: object, file: Path) -> State:
     """Return the state dict inside a checkpoint."""
     while isinstance(content, dict):
-        tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-        if tensors:
-            return tensors
         inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), None)
         if inner is None:
+            # Only here: beside the weights lie other tensors, too, such as an accuracy.
+            tensors = {
+                key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)
+            }
+            if tensors:
+                return tensors
             keys = ", ".join(str(key) for key in list(content)[:NAMED])
             raise ModelError(f"{file}: holds no state dict ({keys or 'empty'}); save model.state_dict()")
         content = inner
