@@ -175,7 +175,9 @@ def plan(
         typer.echo(f"{'cached' if line.cached else 'runs':6}  {line.stage:7}  {line.directory}  ({line.reason})")
     folder = to_download(data_settings(resolved))
     if folder is not None:
-        _say(f"{resolved.data.dataset}: is not in {folder}; a run downloads it there, or give its folder: DATA=/path/to/it")
+        _say(
+            f"{resolved.data.dataset}: is not in {folder}; a run downloads it there, or give its folder: DATA=/path/to/it"
+        )
 
 
 @app.command()

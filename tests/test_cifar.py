@@ -16,13 +16,15 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from compress.cli import app
+from compress.distillation import weight_of
 from compress.errors import ModelError
-from compress.models.architectures import build
+from compress.models.architectures import LIBRARIES, build
 from compress.models.digest import LIBRARIES as KNOWN
 from compress.models.weights import load_weights_
 from compress.pipeline import run_recipe
 from compress.recipe import Fit, Recipe
 from compress.recipe_file import read_recipe
+from compress.recipe_losses import DKDTerm
 from compress.train import learning_rate
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -103,11 +105,16 @@ def test_a_checkpoint_as_the_authors_save_them_is_read(tmp_path: Path) -> None:
 
 
 def test_an_unknown_network_names_the_nearest() -> None:
-    with pytest.raises(ModelError, match="^cifar:resnet65: there is no network for CIFAR of this name; did you mean resnet56"):
+    with pytest.raises(
+        ModelError, match=r"^cifar:resnet65: there is no network for CIFAR of this name; did you mean resnet56"
+    ):
         build("cifar:resnet65", num_classes=10)
     with pytest.raises(ModelError, match="cifar:best: the weights file does not exist"):
         load_weights_(build("cifar:resnet8", num_classes=2), "cifar:resnet8", "cifar:best", reset_head=False)
-    assert "cifar" in KNOWN
+
+
+def test_the_digest_knows_every_library() -> None:
+    assert set(KNOWN) == set(LIBRARIES)
 
 
 # Protocols
@@ -119,26 +126,50 @@ def recipe(name: str, *overrides: str) -> Recipe:
 
 def trainings(name: str) -> list[Fit]:
     stages = [section for section in recipe(name).stages if section.stage in ("source", "distill")]
-    return [section.fit for section in stages if section.fit is not None]  # type: ignore[union-attr]
+    return [section.fit for section in stages if section.fit is not None]
 
 
-def rates(fit: Fit) -> list[float]:
-    """Return the rate in the first, the last and every changing epoch, without repetition."""
-    return list(dict.fromkeys(round(learning_rate(fit, epoch * 10 + 5, 10), 12) for epoch in range(fit.epochs)))
+def rates(fit: Fit) -> dict[int, float]:
+    """Return each rate by the first epoch that has it."""
+    found = [learning_rate(fit, epoch * 10, 10) for epoch in range(fit.epochs)]
+    return {epoch: rate for epoch, rate in enumerate(found) if epoch == 0 or rate != found[epoch - 1]}
 
 
+CRD = (240, 64, {0: 0.05, 150: 0.005, 180: 5e-4, 210: 5e-5}, 5e-4)
+DEPGRAPH = [
+    (200, 128, {0: 0.1, 120: 0.01, 150: 0.001, 180: 1e-4}, 5e-4),
+    (100, 128, {0: 0.01, 60: 0.001, 80: 1e-4}, 5e-4),
+]
 PROTOCOLS = {
-    "cifar10/resnet56_2_11x": [(200, 128, [0.1, 0.01, 0.001, 1e-4], 5e-4), (100, 128, [0.01, 0.001, 1e-4], 5e-4)],
-    "cifar10/resnet56_2_55x": [(200, 128, [0.1, 0.01, 0.001, 1e-4], 5e-4), (100, 128, [0.01, 0.001, 1e-4], 5e-4)],
-    "imagenet/resnet50_2gmacs": [(90, 256, [0.01, 0.001, 1e-4], 1e-4)],
+    "cifar100/resnet56_resnet20": [CRD, CRD],
+    "cifar100/resnet32x4_resnet8x4": [CRD, CRD],
+    "cifar100/wrn40_2_wrn16_2": [CRD, CRD],
+    "cifar10/resnet56_2_11x": DEPGRAPH,
+    "cifar10/resnet56_2_55x": DEPGRAPH,
+    "imagenet/resnet34_resnet18": [(100, 256, {0: 0.1, 30: 0.01, 60: 0.001, 90: 1e-4}, 1e-4)],
+    "imagenet/resnet50_2gmacs": [(90, 256, {0: 0.01, 30: 0.001, 60: 1e-4}, 1e-4)],
 }
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_a_recipe_trains_by_its_papers_protocol(name: str) -> None:
-    found = [(fit.epochs, fit.batch_size, rates(fit), fit.weight_decay) for fit in trainings(name)]
-    assert found == PROTOCOLS[name]
+    for fit, (epochs, batch_size, by_epoch, weight_decay) in zip(trainings(name), PROTOCOLS[name], strict=True):
+        assert (fit.epochs, fit.batch_size, fit.weight_decay) == (epochs, batch_size, weight_decay)
+        assert rates(fit) == pytest.approx(by_epoch)
     assert all(not fit.nesterov and fit.decay_vectors and fit.momentum == 0.9 for fit in trainings(name))
+    assert recipe(name).teaching.mode == "online"
+
+
+@pytest.mark.parametrize(
+    ("name", "beta"), [("resnet56_resnet20", 2), ("resnet32x4_resnet8x4", 8), ("wrn40_2_wrn16_2", 6)]
+)
+def test_dkd_has_its_authors_weights_for_each_pair(name: str, beta: float) -> None:
+    (section,) = (section for section in recipe(f"cifar100/{name}").stages if section.stage == "distill")
+    labels, dkd = section.loss
+    assert isinstance(dkd, DKDTerm)
+    assert (labels.name, labels.weight) == ("cross_entropy", 1)
+    assert (dkd.weight, dkd.alpha, dkd.beta, dkd.temperature) == (1, 1, beta, 4)
+    assert [weight_of(dkd, done) for done in (0, 10 / 240, 0.1, 0.9)] == pytest.approx([0, 0.5, 1, 1], abs=1e-3)
 
 
 @pytest.mark.parametrize("name", [name for name in PROTOCOLS if name.startswith("cifar")])
@@ -176,39 +207,57 @@ def test_a_plan_says_in_one_sentence_that_imagenet_is_not_there() -> None:
     )
 
 
-def write_cifar10(root: Path, per_class: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write a small CIFAR-10 in CIFAR's own files: ten colours with noise; the archive's digests are told to be those of the stand-in."""
-    folder, random = root / "cifar-10-batches-py", np.random.default_rng(0)
+def write_cifar(root: Path, number: int, per_class: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write a small CIFAR-10 or -100 in CIFAR's own files: colours with noise; the archive's digests are told to be those of the stand-in."""
+    kind, labels_key, names_key = {
+        10: (downloads.CIFAR10, "labels", "label_names"),
+        100: (downloads.CIFAR100, "fine_labels", "fine_label_names"),
+    }[number]
+    folder, random, digests = root / kind.base_folder, np.random.default_rng(0), []
     folder.mkdir(parents=True)
-    digests = {}
-    for file in ("data_batch_1", "test_batch", "batches.meta"):
-        labels = np.arange(10 * per_class) % 10
-        colours = np.stack([labels * 25, 225 - labels * 25, (labels * 75) % 250], 1)[:, :, None]
+    labels = np.arange(number * per_class) % number
+    colours = np.stack([labels * 250 // number, 250 - labels * 250 // number, labels * 75 % 250], 1)[:, :, None]
+    for file in ("train", "test", "meta"):
         pixels = np.clip(colours + random.normal(0, 20, (len(labels), 3, 1024)), 0, 255).astype(np.uint8)
-        batch = {"data": pixels.reshape(len(labels), 3072), "labels": labels.tolist()}
-        names = {"label_names": [f"colour{label}" for label in range(10)]}
-        content = pickle.dumps(names if file == "batches.meta" else batch)
+        batch = {"data": pixels.reshape(len(labels), 3072), labels_key: labels.tolist()}
+        content = pickle.dumps({names_key: [f"colour{label}" for label in range(number)]} if file == "meta" else batch)
         (folder / file).write_bytes(content)
-        digests[file] = hashlib.md5(content).hexdigest()
-    monkeypatch.setattr(downloads.CIFAR10, "train_list", [["data_batch_1", digests["data_batch_1"]]])
-    monkeypatch.setattr(downloads.CIFAR10, "test_list", [["test_batch", digests["test_batch"]]])
-    meta = {"filename": "batches.meta", "key": "label_names", "md5": digests["batches.meta"]}
-    monkeypatch.setattr(downloads.CIFAR10, "meta", meta)
+        digests.append(hashlib.md5(content).hexdigest())
+    monkeypatch.setattr(kind, "train_list", [["train", digests[0]]])
+    monkeypatch.setattr(kind, "test_list", [["test", digests[1]]])
+    monkeypatch.setattr(kind, "meta", {"filename": "meta", "key": names_key, "md5": digests[2]})
 
 
-def one_epoch(path: str) -> list[str]:
-    """Return the overrides that leave one epoch of a training."""
-    return [f"{path}.epochs=1", f"{path}.schedule=cosine", f"{path}.milestones=[]"]
+def one_epoch(*paths: str) -> list[str]:
+    """Return the overrides that leave one epoch of each training."""
+    return [f"{path}.{rest}" for path in paths for rest in ("epochs=1", "schedule=cosine", "milestones=[]")]
 
 
-def test_a_published_recipe_prunes_and_distills_on_a_stand_in_for_cifar(
+def run(short: Recipe, until: str) -> dict[str, Mapping[str, float]]:
+    """Run the recipe and return each stage's metrics."""
+    assert run_recipe(short, trust_code=False, until=until, verbose=False, command="") == 0
+    report = json.loads((Path(short.out) / short.name / "report.json").read_text())
+    return {row["stage"]: row["metrics"] for row in report["stages"]}
+
+
+def test_a_pruning_recipe_runs_on_a_stand_in_for_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path, 10, 4, monkeypatch)
+    overrides = one_epoch("source.fit", "prune.sparsity.fit", "distill.fit")
+    file = RECIPES / "cifar10" / "resnet56_2_11x.yaml"
+    metrics = run(read_recipe(file, overrides, data=str(tmp_path), out=str(tmp_path)), "distill")
+    assert 0.46 < metrics["distill"]["macs_m"] / metrics["source"]["macs_m"] <= 0.474
+
+
+@pytest.mark.slow
+def test_a_distillation_recipe_runs_to_its_qat_on_a_stand_in_for_cifar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_cifar10(tmp_path / "cifar", 4, monkeypatch)
-    overrides = [line for path in ("source.fit", "prune.sparsity.fit", "distill.fit") for line in one_epoch(path)]
-    name = "cifar10/resnet56_2_11x"
-    short = read_recipe(RECIPES / f"{name}.yaml", overrides, data=str(tmp_path / "cifar"), out=str(tmp_path))
-    assert run_recipe(short, trust_code=False, until="distill", verbose=False, command="") == 0
-    report = json.loads((tmp_path / short.name / "report.json").read_text())
-    metrics = {row["stage"]: row["metrics"] for row in report["stages"]}
-    assert 0.46 < metrics["distill"]["macs_m"] / metrics["source"]["macs_m"] <= 0.474
+    write_cifar(tmp_path, 100, 2, monkeypatch)
+    overrides = [
+        *one_epoch("source.fit", "distill.fit"), "target=cpu_avx2", "ptq.methods=[minmax]", "ptq.neural_compressor=false",
+        "ptq.calibration_images=32", "ptq.max_trials=1", "qat.calibration_images=32", "qat.fit.epochs=1",
+    ]  # fmt: skip
+    file = RECIPES / "cifar100" / "resnet56_resnet20.yaml"
+    metrics = run(read_recipe(file, overrides, data=str(tmp_path), out=str(tmp_path)), "qat")
+    assert metrics["source"]["params_m"] == pytest.approx(0.8616, abs=1e-4)
+    assert metrics["qat"]["params_m"] == pytest.approx(0.2783, abs=1e-4)

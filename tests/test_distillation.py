@@ -22,6 +22,7 @@ from compress.distillation import (
     check_layers,
     distillation,
     online_teacher,
+    weight_of,
 )
 from compress.errors import CompressError, ModelError
 from compress.log import StageLog
@@ -166,6 +167,16 @@ def test_a_schedule_changes_the_weight_over_the_training(schedule: str, factors:
         assert measured["loss"].item() == pytest.approx(2.0 * factor * measured["mse"].item(), rel=1e-5)
 
 
+def test_a_warm_up_raises_the_weight_and_leaves_the_schedule_as_it_is() -> None:
+    (term,) = parse({"name": "mse", "weight": 2.0, "warmup": 0.25, "schedule": "linear_down"})
+    found = [weight_of(term, done) for done in (0.0, 0.125, 0.25, 0.5, 0.75)]
+    assert found == pytest.approx([0.0, 2 * 0.5 * 0.875, 2 * 0.75, 2 * 0.5, 2 * 0.25])
+    learner, step = lesson({"name": "mse", "weight": 2.0, "warmup": 0.5}, student=network(seed=1))
+    measured = step(learner.train(), BATCH, 0.125)
+    assert measured["loss"].item() == pytest.approx(2.0 * 0.25 * measured["mse"].item(), rel=1e-5)
+    assert "warmup" in term.model_dump()
+
+
 def test_the_teacher_does_not_run_when_no_loss_asks_for_it() -> None:
     class Forbidden(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
@@ -207,6 +218,29 @@ def test_every_logit_loss_takes_mixed_targets(name: str, standardize: bool) -> N
     assert all(gradient is not None and bool(torch.isfinite(gradient).all()) for gradient in gradients)
 
 
+@pytest.mark.parametrize("name", LOGIT_TERMS)
+def test_every_logit_loss_reads_logits_that_numpy_has_standardized(name: str) -> None:
+    """Standardized by numpy and handed to the loss as it is, the logits give the value of `standardize: true`."""
+    student, teacher = network(seed=1).train(), network()
+    measured = lesson({"name": name, "standardize": True}, student=copy.deepcopy(student), teacher=teacher)
+    value = measured[1](measured[0].train(), BATCH, 0.0)[name]
+
+    def standardized(network: nn.Module) -> Tensor:
+        logits = network(BATCH.images).detach().numpy()
+        return torch.from_numpy((logits - logits.mean(1, keepdims=True)) / logits.std(1, keepdims=True))
+
+    class Stored(nn.Module):
+        def __init__(self, logits: Tensor) -> None:
+            super().__init__()
+            self.logits = logits
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.logits
+
+    learner, step = lesson({"name": name}, student=Stored(standardized(student)), teacher=Stored(standardized(teacher)))
+    assert step(learner.train(), BATCH, 0.0)[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize("name", FEATURE_TERMS)
 @pytest.mark.parametrize("student", STUDENTS)
 def test_every_feature_loss_trains_every_student(name: str, student: str) -> None:
@@ -218,7 +252,7 @@ def test_every_feature_loss_trains_every_student(name: str, student: str) -> Non
     assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in learner.adapters.parameters())
 
 
-@pytest.mark.parametrize("name", ["fitnet", "at", "review"])
+@pytest.mark.parametrize("name", FEATURE_TERMS)
 @pytest.mark.parametrize("student", ["pruned", "pruned and fake-quantized"])
 def test_feature_losses_fall_on_students_with_fewer_channels(name: str, student: str) -> None:
     learner, step = lesson({"name": name, "layers": LAYERS, "weight": 1.0}, student=STUDENTS[student]())

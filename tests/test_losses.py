@@ -159,6 +159,19 @@ def test_standardized_losses_ignore_scale_and_shift() -> None:
     assert torch.allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_is_the_mean_of_minus_log_probability(smoothing: float) -> None:
+    (logits,) = tensors(STUDENT)
+    expected = np.mean(
+        [
+            -(1 - smoothing) * math.log(softmax(row)[label]) - smoothing * np.log(softmax(row)).mean()
+            for row, label in zip(STUDENT, LABELS, strict=True)
+        ]
+    )
+    measured = cross_entropy_loss(logits, torch.from_numpy(LABELS), label_smoothing=smoothing)
+    assert float(measured) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_cross_entropy_takes_labels_and_class_probabilities() -> None:
     logits, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
     probabilities = torch.nn.functional.one_hot(labels, 3).float()

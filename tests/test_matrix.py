@@ -4,7 +4,7 @@ import pytest
 from matrix import BEGIN, DOCUMENT, END, IMAGE_SIZES, KEEP_MACS, examine
 
 QUICK = ("torchvision:resnet18", "torchvision:mobilenet_v2", "torchvision:mobilenet_v3_small",
-         "torchvision:shufflenet_v2_x1_0")  # fmt: skip
+         "torchvision:shufflenet_v2_x1_0", "cifar:resnet8x4")  # fmt: skip
 # How many products (two in each attention) ONNX Runtime computes in float, and why; 0 for all others.
 FLOAT = {
     "torchvision:swin_t": (24, "no integer kernel for attend_in_windows"),

@@ -215,7 +215,7 @@ def test_a_misspelt_stage_names_the_nearest_and_all(tmp_path: Path) -> None:
 def test_a_key_of_a_loss_term_is_found_below_its_union(tmp_path: Path) -> None:
     stage = "- {stage: distill, fit: {epochs: 1}, loss: [{name: kd, temprature: 2}]}"
     (line,) = mistakes(tmp_path / "a.yaml", HEAD + SOURCE + stage)
-    known = "name, weight, schedule, standardize, temperature"
+    known = "name, weight, schedule, warmup, standardize, temperature"
     assert line == f"stages.1.loss.0.temprature: unknown key; did you mean temperature? (known: {known})"
 
 
@@ -356,3 +356,21 @@ def test_qat_takes_a_tenth_of_the_float_epochs_and_a_hundredth_of_the_rate(tmp_p
     fit = qat_fit(section, recipe)
     assert (fit.epochs, fit.batch_size, fit.warmup_epochs) == (2, 32, 0)
     assert fit.lr == pytest.approx(0.0002)
+
+
+def test_qat_after_a_training_by_steps_takes_a_cosine(tmp_path: Path) -> None:
+    steps = "schedule: step, milestones: [10, 20], decay_vectors: true"
+    text = HEAD + SOURCE + f"- {{stage: distill, fit: {{epochs: 24, {steps}}}}}\n" + PTQ + QAT
+    recipe = read(tmp_path / "a.yaml", text)
+    section = recipe.stages[-1]
+    assert section.stage == "qat"
+    fit = qat_fit(section, recipe)
+    assert (fit.epochs, fit.schedule, fit.milestones, fit.decay_vectors) == (2, "cosine", (), False)
+
+
+def test_learned_ranges_do_not_decay(tmp_path: Path) -> None:
+    (line,) = mistakes(
+        tmp_path / "a.yaml",
+        HEAD + SOURCE + PTQ + "- {stage: qat, ranges: lsq, fit: {epochs: 1, decay_vectors: true}}\n",
+    )
+    assert line == "stages.2.fit.decay_vectors: would shrink the ranges that lsq learns: leave it out"

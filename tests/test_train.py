@@ -1,5 +1,6 @@
 """The training loop: schedules against formulas, a killed run against one that was not."""
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from networks import Residual
+from pydantic import ValidationError
 from torch import nn
 
 from compress import train
@@ -59,6 +61,54 @@ def test_the_rate_warms_up_linearly_and_falls_to_zero_by_a_cosine() -> None:
     assert rates[30] == pytest.approx(0.2)  # half of the cosine
     assert rates[49] == pytest.approx(0.4 * 0.5 * (1 + math.cos(math.pi * 39 / 40)))
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_the_rate_falls_by_steps_as_torchs_own_schedule(warmup: int) -> None:
+    settings = Fit(epochs=12, lr=0.4, warmup_epochs=warmup, schedule="step", milestones=(4, 7, 10), gamma=0.2)
+    oracle = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(oracle, [4, 7, 10], gamma=0.2)
+    for epoch in range(12):
+        found = [learning_rate(settings, 5 * epoch + step, 5) for step in range(5)]
+        rising = [0.4 * (5 * epoch + step + 1) / 10 for step in range(5)]
+        assert found == pytest.approx(rising if epoch < warmup else [schedule.get_last_lr()[0]] * 5)
+        oracle.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"schedule": "step"}, r"milestones: schedule step needs them and cosine has none, got \[\]"),
+        ({"milestones": [3]}, r"milestones: schedule step needs them and cosine has none, got \[3\]"),
+        ({"schedule": "step", "milestones": [3, 9]}, r"milestones: must rise and be < epochs \(9\), got \[3, 9\]"),
+        ({"schedule": "step", "milestones": [5, 3]}, r"must rise and be < epochs \(9\), got \[5, 3\]"),
+    ],
+)
+def test_steps_that_never_come_are_refused(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        Fit.model_validate({"epochs": 9, **settings})
+
+
+def test_settings_at_their_default_keep_an_artifacts_key() -> None:
+    new = {"schedule", "milestones", "gamma", "nesterov", "decay_vectors"}
+    assert new.isdisjoint(Fit(epochs=1).model_dump())
+    assert new <= Fit(epochs=9, schedule="step", milestones=(3,), gamma=0.5, nesterov=False, decay_vectors=True).model_dump().keys()  # fmt: skip
+
+
+def test_the_papers_optimizer_is_plain_sgd_on_all_parameters(tmp_path: Path) -> None:
+    """Four steps of the loop against torch's SGD by hand."""
+    model = Residual(2)
+    twin = copy.deepcopy(model).train()
+    settings = Fit(epochs=1, batch_size=16, lr=0.1, weight_decay=0.01, nesterov=False, decay_vectors=True, schedule="cosine")  # fmt: skip
+    trained = fit(model, STEP, settings, loop(tmp_path))
+    oracle = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    for index, batch in enumerate(batches(0)):
+        oracle.param_groups[0]["lr"] = learning_rate(settings, index, 4)
+        oracle.zero_grad()
+        nn.functional.cross_entropy(twin(batch.images), batch.targets).backward()
+        oracle.step()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(trained.parameters(), twin.parameters(), strict=True))
 
 
 def test_vectors_have_no_weight_decay() -> None:
