@@ -147,6 +147,11 @@ class StageLog:
         if self.verbose or not self._progress:
             self._say(self._epoch_line(measurements))
 
+    def epoch_again(self) -> None:
+        """Count the running epoch's steps anew: it is trained again."""
+        self._batch = self._images = 0
+        self._epoch_started_s = time.monotonic()
+
     def note(self, text: str) -> None:
         """Print one line and keep it in the log."""
         if self.enabled:

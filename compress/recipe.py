@@ -99,6 +99,29 @@ class Teaching(Section):
     """Keep so many logits of an image, the largest, and spread the rest of the probability evenly; null keeps all, two bytes each."""
 
 
+class Stop(Section):
+    """When a training ends before its last epoch: the first condition that holds after an epoch ends it."""
+
+    patience: PositiveInt | None = None
+    """Epochs in a row without a rise of the validation top-1 by more than `min_delta`."""
+    min_delta: Fraction = 0.0
+    """The rise that `patience` waits for; 0.001 is a tenth of a point."""
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Begin no epoch that would end after so many minutes of training, a killed run's earlier ones included."""
+    top1: Fraction | None = None
+    """The validation top-1 that is enough."""
+
+    @model_validator(mode="after")
+    def _some_condition(self) -> "Stop":
+        if self.patience is None and self.max_minutes is None and self.top1 is None:
+            raise ValueError("patience: give at least one of patience, max_minutes and top1, or leave `stop` out")
+        if self.min_delta and self.patience is None:
+            raise ValueError(
+                f"min_delta: is what `patience` waits for: set patience, too, got min_delta {self.min_delta}"
+            )
+        return self
+
+
 class Fit(Section):
     """One training run."""
 
@@ -134,7 +157,12 @@ class Fit(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast type; auto is bf16 on a GPU that has it and fp32 elsewhere, and fp32 in the qat stage."""
     compile: bool = False
-    """Run the training step through torch.compile."""
+    """Run the training step through torch.compile; the log says what it costs and gains."""
+    # Left out of the dump at their defaults, so that artifacts made before they existed keep their keys.
+    micro_batches: Annotated[PositiveInt, Field(exclude_if=lambda parts: parts == 1)] = 1
+    """Parts that a batch is computed in, one after the other; where memory runs out, one process doubles it by itself."""
+    stop: Annotated[Stop | None, Field(exclude_if=lambda stop: stop is None)] = None
+    """Conditions that end the training before its last epoch."""
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> "Fit":

@@ -42,5 +42,6 @@ def qat_fit(cfg: QatStage, recipe: Recipe) -> Fit:
             "schedule": "cosine",
             "milestones": (),
             "decay_vectors": False,  # learned ranges are vectors, too
+            "stop": None,
         }
     )

@@ -1,0 +1,57 @@
+"""Compile a network for its training, and measure what that costs and gains."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+
+from compress.errors import CompressError
+
+WARM_UP, TIMED = 2, 5  # steps
+
+
+def compare(
+    trial: Callable[[nn.Module], None], eager: nn.Module, compiled: nn.Module, *, device: torch.device, steps: int
+) -> str:
+    """Run training steps through both, the compiled one for the first time, and say after how many steps of `steps` compiling pays.
+
+    Raises CompressError where torch cannot compile the network here.
+    """
+    for _ in range(WARM_UP):
+        trial(eager)
+    eager_s = median(_time(trial, eager, device) for _ in range(TIMED))
+    try:
+        first_s = sum(_time(trial, compiled, device) for _ in range(WARM_UP))
+    except TorchDynamoException as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CompressError(
+            f"fit.compile: torch cannot compile this network here ({reason}); set fit.compile: false, or see that a C++ compiler "
+            "(g++) and Python's headers are installed"
+        ) from error
+    compiled_s = median(_time(trial, compiled, device) for _ in range(TIMED))
+    return describe(eager_s, compiled_s, first_s - WARM_UP * compiled_s, steps)
+
+
+def describe(eager_s: float, compiled_s: float, compile_s: float, steps: int) -> str:
+    """Return the comparison in words."""
+    took = f"compiled in {compile_s:.0f} s; a step takes {1e3 * compiled_s:.3g} ms instead of {1e3 * eager_s:.3g}"
+    if compiled_s >= eager_s:
+        return f"{took}: never pays here, fit.compile: false is faster"
+    pays = int(compile_s / (eager_s - compiled_s)) + 1
+    return f"{took}: pays after {pays:,} steps, {'and' if pays < steps else 'but'} this training has {steps:,} left"
+
+
+def _time(trial: Callable[[nn.Module], None], network: nn.Module, device: torch.device) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    trial(network)
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
