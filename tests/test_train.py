@@ -40,8 +40,10 @@ def loop(out: Path, *, seed: int = 0) -> Loop:
         batches=batches,
         steps_per_epoch=4,
         evaluate=lambda model: evaluate(model, [Batch(DATA, LABELS)], task),
+        metric="top1",
         log=StageLog(out, stage="test"),
         checkpoint=out / "checkpoint.pt",
+        summary=out / "training.json",
         device=CPU,
         ranks=1,
         seed=seed,
@@ -172,7 +174,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_repair(tmp_path: Path) -> None:
     def broken(model: nn.Module, batch: Batch, done: float) -> dict[str, torch.Tensor]:
         return {"loss": STEP(model, batch, done)["loss"] * math.nan}
 
-    with pytest.raises(CompressError, match=r"the loss is nan in epoch 1; lower fit\.lr"):
+    with pytest.raises(CompressError, match=r"the loss is nan in epoch 1, also at 1/8 of the rate; lower fit\.lr"):
         fit(network(), broken, Fit(epochs=2, batch_size=16), loop(tmp_path))
 
 

@@ -1,0 +1,271 @@
+"""Measure what of a training's time is not the model's: data, logging, metrics, bookkeeping.
+
+`python tests/loop_overhead.py DATA` trains a network on the image folder DATA through the product's own loop (`Run.fit`), with the images in
+memory and as files with loader processes, and prints a Markdown table. Forward, backward and optimizer are the model's time; all else between
+the end of the first epoch's evaluation (a warm-up) and that of the last is the loop's, but for the evaluations, which stand by themselves. A
+hand-written loop over ready batches runs before and after each for comparison. On a GPU the times are CUDA events'.
+"""
+
+import argparse
+import itertools
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import compress.data.dataset
+from compress.data.batches import Batch
+from compress.data.folders import list_folder
+from compress.distillation import supervised_step
+from compress.log import StageLog, quiet_libraries
+from compress.models.architectures import build
+from compress.recipe import Fit, Recipe
+from compress.run import Run, open_run
+from compress.train import Step, make_optimizer, place_, precision_of
+
+AUGMENT = {"crop": "random_resized", "flip": True}
+WARM_UP, MINIMAL_STEPS = 3, 12
+TITLES = ("network", "images", "pixels", "batch", "images/s", "hand-written loop", "ratio", "waiting for data", "the rest", "overhead",
+          "evaluation of as many images", "evaluation an epoch, all of DATA")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training; parts are fractions of its time without evaluation."""
+
+    arch: str
+    source: str
+    image_size: int
+    batch_size: int
+    images_per_s: float
+    minimal_images_per_s: float
+    data: float
+    model: float
+    evaluation_per_image: float  # of an image's training time
+    validation_ratio: float  # validation images for each training image of DATA
+
+    def as_markdown(self) -> str:
+        """Return a line of the table."""
+        rest = 1 - self.data - self.model
+        cells = (
+            f"`{self.arch}`",
+            self.source,
+            str(self.image_size),
+            str(self.batch_size),
+            f"{self.images_per_s:,.0f}",
+            f"{self.minimal_images_per_s:,.0f}",
+            f"{self.images_per_s / self.minimal_images_per_s:.2f}",
+            f"{self.data:.1%}",
+            f"{rest:.1%}",
+            f"**{self.data + rest:.1%}**",
+            f"{self.evaluation_per_image:.0%}",
+            f"+{self.evaluation_per_image * self.validation_ratio:.1%}",
+        )
+        return f"| {' | '.join(cells)} |"
+
+
+class Clock:
+    """Adds up spans of time by name, on a GPU between points of its own stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew, now."""
+        self.spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        self.open: dict[str, Any] = {}
+        self.started = self.ended = self._now()
+
+    def begin(self, name: str) -> None:
+        """Open a span."""
+        self.open[name] = self._now()
+
+    def end(self, name: str) -> None:
+        """Close it."""
+        self.ended = self._now()
+        if name in self.open:  # else it began before the clock did
+            self.spans[name].append((self.open.pop(name), self.ended))
+
+    def seconds(self, name: str) -> float:
+        """Return the sum of a name's spans."""
+        return sum(self._between(*span) for span in self.spans[name])
+
+    def total(self) -> float:
+        """Return the time from the clock's start to the last span's end."""
+        return self._between(self.started, self.ended)
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        if self.device.type != "cuda":
+            return float(end - start)
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+
+def timed_run(run: Run, clock: Clock) -> Run:
+    """Return the run with a clock on its batches and evaluations; the clock begins anew after the first evaluation."""
+    evaluations = 0
+
+    class Timed(Run):
+        def training(self, settings: Fit, epoch: int) -> Iterator[Batch]:
+            batches = super().training(settings, epoch)
+            while True:
+                clock.begin("data")
+                batch = next(batches, None)
+                clock.end("data")
+                if batch is None:
+                    return
+                yield batch
+
+        def validation(self, *, limit: int | None = None) -> Iterator[Batch]:
+            nonlocal evaluations
+            clock.begin("evaluation")
+            yield from super().validation(limit=limit)
+            clock.end("evaluation")
+            evaluations += 1
+            if evaluations == 1:
+                clock.clear()
+
+    return Timed(**{field.name: getattr(run, field.name) for field in fields(run)})
+
+
+def measure(data: Path, source: str, image_size: int, options: argparse.Namespace) -> Row:
+    """Train through the product's loop, and by hand before and after it."""
+    memory_bytes = 0 if source == "files" else 1 << 40
+    setattr(compress.data.dataset, "MEMORY_BYTES", memory_bytes)  # noqa: B010
+    recipe = recipe_for(data, image_size, options)
+    clock = Clock(torch.device("cpu"))
+    run = timed_run(open_run(recipe, trust_code=False, verbose=False), clock)
+    clock.device = run.device
+    settings = recipe.stages[0].fit  # type: ignore[union-attr]
+    assert settings is not None
+    plain = supervised_step(run.task, label_smoothing=0.0)
+
+    def step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
+        clock.begin("model")
+        return plain(model, batch, done)
+
+    by_hand = partial(minimal_loop, run, settings, plain)
+    before = by_hand()
+    hooks = (
+        register_optimizer_step_pre_hook(lambda *_: clock.begin("optimizer")),
+        register_optimizer_step_post_hook(lambda *_: clock.end("optimizer")),
+    )
+    model = build(options.arch, num_classes=len(run.dataset.classes), trust_code=False)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        with StageLog(out, stage="source") as log:
+            run.fit(
+                model, step, settings, out=out, log=log, phase="source", after_backward=lambda _: clock.end("model")
+            )
+    for hook in hooks:
+        hook.remove()
+    after = by_hand()
+    evaluation = clock.seconds("evaluation")
+    training = clock.total() - evaluation
+    images = len(clock.spans["model"]) * settings.batch_size
+    evaluated = (settings.epochs - 1) * len(run.dataset.val)
+    return Row(
+        options.arch.removeprefix("torchvision:"),
+        source,
+        image_size,
+        settings.batch_size,
+        images / training,
+        mean((before, after)),
+        clock.seconds("data") / training,
+        (clock.seconds("model") + clock.seconds("optimizer")) / training,
+        (evaluation / evaluated) / (training / images),
+        validation_ratio(data),
+    )
+
+
+def recipe_for(data: Path, image_size: int, options: argparse.Namespace) -> Recipe:
+    """Return a recipe that trains the network on the folder."""
+    fit = {"epochs": options.epochs, "batch_size": options.batch_size, "lr": 0.01, "compile": options.compile}
+    images = {"dataset": "imagefolder", "path": str(data), "image_size": image_size, "workers": options.workers}
+    images |= {"limit_per_class": options.per_class, "eval_batch_size": options.batch_size, "augment": AUGMENT}
+    stages = [{"stage": "source", "fit": fit}]
+    return Recipe.model_validate({"name": "loop", "model": {"arch": options.arch}, "data": images, "stages": stages})
+
+
+def validation_ratio(data: Path) -> float:
+    """Return how many validation images the whole folder has for each training image."""
+    found = list_folder(data)
+    return 0.25 if found.val is None else len(found.val) / len(found.train)
+
+
+def minimal_loop(run: Run, settings: Fit, step: Step) -> float:
+    """Train by hand on batches that are ready; return images a second."""
+    model = place_(build(run.recipe.model.arch, num_classes=len(run.dataset.classes), trust_code=False), run.device)
+    optimizer, dtype = make_optimizer(model, settings), precision_of(settings, run.device)
+    called = torch.compile(model) if settings.compile else model
+    ready = list(itertools.islice(run.training(settings, 0), 4))
+    model.train()
+    started = 0.0
+    for number in range(WARM_UP + MINIMAL_STEPS):
+        if number == WARM_UP:
+            started = now(run.device)
+        with torch.autocast(run.device.type, dtype, enabled=dtype is not None):
+            loss = step(called, ready[number % len(ready)], 0.0)["loss"]  # type: ignore[arg-type]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return MINIMAL_STEPS * settings.batch_size / (now(run.device) - started)
+
+
+def now(device: torch.device) -> float:
+    """Return the time in seconds at which the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main() -> None:
+    """Measure every source and size and print the table."""
+    parser = argparse.ArgumentParser(prog="python tests/loop_overhead.py", description=main.__doc__)
+    parser.add_argument("data", type=Path, help="a folder of train/CLASS/* and val/CLASS/*")
+    parser.add_argument("--arch", default="torchvision:resnet18", help="the network (torchvision:resnet18)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 48, 64], help="pixels (32 48 64)")
+    parser.add_argument("--sources", nargs="+", choices=("memory", "files"), default=["memory", "files"])
+    parser.add_argument("--batch-size", type=int, default=64, help="images in a step (64)")
+    parser.add_argument("--epochs", type=int, default=3, help="the first is a warm-up (3)")
+    parser.add_argument("--per-class", type=int, help="training images of each class (all)")
+    parser.add_argument("--workers", type=int, help="loader processes (one for each core)")
+    parser.add_argument("--compile", action="store_true", help="through torch.compile, the hand-written loop too")
+    options = parser.parse_args()
+    quiet_libraries(False)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    say(
+        f"{device}; torch {torch.__version__}; {options.epochs - 1} epochs of {options.per_class or 'all'} images a class\n"
+    )
+    say(f"| {' | '.join(TITLES)} |\n|{'---|' * len(TITLES)}")
+    for source in options.sources:
+        for image_size in options.sizes:
+            say(measure(options.data, source, image_size, options).as_markdown())
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
