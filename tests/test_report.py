@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reports import CPU, CUDA, FILES, build_int8, build_report, shown, with_row
+from reports import CPU, CUDA, FILES, build_int8, build_recipe, build_report, build_run, shown, with_row
 
 from compress.report import charts, numbers
+from compress.report.collect import collect
 from compress.report.html import render
 from compress.report.verdict import judge
 
@@ -282,6 +283,15 @@ def test_the_terminal_ends_with_verdict_failures_and_the_page(tmp_path: Path) ->
     assert (verdict, page) == ("FAIL 1 of 2 targets missed", "runs/a/report/index.html")
     assert missed == f"✗ {report['failures'][0]}"
     assert met == "✓ max_top1_drop: wanted at most 1.00 points, measured 0.56 points"
+
+
+def test_what_the_recipe_did_not_say_of_a_training_is_a_warning(tmp_path: Path) -> None:
+    artifacts = build_run(tmp_path)
+    events = ["stopped after epoch 5 of 8, whose network is kept: top1 0.98 has reached 0.98"]
+    (artifacts[2] / "training-distill.json").write_text(json.dumps({"phase": "distill", "events": events}))
+    report = collect(build_recipe(), artifacts, cached={path.name: False for path in artifacts}, command="")
+    assert f"distill: {events[0]}" in " ".join(shown(report, 200).split())
+    assert events[0] in render(report, tmp_path)
 
 
 def test_a_file_shows_no_escape_codes_and_brackets_as_they_are(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def collect(
         targets=recipe.targets.model_dump(),
         verdict="pass",
         failures=[],
-        warnings=bench["warnings"],
+        warnings=[*_trainings(artifacts), *bench["warnings"]],
     )
     report["verdict"], report["failures"] = judge(report)
     report["recommendation"] = recommend(report)
@@ -64,6 +64,16 @@ def _stage_row(path: Path, root: Path, cached: bool) -> StageRow:
 def _deployed_row(timing: Json, accuracy: Json) -> DeployedRow:
     """Return a timing without its blocks and with its file's accuracy."""
     return cast(DeployedRow, {key: {**accuracy, **timing}.get(key) for key in ROW_KEYS})
+
+
+def _trainings(artifacts: Sequence[Path]) -> list[str]:
+    """Return what happened to trainings that the recipe did not say: early ends, returns to an epoch's start, smaller parts of a batch."""
+    found = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for stage in artifacts
+        for path in sorted(stage.glob("training-*.json"))
+    ]
+    return [f"{training['phase']}: {event}" for training in found for event in training["events"]]
 
 
 def _last(artifacts: Sequence[Path], name: str) -> Any:
