@@ -45,13 +45,14 @@ def describe(eager_s: float, compiled_s: float, compile_s: float, steps: int) ->
 
 
 def _time(trial: Callable[[nn.Module], None], network: nn.Module, device: torch.device) -> float:
-    _wait(device)
+    wait(device)
     started = time.perf_counter()
     trial(network)
-    _wait(device)
+    wait(device)
     return time.perf_counter() - started
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Return when the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from compress import compilation, train
+from compress.checkpoint import Progress, State
 from compress.data.batches import Batch
 from compress.errors import CompressError
+from compress.guards import is_out_of_memory
 from compress.recipe import Fit, Stop
 from compress.train import Loop, Step, fit
 
@@ -189,16 +192,16 @@ def _out_of_memory() -> None:
     raise torch.OutOfMemoryError
 
 
-def _state() -> train.State:
+def _state() -> State:
     model = plain_network()
-    return train.State(model, train.make_optimizer(model, Fit(epochs=1)), None, train.Progress())
+    return State(model, train.make_optimizer(model, Fit(epochs=1)), None, Progress())
 
 
 def test_a_cpu_without_memory_is_recognized() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
-    assert train.is_out_of_memory(caught.value)
-    assert not train.is_out_of_memory(RuntimeError("shapes differ"))
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
 
 
 def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
@@ -210,14 +213,14 @@ def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
 
 
 def test_ranks_share_gradients_once_for_all_micro_batches(tmp_path: Path) -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
     try:
         state = _state()
         wrapped = DistributedDataParallel(state.model)
         state.progress.micro_batches = 4
         shared: list[Tensor] = []
 
-        def hook(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        def hook(_: object, bucket: Any) -> torch.futures.Future[Tensor]:
             shared.append(bucket.buffer().clone())
             future: torch.futures.Future[Tensor] = torch.futures.Future()
             future.set_result(bucket.buffer())
@@ -264,12 +267,12 @@ def test_a_training_ends_when_its_score_says_so(
 
 def test_no_epoch_is_begun_that_would_end_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000))
-    monkeypatch.setattr(train.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr("compress.train.time.monotonic", lambda: 0.0)
     settings = Fit(epochs=8, batch_size=16, stop=Stop(max_minutes=3.5))
 
     def evaluate(_: nn.Module) -> dict[str, float]:
         minute = 60.0 * (next(clock) + 1)  # an epoch takes a minute
-        monkeypatch.setattr(train.time, "monotonic", lambda: minute)
+        monkeypatch.setattr("compress.train.time.monotonic", lambda: minute)
         return {"top1": 0.5, "val_loss": 1.0}
 
     fit(network(), STEP, settings, replace(loop(tmp_path), evaluate=evaluate))
