@@ -35,8 +35,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task) -> dict[str
     images = 0
     for batch in batches:
         outputs = model(batch.images).float()
-        score = score + task.scores(outputs, batch.targets).sum().cpu()
-        loss = loss + task.supervised_loss(outputs, batch.targets, label_smoothing=0.0).cpu() * len(outputs)
+        score = score + task.scores(outputs, batch.targets).sum()
+        loss = loss + task.supervised_loss(outputs, batch.targets, label_smoothing=0.0) * len(outputs)
         images += len(outputs)
     model.train(training)
     return {task.metric: float(score) / images, "val_loss": float(loss) / images}

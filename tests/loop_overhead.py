@@ -125,8 +125,8 @@ def timed_run(run: Run, clock: Clock) -> Run:
     evaluations = 0
 
     class Timed(Run):
-        def training(self, settings: Fit, epoch: int) -> Iterator[Batch]:
-            batches = super().training(settings, epoch)
+        def training(self, settings: Fit, epoch: int, view: int) -> Iterator[Batch]:
+            batches = super().training(settings, epoch, view)
             while True:
                 clock.begin("data")
                 batch = next(batches, None)
@@ -218,7 +218,7 @@ def minimal_loop(run: Run, settings: Fit, step: Step, seconds: Callable[[], floa
     model = place_(build(run.recipe.model.arch, num_classes=len(run.dataset.classes), trust_code=False), run.device)
     optimizer, dtype = make_optimizer(model, settings), precision_of(settings, run.device)
     called = torch.compile(model) if settings.compile else model
-    ready = list(itertools.islice(run.training(settings, 0), 4))
+    ready = list(itertools.islice(run.training(settings, 0, 0), 4))
     model.train()
     started = 0.0
     for number in range(WARM_UP + MINIMAL_STEPS):

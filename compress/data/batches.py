@@ -7,6 +7,7 @@ are on the device.
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -161,16 +162,23 @@ def _normalized(raw: Raw, preprocess: Preprocess) -> Batch:
     device = raw.pixels.device
     if not len(raw.labels):
         return Batch(raw.pixels, raw.labels)
-    mean, std = (torch.tensor(part, device=device).view(3, 1, 1) for part in (preprocess.mean, preprocess.std))
+    mean, std = (_channels(part, device) for part in (preprocess.mean, preprocess.std))
     images = raw.pixels.float().div_(255).sub_(mean).div_(std)  # three times as fast before the layout changes as after
     return Batch(images.contiguous(memory_format=torch.channels_last), raw.labels)
+
+
+@cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return a number for each channel (3, 1, 1), copied to the device once: each copy would wait for all that it has still to do."""
+    with torch.inference_mode(False):  # an evaluation may be the first to ask
+        return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def _memory_pixels(images: MemoryImages, shares: Sequence[Tensor], size: int, *, device: torch.device) -> Iterator[Raw]:
     pixels = centre(images.pixels_on(device), size)
     labels = images.labels.to(device)
     for share in shares:
-        indices = share.to(device)
+        indices = share.to(device, non_blocking=True)
         yield Raw(pixels[indices], labels[indices], share)
 
 
@@ -195,5 +203,5 @@ def _memory_views(
     )
     labels = images.labels.to(device)
     for share in shares:
-        indices = share.to(device)
+        indices = share.to(device, non_blocking=True)
         yield Raw(apply_boxes(pixels[indices], boxes[indices], size), labels[indices], share)
