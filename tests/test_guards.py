@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -143,7 +142,7 @@ def test_a_killed_run_remembers_its_returns(tmp_path: Path, monkeypatch: pytest.
 # --- memory ---
 
 
-@pytest.mark.parametrize("images", [15, 8, 3, 1])
+@pytest.mark.parametrize("images", [8, 3])
 def test_micro_batches_make_the_step_of_the_whole_batch(tmp_path: Path, images: int) -> None:
     settings = Fit(epochs=1, batch_size=16, **QUIET)
     sizes: list[int] = []
@@ -179,7 +178,7 @@ def test_measurements_of_micro_batches_are_means_over_the_images(tmp_path: Path)
 
 def test_one_image_that_does_not_fit_is_an_error_with_a_repair(tmp_path: Path) -> None:
     with pytest.raises(CompressError, match=r"with 1 image at a time; take smaller images \(data\.image_size\)"):
-        fit(plain_network(), limited(STEP, 0), Fit(epochs=1, batch_size=16), loop(tmp_path))
+        fit(plain_network(), limited(STEP, 0), Fit(epochs=1, batch_size=2), loop(tmp_path))
 
 
 def test_several_ranks_are_told_to_split_their_batches(tmp_path: Path) -> None:
@@ -220,7 +219,7 @@ def test_ranks_share_gradients_once_for_all_micro_batches(tmp_path: Path) -> Non
         state.progress.micro_batches = 4
         shared: list[Tensor] = []
 
-        def hook(_: object, bucket: Any) -> torch.futures.Future[Tensor]:
+        def hook(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
             shared.append(bucket.buffer().clone())
             future: torch.futures.Future[Tensor] = torch.futures.Future()
             future.set_result(bucket.buffer())
