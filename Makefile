@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 LAUNCH = $(if $(filter-out 1,$(RANKS)),$(BIN)/torchrun --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
 EXIT_CODES = 1: a target is missed, 2: something to correct above, 130: interrupted
 
-.PHONY: help setup compress test check bench report study matrix elsewhere clean
+.PHONY: help setup compress test check bench report study matrix overhead elsewhere clean
 
 help: ## list the targets and their variables
 	@awk -F ' ## ' '/^[a-z]+:.* ## / { split($$1, target, ":"); printf "  make %-9s %s\n", target[1], $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ study: $(READY) ## run a study's recipes and tabulate them (STUDY=recipes/studie
 
 matrix: $(READY) ## examine every network of docs/models.md and renew its table
 	@$(BIN)/python tests/matrix.py --latency
+
+overhead: $(READY) ## measure what of a training's time is not the model's (DATA=/path/to/images ARGS=...)
+	@$(BIN)/python tests/loop_overhead.py '$(DATA)' $(ARGS)
 
 elsewhere: $(READY) ## install the other runtimes that the tests run INT8 files in
 	@tests/elsewhere/setup.sh

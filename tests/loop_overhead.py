@@ -1,9 +1,10 @@
 """Measure what of a training's time is not the model's: data, logging, metrics, bookkeeping.
 
 `python tests/loop_overhead.py DATA` trains a network on the image folder DATA through the product's own loop (`Run.fit`), with the images in
-memory and as files with loader processes, and prints a Markdown table. Forward, backward and optimizer are the model's time; all else between
-the end of the first epoch's evaluation (a warm-up) and that of the last is the loop's, but for the evaluations, which stand by themselves. A
-hand-written loop over ready batches runs before and after each for comparison. On a GPU the times are CUDA events'.
+memory and as files with loader processes, and prints a Markdown table. The model's time is forward, loss, backward, optimizer and the release
+of the gradients. What is left of an epoch's steps is the wait for data and bookkeeping; what is left of the epoch, but for its evaluation, is
+a fixed cost (snapshot, log, checkpoint). The first epoch is a warm-up. A hand-written loop over ready batches runs before and after each for
+comparison. On a GPU the times are CUDA events'.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -36,13 +38,13 @@ from compress.train import Step, make_optimizer, place_, precision_of
 
 AUGMENT = {"crop": "random_resized", "flip": True}
 WARM_UP, MINIMAL_STEPS = 2, 8
-TITLES = ("network", "images", "pixels", "batch", "images/s", "hand-written loop", "ratio", "waiting for data", "the rest", "overhead",
-          "evaluation of as many images", "evaluation an epoch, all of DATA")  # fmt: skip
+TITLES = ("network", "images", "pixels", "batch", "images/s", "hand-written loop", "waiting for data", "bookkeeping", "an epoch's fixed cost",
+          "overhead in an epoch of DATA", "evaluation in an epoch of DATA")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Row:
-    """One training; parts are fractions of its time without evaluation."""
+    """One training; parts are fractions of its time without evaluations."""
 
     arch: str
     source: str
@@ -50,14 +52,23 @@ class Row:
     batch_size: int
     images_per_s: float
     minimal_images_per_s: float
-    data: float
-    model: float
-    evaluation_per_image: float  # of an image's training time
-    validation_ratio: float  # validation images for each training image of DATA
+    data: float  # of the time between an epoch's first batch and its last
+    model: float  # of the same
+    fixed_s: float  # before the first batch and after the last
+    step_s: float
+    evaluation_s: float  # for each image
+    training_images: int  # in all of DATA
+    validation_images: int
+
+    @property
+    def overhead(self) -> float:
+        """The part of an epoch of all of DATA, without its evaluation, that is not the model's."""
+        steps_s = self.training_images / self.batch_size * self.step_s
+        return 1 - self.model * steps_s / (steps_s + self.fixed_s)
 
     def as_markdown(self) -> str:
         """Return a line of the table."""
-        rest = 1 - self.data - self.model
+        epoch_s = self.training_images / self.batch_size * self.step_s + self.fixed_s
         cells = (
             f"`{self.arch}`",
             self.source,
@@ -65,12 +76,11 @@ class Row:
             str(self.batch_size),
             f"{self.images_per_s:,.0f}",
             f"{self.minimal_images_per_s:,.0f}",
-            f"{self.images_per_s / self.minimal_images_per_s:.2f}",
             f"{self.data:.1%}",
-            f"{rest:.1%}",
-            f"**{self.data + rest:.1%}**",
-            f"{self.evaluation_per_image:.0%}",
-            f"+{self.evaluation_per_image * self.validation_ratio:.1%}",
+            f"{1 - self.data - self.model:.1%}",
+            f"{self.fixed_s:.2f} s",
+            f"**{self.overhead:.1%}**",
+            f"{self.evaluation_s * self.validation_images / epoch_s:.1%}",
         )
         return f"| {' | '.join(cells)} |"
 
@@ -126,14 +136,16 @@ def timed_run(run: Run, clock: Clock) -> Run:
 
     class Timed(Run):
         def training(self, settings: Fit, epoch: int, view: int) -> Iterator[Batch]:
+            clock.begin("steps")
             batches = super().training(settings, epoch, view)
             while True:
                 clock.begin("data")
                 batch = next(batches, None)
                 clock.end("data")
                 if batch is None:
-                    return
+                    break
                 yield batch
+            clock.end("steps")
 
         def validation(self, *, limit: int | None = None) -> Iterator[Batch]:
             nonlocal evaluations
@@ -145,6 +157,27 @@ def timed_run(run: Run, clock: Clock) -> Run:
                 clock.clear()
 
     return Timed(**{field.name: getattr(run, field.name) for field in fields(run)})
+
+
+@contextmanager
+def timed_optimizer(clock: Clock) -> Iterator[None]:
+    """Put the clock on every optimizer's step and on the release of its gradients."""
+
+    def zero_grad(optimizer: torch.optim.Optimizer, set_to_none: bool = True) -> None:
+        clock.begin("gradients")
+        plain(optimizer, set_to_none)
+        clock.end("gradients")
+
+    plain = torch.optim.Optimizer.zero_grad
+    hooks = (
+        register_optimizer_step_pre_hook(lambda *_: clock.begin("optimizer")),
+        register_optimizer_step_post_hook(lambda *_: clock.end("optimizer")),
+    )
+    torch.optim.Optimizer.zero_grad = zero_grad  # type: ignore[method-assign, assignment]
+    yield
+    torch.optim.Optimizer.zero_grad = plain  # type: ignore[method-assign]
+    for hook in hooks:
+        hook.remove()
 
 
 def measure(data: Path, source: str, image_size: int, options: argparse.Namespace) -> Row:
@@ -166,35 +199,31 @@ def measure(data: Path, source: str, image_size: int, options: argparse.Namespac
 
     by_hand = partial(minimal_loop, run, settings, plain, seconds)
     before = by_hand()
-    hooks = (
-        register_optimizer_step_pre_hook(lambda *_: clock.begin("optimizer")),
-        register_optimizer_step_post_hook(lambda *_: clock.end("optimizer")),
-    )
     model = build(options.arch, num_classes=len(run.dataset.classes), trust_code=False)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, timed_optimizer(clock):
         out = Path(folder)
         with StageLog(out, stage="source") as log:
             run.fit(
                 model, step, settings, out=out, log=log, phase="source", after_backward=lambda _: clock.end("model")
             )
-    for hook in hooks:
-        hook.remove()
     after = by_hand()
-    evaluation = clock.seconds("evaluation")
-    training = clock.total() - evaluation
-    images = len(clock.spans["model"]) * settings.batch_size
-    evaluated = (settings.epochs - 1) * len(run.dataset.val)
+    epochs, steps_s = settings.epochs - 1, clock.seconds("steps")
+    steps = len(clock.spans["model"])
+    train, val = whole(data)
     return Row(
-        options.arch.removeprefix("torchvision:"),
-        source,
-        image_size,
-        settings.batch_size,
-        images / training,
-        mean((before, after)),
-        clock.seconds("data") / training,
-        (clock.seconds("model") + clock.seconds("optimizer")) / training,
-        (evaluation / evaluated) / (training / images),
-        validation_ratio(data),
+        arch=options.arch.removeprefix("torchvision:"),
+        source=source,
+        image_size=image_size,
+        batch_size=settings.batch_size,
+        images_per_s=steps * settings.batch_size / steps_s,
+        minimal_images_per_s=mean((before, after)),
+        data=clock.seconds("data") / steps_s,
+        model=sum(clock.seconds(name) for name in ("model", "optimizer", "gradients")) / steps_s,
+        fixed_s=(clock.total() - steps_s - clock.seconds("evaluation")) / epochs,
+        step_s=steps_s / steps,
+        evaluation_s=clock.seconds("evaluation") / (epochs * len(run.dataset.val)),
+        training_images=train,
+        validation_images=val,
     )
 
 
@@ -207,10 +236,11 @@ def recipe_for(data: Path, image_size: int, options: argparse.Namespace) -> Reci
     return Recipe.model_validate({"name": "loop", "model": {"arch": options.arch}, "data": images, "stages": stages})
 
 
-def validation_ratio(data: Path) -> float:
-    """Return how many validation images the whole folder has for each training image."""
+def whole(data: Path) -> tuple[int, int]:
+    """Return how many training and validation images the whole folder has."""
     found = list_folder(data)
-    return 0.25 if found.val is None else len(found.val) / len(found.train)
+    images = len(found.train)
+    return (images, len(found.val)) if found.val is not None else (round(0.8 * images), round(0.2 * images))
 
 
 def minimal_loop(run: Run, settings: Fit, step: Step, seconds: Callable[[], float]) -> float:

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from compress.data.batches import Batch, eval_batches, steps_per_epoch, train_ba
 from compress.data.dataset import Dataset
 from compress.data.digest import NATIVE_SIZE
 from compress.data.images import ArrayImages, FileImages, MemoryImages
+from compress.data.loader import loaded
 from compress.data.named import NAMED
 from compress.data.preprocess import Preprocess
 from compress.data.views import Boxes, apply_boxes, draw_boxes
@@ -537,3 +539,18 @@ def test_a_batch_splits_into_parts_that_know_their_images() -> None:
     assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
     assert batch.views is not None
     assert torch.equal(torch.cat([part.views.indices for part in parts if part.views]), batch.views.indices)
+
+
+def test_later_batches_are_read_as_bytes_while_a_step_runs(tmp_path: Path) -> None:
+    def view(index: int) -> torch.Tensor:
+        (tmp_path / str(index)).touch()
+        return torch.full((3, 4, 4), index, dtype=torch.uint8)
+
+    images = MemoryImages(torch.empty(40, 3, 4, 4, dtype=torch.uint8), torch.arange(40))
+    raws = loaded(images, view, torch.arange(40).split(10), workers=1, device=CPU)
+    assert next(raws).pixels.dtype == torch.uint8
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "19").exists():  # the second batch, which nobody has asked for
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    raws.close()  # type: ignore[attr-defined]

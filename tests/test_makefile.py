@@ -9,7 +9,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TARGETS = {"help", "setup", "compress", "test", "check", "bench", "report", "study", "matrix", "elsewhere", "clean"}
+TARGETS = {
+    "help",
+    "setup",
+    "compress",
+    "test",
+    "check",
+    "bench",
+    "report",
+    "study",
+    "matrix",
+    "overhead",
+    "elsewhere",
+    "clean",
+}
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs GNU make")
 
