@@ -9,7 +9,8 @@ import torch
 from networks import Mobile, Residual, lively
 from torch import Tensor, nn
 
-from compress.quant.fake_quant import ActivationQuantizer, QuantLayer, quantize_weight
+from compress.quant.fake_quant import ActivationQuantizer, quantize_weight
+from compress.quant.layers import QuantLayer
 from compress.quant.lsq import round_learned, scale_gradient
 from compress.quant.prepare import deploy, freeze_batchnorm_, prepare, quantizers, set_phase_
 from export.targets import TARGETS

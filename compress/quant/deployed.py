@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.quant.fake_quant import MIN_SCALE, ActivationQuantizer, QuantLayer, per_channel, quantize_weight
+from compress.quant.fake_quant import MIN_SCALE, ActivationQuantizer, per_channel
 from export.targets import Target
 
 ONNX_VERSION = 18
+Norm = nn.modules.batchnorm._BatchNorm
 # A bias may fill half of int32; products have the other half.
 BIAS_LIMIT = 2**30
 
@@ -110,22 +111,7 @@ class Folded:
     bias: Tensor
 
 
-def fold(layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm1d | nn.BatchNorm2d | None) -> Folded:
-    """Return the levels that were trained, with the batch-norm behind them in the scale, the sign and the bias.
-
-    The levels are those of the unfolded weights, so no rounding happens twice and none can turn out differently.
-    """
-    assert isinstance(layer, QuantLayer)
-    scale = layer.weight_scale()
-    levels = quantize_weight(layer.weight, scale, layer.target)
-    bias = torch.zeros(len(scale)) if layer.bias is None else layer.bias.detach().float()
-    if norm is None:
-        return Folded(levels, scale, bias)
-    factor, shift = affine_of(norm)
-    return Folded(levels * per_channel(factor.sign(), levels), scale * factor.abs(), bias * factor + shift)
-
-
-def affine_of(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def affine_of(norm: Norm) -> tuple[Tensor, Tensor]:
     """Return the factor and the shift of each channel that a batch-norm in eval mode is."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -136,7 +122,7 @@ def affine_of(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return factor, norm.bias.detach().float() - norm.running_mean.float() * factor
 
 
-def depthwise(norm: nn.BatchNorm2d, target: Target) -> Folded:
+def depthwise(norm: Norm, target: Target) -> Folded:
     """Return a batch-norm that follows no layer as a 1x1 depthwise convolution, which is exact: each channel's weight is its scale."""
     factor, shift = affine_of(norm)
     largest = target.weight_scale_divisor
@@ -164,15 +150,15 @@ class DeployedWeights(nn.Module):
         self,
         layer: nn.Conv2d | nn.Linear | None,
         folded: Folded,
-        source: DeployedQuantizer,
-        output_scale: Tensor | None,
+        source: ActivationQuantizer,
+        sink: ActivationQuantizer | None,
     ) -> None:
         """Take a layer's stride and groups; None is a 1x1 depthwise convolution.
 
-        `source` wrote the layer's input; without an `output_scale` the output is float.
+        `source` wrote the layer's input, `sink` rounds its output; without one the output is float.
         """
         super().__init__()
-        input_scale, target = source.read_scale, source.target
+        (input_scale, _), target = source.read_scale_and_zero_point(), source.target
         # Dead channels: a scale that is too small for its own numbers, or for its bias to fit, takes coarser levels instead.
         scale = torch.maximum(folded.scale, folded.bias.abs() / (input_scale * BIAS_LIMIT)).clamp(min=MIN_SCALE)
         levels = (folded.levels * per_channel(folded.scale / scale, folded.levels)).round().to(torch.int8)
@@ -183,7 +169,7 @@ class DeployedWeights(nn.Module):
             )
         self.integer_bias = target.integer_bias
         self.register_buffer("input_scale", input_scale.clone())
-        self.register_buffer("output_scale", output_scale)
+        self.register_buffer("output_scale", None if sink is None else sink.scale_and_zero_point()[0])
         self.register_buffer("weight_levels", levels)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("weight_zero", torch.zeros(len(scale), dtype=torch.int8))
@@ -198,7 +184,7 @@ class DeployedWeights(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """Apply the layer to (n, in, h, w) or (…, in)."""
         if not torch.compiler.is_exporting():
-            return self._in_integers(values)
+            return self.in_integers(values)
         weight = dequantize_linear(self.weight_levels, self.weight_scale, self.weight_zero, per_channel=True)
         if self.integer_bias:
             bias = dequantize_linear(self.bias_levels, self.bias_scale, self.bias_zero, per_channel=True)
@@ -206,7 +192,7 @@ class DeployedWeights(nn.Module):
             bias = self.bias
         return self._layer(values, weight, bias)
 
-    def _in_integers(self, values: Tensor) -> Tensor:
+    def in_integers(self, values: Tensor) -> Tensor:
         """Sum whole numbers (in float32, which holds them exactly up to 2^24), round to the output's grid if the kernel writes one."""
         unit = self.weight_scale * self.input_scale
         bias = self.bias_levels.float() if self.integer_bias else self.bias / unit

@@ -183,7 +183,13 @@ class HardSigmoidQuantizer(ActivationQuantizer):
 
     def forward(self, values: Tensor) -> Tensor:
         """Return the hard sigmoid of `values`, on its grid while quantizing."""
-        return super().forward(values) / 6 + 0.5 if self.quantizing else F.hardsigmoid(values)
+        if not self.quantizing:
+            return F.hardsigmoid(values)
+        rounded = super().forward(values)
+        if self.training:
+            return rounded / 6 + 0.5
+        (written, zero_point), (read, read_zero) = self.scale_and_zero_point(), self.read_scale_and_zero_point()
+        return ((rounded / written).round() + (zero_point - read_zero)) * read  # as the file says it, to the bit
 
 
 class SameRange(nn.Module):
@@ -218,57 +224,3 @@ def fake_quantize_weight(weight: Tensor, target: Target) -> Tensor:
 def per_channel(scale: Tensor, weight: Tensor) -> Tensor:
     """Return (out,) scales as (out, 1, …), one dimension for each of the weight's."""
     return scale.view(-1, *[1] * (weight.dim() - 1))
-
-
-class QuantLayer(nn.Module):
-    """What a convolution and a linear layer with fake-quantized weights share.
-
-    The batch-norm behind it stays a module of its own while training. Any positive scale for each output channel makes rounding commute
-    with the fold (round(γ/σ·w) = γ/σ·round(w) on the folded grid), so the trained grid is the deployed one without folding in the loop.
-    """
-
-    weight: Tensor
-    weight_range: nn.Parameter | None  # (out,) learned largest weight of each channel
-    target: Target
-    quantizing: bool
-
-    def quantize_(self, target: Target, ranges: Ranges) -> None:
-        """Make a plain layer whose class was just changed one that quantizes."""
-        self.target, self.quantizing = target, True
-        # LSQ's own start, 2·mean|w|/√Q (Esser 2020), cuts off more than max|w| only on grids of few bits: at 8 bits it would be 3.6 max|w|.
-        start = weight_scale(self.weight, target) * target.weight_scale_divisor
-        self.register_parameter("weight_range", nn.Parameter(start) if ranges == "lsq" else None)
-
-    def weight_scale(self) -> Tensor:
-        """Return the scale of each output channel, (out,)."""
-        if self.weight_range is None:
-            return weight_scale(self.weight, self.target)
-        return (self.weight_range.detach() / self.target.weight_scale_divisor).clamp(min=MIN_SCALE)
-
-    def rounded_weight(self) -> Tensor:
-        """Return the weights on their grid, or as they are while quantization is switched off."""
-        if not self.quantizing:
-            return self.weight
-        if self.weight_range is None:
-            return fake_quantize_weight(self.weight, self.target)
-        largest, weight = self.target.weight_scale_divisor, self.weight.float()
-        learned = scale_gradient(self.weight_range, weight[0].numel(), largest)
-        scale = per_channel((learned / largest).clamp(min=MIN_SCALE), weight)
-        return round_learned(weight, scale, -largest * scale, largest * scale, -largest, largest)
-
-
-class QuantConv2d(QuantLayer, nn.Conv2d):
-    """A convolution with fake-quantized weights."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Convolve (n, in, h, w) with the rounded weights."""
-        convolved: Tensor = self._conv_forward(images, self.rounded_weight(), self.bias)
-        return convolved
-
-
-class QuantLinear(QuantLayer, nn.Linear):
-    """A linear layer with fake-quantized weights."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Multiply (…, in) with the rounded weights."""
-        return F.linear(features, self.rounded_weight(), self.bias)

@@ -14,21 +14,15 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from compress.quant.fake_quant import (
-    ActivationQuantizer,
-    HardSigmoidQuantizer,
-    QuantConv2d,
-    QuantLinear,
-    Ranges,
-    SameRange,
-)
+from compress.quant.fake_quant import ActivationQuantizer, HardSigmoidQuantizer, Ranges, SameRange
+from compress.quant.layers import QuantConv2d, QuantLinear, QuantNorm1d, QuantNorm2d
 from compress.quant.trace import called
 from export.targets import Target
 
 CLIPS: dict[object, float] = {nn.ReLU: math.inf, F.relu: math.inf, torch.relu: math.inf, "relu": math.inf, "relu_": math.inf,
                               nn.ReLU6: 6.0, F.relu6: 6.0}  # fmt: skip
 LAYERS = (QuantConv2d, QuantLinear)
-NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
+NORMS = (QuantNorm2d, QuantNorm1d)
 # Two tensors in: QLinearAdd, QLinearMul.
 PAIRS = (operator.add, operator.iadd, torch.add, "add", "add_", operator.mul, operator.imul, torch.mul, "mul", "mul_")
 JOINS = (torch.cat, torch.concat)  # QLinearConcat
@@ -120,14 +114,14 @@ def is_kernel(graph: fx.GraphModule, node: fx.Node) -> bool:
         return isinstance(axes, tuple | list) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]
     if what in ADAPTIVE_POOLS:
         return _pools_to_one(graph, node)
-    return what in POOLS or what in JOINS or what in TABLES or what in CLIPS or what is nn.BatchNorm2d
+    return what in POOLS or what in JOINS or what in TABLES or what in CLIPS or what is QuantNorm2d
 
 
 def runs_in_integers(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Tell whether a node of a prepared network that is no layer was given the grids that its integer kernel needs."""
     if not is_kernel(graph, node) or not all(is_quantized(graph, source) for source in node.all_input_nodes):
         return False
-    end = _only_user(graph, node, CLIPS) or node
+    end = only_user(graph, node, CLIPS) or node
     return any(is_quantizer(graph, user) for user in end.users)
 
 
@@ -164,9 +158,9 @@ def _chains(graph: fx.GraphModule) -> Iterator[Chain]:
         if node in inside or not (layer or is_kernel(graph, node)):
             continue
         end, cap = node, CLIPS.get(called(graph, node), math.inf)
-        if layer and (norm := _only_user(graph, end, NORMS)):
+        if layer and (norm := only_user(graph, end, NORMS)):
             end = norm
-        if called(graph, node) not in CLIPS and (clip := _only_user(graph, end, CLIPS)):
+        if called(graph, node) not in CLIPS and (clip := only_user(graph, end, CLIPS)):
             end, cap = clip, CLIPS[called(graph, clip)]
         inside.update(_between(node, end))
         yield Chain(node, end, cap)
@@ -179,7 +173,8 @@ def _between(start: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
         end = end.all_input_nodes[0]
 
 
-def _only_user(graph: fx.GraphModule, node: fx.Node, kinds: object) -> fx.Node | None:
+def only_user(graph: fx.GraphModule, node: fx.Node, kinds: object) -> fx.Node | None:
+    """Return the one node that reads a node's output, if it is of those kinds."""
     users = list(node.users)
     return users[0] if len(users) == 1 and called(graph, users[0]) in kinds else None  # type: ignore[operator]
 

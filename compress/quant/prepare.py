@@ -10,16 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from compress.errors import ModelError
-from compress.quant.deployed import DeployedQuantizer, DeployedSameRange, DeployedWeights, FloatGuard, depthwise, fold
-from compress.quant.fake_quant import (
-    ActivationQuantizer,
-    HardSigmoidQuantizer,
-    QuantConv2d,
-    QuantLayer,
-    QuantLinear,
-    Ranges,
-    SameRange,
-)
+from compress.quant.deployed import DeployedQuantizer, DeployedSameRange, FloatGuard
+from compress.quant.fake_quant import ActivationQuantizer, HardSigmoidQuantizer, Ranges, SameRange
+from compress.quant.layers import Kernel, QuantConv2d, QuantLayer, QuantLinear, QuantNorm, QuantNorm1d, QuantNorm2d
 from compress.quant.placement import (
     CLIPS,
     LAYERS,
@@ -28,6 +21,7 @@ from compress.quant.placement import (
     is_quantized,
     is_quantizer,
     keeps_range,
+    only_user,
     place_quantizers_,
     runs_in_integers,
 )
@@ -36,6 +30,7 @@ from compress.quant.trace import called
 from export.targets import Target
 
 PLAIN = (nn.Conv2d, nn.Linear)
+QUANTIZED_NORMS: dict[type, type[QuantNorm]] = {nn.BatchNorm1d: QuantNorm1d, nn.BatchNorm2d: QuantNorm2d}
 # Shapes and sizes: they compute nothing from the tensors.
 SILENT = (SameRange, getattr, "size", "dim", operator.floordiv)
 
@@ -56,9 +51,13 @@ def prepare(
             module.__class__ = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
             assert isinstance(module, QuantLayer)
             module.quantize_(target, ranges)
+        elif type(module) in QUANTIZED_NORMS:
+            module.__class__ = QUANTIZED_NORMS[type(module)]
+            module.kernel = None
         elif isinstance(module, (nn.ReLU, nn.ReLU6)):
             module.inplace = False  # a residual may still read the unclipped tensor's quantized copy
     place_quantizers_(graph, target, ranges)
+    _link_kernels_(graph)
     return graph
 
 
@@ -115,7 +114,6 @@ def reestimate_batchnorm_(prepared: nn.Module, batches: Iterable[Tensor]) -> Non
 def deploy(prepared: fx.GraphModule) -> fx.GraphModule:
     """Return the prepared model with batch-norms folded, int8 weights, int32 biases and Q/DQ pairs, ready for export."""
     graph = copy.deepcopy(prepared).eval().cpu()
-    integer = {node.name for node in prepared.graph.nodes if runs_in_integers(prepared, node)}
     source: dict[fx.Node, DeployedQuantizer] = {}
     for node in list(graph.graph.nodes):
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -127,21 +125,17 @@ def deploy(prepared: fx.GraphModule) -> fx.GraphModule:
             source[node] = source[before]
             if isinstance(module, SameRange):
                 graph.set_submodule(str(node.target), DeployedSameRange(source[node]))
-        elif isinstance(module, (QuantConv2d, QuantLinear)):
-            assert before is not None
-            folded = fold(module, _fold_norm(graph, node))
-            deployed = DeployedWeights(module, folded, source[before], _output_scale(graph, node))
-            graph.set_submodule(str(node.target), deployed)
+        elif isinstance(module, QuantLayer | QuantNorm) and module.kernel is not None:
+            if module is module.kernel.start:
+                graph.set_submodule(str(node.target), module.kernel.deployed())
+            else:  # the layer before has taken the batch-norm along
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                graph.graph.erase_node(node)
         elif type(module) in PLAIN and before in source:
             graph.add_submodule(f"float_guard_{node.name}", FloatGuard(source[before]))
             with graph.graph.inserting_before(node):
                 guard = graph.graph.call_module(f"float_guard_{node.name}", (before,))
             node.replace_input_with(before, guard)
-        elif isinstance(module, nn.BatchNorm2d) and node.name in integer:
-            assert before is not None
-            folded = depthwise(module, source[before].target)
-            deployed = DeployedWeights(None, folded, source[before], _output_scale(graph, node))
-            graph.set_submodule(str(node.target), deployed)
     graph.delete_all_unused_submodules()
     graph.recompile()
     return graph
@@ -186,28 +180,42 @@ def _taken_along(graph: fx.GraphModule, node: fx.Node) -> bool:
     return False
 
 
-def _output_scale(graph: fx.GraphModule, node: fx.Node) -> Tensor | None:
-    """Return the scale of the grid that an integer layer writes to, through a clip that the grid contains."""
+def _link_kernels_(graph: fx.GraphModule) -> None:
+    """Tell every layer, and every batch-norm that runs in integers by itself, what its integer kernel computes at once."""
+    for node in graph.graph.nodes:
+        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, QuantConv2d | QuantLinear):
+            norm = only_user(graph, node, NORMS)
+            end = norm or node
+            behind = None if norm is None else graph.get_submodule(str(norm.target))
+            assert isinstance(behind, QuantNorm | None)
+            module.kernel = Kernel(_source(graph, node), module, behind, _sink(graph, end))
+            if behind is not None:
+                behind.kernel = module.kernel
+        elif isinstance(module, QuantNorm) and runs_in_integers(graph, node):
+            module.kernel = Kernel(_source(graph, node), None, module, _sink(graph, node))
+
+
+def _source(graph: fx.GraphModule, node: fx.Node) -> ActivationQuantizer:
+    """Return the quantizer that wrote a node's input."""
+    before = node.all_input_nodes[0]
+    if not is_quantizer(graph, before):
+        return _source(graph, before)
+    quantizer = graph.get_submodule(str(before.target))
+    assert isinstance(quantizer, ActivationQuantizer)
+    return quantizer
+
+
+def _sink(graph: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None:
+    """Return the quantizer that alone reads a node's output, through a clip that its grid contains."""
     users = list(node.users)
     if len(users) == 1 and called(graph, users[0]) in CLIPS:
-        return _output_scale(graph, users[0])
+        return _sink(graph, users[0])
     if len(users) == 1 and is_quantizer(graph, users[0]):
         quantizer = graph.get_submodule(str(users[0].target))
         assert isinstance(quantizer, ActivationQuantizer)
-        return quantizer.scale_and_zero_point()[0]
+        return quantizer
     return None
-
-
-def _fold_norm(graph: fx.GraphModule, node: fx.Node) -> nn.BatchNorm1d | nn.BatchNorm2d | None:
-    """Take the batch-norm behind a layer out of the graph and return it, if there is one that nobody else reads past."""
-    users = list(node.users)
-    if len(users) != 1 or called(graph, users[0]) not in NORMS:
-        return None
-    norm = graph.get_submodule(str(users[0].target))
-    assert isinstance(norm, NORMS)
-    users[0].replace_all_uses_with(node)
-    graph.graph.erase_node(users[0])
-    return norm
 
 
 def _matching(names: tuple[str, ...], patterns: Collection[str]) -> set[str]:

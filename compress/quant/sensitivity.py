@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.quant.fake_quant import QuantLayer
+from compress.quant.layers import QuantLayer
 from compress.quant.prepare import quantize_only_
 
 
