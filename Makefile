@@ -57,7 +57,7 @@ matrix: $(READY) ## examine every network of docs/models.md and renew its table
 overhead: $(READY) ## measure what of a training's time is not the model's (DATA=/path/to/images ARGS=...)
 	@$(BIN)/python tests/loop_overhead.py '$(DATA)' $(ARGS)
 
-elsewhere: $(READY) ## install the other runtimes that the tests run INT8 files in
+elsewhere: $(READY) ## install the other runtimes and servers that the tests need
 	@tests/elsewhere/setup.sh
 
 clean: ## remove caches and build leftovers; runs and .venv stay

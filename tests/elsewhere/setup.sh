@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Make .elsewhere/: the other runtimes that the tests run INT8 files in, each in an environment of its own.
+# Make .elsewhere/: other runtimes and servers for the tests, each in an environment of its own.
 # `make elsewhere` runs it. What is already there stays; a changed version is installed anew.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 ORT=(onnxruntime==1.15.1 numpy==1.26.4)
 OPENVINO=(openvino==2026.4.1 numpy==2.4.6)
+SERVE=(kserve==0.21.0 mlcommons-loadgen==6.0.17 onnxruntime==1.32.0 onnx==1.23.2 numpy==2.4.6 pillow==13.0.0)
 WEB=(onnxruntime-web@1.30.0)
 TRITON=(nvidia-pytriton==0.7.0 tritonclient==2.73.0 onnxruntime==1.32.0 numpy==1.26.4)
 SIGNING=(model-signing==1.1.1 pyopenssl==26.4.0 onnxruntime==1.32.0 onnx==1.23.2 numpy==2.4.6)
@@ -109,5 +110,6 @@ python_environment onnxruntime "3.11 3.10 3.9 3.8" "${ORT[@]}"
 python_environment openvino "3.13 3.12 3.11 3.10" "${OPENVINO[@]}"
 python_environment signing "3.13 3.12 3.11" "${SIGNING[@]}"
 triton_environment triton "${TRITON[@]}"
+python_environment serve "3.13 3.12 3.11 3.10" "${SERVE[@]}"
 node_environment web "${WEB[@]}"
 arm64_environment arm64 "${ARM64[@]}"

@@ -1,0 +1,88 @@
+"""Serve one file of a bundle over HTTP in the Open Inference Protocol (v2), for trying a bundle and for tests.
+
+`python -m export.serve BUNDLE` does it, without torch, on KServe's Python SDK. It listens on this machine alone unless told otherwise, and
+has neither encryption nor authentication: what faces a network is Triton, KServe or OpenVINO Model Server with the same files.
+"""
+
+import argparse
+import signal
+import socket
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+from export.arguments import at_least, chosen
+from export.bundle import NAME, Bundle, read_bundle
+from export.errors import BundleError
+from export.model_file import inspect
+from export.session import open_session
+
+INSTALL = (
+    "serving needs KServe's Python SDK: python -m pip install kserve, "
+    "in an environment of its own (docs/serving.md), for it wants an older protobuf"
+)
+
+
+def serve(bundle: Bundle, arguments: argparse.Namespace) -> None:
+    """Listen until a signal comes; print where once requests are taken.
+
+    Raises BundleError for a file that ONNX Runtime cannot load and for an address that is not free.
+    """
+    if not NAME.fullmatch(bundle.name):
+        raise BundleError(f"bundle.json: name: must be lower-case letters, digits, - and _, got {bundle.name!r}")
+    path = chosen(bundle, arguments.file)
+    session = open_session(path, threads=arguments.threads)
+    listener = listen(arguments.host, arguments.port)
+    # Here, for KServe's import takes seconds and is not there everywhere.
+    import uvicorn
+
+    from export.open_inference import SessionModel, application
+
+    app = application(SessionModel(bundle.name, session, inspect(path), max_batch=arguments.max_batch))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    host, port = listener.getsockname()[:2]
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    sys.stdout.write(f"{path.name} answers at http://{where}/v2/models/{bundle.name}; Ctrl-C stops it\n")
+    sys.stdout.flush()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)  # uvicorn finishes the running requests, then raises the signal again
+    server.run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that takes connections; with port 0 the system chooses a free one."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise BundleError(f"{host}:{port}: cannot listen there ({error}): name another --host or --port") from error
+
+
+def leave(*_: object) -> NoReturn:
+    """End the process as asked, without a traceback."""
+    sys.exit(0)
+
+
+def main() -> int:
+    """Serve one file of a bundle over HTTP in the Open Inference Protocol (v2), on this machine unless told otherwise."""
+    # KServe reads sys.argv on its own when it is imported: what it took for an abbreviation of its options would be ambiguous.
+    parser = argparse.ArgumentParser(prog="python -m export.serve", description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--file", metavar="NAME", help="another file of the bundle than the one to serve")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets the network in")
+    parser.add_argument("--port", type=at_least(0), default=8080, help="0 is any free one")
+    parser.add_argument("--threads", type=at_least(0), default=1, help="CPU threads of a run; 0 is all cores")
+    parser.add_argument("--max-batch", type=at_least(1), default=8, help="the most images in a request")
+    arguments = parser.parse_args()
+    try:
+        if find_spec("kserve") is None:
+            raise BundleError(INSTALL)
+        serve(read_bundle(arguments.bundle), arguments)
+    except BundleError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
