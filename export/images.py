@@ -65,8 +65,7 @@ def labelled_batches(
     The .npz file holds `images`, uint8 (n, height, width, 3), and `labels`, integers (n,).
     Raises BundleError for data that do not fit the bundle, and for a broken image.
     """
-    if find_spec("PIL") is None:
-        raise BundleError(f"{data}: reading images needs Pillow: pip install pillow")
+    require_pillow(data)
     if data.is_dir():
         examples = folder_examples(data / "val" if (data / "val").is_dir() else data, preprocess, labels)
     elif data.suffix == ".npz":
@@ -116,11 +115,18 @@ def archive_examples(path: Path, preprocess: Preprocess, classes: int) -> Iterat
         yield preprocess.pixels(Image.fromarray(image)), int(label)
 
 
+def require_pillow(path: Path) -> None:
+    """Raise BundleError where the library that decodes images is missing."""
+    if find_spec("PIL") is None:
+        raise BundleError(f"{path}: reading images needs Pillow: pip install pillow")
+
+
 def read_image(path: Path) -> "Image.Image":
     """Return the file's pixels as RGB.
 
     Raises BundleError for a file that is truncated, of an unexpected format, or larger than Pillow's limit.
     """
+    require_pillow(path)
     from PIL import Image
 
     try:

@@ -1,0 +1,81 @@
+"""Say what a bundle's model sees in an image.
+
+`python -m export.predict BUNDLE image.jpg` prints the likeliest labels with their probabilities, without torch.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from export.arguments import at_least, chosen
+from export.bundle import Bundle, read_bundle
+from export.errors import BundleError
+from export.images import Preprocess, read_image
+from export.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
+from export.table import table
+
+
+def probabilities(session: onnxruntime.InferenceSession, preprocess: Preprocess, path: Path) -> NDArray[np.float64]:
+    """Return the softmax of the logits for one image file, (classes,).
+
+    Raises BundleError for a file that is no whole image, for a network that cannot run, and for logits that are not finite.
+    """
+    image = read_image(path)
+    try:
+        images = preprocess.normalize(preprocess.pixels(image)[None])  # (1, 3, size, size)
+    except BundleError as error:
+        raise BundleError(f"{path}: {error}") from error
+    (given,) = session.get_inputs()
+    try:
+        (logits,) = session.run(None, {given.name: images.astype(DTYPES[given.type], copy=False)})  # (1, classes)
+    except RUNTIME_ERRORS as error:
+        raise BundleError(f"{path}: the network cannot run on it ({first_line(error)}): export it again") from error
+    if logits.ndim != 2 or not np.isfinite(logits).all():
+        raise BundleError(f"{path}: the network gives no finite logits for it: export it again")
+    return softmax(np.asarray(logits[0], np.float64))
+
+
+def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return exp(logits) divided by their sum; the largest is taken off first, so that none overflows."""
+    powers: NDArray[np.float64] = np.exp(logits - logits.max())
+    shares: NDArray[np.float64] = powers / powers.sum()
+    return shares
+
+
+def predict(session: onnxruntime.InferenceSession, bundle: Bundle, path: Path, *, top: int) -> str:
+    """Return the image's path and a table of its likeliest labels."""
+    found = probabilities(session, bundle.preprocess, path)
+    best = np.argsort(-found, kind="stable")[:top]
+    return f"{path}\n{table(('label', 'probability'), [(bundle.labels[index], float(found[index])) for index in best])}"
+
+
+def main() -> int:
+    """Print the likeliest labels of images, with their probabilities."""
+    parser = argparse.ArgumentParser(prog="python -m export.predict", description=main.__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("images", type=Path, nargs="+", metavar="image", help="JPEG, PNG, WebP or BMP")
+    parser.add_argument("--file", metavar="NAME", help="another file of the bundle than the one to serve")
+    parser.add_argument("--top", type=at_least(1), default=5, help="how many labels")
+    arguments = parser.parse_args()
+    code = 0
+    try:
+        bundle = read_bundle(arguments.bundle)
+        session = open_session(chosen(bundle, arguments.file))
+    except BundleError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    for path in arguments.images:
+        try:
+            sys.stdout.write(f"{predict(session, bundle, path, top=arguments.top)}\n")
+        except BundleError as error:  # the other images are still worth an answer
+            sys.stderr.write(f"{error}\n")
+            code = 2
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
