@@ -1,5 +1,6 @@
 """What the commands on a bundle ask for in the same words."""
 
+import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
@@ -31,3 +32,14 @@ def at_least(lowest: int) -> Callable[[str], int]:
         return int(text)
 
     return read
+
+
+def positive(text: str) -> float:
+    """Read a number above zero, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ArgumentTypeError(f"must be a number > 0, got {text!r}")
+    return value

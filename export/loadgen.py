@@ -1,0 +1,151 @@
+"""Measure one file of a bundle under loads like MLPerf's: one image at a time, eight, all at once, and at random.
+
+`python -m export.loadgen BUNDLE` does it, without torch, with MLCommons' LoadGen. What it shows is no MLPerf result.
+"""
+
+import argparse
+import json
+import signal
+import sys
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.arguments import at_least, chosen, positive
+from export.bundle import Bundle, read_bundle
+from export.environment import environment
+from export.errors import BundleError
+from export.model_file import inspect
+from export.session import DTYPES, open_session
+from export.table import table
+from export.workers import capacity
+
+SCENARIOS = ("single_stream", "multi_stream", "offline", "server")
+NOTICE = (
+    "MLPerf-style load, not an MLPerf result: MLCommons' LoadGen makes the queries, "
+    "but none of MLPerf's rules on data, accuracy, duration and review is kept"
+)
+INSTALL = "this needs MLCommons' LoadGen: python -m pip install mlcommons-loadgen"
+IMAGES = 32
+WARM_UP = 0.1  # of a scenario's time
+EASY = 0.5  # of what the machine does at most: queues stay short
+
+
+class LoadJson(TypedDict):
+    """The whole report; `notice` comes first and says what it is not."""
+
+    notice: str
+    loadgen: str
+    bundle: str
+    file: str
+    threads: int
+    workers: int
+    batch: int
+    seconds: float
+    seed: int
+    capacity_ips: float
+    scenarios: list[dict[str, str | float | None]]
+    environment: dict[str, object]
+
+
+def measure(bundle: Bundle, arguments: argparse.Namespace) -> LoadJson:
+    """Run the asked scenarios one after the other.
+
+    Raises BundleError for a file that cannot run, and for a rate that the machine cannot follow.
+    """
+    from export.scenarios import loadgen_version, run_scenario
+
+    path = chosen(bundle, arguments.file)
+    session = open_session(path, threads=arguments.threads)
+    images = noise(inspect(path).image_size, seed=arguments.seed).astype(DTYPES[session.get_inputs()[0].type])
+    batch, workers = arguments.batch, arguments.workers
+    most = capacity(session, images, batch=batch, workers=workers, seconds=arguments.seconds * WARM_UP)
+    qps = arguments.qps or EASY * most
+    if qps > most:
+        raise BundleError(f"--qps: this machine answers {most:.4g} images a second, got {qps:g}: ask for less")
+    rows = [
+        run_scenario(
+            scenario,
+            session,
+            images,
+            batch=batch,
+            workers=workers,
+            seconds=arguments.seconds,
+            images_per_second=most,
+            qps=qps,
+            seed=arguments.seed,
+        )
+        for scenario in arguments.scenario or SCENARIOS
+    ]
+    return LoadJson(
+        notice=NOTICE,
+        loadgen=loadgen_version(),
+        bundle=bundle.name,
+        file=path.name,
+        threads=arguments.threads,
+        workers=workers,
+        batch=batch,
+        seconds=arguments.seconds,
+        seed=arguments.seed,
+        capacity_ips=most,
+        scenarios=[asdict(row) for row in rows],
+        environment=environment(),
+    )
+
+
+def noise(size: int, *, seed: int) -> NDArray[np.float32]:
+    """Return images of unit variance, as normalized photographs have, (images, 3, size, size)."""
+    return np.random.default_rng(seed).standard_normal((IMAGES, 3, size, size), np.float32)
+
+
+def as_text(found: LoadJson) -> str:
+    """Return what it is not, the conditions, and the table."""
+    header = (
+        "MLPerf-style", "queries", "images each", "asked/s", "images/s", "mean ms", "p50 ms", "p90 ms", "p95 ms", "p99 ms", "p99.9 ms",
+    )  # fmt: skip
+    conditions = (
+        f"{found['file']}: {found['threads'] or 'all'} CPU threads a run, {found['workers']} runs at once, "
+        f"up to {found['batch']} images a run, {found['seconds']:g} s each"
+    )
+    rows = [list(row.values()) for row in found["scenarios"]]
+    return f"{found['notice']}.\n{conditions}\n\n{table(header, rows)}"
+
+
+def main() -> int:
+    """Measure one file of a bundle under loads like MLPerf's, which is no MLPerf result."""
+    parser = argparse.ArgumentParser(prog="python -m export.loadgen", description=main.__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--scenario", choices=SCENARIOS, action="append", help="may be repeated; all four without it")
+    parser.add_argument("--file", metavar="NAME", help="another file of the bundle than the one to serve")
+    parser.add_argument(
+        "--seconds", type=positive, default=10.0, help="the least time of a scenario; 64 queries at least"
+    )
+    parser.add_argument("--threads", type=at_least(0), default=1, help="CPU threads of a run; 0 is all cores")
+    parser.add_argument("--workers", type=at_least(1), default=1, help="runs at once")
+    parser.add_argument("--batch", type=at_least(1), default=8, help="the most images in a run")
+    parser.add_argument(
+        "--qps", type=positive, help="Server's images a second; half of what the machine does without it"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # LoadGen waits where Python sees no Ctrl-C
+    try:
+        if find_spec("mlperf_loadgen") is None:
+            raise BundleError(INSTALL)
+        found = measure(read_bundle(arguments.bundle), arguments)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    except (BundleError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stdout.write(f"{as_text(found)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
