@@ -7,20 +7,13 @@ from pathlib import Path
 
 from export.bundle import Bundle
 from export.errors import BundleError
-from export.targets import TARGETS
-
-INT8_ORDER = ("student_int8", "student_ptq_int8", "student_fp32")
-FP16_ORDER = ("student_fp16", "student_fp32")
 
 
 def chosen(bundle: Bundle, name: str | None) -> Path:
     """Return the file `name`, or the one that the bundle is made to serve; raise BundleError for a name it lacks."""
-    if name is None:
-        order = FP16_ORDER if bundle.target and TARGETS[bundle.target].precision == "fp16" else INT8_ORDER
-        name = next((one for one in order if one in bundle.files), next(iter(bundle.files)))
-    if name not in bundle.files:
+    if name is not None and name not in bundle.files:
         raise BundleError(f"--file: the bundle has {', '.join(bundle.files)}, got {name!r}: name one of them")
-    return bundle.files[name]
+    return bundle.files[name or bundle.served]
 
 
 def at_least(lowest: int) -> Callable[[str], int]:

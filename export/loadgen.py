@@ -12,14 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypedDict
 
-import numpy as np
-from numpy.typing import NDArray
-
 from export.arguments import at_least, chosen, positive
 from export.bundle import Bundle, read_bundle
 from export.environment import environment
 from export.errors import BundleError
-from export.model_file import inspect
 from export.session import DTYPES, open_session
 from export.table import table
 from export.workers import capacity
@@ -30,7 +26,6 @@ NOTICE = (
     "but none of MLPerf's rules on data, accuracy, duration and review is kept"
 )
 INSTALL = "this needs MLCommons' LoadGen: python -m pip install mlcommons-loadgen"
-IMAGES = 32
 WARM_UP = 0.1  # of a scenario's time
 EASY = 0.5  # of what the machine does at most: queues stay short
 
@@ -61,7 +56,7 @@ def measure(bundle: Bundle, arguments: argparse.Namespace) -> LoadJson:
 
     path = chosen(bundle, arguments.file)
     session = open_session(path, threads=arguments.threads)
-    images = noise(inspect(path).image_size, seed=arguments.seed).astype(DTYPES[session.get_inputs()[0].type])
+    images = bundle.golden.inputs.astype(DTYPES[session.get_inputs()[0].type], copy=False)
     batch, workers = arguments.batch, arguments.workers
     most = capacity(session, images, batch=batch, workers=workers, seconds=arguments.seconds * WARM_UP)
     qps = arguments.qps or EASY * most
@@ -95,11 +90,6 @@ def measure(bundle: Bundle, arguments: argparse.Namespace) -> LoadJson:
         scenarios=[asdict(row) for row in rows],
         environment=environment(),
     )
-
-
-def noise(size: int, *, seed: int) -> NDArray[np.float32]:
-    """Return images of unit variance, as normalized photographs have, (images, 3, size, size)."""
-    return np.random.default_rng(seed).standard_normal((IMAGES, 3, size, size), np.float32)
 
 
 def as_text(found: LoadJson) -> str:

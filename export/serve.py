@@ -22,6 +22,7 @@ INSTALL = (
     "serving needs KServe's Python SDK: python -m pip install kserve, "
     "in an environment of its own (docs/serving.md), for it wants an older protobuf"
 )
+KEEP_ALIVE = 65  # seconds that an idle connection stays open: KServe's own choice, longer than most proxies'
 
 
 def serve(bundle: Bundle, arguments: argparse.Namespace) -> None:
@@ -40,7 +41,8 @@ def serve(bundle: Bundle, arguments: argparse.Namespace) -> None:
     from export.open_inference import SessionModel, application
 
     app = application(SessionModel(bundle.name, session, inspect(path), max_batch=arguments.max_batch))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE)
+    server = uvicorn.Server(config)
     host, port = listener.getsockname()[:2]
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     sys.stdout.write(f"{path.name} answers at http://{where}/v2/models/{bundle.name}; Ctrl-C stops it\n")

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from onnx_files import small_files, write_small_bundle
 
 from export import serve
+from export.bundle import read_bundle
 
 INFER = "/v2/models/small/infer"
 needs_kserve = pytest.mark.skipif(not is_there(), reason="run `make elsewhere`")
@@ -87,6 +88,14 @@ def test_the_answer_is_that_of_bare_onnx_runtime_to_the_last_bit(server: Server,
     assert (status, from_json(answer).tobytes()) == (200, expected.tobytes())
     status, answer, headers = server.ask("POST", INFER, as_binary("input", images))
     assert (status, from_binary(answer, headers).tobytes()) == (200, expected.tobytes())
+
+
+@needs_kserve
+def test_golden_inputs_get_the_golden_answers(server: Server, bundle: Path) -> None:
+    golden = read_bundle(bundle).golden
+    for image, expected in zip(golden.inputs, golden.outputs["student_fp32"], strict=True):
+        status, answer, _ = server.ask("POST", INFER, as_json("input", image[None]))
+        assert (status, from_json(answer)[0].tobytes()) == (200, expected.tobytes())
 
 
 @needs_kserve
