@@ -102,7 +102,7 @@ class SessionModel(Model):  # type: ignore[misc] # KServe is not typed
 
 
 class StrictDataPlane(DataPlane):  # type: ignore[misc]
-    """KServe's decoding, which answers 500 to half of the broken requests, made to answer 400."""
+    """KServe's decoding; half of what it raises for a broken request would be answered 500, and is answered 400 here."""
 
     def metadata(self) -> dict[str, object]:
         """Name what is offered besides the protocol itself."""
