@@ -28,8 +28,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from export.model_file import ModelFile
+from export.serving.triton import DATATYPES
 
-DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8"}
 BYTES_PER_NUMBER = 32  # JSON writes a float32 with at most 24 characters, and a separator
 HEADER_BYTES = 2**16
 # What KServe's decoding raises for a body that is no request.

@@ -4,8 +4,9 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from elsewhere.serving import PYTHON, ROOT, is_there, start
@@ -14,7 +15,13 @@ from onnx_files import small_files, write_small_bundle
 from export import loadgen
 
 PERCENTILES = ("p50_ms", "p90_ms", "p95_ms", "p99_ms", "p99_9_ms")
-needs_loadgen = pytest.mark.skipif(not is_there(), reason="run `make elsewhere`")
+
+Test = TypeVar("Test", bound=Callable[..., Any])
+
+
+def needs_loadgen(test: Test) -> Test:
+    """Start processes only where they can, and not in the quick tests."""
+    return pytest.mark.slow(pytest.mark.skipif(not is_there(), reason="run `make elsewhere`")(test))
 
 
 @pytest.fixture(scope="module")

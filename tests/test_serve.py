@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime
@@ -34,7 +35,13 @@ from export import serve
 from export.bundle import read_bundle
 
 INFER = "/v2/models/small/infer"
-needs_kserve = pytest.mark.skipif(not is_there(), reason="run `make elsewhere`")
+
+Test = TypeVar("Test", bound=Callable[..., Any])
+
+
+def needs_kserve(test: Test) -> Test:
+    """Start processes only where they can, and not in the quick tests."""
+    return pytest.mark.slow(pytest.mark.skipif(not is_there(), reason="run `make elsewhere`")(test))
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +103,19 @@ def test_golden_inputs_get_the_golden_answers(server: Server, bundle: Path) -> N
     for image, expected in zip(golden.inputs, golden.outputs["student_fp32"], strict=True):
         status, answer, _ = server.ask("POST", INFER, as_json("input", image[None]))
         assert (status, from_json(answer)[0].tobytes()) == (200, expected.tobytes())
+
+
+@needs_kserve
+def test_the_bundles_own_request_gets_the_answer_beside_it(server: Server, bundle: Path) -> None:
+    body = (bundle / "serving/request.json").read_bytes()
+    status, answer, _ = server.ask("POST", INFER, (body, {"Content-Type": JSON}))
+    expected, found = json.loads((bundle / "serving/response.json").read_text()), json.loads(answer)
+    assert (status, found["id"], found["model_name"]) == (200, expected["id"], expected["model_name"])
+    for one, other in zip(found["outputs"], expected["outputs"], strict=True):
+        assert {key: one[key] for key in ("name", "datatype", "shape")} == {
+            key: other[key] for key in ("name", "datatype", "shape")
+        }
+        assert np.array_equal(np.float32(one["data"]), np.float32(other["data"]))
 
 
 @needs_kserve
