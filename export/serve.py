@@ -30,6 +30,8 @@ def serve(bundle: Bundle, arguments: argparse.Namespace) -> None:
 
     Raises BundleError for a file that ONNX Runtime cannot load and for an address that is not free.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)  # also later: uvicorn finishes the running requests, then raises the signal again
     if not NAME.fullmatch(bundle.name):
         raise BundleError(f"bundle.json: name: must be lower-case letters, digits, - and _, got {bundle.name!r}")
     path = chosen(bundle, arguments.file)
@@ -47,8 +49,6 @@ def serve(bundle: Bundle, arguments: argparse.Namespace) -> None:
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     sys.stdout.write(f"{path.name} answers at http://{where}/v2/models/{bundle.name}; Ctrl-C stops it\n")
     sys.stdout.flush()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)  # uvicorn finishes the running requests, then raises the signal again
     server.run(sockets=[listener])
 
 

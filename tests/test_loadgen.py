@@ -1,12 +1,9 @@
 """Loads like MLPerf's; MLCommons' LoadGen lives in an environment that `make elsewhere` makes."""
 
 import json
-import signal
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from elsewhere.serving import PYTHON, ROOT, is_there, start
@@ -15,13 +12,7 @@ from onnx_files import small_files, write_small_bundle
 from export import loadgen
 
 PERCENTILES = ("p50_ms", "p90_ms", "p95_ms", "p99_ms", "p99_9_ms")
-
-Test = TypeVar("Test", bound=Callable[..., Any])
-
-
-def needs_loadgen(test: Test) -> Test:
-    """Start processes only where they can, and not in the quick tests."""
-    return pytest.mark.slow(pytest.mark.skipif(not is_there(), reason="run `make elsewhere`")(test))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_there(), reason="run `make elsewhere`")]
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +31,20 @@ def sleeper() -> dict[str, dict[str, Any]]:
     return {row["scenario"]: row for row in json.loads(done.stdout)}
 
 
-@needs_loadgen
 def test_one_image_at_a_time_takes_as_long_as_the_network(sleeper: dict[str, dict[str, Any]]) -> None:
     row = sleeper["single_stream"]
     assert row["images_per_query"] == 1
     assert 10 <= row["p50_ms"] < 20  # bounds for a busy machine
-    assert row["images_per_second"] == pytest.approx(1e3 / row["mean_ms"], rel=0.1)
+    assert 50 < row["images_per_second"] <= 100
 
 
-@needs_loadgen
 def test_eight_images_at_once_are_two_runs_of_four(sleeper: dict[str, dict[str, Any]]) -> None:
     row = sleeper["multi_stream"]
     assert row["images_per_query"] == 8
     assert 20 <= row["p50_ms"] < 40
-    assert row["images_per_second"] == pytest.approx(8e3 / row["mean_ms"], rel=0.1)
+    assert 200 < row["images_per_second"] <= 400
 
 
-@needs_loadgen
 def test_all_at_once_fill_every_run(sleeper: dict[str, dict[str, Any]]) -> None:
     row = sleeper["offline"]
     assert (row["queries"], row["p50_ms"]) == (1, None)
@@ -64,7 +52,6 @@ def test_all_at_once_fill_every_run(sleeper: dict[str, dict[str, Any]]) -> None:
     assert 200 < row["images_per_second"] <= 400
 
 
-@needs_loadgen
 def test_random_arrivals_come_at_the_asked_rate_and_some_wait(sleeper: dict[str, dict[str, Any]]) -> None:
     """Poisson arrivals at 20 a second: an image finds the network busy now and then, so the tail is longer than one run."""
     row = sleeper["server"]
@@ -74,7 +61,6 @@ def test_random_arrivals_come_at_the_asked_rate_and_some_wait(sleeper: dict[str,
     assert row["p99_ms"] > 13
 
 
-@needs_loadgen
 def test_every_scenario_of_a_bundle_is_measured_and_called_what_it_is(bundle: Path, tmp_path: Path) -> None:
     with start(
         "export.loadgen", str(bundle), "--seconds", "0.1", "--qps", "200", "--json", str(tmp_path / "a.json")
@@ -93,29 +79,8 @@ def test_every_scenario_of_a_bundle_is_measured_and_called_what_it_is(bundle: Pa
         assert f"{row['scenario']} " in text
 
 
-@needs_loadgen
 def test_a_rate_beyond_the_machine_is_one_sentence(bundle: Path) -> None:
     with start("export.loadgen", str(bundle), "--seconds", "0.1", "--qps", "1e12") as run:
         text, errors = run.communicate(timeout=60)
     assert (run.returncode, text, errors.count("\n")) == (2, "", 1)
     assert errors.startswith("--qps: this machine answers ")
-
-
-def test_where_loadgen_is_missing_one_sentence_says_what_to_install(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["loadgen", str(bundle)])
-    monkeypatch.setattr(loadgen, "find_spec", lambda name: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert loadgen.main() == 2
-    assert "pip install mlcommons-loadgen" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("wrong", [["--qps", "0"], ["--seconds", "nan"], ["--batch", "0"], ["--threads", "-1"]])
-def test_a_number_that_cannot_be_is_refused_by_name(
-    bundle: Path, wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["loadgen", str(bundle), *wrong])
-    with pytest.raises(SystemExit, match="2"):
-        loadgen.main()
-    assert f"argument {wrong[0]}: must be a" in capsys.readouterr().err

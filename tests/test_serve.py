@@ -5,11 +5,9 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime
@@ -31,17 +29,10 @@ from elsewhere.serving import (
 from numpy.typing import NDArray
 from onnx_files import small_files, write_small_bundle
 
-from export import serve
 from export.bundle import read_bundle
 
 INFER = "/v2/models/small/infer"
-
-Test = TypeVar("Test", bound=Callable[..., Any])
-
-
-def needs_kserve(test: Test) -> Test:
-    """Start processes only where they can, and not in the quick tests."""
-    return pytest.mark.slow(pytest.mark.skipif(not is_there(), reason="run `make elsewhere`")(test))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_there(), reason="run `make elsewhere`")]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +66,6 @@ def still_answers(server: Server, bundle: Path) -> bool:
     return status == 200 and np.array_equal(from_json(answer), bare(bundle / "student_fp32.onnx", noise(1)))
 
 
-@needs_kserve
 def test_the_server_says_what_it_serves(server: Server) -> None:
     assert server.get("/v2/health/live") == (200, {"live": True})
     assert server.get("/v2/health/ready") == (200, {"ready": True})
@@ -87,7 +77,6 @@ def test_the_server_says_what_it_serves(server: Server) -> None:
     assert found["outputs"] == [{"name": "logits", "datatype": "FP32", "shape": [-1, 3]}]
 
 
-@needs_kserve
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_the_answer_is_that_of_bare_onnx_runtime_to_the_last_bit(server: Server, bundle: Path, batch: int) -> None:
     images, expected = noise(batch), bare(bundle / "student_fp32.onnx", noise(batch))
@@ -97,7 +86,6 @@ def test_the_answer_is_that_of_bare_onnx_runtime_to_the_last_bit(server: Server,
     assert (status, from_binary(answer, headers).tobytes()) == (200, expected.tobytes())
 
 
-@needs_kserve
 def test_golden_inputs_get_the_golden_answers(server: Server, bundle: Path) -> None:
     golden = read_bundle(bundle).golden
     for image, expected in zip(golden.inputs, golden.outputs["student_fp32"], strict=True):
@@ -105,7 +93,6 @@ def test_golden_inputs_get_the_golden_answers(server: Server, bundle: Path) -> N
         assert (status, from_json(answer)[0].tobytes()) == (200, expected.tobytes())
 
 
-@needs_kserve
 def test_the_bundles_own_request_gets_the_answer_beside_it(server: Server, bundle: Path) -> None:
     body = (bundle / "serving/request.json").read_bytes()
     status, answer, _ = server.ask("POST", INFER, (body, {"Content-Type": JSON}))
@@ -118,7 +105,6 @@ def test_the_bundles_own_request_gets_the_answer_beside_it(server: Server, bundl
         assert np.array_equal(np.float32(one["data"]), np.float32(other["data"]))
 
 
-@needs_kserve
 def test_requests_at_once_get_their_own_answers(server: Server, bundle: Path) -> None:
     def ask(seed: int) -> NDArray[np.float32]:
         return from_json(server.ask("POST", INFER, as_json("input", noise(2, seed=seed)))[1])
@@ -189,7 +175,6 @@ BAD_REQUESTS: dict[str, Body] = {
 }
 
 
-@needs_kserve
 @pytest.mark.parametrize("case", BAD_REQUESTS)
 def test_a_bad_request_is_answered_in_one_sentence_and_the_server_goes_on(
     server: Server, bundle: Path, case: str
@@ -202,7 +187,6 @@ def test_a_bad_request_is_answered_in_one_sentence_and_the_server_goes_on(
     assert still_answers(server, bundle)
 
 
-@needs_kserve
 @pytest.mark.parametrize("form", [as_json, as_binary])
 def test_no_damaged_request_is_the_servers_fault(
     server: Server, bundle: Path, form: Callable[[str, NDArray[np.float32]], Body]
@@ -225,7 +209,6 @@ def test_no_damaged_request_is_the_servers_fault(
     assert still_answers(server, bundle)
 
 
-@needs_kserve
 def test_a_body_beyond_eight_images_is_refused_unread(server: Server, bundle: Path) -> None:
     connection = server.connect()
     connection.putrequest("POST", INFER)
@@ -237,7 +220,6 @@ def test_a_body_beyond_eight_images_is_refused_unread(server: Server, bundle: Pa
     assert still_answers(server, bundle)
 
 
-@needs_kserve
 def test_a_body_of_unsaid_length_is_cut_off(server: Server, bundle: Path) -> None:
     connection = server.connect()
     chunks = (b"[" * 2**16 for _ in range(16))  # 1 MiB; 8 images of 768 numbers may take a quarter of it
@@ -247,7 +229,6 @@ def test_a_body_of_unsaid_length_is_cut_off(server: Server, bundle: Path) -> Non
     assert still_answers(server, bundle)
 
 
-@needs_kserve
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
@@ -272,7 +253,6 @@ def test_what_is_not_there_or_not_allowed_is_a_4xx(
     assert still_answers(server, bundle)
 
 
-@needs_kserve
 def test_another_file_is_served_by_name_and_sigterm_ends_it_cleanly(bundle: Path) -> None:
     with served(bundle, "--file", "teacher_fp32", "--max-batch", "1") as server:
         status, answer, _ = server.ask("POST", INFER, as_json("input", noise(1)))
@@ -286,6 +266,14 @@ def test_another_file_is_served_by_name_and_sigterm_ends_it_cleanly(bundle: Path
             server.get("/v2")
 
 
+def test_ctrl_c_right_after_the_start_ends_it_cleanly(bundle: Path) -> None:
+    with served(bundle) as server:
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(30) == 0
+        assert server.process.stderr is not None
+        assert server.process.stderr.read() == ""
+
+
 def refused(process: "subprocess.Popen[str]") -> str:
     """What a process says that ends with an error."""
     shown, sentence = process.communicate(timeout=60)
@@ -293,7 +281,6 @@ def refused(process: "subprocess.Popen[str]") -> str:
     return sentence
 
 
-@needs_kserve
 def test_a_bundle_that_was_tampered_with_is_not_served(bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")
     with (tmp_path / "bundle/student_fp32.onnx").open("ab") as stream:
@@ -301,23 +288,12 @@ def test_a_bundle_that_was_tampered_with_is_not_served(bundle: Path, tmp_path: P
     assert "student_fp32.onnx: is not the file" in refused(start("export.serve", str(tmp_path / "bundle")))
 
 
-@needs_kserve
 def test_an_address_that_is_taken_is_one_sentence(bundle: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"127.0.0.1:{port}: cannot listen there" in refused(start("export.serve", str(bundle), "--port", port))
 
 
-@needs_kserve
 def test_a_file_that_the_bundle_lacks_is_one_sentence(bundle: Path) -> None:
     sentence = refused(start("export.serve", str(bundle), "--file", "student_int4"))
     assert "--file: the bundle has teacher_fp32, student_fp32, student_fp16, got 'student_int4'" in sentence
-
-
-def test_where_kserve_is_missing_one_sentence_says_what_to_install(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["serve", str(bundle)])
-    monkeypatch.setattr(serve, "find_spec", lambda name: None)
-    assert serve.main() == 2
-    assert "pip install kserve" in capsys.readouterr().err

@@ -1,0 +1,46 @@
+"""What the commands on a bundle say where something is missing or cannot be; nothing is started."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from onnx_files import small_files, write_small_bundle
+
+from export import loadgen, serve
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    write_small_bundle(folder / "bundle", small_files(folder))
+    return folder / "bundle"
+
+
+def test_without_kserve_one_sentence_says_what_to_install(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve", str(bundle)])
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    assert serve.main() == 2
+    assert "pip install kserve" in capsys.readouterr().err
+
+
+def test_without_loadgen_one_sentence_says_what_to_install(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["loadgen", str(bundle)])
+    monkeypatch.setattr(loadgen, "find_spec", lambda name: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert loadgen.main() == 2
+    assert "pip install mlcommons-loadgen" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [["--qps", "0"], ["--seconds", "nan"], ["--batch", "0"], ["--threads", "-1"]])
+def test_a_number_that_cannot_be_is_refused_by_name(
+    bundle: Path, wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["loadgen", str(bundle), *wrong])
+    with pytest.raises(SystemExit, match="2"):
+        loadgen.main()
+    assert f"argument {wrong[0]}: must be a" in capsys.readouterr().err
