@@ -21,6 +21,7 @@ from export.model_file import parse, precision
 from export.names import SUFFIX, module_of
 from export.node_times import NodeTime, node_times
 from export.optimized import FLOATS, MOVES, float_operators, leftover_qdq, optimize
+from export.sandbox import require_sound, vet
 from export.session import PROVIDERS
 from export.table import table
 from export.wiring import DQ, FLOAT, INTEGER, LAYERS, Q, Wiring, origin, wire
@@ -273,7 +274,7 @@ def main() -> int:
     over: list[str] = []
     try:
         path: Path = arguments.path
-        files = read_bundle(path).files if path.is_dir() else {path.stem: path}
+        files = read_bundle(path, inspect=vet).files if path.is_dir() else {path.stem: require_sound(path)}
         audits = {name: audit(file, arguments.provider) for name, file in files.items()}
         for name, found in audits.items():
             sys.stdout.write(f"{name}\n{as_text(found)}\n")

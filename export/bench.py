@@ -25,6 +25,7 @@ from export.images import labelled_batches
 from export.latency import Timing, speedup, time_sessions
 from export.memory import peak_memory_mb
 from export.model_file import ModelFile, inspect
+from export.sandbox import vet
 from export.session import CPU, PROVIDERS, Run, available_providers, bind, open_session, resize_input
 from export.table import table
 from export.targets import TARGET_PROVIDERS, host_target
@@ -297,7 +298,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
     try:
-        found = measure(read_bundle(arguments.bundle), arguments)
+        found = measure(read_bundle(arguments.bundle, inspect=vet), arguments)
         if arguments.json:
             arguments.json.write_text(json.dumps(found, indent=2) + "\n")
     except (BundleError, OSError) as error:

@@ -16,33 +16,30 @@ model.sig           a signature over all files, where the bundle was signed; no 
 A reader needs the first seven lines and SHA256SUMS. The same inputs give the same bytes.
 """
 
-import hashlib
-import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from export.errors import BundleError
-from export.golden import FOLDER, IMAGES, INPUTS, Golden, read_array
+from export.golden import Golden, check_inputs, read_golden
 from export.images import Preprocess
-from export.model_file import ModelFile, inspect
+from export.inside import SUMS, Json, brief, check_digest, contained, get, read_json, read_sums, read_text, sha256
+from export.model_file import MAX_IMAGE_SIZE, ModelFile, inspect
 
-MANIFEST, PREPROCESS, LABELS, SUMS = "bundle.json", "preprocess.json", "labels.txt", "SHA256SUMS"
+MANIFEST, PREPROCESS, LABELS = "bundle.json", "preprocess.json", "labels.txt"
 SIGNATURE = "model.sig"
 SCHEMA_VERSION = 2
-MAX_TEXT_BYTES = 16 * 2**20
-MAX_GOLDEN = 64  # images
+MAX_MODELS = 100
 NAME = re.compile(r"[a-z0-9][a-z0-9_\-]{0,63}")
-SUMS_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+LARGEST = 1e6  # a mean or a standard deviation of pixels in [0, 1]; float32 holds its square and its inverse
 
-Json = dict[str, object]
 Kind = TypeVar("Kind")
+Given = ParamSpec("Given")
+Report = Callable[[BundleError], None]
+Inspect = Callable[[Sequence[Path]], Sequence[ModelFile | BundleError]]
+"""Returns for each model file its facts, or what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -72,126 +69,192 @@ def entry(path: Path, facts: ModelFile) -> Json:
     }
 
 
-def read_bundle(path: Path) -> Bundle:
+def inspect_here(paths: Sequence[Path]) -> list[ModelFile | BundleError]:
+    """Inspect files that this project wrote, in this process; for any other file there is `export.sandbox.vet`."""
+    found: list[ModelFile | BundleError] = []
+    for path in paths:
+        facts = tried(found.append, inspect, path)
+        found.extend([] if facts is None else [facts])
+    return found
+
+
+def read_bundle(path: Path, *, inspect: Inspect = inspect_here) -> Bundle:
     """Return the bundle in the folder `path` after checking every digest, every name and every model file's facts.
 
-    Reads nothing outside the folder and follows no link in it. Raises BundleError, naming the file, for anything amiss.
+    Reads nothing outside the folder and follows no link in it. Give `export.sandbox.vet` as `inspect` where the bundle
+    may come from elsewhere. Raises BundleError, naming the file, for the first thing amiss.
     """
+
+    def refuse(error: BundleError) -> None:
+        raise error
+
+    bundle = examine(path, amiss=refuse, inspect=inspect)
+    assert bundle is not None, "what keeps a bundle from being read is amiss"
+    return bundle
+
+
+def examine(path: Path, *, amiss: Report, inspect: Inspect) -> Bundle | None:
+    """Return what is sound of a bundle, None where that is too little; everything amiss goes to `amiss`, which may raise."""
     if not path.is_dir():
-        raise BundleError(f"{path}: is no folder: give the bundle that a run left in runs/NAME/bundle")
-    digests = read_sums(path)
-    for name, digest in digests.items():
-        if sha256(contained(path, name)) != digest:
-            raise BundleError(
-                f"{name}: is not the file the bundle was made with (SHA-256 differs): get the bundle again"
-            )
-    if missing := {MANIFEST, PREPROCESS, LABELS} - digests.keys():
-        raise BundleError(f"{SUMS}: lists no {', '.join(sorted(missing))}: get the bundle again")
-    manifest = read_json(path, MANIFEST)
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise BundleError(
-            f"{MANIFEST}: schema_version: must be {SCHEMA_VERSION}, got {manifest.get('schema_version')!r}"
-        )
-    preprocess = read_preprocess(path)
-    labels = tuple(read_text(path, LABELS).splitlines())
-    files = {
-        name: check_model(path, name, listed, digests, preprocess=preprocess, classes=len(labels))
-        for name, listed in get(manifest, MANIFEST, "files", dict).items()
-    }
-    if not files:
-        raise BundleError(f"{MANIFEST}: files: must name at least one model")
-    served = get(manifest, MANIFEST, "served", str)
-    if served not in files:
-        raise BundleError(
-            f"{MANIFEST}: served: must be one of {', '.join(files)}, got {served!r}: get the bundle again"
-        )
-    name = get(manifest, MANIFEST, "name", str)
-    if not NAME.fullmatch(name):
-        raise BundleError(f"{MANIFEST}: name: must be lower-case letters, digits, - and _, got {name[:100]!r}")
+        amiss(BundleError(f"{path}: is no folder: give the bundle that a run left in runs/NAME/bundle"))
+        return None
+    digests = tried(amiss, read_sums, path)
+    if digests is not None:
+        for name, digest in digests.items():
+            tried(amiss, check_digest, path, name, digest)
+        tried(amiss, check_listed, digests, MANIFEST, PREPROCESS, LABELS)
+    manifest = tried(amiss, read_manifest, path)
+    preprocess = tried(amiss, read_preprocess, path)
+    labels = tried(amiss, read_labels, path)
+    if manifest is None:
+        return None
+    listed = get(manifest, MANIFEST, "files", dict)
+    places = {name: tried(amiss, place_of, path, name, document, digests) for name, document in listed.items()}
+    files = {name: place for name, place in places.items() if place is not None}
+    classes: int | None = None
+    for (name, place), facts in zip(list(files.items()), inspect(list(files.values())), strict=True):
+        if isinstance(facts, BundleError):
+            amiss(facts)
+            del files[name]
+            continue
+        tried(amiss, check_entry, name, listed[name], entry(place, facts))
+        tried(amiss, check_ends, manifest, place.name, facts)
+        classes = next(iter(facts.output.shape[1:2]), classes)
+        if preprocess is not None:
+            tried(amiss, check_image_size, place.name, facts, preprocess)
+        if labels is not None:
+            tried(amiss, check_classes, place.name, facts, len(labels))
+    served = tried(amiss, served_of, manifest)
+    if preprocess is None or labels is None or classes is None:
+        return None
+    size, names = preprocess.image_size, list(listed)
+    golden = tried(amiss, read_golden, path, manifest, digests, names=names, image_size=size, classes=classes)
+    if golden is not None:
+        tried(amiss, check_inputs, golden, preprocess)
+    if served is None or golden is None:
+        return None
     target = manifest.get("target")
     return Bundle(
         path=path,
-        name=name,
+        name=get(manifest, MANIFEST, "name", str),
         target=target if isinstance(target, str) else None,
         preprocess=preprocess,
         labels=labels,
         files=files,
         served=served,
-        golden=read_golden(path, manifest, digests, names=list(files), preprocess=preprocess, classes=len(labels)),
+        golden=golden,
         manifest=manifest,
     )
 
 
-def check_model(
-    folder: Path, name: str, listed: object, digests: Mapping[str, str], *, preprocess: Preprocess, classes: int
-) -> Path:
-    """Return the path of one listed model after comparing it with its entry, the preprocessing and the labels."""
+def tried(amiss: Report, read: Callable[Given, Kind], *args: Given.args, **kwargs: Given.kwargs) -> Kind | None:
+    """Return what `read` returns; its BundleError goes to `amiss`."""
+    try:
+        return read(*args, **kwargs)
+    except BundleError as error:
+        amiss(error)
+        return None
+
+
+def place_of(folder: Path, name: str, listed: object, digests: Mapping[str, str] | None) -> Path:
+    """Return the path of a model that bundle.json lists."""
     where = f"{MANIFEST}: files.{name}"
     if not NAME.fullmatch(name) or not isinstance(listed, dict):
-        raise BundleError(f"{where}: must be a plain name with an object, got {listed!r}")
+        raise BundleError(f"{where}: must be a plain name with an object, got {brief(listed)}", defect="bad_content")
     file = get(listed, where, "file", str)
     path = contained(folder, file)
-    facts = inspect(path)
-    expected = entry(path, facts)
-    if wrong := [key for key in expected if listed.get(key) != expected[key]]:
-        raise BundleError(
-            f"{where}.{wrong[0]}: {file} has {expected[wrong[0]]!r}, got {listed.get(wrong[0])!r}: get the bundle again"
-        )
-    if file not in digests:
-        raise BundleError(f"{SUMS}: lists no {file}: get the bundle again")
-    if facts.image_size != preprocess.image_size:
-        raise BundleError(
-            f"{PREPROCESS}: image_size: {file} takes {facts.image_size}, got {preprocess.image_size}: get the bundle again"
-        )
-    if facts.output.shape[1:2] != (classes,):
-        raise BundleError(f"{LABELS}: {file} answers {facts.output.shape}, got {classes} labels: get the bundle again")
+    if digests is not None:
+        check_listed(digests, file)
     return path
 
 
-def read_golden(
-    folder: Path,
-    manifest: Json,
-    digests: Mapping[str, str],
-    *,
-    names: Sequence[str],
-    preprocess: Preprocess,
-    classes: int,
-) -> Golden:
-    """Return the golden arrays, whose shapes the manifest and the models leave no choice in, and whose inputs are the images'."""
-    listed, where = get(manifest, MANIFEST, "golden", dict), f"{MANIFEST}: golden"
-    labels, tolerance = get(listed, where, "labels", list), get(listed, where, "tolerance", dict)
-    if not 0 < len(labels) <= MAX_GOLDEN or not all(type(label) is int and 0 <= label < classes for label in labels):
-        raise BundleError(f"{where}.labels: must be 1 to {MAX_GOLDEN} integers below {classes}, got {labels[:9]!r}")
-    if set(tolerance) != set(names) or not all(
-        type(one) is float and 0 <= one < math.inf for one in tolerance.values()
-    ):
-        raise BundleError(f"{where}.tolerance: must be a number >= 0 for each file, got {str(tolerance)[:200]}")
-
-    def array(name: str, dtype: type[np.generic], *shape: int) -> NDArray[Any]:
-        file = f"{FOLDER}/{name}.npy"
-        if file not in digests:
-            raise BundleError(f"{SUMS}: lists no {file}: get the bundle again")
-        return read_array(contained(folder, file), dtype, (len(labels), *shape))
-
-    size = preprocess.image_size
-    images, inputs = array(IMAGES, np.uint8, size, size, 3), array(INPUTS, np.float32, 3, size, size)
-    if not np.array_equal(preprocess.normalize(images), inputs):
+def served_of(manifest: Json) -> str:
+    """Return the name of the model to serve."""
+    served, files = get(manifest, MANIFEST, "served", str), get(manifest, MANIFEST, "files", dict)
+    if served not in files:
         raise BundleError(
-            f"{PREPROCESS}: mean and std: give other inputs than {FOLDER}/{INPUTS}.npy: get the bundle again"
+            f"{MANIFEST}: served: must be one of {', '.join(files)}, got {brief(served)}: get the bundle again",
+            defect="bad_content",
         )
-    outputs = {name: array(name, np.float32, classes) for name in names}
-    return Golden(images, inputs, np.array(labels, np.int64), outputs, tolerance)
+    return served
 
 
-def read_sums(folder: Path) -> dict[str, str]:
-    """Return SHA256SUMS as name to digest."""
-    digests: dict[str, str] = {}
-    for line in read_text(folder, SUMS).splitlines():
-        found = SUMS_LINE.fullmatch(line)
-        if not found or found[2] in digests:
-            raise BundleError(f"{SUMS}: must hold one digest and one name a line, once each, got {line[:100]!r}")
-        digests[found[2]] = found[1]
-    return digests
+def check_listed(digests: Mapping[str, str], *names: str) -> None:
+    """Raise BundleError for a file that no digest covers."""
+    if missing := [name for name in names if name not in digests]:
+        raise BundleError(f"{SUMS}: lists no {', '.join(missing)}: get the bundle again", defect="unlisted_file")
+
+
+def check_entry(name: str, listed: Json, expected: Json) -> None:
+    """Compare what bundle.json says of one model with what its file says."""
+    if wrong := [key for key in expected if listed.get(key) != expected[key]]:
+        key = wrong[0]
+        raise BundleError(
+            f"{MANIFEST}: files.{name}.{key}: {expected['file']} has {expected[key]!r}, got {brief(listed.get(key))}: "
+            "get the bundle again",
+            defect="wrong_facts",
+        )
+
+
+def check_ends(manifest: Json, file: str, facts: ModelFile) -> None:
+    """Compare what bundle.json says of every model's input and output with one of them."""
+    for key, value in (("input", facts.input), ("output", facts.output)):
+        stated = get(manifest, MANIFEST, key, dict)
+        if stated != (found := {"name": value.name, "shape": list(value.shape), "dtype": value.dtype}):
+            raise BundleError(
+                f"{MANIFEST}: {key}: {file} has {found!r:.200}, got {stated!r:.200}: get the bundle again",
+                defect="wrong_facts",
+            )
+
+
+def check_image_size(file: str, facts: ModelFile, preprocess: Preprocess) -> None:
+    """Compare the size that images are cropped to with the model's input."""
+    if facts.image_size != preprocess.image_size:
+        raise BundleError(
+            f"{PREPROCESS}: image_size: {file} takes {facts.image_size}, got {preprocess.image_size}: get the bundle again",
+            defect="preprocess_differs",
+        )
+
+
+def check_classes(file: str, facts: ModelFile, classes: int) -> None:
+    """Compare the number of labels with the model's output."""
+    if facts.output.shape[1:2] != (classes,):
+        raise BundleError(
+            f"{LABELS}: {file} answers {facts.output.shape}, got {classes} labels: get the bundle again",
+            defect="missing_class",
+        )
+
+
+def read_manifest(folder: Path) -> Json:
+    """Return bundle.json after a look at what every reader needs."""
+    manifest = read_json(folder, MANIFEST)
+    if (version := get(manifest, MANIFEST, "schema_version", int)) != SCHEMA_VERSION:
+        raise BundleError(
+            f"{MANIFEST}: schema_version: must be {SCHEMA_VERSION}, got {brief(version)}", defect="bad_content"
+        )
+    if not NAME.fullmatch(name := get(manifest, MANIFEST, "name", str)):
+        raise BundleError(
+            f"{MANIFEST}: name: must be lower-case letters, digits, - and _, got {brief(name)}", defect="bad_content"
+        )
+    if not 0 < (count := len(get(manifest, MANIFEST, "files", dict))) <= MAX_MODELS:
+        raise BundleError(f"{MANIFEST}: files: must name 1 to {MAX_MODELS} models, got {count}", defect="bad_content")
+    return manifest
+
+
+def read_labels(folder: Path) -> tuple[str, ...]:
+    """Return labels.txt's lines."""
+    labels = read_text(folder, LABELS).removesuffix("\n").split("\n")
+    if bad := [label for label in labels if not is_label(label)]:
+        raise BundleError(
+            f"{LABELS}: must be one printable name a line, got {brief(bad[0])}: get the bundle again",
+            defect="bad_content",
+        )
+    return tuple(labels)
+
+
+def is_label(text: str) -> bool:
+    """Whether a class name stays one line wherever it is written."""
+    return text.isprintable() and text == text.strip() != ""
 
 
 def read_preprocess(folder: Path) -> Preprocess:
@@ -202,62 +265,22 @@ def read_preprocess(folder: Path) -> Preprocess:
 def preprocess_of(document: Mapping[str, object]) -> Preprocess:
     """Return the numbers of preprocess.json's content, checked."""
     size, resize_to = get(document, PREPROCESS, "image_size", int), get(document, PREPROCESS, "resize_to", int)
-    if not 0 < size <= resize_to:
-        raise BundleError(f"{PREPROCESS}: resize_to: must be >= image_size ({size}), got {resize_to}")
-    mean, std = (get(document, PREPROCESS, key, list) for key in ("mean", "std"))
-    for key, numbers in (("mean", mean), ("std", std)):
-        lowest = 0 if key == "std" else -math.inf
-        if len(numbers) != 3 or not all(isinstance(one, int | float) and lowest < one < math.inf for one in numbers):
-            raise BundleError(f"{PREPROCESS}: {key}: must be three numbers (std > 0), got {numbers!r}")
-    return Preprocess(size, resize_to, tuple(mean), tuple(std))
+    if not 0 < size <= resize_to <= MAX_IMAGE_SIZE:
+        raise BundleError(
+            f"{PREPROCESS}: resize_to: must be >= image_size ({brief(size)}) and at most {MAX_IMAGE_SIZE}, "
+            f"got {brief(resize_to)}",
+            defect="bad_content",
+        )
+    numbers = {key: get(document, PREPROCESS, key, list) for key in ("mean", "std")}
+    for key, lowest in (("mean", -LARGEST), ("std", 1 / LARGEST)):
+        if len(numbers[key]) != 3 or not all(is_number(one) and lowest <= one <= LARGEST for one in numbers[key]):
+            raise BundleError(
+                f"{PREPROCESS}: {key}: must be three numbers from {lowest:g} to {LARGEST:g}, got {numbers[key]!r:.100}",
+                defect="bad_content",
+            )
+    return Preprocess(size, resize_to, *(tuple(map(float, numbers[key])) for key in ("mean", "std")))
 
 
-def contained(folder: Path, name: str) -> Path:
-    """Return the regular file `name` in `folder`; raise BundleError for a path that leaves it and for links."""
-    parts = PurePosixPath(name).parts
-    if not name.isprintable() or "\\" in name or not parts or parts[0] == "/" or ".." in parts:
-        raise BundleError(f"{name!r}: must be a file inside the bundle")
-    path = folder
-    for part in parts:
-        path = path / part
-        if path.is_symlink():
-            raise BundleError(f"{name}: must be a file of its own, not a link: get the bundle again")
-    if not path.is_file():
-        raise BundleError(f"{name}: is missing: get the bundle again")
-    return path
-
-
-def read_text(folder: Path, name: str) -> str:
-    """Return a small text file of the bundle."""
-    path = contained(folder, name)
-    if path.stat().st_size > MAX_TEXT_BYTES:
-        raise BundleError(f"{name}: must be at most {MAX_TEXT_BYTES} bytes, got {path.stat().st_size}")
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise BundleError(f"{name}: must be UTF-8 text ({error.reason} at byte {error.start})") from error
-
-
-def read_json(folder: Path, name: str) -> Json:
-    """Return the JSON object in a file of the bundle."""
-    try:
-        document = json.loads(read_text(folder, name))
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{name}: must be JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise BundleError(f"{name}: must be a JSON object")
-    return document
-
-
-def get(document: Mapping[str, object], where: str, key: str, kind: type[Kind]) -> Kind:
-    """Return a value of the wanted type."""
-    value = document.get(key)
-    if not isinstance(value, kind):
-        raise BundleError(f"{where}: {key}: must be {kind.__name__}, got {value!r}")
-    return value
-
-
-def sha256(path: Path) -> str:
-    """Return the hexadecimal digest of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def is_number(value: object) -> bool:
+    """Whether JSON holds a number here; to Python true is one too."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

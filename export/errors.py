@@ -1,5 +1,43 @@
 """The one error of a deployed model's files."""
 
+from typing import Literal
+
+Defect = Literal[
+    "accuracy_differs",  # bundle.json gives another accuracy than the file was exported with
+    "bad_content",  # one of its text files is not what every reader takes
+    "cannot_run",  # ONNX Runtime refuses the file
+    "changed_file",  # a digest differs
+    "crashed",  # ONNX or ONNX Runtime crashed on the file
+    "external_data",  # the file keeps weights in other files
+    "float_layers",  # layers run in float that bundle.json does not promise so
+    "golden_differs",  # the file does not answer the golden inputs as expected
+    "labels_differ",  # labels.txt is not the list that the network was trained with
+    "link",  # a symbolic link
+    "missing_class",  # labels.txt names fewer or more classes than the network answers
+    "missing_file",
+    "not_onnx",  # not an ONNX model, or a damaged one
+    "other_copy",  # what a server would run is not what the bundle describes
+    "out_of_memory",  # the file needs more memory than it may
+    "outside_path",  # a path that leaves the bundle
+    "preprocess_differs",  # preprocess.json is not what the network was trained with
+    "saturating_weights",  # weights off the target's grid: sums saturate where it will run
+    "target_differs",  # made for another machine than bundle.json says
+    "timed_out",  # the file takes more time than it may
+    "too_large",  # larger, or claims to be larger, than any legal one
+    "unlisted_file",  # SHA256SUMS does not cover it
+    "unusable",  # anything else that keeps a model or bundle from being used
+    "wrong_facts",  # bundle.json says of a file what the file is not
+    "wrong_shape",  # not one batch of square images in and one output out
+]
+
 
 class BundleError(ValueError):
-    """Report a model or bundle that cannot be used as it is; the message names the thing, its value and the repair."""
+    """Report a model or bundle that cannot be used as it is; the message names the thing, its value and the repair.
+
+    `defect` names what is wrong with a bundle. Control characters of a foreign name are escaped: they could drive the
+    reader's terminal.
+    """
+
+    def __init__(self, message: str, *, defect: Defect = "unusable") -> None:
+        super().__init__("".join(one if one.isprintable() else ascii(one)[1:-1] for one in message))
+        self.defect: Defect = defect

@@ -6,7 +6,9 @@ Elsewhere kernels add up in another order, and what lies between two levels of a
 a tolerance.
 """
 
-from collections.abc import Mapping
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from export.errors import BundleError
+from export.images import Preprocess
+from export.inside import SUMS, Json, brief, contained, get
 from export.session import DTYPES, open_session
 
 FOLDER, IMAGES, INPUTS = "golden", "images", "inputs"
+MAX_GOLDEN = 64  # images
 # The largest difference of a logit, in standard deviations of all expected ones. Seen on 1,000 photographs and 897 digits in
 # ONNX Runtime 1.15 to 1.32 on x86-64, aarch64 and WebAssembly, and in OpenVINO: fp32 1e-6, fp16 0.05 (Arm), int8 0.13.
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "int8": 0.25}
@@ -77,16 +82,15 @@ def read_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[
     """Return the array of a .npy file that must have just this type and shape.
 
     Nothing is parsed: of what numpy's own reader takes, much raises errors of many kinds, and some fills the memory.
-    Raises BundleError for any other file.
+    Raises BundleError for any other file, before anything is allocated that it is not long enough for.
     """
-    header, size = npy_header(dtype, shape), np.dtype(dtype).itemsize * int(np.prod(shape))
-    with path.open("rb") as stream:
-        found, data = stream.read(len(header)), stream.read(size + 1)
-    if found != header or len(data) != size:
+    header, size = npy_header(dtype, shape), np.dtype(dtype).itemsize * math.prod(shape)
+    if path.stat().st_size != len(header) + size or not (data := path.read_bytes()).startswith(header):
         raise BundleError(
-            f"{path.name}: must be a .npy file of {np.dtype(dtype)} {shape} and nothing else: get the bundle again"
+            f"{path.name}: must be a .npy file of {np.dtype(dtype)} {shape} and nothing else: get the bundle again",
+            defect="bad_content",
         )
-    return np.frombuffer(data, dtype).reshape(shape)
+    return np.frombuffer(data, dtype, offset=len(header)).reshape(shape)
 
 
 def npy_header(dtype: DTypeLike, shape: tuple[int, ...]) -> bytes:
@@ -95,3 +99,48 @@ def npy_header(dtype: DTypeLike, shape: tuple[int, ...]) -> bytes:
     text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}"
     padded = text.ljust(-(-(len(text) + 11) // 64) * 64 - 11) + "\n"  # ten bytes of magic and length stand before it
     return b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded.encode()
+
+
+def read_golden(
+    folder: Path,
+    manifest: Json,
+    digests: Mapping[str, str] | None,
+    *,
+    names: Sequence[str],
+    image_size: int,
+    classes: int,
+) -> Golden:
+    """Return the golden arrays, whose shapes the manifest and the models leave no choice in."""
+    listed, where = get(manifest, "bundle.json", "golden", dict), "bundle.json: golden"
+    labels, tolerance = get(listed, where, "labels", list), get(listed, where, "tolerance", dict)
+    if not 0 < len(labels) <= MAX_GOLDEN or not all(type(label) is int and 0 <= label < classes for label in labels):
+        raise BundleError(
+            f"{where}.labels: must be 1 to {MAX_GOLDEN} integers below {classes}, got {labels[:9]!r:.100}",
+            defect="bad_content",
+        )
+    if set(tolerance) != set(names) or not all(
+        type(one) is float and 0 <= one < math.inf for one in tolerance.values()
+    ):
+        raise BundleError(
+            f"{where}.tolerance: must be a number >= 0 for each file, got {tolerance!r:.200}", defect="bad_content"
+        )
+
+    def array(name: str, dtype: type[np.generic], *shape: int) -> NDArray[Any]:
+        file = f"{FOLDER}/{name}.npy"
+        if digests is not None and file not in digests:
+            raise BundleError(f"{SUMS}: lists no {file}: get the bundle again", defect="unlisted_file")
+        return read_array(contained(folder, file), dtype, (len(labels), *shape))
+
+    images = array(IMAGES, np.uint8, image_size, image_size, 3)
+    inputs = array(INPUTS, np.float32, 3, image_size, image_size)
+    outputs = {name: array(name, np.float32, classes) for name in names}
+    return Golden(images, inputs, np.array(labels, np.int64), outputs, tolerance)
+
+
+def check_inputs(golden: Golden, preprocess: Preprocess) -> None:
+    """Raise BundleError where the golden images, normalized as the bundle says, are not the golden inputs."""
+    if not np.array_equal(preprocess.normalize(golden.images), golden.inputs):
+        raise BundleError(
+            f"preprocess.json: mean and std: give other inputs than {FOLDER}/{INPUTS}.npy: get the bundle again",
+            defect="preprocess_differs",
+        )

@@ -2,18 +2,27 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from math import ceil, prod
 from pathlib import Path
 from typing import Literal
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from export.errors import BundleError
 
 Precision = Literal["fp32", "fp16", "int8"]
 DTYPES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.UINT8: "uint8"}
 MAX_BYTES = 2**31 - 1  # protobuf's own limit
+MAX_IMAGE_SIZE = 4096
+MAX_OUTPUTS = 2**28
+# The types that tensors may have, and how many bits a value takes.
+BITS: dict[int, int] = {
+    TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16, TensorProto.DOUBLE: 64, TensorProto.BOOL: 8,
+    TensorProto.INT4: 4, TensorProto.INT8: 8, TensorProto.INT16: 16, TensorProto.INT32: 32, TensorProto.INT64: 64,
+    TensorProto.UINT4: 4, TensorProto.UINT8: 8, TensorProto.UINT16: 16, TensorProto.UINT32: 32, TensorProto.UINT64: 64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,18 +63,31 @@ def inspect(path: Path) -> ModelFile:
     Raises BundleError for what is no ONNX model, for one that keeps weights in other files, and for one that does not
     take one batch of square images and give one output.
     """
-    model = parse(path)
+    return facts_of(parse(path), path)
+
+
+def facts_of(model: ModelProto, path: Path) -> ModelFile:
+    """Return the facts of `model`, which `path` holds; raises BundleError as `inspect` does."""
     if len(model.graph.input) != 1 or len(model.graph.output) != 1:
         counts = f"{len(model.graph.input)} inputs and {len(model.graph.output)} outputs"
-        raise BundleError(f"{path.name}: must have one input and one output, got {counts}: export it again")
+        raise BundleError(
+            f"{path.name}: must have one input and one output, got {counts}: export it again", defect="wrong_shape"
+        )
     given, wanted = value(model.graph.input[0]), value(model.graph.output[0])
     size = given.shape[2] if len(given.shape) == 4 else None
-    if not size or size < 1 or given.shape[1:] != (3, size, size):
+    if not size or not 1 <= size <= MAX_IMAGE_SIZE or given.shape[1:] != (3, size, size):
         raise BundleError(
-            f"{path.name}: {given.name}: must be (batch, 3, size, size), got {given.shape}: export it again"
+            f"{path.name}: {given.name}: must be (batch, 3, size, size) with at most {MAX_IMAGE_SIZE} pixels a side, "
+            f"got {given.shape}: export it again",
+            defect="wrong_shape",
         )
-    if not wanted.shape or None in wanted.shape[1:]:
-        raise BundleError(f"{path.name}: {wanted.name}: must be of one size, got {wanted.shape}: export it again")
+    sizes = [size or 0 for size in wanted.shape[1:]]
+    if not wanted.shape or min(sizes, default=1) < 1 or prod(sizes) > MAX_OUTPUTS:
+        raise BundleError(
+            f"{path.name}: {wanted.name}: must be of one size, at most {MAX_OUTPUTS} values for an image, "
+            f"got {wanted.shape}: export it again",
+            defect="wrong_shape",
+        )
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     return ModelFile(
         input=given,
@@ -80,24 +102,54 @@ def inspect(path: Path) -> ModelFile:
 def parse(path: Path) -> ModelProto:
     """Return the model in `path`, its own bytes only.
 
-    Raises BundleError for what is no ONNX model, and for one that keeps weights in other files: their paths may lead
-    anywhere.
+    Raises BundleError for what is no ONNX model, for one that keeps weights in other files (their paths may lead
+    anywhere), and for one whose tensors claim another size than they have.
     """
     if not path.is_file():
-        raise BundleError(f"{path}: no such file")
-    if not 0 < path.stat().st_size <= MAX_BYTES:
-        raise BundleError(f"{path.name}: must have 1 to {MAX_BYTES} bytes, got {path.stat().st_size}: export it again")
+        raise BundleError(f"{path}: no such file", defect="missing_file")
+    size = path.stat().st_size
+    if not 0 < size <= MAX_BYTES:
+        raise BundleError(
+            f"{path.name}: must have 1 to {MAX_BYTES} bytes, got {size}: export it again",
+            defect="too_large" if size else "not_onnx",
+        )
     try:
-        model = onnx.load_model(path, load_external_data=False)
-    except DecodeError as error:
-        raise BundleError(f"{path.name}: is not an ONNX model ({error}): export it again") from error
-    if not model.graph.node:
-        raise BundleError(f"{path.name}: is not an ONNX model (no graph in it): export it again")
-    graphs = [model.graph, *(function_graph(function.node) for function in model.functions)]
-    for tensor in (tensor for graph in graphs for tensor in tensors(graph)):
-        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
-            raise BundleError(f"{path.name}: keeps {tensor.name or 'a tensor'} in another file: export it as one file")
+        # Said, because onnx would else read JSON or text where the file's name ends so.
+        model = onnx.load_model(path, format="protobuf", load_external_data=False)
+        if not model.graph.node:
+            raise BundleError(f"{path.name}: is not an ONNX model (no graph in it): export it again", defect="not_onnx")
+        graphs = [model.graph, *(function_graph(function.node) for function in model.functions)]
+        for tensor in (tensor for graph in graphs for tensor in tensors(graph)):
+            check_tensor(tensor, path.name)
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path.name}: is not an ONNX model ({error}): export it again", defect="not_onnx") from error
     return model
+
+
+def check_tensor(tensor: TensorProto, file: str) -> None:
+    """Raise BundleError for a tensor that lies elsewhere, or whose shape claims more or less than it holds.
+
+    A few bytes can claim terabytes; whoever believes them allocates first.
+    """
+    name = tensor.name or "a tensor"
+    if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+        raise BundleError(f"{file}: keeps {name} in another file: export it as one file", defect="external_data")
+    if tensor.data_type not in BITS:
+        raise BundleError(
+            f"{file}: {name}: must be of a known type, got {tensor.data_type}: export it again", defect="not_onnx"
+        )
+    bits = BITS[tensor.data_type]
+    claimed = prod(tensor.dims)
+    if tensor.HasField("raw_data"):
+        held, wanted = len(tensor.raw_data), ceil(claimed * bits / 8)
+    else:
+        packed = 8 // bits if bits < 8 else 1
+        held, wanted = len(getattr(tensor, helper.tensor_dtype_to_field(tensor.data_type))), ceil(claimed / packed)
+    if min(tensor.dims, default=0) < 0 or held != wanted:
+        raise BundleError(
+            f"{file}: {name}: claims the shape {tuple(tensor.dims)}, which is not what it holds: export it again",
+            defect="too_large" if wanted > held else "not_onnx",
+        )
 
 
 def tensors(graph: GraphProto) -> Iterator[TensorProto]:
@@ -106,10 +158,14 @@ def tensors(graph: GraphProto) -> Iterator[TensorProto]:
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
     for attribute in (attribute for node in graph.node for attribute in node.attribute):
-        yield from (attribute.t, *attribute.tensors)
-        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+        yield from ([attribute.t] if attribute.HasField("t") else [])
+        yield from attribute.tensors
+        for sparse in [
+            *([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []),
+            *attribute.sparse_tensors,
+        ]:
             yield from (sparse.values, sparse.indices)
-        for subgraph in (attribute.g, *attribute.graphs):
+        for subgraph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
             yield from tensors(subgraph)
 
 
@@ -122,7 +178,9 @@ def value(info: ValueInfoProto) -> Value:
     """Return name, shape and numpy's name of the element type of an input or output."""
     tensor = info.type.tensor_type
     if tensor.elem_type not in DTYPES:
-        raise BundleError(f"{info.name}: must be a tensor of {', '.join(DTYPES.values())}: export it again")
+        raise BundleError(
+            f"{info.name}: must be a tensor of {', '.join(DTYPES.values())}: export it again", defect="wrong_shape"
+        )
     shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim)
     return Value(info.name, shape, DTYPES[tensor.elem_type])
 

@@ -69,7 +69,9 @@ def open_session(
             source, options, providers=[(provider, dict(provider_options or {}))], enable_fallback=0
         )
     except RUNTIME_ERRORS as error:
-        raise BundleError(f"{name}: ONNX Runtime cannot load it ({first_line(error)}): export it again") from error
+        raise BundleError(
+            f"{name}: ONNX Runtime cannot load it ({first_line(error)}): export it again", defect="cannot_run"
+        ) from error
     if session.get_providers()[0] != provider:
         raise BundleError(f"{provider}: did not start: install the CUDA and cuDNN that onnxruntime-gpu asks for")
     return session

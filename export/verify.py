@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from export.bundle import read_bundle
+from export.bundle import Bundle, read_bundle
 from export.distance import Distance
 from export.errors import BundleError
 from export.graph import OUTPUT as LOGITS
@@ -25,6 +25,7 @@ from export.images import labelled_batches
 from export.intervals import clopper_pearson
 from export.model_file import parse, precision
 from export.names import module_of
+from export.sandbox import require_sound, vet
 from export.saturation import modules, saturation_possible
 from export.session import RUNTIME_ERRORS, first_line, open_session
 from export.submodels import IMAGES, Piece, exposed, pieces, quantized_tensors
@@ -287,15 +288,16 @@ def as_text(found: Verification) -> str:
     return "\n".join(lines)
 
 
-def batches_of(path: Path, data: Path | None, images: int) -> Iterator[tuple[Floats, Labels | None]]:
+def batches_of(
+    path: Path, bundle: Bundle | None, data: Path | None, images: int
+) -> Iterator[tuple[Floats, Labels | None]]:
     """Yield the first `images` of `data` as the bundle prepares them, or noise of unit variance where there are no data."""
-    if data is None:
+    if bundle is None or data is None:
         file = parse(path)
         shape = [dim.dim_value for dim in file.graph.input[0].type.tensor_type.shape.dim][1:]
         generator = np.random.default_rng(0)
         yield generator.standard_normal((images, *shape), dtype=np.float32), None
         return
-    bundle = read_bundle(path.parent)
     left = images
     for pixels, labels in labelled_batches(data, bundle.preprocess, bundle.labels):
         yield pixels[:left], labels[:left]
@@ -304,13 +306,11 @@ def batches_of(path: Path, data: Path | None, images: int) -> Iterator[tuple[Flo
             return
 
 
-def int8_files(path: Path) -> dict[str, Path]:
-    """Return the INT8 files of a bundle that take normalized floats, or the one file."""
-    if not path.is_dir():
-        return {path.stem: path}
-    found = {name: file for name, file in read_bundle(path).files.items() if _is_int8_of_floats(file)}
+def int8_files(bundle: Bundle) -> dict[str, Path]:
+    """Return the INT8 files of a bundle that take normalized floats."""
+    found = {name: file for name, file in bundle.files.items() if _is_int8_of_floats(file)}
     if not found:
-        raise BundleError(f"{path}: holds no INT8 file: run a recipe with a ptq or qat stage")
+        raise BundleError(f"{bundle.path}: holds no INT8 file: run a recipe with a ptq or qat stage")
     return found
 
 
@@ -333,8 +333,12 @@ def main() -> int:
     arguments = parser.parse_args()
     found: dict[str, Verification] = {}
     try:
-        for name, file in int8_files(arguments.path).items():
-            images = batches_of(file, arguments.data, arguments.images)
+        path: Path = arguments.path
+        folder = path if path.is_dir() else path.parent
+        bundle = read_bundle(folder, inspect=vet) if path.is_dir() or arguments.data else None
+        files = int8_files(bundle) if bundle and path.is_dir() else {path.stem: require_sound(path)}
+        for name, file in files.items():
+            images = batches_of(file, bundle, arguments.data, arguments.images)
             found[name] = verify(file, images, tensor_images=arguments.tensor_images)
             sys.stdout.write(f"{name}\n{as_text(found[name])}\n\n")
         if arguments.json:

@@ -17,15 +17,14 @@ from export.bundle import (
     NAME,
     PREPROCESS,
     SCHEMA_VERSION,
-    SUMS,
-    Json,
     entry,
+    is_label,
     preprocess_of,
     read_bundle,
-    sha256,
 )
 from export.errors import BundleError
 from export.golden import IMAGES, INPUTS, Golden, make_golden, write_arrays
+from export.inside import SUMS, Json, sha256
 from export.model_file import ModelFile, inspect
 from export.serving.protocol import write_kserve, write_requests
 from export.serving.triton import Serving, write_repositories
@@ -93,7 +92,7 @@ def fill(folder: Path, contents: Contents) -> None:
     """Write every file of the bundle into the empty `folder`, SHA256SUMS last."""
     if not NAME.fullmatch(contents.name):
         raise BundleError(f"name: must be lower-case letters, digits, - and _, got {contents.name!r}: rename the run")
-    if bad := [label for label in contents.labels if not label.isprintable() or label != label.strip() or not label]:
+    if bad := [label for label in contents.labels if not is_label(label)]:
         raise BundleError(f"labels: must be one printable line each, got {bad[0]!r}: rename the class")
     facts = copy_models(folder, contents.files)
     write_text(folder / PREPROCESS, dump(contents.preprocess))
