@@ -7,7 +7,7 @@ a tolerance.
 """
 
 import math
-import warnings
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
