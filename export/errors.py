@@ -31,13 +31,18 @@ Defect = Literal[
 ]
 
 
+MAX_LENGTH = 1500  # characters of a message
+
+
 class BundleError(ValueError):
     """Report a model or bundle that cannot be used as it is; the message names the thing, its value and the repair.
 
-    `defect` names what is wrong with a bundle. Control characters of a foreign name are escaped: they could drive the
-    reader's terminal.
+    `defect` names what is wrong with a bundle. Foreign names are in the message: control characters, which could drive
+    the reader's terminal, are escaped, and the middle of an endless one is left out.
     """
 
     def __init__(self, message: str, *, defect: Defect = "unusable") -> None:
+        if len(message) > MAX_LENGTH:
+            message = f"{message[: MAX_LENGTH - 300]} … {message[-200:]}"
         super().__init__("".join(one if one.isprintable() else ascii(one)[1:-1] for one in message))
         self.defect: Defect = defect
