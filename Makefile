@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 LAUNCH = $(if $(filter-out 1,$(RANKS)),$(BIN)/torchrun --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
 EXIT_CODES = 1: a target is missed, 2: something to correct above, 130: interrupted
 
-.PHONY: help setup compress test check bench report study matrix overhead elsewhere clean
+.PHONY: help setup compress test check bench report study matrix overhead elsewhere fuzz clean
 
 help: ## list the targets and their variables
 	@awk -F ' ## ' '/^[a-z]+:.* ## / { split($$1, target, ":"); printf "  make %-9s %s\n", target[1], $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,10 @@ overhead: $(READY) ## measure what of a training's time is not the model's (DATA
 
 elsewhere: $(READY) ## install the other runtimes and servers that the tests need
 	@tests/elsewhere/setup.sh
+
+fuzz: $(READY) ## give a bundle's readers random input, led by coverage (ARGS="--runs 100000 --seconds 600")
+	@tests/elsewhere/setup.sh fuzz
+	@.elsewhere/fuzz/bin/python tests/fuzz/loop.py $(ARGS)
 
 clean: ## remove caches and build leftovers; runs and .venv stay
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -16,7 +16,8 @@ from compress.recipe import Recipe
 from compress.report.card import card
 from compress.report.html import render
 from compress.report.shape import Report
-from export.bundle import SUMS, contained, read_bundle, read_sums
+from export.bundle import read_bundle
+from export.inside import SUMS, contained, read_sums
 from export.model_file import inspect
 from export.serving.triton import Kind, Serving, share
 from export.session import CPU
@@ -36,7 +37,6 @@ def contents(recipe: Recipe, root: Path, exported: Path, report: Report) -> Cont
     facts = inspect(files[serving.served])
     # Whether a stage was kept from an earlier run is no fact of the bundle: run again, it has the same bytes.
     report = {**report, "stages": [{**row, "cached": False} for row in report["stages"]]}
-    rows = {row["name"]: row for row in report["deployed"]}
     readme = card(
         report,
         served=serving.served,
@@ -64,9 +64,23 @@ def contents(recipe: Recipe, root: Path, exported: Path, report: Report) -> Cont
         task=recipe.task,
         target=target.name,
         recipe_digest=key_of(recipe.model_dump(mode="json")),
-        metrics={name: {key: rows[name][key] for key in ("top1", "agreement")} for name in files if name in rows},
+        metrics=metrics_of(report, files, json.loads((exported / "audit.json").read_text())),
         documents={name: text.encode() for name, text in texts.items()},
     )
+
+
+def metrics_of(
+    report: Report, files: Mapping[str, Path], audits: Mapping[str, Mapping[str, object]]
+) -> dict[str, dict[str, object]]:
+    """Return for each file what it scored, and for an INT8 file which layers stay in float: any other is a defect."""
+    rows = {row["name"]: row for row in report["deployed"]}
+    scored = {name: {key: rows[name][key] for key in ("top1", "agreement")} for name in files if name in rows}
+    in_float = {
+        name: {"float_layers": audits[name]["float_layers"]}
+        for name, path in files.items()
+        if inspect(path).precision == "int8"
+    }
+    return {name: {**scored.get(name, {}), **in_float.get(name, {})} for name in files}
 
 
 def serving_of(report: Report, files: Mapping[str, Path], target: Target, *, image_size: int) -> Serving:

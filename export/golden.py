@@ -7,7 +7,6 @@ a tolerance.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from export.errors import BundleError
 from export.images import Preprocess
-from export.inside import SUMS, Json, brief, contained, get
+from export.inside import SUMS, Json, contained, get
 from export.session import DTYPES, open_session
 
 FOLDER, IMAGES, INPUTS = "golden", "images", "inputs"

@@ -21,6 +21,7 @@ TARGETS = {
     "matrix",
     "overhead",
     "elsewhere",
+    "fuzz",
     "clean",
 }
 

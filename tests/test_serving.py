@@ -14,7 +14,8 @@ import yaml
 from bundles import SERVING, digit_contents
 from elsewhere.files import ENVIRONMENTS, SCRIPTS, Logits, is_there, run, run_script
 
-from export.bundle import Bundle, read_bundle, read_sums
+from export.bundle import Bundle, read_bundle
+from export.inside import read_sums
 from export.serving.protocol import dns_name
 from export.write_bundle import write_bundle
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .elsewhere/: other runtimes and servers for the tests, each in an environment of its own.
-# `make elsewhere` runs it. What is already there stays; a changed version is installed anew.
+# `make elsewhere` runs it; `make fuzz` with the word fuzz, for the one that its loop runs in. What is already there stays; a changed version is installed anew.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -10,6 +10,7 @@ SERVE=(kserve==0.21.0 mlcommons-loadgen==6.0.17 onnxruntime==1.32.0 onnx==1.23.2
 WEB=(onnxruntime-web@1.30.0)
 TRITON=(nvidia-pytriton==0.7.0 tritonclient==2.73.0 onnxruntime==1.32.0 numpy==1.26.4)
 SIGNING=(model-signing==1.1.1 pyopenssl==26.4.0 onnxruntime==1.32.0 onnx==1.23.2 numpy==2.4.6)
+FUZZ=(atheris==3.0.0 numpy==2.4.6 onnx==1.23.2 onnxruntime==1.32.0 pillow==13.0.0)
 ARM64=(onnxruntime==1.22.1 numpy==2.2.6 flatbuffers==25.12.19 protobuf==6.33.0 packaging==25.0)
 
 fail() { echo "elsewhere: $1" >&2; exit 1; }
@@ -106,6 +107,10 @@ arm64_environment() { # NAME PACKAGES...
 }
 
 mkdir -p .elsewhere
+if [ "${1:-}" = fuzz ]; then
+	python_environment fuzz "3.13 3.12 3.11" "${FUZZ[@]}"
+	exit
+fi
 python_environment onnxruntime "3.11 3.10 3.9 3.8" "${ORT[@]}"
 python_environment openvino "3.13 3.12 3.11 3.10" "${OPENVINO[@]}"
 python_environment signing "3.13 3.12 3.11" "${SIGNING[@]}"
