@@ -201,6 +201,14 @@ def test_truncated_safetensors_are_refused(tmp_path: Path, kept: int) -> None:
         load(str(file))
 
 
+@pytest.mark.parametrize("claimed", [2**31, 2**63 - 1])
+def test_a_safetensors_header_that_claims_gigabytes_is_refused(tmp_path: Path, claimed: int) -> None:
+    file = tmp_path / "net.safetensors"
+    file.write_bytes(claimed.to_bytes(8, "little") + b'{"conv.weight": {}}')
+    with pytest.raises(ModelError, match=r"net\.safetensors: is not a whole safetensors file"):
+        load(str(file))
+
+
 @pytest.mark.parametrize("kept", [0, 1, 100, 1000, -100])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_truncated_torch_file_is_refused(tmp_path: Path, zipped: bool, kept: int) -> None:

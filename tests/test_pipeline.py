@@ -21,6 +21,7 @@ from compress.recipe import Recipe
 from compress.recipe_file import read_recipe
 from compress.report.shape import Report
 from export.bundle import read_bundle
+from export.check import check_bundle
 from export.graph import weight_levels
 
 RECIPE = """
@@ -109,6 +110,12 @@ def test_the_bundle_stands_alone(finished: Path, tmp_path: Path) -> None:
     for path in bundle.files.values():
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         assert session.run(None, {"input": np.zeros((3, 3, 16, 16), np.float32)})[0].shape == (3, 10)
+
+
+def test_the_bundle_keeps_its_promises(finished: Path) -> None:
+    bundle, findings = check_bundle(finished / "small" / "bundle")
+    assert findings == []
+    assert bundle is not None
 
 
 def test_the_int8_file_holds_the_targets_grid_and_says_how_to_feed_it(finished: Path) -> None:

@@ -13,8 +13,9 @@ from compress.errors import ArtifactError
 from compress.report.compare_candidate import Subject
 from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report
 from compress.report.verdict import deployed_name
-from export.bundle import MANIFEST, MAX_TEXT_BYTES, PREPROCESS, contained, read_json, read_sums, read_text, sha256
+from export.bundle import MANIFEST, PREPROCESS
 from export.errors import BundleError
+from export.inside import MAX_TEXT_BYTES, contained, read_json, read_sums, read_text, sha256
 from export.targets import TARGETS
 
 REPORT = "report.json"
@@ -94,7 +95,7 @@ def _read_bundle(folder: Path) -> Subject:
 def _from_manifest(folder: Path, manifest: Json) -> Report:
     """Return a report that knows no more than the manifest: names, sizes, accuracy."""
     target, files = manifest.get("target"), manifest.get("files")
-    if not isinstance(manifest.get("name"), str) or target not in TARGETS or not isinstance(files, dict):
+    if not isinstance(manifest.get("name"), str) or target not in list(TARGETS) or not isinstance(files, dict):
         raise BundleError(f"{folder / MANIFEST}: must have a name, a known target and files: get the bundle again")
     size = read_json(folder, PREPROCESS).get("image_size")
     unknown: Json = dict.fromkeys(DeployedRow.__annotations__)
