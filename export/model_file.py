@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from export.errors import BundleError
@@ -15,6 +15,8 @@ from export.errors import BundleError
 Precision = Literal["fp32", "fp16", "int8"]
 DTYPES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.UINT8: "uint8"}
 MAX_BYTES = 2**31 - 1  # protobuf's own limit
+MAX_NODES = 100_000
+MAX_RANK = 16  # dimensions of a tensor
 MAX_IMAGE_SIZE = 4096
 MAX_OUTPUTS = 2**28
 # The types that tensors may have, and how many bits a value takes.
@@ -119,6 +121,14 @@ def parse(path: Path) -> ModelProto:
         if not model.graph.node:
             raise BundleError(f"{path.name}: is not an ONNX model (no graph in it): export it again", defect="not_onnx")
         graphs = [model.graph, *(function_graph(function.node) for function in model.functions)]
+        if (count := sum(len(graph.node) for graph in graphs)) > MAX_NODES:
+            raise BundleError(
+                f"{path.name}: must have at most {MAX_NODES} nodes, got {count}: export it again", defect="too_large"
+            )
+        if not is_text(model):
+            raise BundleError(
+                f"{path.name}: is not an ONNX model (a name is not UTF-8): export it again", defect="not_onnx"
+            )
         for tensor in (tensor for graph in graphs for tensor in tensors(graph)):
             check_tensor(tensor, path.name)
     except (DecodeError, UnicodeDecodeError) as error:
@@ -139,15 +149,15 @@ def check_tensor(tensor: TensorProto, file: str) -> None:
             f"{file}: {name}: must be of a known type, got {tensor.data_type}: export it again", defect="not_onnx"
         )
     bits = BITS[tensor.data_type]
-    claimed = prod(tensor.dims)
+    claimed = prod(tensor.dims[:MAX_RANK])
     if tensor.HasField("raw_data"):
         held, wanted = len(tensor.raw_data), ceil(claimed * bits / 8)
     else:
         packed = 8 // bits if bits < 8 else 1
         held, wanted = len(getattr(tensor, helper.tensor_dtype_to_field(tensor.data_type))), ceil(claimed / packed)
-    if min(tensor.dims, default=0) < 0 or held != wanted:
+    if len(tensor.dims) > MAX_RANK or min(tensor.dims, default=0) < 0 or held != wanted:
         raise BundleError(
-            f"{file}: {name}: claims the shape {tuple(tensor.dims)}, which is not what it holds: export it again",
+            f"{file}: {name}: claims the shape {tuple(tensor.dims[:MAX_RANK])}, which is not what it holds: export it again",
             defect="too_large" if wanted > held else "not_onnx",
         )
 
@@ -167,6 +177,19 @@ def tensors(graph: GraphProto) -> Iterator[TensorProto]:
             yield from (sparse.values, sparse.indices)
         for subgraph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
             yield from tensors(subgraph)
+
+
+def is_text(message: Message) -> bool:
+    """Whether every string in a message is text; for what is not UTF-8 protobuf gives bytes, which no reader expects."""
+    for field, value in message.ListFields():
+        values = [value] if isinstance(value, str | bytes | Message | int | float) else value
+        if field.type == field.TYPE_STRING and any(isinstance(one, bytes) for one in values):
+            return False
+        if field.type == field.TYPE_MESSAGE:
+            for one in values:  # of a tensor the name only: listing its fields copies its values
+                if not (isinstance(one.name, str) if isinstance(one, TensorProto) else is_text(one)):
+                    return False
+    return True
 
 
 def function_graph(nodes: list[NodeProto]) -> GraphProto:

@@ -56,6 +56,8 @@ def seal(folder: Path) -> None:
     before = {name: old for old, name in (line.split("  ", 1) for line in lines)}
     for name, old in before.items():
         path = folder / name
+        if not path.exists():
+            continue
         copy_of = next(
             (one for one in before if "/" not in one and before[one] == old and (folder / one).is_file()), None
         )

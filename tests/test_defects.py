@@ -253,6 +253,23 @@ def test_a_model_is_read_as_protobuf_whatever_its_name_ends_in(bundle: Path, fil
     assert names(bundle) == set()
 
 
+@pytest.mark.parametrize("name", [b"Flatten", b"conv1.weight", b"logits"])
+def test_a_name_that_is_no_text_is_named(bundle: Path, name: bytes) -> None:
+    path = bundle / "student_int8.onnx"
+    assert name in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(name, b"\xff" * len(name)))
+    seal(bundle)
+    assert names(bundle) == {"not_onnx"}
+
+
+def test_a_model_of_a_million_empty_nodes_is_named(tmp_path: Path) -> None:
+    nodes = b"\x0a\x00" * 10**6
+    path = tmp_path / "a.onnx"
+    path.write_bytes(b"\x08\x09\x3a" + varint(len(nodes)) + nodes)
+    with pytest.raises(BundleError, match="must have at most 100000 nodes, got 1000000"):
+        require_sound(path)
+
+
 def varint(number: int) -> bytes:
     """Return a protobuf varint."""
     groups = [(number >> shift) & 127 for shift in range(0, max(number.bit_length(), 1), 7)]

@@ -7,6 +7,7 @@ no session is opened here: ONNX Runtime meets foreign files in its guarded proce
 
 import json
 import os
+import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-from planted import write_tagged_bundle
+from planted import seal, write_tagged_bundle
 
 from export.bundle import examine, inspect_here
 from export.check import astray
@@ -77,6 +78,8 @@ class Template:
 
     def __init__(self, folder: Path) -> None:
         self.folder = write_tagged_bundle(folder)
+        shutil.rmtree(self.folder / "serving")  # copies: nothing more to read, and half the time of an input
+        seal(self.folder)
         paths = [path for path in self.folder.rglob("*") if path.is_file()]
         self.files = {path.relative_to(self.folder).as_posix(): path.read_bytes() for path in paths}
         self.sums = {name: sha256(data).hexdigest() for name, data in self.files.items() if name != "SHA256SUMS"}
