@@ -107,10 +107,18 @@ def speedup(reference: Timing, other: Timing, *, seed: int = 0) -> Speedup:
 
     The interval is the percentile bootstrap's over blocks. Both timings must come from one call of `time_sessions`.
     """
-    ratios = reference.block_ms / other.block_ms  # (blocks,)
-    drawn = np.random.default_rng(seed).integers(len(ratios), size=(RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[drawn], axis=1), [2.5, 97.5])
-    return Speedup(float(np.median(ratios)), float(low), float(high))
+    return change(reference.block_ms / other.block_ms, np.ones(1), seed=seed)
+
+
+def change(ratios: Floats, earlier: Floats, *, confidence: float = 0.95, seed: int = 0) -> Speedup:
+    """Return the median of `ratios` (one a block) over the median of the `earlier` ones, whose blocks are drawn too."""
+    rng = np.random.default_rng(seed)
+    now, then = (
+        np.median(some[rng.integers(len(some), size=(RESAMPLES, len(some)))], axis=1) for some in (ratios, earlier)
+    )
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(now / then, [tail, 100 - tail])
+    return Speedup(float(np.median(ratios) / np.median(earlier)), float(low), float(high))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def write_bundle_inputs(bundle: Path, data: Path, folder: Path) -> NDArray[np.in
         write_pixel_form(path, json.loads((bundle / "preprocess.json").read_text()))
     preprocess = read_preprocess(bundle)
     names = (bundle / "labels.txt").read_text().splitlines()
-    pixels, labels = zip(*folder_examples(data, preprocess, names), strict=True)
+    pixels, labels, _ = zip(*folder_examples(data, preprocess, names), strict=True)
     np.save(folder / "pixels.npy", np.stack(pixels))
     np.save(folder / "floats.npy", preprocess.normalize(np.stack(pixels)))
     return np.array(labels)

@@ -1,0 +1,143 @@
+"""`python -m export.gate BUNDLE`: fail a build whose bundle is worse than the one that was accepted."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from export.bench import print_live
+from export.errors import BundleError
+from export.gate.checks import EXIT_CODES, Limits, Verdict
+from export.gate.commands import BASELINES, judge, update
+from export.gate.latency import Plan
+from export.gate.outputs import as_benchmark, as_json, as_junit, as_markdown, as_text
+from export.gate.subject import BrokenBundleError
+
+EXITS = "exit code 0: pass, 1: regression, 2: this run cannot tell, 3: broken bundle"
+
+
+def main() -> int:
+    """Judge a bundle against the baseline of this machine, or against an older bundle, or accept it as the baseline."""
+    arguments = parser().parse_args()
+    limits = Limits(
+        max_latency_ratio=None if arguments.no_latency else arguments.max_latency_ratio,
+        min_top1_ratio=arguments.min_top1_ratio,
+        max_size_ratio=arguments.max_size_ratio,
+    )
+    plan = Plan(
+        seconds=arguments.seconds,
+        blocks=arguments.blocks,
+        looks=arguments.looks,
+        threads=arguments.threads,
+        batch=arguments.batch,
+    )
+    try:
+        if arguments.update_baseline:
+            place = update(
+                arguments.bundle,
+                arguments.baseline or BASELINES,
+                data=arguments.data,
+                limits=limits,
+                plan=plan,
+                progress=print_live,
+            )
+            print_live("")
+            sys.stdout.write(f"recorded {arguments.bundle} in {place}: commit it\n")
+            return 0
+        verdict = judge(
+            arguments.bundle,
+            arguments.baseline or (None if arguments.against else BASELINES),
+            against=arguments.against,
+            data=arguments.data,
+            limits=limits,
+            plan=plan,
+            progress=print_live,
+        )
+        print_live("")
+        write_outputs(verdict, arguments)
+    except BrokenBundleError as error:
+        sys.stderr.write(f"{arguments.bundle}: {error}\n")
+        return EXIT_CODES["broken"]
+    except (BundleError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_CODES["inconclusive"]
+    sys.stdout.write(f"{as_text(verdict)}\n")
+    return verdict.exit_code
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    found = argparse.ArgumentParser(prog="python -m export.gate", description=main.__doc__, epilog=EXITS)
+    found.add_argument("bundle", type=Path)
+    found.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="FILE_OR_FOLDER",
+        help=f"a folder holds one for each machine (default {BASELINES})",
+    )
+    found.add_argument("--update-baseline", action="store_true", help="record the bundle as this machine's baseline")
+    found.add_argument("--against", type=Path, metavar="OLD_BUNDLE", help="time the new file beside this bundle's")
+    found.add_argument(
+        "--data", type=Path, help="a folder of class folders, or an .npz file (default: the one that was recorded)"
+    )
+    found.add_argument("--max-latency-ratio", type=number(1.001), default=Limits.max_latency_ratio, metavar="1.05")
+    found.add_argument("--no-latency", action="store_true", help="do not judge latency: the machine is shared")
+    found.add_argument("--min-top1-ratio", type=number(0, 1), default=Limits.min_top1_ratio, metavar="0.995")
+    found.add_argument(
+        "--max-size-ratio",
+        type=number(1),
+        default=Limits.max_size_ratio,
+        metavar="1.01",
+        help="also of multiply-accumulates",
+    )
+    found.add_argument("--seconds", type=number(0.01), default=Plan.seconds, help="time for each file in a look")
+    found.add_argument(
+        "--blocks", type=number(6, 1000, whole=True), default=Plan.blocks, help="turns that a look is cut into"
+    )
+    found.add_argument(
+        "--looks",
+        type=number(1, 100, whole=True),
+        default=Plan.looks,
+        help="how often to add blocks while the answer is open",
+    )
+    found.add_argument("--threads", type=number(0, 1024, whole=True), default=Plan.threads)
+    found.add_argument("--batch", type=number(1, 4096, whole=True), default=Plan.batch)
+    found.add_argument("--junit", type=Path, help="also write the checks as JUnit XML")
+    found.add_argument(
+        "--benchmark-json", type=Path, help="also write numbers for github-action-benchmark (customSmallerIsBetter)"
+    )
+    found.add_argument("--json", type=Path, help="also write everything")
+    return found
+
+
+def number(low: float, high: float = math.inf, *, whole: bool = False) -> Callable[[str], float]:
+    """Return what reads a number from `low` to `high`; argparse makes a sentence of the error."""
+
+    def read(text: str) -> float:
+        value = int(text) if whole else float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, got {text}")
+        return value
+
+    read.__name__ = "whole number" if whole else "number"  # argparse names it
+    return read
+
+
+def write_outputs(verdict: Verdict, arguments: argparse.Namespace) -> None:
+    """Write the files that were asked for, and the summary page of a GitHub job."""
+    for path, text in (
+        (arguments.junit, as_junit),
+        (arguments.benchmark_json, as_benchmark),
+        (arguments.json, as_json),
+    ):
+        if path:
+            path.write_text(text(verdict), encoding="utf-8")
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(summary).open("a", encoding="utf-8") as page:
+            page.write(as_markdown(verdict))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

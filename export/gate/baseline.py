@@ -1,0 +1,119 @@
+"""What a bundle was when it was accepted: a JSON file in git, one for each machine, named by the machine's fingerprint."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from export.environment import fingerprint
+from export.errors import BundleError
+from export.gate.answers import Answers, answers_from_json
+from export.gate.facts import Facts
+from export.gate.latency import Recorded
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One accepted bundle on one machine; `data` is where its images lay, as it was given."""
+
+    bundle: str
+    served: str
+    classes: tuple[str, ...]
+    preprocess: dict[str, Any]
+    files: dict[str, Facts]
+    environment: dict[str, Any]
+    data: str | None = None
+    answers: Answers | None = None
+    latency: Recorded | None = None
+
+    @property
+    def runtime(self) -> str | None:
+        """The version of ONNX Runtime that it was recorded with."""
+        return runtime_of(self.environment)
+
+    @property
+    def fingerprint(self) -> str:
+        """The machine that it was recorded on."""
+        return fingerprint(self.environment)
+
+
+def runtime_of(environment: dict[str, Any]) -> str | None:
+    """Return the installed ONNX Runtime's version, of either package."""
+    versions: dict[str, str | None] = environment["versions"]
+    return versions.get("onnxruntime-gpu") or versions.get("onnxruntime")
+
+
+def find_baseline(place: Path, machine: str) -> Path:
+    """Return the file itself, or in a folder this machine's file, else the first of another machine.
+
+    Raises BundleError where there is none.
+    """
+    if not place.is_dir():
+        if not place.is_file():
+            raise BundleError(f"{place}: no such baseline: record one with --update-baseline")
+        return place
+    own = place / f"{machine}.json"
+    found = [own] if own.is_file() else sorted(place.glob("*.json"))
+    if not found:
+        raise BundleError(f"{place}: holds no baseline: record one with --update-baseline")
+    return found[0]
+
+
+def read_baseline(path: Path) -> Baseline:
+    """Read a baseline file. Raises BundleError for one that is not what `write_baseline` writes."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema_version"] == SCHEMA_VERSION:
+            return _from_json(document)
+        reason = f"schema_version: must be {SCHEMA_VERSION}, got {document['schema_version']!r}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        reason = f"is no baseline ({type(error).__name__}: {error})"
+    raise BundleError(f"{path}: {reason}: record it with --update-baseline")
+
+
+def _from_json(document: dict[str, Any]) -> Baseline:
+    classes = tuple(document["classes"])
+    answers, latency, environment = document["answers"], document["latency"], document["environment"]
+    (
+        fingerprint(environment),
+        runtime_of(environment),
+        document["files"][document["served"]],
+    )  # raise where they are missing
+    return Baseline(
+        bundle=document["bundle"],
+        served=document["served"],
+        classes=classes,
+        preprocess=document["preprocess"],
+        files={name: Facts(**facts) for name, facts in document["files"].items()},
+        environment=environment,
+        data=document["data"],
+        answers=None if answers is None else answers_from_json(classes, answers),
+        latency=None if latency is None else Recorded(**latency),
+    )
+
+
+def write_baseline(path: Path, baseline: Baseline) -> None:
+    """Write the file aside and put it in place in one step; the same baseline gives the same bytes, one image a line."""
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "bundle": baseline.bundle,
+        "served": baseline.served,
+        "classes": baseline.classes,
+        "preprocess": baseline.preprocess,
+        "environment": baseline.environment,
+        "files": {name: facts.to_json() for name, facts in baseline.files.items()},
+        "latency": None if baseline.latency is None else asdict(baseline.latency),
+        "data": baseline.data,
+        "answers": None if baseline.answers is None else baseline.answers.to_json(),
+    }
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text(text, encoding="utf-8", newline="\n")
+        aside.replace(path)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be written ({error.strerror}): name another place") from error

@@ -1,0 +1,67 @@
+"""What the gate judged, and the exit code that follows from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Status = Literal["pass", "skipped", "unexplained", "inconclusive", "fail", "broken"]
+# The worst decides: 0 pass, 1 regression, 2 cannot tell, 3 broken bundle.
+EXIT_CODES: dict[Status, int] = {"pass": 0, "skipped": 0, "unexplained": 2, "inconclusive": 2, "fail": 1, "broken": 3}
+SEVERITY: tuple[Status, ...] = ("pass", "skipped", "unexplained", "inconclusive", "fail", "broken")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much worse than the baseline is let through; None does not judge."""
+
+    max_latency_ratio: float | None = 1.05  # of the time, new over old
+    min_top1_ratio: float | None = 0.995  # of top-1, new over old
+    max_size_ratio: float = 1.01  # of a file's bytes, and of its multiply-accumulates
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the verdict; `detail` is a sentence for the reader."""
+
+    name: str
+    status: Status
+    was: str = ""
+    now: str = ""
+    limit: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that is drawn over time; smaller is better."""
+
+    name: str
+    unit: str
+    value: float
+    spread: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All checks of one bundle, in the order they were made."""
+
+    title: str
+    checks: tuple[Check, ...]
+    metrics: tuple[Metric, ...] = ()
+    notes: tuple[str, ...] = ()
+    environment: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def status(self) -> Status:
+        """The worst status of all checks; nothing judged is inconclusive."""
+        found = [check.status for check in self.checks if check.status != "skipped"]
+        return max(found, key=SEVERITY.index, default="inconclusive")
+
+    @property
+    def exit_code(self) -> int:
+        """0 pass, 1 regression, 2 cannot tell, 3 broken bundle."""
+        return EXIT_CODES[self.status]
+
+    def not_passed(self) -> Sequence[Check]:
+        """Return the checks that a reader must look at."""
+        return [check for check in self.checks if EXIT_CODES[check.status]]

@@ -1,0 +1,66 @@
+"""What the command line and the pytest plugin both do: judge a bundle, or accept it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from export.environment import environment, fingerprint
+from export.errors import BundleError
+from export.gate.baseline import find_baseline, read_baseline, write_baseline
+from export.gate.checks import Limits, Verdict
+from export.gate.latency import Plan
+from export.gate.record import accept
+from export.gate.run import gate
+from export.gate.subject import BrokenBundleError, Subject, open_subject
+
+BASELINES = Path("baselines")
+Progress = Callable[[str], None]
+
+
+def judge(
+    bundle: Path,
+    baseline: Path | None,
+    *,
+    against: Path | None,
+    data: Path | None,
+    limits: Limits,
+    plan: Plan,
+    progress: Progress = lambda _: None,
+) -> Verdict:
+    """Judge the bundle against a baseline (a file, or a folder of them) or an old bundle; of both, the old bundle's speed counts.
+
+    Raises BundleError for what is wrong with anything but the bundle.
+    """
+    old = None if against is None else open_old(against)
+    if baseline is not None:
+        was = read_baseline(find_baseline(baseline, fingerprint(environment())))
+    elif old is not None:
+        was = accept(old, data, replace(limits, max_latency_ratio=None), plan, progress)
+    else:
+        raise BundleError("nothing to judge against: give a baseline or an old bundle")
+    if old is not None and old.now.files.get(was.served) != was.files[was.served]:
+        raise BundleError(
+            f"{against}: its {was.served} is not the one of the baseline: give the bundle that was recorded, or no baseline"
+        )
+    return gate(bundle, was, old=old, data=data, limits=limits, plan=plan, progress=progress)
+
+
+def open_old(path: Path) -> Subject:
+    """Open the old bundle; that it is broken says nothing about the new one."""
+    try:
+        return open_subject(path)
+    except BrokenBundleError as error:
+        raise BundleError(f"{path}: is no whole bundle to judge against ({error})") from error
+
+
+def update(
+    bundle: Path, baseline: Path, *, data: Path | None, limits: Limits, plan: Plan, progress: Progress = lambda _: None
+) -> Path:
+    """Write the bundle as the baseline of this machine and return where; a folder gets a file named by the machine.
+
+    Raises BrokenBundleError for a broken bundle, BundleError for a machine that is unfit and data that do not fit.
+    """
+    accepted = accept(open_subject(bundle), data, limits, plan, progress)
+    path = baseline if baseline.suffix == ".json" else baseline / f"{accepted.fingerprint}.json"
+    write_baseline(path, accepted)
+    return path

@@ -1,0 +1,62 @@
+"""What is the same in every run on one file: its size, its work, and the graph that ONNX Runtime makes of it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from export.audit import audit
+from export.bundle import sha256
+from export.macs import macs
+from export.model_file import inspect, parse
+from export.saturation import modules, saturation_possible
+from export.wiring import wire
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One file; operators and layers are those of the optimized graph, layers named by module."""
+
+    sha256: str
+    bytes: int
+    precision: str
+    opset: int
+    ir_version: int
+    macs: int | None  # None where the shapes do not tell
+    operators: dict[str, int]
+    integer_layers: int
+    float_layers: list[str]
+    leftover_qdq: list[str]
+    can_saturate: list[str]  # INT8 layers that lose sums on a CPU without VNNI
+
+    def to_json(self) -> dict[str, object]:
+        """Return the facts as JSON holds them."""
+        return asdict(self)
+
+
+def facts(path: Path) -> Facts:
+    """Read the file and let ONNX Runtime optimize it for the CPU. Raises BundleError for a file that cannot be used."""
+    about, found, wiring = inspect(path), audit(path), wire(parse(path))
+    counts = macs(wiring)
+    return Facts(
+        sha256=sha256(path),
+        bytes=about.bytes,
+        precision=about.precision,
+        opset=about.opset,
+        ir_version=about.ir_version,
+        macs=None if counts is None else sum(counts.values()),
+        operators=found.operators,
+        integer_layers=len(found.integer_layers),
+        float_layers=list(found.float_layers),
+        leftover_qdq=list(found.leftover_qdq),
+        can_saturate=list(modules(saturation_possible(wiring))) if about.precision == "int8" else [],
+    )
+
+
+def same_work(was: Facts, now: Facts, *, operators: bool) -> bool:
+    """Tell whether two files should take the same time: equal work in equal precision, and the same `operators` where these compare."""
+    return (was.macs, was.precision) == (now.macs, now.precision) and not (operators and was.operators != now.operators)
+
+
+def all_facts(files: Mapping[str, Path]) -> dict[str, Facts]:
+    """Return the facts of every file by name."""
+    return {name: facts(path) for name, path in files.items()}

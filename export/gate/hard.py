@@ -1,0 +1,157 @@
+"""The checks that never flake: what the files are, not how they run today."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from export.gate.baseline import Baseline
+from export.gate.checks import Check, Limits
+from export.gate.facts import Facts
+
+Json = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Now:
+    """The bundle under judgement, as far as it needs no measuring."""
+
+    served: str
+    classes: tuple[str, ...]
+    preprocess: Json
+    files: Mapping[str, Facts]
+
+
+@dataclass(frozen=True)
+class Property:
+    """What is compared of every file: how a row shows it, and the sentence on a file that got worse (empty: it did not)."""
+
+    name: str
+    limit: str
+    show: Callable[[Facts], str]
+    worse: Callable[[Facts, Facts], str]
+
+
+def hard_checks(was: Baseline, now: Now, limits: Limits, *, same_graph: bool) -> Iterator[Check]:
+    """Yield one check for each property over all files of the baseline.
+
+    `same_graph`: both graphs were optimized by one ONNX Runtime on one machine, so that their operators compare.
+    """
+    yield same("classes", differing_lines(was.classes, now.classes), "labels.txt")
+    yield same("preprocessing", differing_keys(was.preprocess, now.preprocess), "preprocess.json")
+    yield files_check(was, now)
+    pairs = {name: (facts, now.files[name]) for name, facts in was.files.items() if name in now.files}
+    for one in properties(limits):
+        bad = [f"{name}: {sentence}" for name, (old, new) in pairs.items() if (sentence := one.worse(old, new))]
+        before, after = was.files[was.served], now.files.get(was.served)
+        shown = one.show(before), one.show(after) if after else "missing"
+        if one.name == "operators" and not same_graph:
+            yield Check(one.name, "skipped", *shown, detail="optimized by another ONNX Runtime or for another machine")
+        else:
+            yield Check(one.name, "fail" if bad else "pass", *shown, one.limit, "; ".join(bad))
+
+
+def properties(limits: Limits) -> Sequence[Property]:
+    """Return what is compared, in the order of the report."""
+
+    def grown(old: int | None, new: int | None) -> str:
+        if old is None or new is None:
+            return "" if old == new else f"was {old}, is {new}"
+        return f"was {old:,}, is {new:,}: {new / old:.3f} times" if new > old * limits.max_size_ratio else ""
+
+    growth = f"{limits.max_size_ratio:.3f} times"
+    return (
+        Property("size", growth, lambda one: f"{one.bytes / 1e6:.3f} MB", lambda old, new: grown(old.bytes, new.bytes)),
+        Property("MACs", growth, shown_macs, lambda old, new: grown(old.macs, new.macs)),
+        Property("precision", "the same", lambda one: one.precision, other_precision),
+        Property("opset, IR", "no newer", lambda one: f"{one.opset}, {one.ir_version}", newer),
+        Property("integer layers", "none lost", shown_layers, lost_integers),
+        Property("Q/DQ inside", "no more", lambda one: str(len(one.leftover_qdq)), more_qdq),
+        Property("can saturate", "no more", lambda one: str(len(one.can_saturate)), more_saturation),
+        Property("operators", "none added", lambda one: str(sum(one.operators.values())), more_operators),
+    )
+
+
+def shown_macs(one: Facts) -> str:
+    """Return millions of multiply-accumulates."""
+    return "unknown" if one.macs is None else f"{one.macs / 1e6:,.2f} M"
+
+
+def shown_layers(one: Facts) -> str:
+    """Return how many layers run in integers, of how many."""
+    return f"{one.integer_layers} of {one.integer_layers + len(one.float_layers)}"
+
+
+def other_precision(old: Facts, new: Facts) -> str:
+    """Say that the file computes in another precision."""
+    return "" if old.precision == new.precision else f"was {old.precision}, is {new.precision}"
+
+
+def newer(old: Facts, new: Facts) -> str:
+    """Say that older servers cannot read the file any more."""
+    if new.opset <= old.opset and new.ir_version <= old.ir_version:
+        return ""
+    return f"was opset {old.opset}, IR {old.ir_version}, is opset {new.opset}, IR {new.ir_version}: older servers cannot read it"
+
+
+def lost_integers(old: Facts, new: Facts) -> str:
+    """Name the layers that run in float and did not; of a file with other names, say that there are more."""
+    if len(new.float_layers) <= len(old.float_layers):
+        return ""
+    return f"{named([name for name in new.float_layers if name not in old.float_layers])} run in float now"
+
+
+def more_qdq(old: Facts, new: Facts) -> str:
+    """Name the Q/DQ nodes that ONNX Runtime could not fuse and could."""
+    found = [name for name in new.leftover_qdq if name not in old.leftover_qdq]
+    return f"{named(found)} stay in the optimized graph now" if len(new.leftover_qdq) > len(old.leftover_qdq) else ""
+
+
+def more_saturation(old: Facts, new: Facts) -> str:
+    """Name the layers that can lose sums and could not."""
+    found = [name for name in new.can_saturate if name not in old.can_saturate]
+    more = len(new.can_saturate) > len(old.can_saturate)
+    return f"{named(found)} can saturate on a CPU without VNNI now" if more else ""
+
+
+def more_operators(old: Facts, new: Facts) -> str:
+    """Say which operators the optimized graph has more of; fewer is no regression."""
+    changes = {kind: new.operators.get(kind, 0) - old.operators.get(kind, 0) for kind in old.operators | new.operators}
+    if all(change <= 0 for change in changes.values()):
+        return ""
+    return ", ".join(f"{change:+d} {kind}" for kind, change in sorted(changes.items()) if change)
+
+
+def files_check(was: Baseline, now: Now) -> Check:
+    """Every file of the baseline must be there, and the same one be served."""
+    gone, come = sorted(was.files.keys() - now.files.keys()), sorted(now.files.keys() - was.files.keys())
+    parts = [f"{name} is gone" for name in gone]
+    if now.served != was.served:
+        parts.append(f"{now.served} is served in place of {was.served}")
+    detail = "; ".join([*parts, *(f"{name} is new" for name in come)])
+    return Check("files", "fail" if parts else "pass", str(len(was.files)), str(len(now.files)), "none lost", detail)
+
+
+def same(name: str, differences: Sequence[str], file: str) -> Check:
+    """Return the check of what must be the same."""
+    if not differences:
+        return Check(name, "pass", limit="the same")
+    return Check(name, "fail", limit="the same", detail=f"{file}: {named(differences)}")
+
+
+def differing_lines(was: Sequence[str], now: Sequence[str]) -> list[str]:
+    """Say where two lists of classes part."""
+    if len(was) == len(now):
+        pairs = enumerate(zip(was, now, strict=True), 1)
+        return [f"line {line} was {old!r}, is {new!r}" for line, (old, new) in pairs if old != new]
+    lost = [f"{name!r} is gone" for name in was if name not in now]
+    return [f"had {len(was)} classes, has {len(now)}", *lost, *(f"{name!r} is new" for name in now if name not in was)]
+
+
+def differing_keys(was: Json, now: Json) -> list[str]:
+    """Say which values two tables hold differently."""
+    keys = sorted(was.keys() | now.keys())
+    return [f"{key} was {was.get(key)}, is {now.get(key)}" for key in keys if was.get(key) != now.get(key)]
+
+
+def named(parts: Sequence[str], most: int = 5) -> str:
+    """Return the first few, and how many more there are."""
+    return ", ".join([*parts[:most], *([f"and {len(parts) - most} more"] if len(parts) > most else [])])

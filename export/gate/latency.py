@@ -1,0 +1,140 @@
+"""Is the new file slower? Two files alive in one process take turns; first a file against itself, to see whether the machine can tell."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from export.gate.checks import Check, Status
+from export.images import Preprocess
+from export.latency import Floats, Speedup, Timing, change, time_sessions
+from export.session import Run, bind, open_session
+
+Opener = Callable[[], Run]
+"""Opens a session anew and returns the call that runs it once."""
+NEW, AGAIN, OTHER = "new", "again", "other"
+ALONE: Floats = np.ones(1)  # what a ratio is over, where nothing earlier was recorded
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure. A look adds blocks of freshly opened sessions; there are more looks while the answer is open."""
+
+    seconds: float = 1.0  # for each file in each look
+    blocks: int = 20
+    looks: int = 4
+    threads: int = 1
+    batch: int = 1
+    seed: int = 0
+
+    @property
+    def confidence(self) -> float:
+        """Of the interval after each look: all looks together are wrong in 5 % of the cases at most (Bonferroni)."""
+        return 1 - 0.05 / self.looks
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Times of a bundle's served file beside its float file, for a later gate that has neither."""
+
+    reference: str
+    threads: int
+    batch: int
+    ratios: list[float]  # served over reference, one a block
+    served_ms: float
+    reference_ms: float
+
+
+def opener(path: Path, preprocess: Preprocess, plan: Plan) -> Opener:
+    """Return what opens the file for images of noise, the same for every file."""
+    size = preprocess.image_size
+    images = np.random.default_rng(plan.seed).standard_normal((plan.batch, 3, size, size), dtype=np.float32)
+    return lambda: bind(open_session(path, threads=plan.threads), images)
+
+
+def looks(openers: Mapping[str, Opener], plan: Plan) -> Iterator[dict[str, Timing]]:
+    """Yield all timings so far after each look; sessions are opened anew, since where their memory lies is part of their speed."""
+    so_far = {name: Timing(()) for name in openers}
+    for look in range(plan.looks):
+        sessions = {name: open_() for name, open_ in openers.items()}
+        found = time_sessions(sessions, seconds=plan.seconds, blocks=plan.blocks, seed=plan.seed + look)
+        so_far = {name: Timing(so_far[name].blocks + found[name].blocks) for name in openers}
+        yield so_far
+
+
+def over(timed: Mapping[str, Timing], other: str) -> Floats:
+    """Return how many times as long as `other` the new file takes, in each block."""
+    return timed[NEW].block_ms / timed[other].block_ms
+
+
+def fits(found: Speedup, limit: float) -> bool:
+    """Tell whether the whole interval lies within the limit to both sides."""
+    return 1 / limit <= found.low and found.high <= limit
+
+
+def self_test(new: Opener, plan: Plan, limit: float) -> Check:
+    """Time the new file against itself; a machine on which it seems to differ by more than the limit is unfit."""
+    found = Speedup(1.0, 0.0, np.inf)
+    for timed in looks({NEW: new, AGAIN: new}, plan):
+        found = change(over(timed, AGAIN), ALONE, confidence=plan.confidence, seed=plan.seed)
+        if fits(found, limit):
+            return Check("machine", "pass", now=interval(found), limit=f"{1 / limit:.3f} to {limit:.3f}")
+    return Check(
+        "machine",
+        "inconclusive",
+        now=interval(found),
+        limit=f"{1 / limit:.3f} to {limit:.3f}",
+        detail=f"unfit for timing: the file against itself seems {interval(found)} times as slow, a limit of {limit:g} "
+        "cannot be seen here; use a quiet machine, raise the limit or leave latency out",
+    )
+
+
+def compare(
+    new: Opener, other: Opener, plan: Plan, limit: float, *, recorded: Floats = ALONE
+) -> tuple[Speedup, dict[str, Timing]]:
+    """Time `new` beside `other` until it is surely within or surely over the limit; over the `recorded` ratios, where given."""
+    found, timed = Speedup(1.0, 0.0, np.inf), dict[str, Timing]()
+    for timed in looks({NEW: new, OTHER: other}, plan):
+        found = change(over(timed, OTHER), recorded, confidence=plan.confidence, seed=plan.seed)
+        if found.low > limit or found.high <= limit:
+            break
+    return found, timed
+
+
+def judge(found: Speedup, limit: float, *, was: str, now: str, explained: str | None) -> Check:
+    """Return the verdict on the ratio new over old; `explained` says why the new file may be faster, None if nothing does."""
+
+    def row(status: Status, detail: str) -> Check:
+        return Check("latency", status, was, now, f"{limit:.3f}", f"{interval(found)} times the baseline's: {detail}")
+
+    if found.low > limit:
+        return row("fail", "slower than the limit lets through")
+    if found.high > limit:
+        return row("inconclusive", "the interval straddles the limit: measure longer (--seconds, --looks)")
+    if found.high >= 1 / limit:
+        return row("pass", "within the limit")
+    if explained:
+        return row("pass", f"faster: {explained}")
+    return row(
+        "unexplained",
+        "faster, though the work and the operators are the same: find out why, then take it with --update-baseline",
+    )
+
+
+def record(served: Opener, reference: Opener, plan: Plan, *, name: str) -> Recorded:
+    """Time the served file beside the float file in all looks."""
+    *_, timed = looks({NEW: served, OTHER: reference}, plan)
+    return Recorded(
+        reference=name,
+        threads=plan.threads,
+        batch=plan.batch,
+        ratios=[float(f"{ratio:.6g}") for ratio in over(timed, OTHER)],
+        served_ms=timed[NEW].percentile(50),
+        reference_ms=timed[OTHER].percentile(50),
+    )
+
+
+def interval(found: Speedup) -> str:
+    """Return ratio and interval as text."""
+    return f"{found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}]"

@@ -1,0 +1,111 @@
+"""The verdict as text for a terminal, as Markdown, as JUnit XML, and as numbers for github-action-benchmark."""
+
+import json
+from dataclasses import asdict
+from xml.etree import ElementTree
+
+from export.gate.checks import EXIT_CODES, Check, Status, Verdict
+from export.table import table
+
+HEADER = ("check", "verdict", "baseline", "now", "limit")
+CONCLUSIONS: dict[Status, str] = {
+    "pass": "pass: nothing is worse than the baseline",
+    "skipped": "pass: nothing is worse than the baseline",
+    "unexplained": "unexplained: better than the baseline, and nothing says why",
+    "inconclusive": "inconclusive: this run cannot tell",
+    "fail": "fail: worse than the baseline",
+    "broken": "broken: not a bundle that can be served",
+}
+
+
+def as_text(verdict: Verdict) -> str:
+    """Return a table, a line for each check that has more to say, the notes, and the conclusion."""
+    return "\n".join([
+        verdict.title,
+        table(HEADER, [cells(check) for check in verdict.checks]),
+        "",
+        *(f"{check.name}: {check.detail}" for check in verdict.checks if check.detail),
+        *(f"note: {note}" for note in verdict.notes),
+        conclusion(verdict),
+    ])  # fmt: skip
+
+
+def as_markdown(verdict: Verdict) -> str:
+    """Return the verdict for a job's summary page: the conclusion, what did not pass, and all checks folded away."""
+    rows = [HEADER, ("---",) * len(HEADER), *(cells(check) for check in verdict.checks)]
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+    return "\n".join([
+        f"### Gate: {verdict.title}",
+        "",
+        f"**{conclusion(verdict)}**",
+        "",
+        *(f"- **{check.name}** ({check.status}): {check.detail}" for check in verdict.not_passed()),
+        *(f"- {note}" for note in verdict.notes),
+        "",
+        "<details><summary>All checks</summary>",
+        "",
+        *lines,
+        "",
+        "</details>",
+        "",
+    ])  # fmt: skip
+
+
+def as_junit(verdict: Verdict) -> str:
+    """Return a test suite with a case for each check: a regression is a failure, what cannot be told is an error."""
+    suite = ElementTree.Element("testsuite", name=f"compression gate: {printable(verdict.title)}")
+    counts = {"failure": 0, "error": 0, "skipped": 0}
+    for check in verdict.checks:
+        case = ElementTree.SubElement(suite, "testcase", classname="export.gate", name=check.name)
+        if (kind := junit_kind(check)) is not None:
+            counts[kind] += 1
+            message = printable(f"{check.status}: {check.detail}" if check.detail else check.status)
+            ElementTree.SubElement(case, kind, message=message).text = printable(
+                f"baseline {check.was}, now {check.now}, limit {check.limit}"
+            )
+    suite.attrib.update(tests=str(len(verdict.checks)), failures=str(counts["failure"]), errors=str(counts["error"]))
+    suite.set("skipped", str(counts["skipped"]))
+    ElementTree.indent(suite)
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def junit_kind(check: Check) -> str | None:
+    """Return the element that JUnit wants for a check, None for one that passed."""
+    if check.status == "skipped":
+        return "skipped"
+    return {0: None, 1: "failure"}.get(EXIT_CODES[check.status], "error")
+
+
+def as_benchmark(verdict: Verdict) -> str:
+    """Return the numbers as github-action-benchmark reads them with `tool: customSmallerIsBetter`."""
+    extra = f"{verdict.environment['cpu']}, {verdict.environment['cores']} cores"
+    return dump([
+        {"name": f"{verdict.title}: {one.name}", "unit": one.unit, "value": one.value, "range": one.spread, "extra": extra}
+        for one in verdict.metrics
+    ])  # fmt: skip
+
+
+def as_json(verdict: Verdict) -> str:
+    """Return everything."""
+    return dump({"status": verdict.status, "exit_code": verdict.exit_code, **asdict(verdict)})
+
+
+def dump(document: object) -> str:
+    """Return JSON as people read it."""
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def conclusion(verdict: Verdict) -> str:
+    """Return the verdict in one line, with the names of the checks that decide it."""
+    names = ", ".join(check.name for check in verdict.not_passed())
+    return f"{CONCLUSIONS[verdict.status]}{f' ({names})' if names else ''}"
+
+
+def cells(check: Check) -> tuple[str, ...]:
+    """Return one row of the table."""
+    return (check.name, check.status, check.was, check.now, check.limit)
+
+
+def printable(text: str) -> str:
+    """Return the text without what XML cannot hold: a name in a file from elsewhere may have any characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

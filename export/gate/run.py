@@ -1,0 +1,152 @@
+"""Judge a bundle against what was accepted: first what never flakes, then accuracy, then speed."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.environment import environment, fingerprint
+from export.gate.accuracy import accuracy_checks
+from export.gate.answers import ask
+from export.gate.baseline import Baseline, runtime_of
+from export.gate.checks import Check, Limits, Metric, Verdict
+from export.gate.facts import same_work
+from export.gate.hard import hard_checks
+from export.gate.latency import NEW, OTHER, Plan, compare, judge, opener, self_test
+from export.gate.subject import BrokenBundleError, Subject, open_subject
+from export.latency import Timing
+
+Progress = Callable[[str], None]
+Environment = dict[str, Any]
+
+
+def gate(
+    path: Path,
+    was: Baseline,
+    *,
+    old: Subject | None,
+    data: Path | None,
+    limits: Limits,
+    plan: Plan,
+    progress: Progress = lambda _: None,
+) -> Verdict:
+    """Judge the bundle in `path` against `was`, its speed against the bundle `old` where that is here.
+
+    `data` are labelled images; None takes those that the baseline names. Raises BundleError for what is wrong with anything but
+    the bundle; what is wrong with that is the verdict.
+    """
+    here = environment()
+    try:
+        progress("reading the bundle")
+        subject = open_subject(path)
+    except BrokenBundleError as error:
+        return Verdict(str(path), (Check("bundle", "broken", detail=str(error)),), environment=here)
+    is_here = was.fingerprint == fingerprint(here)
+    same_graph = is_here and was.runtime == runtime_of(here)
+    checks = [*subject.checks, *hard_checks(was, subject.now, limits, same_graph=same_graph)]
+    metrics, notes = size_metrics(subject), [] if is_here else [machine_note(was, here)]
+    if was.served in subject.bundle.files:
+        if limits.min_top1_ratio is not None:
+            progress("scoring images")
+            found, said, measured = judge_accuracy(subject, was, data, limits.min_top1_ratio)
+            checks, notes, metrics = [*checks, *found], [*notes, *said], [*metrics, *measured]
+        if limits.max_latency_ratio is not None:
+            progress("timing")
+            why = faster_because(was, subject, here, same_graph=same_graph, old=old)
+            if old is not None:
+                found, measured = judge_beside(subject, old, was.served, limits.max_latency_ratio, plan, why)
+            else:
+                found, measured = judge_ratio(subject, was, limits.max_latency_ratio, plan, why, same_graph=same_graph)
+            checks, metrics = [*checks, *found], [*metrics, *measured]
+    return Verdict(f"{subject.bundle.name}, {was.served}", tuple(checks), tuple(metrics), tuple(notes), here)
+
+
+def judge_accuracy(
+    subject: Subject, was: Baseline, data: Path | None, limit: float
+) -> tuple[list[Check], list[str], list[Metric]]:
+    """Answer the images and compare; return checks, notes and metrics."""
+    place = data or (Path(was.data) if was.data else None)
+    if was.answers is None or place is None:
+        reason = "the baseline holds no answers: record it with --data" if was.answers is None else "give --data"
+        return [Check("top-1", "skipped", detail=reason)], [], []
+    answers = ask(subject.bundle, was.served, place)
+    same_file = was.files[was.served].sha256 == subject.now.files[was.served].sha256
+    checks, notes = accuracy_checks(was.answers, answers, limit, same_file=same_file)
+    return checks, notes, [Metric("top-1 error", "%", 100 * (1 - answers.top1))]
+
+
+def judge_beside(
+    subject: Subject, old: Subject, served: str, limit: float, plan: Plan, why: str | None
+) -> tuple[list[Check], list[Metric]]:
+    """Time the new file beside the old one."""
+    new = opener(subject.bundle.files[served], subject.bundle.preprocess, plan)
+    fit = self_test(new, plan, limit)
+    if fit.status != "pass":
+        return [fit], []
+    found, timed = compare(new, opener(old.bundle.files[served], old.bundle.preprocess, plan), plan, limit)
+    was, now = (f"{timed[name].percentile(50):.3f} ms" for name in (OTHER, NEW))
+    return [fit, judge(found, limit, was=was, now=now, explained=why)], [latency_metric(timed[NEW])]
+
+
+def judge_ratio(
+    subject: Subject, was: Baseline, limit: float, plan: Plan, why: str | None, *, same_graph: bool
+) -> tuple[list[Check], list[Metric]]:
+    """Time the file beside its float file, and compare the ratio with the baseline's: times of two days do not compare."""
+    then = was.latency
+    if then is None:
+        return [
+            Check("latency", "skipped", detail="the baseline holds no times: record it again, or give --against")
+        ], []
+    if then.reference not in subject.now.files or not same_work(
+        was.files[then.reference], subject.now.files[then.reference], operators=same_graph
+    ):
+        detail = f"{then.reference}, which times are divided by, does other work than the baseline's: give --against OLD_BUNDLE"
+        return [Check("latency", "inconclusive", detail=detail)], []
+    plan = replace(plan, threads=then.threads, batch=then.batch)
+    new, float_file = (
+        opener(subject.bundle.files[name], subject.bundle.preprocess, plan) for name in (was.served, then.reference)
+    )
+    fit = self_test(new, plan, limit)
+    if fit.status != "pass":
+        return [fit], []
+    ratios = np.array(then.ratios)
+    found, timed = compare(new, float_file, plan, limit, recorded=ratios)
+    ratio = found.ratio * float(np.median(ratios))
+    shown = f"{np.median(ratios):.3f} of {then.reference}", f"{ratio:.3f}"
+    metrics = [latency_metric(timed[NEW]), Metric(f"latency over {then.reference}", "ratio", ratio)]
+    return [fit, judge(found, limit, was=shown[0], now=shown[1], explained=why)], metrics
+
+
+def faster_because(
+    was: Baseline, subject: Subject, here: Environment, *, same_graph: bool, old: Subject | None
+) -> str | None:
+    """Return what may make the served file faster than it was, None if nothing does."""
+    before, now = was.files[was.served], subject.now.files[was.served]
+    if not same_work(before, now, operators=same_graph):
+        return "the file does other work"
+    if old is not None or same_graph:
+        return None
+    return f"this is another machine, or ONNX Runtime {runtime_of(here)} after {was.runtime}"
+
+
+def machine_note(was: Baseline, here: Environment) -> str:
+    """Say that the baseline is another machine's."""
+    return (
+        f"the baseline is from another machine ({was.environment['cpu']}; here {here['cpu']}): only the ratio to the float file is "
+        "compared; record one here with --update-baseline"
+    )
+
+
+def size_metrics(subject: Subject) -> list[Metric]:
+    """Return what the served file weighs and works."""
+    facts = subject.now.files[subject.now.served]
+    work = [] if facts.macs is None else [Metric("multiply-accumulates", "M", facts.macs / 1e6)]
+    return [Metric("size", "MB", facts.bytes / 1e6), *work]
+
+
+def latency_metric(timing: Timing) -> Metric:
+    """Return the median of all runs, and how far the blocks' medians lie apart."""
+    low, high = np.percentile(timing.block_ms, [5, 95])
+    return Metric("latency", "ms", timing.percentile(50), f"± {(high - low) / 2:.3f}")
