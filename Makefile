@@ -12,6 +12,7 @@ ARGS =
 RANKS = 1
 BUNDLE = runs/quickstart/bundle
 RUN = runs/quickstart
+BASELINE = baselines
 STUDY = recipes/studies/int8.yaml
 PYTHON =
 VENV = .venv
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 LAUNCH = $(if $(filter-out 1,$(RANKS)),$(BIN)/torchrun --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
 EXIT_CODES = 1: a target is missed, 2: something to correct above, 130: interrupted
 
-.PHONY: help setup compress test check bench report study matrix overhead elsewhere fuzz clean
+.PHONY: help setup compress test check bench report study matrix overhead gate trials elsewhere fuzz clean
 
 help: ## list the targets and their variables
 	@awk -F ' ## ' '/^[a-z]+:.* ## / { split($$1, target, ":"); printf "  make %-9s %s\n", target[1], $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +57,12 @@ matrix: $(READY) ## examine every network of docs/models.md and renew its table
 
 overhead: $(READY) ## measure what of a training's time is not the model's (DATA=/path/to/images ARGS=...)
 	@$(BIN)/python tests/loop_overhead.py '$(DATA)' $(ARGS)
+
+gate: $(READY) ## judge a bundle against its baseline (BUNDLE= BASELINE=baselines DATA= ARGS="--update-baseline")
+	@$(BIN)/python -m export.gate '$(BUNDLE)' --baseline '$(BASELINE)' $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+trials: $(READY) ## try the gate on a quiet machine and renew the table of docs/gate.md
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/trials.py --write
 
 elsewhere: $(READY) ## install the other runtimes and servers that the tests need
 	@tests/elsewhere/setup.sh

@@ -9,6 +9,9 @@ from onnx import ModelProto
 from onnx_files import LABELS, save, small_contents
 from quantized_files import SIZE, changed, constant, quantized_network
 
+from export.gate.checks import Limits
+from export.gate.commands import update
+from export.gate.latency import Plan
 from export.images import Preprocess
 from export.session import open_session
 from export.write_bundle import Contents, write_bundle
@@ -36,7 +39,11 @@ def networks() -> dict[str, ModelProto]:
     """Return the float and the INT8 network, their biases set so that all classes are answered."""
     in_float, in_int8 = quantized_network(63, plain=(*LAYERS, *QUANTIZERS)), quantized_network(63)
     mean = logits(in_float, pixels(500, seed=1)).mean(axis=0)
-    bias, levels, step = constant(in_float, "head.bias"), constant(in_int8, "head.bias"), constant(in_int8, "head.bias_scale")
+    bias, levels, step = (
+        constant(in_float, "head.bias"),
+        constant(in_int8, "head.bias"),
+        constant(in_int8, "head.bias_scale"),
+    )
     return {
         "student_fp32": changed(in_float, {"head.bias": (bias - mean).astype(np.float32)}),
         "student_int8": changed(in_int8, {"head.bias": (levels - mean / step).round().astype(np.int32)}),
@@ -64,3 +71,19 @@ def write_images(path: Path, count: int) -> Path:
     labels[::10] = (labels[::10] + 1) % len(LABELS)
     np.savez(path, images=images, labels=labels)
     return path
+
+
+def gated_place(folder: Path) -> Path:
+    """Write a bundle, images, and the bundle's baseline without times into a folder; return the folder."""
+    write_gated_bundle(folder / "bundle", networks())
+    write_images(folder / "images.npz", 600)
+    limits = Limits(max_latency_ratio=None)
+    update(folder / "bundle", folder / "baselines", data=folder / "images.npz", limits=limits, plan=Plan())
+    return folder
+
+
+def flip_a_byte(bundle: Path) -> None:
+    """Damage the INT8 file."""
+    content = bytearray((bundle / "student_int8.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / "student_int8.onnx").write_bytes(content)

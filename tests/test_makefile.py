@@ -20,6 +20,8 @@ TARGETS = {
     "study",
     "matrix",
     "overhead",
+    "gate",
+    "trials",
     "elsewhere",
     "fuzz",
     "clean",

@@ -1,5 +1,6 @@
 """Is the new file slower? Two files alive in one process take turns; first a file against itself, to see whether the machine can tell."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ class Plan:
     threads: int = 1
     batch: int = 1
     seed: int = 0
+    clock: Callable[[], float] = time.perf_counter
 
     @property
     def confidence(self) -> float:
@@ -58,7 +60,9 @@ def looks(openers: Mapping[str, Opener], plan: Plan) -> Iterator[dict[str, Timin
     so_far = {name: Timing(()) for name in openers}
     for look in range(plan.looks):
         sessions = {name: open_() for name, open_ in openers.items()}
-        found = time_sessions(sessions, seconds=plan.seconds, blocks=plan.blocks, seed=plan.seed + look)
+        found = time_sessions(
+            sessions, seconds=plan.seconds, blocks=plan.blocks, seed=plan.seed + look, clock=plan.clock
+        )
         so_far = {name: Timing(so_far[name].blocks + found[name].blocks) for name in openers}
         yield so_far
 

@@ -43,7 +43,9 @@ def open_subject(path: Path) -> Subject:
     except BundleError as error:
         raise BrokenBundleError(str(error)) from error
     whole = Check("digests", "pass", limit="whole", detail=f"{len(bundle.files)} files, every digest right")
-    golden = Check("golden outputs", "pass", limit="in tolerance", detail=f"{len(bundle.golden.labels)} images in every file")
+    golden = Check(
+        "golden outputs", "pass", limit="in tolerance", detail=f"{len(bundle.golden.labels)} images in every file"
+    )
     return Subject(bundle, now, (whole, golden))
 
 
