@@ -56,8 +56,8 @@ def run_gate(config: pytest.Config, marker: pytest.Mark) -> None:
     from export.gate.latency import Plan
     from export.gate.outputs import as_text
 
-    limits = limits_of(marker)
     try:
+        limits = limits_of(marker)
         if config.getoption("update_baseline"):
             update(bundle, baseline, data=data, limits=limits, plan=Plan())
             return

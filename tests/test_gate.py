@@ -226,6 +226,12 @@ def test_an_image_that_is_there_twice_counts_once(place: Path, tmp_path: Path) -
     assert len(accepted.answers.rows) == 5
 
 
+@pytest.mark.parametrize("limits", [Limits(max_latency_ratio=None), Limits(min_top1_ratio=None)])
+def test_what_should_be_judged_and_cannot_be_is_no_pass(limits: Limits, place: Path, baseline: Baseline) -> None:
+    verdict = gated(place / "bundle", replace(baseline, answers=None), limits)
+    assert (len(statuses(verdict)), verdict.exit_code) == (1, 2)
+
+
 # Latency
 
 
@@ -326,5 +332,5 @@ def test_nothing_is_recorded_on_an_unfit_machine(place: Path, speeds: Speeds, tm
     seconds, plan = speeds
     seconds |= {"student_int8": 0.002, "student_fp32": 0.004, "opened later": 1.2}
     with pytest.raises(BundleError, match=r"machine: unfit for timing.*no baseline was written"):
-        update(place / "bundle", tmp_path / "b", data=None, limits=Limits(), plan=plan)
+        update(place / "bundle", tmp_path / "b", data=None, limits=Limits(min_top1_ratio=None), plan=plan)
     assert not (tmp_path / "b").exists()

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from export.errors import BundleError
+
 Status = Literal["pass", "skipped", "unexplained", "inconclusive", "fail", "broken"]
 # The worst decides: 0 pass, 1 regression, 2 cannot tell, 3 broken bundle.
 EXIT_CODES: dict[Status, int] = {"pass": 0, "skipped": 0, "unexplained": 2, "inconclusive": 2, "fail": 1, "broken": 3}
@@ -17,6 +19,15 @@ class Limits:
     max_latency_ratio: float | None = 1.05  # of the time, new over old
     min_top1_ratio: float | None = 0.995  # of top-1, new over old
     max_size_ratio: float = 1.01  # of a file's bytes, and of its multiply-accumulates
+
+    def __post_init__(self) -> None:
+        """Refuse what no gate can mean."""
+        if self.max_latency_ratio is not None and not self.max_latency_ratio > 1:
+            raise BundleError(f"max_latency_ratio: must be > 1, got {self.max_latency_ratio}")
+        if self.min_top1_ratio is not None and not 0 <= self.min_top1_ratio <= 1:
+            raise BundleError(f"min_top1_ratio: must be from 0 to 1, got {self.min_top1_ratio}")
+        if not self.max_size_ratio >= 1:
+            raise BundleError(f"max_size_ratio: must be >= 1, got {self.max_size_ratio}")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Is the new file slower? Two files alive in one process take turns; first a file against itself, to see whether the machine can tell."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from export.errors import BundleError
 from export.gate.checks import Check, Status
 from export.images import Preprocess
 from export.latency import Floats, Speedup, Timing, change, time_sessions
@@ -15,6 +17,7 @@ from export.session import Run, bind, open_session
 Opener = Callable[[], Run]
 """Opens a session anew and returns the call that runs it once."""
 NEW, AGAIN, OTHER = "new", "again", "other"
+MIN_BLOCKS = 6  # fewer medians have no interval to speak of
 ALONE: Floats = np.ones(1)  # what a ratio is over, where nothing earlier was recorded
 
 
@@ -29,6 +32,14 @@ class Plan:
     batch: int = 1
     seed: int = 0
     clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self) -> None:
+        """Refuse what measures nothing."""
+        for name, least in (("blocks", MIN_BLOCKS), ("looks", 1), ("threads", 0), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise BundleError(f"{name}: must be >= {least}, got {getattr(self, name)}")
+        if not 0 < self.seconds < math.inf:
+            raise BundleError(f"seconds: must be > 0, got {self.seconds}")
 
     @property
     def confidence(self) -> float:

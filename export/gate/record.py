@@ -22,14 +22,18 @@ def reference_of(subject: Subject) -> str | None:
 def accept(
     subject: Subject, data: Path | None, limits: Limits, plan: Plan, progress: Callable[[str], None] = lambda _: None
 ) -> Baseline:
-    """Return the bundle as the baseline of this machine; without `data` there are no answers in it.
+    """Return the bundle as the baseline of this machine; without `data`, or a limit on latency, without answers or times.
 
-    Times are taken where `limits` judge them and a float file is there to divide by.
-    Raises BundleError for a machine that is unfit for timing.
+    Raises BundleError for a machine that is unfit for timing, and for a bundle without a float file to divide times by.
     """
     latency = None
-    reference = reference_of(subject)
-    if limits.max_latency_ratio is not None and reference is not None:
+    if limits.max_latency_ratio is not None:
+        reference = reference_of(subject)
+        if reference is None:
+            raise BundleError(
+                f"{subject.bundle.path}: holds no float file to divide times by: record it with --no-latency and judge it "
+                "with --against"
+            )
         served = opener(subject.served, subject.bundle.preprocess, plan)
         progress("timing the file against itself")
         fit = self_test(served, plan, limits.max_latency_ratio)

@@ -69,8 +69,8 @@ def judge_accuracy(
     """Answer the images and compare; return checks, notes and metrics."""
     place = data or (Path(was.data) if was.data else None)
     if was.answers is None or place is None:
-        reason = "the baseline holds no answers: record it with --data" if was.answers is None else "give --data"
-        return [Check("top-1", "skipped", detail=reason)], [], []
+        reason = "the baseline holds no answers" if was.answers is None else "no images"
+        return [Check("top-1", "inconclusive", detail=f"{reason}: give --data, or leave accuracy out")], [], []
     answers = ask(subject.bundle, was.served, place)
     same_file = was.files[was.served].sha256 == subject.now.files[was.served].sha256
     checks, notes = accuracy_checks(was.answers, answers, limit, same_file=same_file)
@@ -97,7 +97,7 @@ def judge_ratio(
     then = was.latency
     if then is None:
         return [
-            Check("latency", "skipped", detail="the baseline holds no times: record it again, or give --against")
+            Check("latency", "inconclusive", detail="the baseline holds no times: give --against, or leave latency out")
         ], []
     if then.reference not in subject.now.files or not same_work(
         was.files[then.reference], subject.now.files[then.reference], operators=same_graph
