@@ -42,7 +42,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times faster, with the 95 % interval."""
+    """How many times faster, or how many times as long, with the interval: 95 % where nothing else is said."""
 
     ratio: float
     low: float

@@ -23,7 +23,7 @@ class Facts:
     ir_version: int
     macs: int | None  # None where the shapes do not tell
     operators: dict[str, int]
-    integer_layers: int
+    integer_layers: list[str]
     float_layers: list[str]
     leftover_qdq: list[str]
     can_saturate: list[str]  # INT8 layers that lose sums on a CPU without VNNI
@@ -45,7 +45,7 @@ def facts(path: Path) -> Facts:
         ir_version=about.ir_version,
         macs=None if counts is None else sum(counts.values()),
         operators=found.operators,
-        integer_layers=len(found.integer_layers),
+        integer_layers=list(found.integer_layers),
         float_layers=list(found.float_layers),
         leftover_qdq=list(found.leftover_qdq),
         can_saturate=list(modules(saturation_possible(wiring))) if about.precision == "int8" else [],

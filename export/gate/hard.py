@@ -77,7 +77,7 @@ def shown_macs(one: Facts) -> str:
 
 def shown_layers(one: Facts) -> str:
     """Return how many layers run in integers, of how many."""
-    return f"{one.integer_layers} of {one.integer_layers + len(one.float_layers)}"
+    return f"{len(one.integer_layers)} of {len(one.integer_layers) + len(one.float_layers)}"
 
 
 def other_precision(old: Facts, new: Facts) -> str:
@@ -93,10 +93,11 @@ def newer(old: Facts, new: Facts) -> str:
 
 
 def lost_integers(old: Facts, new: Facts) -> str:
-    """Name the layers that run in float and did not; of a file with other names, say that there are more."""
-    if len(new.float_layers) <= len(old.float_layers):
-        return ""
-    return f"{named([name for name in new.float_layers if name not in old.float_layers])} run in float now"
+    """Name the layers that ran in integers and run in float now; of layers with other names, those that are too many."""
+    lost = [name for name in new.float_layers if name in old.integer_layers]
+    if not lost and len(new.float_layers) > len(old.float_layers):
+        lost = [name for name in new.float_layers if name not in old.float_layers] or new.float_layers
+    return f"{named(lost)} run in float now" if lost else ""
 
 
 def more_qdq(old: Facts, new: Facts) -> str:

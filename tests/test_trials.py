@@ -1,0 +1,50 @@
+"""What the gate's trials plant is what they say."""
+
+import time
+from collections import Counter
+
+import numpy as np
+from trials import BEGIN, CLASSES, DOCUMENT, END, Row, planted, slowed
+
+from export.gate.answers import Answers
+from export.gate.paired import pair
+
+
+def answers(right: int, wrong: int) -> Answers:
+    rows = {
+        f"{index:016x}": (CLASSES[0], CLASSES[0] if index < right else CLASSES[1]) for index in range(right + wrong)
+    }
+    return Answers(CLASSES, rows)
+
+
+def test_the_planted_loss_is_of_images_that_were_right() -> None:
+    before = answers(900, 100)
+    found = pair(before, planted(before, np.random.default_rng(0), loss=0.01, churn=0.0))
+    assert (found.lost, found.gained, found.flipped) == (10, 0, 10)
+
+
+def test_churn_goes_both_ways_alike() -> None:
+    before = answers(4500, 500)
+    pairs = [pair(before, planted(before, np.random.default_rng(seed), loss=0, churn=0.02)) for seed in range(20)]
+    lost, gained = sum(found.lost for found in pairs), sum(found.gained for found in pairs)
+    assert 900 < lost < 1100
+    assert 900 < gained < 1100
+
+
+def test_a_slowed_session_takes_its_factor() -> None:
+    run = slowed(lambda: lambda: time.sleep(0.02), 1.5)()
+    start = time.perf_counter()
+    run()
+    assert time.perf_counter() - start >= 0.03
+
+
+def test_a_false_alarm_or_a_missed_plant_does_not_hold() -> None:
+    assert Row("", None, Counter({"pass": 30, "inconclusive": 1})).holds
+    assert not Row("", None, Counter({"pass": 29, "fail": 1})).holds
+    assert Row("", 29, Counter({"fail": 29, "pass": 1})).holds
+    assert not Row("", 29, Counter({"fail": 28, "pass": 2})).holds
+
+
+def test_the_document_has_a_place_for_the_table() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert text.index(BEGIN) < text.index(END)
