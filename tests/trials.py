@@ -18,6 +18,7 @@ import onnxruntime
 import torch
 from matrix import enlivened, fit_classifier_
 from numpy.typing import NDArray
+from onnx_files import small_contents
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -35,7 +36,7 @@ from export.images import Preprocess
 from export.session import Run
 from export.targets import TARGETS, host_target
 from export.to_onnx import to_onnx
-from export.write_bundle import Contents, write_bundle
+from export.write_bundle import write_bundle
 
 TRIALS = 30
 SIZE = 64
@@ -98,21 +99,15 @@ def write_trial_bundle(out: Path) -> None:
     for network, path in zip((model, deploy(prepared)), files.values(), strict=True):
         to_onnx(network, path, image_size=SIZE, metadata={})
     preprocess = {"image_size": SIZE, "resize_to": SIZE, "mean": list(MEAN), "std": list(STD)}
-    write_bundle(
-        out,
-        Contents(
-            name="trials",
-            files=files,
-            served="student_int8",
-            preprocess=preprocess,
-            labels=CLASSES,
-            images=pixels[:4],
-            image_labels=labels[:4],
-            task="classification",
-            target="cpu_avx2",
-            recipe_digest="none",
-        ),
+    made = replace(
+        small_contents(files),
+        preprocess=preprocess,
+        labels=CLASSES,
+        images=pixels[:4],
+        image_labels=labels[:4],
+        metrics={},
     )
+    write_bundle(out, made)
 
 
 def planted(before: Answers, rng: np.random.Generator, *, loss: float, churn: float) -> Answers:
