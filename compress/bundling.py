@@ -26,8 +26,8 @@ from export.targets import TARGETS, Target, resolve_target
 from export.write_bundle import Contents, dump, in_one_step
 
 
-def contents(recipe: Recipe, root: Path, exported: Path, report: Report) -> Contents:
-    """Return what the bundle of the run in `root` is made of; `exported` is its export stage's folder."""
+def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Report) -> Contents:
+    """Return what the bundle `name` of the run in `root` is made of; `exported` is its export stage's folder."""
     files, target = files_in(exported), resolve_target(recipe.target)
     preprocess = json.loads((exported / "preprocess.json").read_text())
     labels = (exported / "labels.txt").read_text(encoding="utf-8").splitlines()
@@ -39,6 +39,7 @@ def contents(recipe: Recipe, root: Path, exported: Path, report: Report) -> Cont
     report = {**report, "stages": [{**row, "cached": False} for row in report["stages"]]}
     readme = card(
         report,
+        name=name,
         served=serving.served,
         classes=len(labels),
         golden=len(images),
@@ -51,10 +52,10 @@ def contents(recipe: Recipe, root: Path, exported: Path, report: Report) -> Cont
         "report.json": dump(report),
         "report/index.html": render(report, root),
         "LICENSE": distribution("compress").read_text("licenses/LICENSE") or "",
-        "NOTICE": notice(recipe),
+        "NOTICE": notice(recipe, name),
     }
     return Contents(
-        name=recipe.name,
+        name=name,
         files=files,
         serving=serving,
         preprocess=preprocess,
@@ -105,13 +106,13 @@ def serving_of(report: Report, files: Mapping[str, Path], target: Target, *, ima
     return Serving(chosen, kind, fastest and fastest["threads"], instances=1, max_batch_size=max(batches, default=1))
 
 
-def notice(recipe: Recipe) -> str:
+def notice(recipe: Recipe, name: str) -> str:
     """Return whose terms hold for which part of the bundle."""
     weights = recipe.model.weights or "none given: trained by this recipe"
     return f"""\
-{recipe.name}
+{name}
 
-Made with compress {distribution("compress").version}. serving/triton-python/{recipe.name}/1/model.py is a part of it, under the Apache License 2.0 (LICENSE).
+Made with compress {distribution("compress").version}. serving/triton-python/{name}/1/model.py is a part of it, under the Apache License 2.0 (LICENSE).
 The weights descend from: {recipe.model.arch}, weights: {weights}. The images in golden/ and in serving/ are
 validation images of: {recipe.data.dataset}. For weights and images the terms of their owners hold.
 """

@@ -288,6 +288,7 @@ def _report(chain: Recipe, plan: Sequence[PlanLine], root: Path, *, command: str
     render_report(root)
     exported = [path for path in artifacts if read_meta(path).stage == "export"]
     if exported:
-        write_bundle(root / "bundle", contents(chain, root, exported[-1], report))
+        name = chain.name if root == run_root(chain) else f"{chain.name}-{root.name}"[:64]  # of a student: its own
+        write_bundle(root / "bundle", contents(chain, name, root, exported[-1], report))
     print_report(report, Console(), verbose=verbose, page=root / "report" / "index.html")
     return 0 if report["verdict"] == "pass" else 1

@@ -13,7 +13,7 @@ from compress.report.verdict import headline_provider, headline_row, target_of
 STAGE_TAGS = {"prune": "pruning", "distill": "knowledge-distillation", "qat": "quantization-aware-training"}
 
 
-def card(report: Report, *, served: str, classes: int, golden: int, tensors: Mapping[str, Any]) -> str:
+def card(report: Report, *, name: str, served: str, classes: int, golden: int, tensors: Mapping[str, Any]) -> str:
     """Return the card; `tensors` are the model's `input` and `output` as bundle.json has them."""
     environment = Environment(  # Markdown, not HTML: nothing is escaped
         loader=PackageLoader("compress.report", "templates"),
@@ -24,8 +24,9 @@ def card(report: Report, *, served: str, classes: int, golden: int, tensors: Map
     rows = headline_rows(report)
     return environment.get_template("card.md.j2").render(
         report=report,
+        name=name,
         recipe=report["recipe"],
-        front_matter=yaml.safe_dump(front_matter(report, served), sort_keys=False, allow_unicode=True),
+        front_matter=yaml.safe_dump(front_matter(report, name, served), sort_keys=False, allow_unicode=True),
         stages=", ".join(row["stage"] for row in report["stages"]),
         target=target_of(report),
         served=served,
@@ -38,7 +39,7 @@ def card(report: Report, *, served: str, classes: int, golden: int, tensors: Map
     )
 
 
-def front_matter(report: Report, served: str) -> Json:
+def front_matter(report: Report, name: str, served: str) -> Json:
     """Return the metadata of Hugging Face's model cards; the result is the served file's."""
     row = next((row for row in report["deployed"] if row["name"] == served), None)
     tags = [
@@ -56,7 +57,7 @@ def front_matter(report: Report, served: str) -> Json:
             "dataset": {"name": dataset, "type": dataset, "split": "validation"},
             "metrics": [{"type": "accuracy", "value": row["top1"], "name": f"Top-1 of {served}.onnx in ONNX Runtime"}],
         }
-        data["model-index"] = [{"name": report["recipe"]["name"], "results": [result]}]
+        data["model-index"] = [{"name": name, "results": [result]}]
     return data
 
 
