@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from export.audit import audit
-from export.bundle import sha256
+from export.inside import sha256
 from export.macs import macs
 from export.model_file import inspect, parse
 from export.saturation import modules, saturation_possible
