@@ -86,4 +86,5 @@ def flip_a_byte(bundle: Path) -> None:
     """Damage the INT8 file."""
     content = bytearray((bundle / "student_int8.onnx").read_bytes())
     content[len(content) // 2] ^= 1
+    (bundle / "student_int8.onnx").unlink()  # the server's copy may be the same file on the disk
     (bundle / "student_int8.onnx").write_bytes(content)
