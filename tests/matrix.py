@@ -265,7 +265,7 @@ def as_markdown(rows: list[Row]) -> str:
             str(len(row.float_layers)),
             ", ".join(f"{times} × {reason}" for reason, times in reasons) or "nothing",
             f"{row.agreement:.0%}",
-            f"{row.snr_db:.1f} ({row.rounding_snr_db:.1f}) dB",
+            f"{'same bits' if row.snr_db > 200 else f'{row.snr_db:.1f}'} ({row.rounding_snr_db:.1f}) dB",
             "–" if faster is None else f"{faster.ratio:.2f} ({faster.low:.2f}–{faster.high:.2f})",
         )
         lines.append(f"| {' | '.join(cells)} |")
