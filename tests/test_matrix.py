@@ -10,8 +10,6 @@ FLOAT = {
     "torchvision:swin_t": (24, "no integer kernel for attend_in_windows"),
     "timm:vit_tiny_patch16_224": (24, "no integer kernel for scaled_dot_product_attention"),
 }
-# A tie in a squeeze-excite's hard sigmoid, times up to 190 levels: 0.12 % of one product's values are off by at most two levels.
-DIVERGES = {"torchvision:mobilenet_v3_small": "quantizer_mul_4"}
 
 
 @pytest.mark.parametrize(
@@ -24,7 +22,8 @@ def test_the_chain_from_pruning_to_integers_works(arch: str) -> None:
     assert len(row.float_layers) == count, row.float_layers
     assert all(reason in row.float_reasons[name] for name in row.float_layers)
     assert row.on_grid
-    assert row.first_divergence == DIVERGES.get(arch)
+    assert row.first_divergence is None
+    assert row.agreement >= 0.97  # at most one of 40, although random weights make much of a tie
     assert row.snr_db > max(10.0, row.rounding_snr_db)  # what the runtime adds is less than what rounding costs
 
 

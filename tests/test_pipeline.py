@@ -289,8 +289,12 @@ def test_every_target_gets_files_on_its_own_grid(copied: Path) -> None:
         *("student_ptq_int8", "student_ptq_int8_tensorrt", "student_ptq_int8_cpu_vnni"),
     }
     for name in names:
-        lowest = min(int(level.min()) for level in weight_levels(onnx.load(folder / f"{name}.onnx")).values())
-        assert lowest >= (-128 if name.endswith(("tensorrt", "cpu_vnni")) else -64), name
+        target = next((TARGETS[end] for end in ("tensorrt", "cpu_vnni") if name.endswith(end)), TARGETS["cpu_avx2"])
+        levels = weight_levels(onnx.load(folder / f"{name}.onnx")).values()
+        lowest, highest = min(int(level.min()) for level in levels), max(int(level.max()) for level in levels)
+        assert target.weight_min <= lowest, name
+        assert highest <= target.weight_max, name
+        assert max(-lowest, highest) == target.weight_scale_divisor, name  # all of its own grid
 
 
 def test_trained_layers_go_back_to_float_until_the_accuracy_holds(copied: Path) -> None:
