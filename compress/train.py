@@ -134,7 +134,7 @@ def _good_epoch(wrapped: nn.Module, step: Step, settings: Fit, loop: Loop, state
     while True:
         measurements = _within_memory(lambda: _epoch(wrapped, step, settings, loop, state), good, settings, loop, state)
         if math.isfinite(measurements["loss"]):
-            measurements |= loop.evaluate(state.result)
+            measurements |= _evaluate(loop, state)
         broken = not_finite(measurements)
         if not any_rank(broken is not None, ranks=loop.ranks, device=loop.device):
             return measurements
@@ -147,6 +147,15 @@ def _good_epoch(wrapped: nn.Module, step: Step, settings: Fit, loop: Loop, state
         _tell(f"{place}: back to its start and on at half the rate ({progress.returns} of {MAX_RETURNS})", loop, state)
         state.restore_(good)
         loop.log.epoch_again()
+
+
+def _evaluate(loop: Loop, state: State) -> Mapping[str, float]:
+    try:
+        return loop.evaluate(state.result)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CompressError(f"{loop.phase}: out of memory in the evaluation; lower data.eval_batch_size") from error
 
 
 def _within_memory(attempt: Callable[[], Result], good: Snapshot, settings: Fit, loop: Loop, state: State) -> Result:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from test_train import LABELS, STEP, batches, loop, network
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,7 +19,8 @@ from compress.checkpoint import Progress, State
 from compress.data.batches import Batch
 from compress.errors import CompressError
 from compress.guards import is_out_of_memory
-from compress.recipe import Fit, Stop
+from compress.recipe import Fit, QatStage, Recipe, Stop
+from compress.settings import qat_fit
 from compress.train import Loop, Step, fit
 
 QUIET = {"momentum": 0.0, "weight_decay": 0.0, "lr": 0.1}
@@ -181,6 +183,14 @@ def test_one_image_that_does_not_fit_is_an_error_with_a_repair(tmp_path: Path) -
         fit(plain_network(), limited(STEP, 0), Fit(epochs=1, batch_size=2), loop(tmp_path))
 
 
+def test_an_evaluation_that_does_not_fit_is_an_error_with_a_repair(tmp_path: Path) -> None:
+    def evaluate(_: nn.Module) -> dict[str, float]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(CompressError, match=r"in the evaluation; lower data\.eval_batch_size"):
+        fit(plain_network(), STEP, Fit(epochs=1, batch_size=16), replace(loop(tmp_path), evaluate=evaluate))
+
+
 def test_several_ranks_are_told_to_split_their_batches(tmp_path: Path) -> None:
     ranks = replace(loop(tmp_path), ranks=2)
     with pytest.raises(CompressError, match=r"with 8 images at a time; set fit\.micro_batches: 2"):
@@ -307,6 +317,31 @@ def test_a_killed_run_waits_no_longer_for_a_rise(tmp_path: Path, monkeypatch: py
     resumed = fit(network(), STEP, settings, scored(tmp_path / "killed", [0.5] * 9))
     assert summary(tmp_path / "killed")["epoch"] == summary(tmp_path / "whole")["epoch"] == 5
     assert equal(whole, resumed)
+
+
+def test_settings_that_change_nothing_are_left_out_so_that_artifacts_keep_their_keys() -> None:
+    assert {"stop", "micro_batches"}.isdisjoint(Fit(epochs=1).model_dump())
+    changed = Fit(epochs=1, micro_batches=2, stop=Stop(patience=3)).model_dump()
+    assert (changed["micro_batches"], changed["stop"]["patience"]) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"), [({}, "give at least one of"), ({"min_delta": 0.1, "top1": 0.9}, "set patience, too")]
+)
+def test_a_stop_without_a_condition_is_refused(fields: dict[str, float], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Stop.model_validate(fields)
+
+
+def test_qat_does_not_inherit_when_the_float_training_stops() -> None:
+    stages = [
+        {"stage": "source", "fit": {"epochs": 20, "stop": {"top1": 0.9}}},
+        {"stage": "ptq"},
+        {"stage": "qat"},
+    ]
+    recipe = Recipe.model_validate({"name": "a", "model": {"arch": "torchvision:resnet18"}, "stages": stages})
+    (qat,) = (section for section in recipe.stages if isinstance(section, QatStage))
+    assert (qat_fit(qat, recipe).epochs, qat_fit(qat, recipe).stop) == (2, None)
 
 
 # --- compiling ---
