@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -197,7 +197,8 @@ def measure(data: Path, source: str, image_size: int, options: argparse.Namespac
         clock.begin("model")
         return plain(model, batch, done)
 
-    by_hand = partial(minimal_loop, run, settings, plain, seconds)
+    ready = list(itertools.islice(run.training(settings, 0, 0), 4))
+    by_hand = partial(minimal_loop, run, settings, plain, ready, seconds)
     before = by_hand()
     model = build(options.arch, num_classes=len(run.dataset.classes), trust_code=False)
     with tempfile.TemporaryDirectory() as folder, timed_optimizer(clock):
@@ -243,12 +244,11 @@ def whole(data: Path) -> tuple[int, int]:
     return (images, len(found.val)) if found.val is not None else (round(0.8 * images), round(0.2 * images))
 
 
-def minimal_loop(run: Run, settings: Fit, step: Step, seconds: Callable[[], float]) -> float:
+def minimal_loop(run: Run, settings: Fit, step: Step, ready: Sequence[Batch], seconds: Callable[[], float]) -> float:
     """Train by hand on batches that are ready; return images a second."""
     model = place_(build(run.recipe.model.arch, num_classes=len(run.dataset.classes), trust_code=False), run.device)
     optimizer, dtype = make_optimizer(model, settings), precision_of(settings, run.device)
     called = torch.compile(model) if settings.compile else model
-    ready = list(itertools.islice(run.training(settings, 0, 0), 4))
     model.train()
     started = 0.0
     for number in range(WARM_UP + MINIMAL_STEPS):
