@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from compress.checkpoint import Progress
-from compress.recipe import Stop
+from compress.recipe_stages import Stop
 
 CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory")  # a plain RuntimeError says one of these
 

@@ -19,8 +19,10 @@ from compress.artifact import Meta, exclusive, finish, is_complete, key_of, line
 from compress.data.digest import dataset_digest
 from compress.errors import ArtifactError, CompressError
 from compress.models.digest import source_digest
-from compress.recipe import GIVES, TAKES, Recipe, StageSection, Targets
+from compress.recipe import Recipe, Targets
 from compress.recipe_file import write_recipe
+from compress.recipe_order import GIVES, TAKES
+from compress.recipe_stages import StageSection
 from compress.settings import data_settings
 from export.environment import environment, fingerprint
 from export.targets import resolve_target

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from compress import strict_yaml
 from compress.errors import RecipeError
-from compress.recipe import TAKES, Recipe, Student
+from compress.recipe import Recipe, Student
 from compress.recipe_errors import explain, show, unknown
+from compress.recipe_order import TAKES
 
 MAX_BYTES = 1_000_000
 

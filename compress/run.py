@@ -21,7 +21,8 @@ from compress.errors import CompressError
 from compress.log import StageLog
 from compress.models.structure import count
 from compress.network import load_float
-from compress.recipe import Fit, Recipe
+from compress.recipe import Recipe
+from compress.recipe_stages import Fit
 from compress.settings import data_settings
 from compress.tasks import TASKS, Task, evaluate
 from compress.train import Loop, Network, Step, fit, place_

@@ -1,10 +1,14 @@
-"""The base of every part of a recipe."""
+"""What every part of a recipe is made of."""
 
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PathText = Annotated[str, Field(min_length=1)]
+Arch = Annotated[
+    str, Field(pattern=r"^(torchvision:[a-z0-9_]+|timm:[A-Za-z0-9_.\-]+|cifar:[a-z0-9_]+|.+\.py:[A-Za-z_]\w*)$")
+]
 
 
 class Section(BaseModel):

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from compress.data.digest import DataSettings
-from compress.recipe import DistillStage, Fit, QatStage, Recipe, SourceStage
+from compress.recipe import Recipe
+from compress.recipe_stages import DistillStage, Fit, QatStage, SourceStage
 
 
 def data_settings(recipe: Recipe) -> DataSettings:

@@ -31,8 +31,8 @@ from compress.errors import CompressError
 from compress.log import StageLog
 from compress.logit_cache import Layout, LogitCache
 from compress.network import ARCHITECTURE, WEIGHTS, example_images
-from compress.recipe import Fit
 from compress.recipe_losses import LossTerm
+from compress.recipe_stages import Fit
 from compress.run import Run
 
 FORMAT = 1  # of the cached views; a change of how views are drawn must change it
@@ -99,7 +99,8 @@ def _answered(run: Run, src: Path, views: int, log: StageLog) -> LogitCache:
     source = lineage(src)[0]
     facts = _facts(run, source)
     classes, images = len(run.dataset.classes), len(run.dataset.train)
-    cache = LogitCache(_folder(run, facts), Layout(images, classes, run.recipe.teaching.top_k))
+    asked = run.recipe.teaching.top_k
+    cache = LogitCache(_folder(run, facts), Layout(images, classes, asked if asked and asked < classes else None))
     if run.rank == 0:
         cache.folder.mkdir(parents=True, exist_ok=True)
         write_json(cache.folder / "about.json", facts)

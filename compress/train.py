@@ -22,7 +22,7 @@ from compress.data.batches import Batch
 from compress.errors import CompressError
 from compress.guards import any_rank, first_rank_says, is_out_of_memory, not_finite, record_, stop_reason
 from compress.log import StageLog
-from compress.recipe import Fit
+from compress.recipe_stages import Fit
 
 Step = Callable[[nn.Module, Batch, float], dict[str, Tensor]]  # (model, batch, part of the training that is done)
 Network = TypeVar("Network", bound=nn.Module)

@@ -32,7 +32,8 @@ from compress.data.folders import list_folder
 from compress.distillation import supervised_step
 from compress.log import StageLog, quiet_libraries
 from compress.models.architectures import build
-from compress.recipe import Fit, Recipe
+from compress.recipe import Recipe
+from compress.recipe_stages import Fit
 from compress.run import Run, open_run
 from compress.train import Step, make_optimizer, place_, precision_of
 

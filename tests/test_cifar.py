@@ -22,9 +22,10 @@ from compress.models.architectures import LIBRARIES, build
 from compress.models.digest import LIBRARIES as KNOWN
 from compress.models.weights import load_weights_
 from compress.pipeline import run_recipe
-from compress.recipe import Fit, Recipe
+from compress.recipe import Recipe
 from compress.recipe_file import read_recipe
 from compress.recipe_losses import DKDTerm
+from compress.recipe_stages import Fit
 from compress.train import learning_rate
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -32,8 +32,8 @@ from compress.pruning.layers import measure_layers
 from compress.pruning.plan import choose, cut_, find_groups, smallest_widths
 from compress.quant.prepare import prepare, set_phase_
 from compress.quant.trace import trace
-from compress.recipe import Fit
 from compress.recipe_losses import KD_ONLY, LossTerm
+from compress.recipe_stages import Fit
 from compress.tasks import TASKS, evaluate
 from compress.train import Loop, Step, fit
 from export.targets import TARGETS

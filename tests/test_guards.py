@@ -19,7 +19,8 @@ from compress.checkpoint import Progress, State
 from compress.data.batches import Batch
 from compress.errors import CompressError
 from compress.guards import is_out_of_memory
-from compress.recipe import Fit, QatStage, Recipe, Stop
+from compress.recipe import Recipe
+from compress.recipe_stages import Fit, QatStage, Stop
 from compress.settings import qat_fit
 from compress.train import Loop, Step, fit
 

@@ -18,8 +18,9 @@ from compress.artifact import is_complete, read_meta
 from compress.errors import ArtifactError, CompressError
 from compress.log import StageLog
 from compress.pipeline import plan_recipe, run_recipe, run_stage
-from compress.recipe import QatStage, Recipe
+from compress.recipe import Recipe
 from compress.recipe_file import read_recipe
+from compress.recipe_stages import QatStage
 from compress.report.shape import Report
 from compress.stages import qat
 from export.bundle import read_bundle

@@ -7,8 +7,9 @@ import pytest
 
 from compress import strict_yaml
 from compress.errors import RecipeError
-from compress.recipe import TAKES, Recipe
+from compress.recipe import Recipe
 from compress.recipe_file import MAX_BYTES, read_recipe, write_recipe
+from compress.recipe_order import TAKES
 from compress.recipe_reference import reference
 from compress.settings import qat_fit
 

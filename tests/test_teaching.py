@@ -21,7 +21,8 @@ from compress.errors import CompressError
 from compress.log import StageLog
 from compress.logit_cache import Layout, LogitCache
 from compress.pipeline import plan_recipe, run_recipe
-from compress.recipe import DistillStage, Fit, Recipe
+from compress.recipe import Recipe
+from compress.recipe_stages import DistillStage, Fit
 from compress.run import Run, open_run
 from compress.teaching import Teaching, teach
 

@@ -17,7 +17,7 @@ from compress.data.batches import Batch
 from compress.distillation import supervised_step
 from compress.errors import CompressError
 from compress.log import StageLog
-from compress.recipe import Fit
+from compress.recipe_stages import Fit
 from compress.tasks import TASKS, evaluate
 from compress.train import Loop, fit, learning_rate, make_optimizer, precision_of
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from compress.artifact import Metrics, read_meta, write_json
 from compress.files import deployed, files_in
-from compress.recipe import BenchStage
+from compress.recipe_stages import BenchStage
 from compress.run import Run, as_numpy, newest
 from export.accuracy import accuracy, score
 from export.bench import bench

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from compress.artifact import Metrics
 from compress.network import read_architecture, save_network
-from compress.recipe import DistillStage
+from compress.recipe_stages import DistillStage
 from compress.run import Run
 from compress.teaching import distil
 

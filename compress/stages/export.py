@@ -15,7 +15,7 @@ from compress.network import load_float, load_prepared
 from compress.onnx_export import export_network
 from compress.quant.prepare import deploy, float_on_purpose
 from compress.quant.reference import reference_of
-from compress.recipe import AuditLimits, ExportStage
+from compress.recipe_stages import AuditLimits, ExportStage
 from compress.run import Run, as_numpy, float_ancestor, newest
 from export.audit import Audit, audit, over_limits
 from export.graph import save_model, to_float16

@@ -14,8 +14,8 @@ from compress.network import example_images, read_architecture, save_network
 from compress.pruning.criteria import NEEDS_GRADIENTS
 from compress.pruning.layers import measure_layers
 from compress.pruning.plan import Cut, choose, cut_, find_groups, smallest_widths, widths
-from compress.recipe import PruneStage
 from compress.recipe_losses import KD_ONLY
+from compress.recipe_stages import PruneStage
 from compress.run import Run
 from compress.teaching import distil
 

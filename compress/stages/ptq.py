@@ -21,7 +21,7 @@ from compress.quant import neural_compressor_ptq
 from compress.quant.calibrate import Method, calibrate_, collect, set_ranges_
 from compress.quant.prepare import deploy, prepare
 from compress.quant.tuning import Trial, TrialResult, calibration_trials, choose, fallback_trials, file_of, tune
-from compress.recipe import PtqStage
+from compress.recipe_stages import PtqStage
 from compress.run import Run, as_numpy
 from compress.scoring import faster_than, runs_here, score_file, worst_first
 from compress.train import place_

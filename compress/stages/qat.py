@@ -15,7 +15,7 @@ from compress.onnx_export import export_network
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, freeze_batchnorm_, reestimate_batchnorm_, set_phase_
 from compress.quant.tuning import Trial, fallback_trials, tune
-from compress.recipe import QatStage
+from compress.recipe_stages import QatStage
 from compress.run import Run, newest
 from compress.scoring import faster_than, runs_here, score_file, worst_first
 from compress.settings import qat_fit

@@ -13,7 +13,7 @@ from compress.models.weights import load_weights_
 from compress.network import Architecture, example_images, save_network
 from compress.pruning.plan import find_groups
 from compress.quant.trace import trace
-from compress.recipe import DistillStage, QatStage, SourceStage, StudentStage
+from compress.recipe_stages import DistillStage, QatStage, SourceStage, StudentStage
 from compress.run import Run
 
 

@@ -9,7 +9,7 @@ from compress.models.architectures import build
 from compress.models.structure import check_output
 from compress.models.weights import load_weights_
 from compress.network import Architecture, save_network
-from compress.recipe import StudentStage
+from compress.recipe_stages import StudentStage
 from compress.run import Run
 
 
