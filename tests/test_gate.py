@@ -1,7 +1,7 @@
 """The gate from end to end: what each planted defect is called, and the exit code that a build sees."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,6 +13,7 @@ from gated_bundles import contents, flip_a_byte, gated_place, networks, pixels, 
 from onnx import ModelProto, helper
 from quantized_files import changed, constant, quantized_network
 
+from export.bundle import inspect_here
 from export.errors import BundleError
 from export.gate import run
 from export.gate.baseline import Baseline, read_baseline
@@ -27,6 +28,12 @@ from export.write_bundle import write_bundle
 
 REPOSITORY = Path(__file__).parents[1]
 NO_LATENCY = Limits(max_latency_ratio=None)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guarded process costs a second each time; the files are our own."""
+    monkeypatch.setattr("export.gate.subject.vet", inspect_here)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +195,21 @@ def test_a_broken_bundle_is_3_and_says_what(
     assert verdict.exit_code == 3
     assert words in verdict.checks[0].detail
     assert ElementTree.fromstring(as_junit(verdict)).get("errors") == "1"
+
+
+def test_model_files_are_looked_at_by_the_guarded_process_first(
+    place: Path, baseline: Baseline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def crashes(paths: Sequence[Path]) -> list[BundleError]:
+        seen.extend(path.name for path in paths)
+        return [BundleError("it ended the process")] * len(paths)
+
+    monkeypatch.setattr("export.gate.subject.vet", crashes)
+    verdict = gated(place / "bundle", baseline)
+    assert (verdict.exit_code, verdict.checks[0].detail) == (3, "it ended the process")
+    assert seen == ["student_fp32.onnx", "student_int8.onnx"]
 
 
 # Accuracy

@@ -10,6 +10,7 @@ from export.gate.checks import Check
 from export.gate.facts import all_facts
 from export.gate.hard import Now
 from export.golden import answer
+from export.sandbox import vet
 
 
 class BrokenBundleError(BundleError):
@@ -33,10 +34,10 @@ class Subject:
 def open_subject(path: Path) -> Subject:
     """Read every digest, let ONNX Runtime optimize every file, run the golden inputs.
 
-    Raises BrokenBundleError where any of it fails.
+    Model files are opened in a guarded process first. Raises BrokenBundleError where any of it fails.
     """
     try:
-        bundle = read_bundle(path)
+        bundle = read_bundle(path, inspect=vet)
         preprocess = json.loads(json.dumps(asdict(bundle.preprocess)))  # as a baseline holds it
         now = Now(bundle.served, bundle.labels, preprocess, all_facts(bundle.files))
         check_golden(bundle)
