@@ -229,7 +229,7 @@ def compare(
     document: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers.")] = None,
 ) -> None:
     """Set runs or bundles side by side: what each measured, and what differs in their recipes."""
-    from compress.report.compare_files import compare_folders
+    from compress.report.comparison.files import compare_folders
 
     compare_folders(folders, page=page, document=document)
 

@@ -265,7 +265,7 @@ def _relative(path: Path, start: Path) -> str:
 
 def _compare(recipe: Recipe) -> None:
     """Write the page that compares the recipe's students, and print it."""
-    from compress.report.compare_files import compare_folders
+    from compress.report.comparison.files import compare_folders
 
     page = run_root(recipe) / "report" / "index.html"
     folders = [report_root(recipe, student) for student in recipe.students]

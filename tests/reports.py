@@ -11,9 +11,9 @@ from rich.console import Console
 
 from compress.recipe import Recipe
 from compress.report.collect import collect
-from compress.report.compare import Comparison, compare
-from compress.report.compare_candidate import Subject
-from compress.report.compare_terminal import print_comparison
+from compress.report.comparison.candidate import Subject
+from compress.report.comparison.compare import Comparison, compare
+from compress.report.comparison.terminal import print_comparison
 from compress.report.shape import Report
 from compress.report.terminal import print_report
 

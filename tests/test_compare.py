@@ -11,11 +11,11 @@ from reports import CPU, CUDA, build_recipe, build_report, build_student, compar
 from test_report import parse
 
 from compress.recipe_file import read_recipe
-from compress.report.compare import Comparison, compare
-from compress.report.compare_candidate import Subject
-from compress.report.compare_html import link_to, render_comparison, write_comparison
-from compress.report.compare_recipes import differences
-from compress.report.compare_table import lines
+from compress.report.comparison.candidate import Subject
+from compress.report.comparison.compare import Comparison, compare
+from compress.report.comparison.html import link_to, render_comparison, write_comparison
+from compress.report.comparison.recipes import differences
+from compress.report.comparison.table import lines
 from compress.report.shape import Report
 
 EVIL = "</style><script>alert('x')</script>"

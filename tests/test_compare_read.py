@@ -18,9 +18,9 @@ from typer.testing import CliRunner, Result
 
 from compress.cli import app
 from compress.errors import CompressError
-from compress.report.compare import compare
-from compress.report.compare_html import render_comparison
-from compress.report.compare_read import read_subjects
+from compress.report.comparison.compare import compare
+from compress.report.comparison.html import render_comparison
+from compress.report.comparison.read import read_subjects
 from compress.report.shape import Report
 from export.errors import BundleError
 
@@ -196,5 +196,5 @@ def test_comparing_imports_no_torch(tmp_path: Path, pair: tuple[Report, Report])
     words = [sys.executable, "-X", "importtime", "-m", "compress.cli", "compare", *folders]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "compress.report.compare" in imported
+    assert "compress.report.comparison.compare" in imported
     assert not imported & {"torch", "torchvision", "timm"}

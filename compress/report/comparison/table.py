@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from compress.report import numbers
-from compress.report.compare import Comparison
-from compress.report.compare_candidate import Candidate
+from compress.report.comparison.candidate import Candidate
+from compress.report.comparison.compare import Comparison
 from compress.report.numbers import UNKNOWN
 from compress.report.shape import Speedup
 

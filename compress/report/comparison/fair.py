@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from compress.report.compare_candidate import Candidate
-from compress.report.compare_words import sentence
+from compress.report.comparison.candidate import Candidate
+from compress.report.comparison.words import sentence
 from compress.report.numbers import significant
 from compress.report.shape import Report
 from export.environment import HARDWARE

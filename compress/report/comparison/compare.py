@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from compress.report import numbers, summary
-from compress.report.compare_candidate import Candidate, Subject, Teacher, candidate, common_conditions
-from compress.report.compare_fair import Fairness, SpeedBy, judge_fairness
-from compress.report.compare_recipes import Difference, differences
+from compress.report.comparison.candidate import Candidate, Subject, Teacher, candidate, common_conditions
+from compress.report.comparison.fair import Fairness, SpeedBy, judge_fairness
+from compress.report.comparison.recipes import Difference, differences
 
 
 @dataclass(frozen=True)

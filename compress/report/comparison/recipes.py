@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from compress.report.compare_words import by_value
+from compress.report.comparison.words import by_value
 from compress.report.shape import Json
 
 ABSENT: Final = "–"

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from compress.report.compare import Comparison
-from compress.report.compare_table import Line, lines, no_differences
+from compress.report.comparison.compare import Comparison
+from compress.report.comparison.table import Line, lines, no_differences
 
 MOST_COLUMNS = 4
 NAME_WIDTH = 20

@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 
 from compress.artifact import write_json
-from compress.report.compare import compare
-from compress.report.compare_html import link_to, render_comparison
-from compress.report.compare_read import page_of, read_subjects
-from compress.report.compare_terminal import print_comparison
+from compress.report.comparison.compare import compare
+from compress.report.comparison.html import link_to, render_comparison
+from compress.report.comparison.read import page_of, read_subjects
+from compress.report.comparison.terminal import print_comparison
 
 
 def compare_folders(folders: Sequence[Path], *, page: Path | None, document: Path | None) -> None:

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from compress.errors import ArtifactError
-from compress.report.compare_candidate import Subject
+from compress.report.comparison.candidate import Subject
 from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report
 from compress.report.verdict import deployed_name
 from export.bundle import MANIFEST, PREPROCESS

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from compress.report import charts
-from compress.report.compare import Comparison, compare
-from compress.report.compare_candidate import Subject
-from compress.report.compare_table import lines, no_differences
+from compress.report.comparison.candidate import Subject
+from compress.report.comparison.compare import Comparison, compare
+from compress.report.comparison.table import lines, no_differences
 from compress.report.html import FRAME, Cloud, template
 
 COLOURS = 8  # of the style's --series-1 and so on; then they start again
