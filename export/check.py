@@ -54,6 +54,7 @@ def check_bundle(path: Path) -> tuple[Bundle | None, list[Finding]]:
 def astray(folder: Path) -> Iterator[BundleError]:
     """Yield every link, what lies in a bundle without a digest, and what a server would take for the bundle's and is not."""
     digests = read_sums(folder)
+    known = {*digests, SUMS, SIGNATURE}
     for place, folders, files in os.walk(folder):
         for name in sorted(files) + sorted(folders):
             path = Path(place, name)
@@ -61,7 +62,7 @@ def astray(folder: Path) -> Iterator[BundleError]:
             if path.is_symlink():
                 sentence = f"{relative}: must be a file of its own, not a link: get the bundle again"
                 yield BundleError(sentence, defect="link")
-            elif name in files and relative not in (*digests, SUMS, SIGNATURE):
+            elif name in files and relative not in known:
                 yield BundleError(f"{SUMS}: lists no {relative}: remove it", defect="unlisted_file")
     models = {digest for name, digest in digests.items() if "/" not in name}
     for name, digest in digests.items():

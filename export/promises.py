@@ -138,7 +138,7 @@ def off_grid(path: Path, file: Wiring, target: Target, optimized: Audit | None) 
         tensor = file.weights(layer)
         levels = np.zeros(1) if tensor is None else numpy_helper.to_array(tensor)
         if levels.dtype == np.int8 and (levels.min() < target.weight_min or levels.max() > target.weight_max):
-            wide[module_of(layer.name)] = int(max(levels.max(), levels.min(), key=abs))
+            wide[module_of(layer.name)] = max(int(levels.max()), int(levels.min()), key=abs)
     if wide:
         shown = ", ".join(f"{name} ({level})" for name, level in list(wide.items())[:5])
         yield BundleError(

@@ -2,7 +2,8 @@
 
 Each input is one file of a bundle, whose number its first byte gives; the corpus begins with the legal files. A crash, a
 read outside the bundle, ten seconds or two gigabytes for one input end the loop, and the input is kept in the folder.
-Afterwards `--models` damaged models go through the guarded process, ONNX Runtime included; none may end this one.
+First `--models` damaged models go through the guarded process, ONNX Runtime included, and what comes out sound is held
+against the bundle's promises; none may end this one.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import atheris
@@ -19,7 +21,9 @@ import atheris
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 with atheris.instrument_imports(include=["export", "json"]):
+    from export.bundle import Bundle, read_bundle
     from export.errors import BundleError
+    from export.promises import broken_promises
     from export.sandbox import vet
     from fuzz.harness import MODEL, TARGETS, Template
 
@@ -46,15 +50,28 @@ def fuzz(template: Template, corpus: Path, *, runs: int, seconds: int) -> None:
 
 
 def fuzz_models(template: Template, folder: Path, count: int) -> Counter[str]:
-    """Return what the guarded process makes of `count` damaged models."""
+    """Return what the guarded process makes of `count` damaged models, and what is amiss with the sound ones."""
     found: Counter[str] = Counter()
+    bundle = read_bundle(template.folder)
     generator = random.Random(0)
     for start in range(0, count, 50):
         paths = [folder / f"{number}.onnx" for number in range(min(50, count - start))]
         for path in paths:
             path.write_bytes(damaged(template.files[MODEL], generator))
-        found.update(one.defect if isinstance(one, BundleError) else "sound" for one in vet(paths))
+        for path, one in zip(paths, vet(paths), strict=True):
+            found[one.defect if isinstance(one, BundleError) else "sound"] += 1
+            if not isinstance(one, BundleError):
+                damaged_bundle = replace(bundle, files={"student_int8": path})
+                found.update(f"sound, {defect}" for defect in broken(damaged_bundle))
     return found
+
+
+def broken(bundle: Bundle) -> set[str]:
+    """Return the names of the promises that a damaged model breaks."""
+    try:
+        return {error.defect for error in broken_promises(bundle, "student_int8")}
+    except BundleError as error:
+        return {error.defect}
 
 
 def damaged(data: bytes, generator: random.Random) -> bytes:
