@@ -16,6 +16,7 @@ from export.arguments import at_least, chosen, positive
 from export.bundle import Bundle, read_bundle
 from export.environment import environment
 from export.errors import BundleError
+from export.sandbox import vet
 from export.session import DTYPES, open_session
 from export.table import table
 from export.workers import capacity
@@ -127,7 +128,7 @@ def main() -> int:
     try:
         if find_spec("mlperf_loadgen") is None:
             raise BundleError(INSTALL)
-        found = measure(read_bundle(arguments.bundle), arguments)
+        found = measure(read_bundle(arguments.bundle, inspect=vet), arguments)
         if arguments.json:
             arguments.json.write_text(json.dumps(found, indent=2) + "\n")
     except (BundleError, OSError) as error:

@@ -15,6 +15,7 @@ from export.arguments import at_least, chosen
 from export.bundle import Bundle, read_bundle
 from export.errors import BundleError
 from export.images import Preprocess, read_image
+from export.sandbox import vet
 from export.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
 from export.table import table
 
@@ -63,7 +64,7 @@ def main() -> int:
     arguments = parser.parse_args()
     code = 0
     try:
-        bundle = read_bundle(arguments.bundle)
+        bundle = read_bundle(arguments.bundle, inspect=vet)
         session = open_session(chosen(bundle, arguments.file))
     except BundleError as error:
         sys.stderr.write(f"{error}\n")

@@ -16,6 +16,7 @@ from export.arguments import at_least, chosen
 from export.bundle import NAME, Bundle, read_bundle
 from export.errors import BundleError
 from export.model_file import inspect
+from export.sandbox import vet
 from export.session import open_session
 
 INSTALL = (
@@ -79,7 +80,7 @@ def main() -> int:
     try:
         if find_spec("kserve") is None:
             raise BundleError(INSTALL)
-        serve(read_bundle(arguments.bundle), arguments)
+        serve(read_bundle(arguments.bundle, inspect=vet), arguments)
     except BundleError as error:
         sys.stderr.write(f"{error}\n")
         return 2
