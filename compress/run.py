@@ -19,10 +19,12 @@ from compress.data.batches import Batch, eval_batches, steps_per_epoch, train_ba
 from compress.data.dataset import Dataset, open_dataset
 from compress.errors import CompressError
 from compress.log import StageLog
-from compress.models.structure import count
-from compress.network import load_float
-from compress.recipe import Recipe
-from compress.recipe_stages import Fit
+from compress.models.architectures import build
+from compress.models.structure import check_output, count
+from compress.models.weights import load_weights_
+from compress.network import Architecture, load_float
+from compress.recipe import Model, Recipe
+from compress.recipe_stages import Fit, StudentStage
 from compress.settings import data_settings
 from compress.tasks import TASKS, Task, evaluate
 from compress.train import Loop, Network, Step, fit, place_
@@ -151,6 +153,19 @@ class Run:
             after_backward=after_backward,
         )
         return fit(model, step, settings, loop)
+
+    def start(self, given: Model | StudentStage) -> tuple[Architecture, nn.Module]:
+        """Return a network of the recipe as it starts, by the seed or by its weights, on the CPU.
+
+        Raises ModelError where it cannot be built, loaded, or does not answer with the data's classes.
+        """
+        architecture = Architecture(given.arch, len(self.dataset.classes), self.image_size)
+        torch.manual_seed(self.recipe.seed)
+        model = build(given.arch, num_classes=architecture.num_classes, trust_code=self.trust_code)
+        if given.weights is not None:
+            load_weights_(model, given.arch, given.weights, reset_head=given.reset_head)
+        check_output(model, image_size=self.image_size, num_classes=architecture.num_classes)
+        return architecture, model
 
     def load(self, directory: Path) -> nn.Module:
         """Return an artifact's float network on the device."""

@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from compress.artifact import Metrics
 from compress.distillation import check_layers, supervised_step
 from compress.models.architectures import build
-from compress.models.structure import check_output
-from compress.models.weights import load_weights_
-from compress.network import Architecture, example_images, save_network
+from compress.network import example_images, save_network
 from compress.pruning.plan import find_groups
 from compress.quant.trace import trace
 from compress.recipe_stages import DistillStage, QatStage, SourceStage, StudentStage
@@ -20,12 +17,7 @@ from compress.run import Run
 def apply(cfg: SourceStage, src: Path | None, out: Path, run: Run) -> Metrics:
     """Build the network, load or train its weights, measure it."""
     given = run.recipe.model
-    architecture = Architecture(given.arch, len(run.dataset.classes), run.image_size)
-    torch.manual_seed(run.recipe.seed)
-    model = build(given.arch, num_classes=architecture.num_classes, trust_code=run.trust_code)
-    if given.weights is not None:
-        load_weights_(model, given.arch, given.weights, reset_head=given.reset_head)
-    check_output(model, image_size=run.image_size, num_classes=architecture.num_classes)
+    architecture, model = run.start(given)
     _check_later_stages(model, run)
     with run.log(out, "source") as log:
         if cfg.fit is not None and (given.weights is None or cfg.fine_tune):
