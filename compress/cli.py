@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from typer.core import TyperGroup
 
 from compress.errors import CompressError, RecipeError
-from compress.recipe import Recipe
-from compress.recipe_file import read_recipe
+from compress.recipe.read import read_recipe
+from compress.recipe.schema import Recipe
 from export.errors import BundleError
 
 REPAIRS = {
@@ -168,7 +168,7 @@ def plan(
     resolved = read_recipe(recipe, overrides or (), data=data, weights=weights, out=out)
     from compress.data.digest import to_download
     from compress.pipeline import plan_recipe
-    from compress.settings import data_settings
+    from compress.recipe.arguments import data_settings
 
     lines = {line.directory: line for chain in resolved.chains().values() for line in plan_recipe(chain)}
     for line in lines.values():
@@ -186,7 +186,7 @@ def schema(
 ) -> None:
     """Print the recipe's JSON Schema, for editors."""
     if markdown:
-        from compress.recipe_reference import reference
+        from compress.recipe.reference import reference
 
         typer.echo(reference(), nl=False)
     else:
@@ -213,7 +213,7 @@ def publish(
     ] = None,
 ) -> None:
     """Check a finished run's bundle and copy it, whole or not at all."""
-    from compress.bundling import publish
+    from compress.report.bundling import publish
 
     publish(run_folder, to, key=key)
     typer.echo(to)

@@ -14,7 +14,7 @@ from typing import Literal
 import typer
 from packaging.requirements import Requirement
 
-from export.targets import Target, host_instruction_sets, host_target
+from export.onnx_file.targets import Target, host_instruction_sets, host_target
 
 Status = Literal["ok", "warn", "missing"]
 COLOURS = {"ok": "green", "warn": "yellow", "missing": "red"}
@@ -84,8 +84,8 @@ def version_of(name: str) -> str | None:
 
 def machine(out: Path) -> list[Finding]:
     """Judge the hardware; every package must be there."""
-    from export.environment import cpu_model, gpu, memory_gb, usable_cores
-    from export.session import available_providers
+    from export.runtime.environment import cpu_model, gpu, memory_gb, usable_cores
+    from export.runtime.session import available_providers
 
     card = gpu("name")
     return [

@@ -8,8 +8,8 @@ from torch import nn
 
 from compress.artifact import key_of
 from compress.run import Run
-from export.targets import Target
-from export.to_onnx import to_onnx
+from export.onnx_file.targets import Target
+from export.onnx_file.to_onnx import to_onnx
 
 
 def export_network(model: nn.Module, path: Path, run: Run, *, top1: float, target: Target) -> None:

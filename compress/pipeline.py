@@ -19,13 +19,13 @@ from compress.artifact import Meta, exclusive, finish, is_complete, key_of, line
 from compress.data.digest import dataset_digest
 from compress.errors import ArtifactError, CompressError
 from compress.models.digest import source_digest
-from compress.recipe import Recipe, Targets
-from compress.recipe_file import write_recipe
-from compress.recipe_order import GIVES, TAKES
-from compress.recipe_stages import StageSection
-from compress.settings import data_settings
-from export.environment import environment, fingerprint
-from export.targets import resolve_target
+from compress.recipe.arguments import data_settings
+from compress.recipe.order import GIVES, TAKES
+from compress.recipe.read import write_recipe
+from compress.recipe.schema import Recipe, Targets
+from compress.recipe.stages import StageSection
+from export.onnx_file.targets import resolve_target
+from export.runtime.environment import environment, fingerprint
 
 if TYPE_CHECKING:
     from compress.run import Run
@@ -276,10 +276,10 @@ def _compare(recipe: Recipe) -> None:
 
 def _report(chain: Recipe, plan: Sequence[PlanLine], root: Path, *, command: str, verbose: bool) -> int:
     """Write a chain's report.json, HTML page and bundle to `root`; print the tables; return the exit code."""
-    from compress.bundling import contents
+    from compress.report.bundling import contents
     from compress.report.collect import collect
     from compress.report.terminal import print_report
-    from export.write_bundle import write_bundle
+    from export.bundle.write import write_bundle
 
     root.mkdir(parents=True, exist_ok=True)
     artifacts = [line.directory for line in plan]

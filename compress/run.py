@@ -20,15 +20,15 @@ from compress.data.dataset import Dataset, open_dataset
 from compress.errors import CompressError
 from compress.log import StageLog
 from compress.models.architectures import build
+from compress.models.saved import Architecture, load_float
 from compress.models.structure import check_output, count
 from compress.models.weights import load_weights_
-from compress.network import Architecture, load_float
-from compress.recipe import Model, Recipe
-from compress.recipe_stages import Fit, StudentStage
-from compress.settings import data_settings
-from compress.tasks import TASKS, Task, evaluate
-from compress.train import Loop, Network, Step, fit, place_
-from export.targets import TARGETS, Target, resolve_target
+from compress.recipe.arguments import data_settings
+from compress.recipe.schema import Model, Recipe
+from compress.recipe.stages import Fit, StudentStage
+from compress.tasks.task import TASKS, Task, evaluate
+from compress.training.loop import Loop, Network, Step, fit, place_
+from export.onnx_file.targets import TARGETS, Target, resolve_target
 
 # One rank exports and benches while the others wait at the barrier; that can take long.
 PATIENCE = timedelta(hours=12)

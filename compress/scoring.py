@@ -8,10 +8,10 @@ from torch import nn
 
 from compress.quant.sensitivity import Sensitivity, sensitivity
 from compress.run import Run, as_numpy
-from export.accuracy import Score, score
-from export.latency import speedup, time_sessions
-from export.session import bind, open_session
-from export.targets import Target, host_target
+from export.onnx_file.targets import Target, host_target
+from export.runtime.accuracy import Score, score
+from export.runtime.latency import speedup, time_sessions
+from export.runtime.session import bind, open_session
 
 LATENCY_SECONDS, LATENCY_BLOCKS = 0.5, 6
 SENSITIVITY_IMAGES = 128  # each layer takes one pass over them

@@ -15,11 +15,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, ValidationError
 
-from compress import strict_yaml
 from compress.errors import CompressError, RecipeError
-from compress.files import ORDER
-from compress.recipe_file import read_recipe
-from compress.section import Section
+from compress.recipe import strict_yaml
+from compress.recipe.read import read_recipe
+from compress.recipe.section import Section
+from export.onnx_file.roles import ORDER
 
 
 class Study(Section):

@@ -14,17 +14,17 @@ from pathlib import Path
 import onnx
 from onnx import NodeProto, TensorProto
 
-from export.bundle import read_bundle
+from export.bundle.read import read_bundle
+from export.bundle.sandbox import require_sound, vet
+from export.command.table import table
 from export.errors import BundleError
-from export.macs import macs
-from export.model_file import parse, precision
-from export.names import SUFFIX, module_of
-from export.node_times import NodeTime, node_times
-from export.optimized import FLOATS, MOVES, float_operators, leftover_qdq, optimize
-from export.sandbox import require_sound, vet
-from export.session import PROVIDERS
-from export.table import table
-from export.wiring import DQ, FLOAT, INTEGER, LAYERS, Q, Wiring, origin, wire
+from export.onnx_file.macs import macs
+from export.onnx_file.model_file import parse, precision
+from export.onnx_file.names import SUFFIX, module_of
+from export.onnx_file.wiring import DQ, FLOAT, INTEGER, LAYERS, Q, Wiring, origin, wire
+from export.proof.optimized import FLOATS, MOVES, float_operators, leftover_qdq, optimize
+from export.runtime.node_times import NodeTime, node_times
+from export.runtime.session import PROVIDERS
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,20 @@ from pathlib import Path
 
 import numpy as np
 
-from export.accuracy import accuracy, score
-from export.bench_json import STUDENT, AccuracyRow, BenchJson, Setting, TimingRow, timing_row
-from export.bundle import Bundle, read_bundle
-from export.cuda_options import describe, fastest
-from export.environment import environment
+from export.bundle.read import Bundle, read_bundle
+from export.bundle.sandbox import vet
+from export.command.table import table
 from export.errors import BundleError
-from export.images import labelled_batches
-from export.latency import Timing, speedup, time_sessions
-from export.memory import peak_memory_mb
-from export.model_file import ModelFile, inspect
-from export.sandbox import vet
-from export.session import CPU, PROVIDERS, Run, available_providers, bind, open_session, resize_input
-from export.table import table
-from export.targets import TARGET_PROVIDERS, host_target
+from export.images.read import labelled_batches
+from export.onnx_file.model_file import ModelFile, inspect
+from export.onnx_file.targets import TARGET_PROVIDERS, host_target
+from export.runtime.accuracy import accuracy, score
+from export.runtime.cuda_options import describe, fastest
+from export.runtime.environment import environment
+from export.runtime.latency import Timing, speedup, time_sessions
+from export.runtime.memory import peak_memory_mb
+from export.runtime.rows import STUDENT, AccuracyRow, BenchJson, Setting, TimingRow, timing_row
+from export.runtime.session import CPU, PROVIDERS, Run, available_providers, bind, open_session, resize_input
 
 SLOW = 3.0  # a float16 file that is slower than float32 by this factor runs on emulated kernels: one row says it all
 

@@ -12,14 +12,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypedDict
 
-from export.arguments import at_least, chosen, positive
-from export.bundle import Bundle, read_bundle
-from export.environment import environment
+from export.bundle.read import Bundle, read_bundle
+from export.bundle.sandbox import vet
+from export.command.arguments import at_least, chosen, positive
+from export.command.table import table
 from export.errors import BundleError
-from export.sandbox import vet
-from export.session import DTYPES, open_session
-from export.table import table
-from export.workers import capacity
+from export.runtime.environment import environment
+from export.runtime.session import DTYPES, open_session
+from export.serving.workers import capacity
 
 SCENARIOS = ("single_stream", "multi_stream", "offline", "server")
 NOTICE = (
@@ -53,7 +53,7 @@ def measure(bundle: Bundle, arguments: argparse.Namespace) -> LoadJson:
 
     Raises BundleError for a file that cannot run, and for a rate that the machine cannot follow.
     """
-    from export.scenarios import loadgen_version, run_scenario
+    from export.serving.scenarios import loadgen_version, run_scenario
 
     path = chosen(bundle, arguments.file)
     session = open_session(path, threads=arguments.threads)

@@ -11,13 +11,13 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from export.arguments import at_least, chosen
-from export.bundle import Bundle, read_bundle
+from export.bundle.read import Bundle, read_bundle
+from export.bundle.sandbox import vet
+from export.command.arguments import at_least, chosen
+from export.command.table import table
 from export.errors import BundleError
-from export.images import Preprocess, read_image
-from export.sandbox import vet
-from export.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
-from export.table import table
+from export.images.read import Preprocess, read_image
+from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
 
 
 def probabilities(session: onnxruntime.InferenceSession, preprocess: Preprocess, path: Path) -> NDArray[np.float64]:

@@ -12,12 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from export.arguments import at_least, chosen
-from export.bundle import NAME, Bundle, read_bundle
+from export.bundle.read import NAME, Bundle, read_bundle
+from export.bundle.sandbox import vet
+from export.command.arguments import at_least, chosen
 from export.errors import BundleError
-from export.model_file import inspect
-from export.sandbox import vet
-from export.session import open_session
+from export.onnx_file.model_file import inspect
+from export.runtime.session import open_session
 
 INSTALL = (
     "serving needs KServe's Python SDK: python -m pip install kserve, "
@@ -41,7 +41,7 @@ def serve(bundle: Bundle, arguments: argparse.Namespace) -> None:
     # Here, for KServe's import takes seconds and is not there everywhere.
     import uvicorn
 
-    from export.open_inference import SessionModel, application
+    from export.serving.open_inference import SessionModel, application
 
     app = application(SessionModel(bundle.name, session, inspect(path), max_batch=arguments.max_batch))
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE)

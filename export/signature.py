@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from export.bundle import SIGNATURE, read_bundle
+from export.bundle.read import SIGNATURE, read_bundle
 from export.errors import BundleError
 
 

@@ -17,20 +17,20 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from export.bundle import Bundle, read_bundle
-from export.distance import Distance
+from export.bundle.read import Bundle, read_bundle
+from export.bundle.sandbox import require_sound, vet
+from export.command.table import table
 from export.errors import BundleError
-from export.graph import OUTPUT as LOGITS
-from export.images import labelled_batches
-from export.intervals import clopper_pearson
-from export.model_file import parse, precision
-from export.names import module_of
-from export.sandbox import require_sound, vet
-from export.saturation import modules, saturation_possible
-from export.session import RUNTIME_ERRORS, first_line, open_session
-from export.submodels import IMAGES, Piece, exposed, pieces, quantized_tensors
-from export.table import table
-from export.wiring import Wiring, wire
+from export.images.read import labelled_batches
+from export.onnx_file.graph import OUTPUT as LOGITS
+from export.onnx_file.model_file import parse, precision
+from export.onnx_file.names import module_of
+from export.onnx_file.wiring import Wiring, wire
+from export.proof.distance import Distance
+from export.proof.intervals import clopper_pearson
+from export.proof.saturation import modules, saturation_possible
+from export.proof.submodels import IMAGES, Piece, exposed, pieces, quantized_tensors
+from export.runtime.session import RUNTIME_ERRORS, first_line, open_session
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]

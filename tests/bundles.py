@@ -10,9 +10,9 @@ from onnx_files import save, small_contents
 from quantized_files import SIZE, quantized_network
 from sklearn.datasets import load_digits
 
-from export.graph import to_float16
+from export.bundle.write import Contents
+from export.onnx_file.graph import to_float16
 from export.serving.triton import Serving
-from export.write_bundle import Contents
 
 LAYERS = ("conv1", "conv2", "head")
 GRIDS = tuple(f"quantizer_{name}" for name in ("x", "conv1", "conv2", "add", "pool", "flatten"))

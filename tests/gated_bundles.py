@@ -9,12 +9,12 @@ from onnx import ModelProto
 from onnx_files import LABELS, save, small_contents
 from quantized_files import SIZE, changed, constant, quantized_network
 
+from export.bundle.write import Contents, write_bundle
 from export.gate.checks import Limits
 from export.gate.commands import update
 from export.gate.latency import Plan
-from export.images import Preprocess
-from export.session import open_session
-from export.write_bundle import Contents, write_bundle
+from export.images.read import Preprocess
+from export.runtime.session import open_session
 
 LAYERS = ("conv1", "conv2", "head")
 QUANTIZERS = tuple(f"quantizer_{name}" for name in ("x", "conv1", "conv2", "add", "pool", "flatten"))

@@ -26,16 +26,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import compress.data.dataset
-from compress.compilation import wait
 from compress.data.batches import Batch
 from compress.data.folders import list_folder
-from compress.distillation import supervised_step
+from compress.distillation.step import supervised_step
 from compress.log import StageLog, quiet_libraries
 from compress.models.architectures import build
-from compress.recipe import Recipe
-from compress.recipe_stages import Fit
+from compress.recipe.schema import Recipe
+from compress.recipe.stages import Fit
 from compress.run import Run, open_run
-from compress.train import Step, make_optimizer, place_, precision_of
+from compress.training.compilation import wait
+from compress.training.loop import Step, make_optimizer, place_, precision_of
 
 AUGMENT = {"crop": "random_resized", "flip": True}
 WARM_UP, MINIMAL_STEPS = 2, 8

@@ -22,17 +22,17 @@ from torch.nn import functional as F
 
 from compress.models.architectures import build
 from compress.models.structure import classifier, count
-from compress.pruning.layers import measure_layers
+from compress.pruning.costs import measure_layers
 from compress.pruning.plan import choose, cut_, find_groups, smallest_widths
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, float_on_purpose, freeze_batchnorm_, prepare
 from compress.quant.reference import reference_of
 from export.audit import audit
-from export.graph import weight_levels
-from export.latency import Speedup, speedup, time_sessions
-from export.session import bind, open_session
-from export.targets import TARGETS
-from export.to_onnx import to_onnx
+from export.onnx_file.graph import weight_levels
+from export.onnx_file.targets import TARGETS
+from export.onnx_file.to_onnx import to_onnx
+from export.runtime.latency import Speedup, speedup, time_sessions
+from export.runtime.session import bind, open_session
 from export.verify import verify
 
 # The smallest images that an architecture takes with something left to convolve: ViT has one size; of Swin's multiply-accumulates at 64

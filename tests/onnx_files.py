@@ -8,8 +8,8 @@ import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
+from export.bundle.write import Contents, write_bundle
 from export.serving.triton import Serving
-from export.write_bundle import Contents, write_bundle
 
 PREPROCESS = {"image_size": 16, "resize_to": 18, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
 LABELS = ("cat", "dog", "gnu")

@@ -9,8 +9,8 @@ from onnx import ModelProto, helper
 from onnx_files import PREPROCESS, classifier, save
 from quantized_files import SIZE, quantized_network
 
+from export.bundle.write import Contents, write_bundle
 from export.serving.triton import Serving
-from export.write_bundle import Contents, write_bundle
 
 LABELS = ("cat", "dog", "gnu")
 SMALL = PREPROCESS | {"image_size": SIZE, "resize_to": SIZE + 2, "interpolation": "bilinear (antialias)"}

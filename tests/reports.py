@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from compress.recipe import Recipe
+from compress.recipe.schema import Recipe
 from compress.report.collect import collect
 from compress.report.comparison.candidate import Subject
 from compress.report.comparison.compare import Comparison, compare

@@ -13,10 +13,10 @@ from quantized_files import SIZE, WIDTH, changed, quantized_network
 
 from export.audit import Audit, audit, main, over_limits, slowest
 from export.errors import BundleError
-from export.graph import to_float16
-from export.macs import macs
-from export.session import available_providers
-from export.wiring import wire
+from export.onnx_file.graph import to_float16
+from export.onnx_file.macs import macs
+from export.onnx_file.wiring import wire
+from export.runtime.session import available_providers
 
 MACS = {"conv1/Conv": 9 * 3 * WIDTH * SIZE**2, "conv2/Conv": 9 * WIDTH**2 * SIZE**2, "head/Gemm": 3 * WIDTH}
 

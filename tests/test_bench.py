@@ -9,15 +9,15 @@ import pytest
 from onnx_files import class_folders, classifier, colour_reader, save, small_files, write_small_bundle
 
 from export import bench as bench_module
-from export.accuracy import Score, accuracy, score
 from export.bench import bench
-from export.bench_json import BenchJson, TimingRow
-from export.environment import environment, fingerprint
 from export.errors import BundleError
-from export.memory import peak_memory_mb
-from export.model_file import inspect
-from export.session import CPU, CUDA, available_providers, bind, open_session, resize_input
-from export.targets import TARGETS, host_target
+from export.onnx_file.model_file import inspect
+from export.onnx_file.targets import TARGETS, host_target
+from export.runtime.accuracy import Score, accuracy, score
+from export.runtime.environment import environment, fingerprint
+from export.runtime.memory import peak_memory_mb
+from export.runtime.rows import BenchJson, TimingRow
+from export.runtime.session import CPU, CUDA, available_providers, bind, open_session, resize_input
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -18,9 +18,9 @@ from compress import log, pipeline
 from compress.cli import app
 from compress.errors import DataError
 from compress.pipeline import PlanLine
-from compress.recipe import Recipe
-from compress.recipe_file import read_recipe
-from compress.recipe_reference import reference
+from compress.recipe.read import read_recipe
+from compress.recipe.reference import reference
+from compress.recipe.schema import Recipe
 from export.errors import BundleError
 
 Invoke = Callable[..., Result]
@@ -231,7 +231,7 @@ def test_check_and_plan_import_no_torch(command: str, recipe_path: Path) -> None
     words = [sys.executable, "-X", "importtime", "-m", "compress.cli", command, str(recipe_path)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "compress.recipe" in imported
+    assert "compress.recipe.schema" in imported
     assert not imported & {"torch", "torchvision", "timm"}
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from compress import doctor
 from compress.doctor import Finding
-from export.targets import TARGETS
+from export.onnx_file.targets import TARGETS
 
 
 def test_a_package_is_judged_by_the_distributions_own_requirement() -> None:

@@ -18,15 +18,15 @@ from compress.artifact import is_complete, read_meta
 from compress.errors import ArtifactError, CompressError
 from compress.log import StageLog
 from compress.pipeline import plan_recipe, run_recipe, run_stage
-from compress.recipe import Recipe
-from compress.recipe_file import read_recipe
-from compress.recipe_stages import QatStage
+from compress.recipe.read import read_recipe
+from compress.recipe.schema import Recipe
+from compress.recipe.stages import QatStage
 from compress.report.shape import Report
 from compress.stages import qat
-from export.bundle import read_bundle
-from export.check import check_bundle
-from export.graph import weight_levels
-from export.targets import TARGETS
+from export.bundle.read import read_bundle
+from export.check.__main__ import check_bundle
+from export.onnx_file.graph import weight_levels
+from export.onnx_file.targets import TARGETS
 
 RECIPE = """
 name: small
@@ -391,7 +391,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 def test_the_plan_command_imports_no_torch(tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text(RECIPE)
     code = (
-        "import sys; from pathlib import Path; from compress.pipeline import plan_recipe; from compress.recipe_file import read_recipe\n"
+        "import sys; from pathlib import Path; from compress.pipeline import plan_recipe; from compress.recipe.read import read_recipe\n"
         "print(len(plan_recipe(read_recipe(Path(sys.argv[1]))))); assert 'torch' not in sys.modules"
     )
     done = subprocess.run(

@@ -11,7 +11,8 @@ import pytest
 from onnx_files import classifier, colour_reader, save, write_small_bundle
 from PIL import Image
 
-from export import images, predict
+from export import predict
+from export.images import read as images
 
 ROOT = Path(__file__).parent.parent
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)  # of the small bundle

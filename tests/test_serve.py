@@ -29,7 +29,7 @@ from elsewhere.serving import (
 from numpy.typing import NDArray
 from onnx_files import small_files, write_small_bundle
 
-from export.bundle import read_bundle
+from export.bundle.read import read_bundle
 
 INFER = "/v2/models/small/infer"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_there(), reason="run `make elsewhere`")]

@@ -9,11 +9,11 @@ from test_pipeline import run as run_small
 
 from compress.artifact import lineage, read_meta
 from compress.errors import CompressError, RecipeError
-from compress.network import read_architecture
+from compress.models.saved import read_architecture
 from compress.pipeline import plan_recipe, run_recipe
-from compress.recipe import Recipe
-from compress.recipe_file import read_recipe, write_recipe
-from export.bundle import read_bundle
+from compress.recipe.read import read_recipe, write_recipe
+from compress.recipe.schema import Recipe
+from export.bundle.read import read_bundle
 
 NETWORKS = Path(__file__).with_name("networks.py")
 REST = """

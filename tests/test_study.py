@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from compress.errors import CompressError
-from compress.recipe_file import read_recipe
+from compress.recipe.read import read_recipe
 from compress.study import measurements, read_study, run_study
 
 STUDIES = sorted((Path(__file__).parent.parent / "recipes" / "studies").glob("*.yaml"))

@@ -17,16 +17,16 @@ from onnx_files import class_folders, classifier, save, write_small_bundle
 from quantized_files import SIZE, changed, constant, images, quantized_network, vpmaddubsw_product
 
 from export import verify as verify_module
-from export.distance import Distance
 from export.errors import BundleError
-from export.intervals import clopper_pearson
-from export.optimized import optimize
-from export.saturation import can_saturate, inner_order, saturation_possible, weight_sum
-from export.session import CPU, open_session
-from export.submodels import Piece, pieces
-from export.targets import host_target
+from export.onnx_file.targets import host_target
+from export.onnx_file.wiring import wire
+from export.proof.distance import Distance
+from export.proof.intervals import clopper_pearson
+from export.proof.optimized import optimize
+from export.proof.saturation import can_saturate, inner_order, saturation_possible, weight_sum
+from export.proof.submodels import Piece, pieces
+from export.runtime.session import CPU, open_session
 from export.verify import file_reference, main, verify
-from export.wiring import wire
 
 Floats = NDArray[np.float32]
 
@@ -201,7 +201,7 @@ EMULATED = """
 import sys
 from pathlib import Path
 import numpy as np
-from export.session import open_session
+from export.runtime.session import open_session
 from export.verify import verify
 folder = Path(sys.argv[1])
 images = np.load(folder / "images.npy")

@@ -26,17 +26,17 @@ from compress.models.architectures import build
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, prepare
 from export.bench import print_live
-from export.bundle import read_bundle
-from export.environment import environment
+from export.bundle.read import read_bundle
+from export.bundle.write import write_bundle
 from export.gate.accuracy import accuracy_checks
 from export.gate.answers import Answers, ask
 from export.gate.checks import Limits
 from export.gate.latency import Opener, Plan, compare, judge, opener, record, self_test
-from export.images import Preprocess
-from export.session import Run
-from export.targets import TARGETS, host_target
-from export.to_onnx import to_onnx
-from export.write_bundle import write_bundle
+from export.images.read import Preprocess
+from export.onnx_file.targets import TARGETS, host_target
+from export.onnx_file.to_onnx import to_onnx
+from export.runtime.environment import environment
+from export.runtime.session import Run
 
 TRIALS = 30
 SIZE = 64

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
-from compress.pruning.layers import is_output_cut
+from compress.pruning.costs import is_output_cut
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
+from compress.pruning.costs import CostModel, Layer, is_output_cut
 from compress.pruning.criteria import score
 from compress.pruning.graph import channel_graph
-from compress.pruning.layers import CostModel, Layer, is_output_cut
 
 Goal = Literal["macs", "params"]
 Scope = Literal["global", "local", "isomorphic"]

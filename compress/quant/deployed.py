@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.quant.fake_quant import MIN_SCALE, ActivationQuantizer, per_channel
-from export.targets import Target
+from export.onnx_file.targets import Target
 
 ONNX_VERSION = 18
 Norm = nn.modules.batchnorm._BatchNorm

@@ -1,7 +1,7 @@
 """The modules that simulate INT8 while training.
 
 The numbers are those of Jacob et al. 2018 (Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference),
-eq. 1: real = scale * (level - zero_point), on the grid that `export.targets.Target` gives. Ranges are either measured (a moving average)
+eq. 1: real = scale * (level - zero_point), on the grid that `export.onnx_file.targets.Target` gives. Ranges are either measured (a moving average)
 or learned (`compress.quant.lsq`).
 """
 
@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from compress.quant.lsq import round_learned, scale_gradient
-from export.targets import Target
+from export.onnx_file.targets import Target
 
 Ranges = Literal["moving_average", "lsq"]
 

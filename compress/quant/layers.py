@@ -22,7 +22,7 @@ from compress.quant.fake_quant import (
     weight_scale,
 )
 from compress.quant.lsq import round_learned, scale_gradient
-from export.targets import Target
+from export.onnx_file.targets import Target
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ModelError
-from export.targets import Target
+from export.onnx_file.targets import Target
 
 # Its names for the observers: a moving average of the extremes, and a histogram whose range has the least squared error.
 Algorithm = Literal["minmax", "kl"]

@@ -12,8 +12,7 @@ from torch import Tensor, fx, nn
 from compress.errors import ModelError
 from compress.quant.deployed import DeployedQuantizer, DeployedSameRange, FloatGuard
 from compress.quant.fake_quant import ActivationQuantizer, HardSigmoidQuantizer, Ranges, SameRange
-from compress.quant.layers import Kernel, QuantConv2d, QuantLayer, QuantLinear, QuantNorm, QuantNorm1d, QuantNorm2d
-from compress.quant.placement import (
+from compress.quant.graph.placement import (
     CLIPS,
     LAYERS,
     NORMS,
@@ -25,9 +24,10 @@ from compress.quant.placement import (
     place_quantizers_,
     runs_in_integers,
 )
-from compress.quant.rewrite import traced
-from compress.quant.trace import called
-from export.targets import Target
+from compress.quant.graph.rewrite import traced
+from compress.quant.graph.trace import called
+from compress.quant.layers import Kernel, QuantConv2d, QuantLayer, QuantLinear, QuantNorm, QuantNorm1d, QuantNorm2d
+from export.onnx_file.targets import Target
 
 PLAIN = (nn.Conv2d, nn.Linear)
 QUANTIZED_NORMS: dict[type, type[QuantNorm]] = {nn.BatchNorm1d: QuantNorm1d, nn.BatchNorm2d: QuantNorm2d}

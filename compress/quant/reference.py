@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compress.quant.fake_quant import ActivationQuantizer
-from export.graph import OUTPUT
+from export.onnx_file.graph import OUTPUT
 
 Arrays = Mapping[str, NDArray[np.float32]]
 

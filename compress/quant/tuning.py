@@ -13,7 +13,7 @@ from torch import nn
 
 from compress.artifact import key_of, write_json
 from compress.quant.neural_compressor_ptq import quiet
-from export.accuracy import Score
+from export.runtime.accuracy import Score
 
 ALGORITHM = "compress"  # the name of our exporter in neural-compressor's table of algorithms
 

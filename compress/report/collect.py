@@ -8,12 +8,12 @@ from typing import Any, cast
 
 from compress.artifact import read_meta
 from compress.data.digest import dataset_digest
-from compress.recipe import Recipe
+from compress.recipe.arguments import data_settings
+from compress.recipe.schema import Recipe
 from compress.report.recommend import recommend
 from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report, StageRow
 from compress.report.verdict import judge
-from compress.settings import data_settings
-from export.environment import environment
+from export.runtime.environment import environment
 
 ROW_KEYS = tuple(DeployedRow.__annotations__)
 

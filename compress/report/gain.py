@@ -1,9 +1,9 @@
 """What quantization-aware training gains over post-training quantization, as far as the totals of the same images tell."""
 
-from compress.files import PTQ, QAT
 from compress.report.numbers import loss, percent, points, significant
 from compress.report.shape import DeployedRow, Json, Report
 from compress.report.verdict import any_row
+from export.onnx_file.roles import PTQ, QAT
 
 SIGNIFICANT = 0.05
 

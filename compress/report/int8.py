@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-from compress.files import QAT
 from compress.report.gain import stage_metrics, was_trained
 from compress.report.numbers import UNKNOWN, loss, percent, significant, times
 from compress.report.shape import GroupRow, MethodRow, PtqTarget, Report, TrialRow
 from compress.report.verdict import any_row, target_of
+from export.onnx_file.roles import QAT
 
 ENGINES = {"onnxruntime": "ONNX Runtime", "neural-compressor": "neural-compressor", "compress": "this pipeline"}
 SCORED_IN = {"onnxruntime": "ONNX Runtime", "pytorch": "PyTorch"}

@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-from compress.files import PTQ, QAT
 from compress.report.gain import stage_section
 from compress.report.numbers import UNKNOWN, percent, points, significant
 from compress.report.shape import AuditRow, Report, TensorRow, VerifyRow
 from compress.report.verdict import TOLERANCE, deployed_name
+from export.onnx_file.roles import PTQ, QAT
 
 MAX_TOP1_DIFFERENCE = 0.002  # between PyTorch and ONNX Runtime: 0.2 points, or one image where that is more
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from compress.files import FP16, FP32, PTQ, QAT, TEACHER
 from compress.report.numbers import percent, points, significant, times
 from compress.report.shape import DeployedRow, Report
 from compress.report.verdict import (
@@ -17,6 +16,7 @@ from compress.report.verdict import (
     measure,
     show,
 )
+from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER
 
 TITLES = {  # in the order of the tables
     TEACHER: "Teacher FP32",

@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from compress.files import FP32, TEACHER, deployed
 from compress.report.numbers import percent, times
 from compress.report.shape import DeployedRow, Report, Speedup, Verdict
-from export.targets import TARGET_PROVIDERS, TARGETS
+from export.onnx_file.roles import FP32, TEACHER, deployed
+from export.onnx_file.targets import TARGET_PROVIDERS, TARGETS
 
 TOLERANCE = 1e-9  # a target that is met exactly is met, whatever the last bit says
 CPU = "CPUExecutionProvider"

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from compress.artifact import Metrics, read_meta, write_json
-from compress.files import deployed, files_in
-from compress.recipe_stages import BenchStage
+from compress.recipe.stages import BenchStage
 from compress.run import Run, as_numpy, newest
-from export.accuracy import accuracy, score
 from export.bench import bench
-from export.environment import environment
+from export.onnx_file.roles import deployed, files_in
+from export.runtime.accuracy import accuracy, score
+from export.runtime.environment import environment
 
 
 def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:

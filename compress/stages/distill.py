@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from compress.artifact import Metrics
-from compress.network import read_architecture, save_network
-from compress.recipe_stages import DistillStage
+from compress.distillation.teacher import distil
+from compress.models.saved import read_architecture, save_network
+from compress.recipe.stages import DistillStage
 from compress.run import Run
-from compress.teaching import distil
 
 
 def apply(cfg: DistillStage, src: Path | None, out: Path, run: Run) -> Metrics:

@@ -9,17 +9,17 @@ import onnx
 from torch import fx
 
 from compress.artifact import Metrics, lineage, read_meta, write_json
-from compress.files import FP16, FP32, PTQ, QAT, TEACHER, UINT8, deployed, files_in, name_for
 from compress.log import StageLog
-from compress.network import load_float, load_prepared
+from compress.models.saved import load_float, load_prepared
 from compress.onnx_export import export_network
 from compress.quant.prepare import deploy, float_on_purpose
 from compress.quant.reference import reference_of
-from compress.recipe_stages import AuditLimits, ExportStage
+from compress.recipe.stages import AuditLimits, ExportStage
 from compress.run import Run, as_numpy, float_ancestor, newest
 from export.audit import Audit, audit, over_limits
-from export.graph import save_model, to_float16
-from export.uint8_input import with_uint8_input
+from export.onnx_file.graph import save_model, to_float16
+from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER, UINT8, deployed, files_in, name_for
+from export.onnx_file.uint8_input import with_uint8_input
 from export.verify import Verification, verify
 
 

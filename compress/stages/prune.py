@@ -7,17 +7,17 @@ import torch_pruning as tp
 from torch import nn
 
 from compress.artifact import Metrics, write_json
-from compress.distillation import supervised_step
+from compress.distillation.step import supervised_step
+from compress.distillation.teacher import distil
 from compress.log import StageLog
+from compress.models.saved import example_images, read_architecture, save_network
 from compress.models.structure import classifier, count
-from compress.network import example_images, read_architecture, save_network
+from compress.pruning.costs import measure_layers
 from compress.pruning.criteria import NEEDS_GRADIENTS
-from compress.pruning.layers import measure_layers
 from compress.pruning.plan import Cut, choose, cut_, find_groups, smallest_widths, widths
-from compress.recipe_losses import KD_ONLY
-from compress.recipe_stages import PruneStage
+from compress.recipe.losses import KD_ONLY
+from compress.recipe.stages import PruneStage
 from compress.run import Run
-from compress.teaching import distil
 
 
 def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:

@@ -13,24 +13,24 @@ from torch import Tensor, nn
 
 from compress.artifact import Metrics, read_meta, write_json
 from compress.errors import ModelError
-from compress.files import PTQ
 from compress.log import StageLog
-from compress.network import ARCHITECTURE, WEIGHTS, load_float
+from compress.models.saved import ARCHITECTURE, WEIGHTS, load_float
 from compress.onnx_export import export_network
 from compress.quant import neural_compressor_ptq
 from compress.quant.calibrate import Method, calibrate_, collect, set_ranges_
 from compress.quant.prepare import deploy, prepare
 from compress.quant.tuning import Trial, TrialResult, calibration_trials, choose, fallback_trials, file_of, tune
-from compress.recipe_stages import PtqStage
+from compress.recipe.stages import PtqStage
 from compress.run import Run, as_numpy
 from compress.scoring import faster_than, runs_here, score_file, worst_first
-from compress.train import place_
-from export import ptq
-from export.accuracy import Score, score
+from compress.training.loop import place_
 from export.audit import audit
-from export.graph import save_model, to_float16
-from export.targets import Target
-from export.to_onnx import to_onnx
+from export.onnx_file import ptq
+from export.onnx_file.graph import save_model, to_float16
+from export.onnx_file.roles import PTQ
+from export.onnx_file.targets import Target
+from export.onnx_file.to_onnx import to_onnx
+from export.runtime.accuracy import Score, score
 
 Row = dict[str, Any]
 Name = tuple[str, str]  # engine and method

@@ -9,21 +9,21 @@ from typing import Any
 from torch import fx, nn
 
 from compress.artifact import Metrics, read_meta, write_json
+from compress.distillation.teacher import distil
 from compress.log import StageLog
-from compress.network import Architecture, load_float, prepare_as, read_architecture, save_network
+from compress.models.saved import Architecture, load_float, prepare_as, read_architecture, save_network
 from compress.onnx_export import export_network
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, freeze_batchnorm_, reestimate_batchnorm_, set_phase_
 from compress.quant.tuning import Trial, fallback_trials, tune
-from compress.recipe_stages import QatStage
+from compress.recipe.arguments import qat_fit
+from compress.recipe.stages import QatStage
 from compress.run import Run, newest
 from compress.scoring import faster_than, runs_here, score_file, worst_first
-from compress.settings import qat_fit
-from compress.tasks import evaluate
-from compress.teaching import distil
-from compress.train import place_
-from export.accuracy import Score
-from export.targets import Target
+from compress.tasks.task import evaluate
+from compress.training.loop import place_
+from export.onnx_file.targets import Target
+from export.runtime.accuracy import Score
 
 MAX_TRIALS = 8
 

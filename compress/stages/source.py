@@ -5,12 +5,12 @@ from pathlib import Path
 from torch import nn
 
 from compress.artifact import Metrics
-from compress.distillation import check_layers, supervised_step
+from compress.distillation.step import check_layers, supervised_step
 from compress.models.architectures import build
-from compress.network import example_images, save_network
+from compress.models.saved import example_images, save_network
 from compress.pruning.plan import find_groups
-from compress.quant.trace import trace
-from compress.recipe_stages import DistillStage, QatStage, SourceStage, StudentStage
+from compress.quant.graph.trace import trace
+from compress.recipe.stages import DistillStage, QatStage, SourceStage, StudentStage
 from compress.run import Run
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from compress.artifact import Metrics
-from compress.network import save_network
-from compress.recipe_stages import StudentStage
+from compress.models.saved import save_network
+from compress.recipe.stages import StudentStage
 from compress.run import Run
 
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.accuracy import score
-from export.bundle import Bundle
-from export.images import Labelled, identified_batches
+from export.bundle.read import Bundle
+from export.images.read import Labelled, identified_batches
+from export.runtime.accuracy import score
 
 
 @dataclass(frozen=True)

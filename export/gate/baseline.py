@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from export.environment import fingerprint
 from export.errors import BundleError
 from export.gate.answers import Answers, answers_from_json
 from export.gate.facts import Facts
 from export.gate.latency import Recorded
+from export.runtime.environment import fingerprint
 
 SCHEMA_VERSION = 1
 

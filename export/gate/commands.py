@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from export.environment import environment, fingerprint
 from export.errors import BundleError
 from export.gate.baseline import find_baseline, read_baseline, write_baseline
 from export.gate.checks import Limits, Verdict
@@ -12,6 +11,7 @@ from export.gate.latency import Plan
 from export.gate.record import accept
 from export.gate.run import gate
 from export.gate.subject import BrokenBundleError, Subject, open_subject
+from export.runtime.environment import environment, fingerprint
 
 BASELINES = Path("baselines")
 Progress = Callable[[str], None]

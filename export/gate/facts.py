@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from export.audit import audit
-from export.inside import sha256
-from export.macs import macs
-from export.model_file import inspect, parse
-from export.saturation import modules, saturation_possible
-from export.wiring import wire
+from export.bundle.inside import sha256
+from export.onnx_file.macs import macs
+from export.onnx_file.model_file import inspect, parse
+from export.onnx_file.wiring import wire
+from export.proof.saturation import modules, saturation_possible
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import numpy as np
 
 from export.errors import BundleError
 from export.gate.checks import Check, Status
-from export.images import Preprocess
-from export.latency import Floats, Speedup, Timing, change, time_sessions
-from export.session import Run, bind, open_session
+from export.images.read import Preprocess
+from export.runtime.latency import Floats, Speedup, Timing, change, time_sessions
+from export.runtime.session import Run, bind, open_session
 
 Opener = Callable[[], Run]
 """Opens a session anew and returns the call that runs it once."""

@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict
 from xml.etree import ElementTree
 
+from export.command.table import table
 from export.gate.checks import EXIT_CODES, Check, Status, Verdict
-from export.table import table
 
 HEADER = ("check", "verdict", "baseline", "now", "limit")
 CONCLUSIONS: dict[Status, str] = {

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from export.bench_json import STUDENT, TEACHER
-from export.environment import environment
 from export.errors import BundleError
 from export.gate.answers import ask
 from export.gate.baseline import Baseline
 from export.gate.checks import Limits
 from export.gate.latency import Plan, opener, record, self_test
 from export.gate.subject import Subject
+from export.runtime.environment import environment
+from export.runtime.rows import STUDENT, TEACHER
 
 
 def reference_of(subject: Subject) -> str | None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from export.environment import environment, fingerprint
 from export.gate.accuracy import accuracy_checks
 from export.gate.answers import ask
 from export.gate.baseline import Baseline, runtime_of
@@ -16,7 +15,8 @@ from export.gate.facts import same_work
 from export.gate.hard import hard_checks
 from export.gate.latency import NEW, OTHER, Plan, compare, judge, opener, self_test
 from export.gate.subject import BrokenBundleError, Subject, open_subject
-from export.latency import Timing
+from export.runtime.environment import environment, fingerprint
+from export.runtime.latency import Timing
 
 Progress = Callable[[str], None]
 Environment = dict[str, Any]

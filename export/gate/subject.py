@@ -4,13 +4,13 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from export.bundle import Bundle, read_bundle
+from export.bundle.golden import answer
+from export.bundle.read import Bundle, read_bundle
+from export.bundle.sandbox import vet
 from export.errors import BundleError
 from export.gate.checks import Check
 from export.gate.facts import all_facts
 from export.gate.hard import Now
-from export.golden import answer
-from export.sandbox import vet
 
 
 class BrokenBundleError(BundleError):

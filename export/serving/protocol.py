@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.model_file import ModelFile
+from export.onnx_file.model_file import ModelFile
 from export.serving.triton import DATATYPES, Serving, write_text
 
 Floats = NDArray[np.floating[Any]]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from export.model_file import ModelFile
+from export.onnx_file.model_file import ModelFile
 
 Kind = Literal["cpu", "cuda", "tensorrt"]
 DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8"}  # Triton's and the Open Inference Protocol's

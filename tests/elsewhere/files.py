@@ -18,11 +18,11 @@ from torch import nn
 
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, prepare
-from export.graph import save_model, to_float16
-from export.images import Preprocess
-from export.targets import TARGETS
-from export.to_onnx import to_onnx
-from export.uint8_input import PIXELS, with_uint8_input
+from export.images.read import Preprocess
+from export.onnx_file.graph import save_model, to_float16
+from export.onnx_file.targets import TARGETS
+from export.onnx_file.to_onnx import to_onnx
+from export.onnx_file.uint8_input import PIXELS, with_uint8_input
 
 Logits = dict[str, NDArray[np.float32]]
 

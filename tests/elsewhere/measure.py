@@ -15,9 +15,9 @@ from networks import Mobile, Residual
 from numpy.typing import NDArray
 
 from elsewhere.files import PROGRAMS, agreement, is_there, run, run_here, top1, write_digits, write_pixel_form
-from export.bundle import read_preprocess
-from export.images import folder_examples
-from export.targets import INT8_TARGETS
+from export.bundle.read import read_preprocess
+from export.images.read import folder_examples
+from export.onnx_file.targets import INT8_TARGETS
 
 
 def write_bundle_inputs(bundle: Path, data: Path, folder: Path) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 from numpy.typing import NDArray
 
-from export.scenarios import SCENARIOS, run_scenario
+from export.serving.scenarios import SCENARIOS, run_scenario
 
 
 class Sleeper:

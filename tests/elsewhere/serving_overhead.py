@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from elsewhere.serving import Body, as_binary, as_json, served
-from export.arguments import chosen
-from export.bundle import read_bundle
-from export.latency import time_sessions
-from export.session import open_session
-from export.table import table
+from export.bundle.read import read_bundle
+from export.command.arguments import chosen
+from export.command.table import table
+from export.runtime.latency import time_sessions
+from export.runtime.session import open_session
 
 
 def main(path: Path, seconds: float) -> None:

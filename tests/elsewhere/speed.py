@@ -19,8 +19,8 @@ from compress.models.architectures import build
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, prepare
 from export.audit import audit
-from export.session import bind, open_session
-from export.to_onnx import to_onnx
+from export.onnx_file.to_onnx import to_onnx
+from export.runtime.session import bind, open_session
 
 SIZE, SECONDS = 224, 3.0
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from planted import seal, write_tagged_bundle
 
-from export.bundle import examine, inspect_here
-from export.check import astray
+from export.bundle.read import examine, inspect_here
+from export.check.__main__ import astray
 from export.errors import MAX_LENGTH, BundleError
-from export.model_file import parse, precision
+from export.onnx_file.model_file import parse, precision
 
 MODEL = "student_int8.onnx"
 TARGETS = ("SHA256SUMS", "bundle.json", "preprocess.json", "labels.txt", "golden/student_int8.npy", MODEL)

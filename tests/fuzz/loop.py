@@ -21,10 +21,10 @@ import atheris
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 with atheris.instrument_imports(include=["export", "json"]):
-    from export.bundle import Bundle, read_bundle
+    from export.bundle.read import Bundle, read_bundle
+    from export.bundle.sandbox import vet
+    from export.check.promises import broken_promises
     from export.errors import BundleError
-    from export.promises import broken_promises
-    from export.sandbox import vet
     from fuzz.harness import MODEL, TARGETS, Template
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from compress.files import TEACHER
 from compress.report import summary
 from compress.report.shape import DeployedRow, Json, Report, Speedup, Verdict
 from compress.report.verdict import (
@@ -15,7 +14,8 @@ from compress.report.verdict import (
     headline_provider,
     target_of,
 )
-from export.intervals import clopper_pearson
+from export.onnx_file.roles import TEACHER
+from export.proof.intervals import clopper_pearson
 
 MAX_IMAGES = 10_000_000  # more would be a mistake in the file, and the interval's sums would fill the memory
 

@@ -8,7 +8,7 @@ from compress.report.comparison.candidate import Candidate
 from compress.report.comparison.words import sentence
 from compress.report.numbers import significant
 from compress.report.shape import Report
-from export.environment import HARDWARE
+from export.runtime.environment import HARDWARE
 
 SpeedBy = Literal["latency", "speedup"]
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")

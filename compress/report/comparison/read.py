@@ -13,10 +13,10 @@ from compress.errors import ArtifactError
 from compress.report.comparison.candidate import Subject
 from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report
 from compress.report.verdict import deployed_name
-from export.bundle import MANIFEST, PREPROCESS
+from export.bundle.inside import MAX_TEXT_BYTES, contained, read_json, read_sums, read_text, sha256
+from export.bundle.read import MANIFEST, PREPROCESS
 from export.errors import BundleError
-from export.inside import MAX_TEXT_BYTES, contained, read_json, read_sums, read_text, sha256
-from export.targets import TARGETS
+from export.onnx_file.targets import TARGETS
 
 REPORT = "report.json"
 

@@ -1,0 +1,85 @@
+"""A network on disk: architecture and cuts as JSON, weights as safetensors. No pickles."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import fx, nn
+
+from compress.artifact import write_json
+from compress.models.architectures import build
+from compress.pruning.plan import Cut, cut_
+from compress.quant.fake_quant import Ranges
+from compress.quant.prepare import prepare
+from export.onnx_file.targets import TARGETS
+
+ARCHITECTURE, WEIGHTS = "architecture.json", "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What rebuilds a network before its weights are loaded."""
+
+    arch: str
+    num_classes: int
+    image_size: int
+    cuts: tuple[tuple[Cut, ...], ...] = ()  # one entry for each pruning step, in order
+    target: str | None = None  # the grid of a fake-quantized network, and what `prepare` was asked for
+    ranges: Ranges = "moving_average"
+    keep_float: tuple[str, ...] = ()
+
+    def pruned(self, *steps: tuple[Cut, ...]) -> "Architecture":
+        """Return the architecture after further cuts."""
+        return replace(self, cuts=self.cuts + steps)
+
+
+def example_images(image_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return one input (1, 3, image_size, image_size) for tracing."""
+    return torch.zeros(1, 3, image_size, image_size, device=device)
+
+
+def save_network(model: nn.Module, architecture: Architecture, directory: Path) -> None:
+    """Write a network's two files."""
+    write_json(directory / ARCHITECTURE, asdict(architecture))
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    save_file(tensors, directory / WEIGHTS)
+
+
+def read_architecture(directory: Path) -> Architecture:
+    """Read what `save_network` wrote."""
+    value = json.loads((directory / ARCHITECTURE).read_text())
+    cuts = tuple(tuple(Cut(cut["root"], tuple(cut["remove"])) for cut in step) for step in value.pop("cuts"))
+    keep_float = tuple(value.pop("keep_float", ()))  # float networks of version 0.1.0 do not say
+    return Architecture(**value, cuts=cuts, keep_float=keep_float)
+
+
+def rebuild(architecture: Architecture, *, trust_code: bool) -> nn.Module:
+    """Return the pruned float network with random weights, in eval mode on the CPU."""
+    model = build(architecture.arch, num_classes=architecture.num_classes, trust_code=trust_code).eval()
+    for step in architecture.cuts:
+        cut_(model, example_images(architecture.image_size), step)
+    return model
+
+
+def load_float(directory: Path, *, trust_code: bool) -> nn.Module:
+    """Return the float network of an artifact, in eval mode on the CPU."""
+    model = rebuild(read_architecture(directory), trust_code=trust_code)
+    model.load_state_dict(load_file(directory / WEIGHTS))
+    return model.eval()
+
+
+def prepare_as(architecture: Architecture, model: nn.Module) -> fx.GraphModule:
+    """Return the float network fake-quantized as the architecture says, its ranges not set yet."""
+    assert architecture.target is not None
+    target = TARGETS[architecture.target]
+    return prepare(model, target, ranges=architecture.ranges, keep_float=architecture.keep_float)
+
+
+def load_prepared(directory: Path, *, trust_code: bool) -> fx.GraphModule:
+    """Return a fake-quantized network, in eval mode on the CPU, its ranges frozen."""
+    architecture = read_architecture(directory)
+    model = prepare_as(architecture, rebuild(architecture, trust_code=trust_code))
+    model.load_state_dict(load_file(directory / WEIGHTS))
+    return model.eval()

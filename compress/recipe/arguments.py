@@ -1,0 +1,48 @@
+"""Translate a recipe's sections into the plain arguments that algorithms take. Imports no torch."""
+
+from pathlib import Path
+
+from compress.data.digest import DataSettings
+from compress.recipe.schema import Recipe
+from compress.recipe.stages import DistillStage, Fit, QatStage, SourceStage
+
+
+def data_settings(recipe: Recipe) -> DataSettings:
+    """Return what decides a recipe's images, their split and their preprocessing."""
+    data = recipe.data
+    return DataSettings(
+        name=data.dataset,
+        path=None if data.path is None else Path(data.path),
+        image_size=data.image_size,
+        resize=data.resize,
+        mean=data.mean,
+        std=data.std,
+        val_fraction=data.val_fraction,
+        limit_per_class=data.limit_per_class,
+        skip_broken=data.skip_broken,
+        seed=recipe.seed,
+    )
+
+
+def qat_fit(cfg: QatStage, recipe: Recipe) -> Fit:
+    """Return how quantization-aware training runs: as the recipe says, or a tenth of the last float training at a hundredth of its rate, with a cosine.
+
+    Krishnamoorthi 2018 (Quantizing deep convolutional networks, section 4) and NVIDIA's QAT guide (2021) start from these.
+    """
+    if cfg.fit is not None:
+        return cfg.fit
+    trained = [
+        section.fit for section in recipe.stages if isinstance(section, SourceStage | DistillStage) and section.fit
+    ]
+    last = trained[-1]
+    return last.model_copy(
+        update={
+            "epochs": max(1, round(last.epochs / 10)),
+            "lr": last.lr / 100,
+            "warmup_epochs": 0.0,
+            "schedule": "cosine",
+            "milestones": (),
+            "decay_vectors": False,  # learned ranges are vectors, too
+            "stop": None,
+        }
+    )

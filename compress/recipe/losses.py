@@ -1,0 +1,174 @@
+"""The losses that a recipe can ask for: one section for each, told apart by `name`. What each computes stands in docs/losses.md."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from compress.recipe.section import Section
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Temperature = Annotated[float, Field(gt=0)]
+Schedule = Literal["constant", "linear_up", "linear_down", "cosine_down"]
+
+
+class Term(Section):
+    """What every loss has."""
+
+    name: str
+    """This loss."""
+    weight: Positive = 1.0
+    """Factor in the sum of losses."""
+    # Left out of the dump where it changes nothing, so that artifacts made before it existed keep their keys.
+    schedule: Annotated[Schedule, Field(exclude_if=lambda schedule: schedule == "constant")] = "constant"
+    """How the weight changes over the training: not at all, linearly from zero, linearly to zero, or to zero by half a cosine."""
+    warmup: Annotated[float, Field(ge=0, le=1, exclude_if=lambda warmup: warmup == 0)] = 0.0
+    """The part of the training over which the weight first rises linearly from zero (DKD's authors: 20 of 240 epochs)."""
+
+
+class CrossEntropyTerm(Term):
+    """Cross-entropy with the labels."""
+
+    name: Literal["cross_entropy"]
+    """This loss."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability moved from the label to all classes evenly."""
+
+
+class LogitTerm(Term):
+    """What every loss between the two networks' logits has."""
+
+    standardize: Annotated[bool, Field(exclude_if=lambda standardize: not standardize)] = False
+    """Give both networks' logits mean 0 and deviation 1 for each image first (Sun 2024, which weighs kd by 9 at temperature 2)."""
+
+
+class KDTerm(LogitTerm):
+    """The teacher's soft targets (Hinton 2015)."""
+
+    name: Literal["kd"]
+    """This loss."""
+    temperature: Temperature = 2.0
+    """Divides both networks' logits before the softmax."""
+
+
+class MSETerm(LogitTerm):
+    """The squared difference of the logits (Ba & Caruana 2014)."""
+
+    name: Literal["mse"]
+    """This loss."""
+
+
+class DKDTerm(LogitTerm):
+    """Decoupled knowledge distillation (Zhao 2022); of mixed targets the most probable class counts."""
+
+    name: Literal["dkd"]
+    """This loss."""
+    alpha: NotNegative = 1.0
+    """Weight of the target class against the rest."""
+    beta: NotNegative = 8.0
+    """Weight of the other classes among themselves (the authors take 8 for CIFAR-100, 0.5 for ImageNet)."""
+    temperature: Temperature = 4.0
+    """Divides both networks' logits before the softmax (the authors take 4 for CIFAR-100, 1 for ImageNet)."""
+
+
+class DISTTerm(LogitTerm):
+    """Correlation of the predictions, image by image and class by class (Huang 2022)."""
+
+    name: Literal["dist"]
+    """This loss."""
+    beta: NotNegative = 1.0
+    """Weight of the correlation over the classes of each image."""
+    gamma: NotNegative = 1.0
+    """Weight of the correlation over the batch for each class."""
+    temperature: Temperature = 1.0
+    """Divides both networks' logits before the softmax."""
+
+
+class NKDTerm(LogitTerm):
+    """Normalized knowledge distillation (Yang 2023); of mixed targets the most probable class counts."""
+
+    name: Literal["nkd"]
+    """This loss."""
+    gamma: NotNegative = 1.5
+    """Weight of the other classes (the authors take 1.5 for ImageNet, 3.5 for CIFAR-100)."""
+    temperature: Temperature = 1.0
+    """Divides the other classes' logits before their softmax (the authors take 1 for ImageNet, 3 for CIFAR-100)."""
+
+
+class FeatureTerm(Term):
+    """What every loss between the two networks' features has."""
+
+    layers: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Module paths in the student whose outputs are compared, in forward order; the loss is the sum over them."""
+    teacher_layers: tuple[str, ...] = ()
+    """Module paths in the teacher, one for each of `layers`; empty takes the same paths."""
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "FeatureTerm":
+        if self.teacher_layers and len(self.teacher_layers) != len(self.layers):
+            raise ValueError(
+                f"teacher_layers: must name one layer for each of the {len(self.layers)} in layers, got {len(self.teacher_layers)}"
+            )
+        return self
+
+
+class FitNetTerm(FeatureTerm):
+    """The squared difference of the features, the student's through a 1 × 1 convolution (Romero 2015)."""
+
+    name: Literal["fitnet"]
+    """This loss."""
+    weight: Positive = 100.0
+    """Factor in the sum of losses (mdistiller's 100)."""
+
+
+class ATTerm(FeatureTerm):
+    """Attention transfer: where in the image the features are strong (Zagoruyko 2017)."""
+
+    name: Literal["at"]
+    """This loss."""
+    weight: Positive = 1000.0
+    """Factor in the sum of losses (mdistiller's 1000)."""
+
+
+class SPTerm(FeatureTerm):
+    """Similarity-preserving: which images of the batch have similar features (Tung 2019)."""
+
+    name: Literal["sp"]
+    """This loss."""
+    weight: Positive = 3000.0
+    """Factor in the sum of losses (the authors' 3000)."""
+
+
+class RKDTerm(FeatureTerm):
+    """Relations: the distances and angles between the images' embeddings (Park 2019)."""
+
+    name: Literal["rkd"]
+    """This loss."""
+    distance: NotNegative = 25.0
+    """Weight of the distances (mdistiller's 25)."""
+    angle: NotNegative = 50.0
+    """Weight of the angles (mdistiller's 50)."""
+
+
+class PKTTerm(FeatureTerm):
+    """Probabilistic transfer: which images are neighbours (Passalis 2018)."""
+
+    name: Literal["pkt"]
+    """This loss."""
+    weight: Positive = 30000.0
+    """Factor in the sum of losses (mdistiller's 30000)."""
+
+
+class ReviewTerm(FeatureTerm):
+    """Knowledge review: earlier layers, fused with all later ones, against the teacher's (Chen 2021)."""
+
+    name: Literal["review"]
+    """This loss."""
+    layers: Annotated[tuple[str, ...], Field(min_length=2)]
+    """Module paths in the student, at least two, in forward order: each is fused with those after it."""
+
+
+AnyLogitTerm = KDTerm | MSETerm | DKDTerm | DISTTerm | NKDTerm
+AnyFeatureTerm = FitNetTerm | ATTerm | SPTerm | RKDTerm | PKTTerm | ReviewTerm
+LossTerm = Annotated[CrossEntropyTerm | AnyLogitTerm | AnyFeatureTerm, Field(discriminator="name")]
+KD_ONLY: tuple[LossTerm, ...] = (KDTerm(name="kd"),)

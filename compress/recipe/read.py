@@ -1,0 +1,158 @@
+"""Read a recipe from YAML, with `--set` overrides, and write it back."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from compress.errors import RecipeError
+from compress.recipe import strict_yaml
+from compress.recipe.explain import explain, show, unknown
+from compress.recipe.order import TAKES
+from compress.recipe.schema import Recipe, Student
+
+MAX_BYTES = 1_000_000
+
+
+def read_recipe(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    data: str | None = None,
+    weights: str | None = None,
+    out: str | None = None,
+) -> Recipe:
+    """Read a recipe, with overrides such as `stages.qat.fit.epochs=2` and the shorthands applied before it is judged.
+
+    A stage is addressed by its position (`stages.3`) or its name (`stages.qat`, or just `qat`). The shorthands stand for
+    `data.path`, `model.weights` and `out`; a folder given to a recipe of embedded digits also makes it an imagefolder.
+    Raises RecipeError with a line for each mistake.
+    """
+    try:
+        raw = strict_yaml.load(_text(path))
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+    if not isinstance(raw, dict):
+        what = "is empty" if raw is None else f"must be a mapping of keys to values, got {show(raw)}"
+        raise RecipeError(f"{path}: {what}; a recipe starts with `name:`, `model:` and `stages:`")
+    for override in overrides:
+        try:
+            _override(raw, override)
+        except RecipeError as error:
+            raise RecipeError(f"--set {override}: {error}") from error
+    try:
+        _apply_shorthands(raw, data=data, weights=weights, out=out)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+    return _judge(raw, path)
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe, every default spelled out, as YAML that reads back to an equal one."""
+    path.write_text(strict_yaml.dump(recipe.model_dump(mode="json")), encoding="utf-8")
+
+
+def _text(path: Path) -> str:
+    """Return the file's text.
+
+    Raises RecipeError for a missing, unreadable, large or binary file.
+    """
+    if not path.exists():
+        siblings = sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        folder = f"in {path.parent}: {unknown(path.name, siblings)}" if siblings else f"{path.parent} holds no recipes"
+        raise RecipeError(f"no such file; {folder}")
+    if not path.is_file():
+        raise RecipeError("not a file; give the recipe's .yaml")
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(f"cannot be read ({error.strerror}); check its permissions") from error
+    if len(content) > MAX_BYTES:
+        raise RecipeError(f"larger than {MAX_BYTES:,} bytes; that is no recipe")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def _judge(raw: dict[str, Any], path: Path) -> Recipe:
+    # Strict validation refuses "64", 64.0 and true for a whole number; its JSON form alone takes lists for tuples.
+    try:
+        return Recipe.model_validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{path}: {line}" for line in explain(error))) from error
+
+
+def _apply_shorthands(raw: dict[str, Any], *, data: str | None, weights: str | None, out: str | None) -> None:
+    if data is not None:
+        _put(raw, ["data", "path"], str(Path(data).expanduser()))
+        if raw["data"].get("dataset", "digits") == "digits":
+            raw["data"]["dataset"] = "imagefolder"
+    if weights is not None:
+        _put(raw, ["model", "weights"], str(Path(weights).expanduser()))
+    if out is not None:
+        raw["out"] = str(Path(out).expanduser())
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    """Put `path.to.key=value` into the recipe as read; what the key may be is judged with the rest."""
+    path, equals, value = override.partition("=")
+    if not equals or not all(parts := path.strip().split(".")):
+        raise RecipeError("must be path.to.key=value")
+    _put(raw, _locate(raw, parts), strict_yaml.load(value))
+
+
+def _locate(raw: dict[str, Any], parts: list[str]) -> list[str]:
+    """Return the path with a stage's name replaced by its position; a student's stages are named `students.NAME.STAGE`."""
+    start, holder, students = list[str](), raw, raw.get("students")
+    if parts[0] == "students" and len(parts) > 2 and isinstance(students, dict):
+        start, parts, holder = parts[:2], parts[2:], students.get(parts[1]) or {}
+    known_fields = Student.model_fields if start else Recipe.model_fields
+    if parts[0] == "stages":
+        named = parts[1:]
+        if not named or named[0].isdecimal():
+            return [*start, *parts]
+    elif parts[0] in known_fields:
+        return [*start, *parts]
+    else:
+        named = parts
+    sections = holder.get("stages")
+    names = (
+        [str(section.get("stage")) for section in sections if isinstance(section, dict)]
+        if isinstance(sections, list)
+        else []
+    )
+    if named[0] not in names:
+        known = dict.fromkeys(names) if parts[0] == "stages" else dict.fromkeys([*known_fields, *names])
+        missing = "the recipe has no such stage" if named[0] in TAKES else f"unknown path {'.'.join([*start, *parts])}"
+        raise RecipeError(f"{missing}; {unknown(named[0], known)}")
+    if names.count(named[0]) > 1:
+        places = " or ".join(
+            ".".join([*start, "stages", str(index)]) for index, name in enumerate(names) if name == named[0]
+        )
+        raise RecipeError(f"the recipe has {named[0]} more than once; say {places}")
+    return [*start, "stages", str(names.index(named[0])), *named[1:]]
+
+
+def _put(raw: dict[str, Any], parts: Sequence[str], value: object) -> None:
+    """Set a value deep in the recipe as read, with the sections on the way made where they are missing."""
+    node: Any = raw
+    for depth, part in enumerate(parts):
+        here, last = ".".join(parts[:depth]), depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdecimal() or int(part) >= len(node):
+                raise RecipeError(f"{here} has the entries 0 to {len(node) - 1}, got {part}")
+            key: Any = int(part)
+        elif isinstance(node, dict):
+            key = part
+        else:
+            raise RecipeError(f"{here} is {show(node)} and has no {part}; set {here} whole")
+        if last:
+            node[key] = value
+        else:
+            if isinstance(node, dict) and node.get(key) is None:
+                node[key] = {}
+            node = node[key]

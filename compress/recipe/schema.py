@@ -1,0 +1,215 @@
+"""The recipe: one frozen object that says everything a run does.
+
+Only the shape lives here. `compress.recipe.read` reads it from YAML; stages translate its sections into plain arguments.
+Imports no torch: `compress check` answers in under a second.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from compress.recipe.order import first_mistake
+from compress.recipe.section import Arch, Fraction, PathText, Section
+from compress.recipe.stages import DistillStage, QatStage, SourceStage, StageSection
+
+NAME = r"^[a-z0-9][a-z0-9_\-]{0,63}$"
+Int8Target = Literal["cpu_avx2", "cpu_vnni", "cpu_arm", "tensorrt"]
+
+
+class Augment(Section):
+    """Random changes of the training images; teacher and student always see the same view."""
+
+    crop: Literal["none", "pad", "random_resized"] = "none"
+    """How training images are cropped: not at all, shifted inside a padded border, or by a random area and aspect ratio."""
+    pad: Annotated[float, Field(gt=0, le=0.5)] = 0.125
+    """The border that `crop: pad` adds on each side, as a fraction of the image size."""
+    min_area: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """The smallest area that `crop: random_resized` keeps, as a fraction of the image."""
+    flip: bool = False
+    """Mirror every second image left to right."""
+    randaugment: Annotated[int, Field(ge=0, le=30)] = 0
+    """The magnitude of RandAugment's two operations (0 switches it off; 9 is the paper's usual value)."""
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """The alpha of mixup's Beta distribution (0 switches it off)."""
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """The alpha of CutMix's Beta distribution (0 switches it off); with mixup also on, each batch draws one of the two."""
+
+
+class Data(Section):
+    """The images, their split, and how they reach the network."""
+
+    dataset: Literal["digits", "imagefolder", "cifar10", "cifar100", "fashion_mnist", "imagenette"] = "digits"
+    """The data set; `digits` is embedded in scikit-learn, `imagefolder` reads `path`, the others download to `path`."""
+    path: PathText | None = None
+    """The folder that holds the data set."""
+    image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
+    """Height and width in pixels that the network sees; null takes the data set's own (digits 32, imagefolder 224)."""
+    resize: Annotated[float, Field(ge=1, le=2)] = 1.0
+    """Evaluation resizes the shorter side to `image_size * resize`, then crops the centre (ImageNet's usual value is 1.143)."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """The mean that is subtracted from each channel, for pixels in [0, 1]."""
+    std: Annotated[tuple[float, float, float], Field()] = (0.229, 0.224, 0.225)
+    """The standard deviation that divides each channel, for pixels in [0, 1]."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """The part held out for validation, by class and by seed, where the data set brings no validation set of its own."""
+    limit_per_class: PositiveInt | None = None
+    """Use only so many training images of each class (the first, after a shuffle by seed)."""
+    skip_broken: bool = False
+    """Leave out images that cannot be read, counted and named in the log, instead of stopping at the first."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Loader processes; null chooses: none for small images in memory, one for each core otherwise."""
+    eval_batch_size: PositiveInt = 128
+    """Images in a batch of validation or calibration."""
+    augment: Augment = Augment()
+    """Random changes of the training images."""
+
+    @model_validator(mode="after")
+    def _needs_path(self) -> "Data":
+        if self.dataset == "imagefolder" and self.path is None:
+            raise ValueError("path: an imagefolder needs its folder: give DATA=/path/to/images, or set data.path")
+        if min(self.std) <= 0:
+            raise ValueError(f"std: must be > 0 in every channel, got {self.std}")
+        return self
+
+
+class Model(Section):
+    """The teacher's network and where its weights come from."""
+
+    arch: Arch
+    """`torchvision:NAME`, `timm:NAME`, `cifar:NAME` (32-pixel networks of the papers), or `file.py:factory` (a person's own; needs --trust-code)."""
+    weights: PathText | None = None
+    """A .safetensors, .pt or .pth state dict, or the library's named weights as `torchvision:IMAGENET1K_V2` or `timm:TAG`; null trains here."""
+    reset_head: bool = False
+    """Keep the weights' body and start the classifier anew, for weights trained on other classes."""
+
+
+class Teaching(Section):
+    """How the teacher answers while students train."""
+
+    mode: Literal["cached", "online"] = "cached"
+    """Each view of an image is answered once, and the logits are kept below `out` for every stage, student and study; or on every batch anew. Losses on features always ask online."""
+    views: PositiveInt = 8
+    """Views of each training image (crop, flip, colours, mixing partner) that a cached teacher answers; epochs go round them."""
+    top_k: PositiveInt | None = None
+    """Keep so many logits of an image, the largest, and spread the rest of the probability evenly; null keeps all, two bytes each."""
+
+
+class Targets(Section):
+    """What the run must reach; a miss fails it with exit code 1."""
+
+    max_top1_drop: Fraction | None = None
+    """Largest loss of top-1 from the teacher to the deployed file, as a fraction (0.01 is one point)."""
+    min_speedup: Annotated[float, Field(gt=0)] | None = None
+    """Smallest speed-up of the deployed file over the teacher's FP32: CPU with one thread (or the target's own provider), batch 1, the largest image size timed."""
+    min_int8_speedup: Annotated[float, Field(gt=0)] | None = None
+    """Smallest speed-up of the INT8 file over the same student in FP32, under the same conditions."""
+    max_size_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Largest size of the deployed file, as a fraction of the teacher's FP32 file."""
+    max_macs_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Largest fraction of the teacher's multiply-accumulates."""
+
+
+class Student(Section):
+    """One of several students of the same teacher."""
+
+    stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
+    """What is done after the recipe's own stages, which all students share."""
+    targets: Targets | None = None
+    """What this student must reach; null takes the recipe's."""
+
+
+class Recipe(Section):
+    """Everything a run does."""
+
+    schema_version: Literal[1] = 1
+    """The version of this format."""
+    name: Annotated[str, Field(pattern=NAME)]
+    """The run's name, and its folder under `out`."""
+    task: Literal["classification"] = "classification"
+    """What the network is for."""
+    target: Literal["auto", "cuda"] | Int8Target = "auto"
+    """Where the student will run; auto reads this machine's instruction sets; cuda is FP16 (it has no INT8 convolution)."""
+    further_targets: tuple[Int8Target, ...] = ()
+    """Further machines that get INT8 files of their own, each calibrated and trained on its grid."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Drives every random choice."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where training runs."""
+    out: PathText = "runs"
+    """The folder that holds the runs."""
+    data: Data = Data()
+    """The images."""
+    model: Model
+    """The teacher."""
+    teaching: Teaching = Teaching()
+    """How it answers."""
+    stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
+    """What is done, in order."""
+    students: dict[Annotated[str, Field(pattern=NAME)], Student] = Field(
+        default={}, exclude_if=lambda students: not students
+    )
+    """Several students by name: each goes on from the shared stages, and one report compares them."""
+    targets: Targets = Targets()
+    """What must be reached."""
+
+    def chains(self) -> dict[str, "Recipe"]:
+        """Return each student's recipe by name: the shared stages and its own. A recipe without students is its own only chain, named ""."""
+        return {
+            name: self.model_copy(
+                update={
+                    "stages": (*self.stages, *student.stages),
+                    "targets": student.targets or self.targets,
+                    "students": {},
+                }
+            )
+            for name, student in self.students.items()
+        } or {"": self}
+
+    @model_validator(mode="after")
+    def _chains_make_sense(self) -> "Recipe":
+        for name, chain in self.chains().items():
+            mistake = first_mistake(chain.stages)
+            if mistake is not None:
+                index, text = mistake
+                own = index - len(self.stages)
+                place = f"stages.{index}" if own < 0 else f"students.{name}.stages.{own}"
+                raise ValueError(f"{place}{text}")
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_is_trained(self) -> "Recipe":
+        source = self.stages[0]
+        if not isinstance(source, SourceStage):
+            return self
+        if source.fit is None and (self.model.weights is None or source.fine_tune):
+            raise ValueError(
+                "stages.0.fit: without model.weights the teacher is trained here: say how, or give WEIGHTS=file"
+            )
+        if self.model.reset_head and not source.fine_tune:
+            raise ValueError("model.reset_head: leaves the classifier untrained: also set stages.0.fine_tune: true")
+        return self
+
+    @model_validator(mode="after")
+    def _target_has_int8(self) -> "Recipe":
+        stages = {section.stage for chain in self.chains().values() for section in chain.stages}
+        quantizing = [name for name in ("ptq", "qat") if name in stages]
+        if self.target == "cuda" and quantizing:
+            raise ValueError(
+                f"target: cuda runs FP16, ONNX Runtime's CUDA provider has no INT8 convolution: leave out {' and '.join(quantizing)}, "
+                "or name the target that INT8 is for (tensorrt, cpu_avx2, cpu_vnni, cpu_arm)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cache_holds_what_losses_need(self) -> "Recipe":
+        if self.teaching.top_k is None or self.teaching.mode == "online":
+            return self
+        for chain in self.chains().values():
+            for section in chain.stages:
+                for term in section.loss if isinstance(section, DistillStage | QatStage) else ():
+                    if term.name == "mse" or getattr(term, "standardize", False):
+                        what = "mse" if term.name == "mse" else f"{term.name} with standardize"
+                        raise ValueError(
+                            f"teaching.top_k: {what} in {section.stage} needs every logit: leave top_k out, or set teaching.mode: online"
+                        )
+        return self

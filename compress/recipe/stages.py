@@ -1,0 +1,288 @@
+"""The stages of a recipe: one section for each, and how long and how fast they train.
+
+Imports no torch.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from compress.recipe.losses import KD_ONLY, LossTerm
+from compress.recipe.section import Arch, Fraction, PathText, Section
+
+CalibrationMethod = Literal["minmax", "percentile", "entropy"]
+
+
+class Stop(Section):
+    """When a training ends before its last epoch: the first condition that holds after an epoch ends it."""
+
+    patience: PositiveInt | None = None
+    """Epochs in a row without a rise of the validation top-1 by more than `min_delta`."""
+    min_delta: Fraction = 0.0
+    """The rise that `patience` waits for; 0.001 is a tenth of a point."""
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Begin no epoch that would end after so many minutes of training, a killed run's earlier ones included."""
+    top1: Fraction | None = None
+    """The validation top-1 that is enough."""
+
+    @model_validator(mode="after")
+    def _some_condition(self) -> "Stop":
+        if self.patience is None and self.max_minutes is None and self.top1 is None:
+            raise ValueError("patience: give at least one of patience, max_minutes and top1, or leave `stop` out")
+        if self.min_delta and self.patience is None:
+            raise ValueError(
+                f"min_delta: is what `patience` waits for: set patience, too, got min_delta {self.min_delta}"
+            )
+        return self
+
+
+class Fit(Section):
+    """One training run."""
+
+    epochs: PositiveInt
+    """Passes over the training images."""
+    batch_size: PositiveInt = 64
+    """Images in a step, over all ranks together."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    """The peak learning rate, after the warm-up."""
+    # Fields with `exclude_if` are left out of the dump where they change nothing, so that artifacts made before them keep their keys.
+    schedule: Annotated[Literal["cosine", "step"], Field(exclude_if=lambda schedule: schedule == "cosine")] = "cosine"
+    """How the rate falls after the warm-up: by half a cosine to zero, or by `gamma` at each of `milestones`."""
+    milestones: Annotated[tuple[PositiveInt, ...], Field(exclude_if=lambda milestones: not milestones)] = ()
+    """Epochs after which `schedule: step` multiplies the rate by `gamma`."""
+    gamma: Annotated[float, Field(gt=0, lt=1, exclude_if=lambda gamma: gamma == 0.1)] = 0.1
+    """The factor of `schedule: step`."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD's momentum."""
+    nesterov: Annotated[bool, Field(exclude_if=lambda nesterov: nesterov)] = True
+    """Nesterov's momentum; false is the plain one, which most papers train with."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Weight decay of convolution and linear weights."""
+    decay_vectors: Annotated[bool, Field(exclude_if=lambda decay_vectors: not decay_vectors)] = False
+    """Weight decay of biases and batch-norms, too, as most papers train."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs of linear warm-up."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay per step of the weights' moving average, which then is the result (0 switches it off)."""
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    """The largest norm of the gradient (0 switches clipping off)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast type; auto is bf16 on a GPU that has it and fp32 elsewhere, and fp32 in the qat stage."""
+    compile: bool = False
+    """Run the training step through torch.compile; the log says what it costs and gains."""
+    # Left out of the dump at their defaults, so that artifacts made before they existed keep their keys.
+    micro_batches: Annotated[PositiveInt, Field(exclude_if=lambda parts: parts == 1)] = 1
+    """Parts that a batch is computed in, one after the other; where memory runs out, one process doubles it by itself."""
+    stop: Annotated[Stop | None, Field(exclude_if=lambda stop: stop is None)] = None
+    """Conditions that end the training before its last epoch."""
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> "Fit":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs: must be < epochs ({self.epochs}), got {self.warmup_epochs}")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_are_reached(self) -> "Fit":
+        shown = list(self.milestones)
+        if (self.schedule == "step") != bool(shown):
+            raise ValueError(f"milestones: schedule step needs them and cosine has none, got {shown}")
+        if shown != sorted(set(shown)) or (shown and shown[-1] >= self.epochs):
+            raise ValueError(f"milestones: must rise and be < epochs ({self.epochs}), got {shown}")
+        return self
+
+
+class SourceStage(Section):
+    """The teacher: weights given, or trained here."""
+
+    stage: Literal["source"]
+    """This stage."""
+    fit: Fit | None = None
+    """How the teacher is trained when `model.weights` is null (or with `fine_tune`)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability moved from the label to all classes evenly while the teacher trains."""
+    fine_tune: bool = False
+    """Train given weights further on this data."""
+
+
+class StudentStage(Section):
+    """Another network, usually a smaller one, to learn from the teacher in the place of the pruned teacher."""
+
+    stage: Literal["student"]
+    """This stage."""
+    arch: Arch
+    """The network, named as `model.arch` is."""
+    weights: PathText | None = None
+    """Weights to start from, named as `model.weights` are; null starts from random ones."""
+    reset_head: bool = False
+    """Keep the weights' body and start the classifier anew, for weights trained on other classes."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the network knows its classes before anything taught it."""
+        return self.weights is not None and not self.reset_head
+
+
+class Sparsity(Section):
+    """A training phase before the cut that pushes whole groups towards zero (DepGraph's group regularizer)."""
+
+    fit: Fit
+    """How long and how fast."""
+    strength: Annotated[float, Field(gt=0)] = 1e-4
+    """Factor of the group penalty's gradient."""
+
+
+class PruneStage(Section):
+    """Remove whole channels by Torch-Pruning's dependency graph."""
+
+    stage: Literal["prune"]
+    """This stage."""
+    criterion: Literal["l1", "l2", "taylor", "fpgm", "bn_scale", "random"] = "l2"
+    """How a channel's importance is scored."""
+    scope: Literal["global", "local", "isomorphic"] = "global"
+    """Channels compete over the whole network, inside their own layer group, or among groups of the same structure."""
+    keep_macs: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The fraction of multiply-accumulates that stays."""
+    keep_params: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The fraction of parameters that stays."""
+    steps: PositiveInt = 1
+    """Cuts: 1 is one-shot; more score again after each cut (and recover in between where `recover` is given)."""
+    recover: Fit | None = None
+    """Distillation between the cuts of an iterative plan."""
+    round_to: PositiveInt = 8
+    """Widths stay multiples of this; 8 is what the fast INT8 and FP32 kernels need."""
+    min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """No layer loses more than the rest of this fraction of its channels."""
+    score_batches: PositiveInt = 8
+    """Training batches that criteria with gradients (taylor) average over."""
+    sparsity: Sparsity | None = None
+    """Optional sparsity learning before the cut."""
+    exclude: tuple[str, ...] = ()
+    """Module paths (shell patterns such as `layer4.*`) whose outputs are never cut; the classifier never is."""
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> "PruneStage":
+        if (self.keep_macs is None) == (self.keep_params is None):
+            raise ValueError("keep_macs: give exactly one of keep_macs and keep_params")
+        return self
+
+
+class DistillStage(Section):
+    """Recover accuracy under the teacher."""
+
+    stage: Literal["distill"]
+    """This stage."""
+    fit: Fit
+    """How long and how fast."""
+    loss: Annotated[tuple[LossTerm, ...], Field(min_length=1)] = KD_ONLY
+    """A weighted sum of losses."""
+
+
+class PtqStage(Section):
+    """INT8 without training, by every method; then tuning until the accuracy holds. The network itself passes through unchanged."""
+
+    stage: Literal["ptq"]
+    """This stage."""
+    calibration_images: PositiveInt = 512
+    """Training images that set the activations' ranges."""
+    methods: Annotated[tuple[CalibrationMethod, ...], Field(min_length=1)] = ("minmax", "percentile", "entropy")
+    """How ranges are chosen: each is measured, and tuning tries them in this order."""
+    neural_compressor: bool = True
+    """Also measure neural-compressor's own static quantization."""
+    max_top1_drop: Fraction = 0.01
+    """The loss of top-1 from the float student that tuning may leave; 0.01 is one point."""
+    max_trials: PositiveInt = 12
+    """Files that tuning builds and scores at most."""
+    score_images: PositiveInt | None = None
+    """Validation images that each file is scored on; null takes all."""
+
+
+class QatStage(Section):
+    """Quantization-aware training on the target's grid, under the teacher's soft targets."""
+
+    stage: Literal["qat"]
+    """This stage."""
+    fit: Fit | None = None
+    """How long and how fast; null takes the last float training's, with a tenth of its epochs and a hundredth of its rate."""
+    loss: Annotated[tuple[LossTerm, ...], Field(min_length=1)] = KD_ONLY
+    """A weighted sum of losses."""
+    ranges: Literal["moving_average", "lsq"] = "moving_average"
+    """How the grid's scales are found: a moving average of each batch's minimum and maximum, or learned with the weights (LSQ)."""
+    calibration: CalibrationMethod = "minmax"
+    """How the activations' first ranges are chosen."""
+    calibration_images: PositiveInt = 512
+    """Training images that set the activations' first ranges."""
+    freeze_ranges_at: Fraction = 0.5
+    """The part of the training after which moving ranges stay as they are (learned ones go on)."""
+    freeze_batchnorm_at: Fraction = 0.25
+    """The part of the training after which batch-norm uses its running statistics."""
+    reestimate_batchnorm_images: Annotated[int, Field(ge=0)] = 0
+    """Training images that measure batch-norm's statistics anew after the training (0 keeps the running ones)."""
+    keep_float: tuple[str, ...] = ()
+    """Module paths (shell patterns such as `features.0.*`) that stay in float on purpose."""
+    skip_if_ptq_drop_below: Fraction | None = None
+    """Do not train where the ptq stage lost less top-1 than this against the float student."""
+    max_top1_drop: Fraction | None = None
+    """After training, put the worst layers back to float until no more than this is lost against the float student."""
+
+    @model_validator(mode="after")
+    def _ranges_do_not_decay(self) -> "QatStage":
+        if self.ranges == "lsq" and self.fit is not None and self.fit.decay_vectors:
+            raise ValueError("fit.decay_vectors: would shrink the ranges that lsq learns: leave it out")
+        return self
+
+
+class AuditLimits(Section):
+    """What the optimized graph of the deployed file may hold at most; more fails the run and names the layers."""
+
+    max_float_layers: Annotated[int, Field(ge=0)] | None = None
+    """Convolutions and matrix products that run in float."""
+    max_float_fraction: Fraction | None = None
+    """The part of the multiply-accumulates that run in float."""
+    max_leftover_qdq: Annotated[int, Field(ge=0)] | None = None
+    """QuantizeLinear and DequantizeLinear nodes that the optimizer left, besides the one at each end."""
+    min_agreement: Fraction | None = None
+    """The fraction of images on which the file must answer as the trained fake-quantized network does."""
+
+
+class ExportStage(Section):
+    """ONNX files for the serving stack."""
+
+    stage: Literal["export"]
+    """This stage."""
+    verify_images: PositiveInt = 1000
+    """Validation images on which the INT8 file is compared with the trained network, tensor by tensor on some of them."""
+    uint8_input: bool = True
+    """Also write the INT8 file with uint8 pixels (batch, height, width, 3) as input and the normalization inside."""
+    # Left out of the dump where it changes nothing, as in recipe_losses.
+    golden_images: Annotated[int, Field(ge=1, le=64, exclude_if=lambda images: images == 8)] = 8
+    """Validation images that the bundle carries, with what each file answers, for whoever serves it to compare."""
+    limits: AuditLimits = AuditLimits()
+    """What the optimized graph may hold."""
+
+
+class BenchStage(Section):
+    """Accuracy and latency in ONNX Runtime."""
+
+    stage: Literal["bench"]
+    """This stage."""
+    batches: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)
+    """Batch sizes to time."""
+    threads: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (1, 0)
+    """CPU threads to time with; 0 is all of them."""
+    image_sizes: tuple[PositiveInt, ...] = ()
+    """Further image sizes to time, besides the recipe's own."""
+    providers: Annotated[tuple[Literal["cpu", "cuda"], ...], Field(min_length=1)] = ("cpu", "cuda")
+    """Where to time; a provider that this machine lacks is left out and the report says so."""
+    seconds: Annotated[float, Field(gt=0)] = 1.0
+    """Time for each file at each setting."""
+    blocks: Annotated[int, Field(ge=4)] = 10
+    """Interleaved blocks; medians and the intervals come from them."""
+
+
+StageSection = Annotated[
+    SourceStage | StudentStage | PruneStage | DistillStage | PtqStage | QatStage | ExportStage | BenchStage,
+    Field(discriminator="stage"),
+]

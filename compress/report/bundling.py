@@ -1,0 +1,143 @@
+"""Gather what a run's bundle is made of, and publish a finished one."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import distribution
+from pathlib import Path
+
+import numpy as np
+
+from compress.artifact import key_of
+from compress.errors import ArtifactError
+from compress.recipe import strict_yaml
+from compress.recipe.schema import Recipe
+from compress.report.card import card
+from compress.report.html import render
+from compress.report.shape import Report
+from export.bundle.inside import SUMS, contained, read_sums
+from export.bundle.read import read_bundle
+from export.bundle.write import Contents, dump, in_one_step
+from export.onnx_file.model_file import inspect
+from export.onnx_file.roles import FP16, FP32, PTQ, QAT, deployed, files_in, name_for
+from export.onnx_file.targets import TARGETS, Target, resolve_target
+from export.runtime.session import CPU
+from export.serving.triton import Kind, Serving, share
+from export.signature import sign
+
+
+def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Report) -> Contents:
+    """Return what the bundle `name` of the run in `root` is made of; `exported` is its export stage's folder."""
+    files, target = files_in(exported), resolve_target(recipe.target)
+    preprocess = json.loads((exported / "preprocess.json").read_text())
+    labels = (exported / "labels.txt").read_text(encoding="utf-8").splitlines()
+    with np.load(exported / "golden.npz") as golden:
+        images, image_labels = golden["images"], golden["labels"]
+    serving = serving_of(report, files, target, image_size=preprocess["image_size"])
+    facts = inspect(files[serving.served])
+    # Whether a stage was kept from an earlier run is no fact of the bundle: run again, it has the same bytes.
+    report = {**report, "stages": [{**row, "cached": False} for row in report["stages"]]}
+    readme = card(
+        report,
+        name=name,
+        served=serving.served,
+        classes=len(labels),
+        golden=len(images),
+        tensors={"input": facts.input, "output": facts.output},
+    )
+    texts = {
+        "README.md": readme,
+        "recipe.yaml": strict_yaml.dump(recipe.model_dump(mode="json")),
+        "environment.json": dump(report["environment"]),
+        "report.json": dump(report),
+        "report/index.html": render(report, root),
+        "LICENSE": distribution("compress").read_text("licenses/LICENSE") or "",
+        "NOTICE": notice(recipe, name),
+    }
+    return Contents(
+        name=name,
+        files=files,
+        serving=serving,
+        preprocess=preprocess,
+        labels=labels,
+        images=images,
+        image_labels=image_labels,
+        task=recipe.task,
+        target=target.name,
+        recipe_digest=key_of(recipe.model_dump(mode="json")),
+        metrics=metrics_of(report, files, json.loads((exported / "audit.json").read_text())),
+        documents={name: text.encode() for name, text in texts.items()},
+    )
+
+
+def metrics_of(
+    report: Report, files: Mapping[str, Path], audits: Mapping[str, Mapping[str, object]]
+) -> dict[str, dict[str, object]]:
+    """Return for each file what it scored, and for an INT8 file which layers stay in float: any other is a defect."""
+    rows = {row["name"]: row for row in report["deployed"]}
+    scored = {name: {key: rows[name][key] for key in ("top1", "agreement")} for name in files if name in rows}
+    in_float = {
+        name: {"float_layers": audits[name]["float_layers"]}
+        for name, path in files.items()
+        if inspect(path).precision == "int8"
+    }
+    return {name: {**scored.get(name, {}), **in_float.get(name, {})} for name in files}
+
+
+def serving_of(report: Report, files: Mapping[str, Path], target: Target, *, image_size: int) -> Serving:
+    """Return the file for each kind of machine, and the threads and batches of its best throughput in the bench.
+
+    The file for the recipe's target is the recommended one, else the one that was made for it.
+    """
+    kind: Kind = {"cuda": "cuda", "tensorrt": "tensorrt"}.get(target.name, "cpu")  # type: ignore[assignment]
+    recommended = report["recommendation"] and report["recommendation"]["file"]
+    symmetric = [name_for(made, TARGETS["tensorrt"], target) for made in (QAT, PTQ)]
+    chosen: dict[Kind, str] = {
+        "cpu": FP32,
+        "cuda": FP16,
+        "tensorrt": next((name for name in symmetric if name in files), FP16),
+        kind: recommended or deployed(files, target),
+    }
+    timed = [row for row in report["deployed"] if row["image_size"] == image_size]
+    on_cpu = [row for row in timed if (row["name"], row["provider"]) == (chosen["cpu"], CPU)]
+    fastest = max(on_cpu, key=lambda row: row["throughput_ips"] or 0, default=None)
+    batches = [row["batch"] for row in timed if row["name"] == chosen[kind]]
+    # The bench runs one session of a file, so one instance is what its numbers hold for.
+    return Serving(chosen, kind, fastest and fastest["threads"], instances=1, max_batch_size=max(batches, default=1))
+
+
+def notice(recipe: Recipe, name: str) -> str:
+    """Return whose terms hold for which part of the bundle."""
+    weights = recipe.model.weights or "none given: trained by this recipe"
+    return f"""\
+{name}
+
+Made with compress {distribution("compress").version}. serving/triton-python/{name}/1/model.py is a part of it, under the Apache License 2.0 (LICENSE).
+The weights descend from: {recipe.model.arch}, weights: {weights}. The images in golden/ and in serving/ are
+validation images of: {recipe.data.dataset}. For weights and images the terms of their owners hold.
+"""
+
+
+def publish(run: Path, to: Path, *, key: Path | None) -> None:
+    """Copy a finished run's bundle to `to` in one step, signed where a private key is given; only an older bundle is replaced.
+
+    Raises ArtifactError where the run has no bundle, BundleError where it is damaged or cannot be signed or written.
+    """
+    source = run / "bundle"
+    if not source.is_dir():
+        raise ArtifactError(f"{run}: holds no bundle; run its recipe to the export stage")
+    read_bundle(source)
+
+    def fill(folder: Path) -> None:
+        sums = read_sums(source)
+        models = {digest: name for name, digest in sums.items() if name.endswith(".onnx") and "/" not in name}
+        for name in sorted([*sums, SUMS], key=lambda name: name not in models.values()):  # the models first
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if (model := models.get(sums.get(name, ""), name)) != name:
+                share(folder / model, folder / name)
+            else:
+                shutil.copyfile(contained(source, name), folder / name)
+        if key is not None:
+            sign(folder, key)
+
+    in_one_step(to, fill)

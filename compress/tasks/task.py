@@ -1,0 +1,42 @@
+"""Everything that depends on what the network is for: one row for each task."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress.data.batches import Batch
+from compress.distillation.logits import cross_entropy_loss
+
+
+@dataclass(frozen=True)
+class Task:
+    """How outputs become a loss and a score."""
+
+    metric: str
+    supervised_loss: Callable[..., Tensor]  # (outputs, targets, label_smoothing=) -> ()
+    scores: Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> (batch,) in [0, 1], whose mean is the metric
+
+
+def _top1(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(1) == labels).float()
+
+
+TASKS = {"classification": Task("top1", cross_entropy_loss, _top1)}
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task) -> dict[str, float]:
+    """Return the task's metric and loss over all batches; the model's mode is left as it was found."""
+    training = model.training
+    model.eval()
+    score = loss = torch.zeros(())
+    images = 0
+    for batch in batches:
+        outputs = model(batch.images).float()
+        score = score + task.scores(outputs, batch.targets).sum()
+        loss = loss + task.supervised_loss(outputs, batch.targets, label_smoothing=0.0) * len(outputs)
+        images += len(outputs)
+    model.train(training)
+    return {task.metric: float(score) / images, "val_loss": float(loss) / images}

@@ -1,0 +1,64 @@
+"""What a training checks while it runs: memory, finite numbers, and whether it has reached its end early."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from compress.recipe.stages import Stop
+from compress.training.checkpoint import Progress
+
+CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory")  # a plain RuntimeError says one of these
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether the device or the machine had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in CPU_OUT_OF_MEMORY)
+
+
+def not_finite(measurements: Mapping[str, float]) -> str | None:
+    """Return the first measurement that is not finite, in words."""
+    return next((f"the {name} is {value}" for name, value in measurements.items() if not math.isfinite(value)), None)
+
+
+def any_rank(flag: bool, *, ranks: int, device: torch.device) -> bool:
+    """Tell whether the flag is up on any rank; every rank must ask."""
+    if ranks == 1:
+        return flag
+    answer = torch.tensor(float(flag), device=device)
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+    return bool(answer)
+
+
+def first_rank_says(text: str | None, *, ranks: int) -> str | None:
+    """Return what rank 0 says; clocks and last digits differ between ranks, decisions must not."""
+    if ranks == 1:
+        return text
+    said = [text]
+    dist.broadcast_object_list(said)
+    return said[0]
+
+
+def record_(progress: Progress, score: float, stop: Stop | None) -> None:
+    """Count an epoch and its validation score."""
+    progress.epoch += 1
+    if score > progress.best + (stop.min_delta if stop else 0.0) or progress.best_epoch == 0:
+        progress.best, progress.best_epoch = score, progress.epoch
+
+
+def stop_reason(stop: Stop | None, progress: Progress, score: float, *, metric: str) -> str | None:
+    """Return why the training ends after this epoch, None where it goes on."""
+    if stop is None:
+        return None
+    if stop.top1 is not None and score >= stop.top1:
+        return f"{metric} {score:.4f} has reached {stop.top1:g}"
+    if stop.patience is not None and progress.epoch - progress.best_epoch >= stop.patience:
+        return (
+            f"{metric} has not risen by more than {stop.min_delta:g} over {progress.best:.4f}, of epoch {progress.best_epoch}, "
+            f"for {stop.patience} epochs"
+        )
+    minutes, epoch = progress.seconds / 60, progress.seconds / 60 / progress.epoch
+    if stop.max_minutes is not None and minutes + epoch > stop.max_minutes:
+        return f"{minutes:.1f} minutes are gone and an epoch takes {epoch:.1f}: the next would end after max_minutes, {stop.max_minutes:g}"
+    return None

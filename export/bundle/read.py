@@ -1,0 +1,297 @@
+"""A bundle: one folder with everything a server needs to run the model, and the digests that prove it whole.
+
+bundle.json         what the model is, which file to serve (`served`), and each file's precision, digest and metrics
+preprocess.json     how an image becomes the network's input
+labels.txt          one class name a line, in the order of the outputs
+NAME.onnx           the model files
+golden/images.npy   uint8 (n, size, size, 3): real validation images, resized and cropped
+golden/inputs.npy   float32 (n, 3, size, size): the same normalized, to the last bit
+golden/NAME.npy     float32 (n, classes): what NAME.onnx answered where the bundle was made; `golden` in bundle.json has the
+                    images' labels and, for each file, the largest difference that another machine's logits may show
+serving/            folders and requests for servers, made of the files above
+README.md           the model card; recipe.yaml, environment.json, report.json, report/index.html, LICENSE, NOTICE: where it is from
+SHA256SUMS          the digest of every other file; `sha256sum -c SHA256SUMS` passes
+model.sig           a signature over all files, where the bundle was signed; no digest covers it
+
+A reader needs the first seven lines and SHA256SUMS. The same inputs give the same bytes.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from export.bundle.golden import Golden, check_inputs, read_golden
+from export.bundle.inside import (
+    SUMS,
+    Json,
+    brief,
+    check_digest,
+    contained,
+    get,
+    read_json,
+    read_sums,
+    read_text,
+    sha256,
+)
+from export.errors import BundleError
+from export.images.read import Preprocess
+from export.onnx_file.model_file import MAX_IMAGE_SIZE, ModelFile, inspect
+
+MANIFEST, PREPROCESS, LABELS = "bundle.json", "preprocess.json", "labels.txt"
+SIGNATURE = "model.sig"
+SCHEMA_VERSION = 2
+MAX_MODELS = 100
+NAME = re.compile(r"[a-z0-9][a-z0-9_\-]{0,63}")
+LARGEST = 1e6  # a mean or a standard deviation of pixels in [0, 1]; float32 holds its square and its inverse
+
+Kind = TypeVar("Kind")
+Given = ParamSpec("Given")
+Report = Callable[[BundleError], None]
+Inspect = Callable[[Sequence[Path]], Sequence[ModelFile | BundleError]]
+"""Returns for each model file its facts, or what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was found whole; `files` are the models by name, `served` is the name of the one to serve."""
+
+    path: Path
+    name: str
+    target: str | None
+    preprocess: Preprocess
+    labels: tuple[str, ...]
+    files: dict[str, Path]
+    served: str
+    golden: Golden
+    manifest: Json
+
+
+def entry(path: Path, facts: ModelFile) -> Json:
+    """Return what bundle.json says of one model file, before its metrics."""
+    return {
+        "file": path.name,
+        "precision": facts.precision,
+        "sha256": sha256(path),
+        "bytes": facts.bytes,
+        "opset": facts.opset,
+        "ir_version": facts.ir_version,
+    }
+
+
+def inspect_here(paths: Sequence[Path]) -> list[ModelFile | BundleError]:
+    """Inspect files that this project wrote, in this process; for any other file there is `export.bundle.sandbox.vet`."""
+    found: list[ModelFile | BundleError] = []
+    for path in paths:
+        facts = tried(found.append, inspect, path)
+        found.extend([] if facts is None else [facts])
+    return found
+
+
+def read_bundle(path: Path, *, inspect: Inspect = inspect_here) -> Bundle:
+    """Return the bundle in the folder `path` after checking every digest, every name and every model file's facts.
+
+    Reads nothing outside the folder and follows no link in it. Give `export.bundle.sandbox.vet` as `inspect` where the bundle
+    may come from elsewhere. Raises BundleError, naming the file, for the first thing amiss.
+    """
+
+    def refuse(error: BundleError) -> None:
+        raise error
+
+    bundle = examine(path, amiss=refuse, inspect=inspect)
+    assert bundle is not None, "what keeps a bundle from being read is amiss"
+    return bundle
+
+
+def examine(path: Path, *, amiss: Report, inspect: Inspect) -> Bundle | None:
+    """Return what is sound of a bundle, None where that is too little; everything amiss goes to `amiss`, which may raise."""
+    if not path.is_dir():
+        amiss(BundleError(f"{path}: is no folder: give the bundle that a run left in runs/NAME/bundle"))
+        return None
+    digests = tried(amiss, read_sums, path)
+    if digests is not None:
+        for name, digest in digests.items():
+            tried(amiss, check_digest, path, name, digest)
+        tried(amiss, check_listed, digests, MANIFEST, PREPROCESS, LABELS)
+    manifest = tried(amiss, read_manifest, path)
+    preprocess = tried(amiss, read_preprocess, path)
+    labels = tried(amiss, read_labels, path)
+    if manifest is None:
+        return None
+    listed = get(manifest, MANIFEST, "files", dict)
+    places = {name: tried(amiss, place_of, path, name, document, digests) for name, document in listed.items()}
+    files = {name: place for name, place in places.items() if place is not None}
+    classes: int | None = None
+    for (name, place), facts in zip(list(files.items()), inspect(list(files.values())), strict=True):
+        if isinstance(facts, BundleError):
+            amiss(facts)
+            del files[name]
+            continue
+        tried(amiss, check_entry, name, listed[name], entry(place, facts))
+        tried(amiss, check_ends, manifest, place.name, facts)
+        classes = next(iter(facts.output.shape[1:2]), classes)
+        if preprocess is not None:
+            tried(amiss, check_image_size, place.name, facts, preprocess)
+        if labels is not None:
+            tried(amiss, check_classes, place.name, facts, len(labels))
+    served = tried(amiss, served_of, manifest)
+    if preprocess is None or labels is None or classes is None:
+        return None
+    size, names = preprocess.image_size, list(listed)
+    golden = tried(amiss, read_golden, path, manifest, digests, names=names, image_size=size, classes=classes)
+    if golden is not None:
+        tried(amiss, check_inputs, golden, preprocess)
+    if served is None or golden is None:
+        return None
+    target = manifest.get("target")
+    return Bundle(
+        path=path,
+        name=get(manifest, MANIFEST, "name", str),
+        target=target if isinstance(target, str) else None,
+        preprocess=preprocess,
+        labels=labels,
+        files=files,
+        served=served,
+        golden=golden,
+        manifest=manifest,
+    )
+
+
+def tried(amiss: Report, read: Callable[Given, Kind], *args: Given.args, **kwargs: Given.kwargs) -> Kind | None:
+    """Return what `read` returns; its BundleError goes to `amiss`."""
+    try:
+        return read(*args, **kwargs)
+    except BundleError as error:
+        amiss(error)
+        return None
+
+
+def place_of(folder: Path, name: str, listed: object, digests: Mapping[str, str] | None) -> Path:
+    """Return the path of a model that bundle.json lists."""
+    where = f"{MANIFEST}: files.{name}"
+    if not NAME.fullmatch(name) or not isinstance(listed, dict):
+        raise BundleError(f"{where}: must be a plain name with an object, got {brief(listed)}", defect="bad_content")
+    file = get(listed, where, "file", str)
+    path = contained(folder, file)
+    if digests is not None:
+        check_listed(digests, file)
+    return path
+
+
+def served_of(manifest: Json) -> str:
+    """Return the name of the model to serve."""
+    served, files = get(manifest, MANIFEST, "served", str), get(manifest, MANIFEST, "files", dict)
+    if served not in files:
+        raise BundleError(
+            f"{MANIFEST}: served: must be one of {', '.join(files)}, got {brief(served)}: get the bundle again",
+            defect="bad_content",
+        )
+    return served
+
+
+def check_listed(digests: Mapping[str, str], *names: str) -> None:
+    """Raise BundleError for a file that no digest covers."""
+    if missing := [name for name in names if name not in digests]:
+        raise BundleError(f"{SUMS}: lists no {', '.join(missing)}: get the bundle again", defect="unlisted_file")
+
+
+def check_entry(name: str, listed: Json, expected: Json) -> None:
+    """Compare what bundle.json says of one model with what its file says."""
+    if wrong := [key for key in expected if listed.get(key) != expected[key]]:
+        key = wrong[0]
+        raise BundleError(
+            f"{MANIFEST}: files.{name}.{key}: {expected['file']} has {expected[key]!r}, got {brief(listed.get(key))}: "
+            "get the bundle again",
+            defect="wrong_facts",
+        )
+
+
+def check_ends(manifest: Json, file: str, facts: ModelFile) -> None:
+    """Compare what bundle.json says of every model's input and output with one of them."""
+    for key, value in (("input", facts.input), ("output", facts.output)):
+        stated = get(manifest, MANIFEST, key, dict)
+        if stated != (found := {"name": value.name, "shape": list(value.shape), "dtype": value.dtype}):
+            raise BundleError(
+                f"{MANIFEST}: {key}: {file} has {found!r:.200}, got {stated!r:.200}: get the bundle again",
+                defect="wrong_facts",
+            )
+
+
+def check_image_size(file: str, facts: ModelFile, preprocess: Preprocess) -> None:
+    """Compare the size that images are cropped to with the model's input."""
+    if facts.image_size != preprocess.image_size:
+        raise BundleError(
+            f"{PREPROCESS}: image_size: {file} takes {facts.image_size}, got {preprocess.image_size}: get the bundle again",
+            defect="preprocess_differs",
+        )
+
+
+def check_classes(file: str, facts: ModelFile, classes: int) -> None:
+    """Compare the number of labels with the model's output."""
+    if facts.output.shape[1:2] != (classes,):
+        raise BundleError(
+            f"{LABELS}: {file} answers {facts.output.shape}, got {classes} labels: get the bundle again",
+            defect="missing_class",
+        )
+
+
+def read_manifest(folder: Path) -> Json:
+    """Return bundle.json after a look at what every reader needs."""
+    manifest = read_json(folder, MANIFEST)
+    if (version := get(manifest, MANIFEST, "schema_version", int)) != SCHEMA_VERSION:
+        raise BundleError(
+            f"{MANIFEST}: schema_version: must be {SCHEMA_VERSION}, got {brief(version)}", defect="bad_content"
+        )
+    if not NAME.fullmatch(name := get(manifest, MANIFEST, "name", str)):
+        raise BundleError(
+            f"{MANIFEST}: name: must be lower-case letters, digits, - and _, got {brief(name)}", defect="bad_content"
+        )
+    if not 0 < (count := len(get(manifest, MANIFEST, "files", dict))) <= MAX_MODELS:
+        raise BundleError(f"{MANIFEST}: files: must name 1 to {MAX_MODELS} models, got {count}", defect="bad_content")
+    return manifest
+
+
+def read_labels(folder: Path) -> tuple[str, ...]:
+    """Return labels.txt's lines."""
+    labels = read_text(folder, LABELS).removesuffix("\n").split("\n")
+    if bad := [label for label in labels if not is_label(label)]:
+        raise BundleError(
+            f"{LABELS}: must be one printable name a line, got {brief(bad[0])}: get the bundle again",
+            defect="bad_content",
+        )
+    return tuple(labels)
+
+
+def is_label(text: str) -> bool:
+    """Whether a class name stays one line wherever it is written."""
+    return text.isprintable() and text == text.strip() != ""
+
+
+def read_preprocess(folder: Path) -> Preprocess:
+    """Return preprocess.json's numbers, checked."""
+    return preprocess_of(read_json(folder, PREPROCESS))
+
+
+def preprocess_of(document: Mapping[str, object]) -> Preprocess:
+    """Return the numbers of preprocess.json's content, checked."""
+    size, resize_to = get(document, PREPROCESS, "image_size", int), get(document, PREPROCESS, "resize_to", int)
+    if not 0 < size <= resize_to <= MAX_IMAGE_SIZE:
+        raise BundleError(
+            f"{PREPROCESS}: resize_to: must be >= image_size ({brief(size)}) and at most {MAX_IMAGE_SIZE}, "
+            f"got {brief(resize_to)}",
+            defect="bad_content",
+        )
+    numbers = {key: get(document, PREPROCESS, key, list) for key in ("mean", "std")}
+    for key, lowest in (("mean", -LARGEST), ("std", 1 / LARGEST)):
+        if len(numbers[key]) != 3 or not all(is_number(one) and lowest <= one <= LARGEST for one in numbers[key]):
+            raise BundleError(
+                f"{PREPROCESS}: {key}: must be three numbers from {lowest:g} to {LARGEST:g}, got {numbers[key]!r:.100}",
+                defect="bad_content",
+            )
+    return Preprocess(size, resize_to, *(tuple(map(float, numbers[key])) for key in ("mean", "std")))
+
+
+def is_number(value: object) -> bool:
+    """Whether JSON holds a number here; to Python true is one too."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,195 @@
+"""Write a bundle beside its place, read it back, and put it there in one step."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.bundle.golden import IMAGES, INPUTS, Golden, make_golden, write_arrays
+from export.bundle.inside import SUMS, Json, sha256
+from export.bundle.read import (
+    LABELS,
+    MANIFEST,
+    NAME,
+    PREPROCESS,
+    SCHEMA_VERSION,
+    entry,
+    is_label,
+    preprocess_of,
+    read_bundle,
+)
+from export.errors import BundleError
+from export.onnx_file.model_file import ModelFile, inspect
+from export.serving.protocol import write_kserve, write_requests
+from export.serving.triton import Serving, write_repositories
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a bundle is made of.
+
+    `files` are the models by name; `metrics` has for a file what it does not say itself: top-1, agreement. `images`
+    (n, size, size, 3) and `image_labels` (n,) are the golden ones. `documents` are further files by their path.
+    """
+
+    name: str
+    files: Mapping[str, Path]
+    serving: Serving
+    preprocess: Mapping[str, object]
+    labels: Sequence[str]
+    images: NDArray[np.uint8]
+    image_labels: NDArray[np.int64]
+    task: str
+    target: str
+    recipe_digest: str
+    metrics: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    documents: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def write_bundle(out: Path, contents: Contents) -> None:
+    """Write the bundle beside `out`, read it back, and put it in place in one step; only an older bundle is replaced.
+
+    Raises BundleError for content that no reader would accept and for a place that cannot be written.
+    """
+    in_one_step(out, lambda folder: fill(folder, contents))
+
+
+def in_one_step(out: Path, fill: Callable[[Path], None]) -> None:
+    """Have `fill` write a bundle into an empty folder beside `out`, read it back, and rename it.
+
+    Raises BundleError where `out` is anything but an older bundle, and for a place that cannot be written.
+    """
+    if not is_replaceable(out):
+        raise BundleError(f"{out}: exists and is no bundle: move it away or name another place")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
+            aside = Path(folder, "new")
+            aside.mkdir()
+            fill(aside)
+            read_bundle(aside)
+            put_in_place(aside, out, old=Path(folder, "old"))
+    except OSError as error:
+        raise BundleError(
+            f"{out}: cannot be written ({error.strerror}): free the disk or name another place"
+        ) from error
+
+
+def is_replaceable(out: Path) -> bool:
+    """Whether `out` is free, an empty folder, or an older bundle."""
+    if out.is_symlink() or not out.is_dir():
+        return not out.exists() and not out.is_symlink()
+    return (out / MANIFEST).is_file() or not any(out.iterdir())
+
+
+def fill(folder: Path, contents: Contents) -> None:
+    """Write every file of the bundle into the empty `folder`, SHA256SUMS last."""
+    if not NAME.fullmatch(contents.name):
+        raise BundleError(f"name: must be lower-case letters, digits, - and _, got {contents.name!r}: rename the run")
+    if bad := [label for label in contents.labels if not is_label(label)]:
+        raise BundleError(f"labels: must be one printable line each, got {bad[0]!r}: rename the class")
+    facts = copy_models(folder, contents.files)
+    write_text(folder / PREPROCESS, dump(contents.preprocess))
+    write_text(folder / LABELS, "".join(f"{label}\n" for label in contents.labels))
+    inputs = preprocess_of(contents.preprocess).normalize(contents.images)
+    models = {name: (folder / f"{name}.onnx", fact.precision) for name, fact in facts.items()}
+    golden = make_golden(models, contents.images, inputs, contents.image_labels)
+    write_arrays(folder, golden)
+    write_text(folder / MANIFEST, dump(manifest(folder, contents, facts, golden)))
+    write_serving(folder, contents, facts, golden)
+    for name, content in contents.documents.items():
+        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute() or (folder / name).exists():
+            raise BundleError(f"documents: {name!r}: must be a new file inside the bundle")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    write_text(folder / SUMS, "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths))
+
+
+def copy_models(folder: Path, files: Mapping[str, Path]) -> dict[str, ModelFile]:
+    """Copy the model files and return their facts; all must take and give the same."""
+    facts: dict[str, ModelFile] = {}
+    for name, source in files.items():
+        if not NAME.fullmatch(name) or name in (IMAGES, INPUTS):
+            raise BundleError(
+                f"files: {name!r}: must be lower-case letters, digits, - and _, and not {IMAGES} or {INPUTS}"
+            )
+        shutil.copyfile(source, folder / f"{name}.onnx")
+        facts[name] = inspect(folder / f"{name}.onnx")
+    kinds = {(fact.input, fact.output) for fact in facts.values()}
+    if len(kinds) != 1:
+        raise BundleError(
+            f"files: must have the same input and output, got {len(kinds)} kinds: export them from one run"
+        )
+    return facts
+
+
+def manifest(folder: Path, contents: Contents, facts: Mapping[str, ModelFile], golden: Golden) -> Json:
+    """Return the content of bundle.json."""
+    served = contents.serving.served
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": contents.name,
+        "task": contents.task,
+        "target": contents.target,
+        "recipe_digest": contents.recipe_digest,
+        "input": asdict(facts[served].input),
+        "output": asdict(facts[served].output),
+        "served": served,
+        "serving": asdict(contents.serving),
+        "files": {
+            name: entry(folder / f"{name}.onnx", fact) | dict(contents.metrics.get(name, {}))
+            for name, fact in facts.items()
+        },
+        "golden": {"labels": golden.labels.tolist(), "tolerance": golden.tolerance},
+    }
+
+
+def write_serving(folder: Path, contents: Contents, facts: Mapping[str, ModelFile], golden: Golden) -> None:
+    """Write the folder serving/ from what is in the bundle already."""
+    served = facts[contents.serving.served]
+    image, logits = golden.inputs[0].astype(served.input.dtype), golden.outputs[contents.serving.served][0]
+    write_repositories(folder, contents.name, facts, contents.serving, sample=image.tobytes())
+    write_requests(folder, contents.name, served, image, logits)
+    write_kserve(folder, contents.name, contents.serving)
+
+
+def put_in_place(new: Path, out: Path, *, old: Path) -> None:
+    """Move `new` to `out`; a bundle already there moves to `old` first, and back if that fails."""
+    for path in [*new.rglob("*"), new]:
+        sync(path)
+    replaced = out.exists()
+    if replaced:
+        out.rename(old)
+    try:
+        new.rename(out)
+    except OSError:
+        if replaced:
+            old.rename(out)
+        raise
+    sync(out.parent)
+
+
+def dump(document: Mapping[str, object]) -> str:
+    """Return JSON as people read it and in the same bytes each time."""
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 with Unix line ends everywhere."""
+    path.write_bytes(text.encode())
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,94 @@
+"""Check a bundle that may come from anybody: whole, sound, in agreement with itself, and what it promises to be.
+
+`python -m export.check BUNDLE` names everything amiss at once; exit code 0: nothing, 3: a broken bundle.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from export.bundle.inside import SUMS, read_sums
+from export.bundle.read import LABELS, SIGNATURE, Bundle, examine, tried
+from export.bundle.sandbox import vet
+from export.check.promises import broken_promises
+from export.errors import BundleError, Defect
+
+BROKEN = 3  # exit code
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing amiss: its name for programs, its sentence for people."""
+
+    defect: Defect
+    sentence: str
+
+
+def check_bundle(path: Path) -> tuple[Bundle | None, list[Finding]]:
+    """Return the bundle and nothing amiss, or None and everything amiss.
+
+    Model files are opened in a guarded process first. Raises nothing for a broken bundle.
+    """
+    amiss: dict[str, BundleError] = {}  # by sentence: one cause can be met twice
+
+    def note(error: BundleError) -> None:
+        amiss.setdefault(str(error), error)
+
+    def note_all(errors: Iterable[BundleError]) -> None:
+        for error in errors:
+            note(error)
+
+    bundle = examine(path, amiss=note, inspect=vet)
+    if path.is_dir():
+        tried(note, note_all, astray(path))
+    if bundle is not None:
+        for name in bundle.files:
+            tried(note, note_all, broken_promises(bundle, name))
+    findings = [Finding(error.defect, sentence) for sentence, error in amiss.items()]
+    return (None if findings else bundle), findings
+
+
+def astray(folder: Path) -> Iterator[BundleError]:
+    """Yield every link, what lies in a bundle without a digest, and what a server would take for the bundle's and is not."""
+    digests = read_sums(folder)
+    known = {*digests, SUMS, SIGNATURE}
+    for place, folders, files in os.walk(folder):
+        for name in sorted(files) + sorted(folders):
+            path = Path(place, name)
+            relative = path.relative_to(folder).as_posix()
+            if path.is_symlink():
+                sentence = f"{relative}: must be a file of its own, not a link: get the bundle again"
+                yield BundleError(sentence, defect="link")
+            elif name in files and relative not in known:
+                yield BundleError(f"{SUMS}: lists no {relative}: remove it", defect="unlisted_file")
+    models = {digest for name, digest in digests.items() if "/" not in name}
+    for name, digest in digests.items():
+        last = PurePosixPath(name).name
+        if last.startswith("model.") and last != "model.py" and digest not in models:
+            yield BundleError(f"{name}: is none of the bundle's model files: get the bundle again", defect="other_copy")
+        if last == LABELS and digest != digests.get(LABELS):
+            yield BundleError(f"{name}: is another list than {LABELS}: get the bundle again", defect="other_copy")
+
+
+def as_text(path: Path, findings: list[Finding]) -> str:
+    """Return a line for each finding, or one that says that there is none."""
+    if not findings:
+        return f"{path}: nothing amiss\n"
+    return "".join(f"{finding.defect}: {finding.sentence}\n" for finding in findings)
+
+
+def main() -> int:
+    """Name everything that is amiss with a bundle; exit with 3 where there is anything."""
+    parser = argparse.ArgumentParser(prog="python -m export.check", description=main.__doc__)
+    parser.add_argument("bundle", type=Path)
+    arguments = parser.parse_args()
+    _, findings = check_bundle(arguments.bundle)
+    sys.stdout.write(as_text(arguments.bundle, findings))
+    return BROKEN if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

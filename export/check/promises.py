@@ -1,0 +1,191 @@
+"""Compare what a bundle's model files are with what its documents promise: labels, preprocessing, target, grid, float layers, answers.
+
+Digests tell that a file is the one that was meant. Where somebody swaps a file and makes the digests anew, this tells: every
+ONNX file carries the facts of its own export, and the golden answers were taken when the bundle was made.
+"""
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+from onnx import numpy_helper
+
+from export.audit import Audit, audit
+from export.bundle.golden import FOLDER, TOLERANCE, answer
+from export.bundle.inside import Json, brief, get, read_json
+from export.bundle.read import LABELS, MANIFEST, PREPROCESS, Bundle
+from export.errors import BundleError
+from export.onnx_file.model_file import inspect, parse
+from export.onnx_file.names import module_of
+from export.onnx_file.targets import TARGETS, Target, host_target
+from export.onnx_file.wiring import Wiring, wire
+
+ROUNDED = 1.01  # a bundle's tolerances have three digits
+# The same float network on the same images in torch and in ONNX Runtime; ties and half-precision training differ by less.
+MAX_TOP1_DIFFERENCE = 0.02
+X86 = ("cpu_avx2", "cpu_vnni")
+
+Broken = Iterator[BundleError]
+
+
+def broken_promises(bundle: Bundle, name: str) -> Broken:
+    """Yield everything in which a model file, which was found sound, is not what the bundle says."""
+    path = bundle.files[name]
+    file, precision = wire(parse(path)), inspect(path).precision
+    listed: Json = get(get(bundle.manifest, MANIFEST, "files", dict), MANIFEST, name, dict)
+    metadata = {entry.key: entry.value for entry in file.model.metadata_props}
+    target = target_of(bundle, name)
+    yield from other_classes(bundle, path, metadata)
+    yield from other_preprocessing(bundle, path, metadata)
+    if precision == "fp32":
+        yield from other_accuracy(path, metadata, listed)
+    if target is not None:
+        yield from other_target(bundle, path, metadata, target)
+    if precision == "int8" and target is not None:
+        # Another CPU's kernels leave other layers in float; there the file is taken as it is.
+        optimized = audit(path) if runs_as(target) else None
+        yield from off_grid(path, file, target, optimized)
+        yield from unpromised_float_layers(path, file, optimized, listed)
+    # What saturates on one CPU and not on another has no one right answer.
+    if precision != "int8" or target in (None, TARGETS["cpu_avx2"], host_target()):
+        yield from other_answers(bundle, name, precision)
+
+
+def target_of(bundle: Bundle, name: str) -> Target | None:
+    """Return the target that a file was made for: the one in its name, else the bundle's."""
+    named = [target for target in TARGETS if name.endswith(f"_{target}")]
+    return TARGETS.get(named[0] if named else bundle.target or "")
+
+
+def runs_as(target: Target) -> bool:
+    """Whether this machine's CPU leaves the same layers in float as the target's."""
+    on_arm = platform.machine() in ("aarch64", "arm64")
+    return target.name == "cpu_arm" if on_arm else target.name in X86
+
+
+def stated(metadata: Mapping[str, str], key: str, path: Path) -> object:
+    """Return what a file's metadata say as JSON, None where they say nothing."""
+    try:
+        return json.loads(metadata.get(key, "null"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{path.name}: metadata: {key}: must be JSON ({error}): export it again", defect="wrong_facts"
+        ) from error
+
+
+def other_classes(bundle: Bundle, path: Path, metadata: Mapping[str, str]) -> Broken:
+    """Yield where labels.txt is not the list of classes that the network was trained with."""
+    classes = stated(metadata, "classes", path)
+    if not isinstance(classes, list) or classes == list(bundle.labels):
+        return
+    for line, (label, name) in enumerate(zip_longest(bundle.labels, classes), 1):
+        if label != name:
+            yield BundleError(
+                f"{LABELS}: line {line}: {path.name} was trained with {brief(name)} there, got {brief(label)}: "
+                "get the bundle again",
+                defect="labels_differ" if len(classes) == len(bundle.labels) else "missing_class",
+            )
+            return
+
+
+def other_preprocessing(bundle: Bundle, path: Path, metadata: Mapping[str, str]) -> Broken:
+    """Yield the first number or word of preprocess.json that is not the one that the network was trained with."""
+    trained = stated(metadata, "preprocess", path)
+    if not isinstance(trained, dict):
+        return
+    document = read_json(bundle.path, PREPROCESS)
+    if wrong := [key for key in trained if trained[key] != document.get(key)]:
+        key = wrong[0]
+        yield BundleError(
+            f"{PREPROCESS}: {key}: {path.name} was trained with {trained[key]!r:.100}, got {document.get(key)!r:.100}: "
+            "get the bundle again",
+            defect="preprocess_differs",
+        )
+
+
+def other_accuracy(path: Path, metadata: Mapping[str, str], listed: Json) -> Broken:
+    """Yield where bundle.json gives a float file another accuracy than it was exported with."""
+    exported, measured = stated(metadata, "top1_torch", path), listed.get("top1")
+    if not isinstance(exported, float | int) or not isinstance(measured, float | int):
+        return
+    if not abs(exported - measured) <= MAX_TOP1_DIFFERENCE:
+        yield BundleError(
+            f"{MANIFEST}: files.{path.stem}.top1: {path.name} was exported with {exported}, got {measured}: "
+            "get the bundle again",
+            defect="accuracy_differs",
+        )
+
+
+def other_target(bundle: Bundle, path: Path, metadata: Mapping[str, str], target: Target) -> Broken:
+    """Yield where a file was exported for another machine than the bundle says."""
+    exported = metadata.get("target")
+    # A calibrated file takes its metadata from the float one, which is made for the run's first target.
+    if exported is not None and exported not in (target.name, bundle.target):
+        yield BundleError(
+            f"{MANIFEST}: target: {path.name} was exported for {brief(exported)}, got {target.name}: get the bundle again",
+            defect="target_differs",
+        )
+
+
+def off_grid(path: Path, file: Wiring, target: Target, optimized: Audit | None) -> Broken:
+    """Yield the layers whose integer weights are off the target's grid, in the file or once ONNX Runtime optimized it."""
+    grid = f"{target.name}'s grid [{target.weight_min}, {target.weight_max}]"
+    wide: dict[str, int] = {}
+    for layer in file.layers():
+        tensor = file.weights(layer)
+        levels = np.zeros(1) if tensor is None else numpy_helper.to_array(tensor)
+        if levels.dtype == np.int8 and (levels.min() < target.weight_min or levels.max() > target.weight_max):
+            wide[module_of(layer.name)] = max(int(levels.max()), int(levels.min()), key=abs)
+    if wide:
+        shown = ", ".join(f"{name} ({level})" for name, level in list(wide.items())[:5])
+        yield BundleError(
+            f"{path.name}: {len(wide)} layers have weights off {grid}, where sums may saturate: {shown}: export it again",
+            defect="saturating_weights",
+        )
+    if optimized is not None and optimized.quantized_by_runtime and target.weight_max < np.iinfo(np.int8).max:
+        shown = ", ".join(optimized.quantized_by_runtime[:5])
+        yield BundleError(
+            f"{path.name}: ONNX Runtime quantizes float weights by itself, off {grid}: {shown}: export it again",
+            defect="saturating_weights",
+        )
+
+
+def unpromised_float_layers(path: Path, file: Wiring, optimized: Audit | None, listed: Json) -> Broken:
+    """Yield the layers that compute in float though bundle.json's `float_layers` does not name them."""
+    in_file = {module_of(layer.name) for layer in file.layers() if not file.is_quantized(layer)}
+    in_float = in_file if optimized is None else in_file.union(optimized.float_layers)
+    promised = listed.get("float_layers", [])
+    known = {one for one in promised if isinstance(one, str)} if isinstance(promised, list) else set()
+    if extra := sorted(in_float - known):
+        yield BundleError(
+            f"{path.name}: {len(extra)} layers compute in float that {MANIFEST} does not name: {', '.join(extra[:5])}: "
+            "export it again",
+            defect="float_layers",
+        )
+
+
+def other_answers(bundle: Bundle, name: str, precision: str) -> Broken:
+    """Yield where a file answers the golden inputs otherwise than when the bundle was made."""
+    golden, file = bundle.golden, f"{FOLDER}/{name}.npy"
+    most = TOLERANCE[precision] * float(golden.outputs[name].std()) * ROUNDED
+    if not golden.tolerance[name] <= most:
+        yield BundleError(
+            f"{MANIFEST}: golden.tolerance.{name}: must be at most {most:.3g}, got {golden.tolerance[name]}: "
+            "get the bundle again",
+            defect="wrong_facts",
+        )
+    answers, expected = answer(bundle.files[name], golden.inputs), golden.outputs[name]
+    if answers.shape != expected.shape:
+        yield BundleError(
+            f"{name}.onnx: answers {answers.shape} where {file} has {expected.shape}: get the bundle again",
+            defect="golden_differs",
+        )
+    elif different := golden.differing(name, answers):
+        yield BundleError(
+            f"{name}.onnx: answers {len(different)} of {len(golden.inputs)} golden inputs otherwise than {file}, "
+            f"image {different[0]} first: get the bundle again",
+            defect="golden_differs",
+        )

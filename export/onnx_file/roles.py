@@ -1,0 +1,28 @@
+"""The ONNX files of a run: their names, in the order that tables show them."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from export.onnx_file.targets import Target
+
+TEACHER, FP32, FP16 = "teacher_fp32", "student_fp32", "student_fp16"
+PTQ, QAT, UINT8 = "student_ptq_int8", "student_int8", "student_int8_uint8"
+ORDER = (TEACHER, FP32, FP16, PTQ, QAT)
+
+
+def name_for(name: str, target: Target, primary: Target) -> str:
+    """Return the name of an INT8 file; those for further targets carry the target's name."""
+    return name if target == primary else f"{name}_{target.name}"
+
+
+def files_in(directory: Path) -> dict[str, Path]:
+    """Return the comparable ONNX files of an export by name; the one with uint8 input takes other images and is not among them."""
+    names = [path.stem for path in directory.glob("*.onnx") if path.stem != UINT8]
+    ranked = sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    return {name: directory / f"{name}.onnx" for name in ranked}
+
+
+def deployed(names: Collection[str], target: Target) -> str:
+    """Return the file to serve on the target: trained INT8, else calibrated INT8, else FP32; FP16 where the target has no INT8."""
+    order = (FP16, FP32) if target.precision == "fp16" else (QAT, PTQ, FP32)
+    return next(name for name in order if name in names)

@@ -1,0 +1,67 @@
+"""Write a torch module as one ONNX file that servers in the field can read.
+
+The only file of `export` that imports torch.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+
+from export.onnx_file.graph import INPUT, OUTPUT, finish, save_model
+
+OPSET = 18
+
+
+def to_onnx(model: nn.Module, path: Path, *, image_size: int, metadata: Mapping[str, str]) -> None:
+    """Export `model` (in eval mode, on the CPU) with input (batch, 3, image_size, image_size), the batch dynamic.
+
+    The file has opset 18 and IR 9, holds its own weights, and carries `metadata`; its nodes are named after their
+    modules, and it has passed ONNX's checker.
+    """
+    # Batch 2: torch.export would specialise a batch of 1.
+    images = torch.zeros(2, 3, image_size, image_size)
+    program = torch.onnx.export(
+        with_named_calls(model) if isinstance(model, fx.GraphModule) else model,
+        (images,),
+        dynamo=True,
+        opset_version=OPSET,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        external_data=False,
+        verbose=False,
+    )
+    assert program is not None
+    save_model(finish(program.model_proto, opset=OPSET, metadata=metadata), path)
+
+
+class _Call(nn.Module):
+    """A function or method as a module, so that what it exports to carries its name."""
+
+    def __init__(self, target: Callable[..., object] | str) -> None:
+        super().__init__()
+        self.target = target
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """Call it."""
+        function = getattr(args[0], self.target) if isinstance(self.target, str) else self.target
+        return function(*(args[1:] if isinstance(self.target, str) else args), **kwargs)
+
+
+def with_named_calls(model: fx.GraphModule) -> fx.GraphModule:
+    """Return the traced network, its modules shared, with every function called as a module of its node's name.
+
+    All functions of a traced network stand in its one forward: without this an addition would be `Add_3`, not `add_3/Add`.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(model.graph, {}))
+    named = fx.GraphModule(model, graph)
+    for node in named.graph.nodes:
+        if node.op in ("call_function", "call_method") and not hasattr(named, node.name):
+            named.add_submodule(node.name, _Call(node.target))
+            node.op, node.target = "call_module", node.name
+            node.meta.pop("nn_module_stack", None)  # else the exporter takes the block around it
+    named.recompile()
+    return named

@@ -1,0 +1,74 @@
+"""Which layers lose sums on a CPU without VNNI, whose U8 x S8 product adds two products into 16 bits: vpmaddubsw saturates.
+
+ONNX Runtime's integer convolution and matrix product read both factors in pairs of neighbours along the inner dimension: input
+channels of one tap, taps row by row (its convolutions run channels last); in a matrix product, rows of the weights. Depthwise
+convolutions widen to 16 bits first and are exact.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto, numpy_helper
+
+from export.onnx_file.names import module_of
+from export.onnx_file.wiring import INTEGER, Wiring, origin
+from export.proof.optimized import optimize
+from export.runtime.session import CPU
+
+INT16 = np.iinfo(np.int16)
+HIGHEST = 255  # activation level; int8 activations are shifted to uint8 before the product
+
+
+def saturation_possible(file: Wiring) -> dict[str, int]:
+    """Return the `weight_sum` of every layer, by node name, whose weights let a pair's sum leave 16 bits.
+
+    The weights are those that ONNX Runtime runs: it also quantizes float weights by itself, on the full range.
+    """
+    runs = optimize(file.model, CPU)
+    found: dict[str, int] = {}
+    for node in runs.nodes.values():
+        layer = origin(node, file) if node.op_type in INTEGER else None
+        order = inner_order(node, runs) if layer is not None else None
+        if layer is not None and order is not None and can_saturate(order):
+            found[layer.name] = weight_sum(order)
+    return found
+
+
+def inner_order(node: NodeProto, runs: Wiring) -> NDArray[np.int8] | None:
+    """Return an integer layer's weights as (out, inner), inner as the kernel reads it; None for weights that are not int8 or meet in no pairs."""
+    tensor = runs.constants.get(node.input[3 if node.op_type in ("QLinearConv", "QGemm", "QLinearMatMul") else 1])
+    if tensor is None:
+        return None
+    weights = numpy_helper.to_array(tensor)
+    if weights.dtype != np.int8:
+        return None
+    flags = {attribute.name: attribute.i for attribute in node.attribute}
+    if "Conv" in node.op_type:
+        if flags.get("group", 1) == len(weights) and weights.shape[1] == 1:
+            return None  # depthwise
+        return np.moveaxis(weights, 1, -1).reshape(len(weights), -1)
+    return weights if flags.get("transB") else np.moveaxis(weights, -2, -1).reshape(-1, weights.shape[-2])
+
+
+def weight_sum(weights: NDArray[np.int8]) -> int:
+    """Return the largest |w_i| + |w_j| over the pairs that meet (last dimension) and have one sign: only those add up."""
+    pairs = _pairs(weights)
+    positive, negative = np.maximum(pairs, 0).sum(axis=-1), np.minimum(pairs, 0).sum(axis=-1)
+    return int(max(positive.max(), -negative.min()))
+
+
+def can_saturate(weights: NDArray[np.int8]) -> bool:
+    """Tell whether the highest activations drive any pair's sum beyond 16 bits, to either side."""
+    pairs = _pairs(weights)
+    highest, lowest = np.maximum(pairs, 0).sum(axis=-1).max(), np.minimum(pairs, 0).sum(axis=-1).min()
+    return bool(HIGHEST * highest > INT16.max or HIGHEST * lowest < INT16.min)
+
+
+def modules(layers: dict[str, int]) -> tuple[str, ...]:
+    """Return the layers' module paths."""
+    return tuple(module_of(name) for name in layers)
+
+
+def _pairs(values: NDArray[np.generic]) -> NDArray[np.int32]:
+    """Return (…, inner) as (…, pairs, 2); an odd end meets zero."""
+    padded = np.pad(values.astype(np.int32), [(0, 0)] * (values.ndim - 1) + [(0, values.shape[-1] % 2)])
+    return padded.reshape(*padded.shape[:-1], -1, 2)

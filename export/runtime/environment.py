@@ -1,0 +1,89 @@
+"""Say what machine and which versions a number was measured on."""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import onnxruntime
+
+from export.onnx_file.targets import host_instruction_sets, host_target
+
+# What decides which integer and half-precision kernels run, as Linux spells it on x86-64 and Arm.
+INSTRUCTION_SETS = (
+    "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_int8",
+    "amx_bf16", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2", "sme",
+)  # fmt: skip
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnx", "numpy", "torch", "torchvision", "torch-pruning")
+HARDWARE = ("machine", "cpu", "cores", "instruction_sets", "gpu")
+
+
+def environment() -> dict[str, object]:
+    """Return hardware, system and versions as JSON holds them; what the machine does not tell is None."""
+    return {
+        "machine": platform.machine(),
+        "cpu": cpu_model(),
+        "cores": usable_cores(),
+        "instruction_sets": [name for name in INSTRUCTION_SETS if name in host_instruction_sets()],
+        "target": host_target().name,
+        "memory_gb": memory_gb(),
+        "gpu": gpu("name"),
+        "gpu_driver": gpu("driver_version"),
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "providers": list(onnxruntime.get_available_providers()),
+    }
+
+
+def fingerprint(env: dict[str, object]) -> str:
+    """Return a short name of the hardware alone: equal for two environments whose times may be compared."""
+    digest = hashlib.sha256(json.dumps([env[key] for key in HARDWARE]).encode()).hexdigest()
+    words = re.findall(r"[a-z0-9]+", str(env["cpu"] or env["machine"]).lower())
+    return "-".join([*words[:4], f"{env['cores']}c", digest[:8]])
+
+
+def cpu_model() -> str | None:
+    """Return the processor's name as Linux or the platform tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return found[1].strip() if found else platform.processor() or None
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_gb() -> float | None:
+    """Return the machine's memory in GB."""
+    names = getattr(os, "sysconf_names", {})
+    if not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= names.keys():
+        return None
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+
+
+def gpu(field: str) -> str | None:
+    """Return one of nvidia-smi's fields for the first GPU, None without one."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, f"--query-gpu={field}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def version(package: str) -> str | None:
+    """Return a package's installed version without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

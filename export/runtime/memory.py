@@ -1,0 +1,70 @@
+"""Measure how much memory one file needs, in a process of its own."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROC_STATUS = Path("/proc/self/status")
+
+
+def peak_memory_mb(model: Path, *, batch: int, image_size: int, threads: int = 1) -> float | None:
+    """Return the peak memory, in MB, that loading and running `model` on the CPU adds to ONNX Runtime's own.
+
+    None where the system does not tell (anything but Linux) or the run fails.
+    """
+    if not PROC_STATUS.exists():
+        return None
+    arguments = [
+        str(model.resolve()),
+        "--batch",
+        str(batch),
+        "--image-size",
+        str(image_size),
+        "--threads",
+        str(threads),
+    ]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-m", "export.runtime.memory", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return float(done.stdout) if done.returncode == 0 else None
+
+
+def peak_bytes() -> int:
+    """Return this process's peak resident memory.
+
+    VmHWM begins anew with each program; getrusage's ru_maxrss inherits the peak of the process that started this one.
+    """
+    for line in PROC_STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{PROC_STATUS}: has no VmHWM")
+
+
+def main() -> None:
+    """Print the peak memory, in MB, that a model adds to a process with ONNX Runtime loaded."""
+    parser = argparse.ArgumentParser(prog="python -m export.runtime.memory", description=main.__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--image-size", type=int, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+
+    import numpy as np
+
+    from export.runtime.session import bind, open_session
+
+    images = np.zeros((arguments.batch, 3, arguments.image_size, arguments.image_size), np.float32)
+    before = peak_bytes()
+    bind(open_session(arguments.model, threads=arguments.threads), images)()
+    sys.stdout.write(str((peak_bytes() - before) / 1e6))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What bench.json holds: accuracy for each file, and a row of timings for each file at each setting."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from export.onnx_file.model_file import ModelFile
+from export.runtime.latency import Timing, speedup
+from export.runtime.session import CPU
+
+TEACHER, STUDENT = "teacher_fp32", "student_fp32"
+
+
+class AccuracyRow(TypedDict):
+    """One file on all images; `agreement` is the fraction of images whose arg-max equals the float student's."""
+
+    top1: float
+    agreement: float
+    images: int
+
+
+class SpeedupRow(TypedDict):
+    """How many times faster than the file `vs`, with the 95 % interval."""
+
+    vs: str
+    ratio: float
+    ci95: list[float]
+
+
+class TimingRow(TypedDict):
+    """One file at one setting; MB are 10^6 bytes, and peak memory is what one thread's run adds to ONNX Runtime's own."""
+
+    name: str
+    file: str
+    precision: str
+    provider: str
+    threads: int
+    batch: int
+    image_size: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    throughput_ips: float
+    runs: int
+    block_ms: list[float]
+    size_mb: float
+    peak_memory_mb: float | None
+    provider_options: dict[str, str]
+    speedup: SpeedupRow | None
+    speedup_vs_student_fp32: SpeedupRow | None
+
+
+class BenchJson(TypedDict):
+    """The whole file."""
+
+    accuracy: dict[str, AccuracyRow]
+    timings: list[TimingRow]
+    environment: dict[str, object]
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The conditions that files are compared under; `threads` 0 is all cores."""
+
+    provider: str
+    threads: int
+    batch: int
+    image_size: int
+
+    @property
+    def is_headline(self) -> bool:
+        """Whether these are the conditions that targets speak of, whatever the image size."""
+        return self.provider == CPU and self.batch == 1 and self.threads == 1
+
+    def __str__(self) -> str:
+        threads = {0: "all cores", 1: "1 thread"}.get(self.threads, f"{self.threads} threads")
+        where = f"CPU, {threads}" if self.provider == CPU else "CUDA"
+        return f"{where}, batch {self.batch}, {self.image_size} px"
+
+
+def timing_row(
+    name: str,
+    file: Path,
+    facts: ModelFile,
+    setting: Setting,
+    timed: Mapping[str, Timing],
+    *,
+    provider_options: dict[str, str],
+    peak_memory_mb: float | None,
+) -> TimingRow:
+    """Return the row of one of the files that were `timed` together."""
+    timing = timed[name]
+    p50, p90, p99 = (timing.percentile(percent) for percent in (50, 90, 99))
+    return TimingRow(
+        name=name,
+        file=file.name,
+        precision=facts.precision,
+        provider=setting.provider,
+        threads=setting.threads,
+        batch=setting.batch,
+        image_size=setting.image_size,
+        p50_ms=p50,
+        p90_ms=p90,
+        p99_ms=p99,
+        throughput_ips=setting.batch / p50 * 1e3,
+        runs=timing.runs,
+        block_ms=timing.block_ms.tolist(),
+        size_mb=facts.bytes / 1e6,
+        peak_memory_mb=peak_memory_mb,
+        provider_options=provider_options,
+        speedup=speedup_row(TEACHER, name, timed),
+        speedup_vs_student_fp32=speedup_row(STUDENT, name, timed),
+    )
+
+
+def speedup_row(reference: str, name: str, timed: Mapping[str, Timing]) -> SpeedupRow | None:
+    """Return the speed-up of `name` over `reference`, None where the reference was not timed."""
+    if reference not in timed:
+        return None
+    found = speedup(timed[reference], timed[name])
+    return SpeedupRow(vs=reference, ratio=found.ratio, ci95=[found.low, found.high])

@@ -1,0 +1,171 @@
+"""One ONNX session behind the Open Inference Protocol (v2): KServe's endpoints and codecs, with nothing left to a client's good will.
+
+KServe's Python SDK speaks the protocol, in JSON and with binary tensor data. What it leaves open is closed here: a request that
+does not fit the network is a 4xx with one sentence, bodies have a limit, and no client loads or unloads models.
+"""
+
+import asyncio
+import struct
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import NoReturn
+from uuid import uuid4
+
+import numpy as np
+import onnxruntime
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from kserve import InferOutput, InferRequest, InferResponse, Model, ModelRepository
+from kserve.errors import InvalidInput, ModelNotFound
+from kserve.protocol.dataplane import DataPlane
+from kserve.protocol.model_repository_extension import ModelRepositoryExtension
+from kserve.protocol.rest.v2_datamodels import InferenceRequest
+from kserve.protocol.rest.v2_endpoints import register_v2_endpoints
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+
+from export.onnx_file.model_file import ModelFile
+from export.serving.triton import DATATYPES
+
+BYTES_PER_NUMBER = 32  # JSON writes a float32 with at most 24 characters, and a separator
+HEADER_BYTES = 2**16
+# What KServe's decoding raises for a body that is no request.
+DECODING_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
+# A model's version in the path is not implemented: there is one version, and no other to be found.
+STATUS = {
+    InvalidInput: HTTPStatus.BAD_REQUEST,
+    ModelNotFound: HTTPStatus.NOT_FOUND,
+    NotImplementedError: HTTPStatus.NOT_FOUND,
+}
+
+
+class SessionModel(Model):  # type: ignore[misc] # KServe is not typed
+    """The network as KServe sees a model."""
+
+    def __init__(self, name: str, session: onnxruntime.InferenceSession, facts: ModelFile, *, max_batch: int) -> None:
+        super().__init__(name)
+        self.session, self.facts, self.max_batch = session, facts, max_batch
+        self.ready = True
+
+    def get_input_types(self) -> list[dict[str, object]]:
+        """Return name, datatype and shape of the images; the batch is -1."""
+        return [tensor(self.facts.input.name, self.facts.input.dtype, self.facts.input.shape)]
+
+    def get_output_types(self) -> list[dict[str, object]]:
+        """Return name, datatype and shape of the logits; the batch is -1."""
+        return [tensor(self.facts.output.name, self.facts.output.dtype, self.facts.output.shape)]
+
+    async def predict(self, payload: InferRequest, _: Mapping[str, str] | None = None) -> InferResponse:
+        """Run the network in a thread, so that health checks are answered meanwhile."""
+        images = self.images(payload)
+        (logits,) = await asyncio.to_thread(self.session.run, None, {self.facts.input.name: images})
+        if not np.isfinite(logits).all():
+            raise InvalidInput(f"{self.facts.output.name}: not finite for this input: send normalized images")
+        (wanted,) = self.get_output_types()
+        output = InferOutput(**{**wanted, "shape": list(logits.shape)}, data=logits)
+        return InferResponse(
+            response_id=payload.id or str(uuid4()),
+            model_name=self.name,
+            infer_outputs=[output],
+            use_binary_outputs=payload.use_binary_outputs,
+            requested_outputs=payload.request_outputs,
+        )
+
+    def images(self, payload: InferRequest) -> NDArray[np.generic]:
+        """Return the request's one tensor; raise InvalidInput for what the network does not take."""
+        (known,) = self.get_input_types()
+        if [given.name for given in payload.inputs] != [known["name"]]:
+            raise InvalidInput(f"inputs: must be one tensor, {known['name']}")
+        (given,) = payload.inputs
+        if given.datatype != known["datatype"]:
+            raise InvalidInput(f"{given.name}: datatype: must be {known['datatype']}, got {str(given.datatype)[:20]}")
+        if not self.takes(given.shape):
+            raise InvalidInput(
+                f"{given.name}: shape: must be {known['shape']} with 1 to {self.max_batch} images, got {str(given.shape)[:60]}"
+            )
+        try:
+            images: NDArray[np.generic] = given.as_numpy()
+        except DECODING_ERRORS as error:
+            raise InvalidInput(f"{given.name}: data: {error}") from error
+        if not np.isfinite(images).all():
+            raise InvalidInput(f"{given.name}: data: must be finite")
+        return images
+
+    def takes(self, shape: object) -> bool:
+        """Whether the shape is that of 1 to `max_batch` images."""
+        if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+            return False
+        return tuple(shape[1:]) == self.facts.input.shape[1:] and 1 <= shape[0] <= self.max_batch
+
+
+class StrictDataPlane(DataPlane):  # type: ignore[misc]
+    """KServe's decoding; half of what it raises for a broken request would be answered 500, and is answered 400 here."""
+
+    def metadata(self) -> dict[str, object]:
+        """Name what is offered besides the protocol itself."""
+        return {**super().metadata(), "extensions": ["binary_tensor_data"]}
+
+    def decode(
+        self,
+        body: InferenceRequest | bytes,
+        headers: Mapping[str, str],
+        protocol_version: str,
+        model_name: str | None = None,
+    ) -> tuple[InferRequest, dict[str, object]]:
+        """Decode a request; KServe checks the fields of a JSON body, and those of a binary one are checked here by the same schema."""
+        try:
+            request, attributes = super().decode(body, headers, protocol_version, model_name)
+            wanted = [{"name": one.name, "parameters": one.parameters} for one in request.request_outputs or ()]
+            InferenceRequest(id=request.id, parameters=request.parameters, inputs=[], outputs=wanted)
+        except InvalidInput:
+            raise
+        except ValidationError as error:
+            raise RequestValidationError(error.errors()) from error
+        except DECODING_ERRORS as error:
+            raise InvalidInput(f"the body is no inference request ({type(error).__name__}: {error})") from error
+        return request, attributes
+
+
+class FixedModels(ModelRepositoryExtension):  # type: ignore[misc]
+    """A repository whose models no client changes."""
+
+    async def load(self, model_name: str) -> NoReturn:
+        """Refuse."""
+        raise HTTPException(HTTPStatus.FORBIDDEN, f"{model_name}: models are not loaded over the network")
+
+    async def unload(self, model_name: str) -> NoReturn:
+        """Refuse."""
+        raise HTTPException(HTTPStatus.FORBIDDEN, f"{model_name}: models are not unloaded over the network")
+
+
+def application(model: SessionModel) -> FastAPI:
+    """Return KServe's v2 endpoints for one model as an ASGI application."""
+    models = ModelRepository()
+    models.update(model)
+    app = FastAPI(title="Open Inference Protocol", docs_url=None, redoc_url=None, openapi_url=None)
+    register_v2_endpoints(app, StrictDataPlane(models), FixedModels(models))
+    for kind in (*STATUS, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, refuse)
+    numbers = model.max_batch * 3 * model.facts.image_size**2
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=numbers * BYTES_PER_NUMBER + HEADER_BYTES)
+    return app
+
+
+async def refuse(_: Request, error: Exception) -> JSONResponse:
+    """Answer a request that cannot be served, in the protocol's form and without an echo of what came."""
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        status, sentence = int(HTTPStatus.BAD_REQUEST), f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    elif isinstance(error, HTTPException):
+        status, sentence = error.status_code, error.detail
+    else:
+        status, sentence = STATUS[type(error)], str(error)
+    return JSONResponse({"error": " ".join(sentence.split())[:500]}, status)
+
+
+def tensor(name: str, dtype: str, shape: tuple[int | None, ...]) -> dict[str, object]:
+    """Return a tensor's metadata in the protocol's words."""
+    return {"name": name, "datatype": DATATYPES[dtype], "shape": [-1 if size is None else size for size in shape]}

@@ -1,0 +1,202 @@
+"""Losses between features, each against numpy computed from its paper's formula with loops over images, pairs and triples."""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compress.distillation.adapters import Review, Widen
+from compress.distillation.features import at_loss, fitnet_loss, pkt_loss, review_loss, rkd_loss, sp_loss
+
+Array = NDArray[np.float64]
+RANDOM = np.random.default_rng(1)
+STUDENT, TEACHER = RANDOM.normal(size=(5, 3, 8, 8)), RANDOM.normal(size=(5, 6, 8, 8))
+SAME_WIDTH = RANDOM.normal(size=(5, 6, 8, 8))
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "fitnet": fitnet_loss,
+    "at": at_loss,
+    "sp": sp_loss,
+    "rkd": lambda s, t: rkd_loss(s, t, distance=25.0, angle=50.0),
+    "pkt": pkt_loss,
+    "review": review_loss,
+}
+
+
+def tensors(*arrays: Array) -> list[Tensor]:
+    return [torch.tensor(array, dtype=torch.float32) for array in arrays]
+
+
+def pooled(maps: Array, size: int) -> Array:
+    """Average (n, c, h, w) over equal squares to (n, c, size, size)."""
+    n, c, h, w = maps.shape
+    return np.asarray(maps.reshape(n, c, size, h // size, size, w // size).mean((3, 5)))
+
+
+def test_fitnet_is_the_mean_square_of_the_differences() -> None:
+    measured = fitnet_loss(*tensors(SAME_WIDTH, TEACHER))
+    assert float(measured) == pytest.approx(float(((SAME_WIDTH - TEACHER) ** 2).mean()), rel=1e-5)
+
+
+def test_fitnet_averages_the_larger_map_down() -> None:
+    expected = ((pooled(SAME_WIDTH, 4) - pooled(TEACHER, 4)) ** 2).mean()
+    for student, teacher in ((SAME_WIDTH, pooled(TEACHER, 4)), (pooled(SAME_WIDTH, 4), TEACHER)):
+        assert float(fitnet_loss(*tensors(student, teacher))) == pytest.approx(float(expected), rel=1e-5)
+
+
+def attention(maps: Array) -> list[Array]:
+    found = []
+    for image in maps:
+        strength = sum(channel**2 for channel in image).ravel()
+        found.append(strength / np.sqrt((strength**2).sum()))
+    return found
+
+
+def test_at_is_the_papers_equation_whatever_the_channels() -> None:
+    pairs = zip(attention(STUDENT), attention(TEACHER), strict=True)
+    expected = np.mean([(s - t) ** 2 for s, t in pairs])
+    assert float(at_loss(*tensors(STUDENT, TEACHER))) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_at_of_maps_of_different_size_compares_the_smaller_one() -> None:
+    pairs = zip(attention(pooled(STUDENT, 4)), attention(pooled(TEACHER, 4)), strict=True)
+    expected = np.mean([(s - t) ** 2 for s, t in pairs])
+    assert float(at_loss(*tensors(STUDENT, pooled(TEACHER, 4)))) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_sp_is_the_papers_equation() -> None:
+    similar = []
+    for maps in (STUDENT, TEACHER):
+        products = np.array([[float((a * b).sum()) for b in maps] for a in maps])
+        similar.append(products / np.sqrt((products**2).sum(1, keepdims=True)))
+    expected = ((similar[0] - similar[1]) ** 2).sum() / 25
+    assert float(sp_loss(*tensors(STUDENT, TEACHER))) == pytest.approx(float(expected), rel=1e-4)
+
+
+def huber(a: float, b: float) -> float:
+    gap = abs(a - b)
+    return gap**2 / 2 if gap <= 1 else gap - 0.5
+
+
+def distances(points: Array) -> Array:
+    found = np.array([[np.sqrt(((a - b) ** 2).sum()) for b in points] for a in points])
+    return np.asarray(found / found[~np.eye(len(points), dtype=bool)].mean())
+
+
+def cosine(points: Array, i: int, j: int, k: int) -> float:
+    if j in (i, k):
+        return 0.0
+    a, b = points[i] - points[j], points[k] - points[j]
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
+def test_rkd_is_the_papers_distances_and_angles() -> None:
+    s, t = 3 * STUDENT.mean((2, 3)), TEACHER.mean((2, 3))
+    pairs = zip(distances(s).ravel(), distances(t).ravel(), strict=True)
+    of_distances = np.mean([huber(a, b) for a, b in pairs])
+    of_angles = np.mean(
+        [huber(cosine(s, *triple), cosine(t, *triple)) for triple in itertools.product(range(5), repeat=3)]
+    )
+    student, teacher = tensors(STUDENT, TEACHER)
+    assert float(rkd_loss(student, teacher, distance=1.0, angle=0.0)) == pytest.approx(of_distances, rel=1e-4)
+    assert float(rkd_loss(student, teacher, distance=0.0, angle=1.0)) == pytest.approx(of_angles, rel=1e-4)
+    both = rkd_loss(*tensors(s, t), distance=25.0, angle=50.0)  # embeddings are taken as they are
+    assert float(both) == pytest.approx(25 * of_distances + 50 * of_angles, rel=1e-4)
+
+
+def test_pkt_is_the_divergence_of_the_neighbours_probabilities() -> None:
+    def probability(points: Array, i: int, j: int) -> float:
+        def kernel(a: Array, b: Array) -> float:
+            return float((a @ b / np.sqrt((a @ a) * (b @ b)) + 1) / 2)
+
+        return kernel(points[i], points[j]) / sum(kernel(points[k], points[j]) for k in range(5) if k != j)
+
+    s, t = STUDENT.mean((2, 3)), TEACHER.mean((2, 3))
+    expected = np.mean(
+        [
+            probability(t, i, j) * np.log(probability(t, i, j) / probability(s, i, j))
+            for i, j in itertools.permutations(range(5), 2)
+        ]
+    )
+    assert float(pkt_loss(*tensors(STUDENT, TEACHER))) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize(("size", "levels"), [(8, (4, 2, 1)), (4, (2, 1)), (1, ())])
+def test_review_weighs_each_coarser_level_by_half(size: int, levels: tuple[int, ...]) -> None:
+    s, t = pooled(SAME_WIDTH, size), pooled(TEACHER, size)
+    loss, weight, total = ((s - t) ** 2).mean(), 1.0, 1.0
+    for level in levels:
+        weight /= 2
+        loss, total = loss + weight * ((pooled(s, level) - pooled(t, level)) ** 2).mean(), total + weight
+    assert float(review_loss(*tensors(s, t))) == pytest.approx(float(loss / total), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_teachers_own_features_have_no_loss(name: str) -> None:
+    teacher, other = tensors(TEACHER, SAME_WIDTH)
+    assert float(LOSSES[name](teacher, teacher)) == pytest.approx(0, abs=1e-6)
+    assert float(LOSSES[name](other, teacher)) > 1e-6
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("student", ["random", "all zero", "all alike", "one image"])
+def test_gradients_are_finite_also_where_images_cannot_be_told_apart(name: str, student: str) -> None:
+    features, teacher = tensors(SAME_WIDTH, TEACHER)
+    if student == "all zero":
+        features = torch.zeros_like(features)
+    elif student == "all alike":
+        features = features[:1].expand(5, -1, -1, -1).clone()
+    elif student == "one image":
+        features, teacher = features[:1], teacher[:1]
+    features.requires_grad_()
+    loss = LOSSES[name](features, teacher)
+    loss.backward()
+    assert features.grad is not None
+    assert bool(torch.isfinite(loss))
+    assert bool(torch.isfinite(features.grad).all())
+    assert float(features.grad.abs().max()) < 1e4
+
+
+def test_the_regressor_of_fitnet_is_a_matrix_over_channels() -> None:
+    shapes = [torch.Size((5, 3, 8, 8)), torch.Size((5, 4))], [torch.Size((5, 6, 8, 8)), torch.Size((5, 7))]
+    adapter = Widen(*shapes)
+    maps, vectors = torch.randn(5, 3, 8, 8), torch.randn(5, 4)
+    of_maps, of_vectors = adapter([maps, vectors])
+    (weight, bias, weight2, bias2) = (parameter.detach().numpy() for parameter in adapter.parameters())
+    expected = np.einsum("oc,nchw->nohw", weight[:, :, 0, 0], maps.numpy()) + bias[:, None, None]
+    assert np.allclose(of_maps.detach().numpy(), expected, atol=1e-5)
+    assert np.allclose(of_vectors.detach().numpy(), vectors.numpy() @ weight2[:, :, 0, 0].T + bias2, atol=1e-5)
+
+
+def test_the_review_fuses_each_layer_with_all_later_ones() -> None:
+    student = [torch.Size((2, 3, 8, 8)), torch.Size((2, 5, 4, 4)), torch.Size((2, 7, 2, 2))]
+    teacher = [torch.Size((2, 4, 16, 16)), torch.Size((2, 6, 4, 4)), torch.Size((2, 8, 2, 2))]
+    adapter = Review(student, teacher).eval()
+    features = [torch.randn(shape, requires_grad=True) for shape in student]
+    fused = adapter(features)
+    assert [f.shape for f in fused] == teacher
+    for index, out in enumerate(fused):
+        reaches = torch.autograd.grad(out.square().sum(), features, retain_graph=True, allow_unused=True)
+        assert [gradient is not None for gradient in reaches] == [later >= index for later in range(3)]
+
+
+def test_the_fusion_is_the_papers_attention() -> None:
+    """The first fused map by numpy, with the batch-norms as they start: y·0.5 of each where the attention's weights are zero."""
+    shapes = [torch.Size((1, 3, 2, 2)), torch.Size((1, 4, 1, 1))]
+    adapter = Review(shapes, shapes).eval()
+    attention = adapter.fusions[0].get_submodule("attention")
+    torch.nn.init.zeros_(attention.get_parameter("weight"))
+    torch.nn.init.constant_(attention.get_parameter("bias"), float(np.log(3)))  # sigmoid(ln 3) = 3/4
+    shallow, deep = torch.randn(1, 3, 2, 2), torch.randn(1, 4, 1, 1)
+    scale = 1 / np.sqrt(1 + 1e-5)  # of a new batch-norm
+    kernels = {name: p.detach().numpy() for name, p in adapter.named_parameters() if "weight" in name and p.dim() == 4}
+    entered = np.einsum("oc,nchw->nohw", kernels["fusions.0.enter.0.weight"][:, :, 0, 0], shallow.numpy()) * scale
+    below = np.einsum("oc,nchw->nohw", kernels["fusions.1.enter.0.weight"][:, :, 0, 0], deep.numpy()) * scale
+    padded = np.pad(0.75 * (entered + below), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
+    expected = np.einsum("ochw,ncyxhw->noyx", kernels["fusions.0.leave.0.weight"], windows) * scale
+    assert np.allclose(adapter([shallow, deep])[0].detach().numpy(), expected, atol=1e-5)

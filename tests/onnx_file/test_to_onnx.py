@@ -1,0 +1,144 @@
+"""What a server finds in an exported file."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from networks import Mobile, lively
+from torch import fx, nn
+
+from compress.quant.fake_quant import ActivationQuantizer
+from compress.quant.prepare import deploy, prepare, quantizers
+from export.audit import audit
+from export.onnx_file import ptq
+from export.onnx_file.graph import save_model, to_float16, weight_levels
+from export.onnx_file.model_file import parse
+from export.onnx_file.names import module_of, unique
+from export.onnx_file.targets import TARGETS
+from export.onnx_file.to_onnx import to_onnx
+from export.onnx_file.wiring import wire
+from export.proof.submodels import quantized_tensors
+
+Method = Literal["minmax", "entropy", "percentile"]
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    return lively(Mobile(5))
+
+
+@pytest.fixture(scope="module")
+def exported(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    to_onnx(network, path, image_size=16, metadata={"task": "classification"})
+    return path
+
+
+def test_the_file_has_opset_18_ir_9_and_nothing_beside_it(exported: Path) -> None:
+    model = onnx.load(exported)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
+    assert model.ir_version == 9
+    assert [path.name for path in exported.parent.iterdir()] == ["model.onnx"]
+    assert {entry.key: entry.value for entry in model.metadata_props} == {"task": "classification"}
+
+
+def test_the_file_holds_no_path_or_stack_trace_of_this_machine(exported: Path) -> None:
+    content = exported.read_bytes()
+    assert b".py" not in content
+    assert str(Path.cwd()).encode() not in content
+    assert str(Path.home()).encode() + b"/" not in content
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_the_file_equals_torch_at_any_batch(network: nn.Module, exported: Path, batch: int) -> None:
+    images = torch.randn(batch, 3, 16, 16)
+    (logits,) = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"]).run(
+        None, {"input": images.numpy()}
+    )
+    with torch.no_grad():
+        assert np.allclose(logits, network(images).numpy(), atol=1e-4)
+
+
+def test_nodes_are_named_after_their_modules(network: nn.Module, exported: Path) -> None:
+    nodes = onnx.load(exported).graph.node
+    names = [node.name for node in nodes]
+    assert len(set(names)) == len(names)
+    assert all(node.output[0] in (node.name, "logits") for node in nodes)
+    layers = {name for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    named = {module_of(node.name): node.op_type for node in nodes if node.op_type in ("Conv", "Gemm")}
+    assert named.keys() == layers, "also where batch-norm was folded in"
+    modules = dict(network.named_modules())
+    assert all(module_of(name) in modules for name in names if "/" in name)
+
+
+def test_functions_of_a_traced_network_are_named_after_their_nodes(network: nn.Module, tmp_path: Path) -> None:
+    traced = fx.symbolic_trace(network)
+    before = [(node.op, node.target) for node in traced.graph.nodes]
+    to_onnx(traced, tmp_path / "model.onnx", image_size=16, metadata={})
+    assert [(node.op, node.target) for node in traced.graph.nodes] == before, "the network is left alone"
+    names = {node.name for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert names >= {"add/Add", "cat/Concat", "mean/GlobalAveragePool", "mean/Flatten"}
+
+
+@pytest.mark.slow
+def test_two_exports_are_the_same_bytes(network: nn.Module, exported: Path, tmp_path: Path) -> None:
+    to_onnx(network, tmp_path / "again.onnx", image_size=16, metadata={"task": "classification"})
+    assert (tmp_path / "again.onnx").read_bytes() == exported.read_bytes()
+
+
+def test_a_quantizers_tensor_carries_its_module_path(network: nn.Module, tmp_path: Path) -> None:
+    prepared = prepare(network, TARGETS["cpu_vnni"]).eval()
+    for quantizer in quantizers(prepared):
+        quantizer.set_range_(torch.tensor(0.0), torch.tensor(1.0))
+    path = tmp_path / "int8.onnx"
+    to_onnx(deploy(prepared), path, image_size=16, metadata={})
+    paths = {name for name, module in prepared.named_modules() if isinstance(module, ActivationQuantizer)}
+    assert paths <= set(quantized_tensors(wire(parse(path))))
+    assert audit(path).float_layers == ()
+
+
+def test_the_second_of_a_name_is_numbered() -> None:
+    assert unique(["a", "a", "a_1", "b", "a"]) == ["a", "a_1", "a_1_1", "b", "a_2"]
+
+
+@pytest.mark.parametrize(
+    ("node", "module"),
+    [
+        ("layer1.0.conv1/Conv", "layer1.0.conv1"),
+        ("stem.0/Conv_token_12", "stem.0"),
+        ("stem.2/Clip_nchwc", "stem.2"),
+        ("quantizer_x/DequantizeLinear/duplicated_token_3", "quantizer_x"),
+        ("Concat", "Concat"),
+    ],
+)
+def test_a_module_is_found_in_a_name_that_onnx_runtime_changed(node: str, module: str) -> None:
+    assert module_of(node) == module
+
+
+def test_float16_takes_and_gives_float32(exported: Path, tmp_path: Path) -> None:
+    path = tmp_path / "half.onnx"
+    save_model(to_float16(onnx.load(exported)), path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].type == session.get_outputs()[0].type == "tensor(float)"
+    assert path.stat().st_size < 0.75 * exported.stat().st_size
+
+
+@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
+@pytest.mark.parametrize("target", ["cpu_avx2", "cpu_vnni"])
+def test_ptq_runs_in_integers_on_the_targets_grid(exported: Path, tmp_path: Path, target: str, method: Method) -> None:
+    path = tmp_path / "ptq.onnx"
+    batches = (np.random.default_rng(i).standard_normal((8, 3, 16, 16), dtype=np.float32) for i in range(2))
+    ptq.quantize(exported, path, batches, target=TARGETS[target], method=method)
+    model = onnx.load(path)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
+    assert model.ir_version == 9
+    assert set(audit(path).float_layers) <= {"head"}
+    levels = weight_levels(model)
+    assert levels
+    # ONNX Runtime's reduced range ends at 64, one above ours; two products of 255 * 64 still fit into 16 bits.
+    limit = 64 if target == "cpu_avx2" else 127
+    assert all(np.abs(level.astype(int)).max() <= limit for level in levels.values())

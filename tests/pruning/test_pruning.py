@@ -1,0 +1,369 @@
+"""Pruning against independent computations: masks, Torch-Pruning's own scores, brute force."""
+
+import copy
+import itertools
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch_pruning as tp
+from matrix import measure_batchnorm_
+from networks import Mobile, Residual, lively
+from torch import nn
+from torch.nn import functional as F
+from torch_pruning.dependency import index_mapping
+
+from compress.errors import CompressError
+from compress.models.architectures import build
+from compress.models.structure import classifier, count
+from compress.pruning.costs import CostModel, measure_layers
+from compress.pruning.criteria import CRITERIA, score
+from compress.pruning.plan import Cut, Goal, Scope, choose, cut_, find_groups, smallest_widths, widths
+
+IMAGE = torch.zeros(1, 3, 16, 16)
+SCOPES = ("global", "local", "isomorphic")
+
+
+def planned(
+    model: nn.Module, *, keep: float, goal: Goal = "macs", scope: Scope = "global", round_to: int = 8
+) -> list[Cut]:
+    layers = measure_layers(model, IMAGE)
+    groups = find_groups(model, IMAGE, "l2", exclude=["head"])
+    full = sum(layer.macs if goal == "macs" else layer.weights + layer.vectors for layer in layers)
+    return choose(
+        groups,
+        layers,
+        goal=goal,
+        budget=keep * full,
+        scope=scope,
+        round_to=round_to,
+        min_channels=smallest_widths(groups, 0.1),
+    )
+
+
+def macs(model: nn.Module) -> int:
+    return sum(layer.macs for layer in measure_layers(model, IMAGE))
+
+
+def test_pruned_model_equals_masked_model() -> None:
+    model = lively(Residual(5))
+    cuts = planned(model, keep=0.5)
+    masked, pruned = copy.deepcopy(model), copy.deepcopy(model)
+    norm_of = {"stem.0": ["stem.1", "block1.bn2"], "block1.conv1": ["block1.bn1"], "block2.conv1": ["block2.bn1"],
+               "block2.conv2": ["block2.bn2", "block2.down.1"], "block2.down.0": ["block2.bn2", "block2.down.1"],
+               "block1.conv2": ["stem.1", "block1.bn2"]}  # fmt: skip
+    for cut in cuts:
+        for name in norm_of[cut.root]:  # a channel whose batch-norm gives 0 says nothing to the layers behind
+            norm = masked.get_submodule(name)
+            assert isinstance(norm, nn.BatchNorm2d)
+            norm.weight.data[list(cut.remove)] = norm.bias.data[list(cut.remove)] = 0.0
+    cut_(pruned, IMAGE, cuts)
+    images = torch.randn(4, 3, 16, 16)
+    assert macs(pruned) < macs(model)
+    assert torch.allclose(pruned(images), masked(images), atol=1e-4)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("goal", ["macs", "params"])
+@pytest.mark.parametrize("factory", [Residual, Mobile])
+def test_a_cut_network_costs_at_most_its_budget_and_no_more_than_one_block_less(
+    factory: type[nn.Module], goal: Goal, scope: Scope
+) -> None:
+    model = lively(factory(5))
+    before = macs(model) if goal == "macs" else sum(p.numel() for p in model.parameters())
+    cut_(model, IMAGE, planned(model, keep=0.6, goal=goal, scope=scope))
+    after = macs(model) if goal == "macs" else sum(p.numel() for p in model.parameters())
+    assert 0.3 * before < after <= 0.6 * before
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 5)
+
+
+def test_widths_stay_multiples_of_eight_and_the_classifier_keeps_its_outputs() -> None:
+    model = lively(Mobile(5))
+    layers = measure_layers(model, IMAGE)
+    cut_(model, IMAGE, planned(model, keep=0.6))
+    table = {width.name: width for width in widths(layers, model)}
+    assert table["head"].out_after == 5
+    assert any(width.out_after < width.out_before for width in table.values())
+    assert all(width.out_after % 8 == 0 for name, width in table.items() if name != "head")
+
+
+def by_blocks(model: nn.Module) -> list[tuple[str, list[int]]]:
+    """All removable blocks of eight in the order of their mean score: the ranking by brute force."""
+    blocks = []
+    for group in find_groups(model, IMAGE, "l2", exclude=["head"]):
+        order = torch.argsort(group.scores, stable=True).tolist()
+        for start in range(0, group.channels - 8, 8):
+            members = order[start : start + 8]
+            blocks.append((float(group.scores[members].mean()), group.root, members))
+    return [(root, members) for _, root, members in sorted(blocks, key=lambda block: block[0])]
+
+
+def cost_without(model: nn.Module, blocks: list[tuple[str, list[int]]]) -> int:
+    removed: dict[str, list[int]] = {}
+    for root, members in blocks:
+        removed.setdefault(root, []).extend(members)
+    candidate = copy.deepcopy(model)
+    cut_(candidate, IMAGE, [Cut(root, tuple(members)) for root, members in removed.items()])
+    return macs(candidate)
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.55, 0.7])
+def test_the_cut_is_the_shortest_prefix_of_the_ranking_less_what_the_budget_spares(keep: float) -> None:
+    """Brute force over all prefixes, on networks that are really cut."""
+    model = lively(Residual(5))
+    budget = keep * macs(model)
+    blocks = by_blocks(model)
+    prefix = next(blocks[:n] for n in range(len(blocks) + 1) if cost_without(model, blocks[:n]) <= budget)
+    cuts = {cut.root: set(cut.remove) for cut in planned(model, keep=keep)}
+    chosen = [(root, members) for root, members in prefix if set(members) <= cuts.get(root, set())]
+    assert sum(len(members) for _, members in chosen) == sum(
+        map(len, cuts.values())
+    )  # nothing beyond the prefix is cut
+    assert cost_without(model, chosen) <= budget
+    last = {root: (root, members) for root, members in chosen}  # of each group, the most important block that is cut
+    assert all(cost_without(model, [block for block in chosen if block != one]) > budget for one in last.values())
+
+
+def test_a_plan_replays_from_json_to_identical_weights() -> None:
+    model = lively(Mobile(5))
+    cuts = planned(model, keep=0.6)
+    replayed = [
+        Cut(entry["root"], tuple(entry["remove"])) for entry in json.loads(json.dumps([cut.to_json() for cut in cuts]))
+    ]
+    first, second = copy.deepcopy(model), copy.deepcopy(model)
+    cut_(first, IMAGE, cuts)
+    cut_(second, IMAGE, replayed)
+    states = first.state_dict(), second.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_an_unreachable_budget_names_the_narrowest_plan() -> None:
+    with pytest.raises(CompressError, match=r"the narrowest plan keeps 0\.\d+: raise keep_macs"):
+        planned(lively(Residual(5)), keep=0.01)
+
+
+def test_excluded_layers_keep_their_width() -> None:
+    model = lively(Residual(5))
+    groups = find_groups(model, IMAGE, "l2", exclude=["head", "block2.*"])
+    assert {group.root for group in groups} == {"stem.0", "block1.conv1"}
+
+
+ORACLES = {
+    "l1": tp.importance.GroupMagnitudeImportance(p=1),
+    "l2": tp.importance.GroupMagnitudeImportance(p=2),
+    "bn_scale": tp.importance.BNScaleImportance(),
+}
+
+
+@pytest.mark.parametrize("criterion", sorted(ORACLES))
+def test_scores_equal_torch_prunings(criterion: str) -> None:
+    model = lively(Residual(5))
+    graph = tp.DependencyGraph().build_dependency(model, example_inputs=IMAGE)
+    compared = 0
+    for group in graph.get_all_groups(ignored_layers=[model.head]):
+        ours, theirs = score(group, criterion), ORACLES[criterion](group)
+        assert ours is not None
+        assert torch.allclose(ours, theirs / theirs.mean(), rtol=1e-4)
+        compared += 1
+    assert compared == 4
+
+
+def test_taylor_adds_weight_times_gradient_over_the_coupled_layers() -> None:
+    """By hand: Torch-Pruning 1.6 leaves batch-norms out of its Taylor score."""
+    model = lively(Residual(5))
+    model(torch.randn(4, 3, 16, 16)).square().sum().backward()
+    block = model.get_submodule("block1")
+    products = {name: (p * p.grad).detach().abs() for name, p in block.named_parameters() if p.grad is not None}
+    expected = (
+        products["conv1.weight"].sum((1, 2, 3)) + products["bn1.weight"] + products["conv2.weight"].sum((0, 2, 3))
+    )
+    groups = {group.root: group for group in find_groups(model, IMAGE, "taylor", exclude=["head"])}
+    assert torch.allclose(groups["block1.conv1"].scores, expected / expected.mean(), rtol=1e-4)
+
+
+def test_fpgm_scores_the_most_replaceable_filter_lowest() -> None:
+    model = Residual(5)
+    with torch.no_grad():
+        model.block1.conv1.weight[3] = model.block1.conv1.weight.mean(0)  # the centre of all filters
+    groups = {group.root: group for group in find_groups(model, IMAGE, "fpgm", exclude=["head"])}
+    assert int(groups["block1.conv1"].scores.argmin()) == 3
+
+
+def test_every_criterion_scores_every_channel_with_mean_one() -> None:
+    model = lively(Mobile(5))
+    model(torch.randn(2, 3, 16, 16)).sum().backward()
+    for criterion in CRITERIA:
+        for group in find_groups(model, IMAGE, criterion, exclude=["head"]):
+            assert group.scores.shape == (group.channels,)
+            assert float(group.scores.mean()) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_the_cost_model_equals_the_measured_network() -> None:
+    model = lively(Mobile(5))
+    layers = measure_layers(model, IMAGE)
+    cost = CostModel(layers, "params")
+    assert cost.cost(cost.outputs, cost.inputs) == sum(p.numel() for p in model.parameters())
+    half = nn.Conv2d(8, 24, 3, padding=1)
+    full = measure_layers(nn.Sequential(nn.Conv2d(16, 48, 3, padding=1)), torch.zeros(1, 16, 8, 8))
+    assert CostModel(full, "params").cost(*(torch.tensor([n]).numpy() for n in (24, 8))) == sum(
+        p.numel() for p in half.parameters()
+    )
+
+
+def test_local_scope_keeps_the_same_part_everywhere() -> None:
+    model = lively(Residual(5, width=64))
+    cuts = planned(model, keep=0.45, scope="local")
+    groups = {group.root: group.channels for group in find_groups(model, IMAGE, "l2", exclude=["head"])}
+    parts = [len(cut.remove) / groups[cut.root] for cut in cuts]
+    assert len(parts) == len(groups)
+    assert all(abs(a - b) <= 8 / 64 + 1e-9 for a, b in itertools.pairwise(parts))
+
+
+# The smallest images that each takes.
+LIBRARY = {
+    "torchvision:shufflenet_v2_x0_5": 32,
+    "torchvision:mobilenet_v3_small": 32,
+    "torchvision:mobilenet_v2": 32,
+    "timm:repvgg_a0": 32,
+    "timm:test_vit": 160,
+}
+LARGE = {
+    "torchvision:resnext50_32x4d": 32,
+    "torchvision:densenet121": 32,
+    "torchvision:googlenet": 64,
+    "torchvision:efficientnet_b0": 32,
+    "torchvision:regnet_y_400mf": 32,
+    "torchvision:convnext_tiny": 32,
+    "torchvision:swin_t": 112,
+    "timm:vit_tiny_patch16_224": 224,
+    "timm:efficientnet_lite0": 32,
+    "timm:mobileone_s0": 32,
+}
+
+
+def distinct(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Give every channel a bias of its own, by which it is recognized after a cut, and batch-norms the statistics of `images`."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data = torch.linspace(-0.5, 1.0, len(parameter))[torch.randperm(len(parameter))]
+        elif parameter.dim() == 2:
+            nn.init.kaiming_normal_(parameter)  # transformers start so small that all images look alike
+    return measure_batchnorm_(model, images)
+
+
+def silence_(model: nn.Module, pruned: nn.Module) -> None:
+    """Zero every channel of `model` that `pruned` does not have any more: what it says to the layers behind it is 0."""
+    for name, module in model.named_modules():
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, nn.Parameter) and isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+            gone = ~torch.isin(bias.data, pruned.get_submodule(name).bias.data)  # type: ignore[arg-type]
+            module.weight.data[gone] = bias.data[gone] = 0.0
+
+
+def cut_to(model: nn.Module, size: int, keep: float) -> float:
+    """Cut the network to a part of its multiply-accumulates; return the part that is left."""
+    image = torch.zeros(1, 3, size, size)
+    layers, full = measure_layers(model, image), count(model, size).macs
+    groups = find_groups(model, image, "l2", exclude=[classifier(model)])
+    fixed = full - sum(layer.macs for layer in layers)
+    smallest = smallest_widths(groups, 0.1)
+    cuts = choose(
+        groups, layers, goal="macs", budget=keep * full, scope="local", round_to=8, min_channels=smallest, fixed=fixed
+    )
+    cut_(model, image, cuts)
+    return count(model, size).macs / full
+
+
+@pytest.mark.parametrize(
+    ("arch", "size"), [*LIBRARY.items(), *(pytest.param(*row, marks=pytest.mark.slow) for row in LARGE.items())]
+)
+def test_library_networks_are_cut_to_their_budget_and_equal_the_silenced_network(arch: str, size: int) -> None:
+    assert_equals_silenced(build(arch, num_classes=5), size)
+
+
+def test_channels_are_followed_through_a_flatten() -> None:
+    """As in VGG, where each channel becomes 7 x 7 features of the first linear layer."""
+    features = nn.Sequential(
+        nn.Conv2d(3, 128, 3), nn.BatchNorm2d(128), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten()
+    )
+    assert_equals_silenced(nn.Sequential(features, nn.Linear(128 * 9, 64), nn.ReLU(), nn.Linear(64, 5)), 16)
+
+
+def assert_equals_silenced(model: nn.Module, size: int) -> None:
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, size, size)
+    pruned = copy.deepcopy(distinct(model, images))
+    assert 0.65 < cut_to(pruned, size, 0.7) <= 0.7
+    silence_(model, pruned)
+    with torch.no_grad():
+        expected, got = model(images), pruned(images)
+    spread = float((expected[0] - expected[1]).abs().max())
+    assert spread > 1e-4 * float(expected.abs().max())  # else equality would say nothing
+    assert float((got - expected).abs().max()) < 1e-2 * spread
+
+
+class Shuffled(nn.Module):
+    """Two convolutions, an operation on channels between them."""
+
+    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+        self.between, self.head = between, nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.second(self.between(self.first(self.stem(x)))))
+        return out.mean((2, 3))
+
+
+REGROUPINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "shuffle": lambda x: x.unflatten(1, (2, 8)).transpose(1, 2).flatten(1, 2),
+    "channel_shuffle": lambda x: F.channel_shuffle(x, 4),
+    "halves swapped": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
+    "folded into the batch": lambda x: x.reshape(-1, 8, *x.shape[2:]).reshape(x.shape),
+    "rolled": lambda x: x.roll(1, 1),
+    "gathered": lambda x: x[:, torch.arange(15, -1, -1)],
+    "doubled": lambda x: x.repeat(1, 2, 1, 1)[:, ::2],
+    "functional convolution": lambda x: F.conv2d(x, torch.ones(16, 16, 1, 1, requires_grad=True)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REGROUPINGS))
+def test_channels_that_are_regrouped_keep_their_width_and_the_others_go(name: str) -> None:
+    groups = find_groups(Shuffled(REGROUPINGS[name]), torch.zeros(1, 3, 8, 8), "l2", exclude=["head"])
+    assert [group.root for group in groups] == ["second", "stem"]
+
+
+def test_a_network_whose_channels_cannot_be_followed_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("integer division or modulo by zero")
+
+    monkeypatch.setattr(index_mapping, "update_index_mapping", fail)
+    with pytest.raises(CompressError, match="Residual: Torch-Pruning cannot follow its channels"):
+        find_groups(Residual(5), IMAGE, "l2", exclude=[])
+
+
+def test_a_budget_below_what_cannot_be_cut_is_refused_in_parts_of_the_whole() -> None:
+    model = lively(Residual(5))
+    groups, full = find_groups(model, IMAGE, "l2", exclude=["head"]), macs(model)
+    smallest = smallest_widths(groups, 0.1)
+    with pytest.raises(
+        CompressError, match=r"0\.300 of the present macs cannot be reached; the narrowest plan keeps 0\.6"
+    ):
+        choose(
+            groups,
+            measure_layers(model, IMAGE),
+            goal="macs",
+            budget=0.6 * full,
+            scope="local",
+            round_to=8,
+            min_channels=smallest,
+            fixed=full,
+        )
+
+
+def test_attention_keeps_its_width_and_the_mlp_is_cut() -> None:
+    groups = find_groups(build("timm:test_vit", num_classes=5), torch.zeros(1, 3, 160, 160), "l2", exclude=["head"])
+    assert groups
+    assert all(group.root.endswith("mlp.fc1") for group in groups)

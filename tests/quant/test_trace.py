@@ -1,0 +1,161 @@
+"""Tracing against the module itself, merged branches and windowed attention against their libraries."""
+
+import copy
+
+import pytest
+import torch
+from networks import Mobile, Residual, lively
+from timm.models.byobnet import MobileOneBlock, RepVggBlock
+from timm.models.fastvit import MobileOneBlock as FastMobileOneBlock
+from torch import fx, nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention
+
+from compress.errors import ModelError
+from compress.models.architectures import build
+from compress.quant.graph.trace import called, trace
+
+MultiBranch = RepVggBlock | MobileOneBlock | FastMobileOneBlock
+NETWORKS = {
+    "torchvision:shufflenet_v2_x0_5": 32,
+    "torchvision:mobilenet_v3_small": 32,
+    "timm:repvgg_a0": 32,
+    "timm:efficientnet_lite0": 32,
+}
+LARGE = {
+    "torchvision:googlenet": 64,
+    "torchvision:densenet121": 32,
+    "torchvision:regnet_y_400mf": 32,
+    "torchvision:convnext_tiny": 32,
+    "torchvision:swin_t": 112,
+    "torchvision:vit_b_16": 224,
+    "timm:vit_tiny_patch16_224": 224,
+    "timm:mobileone_s0": 64,
+    "timm:fastvit_t8": 128,
+}
+
+
+def agree(model: nn.Module, images: torch.Tensor) -> fx.GraphModule:
+    graph = trace(model)
+    with torch.no_grad():
+        assert torch.allclose(graph(images), model.eval()(images), rtol=1e-4, atol=1e-5)
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("arch", "size"), [*NETWORKS.items(), *(pytest.param(*row, marks=pytest.mark.slow) for row in LARGE.items())]
+)
+def test_a_traced_network_equals_its_module_and_keeps_its_layers_in_sight(arch: str, size: int) -> None:
+    torch.manual_seed(0)
+    model = lively(build(arch, num_classes=5))
+    graph = agree(model, torch.rand(2, 3, size, size))
+    assert [node.op for node in graph.graph.nodes].count("placeholder") == 1
+    names = {name for name, module in graph.named_modules() if type(module) in (nn.Conv2d, nn.Linear)}
+    calls = {str(node.target) for node in graph.graph.nodes if called(graph, node) in (nn.Conv2d, nn.Linear)}
+    inside_attention = {name for name in names if "self_attention" in name}
+    assert names - inside_attention == calls  # nn.MultiheadAttention stays whole
+    if not any(isinstance(module, MultiBranch) for module in model.modules()):
+        assert set(graph.state_dict()) <= set(model.state_dict())
+
+
+def test_tracing_leaves_its_argument_alone_mode_included() -> None:
+    model = lively(Mobile(5)).train()
+    state = copy.deepcopy(model.state_dict())
+    trace(model)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+def test_what_only_training_has_is_gone() -> None:
+    model = build("torchvision:convnext_tiny", num_classes=5).train()
+    graph = trace(model)
+    assert not {"stochastic_depth", "dropout"} & {getattr(node.target, "__name__", "") for node in graph.graph.nodes}
+    assert not any(isinstance(module, nn.Dropout | nn.Identity) for module in graph.modules())
+
+
+class Branches(nn.Module):
+    """A sum of branches."""
+
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = sum(branch(x) for branch in self.branches)
+        return out
+
+
+def normed(layer: nn.Module, channels: int = 8) -> nn.Module:
+    return nn.Sequential(layer, nn.BatchNorm2d(channels))
+
+
+def convolutions(graph: fx.GraphModule) -> list[nn.Conv2d]:
+    return [module for module in graph.modules() if isinstance(module, nn.Conv2d)]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_parallel_branches_become_the_one_convolution_they_add_up_to(groups: int) -> None:
+    kernels = [nn.Conv2d(8, 8, size, padding=size // 2, groups=groups, bias=size == 1) for size in (1, 3, 5)]
+    model = lively(Branches(nn.BatchNorm2d(8), *map(normed, kernels), kernels_of((3, 1), groups)))
+    graph = agree(model, torch.randn(2, 8, 9, 9))
+    (merged,) = convolutions(graph)
+    assert merged.kernel_size == (5, 5)
+    assert merged.groups == groups
+
+
+def kernels_of(size: tuple[int, int], groups: int) -> nn.Module:
+    return normed(nn.Conv2d(8, 8, size, padding=(size[0] // 2, size[1] // 2), groups=groups))
+
+
+APART = {
+    "strides": (nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=2)),
+    "off centre": (nn.Conv2d(8, 8, 1, padding=1), nn.Conv2d(8, 8, 3, padding=2)),
+    "dilated": (nn.Conv2d(8, 8, 3, padding=2, dilation=2), nn.Conv2d(8, 8, 3, padding=1)),
+    "reflecting": (nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), nn.Conv2d(8, 8, 1)),
+    "activated": (nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()), nn.Conv2d(8, 8, 3, padding=1)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(APART))
+def test_branches_that_are_no_single_convolution_stay_apart(name: str) -> None:
+    assert len(convolutions(agree(Branches(*APART[name]), torch.randn(2, 8, 9, 9)))) == 2
+
+
+def test_a_residual_addition_is_no_parallel_branch() -> None:
+    assert len(convolutions(agree(lively(Residual(5)), torch.randn(2, 3, 16, 16)))) == 6
+
+
+def test_a_tensor_that_someone_else_reads_is_not_merged_away() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.small, self.large = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            small = self.small(x)
+            out: torch.Tensor = (small + self.large(x)) * small
+            return out
+
+    assert len(convolutions(agree(Shared(), torch.randn(2, 8, 9, 9)))) == 2
+
+
+@pytest.mark.parametrize("size", [(7, 7), (14, 14), (9, 12), (4, 20)])
+@pytest.mark.parametrize("shift", [0, 3])
+def test_windowed_attention_equals_torchvisions_with_its_layers_called(size: tuple[int, int], shift: int) -> None:
+    torch.manual_seed(0)
+    attention = ShiftedWindowAttention(24, [7, 7], [shift, shift], 3).eval()
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.5)  # sharp attention: a mask off by one would show
+    graph = trace(nn.Sequential(attention))
+    values = torch.randn(2, *size, 24)
+    with torch.no_grad():
+        assert torch.allclose(graph(values), attention(values), atol=1e-4)
+    assert {str(node.target) for node in graph.graph.nodes if node.op == "call_module"} == {"0.qkv", "0.proj"}
+
+
+def test_a_forward_that_branches_on_values_is_refused_in_a_sentence() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ModelError, match=r"Branching: its forward cannot be traced .* write it without branches"):
+        trace(Branching())

@@ -1,0 +1,230 @@
+"""Tuning with plain callables: what is tried, when it stops, what is chosen, what is kept; and the order of damage that it follows."""
+
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import Residual, lively
+from torch import Tensor, fx, nn
+
+from compress.quant.calibrate import calibrate_
+from compress.quant.prepare import groups, prepare
+from compress.quant.sensitivity import sensitivity
+from compress.quant.tuning import (
+    Trial,
+    TrialResult,
+    calibration_trials,
+    choose,
+    fallback_trials,
+    file_of,
+    tune,
+)
+from export.onnx_file.targets import TARGETS
+from export.runtime.accuracy import Score
+
+IMAGES = 100
+LABELS = np.arange(IMAGES) % 10
+MINMAX, PERCENTILE, ENTROPY = calibration_trials(["minmax", "percentile", "entropy"], 12)
+
+
+def score_with(mistakes: int) -> Score:
+    predictions = LABELS.copy()
+    predictions[:mistakes] = (predictions[:mistakes] + 1) % 10
+    return Score(predictions, LABELS)
+
+
+class Bench:
+    """Builds a file that holds the number of its mistakes, and counts what it built."""
+
+    def __init__(self, mistakes: dict[Trial, int]) -> None:
+        self.mistakes = mistakes
+        self.built: list[Trial] = []
+
+    def build(self, trial: Trial, path: Path) -> None:
+        self.built.append(trial)
+        path.write_text(str(self.mistakes[trial]))
+
+    def tune(
+        self, folder: Path, *, max_top1_drop: float, tell: Callable[[TrialResult], None] = lambda _: None
+    ) -> tuple[tuple[TrialResult, ...], int]:
+        return tune(
+            tuple(self.mistakes),
+            self.build,
+            lambda path: score_with(int(path.read_text())),
+            baseline=score_with(5),
+            max_top1_drop=max_top1_drop,
+            folder=folder,
+            latency_ratio=lambda path: float(path.read_text()) or None,
+            tell=tell,
+        )
+
+
+def test_tuning_stops_at_the_first_trial_that_holds(tmp_path: Path) -> None:
+    bench = Bench({MINMAX: 20, PERCENTILE: 6, ENTROPY: 5})
+    results, chosen = bench.tune(tmp_path, max_top1_drop=0.01)
+    assert bench.built == [MINMAX, PERCENTILE]
+    assert [result.met for result in results] == [False, True]
+    assert chosen == 1
+
+
+def test_a_result_says_what_was_lost_and_how_fast_it_is(tmp_path: Path) -> None:
+    (result,), _ = Bench({MINMAX: 20}).tune(tmp_path, max_top1_drop=0.01)
+    assert result.top1 == pytest.approx(0.80)
+    assert result.top1_drop == pytest.approx(0.15)
+    assert result.agreement == pytest.approx(0.85)  # the first five are wrong in the same way
+    assert result.latency_ratio == 20.0
+    assert result.to_json() == {
+        "number_format": "int8", "calibration": "minmax", "keep_float": (), "top1": result.top1,
+        "top1_drop": result.top1_drop, "agreement": result.agreement, "latency_ratio": 20.0, "met": False,
+    }  # fmt: skip
+
+
+def test_the_most_accurate_is_chosen_where_nothing_holds(tmp_path: Path) -> None:
+    bench = Bench({MINMAX: 20, PERCENTILE: 12, ENTROPY: 30})
+    results, chosen = bench.tune(tmp_path, max_top1_drop=0.01)
+    assert bench.built == [MINMAX, PERCENTILE, ENTROPY]
+    assert not any(result.met for result in results)
+    assert chosen == 1
+
+
+def test_of_equals_the_earlier_is_chosen(tmp_path: Path) -> None:
+    _, chosen = Bench({MINMAX: 12, PERCENTILE: 12}).tune(tmp_path, max_top1_drop=0.0)
+    assert chosen == 0
+
+
+def test_a_trial_better_than_the_float_network_holds(tmp_path: Path) -> None:
+    (result,), _ = Bench({MINMAX: 3}).tune(tmp_path, max_top1_drop=0.0)
+    assert result.met
+    assert result.top1_drop == pytest.approx(-0.02)
+
+
+def test_a_trial_that_was_judged_is_not_built_again(tmp_path: Path) -> None:
+    first, second = Bench({MINMAX: 20, PERCENTILE: 12}), Bench({MINMAX: 20, PERCENTILE: 12, ENTROPY: 6})
+    before, _ = first.tune(tmp_path, max_top1_drop=0.01)
+    after, chosen = second.tune(tmp_path, max_top1_drop=0.01)
+    assert second.built == [ENTROPY]
+    assert after[:2] == before
+    assert chosen == 2
+    assert file_of(MINMAX, tmp_path).read_text() == "20"
+
+
+def test_every_result_is_told_as_it_comes(tmp_path: Path) -> None:
+    told: list[TrialResult] = []
+    results, _ = Bench({MINMAX: 20, PERCENTILE: 6}).tune(tmp_path, max_top1_drop=0.01, tell=told.append)
+    assert tuple(told) == results
+
+
+def test_an_error_while_building_ends_the_tuning_with_itself(tmp_path: Path) -> None:
+    def build(_: Trial, __: Path) -> None:
+        raise ZeroDivisionError("while building")
+
+    with pytest.raises(ZeroDivisionError, match="while building"):
+        tune([MINMAX], build, lambda _: score_with(0), baseline=score_with(0), max_top1_drop=0.0, folder=tmp_path)
+
+
+def test_tuning_leaves_neural_compressor_and_the_logs_as_they_were(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from neural_compressor.torch.utils.utility import algos_mapping
+
+    algorithms, filters, disabled = dict(algos_mapping), list(warnings.filters), logging.root.manager.disable
+    Bench({MINMAX: 20, PERCENTILE: 6}).tune(tmp_path, max_top1_drop=0.01)
+    assert dict(algos_mapping) == algorithms
+    assert warnings.filters == filters
+    assert logging.root.manager.disable == disabled
+    assert capfd.readouterr() == ("", "")
+
+
+def test_fallbacks_double_the_groups_in_float_and_end_with_fp16() -> None:
+    worst = tuple("abcdefghij")
+    trials = fallback_trials("entropy", worst, 12)
+    assert [len(trial.keep_float) for trial in trials] == [1, 2, 4, 8, 0]
+    assert [trial.keep_float for trial in trials[:-1]] == [worst[:1], worst[:2], worst[:4], worst[:8]]
+    assert {trial.calibration for trial in trials[:-1]} == {"entropy"}
+    assert trials[-1].number_format == "fp16"
+
+
+def test_fp16_keeps_its_place_when_trials_are_few() -> None:
+    assert [trial.number_format for trial in fallback_trials("minmax", tuple("abcdefgh"), 2)] == ["int8", "fp16"]
+    assert fallback_trials("minmax", tuple("abcdefgh"), 0) == ()
+
+
+def test_all_groups_in_float_is_no_trial() -> None:
+    assert [len(trial.keep_float) for trial in fallback_trials("minmax", tuple("abcd"), 12)] == [1, 2, 0]
+
+
+def test_choosing_prefers_a_trial_that_holds_to_a_more_accurate_one() -> None:
+    held = TrialResult(MINMAX, 0.8, 0.0, 1.0, None, True)
+    assert choose([TrialResult(MINMAX, 0.9, 0.1, 1.0, None, False), held, held]) == 1
+
+
+def network() -> Residual:
+    torch.manual_seed(0)
+    model = Residual(5, width=8)
+    lively(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def prepared() -> fx.GraphModule:
+    model = prepare(network(), TARGETS["cpu_avx2"])
+    calibrate_(model, [batch for batch, _ in labelled(2)], "minmax")
+    return model
+
+
+def labelled(batches: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(16, 3, 16, 16, generator=generator), torch.randint(5, (16,), generator=generator))
+        for _ in range(batches)
+    ]
+
+
+def test_every_layer_has_its_sensitivity_worst_first(prepared: fx.GraphModule) -> None:
+    found = sensitivity(prepared, labelled(2))
+    assert sorted(group.group for group in found) == sorted(groups(prepared))
+    assert [group.kl for group in found] == sorted((group.kl for group in found), reverse=True)
+    assert all(group.kl > 0 for group in found)
+
+
+def test_the_heads_sensitivity_is_that_of_its_rounded_weights_alone(prepared: fx.GraphModule) -> None:
+    """No grid follows the last layer, so rounding its weights by hand is all that its group does."""
+    model = network()
+    (images, labels), *_ = labelled(1)
+    with torch.no_grad():
+        reference = model(images)
+        weight = model.head.weight
+        scale = weight.abs().amax(1, keepdim=True) / 63
+        weight.copy_((weight / scale).round() * scale)
+        answers = model(images)
+    p, q = reference.double().softmax(1), answers.double().softmax(1)
+    found = {group.group: group for group in sensitivity(prepared, [(images, labels)])}["head"]
+    assert found.kl == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=0.02)
+    right = [float((logits.argmax(1) == labels).double().mean()) for logits in (reference, answers)]
+    assert found.top1_drop == pytest.approx(right[0] - right[1])
+
+
+def test_a_layer_whose_weights_round_to_nothing_is_the_worst() -> None:
+    model = network()
+    with torch.no_grad():  # a huge weight on an input that is always zero
+        for norm in (model.stem[1], model.block1.bn2):
+            assert isinstance(norm, nn.BatchNorm2d)
+            norm.weight[0] = norm.bias[0] = 0
+        model.block2.conv1.weight[:, 0] = 1000
+    planted = prepare(model, TARGETS["cpu_vnni"])
+    calibrate_(planted, [batch for batch, _ in labelled(2)], "minmax")
+    worst, second, *_ = sensitivity(planted, labelled(2))
+    assert worst.group == "block2.conv1"
+    assert worst.kl > 10 * second.kl
+
+
+def test_measuring_sensitivity_leaves_everything_quantizing(prepared: fx.GraphModule) -> None:
+    images = labelled(1)[0][0]
+    with torch.no_grad():
+        before = prepared(images)
+        sensitivity(prepared, labelled(1))
+        assert torch.equal(prepared(images), before)

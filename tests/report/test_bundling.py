@@ -1,0 +1,195 @@
+"""A run's bundle: what it takes from the run, its model card, and publishing it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from reports import build_report, with_row
+from sklearn.datasets import load_digits
+from typer.testing import CliRunner
+
+from compress.cli import app
+from compress.errors import ArtifactError
+from compress.pipeline import run_recipe
+from compress.recipe.read import read_recipe
+from compress.recipe.schema import Recipe
+from compress.report.bundling import publish, serving_of
+from compress.report.card import card
+from export.bundle.read import read_bundle
+from export.errors import BundleError
+from export.onnx_file.model_file import Value
+from export.onnx_file.targets import TARGETS
+
+RECIPE = """
+name: small
+target: cpu_avx2
+data: {dataset: digits, image_size: 16, limit_per_class: 20}
+model: {arch: "NETWORKS:small"}
+stages:
+  - {stage: source, fit: {epochs: 1, batch_size: 32, lr: 0.05}}
+  - {stage: ptq, calibration_images: 32, methods: [minmax], neural_compressor: false}
+  - {stage: export, verify_images: 32, golden_images: 5}
+  - {stage: bench, seconds: 0.05, blocks: 4, batches: [1, 2], threads: [1, 2]}
+""".replace("NETWORKS", str(Path(__file__).parents[1] / "networks.py"))
+
+
+def recipe(folder: Path) -> Recipe:
+    (folder / "small.yaml").write_text(RECIPE)
+    return read_recipe(folder / "small.yaml", [f"out={folder}"])
+
+
+def run(folder: Path) -> Path:
+    code = run_recipe(recipe(folder), trust_code=True, until=None, verbose=False, command="compress run small.yaml")
+    assert code == 0
+    return folder / "small"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("bundling"))
+
+
+def contents(bundle: Path) -> dict[str, bytes]:
+    return {path.relative_to(bundle).as_posix(): path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+
+
+def test_golden_images_are_validation_images_as_they_are(finished: Path) -> None:
+    golden = read_bundle(finished / "bundle").golden
+    digits = (load_digits().images * (255 / 16)).round()
+    assert golden.images.shape == (5, 16, 16, 3)
+    for image, label in zip(golden.images, golden.labels, strict=True):
+        small = image[..., 0].reshape(8, 2, 8, 2).mean((1, 3))  # the data set's 8 x 8, enlarged
+        same = np.abs(digits - small).mean((1, 2))
+        assert load_digits().target[same.argmin()] == label
+        assert np.ptp(image, axis=2).max() == 0
+
+
+def test_a_second_run_writes_the_same_bytes(finished: Path) -> None:
+    before = contents(finished / "bundle")
+    shutil.rmtree(finished / "bundle")
+    run(finished.parent)
+    assert contents(finished / "bundle") == before
+
+
+def test_the_bundle_holds_where_it_is_from(finished: Path) -> None:
+    bundle, report = finished / "bundle", json.loads((finished / "report.json").read_text())
+    assert read_recipe(bundle / "recipe.yaml", ()) == recipe(finished.parent)
+    assert json.loads((bundle / "environment.json").read_text()) == report["environment"]
+    held = json.loads((bundle / "report.json").read_text())
+    assert {**held, "stages": []} == {**report, "stages": []}
+    assert [row["metrics"] for row in held["stages"]] == [row["metrics"] for row in report["stages"]]
+    assert "<html" in (bundle / "report" / "index.html").read_text()
+    assert "Apache License" in (bundle / "LICENSE").read_text()
+    assert "trained by this recipe" in (bundle / "NOTICE").read_text()
+
+
+def test_a_server_gets_the_threads_and_batches_of_the_best_measured_throughput(finished: Path) -> None:
+    bundle = read_bundle(finished / "bundle")
+    rows = json.loads((finished / "report.json").read_text())["deployed"]
+    best = max((row for row in rows if row["name"] == bundle.served), key=lambda row: row["throughput_ips"])
+    assert bundle.manifest["serving"] == {
+        "files": {"cpu": bundle.served, "cuda": "student_fp16", "tensorrt": "student_fp16"},
+        "kind": "cpu", "threads": best["threads"], "instances": 1, "max_batch_size": 2,
+    }  # fmt: skip
+
+
+def test_the_card_is_one_that_hugging_face_reads(finished: Path) -> None:
+    bundle = read_bundle(finished / "bundle")
+    found = ModelCard((finished / "bundle" / "README.md").read_text())
+    assert isinstance(found.data, ModelCardData)
+    assert (found.data.library_name, found.data.pipeline_tag) == ("onnx", "image-classification")
+    assert found.data.eval_results is not None
+    (result,) = found.data.eval_results
+    files: Any = bundle.manifest["files"]
+    assert (result.dataset_name, result.metric_type, result.metric_value) == (
+        "digits",
+        "accuracy",
+        files[bundle.served]["top1"],
+    )
+
+
+def test_unknown_numbers_are_left_out_of_the_card(tmp_path: Path) -> None:
+    report = with_row(build_report(tmp_path), "student_int8", top1=None, agreement=None)
+    for row in report["deployed"]:
+        row["agreement"] = row["speedup"] = None
+    tensors = {"input": Value("input", (None, 3, 8, 8), "float32"), "output": Value("logits", (None, 3), "float32")}
+    text = card(report, name="net", served="student_int8", classes=3, golden=2, tensors=tensors)
+    _, front, body = text.split("---\n", 2)
+    assert "model-index" not in yaml.safe_load(front)
+    header = next(line for line in body.splitlines() if line.startswith("| file"))
+    assert "top-1" in header
+    assert "speed-up" not in header
+    assert "None" not in body.replace("run(None", "")
+    assert "nan" not in body
+
+
+@pytest.mark.parametrize(
+    ("target", "further", "expected"),
+    [
+        ("cpu_vnni", [], {"cpu": "student_int8", "cuda": "student_fp16", "tensorrt": "student_fp16"}),
+        ("cpu_vnni", ["student_int8_tensorrt"], {"cpu": "student_int8", "cuda": "student_fp16", "tensorrt": "student_int8_tensorrt"}),
+        ("tensorrt", [], {"cpu": "student_fp32", "cuda": "student_fp16", "tensorrt": "student_int8"}),
+        ("cuda", [], {"cpu": "student_fp32", "cuda": "student_fp16", "tensorrt": "student_fp16"}),
+    ],
+)  # fmt: skip
+def test_each_kind_of_machine_gets_the_file_that_is_right_there(
+    tmp_path: Path, target: str, further: list[str], expected: dict[str, str]
+) -> None:
+    report = build_report(tmp_path)
+    report["recommendation"] = None
+    names = ["teacher_fp32", "student_fp32", "student_fp16", "student_ptq_int8", "student_int8", *further]
+    if target == "cuda":
+        names = names[:3]
+    found = serving_of(report, {name: Path(name) for name in names}, TARGETS[target], image_size=224)
+    assert found.files == expected
+    assert found.kind == ("cpu" if target.startswith("cpu") else target)
+
+
+def test_a_published_bundle_is_the_runs_and_shares_its_models(finished: Path, tmp_path: Path) -> None:
+    publish(finished, tmp_path / "out", key=None)
+    assert contents(tmp_path / "out") == contents(finished / "bundle")
+    found = read_bundle(tmp_path / "out")
+    served = found.files[found.served]
+    assert (tmp_path / "out" / "serving" / "triton" / "small" / "1" / "model.onnx").samefile(served)
+    assert not served.samefile(finished / "bundle" / served.name)
+    publish(finished, tmp_path / "out", key=None)  # an older bundle is replaced
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_publishing_replaces_nothing_but_a_bundle(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    with pytest.raises(BundleError, match="exists and is no bundle"):
+        publish(finished, tmp_path / "home", key=None)
+
+
+def test_a_damaged_bundle_is_not_published(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "bundle", tmp_path / "run" / "bundle")
+    (tmp_path / "run" / "bundle" / "labels.txt").write_text("other\n")
+    with pytest.raises(BundleError, match=r"labels\.txt: is not the file"):
+        publish(tmp_path / "run", tmp_path / "out", key=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_a_bundle_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="holds no bundle; run its recipe to the export stage"):
+        publish(tmp_path, tmp_path / "out", key=None)
+
+
+def test_a_bundle_that_cannot_be_signed_is_not_published(finished: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["publish", str(finished), "--to", str(tmp_path / "out"), "--sign", os.devnull])
+    assert result.exit_code == 2
+    assert result.output.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_publishes_and_says_where(finished: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["publish", str(finished), "--to", str(tmp_path / "out")], catch_exceptions=False)
+    assert (result.exit_code, result.output) == (0, f"{tmp_path / 'out'}\n")
+    read_bundle(tmp_path / "out")
