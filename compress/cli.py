@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import shlex
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -15,6 +14,7 @@ import typer
 from safetensors import SafetensorError
 from typer.core import TyperGroup
 
+from compress.distribution import own_distribution
 from compress.errors import CompressError, RecipeError
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
@@ -80,7 +80,7 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and le
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"compress {version('compress')}")
+        typer.echo(f"compress {own_distribution().version}")
         raise typer.Exit
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 import typer
 from packaging.requirements import Requirement
 
+from compress.distribution import own_distribution
 from export.onnx_file.targets import Target, host_instruction_sets, host_target
 
 Status = Literal["ok", "warn", "missing"]
@@ -37,7 +38,7 @@ class Finding:
 
 def examine(out: Path) -> int:
     """Print every finding; return 0, or 2 where something that a run needs is missing."""
-    installed = [python(sys.version_info[:2]), *packages(metadata.requires("compress") or (), version_of)]
+    installed = [python(sys.version_info[:2]), *packages(own_distribution().requires or (), version_of)]
     found = list(installed)
     if all(finding.status != "missing" for finding in installed):
         found += machine(out)

@@ -63,7 +63,9 @@ def library() -> tuple[Any, type[Exception]]:
     try:
         return import_module("model_signing"), import_module("cryptography.exceptions").InvalidSignature
     except ImportError as error:
-        raise BundleError(f"signatures need model-signing ({error}): pip install 'compress[sign]'") from error
+        raise BundleError(
+            f"signatures need model-signing ({error}): pip install -e '.[sign]' in the clone, or pip install model-signing"
+        ) from error
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """The doctor names what is missing and how to repair it."""
 
-from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -111,8 +111,8 @@ def test_the_examination_ends_with_2_only_where_something_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "machine", lambda out: [Finding("disk", "warn", str(out), "free some")])
-    monkeypatch.setattr(metadata, "requires", lambda _: ["numpy"])
+    monkeypatch.setattr(doctor, "own_distribution", lambda: SimpleNamespace(requires=["numpy"]))
     assert doctor.examine(tmp_path) == 0
-    monkeypatch.setattr(metadata, "requires", lambda _: ["numpy", "no-such-package"])
+    monkeypatch.setattr(doctor, "own_distribution", lambda: SimpleNamespace(requires=["numpy", "no-such-package"]))
     assert doctor.examine(tmp_path) == 2
     assert "pip install 'no-such-package'" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROWS = (
-    ("compress.errors", "export"),
+    ("compress.distribution", "compress.errors", "export"),
     ("compress.artifact", "compress.data", "compress.log"),
     ("compress.pruning", "compress.quant", "compress.recipe"),
     ("compress.models",),

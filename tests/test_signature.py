@@ -62,5 +62,5 @@ def test_without_the_library_a_sentence_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Any
 ) -> None:
     monkeypatch.setitem(sys.modules, "model_signing", None)  # as if it were not installed
-    with pytest.raises(BundleError, match=r"pip install 'compress\[sign\]'"):
+    with pytest.raises(BundleError, match=r"pip install -e '\.\[sign\]'"):
         call(tmp_path, tmp_path / "key.pem")

@@ -3,12 +3,12 @@
 import json
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
 
 from compress.artifact import key_of
+from compress.distribution import own_distribution
 from compress.errors import ArtifactError
 from compress.recipe import strict_yaml
 from compress.recipe.schema import Recipe
@@ -51,7 +51,7 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
         "environment.json": dump(report["environment"]),
         "report.json": dump(report),
         "report/index.html": render(report, root),
-        "LICENSE": distribution("compress").read_text("licenses/LICENSE") or "",
+        "LICENSE": own_distribution().read_text("licenses/LICENSE") or "",
         "NOTICE": notice(recipe, name),
     }
     return Contents(
@@ -112,7 +112,7 @@ def notice(recipe: Recipe, name: str) -> str:
     return f"""\
 {name}
 
-Made with compress {distribution("compress").version}. serving/triton-python/{name}/1/model.py is a part of it, under the Apache License 2.0 (LICENSE).
+Made with compress {own_distribution().version}. serving/triton-python/{name}/1/model.py is a part of it, under the Apache License 2.0 (LICENSE).
 The weights descend from: {recipe.model.arch}, weights: {weights}. The images in golden/ and in serving/ are
 validation images of: {recipe.data.dataset}. For weights and images the terms of their owners hold.
 """
