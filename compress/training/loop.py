@@ -64,7 +64,7 @@ def learning_rate(settings: Fit, step: int, steps_per_epoch: int) -> float:
     """Return the rate of a step: linear warm-up, then a factor at each milestone or a cosine to zero (Loshchilov & Hutter 2017, eq. 5)."""
     warm_up, total = settings.warmup_epochs * steps_per_epoch, settings.epochs * steps_per_epoch
     if step < warm_up:
-        return settings.lr * (step + 1) / warm_up
+        return settings.lr * min((step + 1) / warm_up, 1.0)
     if settings.schedule == "step":
         return settings.lr * settings.gamma ** bisect.bisect_right(settings.milestones, step // steps_per_epoch)
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(total - warm_up, 1)))

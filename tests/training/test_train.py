@@ -65,6 +65,16 @@ def test_the_rate_warms_up_linearly_and_falls_to_zero_by_a_cosine() -> None:
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
+@pytest.mark.parametrize("warmup_epochs", [0.01, 0.06, 0.5, 1.3])
+def test_a_warm_up_of_part_of_a_step_ends_at_the_peak(warmup_epochs: float) -> None:
+    settings = Fit(epochs=3, lr=0.4, warmup_epochs=warmup_epochs)
+    rates = [learning_rate(settings, step, 22) for step in range(66)]
+    warm_up = warmup_epochs * 22
+    rising = [0.4 * min(1.0, (step + 1) / warm_up) for step in range(math.ceil(warm_up))]
+    assert rates[: len(rising)] == pytest.approx(rising)
+    assert max(rates) <= 0.4
+
+
 @pytest.mark.parametrize("warmup", [0, 2])
 def test_the_rate_falls_by_steps_as_torchs_own_schedule(warmup: int) -> None:
     settings = Fit(epochs=12, lr=0.4, warmup_epochs=warmup, schedule="step", milestones=(4, 7, 10), gamma=0.2)
