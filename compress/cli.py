@@ -65,7 +65,10 @@ Set = Annotated[
     typer.Option("--set", metavar="PATH=VALUE", help="Override a field, such as qat.fit.epochs=2; may be repeated."),
 ]
 DataPath = Annotated[
-    str | None, typer.Option("--data", metavar="DIR", help="The images: short for --set data.path=DIR.")
+    str | None,
+    typer.Option(
+        "--data", metavar="DIR", help="The images: sets data.path, and data.dataset from digits to imagefolder."
+    ),
 ]
 Weights = Annotated[
     str | None,

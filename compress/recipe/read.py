@@ -27,7 +27,8 @@ def read_recipe(
     """Read a recipe, with overrides such as `stages.qat.fit.epochs=2` and the shorthands applied before it is judged.
 
     A stage is addressed by its position (`stages.3`) or its name (`stages.qat`, or just `qat`). The shorthands stand for
-    `data.path`, `model.weights` and `out`; a folder given to a recipe of embedded digits also makes it an imagefolder.
+    `data.path`, `model.weights` and `out`; a folder given to a recipe of embedded digits also makes it an imagefolder, and so
+    does a path in the file where no data set is named.
     Raises RecipeError with a line for each mistake.
     """
     try:
@@ -89,12 +90,14 @@ def _judge(raw: dict[str, Any], path: Path) -> Recipe:
 def _apply_shorthands(raw: dict[str, Any], *, data: str | None, weights: str | None, out: str | None) -> None:
     if data is not None:
         _put(raw, ["data", "path"], str(Path(data).expanduser()))
-        if raw["data"].get("dataset", "digits") == "digits":
+        if raw["data"].get("dataset") == "digits":
             raw["data"]["dataset"] = "imagefolder"
     if weights is not None:
         _put(raw, ["model", "weights"], str(Path(weights).expanduser()))
     if out is not None:
         raw["out"] = str(Path(out).expanduser())
+    if isinstance(raw.get("data"), dict) and raw["data"].get("path") is not None:
+        raw["data"].setdefault("dataset", "imagefolder")  # digits, the default, have no folder
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

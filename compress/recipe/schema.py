@@ -39,7 +39,7 @@ class Data(Section):
     """The images, their split, and how they reach the network."""
 
     dataset: Literal["digits", "imagefolder", "cifar10", "cifar100", "fashion_mnist", "imagenette"] = "digits"
-    """The data set; `digits` is embedded in scikit-learn, `imagefolder` reads `path`, the others download to `path`."""
+    """The data set; `digits` is embedded in scikit-learn, `imagefolder` reads `path` (and is meant where only `path` is given), the others download to `path`."""
     path: PathText | None = None
     """The folder that holds the data set."""
     image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
@@ -64,9 +64,13 @@ class Data(Section):
     """Random changes of the training images."""
 
     @model_validator(mode="after")
-    def _needs_path(self) -> "Data":
+    def _makes_sense(self) -> "Data":
         if self.dataset == "imagefolder" and self.path is None:
             raise ValueError("path: an imagefolder needs its folder: give DATA=/path/to/images, or set data.path")
+        if self.dataset == "digits" and self.path is not None:
+            raise ValueError(
+                f"path: digits are embedded and have no folder, got {self.path!r}: set data.dataset: imagefolder to read it"
+            )
         if min(self.std) <= 0:
             raise ValueError(f"std: must be > 0 in every channel, got {self.std}")
         return self

@@ -301,6 +301,18 @@ def test_data_turns_embedded_digits_into_an_imagefolder(recipe_path: Path) -> No
     assert (data.dataset, data.path) == ("imagefolder", "/data/my: images #1")
 
 
+def test_a_path_alone_is_an_imagefolder(recipe_path: Path) -> None:
+    data = read_recipe(recipe_path, ["data.path=/data/photographs"]).data
+    assert (data.dataset, data.path) == ("imagefolder", "/data/photographs")
+
+
+def test_a_path_for_embedded_digits_is_refused(recipe_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"data\.path: digits are embedded .* got '/data': set data.dataset: imagefolder"
+    ):
+        read_recipe(recipe_path, ["data.dataset=digits", "data.path=/data"])
+
+
 def test_data_is_the_folder_of_a_named_data_set(recipe_path: Path) -> None:
     data = read_recipe(recipe_path, ["data.dataset=cifar10"], data="/data").data
     assert (data.dataset, data.path) == ("cifar10", "/data")
