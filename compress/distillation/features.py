@@ -5,7 +5,6 @@ down to the smaller one; where they differ in channels, only losses that compare
 they are, and `fitnet` and `review` read the student through an adapter.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -46,14 +45,14 @@ def rkd_loss(student: Tensor, teacher: Tensor, *, distance: float, angle: float)
 
 
 def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return mean_{i≠j} p_{i|j} log(p_{i|j} / q_{i|j}) (Passalis & Tefas 2018, Learning Deep Representations with Probabilistic Knowledge
-    Transfer, section 3), p the teacher's, q the student's.
+    """Return mean p_{j|i} log(p_{j|i} / q_{j|i}) over all pairs (Passalis & Tefas 2018, Learning Deep Representations with Probabilistic
+    Knowledge Transfer, section 3), p the teacher's, q the student's.
 
-    p_{i|j} = K(x_i, x_j) / Σ_{k≠j} K(x_k, x_j) with K = (cos + 1) / 2. Maps are averaged over their positions first.
+    p_{j|i} = K(x_i, x_j) / Σ_k K(x_i, x_k) with K = (cos + 1) / 2. The paper leaves i = j out; the authors' code and mdistiller, whose weight
+    is the default here, do not, and neither does this. Maps are averaged over their positions first.
     """  # noqa: D205
     q, p = (_neighbours(_embedded(features)) for features in (student, teacher))
-    pairs = max(len(p) * (len(p) - 1), 1)
-    return (p * ((p + SMALL) / (q + SMALL)).log()).sum() / pairs
+    return (p * ((p + SMALL) / (q + SMALL)).log()).mean()
 
 
 def review_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -96,7 +95,7 @@ def _relations(points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _neighbours(points: Tensor) -> Tensor:
-    """Return for each point (row) the probability of each other point as its neighbour, (n, n) with a zero diagonal."""
-    unit = F.normalize(points, dim=1)
-    kernel = (unit @ unit.T + 1) / 2 * (1 - torch.eye(len(points), device=points.device))
-    return kernel / kernel.sum(1, keepdim=True).clamp(min=SMALL)
+    """Return for each point (row) the probability of each point, itself included, as its neighbour, (n, n)."""
+    unit: Tensor = points / (points.norm(dim=1, keepdim=True) + SMALL)
+    kernel = (unit @ unit.T + 1) / 2
+    return kernel / kernel.sum(1, keepdim=True)

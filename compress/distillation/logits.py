@@ -18,12 +18,11 @@ def cross_entropy_loss(student: Tensor, targets: Tensor, *, label_smoothing: flo
 def standardized(logits: Tensor) -> Tensor:
     """Return (z - mean(z)) / std(z) for each row (Sun et al. 2024, Logit Standardization in Knowledge Distillation, algorithm 1).
 
-    The temperature of the loss that follows is the paper's base temperature. A row of equal logits becomes zeros.
+    The temperature of the loss that follows is the paper's base temperature. The deviation is the sample's (classes - 1), as in the authors'
+    code, whose weights it goes with. A row of equal logits becomes zeros.
     """
-    centred = logits.float() - logits.float().mean(1, keepdim=True)
-    return (
-        centred * (centred.square().mean(1, keepdim=True) + 1e-12).rsqrt()
-    )  # finite gradient where the row is constant
+    deviation, mean = torch.std_mean(logits.float(), 1, keepdim=True)
+    return (logits.float() - mean) / (deviation + 1e-7)
 
 
 def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
@@ -58,10 +57,11 @@ def dist_loss(student: Tensor, teacher: Tensor, *, beta: float, gamma: float, te
     """Return T² · (β inter + γ intra) (Huang et al. 2022, Knowledge Distillation from A Stronger Teacher, section 3).
 
     With p = softmax(z/T): inter = mean over images of 1 - ρ(p_s[i, :], p_t[i, :]), intra = mean over classes of 1 - ρ(p_s[:, j], p_t[:, j]),
-    ρ being Pearson's correlation. T² is the authors' code's.
+    ρ being Pearson's correlation. T² is the authors' code's, and so is the 1e-8 in ρ: with many classes a class's probabilities vary so
+    little that it counts.
     """
     s, t = (student.float() / temperature).softmax(1), (teacher.float() / temperature).softmax(1)
-    return (beta * _decorrelation(s, t, dim=1) + gamma * _decorrelation(s, t, dim=0)) * temperature**2
+    return (beta * _decorrelation(s, t) + gamma * _decorrelation(s.T, t.T)) * temperature**2
 
 
 def nkd_loss(student: Tensor, teacher: Tensor, targets: Tensor, *, gamma: float, temperature: float) -> Tensor:
@@ -85,9 +85,11 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
 
 
-def _decorrelation(a: Tensor, b: Tensor, *, dim: int) -> Tensor:
-    """Return the mean of 1 - Pearson's correlation along `dim`."""
-    return 1 - F.cosine_similarity(a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True), dim=dim).mean()
+def _decorrelation(a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean over rows of 1 - Pearson's correlation, computed as a·b / (‖a‖‖b‖ + 1e-8) of the centred rows."""
+    a, b = (rows - rows.mean(1, keepdim=True) for rows in (a, b))
+    correlation: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)  # (rows,)
+    return 1 - correlation.mean()
 
 
 def _labels(targets: Tensor) -> Tensor:

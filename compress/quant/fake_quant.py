@@ -200,10 +200,15 @@ class SameRange(nn.Module):
         return values
 
 
+def largest_weights(weight: Tensor, target: Target) -> Tensor:
+    """Return the end of each output channel's grid: max|w|, float32 (out,)."""
+    largest = weight.detach().float().abs().amax(tuple(range(1, weight.dim())))
+    return largest.clamp(min=MIN_SCALE * target.weight_scale_divisor)
+
+
 def weight_scale(weight: Tensor, target: Target) -> Tensor:
     """Return the symmetric scale of each output channel: max|w| / levels, float32 (out,)."""
-    largest = weight.detach().float().abs().amax(tuple(range(1, weight.dim())))
-    return (largest / target.weight_scale_divisor).clamp(min=MIN_SCALE)
+    return largest_weights(weight, target) / target.weight_scale_divisor
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, target: Target) -> Tensor:

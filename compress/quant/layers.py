@@ -17,6 +17,7 @@ from compress.quant.fake_quant import (
     ActivationQuantizer,
     Ranges,
     fake_quantize_weight,
+    largest_weights,
     per_channel,
     quantize_weight,
     weight_scale,
@@ -73,8 +74,8 @@ class QuantLayer(nn.Module):
         """Make a plain layer whose class was just changed one that quantizes."""
         self.target, self.quantizing, self.kernel = target, True, None
         # LSQ's own start, 2·mean|w|/√Q (Esser 2020), cuts off more than max|w| only on grids of few bits: at 8 bits it would be 3.6 max|w|.
-        start = weight_scale(self.weight, target) * target.weight_scale_divisor
-        self.register_parameter("weight_range", nn.Parameter(start) if ranges == "lsq" else None)
+        start = nn.Parameter(largest_weights(self.weight, target)) if ranges == "lsq" else None
+        self.register_parameter("weight_range", start)
 
     def weight_scale(self) -> Tensor:
         """Return the scale of each output channel, (out,)."""
@@ -89,9 +90,11 @@ class QuantLayer(nn.Module):
         if self.weight_range is None:
             return fake_quantize_weight(self.weight, self.target)
         largest, weight = self.target.weight_scale_divisor, self.weight.float()
-        learned = scale_gradient(self.weight_range, weight[0].numel(), largest)
-        scale = per_channel((learned / largest).clamp(min=MIN_SCALE), weight)
-        return round_learned(weight, scale, -largest * scale, largest * scale, -largest, largest)
+        learned = scale_gradient(self.weight_range, weight[0].numel(), largest).clamp(min=MIN_SCALE * largest)
+        end = per_channel(
+            learned, weight
+        )  # not largest times the step, which may miss max|w|, where ranges start, by the last bit
+        return round_learned(weight, end / largest, -end, end, -largest, largest)
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):

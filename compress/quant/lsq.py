@@ -14,27 +14,27 @@ from torch import Tensor
 class _RoundLearned(torch.autograd.Function):
     """Round to a grid, with gradients for the values, the step and the two ends.
 
-    ∂v̂/∂s is round(v/s) - v/s inside the grid (eq. 3). A clipped value is the grid's end: its gradient goes to that end whole. Where an end
-    is Q·s, autograd makes that ∂v̂/∂s = Q, eq. 3's other two cases; where it is an asymmetric range's own parameter, it is LSQ+'s offset.
+    ∂v̂/∂s is round(v/s) - v/s between the ends (eq. 3). A value at an end or beyond it is that end, though it may be rounded to the same level
+    from half a step inside: its gradient goes to the end whole, and none to the value (eq. 5). Where an end is Q·s, autograd makes that
+    ∂v̂/∂s = Q, eq. 3's other two cases; where it is an asymmetric range's own parameter, it is LSQ+'s offset.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, step: Tensor, _low: Tensor, _high: Tensor, lowest: Tensor, highest: Tensor
+        ctx: Any, values: Tensor, step: Tensor, low: Tensor, high: Tensor, lowest: Tensor, highest: Tensor
     ) -> Tensor:
         """Return the nearest of step * [lowest, highest] for each value."""
-        scaled = values / step
-        ctx.save_for_backward(scaled, step, lowest, highest)
-        return scaled.round().clamp_(lowest, highest).mul_(step)
+        ctx.save_for_backward(values, step, low, high)
+        return (values / step).round_().clamp_(lowest, highest).mul_(step)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
         """Return the gradients of the values, the step, the low end and the high end."""
-        scaled, step, lowest, highest = ctx.saved_tensors
-        levels = scaled.round()
-        below, above = gradient * (levels < lowest), gradient * (levels > highest)
-        inside = gradient - below - above
-        error = levels.sub_(scaled).mul_(inside)
+        values, step, low, high = ctx.saved_tensors
+        below, above = gradient * (values <= low), gradient * (values >= high)
+        inside = gradient * ((values > low) & (values < high))
+        scaled = values / step
+        error = scaled.round().sub_(scaled).mul_(inside)
         return inside, *(part.sum_to_size(step.shape) for part in (error, below, above)), None, None
 
 
@@ -56,7 +56,7 @@ class _ScaleGradient(torch.autograd.Function):
 def round_learned(
     values: Tensor, step: Tensor, low: Tensor, high: Tensor, lowest: Tensor | int, highest: Tensor | int
 ) -> Tensor:
-    """Round to step * [lowest, highest]; clipped values send their gradient to `low` and `high`, which the two ends' values follow from."""
+    """Round to step * [lowest, highest]; values at `low` and `high` (step's shape), or beyond, send their gradient there."""
     ends = (torch.as_tensor(end, device=values.device) for end in (lowest, highest))
     rounded: Tensor = _RoundLearned.apply(values, step, low, high, *ends)
     return rounded

@@ -32,7 +32,7 @@ class Augment(Section):
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """The alpha of mixup's Beta distribution (0 switches it off)."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0
-    """The alpha of CutMix's Beta distribution (0 switches it off); with mixup also on, each batch draws one of the two."""
+    """The alpha of CutMix's Beta distribution (0 switches it off); with mixup also on, each image draws one of the two."""
 
 
 class Data(Section):

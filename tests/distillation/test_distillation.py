@@ -229,7 +229,7 @@ def test_every_logit_loss_reads_logits_that_numpy_has_standardized(name: str) ->
 
     def standardized(network: nn.Module) -> Tensor:
         logits = network(BATCH.images).detach().numpy()
-        return torch.from_numpy((logits - logits.mean(1, keepdims=True)) / logits.std(1, keepdims=True))
+        return torch.from_numpy((logits - logits.mean(1, keepdims=True)) / logits.std(1, ddof=1, keepdims=True))
 
     class Stored(nn.Module):
         def __init__(self, logits: Tensor) -> None:

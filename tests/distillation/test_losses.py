@@ -105,6 +105,35 @@ def test_dist_is_one_minus_numpys_correlations() -> None:
     assert float(measured) == pytest.approx(4 * (2.0 * inter + 0.5 * intra), rel=1e-5)
 
 
+def dist_of_the_authors(student: Tensor, teacher: Tensor, beta: float, gamma: float, temperature: float) -> Tensor:
+    """The formulas of Huang 2022's released code (dist_kd.py), row by row and column by column in float64, with its 1e-8."""
+
+    def correlation(a: Tensor, b: Tensor) -> Tensor:
+        a, b = a - a.mean(), b - b.mean()
+        return (a * b).sum() / ((a**2).sum().sqrt() * (b**2).sum().sqrt() + 1e-8)
+
+    q, p = (torch.softmax(logits / temperature, 1) for logits in (student, teacher))
+    inter = torch.stack([1 - correlation(q[i], p[i]) for i in range(len(q))]).mean()
+    intra = torch.stack([1 - correlation(q[:, j], p[:, j]) for j in range(q.shape[1])]).mean()
+    return temperature**2 * (beta * inter + gamma * intra)
+
+
+@pytest.mark.parametrize(("classes", "temperature"), [(5, 2.0), (1000, 1.0), (1000, 4.0)])
+def test_dist_and_its_gradient_are_the_authors_codes(classes: int, temperature: float) -> None:
+    """At 1,000 classes a class's probabilities vary so little over a batch that the 1e-8 in the correlation counts."""
+    random = np.random.default_rng(7)
+    student, teacher = (torch.from_numpy(random.normal(0, scale, (8, classes))) for scale in (0.5, 2.0))
+    mine, theirs = student.float().requires_grad_(), student.clone().requires_grad_()
+    measured = dist_loss(mine, teacher.float(), beta=2.0, gamma=0.5, temperature=temperature)
+    expected = dist_of_the_authors(theirs, teacher, 2.0, 0.5, temperature)
+    measured.backward()
+    expected.backward()
+    assert measured.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert mine.grad is not None
+    assert theirs.grad is not None
+    assert float((mine.grad - theirs.grad).norm() / theirs.grad.norm()) < 1e-3
+
+
 def nkd(student: Array, teacher: Array, labels: NDArray[np.int64], gamma: float, temperature: float) -> float:
     """Yang 2023, from probabilities; the others' share is normalized to 1 as the paper says."""
     total = 0.0
@@ -147,10 +176,11 @@ def test_mixed_targets_count_by_their_most_probable_class() -> None:
     )
 
 
-def test_standardized_logits_have_mean_0_and_deviation_1() -> None:
+def test_standardized_logits_have_mean_0_and_the_samples_deviation_1() -> None:
+    """Sun 2024's released code (KD.py): the deviation over classes - 1, and 1e-7 more."""
     (logits,) = tensors(TEACHER)
-    expected = np.stack([(row - row.mean()) / row.std() for row in TEACHER])
-    assert np.allclose(standardized(logits).numpy(), expected, atol=1e-5)
+    expected = [(row - row.mean()) / (math.sqrt(((row - row.mean()) ** 2).sum() / 4) + 1e-7) for row in TEACHER]
+    assert np.allclose(standardized(logits).numpy(), np.stack(expected), atol=1e-5)
 
 
 def test_standardized_losses_ignore_scale_and_shift() -> None:

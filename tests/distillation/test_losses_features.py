@@ -109,17 +109,17 @@ def test_rkd_is_the_papers_distances_and_angles() -> None:
 
 
 def test_pkt_is_the_divergence_of_the_neighbours_probabilities() -> None:
-    def probability(points: Array, i: int, j: int) -> float:
-        def kernel(a: Array, b: Array) -> float:
-            return float((a @ b / np.sqrt((a @ a) * (b @ b)) + 1) / 2)
+    """The formulas of mdistiller's PKT.py, pair by pair: a point is its own neighbour, too."""
 
-        return kernel(points[i], points[j]) / sum(kernel(points[k], points[j]) for k in range(5) if k != j)
+    def probability(points: Array, i: int, j: int) -> float:
+        unit = [point / (np.sqrt((point**2).sum()) + 1e-7) for point in points]
+        return float((unit[i] @ unit[j] + 1) / 2 / sum((unit[i] @ unit[k] + 1) / 2 for k in range(5)))
 
     s, t = STUDENT.mean((2, 3)), TEACHER.mean((2, 3))
     expected = np.mean(
         [
-            probability(t, i, j) * np.log(probability(t, i, j) / probability(s, i, j))
-            for i, j in itertools.permutations(range(5), 2)
+            probability(t, i, j) * np.log((probability(t, i, j) + 1e-7) / (probability(s, i, j) + 1e-7))
+            for i, j in itertools.product(range(5), repeat=2)
         ]
     )
     assert float(pkt_loss(*tensors(STUDENT, TEACHER))) == pytest.approx(float(expected), rel=1e-4)

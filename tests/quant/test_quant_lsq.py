@@ -36,6 +36,26 @@ def test_the_steps_gradient_is_the_papers_equation_3() -> None:
     assert float(step.grad) == pytest.approx((1 - 0.6) + (-1 + 1.4) + (2 - 2.4) + 3 - 4, abs=1e-5)
 
 
+@pytest.mark.parametrize(("below", "above"), [(4, 3), (0, 7)])
+def test_the_gradients_are_equations_3_and_5_on_both_sides_of_the_clip(below: int, above: int) -> None:
+    """Value after value across the grid, within half a step of its ends on either side too."""
+    for number in range(-60, 100):
+        value = torch.tensor(number / 10 * 0.5, requires_grad=True)
+        step = torch.tensor(0.5, requires_grad=True)
+        round_learned(value, step, -below * step, above * step, -below, above).backward()
+        scaled = float(value.detach() / 0.5)
+        if scaled <= -below:
+            expected, passes = float(-below), 0.0
+        elif scaled >= above:
+            expected, passes = float(above), 0.0
+        else:
+            expected, passes = round(scaled) - scaled, 1.0
+        assert step.grad is not None
+        assert value.grad is not None
+        assert float(step.grad) == pytest.approx(expected, abs=1e-5), scaled
+        assert float(value.grad) == passes, scaled
+
+
 def test_the_values_gradient_passes_inside_the_grid_only() -> None:
     values = torch.tensor([0.3, -0.7, 9.0, -9.0], requires_grad=True)
     step = torch.tensor(0.5)
@@ -75,7 +95,6 @@ def continuous(values: Tensor, low: Tensor, high: Tensor, rounded: Tensor) -> Te
 def test_an_asymmetric_ranges_gradients_equal_finite_differences(end: str) -> None:
     torch.manual_seed(0)
     values, low, high = torch.randn(1, 400).double() * 2, torch.tensor(-1.5).double(), torch.tensor(3.0).double()
-    values = values[((values - low).abs() > 0.05) & ((values - high).abs() > 0.05)].view(1, -1)  # ends snap to the grid
     upstream = torch.randn(values.shape).double()
     step = (high - low) / 255
     # ∂v̂/∂s = round(v/s) - v/s holds v̂'s level fixed: v̂ = s·k, so v enters only through k
@@ -127,6 +146,24 @@ def test_weight_steps_learn_by_equation_3_for_each_channel() -> None:
     expected = (upstream.view(2, 2) * by_hand).sum(1) / 63 * factor(2, 63)
     assert layer.weight_range.grad is not None
     assert torch.allclose(layer.weight_range.grad, expected, rtol=1e-4)
+
+
+def test_weight_ranges_start_where_the_largest_weight_is_clipped() -> None:
+    """At max|w|, eq. 3 gives Q for each channel's largest weight: the dominant term, which rounding must not lose."""
+    torch.manual_seed(1)
+    conv = nn.Conv2d(4, 64, 3, bias=False)
+    layer = prepare(nn.Sequential(conv, nn.ReLU()), TARGETS["cpu_vnni"], ranges="lsq").get_submodule("0")
+    assert isinstance(layer, QuantLayer)
+    assert layer.weight_range is not None
+    weight = conv.weight.detach().double().flatten(1)  # (64, 36)
+    upstream = torch.randn(weight.shape)
+    layer.rounded_weight().backward(upstream.view_as(conv.weight))
+    largest = weight.abs().amax(1, keepdim=True)
+    scaled = weight / largest * 127
+    by_hand = torch.where(weight.abs() == largest, 127 * weight.sign(), scaled.round() - scaled)
+    expected = (upstream * by_hand).sum(1) / 127 * factor(36, 127)
+    assert layer.weight_range.grad is not None
+    assert torch.allclose(layer.weight_range.grad.double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_step_of_training_reaches_every_parameter_without_nan() -> None:
