@@ -20,7 +20,7 @@ VENV = .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 LAUNCH = $(if $(filter-out 1,$(RANKS)),$(BIN)/torchrun --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
-EXIT_CODES = 1: a target is missed, 2: something to correct above, 130: interrupted
+EXIT_CODES = 1: a target is missed, 2: something to correct above, 70: a crash, 130: interrupted
 
 .PHONY: help setup compress test check bench report study matrix overhead gate trials elsewhere fuzz clean
 

@@ -1,12 +1,13 @@
 """The command `compress`.
 
-Exit codes: 0 done, 1 a target missed, 2 the user's mistake, 130 interrupted. Torch is imported by the commands that train, inside them.
+Exit codes: 0 done, 1 a target missed, 2 the user's mistake, 70 a crash, 130 interrupted. Torch is imported by the commands that train, inside them.
 """
 
 import errno
 import json
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -15,10 +16,11 @@ from safetensors import SafetensorError
 from typer.core import TyperGroup
 
 from compress.distribution import own_distribution
-from compress.errors import CompressError, RecipeError
+from compress.errors import RecipeError
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
-from export.errors import BundleError
+from export.command.main import INTERRUPTED, MISTAKE, end
+from export.errors import UserError
 
 REPAIRS = {
     errno.EACCES: "check its permissions, or choose another folder with --out (OUT= under make)",
@@ -38,7 +40,7 @@ class Commands(TyperGroup):
         """Run the command; unexpected errors keep their traceback."""
         try:
             return super().invoke(ctx)
-        except (CompressError, BundleError) as error:
+        except UserError as error:
             _fail(str(error))
         except (OSError, SafetensorError) as error:
             if (number := _os_error(error)) not in REPAIRS:
@@ -47,7 +49,7 @@ class Commands(TyperGroup):
             _fail(f"{place}{os.strerror(number).lower()}; {REPAIRS[number]}")
         except KeyboardInterrupt:
             _say("interrupted; the same command goes on from the last finished stage")
-            raise typer.Exit(130) from None
+            raise typer.Exit(INTERRUPTED) from None
 
 
 app = typer.Typer(
@@ -55,6 +57,7 @@ app = typer.Typer(
     help="Turn a trained vision network into a small, fast, measured INT8 student.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # its tables cut names off where they are narrow
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -83,7 +86,7 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and le
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"compress {own_distribution().version}")
+        _print(f"compress {own_distribution().version}")
         raise typer.Exit
 
 
@@ -154,7 +157,7 @@ def check(
         else:
             for student, chain in recipe.chains().items():
                 order = " → ".join(section.stage for section in chain.stages)
-                typer.echo(f"{file}: ok ({f'{student}: ' if student else ''}{order})")
+                _print(f"{file}: ok ({f'{student}: ' if student else ''}{order})")
     if mistakes:
         _fail("\n".join(mistakes))
 
@@ -175,7 +178,7 @@ def plan(
 
     lines = {line.directory: line for chain in resolved.chains().values() for line in plan_recipe(chain)}
     for line in lines.values():
-        typer.echo(f"{'cached' if line.cached else 'runs':6}  {line.stage:7}  {line.directory}  ({line.reason})")
+        _print(f"{'cached' if line.cached else 'runs':6}  {line.stage:7}  {line.directory}  ({line.reason})")
     folder = to_download(data_settings(resolved))
     if folder is not None:
         _say(
@@ -191,9 +194,9 @@ def schema(
     if markdown:
         from compress.recipe.reference import reference
 
-        typer.echo(reference(), nl=False)
+        sys.stdout.write(reference())
     else:
-        typer.echo(json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False))
+        _print(json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False))
 
 
 @app.command()
@@ -204,7 +207,7 @@ def report(
     _quiet(verbose=False)
     from compress.pipeline import render_report
 
-    typer.echo(render_report(run_folder))
+    _print(render_report(run_folder))
 
 
 @app.command()
@@ -219,7 +222,7 @@ def publish(
     from compress.report.bundling import publish
 
     publish(run_folder, to, key=key)
-    typer.echo(to)
+    _print(to)
 
 
 @app.command()
@@ -249,7 +252,7 @@ def study(
     """Run several recipes in several variants and seeds, and print a table of what each measured."""
     from compress.study import run_study
 
-    typer.echo(run_study(file, data=data, out=out, only=only or ()))
+    _print(run_study(file, data=data, out=out, only=only or ()))
 
 
 @app.command()
@@ -264,7 +267,7 @@ def doctor(
 
 def main() -> None:
     """Run the command line."""
-    app(prog_name="compress")
+    sys.exit(end(lambda: app(prog_name="compress"), repairs={}))  # `Commands` knows the repairs
 
 
 def _quiet(verbose: bool) -> None:
@@ -292,14 +295,18 @@ def _os_error(error: OSError | SafetensorError) -> int:
     return int(str(error).partition("(os error ")[2].partition(")")[0] or 0)
 
 
+def _print(text: object) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
 def _say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(text, err=True)
+        sys.stderr.write(f"{text}\n")
 
 
 def _fail(text: str) -> NoReturn:
     _say(text)
-    raise typer.Exit(2)
+    raise typer.Exit(MISTAKE)
 
 
 if __name__ == "__main__":

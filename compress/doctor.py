@@ -11,8 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-import typer
 from packaging.requirements import Requirement
+from rich.console import Console
+from rich.text import Text
 
 from compress.distribution import own_distribution
 from export.onnx_file.targets import Target, host_instruction_sets, host_target
@@ -43,12 +44,12 @@ def examine(out: Path) -> int:
     if all(finding.status != "missing" for finding in installed):
         found += machine(out)
     width = max(len(finding.name) for finding in found)
+    console = Console()
     for finding in found:
-        typer.echo(
-            f"{typer.style(f'{finding.status:7}', fg=COLOURS[finding.status])}  {finding.name:{width}}  {finding.value}"
-        )
+        status = (f"{finding.status:7}", COLOURS[finding.status])
+        console.print(Text.assemble(status, f"  {finding.name:{width}}  {finding.value}"), soft_wrap=True)
         if finding.repair:
-            typer.echo(f"{'':{9 + width}}  → {finding.repair}")
+            console.print(Text(f"{'':{9 + width}}  → {finding.repair}"), soft_wrap=True)
     return 2 if any(finding.status == "missing" for finding in found) else 0
 
 

@@ -1,4 +1,4 @@
-"""The one error a user can cause.
+"""What a user can cause beside `export.errors`, whose tree this is a branch of.
 
 CompressError            a sentence that names the thing, the value and the repair; the command line prints it and exits with 2
 ├── RecipeError          one or more mistakes in a recipe, one line each
@@ -7,8 +7,10 @@ CompressError            a sentence that names the thing, the value and the repa
 └── ArtifactError        a run folder: not writable, in use, damaged
 """
 
+from export.errors import UserError
 
-class CompressError(Exception):
+
+class CompressError(UserError):
     """Report a mistake of the user's; the message names the thing, its value and the repair."""
 
 

@@ -75,9 +75,9 @@ class StageLog:
         """Open the log, and the live line where there is a terminal."""
         if self.enabled and self._console.is_interactive:
             self._progress = Progress(
-                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                TextColumn("{task.description}"),
                 BarColumn(bar_width=10),
-                TextColumn("{task.fields[shown]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+                TextColumn("{task.fields[shown]}", table_column=Column(overflow="fold")),
                 TimeRemainingColumn(compact=True, elapsed_when_finished=True),
                 console=self._console,
                 refresh_per_second=1 / REFRESH_S,

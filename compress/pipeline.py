@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from compress.artifact import Meta, exclusive, finish, is_complete, key_of, lineage, read_meta, write_json
 from compress.data.digest import dataset_digest
 from compress.errors import ArtifactError, CompressError
@@ -266,18 +264,20 @@ def _relative(path: Path, start: Path) -> str:
 def _compare(recipe: Recipe) -> None:
     """Write the page that compares the recipe's students, and print it."""
     from compress.report.comparison.files import compare_folders
+    from compress.report.screen import screen
 
     page = run_root(recipe) / "report" / "index.html"
     folders = [report_root(recipe, student) for student in recipe.students]
     if len(folders) > 1:  # one student has nobody beside it
         compare_folders(folders, page=page, document=run_root(recipe) / "comparison.json")
-        Console().print(f"\n{page}", soft_wrap=True, highlight=False)
+        screen().print(f"\n{page}", soft_wrap=True, highlight=False)
 
 
 def _report(chain: Recipe, plan: Sequence[PlanLine], root: Path, *, command: str, verbose: bool) -> int:
     """Write a chain's report.json, HTML page and bundle to `root`; print the tables; return the exit code."""
     from compress.report.bundling import contents
     from compress.report.collect import collect
+    from compress.report.screen import screen
     from compress.report.terminal import print_report
     from export.bundle.write import write_bundle
 
@@ -292,5 +292,5 @@ def _report(chain: Recipe, plan: Sequence[PlanLine], root: Path, *, command: str
     if exported:
         name = chain.name if root == run_root(chain) else f"{chain.name}-{root.name}"[:64]  # of a student: its own
         write_bundle(root / "bundle", contents(chain, name, root, exported[-1], report))
-    print_report(report, Console(), verbose=verbose, page=root / "report" / "index.html")
+    print_report(report, screen(), verbose=verbose, page=root / "report" / "index.html")
     return 0 if report["verdict"] == "pass" else 1

@@ -16,6 +16,7 @@ from onnx import NodeProto, TensorProto
 
 from export.bundle.read import read_bundle
 from export.bundle.sandbox import require_sound, vet
+from export.command.main import run
 from export.command.table import table
 from export.errors import BundleError
 from export.onnx_file.macs import macs
@@ -258,6 +259,35 @@ def slowest(path: Path, provider: str, *, rows: int = 15) -> str:
     return table(("node", "operator", "provider", "ms", "part"), cells)
 
 
+def print_audits(arguments: argparse.Namespace) -> int:
+    """Print each file's audit; return 1 where one is over a limit."""
+    over: list[str] = []
+    path: Path = arguments.path
+    files = read_bundle(path, inspect=vet).files if path.is_dir() else {path.stem: require_sound(path)}
+    audits = {name: audit(file, arguments.provider) for name, file in files.items()}
+    for name, found in audits.items():
+        sys.stdout.write(f"{name}\n{as_text(found)}\n")
+        if arguments.times:
+            sys.stdout.write(f"{slowest(files[name], arguments.provider)}\n")
+        sys.stdout.write("\n")
+        if path.is_dir() and precision(parse(files[name])) != "int8":
+            continue  # a bundle's float files are float on purpose
+        over.extend(
+            f"{name}: {sentence}"
+            for sentence in over_limits(
+                found,
+                max_float_layers=arguments.max_float_layers,
+                max_float_fraction=arguments.max_float_fraction,
+                max_leftover_qdq=arguments.max_leftover_qdq,
+            )
+        )
+    if arguments.json:
+        content = {name: found.to_json() for name, found in audits.items()}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    sys.stderr.write("".join(f"{sentence}\n" for sentence in over))
+    return 1 if over else 0
+
+
 def main() -> int:
     """Say what ONNX Runtime makes of a file, or of each file of a bundle, on this machine."""
     parser = argparse.ArgumentParser(prog="python -m export.audit", description=main.__doc__)
@@ -270,36 +300,7 @@ def main() -> int:
     parser.add_argument("--max-leftover-qdq", type=int, metavar="N", help="the same for Q/DQ nodes inside the graph")
     parser.add_argument("--times", action="store_true", help="also list the slowest nodes")
     parser.add_argument("--json", type=Path, help="also write the audits to this file")
-    arguments = parser.parse_args()
-    over: list[str] = []
-    try:
-        path: Path = arguments.path
-        files = read_bundle(path, inspect=vet).files if path.is_dir() else {path.stem: require_sound(path)}
-        audits = {name: audit(file, arguments.provider) for name, file in files.items()}
-        for name, found in audits.items():
-            sys.stdout.write(f"{name}\n{as_text(found)}\n")
-            if arguments.times:
-                sys.stdout.write(f"{slowest(files[name], arguments.provider)}\n")
-            sys.stdout.write("\n")
-            if path.is_dir() and precision(parse(files[name])) != "int8":
-                continue  # a bundle's float files are float on purpose
-            over.extend(
-                f"{name}: {sentence}"
-                for sentence in over_limits(
-                    found,
-                    max_float_layers=arguments.max_float_layers,
-                    max_float_fraction=arguments.max_float_fraction,
-                    max_leftover_qdq=arguments.max_leftover_qdq,
-                )
-            )
-        if arguments.json:
-            content = {name: found.to_json() for name, found in audits.items()}
-            arguments.json.write_text(json.dumps(content, indent=2) + "\n")
-    except (BundleError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    sys.stderr.write("".join(f"{sentence}\n" for sentence in over))
-    return 1 if over else 0
+    return run(parser, print_audits)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from shutil import get_terminal_size
 
 import numpy as np
 
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import vet
+from export.command.main import run
 from export.command.table import table
 from export.errors import BundleError
 from export.images.read import labelled_batches
@@ -271,7 +273,7 @@ def cells(row: TimingRow, scored: AccuracyRow | None) -> list[str | float | None
 def print_live(line: str) -> None:
     """Show the latest line of progress in place, on a terminal only."""
     if sys.stderr.isatty():
-        sys.stderr.write(f"\r\033[K{line[:110]}")
+        sys.stderr.write(f"\r\033[K{line[: get_terminal_size().columns - 1]}")
         sys.stderr.flush()
 
 
@@ -281,6 +283,15 @@ def numbers(text: str) -> list[int]:
     if min(found) < 0:
         raise ValueError(text)
     return found
+
+
+def print_bench(arguments: argparse.Namespace) -> int:
+    """Print what was measured."""
+    found = measure(read_bundle(arguments.bundle, inspect=vet), arguments)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    sys.stdout.write(f"{as_text(found)}\n")
+    return 0
 
 
 def main() -> int:
@@ -296,16 +307,7 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=10, help="turns that the time is cut into")
     parser.add_argument("--data", type=Path, help="a folder of class folders, or an .npz file with images and labels")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    arguments = parser.parse_args()
-    try:
-        found = measure(read_bundle(arguments.bundle, inspect=vet), arguments)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(found, indent=2) + "\n")
-    except (BundleError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    sys.stdout.write(f"{as_text(found)}\n")
-    return 0
+    return run(parser, print_bench)
 
 
 if __name__ == "__main__":

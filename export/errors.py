@@ -1,4 +1,10 @@
-"""The one error of a deployed model's files."""
+"""One tree of errors that a person can correct.
+
+UserError                a sentence that names the thing, the value and the repair; a command prints it and exits with 2
+├── BundleError          a model file or bundle
+│   └── BrokenBundleError  the one that the gate judges (exit code 3)
+└── CompressError        `compress.errors`: recipes, data, networks, artifacts
+"""
 
 from typing import Literal
 
@@ -34,7 +40,11 @@ Defect = Literal[
 MAX_LENGTH = 1500  # characters of a message
 
 
-class BundleError(ValueError):
+class UserError(Exception):
+    """Report what a person can correct; the message names the thing, its value and the repair."""
+
+
+class BundleError(UserError):
     """Report a model or bundle that cannot be used as it is; the message names the thing, its value and the repair.
 
     `defect` names what is wrong with a bundle. Foreign names are in the message: control characters, which could drive

@@ -15,6 +15,7 @@ from typing import TypedDict
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import vet
 from export.command.arguments import at_least, chosen, positive
+from export.command.main import run
 from export.command.table import table
 from export.errors import BundleError
 from export.runtime.environment import environment
@@ -106,6 +107,18 @@ def as_text(found: LoadJson) -> str:
     return f"{found['notice']}.\n{conditions}\n\n{table(header, rows)}"
 
 
+def print_loads(arguments: argparse.Namespace) -> int:
+    """Print what was measured under each load."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # LoadGen waits where Python sees no Ctrl-C
+    if find_spec("mlperf_loadgen") is None:
+        raise BundleError(INSTALL)
+    found = measure(read_bundle(arguments.bundle, inspect=vet), arguments)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    sys.stdout.write(f"{as_text(found)}\n")
+    return 0
+
+
 def main() -> int:
     """Measure one file of a bundle under loads like MLPerf's, which is no MLPerf result."""
     parser = argparse.ArgumentParser(prog="python -m export.loadgen", description=main.__doc__)
@@ -123,19 +136,7 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # LoadGen waits where Python sees no Ctrl-C
-    try:
-        if find_spec("mlperf_loadgen") is None:
-            raise BundleError(INSTALL)
-        found = measure(read_bundle(arguments.bundle, inspect=vet), arguments)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(found, indent=2) + "\n")
-    except (BundleError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    sys.stdout.write(f"{as_text(found)}\n")
-    return 0
+    return run(parser, print_loads)
 
 
 if __name__ == "__main__":

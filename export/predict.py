@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import vet
 from export.command.arguments import at_least, chosen
+from export.command.main import MISTAKE, run
 from export.command.table import table
 from export.errors import BundleError
 from export.images.read import Preprocess, read_image
@@ -54,6 +55,20 @@ def predict(session: onnxruntime.InferenceSession, bundle: Bundle, path: Path, *
     return f"{path}\n{table(('label', 'probability'), [(bundle.labels[index], float(found[index])) for index in best])}"
 
 
+def print_predictions(arguments: argparse.Namespace) -> int:
+    """Print the labels of every image that can be read; return 2 where one cannot."""
+    code = 0
+    bundle = read_bundle(arguments.bundle, inspect=vet)
+    session = open_session(chosen(bundle, arguments.file))
+    for path in arguments.images:
+        try:
+            sys.stdout.write(f"{predict(session, bundle, path, top=arguments.top)}\n")
+        except BundleError as error:  # the other images are still worth an answer
+            sys.stderr.write(f"{error}\n")
+            code = MISTAKE
+    return code
+
+
 def main() -> int:
     """Print the likeliest labels of images, with their probabilities."""
     parser = argparse.ArgumentParser(prog="python -m export.predict", description=main.__doc__)
@@ -61,21 +76,7 @@ def main() -> int:
     parser.add_argument("images", type=Path, nargs="+", metavar="image", help="JPEG, PNG, WebP or BMP")
     parser.add_argument("--file", metavar="NAME", help="another file of the bundle than the one to serve")
     parser.add_argument("--top", type=at_least(1), default=5, help="how many labels")
-    arguments = parser.parse_args()
-    code = 0
-    try:
-        bundle = read_bundle(arguments.bundle, inspect=vet)
-        session = open_session(chosen(bundle, arguments.file))
-    except BundleError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    for path in arguments.images:
-        try:
-            sys.stdout.write(f"{predict(session, bundle, path, top=arguments.top)}\n")
-        except BundleError as error:  # the other images are still worth an answer
-            sys.stderr.write(f"{error}\n")
-            code = 2
-    return code
+    return run(parser, print_predictions)
 
 
 if __name__ == "__main__":

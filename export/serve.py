@@ -12,9 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from export.bundle.read import NAME, Bundle, read_bundle
+from export.bundle.read import NAME, read_bundle
 from export.bundle.sandbox import vet
 from export.command.arguments import at_least, chosen
+from export.command.main import run
 from export.errors import BundleError
 from export.onnx_file.model_file import inspect
 from export.runtime.session import open_session
@@ -26,11 +27,14 @@ INSTALL = (
 KEEP_ALIVE = 65  # seconds that an idle connection stays open: KServe's own choice, longer than most proxies'
 
 
-def serve(bundle: Bundle, arguments: argparse.Namespace) -> None:
+def serve(arguments: argparse.Namespace) -> int:
     """Listen until a signal comes; print where once requests are taken.
 
     Raises BundleError for a file that ONNX Runtime cannot load and for an address that is not free.
     """
+    if find_spec("kserve") is None:
+        raise BundleError(INSTALL)
+    bundle = read_bundle(arguments.bundle, inspect=vet)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)  # also later: uvicorn finishes the running requests, then raises the signal again
     if not NAME.fullmatch(bundle.name):
@@ -51,6 +55,7 @@ def serve(bundle: Bundle, arguments: argparse.Namespace) -> None:
     sys.stdout.write(f"{path.name} answers at http://{where}/v2/models/{bundle.name}; Ctrl-C stops it\n")
     sys.stdout.flush()
     server.run(sockets=[listener])
+    return 0
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -76,15 +81,7 @@ def main() -> int:
     parser.add_argument("--port", type=at_least(0), default=8080, help="0 is any free one")
     parser.add_argument("--threads", type=at_least(0), default=1, help="CPU threads of a run; 0 is all cores")
     parser.add_argument("--max-batch", type=at_least(1), default=8, help="the most images in a request")
-    arguments = parser.parse_args()
-    try:
-        if find_spec("kserve") is None:
-            raise BundleError(INSTALL)
-        serve(read_bundle(arguments.bundle, inspect=vet), arguments)
-    except BundleError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+    return run(parser, serve)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from export.bundle.read import SIGNATURE, read_bundle
+from export.command.main import run
 from export.errors import BundleError
 
 
@@ -68,20 +69,20 @@ def library() -> tuple[Any, type[Exception]]:
         ) from error
 
 
+def print_signed(arguments: argparse.Namespace) -> int:
+    """Say that the bundle is the signed one."""
+    verify(arguments.bundle, arguments.key)  # first: nothing of a file is read before it is known
+    bundle = read_bundle(arguments.bundle)
+    sys.stdout.write(f"{arguments.bundle}: {bundle.name}, every file is the signed one\n")
+    return 0
+
+
 def main() -> int:
     """Verify a bundle's digests and its signature; exit with 2 where a file is not the signed one."""
     parser = argparse.ArgumentParser(prog="python -m export.signature", description=main.__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--key", type=Path, required=True, metavar="PUBLIC.pem", help="the signer's public key")
-    arguments = parser.parse_args()
-    try:
-        verify(arguments.bundle, arguments.key)  # first: nothing of a file is read before it is known
-        bundle = read_bundle(arguments.bundle)
-    except BundleError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    sys.stdout.write(f"{arguments.bundle}: {bundle.name}, every file is the signed one\n")
-    return 0
+    return run(parser, print_signed)
 
 
 if __name__ == "__main__":

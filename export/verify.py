@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import require_sound, vet
+from export.command.main import run
 from export.command.table import table
 from export.errors import BundleError
 from export.images.read import labelled_batches
@@ -319,6 +320,27 @@ def _is_int8_of_floats(file: Path) -> bool:
     return precision(model) == "int8" and model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
 
 
+def print_verifications(arguments: argparse.Namespace) -> int:
+    """Print how each file compares with its reference; return 1 where one parts from it."""
+    found: dict[str, Verification] = {}
+    path: Path = arguments.path
+    folder = path if path.is_dir() else path.parent
+    bundle = read_bundle(folder, inspect=vet) if path.is_dir() or arguments.data else None
+    files = int8_files(bundle) if bundle and path.is_dir() else {path.stem: require_sound(path)}
+    for name, file in files.items():
+        images = batches_of(file, bundle, arguments.data, arguments.images)
+        found[name] = verify(file, images, tensor_images=arguments.tensor_images)
+        sys.stdout.write(f"{name}\n{as_text(found[name])}\n\n")
+    if arguments.json:
+        content = {name: verification.to_json() for name, verification in found.items()}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    parted = any(
+        verification.first_divergence or verification.agreement < arguments.min_agreement
+        for verification in found.values()
+    )
+    return int(parted)
+
+
 def main() -> int:
     """Compare an INT8 file, or each of a bundle, with its own Q/DQ graph in float, on this machine; exit with 1 where they part."""
     parser = argparse.ArgumentParser(prog="python -m export.verify", description=main.__doc__)
@@ -330,28 +352,7 @@ def main() -> int:
     parser.add_argument("--tensor-images", type=int, default=64, help="of these, how many tensor by tensor")
     parser.add_argument("--min-agreement", type=float, default=0.0, metavar="PART", help="exit with 1 below it")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    arguments = parser.parse_args()
-    found: dict[str, Verification] = {}
-    try:
-        path: Path = arguments.path
-        folder = path if path.is_dir() else path.parent
-        bundle = read_bundle(folder, inspect=vet) if path.is_dir() or arguments.data else None
-        files = int8_files(bundle) if bundle and path.is_dir() else {path.stem: require_sound(path)}
-        for name, file in files.items():
-            images = batches_of(file, bundle, arguments.data, arguments.images)
-            found[name] = verify(file, images, tensor_images=arguments.tensor_images)
-            sys.stdout.write(f"{name}\n{as_text(found[name])}\n\n")
-        if arguments.json:
-            content = {name: verification.to_json() for name, verification in found.items()}
-            arguments.json.write_text(json.dumps(content, indent=2) + "\n")
-    except (BundleError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    parted = any(
-        verification.first_divergence or verification.agreement < arguments.min_agreement
-        for verification in found.values()
-    )
-    return int(parted)
+    return run(parser, print_verifications)
 
 
 if __name__ == "__main__":

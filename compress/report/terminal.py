@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.report import gain, numbers, summary, terminal_int8
+from compress.report.screen import show
 from compress.report.shape import DeployedRow, Report
 from compress.report.verdict import CPU
 
@@ -22,16 +23,16 @@ def print_report(report: Report, console: Console, *, verbose: bool = False, pag
     _say(console, f"\n{recipe['name']}", f"  {recipe['model']['arch']} on {recipe['data']['dataset']}\n", style="bold")
     if report["recommendation"]:
         console.print(Text(f"{report['recommendation']['sentence']}\n"))
-    console.print(_headline(report))
-    console.print(_stages(report, gap=gap))
+    show(console, _headline(report))
+    show(console, _stages(report, gap=gap))
     shown = [row for row in summary.ordered(report["deployed"]) if verbose or _is_telling(row)]
     for title, rows in groupby(shown, summary.conditions):
-        console.print(_files(title, list(rows), digits=summary.decimals(report), gap=gap))
+        show(console, _files(title, list(rows), digits=summary.decimals(report), gap=gap))
     for renderable in (
         *terminal_int8.without_training(report, gap=gap, verbose=verbose),
         *terminal_int8.proofs(report, gap=gap, verbose=verbose),
     ):
-        console.print(renderable)
+        show(console, renderable)
     digits = summary.decimals(report)
     for sentence in (gain.training_gain(report, digits), gain.skipped(report), gain.left_in_float(report)):
         if sentence:

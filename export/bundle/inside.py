@@ -61,8 +61,6 @@ def read_json(folder: Path, name: str) -> Json:
     try:
         document = json.loads(read_text(folder, name), object_pairs_hook=_unique_keys, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, BundleError):
-            raise
         raise BundleError(f"{name}: must be JSON ({error})", defect="bad_content") from error
     if not isinstance(document, dict):
         raise BundleError(f"{name}: must be a JSON object", defect="bad_content")

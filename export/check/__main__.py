@@ -14,6 +14,7 @@ from export.bundle.inside import SUMS, read_sums
 from export.bundle.read import LABELS, SIGNATURE, Bundle, examine, tried
 from export.bundle.sandbox import vet
 from export.check.promises import broken_promises
+from export.command.main import run
 from export.errors import BundleError, Defect
 
 BROKEN = 3  # exit code
@@ -80,14 +81,18 @@ def as_text(path: Path, findings: list[Finding]) -> str:
     return "".join(f"{finding.defect}: {finding.sentence}\n" for finding in findings)
 
 
+def print_findings(arguments: argparse.Namespace) -> int:
+    """Print a line for each finding."""
+    _, findings = check_bundle(arguments.bundle)
+    sys.stdout.write(as_text(arguments.bundle, findings))
+    return BROKEN if findings else 0
+
+
 def main() -> int:
     """Name everything that is amiss with a bundle; exit with 3 where there is anything."""
     parser = argparse.ArgumentParser(prog="python -m export.check", description=main.__doc__)
     parser.add_argument("bundle", type=Path)
-    arguments = parser.parse_args()
-    _, findings = check_bundle(arguments.bundle)
-    sys.stdout.write(as_text(arguments.bundle, findings))
-    return BROKEN if findings else 0
+    return run(parser, print_findings)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from export.bench import print_live
-from export.errors import BundleError
+from export.command.main import run
 from export.gate.checks import EXIT_CODES, Limits, Verdict
 from export.gate.commands import BASELINES, judge, update
 from export.gate.latency import Plan
@@ -18,21 +18,25 @@ EXITS = "exit code 0: pass, 1: regression, 2: this run cannot tell, 3: broken bu
 
 def main() -> int:
     """Judge a bundle against the baseline of this machine, or against an older bundle, or accept it as the baseline."""
-    arguments = parser().parse_args()
-    try:
-        limits = Limits(
-            max_latency_ratio=None if arguments.no_latency else arguments.max_latency_ratio,
-            min_top1_ratio=None if arguments.no_accuracy else arguments.min_top1_ratio,
-            max_size_ratio=arguments.max_size_ratio,
-        )
-        plan = Plan(
-            seconds=arguments.seconds,
-            blocks=arguments.blocks,
-            looks=arguments.looks,
-            threads=arguments.threads,
-            batch=arguments.batch,
-        )
-        if arguments.update_baseline:
+    return run(parser(), judge_or_accept)
+
+
+def judge_or_accept(arguments: argparse.Namespace) -> int:
+    """Print the verdict, or where the baseline was written, and return the exit code."""
+    limits = Limits(
+        max_latency_ratio=None if arguments.no_latency else arguments.max_latency_ratio,
+        min_top1_ratio=None if arguments.no_accuracy else arguments.min_top1_ratio,
+        max_size_ratio=arguments.max_size_ratio,
+    )
+    plan = Plan(
+        seconds=arguments.seconds,
+        blocks=arguments.blocks,
+        looks=arguments.looks,
+        threads=arguments.threads,
+        batch=arguments.batch,
+    )
+    if arguments.update_baseline:
+        try:
             place = update(
                 arguments.bundle,
                 arguments.baseline or BASELINES,
@@ -41,26 +45,23 @@ def main() -> int:
                 plan=plan,
                 progress=print_live,
             )
-            print_live("")
-            sys.stdout.write(f"recorded {arguments.bundle} in {place}: commit it\n")
-            return 0
-        verdict = judge(
-            arguments.bundle,
-            arguments.baseline or (None if arguments.against else BASELINES),
-            against=arguments.against,
-            data=arguments.data,
-            limits=limits,
-            plan=plan,
-            progress=print_live,
-        )
+        except BrokenBundleError as error:
+            sys.stderr.write(f"{arguments.bundle}: {error}\n")
+            return EXIT_CODES["broken"]
         print_live("")
-        write_outputs(verdict, arguments)
-    except BrokenBundleError as error:
-        sys.stderr.write(f"{arguments.bundle}: {error}\n")
-        return EXIT_CODES["broken"]
-    except (BundleError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return EXIT_CODES["inconclusive"]
+        sys.stdout.write(f"recorded {arguments.bundle} in {place}: commit it\n")
+        return 0
+    verdict = judge(
+        arguments.bundle,
+        arguments.baseline or (None if arguments.against else BASELINES),
+        against=arguments.against,
+        data=arguments.data,
+        limits=limits,
+        plan=plan,
+        progress=print_live,
+    )
+    print_live("")
+    write_outputs(verdict, arguments)
     sys.stdout.write(f"{as_text(verdict)}\n")
     return verdict.exit_code
 

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from rich.console import Console
-
 from compress.artifact import write_json
 from compress.report.comparison.compare import compare
 from compress.report.comparison.html import link_to, render_comparison
 from compress.report.comparison.read import page_of, read_subjects
 from compress.report.comparison.terminal import print_comparison
+from compress.report.screen import screen
 
 
 def compare_folders(folders: Sequence[Path], *, page: Path | None, document: Path | None) -> None:
@@ -29,4 +28,4 @@ def compare_folders(folders: Sequence[Path], *, page: Path | None, document: Pat
     if document:
         document.parent.mkdir(parents=True, exist_ok=True)
         write_json(document, asdict(comparison))
-    print_comparison(comparison, Console())
+    print_comparison(comparison, screen())

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from compress.report.comparison.compare import Comparison
 from compress.report.comparison.table import Line, lines, no_differences
+from compress.report.screen import show
 
 MOST_COLUMNS = 4
 NAME_WIDTH = 20
@@ -33,14 +34,14 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     measured = lines(comparison)
     if len(names) <= MOST_COLUMNS:
         rows = [(line.title, [_cell(line, index) for index in range(len(names))]) for line in measured]
-        console.print(_columns("Measured", "", names, rows, console.width))
+        show(console, _columns("Measured", "", names, rows, console.width))
     else:
         shared = " · ".join(f"{line.title} {line.cells[0]}" for line in measured if line.is_shared)
         for table in _rows(names, [line for line in measured if not line.is_shared], console.width):
-            console.print(table)
+            show(console, table)
         if shared:
             console.print(Text(f"\nall: {shared}", "dim"))
-    console.print(_differences(comparison, names, console.width))
+    show(console, _differences(comparison, names, console.width))
     for warning in comparison.warnings:
         console.print(Text.assemble(("\nwarning ", "yellow"), warning))
 
