@@ -70,6 +70,24 @@ class Mobile(nn.Module):
         return out
 
 
+class Decoder(nn.Module):
+    """Transposed convolutions of every kind: plain, depthwise and grouped."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU())
+        self.up = nn.Sequential(nn.ConvTranspose2d(24, 40, 2, 2), nn.BatchNorm2d(40), nn.ReLU())
+        self.depth = nn.Sequential(nn.ConvTranspose2d(40, 40, 3, 2, 1, groups=40), nn.BatchNorm2d(40), nn.ReLU())
+        self.mix = nn.Sequential(nn.ConvTranspose2d(40, 16, 3, 1, 1), nn.ReLU(), nn.Conv2d(16, 32, 1), nn.ReLU())
+        self.grouped = nn.Sequential(nn.ConvTranspose2d(32, 16, 2, 2, groups=4), nn.ReLU())
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (n, num_classes)."""
+        out: Tensor = self.head(self.grouped(self.mix(self.depth(self.up(self.stem(x))))).mean((2, 3)))
+        return out
+
+
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give batch-norms statistics and scales that matter, as after training; return the model in eval mode."""
     generator = torch.Generator().manual_seed(seed)

@@ -35,10 +35,13 @@ def measure_layers(model: nn.Module, images: torch.Tensor) -> list[Layer]:
     found: dict[str, Layer] = {}
     names = {module: name for name, module in model.named_modules()}
 
-    def record(module: nn.Module, _: object, output: torch.Tensor) -> None:
-        found[names[module]] = _layer(names[module], module, output)
+    def record(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        # Every input pixel of a transposed convolution meets all weights, every output pixel of another.
+        found[names[module]] = _layer(
+            names[module], module, inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
+        )
 
-    kinds = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
     hooks = [module.register_forward_hook(record) for module in names if isinstance(module, kinds)]
     with torch.no_grad():
         model(images)
@@ -47,14 +50,14 @@ def measure_layers(model: nn.Module, images: torch.Tensor) -> list[Layer]:
     return list(found.values())
 
 
-def _layer(name: str, module: nn.Module, output: torch.Tensor) -> Layer:
+def _layer(name: str, module: nn.Module, pixels: torch.Tensor) -> Layer:
     kind = type(module).__name__
-    if isinstance(module, nn.Conv2d):
-        positions = output.shape[-2] * output.shape[-1]
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        positions = pixels.shape[-2] * pixels.shape[-1]
         depthwise = module.groups > 1 and module.groups == module.in_channels
         inputs, outputs = module.in_channels, module.out_channels
     elif isinstance(module, nn.Linear):
-        positions = output.numel() // output.shape[-1]
+        positions = pixels.numel() // pixels.shape[-1]
         depthwise, inputs, outputs = False, module.in_features, module.out_features
     else:
         vectors = sum(parameter.numel() for parameter in module.parameters(recurse=False))

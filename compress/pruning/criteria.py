@@ -94,12 +94,19 @@ def _slices(group: Group) -> Iterator[Slices]:
             continue
         rows = torch.tensor(item.idxs, device=weight.device)
         roots = torch.tensor(item.root_idxs)
-        repeats = 1 if output or not isinstance(module, nn.Conv2d) else module.groups
-        grad = None if weight.grad is None else _rows(weight.grad, output, repeats)[rows]
-        yield Slices(module, _rows(weight, output, repeats)[rows], grad, output, roots)
+        grad = None if weight.grad is None else _rows(weight.grad, module, output)[rows]
+        yield Slices(module, _rows(weight, module, output)[rows], grad, output, roots)
 
 
-def _rows(weight: Tensor, output: bool, repeats: int) -> Tensor:
-    """Return (channels, rest) along the output or input dimension; a grouped convolution's inputs share rows."""
-    rows = weight.detach() if output or weight.dim() == 1 else weight.detach().transpose(0, 1)
-    return rows.flatten(1).repeat(repeats, 1) if rows.dim() > 1 else rows[:, None]
+def _rows(weight: Tensor, layer: nn.Module, output: bool) -> Tensor:
+    """Return (channels, rest) along the output or input dimension; a grouped convolution's inputs share rows.
+
+    A transposed convolution's weights are (in, out, k, k), a depthwise one's (channels, 1, k, k) as those of any other.
+    """
+    weight = weight.detach()
+    if weight.dim() == 1:
+        return weight[:, None]
+    if isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1:
+        output = not output
+    repeats = 1 if output or not isinstance(layer, nn.Conv2d) else layer.groups
+    return (weight if output else weight.transpose(0, 1)).flatten(1).repeat(repeats, 1)

@@ -81,6 +81,8 @@ def _is_wall(node: Any, module2node: Any) -> bool:
     """Tell whether channels cannot be followed through a node."""
     if isinstance(node.module, nn.MultiheadAttention | nn.Parameter):
         return True  # the heads fix attention's width; a bare parameter does not say which of its dimensions holds channels
+    if isinstance(node.module, nn.Conv2d | nn.ConvTranspose2d):
+        return _is_cut_wrongly(node.module)
     if not type(node.module).__module__.startswith(ops.__name__):
         return False
     name = node.grad_fn.name().lower()
@@ -91,6 +93,14 @@ def _is_wall(node: Any, module2node: Any) -> bool:
     if node.type == ops.OPTYPE.CONCAT:
         return node.module.concat_sizes is None
     return any(_is_foreign(parameter, module2node) for parameter in _leaves(node.grad_fn))
+
+
+def _is_cut_wrongly(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
+    """Tell whether Torch-Pruning mistakes a grouped convolution: a transposed one's weights are (in, out / groups, k, k), and with several
+    outputs for each input (or inputs for each output) its groups are no channels.
+    """  # noqa: D205
+    widths = {layer.in_channels, layer.out_channels}
+    return layer.groups > 1 and widths != {layer.groups} and (layer.transposed or layer.groups in widths)
 
 
 def _keeps_channels(before: tuple[int, ...], after: tuple[int, ...]) -> bool:

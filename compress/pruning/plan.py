@@ -139,7 +139,7 @@ def widths(before: Sequence[Layer], model: nn.Module) -> list[Width]:
     table = []
     for layer in before:
         module = model.get_submodule(layer.name)
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             inputs, outputs = module.in_channels, module.out_channels
         elif isinstance(module, nn.Linear):
             inputs, outputs = module.in_features, module.out_features

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch_pruning as tp
 from matrix import measure_batchnorm_
-from networks import Mobile, Residual, lively
+from networks import Decoder, Mobile, Residual, lively
 from torch import nn
 from torch.nn import functional as F
 from torch_pruning.dependency import index_mapping
@@ -66,7 +66,7 @@ def test_pruned_model_equals_masked_model() -> None:
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("goal", ["macs", "params"])
-@pytest.mark.parametrize("factory", [Residual, Mobile])
+@pytest.mark.parametrize("factory", [Residual, Mobile, Decoder])
 def test_a_cut_network_costs_at_most_its_budget_and_no_more_than_one_block_less(
     factory: type[nn.Module], goal: Goal, scope: Scope
 ) -> None:
@@ -170,6 +170,35 @@ def test_scores_equal_torch_prunings(criterion: str) -> None:
     assert compared == 4
 
 
+def energy(model: nn.Module, power: int) -> float:
+    """Return the sum of |w| or w² over all weights, without biases."""
+    weights = (p.detach().double() for name, p in model.named_parameters() if name.endswith("weight"))
+    return float(sum(weight.abs().pow(power).sum() for weight in weights))
+
+
+@pytest.mark.parametrize(("criterion", "power"), [("l1", 1), ("l2", 2)])
+def test_a_channel_of_a_transposed_convolution_scores_what_its_removal_takes_away(criterion: str, power: int) -> None:
+    """By brute force: each channel is really cut, and the weights that are gone are added up."""
+    model = lively(Decoder(5))
+    groups = {group.root: group for group in find_groups(model, IMAGE, criterion, exclude=["head"])}
+    assert groups.keys() == {"stem.0", "depth.0", "mix.0"}  # a grouped transposed convolution keeps both of its widths
+    for root, group in groups.items():
+        gone = []
+        for channel in range(group.channels):
+            cut = copy.deepcopy(model)
+            cut_(cut, IMAGE, [Cut(root, (channel,))])
+            gone.append(energy(model, power) - energy(cut, power))
+        expected = torch.tensor(gone, dtype=torch.float32)
+        assert torch.allclose(group.scores, expected / expected.mean(), rtol=1e-4)
+
+
+def test_every_convolutions_cost_is_torchs_own_count() -> None:
+    for model in (Residual(5), Mobile(5), Decoder(5)):
+        layers, counts = measure_layers(model, IMAGE), count(model, 16)
+        assert sum(layer.macs for layer in layers) == counts.macs
+        assert sum(layer.weights + layer.vectors for layer in layers) == counts.params
+
+
 def test_taylor_adds_weight_times_gradient_over_the_coupled_layers() -> None:
     """By hand: Torch-Pruning 1.6 leaves batch-norms out of its Taylor score."""
     model = lively(Residual(5))
@@ -257,9 +286,13 @@ def silence_(model: nn.Module, pruned: nn.Module) -> None:
     """Zero every channel of `model` that `pruned` does not have any more: what it says to the layers behind it is 0."""
     for name, module in model.named_modules():
         bias = getattr(module, "bias", None)
-        if isinstance(bias, nn.Parameter) and isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+        kinds = nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.BatchNorm2d
+        if isinstance(bias, nn.Parameter) and isinstance(module, kinds):
             gone = ~torch.isin(bias.data, pruned.get_submodule(name).bias.data)  # type: ignore[arg-type]
-            module.weight.data[gone] = bias.data[gone] = 0.0
+            if not bool(gone.any()):
+                continue  # a grouped transposed convolution's weights have no row for each output
+            by_inputs = isinstance(module, nn.ConvTranspose2d) and module.groups == 1
+            (module.weight.data.transpose(0, 1) if by_inputs else module.weight.data)[gone] = bias.data[gone] = 0.0
 
 
 def cut_to(model: nn.Module, size: int, keep: float) -> float:
@@ -289,6 +322,10 @@ def test_channels_are_followed_through_a_flatten() -> None:
         nn.Conv2d(3, 128, 3), nn.BatchNorm2d(128), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten()
     )
     assert_equals_silenced(nn.Sequential(features, nn.Linear(128 * 9, 64), nn.ReLU(), nn.Linear(64, 5)), 16)
+
+
+def test_channels_are_followed_through_transposed_convolutions() -> None:
+    assert_equals_silenced(Decoder(5), 16)
 
 
 def assert_equals_silenced(model: nn.Module, size: int) -> None:
@@ -333,6 +370,33 @@ REGROUPINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def test_channels_that_are_regrouped_keep_their_width_and_the_others_go(name: str) -> None:
     groups = find_groups(Shuffled(REGROUPINGS[name]), torch.zeros(1, 3, 8, 8), "l2", exclude=["head"])
     assert [group.root for group in groups] == ["second", "stem"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "roots"),
+    [
+        (nn.Conv2d(16, 32, 3, groups=16), ["last"]),
+        (nn.Conv2d(16, 8, 3, groups=8), ["last"]),
+        (nn.ConvTranspose2d(16, 32, 3, groups=16), ["last"]),
+        (nn.ConvTranspose2d(16, 8, 3, groups=8), ["last"]),
+        (nn.ConvTranspose2d(16, 16, 3, groups=4), ["last"]),
+        (nn.Conv2d(16, 16, 3, groups=4), ["last", "layer", "stem"]),
+        (nn.ConvTranspose2d(16, 16, 3, groups=16), ["last", "layer"]),
+        (nn.ConvTranspose2d(16, 24, 3), ["last", "layer", "stem"]),
+    ],
+)
+def test_convolutions_that_torch_pruning_cuts_wrongly_keep_their_width(layer: nn.Module, roots: list[str]) -> None:
+    model = nn.Sequential()
+    for name, part in (("stem", nn.Conv2d(3, 16, 3)), ("layer", layer), ("last", nn.LazyConv2d(16, 1)), ("head", nn.Conv2d(16, 5, 1))):  # fmt: skip
+        model.add_module(name, part)
+    model(IMAGE)
+    groups = find_groups(model, IMAGE, "l2", exclude=["head"])
+    assert [group.root for group in groups] == roots
+    for group in groups:
+        cut = copy.deepcopy(model)
+        units = group.channels // group.unit
+        cut_(cut, IMAGE, [Cut(group.root, tuple(range(0, group.channels, units)))])
+        assert cut(torch.randn(2, 3, 16, 16)).shape[:2] == (2, 5)
 
 
 def test_a_network_whose_channels_cannot_be_followed_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
