@@ -7,30 +7,42 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compress.digests import digests_of
 from compress.errors import ArtifactError
 
-META = "meta.json"
+META, MEMORY = "meta.json", ".digests.json"
+# What a stage says while it runs: with clocks in it, and no part of what it makes.
+TOLD = ("log.jsonl", "training-", "tensorboard/")
+SCHEMA_VERSION = 2
 Metrics = dict[str, float | int | None]
 
 
 @dataclass(frozen=True)
 class Meta:
-    """What `meta.json` holds."""
+    """What `meta.json` holds: `parent_digest` is the parent's `digest`, `files` has each file's sha256."""
 
     stage: str
     key: str
     parent: str | None
+    parent_digest: str | None
     kind: str
     section: dict[str, Any]
     version: int
     seconds: float
     metrics: Metrics
-    files: dict[str, int]
-    schema_version: int = 1
+    files: dict[str, str]
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def digest(self) -> str:
+        """A sha256 over all that the stage made: its metrics and files, its settings, and what it was made from."""
+        made = {name: sha for name, sha in self.files.items() if not name.startswith(TOLD)}
+        content = {**asdict(self), "files": made, "seconds": None}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def key_of(parts: Mapping[str, object]) -> str:
@@ -39,25 +51,41 @@ def key_of(parts: Mapping[str, object]) -> str:
 
 
 def is_complete(directory: Path) -> bool:
-    """Tell whether the directory is a finished artifact whose files all have their recorded sizes."""
+    """Tell whether the directory is a finished artifact, in every bit as its stage left it."""
+    return damage(directory) is None
+
+
+def damage(directory: Path) -> str | None:
+    """Return what keeps a directory from being a finished artifact, None where it is one."""
     try:
         meta = read_meta(directory)
-    except ArtifactError:
-        return False
-    return all(
-        (directory / name).is_file() and (directory / name).stat().st_size == size for name, size in meta.files.items()
-    )
+        found = digests_of(directory, meta.files, memory=directory / MEMORY)
+        if meta.parent is not None and read_meta(directory.parent / meta.parent).digest != meta.parent_digest:
+            return f"{directory}: was made from another {meta.parent}"
+    except ArtifactError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename}: cannot be read ({error.strerror})"
+    changed = [name for name, digest in meta.files.items() if found[name] != digest]
+    return f"{directory / changed[0]}: was changed after its stage wrote it" if changed else None
 
 
 def read_meta(directory: Path) -> Meta:
     """Read a finished artifact's meta.json.
 
-    Raises ArtifactError where there is none or it is damaged.
+    Raises ArtifactError where there is none, it is damaged, or another version wrote it.
     """
     try:
-        return Meta(**json.loads((directory / META).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        content = json.loads((directory / META).read_text(encoding="utf-8"))
+        if content.get("schema_version") != SCHEMA_VERSION:
+            raise ArtifactError(f"{directory}: made by another version of compress; run the recipe again")
+        digest = content.pop("digest")
+        meta = Meta(**content)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ArtifactError(f"{directory}: not a finished stage ({error}); run the recipe again") from error
+    if meta.digest != digest:
+        raise ArtifactError(f"{directory / META}: was changed after its stage wrote it; run the recipe again")
+    return meta
 
 
 def lineage(directory: Path) -> list[Path]:
@@ -69,13 +97,14 @@ def lineage(directory: Path) -> list[Path]:
 
 
 def finish(work: Path, final: Path, meta: Meta) -> None:
-    """Turn a working directory into an artifact: flush its files, write meta.json last, rename."""
-    files = {str(path.relative_to(work)): path.stat().st_size for path in sorted(work.rglob("*")) if path.is_file()}
-    for name in files:
+    """Turn a working directory into an artifact: flush its files, write meta.json last with their digests, rename."""
+    names = sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file())
+    for name in names:
         with (work / name).open("rb") as file:
             os.fsync(file.fileno())
-    write_json(work / META, asdict(meta) | {"files": files})
-    if final.exists():  # a damaged artifact of the same key
+    made = replace(meta, files=digests_of(work, names, memory=work / MEMORY))
+    write_json(work / META, asdict(made) | {"digest": made.digest})
+    if final.exists():  # a damaged artifact of the same key, or one that was made from another parent
         shutil.rmtree(final)
     work.rename(final)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from compress.artifact import key_of
 from compress.run import Run
 from export.onnx_file.targets import Target
 from export.onnx_file.to_onnx import to_onnx
@@ -19,7 +18,6 @@ def export_network(model: nn.Module, path: Path, run: Run, *, top1: float, targe
         "classes": json.dumps(run.dataset.classes),
         "preprocess": json.dumps(run.dataset.preprocess.to_json()),
         "recipe": run.recipe.name,
-        "recipe_digest": key_of(run.recipe.model_dump(mode="json")),
         "top1_torch": f"{top1:.4f}",
         "target": target.name,
     }

@@ -6,14 +6,16 @@ Stages meet on disk. A stage's key is a digest of its settings and of its parent
 import difflib
 import json
 import os
+import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.artifact import Meta, exclusive, finish, is_complete, key_of, lineage, read_meta, write_json
+from compress.artifact import Meta, damage, exclusive, finish, is_complete, key_of, lineage, read_meta, write_json
 from compress.data.digest import dataset_digest
 from compress.errors import ArtifactError, CompressError
 from compress.models.digest import source_digest
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from compress.run import Run
 
 # Bumped when a stage's code changes what it makes from the same settings.
-VERSIONS = {"source": 3, "student": 1, "prune": 3, "distill": 3, "ptq": 1, "qat": 5, "export": 4, "bench": 1}
+VERSIONS = {"source": 3, "student": 1, "prune": 3, "distill": 3, "ptq": 2, "qat": 5, "export": 5, "bench": 1}
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def plan_recipe(recipe: Recipe) -> list[PlanLine]:
     lines: list[PlanLine] = []
     for index, (section, key) in enumerate(zip(recipe.stages, _keys(recipe), strict=True)):
         directory = run_root(recipe) / f"{index:02d}-{section.stage}-{key}"
-        cached = is_complete(directory)
+        cached = is_complete(directory) and all(line.cached for line in lines)
         reason = "unchanged" if cached else _why(recipe, index, section, directory, lines)
         lines.append(PlanLine(section.stage, key, cached, reason, directory))
     return lines
@@ -79,12 +81,13 @@ def run_recipe(recipe: Recipe, *, trust_code: bool, until: str | None, verbose: 
     with exclusive(root) if first_rank else nullcontext():
         if first_rank:
             write_recipe(recipe, root / "recipe.yaml")
+        made: set[Path] = set()
         if not all(line.cached for plan in plans.values() for line in plan):
-            _make_missing(recipe, plans, trust_code=trust_code, verbose=verbose)
+            made = _make_missing(recipe, plans, trust_code=trust_code, verbose=verbose)
         if not first_rank:
             return 0
         codes = [
-            _report(chain, plans[student], report_root(recipe, student), command=command, verbose=verbose)
+            _report(chain, plans[student], made, report_root(recipe, student), command=command, verbose=verbose)
             for student, chain in chains.items()
         ]
         if recipe.students:
@@ -105,12 +108,13 @@ def run_stage(recipe: Recipe, stage: str, *, src: Path | None, out: Path, trust_
         raise ArtifactError(
             f"--src: {stage} takes {' or '.join(sorted(TAKES[stage]))}, but {src or 'no folder'} holds {kind}"
         )
-    parent = None if src is None else lineage(src)[-1]
+    if fault := next(filter(None, map(damage, [] if src is None else lineage(src))), None):
+        raise ArtifactError(f"--src: {fault}; run its recipe again")
     out.parent.mkdir(parents=True, exist_ok=True)
     key = key_of({"section": section.model_dump(mode="json"), "src": None if src is None else read_meta(src).key})
     from compress.run import open_run
 
-    _make(section, key, parent, out, open_run(recipe, trust_code=trust_code, verbose=verbose))
+    _make(section, key, src, out, open_run(recipe, trust_code=trust_code, verbose=verbose))
     return 0
 
 
@@ -173,23 +177,22 @@ def _outside(recipe: Recipe, section: StageSection) -> list[object]:
 
 def _why(recipe: Recipe, index: int, section: StageSection, directory: Path, before: list[PlanLine]) -> str:
     """Return why a stage must run: what changed against the newest artifact of the same place."""
-    if directory.exists():
-        return "its files are damaged"
-    if (directory.parent / f".{directory.name}.partial").exists():
-        return "was interrupted; goes on"
     if index and not before[index - 1].cached:
         return f"{before[index - 1].stage} runs"
-    others = [path for path in run_root(recipe).glob(f"{index:02d}-{section.stage}-*") if is_complete(path)]
-    if not others:
-        return "not made yet"
-    newest = read_meta(max(others, key=lambda path: path.stat().st_mtime)).section
-    now = section.model_dump(mode="json")
-    changes = list(_differences("", newest, now))
-    return (
-        f"changed: {', '.join(changes)}"
-        if changes
-        else "the data, the model, the seed, the machine or the tool changed"
-    )
+    if directory.exists():
+        return damage(directory) or ""
+    if (directory.parent / f".{directory.name}.partial").exists():
+        return "was interrupted; goes on"
+    others = run_root(recipe).glob(f"{index:02d}-{section.stage}-*")
+    for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
+        with suppress(ArtifactError):
+            changes = list(_differences("", read_meta(path).section, section.model_dump(mode="json")))
+            return (
+                f"changed: {', '.join(changes)}"
+                if changes
+                else "the data, the model, the seed, the machine or the tool changed"
+            )
+    return "not made yet"
 
 
 def _differences(path: str, old: object, new: object) -> Iterator[str]:
@@ -213,18 +216,24 @@ def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _make_missing(recipe: Recipe, plans: Mapping[str, list[PlanLine]], *, trust_code: bool, verbose: bool) -> None:
-    """Make every chain's missing stages; what students share is made once, by the whole recipe."""
+def _make_missing(recipe: Recipe, plans: Mapping[str, list[PlanLine]], *, trust_code: bool, verbose: bool) -> set[Path]:
+    """Make every chain's missing stages and return them; what students share is made once, by the whole recipe."""
     from compress.run import open_run
 
+    made: set[Path] = set()
     run = open_run(recipe, trust_code=trust_code, verbose=verbose)
     for student, chain in recipe.chains().items():
         parent: Path | None = None
         for index, (line, section) in enumerate(zip(plans[student], chain.stages, strict=False)):
-            if not is_complete(line.directory):
+            # Where an ancestor was made again, to the same bits, what was made from it stands.
+            if (fault := damage(line.directory)) is not None:
+                if run.rank == 0 and line.directory.exists():
+                    sys.stderr.write(f"{fault}; {line.stage} runs again\n")
                 _make(section, line.key, parent, line.directory, run if index < len(recipe.stages) else run.of(chain))
+                made.add(line.directory)
             parent = line.directory
     run.barrier()
+    return made
 
 
 def _make(section: StageSection, key: str, parent: Path | None, directory: Path, run: "Run") -> None:
@@ -232,9 +241,10 @@ def _make(section: StageSection, key: str, parent: Path | None, directory: Path,
     from compress.stages import STAGES
 
     work = directory.parent / f".{directory.name}.partial"
+    parent_digest = None if parent is None else read_meta(parent).digest
     started = time.monotonic()
     if run.rank == 0:
-        work.mkdir(exist_ok=True)
+        _open(work, parent_digest)
     run.barrier()
     metrics = {}
     if run.rank == 0 or GIVES[section.stage] != "onnx":
@@ -245,7 +255,8 @@ def _make(section: StageSection, key: str, parent: Path | None, directory: Path,
         meta = Meta(
             stage=section.stage,
             key=key,
-            parent=None if parent is None else _relative(parent, directory.parent),
+            parent=None if parent is None else os.path.relpath(parent, directory.parent),
+            parent_digest=parent_digest,
             kind=GIVES[section.stage],
             section=section.model_dump(mode="json"),
             version=VERSIONS[section.stage],
@@ -257,8 +268,13 @@ def _make(section: StageSection, key: str, parent: Path | None, directory: Path,
     run.barrier()
 
 
-def _relative(path: Path, start: Path) -> str:
-    return os.path.relpath(path, start)
+def _open(work: Path, parent_digest: str | None) -> None:
+    """Make the working directory, or keep what an interrupted run left in it, if that came from the same parent."""
+    origin = work / ".parent"
+    if origin.exists() and origin.read_text() != str(parent_digest):
+        shutil.rmtree(work)
+    work.mkdir(exist_ok=True)
+    origin.write_text(str(parent_digest))
 
 
 def _compare(recipe: Recipe) -> None:
@@ -273,7 +289,9 @@ def _compare(recipe: Recipe) -> None:
         screen().print(f"\n{page}", soft_wrap=True, highlight=False)
 
 
-def _report(chain: Recipe, plan: Sequence[PlanLine], root: Path, *, command: str, verbose: bool) -> int:
+def _report(
+    chain: Recipe, plan: Sequence[PlanLine], made: Set[Path], root: Path, *, command: str, verbose: bool
+) -> int:
     """Write a chain's report.json, HTML page and bundle to `root`; print the tables; return the exit code."""
     from compress.report.bundling import contents
     from compress.report.collect import collect
@@ -283,9 +301,7 @@ def _report(chain: Recipe, plan: Sequence[PlanLine], root: Path, *, command: str
 
     root.mkdir(parents=True, exist_ok=True)
     artifacts = [line.directory for line in plan]
-    report = collect(
-        chain, artifacts, root=root, cached={line.directory.name: line.cached for line in plan}, command=command
-    )
+    report = collect(chain, artifacts, root=root, made=made, command=command)
     write_json(root / "report.json", report)
     render_report(root)
     exported = [path for path in artifacts if read_meta(path).stage == "export"]

@@ -8,19 +8,17 @@ from torch import nn
 
 from compress.quant.sensitivity import Sensitivity, sensitivity
 from compress.run import Run, as_numpy
-from export.onnx_file.targets import Target, host_target
+from export.onnx_file.targets import RUNS, Target, host_target
 from export.runtime.accuracy import Score, score
 from export.runtime.latency import speedup, time_sessions
 from export.runtime.session import bind, open_session
 
 LATENCY_SECONDS, LATENCY_BLOCKS = 0.5, 6
 SENSITIVITY_IMAGES = 128  # each layer takes one pass over them
-# Whose files this machine runs as that target would; others are scored unoptimized, where the file's own arithmetic is exact.
-RUNS = {"cpu_avx2": ("cpu_avx2",), "cpu_vnni": ("cpu_vnni", "cpu_avx2"), "cpu_arm": ("cpu_arm",)}
 
 
 def runs_here(target: Target) -> bool:
-    """Tell whether this machine's integer kernels compute what the target's do."""
+    """Tell whether this machine's integer kernels compute what the target's do; elsewhere a file is scored unoptimized, which is exact."""
     return target.name in RUNS[host_target().name]
 
 

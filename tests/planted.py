@@ -16,10 +16,12 @@ LABELS = ("cat", "dog", "gnu")
 SMALL = PREPROCESS | {"image_size": SIZE, "resize_to": SIZE + 2, "interpolation": "bilinear (antialias)"}
 
 
-def tagged(model: ModelProto, *, target: str = "cpu_avx2", top1: float = 0.75) -> ModelProto:
+def tagged(
+    model: ModelProto, *, target: str = "cpu_avx2", top1: float = 0.75, recipe_digest: str = "abc"
+) -> ModelProto:
     """Return the model with the metadata that an export writes."""
     facts = {"classes": json.dumps(LABELS), "preprocess": json.dumps(SMALL), "target": target, "top1_torch": f"{top1}"}
-    helper.set_model_props(model, facts)
+    helper.set_model_props(model, facts | {"recipe_digest": recipe_digest})
     return model
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from compress.artifact import Meta, Metrics, finish, read_meta
 from compress.recipe.schema import Recipe
 from compress.report.collect import collect
 from compress.report.comparison.candidate import Subject
@@ -19,7 +20,7 @@ from compress.report.terminal import print_report
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 STAGES = ("source", "prune", "distill", "ptq", "qat", "export", "bench")
-METRICS: dict[str, dict[str, float | None]] = {
+METRICS: dict[str, Metrics] = {
     "source": {"top1": 0.98333, "params_m": 23.53, "macs_m": 332.4, "size_mb": 94.1},
     "prune": {"top1": 0.61111, "params_m": 10.91, "macs_m": 156.2, "size_mb": 43.7},
     "distill": {"top1": 0.98056, "params_m": 10.91, "macs_m": 156.2, "size_mb": 43.7},
@@ -86,7 +87,8 @@ def build_run(
     int8 = int8 or {}
     artifacts: list[Path] = []
     for index, stage in enumerate(stages):
-        directory = root / f"{index:02}-{stage}-{index:012x}"
+        final = root / f"{index:02}-{stage}-{index:012x}"
+        directory = root / f".{final.name}.partial"
         directory.mkdir(parents=True)
         if stage in FITS:
             write_log(directory / "log.jsonl", top1=METRICS[stage]["top1"] or 0.0, **FITS[stage])
@@ -97,20 +99,21 @@ def build_run(
         for name in {"ptq": ("ptq",), "export": ("audit", "verify", "limits")}.get(stage, ()):
             if name in int8:
                 (directory / f"{name}.json").write_text(json.dumps(int8[name]))
-        meta = {
-            "stage": stage,
-            "key": f"{index:012x}",
-            "parent": artifacts[-1].name if artifacts else None,
-            "kind": "float",
-            "section": {},
-            "version": 1,
-            "seconds": 7.3 * 2.4**index,
-            "metrics": METRICS[stage],
-            "files": {},
-            "schema_version": 2,
-        }
-        (directory / "meta.json").write_text(json.dumps(meta))
-        artifacts.append(directory)
+        parent = artifacts[-1] if artifacts else None
+        meta = Meta(
+            stage=stage,
+            key=f"{index:012x}",
+            parent=parent.name if parent else None,
+            parent_digest=read_meta(parent).digest if parent else None,
+            kind="float",
+            section={},
+            version=1,
+            seconds=7.3 * 2.4**index,
+            metrics=METRICS[stage],
+            files={},
+        )
+        finish(directory, final, meta)
+        artifacts.append(final)
     return artifacts
 
 
@@ -366,10 +369,13 @@ def build_report(
 ) -> Report:
     """Build a run and collect its report; `run` goes to `build_run`."""
     artifacts = build_run(root, stages, **run)
-    cached = {path.name: path.name.startswith(("00", "01")) for path in artifacts}
     recipe = build_recipe(stages, target=target, sections=sections, targets=targets)
     return collect(
-        recipe, artifacts, root=root, cached=cached, command="make compress RECIPE=recipes/resnet50_int8.yaml"
+        recipe,
+        artifacts,
+        root=root,
+        made=set(artifacts[2:]),
+        command="make compress RECIPE=recipes/resnet50_int8.yaml",
     )
 
 

@@ -1,29 +1,35 @@
 """What makes a stage's directory trustworthy."""
 
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+from io import BufferedReader
 from pathlib import Path
 
 import pytest
 
-from compress.artifact import Meta, exclusive, finish, is_complete, key_of, lineage, read_meta, write_json
+from compress.artifact import Meta, damage, exclusive, finish, is_complete, key_of, lineage, read_meta, write_json
+from compress.digests import digests_of
 from compress.errors import ArtifactError
 
 
-def made(root: Path, name: str, parent: str | None = None) -> Path:
+def made(root: Path, name: str, parent: str | None = None, *, weights: bytes = b"12345", seconds: float = 0.5) -> Path:
     work = root / f".{name}.partial"
     work.mkdir(parents=True)
-    (work / "weights").write_bytes(b"12345")
-    finish(work, root / name, Meta("prune", "k", parent, "float", {}, 1, 0.5, {"top1": 0.5}, {}))
+    (work / "weights").write_bytes(weights)
+    (work / "log.jsonl").write_text(f"{seconds}")
+    parent_digest = None if parent is None else read_meta(root / parent).digest
+    finish(work, root / name, Meta("prune", "k", parent, parent_digest, "float", {}, 1, seconds, {"top1": 0.5}, {}))
     return root / name
 
 
 def test_a_finished_directory_is_complete_and_reads_back(tmp_path: Path) -> None:
     path = made(tmp_path, "01-prune-k")
     assert is_complete(path)
-    assert read_meta(path).files == {"weights": 5}
+    assert read_meta(path).files["weights"] == hashlib.sha256(b"12345").hexdigest()
     assert read_meta(path).metrics == {"top1": 0.5}
 
 
@@ -33,11 +39,75 @@ def test_a_directory_without_meta_is_not_complete(tmp_path: Path) -> None:
     assert not is_complete(path)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove"])
-def test_a_damaged_file_makes_it_incomplete(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"123", "weights: was changed"),
+        (b"12354", "weights: was changed"),
+        (None, r"weights: cannot be read \(No such"),
+    ],
+)
+def test_a_file_that_is_not_as_it_was_made_is_named(tmp_path: Path, content: bytes | None, said: str) -> None:
     path = made(tmp_path, "01-prune-k")
-    (path / "weights").write_bytes(b"123") if damage == "truncate" else (path / "weights").unlink()
+    assert damage(path) is None
+    (path / "weights").unlink() if content is None else (path / "weights").write_bytes(content)
+    assert re.search(said, damage(path) or "")
     assert not is_complete(path)
+
+
+def test_a_number_that_is_not_as_it_was_measured_is_noticed(tmp_path: Path) -> None:
+    path = made(tmp_path, "01-prune-k")
+    meta = json.loads((path / "meta.json").read_text())
+    write_json(path / "meta.json", meta | {"metrics": {"top1": 0.9}})
+    assert "meta.json: was changed after its stage wrote it" in (damage(path) or "")
+
+
+def test_what_another_version_made_is_said_so(tmp_path: Path) -> None:
+    path = made(tmp_path, "01-prune-k")
+    meta = json.loads((path / "meta.json").read_text())
+    write_json(path / "meta.json", meta | {"schema_version": 1})
+    assert "made by another version of compress" in (damage(path) or "")
+
+
+def test_a_child_of_another_parent_is_noticed_and_one_of_an_equal_parent_stands(tmp_path: Path) -> None:
+    made(tmp_path, "00-source-a")
+    child = made(tmp_path, "01-prune-b", "00-source-a")
+    made(tmp_path, "00-source-a", seconds=2.5)  # made again to the same bits, only slower
+    assert damage(child) is None
+    made(tmp_path, "00-source-a", weights=b"54321")
+    assert "was made from another 00-source-a" in (damage(child) or "")
+
+
+def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old_ns = 10**18
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"12345")
+        os.utime(tmp_path / name, ns=(old_ns, old_ns))
+    monkeypatch.setattr("compress.digests.TICK_NS", -(10**12))  # or else what is seconds old is not remembered
+    read: list[str] = []
+    real = hashlib.file_digest
+
+    def counted(file: BufferedReader, name: str) -> object:
+        read.append(Path(file.name).name)
+        return real(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    first = digests_of(tmp_path, "ab", memory=tmp_path / ".digests.json")
+    assert digests_of(tmp_path, "ab", memory=tmp_path / ".digests.json") == first
+    assert read == ["a", "b"]
+    (tmp_path / "b").write_bytes(b"54321")
+    os.utime(tmp_path / "b", ns=(old_ns, old_ns))  # its size, its time and its inode are as before
+    assert digests_of(tmp_path, "ab", memory=tmp_path / ".digests.json")["b"] != first["b"]
+    assert read == ["a", "b", "b"]
+
+
+def test_a_file_that_was_just_written_is_read_again(tmp_path: Path) -> None:
+    """Within a tick of the clock a second write leaves size, times and inode as they were."""
+    (tmp_path / "a").write_bytes(b"12345")
+    digests_of(tmp_path, "a", memory=tmp_path / "memory")
+    assert not (tmp_path / "memory").exists()
 
 
 def test_a_damaged_artifact_is_replaced(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from safetensors.torch import load_file, save_file
 
-from compress.artifact import is_complete, read_meta
+from compress import pipeline
+from compress.artifact import finish, is_complete, read_meta
 from compress.errors import ArtifactError, CompressError
 from compress.log import StageLog
 from compress.pipeline import plan_recipe, run_recipe, run_stage
@@ -122,6 +124,18 @@ def test_the_bundle_keeps_its_promises(finished: Path) -> None:
     assert bundle is not None
 
 
+def test_files_and_bundle_name_what_made_them_and_neither_targets_nor_the_place_change_that(copied: Path) -> None:
+    made_by = plan_recipe(recipe(copied))[4].key
+    assert run(copied, "targets.max_size_ratio=0.9") == 0
+    bundle, findings = check_bundle(copied / "small" / "bundle")
+    assert bundle is not None
+    assert findings == []
+    for model in map(onnx.load, bundle.files.values()):
+        assert {entry.key: entry.value for entry in model.metadata_props}["recipe_digest"] == made_by
+    assert bundle.manifest["recipe_digest"] == made_by
+    assert plan_recipe(recipe(copied, "qat.fit.epochs=2"))[4].key != made_by
+
+
 def test_the_int8_file_holds_the_targets_grid_and_says_how_to_feed_it(finished: Path) -> None:
     model = onnx.load(read_bundle(finished / "small" / "bundle").files["student_int8"])
     levels = weight_levels(model)
@@ -172,6 +186,94 @@ def test_changed_qat_epochs_keep_prune_and_distill(copied: Path) -> None:
     assert all(line.cached for line in plan_recipe(recipe(copied)))  # the first recipe's artifacts are still there
 
 
+def zero_weights(path: Path) -> None:
+    """Zero four int8 weight tensors of a file; its size and its time stay."""
+    model, before = onnx.load(path), path.stat()
+    for tensor in [one for one in model.graph.initializer if one.data_type == onnx.TensorProto.INT8][:4]:
+        tensor.raw_data = bytes(len(tensor.raw_data))
+    path.write_bytes(model.SerializeToString())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+
+
+def negate_head(path: Path) -> None:
+    """Negate the classifier of saved weights; their size and time stay."""
+    tensors, before = load_file(path), path.stat()
+    save_file({name: -tensor if name.startswith("head.") else tensor for name, tensor in tensors.items()}, path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+
+
+def as_if_made_so(artifact: Path) -> None:
+    """Write meta.json anew, as a stage would have that made these files and measured others."""
+    meta = read_meta(artifact)
+    (artifact / "meta.json").unlink()
+    (artifact / ".digests.json").unlink(missing_ok=True)
+    finish(artifact, artifact.with_name("moved"), meta)
+    artifact.with_name("moved").rename(artifact)
+
+
+def scores(folder: Path) -> dict[str, float | None]:
+    return {row["name"]: row["top1"] for row in report(folder)["deployed"]}
+
+
+def test_an_exported_file_that_was_changed_is_made_again(
+    copied: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = plan_recipe(recipe(copied))[5].directory
+    good = (export / "student_int8.onnx").read_bytes()
+    zero_weights(export / "student_int8.onnx")
+    plan = plan_recipe(recipe(copied))
+    assert [line.cached for line in plan] == [True] * 5 + [False] * 2
+    assert plan[5].reason == f"{export / 'student_int8.onnx'}: was changed after its stage wrote it"
+    assert run(copied) == 0
+    assert f"{plan[5].reason}; export runs again" in capsys.readouterr().err
+    assert (export / "student_int8.onnx").read_bytes() == good
+    assert (copied / "small" / "bundle" / "student_int8.onnx").read_bytes() == good
+    assert scores(copied) == scores(finished)
+
+
+def test_a_changed_teacher_is_made_again_and_what_was_made_from_the_same_bits_stands(
+    copied: Path, finished: Path
+) -> None:
+    source = plan_recipe(recipe(copied))[0].directory
+    good = (source / "weights.safetensors").read_bytes()
+    negate_head(source / "weights.safetensors")
+    assert run(copied) == 0
+    assert (source / "weights.safetensors").read_bytes() == good
+    assert [row["cached"] for row in report(copied)["stages"]] == [False] + [True] * 6
+    assert scores(copied) == scores(finished)
+
+
+def test_files_that_score_otherwise_than_their_stage_measured_fail_the_run(copied: Path) -> None:
+    """An exporter at fault, whose files are whole: nothing but their score tells."""
+    export = plan_recipe(recipe(copied))[5].directory
+    zero_weights(export / "student_int8.onnx")
+    as_if_made_so(export)
+    assert run(copied) == 1
+    (sentence,) = report(copied)["failures"]
+    assert sentence.startswith("student_int8: top-1 is ")
+    assert "its stage (qat) measured" in sentence
+
+
+@pytest.mark.slow
+def test_a_teacher_that_scores_otherwise_than_it_did_fails_the_run(copied: Path) -> None:
+    source = plan_recipe(recipe(copied))[0].directory
+    negate_head(source / "weights.safetensors")
+    as_if_made_so(source)
+    assert run(copied, "targets.max_top1_drop=0.5") == 1
+    assert [row["cached"] for row in report(copied)["stages"]] == [True] + [False] * 6  # all descend from it
+    assert report(copied)["failures"][0].startswith("teacher_fp32: top-1 is ")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_interrupted_stage_goes_on_only_from_the_parent_that_it_began_with(tmp_path: Path, same: bool) -> None:
+    pipeline._open(tmp_path / "work", "parent")
+    (tmp_path / "work" / "checkpoint-distill.pt").write_bytes(b"half")
+    pipeline._open(tmp_path / "work", "parent" if same else "another")
+    assert (tmp_path / "work" / "checkpoint-distill.pt").exists() == same
+
+
 @pytest.mark.parametrize("change", ["seed=1", "data.image_size=24", "data.augment.flip=true"])
 def test_other_data_or_another_seed_runs_everything(copied: Path, change: str) -> None:
     assert not any(line.cached for line in plan_recipe(recipe(copied, change)))
@@ -200,7 +302,7 @@ def test_a_run_killed_in_a_stage_goes_on_from_the_last_finished_one(
     monkeypatch.setitem(STAGES, "qat", real)
     assert run(copied, until="qat") == 0
     assert is_complete(plan[4].directory)
-    assert read_meta(plan[4].directory).files["cpu_avx2/weights.safetensors"] > 4
+    assert (plan[4].directory / "cpu_avx2" / "weights.safetensors").read_bytes() != b"half"
 
 
 def test_a_missed_target_is_exit_1_and_the_report_names_it(copied: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.artifact import key_of
+from compress.artifact import lineage, read_meta
 from compress.distribution import own_distribution
 from compress.errors import ArtifactError
 from compress.recipe import strict_yaml
@@ -64,7 +64,7 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
         image_labels=image_labels,
         task=recipe.task,
         target=target.name,
-        recipe_digest=key_of(recipe.model_dump(mode="json")),
+        recipe_digest=read_meta(lineage(exported)[-2]).key,
         metrics=metrics_of(report, files, json.loads((exported / "audit.json").read_text())),
         documents={name: text.encode() for name, text in texts.items()},
     )

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ from compress.artifact import read_meta
 from compress.data.digest import dataset_digest
 from compress.recipe.arguments import data_settings
 from compress.recipe.schema import Recipe
+from compress.report.parity import mismatches
 from compress.report.recommend import recommend
 from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report, StageRow
 from compress.report.verdict import judge
@@ -18,12 +19,10 @@ from export.runtime.environment import environment
 ROW_KEYS = tuple(DeployedRow.__annotations__)
 
 
-def collect(
-    recipe: Recipe, artifacts: Sequence[Path], *, root: Path, cached: Mapping[str, bool], command: str
-) -> Report:
+def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[Path], command: str) -> Report:
     """Return the report of the finished stages in `artifacts`, in their order, for the folder `root`.
 
-    `cached` says for each directory's name whether an earlier run made it; `command` reproduces the run.
+    `made` are those that this run made, the others it kept; `command` reproduces the run.
     """
     bench: Json = _last(artifacts, "bench.json") or {"accuracy": {}, "timings": [], "warnings": []}
     report = Report(
@@ -32,7 +31,7 @@ def collect(
         command=command,
         environment=bench.get("environment") or environment(),
         data_digest=dataset_digest(data_settings(recipe)),
-        stages=[_stage_row(path, root, cached[path.name]) for path in artifacts],
+        stages=[_stage_row(path, root, path not in made) for path in artifacts],
         deployed=[_deployed_row(timing, bench["accuracy"].get(timing["name"], {})) for timing in bench["timings"]],
         ptq=_last(artifacts, "ptq.json"),
         audit=_last(artifacts, "audit.json"),
@@ -45,6 +44,8 @@ def collect(
         warnings=[*_trainings(artifacts), *bench["warnings"]],
     )
     report["verdict"], report["failures"] = judge(report)
+    if wrong := mismatches(report):  # whatever the targets say of such numbers
+        report["verdict"], report["failures"] = "fail", [*wrong, *report["failures"]]
     report["recommendation"] = recommend(report)
     return report
 

@@ -9,6 +9,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from compress.report import charts, gain, int8, numbers, proof, series, summary
+from compress.report.parity import mismatches
 from compress.report.shape import DeployedRow, Report
 from compress.report.verdict import CPU, deployed_name, headline_row
 
@@ -92,7 +93,11 @@ def render(report: Report, root: Path) -> str:
         gains=[gain.training_gain(report, digits), gain.skipped(report), gain.left_in_float(report)],
         int8=int8.sections(report, digits),
         parities=parities,
-        warnings=[*report["warnings"], *(f"{file.name}: {file.alarm}" for file in parities if file.alarm)],
+        warnings=[
+            *mismatches(report),
+            *report["warnings"],
+            *(f"{file.name}: {file.alarm}" for file in parities if file.alarm),
+        ],
         graphs=proof.graphs(report),
         waterfalls=_waterfalls(report),
         clouds=[cloud for rows in drawn if (cloud := _cloud(rows))],

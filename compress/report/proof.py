@@ -4,11 +4,10 @@ from typing import NamedTuple
 
 from compress.report.gain import stage_section
 from compress.report.numbers import UNKNOWN, percent, points, significant
+from compress.report.parity import allowed
 from compress.report.shape import AuditRow, Report, TensorRow, VerifyRow
 from compress.report.verdict import TOLERANCE, deployed_name
 from export.onnx_file.roles import PTQ, QAT
-
-MAX_TOP1_DIFFERENCE = 0.002  # between PyTorch and ONNX Runtime: 0.2 points, or one image where that is more
 
 
 class Fact(NamedTuple):
@@ -104,13 +103,12 @@ def _parity_facts(report: Report, name: str, row: VerifyRow) -> list[Fact]:
     ]
     if row["top1"] is not None and row["top1_reference"] is not None:
         difference = row["top1"] - row["top1_reference"]
-        allowed = max(MAX_TOP1_DIFFERENCE, 1 / row["images"])
+        most, words = allowed(row["images"])
         note = (
             f"{'PyTorch' if is_network else 'unoptimized'} {percent(row['top1_reference'])}, "
-            f"ONNX Runtime {percent(row['top1'])}; at most "
-            + ("0.2 points wanted" if allowed == MAX_TOP1_DIFFERENCE else "one image wanted")
+            f"ONNX Runtime {percent(row['top1'])}; at most {words} wanted"
         )
-        met = abs(difference) <= allowed + TOLERANCE
+        met = abs(difference) <= most + TOLERANCE
         facts.append(Fact(met, f"Top-1 against {'PyTorch' if is_network else 'unoptimized'}", points(difference), note))
     compared = f"{len(row['tensors']):,} tensors compared on {row['tensor_images']:,} images, each layer on its own"
     facts.append(Fact(None, "First divergence", row["first_divergence"] or "none", compared))

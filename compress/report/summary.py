@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from compress.report.numbers import percent, points, significant, times
+from compress.report.parity import mismatches
 from compress.report.shape import DeployedRow, Report
 from compress.report.verdict import (
     CPU,
@@ -95,11 +96,13 @@ def target_rows(report: Report) -> list[TargetRow]:
 
 def verdict_text(report: Report) -> str:
     """Return the verdict in a few words."""
-    wanted, over = sum(value is not None for value in report["targets"].values()), len(report["limits"])
-    missed = len(report["failures"]) - over
-    targets = "all targets met" if wanted else "no targets set"
-    targets = f"{missed} of {wanted} targets missed" if missed else targets
-    return f"{targets}, {over} export {'limit' if over == 1 else 'limits'} exceeded" if over else targets
+    rows, over, wrong = target_rows(report), len(report["limits"]), len(mismatches(report))
+    missed = sum(not row.met for row in rows)
+    targets = "all targets met" if rows else "no targets set"
+    parts = [f"{missed} of {len(rows)} targets missed" if missed else targets]
+    parts += [f"{over} export {'limit' if over == 1 else 'limits'} exceeded"] if over else []
+    parts += [f"{wrong} {'file scores' if wrong == 1 else 'files score'} otherwise than measured"] if wrong else []
+    return ", ".join(parts)
 
 
 def title(name: str) -> str:

@@ -29,6 +29,7 @@ def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
     trained = _trained(src, run)
     with run.log(out, "export") as log:
         for name in _write_files(src, out, run, trained):
+            _sign(out / f"{name}.onnx", read_meta(src).key)
             log.note(f"{name}.onnx")
         files = files_in(out)
         name = deployed(files, run.target)
@@ -96,6 +97,14 @@ def _write_files(src: Path, out: Path, run: Run, trained: Mapping[str, fx.GraphM
             top1 = _metric(qat, f"top1_{target.name}")
             export_network(deploy(trained[name]), out / f"{name}.onnx", run, top1=top1, target=target)
             yield name
+
+
+def _sign(path: Path, key: str) -> None:
+    """Have the file say what made it: the key of the last network's stage stands for its settings, its data and all before it."""
+    model = onnx.load(path)
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, said | {"recipe_digest": key})
+    save_model(model, path)
 
 
 def _metric(artifact: Path, name: str) -> float:

@@ -38,6 +38,7 @@ def broken_promises(bundle: Bundle, name: str) -> Broken:
     listed: Json = get(get(bundle.manifest, MANIFEST, "files", dict), MANIFEST, name, dict)
     metadata = {entry.key: entry.value for entry in file.model.metadata_props}
     target = target_of(bundle, name)
+    yield from other_recipe(bundle, path, metadata)
     yield from other_classes(bundle, path, metadata)
     yield from other_preprocessing(bundle, path, metadata)
     if precision == "fp32":
@@ -74,6 +75,16 @@ def stated(metadata: Mapping[str, str], key: str, path: Path) -> object:
         raise BundleError(
             f"{path.name}: metadata: {key}: must be JSON ({error}): export it again", defect="wrong_facts"
         ) from error
+
+
+def other_recipe(bundle: Bundle, path: Path, metadata: Mapping[str, str]) -> Broken:
+    """Yield where a file is of another run than the bundle: other settings, data or weights made it."""
+    made, stated = metadata.get("recipe_digest"), bundle.manifest.get("recipe_digest")
+    if made is not None and made != stated:
+        yield BundleError(
+            f"{MANIFEST}: recipe_digest: {path.name} was made by {brief(made)}, got {brief(stated)}: get the bundle again",
+            defect="wrong_facts",
+        )
 
 
 def other_classes(bundle: Bundle, path: Path, metadata: Mapping[str, str]) -> Broken:

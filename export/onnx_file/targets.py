@@ -49,6 +49,8 @@ TARGETS = {
 }  # fmt: skip
 # Targets that are no CPU, and the ONNX Runtime provider that runs them.
 TARGET_PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+# By machine the targets whose files its integer kernels compute as the target's own do.
+RUNS = {"cpu_avx2": ("cpu_avx2",), "cpu_vnni": ("cpu_vnni", "cpu_avx2"), "cpu_arm": ("cpu_arm",)}
 INT8_TARGETS = {name: target for name, target in TARGETS.items() if target.precision == "int8"}
 
 

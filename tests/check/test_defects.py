@@ -178,6 +178,14 @@ def test_a_file_for_another_machine_is_named(bundle: Path) -> None:
     assert names(bundle) == {"target_differs"}
 
 
+def test_a_file_of_another_run_is_named(bundle: Path) -> None:
+    save(tagged(quantized_network(63), recipe_digest="def"), bundle / "student_int8.onnx")
+    seal(bundle)
+    _, findings = check_bundle(bundle)
+    assert [finding.defect for finding in findings] == ["wrong_facts"]
+    assert "student_int8.onnx was made by 'def', got 'abc'" in findings[0].sentence
+
+
 def test_a_made_up_accuracy_is_named(bundle: Path) -> None:
     document = json.loads((bundle / "bundle.json").read_text())
     document["files"]["teacher_fp32"]["top1"] = 0.99

@@ -289,9 +289,7 @@ def test_what_the_recipe_did_not_say_of_a_training_is_a_warning(tmp_path: Path) 
     artifacts = build_run(tmp_path)
     events = ["stopped after epoch 5 of 8, whose network is kept: top1 0.98 has reached 0.98"]
     (artifacts[2] / "training-distill.json").write_text(json.dumps({"phase": "distill", "events": events}))
-    report = collect(
-        build_recipe(), artifacts, root=tmp_path, cached={path.name: False for path in artifacts}, command=""
-    )
+    report = collect(build_recipe(), artifacts, root=tmp_path, made=set(artifacts), command="")
     assert f"distill: {events[0]}" in " ".join(shown(report, 200).split())
     assert events[0] in render(report, tmp_path)
 

@@ -1,0 +1,55 @@
+"""Hold every file's top-1 in ONNX Runtime to what the stage that made its network measured: nothing may be lost on the way."""
+
+from collections.abc import Iterator
+
+from compress.recipe.order import GIVES
+from compress.report.gain import stage_metrics
+from compress.report.numbers import percent
+from compress.report.shape import Report
+from compress.report.verdict import TOLERANCE, any_row, target_of
+from export.onnx_file.roles import FP32, PTQ, QAT, TEACHER
+from export.onnx_file.targets import RUNS
+
+MAX_TOP1_DIFFERENCE = 0.002  # between PyTorch and ONNX Runtime: 0.2 points, or one image where that is more
+
+
+def allowed(images: int) -> tuple[float, str]:
+    """Return how far two runtimes' top-1 on the same images may lie apart, also in words."""
+    least = 1 / images
+    return (least, "one image") if least > MAX_TOP1_DIFFERENCE else (MAX_TOP1_DIFFERENCE, "0.2 points")
+
+
+def mismatches(report: Report) -> list[str]:
+    """Return a sentence for each file that scores otherwise than its stage measured, by more than parity allows."""
+    sentences = []
+    for name, stage, wanted in _measured(report):
+        row = any_row(report, name)
+        if row is None or row["top1"] is None or not row["images"]:
+            continue
+        most, words = allowed(row["images"])
+        if abs(row["top1"] - wanted) > most + TOLERANCE:
+            sentences.append(
+                f"{name}: top-1 is {percent(row['top1'])} in ONNX Runtime, but its stage ({stage}) measured {percent(wanted)} on the "
+                f"same {row['images']:,} images ({words} may lie between): it is not the network that was measured, do not serve it"
+            )
+    return sentences
+
+
+def _measured(report: Report) -> Iterator[tuple[str, str, float]]:
+    """Yield a file's name with the stage that measured its network on the whole validation set, and the top-1."""
+    floats = [row for row in report["stages"] if GIVES[row["stage"]] == "float"]
+    for name, rows in ((TEACHER, floats[:1]), (FP32, floats[-1:])):
+        yield from ((name, row["stage"], top1) for row in rows if (top1 := row["metrics"].get("top1")) is not None)
+    ptq, qat = report["ptq"], stage_metrics(report, "qat") or {}
+    own, here = target_of(report), RUNS[report["environment"]["target"]]
+    for target, found in ptq["targets"].items() if ptq else ():
+        if target not in here:  # this machine's kernels do not compute what the target's do
+            continue
+        end = "" if target == own else f"_{target}"
+        calibrated, top1 = any_row(report, f"{PTQ}{end}"), qat.get(f"top1_{target}")
+        trial = None if found["chosen"] is None else found["trials"][found["chosen"]]
+        # Where the stage scored fewer images, or chose FP16, it did not measure this file on these.
+        if ptq and trial and calibrated and trial["number_format"] == "int8" and calibrated["images"] == ptq["images"]:
+            yield f"{PTQ}{end}", "ptq", trial["top1"]
+        if top1 is not None:
+            yield f"{QAT}{end}", "qat", top1
