@@ -12,6 +12,7 @@ import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.serialization import safe_globals
 
 from compress.errors import ModelError
 from compress.models.architectures import import_timm, nearest
@@ -31,9 +32,30 @@ WRAPPERS = (
     "model_ema",
     "ema",
 )
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")  # of parallel, compiled and wrapped models
-# Heads that only training uses, which `build` leaves out, and the counter of torch's weight averaging.
-TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.", "n_averaged")
+TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "model.",
+    "net.",
+    "network.",
+    "backbone.",
+)  # of parallel, compiled and wrapped models
+# Heads that only training uses, which `build` leaves out; the counter of torch's weight averaging; losses with weights.
+TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.", "n_averaged", "criterion.", "loss.", "loss_fn.")
+# Libraries whose objects lie beside weights as settings and scores. Stand-ins are read in their place: no code of theirs runs.
+SETTINGS = (
+    "argparse",
+    "collections",
+    "lightning",
+    "lightning_fabric",
+    "numpy",
+    "omegaconf",
+    "pathlib",
+    "pytorch_lightning",
+    "typing",
+)
+PLAIN = (bool, dict, float, int, list, str, tuple)  # what settings are made of
 DENSENET_OLD = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")  # norm.1.weight, now norm1.weight
 # What torch.load raises on damaged files, beside pickle's own error.
 DAMAGE = (
@@ -50,17 +72,37 @@ DAMAGE = (
 NAMED = 8  # keys that an error names; the rest are counted
 
 
+class _Setting:
+    """What is read in the place of an object that is no weight."""
+
+    def __new__(cls, *_: object) -> "_Setting":
+        """Take and forget whatever the real one would be made of."""
+        return super().__new__(cls)
+
+    def __setstate__(self, _: object) -> None:
+        """Forget the state, too."""
+
+
+class _Mapping:
+    """The same for an object that is filled by keys, which torch lets plain dicts alone be."""
+
+    def __new__(cls, *_: object) -> dict[str, object]:  # type: ignore[misc]
+        """Return a plain dict."""
+        return {}
+
+
 def load_weights_(model: nn.Module, arch: str, weights: str, *, reset_head: bool) -> None:
-    """Load a file (.safetensors, .pt, .pth) or a library's weights (`torchvision:IMAGENET1K_V2`, `timm:TAG`) into the model, in place.
+    """Load a file (.safetensors, or torch's .pt, .pth, .ckpt) or a library's weights (`torchvision:IMAGENET1K_V2`, `timm:TAG`) into the model, in place.
 
     With `reset_head` the classifier keeps its random start. Raises `ModelError` for a file that cannot be read, needs code to be read, holds
-    a value that is not finite, or does not fit: then missing, unexpected and misshapen keys are listed.
+    a value that is not finite or no float, or does not fit: then missing, unexpected and misshapen keys are listed.
     """
     state = _named(arch, weights) if is_named(weights) else _read(existing_file(weights, "the weights file"))
     state = _known_names(state, model.state_dict().keys())
     if reset_head:
         head = classifier(model) + "."
         state |= {key: value for key, value in model.state_dict().items() if key.startswith(head)}
+    _refuse_integers(model, state, weights)
     _refuse_other_classes(model, state, weights)
     _fit_(model, state, f"{weights}: does not fit {arch}")
     _refuse_not_finite(model.state_dict(), weights)
@@ -109,6 +151,15 @@ def _listed(kind: str, keys: Sequence[str]) -> str:
     return f"{len(keys):,} {kind} ({', '.join(keys[:NAMED])}{more})"
 
 
+def _refuse_integers(model: nn.Module, state: State, weights: str) -> None:
+    """Raise `ModelError` where whole numbers stand for the network's floats: copied as they are, they would mean nothing."""
+    floats = [key for key, own in model.state_dict().items() if own.is_floating_point() and key in state]
+    bad = {key: state[key].dtype for key in floats if not state[key].is_floating_point()}
+    if bad:
+        names = _listed("no floats", [f"{key} {str(dtype).removeprefix('torch.')}" for key, dtype in bad.items()])
+        raise ModelError(f"{weights}: {names}; give the float weights, from before they were quantized or converted")
+
+
 def _refuse_not_finite(state: State, weights: str) -> None:
     bad = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
@@ -118,14 +169,14 @@ def _refuse_not_finite(state: State, weights: str) -> None:
 
 
 def _known_names(state: State, known: Iterable[str]) -> State:
-    """Return the state under the model's own names: prefixes that every key carries go, and so do parts that only training uses."""
+    """Return the state under the model's own names: of a wrapped model the part behind the prefix, without what only training uses."""
     names = set(known)
     state = {key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY) or key in names}
-    while state and names.isdisjoint(state):
-        prefix = next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None)
+    while names.isdisjoint(state):
+        prefix = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in state)), None)
         if prefix is None:
             break
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return {key if key in names else DENSENET_OLD.sub(r"\1\2", key): value for key, value in state.items()}
 
 
@@ -135,29 +186,48 @@ def _read(file: Path) -> State:
             return load_file(file)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file}: is not a whole safetensors file ({error}); fetch or save it anew") from error
-    if file.suffix not in (".pt", ".pth"):
-        raise ModelError(f"{file}: {file.suffix or 'no suffix'} is not known; give a .safetensors, .pt or .pth file")
+    if file.suffix not in TORCH_FILES:
+        known = f"{', '.join(TORCH_FILES[:-1])} or {TORCH_FILES[-1]}"
+        raise ModelError(f"{file}: {file.suffix or 'no suffix'} is not known; give a .safetensors, {known} file")
     return _unwrapped(_unpickled(file), file)
 
 
 def _unpickled(file: Path) -> object:
-    """Read a .pt or .pth file as data only; torch refuses every pickle that would run code."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of old pickle protocols before it judges the content
-            content: object = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code is None:
-            raise ModelError(f"{file}: is not a torch file; fetch or save it anew") from error
-        raise ModelError(
-            f"{file}: needs code to be read ({code[1]}), which could do anything and was not run; "
-            "save model.state_dict() alone, best as .safetensors"
-        ) from error
-    except DAMAGE as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ModelError(f"{file}: is not a whole torch file ({reason}); fetch or save it anew") from error
-    return content
+    """Read a torch file as data only; torch refuses every pickle that would run code."""
+    stand_ins: dict[str, type] = {f"builtins.{kind.__name__}": kind for kind in PLAIN}
+    while True:
+        try:
+            with warnings.catch_warnings(), safe_globals([(kind, name) for name, kind in stand_ins.items()]):
+                warnings.simplefilter("ignore")  # torch warns of old pickle protocols before it judges the content
+                content: object = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            code = re.search(r"GLOBAL (\S+)", str(error))
+            if code is None or code[1] in stand_ins or code[1].partition(".")[0] not in SETTINGS:
+                raise ModelError(f"{file}: {_needs_code(str(error))}") from error
+            stand_ins[code[1]] = _Mapping if code[1].lower().endswith("dict") else _Setting
+        except DAMAGE as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            if "TorchScript" in reason:
+                raise ModelError(
+                    f"{file}: is a TorchScript program, not weights, and was not run; where you trust it, save "
+                    "torch.jit.load(file).state_dict() by torch.save and give that"
+                ) from error
+            if "weights_only" in reason:
+                reason = "of a kind that only code could read"
+            raise ModelError(f"{file}: is not a whole torch file ({reason}); fetch or save it anew") from error
+        else:
+            return content
+
+
+def _needs_code(said: str) -> str:
+    """Return what is wrong with a file that torch refused, from torch's words."""
+    code = re.search(r"GLOBAL (\S+)|^(?:Can only|Trying to call)[^<]*<\w+ '?([\w.]+)", said, re.MULTILINE)
+    if code is None:
+        return "is not a torch file; fetch or save it anew"
+    return (
+        f"needs code to be read ({code[1] or code[2]}), which could do anything and was not run; "
+        "save model.state_dict() alone, best as .safetensors"
+    )
 
 
 def _unwrapped(content: object, file: Path) -> State:

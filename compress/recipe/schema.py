@@ -82,7 +82,7 @@ class Model(Section):
     arch: Arch
     """`torchvision:NAME`, `timm:NAME`, `cifar:NAME` (32-pixel networks of the papers), or `file.py:factory` (a person's own; needs --trust-code)."""
     weights: PathText | None = None
-    """A .safetensors, .pt or .pth state dict, or the library's named weights as `torchvision:IMAGENET1K_V2` or `timm:TAG`; null trains here."""
+    """A state dict (.safetensors, or torch's .pt, .pth or .ckpt with whatever lies beside it), or the library's named weights as `torchvision:IMAGENET1K_V2` or `timm:TAG`; null trains here."""
     reset_head: bool = False
     """Keep the weights' body and start the classifier anew, for weights trained on other classes."""
 

@@ -2,10 +2,14 @@ import argparse
 import os
 import pickle
 import re
+import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -71,15 +75,61 @@ WRAPPINGS: dict[str, Callable[[State], object]] = {
     "ema": lambda s: {"model_ema": {"n_averaged": torch.tensor(7)} | {f"module.{key}": s[key] for key in s}},
     "parallel": lambda s: {f"module.{key}": s[key] for key in s},
     "compiled and parallel": lambda s: {"state_dict": {f"module._orig_mod.{key}": s[key] for key in s}},
-    "lightning": lambda s: {"state_dict": {f"model.{key}": s[key] for key in s}, "pytorch-lightning_version": "2"},
+    "lightning": lambda s: {
+        "state_dict": {f"model.{key}": s[key] for key in s} | {"criterion.weight": torch.ones(10)},
+        "pytorch-lightning_version": "2",
+        "hyper_parameters": {"lr": 0.1, "args": argparse.Namespace(lr=0.1, out=Path("out"))},
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.9), "scores": np.ones(3)}},
+    },
+    "lightning, wrapped twice": lambda s: {
+        "state_dict": {f"model.backbone.{key}": s[key] for key in s} | {"teacher.conv.weight": torch.ones(1)},
+        "hparams": argparse.Namespace(lr=0.1),
+    },
+    "a loss with weights": lambda s: {
+        "state_dict": s | {"criterion.weight": torch.ones(10), "loss_fn.pos": torch.ones(1)}
+    },
+    "network and its average": lambda s: {
+        f"{prefix}.{key}": s[key] + (prefix == "ema") for prefix in ("net", "ema") for key in s
+    },
+    "settings and scores": lambda s: {
+        "model": s,
+        "args": argparse.Namespace(lr=0.1, data=Path("/data"), counts=defaultdict(float, a=1.0)),
+        "best": np.float64(0.93),
+    },
     "without counters": lambda s: {key: s[key] for key in s if "num_batches" not in key},
 }
 
 
+@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS.keys())
-def test_a_checkpoint_is_understood(tmp_path: Path, wrap: Callable[[State], object]) -> None:
+def test_a_checkpoint_is_understood(tmp_path: Path, wrap: Callable[[State], object], zipped: bool) -> None:
     expected = state() | {"bn.num_batches_tracked": torch.tensor(0)}
-    assert same(load(saved(tmp_path / "net.pth", wrap(expected))), expected)
+    torch.save(wrap(expected), tmp_path / "net.pth", _use_new_zipfile_serialization=zipped)
+    assert same(load(str(tmp_path / "net.pth")), expected)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pth", "ckpt", "bin", "pth.tar"])
+def test_torch_files_are_known_by_their_usual_names(tmp_path: Path, suffix: str) -> None:
+    load(saved(tmp_path / f"net.{suffix}", state()))
+
+
+def test_lightnings_own_mapping_of_settings_is_read_without_lightning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = ModuleType("pytorch_lightning.utilities.parsing")
+    exec("class AttributeDict(dict):\n    def __setstate__(self, state): raise SystemExit", vars(library))
+    with monkeypatch.context() as there:
+        for name in ("pytorch_lightning", "pytorch_lightning.utilities"):
+            there.setitem(sys.modules, name, ModuleType(name))
+        there.setitem(sys.modules, library.__name__, library)
+        file = saved(tmp_path / "net.ckpt", {"state_dict": state(), "hparams": library.AttributeDict(lr=0.1)})
+    assert load(file).state_dict()["fc.bias"].shape == (10,)
+
+
+def test_a_prefix_that_hides_a_part_is_refused_with_what_is_missing(tmp_path: Path) -> None:
+    wrapped = {f"backbone.{key}": value for key, value in state().items() if not key.startswith("fc.")}
+    with pytest.raises(ModelError, match=r"2 missing \(fc\.weight, fc\.bias\)"):
+        load(saved(tmp_path / "net.ckpt", {"state_dict": wrapped | {"head.weight": torch.ones(1)}}))
 
 
 def test_safetensors_are_understood(tmp_path: Path) -> None:
@@ -186,10 +236,35 @@ def test_a_plain_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [Net(), {"model": state(), "args": argparse.Namespace(lr=0.1)}])
-def test_objects_beside_the_weights_are_refused_with_the_way_out(tmp_path: Path, content: object) -> None:
+@pytest.mark.parametrize("content", [Net(), {"model": state(), "loss": nn.CrossEntropyLoss()}, {"a": {Net(): 1}}])
+def test_objects_with_code_are_refused_with_the_way_out(tmp_path: Path, content: object) -> None:
     with pytest.raises(ModelError, match=r"needs code to be read \(\S+\).*save model\.state_dict\(\) alone"):
         load(saved(tmp_path / "net.pth", content))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_torchscript_program_is_called_what_it_is(tmp_path: Path) -> None:
+    torch.jit.trace(Net().eval(), torch.ones(1, 3, 8, 8)).save(str(tmp_path / "net.pt"))
+    with pytest.raises(ModelError, match=r"net\.pt: is a TorchScript program, not weights, .*state_dict\(\)") as caught:
+        load(str(tmp_path / "net.pt"))
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.uint8])
+def test_whole_numbers_in_place_of_weights_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    converted = state() | {"conv.weight": torch.ones(8, 3, 3, 3, dtype=dtype)}
+    with pytest.raises(ModelError, match=rf"1 no floats \(conv\.weight {str(dtype)[6:]}\); give the float weights"):
+        load(saved(tmp_path / "net.pth", converted))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torchs_advice_to_run_the_code_is_never_passed_on(tmp_path: Path, zipped: bool) -> None:
+    for number, content in enumerate([Net(), {"a": {1: Net}}, [Net.forward], {"x": print}]):
+        torch.save(content, tmp_path / f"{number}.pth", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ModelError) as caught:
+            load(str(tmp_path / f"{number}.pth"))
+        assert not re.search("weights_only|add_safe_globals|trust", str(caught.value))
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, -1])
@@ -256,7 +331,9 @@ def test_a_folder_in_place_of_weights_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
     (tmp_path / "net.onnx").touch()
-    with pytest.raises(ModelError, match=r"\.onnx is not known; give a \.safetensors, \.pt or \.pth file"):
+    with pytest.raises(
+        ModelError, match=r"\.onnx is not known; give a \.safetensors, \.pt, \.pth, \.ckpt, \.bin or \.tar file"
+    ):
         load(str(tmp_path / "net.onnx"))
 
 
