@@ -14,7 +14,7 @@ from torch import nn
 
 from compress.errors import ModelError
 from compress.models.cifar import CIFAR_NETWORKS
-from compress.models.digest import existing_file
+from compress.models.digest import existing_file, local_modules
 
 # These two classify by auxiliary heads, too, unless told not to, and warn unless told how to start. transform_input is what their published
 # weights expect: it turns ImageNet's normalization into theirs.
@@ -46,7 +46,7 @@ def _torchvision(name: str, num_classes: int) -> nn.Module:
 def _timm(name: str, num_classes: int) -> nn.Module:
     timm = import_timm()
     known = timm.list_models()
-    if name.partition(".")[0] not in known:
+    if name not in known:
         raise ModelError(f"timm:{name}: timm has no model of this name; {nearest(name, known)}")
     model: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes)
     return model
@@ -100,8 +100,17 @@ def _own(arch: str, num_classes: int, *, trust_code: bool) -> nn.Module:
     return model
 
 
+def _refuse_namesakes(file: Path) -> None:
+    """Raise `ModelError` where Python would take a module that is loaded already for one beside a person's file."""
+    for name, path in local_modules(file).items():
+        loaded = getattr(sys.modules.get(name), "__file__", None)
+        if loaded is not None and Path(loaded).resolve() != path:
+            raise ModelError(f"{file}: imports {name}, but {loaded} has that name already; rename {path}")
+
+
 def _import(file: Path) -> ModuleType:
     """Run a person's file as a module of its own name, with its folder importable meanwhile."""
+    _refuse_namesakes(file)
     name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None, "a .py file has a spec"

@@ -1,7 +1,9 @@
 """Name a teacher by its content, without torch."""
 
+import ast
 import difflib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from compress.errors import ModelError
@@ -11,12 +13,12 @@ WITH_WEIGHTS = ("torchvision", "timm")  # those that publish weights under names
 
 
 def source_digest(arch: str, weights: str | None) -> str:
-    """Return a sha256 over the architecture, the content of its file if it is a person's own, and the content of the weights file.
+    """Return a sha256 over the architecture, the code of its file if it is a person's own, and the content of the weights file.
 
     Where a file lies does not matter. Raises `ModelError` where it is missing.
     """
     source, _, name = arch.rpartition(":")
-    code = source.encode() if source in LIBRARIES else _content(existing_file(source, "the model's file"))
+    code = source.encode() if source in LIBRARIES else _code(existing_file(source, "the model's file"))
     return hashlib.sha256(b"\0".join((code, name.encode(), _weights(weights)))).hexdigest()
 
 
@@ -36,6 +38,50 @@ def existing_file(text: str, what: str) -> Path:
         hint = f"did you mean {file.with_name(near[0])}?" if near else "check the path"
         raise ModelError(f"{file}: {what} does not exist; {hint}")
     return file
+
+
+def local_modules(file: Path) -> dict[str, Path]:
+    """Return by name the modules beside a person's file that it imports, directly or through each other; runs nothing.
+
+    Raises `ModelError` for one that is not Python.
+    """
+    root = file.resolve().parent
+    found: dict[str, Path] = {}
+    to_read = [("", file)]
+    while to_read:
+        package, source = to_read.pop()
+        for name in _imported(source, package):
+            place = root.joinpath(*name.split("."))
+            for path, inside in ((place / "__init__.py", name), (place.with_suffix(".py"), name.rpartition(".")[0])):
+                if name not in found and path.is_file():
+                    found[name] = path
+                    to_read.append((inside, path))
+    return found
+
+
+def _imported(source: Path, package: str) -> Iterator[str]:
+    """Yield the full name of every module that a file of this package may import, and of the packages around it."""
+    try:
+        tree = ast.parse(source.read_bytes())
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ModelError(f"{source}: cannot be imported: {error}") from error
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            around = package.split(".")[: 1 - node.level or None] if node.level and package else []
+            base = [*around, *filter(None, [node.module])]
+            names = [".".join([*base, alias.name]) for alias in node.names]  # a module or what is in one
+        for parts in (name.split(".") for name in names):
+            yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
+def _code(file: Path) -> bytes:
+    """Return a digest of a person's file and of the modules beside it that it imports."""
+    modules = sorted(local_modules(file).items())
+    parts = [_content(file), *(name.encode() + b"\0" + _content(path) for name, path in modules)]
+    return hashlib.sha256(b"\0".join(parts)).digest()
 
 
 def _weights(weights: str | None) -> bytes:

@@ -272,15 +272,14 @@ def _torchvision(name: str, tag: str) -> State:
 
 def _timm(name: str, tag: str) -> State:
     timm = import_timm()
-    base = name.partition(".")[0]
-    known = [model.partition(".")[2] for model in timm.list_pretrained(f"{base}.*")]
+    known = [model.partition(".")[2] for model in timm.list_pretrained(f"{name}.*")]
     if tag not in known:
-        raise ModelError(f"timm:{tag}: {base} has no such weights; {nearest(tag, known)}")
+        raise ModelError(f"timm:{tag}: {name} has no such weights; {nearest(tag, known)}")
     try:
-        state: State = timm.create_model(f"{base}.{tag}", pretrained=True).state_dict()
+        state: State = timm.create_model(f"{name}.{tag}", pretrained=True).state_dict()
     except (OSError, RuntimeError) as error:
         raise ModelError(
-            f"timm:{tag}: could not be downloaded ({error}); fetch model.safetensors of https://huggingface.co/timm/{base}.{tag} "
+            f"timm:{tag}: could not be downloaded ({error}); fetch model.safetensors of https://huggingface.co/timm/{name}.{tag} "
             "where there is a network and give the file: WEIGHTS=/path/to/it"
         ) from error
     return state

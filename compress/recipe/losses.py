@@ -19,10 +19,9 @@ class Term(Section):
     """This loss."""
     weight: Positive = 1.0
     """Factor in the sum of losses."""
-    # Left out of the dump where it changes nothing, so that artifacts made before it existed keep their keys.
-    schedule: Annotated[Schedule, Field(exclude_if=lambda schedule: schedule == "constant")] = "constant"
+    schedule: Schedule = "constant"
     """How the weight changes over the training: not at all, linearly from zero, linearly to zero, or to zero by half a cosine."""
-    warmup: Annotated[float, Field(ge=0, le=1, exclude_if=lambda warmup: warmup == 0)] = 0.0
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The part of the training over which the weight first rises linearly from zero (DKD's authors: 20 of 240 epochs)."""
 
 
@@ -38,7 +37,7 @@ class CrossEntropyTerm(Term):
 class LogitTerm(Term):
     """What every loss between the two networks' logits has."""
 
-    standardize: Annotated[bool, Field(exclude_if=lambda standardize: not standardize)] = False
+    standardize: bool = False
     """Give both networks' logits mean 0 and deviation 1 for each image first (Sun 2024, which weighs kd by 9 at temperature 2)."""
 
 

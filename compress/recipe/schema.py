@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from compress.recipe.order import first_mistake
-from compress.recipe.section import Arch, Fraction, PathText, Section
+from compress.recipe.section import Arch, Fraction, PathText, Section, refuse_tag
 from compress.recipe.stages import DistillStage, QatStage, SourceStage, StageSection
 
 NAME = r"^[a-z0-9][a-z0-9_\-]{0,63}$"
@@ -86,6 +86,11 @@ class Model(Section):
     reset_head: bool = False
     """Keep the weights' body and start the classifier anew, for weights trained on other classes."""
 
+    @model_validator(mode="after")
+    def _arch_is_no_weights(self) -> "Model":
+        refuse_tag(self.arch)
+        return self
+
 
 class Teaching(Section):
     """How the teacher answers while students train."""
@@ -149,9 +154,7 @@ class Recipe(Section):
     """How it answers."""
     stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
     """What is done, in order."""
-    students: dict[Annotated[str, Field(pattern=NAME)], Student] = Field(
-        default={}, exclude_if=lambda students: not students
-    )
+    students: dict[Annotated[str, Field(pattern=NAME)], Student] = Field(default={})
     """Several students by name: each goes on from the shared stages, and one report compares them."""
     targets: Targets = Targets()
     """What must be reached."""

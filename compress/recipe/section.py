@@ -15,3 +15,14 @@ class Section(BaseModel):
     """A frozen part of a recipe that refuses keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def refuse_tag(arch: str) -> None:
+    """Raise ValueError for a network named with the tag of pretrained weights, which `arch` alone does not load."""
+    library, _, name = arch.partition(":")
+    name, dot, tag = name.partition(".")
+    if library == "timm" and dot:
+        raise ValueError(
+            f"arch: {arch} names pretrained weights, which arch does not load; "
+            f"give arch: timm:{name}, and weights: timm:{tag} to start from them"
+        )

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from compress.recipe.losses import KD_ONLY, LossTerm
-from compress.recipe.section import Arch, Fraction, PathText, Section
+from compress.recipe.section import Arch, Fraction, PathText, Section, refuse_tag
 
 CalibrationMethod = Literal["minmax", "percentile", "entropy"]
 
@@ -47,20 +47,19 @@ class Fit(Section):
     """SGD with momentum, or AdamW."""
     lr: Annotated[float, Field(gt=0)] = 0.05
     """The peak learning rate, after the warm-up."""
-    # Fields with `exclude_if` are left out of the dump where they change nothing, so that artifacts made before them keep their keys.
-    schedule: Annotated[Literal["cosine", "step"], Field(exclude_if=lambda schedule: schedule == "cosine")] = "cosine"
+    schedule: Literal["cosine", "step"] = "cosine"
     """How the rate falls after the warm-up: by half a cosine to zero, or by `gamma` at each of `milestones`."""
-    milestones: Annotated[tuple[PositiveInt, ...], Field(exclude_if=lambda milestones: not milestones)] = ()
+    milestones: tuple[PositiveInt, ...] = ()
     """Epochs after which `schedule: step` multiplies the rate by `gamma`."""
-    gamma: Annotated[float, Field(gt=0, lt=1, exclude_if=lambda gamma: gamma == 0.1)] = 0.1
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The factor of `schedule: step`."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD's momentum."""
-    nesterov: Annotated[bool, Field(exclude_if=lambda nesterov: nesterov)] = True
+    nesterov: bool = True
     """Nesterov's momentum; false is the plain one, which most papers train with."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     """Weight decay of convolution and linear weights."""
-    decay_vectors: Annotated[bool, Field(exclude_if=lambda decay_vectors: not decay_vectors)] = False
+    decay_vectors: bool = False
     """Weight decay of biases and batch-norms, too, as most papers train."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     """Epochs of linear warm-up."""
@@ -72,10 +71,9 @@ class Fit(Section):
     """Autocast type; auto is bf16 on a GPU that has it and fp32 elsewhere, and fp32 in the qat stage."""
     compile: bool = False
     """Run the training step through torch.compile; the log says what it costs and gains."""
-    # Left out of the dump at their defaults, so that artifacts made before they existed keep their keys.
-    micro_batches: Annotated[PositiveInt, Field(exclude_if=lambda parts: parts == 1)] = 1
+    micro_batches: PositiveInt = 1
     """Parts that a batch is computed in, one after the other; where memory runs out, one process doubles it by itself."""
-    stop: Annotated[Stop | None, Field(exclude_if=lambda stop: stop is None)] = None
+    stop: Stop | None = None
     """Conditions that end the training before its last epoch."""
 
     @model_validator(mode="after")
@@ -124,6 +122,11 @@ class StudentStage(Section):
         """Whether the network knows its classes before anything taught it."""
         return self.weights is not None and not self.reset_head
 
+    @model_validator(mode="after")
+    def _arch_is_no_weights(self) -> "StudentStage":
+        refuse_tag(self.arch)
+        return self
+
 
 class Sparsity(Section):
     """A training phase before the cut that pushes whole groups towards zero (DepGraph's group regularizer)."""
@@ -155,8 +158,8 @@ class PruneStage(Section):
     """Widths stay multiples of this; 8 is what the fast INT8 and FP32 kernels need."""
     min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """No layer loses more than the rest of this fraction of its channels."""
-    score_batches: PositiveInt = 8
-    """Training batches that criteria with gradients (taylor) average over."""
+    score_images: PositiveInt = 256
+    """Training images that criteria with gradients (taylor) average over."""
     sparsity: Sparsity | None = None
     """Optional sparsity learning before the cut."""
     exclude: tuple[str, ...] = ()
@@ -256,8 +259,7 @@ class ExportStage(Section):
     """Validation images on which the INT8 file is compared with the trained network, tensor by tensor on some of them."""
     uint8_input: bool = True
     """Also write the INT8 file with uint8 pixels (batch, height, width, 3) as input and the normalization inside."""
-    # Left out of the dump where it changes nothing, as in recipe_losses.
-    golden_images: Annotated[int, Field(ge=1, le=64, exclude_if=lambda images: images == 8)] = 8
+    golden_images: Annotated[int, Field(ge=1, le=64)] = 8
     """Validation images that the bundle carries, with what each file answers, for whoever serves it to compare."""
     limits: AuditLimits = AuditLimits()
     """What the optimized graph may hold."""

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from compress.report.gain import stage_metrics, was_trained
+from compress.report.gain import stage_metrics
 from compress.report.numbers import UNKNOWN, loss, percent, significant, times
 from compress.report.shape import GroupRow, MethodRow, PtqTarget, Report, TrialRow
 from compress.report.verdict import any_row, target_of
@@ -105,14 +105,15 @@ def _method(row: MethodRow, digits: int) -> MethodLine:
 
 
 def _trained(report: Report, target: str, digits: int) -> MethodLine | None:
-    """Return the qat stage's file beside the methods: as ONNX Runtime scored it, else as PyTorch did."""
+    """Return the qat stage's file beside the methods: as ONNX Runtime scored it, else as PyTorch did; or the calibrated one that made it needless."""
     metrics = stage_metrics(report, "qat")
     if metrics is None or report["ptq"] is None:
         return None
     is_own = target == target_of(report)
     name = QAT if is_own else f"{QAT}_{target}"
     row, audit = any_row(report, name), (report["audit"] or {}).get(name)
-    method = "trained (QAT)" if was_trained(report) or not is_own else "QAT skipped"
+    was_trained = metrics.get(f"trained_{target}", metrics.get("trained") if is_own else None) != 0
+    method = "trained (QAT)" if was_trained else "QAT skipped"
     layers = [_count(len(audit[kind])) if audit else UNKNOWN for kind in ("integer_layers", "float_layers")]
     if row and row["top1"] is not None:
         images = row["images"]
@@ -122,8 +123,9 @@ def _trained(report: Report, target: str, digits: int) -> MethodLine | None:
     top1 = metrics.get(f"top1_{target}", metrics.get("top1") if is_own else None)
     if top1 is None:
         return None
+    scored_in = "PyTorch" if was_trained else "ONNX Runtime"
     return MethodLine(
-        "this pipeline", method, "PyTorch", percent(top1, digits), UNKNOWN, layers[0], layers[1], "", True
+        "this pipeline", method, scored_in, percent(top1, digits), UNKNOWN, layers[0], layers[1], "", True
     )
 
 

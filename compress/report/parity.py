@@ -50,6 +50,6 @@ def _measured(report: Report) -> Iterator[tuple[str, str, float]]:
         trial = None if found["chosen"] is None else found["trials"][found["chosen"]]
         # Where the stage scored fewer images, or chose FP16, it did not measure this file on these.
         if ptq and trial and calibrated and trial["number_format"] == "int8" and calibrated["images"] == ptq["images"]:
-            yield f"{PTQ}{end}", "ptq", trial["top1"]
+            yield f"{PTQ}{end}", "ptq", found.get("top1", trial["top1"])
         if top1 is not None:
             yield f"{QAT}{end}", "qat", top1

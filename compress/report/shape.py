@@ -91,12 +91,13 @@ class TrialRow(TypedDict):
 
 
 class PtqTarget(TypedDict):
-    """INT8 without training on one target's grid; `chosen` is an index of the trials."""
+    """INT8 without training on one target's grid; `chosen` is an index of the trials, `top1` the chosen file's on the validation images."""
 
     methods: list[MethodRow]
     sensitivity: list[GroupRow]
     trials: list[TrialRow]
     chosen: int | None
+    top1: NotRequired[float]
 
 
 class Ptq(TypedDict):

@@ -103,11 +103,12 @@ def _cut_once_(
 
 
 def _accumulate_gradients_(model: nn.Module, cfg: PruneStage, run: Run) -> None:
-    """Leave the loss's mean gradient over `score_batches` training batches in the parameters."""
+    """Leave the loss's mean gradient over `score_images` training images in the parameters."""
     model.eval().zero_grad()
-    batches = run.calibration(cfg.score_batches * 32)
-    for batch in batches:
-        run.task.supervised_loss(model(batch.images), batch.targets, label_smoothing=0.0).backward()
+    images = min(cfg.score_images, len(run.dataset.train))
+    for batch in run.calibration(images):
+        loss = run.task.supervised_loss(model(batch.images), batch.targets, label_smoothing=0.0)
+        (loss * len(batch.targets) / images).backward()
 
 
 def _learn_sparsity(

@@ -36,7 +36,7 @@ def apply(cfg: QatStage, src: Path | None, out: Path, run: Run) -> Metrics:
     with run.log(out, "qat") as log:
         for target in reversed(run.int8_targets):  # the recipe's own last: its numbers are the stage's
             result = _skip(cfg, log, target, _ptq(src, target)) or _train(cfg, src, out, run, log, target)
-            metrics |= {f"top1_{target.name}": result["top1"], **result}
+            metrics |= {f"{name}_{target.name}": result[name] for name in ("top1", "trained")} | result
     return metrics
 
 

@@ -107,6 +107,17 @@ def test_a_persons_own_file_may_import_its_neighbour(tmp_path: Path) -> None:
     assert sys.path == path
 
 
+def test_two_files_may_not_import_different_neighbours_of_one_name(tmp_path: Path) -> None:
+    """Python would give the second file the first one's."""
+    for folder, width in (("first", "8"), ("second", "16")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "cells_of_mine.py").write_text(FACTORY.replace("8", width))
+        (tmp_path / folder / "mine.py").write_text("from cells_of_mine import network\n")
+    assert isinstance(build(f"{tmp_path}/first/mine.py:network", num_classes=7, trust_code=True), nn.Module)
+    with pytest.raises(ModelError, match=r"imports cells_of_mine, but \S+/first/cells_of_mine\.py has that name"):
+        build(f"{tmp_path}/second/mine.py:network", num_classes=7, trust_code=True)
+
+
 def test_a_persons_own_file_is_not_run_without_their_trust(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n{FACTORY}")
     with pytest.raises(ModelError, match=r"runs the code in \S+/mine\.py; read it first, then add --trust-code"):
@@ -256,6 +267,39 @@ def test_the_digest_follows_the_content_of_a_persons_own_file(tmp_path: Path) ->
         file.write_text(code)
         digests.append(source_digest(f"{file}:network", None))
     assert digests[0] != digests[1]
+
+
+def test_the_digest_follows_every_module_that_a_persons_own_file_imports_and_no_other(tmp_path: Path) -> None:
+    files = {
+        "mine.py": "import torch\nfrom blocks import cell\ndef network(n):\n    import late\n",
+        "blocks/cell.py": "from inner.deep import thing\n",  # in a folder without __init__.py
+        "inner/__init__.py": "",
+        "inner/deep.py": "from . import near\nfrom .nearer import one\n",
+        "inner/near.py": "",
+        "inner/nearer.py": "",
+        "late.py": "",
+        "inner/unused.py": "",
+        "unrelated.py": "",
+    }
+
+    def digest(changed: str, folder: str) -> str:
+        for name, code in files.items():
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{code}# changed\n" if name == changed else code)
+        return source_digest(f"{tmp_path / folder / 'mine.py'}:network", None)
+
+    before = digest("", "a")
+    assert digest("", "b") == before
+    unchanged = {name for name in files if digest(name, "a") == before}
+    assert unchanged == {"inner/unused.py", "unrelated.py"}
+
+
+def test_a_neighbour_that_is_no_python_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("def :\n")
+    (tmp_path / "mine.py").write_text("import broken\n")
+    with pytest.raises(ModelError, match=r"broken\.py: cannot be imported: invalid syntax"):
+        source_digest(f"{tmp_path}/mine.py:network", None)
 
 
 def test_the_digest_tells_architectures_and_named_weights_apart() -> None:

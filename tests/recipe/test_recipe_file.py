@@ -12,6 +12,7 @@ from compress.recipe.order import TAKES
 from compress.recipe.read import MAX_BYTES, read_recipe, write_recipe
 from compress.recipe.reference import reference
 from compress.recipe.schema import Recipe
+from compress.recipe.section import Section
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted(ROOT.glob("recipes/studies/*.yaml"))
@@ -47,6 +48,28 @@ def test_written_recipe_reads_back_equal(path: Path, tmp_path: Path) -> None:
     recipe = read_recipe(path)
     write_recipe(recipe, tmp_path / "again.yaml")
     assert read_recipe(tmp_path / "again.yaml") == recipe
+
+
+def fields_left_out(section: object, written: object, path: str = "") -> list[str]:
+    """Return the path of every field of a section that is not in its written form."""
+    if isinstance(section, Section):
+        assert isinstance(written, dict)
+        missing = [f"{path}.{name}" for name in type(section).model_fields if name not in written]
+        return missing + [
+            one for name in written for one in fields_left_out(getattr(section, name), written[name], f"{path}.{name}")
+        ]
+    if isinstance(section, tuple) and isinstance(written, list):
+        return [one for pair in zip(section, written, strict=True) for one in fields_left_out(*pair, path)]
+    if isinstance(section, dict) and isinstance(written, dict):
+        return [one for name in section for one in fields_left_out(section[name], written[name], f"{path}.{name}")]
+    return []
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_written_recipe_spells_out_every_default(path: Path, tmp_path: Path) -> None:
+    recipe = read_recipe(path, data="/data/images")
+    write_recipe(recipe, tmp_path / "again.yaml")
+    assert fields_left_out(recipe, strict_yaml.load((tmp_path / "again.yaml").read_text())) == []
 
 
 @pytest.mark.parametrize(
@@ -187,6 +210,16 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         (HEAD + "stages: {stage: source}", "stages: must be a list, got a mapping"),
         (HEAD + "stages: [source]", "stages.0: must be a mapping of keys to values, got 'source'"),
         (HEAD + "stages: [{fit: {epochs: 1}}]", "stages.0.stage: missing; one of " + ", ".join(sorted(TAKES))),
+        (
+            "name: a\nmodel: {arch: 'timm:resnet18.a1_in1k'}\n" + SOURCE,
+            "model.arch: timm:resnet18.a1_in1k names pretrained weights, which arch does not load; "
+            "give arch: timm:resnet18, and weights: timm:a1_in1k to start from them",
+        ),
+        (
+            HEAD + "stages: [{stage: source, fit: {epochs: 1}}, {stage: student, arch: 'timm:a.b', weights: b.pt}]",
+            "stages.1.arch: timm:a.b names pretrained weights, which arch does not load; "
+            "give arch: timm:a, and weights: timm:b to start from them",
+        ),
         (HEAD + SOURCE + "out: ''", "out: must not be empty, got ''"),
         (HEAD + SOURCE + "out: 2024", "out: must be text, got 2024; put it in quotes"),
         (HEAD + SOURCE + "schema_version: 2", "schema_version: must be 1, got 2"),

@@ -103,6 +103,16 @@ def test_a_further_target_has_its_own_section_and_trained_row(tmp_path: Path) ->
     assert (arm.target, arm.methods[-1].top1) == ("cpu_arm", "97.78\u00a0%")
 
 
+@pytest.mark.parametrize("own", [0.0, 1.0])
+def test_a_further_target_whose_training_was_skipped_is_shown_as_calibrated(tmp_path: Path, own: float) -> None:
+    planted = build_int8()
+    planted["ptq"]["targets"] |= {"cpu_arm": build_ptq()["targets"]["cpu_avx2"]}
+    report = build_report(tmp_path, int8=planted)
+    skipped = {"top1_cpu_arm": 0.97222, "trained_cpu_arm": 0.0, "trained_cpu_avx2": own, "trained": own}
+    arm = int8.sections(with_metrics(report, "qat", **skipped), 2)[1].methods[-1]
+    assert (arm.method, arm.scored_in, arm.top1) == ("QAT skipped", "ONNX Runtime", "97.22\u00a0%")
+
+
 def test_unknown_counts_and_ratios_are_dashes(tmp_path: Path) -> None:
     planted = build_int8()
     planted["ptq"]["targets"]["cpu_avx2"]["trials"] = [trial("minmax", [], 0.9, None, met=False)]
