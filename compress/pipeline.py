@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +25,13 @@ from compress.recipe.read import write_recipe
 from compress.recipe.schema import Recipe, Targets
 from compress.recipe.stages import StageSection
 from export.onnx_file.targets import resolve_target
-from export.runtime.environment import environment, fingerprint, runtime
+from export.runtime.environment import environment, fingerprint
 
 if TYPE_CHECKING:
     from compress.run import Run
 
 # Bumped when a stage's code changes what it makes from the same settings.
-VERSIONS = {"source": 3, "student": 1, "prune": 3, "distill": 3, "ptq": 2, "qat": 5, "export": 5, "bench": 1}
+VERSIONS = {"source": 3, "student": 1, "prune": 3, "distill": 3, "ptq": 3, "qat": 6, "export": 5, "bench": 1}
 
 
 @dataclass(frozen=True)
@@ -171,20 +170,9 @@ def _outside(recipe: Recipe, section: StageSection) -> list[object]:
         found.append(recipe.teaching.model_dump(mode="json"))
     if section.stage == "student":
         found.append(source_digest(section.arch, section.weights))
-    if section.stage in (
-        "ptq",
-        "export",
-        "bench",
-    ):  # what they measure is the runtime's, the last two's also the machine's
-        found.append(runtime()["onnxruntime"])
-    if section.stage in ("export", "bench"):
-        found.append(_machine())
+    if section.stage == "bench":
+        found.append(fingerprint(environment()))
     return found
-
-
-@cache
-def _machine() -> str:
-    return fingerprint(environment())  # asks the GPU's driver, which takes a second
 
 
 def _why(recipe: Recipe, index: int, section: StageSection, directory: Path, before: list[PlanLine]) -> str:

@@ -99,7 +99,7 @@ def examine(arch: str, image_size: int) -> Row:
     prune_(model, image_size)
     kept = count(model, image_size).macs / full
     fit_classifier_(model, photographs, labels)
-    prepared = prepare(model, TARGET)
+    prepared = prepare(model, TARGET, photographs)
     calibrate_(prepared, photographs.split(20), "minmax")
     train_one_step_(prepared, photographs[:8], labels[:8])
     unseen, _ = crops(IMAGES, image_size, seed=1)
@@ -236,7 +236,7 @@ def time_int8(arch: str) -> Speedup:
     photographs, _ = crops(4, 224, seed=0)
     model = enlivened(build(arch, num_classes=CLASSES), photographs)
     prune_(model, 224)
-    prepared = prepare(model, TARGET)
+    prepared = prepare(model, TARGET, photographs)
     calibrate_(prepared, [photographs], "minmax")
     with tempfile.TemporaryDirectory() as folder:
         files = {"fp32": Path(folder, "fp32.onnx"), "int8": Path(folder, "int8.onnx")}

@@ -36,7 +36,6 @@ from export.images.read import Preprocess
 from export.onnx_file.targets import TARGETS, host_target
 from export.onnx_file.to_onnx import to_onnx
 from export.runtime.environment import environment
-from export.runtime.latency import median_ratio
 from export.runtime.session import Run
 
 TRIALS = 30
@@ -94,7 +93,7 @@ def write_trial_bundle(out: Path) -> None:
     images = torch.from_numpy(normalize(pixels))
     model = enlivened(build("torchvision:resnet18", num_classes=len(CLASSES)), images)
     fit_classifier_(model, images, torch.from_numpy(labels))
-    prepared = prepare(model, TARGETS["cpu_avx2"])
+    prepared = prepare(model, TARGETS["cpu_avx2"], images)
     calibrate_(prepared, images.split(50), "minmax")
     files = {name: out.parent / f"{name}.onnx" for name in ("student_fp32", "student_int8")}
     for network, path in zip((model, deploy(prepared)), files.values(), strict=True):
@@ -166,8 +165,7 @@ def latency_trials(served: Opener, reference: Opener, trials: int, progress: Cal
     """Return the rows on latency: the file beside itself, and its ratio to the float file beside the recorded one."""
     limit = LIMITS.max_latency_ratio
     assert limit is not None
-    ratios = record(served, reference, PLAN, name="student_fp32").ratios
-    then = median_ratio(np.array(ratios), confidence=PLAN.confidence)
+    recorded = np.array(record(served, reference, PLAN, name="student_fp32").ratios)
     rows = []
     for name, needed, new in (("nothing", None, served), (f"{SLOWER - 1:.0%}", trials, slowed(served, SLOWER))):
         beside, ratio = Counter[str](), Counter[str]()
@@ -180,7 +178,7 @@ def latency_trials(served: Opener, reference: Opener, trials: int, progress: Cal
                 continue
             found, _ = compare(new, served, plan, limit)
             beside[judge(found, limit, was="", now="", explained=None).status] += 1
-            found, _ = compare(new, reference, plan, limit, then=then)
+            found, _ = compare(new, reference, plan, limit, recorded=recorded)
             ratio[judge(found, limit, was="", now="", explained=None).status] += 1
         rows.append(Row(f"latency beside the old file: {name} slower", needed, beside))
         rows.append(Row(f"latency over the float file: {name} slower", needed, ratio))

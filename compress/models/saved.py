@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from compress.artifact import write_json
 from compress.models.architectures import build
+from compress.models.structure import versioned
 from compress.pruning.plan import Cut, cut_
 from compress.quant.fake_quant import Ranges
 from compress.quant.prepare import prepare
@@ -66,7 +67,7 @@ def rebuild(architecture: Architecture, *, trust_code: bool) -> nn.Module:
 def load_float(directory: Path, *, trust_code: bool) -> nn.Module:
     """Return the float network of an artifact, in eval mode on the CPU."""
     model = rebuild(read_architecture(directory), trust_code=trust_code)
-    model.load_state_dict(load_file(directory / WEIGHTS))
+    model.load_state_dict(versioned(model, load_file(directory / WEIGHTS)))
     return model.eval()
 
 
@@ -74,12 +75,13 @@ def prepare_as(architecture: Architecture, model: nn.Module) -> fx.GraphModule:
     """Return the float network fake-quantized as the architecture says, its ranges not set yet."""
     assert architecture.target is not None
     target = TARGETS[architecture.target]
-    return prepare(model, target, ranges=architecture.ranges, keep_float=architecture.keep_float)
+    images = example_images(architecture.image_size)
+    return prepare(model, target, images, ranges=architecture.ranges, keep_float=architecture.keep_float)
 
 
 def load_prepared(directory: Path, *, trust_code: bool) -> fx.GraphModule:
     """Return a fake-quantized network, in eval mode on the CPU, its ranges frozen."""
     architecture = read_architecture(directory)
     model = prepare_as(architecture, rebuild(architecture, trust_code=trust_code))
-    model.load_state_dict(load_file(directory / WEIGHTS))
+    model.load_state_dict(versioned(model, load_file(directory / WEIGHTS)))
     return model.eval()

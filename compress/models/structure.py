@@ -1,5 +1,7 @@
 """What a network is made of: its cost, and which of its layers is the classifier."""
 
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -98,3 +100,10 @@ def _run(model: nn.Module, image_size: int) -> object:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def versioned(model: nn.Module, state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """Return the state with the versions of the model's modules, which files of plain tensors lack and MNASNet asks for."""
+    tensors = OrderedDict(state)
+    tensors._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    return tensors

@@ -17,7 +17,7 @@ from torch.serialization import safe_globals
 from compress.errors import ModelError
 from compress.models.architectures import import_timm, nearest
 from compress.models.digest import existing_file, is_named
-from compress.models.structure import classifier
+from compress.models.structure import classifier, versioned
 
 State = dict[str, Tensor]
 # Where training scripts put the state dict inside a checkpoint, the first that is there; averages only where there is nothing else.
@@ -111,7 +111,8 @@ def load_weights_(model: nn.Module, arch: str, weights: str, *, reset_head: bool
 def _fit_(model: nn.Module, state: State, complaint: str) -> None:
     """Copy the state into the model; raise `ModelError` with the complaint and the keys unless it fits whole."""
     misshapen = _misshapen(model, state)
-    found = model.load_state_dict({key: value for key, value in state.items() if key not in misshapen}, strict=False)
+    fitting = {key: value for key, value in state.items() if key not in misshapen}
+    found = model.load_state_dict(versioned(model, fitting), strict=False)
     parts = (
         _listed("missing", [key for key in found.missing_keys if key not in misshapen]),
         _listed("unexpected", found.unexpected_keys),

@@ -163,10 +163,13 @@ class DeployedWeights(nn.Module):
         scale = torch.maximum(folded.scale, folded.bias.abs() / (input_scale * BIAS_LIMIT)).clamp(min=MIN_SCALE)
         levels = (folded.levels * per_channel(folded.scale / scale, folded.levels)).round().to(torch.int8)
         self.convolution: tuple[Any, ...] | None = ((1, 1), (0, 0), (1, 1), len(scale))
+        self.sides: tuple[int, ...] | None = None  # zeros left, right, above and below, where they differ
         if layer is not None:
-            self.convolution = (
-                (layer.stride, layer.padding, layer.dilation, layer.groups) if isinstance(layer, nn.Conv2d) else None
-            )
+            self.convolution = None
+        if isinstance(layer, nn.Conv2d):
+            self.convolution = (layer.stride, layer.padding, layer.dilation, layer.groups)
+            if str(layer.padding_mode) == "constant":  # `layers.pad_into_convolutions_`
+                self.sides = tuple(layer._reversed_padding_repeated_twice)
         self.integer_bias = target.integer_bias
         self.register_buffer("input_scale", input_scale.clone())
         self.register_buffer("output_scale", None if sink is None else sink.scale_and_zero_point()[0])
@@ -205,7 +208,20 @@ class DeployedWeights(nn.Module):
     def _layer(self, values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if self.convolution is not None:
             stride, padding, dilation, groups = self.convolution
-            return F.conv2d(values, weight, bias, stride, padding, dilation, groups)
+            padded = values if self.sides is None else F.pad(values, self.sides)
+            convolved = F.conv2d(padded, weight, bias, stride, padding, dilation, groups)
+            if self.sides is None or not torch.compiler.is_exporting():
+                return convolved
+            left, right, above, below = self.sides
+            attributes = {
+                "strides": stride,
+                "pads": (above, left, below, right),
+                "dilations": dilation,
+                "group": groups,
+            }
+            return torch.onnx.ops.symbolic(
+                "Conv", (values, weight, bias), attributes, dtype=values.dtype, shape=convolved.shape, version=18
+            )
         if values.dim() == 2:
             return F.linear(values, weight, bias)
         # Only a Gemm takes the bias along (QGemm), and only two dimensions make one; the reshapes copy nothing.

@@ -1,7 +1,6 @@
 """Turn a float network into one that trains for INT8 (`prepare`), steer its phases, and turn that into its deployed form (`deploy`)."""
 
 import copy
-import operator
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
@@ -25,25 +24,32 @@ from compress.quant.graph.placement import (
     runs_in_integers,
 )
 from compress.quant.graph.rewrite import traced
-from compress.quant.graph.trace import called
+from compress.quant.graph.trace import called, name_of
 from compress.quant.layers import Kernel, QuantConv2d, QuantLayer, QuantLinear, QuantNorm, QuantNorm1d, QuantNorm2d
 from export.onnx_file.targets import Target
 
 PLAIN = (nn.Conv2d, nn.Linear)
 QUANTIZED_NORMS: dict[type, type[QuantNorm]] = {nn.BatchNorm1d: QuantNorm1d, nn.BatchNorm2d: QuantNorm2d}
 # Shapes and sizes: they compute nothing from the tensors.
-SILENT = (SameRange, getattr, "size", "dim", operator.floordiv)
+SILENT = (SameRange, "size")
 
 
 def prepare(
-    model: nn.Module, target: Target, *, ranges: Ranges = "moving_average", keep_float: Collection[str] = ()
+    model: nn.Module,
+    target: Target,
+    images: Tensor,
+    *,
+    ranges: Ranges = "moving_average",
+    keep_float: Collection[str] = (),
 ) -> fx.GraphModule:
     """Return a copy of the float model with fake-quantized weights and activations; module paths stay as they are.
+
+    `images` (n, channels, h, w) tell the sizes; their values do not matter.
 
     `ranges` says how scales are found: measured, or learned with the weights (LSQ). `keep_float` holds shell patterns of the layers' paths
     that stay plain. Raises ModelError where the network cannot be traced, uses a layer twice, or has no layer that a pattern names.
     """
-    graph = traced(model)
+    graph = traced(model, images)
     _refuse_shared_layers(graph)
     kept = _matching(groups(graph), keep_float)
     for name, module in graph.named_modules():
@@ -54,16 +60,13 @@ def prepare(
         elif type(module) in QUANTIZED_NORMS:
             module.__class__ = QUANTIZED_NORMS[type(module)]
             module.kernel = None
-        elif isinstance(module, (nn.ReLU, nn.ReLU6)):
-            module.inplace = False  # a residual may still read the unclipped tensor's quantized copy
     place_quantizers_(graph, target, ranges)
     _link_kernels_(graph)
     return graph
 
 
-def groups(model: nn.Module) -> tuple[str, ...]:
-    """Return the paths of the layers that can be quantized, or are, in the order they run."""
-    graph = model if isinstance(model, fx.GraphModule) else traced(model)
+def groups(graph: fx.GraphModule) -> tuple[str, ...]:
+    """Return the paths of a traced network's layers that can be quantized, or are, in the order they run."""
     return tuple(str(node.target) for node in graph.graph.nodes if called(graph, node) in (*PLAIN, *LAYERS))
 
 
@@ -153,8 +156,7 @@ def float_on_purpose(prepared: fx.GraphModule) -> dict[str, str]:
         elif keeps_range(prepared, node) or is_quantizer(prepared, node) or runs_in_integers(prepared, node):
             continue
         elif not (node.all_input_nodes and _taken_along(prepared, node)):
-            name = str(node.target) if node.op == "call_module" else node.name
-            reasons[name] = _reason(prepared, node)
+            reasons[name_of(node)] = _reason(prepared, node)
     return reasons
 
 

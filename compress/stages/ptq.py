@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compress.artifact import Metrics, read_meta, write_json
 from compress.errors import ModelError
 from compress.log import StageLog
-from compress.models.saved import ARCHITECTURE, WEIGHTS, load_float
+from compress.models.saved import ARCHITECTURE, WEIGHTS, example_images, load_float
 from compress.onnx_export import export_network
 from compress.quant import neural_compressor_ptq
 from compress.quant.calibrate import Method, calibrate_, collect, set_ranges_
@@ -56,7 +56,9 @@ class Student:
     def prepared(self, target: Target, keep_float: Sequence[str] = ()) -> torch.fx.GraphModule:
         """Return the network fake-quantized on the run's device, its ranges not set yet."""
         model = load_float(self.src, trust_code=self.run.trust_code)
-        placed = place_(prepare(model, target, keep_float=keep_float), self.run.device)
+        placed = place_(
+            prepare(model, target, example_images(self.run.image_size), keep_float=keep_float), self.run.device
+        )
         assert isinstance(placed, torch.fx.GraphModule)
         return placed.eval()
 

@@ -41,7 +41,7 @@ def _check_later_stages(teacher: nn.Module, run: Run) -> None:
         if "prune" in stages:
             find_groups(student, example_images(run.image_size), "random", exclude=())
         if "qat" in stages:
-            trace(student)
+            trace(student, example_images(run.image_size))
         for section in chain.stages:
             if isinstance(section, DistillStage | QatStage):
                 check_layers(section.loss, student=student, teacher=teacher)

@@ -79,7 +79,7 @@ def write_digits(kind: type[nn.Module], folder: Path, *, targets: tuple[str, ...
     held_out, calibration = (torch.from_numpy(NORMALIZE(part)) for part in (pixels[:HELD_OUT], pixels[-256:]))
     in_torch = {}
     for target in targets:
-        prepared = prepare(model, TARGETS[target])
+        prepared = prepare(model, TARGETS[target], calibration)
         calibrate_(prepared, [calibration], "minmax")
         to_onnx(deploy(prepared), folder / f"int8_{target}.onnx", image_size=16, metadata={})
         with torch.no_grad():

@@ -46,7 +46,7 @@ def main() -> None:
     for arch in sys.argv[1:]:
         torch.manual_seed(0)
         model = enlivened(build(arch, num_classes=1000), images)
-        prepared = prepare(model, TARGET)
+        prepared = prepare(model, TARGET, images)
         calibrate_(prepared, [images], "minmax")
         with tempfile.TemporaryDirectory() as folder:
             files = {"fp32": Path(folder, "fp32.onnx"), "int8": Path(folder, "int8.onnx")}

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from compress.errors import ModelError
 from compress.models.architectures import build
 from compress.models.digest import source_digest
+from compress.models.saved import Architecture, load_float, save_network
 from compress.models.structure import check_output, classifier, count
+from compress.models.weights import load_weights_
 
 FACTORY = """\
 from torch import nn
@@ -320,3 +322,12 @@ def test_the_digest_of_missing_weights_is_refused(tmp_path: Path) -> None:
 def test_the_digest_needs_no_torch() -> None:
     code = "import sys, compress.models.digest; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_network_whose_state_has_a_version_is_saved_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build("torchvision:mnasnet0_5", num_classes=3)
+    save_network(model, Architecture("torchvision:mnasnet0_5", 3, 32), tmp_path)
+    state = load_float(tmp_path, trust_code=False).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    load_weights_(model, "torchvision:mnasnet0_5", str(tmp_path / "weights.safetensors"), reset_head=False)

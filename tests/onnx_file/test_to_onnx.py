@@ -91,7 +91,7 @@ def test_two_exports_are_the_same_bytes(network: nn.Module, exported: Path, tmp_
 
 
 def test_a_quantizers_tensor_carries_its_module_path(network: nn.Module, tmp_path: Path) -> None:
-    prepared = prepare(network, TARGETS["cpu_vnni"]).eval()
+    prepared = prepare(network, TARGETS["cpu_vnni"], torch.zeros(1, 3, 16, 16)).eval()
     for quantizer in quantizers(prepared):
         quantizer.set_range_(torch.tensor(0.0), torch.tensor(1.0))
     path = tmp_path / "int8.onnx"

@@ -34,7 +34,7 @@ def histogram_of(*parts: Tensor) -> Histogram:
 
 @pytest.fixture
 def prepared() -> fx.GraphModule:
-    return prepare(lively(Mobile(4)), TARGETS["cpu_vnni"])
+    return prepare(lively(Mobile(4)), TARGETS["cpu_vnni"], torch.zeros(1, 3, 16, 16))
 
 
 def batches(scales: tuple[float, ...] = (1.0, 3.0, 0.5)) -> Iterator[Tensor]:

@@ -18,6 +18,7 @@ from compress.quant.fake_quant import (
     quantize_weight,
     weight_scale,
 )
+from compress.quant.graph.rewrite import traced
 from compress.quant.layers import QuantConv2d, QuantLayer
 from compress.quant.prepare import (
     deploy,
@@ -35,11 +36,12 @@ from export.onnx_file.graph import weight_levels
 from export.onnx_file.targets import INT8_TARGETS, TARGETS, Target
 from export.onnx_file.to_onnx import to_onnx
 
+EXAMPLE = torch.zeros(1, 3, 16, 16)
 NETWORKS = {"residual": Residual, "mobile": Mobile}
 
 
 def calibrated(model: nn.Module, target: Target, images: torch.Tensor) -> fx.GraphModule:
-    return with_ranges_of(images, prepare(model, target))
+    return with_ranges_of(images, prepare(model, target, images))
 
 
 def with_ranges_of(images: torch.Tensor, prepared: fx.GraphModule) -> fx.GraphModule:
@@ -114,7 +116,7 @@ def test_frozen_ranges_do_not_move() -> None:
 def test_prepare_leaves_its_argument_alone_and_keeps_module_paths() -> None:
     model = lively(Mobile(5))
     state = copy.deepcopy(model.state_dict())
-    prepared = prepare(model, TARGETS["cpu_vnni"])
+    prepared = prepare(model, TARGETS["cpu_vnni"], EXAMPLE)
     assert type(model.get_submodule("stem.0")) is nn.Conv2d
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     assert set(state) <= set(prepared.state_dict())
@@ -176,7 +178,7 @@ def test_a_layer_that_runs_twice_is_refused() -> None:
             return out
 
     with pytest.raises(ModelError, match="conv: runs 2 times in one forward"):
-        prepare(Twice(), TARGETS["cpu_vnni"])
+        prepare(Twice(), TARGETS["cpu_vnni"], EXAMPLE)
 
 
 def onnxruntimes_answers(prepared: fx.GraphModule, images: torch.Tensor, path: Path) -> np.ndarray:
@@ -284,8 +286,8 @@ def test_the_tensorrt_file_has_zero_points_of_zero_and_no_int32(tmp_path: Path) 
 def test_groups_are_the_layers_in_the_order_they_run() -> None:
     model = Mobile(5)
     expected = ("stem.0", "expand.0", "depth.0", "project.0", "grouped.0", "head")
-    assert groups(model) == expected
-    assert groups(prepare(model, TARGETS["cpu_vnni"])) == expected
+    assert groups(traced(model, EXAMPLE)) == expected
+    assert groups(prepare(model, TARGETS["cpu_vnni"], EXAMPLE)) == expected
 
 
 def test_quantizing_one_group_alone_changes_what_that_layer_rounds_and_nothing_else() -> None:
@@ -309,7 +311,7 @@ def test_quantizing_one_group_alone_changes_what_that_layer_rounds_and_nothing_e
 
 
 def test_layers_kept_float_run_in_float_and_say_so(tmp_path: Path) -> None:
-    prepared = prepare(lively(Mobile(5)), TARGETS["cpu_vnni"], keep_float=("depth.*", "head"))
+    prepared = prepare(lively(Mobile(5)), TARGETS["cpu_vnni"], EXAMPLE, keep_float=("depth.*", "head"))
     why = float_on_purpose(prepared)
     assert why.pop("depth.0") == why.pop("head") == "keep_float names it"
     assert why == {
@@ -327,14 +329,14 @@ def test_layers_kept_float_run_in_float_and_say_so(tmp_path: Path) -> None:
 
 
 def test_a_network_that_runs_in_integers_throughout_has_nothing_to_excuse() -> None:
-    assert float_on_purpose(prepare(lively(Mobile(5)), TARGETS["cpu_vnni"])) == {}
+    assert float_on_purpose(prepare(lively(Mobile(5)), TARGETS["cpu_vnni"], EXAMPLE)) == {}
 
 
 def test_a_pattern_that_names_no_layer_is_refused() -> None:
     with pytest.raises(
         ModelError, match=r"keep_float: features\.\* names no convolution or linear layer; they are stem\.0,"
     ):
-        prepare(Mobile(5), TARGETS["cpu_vnni"], keep_float=("features.*",))
+        prepare(Mobile(5), TARGETS["cpu_vnni"], EXAMPLE, keep_float=("features.*",))
 
 
 def test_reestimated_batchnorm_statistics_are_the_mean_over_the_batches() -> None:

@@ -170,7 +170,7 @@ def run(network: nn.Module, target: str, folder: Path) -> tuple[dict[str, int], 
     """Return the optimized graph's operators, and how far ONNX Runtime's logits are from the trained ones in steps of the pool's grid."""
     torch.manual_seed(1)
     images = torch.randn(8, 3, SIZE, SIZE)
-    prepared = prepare(network, TARGETS[target]).train()
+    prepared = prepare(network, TARGETS[target], images).train()
     freeze_batchnorm_(prepared)
     set_phase_(prepared, observing=True, quantizing=False)
     prepared(images)
@@ -234,6 +234,8 @@ def test_a_hard_sigmoid_is_nothing_but_rounding() -> None:
 
 
 def test_symmetric_targets_keep_the_hard_sigmoid_as_an_operator() -> None:
-    prepared = prepare(lively(around(conv(WIDTH, WIDTH, nn.Hardswish()))), TARGETS["tensorrt"])
+    prepared = prepare(
+        lively(around(conv(WIDTH, WIDTH, nn.Hardswish()))), TARGETS["tensorrt"], torch.zeros(1, 3, SIZE, SIZE)
+    )
     assert not any(isinstance(module, HardSigmoidQuantizer) for module in prepared.modules())
     assert "ONNX Runtime has no integer kernel for hardsigmoid" in float_on_purpose(prepared).values()

@@ -134,7 +134,9 @@ def test_a_relus_range_never_grows_below_zero() -> None:
 def test_weight_steps_learn_by_equation_3_for_each_channel() -> None:
     conv = nn.Conv2d(2, 2, 1, bias=False)
     conv.weight.data = torch.tensor([[0.9, -0.31], [0.05, -0.2]]).view(2, 2, 1, 1)
-    layer = prepare(nn.Sequential(conv, nn.ReLU()), TARGETS["cpu_avx2"], ranges="lsq").get_submodule("0")
+    layer = prepare(
+        nn.Sequential(conv, nn.ReLU()), TARGETS["cpu_avx2"], torch.zeros(1, 2, 1, 1), ranges="lsq"
+    ).get_submodule("0")
     assert isinstance(layer, QuantLayer)
     assert layer.weight_range is not None
     layer.weight_range.data = torch.tensor([0.7, 0.25])  # the first weight is clipped
@@ -152,7 +154,7 @@ def test_weight_ranges_start_where_the_largest_weight_is_clipped() -> None:
     """At max|w|, eq. 3 gives Q for each channel's largest weight: the dominant term, which rounding must not lose."""
     torch.manual_seed(1)
     conv = nn.Conv2d(4, 64, 3, bias=False)
-    layer = prepare(nn.Sequential(conv, nn.ReLU()), TARGETS["cpu_vnni"], ranges="lsq").get_submodule("0")
+    layer = prepare(nn.Sequential(conv, nn.ReLU()), TARGETS["cpu_vnni"], torch.zeros(1, 4, 3, 3), ranges="lsq").get_submodule("0")
     assert isinstance(layer, QuantLayer)
     assert layer.weight_range is not None
     weight = conv.weight.detach().double().flatten(1)  # (64, 36)
@@ -168,7 +170,7 @@ def test_weight_ranges_start_where_the_largest_weight_is_clipped() -> None:
 
 def test_a_step_of_training_reaches_every_parameter_without_nan() -> None:
     torch.manual_seed(0)
-    model = prepare(lively(Mobile(5)), TARGETS["cpu_avx2"], ranges="lsq").train()
+    model = prepare(lively(Mobile(5)), TARGETS["cpu_avx2"], torch.zeros(1, 3, 16, 16), ranges="lsq").train()
     images = torch.randn(8, 3, 16, 16)
     set_phase_(model, observing=True, quantizing=False)
     model(images)
@@ -184,7 +186,7 @@ def test_a_step_of_training_reaches_every_parameter_without_nan() -> None:
 
 
 def test_learned_ranges_are_vectors_at_most_so_that_they_get_no_weight_decay() -> None:
-    model = prepare(Residual(5), TARGETS["cpu_vnni"], ranges="lsq")
+    model = prepare(Residual(5), TARGETS["cpu_vnni"], torch.zeros(1, 3, 16, 16), ranges="lsq")
     learned = [p for name, p in model.named_parameters() if name.endswith(("weight_range", ".low", ".high"))]
     assert len(learned) > 14
     assert all(parameter.dim() <= 1 for parameter in learned)
@@ -193,7 +195,7 @@ def test_learned_ranges_are_vectors_at_most_so_that_they_get_no_weight_decay() -
 def test_learned_ranges_survive_saving_and_are_deployed_as_trained(tmp_path: Path) -> None:
     torch.manual_seed(0)
     images = torch.randn(32, 3, 16, 16)
-    model = prepare(lively(Residual(5)), TARGETS["cpu_avx2"], ranges="lsq").train()
+    model = prepare(lively(Residual(5)), TARGETS["cpu_avx2"], torch.zeros(1, 3, 16, 16), ranges="lsq").train()
     freeze_batchnorm_(model)
     set_phase_(model, observing=True, quantizing=False)
     model(images)
@@ -204,7 +206,7 @@ def test_learned_ranges_survive_saving_and_are_deployed_as_trained(tmp_path: Pat
         for module in model.modules():
             if isinstance(module, QuantLayer) and module.weight_range is not None:
                 module.weight_range.mul_(0.7)
-    again = prepare(Residual(5), TARGETS["cpu_avx2"], ranges="lsq")
+    again = prepare(Residual(5), TARGETS["cpu_avx2"], torch.zeros(1, 3, 16, 16), ranges="lsq")
     again.load_state_dict(model.state_dict())
     model.eval(), again.eval()
     with torch.no_grad():

@@ -171,7 +171,7 @@ def network() -> Residual:
 
 @pytest.fixture(scope="module")
 def prepared() -> fx.GraphModule:
-    model = prepare(network(), TARGETS["cpu_avx2"])
+    model = prepare(network(), TARGETS["cpu_avx2"], torch.zeros(1, 3, 16, 16))
     calibrate_(model, [batch for batch, _ in labelled(2)], "minmax")
     return model
 
@@ -215,7 +215,7 @@ def test_a_layer_whose_weights_round_to_nothing_is_the_worst() -> None:
             assert isinstance(norm, nn.BatchNorm2d)
             norm.weight[0] = norm.bias[0] = 0
         model.block2.conv1.weight[:, 0] = 1000
-    planted = prepare(model, TARGETS["cpu_vnni"])
+    planted = prepare(model, TARGETS["cpu_vnni"], torch.zeros(1, 3, 16, 16))
     calibrate_(planted, [batch for batch, _ in labelled(2)], "minmax")
     worst, second, *_ = sensitivity(planted, labelled(2))
     assert worst.group == "block2.conv1"

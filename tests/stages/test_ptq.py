@@ -176,7 +176,7 @@ def agreement(answers: Tensor, reference: Tensor) -> float:
 
 
 def calibrated_agreement(model: nn.Module, method: Method, digits: tuple[Labelled, Labelled]) -> float:
-    prepared = prepare(model, TARGETS["cpu_avx2"])
+    prepared = prepare(model, TARGETS["cpu_avx2"], torch.zeros(1, 3, SIZE, SIZE))
     calibrate_(prepared, digits[0][0][:512].split(64), method)
     with torch.no_grad():
         return agreement(prepared(digits[1][0]), model(digits[1][0]))

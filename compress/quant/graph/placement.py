@@ -19,19 +19,14 @@ from compress.quant.graph.trace import called
 from compress.quant.layers import QuantConv2d, QuantLinear, QuantNorm1d, QuantNorm2d
 from export.onnx_file.targets import Target
 
-CLIPS: dict[object, float] = {nn.ReLU: math.inf, F.relu: math.inf, torch.relu: math.inf, "relu": math.inf, "relu_": math.inf,
-                              nn.ReLU6: 6.0, F.relu6: 6.0}  # fmt: skip
+CLIPS: dict[object, float] = {F.relu: math.inf, F.relu6: 6.0}
 LAYERS = (QuantConv2d, QuantLinear)
 NORMS = (QuantNorm2d, QuantNorm1d)
 # Two tensors in: QLinearAdd, QLinearMul.
-PAIRS = (operator.add, operator.iadd, torch.add, "add", "add_", operator.mul, operator.imul, torch.mul, "mul", "mul_")
-JOINS = (torch.cat, torch.concat)  # QLinearConcat
+PAIRS = (operator.add, operator.mul)
+JOINS = (torch.cat,)  # QLinearConcat
 # QLinearGlobalAveragePool and QLinearAveragePool.
-ADAPTIVE_POOLS, POOLS, MEANS = (
-    (nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d),
-    (nn.AvgPool2d, F.avg_pool2d),
-    (torch.mean, "mean"),
-)
+ADAPTIVE_POOLS, POOLS, MEANS = (F.adaptive_avg_pool2d,), (F.avg_pool2d,), (torch.mean,)
 # Measured in ONNX Runtime 1.32, one thread, AVX-512 VNNI, two 1x1 convolutions of 64 channels at 56 px with the function between them
 # (least of 15 rounds; 0.24 ms without it, signal-to-noise against float behind both):
 #   hard swish: float 0.65 ms, 32.7 dB; HardSigmoid then QLinearMul 0.53; QLinearLeakyRelu as a table of requantization, then QLinearMul
@@ -40,13 +35,12 @@ ADAPTIVE_POOLS, POOLS, MEANS = (
 # A batch-norm that follows no layer, then ReLU and a convolution of 256 channels at 28 px: as a 1x1 depthwise QLinearConv 0.31 ms,
 # 29.5 dB; float 0.53, 29.5 dB; QLinearMul and QLinearAdd 0.40, 28.5 dB.
 # One tensor in: QLinearSigmoid and QLinearLeakyRelu are tables of 256 entries.
-TABLES = (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", nn.LeakyReLU, F.leaky_relu)
-HARD_SIGMOIDS = (nn.Hardsigmoid, F.hardsigmoid)
-KEEP_RANGE = (nn.MaxPool2d, nn.Flatten, nn.ChannelShuffle, F.max_pool2d, torch.flatten, "flatten", torch.reshape, "reshape", "view",
-              "contiguous", "permute", torch.permute, "transpose", torch.transpose, operator.getitem, torch.squeeze, "squeeze",
-              torch.unsqueeze, "unsqueeze")  # fmt: skip
-TUPLES = ("chunk", torch.chunk, "split", torch.split)
-NO_OPS = (*TUPLES, "contiguous")  # leave no operator that a Q/DQ pair could stand behind
+TABLES = (torch.sigmoid, F.leaky_relu)
+HARD_SIGMOIDS = (F.hardsigmoid,)
+KEEP_RANGE = (F.max_pool2d, F.channel_shuffle, torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze,
+              operator.getitem, torch.ops.aten.slice.Tensor, torch.ops.aten.select.int)  # fmt: skip
+TUPLES = (torch.chunk, torch.split)
+NO_OPS = TUPLES  # leave no operator that a Q/DQ pair could stand behind
 
 
 @dataclass(frozen=True)
@@ -101,7 +95,7 @@ def keeps_range(graph: fx.GraphModule, node: fx.Node) -> bool:
     So does an adaptive pool in the size that it was made for (VGG's 7 x 7); in others its averages stay inside its input's range.
     """
     what = called(graph, node)
-    return what in KEEP_RANGE or what in TUPLES or (what in ADAPTIVE_POOLS and not _pools_to_one(graph, node))
+    return what in KEEP_RANGE or what in TUPLES or (what in ADAPTIVE_POOLS and not _pools_to_one(node))
 
 
 def is_kernel(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -113,7 +107,7 @@ def is_kernel(graph: fx.GraphModule, node: fx.Node) -> bool:
         axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         return isinstance(axes, tuple | list) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]
     if what in ADAPTIVE_POOLS:
-        return _pools_to_one(graph, node)
+        return _pools_to_one(node)
     return what in POOLS or what in JOINS or what in TABLES or what in CLIPS or what is QuantNorm2d
 
 
@@ -131,9 +125,8 @@ def is_quantizer(graph: fx.GraphModule, node: fx.Node) -> bool:
     return isinstance(what, type) and issubclass(what, ActivationQuantizer)
 
 
-def _pools_to_one(graph: fx.GraphModule, node: fx.Node) -> bool:
-    size = graph.get_submodule(str(node.target)).output_size if node.op == "call_module" else node.args[1]
-    return size in (1, (1, 1), [1, 1])
+def _pools_to_one(node: fx.Node) -> bool:
+    return node.args[1] in (1, (1, 1), [1, 1])
 
 
 def _place_hard_sigmoids(graph: fx.GraphModule, target: Target) -> None:

@@ -7,23 +7,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from compress.quant.graph.trace import called, trace
+from compress.quant.graph.trace import trace
 
-SILUS = (nn.SiLU, F.silu)
-PRODUCTS = (operator.mul, torch.mul, "mul")
-THREES: dict[object, float] = dict.fromkeys((operator.add, torch.add, "add"), 3.0)
-SIXTHS: dict[object, float] = dict.fromkeys((operator.truediv, torch.div, "div"), 6.0) | dict.fromkeys(PRODUCTS, 1 / 6)
-HARD_SWISHES = (nn.Hardswish, F.hardswish)
+THREES: dict[object, float] = {operator.add: 3.0}
+SIXTHS: dict[object, float] = {operator.truediv: 6.0, operator.mul: 1 / 6}
 
 
-def traced(model: nn.Module) -> fx.GraphModule:
+def traced(model: nn.Module, images: Tensor) -> fx.GraphModule:
     """Return the model as one graph whose activations are made of what integer kernels compute."""
-    graph = trace(model)
+    graph = trace(model, images)
     for node in list(graph.graph.nodes):
-        what = called(graph, node)
-        if what in SILUS:
+        if node.target is F.silu:
             _gate(graph, node, torch.sigmoid)
-        elif what in HARD_SWISHES:
+        elif node.target is F.hardswish:
             _gate(graph, node, F.hardsigmoid)
     _recognize_hard_sigmoids(graph)
     graph.delete_all_unused_submodules()
@@ -46,12 +42,12 @@ def _recognize_hard_sigmoids(graph: fx.GraphModule) -> None:
         sixfold = _combined_with(node, SIXTHS)
         if sixfold is None:
             continue
-        product = sixfold.target in PRODUCTS and len(sixfold.users) == 1
+        product = sixfold.target is operator.mul and len(sixfold.users) == 1
         factors = list(sixfold.all_input_nodes) if product else [sixfold]
-        clip = next((factor for factor in factors if _clipped_shift(graph, factor) is not None), None)
+        clip = next((factor for factor in factors if _clipped_shift(factor) is not None), None)
         if clip is None:
             continue
-        values = _clipped_shift(graph, clip)
+        values = _clipped_shift(clip)
         with graph.graph.inserting_before(node):
             gate = graph.graph.call_function(F.hardsigmoid, (values,))
             if product:
@@ -61,9 +57,9 @@ def _recognize_hard_sigmoids(graph: fx.GraphModule) -> None:
     graph.graph.eliminate_dead_code()
 
 
-def _clipped_shift(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _clipped_shift(node: fx.Node) -> fx.Node | None:
     """Return x where a node is relu6(x + 3), and None elsewhere."""
-    if called(graph, node) not in (nn.ReLU6, F.relu6):
+    if node.target is not F.relu6:
         return None
     return _combined_with(node.all_input_nodes[0], THREES)
 

@@ -1,104 +1,221 @@
-"""Turn a module into one torch.fx graph whose nodes the rest of quantization can reason about.
+"""Turn a module into one graph of layers and functions that the rest of quantization can reason about, however its forward is written.
+
+torch.export runs the forward once on stand-ins for tensors and records the operators it reaches; control flow on shapes, subclasses of layers
+and weights that a forward computes are resolved by then. Here operators with weights become layers of torch.nn again, at the paths where their
+weights lie, so that batch-norms train, patterns name layers, and saved weights keep their names. What depends on no image is computed once:
+standardized weights, position biases, attention masks.
 
 What only training has is gone: dropouts, stochastic depth (quantization-aware training fine-tunes for a few epochs and does without),
-parallel branches that add up to one convolution. So are checks of the input's shape: an exported file has one image size.
+parallel branches that add up to one convolution.
 """
 
 import copy
-import inspect
+import operator
+import re
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers.linear import Linear as TimmLinear
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
-from torchvision.models.swin_transformer import ShiftedWindowAttention
-from torchvision.ops import stochastic_depth
 
 from compress.errors import ModelError
 from compress.quant.graph.branches import merge_branches_
-from compress.quant.graph.windows import attend
+from compress.quant.graph.layers import FUNCTIONS, IDENTITIES, Lifted, layer_of, pad_into_convolutions_
 
-NO_OPS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, F.dropout, F.dropout1d, F.dropout2d,
-          F.dropout3d, stochastic_depth)  # fmt: skip
-
-
-class _Tracer(fx.Tracer):
-    """Trace down to torch.nn's own modules, and through attention that reads its linear layers' weights without calling them."""
-
-    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record a call of `m`, or follow it."""
-        if type(m) is ShiftedWindowAttention:
-            return attend(m, *args)
-        if isinstance(m, nn.BatchNorm2d) and type(m) is not nn.BatchNorm2d:
-            values = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
-            for part in m.children():  # timm's BatchNormAct2d activates behind the norm
-                values = part(values)
-            return values
-        return super().call_module(m, forward, args, kwargs)
+aten = torch.ops.aten
+# Operators around a graph of their own, and where it stands among their arguments.
+SCOPES: dict[object, int] = {
+    torch.ops.higher_order.wrap_with_autocast: 4,
+    torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
+}
+# Take no more of their input than its type.
+BLANKS = (aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
-    """Return the model as a graph of its own modules in eval mode, fed by its first argument alone; module paths stay as they are.
+def trace(model: nn.Module, images: Tensor) -> fx.GraphModule:
+    """Return the model in eval mode as a graph that gives the same outputs; `images` (n, channels, h, w) fix all sizes but the batch's.
 
     Raises ModelError where the forward depends on values and cannot be one graph.
     """
-    model = copy.deepcopy(model).eval()  # stochastic depth and its kin take no part in eval mode
-    for module in model.modules():
-        if type(module) is TimmLinear:
-            object.__setattr__(module, "__class__", nn.Linear)  # differs only where TorchScript runs it
-    try:
-        graph = fx.GraphModule(model, _Tracer().trace(model, _defaults(model)), type(model).__name__)
-    except (fx.proxy.TraceError, TypeError, RuntimeError) as error:
-        raise ModelError(
-            f"{type(model).__name__}: its forward cannot be traced into one graph ({error}); "
-            "write it without branches on tensor values, or leave out the qat stage"
-        ) from error
-    for module in graph.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.__class__ = nn.BatchNorm2d  # what a subclass does besides is in the graph
+    model = copy.deepcopy(model).eval().cpu()
+    batch = images[:1].cpu().expand(2, *images.shape[1:]).contiguous()  # a batch of one would be taken for a constant
+    graph = _lift(_export(model, batch), type(model).__name__)
+    pad_into_convolutions_(graph)
     for node in list(graph.graph.nodes):
-        if called(graph, node) in NO_OPS:
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
-        elif _is_check(node):
-            graph.graph.erase_node(node)
-        elif _is_global_mean(node):
+        if _is_global_mean(node):
             # Pool and flatten apart: the pool has an integer kernel, and its Q/DQ pair must stand right behind it.
             with graph.graph.inserting_before(node):
                 pooled = graph.graph.call_function(F.adaptive_avg_pool2d, (node.args[0], 1))
                 node.replace_all_uses_with(graph.graph.call_function(torch.flatten, (pooled, 1)), propagate_meta=True)
             graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
-    for node in [node for node in graph.graph.nodes if node.op == "placeholder"][1:]:
-        graph.graph.erase_node(node)
     merge_branches_(graph)
     graph.delete_all_unused_submodules()
     graph.recompile()
+    _check(graph.eval(), model, batch)
     return graph
 
 
 def called(graph: fx.GraphModule, node: fx.Node) -> object:
-    """Return what a node calls: a module's class, a function, or a method's name."""
+    """Return what a node calls: a module's class, a function, or a method's name; "size" for arithmetic on the batch's size."""
+    if node.meta.get("is_size"):
+        return "size"
     if node.op == "call_module":
         return type(graph.get_submodule(str(node.target)))
     return node.target if node.op in ("call_function", "call_method") else None
 
 
-def _defaults(model: nn.Module) -> dict[str, object]:
-    """Return the forward's arguments that have a default, such as a ViT's attention mask: they stay at it."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+def name_of(node: fx.Node) -> str:
+    """Return the path of the layer or of torch.nn's module that a node comes from, else the node's own name."""
+    if node.op == "call_module":
+        return str(node.target)
+    path, kind = next(reversed(node.meta.get("nn_module_stack", {}).values()), ("", ""))
+    return path if str(kind).startswith("torch.nn.modules.") else node.name
+
+
+def _export(model: nn.Module, batch: Tensor) -> ExportedProgram:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(model, (batch,), dynamic_shapes=({0: Dim("batch")},), strict=False)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__}: its forward cannot be one graph{_place(error)}: {_reason(error)}; "
+            "write it without branches on the values of tensors"
+        ) from error
+
+
+def _place(error: Exception) -> str:
+    """Return the line of a person's file that torch stopped at, as far as the error tells."""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', str(error))
+    traced, trace = [], error.__traceback__
+    while trace is not None:
+        traced.append((trace.tb_frame.f_code.co_filename, str(trace.tb_lineno)))
+        trace = trace.tb_next
+    own = [(file, line) for file, line in [*traced, *lines] if "/torch/" not in file and not file.startswith("<")]
+    own = [(file, line) for file, line in own if file != __file__]
+    return f" ({own[-1][0]}, line {own[-1][1]})" if own else ""
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def _lift(program: ExportedProgram, name: str) -> fx.GraphModule:
+    """Return the program's graph in terms of torch.nn's layers and functions."""
+    lifted, known = Lifted(fx.Graph()), program.graph_signature
+    owned = {**known.inputs_to_parameters, **known.inputs_to_buffers, **known.inputs_to_lifted_tensor_constants}
+    tensors = {**program.state_dict, **program.constants}
+    inputs = [
+        lifted.constant(owned[node.name], tensors[owned[node.name]])
+        if node.name in owned
+        else lifted.graph.placeholder(node.name)
+        for node in program.graph.find_nodes(op="placeholder")
+    ]
+    with torch.no_grad():
+        outputs = _run(lifted, program.graph_module, inputs)
+    lifted.graph.output(lifted.readable(outputs[0] if len(outputs) == 1 else tuple(outputs)))
+    graph = fx.GraphModule(lifted.attributes, lifted.graph, name)
+    graph.graph.eliminate_dead_code()
+    return graph.eval()
+
+
+def _run(lifted: Lifted, program: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """Carry a recorded graph out on values, and record it anew where they depend on the images; return its outputs."""
+    rest, done = iter(inputs), dict[fx.Node, Any]()  # a new node, or the value of what depends on no image
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            done[node] = next(rest)
+        elif node.op == "get_attr":
+            done[node] = program.get_submodule(str(node.target))
+        elif node.op == "output":
+            return list(fx.map_arg(node.args[0], lambda argument: done[argument]))
+        elif node.target in SCOPES:  # what stands in `with torch.autocast(...)` or `with torch.no_grad()`
+            inner, *given = fx.map_arg(node.args[SCOPES[node.target] :], lambda argument: done[argument])
+            done[node] = _run(lifted, inner, given)
+        else:
+            done[node] = _step(lifted, node, done)
+    raise AssertionError("a graph ends with its output")
+
+
+def _step(lifted: Lifted, node: fx.Node, done: dict[fx.Node, Any]) -> Any:
+    """Return one operator's result: computed where it depends on no image, else what stands for it in the new graph."""
+    given: Any = fx.map_arg((node.args, node.kwargs), lambda argument: done[argument])
+    args, kwargs = given
+    if isinstance(args[0], list) and node.target is operator.getitem:
+        return args[0][args[1]]
+    if _is_check(node):
+        return None
+    on_images = [isinstance(done[source], fx.Node) for source in node.all_input_nodes]
+    if getattr(node.target, "overloadpacket", None) in BLANKS and not any(on_images[1:]):
+        args = (torch.empty(0, dtype=node.all_input_nodes[0].meta["val"].dtype), *args[1:])
+    elif any(on_images):
+        new = _record(lifted, node, args, kwargs)
+        if _writes_into_input(node):  # who reads the tensor from here on reads what was written into it
+            written = done[node.all_input_nodes[0]]
+            done.update({source: new for source in done if done[source] is written})
+        return new
+    assert callable(node.target)
+    return node.target(*args, **kwargs)  # in place where the operator is: nothing else owns what was computed here
+
+
+def _record(lifted: Lifted, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """Return the input that an operator only passes on, or the call of a layer or a function."""
+    lifted.scope = node.meta.get("nn_module_stack", {})
+    operation: Any = _out_of_place(node.target) if _writes_into_input(node) else node.target
+    packet = getattr(operation, "overloadpacket", None)
+    if packet in IDENTITIES and IDENTITIES[packet](node):
+        return args[0]
+    layer = layer_of(lifted, packet, args, kwargs, node)
+    if layer is not None:
+        return layer
+    function, args, kwargs = FUNCTIONS[packet](args, kwargs) if packet in FUNCTIONS else (operation, args, kwargs)
+    new = lifted.call(function, args, kwargs)
+    new.meta["is_size"] = isinstance(node.meta.get("val"), torch.SymInt)
+    return new
+
+
+def _writes_into_input(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _out_of_place(operation: Any) -> torch._ops.OpOverload:
+    """Return the operator that computes the same and writes it elsewhere."""
+    packet = getattr(aten, operation._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    found = getattr(packet, operation._overloadname, None)
+    if found is None:
+        raise ModelError(
+            f"{operation}: writes into its input and has no form that does not; write the forward without it"
+        )
+    assert isinstance(found, torch._ops.OpOverload)
+    return found
 
 
 def _is_check(node: fx.Node) -> bool:
-    """Tell whether a node asserts something, as fx also does where an argument stays at its default."""
-    return node.target is torch._assert or getattr(node.target, "__name__", "") == "_assert_is_none"
+    """Tell whether a node asserts something and computes nothing."""
+    return "assert" in str(node.target) or "sym_constrain" in str(node.target)
 
 
 def _is_global_mean(node: fx.Node) -> bool:
     """Tell whether a node is the mean over height and width that drops both dimensions."""
-    if node.target not in (torch.mean, "mean") or node.kwargs.get("keepdim", False) or len(node.args) > 2:
+    if node.target is not torch.mean or node.kwargs.get("keepdim", False) or len(node.args) != 2:
         return False
-    axes = node.args[1] if len(node.args) == 2 else node.kwargs.get("dim")
-    return isinstance(axes, tuple | list) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]
+    axes = node.args[1]
+    return isinstance(axes, list | tuple) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]
+
+
+@torch.no_grad()
+def _check(graph: fx.GraphModule, model: nn.Module, batch: Tensor) -> None:
+    """Raise ModelError where the graph does not answer as its module."""
+    images = torch.randn(batch.shape, generator=torch.Generator().manual_seed(0))
+    expected, got = model(images), graph(images)
+    if isinstance(expected, Tensor):
+        scale = expected.abs().max().clamp(min=1e-6)
+        if not torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * float(scale), equal_nan=True):
+            raise ModelError(
+                f"{type(model).__name__}: its graph gives other outputs than its forward (by {float((got - expected).abs().max()):.3g}); "
+                "write the forward without changing tensors in place"
+            )
