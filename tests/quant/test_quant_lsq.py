@@ -154,7 +154,9 @@ def test_weight_ranges_start_where_the_largest_weight_is_clipped() -> None:
     """At max|w|, eq. 3 gives Q for each channel's largest weight: the dominant term, which rounding must not lose."""
     torch.manual_seed(1)
     conv = nn.Conv2d(4, 64, 3, bias=False)
-    layer = prepare(nn.Sequential(conv, nn.ReLU()), TARGETS["cpu_vnni"], torch.zeros(1, 4, 3, 3), ranges="lsq").get_submodule("0")
+    layer = prepare(
+        nn.Sequential(conv, nn.ReLU()), TARGETS["cpu_vnni"], torch.zeros(1, 4, 3, 3), ranges="lsq"
+    ).get_submodule("0")
     assert isinstance(layer, QuantLayer)
     assert layer.weight_range is not None
     weight = conv.weight.detach().double().flatten(1)  # (64, 36)
