@@ -24,7 +24,7 @@ from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import QatStage
 from compress.report.shape import Report
-from compress.stages import qat
+from compress.stages import prune, qat
 from export.bundle.read import read_bundle
 from export.check.__main__ import check_bundle
 from export.onnx_file.graph import weight_levels
@@ -153,6 +153,35 @@ def test_the_student_costs_what_the_recipe_allows(finished: Path) -> None:
     assert before is not None
     assert after is not None
     assert after <= 0.6 * before
+
+
+ITERATIVE = (
+    "prune.steps=2",
+    "prune.recover={epochs: 1, batch_size: 32, lr: 0.01}",
+    "prune.reconstruct_images=64",
+)
+
+
+def test_pruning_that_was_killed_after_a_cut_goes_on_to_the_same_weights(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def weights() -> bytes:
+        assert run(copied, *ITERATIVE, until="prune") == 0
+        artifact = plan_recipe(recipe(copied, *ITERATIVE))[1].directory
+        metrics = read_meta(artifact).metrics
+        assert (metrics["top1_as_cut"] or 1) < (metrics["top1"] or 0)
+        content = (artifact / "weights.safetensors").read_bytes()
+        shutil.rmtree(artifact)
+        return content
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "save_network", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(copied, *ITERATIVE, until="prune")
+    assert weights() == weights()
 
 
 def test_the_seed_alone_decides_the_weights(finished: Path, tmp_path: Path) -> None:

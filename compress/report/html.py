@@ -90,7 +90,7 @@ def render(report: Report, root: Path) -> str:
         cards=summary.headline(report),
         judged=deployed_name(report),
         targets=summary.target_rows(report),
-        gains=[gain.training_gain(report, digits), gain.skipped(report), gain.left_in_float(report)],
+        gains=gain.sentences(report, digits),
         int8=int8.sections(report, digits),
         parities=parities,
         warnings=list(

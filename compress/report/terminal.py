@@ -39,10 +39,8 @@ def print_report(report: Report, console: Console, *, verbose: bool = False, pag
         *terminal_int8.proofs(report, gap=gap, verbose=verbose),
     ):
         show(console, renderable)
-    digits = summary.decimals(report)
-    for sentence in (gain.training_gain(report, digits), gain.skipped(report), gain.left_in_float(report)):
-        if sentence:
-            console.print(Text(f"\n{sentence}"))
+    for sentence in gain.sentences(report, summary.decimals(report)):
+        console.print(Text(f"\n{sentence}"))
     for warning in report["warnings"]:
         _say(console, "\nwarning ", warning, style="yellow")
     _say(console, f"\n{report['verdict'].upper()} ", summary.verdict_text(report), style=_verdict_style(report))
