@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from compress import pipeline
 from compress.artifact import finish, is_complete, read_meta
+from compress.clean import leftovers
 from compress.errors import ArtifactError, CompressError
 from compress.log import StageLog
 from compress.pipeline import plan_recipe, run_recipe, run_stage
@@ -210,9 +211,50 @@ def test_changed_qat_epochs_keep_prune_and_distill(copied: Path) -> None:
     assert [line.cached for line in plan] == [True, True, True, True, False, False, False]
     assert plan[4].reason == "changed: fit.epochs 1 to 2"
     assert plan[5].reason == "qat runs"
+    before = {path: path.stat().st_mtime_ns for path in (copied / "small").glob("0[0-3]-*/meta.json")}
     assert run(copied, "qat.fit.epochs=2", until="qat") == 0
-    assert [row["cached"] for row in report(copied)["stages"]] == [True, True, True, True, False]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert [line.cached for line in plan_recipe(recipe(copied, "qat.fit.epochs=2"))] == [True] * 5 + [False] * 2
     assert all(line.cached for line in plan_recipe(recipe(copied)))  # the first recipe's artifacts are still there
+    assert [leftover.path for leftover in leftovers(copied / "small")] == [plan[4].directory]
+
+
+def test_part_of_a_finished_run_leaves_its_report_its_bundle_and_its_recipe(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def contents() -> dict[Path, bytes]:
+        names = ("report.json", "recipe.yaml", "report/index.html", "bundle/SHA256SUMS")
+        return {path: path.read_bytes() for path in (copied / "small" / name for name in names)}
+
+    before = contents()
+    assert run(copied, "seed=1", "source.fit.epochs=1", "targets.max_size_ratio=0.0001", until="source") == 0
+    said = capsys.readouterr()
+    assert "PARTIAL stopped after source, before the targets are judged" in said.out
+    assert "its report and bundle are of a run that went further, and stay as they are" in said.err
+    assert contents() == before
+
+
+def test_part_of_a_recipe_is_reported_as_such_and_not_judged(tmp_path: Path) -> None:
+    changes = ("source.fit.epochs=1", "targets.max_size_ratio=0.0001")
+    assert run(tmp_path, *changes, until="source") == 0
+    assert report(tmp_path)["verdict"] == "partial"
+    assert run(tmp_path, *changes, until="prune") == 0
+    assert [row["stage"] for row in report(tmp_path)["stages"]] == ["source", "prune"]
+    assert read_recipe(tmp_path / "small" / "recipe.yaml") == recipe(tmp_path, *changes)
+
+
+def test_a_recipe_that_is_run_until_its_last_stage_is_judged(copied: Path) -> None:
+    assert run(copied, "targets.max_size_ratio=0.0001", until="bench") == 1
+    assert report(copied)["verdict"] == "fail"
+
+
+def test_a_refused_run_leaves_the_recipe_of_the_last_report(copied: Path) -> None:
+    before = (copied / "small" / "recipe.yaml").read_bytes()
+    with pytest.raises(CompressError, match="cannot be reached"):
+        run(copied, "prune.keep_macs=0.001")
+    with pytest.raises(CompressError, match="add --trust-code"):
+        run_recipe(recipe(copied, "seed=1"), trust_code=False, until=None, verbose=False, command="")
+    assert (copied / "small" / "recipe.yaml").read_bytes() == before
 
 
 def zero_weights(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from compress.artifact import read_meta
 from compress.data.digest import dataset_digest
 from compress.recipe.arguments import data_settings
-from compress.recipe.schema import Recipe
+from compress.recipe.schema import Recipe, Targets
 from compress.report.classes import doubts
 from compress.report.parity import mismatches
 from compress.report.recommend import recommend
@@ -21,11 +21,12 @@ ROW_KEYS = tuple(DeployedRow.__annotations__)
 
 
 def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[Path], command: str) -> Report:
-    """Return the report of the finished stages in `artifacts`, in their order, for the folder `root`.
+    """Return the report of the finished stages in `artifacts`, in their order, for the folder `root`; targets are judged at the recipe's end.
 
     `made` are those that this run made, the others it kept; `command` reproduces the run.
     """
     bench: Json = _last(artifacts, "bench.json") or {"accuracy": {}, "timings": [], "warnings": []}
+    is_whole = len(artifacts) == len(recipe.stages)
     report = Report(
         schema_version=REPORT_VERSION,
         recipe=recipe.model_dump(mode="json"),
@@ -40,7 +41,7 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[
         verify=_last(artifacts, "verify.json"),
         limits=_last(artifacts, "limits.json") or [],
         recommendation=None,
-        targets=recipe.targets.model_dump(),
+        targets=(recipe.targets if is_whole else Targets()).model_dump(),
         verdict="pass",
         failures=[],
         warnings=[*_trainings(artifacts), *bench["warnings"]],
@@ -51,6 +52,8 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[
     report["warnings"] += [] if has_targets(report) else guesses(report).values()
     if judged := judged_classes(report):
         report["warnings"] += doubts(*judged, report["targets"])
+    if report["verdict"] == "pass" and not is_whole:
+        report["verdict"] = "partial"
     report["recommendation"] = recommend(report)
     return report
 

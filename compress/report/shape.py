@@ -4,7 +4,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
 
-Verdict = Literal["pass", "fail"]
+Verdict = Literal["pass", "fail", "partial"]  # partial: stopped before the recipe's end, so its targets are not judged
 Json = dict[str, Any]
 REPORT_VERSION: Literal[2] = 2
 

@@ -105,6 +105,8 @@ def verdict_text(report: Report) -> str:
         parts.insert(0, "nothing to judge")
     if missed or not parts or not rows:
         targets = "all targets met" if rows else "no targets set"
+        if len(report["stages"]) < len(report["recipe"]["stages"]):
+            targets = f"stopped after {report['stages'][-1]['stage']}, before the targets are judged"
         parts += [f"{missed} of {len(rows)} targets missed" if missed else targets]
     parts += [f"{over} export {'limit' if over == 1 else 'limits'} exceeded"] if over else []
     parts += [f"{wrong} {'file scores' if wrong == 1 else 'files score'} otherwise than measured"] if wrong else []

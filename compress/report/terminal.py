@@ -112,7 +112,7 @@ def _is_telling(row: DeployedRow) -> bool:
 
 
 def _verdict_style(report: Report) -> str:
-    return "bold green" if report["verdict"] == "pass" else "bold red"
+    return {"pass": "bold green", "fail": "bold red", "partial": "bold"}[report["verdict"]]
 
 
 def _table(title: str, first: str, others: tuple[str, ...], *, gap: int) -> Table:
