@@ -17,6 +17,18 @@ STUDY = recipes/studies/int8.yaml
 PYTHON =
 VENV = .venv
 
+# make passes any name on; one that is unknown here would change nothing, in silence.
+VARIABLES = RECIPE DATA WEIGHTS OUT SET ARGS RANKS BUNDLE RUN BASELINE STUDY PYTHON VENV
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+UNKNOWN := $(filter-out $(VARIABLES) MAKE% SHELL .SHELLFLAGS,$(GIVEN))
+ifneq ($(UNKNOWN),)
+$(error $(UNKNOWN): no such variable; known, in capitals: $(VARIABLES))
+endif
+
+# A value as one word of the shell, whatever quotes, spaces and $ are in it.
+quoted = '$(subst ','\'',$(value $(1)))'
+option = $(if $(value $(1)),--$(2) $(call quoted,$(1)))
+
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 LAUNCH = $(if $(filter-out 1,$(RANKS)),$(BIN)/torchrun --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
@@ -30,8 +42,8 @@ help: ## list the targets and their variables
 setup: $(READY) ## make .venv and install the tested versions (PYTHON=python3.12)
 
 compress: $(READY) ## run a recipe (RECIPE= DATA= WEIGHTS= OUT= SET="path=value ..." RANKS=8 ARGS="--trust-code -v")
-	@$(LAUNCH) run '$(RECIPE)' $(if $(DATA),--data '$(DATA)') $(if $(WEIGHTS),--weights '$(WEIGHTS)') \
-		$(if $(OUT),--out '$(OUT)') $(foreach item,$(SET),--set '$(item)') $(ARGS) \
+	@$(LAUNCH) run $(call quoted,RECIPE) $(call option,DATA,data) $(call option,WEIGHTS,weights) $(call option,OUT,out) \
+		$(foreach item,$(value SET),--set $(call quoted,item)) $(ARGS) \
 		|| { code=$$?; echo "compress: exit code $$code ($(EXIT_CODES))" >&2; exit $$code; }
 
 test: $(READY) ## run all tests (ARGS="-k words")
@@ -44,22 +56,22 @@ check: $(READY) ## format, lint, types, and the quick tests
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow'
 
 bench: $(READY) ## time a bundle's files in ONNX Runtime (BUNDLE=runs/quickstart/bundle ARGS=...)
-	@$(BIN)/python -m export.bench '$(BUNDLE)' $(ARGS)
+	@$(BIN)/python -m export.bench $(call quoted,BUNDLE) $(ARGS)
 
 report: $(READY) ## draw a finished run's report again (RUN=runs/quickstart)
-	@$(BIN)/compress report '$(RUN)'
+	@$(BIN)/compress report $(call quoted,RUN)
 
 study: $(READY) ## run a study's recipes and tabulate them (STUDY=recipes/studies/int8.yaml DATA= OUT= ARGS=...)
-	@$(BIN)/compress study '$(STUDY)' $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out '$(OUT)') $(ARGS)
+	@$(BIN)/compress study $(call quoted,STUDY) $(call option,DATA,data) $(call option,OUT,out) $(ARGS)
 
 matrix: $(READY) ## examine every network of docs/models.md and renew its table
 	@$(BIN)/python tests/matrix.py --latency
 
 overhead: $(READY) ## measure what of a training's time is not the model's (DATA=/path/to/images ARGS=...)
-	@$(BIN)/python tests/loop_overhead.py '$(DATA)' $(ARGS)
+	@$(BIN)/python tests/loop_overhead.py $(call quoted,DATA) $(ARGS)
 
 gate: $(READY) ## judge a bundle against its baseline (BUNDLE= BASELINE=baselines DATA= ARGS="--update-baseline")
-	@$(BIN)/python -m export.gate '$(BUNDLE)' --baseline '$(BASELINE)' $(if $(DATA),--data '$(DATA)') $(ARGS)
+	@$(BIN)/python -m export.gate $(call quoted,BUNDLE) --baseline $(call quoted,BASELINE) $(call option,DATA,data) $(ARGS)
 
 trials: $(READY) ## try the gate on a quiet machine and renew the table of docs/gate.md
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/trials.py --write

@@ -17,22 +17,25 @@ from pydantic import Field, NonNegativeInt, ValidationError
 
 from compress.errors import CompressError, RecipeError
 from compress.recipe import strict_yaml
+from compress.recipe.explain import explain
 from compress.recipe.read import read_recipe
-from compress.recipe.section import Section
+from compress.recipe.section import Name, Section
 from export.onnx_file.roles import ORDER
+
+VariantName = Annotated[str, Field(pattern=r"^[^/\x00-\x1f]{1,64}$")]
 
 
 class Study(Section):
     """What is compared."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_\-]{0,63}$")]
-    """The name of the study's folder of results."""
+    name: Name
+    """The name of the study's folder of results, made as a run's name is."""
     recipes: Annotated[tuple[str, ...], Field(min_length=1)]
     """Recipe files, relative to the study's own folder."""
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
-    """One run for each."""
-    variants: Annotated[dict[str, tuple[str, ...]], Field(min_length=1)]
-    """Overrides (as --set takes them) under a name for each."""
+    """One run of each recipe and variant for each."""
+    variants: Annotated[dict[VariantName, tuple[str, ...]], Field(min_length=1)]
+    """Overrides (as --set takes them) under a name for each, which may be any text without `/`."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,10 @@ def read_study(path: Path) -> Study:
         return Study.model_validate(strict_yaml.load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise CompressError(f"{path}: cannot be read ({error.strerror}); give a study's .yaml") from error
-    except (RecipeError, ValidationError) as error:
+    except RecipeError as error:
         raise CompressError(f"{path}: {error}") from error
+    except ValidationError as error:
+        raise CompressError("\n".join(f"{path}: {line}" for line in explain(error, Study))) from error
 
 
 def run_study(

@@ -21,7 +21,7 @@ from export.command.table import table
 from export.errors import BundleError
 from export.onnx_file.macs import macs
 from export.onnx_file.model_file import parse, precision
-from export.onnx_file.names import SUFFIX, module_of
+from export.onnx_file.names import ADDED, module_of
 from export.onnx_file.wiring import DQ, FLOAT, INTEGER, LAYERS, Q, Wiring, origin, wire
 from export.proof.optimized import FLOATS, MOVES, float_operators, leftover_qdq, optimize
 from export.runtime.node_times import NodeTime, node_times
@@ -209,7 +209,7 @@ def _label(node: NodeProto | None, name: str) -> str:
 
 
 def _plain(name: str) -> str:
-    return SUFFIX.sub("", name)
+    return ADDED.sub("", name)
 
 
 def _float_bytes(tensor: TensorProto) -> int:

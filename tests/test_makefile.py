@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -55,6 +56,29 @@ def test_compress_passes_on_every_variable() -> None:
     shown = make("compress", "RECIPE=r.yaml", "DATA=/my images", "WEIGHTS=w.pth", "OUT=o", "SET=a=1 b.c=2", "ARGS=-v")
     words = "run 'r.yaml' --data '/my images' --weights 'w.pth' --out 'o' --set 'a=1' --set 'b.c=2' -v"
     assert words in re.sub(r"[\s\\]+", " ", shown)
+
+
+@pytest.mark.parametrize("path", ["/it's here", '/"my" images', "/a$HOME/`ls`", "/a#b;c&d\\e"])
+@pytest.mark.parametrize(
+    ("target", "variable", "option"),
+    [
+        ("compress", "DATA", "--data"), ("compress", "WEIGHTS", "--weights"), ("compress", "OUT", "--out"),
+        ("compress", "SET", "--set"), ("gate", "DATA", "--data"), ("gate", "BASELINE", "--baseline"),
+        ("study", "DATA", "--data"), ("report", "RUN", "report"), ("bench", "BUNDLE", "export.bench"),
+    ],
+)  # fmt: skip
+def test_whatever_stands_in_a_value_arrives(path: str, target: str, variable: str, option: str) -> None:
+    value = path.replace(" ", "") if variable == "SET" else path
+    words = shlex.split(make(target, f"{variable}={value}"))
+    assert words[words.index(option) + 1] == value
+
+
+@pytest.mark.parametrize("word", ["recipe=r.yaml", "data=/d", "RECPIE=r.yaml"])
+def test_a_variable_that_is_unknown_is_an_error(word: str) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        make("compress", word)
+    assert caught.value.returncode == 2
+    assert f"{word.partition('=')[0]}: no such variable; known, in capitals: RECIPE DATA" in caught.value.stderr
 
 
 def test_the_environment_changes_no_run() -> None:

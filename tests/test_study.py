@@ -1,15 +1,18 @@
 """Studies: several recipes, variants and seeds in one table."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from compress.errors import CompressError
+from compress.recipe import strict_yaml
 from compress.recipe.read import read_recipe
-from compress.study import measurements, read_study, run_study
+from compress.study import Study, measurements, read_study, run_study
 
 STUDIES = sorted((Path(__file__).parent.parent / "recipes" / "studies").glob("*.yaml"))
+PAGE = Path(__file__).parent.parent / "docs" / "study.md"
 RECIPE = """
 name: studied
 data: {{dataset: digits, image_size: 16, limit_per_class: 10}}
@@ -28,6 +31,16 @@ variants:
 """
 
 
+def test_the_page_shows_a_legal_study_and_names_every_field() -> None:
+    page = PAGE.read_text()
+    example = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert example is not None
+    study = Study.model_validate(strict_yaml.load(example[1]))
+    for overrides in study.variants.values():
+        read_recipe(PAGE.parent.parent / "recipes" / "quickstart.yaml", overrides)
+    assert [field for field in Study.model_fields if f"| `{field}` |" not in page] == []
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_variant_of_a_shipped_study_is_a_legal_recipe(path: Path) -> None:
     study = read_study(path)
@@ -39,7 +52,12 @@ def test_every_variant_of_a_shipped_study_is_a_legal_recipe(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("name: a\nrecipes: []\nvariants: {a: []}\n", "recipes"), ("name: a\nname: b\n", "name"), ("[]", "Study")],
+    [
+        ("name: a\nrecipes: []\nvariants: {a: []}\n", "recipes"),
+        ("name: a\nname: b\n", "name"),
+        ("[]", "must be a mapping"),
+        ("name: A b\nrecipes: [a]\nvariants: {a/b: []}\n", r"(?s)name: must be lower-case .*variants\.a/b"),
+    ],
 )
 def test_a_wrong_study_is_told(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "study.yaml").write_text(text)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from compress.recipe.schema import Recipe
+from compress.recipe.section import NAME, Section
 
 Schema = dict[str, Any]
 OLD_BOOLEANS = {"yes", "no", "on", "off", "y", "n", "true", "false"}
@@ -25,9 +25,9 @@ class _Place:
     description: str
 
 
-def explain(error: ValidationError) -> list[str]:
-    """Return a line for each mistake, such as `stages.2.fit.epochs: must be > 0, got 0`."""
-    schema = Recipe.model_json_schema()
+def explain(error: ValidationError, section: type[Section]) -> list[str]:
+    """Return a line for each mistake in a section as a whole, such as `stages.2.fit.epochs: must be > 0, got 0`."""
+    schema = section.model_json_schema()
     mistakes = error.errors(include_url=False)
     return [_line(mistake, schema) for mistake in mistakes if not _is_echo(mistake)]
 
@@ -71,11 +71,14 @@ def _line(mistake: ErrorDetails, schema: Schema) -> str:
             )
         case "missing":
             return f"{place.path}: missing" + (f"; {place.description}" if place.description else "")
+        case "string_pattern_mismatch" if limits["pattern"] == NAME:
+            wanted = "must be lower-case letters, digits, - and _, the first a letter or digit, at most 64"
+            return f"{place.path.removesuffix('.[key]')}: {wanted}, got {show(value)}"
         case "string_pattern_mismatch":
-            return f"{place.path}: got {show(value)}, wanted {place.description} (pattern {limits['pattern']})"
+            return f"{place.path}: got {show(value)}, wanted {place.description}"
         case kind:
             wanted = WANTED[kind](limits) if kind in WANTED else mistake["msg"]
-            return f"{place.path or 'the recipe'}: {wanted}, got {show(value)}{_hint(kind, value)}"
+            return f"{place.path or 'the file'}: {wanted}, got {show(value)}{_hint(kind, value, place)}"
 
 
 WANTED: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -98,7 +101,9 @@ WANTED: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def _hint(kind: str, value: object) -> str:
+def _hint(kind: str, value: object, place: _Place) -> str:
+    if kind == "less_than_equal" and "0.01 is one point" in place.description:
+        return "; it is a fraction: 0.01 is one point"
     if kind == "bool_type" and isinstance(value, str) and value.lower() in OLD_BOOLEANS:
         return " (only true and false are booleans here)"
     if kind == "string_type" and isinstance(value, int | float):

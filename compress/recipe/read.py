@@ -84,7 +84,7 @@ def _judge(raw: dict[str, Any], path: Path) -> Recipe:
     try:
         return Recipe.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{path}: {line}" for line in explain(error))) from error
+        raise RecipeError("\n".join(f"{path}: {line}" for line in explain(error, Recipe))) from error
 
 
 def _apply_shorthands(raw: dict[str, Any], *, data: str | None, weights: str | None, out: str | None) -> None:

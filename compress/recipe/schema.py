@@ -9,10 +9,9 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from compress.recipe.order import first_mistake
-from compress.recipe.section import Arch, Fraction, PathText, Section, refuse_tag
+from compress.recipe.section import Arch, Drop, Name, PathText, Section, refuse_tag
 from compress.recipe.stages import DistillStage, QatStage, SourceStage, StageSection
 
-NAME = r"^[a-z0-9][a-z0-9_\-]{0,63}$"
 Int8Target = Literal["cpu_avx2", "cpu_vnni", "cpu_arm", "tensorrt"]
 
 
@@ -106,10 +105,8 @@ class Teaching(Section):
 class Targets(Section):
     """What the run must reach; a miss fails it with exit code 1."""
 
-    max_top1_drop: Fraction | None = None
+    max_top1_drop: Drop | None = None
     """Largest loss of top-1 from the teacher to the deployed file, as a fraction (0.01 is one point)."""
-    max_class_drop: Fraction | None = None
-    """Largest loss of recall in any class from the teacher to the deployed file, as a fraction of the class's validation images."""
     min_speedup: Annotated[float, Field(gt=0)] | None = None
     """Smallest speed-up of the deployed file over the teacher's FP32: CPU with one thread (or the target's own provider), batch 1, the largest image size timed."""
     min_int8_speedup: Annotated[float, Field(gt=0)] | None = None
@@ -134,8 +131,8 @@ class Recipe(Section):
 
     schema_version: Literal[1] = 1
     """The version of this format."""
-    name: Annotated[str, Field(pattern=NAME)]
-    """The run's name, and its folder under `out`."""
+    name: Name
+    """The run's name, and its folder under `out`: lower-case letters, digits, `-` and `_`, the first a letter or digit, at most 64."""
     task: Literal["classification"] = "classification"
     """What the network is for."""
     target: Literal["auto", "cuda"] | Int8Target = "auto"
@@ -156,8 +153,8 @@ class Recipe(Section):
     """How it answers."""
     stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
     """What is done, in order."""
-    students: dict[Annotated[str, Field(pattern=NAME)], Student] = Field(default={})
-    """Several students by name: each goes on from the shared stages, and one report compares them."""
+    students: dict[Name, Student] = Field(default={})
+    """Several students by name (as a run's): each goes on from the shared stages, and one report compares them."""
     targets: Targets = Targets()
     """What must be reached."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from compress.recipe.losses import KD_ONLY, LossTerm
-from compress.recipe.section import Arch, Fraction, PathText, Section, refuse_tag
+from compress.recipe.section import Arch, Drop, Fraction, PathText, Section, refuse_tag
 
 CalibrationMethod = Literal["minmax", "percentile", "entropy"]
 
@@ -154,10 +154,6 @@ class PruneStage(Section):
     """Cuts: 1 is one-shot; more score again after each cut (and recover in between where `recover` is given)."""
     recover: Fit | None = None
     """Distillation between the cuts of an iterative plan."""
-    reconstruct: Literal["least_squares", "batch_norm", "none"] = "least_squares"
-    """What is recovered after each cut, without training or labels: each layer's weights are solved for what its removed inputs gave, or only batch-norm's statistics are measured anew."""
-    reconstruct_images: PositiveInt = 512
-    """Training images that it learns from; a quarter more judge whether it helps. Large images are fewer, so that memory holds them."""
     round_to: PositiveInt = 8
     """Widths stay multiples of this; 8 is what the fast INT8 and FP32 kernels need."""
     min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -198,7 +194,7 @@ class PtqStage(Section):
     """How ranges are chosen: each is measured, and tuning tries them in this order."""
     neural_compressor: bool = True
     """Also measure neural-compressor's own static quantization."""
-    max_top1_drop: Fraction = 0.01
+    max_top1_drop: Drop = 0.01
     """The loss of top-1 from the float student that tuning may leave; 0.01 is one point."""
     max_trials: PositiveInt = 12
     """Files that tuning builds and scores at most."""
@@ -229,10 +225,10 @@ class QatStage(Section):
     """Training images that measure batch-norm's statistics anew after the training (0 keeps the running ones)."""
     keep_float: tuple[str, ...] = ()
     """Module paths (shell patterns such as `features.0.*`) that stay in float on purpose."""
-    skip_if_ptq_drop_below: Fraction | None = None
-    """Do not train where the ptq stage lost less top-1 than this against the float student."""
-    max_top1_drop: Fraction | None = None
-    """After training, put the worst layers back to float until no more than this is lost against the float student."""
+    skip_if_ptq_drop_below: Drop | None = None
+    """Do not train where the ptq stage lost less top-1 than this against the float student; 0.01 is one point."""
+    max_top1_drop: Drop | None = None
+    """After training, put the worst layers back to float until no more than this is lost against the float student; 0.01 is one point."""
 
     @model_validator(mode="after")
     def _ranges_do_not_decay(self) -> "QatStage":

@@ -7,7 +7,7 @@ from compress.report.numbers import UNKNOWN, percent, points, significant
 from compress.report.parity import allowed
 from compress.report.shape import AuditRow, Report, TensorRow, VerifyRow
 from compress.report.verdict import TOLERANCE, deployed_name
-from export.onnx_file.roles import PTQ, QAT
+from export.onnx_file.roles import PTQ, QAT, is_int8
 
 
 class Fact(NamedTuple):
@@ -73,7 +73,7 @@ def parities(report: Report) -> list[Parity]:
 
 def graphs(report: Report) -> list[Graph]:
     """Return each INT8 file's audit, the deployed file first."""
-    found = {name: row for name, row in (report["audit"] or {}).items() if name.startswith((QAT, PTQ))}
+    found = {name: row for name, row in (report["audit"] or {}).items() if is_int8(name)}
     return [
         Graph(
             name,

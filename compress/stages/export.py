@@ -18,7 +18,7 @@ from compress.recipe.stages import AuditLimits, ExportStage
 from compress.run import Run, as_numpy, float_ancestor, newest
 from export.audit import Audit, audit, over_limits
 from export.onnx_file.graph import save_model, to_float16
-from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER, UINT8, deployed, files_in, name_for
+from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER, UINT8, deployed, files_in, is_int8, name_for
 from export.onnx_file.uint8_input import with_uint8_input
 from export.verify import Verification, verify
 
@@ -144,8 +144,9 @@ def _over(limits: AuditLimits, name: str, found: Audit, parity: Verification | N
 
 
 def _note(log: StageLog, name: str, found: Audit, parity: Verification | None, over: list[str]) -> None:
-    log.note(f"{name}: {len(found.integer_layers)} layers run in integers, {len(found.float_layers)} in float")
-    if found.float_layers:
+    if is_int8(name):
+        log.note(f"{name}: {len(found.integer_layers)} layers run in integers, {len(found.float_layers)} in float")
+    if is_int8(name) and found.float_layers:
         log.note(f"in float once optimized: {', '.join(found.float_layers)}")
     if parity is not None:
         low, high = parity.agreement_ci95

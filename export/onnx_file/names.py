@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from onnx import ModelProto, NodeProto
 
 SCOPES, RULE = "pkg.torch.onnx.name_scopes", "pkg.onnxscript.rewriter.rule_name"
-# What ONNX Runtime appends to a name when it replaces or doubles the node: a counter, or the layout of its float convolutions.
-SUFFIX = re.compile(r"(_nchwc|_token_\d+|_nhwc|/duplicated)+$")
+# What ONNX Runtime adds to a name when it replaces or doubles the node: a counter, the layout of its float convolutions, and before
+# the name that it computes float16 in float32.
+ADDED = re.compile(r"^InsertedPrecisionFreeCast_|(_nchwc|_token_\d+|_nhwc|/duplicated)+$")
 
 
 def name_nodes_(model: ModelProto) -> None:
@@ -47,7 +48,7 @@ def unique(names: Iterable[str]) -> list[str]:
 
 def module_of(node_name: str) -> str:
     """Return the module path in a node's name, also of one that ONNX Runtime replaced; another name as it is."""
-    module, _, _ = SUFFIX.sub("", node_name).rpartition("/")
+    module, _, _ = ADDED.sub("", node_name).rpartition("/")
     return module or node_name
 
 

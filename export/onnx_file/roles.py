@@ -15,6 +15,11 @@ def name_for(name: str, target: Target, primary: Target) -> str:
     return name if target == primary else f"{name}_{target.name}"
 
 
+def is_int8(name: str) -> bool:
+    """Tell whether a file of this name computes in integers."""
+    return name.startswith((PTQ, QAT))
+
+
 def files_in(directory: Path) -> dict[str, Path]:
     """Return the comparable ONNX files of an export by name; the one with uint8 input takes other images and is not among them."""
     names = [path.stem for path in directory.glob("*.onnx") if path.stem != UINT8]

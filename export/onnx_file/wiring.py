@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from onnx import ModelProto, NodeProto, TensorProto
 
-from export.onnx_file.names import SUFFIX, unique
+from export.onnx_file.names import ADDED, unique
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # What ONNX Runtime makes of them.
@@ -91,11 +91,11 @@ def _constants_to_initializers_(model: ModelProto) -> None:
 def origin(node: NodeProto, file: Wiring) -> NodeProto | None:
     """Return the node of the file that a node of its optimized graph stands for, None for one that the optimizer added.
 
-    The optimizer keeps a node's name and appends to it. A fused float layer is named after its last output, so from there
+    The optimizer keeps a node's name and adds to it. A fused float layer is named after its last output, so from there
     the search goes up to the layer.
     """
-    name = SUFFIX.sub("", node.name)
-    found = file.nodes.get(name) or file.producer.get(name) or file.producer.get(node.output[0])
+    name = ADDED.sub("", node.name)
+    found = file.nodes.get(name) or file.producer.get(name) or file.producer.get(ADDED.sub("", node.output[0]))
     if node.op_type in (*INTEGER, *FLOAT):
         while found is not None and found.op_type not in LAYERS:
             found = file.producer.get(found.input[0]) if found.input else None

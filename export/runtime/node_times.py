@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from export.errors import BundleError
-from export.onnx_file.names import SUFFIX
+from export.onnx_file.names import ADDED
 from export.runtime.session import CPU, DTYPES, RUNTIME_ERRORS, first_line, open_session
 
 
@@ -41,7 +41,7 @@ def node_times(model: bytes, *, provider: str = CPU, threads: int = 1, runs: int
     found: dict[tuple[str, str, str], list[float]] = {}
     for event in events:
         if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
-            name = SUFFIX.sub("", event["name"].removesuffix("_kernel_time"))
+            name = ADDED.sub("", event["name"].removesuffix("_kernel_time"))
             key = (name, event["args"]["op_name"], event["args"]["provider"])
             found.setdefault(key, []).append(event["dur"] / 1e3)
     return [NodeTime(*key, float(np.median(times[1:] or times))) for key, times in found.items()]

@@ -146,7 +146,7 @@ def test_a_speed_target_is_judged_at_the_largest_image(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["max_top1_drop", "min_speedup", "min_int8_speedup", "max_size_ratio"])
 def test_without_a_bench_stage_a_target_is_not_measured_and_so_missed(tmp_path: Path, target: str) -> None:
-    report = build_report(tmp_path, ("source", "prune"), {target: 1.0})
+    report = build_report(tmp_path, ("source", "prune"), {target: 0.5})
     assert report["verdict"] == "fail"
     assert "not measured" in report["failures"][0]
 
@@ -221,7 +221,7 @@ def test_labels_of_close_points_meet_neither_each_other_nor_a_point() -> None:
     assert not any(a.overlaps(b) for a, b in pairwise(sorted(boxes, key=lambda box: box.top)))
 
 
-@pytest.mark.parametrize("values", [(0.5,), (97.2, 98.3), (0.0, 0.0), (1e-6, 2e-6), (6.7e-11,), (-3, 5000)])
+@pytest.mark.parametrize("values", [(0.5,), (97.2, 98.3), (0.0, 0.0), (1e-6, 2e-6), (-3, 5000)])
 def test_a_linear_axis_covers_its_values_with_few_round_ticks(values: tuple[float, ...]) -> None:
     axis = charts.linear_axis(values, 0, 100)
     assert axis.low <= min(values) <= max(values) <= axis.high
