@@ -205,9 +205,25 @@ def report(
 ) -> None:
     """Draw a finished run's report again."""
     _quiet(verbose=False)
-    from compress.pipeline import render_report
+    from compress.report.files import render_report
 
     _print(render_report(run_folder))
+
+
+@app.command()
+def clean(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Remove it; otherwise it is only listed.")] = False,
+) -> None:
+    """List what no report of a run uses, stages of other settings and what killed runs left, and remove it where asked."""
+    from compress import clean
+
+    found = clean.remove(run_folder) if remove else clean.leftovers(run_folder)
+    for path, what, size in found:
+        _print(f"{size / 1e6:8,.1f} MB  {path}  ({what})")
+    total = f"{sum(size for _, _, size in found) / 1e6:,.1f} MB"
+    done = f"removed {total}" if remove else f"{total} in all; nothing was removed: to remove it, add --remove"
+    _print(done if found else "nothing to remove")
 
 
 @app.command()

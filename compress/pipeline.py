@@ -4,26 +4,25 @@ Stages meet on disk. A stage's key is a digest of its settings and of its parent
 """
 
 import difflib
-import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.artifact import Meta, damage, exclusive, finish, is_complete, key_of, lineage, read_meta, write_json
+from compress.artifact import Meta, damage, exclusive, finish, is_complete, key_of, lineage, read_meta
 from compress.data.digest import dataset_digest
 from compress.errors import ArtifactError, CompressError
 from compress.models.digest import source_digest
 from compress.recipe.arguments import data_settings
 from compress.recipe.order import GIVES, TAKES
-from compress.recipe.read import write_recipe
-from compress.recipe.schema import Recipe, Targets
+from compress.recipe.schema import Recipe
 from compress.recipe.stages import StageSection
+from compress.report.files import report_run, run_root
 from export.onnx_file.targets import resolve_target
 from export.runtime.environment import environment, fingerprint
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from compress.run import Run
 
 # Bumped when a stage's code changes what it makes from the same settings.
-VERSIONS = {"source": 3, "student": 1, "prune": 3, "distill": 3, "ptq": 3, "qat": 6, "export": 6, "bench": 1}
+VERSIONS = {"source": 3, "student": 1, "prune": 3, "distill": 3, "ptq": 3, "qat": 6, "export": 6, "bench": 2}
 
 
 @dataclass(frozen=True)
@@ -43,16 +42,6 @@ class PlanLine:
     cached: bool
     reason: str
     directory: Path
-
-
-def run_root(recipe: Recipe) -> Path:
-    """Return the folder of a recipe's run."""
-    return Path(recipe.out) / recipe.name
-
-
-def report_root(recipe: Recipe, student: str) -> Path:
-    """Return the folder that a student's report and bundle go to; a recipe without students has them in its own."""
-    return run_root(recipe) / "students" / student if student else run_root(recipe)
 
 
 def plan_recipe(recipe: Recipe) -> list[PlanLine]:
@@ -70,29 +59,24 @@ def plan_recipe(recipe: Recipe) -> list[PlanLine]:
 
 
 def run_recipe(recipe: Recipe, *, trust_code: bool, until: str | None, verbose: bool, command: str) -> int:
-    """Make what is missing, write the report and the bundle, print the tables; return 0, or 1 where a target is missed."""
+    """Make what is missing, write the report and the bundle, print the tables; return 0, or 1 where a target is missed.
+
+    What is asked for only `until` a stage leaves the report of a run that went further as it is.
+    """
     chains = recipe.chains()
     plans = {student: plan_recipe(chain) for student, chain in chains.items()}
-    if until is not None:  # part of a recipe is not judged by what the whole must reach
+    if until is not None:
         plans = {student: plan[: _position(chains[student], until) + 1] for student, plan in plans.items()}
-        chains = {student: chain.model_copy(update={"targets": Targets()}) for student, chain in chains.items()}
     root = run_root(recipe)
     first_rank = _is_first_rank()
     with exclusive(root) if first_rank else nullcontext():
-        if first_rank:
-            write_recipe(recipe, root / "recipe.yaml")
         made: set[Path] = set()
         if not all(line.cached for plan in plans.values() for line in plan):
             made = _make_missing(recipe, plans, trust_code=trust_code, verbose=verbose)
         if not first_rank:
             return 0
-        codes = [
-            _report(chain, plans[student], made, report_root(recipe, student), command=command, verbose=verbose)
-            for student, chain in chains.items()
-        ]
-        if recipe.students:
-            _compare(recipe)
-    return max(codes)
+        artifacts = {student: [line.directory for line in plan] for student, plan in plans.items()}
+        return report_run(recipe, artifacts, made, command=command, verbose=verbose)
 
 
 def run_stage(recipe: Recipe, stage: str, *, src: Path | None, out: Path, trust_code: bool, verbose: bool) -> int:
@@ -116,25 +100,6 @@ def run_stage(recipe: Recipe, stage: str, *, src: Path | None, out: Path, trust_
 
     _make(section, key, src, out, open_run(recipe, trust_code=trust_code, verbose=verbose))
     return 0
-
-
-def render_report(root: Path) -> Path:
-    """Write the HTML of a finished run again from its files and return its path."""
-    from compress.report.html import render
-    from compress.report.shape import REPORT_VERSION
-
-    try:
-        report = json.loads((root / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{root}: holds no readable report.json ({error}); run the recipe first") from error
-    if report.get("schema_version") != REPORT_VERSION:
-        raise ArtifactError(
-            f"{root}: its report.json is of another version; run the recipe again, what is finished is kept"
-        )
-    page = root / "report" / "index.html"
-    page.parent.mkdir(exist_ok=True)
-    page.write_text(render(report, root), encoding="utf-8")
-    return page
 
 
 def _keys(recipe: Recipe) -> Iterator[str]:
@@ -275,38 +240,3 @@ def _open(work: Path, parent_digest: str | None) -> None:
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
     origin.write_text(str(parent_digest))
-
-
-def _compare(recipe: Recipe) -> None:
-    """Write the page that compares the recipe's students, and print it."""
-    from compress.report.comparison.files import compare_folders
-    from compress.report.screen import screen
-
-    page = run_root(recipe) / "report" / "index.html"
-    folders = [report_root(recipe, student) for student in recipe.students]
-    if len(folders) > 1:  # one student has nobody beside it
-        compare_folders(folders, page=page, document=run_root(recipe) / "comparison.json")
-        screen().print(f"\n{page}", soft_wrap=True, highlight=False)
-
-
-def _report(
-    chain: Recipe, plan: Sequence[PlanLine], made: Set[Path], root: Path, *, command: str, verbose: bool
-) -> int:
-    """Write a chain's report.json, HTML page and bundle to `root`; print the tables; return the exit code."""
-    from compress.report.bundling import contents
-    from compress.report.collect import collect
-    from compress.report.screen import screen
-    from compress.report.terminal import print_report
-    from export.bundle.write import write_bundle
-
-    root.mkdir(parents=True, exist_ok=True)
-    artifacts = [line.directory for line in plan]
-    report = collect(chain, artifacts, root=root, made=made, command=command)
-    write_json(root / "report.json", report)
-    render_report(root)
-    exported = [path for path in artifacts if read_meta(path).stage == "export"]
-    if exported:
-        name = chain.name if root == run_root(chain) else f"{chain.name}-{root.name}"[:64]  # of a student: its own
-        write_bundle(root / "bundle", contents(chain, name, root, exported[-1], report))
-    print_report(report, screen(), verbose=verbose, page=root / "report" / "index.html")
-    return 0 if report["verdict"] == "pass" else 1

@@ -21,7 +21,7 @@ from compress.errors import CompressError
 from compress.log import StageLog
 from compress.models.architectures import build
 from compress.models.saved import Architecture, load_float
-from compress.models.structure import check_output, count
+from compress.models.structure import check_logits, check_output, count
 from compress.models.weights import load_weights_
 from compress.recipe.arguments import data_settings
 from compress.recipe.schema import Model, Recipe
@@ -32,6 +32,7 @@ from export.onnx_file.targets import TARGETS, Target, resolve_target
 
 # One rank exports and benches while the others wait at the barrier; that can take long.
 PATIENCE = timedelta(hours=12)
+LOGIT_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -151,13 +152,14 @@ class Run:
             phase=phase,
             before_step=before_step,
             after_backward=after_backward,
+            left_out=lambda: len(self.dataset.train.broken),
         )
         return fit(model, step, settings, loop)
 
     def start(self, given: Model | StudentStage) -> tuple[Architecture, nn.Module]:
         """Return a network of the recipe as it starts, by the seed or by its weights, on the CPU.
 
-        Raises ModelError where it cannot be built, loaded, or does not answer with the data's classes.
+        Raises ModelError where it cannot be built, loaded, or does not answer with logits of the data's classes.
         """
         architecture = Architecture(given.arch, len(self.dataset.classes), self.image_size)
         torch.manual_seed(self.recipe.seed)
@@ -165,7 +167,13 @@ class Run:
         if given.weights is not None:
             load_weights_(model, given.arch, given.weights, reset_head=given.reset_head)
         check_output(model, image_size=self.image_size, num_classes=architecture.num_classes)
+        self.check_logits(model)
         return architecture, model
+
+    def check_logits(self, model: nn.Module) -> None:
+        """Raise ModelError where a network on the CPU answers a few training images with probabilities."""
+        for batch in self.calibration(LOGIT_IMAGES):
+            check_logits(model, batch.images.cpu())
 
     def load(self, directory: Path) -> nn.Module:
         """Return an artifact's float network on the device."""

@@ -13,7 +13,7 @@ from export.bench import bench
 from export.errors import BundleError
 from export.onnx_file.model_file import inspect
 from export.onnx_file.targets import TARGETS, host_target
-from export.runtime.accuracy import Score, accuracy, score
+from export.runtime.accuracy import Score, accuracy, by_class, ranks, score
 from export.runtime.environment import environment, fingerprint
 from export.runtime.memory import peak_memory_mb
 from export.runtime.rows import BenchJson, TimingRow
@@ -96,9 +96,43 @@ def test_top1_and_agreement_by_hand() -> None:
     labels = np.array([0, 1, 2, 2])
     scores = {"float": Score(np.array([0, 1, 2, 0]), labels), "int8": Score(np.array([0, 2, 2, 0]), labels)}
     assert accuracy(scores, reference="float") == {
-        "float": {"top1": 0.75, "agreement": 1.0, "images": 4},
-        "int8": {"top1": 0.5, "agreement": 0.75, "images": 4},
+        "float": {"top1": 0.75, "top5": None, "balanced_accuracy": 2.5 / 3, "agreement": 1.0, "images": 4},
+        "int8": {"top1": 0.5, "top5": None, "balanced_accuracy": 0.5, "agreement": 0.75, "images": 4},
     }
+
+
+def test_every_score_is_scikit_learn_s() -> None:
+    from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
+
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, 11, 500)  # the twelfth class has no image
+    logits = draw.standard_normal((500, 12)) + 2 * np.eye(12)[labels]
+    found = Score(logits.argmax(1), labels, ranks(logits, labels) < 5)
+    assert found.top5 == top_k_accuracy_score(labels, logits, k=5, labels=range(12))
+    present = np.isin(found.predictions, labels)  # scikit-learn warns of answers that are no label
+    assert Score(found.predictions[present], labels[present]).balanced_accuracy == pytest.approx(
+        balanced_accuracy_score(labels[present], found.predictions[present])
+    )
+    classes = by_class({"file": found}, [f"{label}" for label in range(12)], confused=("file",))
+    matrix = confusion_matrix(labels, found.predictions, labels=range(12))
+    assert classes["images"] == matrix.sum(1).tolist()
+    assert classes["files"]["file"]["answered"] == matrix.sum(0).tolist()
+    assert classes["files"]["file"]["correct"] == matrix.diagonal().tolist()
+    mistakes = {(row, column): matrix[row, column] for row, column in np.argwhere(matrix) if row != column}
+    assert {(row, column): count for row, column, count in classes["files"]["file"]["mistakes"] or ()} == mistakes
+
+
+def test_equal_outputs_rank_as_arg_max_takes_them_and_what_is_no_number_ranks_last() -> None:
+    logits = np.array([[1.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0], [2.0, np.nan, 1.0, 0.0]])
+    assert ranks(logits, np.array([1, 3, 1])).tolist() == [0, 3, 4]
+    assert ranks(logits, np.array([3, 0, 2])).tolist() == [2, 0, 2]
+
+
+def test_five_classes_have_no_top5_and_six_do(tmp_path: Path) -> None:
+    images, labels = np.zeros((2, 3, 16, 16), np.float32), np.array([0, 1])
+    for classes in (5, 6):
+        file = save(classifier(classes=classes), tmp_path / f"{classes}.onnx")
+        assert (score({"file": file}, [(images, labels)])["file"].top5 is None) == (classes == 5)
 
 
 def test_scores_cover_every_batch_in_order(tmp_path: Path) -> None:

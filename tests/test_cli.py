@@ -21,6 +21,7 @@ from compress.pipeline import PlanLine
 from compress.recipe.read import read_recipe
 from compress.recipe.reference import reference
 from compress.recipe.schema import Recipe
+from compress.report import files
 from export.errors import BundleError
 
 Invoke = Callable[..., Result]
@@ -210,7 +211,7 @@ def test_plan_says_what_runs_what_is_cached_and_why(
 
 
 def test_report_prints_the_page_it_drew(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "render_report", lambda root: root / "report" / "index.html")
+    monkeypatch.setattr(files, "render_report", lambda root: root / "report" / "index.html")
     assert invoke("report", tmp_path).output == f"{tmp_path}/report/index.html\n"
 
 

@@ -15,7 +15,7 @@ ROWS = (
     ("compress.distillation", "compress.run", "compress.tasks", "compress.training"),
     ("compress.onnx_export", "compress.scoring"),
     ("compress.stages",),
-    ("compress.pipeline", "compress.report"),
+    ("compress.clean", "compress.pipeline", "compress.report"),
     ("compress.cli", "compress.doctor", "compress.study"),
 )
 # These take plain arguments, never a recipe's section.

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from compress import pipeline
 from compress.artifact import finish, is_complete, read_meta
+from compress.clean import leftovers
 from compress.errors import ArtifactError, CompressError
 from compress.log import StageLog
 from compress.pipeline import plan_recipe, run_recipe, run_stage
@@ -24,7 +25,7 @@ from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import QatStage
 from compress.report.shape import Report
-from compress.stages import qat
+from compress.stages import prune, qat
 from export.bundle.read import read_bundle
 from export.check.__main__ import check_bundle
 from export.onnx_file.graph import weight_levels
@@ -155,6 +156,35 @@ def test_the_student_costs_what_the_recipe_allows(finished: Path) -> None:
     assert after <= 0.6 * before
 
 
+ITERATIVE = (
+    "prune.steps=2",
+    "prune.recover={epochs: 1, batch_size: 32, lr: 0.01}",
+    "prune.reconstruct_images=64",
+)
+
+
+def test_pruning_that_was_killed_after_a_cut_goes_on_to_the_same_weights(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def weights() -> bytes:
+        assert run(copied, *ITERATIVE, until="prune") == 0
+        artifact = plan_recipe(recipe(copied, *ITERATIVE))[1].directory
+        metrics = read_meta(artifact).metrics
+        assert (metrics["top1_as_cut"] or 1) < (metrics["top1"] or 0)
+        content = (artifact / "weights.safetensors").read_bytes()
+        shutil.rmtree(artifact)
+        return content
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "save_network", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(copied, *ITERATIVE, until="prune")
+    assert weights() == weights()
+
+
 def test_the_seed_alone_decides_the_weights(finished: Path, tmp_path: Path) -> None:
     """The first run was made in this process too, with torch's generator wherever it stood."""
     weights = []
@@ -181,9 +211,50 @@ def test_changed_qat_epochs_keep_prune_and_distill(copied: Path) -> None:
     assert [line.cached for line in plan] == [True, True, True, True, False, False, False]
     assert plan[4].reason == "changed: fit.epochs 1 to 2"
     assert plan[5].reason == "qat runs"
+    before = {path: path.stat().st_mtime_ns for path in (copied / "small").glob("0[0-3]-*/meta.json")}
     assert run(copied, "qat.fit.epochs=2", until="qat") == 0
-    assert [row["cached"] for row in report(copied)["stages"]] == [True, True, True, True, False]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert [line.cached for line in plan_recipe(recipe(copied, "qat.fit.epochs=2"))] == [True] * 5 + [False] * 2
     assert all(line.cached for line in plan_recipe(recipe(copied)))  # the first recipe's artifacts are still there
+    assert [leftover.path for leftover in leftovers(copied / "small")] == [plan[4].directory]
+
+
+def test_part_of_a_finished_run_leaves_its_report_its_bundle_and_its_recipe(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def contents() -> dict[Path, bytes]:
+        names = ("report.json", "recipe.yaml", "report/index.html", "bundle/SHA256SUMS")
+        return {path: path.read_bytes() for path in (copied / "small" / name for name in names)}
+
+    before = contents()
+    assert run(copied, "seed=1", "source.fit.epochs=1", "targets.max_size_ratio=0.0001", until="source") == 0
+    said = capsys.readouterr()
+    assert "PARTIAL stopped after source, before the targets are judged" in said.out
+    assert "its report and bundle are of a run that went further, and stay as they are" in said.err
+    assert contents() == before
+
+
+def test_part_of_a_recipe_is_reported_as_such_and_not_judged(tmp_path: Path) -> None:
+    changes = ("source.fit.epochs=1", "targets.max_size_ratio=0.0001")
+    assert run(tmp_path, *changes, until="source") == 0
+    assert report(tmp_path)["verdict"] == "partial"
+    assert run(tmp_path, *changes, until="prune") == 0
+    assert [row["stage"] for row in report(tmp_path)["stages"]] == ["source", "prune"]
+    assert read_recipe(tmp_path / "small" / "recipe.yaml") == recipe(tmp_path, *changes)
+
+
+def test_a_recipe_that_is_run_until_its_last_stage_is_judged(copied: Path) -> None:
+    assert run(copied, "targets.max_size_ratio=0.0001", until="bench") == 1
+    assert report(copied)["verdict"] == "fail"
+
+
+def test_a_refused_run_leaves_the_recipe_of_the_last_report(copied: Path) -> None:
+    before = (copied / "small" / "recipe.yaml").read_bytes()
+    with pytest.raises(CompressError, match="cannot be reached"):
+        run(copied, "prune.keep_macs=0.001")
+    with pytest.raises(CompressError, match="add --trust-code"):
+        run_recipe(recipe(copied, "seed=1"), trust_code=False, until=None, verbose=False, command="")
+    assert (copied / "small" / "recipe.yaml").read_bytes() == before
 
 
 def zero_weights(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +23,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MemoryImages:
-    """Decoded images: `pixels` uint8 (n, 3, side, side), their centre crop being what evaluation sees; `labels` int64 (n,)."""
+    """Decoded images: `pixels` uint8 (n, 3, side, side), their centre crop being what evaluation sees; `labels` int64 (n,).
+
+    `broken` names the files that were left out, with the reason.
+    """
 
     pixels: Tensor
     labels: Tensor
+    broken: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     _on_device: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -84,6 +88,7 @@ class ArrayImages:
 
     arrays: np.ndarray
     labels: Tensor
+    broken: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)  # none: they are in memory
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -129,7 +134,7 @@ def decode_all(images: FileImages | ArrayImages, preprocess: Preprocess, *, side
     if isinstance(images, FileImages):
         images.report_broken(broken)
     good = np.setdiff1d(np.arange(len(images)), list(broken))
-    return MemoryImages(torch.from_numpy(pixels[good] if broken else pixels), images.labels[good])
+    return MemoryImages(torch.from_numpy(pixels[good] if broken else pixels), images.labels[good], images.broken)
 
 
 def usable_cores() -> int:

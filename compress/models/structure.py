@@ -79,15 +79,37 @@ def check_output(model: nn.Module, *, image_size: int, num_classes: int) -> None
         )
 
 
+def check_logits(model: nn.Module, images: Tensor) -> None:
+    """Raise `ModelError` where the network answers images (n, 3, size, size) with probabilities: rows from zero up that sum to one.
+
+    A loss takes the softmax of the outputs again, and INT8 rounds small probabilities to zero.
+    """
+    outputs = _answer(model, images)
+    if not isinstance(outputs, Tensor) or not bool((outputs >= 0).all()):
+        return
+    if torch.allclose(outputs.sum(1), torch.ones(len(images)), atol=1e-3):
+        raise ModelError(
+            f"{type(model).__name__}: returns probabilities, as after a softmax (each row sums to one on {len(images)} images), "
+            "but every loss and INT8 need logits: return what the softmax is given"
+        )
+
+
 def _run(model: nn.Module, image_size: int) -> object:
-    """Return the network's output for one black image in eval mode; leave every module's mode as it was."""
+    """Return the network's output for one black image."""
     first = next(model.parameters(), torch.empty(0))
-    image = torch.zeros((1, 3, image_size, image_size), dtype=first.dtype, device=first.device)
-    image.requires_grad_()  # keeps nn.MultiheadAttention off its fused path, which shows no projections
+    return _answer(model, torch.zeros((1, 3, image_size, image_size), dtype=first.dtype, device=first.device))
+
+
+def _answer(model: nn.Module, images: Tensor) -> object:
+    """Return the network's output in eval mode; leave every module's mode as it was."""
+    image_size = images.shape[-1]
+    images = (
+        images.detach().requires_grad_()
+    )  # keeps nn.MultiheadAttention off its fused path, which shows no projections
     training = {module: module.training for module in model.modules()}
     try:
         with torch.enable_grad():
-            return model.eval()(image)
+            return model.eval()(images)
     except (
         RuntimeError,
         ValueError,

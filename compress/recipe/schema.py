@@ -107,6 +107,8 @@ class Targets(Section):
 
     max_top1_drop: Drop | None = None
     """Largest loss of top-1 from the teacher to the deployed file, as a fraction (0.01 is one point)."""
+    max_class_drop: Fraction | None = None
+    """Largest loss of recall in any class from the teacher to the deployed file, as a fraction of the class's validation images."""
     min_speedup: Annotated[float, Field(gt=0)] | None = None
     """Smallest speed-up of the deployed file over the teacher's FP32: CPU with one thread (or the target's own provider), batch 1, the largest image size timed."""
     min_int8_speedup: Annotated[float, Field(gt=0)] | None = None

@@ -154,6 +154,10 @@ class PruneStage(Section):
     """Cuts: 1 is one-shot; more score again after each cut (and recover in between where `recover` is given)."""
     recover: Fit | None = None
     """Distillation between the cuts of an iterative plan."""
+    reconstruct: Literal["least_squares", "batch_norm", "none"] = "least_squares"
+    """What is recovered after each cut, without training or labels: each layer's weights are solved for what its removed inputs gave, or only batch-norm's statistics are measured anew."""
+    reconstruct_images: PositiveInt = 512
+    """Training images that it learns from; a quarter more judge whether it helps. Large images are fewer, so that memory holds them."""
     round_to: PositiveInt = 8
     """Widths stay multiples of this; 8 is what the fast INT8 and FP32 kernels need."""
     min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.1

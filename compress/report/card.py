@@ -1,5 +1,6 @@
 """The model card: Markdown with the front-matter that Hugging Face reads, every number from the report, what is unknown left out."""
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,8 +9,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from compress.report import numbers, summary
 from compress.report.shape import DeployedRow, Json, Report, StageRow
+from compress.report.tables import recalls
 from compress.report.verdict import headline_provider, headline_row, target_of
 
+CLASSES = 10  # of more, those that lose most
 STAGE_TAGS = {"prune": "pruning", "distill": "knowledge-distillation", "qat": "quantization-aware-training"}
 
 
@@ -34,6 +37,8 @@ def card(report: Report, *, name: str, served: str, classes: int, golden: int, t
         golden=golden,
         files=table([file_cells(row, summary.decimals(report)) for row in rows]),
         notes=notes(report, rows),
+        classes_table=class_rows(report),
+        plain=plain,
         made=table([stage_cells(row, summary.decimals(report)) for row in report["stages"]]),
         **tensors,
     )
@@ -78,11 +83,26 @@ def file_cells(row: DeployedRow, digits: int) -> dict[str, str | None]:
         "file": f"`{row['name']}.onnx`",
         "precision": row["precision"],
         "top-1": known(row["top1"], lambda top1: numbers.percent(top1, digits)),
+        "top-5": known(row.get("top5"), lambda top5: numbers.percent(top5, digits)),
+        "balanced accuracy": known(row.get("balanced_accuracy"), lambda mean: numbers.percent(mean, digits)),
         "agrees with the float student": known(row["agreement"], lambda share: numbers.percent(share, digits)),
         "size": known(row["size_mb"], lambda size: numbers.significant(size, "MB")),
         "median latency": known(row["p50_ms"], lambda time: numbers.significant(time, "ms")),
         "speed-up over the teacher [95 %]": interval,
     }
+
+
+def class_rows(report: Report) -> str:
+    """Return the table of the classes that lose most, none where they were not counted; their names come from strangers."""
+    return "\n\n".join(
+        table([dict(zip(found.columns, map(plain, row), strict=True)) for row in found.rows[:CLASSES]])
+        for found in recalls(report)
+    )
+
+
+def plain(text: str) -> str:
+    """Return a text that is nothing but text in a cell of Markdown."""
+    return html.escape(" ".join(text.split()).replace("|", "\\|"), quote=False)
 
 
 def stage_cells(row: StageRow, digits: int) -> dict[str, str | None]:

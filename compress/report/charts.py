@@ -34,7 +34,8 @@ def linear_axis(values: Sequence[float], start: float, end: float) -> Axis:
     first, last = math.floor(low / step), math.ceil(high / step)
     if first == last:
         last += 1
-    ticks = tuple(round(index * step, 10) for index in range(first, last + 1))
+    digits = max(10, 2 - math.floor(math.log10(step)))  # a rate can be tiny
+    ticks = tuple(round(index * step, digits) for index in range(first, last + 1))
     return Axis(ticks[0], ticks[-1], start, end, ticks)
 
 

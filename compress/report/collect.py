@@ -9,22 +9,24 @@ from typing import Any, cast
 from compress.artifact import read_meta
 from compress.data.digest import dataset_digest
 from compress.recipe.arguments import data_settings
-from compress.recipe.schema import Recipe
+from compress.recipe.schema import Recipe, Targets
+from compress.report.classes import doubts
 from compress.report.parity import mismatches
 from compress.report.recommend import recommend
 from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report, StageRow
-from compress.report.verdict import judge
+from compress.report.verdict import guesses, has_targets, judge, judged_classes
 from export.runtime.environment import environment
 
 ROW_KEYS = tuple(DeployedRow.__annotations__)
 
 
 def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[Path], command: str) -> Report:
-    """Return the report of the finished stages in `artifacts`, in their order, for the folder `root`.
+    """Return the report of the finished stages in `artifacts`, in their order, for the folder `root`; targets are judged at the recipe's end.
 
     `made` are those that this run made, the others it kept; `command` reproduces the run.
     """
     bench: Json = _last(artifacts, "bench.json") or {"accuracy": {}, "timings": [], "warnings": []}
+    is_whole = len(artifacts) == len(recipe.stages)
     report = Report(
         schema_version=REPORT_VERSION,
         recipe=recipe.model_dump(mode="json"),
@@ -33,12 +35,13 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[
         data_digest=dataset_digest(data_settings(recipe)),
         stages=[_stage_row(path, root, path not in made) for path in artifacts],
         deployed=[_deployed_row(timing, bench["accuracy"].get(timing["name"], {})) for timing in bench["timings"]],
+        classes=bench.get("classes"),
         ptq=_last(artifacts, "ptq.json"),
         audit=_last(artifacts, "audit.json"),
         verify=_last(artifacts, "verify.json"),
         limits=_last(artifacts, "limits.json") or [],
         recommendation=None,
-        targets=recipe.targets.model_dump(),
+        targets=(recipe.targets if is_whole else Targets()).model_dump(),
         verdict="pass",
         failures=[],
         warnings=[*_trainings(artifacts), *bench["warnings"]],
@@ -46,6 +49,11 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[
     report["verdict"], report["failures"] = judge(report)
     if wrong := mismatches(report):  # whatever the targets say of such numbers
         report["verdict"], report["failures"] = "fail", [*wrong, *report["failures"]]
+    report["warnings"] += [] if has_targets(report) else guesses(report).values()
+    if judged := judged_classes(report):
+        report["warnings"] += doubts(*judged, report["targets"])
+    if report["verdict"] == "pass" and not is_whole:
+        report["verdict"] = "partial"
     report["recommendation"] = recommend(report)
     return report
 
@@ -68,13 +76,17 @@ def _deployed_row(timing: Json, accuracy: Json) -> DeployedRow:
 
 
 def _trainings(artifacts: Sequence[Path]) -> list[str]:
-    """Return what happened to trainings that the recipe did not say: early ends, returns to an epoch's start, smaller parts of a batch."""
+    """Return what happened to trainings that the recipe did not say: early ends, returns to an epoch's start, images left out."""
     found = [
         json.loads(path.read_text(encoding="utf-8"))
         for stage in artifacts
         for path in sorted(stage.glob("training-*.json"))
     ]
-    return [f"{training['phase']}: {event}" for training in found for event in training["events"]]
+    phases: dict[str, list[str]] = {}
+    for training in found:
+        for event in training["events"]:
+            phases.setdefault(event, []).append(training["phase"])
+    return [f"{', '.join(dict.fromkeys(names))}: {event}" for event, names in phases.items()]
 
 
 def _last(artifacts: Sequence[Path], name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What quantization-aware training gains over post-training quantization, as far as the totals of the same images tell."""
+"""What recovery without training and quantization-aware training gain, as far as the totals of the same images tell."""
 
 from compress.report.numbers import loss, percent, points, significant
 from compress.report.shape import DeployedRow, Json, Report
@@ -6,6 +6,24 @@ from compress.report.verdict import any_row
 from export.onnx_file.roles import PTQ, QAT
 
 SIGNIFICANT = 0.05
+
+
+def sentences(report: Report, digits: int) -> list[str]:
+    """Return what the report says of its gains, in the order of the stages."""
+    found = (recovered(report, digits), training_gain(report, digits), skipped(report), left_in_float(report))
+    return [sentence for sentence in found if sentence]
+
+
+def recovered(report: Report, digits: int) -> str | None:
+    """Return what the cut lost and what came back without training, where the prune stage measured it."""
+    metrics = stage_metrics(report, "prune") or {}
+    teacher, cut, after = report["stages"][0]["metrics"].get("top1"), metrics.get("top1_as_cut"), metrics.get("top1")
+    if teacher is None or cut is None or after is None:
+        return None
+    return (
+        f"Pruning: teacher {percent(teacher, digits)}, as cut {percent(cut, digits)}, {percent(after, digits)} once recovered "
+        f"without training or labels: {loss(teacher - after)} below the teacher."
+    )
 
 
 def training_gain(report: Report, digits: int) -> str | None:

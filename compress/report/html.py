@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from compress.report import charts, gain, int8, numbers, proof, series, summary
+from compress.report import charts, gain, int8, numbers, proof, series, summary, tables
 from compress.report.parity import mismatches
 from compress.report.shape import DeployedRow, Report
-from compress.report.verdict import CPU, deployed_name, headline_row
+from compress.report.verdict import CPU, deployed_name, guesses, headline_row
 
 WIDTH = 440  # of a chart in its own pixels; close to a phone's, so that its text stays readable there
 FRAME = charts.Box(56, 8, WIDTH - 6, 236)  # of a cloud's points
@@ -90,14 +90,20 @@ def render(report: Report, root: Path) -> str:
         cards=summary.headline(report),
         judged=deployed_name(report),
         targets=summary.target_rows(report),
-        gains=[gain.training_gain(report, digits), gain.skipped(report), gain.left_in_float(report)],
+        gains=gain.sentences(report, digits),
         int8=int8.sections(report, digits),
         parities=parities,
-        warnings=[
-            *mismatches(report),
-            *report["warnings"],
-            *(f"{file.name}: {file.alarm}" for file in parities if file.alarm),
-        ],
+        warnings=list(
+            dict.fromkeys(
+                (
+                    *mismatches(report),
+                    *guesses(report).values(),
+                    *report["warnings"],
+                    *(f"{file.name}: {file.alarm}" for file in parities if file.alarm),
+                )
+            )
+        ),
+        class_tables=[*tables.accuracy(report), *tables.recalls(report), *tables.confusion(report)],
         graphs=proof.graphs(report),
         waterfalls=_waterfalls(report),
         clouds=[cloud for rows in drawn if (cloud := _cloud(rows))],

@@ -1,7 +1,9 @@
 """Say which file to serve on the target, and why, from measured rows alone; where the target was not measured, say that instead."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
+from compress.report.classes import at_chance, worst_first
 from compress.report.numbers import loss, times
 from compress.report.shape import DeployedRow, Recommendation, Report, Speedup
 from compress.report.verdict import CPU, TOLERANCE, deployed_name, headline_row, target_of
@@ -15,12 +17,16 @@ SLOW_INT8 = (
 
 
 class Bar(NamedTuple):
-    """What a file may lose: top-1 of the file that it is compared with, that file in words, and the largest drop."""
+    """What a file may lose: top-1 of the file that it is compared with, that file in words, and the largest drop.
+
+    `unfit` are files that their classes speak against, with the reason.
+    """
 
     top1: float | None
     reference: str
     max_drop: float
     note: str
+    unfit: Mapping[str, str]
 
 
 def recommend(report: Report) -> Recommendation | None:
@@ -39,6 +45,9 @@ def recommend(report: Report) -> Recommendation | None:
     if rows[FP32] is None:
         where = "CPU with one thread at batch 1" if provider == CPU else "batch 1"
         return Recommendation(file=None, sentence=f"No file is recommended: {FP32} was not timed on {where}.")
+    classes = report.get("classes")
+    for file in at_chance(classes, (TEACHER, FP32)) if classes else ():
+        return Recommendation(file=None, sentence=f"No file is recommended: {file} answers at chance.")
     file, reason = _choose(rows, _bar(report, rows), on_gpu=TARGETS[target].precision == "fp16")
     return Recommendation(file=file, sentence=f"Serve {file} on {target}: {reason}.")
 
@@ -70,12 +79,28 @@ def _bar(report: Report, rows: dict[str, DeployedRow | None]) -> Bar:
     wanted = report["targets"]["max_top1_drop"]
     max_drop = DEFAULT_MAX_TOP1_DROP if wanted is None else wanted
     teacher, student = (row["top1"] if row else None for row in (rows[TEACHER], rows[FP32]))
+    unfit = _unfit(report)
     if teacher is None:
-        return Bar(student, "the float student", max_drop, "")
+        return Bar(student, "the float student", max_drop, "", unfit)
     if student is None or teacher - student <= max_drop + TOLERANCE:
-        return Bar(teacher, "the teacher", max_drop, "")
+        return Bar(teacher, "the teacher", max_drop, "", unfit)
     note = f"; no precision brings it within {loss(max_drop)} of the teacher, the student in FP32 loses {loss(teacher - student)}"
-    return Bar(student, "the float student", max_drop, note)
+    return Bar(student, "the float student", max_drop, note, unfit)
+
+
+def _unfit(report: Report) -> dict[str, str]:
+    """Return why files are not to be served whatever their top-1: they guess, or lose more of a class than targets.max_class_drop allows."""
+    classes, wanted = report.get("classes"), report["targets"]["max_class_drop"]
+    if not classes:
+        return {}
+    found = {}
+    if wanted is not None and TEACHER in classes["files"]:
+        for name in classes["files"]:
+            worst = worst_first(classes, name)[0]
+            if worst.drop > wanted + TOLERANCE:
+                lost = f'{loss(worst.drop)} of recall on class "{worst.name}"'
+                found[name] = f"{name} loses {lost}, {loss(wanted)} are allowed"
+    return found | {name: f"{name} answers at chance" for name in at_chance(classes, classes["files"])}
 
 
 def _problem(row: DeployedRow, bar: Bar) -> str | None:
@@ -102,6 +127,8 @@ def _fp16_gpu_problem(row: DeployedRow, bar: Bar) -> str | None:
 def _accuracy_problem(row: DeployedRow, bar: Bar) -> str | None:
     if row["top1"] is None or bar.top1 is None:
         return f"the accuracy of {row['name']} was not measured"
+    if row["name"] in bar.unfit:
+        return bar.unfit[row["name"]]
     drop = bar.top1 - row["top1"]
     if drop <= bar.max_drop + TOLERANCE:
         return None

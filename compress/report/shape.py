@@ -4,7 +4,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
 
-Verdict = Literal["pass", "fail"]
+Verdict = Literal["pass", "fail", "partial"]  # partial: stopped before the recipe's end, so its targets are not judged
 Json = dict[str, Any]
 REPORT_VERSION: Literal[2] = 2
 
@@ -28,10 +28,26 @@ class Speedup(TypedDict):
     ci95: list[float]
 
 
+class FileClasses(TypedDict):
+    """One file's right answers and all its answers, by class; mistakes are rows of (class, answered class, images)."""
+
+    correct: list[int]
+    answered: list[int]
+    mistakes: list[tuple[int, int, int]] | None
+
+
+class Classes(TypedDict):
+    """How many validation images each class has, and what every file answers in ONNX Runtime; mistakes of teacher and deployed file."""
+
+    names: list[str]
+    images: list[int]
+    files: dict[str, FileClasses]
+
+
 class DeployedRow(TypedDict):
     """One file, timed with one provider, thread count (0 is all), batch and image size.
 
-    Top-1 and agreement (with the float student's answers, over `images`) are the file's, in ONNX Runtime.
+    Accuracy and agreement (with the float student's answers, over `images`) are the file's, in ONNX Runtime; older reports know top-1 alone.
     """
 
     name: str
@@ -43,6 +59,8 @@ class DeployedRow(TypedDict):
     batch: int
     image_size: int
     top1: float | None
+    top5: NotRequired[float | None]
+    balanced_accuracy: NotRequired[float | None]
     agreement: float | None
     images: int | None
     p50_ms: float | None
@@ -175,7 +193,7 @@ class Report(TypedDict):
     """Everything a run measured, and whether that is what its recipe wanted.
 
     `ptq`, `audit` and `verify` are None where no stage wrote them; audit and verify are by file. `limits` has a sentence for each of
-    the export stage's limits that the deployed file is over. `data_digest` names the images; older reports have none.
+    the export stage's limits that the deployed file is over. `data_digest` names the images; older reports have neither it nor `classes`.
     """
 
     schema_version: Literal[2]
@@ -185,6 +203,7 @@ class Report(TypedDict):
     data_digest: NotRequired[str]
     stages: list[StageRow]
     deployed: list[DeployedRow]
+    classes: NotRequired[Classes | None]
     ptq: Ptq | None
     audit: dict[str, AuditRow] | None
     verify: dict[str, VerifyRow] | None

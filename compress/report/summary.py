@@ -10,6 +10,7 @@ from compress.report.verdict import (
     CPU,
     deployed_name,
     first_and_last,
+    guesses,
     headline_provider,
     headline_row,
     is_met,
@@ -28,6 +29,7 @@ TITLES = {  # in the order of the tables
 }
 TARGET_TITLES = {
     "max_top1_drop": "Top-1 drop",
+    "max_class_drop": "Recall drop of the worst class",
     "min_speedup": "Speed-up over the teacher",
     "min_int8_speedup": "Speed-up of INT8 over FP32",
     "max_size_ratio": "Size, as a part of the teacher's",
@@ -98,8 +100,14 @@ def verdict_text(report: Report) -> str:
     """Return the verdict in a few words."""
     rows, over, wrong = target_rows(report), len(report["limits"]), len(mismatches(report))
     missed = sum(not row.met for row in rows)
-    targets = "all targets met" if rows else "no targets set"
-    parts = [f"{missed} of {len(rows)} targets missed" if missed else targets]
+    parts = [f"{file} answers at chance" for file in guesses(report)]
+    if parts and rows and TEACHER in guesses(report):
+        parts.insert(0, "nothing to judge")
+    if missed or not parts or not rows:
+        targets = "all targets met" if rows else "no targets set"
+        if len(report["stages"]) < len(report["recipe"]["stages"]):
+            targets = f"stopped after {report['stages'][-1]['stage']}, before the targets are judged"
+        parts += [f"{missed} of {len(rows)} targets missed" if missed else targets]
     parts += [f"{over} export {'limit' if over == 1 else 'limits'} exceeded"] if over else []
     parts += [f"{wrong} {'file scores' if wrong == 1 else 'files score'} otherwise than measured"] if wrong else []
     return ", ".join(parts)

@@ -7,10 +7,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from compress.report import gain, numbers, summary, terminal_int8
+from compress.report import gain, numbers, summary, tables, terminal_int8
 from compress.report.screen import show
 from compress.report.shape import DeployedRow, Report
 from compress.report.verdict import CPU
+
+FEW_CLASSES = 5
 
 
 def print_report(report: Report, console: Console, *, verbose: bool = False, page: Path | None = None) -> None:
@@ -28,15 +30,17 @@ def print_report(report: Report, console: Console, *, verbose: bool = False, pag
     shown = [row for row in summary.ordered(report["deployed"]) if verbose or _is_telling(row)]
     for title, rows in groupby(shown, summary.conditions):
         show(console, _files(title, list(rows), digits=summary.decimals(report), gap=gap))
+    for drawn in tables.accuracy(report):
+        show(console, _drawn(drawn, None, gap=gap))
+    for drawn in tables.recalls(report):
+        show(console, _drawn(drawn, None if verbose else FEW_CLASSES, gap=gap))
     for renderable in (
         *terminal_int8.without_training(report, gap=gap, verbose=verbose),
         *terminal_int8.proofs(report, gap=gap, verbose=verbose),
     ):
         show(console, renderable)
-    digits = summary.decimals(report)
-    for sentence in (gain.training_gain(report, digits), gain.skipped(report), gain.left_in_float(report)):
-        if sentence:
-            console.print(Text(f"\n{sentence}"))
+    for sentence in gain.sentences(report, summary.decimals(report)):
+        console.print(Text(f"\n{sentence}"))
     for warning in report["warnings"]:
         _say(console, "\nwarning ", warning, style="yellow")
     _say(console, f"\n{report['verdict'].upper()} ", summary.verdict_text(report), style=_verdict_style(report))
@@ -94,12 +98,21 @@ def _files(title: str, rows: list[DeployedRow], *, digits: int, gap: int) -> Tab
     return table
 
 
+def _drawn(table: tables.Table, few: int | None, *, gap: int) -> Table:
+    """Return a table of the report, or only its first few rows."""
+    title = f"{table.title} · {few} of {len(table.rows):,}" if few and few < len(table.rows) else table.title
+    drawn = _table(title, table.columns[0], table.columns[1:], gap=gap)
+    for row in table.rows[:few]:
+        drawn.add_row(*map(Text, row))
+    return drawn
+
+
 def _is_telling(row: DeployedRow) -> bool:
     return row["batch"] == 1 and (row["threads"] == 1 or row["provider"] != CPU)
 
 
 def _verdict_style(report: Report) -> str:
-    return "bold green" if report["verdict"] == "pass" else "bold red"
+    return {"pass": "bold green", "fail": "bold red", "partial": "bold"}[report["verdict"]]
 
 
 def _table(title: str, first: str, others: tuple[str, ...], *, gap: int) -> Table:

@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
+from compress.report.classes import at_chance, worst_first
 from compress.report.numbers import percent, times
-from compress.report.shape import DeployedRow, Report, Speedup, Verdict
+from compress.report.shape import Classes, DeployedRow, Report, Speedup, Verdict
 from export.onnx_file.roles import FP32, TEACHER, deployed
 from export.onnx_file.targets import TARGET_PROVIDERS, TARGETS
 
@@ -19,15 +20,37 @@ class Measurement(NamedTuple):
 
 
 def judge(report: Report) -> tuple[Verdict, list[str]]:
-    """Return the verdict, and a sentence for each target that is missed or was not measured and each limit that is exceeded."""
+    """Return the verdict, and a sentence for each target that is missed or was not measured and each limit that is exceeded.
+
+    Where there are targets, a teacher or deployed file that answers at chance fails them all: nothing it reaches means anything.
+    """
     measured = measure(report)
-    failures = [
+    failures = list(guesses(report).values()) if has_targets(report) else []
+    failures += [
         _sentence(target, wanted, measured[target])
         for target, wanted in report["targets"].items()
         if wanted is not None and not is_met(target, wanted, measured[target].value)
     ]
     failures += report["limits"]
     return ("fail" if failures else "pass"), failures
+
+
+def has_targets(report: Report) -> bool:
+    """Tell whether the recipe sets any target."""
+    return any(wanted is not None for wanted in report["targets"].values())
+
+
+def guesses(report: Report) -> dict[str, str]:
+    """Return a sentence for the teacher or else the deployed file, by name, where it answers at chance."""
+    classes, name = report.get("classes"), deployed_name(report)
+    found = [at_chance(classes, [file]) for file in (TEACHER, name) if file] if classes else []
+    return next(filter(None, found), {})
+
+
+def judged_classes(report: Report) -> tuple[Classes, str] | None:
+    """Return the classes and the deployed file, None where it was not scored beside the teacher; older reports have no classes."""
+    classes, name = report.get("classes"), deployed_name(report)
+    return (classes, name) if classes and name and {TEACHER, name} <= classes["files"].keys() else None
 
 
 def is_met(target: str, wanted: float, value: float | None) -> bool:
@@ -46,6 +69,7 @@ def measure(report: Report) -> dict[str, Measurement]:
     where = "CPU, 1 thread, batch 1" if provider == CPU else f"{provider.removesuffix('ExecutionProvider')}, batch 1"
     return {
         "max_top1_drop": _top1_drop(teacher, student),
+        "max_class_drop": _class_drop(judged_classes(report)),
         "min_speedup": _speedup(timed, timed and timed["speedup"], where),
         "min_int8_speedup": _speedup(
             timed, timed["speedup_vs_student_fp32"] if timed and timed["precision"] == "int8" else None, where
@@ -106,6 +130,17 @@ def _top1_drop(teacher: DeployedRow | None, student: DeployedRow | None) -> Meas
     )
 
 
+def _class_drop(judged: tuple[Classes, str] | None) -> Measurement:
+    if judged is None:
+        return Measurement(None, "recall of each class in ONNX Runtime")
+    classes, name = judged
+    worst = worst_first(classes, name)[0]
+    before, after = percent(worst.teacher / worst.images), percent(worst.student / worst.images)
+    return Measurement(
+        worst.drop, f'class "{worst.name}": teacher_fp32 {before}, {name} {after} of {worst.images:,} images'
+    )
+
+
 def _speedup(timed: DeployedRow | None, speedup: Speedup | None, where: str) -> Measurement:
     if not timed or not speedup:
         return Measurement(None, where)
@@ -138,7 +173,7 @@ def show(target: str, value: float | None) -> str:
     """Return a target's value in its unit: points of top-1, times faster, or a fraction."""
     if value is None:
         return "not measured"
-    if target == "max_top1_drop":
+    if target.endswith("_drop"):
         return f"{100 * value:.2f} points".replace("-", "−")
     return times(value) if target.endswith("speedup") else f"{value:.3f}"
 

@@ -6,8 +6,8 @@ from compress.artifact import Metrics, read_meta, write_json
 from compress.recipe.stages import BenchStage
 from compress.run import Run, as_numpy, newest
 from export.bench import bench
-from export.onnx_file.roles import deployed, files_in, is_int8
-from export.runtime.accuracy import accuracy, score
+from export.onnx_file.roles import TEACHER, deployed, files_in, is_int8
+from export.runtime.accuracy import accuracy, by_class, score
 from export.runtime.environment import environment
 
 
@@ -17,8 +17,10 @@ def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
     exported = newest(src, "export")
     assert exported is not None
     files = files_in(exported)
+    name = deployed(files, run.target)
     with run.log(out, "bench") as log:
-        scores = accuracy(score(files, as_numpy(run.validation())), reference="student_fp32")
+        answers = score(files, as_numpy(run.validation()))
+        scores = accuracy(answers, reference="student_fp32")
         measured = bench(
             files,
             batches=cfg.batches,
@@ -31,17 +33,19 @@ def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
             target=run.target.name,
             progress=log.note_detail,
         )
-    name = deployed(files, run.target)
     floats = read_meta(exported).metrics["float_layers"]
     notes = (
         [f"{name}: {floats} layers run in float once optimized; the export stage's log names them"]
         if is_int8(name) and floats
         else []
     )
+    if broken := sorted(run.dataset.val.broken):
+        notes.append(f"{len(broken):,} validation images cannot be read and are in no score, {broken[0]} first")
     write_json(
         out / "bench.json",
         {
             "accuracy": scores,
+            "classes": by_class(answers, run.dataset.classes, confused=(TEACHER, name)),
             "timings": measured.timings,
             "warnings": [*notes, *measured.warnings],
             "environment": environment(),

@@ -1,8 +1,11 @@
-"""Remove whole channels: score, plan, cut, check, measure."""
+"""Remove whole channels: score, plan, cut, solve for what they gave, check, measure."""
 
+import copy
+import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch_pruning as tp
 from torch import nn
 
@@ -15,9 +18,11 @@ from compress.models.structure import classifier, count
 from compress.pruning.costs import measure_layers
 from compress.pruning.criteria import NEEDS_GRADIENTS
 from compress.pruning.plan import Cut, choose, cut_, find_groups, smallest_widths, widths
+from compress.pruning.reconstruction import JUDGED, kept_outputs, number_outputs, reconstruct
 from compress.recipe.losses import KD_ONLY
 from compress.recipe.stages import PruneStage
 from compress.run import Run
+from compress.tasks.task import evaluate
 
 
 def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:
@@ -32,14 +37,21 @@ def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:
     with run.log(out, "prune") as log:
         if cfg.sparsity is not None:
             model = _learn_sparsity(model, cfg, images, out, log, run)
+        whole, numbered, as_cut = copy.deepcopy(model), number_outputs(model), {}
         for number in range(1, cfg.steps + 1):
             cuts = _cut_once_(model, cfg, images, exclude, smallest, _budget(cfg, before, number), run)
             steps.append(tuple(cuts))
+            cut_(numbered, images, cuts)
+            if cfg.reconstruct != "none":
+                if number == cfg.steps:
+                    as_cut = {f"{run.task.metric}_as_cut": evaluate(model, run.validation(), run.task)[run.task.metric]}
+                model = _reconstructed(model, whole, kept_outputs(numbered), cfg, log, run)
             if cfg.recover is not None and number < cfg.steps:
                 phase = f"recover-{number}"
                 model = distil(run, model, KD_ONLY, cfg.recover, src=src, out=out, log=log, phase=phase)
+                whole, numbered = copy.deepcopy(model), number_outputs(model)
         table = widths(layers, model)
-        metrics = run.measure(model)
+        metrics = run.measure(model) | as_cut
         _check(cfg, before, metrics)
         if run.rank == 0:
             save_network(model, read_architecture(src).pruned(*steps), out)
@@ -100,6 +112,22 @@ def _cut_once_(
     )
     cut_(model, images, cuts)
     return cuts
+
+
+def _reconstructed(
+    model: nn.Module, whole: nn.Module, kept: dict[str, torch.Tensor], cfg: PruneStage, log: StageLog, run: Run
+) -> nn.Module:
+    """Return the network with its weights solved against the one that was whole; every rank goes on with the first one's."""
+    assert cfg.reconstruct != "none"
+    started = time.monotonic()
+    batches = run.calibration(cfg.reconstruct_images * JUDGED // (JUDGED - 1))
+    images = torch.cat([batch.images for batch in batches])
+    model, method, used = reconstruct(model.eval(), whole.eval(), kept, images, cfg.reconstruct)
+    if run.ranks > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+    log.note(f"reconstructed ({method}) from {used:,} images without labels in {time.monotonic() - started:.0f} s")
+    return model
 
 
 def _accumulate_gradients_(model: nn.Module, cfg: PruneStage, run: Run) -> None:

@@ -38,6 +38,7 @@ def _check_later_stages(teacher: nn.Module, run: Run) -> None:
         student = teacher
         if isinstance(section := stages.get("student"), StudentStage):
             student = build(section.arch, num_classes=len(run.dataset.classes), trust_code=run.trust_code)
+            run.check_logits(student)
         if "prune" in stages:
             find_groups(student, example_images(run.image_size), "random", exclude=())
         if "qat" in stages:

@@ -51,6 +51,7 @@ class Loop:
         None  # (model in training mode, part of the training that is done)
     )
     after_backward: Callable[[nn.Module], None] | None = None
+    left_out: Callable[[], int] = lambda: 0  # how many training images could not be read so far
 
 
 def precision_of(settings: Fit, device: torch.device) -> torch.dtype | None:
@@ -121,6 +122,8 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
         _tell(
             f"stopped after epoch {progress.epoch} of {settings.epochs}, whose network is kept: {stopped}", loop, state
         )
+    if left_out := loop.left_out():
+        _tell(f"{left_out:,} training images cannot be read and were left out", loop, state)
     if loop.log.enabled:
         write_json(
             loop.summary, {"phase": loop.phase, "epochs": settings.epochs, "stopped": stopped, **asdict(progress)}

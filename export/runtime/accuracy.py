@@ -1,6 +1,7 @@
 """Score ONNX files in ONNX Runtime, image by image, so that two files can be compared on the same ones."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,16 +10,19 @@ from numpy.typing import NDArray
 
 from export.errors import BundleError
 from export.images.read import Labelled
-from export.runtime.rows import AccuracyRow
+from export.runtime.rows import AccuracyRow, Classes, FileClasses
 from export.runtime.session import CPU, DTYPES, RUNTIME_ERRORS, first_line, open_session
+
+TOP = 5  # with no more classes than these, every answer would be among them
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one file answered: the arg-max for each image, and the fraction that is right."""
+    """What one file answered: the arg-max for each image, and whether its label is among the five largest (None: unknown)."""
 
     predictions: NDArray[np.int64]
     labels: NDArray[np.int64]
+    in_top5: NDArray[np.bool_] | None = None
 
     @property
     def images(self) -> int:
@@ -29,6 +33,18 @@ class Score:
     def top1(self) -> float:
         """The fraction of images whose arg-max is their label."""
         return float(np.mean(self.predictions == self.labels))
+
+    @property
+    def top5(self) -> float | None:
+        """The fraction of images whose label is among the five largest outputs."""
+        return None if self.in_top5 is None else float(np.mean(self.in_top5))
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """The mean recall of the classes that have images."""
+        images = np.bincount(self.labels)
+        correct = np.bincount(self.labels[self.predictions == self.labels], minlength=len(images))
+        return float(np.mean(correct[images > 0] / images[images > 0]))
 
     def agreement(self, other: "Score") -> float:
         """Return the fraction of images that both answer alike."""
@@ -52,6 +68,7 @@ def score(
         name: open_session(path, provider=provider, threads=threads, optimize=optimize) for name, path in files.items()
     }
     answers: dict[str, list[NDArray[np.int64]]] = {name: [] for name in files}
+    in_top5: dict[str, list[NDArray[np.bool_]]] = {name: [] for name in files}
     labels: list[NDArray[np.int64]] = []
     for images, targets in batches:
         labels.append(targets)
@@ -64,16 +81,63 @@ def score(
                     f"{name}: cannot run on {images.shape} ({first_line(error)}): export it again"
                 ) from error
             answers[name].append(np.argmax(logits, axis=1))  # (batch,)
+            if logits.shape[1] > TOP:
+                in_top5[name].append(ranks(logits, targets) < TOP)
         progress(f"scored {sum(map(len, labels))} images")
     if not labels:
         raise BundleError("accuracy: no images to score: give a folder or file with at least one")
     truth = np.concatenate(labels)
-    return {name: Score(np.concatenate(parts), truth) for name, parts in answers.items()}
+    return {
+        name: Score(np.concatenate(parts), truth, np.concatenate(in_top5[name]) if in_top5[name] else None)
+        for name, parts in answers.items()
+    }
+
+
+def ranks(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return how many classes come before each image's label (n,); equal outputs come in the order of their classes, as for arg-max."""
+    own = np.take_along_axis(logits, labels[:, None], axis=1)  # (n, 1)
+    lower = np.arange(logits.shape[1]) < labels[:, None]
+    before = ~(logits <= own) | ((logits == own) & lower)  # what is no number comes before all
+    found: NDArray[np.int64] = before.sum(axis=1)
+    return found
 
 
 def accuracy(scores: Mapping[str, Score], *, reference: str) -> dict[str, AccuracyRow]:
-    """Return each file's top-1 and its agreement with the arg-max of the `reference` file."""
+    """Return each file's accuracy and its agreement with the arg-max of the `reference` file."""
     return {
-        name: AccuracyRow(top1=found.top1, agreement=found.agreement(scores[reference]), images=found.images)
+        name: AccuracyRow(
+            top1=found.top1,
+            top5=found.top5,
+            balanced_accuracy=found.balanced_accuracy,
+            agreement=found.agreement(scores[reference]),
+            images=found.images,
+        )
         for name, found in scores.items()
     }
+
+
+def by_class(scores: Mapping[str, Score], names: Sequence[str], *, confused: Collection[str]) -> Classes:
+    """Return what the files answer class by class, and the mistakes of the files in `confused`."""
+
+    def count(classes: NDArray[np.int64]) -> list[int]:
+        return np.bincount(classes, minlength=len(names)).tolist()  # type: ignore[no-any-return]
+
+    truth = next(iter(scores.values())).labels
+    return Classes(
+        names=list(names),
+        images=count(truth),
+        files={
+            name: FileClasses(
+                correct=count(truth[found.predictions == truth]),
+                answered=count(found.predictions),
+                mistakes=_mistakes(found) if name in confused else None,
+            )
+            for name, found in scores.items()
+        },
+    )
+
+
+def _mistakes(found: Score) -> list[tuple[int, int, int]]:
+    pairs = zip(found.labels.tolist(), found.predictions.tolist(), strict=True)
+    counts = Counter((label, answer) for label, answer in pairs if label != answer)
+    return [(label, answer, images) for (label, answer), images in sorted(counts.items())]

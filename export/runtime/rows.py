@@ -13,11 +13,32 @@ TEACHER, STUDENT = "teacher_fp32", "student_fp32"
 
 
 class AccuracyRow(TypedDict):
-    """One file on all images; `agreement` is the fraction of images whose arg-max equals the float student's."""
+    """One file on all images; `agreement` is the fraction of images whose arg-max equals the float student's.
+
+    `top5` is None for five classes or fewer; balanced accuracy is the mean recall of the classes that have images.
+    """
 
     top1: float
+    top5: float | None
+    balanced_accuracy: float
     agreement: float
     images: int
+
+
+class FileClasses(TypedDict):
+    """One file's right answers and all its answers, by class; mistakes are rows of (class, answered class, images)."""
+
+    correct: list[int]
+    answered: list[int]
+    mistakes: list[tuple[int, int, int]] | None
+
+
+class Classes(TypedDict):
+    """How many images each class has, and what every file answers; the mistakes are kept for a few files."""
+
+    names: list[str]
+    images: list[int]
+    files: dict[str, FileClasses]
 
 
 class SpeedupRow(TypedDict):

@@ -13,7 +13,7 @@ from compress.errors import ModelError
 from compress.models.architectures import build
 from compress.models.digest import source_digest
 from compress.models.saved import Architecture, load_float, save_network
-from compress.models.structure import check_output, classifier, count
+from compress.models.structure import check_logits, check_output, classifier, count
 from compress.models.weights import load_weights_
 
 FACTORY = """\
@@ -248,6 +248,22 @@ def test_an_image_size_that_the_network_does_not_take_is_refused() -> None:
 def test_logits_of_another_shape_are_refused() -> None:
     with pytest.raises(ModelError, match=r"must return logits of shape \(n, 7\), returned shape \(1, 5\)"):
         check_output(HeadFirst(), image_size=32, num_classes=7)
+
+
+@pytest.mark.parametrize(
+    ("last", "refused"), [(nn.Softmax(1), True), (nn.LogSoftmax(1), False), (nn.ReLU(), False), (nn.Identity(), False)]
+)
+def test_a_network_that_answers_with_probabilities_is_refused(last: nn.Module, refused: bool) -> None:
+    model = nn.Sequential(HeadFirst(), last).train()
+    images = torch.randn(4, 3, 32, 32)
+    if not refused:
+        check_logits(model, images)
+        return
+    with pytest.raises(
+        ModelError, match=r"returns probabilities, as after a softmax .* return what the softmax is given"
+    ):
+        check_logits(model, images)
+    assert model.training
 
 
 # Digest

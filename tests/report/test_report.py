@@ -221,7 +221,7 @@ def test_labels_of_close_points_meet_neither_each_other_nor_a_point() -> None:
     assert not any(a.overlaps(b) for a, b in pairwise(sorted(boxes, key=lambda box: box.top)))
 
 
-@pytest.mark.parametrize("values", [(0.5,), (97.2, 98.3), (0.0, 0.0), (1e-6, 2e-6), (-3, 5000)])
+@pytest.mark.parametrize("values", [(0.5,), (97.2, 98.3), (0.0, 0.0), (1e-6, 2e-6), (6.7e-11,), (-3, 5000)])
 def test_a_linear_axis_covers_its_values_with_few_round_ticks(values: tuple[float, ...]) -> None:
     axis = charts.linear_axis(values, 0, 100)
     assert axis.low <= min(values) <= max(values) <= axis.high

@@ -202,6 +202,17 @@ def test_the_sign_test_survives_thousands_of_images() -> None:
     assert 0 < gain.sign_test(500, 5000) < 1e-11
 
 
+def test_what_the_cut_lost_and_what_came_back_without_training_is_told(tmp_path: Path) -> None:
+    report = build_report(tmp_path)
+    expected = (
+        "Pruning: teacher 98.33\u00a0%, as cut 11.11\u00a0%, 61.11\u00a0% once recovered without training or labels: "
+        "37.22\u00a0points below the teacher."
+    )
+    assert gain.recovered(report, 2) == expected
+    assert gain.sentences(report, summary.decimals(report))[0] in render(report, tmp_path)
+    assert gain.recovered(build_report(tmp_path / "unpruned", ("source", "distill", "ptq", "qat", "export")), 2) is None
+
+
 def test_skipped_training_is_told_with_its_reason(tmp_path: Path) -> None:
     report = build_report(tmp_path, sections={"qat": {"skip_if_ptq_drop_below": 0.01}}, int8=build_int8())
     report = with_metrics(report, "qat", trained=0.0)

@@ -79,7 +79,7 @@ def _lines(comparison: Comparison) -> Iterator[Line]:
 def _verdict(one: Candidate) -> str:
     if one.verdict is None:
         return UNKNOWN
-    return one.verdict if one.verdict == "pass" else f"fail ({one.failures})"
+    return f"fail ({one.failures})" if one.verdict == "fail" else one.verdict
 
 
 def _efficient(one: Candidate) -> str:

@@ -1,0 +1,73 @@
+"""Find and remove what no report of a run's folder uses: stages of other settings, what killed runs left behind."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from compress.artifact import exclusive
+from compress.errors import ArtifactError
+
+STAGE = r"\d\d-[a-z]+-[0-9a-f]{12}"
+# By what a name matches: what it is. Nothing else in the folder is touched.
+LEFTOVERS = {
+    re.compile(STAGE): "a stage that no report uses",
+    re.compile(rf"\.{STAGE}\.partial"): "a stage that was interrupted; the run that made it would go on from here",
+    re.compile(r"\.bundle-.+|\..+\.json\.partial"): "what a killed run was writing",
+}
+
+
+class Leftover(NamedTuple):
+    """A file or folder that no report uses."""
+
+    path: Path
+    what: str
+    bytes: int
+
+
+def leftovers(root: Path) -> list[Leftover]:
+    """Return what no report in a run's folder uses.
+
+    Raises ArtifactError where there is no report, which alone tells what is used, or one that cannot be read.
+    """
+    places = [root, *sorted((root / "students").glob("*/"))]
+    reports = [place / "report.json" for place in places if (place / "report.json").exists()]
+    if not reports:
+        raise ArtifactError(
+            f"{root}: holds no report, so nothing tells which stages are used; run the recipe to its end, or remove the folder"
+        )
+    used = {path.resolve() for report in reports for path in _stages(report)}
+    return [
+        Leftover(path, what, sum(file.lstat().st_size for file in (path, *path.rglob("*")) if file.is_file()))
+        for place in places
+        for path in sorted(place.iterdir())
+        for name, what in LEFTOVERS.items()
+        if name.fullmatch(path.name) and not path.is_symlink() and path.resolve() not in used
+    ]
+
+
+def remove(root: Path) -> list[Leftover]:
+    """Remove what no report in a run's folder uses, and return it.
+
+    Raises ArtifactError where a run is writing there.
+    """
+    leftovers(root)  # refuses what is no run's folder before a lock is left in it
+    with exclusive(root):
+        found = leftovers(root)
+        for leftover in found:
+            if leftover.path.is_dir():
+                shutil.rmtree(leftover.path)
+            else:
+                leftover.path.unlink()
+    return found
+
+
+def _stages(report: Path) -> Iterator[Path]:
+    """Yield the folders of the stages that a report tells of."""
+    try:
+        for row in json.loads(report.read_text(encoding="utf-8"))["stages"]:
+            yield report.parent / row["directory"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ArtifactError(f"{report}: cannot be read ({error}); run its recipe again") from error

@@ -1,0 +1,120 @@
+"""Least squares for one layer: its inputs as rows, and the correction of its weights that explains what is missing in its outputs.
+
+Sources: He et al. 2017, Channel Pruning, eq. 4; Luo et al. 2017, ThiNet, eq. 6; Frantar & Alistarh 2022, OBC, whose closed form for a removed
+set this is where the reference is the network itself; Narshana et al. 2023 (OBSPA) carry it to coupled channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SOLVED = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # as a part of the inputs' mean square
+
+
+def layer_rows(layer: SOLVED, inputs: Tensor, positions: Tensor, width: int) -> Tensor:
+    """Return what the layer sees at some positions of its output, (n * p, groups, inputs of a group * kernel).
+
+    `positions` (n, p) count along the output map, `width` wide, row by row; of a linear layer along all that is not the channel.
+    """
+    number = torch.arange(len(positions), device=inputs.device)[:, None]
+    if isinstance(layer, nn.Linear):
+        return inputs.reshape(len(positions), -1, inputs.shape[-1])[number, positions].flatten(0, 1)[:, None]
+    sides = _padding(layer)
+    if layer.padding_mode != "zeros":
+        inputs, sides = F.pad(inputs, sides, mode=layer.padding_mode), (0, 0, 0, 0)
+    height, breadth = inputs.shape[-2:]
+    ys, inside_y = _sources(layer, positions // width, height, axis=0, before=sides[2])  # (n, p, kernel height)
+    xs, inside_x = _sources(layer, positions % width, breadth, axis=1, before=sides[0])
+    index = (ys[..., :, None] * breadth + xs[..., None, :]).flatten(2)  # (n, p, kernel)
+    inside = (inside_y[..., :, None] & inside_x[..., None, :]).flatten(2)
+    pixels = inputs.permute(0, 2, 3, 1).flatten(1, 2)  # (n, height * breadth, channels)
+    seen = pixels[number[..., None], index] * inside[..., None]  # (n, p, kernel, channels)
+    rows: Tensor = seen.flatten(0, 1).unflatten(-1, (layer.groups, -1))
+    return rows.permute(0, 2, 3, 1).flatten(2)
+
+
+def _padding(layer: nn.Conv2d | nn.ConvTranspose2d) -> tuple[int, ...]:
+    """Return left, right, top, bottom."""
+    if isinstance(layer.padding, str):
+        return tuple(layer._reversed_padding_repeated_twice)
+    rows, columns = layer.padding
+    return (columns, columns, rows, rows)
+
+
+def _sources(
+    layer: nn.Conv2d | nn.ConvTranspose2d, outputs: Tensor, size: int, *, axis: int, before: int
+) -> tuple[Tensor, Tensor]:
+    """Return along one axis which inputs an output (n, p) sees, (n, p, kernel), and which of them lie inside of the image."""
+    stride = layer.stride[axis]
+    offsets = torch.arange(layer.kernel_size[axis], device=outputs.device) * layer.dilation[axis]
+    if isinstance(layer, nn.ConvTranspose2d):
+        scaled = outputs[..., None] + before - offsets
+        found, met = scaled.div(stride, rounding_mode="floor"), scaled % stride == 0
+    else:
+        found = outputs[..., None] * stride - before + offsets
+        met = torch.ones_like(found, dtype=torch.bool)
+    return found.clamp(0, size - 1), met & (found >= 0) & (found < size)
+
+
+def weight_matrix(layer: SOLVED) -> Tensor:
+    """Return the weights as (groups, outputs of a group, inputs of a group * kernel)."""
+    if isinstance(layer, nn.Linear):
+        return layer.weight.detach()[None]
+    groups: Tensor = layer.weight.detach().unflatten(0, (layer.groups, -1))
+    return (groups.transpose(1, 2) if isinstance(layer, nn.ConvTranspose2d) else groups).flatten(2)
+
+
+def set_weight_matrix_(layer: SOLVED, matrix: Tensor) -> None:
+    """Write what `weight_matrix` read."""
+    if isinstance(layer, nn.ConvTranspose2d):
+        outputs, kernel = matrix.shape[1], layer.weight.shape[2:]
+        matrix = matrix.reshape(layer.groups, outputs, -1, *kernel).transpose(1, 2)
+    layer.weight.detach().copy_(matrix.reshape(layer.weight.shape))
+
+
+def solve(inputs: Tensor, missing: Tensor, held_out: Tensor, *, offset: bool) -> tuple[Tensor, Tensor] | None:
+    """Return the correction (groups, outputs, d) and offset (groups, outputs) that explain what is missing; None where they would not help.
+
+    Minimizes |missing - D·inputs - offset|² + δ|D|² over the rows (rows, groups, d) and (rows, groups, outputs). δ is the ridge that
+    leaves the least on the rows held out (rows,), which count in the end. Without `offset` that is zero. With fewer rows than inputs
+    the equal system of rows is solved: D = Rᵀ(XXᵀ + δI)⁻¹X instead of RᵀX(XᵀX + δI)⁻¹.
+    """
+    mean_input = inputs.mean(0) * float(offset)  # (groups, d)
+    mean_missing = missing.mean(0) * float(offset)
+    rows = (inputs - mean_input).transpose(0, 1)  # (groups, rows, d)
+    rest = (missing - mean_missing).transpose(0, 1)  # (groups, rows, outputs)
+    fitted, judged = rows[:, ~held_out], rows[:, held_out]
+    few_rows = rows.shape[1] < rows.shape[2]
+    if few_rows:
+        whole = rows @ rows.transpose(1, 2), rest
+        part = whole[0][:, ~held_out][:, :, ~held_out], rest[:, ~held_out]
+        judge = whole[0][:, held_out][:, :, ~held_out]
+    else:
+        part, whole, judge = _moments(fitted, rest[:, ~held_out]), _moments(judged, rest[:, held_out]), judged
+        whole = part[0] + whole[0], part[1] + whole[1]
+    least, chosen = float(rest[:, held_out].double().square().mean()), None
+    for ridge in RIDGES:
+        solution = _ridge(*part, ridge, inputs=rows.shape[2])
+        if solution is not None:
+            error = float((rest[:, held_out] - judge @ solution).double().square().mean())
+            if error < least:
+                least, chosen = error, ridge
+    solution = None if chosen is None else _ridge(*whole, chosen, inputs=rows.shape[2])
+    if solution is None:
+        return None
+    correction = (rows.transpose(1, 2) @ solution if few_rows else solution).transpose(1, 2)
+    return correction, mean_missing - (correction @ mean_input[..., None])[..., 0]
+
+
+def _moments(rows: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.transpose(1, 2) @ rows, rows.transpose(1, 2) @ rest
+
+
+def _ridge(moments: Tensor, right: Tensor, ridge: float, *, inputs: int) -> Tensor | None:
+    """Return (moments + δI)⁻¹ right, δ as a part of the mean square of the inputs; None where the system is singular even so."""
+    damped = moments.double()
+    square = damped.diagonal(dim1=1, dim2=2).sum(1) / inputs
+    damped.diagonal(dim1=1, dim2=2).add_((ridge * square).clamp(min=1e-30)[:, None])
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    return None if bool(failed.any()) else torch.cholesky_solve(right.double(), factor).to(right.dtype)

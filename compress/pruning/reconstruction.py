@@ -1,0 +1,243 @@
+"""Recover a pruned network without training and without labels: every layer's weights are solved for what its removed inputs gave.
+
+Layer after layer in the order of execution, on the inputs that the student solved so far gives it, towards the outputs of the network
+before the cut (He et al. 2017, Channel Pruning, sec. 3.2, whole-network form). The reference runs once and leaves its outputs at some
+positions; the student runs once over all images, and each layer is solved just before it runs.
+"""
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import CompressError
+from compress.pruning.least_squares import SOLVED, layer_rows, set_weight_matrix_, solve, weight_matrix
+
+ROWS = 16384  # positions of a layer's output that it is solved from
+CHUNK = 32  # images that the reference sees at a time
+MAX_BYTES = 4 * 2**30  # the student's activations of all images at one layer
+NEGLIGIBLE = 1e-10  # of the outputs' mean square: rounding
+HELD_OUT = 4  # every fourth image chooses the ridge
+JUDGED = 5  # every fifth image says which method is best
+Method = Literal["batch_norm", "least_squares"]
+Norm = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass
+class Sample:
+    """What the reference gave at some positions of a layer's output."""
+
+    positions: Tensor  # (images, p)
+    width: int  # of the output map
+    targets: list[Tensor]  # (images * p, kept outputs) in parts
+    norm: str | None  # the batch-norm right behind, whose mean can take an offset
+
+
+def number_outputs(model: nn.Module) -> nn.Module:
+    """Return a copy whose weights are the numbers of their layers' outputs: after cuts, `kept_outputs` reads which are left."""
+    numbered = copy.deepcopy(model)
+    for layer in _layers(numbered).values():
+        matrix = weight_matrix(layer)
+        numbers = torch.arange(matrix.shape[0] * matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+        set_weight_matrix_(layer, numbers.view(*matrix.shape[:2], 1).expand_as(matrix))
+    return numbered
+
+
+def kept_outputs(numbered: nn.Module) -> dict[str, Tensor]:
+    """Return for each layer which of the outputs that it had when it was numbered are left, (outputs,)."""
+    return {name: weight_matrix(layer)[:, :, 0].flatten().long() for name, layer in _layers(numbered).items()}
+
+
+@torch.no_grad()
+def reconstruct(
+    student: nn.Module, reference: nn.Module, kept: Mapping[str, Tensor], images: Tensor, method: Method
+) -> tuple[nn.Module, str, int]:
+    """Return the student recovered as well as the method and the simpler ones can, which of them it is, and the images used.
+
+    `reference` is the network before the cut and `kept` says which outputs of its layers the student, which stays as it is, still has;
+    both are in eval mode. Every fifth of the unlabelled images (n, 3, s, s) judges: the least squared distance to the reference's
+    outputs wins, so that no method makes a network worse. Raises CompressError where a value is not finite.
+    """
+    order, norms, largest = _survey(reference, images[:1])
+    images = images[: max(JUDGED, MAX_BYTES // (8 * largest))]  # two activations of 4 bytes: a layer's and a shortcut's
+    judged = torch.arange(len(images), device=images.device) % JUDGED == 0
+    candidates = {"none": student}
+    if len(images) > 1:
+        candidates["batch_norm"] = copy.deepcopy(student)
+        estimate_batchnorm_(candidates["batch_norm"], images[~judged])
+    if len(images) > 1 and method == "least_squares":
+        candidates["least_squares"] = copy.deepcopy(student)
+        samples = _sample(reference, order, norms, kept, images[~judged])
+        solve_layers_(candidates["least_squares"], samples, images[~judged])
+    wanted = reference(images[judged])
+    distances = {
+        name: float((network(images[judged]) - wanted).square().mean()) for name, network in candidates.items()
+    }
+    best = min(distances, key=lambda name: distances[name] if math.isfinite(distances[name]) else math.inf)
+    return candidates[best], best, len(images)
+
+
+@torch.no_grad()
+def solve_layers_(student: nn.Module, samples: dict[str, Sample], images: Tensor) -> None:
+    """Solve the layers in place while the student runs over all images, each just before it runs.
+
+    Batch-norms are written anew so that they hold the student's own statistics and still compute the same: training goes on from there.
+    """
+    layers, norms = {layer: name for name, layer in _layers(student).items() if name in samples}, _norms(student)
+
+    def solve_(layer: SOLVED, inputs: tuple[Tensor, ...]) -> None:
+        sample = samples.pop(layers[layer])
+        _solve_(layers[layer], layer, None if sample.norm is None else norms[sample.norm], sample, inputs[0])
+
+    hooks: dict[nn.Module, Callable[..., None]] = dict.fromkeys(layers, solve_)
+    _run_with(student, images, hooks | {norm: _own_statistics_ for norm in norms.values() if norm.affine})
+
+
+@torch.no_grad()
+def estimate_batchnorm_(student: nn.Module, images: Tensor) -> None:
+    """Give every batch-norm the mean and variance of its inputs over the images (n, 3, s, s), in the order of execution."""
+
+    def measure(norm: Norm, inputs: tuple[Tensor, ...]) -> None:
+        norm.running_var, norm.running_mean = _statistics(inputs[0])
+
+    _run_with(student, images, dict.fromkeys(_norms(student).values(), measure))
+
+
+def _layers(model: nn.Module) -> dict[str, SOLVED]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SOLVED)}
+
+
+def _norms(model: nn.Module) -> dict[str, Norm]:
+    """Return the batch-norms with running statistics by name."""
+    named = model.named_modules()
+    return {name: module for name, module in named if isinstance(module, Norm) and module.running_mean is not None}
+
+
+def _run_with(model: nn.Module, images: Tensor, before: Mapping[nn.Module, Callable[..., None]]) -> None:
+    """Run a network once, each of the modules after what is done before it."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in before.items()]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _survey(model: nn.Module, image: Tensor) -> tuple[list[str], dict[str, str], int]:
+    """Return the layers that run once and share no weights, the batch-norm right behind each, and the most values that one takes and gives."""
+    layers: dict[nn.Module, str] = {layer: name for name, layer in _layers(model).items()}
+    norms: dict[nn.Module, str] = {norm: name for name, norm in _norms(model).items()}
+    calls: dict[str, int] = {}
+    behind: dict[str, str] = {}
+    outputs: dict[int, tuple[str, Tensor]] = {}  # by identity; a tensor that is kept here keeps its own
+    largest = 1
+
+    def note_layer(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal largest
+        if inputs:  # not by keyword
+            calls[layers[module]] = calls.get(layers[module], 0) + 1
+            outputs[id(output)] = (layers[module], output)
+            largest = max(largest, inputs[0].numel() + output.numel())
+
+    def note_norm(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        if inputs and id(inputs[0]) in outputs:
+            behind[outputs[id(inputs[0])][0]] = norms[module]
+
+    handles = [module.register_forward_hook(note_layer) for module in layers]
+    handles += [norm.register_forward_hook(note_norm) for norm in norms]
+    model(image)
+    for handle in handles:
+        handle.remove()
+    own = _layers(model)
+    users = Counter(id(layer.weight) for layer in own.values())
+    order = [name for name, layer in own.items() if calls.get(name) == 1 and users[id(layer.weight)] == 1]
+    return order, behind, largest
+
+
+def _sample(
+    reference: nn.Module, order: Sequence[str], norms: Mapping[str, str], kept: Mapping[str, Tensor], images: Tensor
+) -> dict[str, Sample]:
+    """Run the reference over the images and keep its outputs at random positions, the same number for each image."""
+    samples: dict[str, Sample] = {}
+    start = 0
+
+    def keep(name: str, linear: bool, output: Tensor, count: int) -> None:
+        flat = output.reshape(count, -1, output.shape[-1]) if linear else output.permute(0, 2, 3, 1).flatten(1, 2)
+        if name not in samples:
+            generator = torch.Generator().manual_seed(order.index(name))
+            positions = _positions(len(images), flat.shape[1], generator).to(output.device)
+            samples[name] = Sample(positions, flat.shape[1] if linear else output.shape[-1], [], norms.get(name))
+        positions = samples[name].positions[start : start + count]
+        rows = flat[torch.arange(count, device=output.device)[:, None], positions].flatten(0, 1)
+        samples[name].targets.append(rows[:, kept[name].to(rows.device)])
+
+    handles = []
+    for name in order:
+
+        def after(layer: nn.Module, _: object, output: Tensor, name: str = name) -> None:
+            keep(name, isinstance(layer, nn.Linear), output, min(CHUNK, len(images) - start))
+
+        handles.append(reference.get_submodule(name).register_forward_hook(after))
+    for part in images.split(CHUNK):
+        reference(part)
+        start += len(part)
+    for handle in handles:
+        handle.remove()
+    return samples
+
+
+def _positions(images: int, size: int, generator: torch.Generator) -> Tensor:
+    """Return positions (images, p) below `size`, each drawn from its own equal part of the map."""
+    count = min(size, -(-ROWS // images))
+    draws = (torch.arange(count) + torch.rand(images, count, generator=generator)) * (size / count)
+    return draws.long().clamp(max=size - 1)
+
+
+def _solve_(name: str, layer: SOLVED, norm: Norm | None, sample: Sample, inputs: Tensor) -> None:
+    """Add the least-squares correction to a layer's weights, and the offset to its bias or to the mean of the batch-norm behind it."""
+    rows = layer_rows(layer, inputs, sample.positions, sample.width)  # (rows, groups, d)
+    matrix = weight_matrix(layer)
+    given = (rows.transpose(0, 1) @ matrix.transpose(1, 2)).transpose(0, 1)
+    if layer.bias is not None:
+        given = given + layer.bias.view(given.shape[1:])
+    targets = torch.cat(sample.targets).view_as(given)
+    missing = targets - given
+    if not bool(missing.isfinite().all()):
+        raise CompressError(
+            f"{name}: its inputs or outputs are not finite, so its weights cannot be solved for: give weights and images that are"
+        )
+    if float(missing.square().mean()) <= NEGLIGIBLE * float(targets.square().mean()):
+        return
+    per_image = sample.positions.shape[1]
+    held_out = torch.arange(len(rows), device=rows.device) // per_image % HELD_OUT == 0
+    found = solve(rows, missing, held_out, offset=layer.bias is not None or norm is not None)
+    if found is None:
+        return
+    correction, shift = found
+    set_weight_matrix_(layer, matrix + correction)
+    if layer.bias is not None:
+        layer.bias.add_(shift.flatten())
+    elif norm is not None and norm.running_mean is not None:
+        norm.running_mean.sub_(shift.flatten())
+
+
+def _own_statistics_(norm: Norm, inputs: tuple[Tensor, ...]) -> None:
+    """Give a batch-norm the mean and variance of its inputs, and the scale and shift with which it still computes the same."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    variance, mean = _statistics(inputs[0])
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    norm.bias.add_(scale * (mean - norm.running_mean))
+    norm.weight.copy_(scale * (variance + norm.eps).sqrt())
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
+
+
+def _statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return variance and mean of each channel, (channels,)."""
+    return torch.var_mean(inputs.transpose(0, 1).flatten(1), dim=1, correction=0)

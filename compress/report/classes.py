@@ -1,0 +1,116 @@
+"""What the files answer class by class, and what makes a verdict on them mean less than it says."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from compress.report.numbers import loss, percent, significant
+from compress.report.shape import Classes, FileClasses
+from export.onnx_file.roles import TEACHER
+from export.proof.intervals import clopper_pearson
+
+MAX_CHANCE = 0.01  # answers that chance alone makes as good more often than this are no better than chance
+NOTABLE = 0.05  # a class is lost where a file as good as the teacher would miss all of its images less often than this
+NAMED = 3
+
+
+class ClassLine(NamedTuple):
+    """One class: its images, and how many of them the teacher and the deployed file answer rightly."""
+
+    name: str
+    images: int
+    teacher: int
+    student: int
+
+    @property
+    def drop(self) -> float:
+        """The recall that the deployed file loses against the teacher."""
+        return (self.teacher - self.student) / self.images
+
+
+def worst_first(classes: Classes, file: str) -> list[ClassLine]:
+    """Return the classes that have images, those with the largest loss of recall from the teacher to the file first."""
+    teacher, student = (classes["files"][name]["correct"] for name in (TEACHER, file))
+    lines = map(ClassLine, classes["names"], classes["images"], teacher, student)
+    return sorted((line for line in lines if line.images), key=lambda line: (-line.drop, line.student / line.images))
+
+
+def at_chance(classes: Classes, files: Iterable[str]) -> dict[str, str]:
+    """Return a sentence for each of the files that tells the classes no better than chance does; those that were not scored are left out."""
+    found = {}
+    for name in [name for name in files if name in classes["files"]]:
+        expected, probability = chance(classes["images"], classes["files"][name])
+        if probability > MAX_CHANCE:
+            repair = (
+                "check its weights, the order of its classes, data.mean and data.std, or train it longer"
+                if name == TEACHER
+                else "the stages' top-1 says where it was lost"
+            )
+            found[name] = (
+                f"{name} answers at chance: {sum(classes['files'][name]['correct']):,} of {sum(classes['images']):,} "
+                f"validation images are right, {expected:,.0f} would be if it ignored them "
+                f"(p = {significant(probability, digits=2)}); {repair}"
+            )
+    return found
+
+
+def chance(images: list[int], found: FileClasses) -> tuple[float, float]:
+    """Return how many answers would be right if they met the images in random order, and the probability that as many are as there were.
+
+    This is the null hypothesis of Cohen's kappa (1960): a file that always gives one answer, or that guesses, is at chance whatever its
+    top-1. One-sided, by the exact mean and variance of the permutation and the normal distribution.
+    """
+    total = sum(images)
+    pairs = [
+        (of_class * answered, of_class + answered) for of_class, answered in zip(images, found["answered"], strict=True)
+    ]
+    matches = sum(product for product, _ in pairs)
+    variance = matches - sum(product * both for product, both in pairs) / total + (matches / total) ** 2
+    if total < 2 or variance <= 0:
+        return matches / total, 1.0
+    deviations = (sum(found["correct"]) - matches / total) / math.sqrt(variance / (total - 1))
+    return matches / total, math.erfc(deviations / math.sqrt(2)) / 2
+
+
+def doubts(classes: Classes, file: str, targets: Mapping[str, float | None]) -> Iterator[str]:
+    """Yield a sentence for everything that makes the deployed file's numbers mean less than they say."""
+    names, images, lines = classes["names"], classes["images"], worst_first(classes, file)
+    total, largest = sum(images), max(range(len(images)), key=images.__getitem__)
+    right, knows = sum(classes["files"][TEACHER]["correct"]), not at_chance(classes, [TEACHER])
+    if knows and clopper_pearson(right, total)[0] <= images[largest] / total:
+        yield (
+            f'{TEACHER} is right on {percent(right / total)} of {total:,} validation images, always answering "{names[largest]}" '
+            f"on {percent(images[largest] / total)}: top-1 says little here, see balanced accuracy and set targets.max_class_drop"
+        )
+    for name, found in classes["files"].items():
+        if max(found["answered"]) == total:
+            yield f'{name} answers "{names[found["answered"].index(total)]}" to all {total:,} validation images'
+    lost = [
+        f'"{line.name}" (0 of {line.images:,}, the teacher {line.teacher:,})'
+        for line in lines
+        if line.student == 0 < line.teacher and (1 - line.teacher / line.images) ** line.images < NOTABLE
+    ]
+    if knows and lost:
+        yield f"{file} gives no right answer for {_count(lost)} that the teacher knows: {_first(lost)}"
+    missing = [f'"{name}"' for name, count in zip(names, images, strict=True) if not count]
+    if missing:
+        yield f"{_count(missing)} without a validation image, so without a score: {_first(missing)}"
+    smallest = min(lines, key=lambda line: line.images)
+    for target, count, where in (
+        ("max_top1_drop", total, ""),
+        ("max_class_drop", smallest.images, f' of class "{smallest.name}"'),
+    ):
+        wanted = targets[target]
+        if wanted is not None and 1 / count > wanted:
+            yield (
+                f"targets.{target}: one of the {count:,} validation images{where} is {loss(1 / count)}, more than the {loss(wanted)} "
+                "that may be lost: a single image decides"
+            )
+
+
+def _count(found: list[str]) -> str:
+    return f"{len(found):,} {'class' if len(found) == 1 else 'classes'}"
+
+
+def _first(found: list[str]) -> str:
+    return ", ".join(found[:NAMED]) + (f" and {len(found) - NAMED:,} more" if len(found) > NAMED else "")

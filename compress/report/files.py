@@ -1,0 +1,105 @@
+"""Write what a finished run leaves beside its stages: the recipe, the report and its page, the bundle."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+
+from compress.artifact import read_meta, write_json
+from compress.errors import ArtifactError
+from compress.recipe.read import write_recipe
+from compress.recipe.schema import Recipe
+from compress.report.shape import REPORT_VERSION, Report
+
+
+def run_root(recipe: Recipe) -> Path:
+    """Return the folder of a recipe's run."""
+    return Path(recipe.out) / recipe.name
+
+
+def report_root(recipe: Recipe, student: str) -> Path:
+    """Return the folder that a student's report and bundle go to; a recipe without students has them in its own."""
+    return run_root(recipe) / "students" / student if student else run_root(recipe)
+
+
+def report_run(
+    recipe: Recipe, artifacts: Mapping[str, Sequence[Path]], made: Set[Path], *, command: str, verbose: bool
+) -> int:
+    """Write the report and the bundle of every chain's `artifacts`, print the tables, and return the exit code.
+
+    `made` are those that this run made. Part of a recipe leaves the reports of a run that went further as they are.
+    """
+    from compress.report.collect import collect
+    from compress.report.screen import screen
+    from compress.report.terminal import print_report
+
+    chains, root = recipe.chains(), run_root(recipe)
+    is_kept = any(_is_part(chains[name], paths, report_root(recipe, name)) for name, paths in artifacts.items())
+    if not is_kept:  # here and not before: a run that is refused leaves the last report's recipe
+        write_recipe(recipe, root / "recipe.yaml")
+    codes = []
+    for student, chain in chains.items():
+        place = report_root(recipe, student)
+        report = collect(chain, artifacts[student], root=place, made=made, command=command)
+        if not is_kept:
+            _write(chain, artifacts[student], report, place)
+        print_report(report, screen(), verbose=verbose, page=None if is_kept else place / "report" / "index.html")
+        codes.append(1 if report["verdict"] == "fail" else 0)
+    if is_kept:
+        sys.stderr.write(f"{root}: its report and bundle are of a run that went further, and stay as they are\n")
+    elif recipe.students:
+        _compare(recipe)
+    return max(codes)
+
+
+def render_report(root: Path) -> Path:
+    """Write the HTML of a finished run again from its files and return its path."""
+    from compress.report.html import render
+
+    try:
+        report = json.loads((root / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{root}: holds no readable report.json ({error}); run the recipe first") from error
+    if report.get("schema_version") != REPORT_VERSION:
+        raise ArtifactError(
+            f"{root}: its report.json is of another version; run the recipe again, what is finished is kept"
+        )
+    page = root / "report" / "index.html"
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(render(report, root), encoding="utf-8")
+    return page
+
+
+def _is_part(chain: Recipe, artifacts: Sequence[Path], root: Path) -> bool:
+    """Tell whether these are fewer stages than the chain has, and than the report in `root` tells of."""
+    try:
+        reported = len(json.loads((root / "report.json").read_text(encoding="utf-8"))["stages"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return len(artifacts) < min(len(chain.stages), reported)
+
+
+def _write(chain: Recipe, artifacts: Sequence[Path], report: Report, root: Path) -> None:
+    """Write a chain's report.json, HTML page and bundle to `root`."""
+    from compress.report.bundling import contents
+    from export.bundle.write import write_bundle
+
+    root.mkdir(parents=True, exist_ok=True)
+    write_json(root / "report.json", report)
+    render_report(root)
+    exported = [path for path in artifacts if read_meta(path).stage == "export"]
+    if exported:
+        name = chain.name if root == run_root(chain) else f"{chain.name}-{root.name}"[:64]  # of a student: its own
+        write_bundle(root / "bundle", contents(chain, name, root, exported[-1], report))
+
+
+def _compare(recipe: Recipe) -> None:
+    """Write the page that compares the recipe's students, and print it."""
+    from compress.report.comparison.files import compare_folders
+    from compress.report.screen import screen
+
+    page = run_root(recipe) / "report" / "index.html"
+    folders = [report_root(recipe, student) for student in recipe.students]
+    if len(folders) > 1:  # one student has nobody beside it
+        compare_folders(folders, page=page, document=run_root(recipe) / "comparison.json")
+        screen().print(f"\n{page}", soft_wrap=True, highlight=False)
