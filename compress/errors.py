@@ -2,7 +2,6 @@
 
 CompressError            a sentence that names the thing, the value and the repair; the command line prints it and exits with 2
 ├── RecipeError          one or more mistakes in a recipe, one line each
-├── DataError            a data folder, an image, a split
 ├── ModelError           an architecture or its weights
 └── ArtifactError        a run folder: not writable, in use, damaged
 """
@@ -16,10 +15,6 @@ class CompressError(UserError):
 
 class RecipeError(CompressError):
     """Report every mistake found in a recipe, one line each."""
-
-
-class DataError(CompressError):
-    """Report data that cannot be used as they are."""
 
 
 class ModelError(CompressError):

@@ -50,7 +50,7 @@ class Run:
     @cached_property
     def dataset(self) -> Dataset:
         """The images, opened when the first stage needs them."""
-        return open_dataset(data_settings(self.recipe))
+        return open_dataset(data_settings(self.recipe), self.augmentation)
 
     def of(self, chain: Recipe) -> "Run":
         """Return the run of one of the recipe's chains, on the same images."""
@@ -154,6 +154,7 @@ class Run:
             after_backward=after_backward,
             left_out=lambda: len(self.dataset.train.broken),
         )
+        log.note_detail(f"{len(self.dataset.train):,} training images {self.dataset.train.place}")
         return fit(model, step, settings, loop)
 
     def start(self, given: Model | StudentStage) -> tuple[Architecture, nn.Module]:

@@ -21,7 +21,7 @@ from export.bundle.sandbox import vet
 from export.command.main import run
 from export.command.table import table
 from export.errors import BundleError
-from export.images.read import labelled_batches
+from export.images.read import find_examples
 from export.onnx_file.model_file import ModelFile, inspect
 from export.onnx_file.targets import TARGET_PROVIDERS, host_target
 from export.runtime.accuracy import accuracy, score
@@ -208,9 +208,11 @@ def provider_warnings(providers: Sequence[str], facts: Mapping[str, ModelFile]) 
 def measure(bundle: Bundle, arguments: argparse.Namespace) -> BenchJson:
     """Return the accuracy (where there are data) and the timings of a bundle's files."""
     scored: dict[str, AccuracyRow] = {}
+    notes: tuple[str, ...] = ()
     if arguments.data:
-        batches = labelled_batches(arguments.data, bundle.preprocess, bundle.labels)
-        scores = score(bundle.files, batches, progress=print_live)
+        examples = find_examples(arguments.data, bundle.preprocess, bundle.labels)
+        notes = examples.notes
+        scores = score(bundle.files, examples.batches(), progress=print_live)
         scored = accuracy(scores, reference=STUDENT if STUDENT in scores else min(scores))
     found = bench(
         bundle.files,
@@ -223,7 +225,8 @@ def measure(bundle: Bundle, arguments: argparse.Namespace) -> BenchJson:
         progress=print_live,
     )
     print_live("")
-    return BenchJson(accuracy=scored, timings=found.timings, environment=environment(), warnings=found.warnings)
+    warnings = [*notes, *found.warnings]
+    return BenchJson(accuracy=scored, timings=found.timings, environment=environment(), warnings=warnings)
 
 
 def as_text(found: BenchJson) -> str:

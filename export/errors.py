@@ -3,7 +3,8 @@
 UserError                a sentence that names the thing, the value and the repair; a command prints it and exits with 2
 ├── BundleError          a model file or bundle
 │   └── BrokenBundleError  the one that the gate judges (exit code 3)
-└── CompressError        `compress.errors`: recipes, data, networks, artifacts
+├── DataError            a data folder, an image, a split; in training, too
+└── CompressError        `compress.errors`: recipes, networks, artifacts
 """
 
 from typing import Literal
@@ -52,7 +53,18 @@ class BundleError(UserError):
     """
 
     def __init__(self, message: str, *, defect: Defect = "unusable") -> None:
-        if len(message) > MAX_LENGTH:
-            message = f"{message[: MAX_LENGTH - 300]} … {message[-200:]}"
-        super().__init__("".join(one if one.isprintable() else ascii(one)[1:-1] for one in message))
+        super().__init__(_harmless(message))
         self.defect: Defect = defect
+
+
+class DataError(UserError):
+    """Report images that cannot be used as they are; of the names of files, too, control characters are escaped."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_harmless(message))
+
+
+def _harmless(message: str) -> str:
+    if len(message) > MAX_LENGTH:
+        message = f"{message[: MAX_LENGTH - 300]} … {message[-200:]}"
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in message)

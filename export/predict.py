@@ -16,21 +16,18 @@ from export.bundle.sandbox import vet
 from export.command.arguments import at_least, chosen
 from export.command.main import MISTAKE, run
 from export.command.table import table
-from export.errors import BundleError
-from export.images.read import Preprocess, read_image
+from export.errors import BundleError, UserError
+from export.images.preprocess import Preprocess
+from export.images.read import read_pixels
 from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
 
 
 def probabilities(session: onnxruntime.InferenceSession, preprocess: Preprocess, path: Path) -> NDArray[np.float64]:
     """Return the softmax of the logits for one image file, (classes,).
 
-    Raises BundleError for a file that is no whole image, for a network that cannot run, and for logits that are not finite.
+    Raises DataError for a file that is no whole image, BundleError for a network that cannot run and for logits that are not finite.
     """
-    image = read_image(path)
-    try:
-        images = preprocess.normalize(preprocess.pixels(image)[None])  # (1, 3, size, size)
-    except BundleError as error:
-        raise BundleError(f"{path}: {error}") from error
+    images = preprocess.normalize(read_pixels(path, preprocess)[None])  # (1, 3, size, size)
     (given,) = session.get_inputs()
     try:
         (logits,) = session.run(None, {given.name: images.astype(DTYPES[given.type], copy=False)})  # (1, classes)
@@ -63,7 +60,7 @@ def print_predictions(arguments: argparse.Namespace) -> int:
     for path in arguments.images:
         try:
             sys.stdout.write(f"{predict(session, bundle, path, top=arguments.top)}\n")
-        except BundleError as error:  # the other images are still worth an answer
+        except UserError as error:  # the other images are still worth an answer
             sys.stderr.write(f"{error}\n")
             code = MISTAKE
     return code

@@ -22,7 +22,7 @@ from export.bundle.sandbox import require_sound, vet
 from export.command.main import run
 from export.command.table import table
 from export.errors import BundleError
-from export.images.read import labelled_batches
+from export.images.read import Examples, find_examples
 from export.onnx_file.graph import OUTPUT as LOGITS
 from export.onnx_file.model_file import parse, precision
 from export.onnx_file.names import module_of
@@ -289,22 +289,15 @@ def as_text(found: Verification) -> str:
     return "\n".join(lines)
 
 
-def batches_of(
-    path: Path, bundle: Bundle | None, data: Path | None, images: int
-) -> Iterator[tuple[Floats, Labels | None]]:
-    """Yield the first `images` of `data` as the bundle prepares them, or noise of unit variance where there are no data."""
-    if bundle is None or data is None:
+def batches_of(path: Path, examples: Examples | None, images: int) -> Iterator[tuple[Floats, Labels | None]]:
+    """Yield so many of the examples, spread over them, or noise of unit variance where there are none."""
+    if examples is None:
         file = parse(path)
         shape = [dim.dim_value for dim in file.graph.input[0].type.tensor_type.shape.dim][1:]
         generator = np.random.default_rng(0)
         yield generator.standard_normal((images, *shape), dtype=np.float32), None
         return
-    left = images
-    for pixels, labels in labelled_batches(data, bundle.preprocess, bundle.labels):
-        yield pixels[:left], labels[:left]
-        left -= len(pixels)
-        if left <= 0:
-            return
+    yield from examples.spread(images).batches()
 
 
 def int8_files(bundle: Bundle) -> dict[str, Path]:
@@ -327,8 +320,11 @@ def print_verifications(arguments: argparse.Namespace) -> int:
     folder = path if path.is_dir() else path.parent
     bundle = read_bundle(folder, inspect=vet) if path.is_dir() or arguments.data else None
     files = int8_files(bundle) if bundle and path.is_dir() else {path.stem: require_sound(path)}
+    data: Path | None = arguments.data
+    examples = find_examples(data, bundle.preprocess, bundle.labels) if bundle and data else None
+    sys.stdout.write("".join(f"note: {note}\n" for note in (examples.notes if examples else ())))
     for name, file in files.items():
-        images = batches_of(file, bundle, arguments.data, arguments.images)
+        images = batches_of(file, examples, arguments.images)
         found[name] = verify(file, images, tensor_images=arguments.tensor_images)
         sys.stdout.write(f"{name}\n{as_text(found[name])}\n\n")
     if arguments.json:
@@ -348,7 +344,7 @@ def main() -> int:
     parser.add_argument(
         "--data", type=Path, help="a folder of class folders, or an .npz file; a bundle is needed to read it"
     )
-    parser.add_argument("--images", type=int, default=256, help="how many to compare on")
+    parser.add_argument("--images", type=int, default=256, help="how many to compare on, spread over the data")
     parser.add_argument("--tensor-images", type=int, default=64, help="of these, how many tensor by tensor")
     parser.add_argument("--min-agreement", type=float, default=0.0, metavar="PART", help="exit with 1 below it")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")

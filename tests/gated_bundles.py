@@ -13,7 +13,7 @@ from export.bundle.write import Contents, write_bundle
 from export.gate.checks import Limits
 from export.gate.commands import update
 from export.gate.latency import Plan
-from export.images.read import Preprocess
+from export.images.preprocess import Preprocess
 from export.runtime.session import open_session
 
 LAYERS = ("conv1", "conv2", "head")

@@ -27,7 +27,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import compress.data.dataset
 from compress.data.batches import Batch
-from compress.data.folders import list_folder
 from compress.distillation.step import supervised_step
 from compress.log import StageLog, quiet_libraries
 from compress.models.architectures import build
@@ -36,6 +35,7 @@ from compress.recipe.stages import Fit
 from compress.run import Run, open_run
 from compress.training.compilation import wait
 from compress.training.loop import Step, make_optimizer, place_, precision_of
+from export.images.folders import list_folder
 
 AUGMENT = {"crop": "random_resized", "flip": True}
 WARM_UP, MINIMAL_STEPS = 2, 8

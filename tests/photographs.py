@@ -37,8 +37,8 @@ def augmentation(**changes: Any) -> Augmentation:
 
 
 def opened(name: str, path: Path | None = None, **changes: Any) -> Dataset:
-    """Open a data set with small settings."""
-    return open_dataset(DataSettings(name, path, **SETTINGS | changes))
+    """Open a data set with small settings, for every way of training on it."""
+    return open_dataset(DataSettings(name, path, **SETTINGS | changes), augmentation(crop="random_resized"))
 
 
 def write_photo(file: Path, *, width: int = 21, height: int = 17, seed: int = 0) -> Path:

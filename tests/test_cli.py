@@ -16,13 +16,12 @@ from typer.testing import CliRunner, Result
 
 from compress import log, pipeline
 from compress.cli import app
-from compress.errors import DataError
 from compress.pipeline import PlanLine
 from compress.recipe.read import read_recipe
 from compress.recipe.reference import reference
 from compress.recipe.schema import Recipe
 from compress.report import files
-from export.errors import BundleError
+from export.errors import BundleError, DataError
 
 Invoke = Callable[..., Result]
 

@@ -198,6 +198,11 @@ def test_the_seed_alone_decides_the_weights(finished: Path, tmp_path: Path) -> N
     assert weights[1] != weights[0]
 
 
+def test_the_log_says_where_the_images_are(finished: Path) -> None:
+    (source,) = (finished / "small").glob("00-source-*")
+    assert "400 training images in memory" in (source / "log.jsonl").read_text()
+
+
 def test_a_second_run_runs_nothing(copied: Path) -> None:
     assert all(line.cached for line in plan_recipe(recipe(copied)))
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("meta.json")}

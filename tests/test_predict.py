@@ -12,7 +12,7 @@ from onnx_files import classifier, colour_reader, save, write_small_bundle
 from PIL import Image
 
 from export import predict
-from export.images import read as images
+from export.images import decode
 
 ROOT = Path(__file__).parent.parent
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)  # of the small bundle
@@ -117,7 +117,7 @@ def test_a_bundle_that_was_tampered_with_is_refused_before_its_model_is_opened(
 def test_without_pillow_one_sentence_says_what_to_install(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(images, "find_spec", lambda name: None)
+    monkeypatch.setattr(decode, "find_spec", lambda name: None)
     assert shown(monkeypatch, bundle, colour(tmp_path / "a.png", 1, 2, 3)) == 2
     assert "pip install pillow" in capsys.readouterr().err
 

@@ -32,7 +32,7 @@ from export.gate.accuracy import accuracy_checks
 from export.gate.answers import Answers, ask
 from export.gate.checks import Limits
 from export.gate.latency import Opener, Plan, compare, judge, opener, record, self_test
-from export.images.read import Preprocess
+from export.images.preprocess import Preprocess
 from export.onnx_file.targets import TARGETS, host_target
 from export.onnx_file.to_onnx import to_onnx
 from export.runtime.environment import environment

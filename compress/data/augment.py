@@ -1,5 +1,6 @@
-"""Random changes of training images, as a recipe states them and as torchvision's transforms carry them out."""
+"""Random changes of training images, as a recipe states them."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,18 +25,17 @@ class Augmentation:
         """Return the width in pixels of the border that `crop: pad` adds on each side."""
         return max(round(image_size * self.pad), 1)
 
+    def whole_side(self, image_size: int) -> int:
+        """Return the pixels a side that an image must be kept with for its random crops: 0 where they need less than evaluation keeps.
 
-def image_transform(augmentation: Augmentation, image_size: int) -> v2.Transform:
-    """Return the transform of one image to uint8 (3, image_size, image_size); all but random_resized expect it at that size already."""
-    steps: list[v2.Transform] = []
-    if augmentation.crop == "random_resized":
-        steps.append(
-            v2.RandomResizedCrop(image_size, scale=(augmentation.min_area, 1.0), ratio=ASPECT_RATIOS, antialias=True)
-        )
-    if augmentation.crop == "pad":
-        steps.append(v2.RandomCrop(image_size, padding=augmentation.border(image_size)))
-    if augmentation.flip:
-        steps.append(v2.RandomHorizontalFlip())
-    if augmentation.randaugment:
-        steps.append(v2.RandAugment(magnitude=augmentation.randaugment))
+        The smallest crop of a square image then still has `image_size` pixels on its shorter side.
+        """
+        if self.crop != "random_resized":
+            return 0
+        return math.ceil(image_size / math.sqrt(self.min_area * ASPECT_RATIOS[0]))
+
+
+def colours(augmentation: Augmentation) -> v2.Transform:
+    """Return what changes an image that is cropped already, a PIL image or a tensor; it becomes uint8 (3, height, width)."""
+    steps = [v2.RandAugment(magnitude=augmentation.randaugment)] if augmentation.randaugment else []
     return v2.Compose([*steps, v2.PILToTensor()])

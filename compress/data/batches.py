@@ -15,12 +15,13 @@ from torch import Tensor
 
 from compress.data.augment import Augmentation
 from compress.data.dataset import Dataset
-from compress.data.images import ImageSet, MemoryImages, centre
+from compress.data.images import ImageSet, MemoryImages
 from compress.data.loader import Raw, loaded, random_view, still_view
 from compress.data.mixing import Mixes, draw_mixes, mix
-from compress.data.preprocess import Preprocess
-from compress.data.views import apply_boxes, draw_boxes
-from compress.errors import DataError
+from compress.data.views import Draws, apply_boxes, draw
+from export.errors import DataError
+from export.images.preprocess import Preprocess
+from export.images.read import spread
 
 
 class Views(NamedTuple):
@@ -96,10 +97,11 @@ def view_batches(
     mixes = draw_mixes(augmentation, len(images), image_size=size, seed=_derived_seed(seed, view, "mix"))
     shown = shares if mixes is None else [torch.cat([share, mixes.partner[share]]) for share in shares]
     views_seed = _derived_seed(seed, view, "views")
+    draws = draw(augmentation, len(images), seed=views_seed)
     if isinstance(images, MemoryImages) and not augmentation.randaugment:
-        raws = _memory_views(images, shown, augmentation, size, seed=views_seed, device=device)
+        raws = _memory_views(images, shown, draws, size, device=device)
     else:
-        change = random_view(images, augmentation, dataset.preprocess, seed=views_seed)
+        change = random_view(images, draws, dataset.preprocess, seed=views_seed)
         raws = loaded(images, change, shown, workers=workers, device=device)
     for share, raw in zip(shares, raws, strict=True):
         batch = _normalized(raw, dataset.preprocess)
@@ -131,12 +133,12 @@ def eval_batches(
     workers: int | None,
     limit: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield all images in order and without chance, on every rank alike; `limit` takes so many, evenly spaced over the set."""
+    """Yield all images in order and without chance, on every rank alike; `limit` takes so many, spread over the set, and so is every part of them."""
     n = len(images)
-    chosen = torch.arange(n) if limit is None or limit >= n else torch.arange(limit) * n // limit
+    chosen = torch.arange(n) if limit is None else torch.from_numpy(spread(n, limit))
     shares = torch.split(chosen, batch_size)
     if isinstance(images, MemoryImages):
-        raws = _memory_pixels(images, shares, preprocess.image_size, device=device)
+        raws = _memory_pixels(images, shares, device=device)
     else:
         raws = loaded(images, still_view(images, preprocess), shares, workers=workers, device=device)
     for raw in raws:
@@ -174,8 +176,8 @@ def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, device=device).view(3, 1, 1)
 
 
-def _memory_pixels(images: MemoryImages, shares: Sequence[Tensor], size: int, *, device: torch.device) -> Iterator[Raw]:
-    pixels = centre(images.pixels_on(device), size)
+def _memory_pixels(images: MemoryImages, shares: Sequence[Tensor], *, device: torch.device) -> Iterator[Raw]:
+    pixels = images.still.pixels_on(device)
     labels = images.labels.to(device)
     for share in shares:
         indices = share.to(device, non_blocking=True)
@@ -183,25 +185,14 @@ def _memory_pixels(images: MemoryImages, shares: Sequence[Tensor], size: int, *,
 
 
 def _memory_views(
-    images: MemoryImages,
-    shares: Sequence[Tensor],
-    augmentation: Augmentation,
-    size: int,
-    *,
-    seed: int,
-    device: torch.device,
+    images: MemoryImages, shares: Sequence[Tensor], draws: Draws, size: int, *, device: torch.device
 ) -> Iterator[Raw]:
-    if augmentation.crop == "none" and not augmentation.flip:
-        yield from _memory_pixels(images, shares, size, device=device)
+    if draws.augmentation.crop == "none" and not draws.augmentation.flip:
+        yield from _memory_pixels(images, shares, device=device)
         return
-    pixels = images.pixels_on(device)
-    if augmentation.crop != "random_resized":
-        pixels = centre(pixels, size)
-    generator = torch.Generator().manual_seed(seed)
-    boxes = draw_boxes(augmentation, len(images), side=pixels.shape[-1], image_size=size, generator=generator).to(
-        device
-    )
-    labels = images.labels.to(device)
+    canvases = images.canvases(whole=draws.augmentation.crop == "random_resized")
+    pixels, labels = canvases.pixels_on(device), images.labels.to(device)
+    boxes = canvases.boxes(draws, torch.arange(len(images))).to(device)
     for share in shares:
         indices = share.to(device, non_blocking=True)
         yield Raw(apply_boxes(pixels[indices], boxes[indices], size), labels[indices], share)

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from compress.data.digest import NATIVE_SIZE, DataSettings, dataset_digest, folder_of
-from compress.data.folders import Listing, list_folder
-from compress.data.images import MEMORY_BYTES, ArrayImages, FileImages, ImageSet, decode_all, from_files
+from compress.data.augment import Augmentation
+from compress.data.digest import NATIVE_SIZE, DataSettings, dataset_digest, folder_of, training_folder
+from compress.data.images import MEMORY_BYTES, ArrayImages, FileImages, ImageSet, canvas_side, decode_all, from_files
 from compress.data.named import NAMED, Arrays, NamedSet
-from compress.data.preprocess import Preprocess
 from compress.data.split import held_out, limited
-from compress.errors import DataError
+from export.errors import DataError
+from export.images.folders import Listing
+from export.images.preprocess import Preprocess
 
 Lazy = FileImages | ArrayImages
 log = logging.getLogger(__name__)
@@ -30,15 +31,18 @@ class Dataset:
     digest: str
 
 
-def open_dataset(settings: DataSettings) -> Dataset:
+def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     """Open a data set by name; decode it into memory where it fits, so that every broken image is found now.
+
+    What `augmentation` crops from is kept of training images.
 
     Without a validation set of its own, a fraction of each class is held out by seed. `limit_per_class` limits training only.
     Raises `DataError` for data that are missing, unreadable or cannot be split.
     """
     name, path = settings.name, settings.path
-    preprocess = Preprocess(settings.image_size or NATIVE_SIZE[name], settings.resize, settings.mean, settings.std)
-    found = list_folder(folder_of(path)) if name == "imagefolder" else NAMED[name](path)
+    size = settings.image_size or NATIVE_SIZE[name]
+    preprocess = Preprocess(size, round(size * settings.resize), settings.mean, settings.std)
+    found = training_folder(folder_of(path)) if name == "imagefolder" else NAMED[name](path)
     labels = _train_labels(found)
     val = None
     if found.val is None:
@@ -48,7 +52,7 @@ def open_dataset(settings: DataSettings) -> Dataset:
         chosen = limited(labels[train], len(found.classes), per_class=settings.limit_per_class, seed=settings.seed)
         train = train[chosen]
     lazy = _pick(found, train, val, skip_broken=settings.skip_broken)
-    images = _in_memory(*lazy, preprocess)
+    images = _in_memory(*lazy, preprocess, augmentation.whole_side(size))
     _check(*images, found.classes)
     return Dataset(name, *images, found.classes, preprocess, dataset_digest(settings))
 
@@ -76,15 +80,13 @@ def _arrays(arrays: Arrays, chosen: np.ndarray) -> ArrayImages:
     return ArrayImages(arrays.images[chosen], torch.from_numpy(arrays.labels[chosen].astype(np.int64)))
 
 
-def _in_memory(train: Lazy, val: Lazy, preprocess: Preprocess) -> tuple[ImageSet, ImageSet]:
-    """Return the images decoded where all of them fit, as they are where they do not."""
-    needed = 3 * (len(train) * preprocess.resize_to**2 + len(val) * preprocess.image_size**2)
-    if needed > MEMORY_BYTES:
+def _in_memory(train: Lazy, val: Lazy, preprocess: Preprocess, whole_side: int) -> tuple[ImageSet, ImageSet]:
+    """Return the images decoded where all of them fit, as they are where they do not; `whole_side` is the most that a canvas needs."""
+    still = 3 * (len(train) + len(val)) * preprocess.image_size**2
+    side = canvas_side(train, at_most=whole_side) if still <= MEMORY_BYTES else 0
+    if still + 3 * len(train) * side**2 > MEMORY_BYTES:
         return train, val
-    return (
-        decode_all(train, preprocess, side=preprocess.resize_to),
-        decode_all(val, preprocess, side=preprocess.image_size),
-    )
+    return decode_all(train, preprocess, whole_side=side), decode_all(val, preprocess, whole_side=0)
 
 
 def _check(train: ImageSet, val: ImageSet, classes: tuple[str, ...]) -> None:

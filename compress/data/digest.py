@@ -6,8 +6,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from compress.data.folders import list_folder
-from compress.errors import DataError
+from export.errors import DataError
+from export.images.folders import TRAIN, Listing, list_folder
 
 # Height and width of each data set's images when the recipe leaves it open; multiples of 32, which most networks halve five times.
 NATIVE_SIZE = {
@@ -20,7 +20,7 @@ NATIVE_SIZE = {
 }
 # The folder that a download leaves, where it is one.
 DOWNLOADED = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "imagenette": "imagenette2-320"}
-VERSION = 1  # of how images become tensors; a change of it makes every cached stage run again
+VERSION = 2  # of how images become tensors; a change of it makes every cached stage run again
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,23 @@ def folder_of(path: Path | None) -> Path:
     return path
 
 
+def training_folder(root: Path) -> Listing:
+    """List a folder to train on. Raises `DataError` where it brings no training images or fewer than two classes."""
+    listing = list_folder(root)
+    if not listing.train:
+        raise DataError(
+            f"{root}: has a validation split but no train/; training images belong in {root / TRAIN}/<class>/"
+        )
+    if len(listing.classes) == 1:
+        raise DataError(
+            f"{root}: has one class folder ({listing.classes[0]}); give each class a folder of its own, two classes at least"
+        )
+    return listing
+
+
 def folder_digest(root: Path) -> str:
     """Return a sha256 over the sorted (path, class, size) of every image; where it lies does not matter."""
-    listing = list_folder(root)
+    listing = training_folder(root)
     content = hashlib.sha256(json.dumps(listing.classes).encode())
     for relative, label in sorted(listing.train + (listing.val or ())):
         file = root / relative

@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from compress.data.augment import Augmentation, image_transform
-from compress.data.decode import BrokenImage
-from compress.data.images import FileImages, ImageSet, MemoryImages, centre, to_tensor, usable_cores
-from compress.data.preprocess import Preprocess, eval_pixels
+from compress.data.augment import colours
+from compress.data.images import ArrayImages, FileImages, ImageSet, MemoryImages, to_tensor, usable_cores
+from compress.data.views import Draws, cut
+from export.images.decode import BrokenImage
+from export.images.preprocess import Preprocess
 
 
 class Raw(NamedTuple):
@@ -28,28 +30,34 @@ View = Callable[[int], Tensor]
 """Gives an image's pixels uint8 (3, image_size, image_size); raises `BrokenImage`."""
 
 
-def random_view(images: ImageSet, augmentation: Augmentation, preprocess: Preprocess, *, seed: int) -> View:
-    """Return the view that torchvision's transforms give each image, a function of the seed and the image alone."""
-    transform = image_transform(augmentation, preprocess.image_size)
+def random_view(images: ImageSet, draws: Draws, preprocess: Preprocess, *, seed: int) -> View:
+    """Return the view of each image by its draws, with the colours of RandAugment by the seed and the image alone."""
+    transform, size = colours(draws.augmentation), preprocess.image_size
     seeds = torch.randint(2**62, (len(images),), generator=torch.Generator().manual_seed(seed))
-    still = still_view(images, preprocess)
+    whole = draws.augmentation.crop == "random_resized"
+
+    def cropped(index: int) -> Image.Image:
+        if isinstance(images, MemoryImages):
+            canvases = images.canvases(whole=whole)
+            return cut(canvases.image(index), canvases.boxes(draws, torch.tensor([index])), size)
+        image = images.whole(index)
+        if not whole:
+            image = Image.fromarray(preprocess.pixels(image))
+        return cut(image, draws.boxes(torch.tensor([index]), torch.tensor([[image.height, image.width]])), size)
 
     def view(index: int) -> Tensor:
-        source = images.whole(index) if augmentation.crop == "random_resized" else still(index)
+        image = cropped(index)
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(int(seeds[index]))
-            changed: Tensor = transform(source)
+            changed: Tensor = transform(image)
         return changed
 
     return view
 
 
-def still_view(images: ImageSet, preprocess: Preprocess) -> View:
+def still_view(images: FileImages | ArrayImages, preprocess: Preprocess) -> View:
     """Return the view that evaluation sees."""
-    if isinstance(images, MemoryImages):
-        middle = centre(images.pixels, preprocess.image_size)
-        return lambda index: middle[index]
-    return lambda index: to_tensor(eval_pixels(images.whole(index), preprocess))
+    return lambda index: to_tensor(preprocess.pixels(images.whole(index)))
 
 
 class _Loaded(NamedTuple):

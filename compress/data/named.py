@@ -12,9 +12,9 @@ import numpy as np
 import torchvision.datasets as downloads
 from sklearn.datasets import load_digits
 
-from compress.data.digest import cache_folder
-from compress.data.folders import Listing, list_folder
-from compress.errors import DataError
+from compress.data.digest import cache_folder, training_folder
+from export.errors import DataError
+from export.images.folders import Listing
 
 T = TypeVar("T")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # apt install dataset-fashion-mnist
@@ -78,7 +78,7 @@ def imagenette(path: Path | None) -> Listing:
     folder = root / "imagenette2-320"
     if not folder.is_dir():
         _download("imagenette", root, partial(downloads.Imagenette, root, size="320px", download=True))
-    return replace(list_folder(folder), classes=IMAGENETTE_CLASSES)
+    return replace(training_folder(folder), classes=IMAGENETTE_CLASSES)
 
 
 NAMED: dict[str, Callable[[Path | None], NamedSet | Listing]] = {

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from compress.errors import DataError
+from export.errors import DataError
 
 
 def held_out(labels: np.ndarray, classes: tuple[str, ...], *, fraction: float, seed: int) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Crop, resize and mirror a whole batch on its device, each image by its own box.
+"""Crop, resize and mirror training images, each by its own box: a whole batch on its device, or one file.
+
+A view's chances are drawn for all images at once; an image's box is a function of them and of its size. So images in memory and
+images that are read from files when asked for are shown in the same views.
 
 A bilinear resize with antialias is linear in the image's rows and in its columns, so a view is `rows @ image @ columns`: one batched
 product does what torchvision's RandomCrop, RandomResizedCrop and RandomHorizontalFlip do image by image, at a fraction of the overhead.
@@ -8,11 +11,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from compress.data.augment import ASPECT_RATIOS, Augmentation
 
-ATTEMPTS = 10  # boxes drawn for random_resized before the whole image is taken, as torchvision does
+ATTEMPTS = 10  # boxes drawn for random_resized before the middle of the image is taken, as torchvision does
 
 
 @dataclass(frozen=True)
@@ -32,43 +36,84 @@ class Boxes:
         """Return the boxes on the device."""
         return Boxes(*(part.to(device) for part in self._parts))
 
+    def scaled(self, factors: Tensor) -> "Boxes":
+        """Return the boxes in images that were resized by the factors (n, 2) of height and width."""
+        down, across = factors.unbind(1)
+        return Boxes(self.top * down, self.left * across, self.height * down, self.width * across, self.mirrored)
+
     @property
     def _parts(self) -> tuple[Tensor, ...]:
         return self.top, self.left, self.height, self.width, self.mirrored
 
 
-def draw_boxes(augmentation: Augmentation, n: int, *, side: int, image_size: int, generator: torch.Generator) -> Boxes:
-    """Draw a box for each of n square images of so many pixels a side."""
-    mirrored = torch.rand(n, generator=generator) < (0.5 if augmentation.flip else 0.0)
-    if augmentation.crop == "random_resized":
-        height, width = _random_sizes(augmentation.min_area, n, side, generator)
-        top, left = ((torch.rand(n, generator=generator) * (side - length + 1)).floor() for length in (height, width))
-        return Boxes(top, left, height, width, mirrored)
-    full = torch.full((n,), float(image_size))
-    border = augmentation.border(image_size) if augmentation.crop == "pad" else 0
-    top, left = (torch.randint(-border, border + 1, (n,), generator=generator).float() for _ in range(2))
-    return Boxes(top, left, full, full, mirrored)
+@dataclass(frozen=True)
+class Draws:
+    """What chance decides in one view of n images: whether each is mirrored, and numbers from 0 to 1 for its box."""
+
+    augmentation: Augmentation
+    mirrored: Tensor  # bool (n,)
+    place: Tensor  # (n, 2)
+    area: Tensor  # (n, ATTEMPTS), of random_resized only
+    ratio: Tensor  # the same
+
+    def boxes(self, chosen: Tensor, sizes: Tensor) -> Boxes:
+        """Return the boxes of the chosen images (m,), whose heights and widths are `sizes` (m, 2)."""
+        heights, widths = sizes.float().unbind(1)
+        place, mirrored = self.place[chosen], self.mirrored[chosen]
+        if self.augmentation.crop == "random_resized":
+            height, width, placed = self._random_sizes(chosen, heights, widths)
+            top, left = (place * torch.stack([heights - height + 1, widths - width + 1], dim=1)).floor().unbind(1)
+            top = torch.where(placed, top, ((heights - height) / 2).floor())
+            left = torch.where(placed, left, ((widths - width) / 2).floor())
+            return Boxes(top, left, height, width, mirrored)
+        border = self.augmentation.border(int(sizes[0, 0])) if self.augmentation.crop == "pad" else 0
+        top, left = ((place * (2 * border + 1)).floor() - border).unbind(1)
+        return Boxes(top, left, heights, widths, mirrored)
+
+    def _random_sizes(self, chosen: Tensor, heights: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return heights and widths by area and aspect ratio (torchvision's RandomResizedCrop): the first of ten that fits, and whether one does.
+
+        Where none does: the largest box in the middle whose aspect ratio is allowed.
+        """
+        least, (narrow, wide) = self.augmentation.min_area, ASPECT_RATIOS
+        area = (heights * widths)[:, None] * (least + (1 - least) * self.area[chosen])  # (m, attempts)
+        ratio = torch.exp(math.log(narrow) + (math.log(wide) - math.log(narrow)) * self.ratio[chosen])
+        height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+        fits = (height >= 1) & (width >= 1) & (height <= heights[:, None]) & (width <= widths[:, None])
+        first, any_fits = fits.int().argmax(dim=1, keepdim=True), fits.any(dim=1)
+        return (
+            torch.where(any_fits, height.gather(1, first)[:, 0], torch.minimum(heights, (widths / narrow).round())),
+            torch.where(any_fits, width.gather(1, first)[:, 0], torch.minimum(widths, (heights * wide).round())),
+            any_fits,
+        )
 
 
-def _random_sizes(min_area: float, n: int, side: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw heights and widths by area and aspect ratio (torchvision's RandomResizedCrop); the first of ten that fits, or all of the image."""
-    area = side * side * (min_area + (1 - min_area) * torch.rand((n, ATTEMPTS), generator=generator))
-    low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
-    ratio = torch.exp(low + (high - low) * torch.rand((n, ATTEMPTS), generator=generator))
-    height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()  # (n, attempts)
-    fits = (height >= 1) & (width >= 1) & (height <= side) & (width <= side)
-    first, any_fits = fits.int().argmax(dim=1, keepdim=True), fits.any(dim=1)
-    return (
-        torch.where(any_fits, height.gather(1, first)[:, 0], float(side)),
-        torch.where(any_fits, width.gather(1, first)[:, 0], float(side)),
+def draw(augmentation: Augmentation, n: int, *, seed: int) -> Draws:
+    """Draw what one view of n images needs."""
+    generator = torch.Generator().manual_seed(seed)
+    attempts = ATTEMPTS if augmentation.crop == "random_resized" else 0
+    return Draws(
+        augmentation,
+        torch.rand(n, generator=generator) < (0.5 if augmentation.flip else 0.0),
+        *(torch.rand(n, columns, generator=generator) for columns in (2, attempts, attempts)),
     )
 
 
+def cut(image: Image.Image, boxes: Boxes, image_size: int) -> Image.Image:
+    """Return what the only box of `boxes`, in whole pixels, leaves of an RGB image, at `image_size`."""
+    edges = (boxes.left, boxes.top, boxes.left + boxes.width, boxes.top + boxes.height)
+    left, top, right, bottom = (round(float(edge)) for edge in edges)
+    image = image.crop((left, top, right, bottom))
+    if image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if boxes.mirrored else image
+
+
 def apply_boxes(pixels: Tensor, boxes: Boxes, image_size: int) -> Tensor:
-    """Return each image's box resized: uint8 (n, 3, side, side) to float32 (n, 3, image_size, image_size), values 0..255."""
-    side = pixels.shape[-1]
-    rows = _resampling(boxes.top, boxes.height, side, image_size)  # (n, image_size, side)
-    columns = _resampling(boxes.left, boxes.width, side, image_size)
+    """Return each image's box resized: uint8 (n, 3, height, width) to float32 (n, 3, image_size, image_size), values 0..255."""
+    height, width = pixels.shape[-2:]
+    rows = _resampling(boxes.top, boxes.height, height, image_size)  # (n, image_size, height)
+    columns = _resampling(boxes.left, boxes.width, width, image_size)
     columns = torch.where(boxes.mirrored[:, None, None], columns.flip(1), columns)
     with torch.autocast(pixels.device.type, enabled=False):  # which would keep no more than 8 bits of a pixel
         return rows[:, None] @ pixels.float() @ columns[:, None].mT

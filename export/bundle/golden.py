@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from export.bundle.inside import SUMS, Json, contained, get
 from export.errors import BundleError
-from export.images.read import Preprocess
+from export.images.preprocess import Preprocess
 from export.runtime.session import DTYPES, open_session
 
 FOLDER, IMAGES, INPUTS = "golden", "images", "inputs"

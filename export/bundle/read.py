@@ -36,7 +36,8 @@ from export.bundle.inside import (
     sha256,
 )
 from export.errors import BundleError
-from export.images.read import Preprocess
+from export.images.folders import is_label
+from export.images.preprocess import AS_STORED, UPRIGHT, Preprocess
 from export.onnx_file.model_file import MAX_IMAGE_SIZE, ModelFile, inspect
 
 MANIFEST, PREPROCESS, LABELS = "bundle.json", "preprocess.json", "labels.txt"
@@ -263,11 +264,6 @@ def read_labels(folder: Path) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def is_label(text: str) -> bool:
-    """Whether a class name stays one line wherever it is written."""
-    return text.isprintable() and text == text.strip() != ""
-
-
 def read_preprocess(folder: Path) -> Preprocess:
     """Return preprocess.json's numbers, checked."""
     return preprocess_of(read_json(folder, PREPROCESS))
@@ -289,7 +285,13 @@ def preprocess_of(document: Mapping[str, object]) -> Preprocess:
                 f"{PREPROCESS}: {key}: must be three numbers from {lowest:g} to {LARGEST:g}, got {numbers[key]!r:.100}",
                 defect="bad_content",
             )
-    return Preprocess(size, resize_to, *(tuple(map(float, numbers[key])) for key in ("mean", "std")))
+    if (orientation := document.get("orientation", AS_STORED)) not in (UPRIGHT, AS_STORED):
+        raise BundleError(
+            f"{PREPROCESS}: orientation: must be {UPRIGHT!r} or {AS_STORED!r}, got {brief(orientation)}",
+            defect="bad_content",
+        )
+    mean, std = (tuple(map(float, numbers[key])) for key in ("mean", "std"))
+    return Preprocess(size, resize_to, mean, std, upright=orientation == UPRIGHT)
 
 
 def is_number(value: object) -> bool:

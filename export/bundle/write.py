@@ -20,11 +20,11 @@ from export.bundle.read import (
     PREPROCESS,
     SCHEMA_VERSION,
     entry,
-    is_label,
     preprocess_of,
     read_bundle,
 )
 from export.errors import BundleError
+from export.images.folders import is_label
 from export.onnx_file.model_file import ModelFile, inspect
 from export.serving.protocol import write_kserve, write_requests
 from export.serving.triton import Serving, write_repositories

@@ -37,7 +37,7 @@ def judge_or_accept(arguments: argparse.Namespace) -> int:
     )
     if arguments.update_baseline:
         try:
-            place = update(
+            place, notes = update(
                 arguments.bundle,
                 arguments.baseline or BASELINES,
                 data=arguments.data,
@@ -49,6 +49,7 @@ def judge_or_accept(arguments: argparse.Namespace) -> int:
             sys.stderr.write(f"{arguments.bundle}: {error}\n")
             return EXIT_CODES["broken"]
         print_live("")
+        sys.stdout.write("".join(f"note: {note}\n" for note in notes))
         sys.stdout.write(f"recorded {arguments.bundle} in {place}: commit it\n")
         return 0
     verdict = judge(

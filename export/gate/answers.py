@@ -1,20 +1,20 @@
 """A file's answer to each labelled image, kept by the image's digest so that another file's answers can be paired with them later."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from export.bundle.read import Bundle
-from export.images.read import Labelled, identified_batches
+from export.images.read import find_examples
 from export.runtime.accuracy import score
 
 
 @dataclass(frozen=True)
 class Answers:
-    """For each image, by digest, the names of its class and of the class that was answered."""
+    """For each image, by digest, the names of its class and of the class that was answered; `notes` on the images are not kept."""
 
     classes: tuple[str, ...]
     rows: dict[str, tuple[str, str]]
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def top1(self) -> float:
@@ -43,15 +43,9 @@ def ask(bundle: Bundle, file: str, data: Path) -> Answers:
 
     Raises BundleError for data that do not fit the bundle.
     """
-    digests: list[str] = []
-
-    def batches() -> Iterator[Labelled]:
-        for images, targets, found in identified_batches(data, bundle.preprocess, bundle.labels):
-            digests.extend(found)
-            yield images, targets
-
-    found = score({file: bundle.files[file]}, batches())[file]
+    examples = find_examples(data, bundle.preprocess, bundle.labels)
+    found = score({file: bundle.files[file]}, examples.batches())[file]
     rows: dict[str, tuple[str, str]] = {}
-    for digest, label, answer in zip(digests, found.labels, found.predictions, strict=True):
+    for digest, label, answer in zip(examples.digests(), found.labels, found.predictions, strict=True):
         rows.setdefault(digest, (bundle.labels[label], bundle.labels[answer]))
-    return Answers(bundle.labels, rows)
+    return Answers(bundle.labels, rows, examples.notes)

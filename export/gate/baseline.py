@@ -86,7 +86,7 @@ def _from_json(document: dict[str, Any]) -> Baseline:
         bundle=document["bundle"],
         served=document["served"],
         classes=classes,
-        preprocess=document["preprocess"],
+        preprocess={"upright": False, **document["preprocess"]},  # which older baselines do not hold
         files={name: Facts(**facts) for name, facts in document["files"].items()},
         environment=environment,
         data=document["data"],

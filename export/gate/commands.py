@@ -55,8 +55,8 @@ def open_old(path: Path) -> Subject:
 
 def update(
     bundle: Path, baseline: Path, *, data: Path | None, limits: Limits, plan: Plan, progress: Progress = lambda _: None
-) -> Path:
-    """Write the bundle as the baseline of this machine and return where; a folder gets a file named by the machine.
+) -> tuple[Path, tuple[str, ...]]:
+    """Write the bundle as the baseline of this machine; return where, and notes on the images. A folder gets a file named by the machine.
 
     Raises BrokenBundleError for a broken bundle, BundleError for a machine that is unfit and data that do not fit.
     """
@@ -65,4 +65,4 @@ def update(
     accepted = accept(open_subject(bundle), data, limits, plan, progress)
     path = baseline if baseline.suffix == ".json" else baseline / f"{accepted.fingerprint}.json"
     write_baseline(path, accepted)
-    return path
+    return path, accepted.answers.notes if accepted.answers else ()

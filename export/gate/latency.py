@@ -10,7 +10,7 @@ import numpy as np
 
 from export.errors import BundleError
 from export.gate.checks import Check, Status
-from export.images.read import Preprocess
+from export.images.preprocess import Preprocess
 from export.runtime.latency import Floats, Speedup, Timing, change, time_sessions
 from export.runtime.session import Run, bind, open_session
 

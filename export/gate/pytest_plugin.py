@@ -51,7 +51,7 @@ def run_gate(config: pytest.Config, marker: pytest.Mark) -> None:
     bundle, baseline, data = (config.getoption(name) for name in ("bundle", "baseline", "bundle_data"))
     if bundle is None:
         pytest.skip("no --bundle to judge")
-    from export.errors import BundleError
+    from export.errors import UserError
     from export.gate.commands import judge, update
     from export.gate.latency import Plan
     from export.gate.outputs import as_text
@@ -64,7 +64,7 @@ def run_gate(config: pytest.Config, marker: pytest.Mark) -> None:
         verdict = judge(
             bundle, baseline, against=config.getoption("against_bundle"), data=data, limits=limits, plan=Plan()
         )
-    except BundleError as error:
+    except UserError as error:
         pytest.fail(f"{bundle}: {error}", pytrace=False)
     if verdict.exit_code:
         pytest.fail(as_text(verdict), pytrace=False)

@@ -74,7 +74,7 @@ def judge_accuracy(
     answers = ask(subject.bundle, was.served, place)
     same_file = was.files[was.served].sha256 == subject.now.files[was.served].sha256
     checks, notes = accuracy_checks(was.answers, answers, limit, same_file=same_file)
-    return checks, notes, [Metric("top-1 error", "%", 100 * (1 - answers.top1))]
+    return checks, [*answers.notes, *notes], [Metric("top-1 error", "%", 100 * (1 - answers.top1))]
 
 
 def judge_beside(

@@ -1,155 +1,154 @@
-"""Read labelled images and turn them into what the network sees, by the bundle's preprocess.json."""
+"""Find labelled images and turn them into what the network sees, by the bundle's preprocess.json."""
 
 import hashlib
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.errors import BundleError
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte decoded
+from export.errors import DataError
+from export.images.decode import BrokenImage, read_image, require_pillow
+from export.images.folders import count, first, list_folder
+from export.images.preprocess import Preprocess
 
 Labelled = tuple[NDArray[np.float32], NDArray[np.int64]]
 """Images as the network takes them, (batch, 3, size, size), and their labels, (batch,)."""
-Identified = tuple[NDArray[np.float32], NDArray[np.int64], list[str]]
-"""The same with each image's digest, which preprocessing leaves alone."""
-Example = tuple[NDArray[np.uint8], int, str]
-"""One image's pixels after resizing and cropping, (size, size, 3), its label and its digest."""
+Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Preprocess:
-    """Resize the shorter side, crop the centre, scale to [0, 1], normalize each channel (red, green, blue)."""
+class Examples:
+    """Labelled images of a folder or an archive, each decoded when it is asked for by its index; `chosen` are those to take.
 
-    image_size: int
-    resize_to: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    `pixels` gives what the preprocessing leaves of one, (size, size, 3), `content` the bytes that tell it from others (of the
+    file, or of an archive's pixels). `notes` is what to say beside a score.
+    """
 
-    def pixels(self, image: "Image.Image") -> NDArray[np.uint8]:
-        """Return the centre of the resized RGB image, (size, size, 3); longer side and crop round down."""
-        width, height = image.size
-        shorter = min(width, height)
-        if shorter != self.resize_to:
-            from PIL import Image
+    preprocess: Preprocess
+    labels: NDArray[np.int64]  # (n,)
+    pixels: Callable[[int], Pixels]
+    content: Callable[[int], bytes]
+    chosen: NDArray[np.int64]  # (m,)
+    notes: tuple[str, ...] = ()
 
-            width, height = self.resize_to * width // shorter, self.resize_to * height // shorter
-            if width * height > MAX_PIXELS:
-                raise BundleError(f"an image of {image.width} x {image.height} pixels: too narrow to resize: remove it")
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (width - self.image_size) // 2, (height - self.image_size) // 2
-        return np.asarray(image)[top : top + self.image_size, left : left + self.image_size]
+    def __len__(self) -> int:
+        return len(self.chosen)
 
-    def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return uint8 (batch, size, size, 3) as normalized float32 (batch, 3, size, size)."""
-        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
-        scaled = (pixels.astype(np.float32) / np.float32(255) - mean) / std
-        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+    def spread(self, limit: int) -> "Examples":
+        """Return at most so many of the images, evenly spaced over them."""
+        return replace(self, chosen=self.chosen[spread(len(self), limit)])
+
+    def digests(self) -> list[str]:
+        """Return the digest of each image, which preprocessing leaves alone."""
+        return [digest(self.content(index)) for index in self.chosen]
+
+    def batches(self, *, batch_size: int = 32) -> Iterator[Labelled]:
+        """Yield the images in order. Raises DataError for a broken one."""
+        for start in range(0, len(self), batch_size):
+            part = self.chosen[start : start + batch_size]
+            yield self.preprocess.normalize(np.stack([self.pixels(index) for index in part])), self.labels[part]
 
 
-def labelled_batches(
-    data: Path, preprocess: Preprocess, labels: Sequence[str], *, batch_size: int = 32
-) -> Iterator[Labelled]:
-    """Yield the images of `data` in order: a folder of class folders, or of `val` and others, or an .npz file.
+def find_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
+    """Find the images of a folder (of its validation split, where it has one) or of an .npz file, whose classes are a bundle's `labels`.
 
     The .npz file holds `images`, uint8 (n, height, width, 3), and `labels`, integers (n,).
-    Raises BundleError for data that do not fit the bundle, and for a broken image.
+    Raises DataError for data that do not fit.
     """
-    for images, targets, _ in identified_batches(data, preprocess, labels, batch_size=batch_size):
-        yield images, targets
-
-
-def identified_batches(
-    data: Path, preprocess: Preprocess, labels: Sequence[str], *, batch_size: int = 32
-) -> Iterator[Identified]:
-    """Yield what `labelled_batches` yields, and each image's digest: of the file's bytes, or of the archive's pixels."""
     require_pillow(data)
-    if data.is_dir():
-        examples = folder_examples(data / "val" if (data / "val").is_dir() else data, preprocess, labels)
-    elif data.suffix == ".npz":
-        examples = archive_examples(data, preprocess, len(labels))
-    else:
-        raise BundleError(f"{data}: must be a folder of class folders or an .npz file")
-    while batch := list(islice(examples, batch_size)):
-        pixels, targets, digests = zip(*batch, strict=True)
-        yield preprocess.normalize(np.stack(pixels)), np.array(targets, np.int64), list(digests)
+    return (archive_examples if data.suffix == ".npz" else folder_examples)(data, preprocess, labels)
 
 
-def folder_examples(folder: Path, preprocess: Preprocess, labels: Sequence[str]) -> Iterator[Example]:
-    """Yield every image of every class folder; folders match `labels` by name, or all of them in sorted order."""
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    by_name = set(names) <= set(labels)
-    if not names or not (by_name or len(names) == len(labels)):
-        unknown = sorted(set(names) - set(labels))[:3]
-        raise BundleError(
-            f"{folder}: has {len(names)} class folders (not in {len(labels)} labels: {', '.join(unknown) or 'none'}): "
-            "name them as in labels.txt, or give one for each label in sorted order"
+def folder_examples(folder: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
+    """Find the images of a folder; its class folders match `labels` by name, or where none does, by their order."""
+    listing = list_folder(folder)
+    files = listing.train if listing.val is None else listing.val
+    places, notes = match(folder, listing.classes, labels)
+    return Examples(
+        preprocess,
+        np.array([places[label] for _, label in files], np.int64),
+        lambda index: read_pixels(folder / files[index][0], preprocess),
+        lambda index: (folder / files[index][0]).read_bytes(),
+        np.arange(len(files)),
+        notes,
+    )
+
+
+def match(folder: Path, classes: Sequence[str], labels: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
+    """Return each class folder's place among the labels, and a note where that is not by its name.
+
+    Raises DataError where some folders are labels and some are not, and where none is and their numbers differ.
+    """
+    unknown = [name for name in classes if name not in labels]
+    if not unknown:
+        return [labels.index(name) for name in classes], ()
+    if len(unknown) < len(classes):
+        raise DataError(
+            f"{folder}: {count(unknown, 'class folder')} not in the {len(labels)} labels of the bundle: {first(unknown)} "
+            f"({len(classes) - len(unknown)} others are): rename or remove them"
         )
-    for index, name in enumerate(names):
-        label = labels.index(name) if by_name else index
-        for path in sorted((folder / name).rglob("*")):
-            if path.suffix.lower() in SUFFIXES:
-                yield preprocess.pixels(read_image(path)), label, digest(path.read_bytes())
+    if len(classes) != len(labels):
+        raise DataError(
+            f"{folder}: none of its {count(unknown, 'class folder')} ({first(unknown)}) is one of the {len(labels)} labels of "
+            "the bundle: name them as in labels.txt, or give one for each label in sorted order"
+        )
+    pairs = [f"{name} is {label}" for name, label in zip(classes, labels, strict=True)]
+    return list(range(len(labels))), (
+        f"{folder}: no class folder is a label, so they are taken in order: {first(pairs)}",
+    )
 
 
-def archive_examples(path: Path, preprocess: Preprocess, classes: int) -> Iterator[Example]:
-    """Yield every image of an .npz file."""
+def archive_examples(path: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
+    """Find the images of an .npz file."""
     from PIL import Image
 
     try:
         with np.load(path, allow_pickle=False) as archive:
             images, targets = archive["images"], archive["labels"]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise BundleError(f"{path}: must be an .npz file with images and labels ({error})") from error
+        raise DataError(f"{path}: must be an .npz file with images and labels ({error})") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or targets.shape != images.shape[:1]:
-        raise BundleError(
+        raise DataError(
             f"{path}: images must be uint8 (n, height, width, 3) and labels (n,), got {images.dtype} {images.shape} and {targets.shape}"
         )
     if len(targets) and not (
-        np.issubdtype(targets.dtype, np.integer) and 0 <= targets.min() <= targets.max() < classes
+        np.issubdtype(targets.dtype, np.integer) and 0 <= targets.min() <= targets.max() < len(labels)
     ):
-        raise BundleError(f"{path}: labels must be integers from 0 to {classes - 1}, as many as labels.txt has lines")
-    for image, label in zip(images, targets, strict=True):
-        yield preprocess.pixels(Image.fromarray(image)), int(label), digest(image.tobytes())
+        raise DataError(f"{path}: labels must be integers from 0 to {len(labels) - 1}, as many as labels.txt has lines")
+    return Examples(
+        preprocess,
+        targets.astype(np.int64),
+        lambda index: preprocess.pixels(Image.fromarray(images[index])),
+        lambda index: bytes(images[index].tobytes()),
+        np.arange(len(targets)),
+    )
+
+
+def read_pixels(path: Path, preprocess: Preprocess) -> Pixels:
+    """Return what preprocessing leaves of an image file, (size, size, 3). Raises DataError for a broken one."""
+    require_pillow(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata
+            return preprocess.pixels(read_image(path, upright=preprocess.upright))
+    except BrokenImage as error:
+        raise DataError(f"{path}: cannot be read as an image ({error}): mend or remove it") from error
+
+
+def spread(n: int, limit: int) -> NDArray[np.int64]:
+    """Return the indices of at most `limit` of n things, evenly spaced, in an order whose every beginning is spread over them, too.
+
+    The order is that of the golden ratio's multiples modulo 1 (a Kronecker sequence).
+    """
+    m = min(limit, n)
+    ranks = np.argsort(np.argsort(np.arange(m) * ((5**0.5 - 1) / 2) % 1))
+    return np.asarray(ranks * n // max(m, 1), np.int64)
 
 
 def digest(content: bytes) -> str:
     """Return 64 bits of the SHA-256: two of 100,000 images share them once in four thousand million."""
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def require_pillow(path: Path) -> None:
-    """Raise BundleError where the library that decodes images is missing."""
-    if find_spec("PIL") is None:
-        raise BundleError(f"{path}: reading images needs Pillow: pip install pillow")
-
-
-def read_image(path: Path) -> "Image.Image":
-    """Return the file's pixels as RGB.
-
-    Raises BundleError for a file that is truncated, of an unexpected format, or larger than Pillow's limit.
-    """
-    require_pillow(path)
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BundleError(f"{path}: cannot be read as an image ({error}): mend or remove it") from error

@@ -17,7 +17,7 @@ def with_uint8_input(model: ModelProto, preprocess: Mapping[str, Any]) -> ModelP
     """Return the model with the input `pixels`, RGB 0..255, uint8 (batch, height, width, 3), and the same logits.
 
     `preprocess` is preprocess.json's content. Its normalization moves into the graph, in the float32 operations of
-    `export.images.read.Preprocess.normalize`, so the bits are the same; the file's `preprocess` metadata then say so.
+    `export.images.preprocess.Preprocess.normalize`, so the bits are the same; the file's `preprocess` metadata then say so.
     Raises BundleError for a model whose input is not float32 (batch, 3, image_size, image_size).
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())

@@ -14,10 +14,10 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx_files import LABELS, PREPROCESS, classifier, save, small_contents, small_files, write_small_bundle
 
 from export.bundle import write as writing
-from export.bundle.read import read_bundle
+from export.bundle.read import preprocess_of, read_bundle
 from export.bundle.write import write_bundle
 from export.errors import BundleError
-from export.images.read import Preprocess
+from export.images.preprocess import Preprocess
 from export.onnx_file.model_file import inspect
 
 
@@ -65,7 +65,7 @@ def change_manifest(folder: Path, change: Callable[[dict[str, dict[str, dict[str
 def test_a_written_bundle_reads_back(made: Path) -> None:
     found = read_bundle(made)
     assert (found.name, found.target, found.labels) == ("small", "cpu_avx2", LABELS)
-    assert found.preprocess == Preprocess(16, 18, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    assert found.preprocess == Preprocess(16, 18, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), upright=False)
     assert found.files == {name: made / f"{name}.onnx" for name in ("teacher_fp32", "student_fp32", "student_fp16")}
 
 
@@ -421,3 +421,19 @@ def test_a_file_that_answers_no_numbers_is_not_bundled(tmp_path: Path) -> None:
         tensor.CopyFrom(numpy_helper.from_array(np.full(tuple(tensor.dims), np.nan, np.float32), tensor.name))
     with pytest.raises(BundleError, match="student_fp32: answers a golden image with logits that are not finite"):
         write_small_bundle(tmp_path / "out", {"student_fp32": save(model, tmp_path / "nan.onnx")})
+
+
+# What an older bundle does not say
+
+
+def test_a_bundle_that_says_nothing_of_orientation_takes_photographs_as_they_are_stored(bundle: Path) -> None:
+    assert not read_bundle(bundle).preprocess.upright
+
+
+def test_training_and_bundle_say_the_same_of_orientation() -> None:
+    assert preprocess_of(json.loads(json.dumps(Preprocess(8, 8, (0.5,) * 3, (0.2,) * 3).to_json()))).upright
+
+
+def test_an_unknown_orientation_is_refused() -> None:
+    with pytest.raises(BundleError, match=r"preprocess\.json: orientation: must be 'EXIF' or 'as stored', got 'up'"):
+        preprocess_of(PREPROCESS | {"orientation": "up"})

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from elsewhere.files import PROGRAMS, agreement, is_there, run, run_here, top1, write_digits, write_pixel_form
 from export.bundle.read import read_preprocess
-from export.images.read import folder_examples
+from export.images.read import find_examples
 from export.onnx_file.targets import INT8_TARGETS
 
 
@@ -28,10 +28,11 @@ def write_bundle_inputs(bundle: Path, data: Path, folder: Path) -> NDArray[np.in
         write_pixel_form(path, json.loads((bundle / "preprocess.json").read_text()))
     preprocess = read_preprocess(bundle)
     names = (bundle / "labels.txt").read_text().splitlines()
-    pixels, labels, _ = zip(*folder_examples(data, preprocess, names), strict=True)
-    np.save(folder / "pixels.npy", np.stack(pixels))
-    np.save(folder / "floats.npy", preprocess.normalize(np.stack(pixels)))
-    return np.array(labels)
+    examples = find_examples(data, preprocess, names)
+    pixels = np.stack([examples.pixels(index) for index in examples.chosen])
+    np.save(folder / "pixels.npy", pixels)
+    np.save(folder / "floats.npy", preprocess.normalize(pixels))
+    return examples.labels[examples.chosen]
 
 
 def tabulate(folder: Path, labels: NDArray[np.int64]) -> list[str]:

@@ -42,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_baseline_is_the_same_bytes_each_time_and_is_named_by_the_machine(place: Path, tmp_path: Path) -> None:
-    path = update(place / "bundle", tmp_path, data=place / "images.npz", limits=NO_LATENCY, plan=Plan())
+    path, _ = update(place / "bundle", tmp_path, data=place / "images.npz", limits=NO_LATENCY, plan=Plan())
     assert path.name == f"{fingerprint(environment())}.json"
     assert path.read_bytes() == (place / "baselines" / path.name).read_bytes()
     assert [other.name for other in tmp_path.iterdir()] == [path.name]

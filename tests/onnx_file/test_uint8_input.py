@@ -13,7 +13,7 @@ from onnx import ModelProto, helper, numpy_helper
 from onnx_files import PREPROCESS, classifier, colour_reader, model_of
 
 from export.errors import BundleError
-from export.images.read import Preprocess
+from export.images.preprocess import Preprocess
 from export.onnx_file.uint8_input import with_uint8_input
 
 Level = np.uint8 | np.int8

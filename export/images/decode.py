@@ -1,0 +1,107 @@
+"""Open an image file under guard: named formats, a cap on its pixels, nothing truncated, 8 bits a channel, upright."""
+
+import struct
+import zlib
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from export.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte decoded
+# What Pillow's decoders raise on damaged files.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error)
+ORIENTATION = 0x0112  # the EXIF tag
+NAMED = 3  # broken files that an error names; the rest are counted
+
+
+class BrokenImage(Exception):
+    """Report why one file is not an image that can be used; callers count and name them."""
+
+
+def require_pillow(path: Path) -> None:
+    """Raise DataError where the library that decodes images is missing."""
+    if find_spec("PIL") is None:
+        raise DataError(f"{path}: reading images needs Pillow: pip install pillow")
+
+
+def read_image(path: Path, *, upright: bool) -> "Image.Image":
+    """Return the file's pixels as RGB, fully decoded; the header alone decides whether decoding starts.
+
+    `upright` turns it as its EXIF orientation says; of 16 bits of grey the upper 8 are taken, as Pillow does with colours.
+    Raises `BrokenImage` for a file that is missing, truncated, of another format, or above `MAX_PIXELS`.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise BrokenImage(f"{width:,} x {height:,} is more than {MAX_PIXELS:,} pixels")
+            rgb = _rgb(image)
+            return _turned(rgb, _orientation(image)) if upright else rgb
+    except UnidentifiedImageError:
+        raise BrokenImage(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # a warning where warnings are errors
+        raise BrokenImage(f"more than {MAX_PIXELS:,} pixels") from None
+    except DAMAGE as error:
+        raise BrokenImage(getattr(error, "strerror", None) or str(error)) from None
+
+
+def longer_side(path: Path) -> int:
+    """Return an image's longer side in pixels by its header, 0 for a file without one."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return max(image.size)
+    except (*DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return 0
+
+
+def describe_broken(broken: Mapping[str, str], total: int) -> str:
+    """Return one sentence that counts the broken files and names the first few, with the reason for each."""
+    named = [f"{name} ({broken[name]})" for name in sorted(broken)[:NAMED]]
+    more = f" and {len(broken) - NAMED:,} more" if len(broken) > NAMED else ""
+    return f"{len(broken):,} of {total:,} images cannot be read: {', '.join(named)}{more}"
+
+
+def _rgb(image: "Image.Image") -> "Image.Image":
+    if image.mode.startswith("I"):  # a PNG of 16 bits of grey, which Pillow's own conversion clips to white
+        from PIL import Image
+
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _orientation(image: "Image.Image") -> int:
+    """Return how the decoded file says it is stored, 1 (upright) where it says nothing that can be read."""
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except DAMAGE:
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def _turned(image: "Image.Image", orientation: int) -> "Image.Image":
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image

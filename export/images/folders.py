@@ -1,0 +1,220 @@
+"""Find the images of a folder, their classes and their split; nothing is opened here. docs/images.md holds the rules."""
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.errors import DataError
+
+# Suffixes that name an image. Some are formats the decoder refuses: better an error than a photograph silently left out.
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif", ".jp2"),
+    *(".ppm", ".pgm", ".tga"),
+)
+TRAIN, VAL_NAMES = "train", ("val", "valid", "validation", "test")
+# What archives, network drives and file systems leave beside the images; hidden names are left out as well.
+IGNORED = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
+ANNOTATIONS = "val_annotations.txt"
+NAMED = 5  # classes that an error names; the rest are counted
+
+File = tuple[str, int]
+"""A path relative to the data set's root, and its class."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a folder data set, in the order of their paths.
+
+    `val` is None where the folder brings no validation set, `train` is empty where it brings nothing else.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    train: tuple[File, ...]
+    val: tuple[File, ...] | None
+
+
+def list_folder(root: Path) -> Listing:
+    """List an ImageNet layout (train/ with val/, valid/, validation/ or test/), Tiny-ImageNet's own, or one folder of class folders.
+
+    Raises DataError for a missing folder, a class without images, a class in validation that training lacks, and other layouts.
+    """
+    check_folder(root)
+    parts = _splits(root)
+    if not parts:
+        _refuse_other_layouts(root)
+        classes = _classes(root)
+        return Listing(root, classes, _files(root, root, classes), None)
+    held_out = next((parts[name] for name in VAL_NAMES if name in parts), None)
+    if TRAIN not in parts:
+        assert held_out is not None
+        classes = _classes(held_out)
+        return Listing(root, classes, (), _files(root, held_out, classes))
+    classes = _classes(parts[TRAIN])
+    train = _files(root, parts[TRAIN], classes)
+    if held_out is None:
+        return Listing(root, classes, train, None)
+    if (held_out / ANNOTATIONS).is_file():
+        return Listing(root, classes, train, _annotated(root, held_out, classes))
+    val_classes = _classes(held_out)
+    _refuse_unknown(held_out, val_classes, classes)
+    labels = {name: label for label, name in enumerate(classes)}
+    val = tuple((path, labels[val_classes[label]]) for path, label in _files(root, held_out, val_classes))
+    return Listing(root, classes, train, val)
+
+
+def check_folder(root: Path) -> None:
+    """Raise DataError unless `root` is a folder; name a sibling that looks like it."""
+    if root.is_dir():
+        return
+    if root.exists():
+        raise DataError(
+            f"{root}: is a file, not a folder; unpack it and give the folder that holds train/ or the class folders"
+        )
+    ancestor = next(parent for parent in root.absolute().parents if parent.is_dir())
+    wanted = root.absolute().relative_to(ancestor).parts[0]
+    near = difflib.get_close_matches(wanted, _subfolders(ancestor), n=1)
+    hint = f"did you mean {ancestor / near[0]}?" if near else "check the path"
+    raise DataError(f"{root}: there is no such folder; {hint}")
+
+
+def is_label(text: str) -> bool:
+    """Whether a class name stays one line wherever it is written."""
+    return text.isprintable() and text == text.strip() != ""
+
+
+def count(names: list[str], noun: str) -> str:
+    """Return how many names there are, with the noun in its number."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{len(names):,} {noun}{'' if len(names) == 1 else plural}"
+
+
+def first(names: list[str]) -> str:
+    """Return the first names, and how many more there are."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED:,} more" if len(names) > NAMED else "")
+
+
+def _is_ignored(name: str) -> bool:
+    return name.startswith(".") or name in IGNORED
+
+
+def _subfolders(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not _is_ignored(entry.name))
+    except OSError as error:
+        raise _unreadable(error, folder) from error
+
+
+def _splits(root: Path) -> dict[str, Path]:
+    """Return the folders of a split by their names in small letters.
+
+    A class may be called train or test, too: beside other folders, these are a split only where one of them holds folders.
+    """
+    folders = _subfolders(root)
+    found = {name.lower(): root / name for name in folders if name.lower() in (TRAIN, *VAL_NAMES)}
+    if len(found) < len(folders) and not any(_subfolders(path) for path in found.values()):
+        return {}
+    return found
+
+
+def _refuse_other_layouts(root: Path) -> None:
+    """Raise DataError where the data set lies one folder deeper, and where folders are a split under other names."""
+    folders = _subfolders(root)
+    for name in folders:
+        if (root / name / TRAIN).is_dir():
+            raise DataError(f"{root}: holds no {TRAIN}/ itself, but {root / name} does; give that folder")
+    like = [[name for name in folders if word in name.lower()] for word in ("train", "test", "val")]
+    if like[0] and (like[1] or like[2]) and all(_subfolders(root / name) for name in folders):
+        raise DataError(
+            f"{root}: {first(folders)} look like a split, not like classes; name them {TRAIN} and {VAL_NAMES[0]}"
+        )
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    classes = tuple(_subfolders(folder))
+    if not classes:
+        loose = len(_images(folder, folder))
+        raise DataError(
+            f"{folder}: has {loose:,} images and no class folder; give each class a folder of its own with its images"
+        )
+    if odd := [name for name in classes if not is_label(name)]:
+        raise DataError(f"{folder}: class folder {odd[0]!r}: must be one printable line; rename it")
+    return classes
+
+
+def _files(root: Path, folder: Path, classes: tuple[str, ...]) -> tuple[File, ...]:
+    files: list[File] = []
+    empty: list[str] = []
+    for label, name in enumerate(classes):
+        found = _images(root, folder / name)
+        files += ((path, label) for path in found)
+        if not found:
+            empty.append(name)
+    if empty:
+        raise DataError(
+            f"{folder}: {count(empty, 'class folder')} without an image: {first(empty)}; add images or remove the folder"
+        )
+    return tuple(files)
+
+
+def _images(root: Path, folder: Path) -> list[str]:
+    """Return the images under a class folder, at any depth (Tiny-ImageNet keeps them in images/), sorted.
+
+    Links are followed, but not to a folder above, and no folder is listed twice.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error, folder) from error
+
+    found = []
+    seen = {_identity(parent) for parent in folder.resolve().parents}
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (identity := _identity(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(identity)
+        folders[:] = sorted(name for name in folders if not _is_ignored(name))
+        prefix = os.path.relpath(parent, root)
+        found += [f"{prefix}/{name}" for name in names if name.lower().endswith(SUFFIXES) and not _is_ignored(name)]
+    return sorted(found)
+
+
+def _identity(folder: Path | str) -> tuple[int, int]:
+    found = Path(folder).stat()
+    return found.st_dev, found.st_ino
+
+
+def _unreadable(error: OSError, folder: Path) -> DataError:
+    return DataError(f"{error.filename or folder}: cannot be listed: {error.strerror}; check its permissions")
+
+
+def _annotated(root: Path, folder: Path, classes: tuple[str, ...]) -> tuple[File, ...]:
+    """Read Tiny-ImageNet's validation set: one line `file<TAB>class<TAB>box` for each image in images/."""
+    labels = {name: label for label, name in enumerate(classes)}
+    rows = [
+        line.split("\t")
+        for line in (folder / ANNOTATIONS).read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
+    odd = next((row for row in rows if len(row) < 2 or Path(row[0]).name != row[0]), None)
+    if odd is not None:
+        raise DataError(
+            f"{folder / ANNOTATIONS}: {odd[0]!r} is not `file<TAB>class`; copy the file anew from Tiny-ImageNet"
+        )
+    _refuse_unknown(folder, tuple(sorted({row[1] for row in rows})), classes)
+    inside = os.path.relpath(folder / "images", root)
+    files = tuple(sorted((f"{inside}/{row[0]}", labels[row[1]]) for row in rows))
+    if not files:
+        raise DataError(f"{folder / ANNOTATIONS}: names no image; copy the file anew from Tiny-ImageNet")
+    return files
+
+
+def _refuse_unknown(folder: Path, found: tuple[str, ...], classes: tuple[str, ...]) -> None:
+    unknown = sorted(set(found) - set(classes))
+    if unknown:
+        raise DataError(
+            f"{folder}: {count(unknown, 'class')} that training lacks: {first(unknown)}; "
+            "add training images for it or remove it from validation"
+        )

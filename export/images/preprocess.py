@@ -1,0 +1,70 @@
+"""What happens to a decoded image before the network sees it, in training's evaluation and wherever the bundle runs."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.images.decode import MAX_PIXELS, BrokenImage
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+UPRIGHT, AS_STORED = "EXIF", "as stored"  # what preprocess.json says of `upright`
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Resize the shorter side, crop the centre, scale to [0, 1], normalize each channel (red, green, blue).
+
+    `upright` turns photographs as their EXIF orientation says; networks trained before that was done have seen them as stored.
+    """
+
+    image_size: int
+    resize_to: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    upright: bool = True
+
+    def pixels(self, image: "Image.Image") -> NDArray[np.uint8]:
+        """Return the centre of the resized RGB image, (size, size, 3); longer side and crop round down.
+
+        Raises `BrokenImage` for an image so narrow that resizing its shorter side makes it huge.
+        """
+        width, height = image.size
+        shorter = min(width, height)
+        if shorter != self.resize_to:
+            from PIL import Image
+
+            width, height = self.resize_to * width // shorter, self.resize_to * height // shorter
+            if width * height > MAX_PIXELS:
+                raise BrokenImage(f"{image.width:,} x {image.height:,} is too narrow")
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (width - self.image_size) // 2, (height - self.image_size) // 2
+        return np.asarray(image)[top : top + self.image_size, left : left + self.image_size]
+
+    def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return uint8 (batch, size, size, 3) as normalized float32 (batch, 3, size, size)."""
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        scaled = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+    def to_json(self) -> dict[str, object]:
+        """Return every fact that another program needs to feed the network the same numbers."""
+        return {
+            "image_size": self.image_size,
+            "resize_to": self.resize_to,
+            "mean": self.mean,
+            "std": self.std,
+            "orientation": UPRIGHT if self.upright else AS_STORED,
+            "sixteen_bits": "floor(value / 256)",
+            "resize_longer": "floor(resize_to * longer / shorter)",
+            "interpolation": "bilinear (antialias)",
+            "crop": "center",
+            "crop_offset": "floor((length - image_size) / 2)",
+            "color": "RGB",
+            "scale": 1 / 255,
+            "layout": "NCHW",
+            "dtype": "float32",
+        }
