@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from compress.recipe.order import first_mistake
-from compress.recipe.section import Arch, Drop, Name, PathText, Section, refuse_tag
+from compress.recipe.section import Arch, Drop, Fraction, Name, PathText, Section, refuse_tag
 from compress.recipe.stages import DistillStage, QatStage, SourceStage, StageSection
 
 Int8Target = Literal["cpu_avx2", "cpu_vnni", "cpu_arm", "tensorrt"]
