@@ -18,6 +18,7 @@ import numpy as np
 
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import vet
+from export.command.arguments import at_least
 from export.command.main import run
 from export.command.table import table
 from export.errors import BundleError
@@ -27,7 +28,7 @@ from export.onnx_file.targets import TARGET_PROVIDERS, host_target
 from export.runtime.accuracy import accuracy, score
 from export.runtime.cuda_options import describe, fastest
 from export.runtime.environment import environment
-from export.runtime.latency import Timing, speedup, time_sessions
+from export.runtime.latency import MIN_BLOCKS, Timing, speedup, time_sessions
 from export.runtime.memory import peak_memory_mb
 from export.runtime.rows import STUDENT, AccuracyRow, BenchJson, Setting, TimingRow, timing_row
 from export.runtime.session import CPU, PROVIDERS, Run, available_providers, bind, open_session, resize_input
@@ -307,7 +308,7 @@ def main() -> int:
         "--image-sizes", type=numbers, default=[], metavar="224", help="pixels, besides the bundle's own size"
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each file at each setting")
-    parser.add_argument("--blocks", type=int, default=10, help="turns that the time is cut into")
+    parser.add_argument("--blocks", type=at_least(MIN_BLOCKS), default=10, help="turns that the time is cut into")
     parser.add_argument("--data", type=Path, help="a folder of class folders, or an .npz file with images and labels")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return run(parser, print_bench)

@@ -163,7 +163,7 @@ def timings(files: dict[str, Path]) -> list[TimingRow]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_module, "SLOW", 1e9)  # leaves no file out, however slow this machine's float16 is
         found = bench(
-            files, batches=(4, 1), threads=(0, 1), image_sizes=(24,), providers=("cpu",), seconds=0.02, blocks=4
+            files, batches=(4, 1), threads=(0, 1), image_sizes=(24,), providers=("cpu",), seconds=0.02, blocks=6
         )
     assert found.warnings == []
     return found.timings
@@ -185,7 +185,7 @@ def test_a_row_is_consistent_in_itself(timings: list[TimingRow], files: dict[str
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
         assert row["throughput_ips"] == pytest.approx(row["batch"] / row["p50_ms"] * 1000)
         assert row["size_mb"] == files[row["name"]].stat().st_size / 1e6
-        assert len(row["block_ms"]) == 4 <= row["runs"]
+        assert len(row["block_ms"]) == 6 <= row["runs"]
         assert (row["provider"], row["provider_options"], row["file"]) == (CPU, {}, f"{row['name']}.onnx")
 
 
@@ -201,27 +201,27 @@ def test_speedups_are_against_the_files_of_the_same_setting(timings: list[Timing
 
 def test_without_a_reference_the_speedup_is_unknown(files: dict[str, Path]) -> None:
     found = bench(
-        {"student_fp16": files["student_fp16"]}, batches=(1,), threads=(1,), providers=("cpu",), seconds=0.01, blocks=4
+        {"student_fp16": files["student_fp16"]}, batches=(1,), threads=(1,), providers=("cpu",), seconds=0.01, blocks=6
     )
     assert [(row["speedup"], row["speedup_vs_student_fp32"]) for row in found.timings] == [(None, None)]
 
 
 def test_a_size_that_a_network_cannot_take_is_left_out_with_a_warning(tmp_path: Path) -> None:
     stiff = {"student_fp32": save(classifier(pooled=False), tmp_path / "stiff.onnx")}
-    found = bench(stiff, batches=(1,), threads=(1,), image_sizes=(24,), providers=("cpu",), seconds=0.01, blocks=4)
+    found = bench(stiff, batches=(1,), threads=(1,), image_sizes=(24,), providers=("cpu",), seconds=0.01, blocks=6)
     assert [row["image_size"] for row in found.timings] == [16]
     assert found.warnings == ["image size 24: the network has its own size baked in, time it at that size; left out"]
 
 
 @pytest.mark.skipif(CUDA in available_providers(), reason="CUDA is here")
 def test_a_missing_provider_is_a_warning(student: dict[str, Path]) -> None:
-    found = bench(student, batches=(1,), threads=(1,), providers=("cpu", "cuda"), seconds=0.01, blocks=4)
+    found = bench(student, batches=(1,), threads=(1,), providers=("cpu", "cuda"), seconds=0.01, blocks=6)
     assert found.warnings == ["CUDAExecutionProvider is not on this machine: not timed"]
 
 
 def test_another_target_than_this_machine_is_a_warning(student: dict[str, Path]) -> None:
     other = next(name for name in TARGETS if name != host_target().name)
-    found = bench(student, batches=(1,), threads=(1,), providers=("cpu",), seconds=0.01, blocks=4, target=other)
+    found = bench(student, batches=(1,), threads=(1,), providers=("cpu",), seconds=0.01, blocks=6, target=other)
     assert [warning.partition(" and ")[0] for warning in found.warnings] == [f"the INT8 files are made for {other}"]
 
 
@@ -229,7 +229,7 @@ def test_emulated_float16_is_timed_at_the_headline_settings_only(
     files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_module, "SLOW", 1e-9)  # whatever its speed
-    found = bench(files, batches=(1, 2), threads=(1, 2), image_sizes=(24,), providers=("cpu",), seconds=0.01, blocks=4)
+    found = bench(files, batches=(1, 2), threads=(1, 2), image_sizes=(24,), providers=("cpu",), seconds=0.01, blocks=6)
     halves = [(row["image_size"], row["batch"], row["threads"]) for row in found.timings if row["precision"] == "fp16"]
     assert halves == [(16, 1, 1), (24, 1, 1)]
     assert [warning.partition(" (")[0] for warning in found.warnings] == [
@@ -284,7 +284,7 @@ def run_bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=dict(os.environ))
 
 
-QUICK = ("--seconds", "0.01", "--blocks", "4", "--batches", "1", "--threads", "1")
+QUICK = ("--seconds", "0.01", "--blocks", "6", "--batches", "1", "--threads", "1")
 
 
 def test_the_command_needs_no_torch_and_scores_and_times(tmp_path: Path) -> None:
@@ -316,7 +316,14 @@ def test_a_broken_bundle_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None
     )
 
 
-def test_a_wrong_argument_is_exit_code_2(tmp_path: Path) -> None:
-    done = run_bench(tmp_path, "--threads", "-1")
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--threads", "-1"), "argument --threads: invalid numbers value: '-1'"),
+        (("--blocks", "1"), "argument --blocks: must be a whole number >= 6, got '1'"),
+    ],
+)
+def test_a_wrong_argument_is_exit_code_2(tmp_path: Path, words: tuple[str, ...], sentence: str) -> None:
+    done = run_bench(tmp_path, *words)
     assert done.returncode == 2
-    assert "--threads" in done.stderr
+    assert sentence in done.stderr

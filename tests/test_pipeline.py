@@ -43,7 +43,7 @@ stages:
   - {stage: ptq, calibration_images: 64, methods: [minmax], neural_compressor: false}
   - {stage: qat, fit: {epochs: 1, batch_size: 32, lr: 0.001}, calibration_images: 64}
   - {stage: export, verify_images: 64}
-  - {stage: bench, seconds: 0.05, blocks: 4, batches: [1, 2], threads: [1]}
+  - {stage: bench, seconds: 0.05, blocks: 6, batches: [1, 2], threads: [1]}
 """.replace("NETWORKS", str(Path(__file__).with_name("networks.py")))
 NAMES = ["source", "prune", "distill", "ptq", "qat", "export", "bench"]
 FILES = ["teacher_fp32", "student_fp32", "student_fp16", "student_ptq_int8", "student_int8"]

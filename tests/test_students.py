@@ -20,7 +20,7 @@ REST = """
       - {stage: distill, fit: {epochs: 2, batch_size: 32, lr: 0.05}}
       - {stage: ptq, calibration_images: 64, methods: [minmax], neural_compressor: false}
       - {stage: export, verify_images: 64}
-      - {stage: bench, seconds: 0.05, blocks: 4, batches: [1], threads: [1]}
+      - {stage: bench, seconds: 0.05, blocks: 6, batches: [1], threads: [1]}
 """
 RECIPE = f"""
 name: several

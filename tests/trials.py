@@ -36,6 +36,7 @@ from export.images.preprocess import Preprocess
 from export.onnx_file.targets import TARGETS, host_target
 from export.onnx_file.to_onnx import to_onnx
 from export.runtime.environment import environment
+from export.runtime.latency import median_ratio
 from export.runtime.session import Run
 
 TRIALS = 30
@@ -165,7 +166,8 @@ def latency_trials(served: Opener, reference: Opener, trials: int, progress: Cal
     """Return the rows on latency: the file beside itself, and its ratio to the float file beside the recorded one."""
     limit = LIMITS.max_latency_ratio
     assert limit is not None
-    recorded = np.array(record(served, reference, PLAN, name="student_fp32").ratios)
+    ratios = record(served, reference, PLAN, name="student_fp32").ratios
+    then = median_ratio(np.array(ratios), confidence=PLAN.confidence)
     rows = []
     for name, needed, new in (("nothing", None, served), (f"{SLOWER - 1:.0%}", trials, slowed(served, SLOWER))):
         beside, ratio = Counter[str](), Counter[str]()
@@ -178,7 +180,7 @@ def latency_trials(served: Opener, reference: Opener, trials: int, progress: Cal
                 continue
             found, _ = compare(new, served, plan, limit)
             beside[judge(found, limit, was="", now="", explained=None).status] += 1
-            found, _ = compare(new, reference, plan, limit, recorded=recorded)
+            found, _ = compare(new, reference, plan, limit, then=then)
             ratio[judge(found, limit, was="", now="", explained=None).status] += 1
         rows.append(Row(f"latency beside the old file: {name} slower", needed, beside))
         rows.append(Row(f"latency over the float file: {name} slower", needed, ratio))

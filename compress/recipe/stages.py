@@ -284,8 +284,8 @@ class BenchStage(Section):
     """Where to time; a provider that this machine lacks is left out and the report says so."""
     seconds: Annotated[float, Field(gt=0)] = 1.0
     """Time for each file at each setting."""
-    blocks: Annotated[int, Field(ge=4)] = 10
-    """Interleaved blocks; medians and the intervals come from them."""
+    blocks: Annotated[int, Field(ge=6)] = 10
+    """Interleaved blocks; medians and the intervals come from them, and fewer than six have no interval of 95 %."""
 
 
 StageSection = Annotated[

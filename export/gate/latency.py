@@ -11,15 +11,14 @@ import numpy as np
 from export.errors import BundleError
 from export.gate.checks import Check, Status
 from export.images.preprocess import Preprocess
-from export.runtime.latency import Floats, Speedup, Timing, change, time_sessions
+from export.runtime.latency import MIN_BLOCKS, Floats, Speedup, Timing, change, median_ratio, time_sessions
 from export.runtime.session import Run, bind, open_session
 
 Opener = Callable[[], Run]
 """Opens a session anew and returns the call that runs it once."""
 NEW, AGAIN, OTHER = "new", "again", "other"
 LOOKS_FOR_ALARM = 2  # one may owe its speed to where the memory of its sessions lies
-MIN_BLOCKS = 6  # fewer medians have no interval to speak of
-ALONE: Floats = np.ones(1)  # what a ratio is over, where nothing earlier was recorded
+ALONE = Speedup(1.0, 1.0, 1.0)  # what a ratio is over, where nothing earlier was recorded
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def self_test(new: Opener, plan: Plan, limit: float) -> Check:
     """Time the new file against itself; a machine on which it seems to differ by more than the limit is unfit."""
     found = Speedup(1.0, 0.0, np.inf)
     for timed in looks({NEW: new, AGAIN: new}, plan):
-        found = change(over(timed, AGAIN), ALONE, confidence=plan.confidence, seed=plan.seed)
+        found = median_ratio(over(timed, AGAIN), confidence=plan.confidence)
         if fits(found, limit):
             return Check("machine", "pass", now=interval(found), limit=f"{1 / limit:.3f} to {limit:.3f}")
     return Check(
@@ -107,12 +106,12 @@ def self_test(new: Opener, plan: Plan, limit: float) -> Check:
 
 
 def compare(
-    new: Opener, other: Opener, plan: Plan, limit: float, *, recorded: Floats = ALONE
+    new: Opener, other: Opener, plan: Plan, limit: float, *, then: Speedup = ALONE
 ) -> tuple[Speedup, dict[str, Timing]]:
-    """Time `new` beside `other` until it is surely within or surely beyond the limit; over the `recorded` ratios, where given."""
+    """Time `new` beside `other` until it is surely within or surely beyond the limit; over what the ratio was `then`."""
     found, timed = Speedup(1.0, 0.0, np.inf), dict[str, Timing]()
     for look, timed in enumerate(looks({NEW: new, OTHER: other}, plan), 1):
-        found = change(over(timed, OTHER), recorded, confidence=plan.confidence, seed=plan.seed)
+        found = change(median_ratio(over(timed, OTHER), confidence=plan.confidence), then)
         is_within = 1 / limit <= found.high <= limit
         is_beyond = found.low > limit or found.high < 1 / limit
         if is_within or (is_beyond and look >= LOOKS_FOR_ALARM):
@@ -129,7 +128,7 @@ def judge(found: Speedup, limit: float, *, was: str, now: str, explained: str | 
     if found.low > limit:
         return row("fail", "slower than the limit lets through")
     if found.high > limit:
-        return row("inconclusive", "the interval straddles the limit: measure longer (--seconds, --looks)")
+        return row("inconclusive", "the interval straddles the limit: measure longer (--seconds, --blocks, --looks)")
     if found.high >= 1 / limit:
         return row("pass", "within the limit")
     if explained:

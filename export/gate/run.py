@@ -16,7 +16,7 @@ from export.gate.hard import hard_checks
 from export.gate.latency import NEW, OTHER, Plan, compare, judge, opener, self_test
 from export.gate.subject import BrokenBundleError, Subject, open_subject
 from export.runtime.environment import environment, fingerprint
-from export.runtime.latency import Timing
+from export.runtime.latency import Timing, median_ratio
 
 Progress = Callable[[str], None]
 Environment = dict[str, Any]
@@ -108,13 +108,16 @@ def judge_ratio(
     new, float_file = (
         opener(subject.bundle.files[name], subject.bundle.preprocess, plan) for name in (was.served, then.reference)
     )
+    earlier = median_ratio(np.array(then.ratios), confidence=plan.confidence)
+    if np.isinf(earlier.high):
+        detail = f"the baseline's {len(then.ratios)} ratios are too few for looks = {plan.looks}: lower it, or record again with --update-baseline"
+        return [Check("latency", "inconclusive", detail=detail)], []
     fit = self_test(new, plan, limit)
     if fit.status != "pass":
         return [fit], []
-    ratios = np.array(then.ratios)
-    found, timed = compare(new, float_file, plan, limit, recorded=ratios)
-    ratio = found.ratio * float(np.median(ratios))
-    shown = f"{np.median(ratios):.3f} of {then.reference}", f"{ratio:.3f}"
+    found, timed = compare(new, float_file, plan, limit, then=earlier)
+    ratio = found.ratio * earlier.ratio
+    shown = f"{earlier.ratio:.3f} of {then.reference}", f"{ratio:.3f}"
     metrics = [latency_metric(timed[NEW]), Metric(f"latency over {then.reference}", "ratio", ratio)]
     return [fit, judge(found, limit, was=shown[0], now=shown[1], explained=why)], metrics
 

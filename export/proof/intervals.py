@@ -1,6 +1,9 @@
-"""The exact confidence interval of a fraction that was counted."""
+"""Exact confidence intervals: of a fraction that was counted, and of a median."""
+
+import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def clopper_pearson(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
@@ -13,6 +16,27 @@ def clopper_pearson(successes: int, trials: int, *, confidence: float = 0.95) ->
     # The upper end counts failures: P(X <= k | p) = P(n - X >= n - k | 1 - p).
     high = 1.0 if successes == trials else 1 - _bisect(trials - successes, trials, tail)
     return low, high
+
+
+def median_interval(values: NDArray[np.float64], *, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval of the median of what `values` (n,) were drawn from, however that is distributed.
+
+    From the d-th smallest to the d-th largest value it lies with the probability that neither side got fewer than d of n fair coins; the
+    confidence in between is had by interpolation (Hettmansperger & Sheather 1986). Infinite where n is too small: 95 % needs six values.
+    """
+    ordered, n = np.sort(values), len(values)
+    covered = [1.0]  # by [d-th smallest, d-th largest]; d = 0 stands for everything
+    for count in range(n // 2):
+        covered.append(covered[-1] - 2 * math.comb(n, count) / 2**n)
+    if n < 2 or covered[1] < confidence:
+        return -math.inf, math.inf
+    d = max(index for index, coverage in enumerate(covered) if coverage >= confidence)
+    inner = covered[d + 1] if d + 1 < len(covered) else 0.0
+    excess = (covered[d] - confidence) / (covered[d] - inner)
+    inwards = (n - d) * excess / (d + (n - 2 * d) * excess)
+    low = (1 - inwards) * ordered[d - 1] + inwards * ordered[d]
+    high = (1 - inwards) * ordered[n - d] + inwards * ordered[n - d - 1]
+    return float(low), float(high)
 
 
 def _bisect(successes: int, trials: int, tail: float) -> float:
