@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from compress.recipe.schema import Recipe
 from compress.recipe.stages import StageSection
 from compress.report.files import report_run, run_root
 from export.onnx_file.targets import resolve_target
-from export.runtime.environment import environment, fingerprint
+from export.runtime.environment import environment, fingerprint, runtime
 
 if TYPE_CHECKING:
     from compress.run import Run
@@ -135,9 +136,20 @@ def _outside(recipe: Recipe, section: StageSection) -> list[object]:
         found.append(recipe.teaching.model_dump(mode="json"))
     if section.stage == "student":
         found.append(source_digest(section.arch, section.weights))
-    if section.stage == "bench":
-        found.append(fingerprint(environment()))
+    if section.stage in (
+        "ptq",
+        "export",
+        "bench",
+    ):  # what they measure is the runtime's, the last two's also the machine's
+        found.append(runtime()["onnxruntime"])
+    if section.stage in ("export", "bench"):
+        found.append(_machine())
     return found
+
+
+@cache
+def _machine() -> str:
+    return fingerprint(environment())  # asks the GPU's driver, which takes a second
 
 
 def _why(recipe: Recipe, index: int, section: StageSection, directory: Path, before: list[PlanLine]) -> str:

@@ -355,6 +355,17 @@ def test_other_data_or_another_seed_runs_everything(copied: Path, change: str) -
     assert not any(line.cached for line in plan_recipe(recipe(copied, change)))
 
 
+def test_another_onnx_runtime_measures_everything_anew_and_another_machine_what_is_the_machine_s(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime, "__version__", "99.1")
+        plan = plan_recipe(recipe(copied))
+        assert [line.stage for line in plan if not line.cached] == ["ptq", "qat", "export", "bench"]
+    monkeypatch.setattr(pipeline, "_machine", lambda: "another")
+    assert [line.stage for line in plan_recipe(recipe(copied)) if not line.cached] == ["export", "bench"]
+
+
 def test_a_run_killed_in_a_stage_goes_on_from_the_last_finished_one(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

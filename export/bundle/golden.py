@@ -1,7 +1,7 @@
 """Golden inputs and outputs: real images, what the network sees of them, and what every file answered where the bundle was made.
 
 Equal to the last bit on every machine: the inputs, since normalizing is a chain of single IEEE operations. Equal to the
-last bit on the machine and the ONNX Runtime that environment.json names, one thread, one image at a time: the outputs.
+last bit in the ONNX Runtime and on the processor that bundle.json's `golden.made_with` names, one thread, one image at a time: the outputs.
 Elsewhere kernels add up in another order, and what lies between two levels of a grid rounds to either; so each file has
 a tolerance.
 """
@@ -18,6 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from export.bundle.inside import SUMS, Json, contained, get
 from export.errors import BundleError
 from export.images.preprocess import Preprocess
+from export.runtime.environment import runtime
 from export.runtime.session import DTYPES, open_session
 
 FOLDER, IMAGES, INPUTS = "golden", "images", "inputs"
@@ -29,13 +30,14 @@ TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "int8": 0.25}
 
 @dataclass(frozen=True)
 class Golden:
-    """The golden arrays; `outputs` and `tolerance` (largest difference of a logit) are by file."""
+    """The golden arrays; `outputs` and `tolerance` (largest difference of a logit) are by file, `made_with` is the outputs' runtime."""
 
     images: NDArray[np.uint8]  # (n, size, size, 3), RGB, resized and cropped
     inputs: NDArray[np.float32]  # (n, 3, size, size), the same normalized
     labels: NDArray[np.int64]  # (n,)
     outputs: dict[str, NDArray[np.float32]]  # (n, classes) each
     tolerance: dict[str, float]
+    made_with: Json  # empty in bundles that were made before it was kept
 
     def differing(self, name: str, logits: NDArray[np.generic]) -> list[int]:
         """Return the images whose `logits` (n, classes) are not the expected ones of the file `name` within its tolerance."""
@@ -66,7 +68,8 @@ def make_golden(
         if not np.isfinite(logits).all():
             raise BundleError(f"{name}: answers a golden image with logits that are not finite: export it again")
     tolerance = {name: TOLERANCE[kind] * float(outputs[name].std()) for name, (_, kind) in files.items()}
-    return Golden(images, inputs, labels, outputs, {name: float(f"{value:.3g}") for name, value in tolerance.items()})
+    rounded = {name: float(f"{value:.3g}") for name, value in tolerance.items()}
+    return Golden(images, inputs, labels, outputs, rounded, runtime())
 
 
 def write_arrays(folder: Path, golden: Golden) -> None:
@@ -133,7 +136,8 @@ def read_golden(
     images = array(IMAGES, np.uint8, image_size, image_size, 3)
     inputs = array(INPUTS, np.float32, 3, image_size, image_size)
     outputs = {name: array(name, np.float32, classes) for name in names}
-    return Golden(images, inputs, np.array(labels, np.int64), outputs, tolerance)
+    made_with = get({"made_with": {}} | listed, where, "made_with", dict)
+    return Golden(images, inputs, np.array(labels, np.int64), outputs, tolerance, made_with)
 
 
 def check_inputs(golden: Golden, preprocess: Preprocess) -> None:

@@ -147,7 +147,11 @@ def manifest(folder: Path, contents: Contents, facts: Mapping[str, ModelFile], g
             name: entry(folder / f"{name}.onnx", fact) | dict(contents.metrics.get(name, {}))
             for name, fact in facts.items()
         },
-        "golden": {"labels": golden.labels.tolist(), "tolerance": golden.tolerance},
+        "golden": {
+            "labels": golden.labels.tolist(),
+            "tolerance": golden.tolerance,
+            "made_with": golden.made_with,
+        },
     }
 
 

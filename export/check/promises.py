@@ -22,6 +22,7 @@ from export.onnx_file.model_file import inspect, parse
 from export.onnx_file.names import module_of
 from export.onnx_file.targets import TARGETS, Target, host_target
 from export.onnx_file.wiring import Wiring, wire
+from export.runtime.environment import runtime
 
 ROUNDED = 1.01  # a bundle's tolerances have three digits
 # The same float network on the same images in torch and in ONNX Runtime; ties and half-precision training differ by less.
@@ -197,6 +198,7 @@ def other_answers(bundle: Bundle, name: str, precision: str) -> Broken:
     elif different := golden.differing(name, answers):
         yield BundleError(
             f"{name}.onnx: answers {len(different)} of {len(golden.inputs)} golden inputs otherwise than {file}, "
-            f"image {different[0]} first: get the bundle again",
+            f"image {different[0]} first (made with ONNX Runtime {brief(golden.made_with.get('onnxruntime'))}, here "
+            f"{runtime()['onnxruntime']}): get the bundle again",
             defect="golden_differs",
         )

@@ -25,11 +25,12 @@ HARDWARE = ("machine", "cpu", "cores", "instruction_sets", "gpu")
 
 def environment() -> dict[str, object]:
     """Return hardware, system and versions as JSON holds them; what the machine does not tell is None."""
+    here = runtime()
     return {
         "machine": platform.machine(),
-        "cpu": cpu_model(),
+        "cpu": here["cpu"],
         "cores": usable_cores(),
-        "instruction_sets": [name for name in INSTRUCTION_SETS if name in host_instruction_sets()],
+        "instruction_sets": here["instruction_sets"],
         "target": host_target().name,
         "memory_gb": memory_gb(),
         "gpu": gpu("name"),
@@ -38,6 +39,16 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "providers": list(onnxruntime.get_available_providers()),
+    }
+
+
+def runtime() -> dict[str, object]:
+    """Return what decides how a file's numbers are rounded: the ONNX Runtime that is loaded, the processor, its instruction sets."""
+    found = host_instruction_sets()
+    return {
+        "onnxruntime": onnxruntime.__version__,
+        "cpu": cpu_model(),
+        "instruction_sets": [name for name in INSTRUCTION_SETS if name in found],
     }
 
 

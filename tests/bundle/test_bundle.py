@@ -327,6 +327,21 @@ def test_golden_outputs_are_what_another_session_answers(made: Path) -> None:
         np.testing.assert_array_equal(np.load(made / "golden" / f"{name}.npy"), found.golden.outputs[name])
 
 
+def test_golden_outputs_name_the_runtime_that_gave_them(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loaded one, whatever a document from an earlier run says."""
+    assert read_bundle(bundle).golden.made_with["onnxruntime"] == onnxruntime.__version__
+    monkeypatch.setattr(onnxruntime, "__version__", "99.1")
+    write_small_bundle(tmp_path / "again", small_files(tmp_path))
+    assert read_bundle(tmp_path / "again").golden.made_with["onnxruntime"] == "99.1"
+
+
+def test_a_bundle_that_does_not_name_the_runtime_of_its_golden_outputs_is_read(bundle: Path) -> None:
+    change_manifest(bundle, lambda document: document["golden"].pop("made_with"))
+    assert read_bundle(bundle).golden.made_with == {}
+
+
 def test_a_golden_answer_beyond_its_tolerance_is_told_by_image(made: Path) -> None:
     golden = read_bundle(made).golden
     logits = golden.outputs["student_fp32"].copy()
@@ -376,7 +391,7 @@ def test_an_array_that_is_not_the_one_expected_is_refused(bundle: Path, content:
     "golden",
     [
         None, {}, {"labels": []}, {"labels": [0, 1, 2, 3]}, {"labels": [0, 1, 2, True]}, {"labels": [0] * 65},
-        {"tolerance": {}}, {"tolerance": {"teacher_fp32": -1.0}}, {"tolerance": "none"},
+        {"tolerance": {}}, {"tolerance": {"teacher_fp32": -1.0}}, {"tolerance": "none"}, {"made_with": "1.32.0"},
     ],
 )  # fmt: skip
 def test_senseless_facts_of_the_golden_images_are_refused(bundle: Path, golden: dict[str, object] | None) -> None:
