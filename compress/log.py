@@ -210,7 +210,7 @@ class StageLog:
         more = [f"{name} {value:.4g}" for name, value in measurements.items() if self.verbose and name not in SHOWN]
         parts = [f"{self._phase} {self._epoch}/{self._epochs}", _format(measurements), *more]
         if left_s:
-            parts.append(f"{_clock(left_s)} left")
+            parts.append(f"{clock(left_s)} left")
         return "  ".join(part for part in parts if part)
 
 
@@ -219,7 +219,7 @@ def _format(measurements: Mapping[str, float]) -> str:
     return "  ".join(text.format(measurements[name]) for name, text in SHOWN.items() if name in measurements)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Return a time as 0:07, 12:30 or 1:02:03."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)

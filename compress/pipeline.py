@@ -4,6 +4,7 @@ Stages meet on disk. A stage's key is a digest of its settings and of its parent
 """
 
 import difflib
+import json
 import os
 import shutil
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.artifact import Meta, damage, exclusive, finish, is_complete, key_of, lineage, read_meta
-from compress.data.digest import dataset_digest
+from compress.data.digest import FILES, changes, dataset_digest, given
 from compress.errors import ArtifactError, CompressError
 from compress.models.digest import source_digest
 from compress.recipe.arguments import data_settings
@@ -105,11 +106,12 @@ def run_stage(recipe: Recipe, stage: str, *, src: Path | None, out: Path, trust_
 
 def _keys(recipe: Recipe) -> Iterator[str]:
     """Yield every stage's key, in order."""
+    settings = data_settings(recipe)
     key = key_of(
         {
             "task": recipe.task,
             "seed": recipe.seed,
-            "data": dataset_digest(data_settings(recipe)),
+            "data": dataset_digest(settings, given(settings)),
             "augment": recipe.data.augment.model_dump(mode="json"),
             "model": source_digest(recipe.model.arch, recipe.model.weights),
             "reset_head": recipe.model.reset_head,
@@ -163,13 +165,24 @@ def _why(recipe: Recipe, index: int, section: StageSection, directory: Path, bef
     others = run_root(recipe).glob(f"{index:02d}-{section.stage}-*")
     for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
         with suppress(ArtifactError):
-            changes = list(_differences("", read_meta(path).section, section.model_dump(mode="json")))
+            found = [
+                *_differences("", read_meta(path).section, section.model_dump(mode="json")),
+                *_other_files(path, recipe),
+            ]
             return (
-                f"changed: {', '.join(changes)}"
-                if changes
-                else "the data, the model, the seed, the machine or the tool changed"
+                f"changed: {', '.join(found)}"
+                if found
+                else "the data's settings, the model, the seed, the machine or the tool changed"
             )
     return "not made yet"
+
+
+def _other_files(source: Path, recipe: Recipe) -> Iterator[str]:
+    """Yield which of the images are not those that a source was made with; nothing for another stage, which lists none."""
+    if (source / FILES).is_file():
+        before = json.loads((source / FILES).read_text(encoding="utf-8"))
+        if found := changes(before, given(data_settings(recipe)).digests):
+            yield found
 
 
 def _differences(path: str, old: object, new: object) -> Iterator[str]:

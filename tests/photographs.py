@@ -38,7 +38,10 @@ def augmentation(**changes: Any) -> Augmentation:
 
 def opened(name: str, path: Path | None = None, **changes: Any) -> Dataset:
     """Open a data set with small settings, for every way of training on it."""
-    return open_dataset(DataSettings(name, path, **SETTINGS | changes), augmentation(crop="random_resized"))
+    memory = (path or Path()) / ".memory"  # beside it nothing else has a say: a test's folder is its own
+    return open_dataset(
+        DataSettings(name, path, **SETTINGS | {"memory": memory} | changes), augmentation(crop="random_resized")
+    )
 
 
 def write_photo(file: Path, *, width: int = 21, height: int = 17, seed: int = 0) -> Path:

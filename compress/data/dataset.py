@@ -1,19 +1,21 @@
 """Open a data set: its images, split, classes and preprocessing."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from compress.data.augment import Augmentation
-from compress.data.digest import NATIVE_SIZE, DataSettings, dataset_digest, folder_of, training_folder
+from compress.data.digest import NATIVE_SIZE, DataSettings, dataset_digest, given
 from compress.data.images import MEMORY_BYTES, ArrayImages, FileImages, ImageSet, canvas_side, decode_all, from_files
 from compress.data.named import NAMED, Arrays, NamedSet
 from compress.data.split import held_out, limited
 from export.errors import DataError
 from export.images.folders import Listing
 from export.images.preprocess import Preprocess
+from export.images.read import digest
 
 Lazy = FileImages | ArrayImages
 log = logging.getLogger(__name__)
@@ -21,7 +23,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images to train on, images to judge by, and what turns them into the network's input."""
+    """Images to train on, images to judge by, and what turns them into the network's input.
+
+    `files` are the digests of the files that a person gave, by their paths; `held_out` are the validation images undecoded.
+    """
 
     name: str
     train: ImageSet
@@ -29,6 +34,16 @@ class Dataset:
     classes: tuple[str, ...]
     preprocess: Preprocess
     digest: str
+    files: Mapping[str, str]
+    held_out: Lazy
+
+    def validation_digests(self) -> list[str]:
+        """Return the digest of every validation image that is not known to be broken: of its file, or of its pixels where it comes without one."""
+        images = self.held_out
+        if isinstance(images, ArrayImages):
+            return [digest(image.tobytes()) for image in images.arrays]
+        names = [name for name in map(images.name, range(len(images))) if name not in images.broken]
+        return [self.files.get(name) or digest((images.root / name).read_bytes()) for name in names]
 
 
 def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
@@ -39,10 +54,10 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     Without a validation set of its own, a fraction of each class is held out by seed. `limit_per_class` limits training only.
     Raises `DataError` for data that are missing, unreadable or cannot be split.
     """
-    name, path = settings.name, settings.path
+    name, files = settings.name, given(settings)
     size = settings.image_size or NATIVE_SIZE[name]
     preprocess = Preprocess(size, round(size * settings.resize), settings.mean, settings.std)
-    found = training_folder(folder_of(path)) if name == "imagefolder" else NAMED[name](path)
+    found = files.listing or NAMED[name](settings.path)
     labels = _train_labels(found)
     val = None
     if found.val is None:
@@ -54,7 +69,15 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     lazy = _pick(found, train, val, skip_broken=settings.skip_broken)
     images = _in_memory(*lazy, preprocess, augmentation.whole_side(size))
     _check(*images, found.classes)
-    return Dataset(name, *images, found.classes, preprocess, dataset_digest(settings))
+    return Dataset(
+        name,
+        *images,
+        classes=found.classes,
+        preprocess=preprocess,
+        digest=dataset_digest(settings, files),
+        files=files.digests,
+        held_out=lazy[1],
+    )
 
 
 def _train_labels(found: Listing | NamedSet) -> np.ndarray:

@@ -3,11 +3,16 @@
 import hashlib
 import json
 import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from compress.digests import digests_of
+from compress.log import clock
 from export.errors import DataError
-from export.images.folders import TRAIN, Listing, list_folder
+from export.images.folders import TRAIN, Listing, count, first, list_folder
 
 # Height and width of each data set's images when the recipe leaves it open; multiples of 32, which most networks halve five times.
 NATIVE_SIZE = {
@@ -20,12 +25,20 @@ NATIVE_SIZE = {
 }
 # The folder that a download leaves, where it is one.
 DOWNLOADED = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "imagenette": "imagenette2-320"}
+FASHION_MNIST = tuple(
+    f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+)
+FILES = "images.json"  # in a source's artifact: the files that it was made with
+PATIENCE_S = 2  # before the reading of files is worth a line
 VERSION = 2  # of how images become tensors; a change of it makes every cached stage run again
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """All that decides which images there are, how they are split, and what evaluation makes of them."""
+    """All that decides which images there are, how they are split, and what evaluation makes of them.
+
+    `memory` is a folder where the digests of files are remembered; it decides nothing.
+    """
 
     name: str
     path: Path | None
@@ -37,21 +50,89 @@ class DataSettings:
     limit_per_class: int | None
     skip_broken: bool
     seed: int
+    memory: Path
 
 
-def dataset_digest(settings: DataSettings) -> str:
-    """Return a sha256 over all that decides the pixels and the split: the settings and, for a folder, every image's path and size.
+@dataclass(frozen=True)
+class Given:
+    """What a person's folder holds: its listing, where it is an `imagefolder`, and the digest of every file that can be read, by its path."""
 
-    Where the folder lies does not matter. Raises `DataError` where it cannot be used.
+    listing: Listing | None
+    digests: dict[str, str]
+
+
+def given(settings: DataSettings) -> Given:
+    """Read the digests of a data set's files; sets that are downloaded have none, since whoever downloads them checks them.
+
+    Raises `DataError` where the folder cannot be used.
     """
+    if settings.name == "imagefolder":
+        listing = training_folder(folder_of(settings.path))
+        names = sorted(name for name, _ in listing.train + (listing.val or ()))
+        return Given(listing, _digests(listing.root, names, settings.memory))
+    if settings.name == "fashion_mnist" and settings.path is not None:  # other sets come in its format, too
+        return Given(None, _digests(settings.path, FASHION_MNIST, settings.memory))
+    return Given(None, {})
+
+
+def dataset_digest(settings: DataSettings, found: Given) -> str:
+    """Return a sha256 over all that decides the pixels and the split: the settings, and of a folder every image's path, class and content.
+
+    Where the folder lies does not matter.
+    """
+    listing = found.listing
     content = {
         **asdict(settings),
         "version": VERSION,
         "image_size": settings.image_size or NATIVE_SIZE[settings.name],
         "path": None,
-        "files": folder_digest(folder_of(settings.path)) if settings.name == "imagefolder" else None,
+        "memory": None,
+        "classes": listing and listing.classes,
+        "labels": listing and sorted(listing.train + (listing.val or ())),
+        "files": found.digests,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Say which files are others than before, by their digests; nothing where none is."""
+    groups = {
+        "changed": [name for name, digest in now.items() if before.get(name, digest) != digest],
+        "new": sorted(now.keys() - before.keys()),
+        "gone": sorted(before.keys() - now.keys()),
+    }
+    return "; ".join(f"{count(names, 'file')} {what} ({first(names)})" for what, names in groups.items() if names)
+
+
+def _digests(root: Path, names: Sequence[str], memory: Path) -> dict[str, str]:
+    names = [name for name in names if os.access(root / name, os.R_OK)]
+    file = memory / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
+    try:
+        found = digests_of(root, names, memory=file, progress=_reporter(root, len(names)))
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}; repair or remove it") from error
+    return {name: digest[:16] for name, digest in found.items()}
+
+
+def _reporter(root: Path, total: int) -> Callable[[int], None]:
+    """Return what says on stderr how far the reading of the files is, where it takes more than seconds."""
+    live = sys.stderr.isatty()
+    started_s = shown_s = time.monotonic()
+
+    def report(done: int) -> None:
+        nonlocal shown_s
+        now_s = time.monotonic()
+        spent_s, due, finished = now_s - started_s, now_s - shown_s > (0.25 if live else 30), done == total
+        if spent_s < PATIENCE_S or not (due or finished) or os.environ.get("RANK", "0") != "0":
+            return
+        shown_s = now_s
+        state = f"in {clock(spent_s)}" if finished else f"so far, {clock(spent_s / done * (total - done))} left"
+        line = f"{root}: {done:,} of {total:,} files read for their digests {state}"
+        sys.stderr.write(f"\r\033[K{line}" if live else f"{line}\n")
+        sys.stderr.write("\n" if live and finished else "")
+        sys.stderr.flush()
+
+    return report
 
 
 def cache_folder(path: Path | None) -> Path:
@@ -87,14 +168,3 @@ def training_folder(root: Path) -> Listing:
             f"{root}: has one class folder ({listing.classes[0]}); give each class a folder of its own, two classes at least"
         )
     return listing
-
-
-def folder_digest(root: Path) -> str:
-    """Return a sha256 over the sorted (path, class, size) of every image; where it lies does not matter."""
-    listing = training_folder(root)
-    content = hashlib.sha256(json.dumps(listing.classes).encode())
-    for relative, label in sorted(listing.train + (listing.val or ())):
-        file = root / relative
-        size = file.stat().st_size if file.exists() else None
-        content.update(f"{relative}\0{label}\0{size}\n".encode("utf-8", "surrogateescape"))
-    return content.hexdigest()

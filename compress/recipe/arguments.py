@@ -21,6 +21,7 @@ def data_settings(recipe: Recipe) -> DataSettings:
         limit_per_class=data.limit_per_class,
         skip_broken=data.skip_broken,
         seed=recipe.seed,
+        memory=Path(recipe.out) / ".images",
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from compress.artifact import read_meta
-from compress.data.digest import dataset_digest
+from compress.data.digest import dataset_digest, given
 from compress.recipe.arguments import data_settings
 from compress.recipe.schema import Recipe, Targets
 from compress.report.classes import doubts
@@ -26,13 +26,14 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[
     `made` are those that this run made, the others it kept; `command` reproduces the run.
     """
     bench: Json = _last(artifacts, "bench.json") or {"accuracy": {}, "timings": [], "warnings": []}
+    settings = data_settings(recipe)
     is_whole = len(artifacts) == len(recipe.stages)
     report = Report(
         schema_version=REPORT_VERSION,
         recipe=recipe.model_dump(mode="json"),
         command=command,
         environment=bench.get("environment") or environment(),
-        data_digest=dataset_digest(data_settings(recipe)),
+        data_digest=dataset_digest(settings, given(settings)),
         stages=[_stage_row(path, root, path not in made) for path in artifacts],
         deployed=[_deployed_row(timing, bench["accuracy"].get(timing["name"], {})) for timing in bench["timings"]],
         classes=bench.get("classes"),

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from torch import nn
 
-from compress.artifact import Metrics
+from compress.artifact import Metrics, write_json
+from compress.data.digest import FILES
 from compress.distillation.step import check_layers, supervised_step
 from compress.models.architectures import build
 from compress.models.saved import example_images, save_network
@@ -28,6 +29,8 @@ def apply(cfg: SourceStage, src: Path | None, out: Path, run: Run) -> Metrics:
     model = model.to(run.device).eval()
     if run.rank == 0:
         save_network(model, architecture, out)
+        if run.dataset.files:
+            write_json(out / FILES, dict(run.dataset.files))
     return run.measure(model)
 
 
