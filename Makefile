@@ -31,7 +31,7 @@ option = $(if $(value $(1)),--$(2) $(call quoted,$(1)))
 
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
-LAUNCH = $(if $(filter-out 1,$(RANKS)),$(BIN)/torchrun --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
+LAUNCH = $(if $(filter-out 1,$(RANKS)),$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
 EXIT_CODES = 1: a target is missed, 2: something to correct above, 70: a crash, 130: interrupted
 
 .PHONY: help setup compress test check bench report study matrix overhead gate trials elsewhere fuzz clean

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -17,6 +18,7 @@ from typer.core import TyperGroup
 
 from compress.distribution import own_distribution
 from compress.errors import RecipeError
+from compress.ranks import first_decides, joined, local_ranks, ranks
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 from export.command.main import INTERRUPTED, MISTAKE, end
@@ -111,14 +113,16 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Run the recipe's stages that are not there yet, write the report, and judge it against the targets."""
-    resolved = read_recipe(recipe, overrides or (), data=data, weights=weights, out=out)
     _quiet(verbose)
-    from compress.pipeline import run_recipe
-
     settings: list[tuple[str, str | None]] = [("--set", override) for override in overrides or ()]
     settings += [("--data", data), ("--weights", weights), ("--out", out), ("--until", until)]
     command = _command(recipe, settings, trust_code=trust_code)
-    raise typer.Exit(run_recipe(resolved, trust_code=trust_code, until=until, verbose=verbose, command=command))
+    with joined():
+        resolved = first_decides(partial(read_recipe, recipe, overrides or (), data=data, weights=weights, out=out))
+        from compress.pipeline import run_recipe
+
+        code = run_recipe(resolved, trust_code=trust_code, until=until, verbose=verbose, command=command)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -136,11 +140,12 @@ def stage(
     verbose: Verbose = False,
 ) -> None:
     """Run one stage alone, from one stage folder to a new one."""
-    resolved = read_recipe(recipe, overrides or (), data=data, weights=weights)
     _quiet(verbose)
-    from compress.pipeline import run_stage
+    with joined():
+        resolved = first_decides(partial(read_recipe, recipe, overrides or (), data=data, weights=weights))
+        from compress.pipeline import run_stage
 
-    raise typer.Exit(run_stage(resolved, name, src=src, out=to, trust_code=trust_code, verbose=verbose))
+        run_stage(resolved, name, src=src, out=to, trust_code=trust_code, verbose=verbose)
 
 
 @app.command()
@@ -298,9 +303,9 @@ def _command(recipe: Path, settings: list[tuple[str, str | None]], *, trust_code
     for option, value in settings:
         words += [option, value] if value is not None else []
     words += ["--trust-code"] if trust_code else []
-    ranks, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if ranks > 1:
-        words = ["torchrun", f"--nnodes={ranks // local}", f"--nproc-per-node={local}", "--no-python", *words]
+    if ranks() > 1:
+        machines = f"--nnodes={ranks() // local_ranks()}"
+        words = ["torchrun", machines, f"--nproc-per-node={local_ranks()}", "--no-python", *words]
     return shlex.join(words)
 
 
@@ -316,8 +321,7 @@ def _print(text: object) -> None:
 
 
 def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{text}\n")
 
 
 def _fail(text: str) -> NoReturn:

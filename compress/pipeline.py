@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from compress.artifact import Meta, damage, exclusive, finish, is_complete, key_
 from compress.data.digest import FILES, changes, dataset_digest, given
 from compress.errors import ArtifactError, CompressError
 from compress.models.digest import source_digest
+from compress.ranks import barrier, first_decides, rank
 from compress.recipe.arguments import data_settings
 from compress.recipe.order import GIVES, TAKES
 from compress.recipe.schema import Recipe
@@ -66,16 +67,15 @@ def run_recipe(recipe: Recipe, *, trust_code: bool, until: str | None, verbose: 
     What is asked for only `until` a stage leaves the report of a run that went further as it is.
     """
     chains = recipe.chains()
-    plans = {student: plan_recipe(chain) for student, chain in chains.items()}
+    plans = first_decides(lambda: {student: plan_recipe(chain) for student, chain in chains.items()})
     if until is not None:
         plans = {student: plan[: _position(chains[student], until) + 1] for student, plan in plans.items()}
     root = run_root(recipe)
-    first_rank = _is_first_rank()
-    with exclusive(root) if first_rank else nullcontext():
+    with exclusive(root) if rank() == 0 else nullcontext():
         made: set[Path] = set()
         if not all(line.cached for plan in plans.values() for line in plan):
             made = _make_missing(recipe, plans, trust_code=trust_code, verbose=verbose)
-        if not first_rank:
+        if rank() != 0:
             return 0
         artifacts = {student: [line.directory for line in plan] for student, plan in plans.items()}
         return report_run(recipe, artifacts, made, command=command, verbose=verbose)
@@ -202,10 +202,6 @@ def _position(recipe: Recipe, stage: str) -> int:
     return names.index(stage)
 
 
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _make_missing(recipe: Recipe, plans: Mapping[str, list[PlanLine]], *, trust_code: bool, verbose: bool) -> set[Path]:
     """Make every chain's missing stages and return them; what students share is made once, by the whole recipe."""
     from compress.run import open_run
@@ -216,13 +212,12 @@ def _make_missing(recipe: Recipe, plans: Mapping[str, list[PlanLine]], *, trust_
         parent: Path | None = None
         for index, (line, section) in enumerate(zip(plans[student], chain.stages, strict=False)):
             # Where an ancestor was made again, to the same bits, what was made from it stands.
-            if (fault := damage(line.directory)) is not None:
+            if (fault := first_decides(partial(damage, line.directory))) is not None:
                 if run.rank == 0 and line.directory.exists():
                     sys.stderr.write(f"{fault}; {line.stage} runs again\n")
                 _make(section, line.key, parent, line.directory, run if index < len(recipe.stages) else run.of(chain))
                 made.add(line.directory)
             parent = line.directory
-    run.barrier()
     return made
 
 
@@ -235,7 +230,11 @@ def _make(section: StageSection, key: str, parent: Path | None, directory: Path,
     started = time.monotonic()
     if run.rank == 0:
         _open(work, parent_digest)
-    run.barrier()
+    barrier()
+    if not work.is_dir():
+        raise ArtifactError(
+            f"{directory.parent}: not the folder that rank 0 sees; give one with --out that all machines share"
+        )
     metrics = {}
     if run.rank == 0 or GIVES[section.stage] != "onnx":
         metrics = STAGES[section.stage](section, parent, work, run)
@@ -255,7 +254,7 @@ def _make(section: StageSection, key: str, parent: Path | None, directory: Path,
             files={},
         )
         finish(work, directory, meta)
-    run.barrier()
+    barrier()
 
 
 def _open(work: Path, parent_digest: str | None) -> None:

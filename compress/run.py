@@ -1,9 +1,7 @@
 """One execution of a recipe: where, on what, with which data and teacher. Stages ask it; it decides nothing about compression."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -17,21 +15,21 @@ from compress.artifact import Metrics, lineage, read_meta
 from compress.data.augment import Augmentation
 from compress.data.batches import Batch, eval_batches, steps_per_epoch, train_batches
 from compress.data.dataset import Dataset, open_dataset
+from compress.data.named import NAMED
 from compress.errors import CompressError
 from compress.log import StageLog
 from compress.models.architectures import build
 from compress.models.saved import Architecture, load_float
 from compress.models.structure import check_logits, check_output, count
 from compress.models.weights import load_weights_
-from compress.recipe.arguments import data_settings
+from compress.ranks import barrier, first_decides, gather, local_rank, rank, ranks
+from compress.recipe.arguments import data_settings, fits
 from compress.recipe.schema import Model, Recipe
 from compress.recipe.stages import Fit, StudentStage
 from compress.tasks.task import TASKS, Task, evaluate
 from compress.training.loop import Loop, Network, Step, fit, place_
 from export.onnx_file.targets import TARGETS, Target, resolve_target
 
-# One rank exports and benches while the others wait at the barrier; that can take long.
-PATIENCE = timedelta(hours=12)
 LOGIT_IMAGES = 8
 
 
@@ -46,6 +44,9 @@ class Run:
     target: Target
     trust_code: bool
     verbose: bool
+    group: dist.ProcessGroup | None = (
+        None  # of several ranks, what they share gradients through; None is the default one
+    )
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -76,8 +77,8 @@ class Run:
         """Height and width that the network sees, in pixels."""
         return self.dataset.preprocess.image_size
 
-    def validation(self, *, limit: int | None = None) -> Iterator[Batch]:
-        """Return the validation batches, in order; `limit` takes so many images, spread over the set."""
+    def validation(self, *, limit: int | None = None, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """Return the validation batches, in order, or a rank's share of them; `limit` takes so many images, spread over the set."""
         data = self.recipe.data
         return eval_batches(
             self.dataset.val,
@@ -86,6 +87,8 @@ class Run:
             device=self.device,
             workers=data.workers,
             limit=limit,
+            rank=rank,
+            ranks=ranks,
         )
 
     def calibration(self, images: int) -> Iterator[Batch]:
@@ -141,7 +144,7 @@ class Run:
         loop = Loop(
             batches=lambda epoch: self.training(settings, epoch, epoch if views is None else epoch % views),
             steps_per_epoch=steps_per_epoch(len(self.dataset.train), settings.batch_size),
-            evaluate=lambda trained: evaluate(trained, self.validation(), self.task),
+            evaluate=self.evaluate,
             metric=self.task.metric,
             log=log,
             checkpoint=out / f"checkpoint-{phase}.pt",
@@ -150,9 +153,10 @@ class Run:
             ranks=self.ranks,
             seed=self.recipe.seed,
             phase=phase,
+            group=self.group,
             before_step=before_step,
             after_backward=after_backward,
-            left_out=lambda: len(self.dataset.train.broken),
+            left_out=lambda: len(set().union(*gather(set(self.dataset.train.broken)))),
         )
         log.note_detail(f"{len(self.dataset.train):,} training images {self.dataset.train.place}")
         return fit(model, step, settings, loop)
@@ -185,20 +189,29 @@ class Run:
         source = lineage(directory)[0]
         return place_(load_float(source, trust_code=self.trust_code).requires_grad_(False), self.device)
 
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Return the metric and the loss on all validation images, each rank having run a part of them through rank 0's network."""
+        self.share_(model)  # statistics are of a rank's own images
+        return evaluate(model, self.validation(rank=self.rank, ranks=self.ranks), self.task)
+
+    @torch.no_grad()
+    def share_(self, model: nn.Module) -> None:
+        """Give the network rank 0's weights and statistics on every rank."""
+        barrier()  # rank 0 may have worked on it for longer than the group waits
+        for tensor in model.state_dict().values() if self.ranks > 1 else ():
+            plain = tensor.contiguous()  # ranks may hold them in different memory formats
+            dist.broadcast(plain, 0, group=self.group)
+            tensor.copy_(plain)
+
     def measure(self, model: nn.Module) -> Metrics:
         """Return the stage metrics of a float network: accuracy, parameters, multiply-accumulates, size."""
         costs = count(model, self.image_size)
         return {
-            **evaluate(model, self.validation(), self.task),
+            **self.evaluate(model),
             "params_m": costs.params / 1e6,
             "macs_m": costs.macs / 1e6,
             "size_mb": costs.params * 4 / 1e6,
         }
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.ranks > 1:
-            dist.barrier()
 
 
 def float_ancestor(directory: Path) -> Path:
@@ -212,23 +225,50 @@ def newest(directory: Path, stage: str) -> Path | None:
 
 
 def open_run(recipe: Recipe, *, trust_code: bool, verbose: bool) -> Run:
-    """Return the run on the recipe's device; under torchrun, join the other ranks.
+    """Return the run on the recipe's device, of several ranks each on its own; rank 0 says what the target is.
 
-    Raises CompressError where the recipe asks for a GPU and there is none.
+    Raises CompressError where a rank finds no device for it, or another kind than the others.
     """
-    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    device = _device(recipe)
+    if len(kinds := set(gather(device.type))) > 1:
+        raise CompressError(
+            f"device: {recipe.device} is {' and '.join(sorted(kinds))} on different ranks; set device: cpu, or start the ranks where there are GPUs"
+        )
+    if device.type == "cpu" and ranks() > 1 and any(fit.sync_batchnorm for fit in fits(recipe)):
+        raise CompressError(
+            "fit.sync_batchnorm: torch can do it on GPUs only, and these ranks train on CPUs; leave it out"
+        )
+    target = first_decides(lambda: resolve_target(recipe.target))
+    settings = data_settings(recipe)
+    if ranks() > 1 and settings.name in NAMED:
+        first_decides(lambda: NAMED[settings.name](settings.path) and None)  # downloads once
+    return Run(recipe, device, rank(), ranks(), target, trust_code, verbose, _group(device))
+
+
+def _group(device: torch.device) -> dist.ProcessGroup | None:
+    """Return what ranks share gradients through; a rank that lives and does not come ends there after torch's own limit, of minutes."""
+    if ranks() == 1:
+        return None
+    group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo")
+    assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+    return group
+
+
+def _device(recipe: Recipe) -> torch.device:
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise CompressError("device: cuda, but torch finds no GPU; use device: auto, or see `compress doctor`")
-    if recipe.device != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    else:
-        device = torch.device("cpu")
-    if ranks > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    return Run(recipe, device, rank, ranks, resolve_target(recipe.target), trust_code, verbose)
+    if recipe.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank() >= torch.cuda.device_count():
+        raise CompressError(
+            f"device: {recipe.device}: this machine's rank {local_rank()} has no GPU, there are {torch.cuda.device_count()}; "
+            f"start torchrun with --nproc-per-node={torch.cuda.device_count()}"
+        )
+    device = torch.device("cuda", local_rank())
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    return device
 
 
 def as_numpy(batches: Iterator[Batch]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:

@@ -148,10 +148,10 @@ def timed_run(run: Run, clock: Clock) -> Run:
                 yield batch
             clock.end("steps")
 
-        def validation(self, *, limit: int | None = None) -> Iterator[Batch]:
+        def validation(self, *, limit: int | None = None, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
             nonlocal evaluations
             clock.begin("evaluation")
-            yield from super().validation(limit=limit)
+            yield from super().validation(limit=limit, rank=rank, ranks=ranks)
             clock.end("evaluation")
             evaluations += 1
             if evaluations == 1:

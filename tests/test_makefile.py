@@ -86,7 +86,9 @@ def test_the_environment_changes_no_run() -> None:
 
 
 def test_several_processes_start_under_torchrun() -> None:
-    assert ".venv/bin/torchrun --nproc-per-node=8 --no-python .venv/bin/compress run" in make("compress", "RANKS=8")
+    assert ".venv/bin/torchrun --standalone --nproc-per-node=8 --no-python .venv/bin/compress run" in make(
+        "compress", "RANKS=8"
+    )
 
 
 def test_clean_keeps_runs_and_the_virtual_environment() -> None:

@@ -99,7 +99,7 @@ def test_the_reported_accuracy_is_the_files_own_in_onnx_runtime(finished: Path) 
     bundle = read_bundle(finished / "small" / "bundle")
     session = onnxruntime.InferenceSession(bundle.files["student_int8"], providers=["CPUExecutionProvider"])
     right = total = 0
-    for images, labels, _ in run_.validation():
+    for images, labels, *_ in run_.validation():
         (logits,) = session.run(None, {"input": images.contiguous(memory_format=torch.contiguous_format).numpy()})
         right, total = right + int((logits.argmax(1) == labels.numpy()).sum()), total + len(labels)
     row = next(row for row in report(finished)["deployed"] if row["name"] == "student_int8")

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from compress.data.augment import Augmentation
 from compress.data.dataset import Dataset
-from compress.data.images import ImageSet, MemoryImages
+from compress.data.images import FileImages, ImageSet, MemoryImages
 from compress.data.loader import Raw, loaded, random_view, still_view
 from compress.data.mixing import Mixes, draw_mixes, mix
 from compress.data.views import Draws, apply_boxes, draw
+from compress.ranks import gather
 from export.errors import DataError
 from export.images.preprocess import Preprocess
 from export.images.read import spread
@@ -34,12 +35,19 @@ class Views(NamedTuple):
 class Batch(NamedTuple):
     """Images float32 (n, 3, image_size, image_size), channels_last, normalized; targets int64 (n,), or float32 (n, classes) when mixed.
 
-    `views` says what a training batch shows; batches of unchanged images have none.
+    `views` says what a training batch shows; batches of unchanged images have none. `among` is the size of the
+    batch that several ranks share.
     """
 
     images: Tensor
     targets: Tensor
     views: Views | None = None
+    among: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Images in the whole batch, of which a rank has its share."""
+        return self.among or len(self.images)
 
     def split(self, size: int) -> "Iterator[Batch]":
         """Yield the batch in parts of at most `size` images."""
@@ -79,7 +87,8 @@ def train_batches(
             raise DataError(
                 f"{dataset.name}: not one image of a batch can be read; check the folder, or raise the batch size"
             )
-        yield batch
+        skips = isinstance(dataset.train, FileImages) and dataset.train.skip_broken
+        yield batch._replace(among=sum(gather(len(batch.targets))) if skips else min(batch_size, len(dataset.train)))
 
 
 def view_batches(
@@ -132,11 +141,13 @@ def eval_batches(
     device: torch.device,
     workers: int | None,
     limit: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[Batch]:
-    """Yield all images in order and without chance, on every rank alike; `limit` takes so many, spread over the set, and so is every part of them."""
+    """Yield all images in order and without chance, or a rank's share of the batches; `limit` takes so many, spread over the set, and so is every part of them."""
     n = len(images)
     chosen = torch.arange(n) if limit is None else torch.from_numpy(spread(n, limit))
-    shares = torch.split(chosen, batch_size)
+    shares = torch.split(chosen, batch_size)[rank::ranks]
     if isinstance(images, MemoryImages):
         raws = _memory_pixels(images, shares, device=device)
     else:

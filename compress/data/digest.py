@@ -11,6 +11,7 @@ from pathlib import Path
 
 from compress.digests import digests_of
 from compress.log import clock
+from compress.ranks import rank
 from export.errors import DataError
 from export.images.folders import TRAIN, Listing, count, first, list_folder
 
@@ -123,7 +124,7 @@ def _reporter(root: Path, total: int) -> Callable[[int], None]:
         nonlocal shown_s
         now_s = time.monotonic()
         spent_s, due, finished = now_s - started_s, now_s - shown_s > (0.25 if live else 30), done == total
-        if spent_s < PATIENCE_S or not (due or finished) or os.environ.get("RANK", "0") != "0":
+        if spent_s < PATIENCE_S or not (due or finished) or rank() != 0:
             return
         shown_s = now_s
         state = f"in {clock(spent_s)}" if finished else f"so far, {clock(spent_s / done * (total - done))} left"

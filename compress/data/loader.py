@@ -1,6 +1,5 @@
 """Make batches image by image, in loader processes where that pays: files, and images in memory that RandAugment changes."""
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset as TorchDataset
 from compress.data.augment import colours
 from compress.data.images import ArrayImages, FileImages, ImageSet, MemoryImages, to_tensor, usable_cores
 from compress.data.views import Draws, cut
+from compress.ranks import local_ranks
 from export.images.decode import BrokenImage
 from export.images.preprocess import Preprocess
 
@@ -117,4 +117,4 @@ def _num_workers(images: ImageSet, device: torch.device) -> int:
     """Choose loader processes: each core this rank can use, none where images are in memory and the cores are training."""
     if isinstance(images, MemoryImages) and device.type == "cpu":
         return 0
-    return max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return max(usable_cores() // local_ranks(), 1)

@@ -31,6 +31,7 @@ from compress.distillation.step import (
 from compress.errors import CompressError
 from compress.log import StageLog
 from compress.models.saved import ARCHITECTURE, WEIGHTS, example_images
+from compress.ranks import barrier, first_decides
 from compress.recipe.losses import LossTerm
 from compress.recipe.stages import Fit
 from compress.run import Run
@@ -97,23 +98,16 @@ def teach(run: Run, src: Path, terms: Sequence[LossTerm], settings: Fit, log: St
 def _answered(run: Run, src: Path, views: int, log: StageLog) -> LogitCache:
     """Return the cache with so many views in it, the missing ones answered now: each rank its part of the images."""
     source = lineage(src)[0]
-    facts = _facts(run, source)
+    facts = first_decides(lambda: _facts(run, source))
     classes, images = len(run.dataset.classes), len(run.dataset.train)
     asked = run.recipe.teaching.top_k
     cache = LogitCache(_folder(run, facts), Layout(images, classes, asked if asked and asked < classes else None))
     if run.rank == 0:
         cache.folder.mkdir(parents=True, exist_ok=True)
         write_json(cache.folder / "about.json", facts)
-    run.barrier()
     with cache.lock() if run.rank == 0 else nullcontext():
-        run.barrier()
         network = run.teacher(src)
-        if run.rank == 0 and cache.has(0) and not _replays(run, network, cache):
-            log.note("teacher: its answers on disk are not what it says now; they are made again")
-            cache.clear()
-        run.barrier()
-        missing = [view for view in range(views) if not cache.has(view)]
-        run.barrier()
+        missing = first_decides(lambda: _missing(run, network, cache, views, log))
         if missing:
             expected_s = _announce(run, network, cache, missing, views, log)
             tell, started = log.note if expected_s > PATIENCE_S else log.note_detail, time.monotonic()
@@ -122,6 +116,14 @@ def _answered(run: Run, src: Path, views: int, log: StageLog) -> LogitCache:
                 left_s = (time.monotonic() - started) / done * (len(missing) - done)
                 tell(f"teacher: view {view + 1} of {views} answered, {left_s:,.0f} s left")
     return cache
+
+
+def _missing(run: Run, network: nn.Module, cache: LogitCache, views: int, log: StageLog) -> list[int]:
+    """Return the views that are not there, which are all where the teacher now says something else than it did."""
+    if cache.has(0) and not _replays(run, network, cache):
+        log.note("teacher: its answers on disk are not what it says now; they are made again")
+        cache.clear()
+    return [view for view in range(views) if not cache.has(view)]
 
 
 def _facts(run: Run, source: Path) -> dict[str, object]:
@@ -205,7 +207,7 @@ def _fill(run: Run, network: nn.Module, cache: LogitCache, view: int) -> None:
     """Answer one view, each rank a part of it; it is there only when all have written theirs."""
     if run.rank == 0:
         cache.begin(view)
-    run.barrier()
+    barrier()
     part = torch.arange(cache.layout.images).tensor_split(run.ranks)[run.rank]
     with cache.writing(view) as records:
         records["logits"][part.numpy()] = np.nan  # an image that cannot be read now must not pass for answered later
@@ -213,7 +215,7 @@ def _fill(run: Run, network: nn.Module, cache: LogitCache, view: int) -> None:
             if len(batch.targets):
                 assert batch.views is not None
                 records[batch.views.indices.numpy()] = cache.layout.pack(_ask(run, network, batch))
-    run.barrier()
+    barrier()
     if run.rank == 0:
         cache.finish(view)
-    run.barrier()
+    barrier()

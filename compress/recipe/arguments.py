@@ -1,10 +1,11 @@
 """Translate a recipe's sections into the plain arguments that algorithms take. Imports no torch."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from compress.data.digest import DataSettings
 from compress.recipe.schema import Recipe
-from compress.recipe.stages import DistillStage, Fit, QatStage, SourceStage
+from compress.recipe.stages import DistillStage, Fit, PruneStage, QatStage, SourceStage
 
 
 def data_settings(recipe: Recipe) -> DataSettings:
@@ -23,6 +24,18 @@ def data_settings(recipe: Recipe) -> DataSettings:
         seed=recipe.seed,
         memory=Path(recipe.out) / ".images",
     )
+
+
+def fits(recipe: Recipe) -> Iterator[Fit]:
+    """Yield how each training of the recipe runs."""
+    for chain in recipe.chains().values():
+        for section in chain.stages:
+            if isinstance(section, SourceStage | DistillStage | QatStage) and section.fit is not None:
+                yield section.fit
+            if isinstance(section, PruneStage) and section.recover is not None:
+                yield section.recover
+            if isinstance(section, PruneStage) and section.sparsity is not None:
+                yield section.sparsity.fit
 
 
 def qat_fit(cfg: QatStage, recipe: Recipe) -> Fit:

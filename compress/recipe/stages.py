@@ -73,6 +73,8 @@ class Fit(Section):
     """Run the training step through torch.compile; the log says what it costs and gains."""
     micro_batches: PositiveInt = 1
     """Parts that a batch is computed in, one after the other; where memory runs out, one process doubles it by itself."""
+    sync_batchnorm: bool = False
+    """Under torchrun, normalize by the statistics of all ranks' images, on GPUs only; false takes each rank's own."""
     stop: Stop | None = None
     """Conditions that end the training before its last epoch."""
 

@@ -2,10 +2,10 @@
 
 import copy
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch_pruning as tp
 from torch import nn
 
@@ -19,10 +19,10 @@ from compress.pruning.costs import measure_layers
 from compress.pruning.criteria import NEEDS_GRADIENTS
 from compress.pruning.plan import Cut, choose, cut_, find_groups, smallest_widths, widths
 from compress.pruning.reconstruction import JUDGED, kept_outputs, number_outputs, reconstruct
+from compress.ranks import first_decides
 from compress.recipe.losses import KD_ONLY
 from compress.recipe.stages import PruneStage
 from compress.run import Run
-from compress.tasks.task import evaluate
 
 
 def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:
@@ -39,12 +39,14 @@ def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:
             model = _learn_sparsity(model, cfg, images, out, log, run)
         whole, numbered, as_cut = copy.deepcopy(model), number_outputs(model), {}
         for number in range(1, cfg.steps + 1):
-            cuts = _cut_once_(model, cfg, images, exclude, smallest, _budget(cfg, before, number), run)
+            budget = _budget(cfg, before, number)
+            cuts = first_decides(partial(_choose, model, cfg, images, exclude, smallest, budget, run))
+            cut_(model, images, cuts)
             steps.append(tuple(cuts))
             cut_(numbered, images, cuts)
             if cfg.reconstruct != "none":
                 if number == cfg.steps:
-                    as_cut = {f"{run.task.metric}_as_cut": evaluate(model, run.validation(), run.task)[run.task.metric]}
+                    as_cut = {f"{run.task.metric}_as_cut": run.evaluate(model)[run.task.metric]}
                 model = _reconstructed(model, whole, kept_outputs(numbered), cfg, log, run)
             if cfg.recover is not None and number < cfg.steps:
                 phase = f"recover-{number}"
@@ -81,7 +83,7 @@ def _measure(cfg: PruneStage) -> str:
     return "macs_m" if cfg.keep_macs is not None else "params_m"
 
 
-def _cut_once_(
+def _choose(
     model: nn.Module,
     cfg: PruneStage,
     images: torch.Tensor,
@@ -90,7 +92,7 @@ def _cut_once_(
     budget: float,
     run: Run,
 ) -> list[Cut]:
-    """Score, choose and cut in place; every rank chooses the same."""
+    """Score the network and return the cuts that meet the budget."""
     torch.manual_seed(run.recipe.seed)
     if cfg.criterion in NEEDS_GRADIENTS:
         _accumulate_gradients_(model, cfg, run)
@@ -100,7 +102,7 @@ def _cut_once_(
     fixed = (
         costs.macs if macs else costs.params
     ) - prunable  # attention, position embeddings: never cut, but part of the whole
-    cuts = choose(
+    return choose(
         find_groups(model, images, cfg.criterion, exclude=exclude),
         layers,
         goal="macs" if macs else "params",
@@ -110,23 +112,20 @@ def _cut_once_(
         round_to=cfg.round_to,
         min_channels=smallest,
     )
-    cut_(model, images, cuts)
-    return cuts
 
 
 def _reconstructed(
     model: nn.Module, whole: nn.Module, kept: dict[str, torch.Tensor], cfg: PruneStage, log: StageLog, run: Run
 ) -> nn.Module:
-    """Return the network with its weights solved against the one that was whole; every rank goes on with the first one's."""
+    """Return the network with its weights solved against the one that was whole; rank 0 solves for all."""
     assert cfg.reconstruct != "none"
-    started = time.monotonic()
-    batches = run.calibration(cfg.reconstruct_images * JUDGED // (JUDGED - 1))
-    images = torch.cat([batch.images for batch in batches])
-    model, method, used = reconstruct(model.eval(), whole.eval(), kept, images, cfg.reconstruct)
-    if run.ranks > 1:
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
-    log.note(f"reconstructed ({method}) from {used:,} images without labels in {time.monotonic() - started:.0f} s")
+    if run.rank == 0:
+        started = time.monotonic()
+        batches = run.calibration(cfg.reconstruct_images * JUDGED // (JUDGED - 1))
+        images = torch.cat([batch.images for batch in batches])
+        model, method, used = reconstruct(model.eval(), whole.eval(), kept, images, cfg.reconstruct)
+        log.note(f"reconstructed ({method}) from {used:,} images without labels in {time.monotonic() - started:.0f} s")
+    run.share_(model)
     return model
 
 

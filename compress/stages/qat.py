@@ -16,14 +16,13 @@ from compress.onnx_export import export_network
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, freeze_batchnorm_, reestimate_batchnorm_, set_phase_
 from compress.quant.tuning import Trial, fallback_trials, tune
+from compress.ranks import first_decides
 from compress.recipe.arguments import qat_fit
 from compress.recipe.stages import QatStage
 from compress.run import Run, newest
 from compress.scoring import faster_than, runs_here, score_file, worst_first
-from compress.tasks.task import evaluate
 from compress.training.loop import place_
 from export.onnx_file.targets import Target
-from export.runtime.accuracy import Score
 
 MAX_TRIALS = 8
 
@@ -69,7 +68,7 @@ def _train(cfg: QatStage, src: Path, out: Path, run: Run, log: StageLog, target:
     """Train on one target's grid and save the network."""
     architecture = replace(read_architecture(src), target=target.name, ranges=cfg.ranges, keep_float=cfg.keep_float)
     model = _calibrated(cfg, src, architecture, run)
-    before = evaluate(model, run.validation(), run.task)
+    before = run.evaluate(model)
     log.note(f"{target.name}: top-1 after calibration alone {before['top1']:.4f}")
 
     def before_step(training: nn.Module, done: float) -> None:
@@ -88,7 +87,7 @@ def _train(cfg: QatStage, src: Path, out: Path, run: Run, log: StageLog, target:
     if cfg.max_top1_drop is not None:
         model, architecture = _hold(cfg, cfg.max_top1_drop, src, model, architecture, out, run, log, target)
     _save(model, architecture, out, run)
-    measured = evaluate(model, run.validation(), run.task)
+    measured = run.evaluate(model)
     return {**measured, "top1_calibrated": before["top1"], "trained": 1, "float_groups": len(architecture.keep_float)}
 
 
@@ -105,8 +104,6 @@ def _hold(
 ) -> tuple[nn.Module, Architecture]:
     """Put the trained network's worst layers back to float until its file holds the accuracy in ONNX Runtime."""
     student, trained = load_float(src, trust_code=run.trust_code), model.state_dict()
-    damage = worst_first(model, run, images=cfg.calibration_images)
-    work = out / f"trials-{target.name}"
 
     def kept(trial: Trial) -> tuple[fx.GraphModule, Architecture]:
         changed = replace(architecture, keep_float=(*architecture.keep_float, *trial.keep_float))
@@ -119,29 +116,33 @@ def _hold(
         set_phase_(prepared, observing=False, quantizing=True)
         return prepared.eval(), changed
 
-    def build(trial: Trial, path: Path) -> None:
-        export_network(deploy(kept(trial)[0]), path, run, top1=baseline.top1, target=target)
+    def choose() -> Trial:
+        damage = worst_first(model, run, images=cfg.calibration_images)
+        work = out / f"trials-{target.name}"
+        work.mkdir(exist_ok=True)
+        fp32 = work / "float.onnx"
+        export_network(student, fp32, run, top1=float("nan"), target=target)
+        baseline = score_file(fp32, run, images=None, optimize=True)
 
-    def score(path: Path) -> Score:
-        return score_file(path, run, images=None, optimize=runs_here(target))
+        def build(trial: Trial, path: Path) -> None:
+            export_network(deploy(kept(trial)[0]), path, run, top1=baseline.top1, target=target)
 
-    work.mkdir(exist_ok=True)
-    fp32 = work / "float.onnx"
-    export_network(student, fp32, run, top1=float("nan"), target=target)
-    baseline = score_file(fp32, run, images=None, optimize=True)
-    results, chosen = tune(
-        (Trial("int8", "trained"), *fallback_trials("trained", [group.group for group in damage], MAX_TRIALS)[:-1]),
-        build,
-        score,
-        baseline=baseline,
-        max_top1_drop=max_top1_drop,
-        folder=work,
-        latency_ratio=faster_than(fp32, run, target),
-        tell=lambda result: log.note(f"{target.name}: {result}"),
-    )
-    write_json(out / f"trials-{target.name}.json", [result.to_json() for result in results])
-    shutil.rmtree(work)
-    return kept(results[chosen].trial)
+        results, chosen = tune(
+            (Trial("int8", "trained"), *fallback_trials("trained", [group.group for group in damage], MAX_TRIALS)[:-1]),
+            build,
+            lambda path: score_file(path, run, images=None, optimize=runs_here(target)),
+            baseline=baseline,
+            max_top1_drop=max_top1_drop,
+            folder=work,
+            latency_ratio=faster_than(fp32, run, target),
+            tell=lambda result: log.note(f"{target.name}: {result}"),
+        )
+        write_json(out / f"trials-{target.name}.json", [result.to_json() for result in results])
+        shutil.rmtree(work)
+        return results[chosen].trial
+
+    held, architecture = kept(first_decides(choose))
+    return place_(held, run.device), architecture
 
 
 def _calibrated(cfg: QatStage, src: Path, architecture: Architecture, run: Run) -> nn.Module:

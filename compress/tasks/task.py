@@ -1,5 +1,7 @@
 """Everything that depends on what the network is for: one row for each task."""
 
+import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from compress.data.batches import Batch
 from compress.distillation.logits import cross_entropy_loss
+from compress.ranks import gather
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,16 @@ TASKS = {"classification": Task("top1", cross_entropy_loss, _top1)}
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task) -> dict[str, float]:
-    """Return the task's metric and loss over all batches; the model's mode is left as it was found."""
+    """Return the task's metric and loss over the batches of all ranks; the model's mode is left as it was found."""
     training = model.training
     model.eval()
-    score = loss = torch.zeros(())
-    images = 0
+    sums: list[tuple[Tensor, Tensor, int]] = []
     for batch in batches:
         outputs = model(batch.images).float()
-        score = score + task.scores(outputs, batch.targets).sum()
-        loss = loss + task.supervised_loss(outputs, batch.targets, label_smoothing=0.0) * len(outputs)
-        images += len(outputs)
+        loss = task.supervised_loss(outputs, batch.targets, label_smoothing=0.0) * len(outputs)
+        sums.append((task.scores(outputs, batch.targets).sum(), loss, len(outputs)))
     model.train(training)
-    return {task.metric: float(score) / images, "val_loss": float(loss) / images}
+    of_all = itertools.chain(*gather([(float(score), float(loss), images) for score, loss, images in sums]))
+    # Exactly rounded, so that it does not matter which rank had which batch.
+    total_score, total_loss, images = (math.fsum(column) for column in zip(*of_all, strict=True))
+    return {task.metric: total_score / images, "val_loss": total_loss / images}

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from compress.ranks import first_decides
+
 Snapshot = dict[str, Any]
 
 
@@ -60,7 +62,7 @@ class State:
 
     def resume_(self, path: Path) -> None:
         """Go on from the checkpoint of a run that was killed, if there is one."""
-        if path.exists():
+        if first_decides(path.exists):
             saved = torch.load(path, weights_only=True)
             self.restore_(saved)
             self.progress = Progress(**saved["progress"])

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 
 from compress.recipe.stages import Stop
 from compress.training.checkpoint import Progress
@@ -20,24 +19,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def not_finite(measurements: Mapping[str, float]) -> str | None:
     """Return the first measurement that is not finite, in words."""
     return next((f"the {name} is {value}" for name, value in measurements.items() if not math.isfinite(value)), None)
-
-
-def any_rank(flag: bool, *, ranks: int, device: torch.device) -> bool:
-    """Tell whether the flag is up on any rank; every rank must ask."""
-    if ranks == 1:
-        return flag
-    answer = torch.tensor(float(flag), device=device)
-    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-    return bool(answer)
-
-
-def first_rank_says(text: str | None, *, ranks: int) -> str | None:
-    """Return what rank 0 says; clocks and last digits differ between ranks, decisions must not."""
-    if ranks == 1:
-        return text
-    said = [text]
-    dist.broadcast_object_list(said)
-    return said[0]
 
 
 def record_(progress: Progress, score: float, stop: Stop | None) -> None:

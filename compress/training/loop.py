@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -19,10 +21,12 @@ from compress.artifact import write_json
 from compress.data.batches import Batch
 from compress.errors import CompressError
 from compress.log import StageLog
+from compress.ranks import first_decides, gather, rank
 from compress.recipe.stages import Fit
 from compress.training import compilation
 from compress.training.checkpoint import Progress, Snapshot, State
-from compress.training.guards import any_rank, first_rank_says, is_out_of_memory, not_finite, record_, stop_reason
+from compress.training.guards import is_out_of_memory, not_finite, record_, stop_reason
+from compress.training.sync_batchnorm import synchronized
 
 Step = Callable[[nn.Module, Batch, float], dict[str, Tensor]]  # (model, batch, part of the training that is done)
 Network = TypeVar("Network", bound=nn.Module)
@@ -47,6 +51,9 @@ class Loop:
     ranks: int
     seed: int
     phase: str
+    group: dist.ProcessGroup | None = (
+        None  # of several ranks, what they share gradients through; None is the default one
+    )
     before_step: Callable[[nn.Module, float], None] | None = (
         None  # (model in training mode, part of the training that is done)
     )
@@ -107,17 +114,19 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     loop.log.start(epochs=settings.epochs, batches=loop.steps_per_epoch, done=progress.epoch, phase=loop.phase)
     saved_at = time.monotonic()
     started = saved_at - progress.seconds
-    wrapped = _wrap(step, settings, loop, state)
-    while progress.epoch < settings.epochs and stopped is None:
-        measurements = _good_epoch(wrapped, step, settings, loop, state)
-        loop.log.epoch(measurements)
-        progress.seconds = time.monotonic() - started
-        score = measurements[loop.metric]
-        record_(progress, score, settings.stop)
-        stopped = first_rank_says(stop_reason(settings.stop, progress, score, metric=loop.metric), ranks=loop.ranks)
-        if loop.log.enabled and progress.epoch < settings.epochs and time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
-            state.save(loop.checkpoint)
-            saved_at = time.monotonic()
+    with synchronized(model, loop.group) if settings.sync_batchnorm and loop.ranks > 1 else nullcontext():
+        wrapped = _wrap(step, settings, loop, state)
+        while progress.epoch < settings.epochs and stopped is None:
+            measurements = _good_epoch(wrapped, step, settings, loop, state)
+            loop.log.epoch(measurements)
+            progress.seconds = time.monotonic() - started
+            score = measurements[loop.metric]
+            record_(progress, score, settings.stop)
+            stopped = first_decides(partial(stop_reason, settings.stop, progress, score, metric=loop.metric))
+            due = progress.epoch < settings.epochs and time.monotonic() - saved_at > CHECKPOINT_EVERY_S
+            if loop.log.enabled and due:
+                state.save(loop.checkpoint)
+                saved_at = time.monotonic()
     if stopped is not None:
         _tell(
             f"stopped after epoch {progress.epoch} of {settings.epochs}, whose network is kept: {stopped}", loop, state
@@ -139,7 +148,7 @@ def _good_epoch(wrapped: nn.Module, step: Step, settings: Fit, loop: Loop, state
         if math.isfinite(measurements["loss"]):
             measurements |= _evaluate(loop, state)
         broken = not_finite(measurements)
-        if not any_rank(broken is not None, ranks=loop.ranks, device=loop.device):
+        if not any(gather(broken is not None)):
             return measurements
         place, progress = f"{broken or 'a loss is not finite'} in epoch {state.progress.epoch + 1}", state.progress
         if progress.returns == MAX_RETURNS:
@@ -196,7 +205,7 @@ def _tell(text: str, loop: Loop, state: State) -> None:
 def _epoch(wrapped: nn.Module, step: Step, settings: Fit, loop: Loop, state: State) -> dict[str, float]:
     """Train one epoch; return the means of the step's measurements, the rate and the speed. Ends early once the loss is not finite."""
     epoch = state.progress.epoch
-    torch.manual_seed(hash((loop.seed, epoch)) % 2**63)  # dropout
+    torch.manual_seed(hash((loop.seed, epoch, rank()) if rank() else (loop.seed, epoch)) % 2**63)  # dropout
     sums: dict[str, Tensor] = {}
     images, started = 0, time.perf_counter()
     state.model.train()
@@ -204,13 +213,14 @@ def _epoch(wrapped: nn.Module, step: Step, settings: Fit, loop: Loop, state: Sta
         measured = _train_step(wrapped, batch, step, settings, loop, state, index - 1)
         for name, value in measured.items():
             sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value
-        images += len(batch.images) * loop.ranks
-        loop.log.batch(images=len(batch.images) * loop.ranks, loss=measured["loss"])
+        images += batch.total
+        loop.log.batch(images=batch.total, loss=measured["loss"] * loop.ranks)
         if index % CHECK_EVERY_STEPS == 0:  # reading it waits for the GPU
             broken = not math.isfinite(sums["loss"])
-            if any_rank(broken, ranks=loop.ranks, device=loop.device):
+            if any(gather(broken)):
                 break
-    means = {name: float(value) / loop.steps_per_epoch for name, value in sums.items()}
+    of_all = zip(*gather([float(value) for value in sums.values()]), strict=True)
+    means = {name: sum(parts) / loop.steps_per_epoch for name, parts in zip(sums, of_all, strict=True)}
     rate = state.optimizer.param_groups[0]["lr"]
     return means | {"lr": rate, "images_per_s": images / (time.perf_counter() - started)}
 
@@ -218,7 +228,7 @@ def _epoch(wrapped: nn.Module, step: Step, settings: Fit, loop: Loop, state: Sta
 def _train_step(
     wrapped: nn.Module, batch: Batch, step: Step, settings: Fit, loop: Loop, state: State, index: int
 ) -> dict[str, Tensor]:
-    """Train on one batch, the epoch's number `index`; return the step's measurements."""
+    """Train on one batch, the epoch's number `index`; return the step's measurements: of several ranks, this one's part of their sum."""
     model, progress, dtype = state.model, state.progress, precision_of(settings, loop.device)
     index += progress.epoch * loop.steps_per_epoch
     done = index / (settings.epochs * loop.steps_per_epoch)
@@ -229,11 +239,13 @@ def _train_step(
     measured: dict[str, Tensor] = {}
     parts = list(batch.split(math.ceil(len(batch.images) / progress.micro_batches)))
     for number, part in enumerate(parts, start=1):
-        share = len(part.images) / len(batch.images)
+        share = len(part.images) / batch.total
         with _synchronized(wrapped, number == len(parts)):
             with torch.autocast(loop.device.type, dtype, enabled=dtype is not None):
                 found = step(wrapped, part, done)
-            (found["loss"] * share).backward()
+            (
+                found["loss"] * (share * loop.ranks)
+            ).backward()  # the ranks' gradients are averaged, whatever their shares
         for name, value in found.items():
             measured[name] = measured.get(name, 0) + value.detach() * share
     if loop.after_backward:
@@ -263,7 +275,8 @@ def _wrap(step: Step, settings: Fit, loop: Loop, state: State) -> nn.Module:
     """Return what the step calls: the model itself, distributed or compiled around the same parameters."""
     eager = state.model
     if loop.ranks > 1:
-        eager = DistributedDataParallel(eager, device_ids=[loop.device.index] if loop.device.type == "cuda" else None)
+        devices = [loop.device.index] if loop.device.type == "cuda" else None
+        eager = DistributedDataParallel(eager, device_ids=devices, process_group=loop.group)
     if not settings.compile:
         return eager
     compiled: nn.Module = torch.compile(eager)  # type: ignore[assignment]

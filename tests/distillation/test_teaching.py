@@ -1,6 +1,7 @@
 """A teacher that runs once: what is kept of its answers, when they are used, and when never."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -254,11 +255,12 @@ def test_an_image_that_could_not_be_read_has_no_answer(tmp_path: Path, opened: t
 
 
 def _rank(rank: int, out: str, store: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     made = recipe(Path(out), *CROPS) if rank == 0 else None
     dist.barrier()
     made = made or recipe(Path(out), *CROPS)
-    run = Run(made, torch.device("cpu"), rank, 2, open_run(made, trust_code=True, verbose=False).target, True, False)
+    run = open_run(made, trust_code=True, verbose=False)
     with StageLog(Path(out), stage=f"distill{rank}", enabled=rank == 0) as log:
         teach(run, plan_recipe(made)[0].directory, lesson(run), FIT, log)
     dist.destroy_process_group()

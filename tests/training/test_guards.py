@@ -321,12 +321,6 @@ def test_a_killed_run_waits_no_longer_for_a_rise(tmp_path: Path, monkeypatch: py
     assert equal(whole, resumed)
 
 
-def test_settings_that_change_nothing_are_left_out_so_that_artifacts_keep_their_keys() -> None:
-    assert {"stop", "micro_batches"}.isdisjoint(Fit(epochs=1).model_dump())
-    changed = Fit(epochs=1, micro_batches=2, stop=Stop(patience=3)).model_dump()
-    assert (changed["micro_batches"], changed["stop"]["patience"]) == (2, 3)
-
-
 @pytest.mark.parametrize(
     ("fields", "said"), [({}, "give at least one of"), ({"min_delta": 0.1, "top1": 0.9}, "set patience, too")]
 )

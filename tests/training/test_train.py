@@ -102,12 +102,6 @@ def test_steps_that_never_come_are_refused(settings: dict[str, object], words: s
         Fit.model_validate({"epochs": 9, **settings})
 
 
-def test_settings_at_their_default_keep_an_artifacts_key() -> None:
-    new = {"schedule", "milestones", "gamma", "nesterov", "decay_vectors"}
-    assert new.isdisjoint(Fit(epochs=1).model_dump())
-    assert new <= Fit(epochs=9, schedule="step", milestones=(3,), gamma=0.5, nesterov=False, decay_vectors=True).model_dump().keys()  # fmt: skip
-
-
 def test_the_papers_optimizer_is_plain_sgd_on_all_parameters(tmp_path: Path) -> None:
     """Four steps of the loop against torch's SGD by hand."""
     model = Residual(2)
