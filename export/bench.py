@@ -22,7 +22,6 @@ from export.command.arguments import at_least
 from export.command.main import run
 from export.command.table import table
 from export.errors import BundleError
-from export.images.read import find_examples
 from export.onnx_file.model_file import ModelFile, inspect
 from export.onnx_file.targets import TARGET_PROVIDERS, host_target
 from export.runtime.accuracy import accuracy, score
@@ -211,7 +210,7 @@ def measure(bundle: Bundle, arguments: argparse.Namespace) -> BenchJson:
     scored: dict[str, AccuracyRow] = {}
     notes: tuple[str, ...] = ()
     if arguments.data:
-        examples = find_examples(arguments.data, bundle.preprocess, bundle.labels)
+        examples = bundle.examples(arguments.data)
         notes = examples.notes
         scores = score(bundle.files, examples.batches(), progress=print_live)
         scored = accuracy(scores, reference=STUDENT if STUDENT in scores else min(scores))

@@ -22,7 +22,7 @@ from export.bundle.sandbox import require_sound, vet
 from export.command.main import run
 from export.command.table import table
 from export.errors import BundleError
-from export.images.read import Examples, find_examples
+from export.images.read import Examples
 from export.onnx_file.graph import OUTPUT as LOGITS
 from export.onnx_file.model_file import parse, precision
 from export.onnx_file.names import module_of
@@ -321,7 +321,7 @@ def print_verifications(arguments: argparse.Namespace) -> int:
     bundle = read_bundle(folder, inspect=vet) if path.is_dir() or arguments.data else None
     files = int8_files(bundle) if bundle and path.is_dir() else {path.stem: require_sound(path)}
     data: Path | None = arguments.data
-    examples = find_examples(data, bundle.preprocess, bundle.labels) if bundle and data else None
+    examples = bundle.examples(data) if bundle and data else None
     sys.stdout.write("".join(f"note: {note}\n" for note in (examples.notes if examples else ())))
     for name, file in files.items():
         images = batches_of(file, examples, arguments.images)

@@ -2,15 +2,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx_files import class_folders, classifier, colour_reader, save, small_files, write_small_bundle
+from onnx_files import class_folders, classifier, colour_reader, save, small_contents, small_files, write_small_bundle
 
 from export import bench as bench_module
 from export.bench import bench
+from export.bundle.write import write_bundle
 from export.errors import BundleError
+from export.images.read import digest
 from export.onnx_file.model_file import inspect
 from export.onnx_file.targets import TARGETS, host_target
 from export.runtime.accuracy import Score, accuracy, by_class, ranks, score
@@ -288,13 +291,15 @@ QUICK = ("--seconds", "0.01", "--blocks", "6", "--batches", "1", "--threads", "1
 
 
 def test_the_command_needs_no_torch_and_scores_and_times(tmp_path: Path) -> None:
-    write_small_bundle(tmp_path / "bundle", small_files(tmp_path))
     class_folders(tmp_path / "data", ["cat", "dog", "gnu"])
+    known = [digest((tmp_path / "data" / name / "0.png").read_bytes()) for name in ("cat", "gnu")]
+    write_bundle(tmp_path / "bundle", replace(small_contents(small_files(tmp_path)), validation=known))
     done = run_bench(tmp_path / "bundle", *QUICK, "--data", tmp_path / "data", "--json", tmp_path / "out.json")
     assert (done.returncode, done.stderr) == (0, "")
     found: BenchJson = json.loads((tmp_path / "out.json").read_text())
     assert list(found) == ["accuracy", "timings", "environment", "warnings"]
-    assert found["accuracy"]["student_fp32"]["images"] == 6
+    assert found["accuracy"]["student_fp32"]["images"] == 2
+    assert "2 of 6 images are those that the network was judged by; the other 4 are left out" in done.stdout
     assert [row["name"] for row in found["timings"]] == ["teacher_fp32", "student_fp32", "student_fp16"]
     assert "CPU, 1 thread, batch 1, 16 px" in done.stdout
 

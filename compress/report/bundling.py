@@ -16,7 +16,7 @@ from compress.report.card import card
 from compress.report.html import render
 from compress.report.shape import Report
 from export.bundle.inside import SUMS, contained, read_sums
-from export.bundle.read import read_bundle
+from export.bundle.read import VALIDATION, read_bundle
 from export.bundle.write import Contents, dump, in_one_step
 from export.onnx_file.model_file import inspect
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, deployed, files_in, name_for
@@ -67,6 +67,7 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
         recipe_digest=read_meta(lineage(exported)[-2]).key,
         metrics=metrics_of(report, files, json.loads((exported / "audit.json").read_text())),
         documents={name: text.encode() for name, text in texts.items()},
+        validation=(exported / VALIDATION).read_text().splitlines(),
     )
 
 

@@ -17,6 +17,7 @@ from compress.quant.reference import reference_of
 from compress.recipe.stages import AuditLimits, ExportStage
 from compress.run import Run, as_numpy, float_ancestor, newest
 from export.audit import Audit, audit, over_limits
+from export.bundle.read import VALIDATION
 from export.onnx_file.graph import save_model, to_float16
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER, UINT8, deployed, files_in, is_int8, name_for
 from export.onnx_file.uint8_input import with_uint8_input
@@ -54,6 +55,7 @@ def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
     write_json(out / "limits.json", over)
     write_json(out / "preprocess.json", run.dataset.preprocess.to_json())
     _write_golden_images(out / "golden.npz", run, limit=cfg.golden_images)
+    (out / VALIDATION).write_text("".join(f"{digest}\n" for digest in run.dataset.validation_digests()))
     (out / "labels.txt").write_text("".join(f"{label}\n" for label in run.dataset.classes), encoding="utf-8")
     return {
         "size_mb": files[name].stat().st_size / 1e6,

@@ -3,6 +3,8 @@
 bundle.json         what the model is, which file to serve (`served`), and each file's precision, digest and metrics
 preprocess.json     how an image becomes the network's input
 labels.txt          one class name a line, in the order of the outputs
+validation.txt      the digest of each image that the network was judged by, one a line: 64 bits of the SHA-256 of its file, or of
+                    its pixels where it came without one (missing in older bundles)
 NAME.onnx           the model files
 golden/images.npy   uint8 (n, size, size, 3): real validation images, resized and cropped
 golden/inputs.npy   float32 (n, 3, size, size): the same normalized, to the last bit
@@ -38,9 +40,10 @@ from export.bundle.inside import (
 from export.errors import BundleError
 from export.images.folders import is_label
 from export.images.preprocess import AS_STORED, UPRIGHT, Preprocess
+from export.images.read import Examples, find_examples
 from export.onnx_file.model_file import MAX_IMAGE_SIZE, ModelFile, inspect
 
-MANIFEST, PREPROCESS, LABELS = "bundle.json", "preprocess.json", "labels.txt"
+MANIFEST, PREPROCESS, LABELS, VALIDATION = "bundle.json", "preprocess.json", "labels.txt", "validation.txt"
 SIGNATURE = "model.sig"
 SCHEMA_VERSION = 2
 MAX_MODELS = 100
@@ -56,7 +59,10 @@ Inspect = Callable[[Sequence[Path]], Sequence[ModelFile | BundleError]]
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was found whole; `files` are the models by name, `served` is the name of the one to serve."""
+    """A bundle that was found whole; `files` are the models by name, `served` is the name of the one to serve.
+
+    `validation` are the digests of the images that the network was judged by; none in older bundles.
+    """
 
     path: Path
     name: str
@@ -67,6 +73,12 @@ class Bundle:
     served: str
     golden: Golden
     manifest: Json
+    validation: tuple[str, ...]
+
+    def examples(self, data: Path) -> Examples:
+        """Return the labelled images of `data` to score the files on. Raises DataError for data that do not fit the bundle."""
+        found = find_examples(data, self.preprocess, self.labels)
+        return found.judged(self.validation) if self.validation else found
 
 
 def entry(path: Path, facts: ModelFile) -> Json:
@@ -118,6 +130,7 @@ def examine(path: Path, *, amiss: Report, inspect: Inspect) -> Bundle | None:
     manifest = tried(amiss, read_manifest, path)
     preprocess = tried(amiss, read_preprocess, path)
     labels = tried(amiss, read_labels, path)
+    validation = tried(amiss, read_validation, path, digests)
     if manifest is None:
         return None
     listed = get(manifest, MANIFEST, "files", dict)
@@ -156,6 +169,7 @@ def examine(path: Path, *, amiss: Report, inspect: Inspect) -> Bundle | None:
         served=served,
         golden=golden,
         manifest=manifest,
+        validation=validation or (),
     )
 
 
@@ -262,6 +276,21 @@ def read_labels(folder: Path) -> tuple[str, ...]:
             defect="bad_content",
         )
     return tuple(labels)
+
+
+def read_validation(folder: Path, digests: Mapping[str, str] | None) -> tuple[str, ...]:
+    """Return validation.txt's lines; an older bundle has none."""
+    if not (folder / VALIDATION).exists() and VALIDATION not in (digests or ()):
+        return ()
+    if digests is not None:
+        check_listed(digests, VALIDATION)
+    lines = read_text(folder, VALIDATION).splitlines()
+    if bad := [line for line in lines if not re.fullmatch("[0-9a-f]{16}", line)]:
+        raise BundleError(
+            f"{VALIDATION}: must be 16 hexadecimal digits a line, got {brief(bad[0])}: get the bundle again",
+            defect="bad_content",
+        )
+    return tuple(lines)
 
 
 def read_preprocess(folder: Path) -> Preprocess:

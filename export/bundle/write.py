@@ -19,6 +19,7 @@ from export.bundle.read import (
     NAME,
     PREPROCESS,
     SCHEMA_VERSION,
+    VALIDATION,
     entry,
     preprocess_of,
     read_bundle,
@@ -35,7 +36,8 @@ class Contents:
     """What a bundle is made of.
 
     `files` are the models by name; `metrics` has for a file what it does not say itself: top-1, agreement. `images`
-    (n, size, size, 3) and `image_labels` (n,) are the golden ones. `documents` are further files by their path.
+    (n, size, size, 3) and `image_labels` (n,) are the golden ones, `validation` the digests of the images that the network was
+    judged by. `documents` are further files by their path.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Contents:
     recipe_digest: str
     metrics: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     documents: Mapping[str, bytes] = field(default_factory=dict)
+    validation: Sequence[str] = ()
 
 
 def write_bundle(out: Path, contents: Contents) -> None:
@@ -97,6 +100,8 @@ def fill(folder: Path, contents: Contents) -> None:
     facts = copy_models(folder, contents.files)
     write_text(folder / PREPROCESS, dump(contents.preprocess))
     write_text(folder / LABELS, "".join(f"{label}\n" for label in contents.labels))
+    if contents.validation:
+        write_text(folder / VALIDATION, "".join(f"{digest}\n" for digest in contents.validation))
     inputs = preprocess_of(contents.preprocess).normalize(contents.images)
     models = {name: (folder / f"{name}.onnx", fact.precision) for name, fact in facts.items()}
     golden = make_golden(models, contents.images, inputs, contents.image_labels)

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from export.bundle.read import Bundle
-from export.images.read import find_examples
 from export.runtime.accuracy import score
 
 
@@ -43,7 +42,7 @@ def ask(bundle: Bundle, file: str, data: Path) -> Answers:
 
     Raises BundleError for data that do not fit the bundle.
     """
-    examples = find_examples(data, bundle.preprocess, bundle.labels)
+    examples = bundle.examples(data)
     found = score({file: bundle.files[file]}, examples.batches())[file]
     rows: dict[str, tuple[str, str]] = {}
     for digest, label, answer in zip(examples.digests(), found.labels, found.predictions, strict=True):

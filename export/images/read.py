@@ -3,7 +3,9 @@
 import hashlib
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +44,30 @@ class Examples:
         """Return at most so many of the images, evenly spaced over them."""
         return replace(self, chosen=self.chosen[spread(len(self), limit)])
 
+    def judged(self, validation: Sequence[str]) -> "Examples":
+        """Return those of the images whose digests are among `validation`, or all where none is, with a note on the others."""
+        left, kept = Counter(validation), list[int]()
+        for index in self.chosen:
+            with suppress(DataError):  # what cannot be read is none of them
+                if left[one := digest(self.content(index))] > 0:
+                    left[one] -= 1
+                    kept.append(index)
+        if not kept:
+            note = (
+                f"none of the {len(self):,} images is one of the {len(validation):,} that the network was judged by: all are "
+                "scored, and a score on images that it was trained on says nothing"
+            )
+            return replace(self, notes=(*self.notes, note))
+        notes = list(self.notes)
+        if others := len(self) - len(kept):
+            notes.append(
+                f"{len(kept):,} of {len(self):,} images are those that the network was judged by; the other {others:,} are "
+                "left out: it may have been trained on them"
+            )
+        if missing := left.total():
+            notes.append(f"{missing:,} of the {len(validation):,} images that the network was judged by are not here")
+        return replace(self, chosen=np.array(kept), notes=tuple(notes))
+
     def digests(self) -> list[str]:
         """Return the digest of each image, which preprocessing leaves alone."""
         return [digest(self.content(index)) for index in self.chosen]
@@ -72,7 +98,7 @@ def folder_examples(folder: Path, preprocess: Preprocess, labels: Sequence[str])
         preprocess,
         np.array([places[label] for _, label in files], np.int64),
         lambda index: read_pixels(folder / files[index][0], preprocess),
-        lambda index: (folder / files[index][0]).read_bytes(),
+        lambda index: _bytes(folder / files[index][0]),
         np.arange(len(files)),
         notes,
     )
@@ -137,6 +163,13 @@ def read_pixels(path: Path, preprocess: Preprocess) -> Pixels:
             return preprocess.pixels(read_image(path, upright=preprocess.upright))
     except BrokenImage as error:
         raise DataError(f"{path}: cannot be read as an image ({error}): mend or remove it") from error
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): mend or remove it") from error
 
 
 def spread(n: int, limit: int) -> NDArray[np.int64]:

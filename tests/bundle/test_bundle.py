@@ -452,3 +452,36 @@ def test_training_and_bundle_say_the_same_of_orientation() -> None:
 def test_an_unknown_orientation_is_refused() -> None:
     with pytest.raises(BundleError, match=r"preprocess\.json: orientation: must be 'EXIF' or 'as stored', got 'up'"):
         preprocess_of(PREPROCESS | {"orientation": "up"})
+
+
+# The images that it was judged by
+
+
+@pytest.fixture
+def judged(tmp_path: Path) -> Path:
+    contents = replace(small_contents(small_files(tmp_path)), validation=["0123456789abcdef", "f" * 16])
+    write_bundle(tmp_path / "judged", contents)
+    return tmp_path / "judged"
+
+
+def test_a_bundle_knows_the_images_that_it_was_judged_by(judged: Path, bundle: Path) -> None:
+    assert read_bundle(judged).validation == ("0123456789abcdef", "f" * 16)
+    assert read_bundle(bundle).validation == ()  # an older one
+
+
+def test_a_line_that_is_no_digest_is_refused(judged: Path) -> None:
+    (judged / "validation.txt").write_text("0123456789ABCDEF\n")
+    seal_sums(judged)
+    with pytest.raises(
+        BundleError, match=r"validation\.txt: must be 16 hexadecimal digits a line, got '0123456789ABCDEF'"
+    ):
+        read_bundle(judged)
+
+
+def test_a_list_of_images_that_no_digest_covers_or_that_is_missing_is_refused(judged: Path, bundle: Path) -> None:
+    (bundle / "validation.txt").write_text("0123456789abcdef\n")
+    with pytest.raises(BundleError, match=r"SHA256SUMS: lists no validation\.txt"):
+        read_bundle(bundle)
+    (judged / "validation.txt").unlink()
+    with pytest.raises(BundleError, match=r"validation\.txt: is missing"):
+        read_bundle(judged)

@@ -6,18 +6,26 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from photographs import SETTINGS, write_classes, write_imagenet_layout, write_photo
+import torch
+from photographs import SETTINGS, opened, write_classes, write_imagenet_layout, write_photo
 from PIL import Image
 
 from compress import digests
 from compress.artifact import Meta, finish, write_json
+from compress.data import dataset as dataset_module
 from compress.data import digest as digest_module
+from compress.data.batches import eval_batches
 from compress.data.digest import FILES, DataSettings, changes, dataset_digest, given
+from compress.data.images import ArrayImages
 from compress.pipeline import plan_recipe
 from compress.recipe.read import read_recipe
+from export.images.read import find_examples
+
+EVALUATION: dict[str, Any] = {"batch_size": 100, "workers": 0, "device": torch.device("cpu")}
 
 
 def settings(root: Path, name: str = "imagefolder") -> DataSettings:
@@ -152,3 +160,29 @@ def test_the_plan_names_the_images_that_changed(tmp_path: Path) -> None:
     assert plan_recipe(recipe)[0].reason == (
         "changed: 1 file changed (train/dog/1.png); 1 file new (val/cat/2.png); 1 file gone (val/owl/1.png)"
     )
+
+
+@pytest.mark.parametrize("kept", ["memory", "files"])
+@pytest.mark.parametrize("split", [True, False])
+def test_the_digests_of_validation_find_exactly_its_images_among_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, split: bool
+) -> None:
+    if kept == "files":
+        monkeypatch.setattr(dataset_module, "MEMORY_BYTES", 0)
+    root = write_imagenet_layout(tmp_path) if split else write_classes(tmp_path, per_class=8)
+    (root / ("val" if split else "") / "owl" / "broken.png").write_text("no image")
+    data = opened("imagefolder", root, skip_broken=True)
+    images, labels = zip(
+        *((b.images, b.targets) for b in eval_batches(data.val, data.preprocess, **EVALUATION)), strict=True
+    )
+    judged = find_examples(root, data.preprocess, data.classes).judged(data.validation_digests())
+    scored = list(judged.batches(batch_size=100))
+    np.testing.assert_array_equal(scored[0][0], torch.cat(images).numpy())
+    np.testing.assert_array_equal(scored[0][1], torch.cat(labels).numpy())
+    assert ("left out" in judged.notes[0]) if not split else judged.notes[0].startswith("6 of 7 images")
+
+
+def test_an_embedded_sets_validation_images_are_known_by_their_pixels() -> None:
+    data = opened("digits")
+    assert isinstance(data.held_out, ArrayImages)
+    assert data.validation_digests()[3] == hashlib.sha256(data.held_out.arrays[3].tobytes()).hexdigest()[:16]

@@ -7,7 +7,7 @@ from PIL import Image
 
 from export.errors import DataError
 from export.images.preprocess import Preprocess
-from export.images.read import Examples, find_examples, read_pixels, spread
+from export.images.read import Examples, digest, find_examples, read_pixels, spread
 
 PLAIN = Preprocess(16, 16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -124,3 +124,35 @@ def test_the_bundles_preprocessing_reaches_the_network(tmp_path: Path) -> None:
     class_folders(tmp_path, ["cat"])
     images, _ = next(found(tmp_path, Preprocess(16, 18, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))).batches())
     np.testing.assert_allclose(images.mean(axis=(2, 3))[0], [2.5, -1.6, -1.0], rtol=1e-5)
+
+
+def test_only_images_that_the_network_was_judged_by_are_scored_and_the_others_are_counted(tmp_path: Path) -> None:
+    class_folders(tmp_path, ["cat", "dog", "gnu"])
+    (tmp_path / "gnu" / "broken.png").symlink_to(tmp_path / "nowhere")
+    known = [digest((tmp_path / name).read_bytes()) for name in ("cat/1.png", "gnu/0.png")]
+    judged = found(tmp_path).judged([*known, "0" * 16])
+    assert labels_of(judged) == [0, 2]
+    assert judged.notes == (
+        "2 of 7 images are those that the network was judged by; the other 5 are left out: it may have been trained on them",
+        "1 of the 3 images that the network was judged by are not here",
+    )
+
+
+def test_a_copy_of_a_judged_image_counts_as_often_as_it_was_judged(tmp_path: Path) -> None:
+    class_folders(tmp_path, ["cat", "dog"])
+    (tmp_path / "dog" / "copy.png").write_bytes((tmp_path / "dog" / "0.png").read_bytes())
+    twice = [digest((tmp_path / "dog" / "0.png").read_bytes())] * 2
+    assert [len(found(tmp_path).judged(twice[:n])) for n in (1, 2)] == [1, 2]
+
+
+def test_where_no_image_was_judged_by_all_are_scored_and_that_is_said(tmp_path: Path) -> None:
+    class_folders(tmp_path, ["cat"])
+    judged = found(tmp_path).judged(["0" * 16])
+    assert (len(judged), len(judged.notes)) == (2, 1)
+    assert "none of the 2 images is one of the 1 that the network was judged by: all are scored" in judged.notes[0]
+
+
+def test_an_archives_images_are_known_by_their_pixels(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "d.npz", images=images, labels=np.array([2, 0, 1]))
+    assert labels_of(found(tmp_path / "d.npz").judged([digest(images[1].tobytes())])) == [0]
