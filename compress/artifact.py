@@ -45,6 +45,12 @@ class Meta:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def students_of(root: Path, what: str) -> str:
+    """Return what to say of a run that has no `what` of its own, because each of its students has one; empty where it has none."""
+    found = [str(path.parent) for path in sorted(root.glob(f"students/*/{what}"))]
+    return f"{root}: each of its students has its own {what}: give {' or '.join(found)}" if found else ""
+
+
 def key_of(parts: Mapping[str, object]) -> str:
     """Return 12 hexadecimal digits of sha256 over the parts as canonical JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]

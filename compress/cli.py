@@ -20,7 +20,7 @@ from compress.distribution import own_distribution
 from compress.errors import RecipeError
 from compress.ranks import first_decides, joined, local_ranks, ranks
 from compress.recipe.read import read_recipe
-from compress.recipe.schema import Recipe
+from compress.recipe.schema import Augment, Recipe
 from export.command.main import INTERRUPTED, MISTAKE, end
 from export.errors import UserError
 
@@ -82,6 +82,7 @@ Weights = Annotated[
 Out = Annotated[
     str | None, typer.Option("--out", metavar="DIR", help="The folder of all runs: short for --set out=DIR.")
 ]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")]
 TrustCode = Annotated[bool, typer.Option("--trust-code", help="Let the recipe run a model's own file.py.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and let libraries speak.")]
 
@@ -206,7 +207,7 @@ def schema(
 
 @app.command()
 def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")],
+    run_folder: RunFolder,
 ) -> None:
     """Draw a finished run's report again."""
     _quiet(verbose=False)
@@ -217,7 +218,7 @@ def report(
 
 @app.command()
 def clean(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")],
+    run_folder: RunFolder,
     remove: Annotated[bool, typer.Option("--remove", help="Remove it; otherwise it is only listed.")] = False,
 ) -> None:
     """List what no report of a run uses, stages of other settings and what killed runs left, and remove it where asked."""
@@ -231,9 +232,25 @@ def clean(
     _print(done if found else "nothing to remove")
 
 
+@app.command(name="export-data")
+def export_data(
+    run_folder: RunFolder,
+    to: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
+) -> None:
+    """Write a run's validation images as a folder of class folders, such as the gate takes."""
+    from compress.data.augment import Augmentation
+    from compress.data.dataset import open_dataset
+    from compress.data.validation import write_validation
+    from compress.recipe.arguments import data_settings
+
+    recipe = read_recipe(run_folder / "recipe.yaml")
+    dataset = open_dataset(data_settings(recipe), Augmentation(**Augment().model_dump()))
+    _print(f"{to}: {write_validation(dataset, to):,} validation images of {dataset.name}")
+
+
 @app.command()
 def publish(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")],
+    run_folder: RunFolder,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to make, or an older bundle to replace.")],
     key: Annotated[
         Path | None, typer.Option("--sign", metavar="KEY", help="Sign it with this private key (PEM, elliptic curve).")

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 from test_pipeline import run as run_small
+from typer.testing import CliRunner
 
 from compress.artifact import lineage, read_meta
+from compress.cli import app
 from compress.errors import CompressError, RecipeError
 from compress.models.saved import read_architecture
 from compress.pipeline import plan_recipe, run_recipe
@@ -90,6 +92,17 @@ def test_every_student_has_its_report_and_its_bundle(finished: Path) -> None:
         assert "<html" in (folder / "report" / "index.html").read_text()
         assert "student_ptq_int8" in read_bundle(folder / "bundle").files
         assert [row["name"] for row in report(finished, student)["deployed"]][:2] == ["teacher_fp32", "student_fp32"]
+
+
+def test_commands_on_the_whole_run_name_its_students(finished: Path, tmp_path: Path) -> None:
+    names = f"{finished}/students/half or {finished}/students/thin"
+    for words in (
+        ["publish", finished, "--to", tmp_path / "out"],
+        ["compare", finished, tmp_path],
+        ["report", finished],
+    ):
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        assert (done.exit_code, names in done.stderr) == (2, True), done.stderr
 
 
 def test_one_page_compares_the_students_and_links_to_each(finished: Path) -> None:

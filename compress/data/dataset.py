@@ -38,10 +38,10 @@ class Dataset:
     held_out: Lazy
 
     def validation_digests(self) -> list[str]:
-        """Return the digest of every validation image that is not known to be broken: of its file, or of its pixels where it comes without one."""
+        """Return the digest of every validation image that is not known to be broken: of its file, or the one that `write_validation` makes."""
         images = self.held_out
         if isinstance(images, ArrayImages):
-            return [digest(image.tobytes()) for image in images.arrays]
+            return [digest(images.file(index)) for index in range(len(images))]
         names = [name for name in map(images.name, range(len(images))) if name not in images.broken]
         return [self.files.get(name) or digest((images.root / name).read_bytes()) for name in names]
 

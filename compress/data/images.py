@@ -1,5 +1,6 @@
 """Images with their labels: decoded in memory where they fit, files that are decoded when asked for where they do not."""
 
+import io
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -141,6 +142,12 @@ class ArrayImages:
     def whole(self, index: int) -> Image.Image:
         """Return one RGB image."""
         return Image.fromarray(self.arrays[index])
+
+    def file(self, index: int) -> bytes:
+        """Return one image as a BMP file, whose bytes are the same whichever library writes it."""
+        stream = io.BytesIO()
+        self.whole(index).save(stream, "BMP")
+        return stream.getvalue()
 
     def longer_side(self, _: int) -> int:
         """Return an image's longer side in pixels; all are of one size."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.artifact import lineage, read_meta
+from compress.artifact import lineage, read_meta, students_of
 from compress.distribution import own_distribution
 from compress.errors import ArtifactError
 from compress.recipe import strict_yaml
@@ -126,7 +126,7 @@ def publish(run: Path, to: Path, *, key: Path | None) -> None:
     """
     source = run / "bundle"
     if not source.is_dir():
-        raise ArtifactError(f"{run}: holds no bundle; run its recipe to the export stage")
+        raise ArtifactError(students_of(run, "bundle") or f"{run}: holds no bundle; run its recipe to the export stage")
     read_bundle(source)
 
     def fill(folder: Path) -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
-from compress.artifact import read_meta, write_json
+from compress.artifact import read_meta, students_of, write_json
 from compress.errors import ArtifactError
 from compress.recipe.read import write_recipe
 from compress.recipe.schema import Recipe
@@ -59,7 +59,9 @@ def render_report(root: Path) -> Path:
     try:
         report = json.loads((root / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{root}: holds no readable report.json ({error}); run the recipe first") from error
+        raise ArtifactError(
+            students_of(root, "report.json") or f"{root}: holds no readable report.json ({error}); run the recipe first"
+        ) from error
     if report.get("schema_version") != REPORT_VERSION:
         raise ArtifactError(
             f"{root}: its report.json is of another version; run the recipe again, what is finished is kept"

@@ -49,7 +49,7 @@ def accept(
         preprocess=dict(subject.now.preprocess),
         files=dict(subject.now.files),
         environment=environment(),
-        data=None if data is None else data.as_posix(),
+        data=None if data is None else data.resolve().as_posix(),
         answers=None if data is None else ask(subject.bundle, subject.now.served, data),
         latency=latency,
     )

@@ -68,8 +68,8 @@ def judge_accuracy(
 ) -> tuple[list[Check], list[str], list[Metric]]:
     """Answer the images and compare; return checks, notes and metrics."""
     place = data or (Path(was.data) if was.data else None)
-    if was.answers is None or place is None:
-        reason = "the baseline holds no answers" if was.answers is None else "no images"
+    if was.answers is None or place is None or (data is None and not place.exists()):
+        reason = "the baseline holds no answers" if was.answers is None else f"its images are not here ({was.data})"
         return [Check("top-1", "inconclusive", detail=f"{reason}: give --data, or leave accuracy out")], [], []
     answers = ask(subject.bundle, was.served, place)
     same_file = was.files[was.served].sha256 == subject.now.files[was.served].sha256

@@ -48,6 +48,20 @@ def test_the_baseline_is_the_same_bytes_each_time_and_is_named_by_the_machine(pl
     assert [other.name for other in tmp_path.iterdir()] == [path.name]
 
 
+def test_a_baseline_finds_its_images_from_anywhere_and_says_where_they_were(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copyfile(place / "images.npz", tmp_path / "images.npz")
+    monkeypatch.chdir(tmp_path)
+    update(place / "bundle", tmp_path / "b", data=Path("images.npz"), limits=NO_LATENCY, plan=Plan())
+    monkeypatch.chdir(place)
+    seen = {"against": None, "data": None, "limits": NO_LATENCY, "plan": Plan()}
+    assert judge(place / "bundle", tmp_path / "b", **seen).exit_code == 0  # type: ignore[arg-type]
+    (tmp_path / "images.npz").unlink()
+    (check,) = (one for one in judge(place / "bundle", tmp_path / "b", **seen).checks if one.name == "top-1")  # type: ignore[arg-type]
+    assert (check.status, f"({tmp_path}/images.npz): give --data" in check.detail) == ("inconclusive", True)
+
+
 def test_a_baseline_reads_back_as_it_was_written(place: Path, tmp_path: Path) -> None:
     timed = replace(
         read_baseline(next((place / "baselines").iterdir())),

@@ -9,6 +9,7 @@ from typing import NotRequired
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from compress.artifact import students_of
 from compress.errors import ArtifactError
 from compress.report.comparison.candidate import Subject
 from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report
@@ -74,7 +75,8 @@ def _read(folder: Path) -> Subject:
         report = _parse(_text(folder / REPORT), str(folder / REPORT))
         return Subject(report, _opset(folder / "bundle", report))
     raise ArtifactError(
-        f"{folder}: holds no finished run and no bundle (no {REPORT}, no {MANIFEST}); give a run's folder, such as runs/quickstart, or its bundle"
+        students_of(folder, REPORT)
+        or f"{folder}: holds no finished run and no bundle (no {REPORT}, no {MANIFEST}); give a run's folder, such as runs/quickstart, or its bundle"
     )
 
 
