@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROWS = (
     ("compress.distribution", "compress.errors", "export"),
-    ("compress.artifact", "compress.data", "compress.digests", "compress.log", "compress.ranks"),
+    ("compress.artifact", "compress.data", "compress.digests", "compress.log", "compress.patterns", "compress.ranks"),
     ("compress.pruning", "compress.quant", "compress.recipe"),
     ("compress.models",),
     ("compress.distillation", "compress.run", "compress.tasks", "compress.training"),

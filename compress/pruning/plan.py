@@ -4,7 +4,6 @@ Channels leave in blocks, so that widths stay multiples of `round_to`. Every blo
 the goal is cut, less the blocks that the budget can spare. The scopes differ in the rank alone.
 """
 
-import fnmatch
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
+from compress.patterns import matching
 from compress.pruning.costs import CostModel, Layer, is_output_cut
 from compress.pruning.criteria import score
 from compress.pruning.graph import channel_graph
@@ -73,11 +73,12 @@ def find_groups(model: nn.Module, images: Tensor, criterion: str, *, exclude: Se
 
     `images` is one input (1, 3, s, s). Left out: groups that reach an output of a module named by `exclude` (shell patterns), a wall of
     the graph (attention, a split, a shuffle, a bare parameter), or a layer that sees a part of their channels.
-    Raises CompressError where the network's channels cannot be followed.
+    Raises CompressError where the network's channels cannot be followed, and for a pattern that names no layer.
     """
     graph = channel_graph(model, images)
     names = {module: name for name, module in model.named_modules()}
-    kept = [module for module, name in names.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)]
+    layers = [name for module, name in names.items() if any(True for _ in module.parameters(recurse=False))]
+    kept = [model.get_submodule(name) for name in matching("prune.exclude", exclude, layers)]
     groups = []
     for group in graph.get_all_groups(ignored_layers=kept):
         if graph.reaches_wall(group) or any(len(item.idxs) % len(group[0].idxs) for item in group.items):

@@ -3,12 +3,12 @@
 import copy
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, fx, nn
 
 from compress.errors import ModelError
+from compress.patterns import matching
 from compress.quant.deployed import DeployedQuantizer, DeployedSameRange, FloatGuard
 from compress.quant.fake_quant import ActivationQuantizer, HardSigmoidQuantizer, Ranges, SameRange
 from compress.quant.graph.placement import (
@@ -51,7 +51,7 @@ def prepare(
     """
     graph = traced(model, images)
     _refuse_shared_layers(graph)
-    kept = _matching(groups(graph), keep_float)
+    kept = matching("keep_float", keep_float, groups(graph))
     for name, module in graph.named_modules():
         if type(module) in PLAIN and name not in kept:
             module.__class__ = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
@@ -218,17 +218,6 @@ def _sink(graph: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None:
         assert isinstance(quantizer, ActivationQuantizer)
         return quantizer
     return None
-
-
-def _matching(names: tuple[str, ...], patterns: Collection[str]) -> set[str]:
-    """Return the names that a pattern matches.
-
-    Raises ModelError for a pattern that matches none.
-    """
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ModelError(f"keep_float: {pattern} names no convolution or linear layer; they are {', '.join(names)}")
-    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
 def _refuse_shared_layers(graph: fx.GraphModule) -> None:

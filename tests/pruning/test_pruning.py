@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch_pruning.dependency import index_mapping
 
-from compress.errors import CompressError
+from compress.errors import CompressError, ModelError
 from compress.models.architectures import build
 from compress.models.structure import classifier, count
 from compress.pruning.costs import CostModel, measure_layers
@@ -142,6 +143,15 @@ def test_a_plan_replays_from_json_to_identical_weights() -> None:
 def test_an_unreachable_budget_names_the_narrowest_plan() -> None:
     with pytest.raises(CompressError, match=r"the narrowest plan keeps 0\.\d+: raise keep_macs"):
         planned(lively(Residual(5)), keep=0.01)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hint"),
+    [("block9.*", "block"), ("block2", r"did you mean block2\.\*\?"), ("hed", r"did you mean head\?")],
+)
+def test_a_pattern_that_excludes_nothing_is_refused(pattern: str, hint: str) -> None:
+    with pytest.raises(ModelError, match=rf"prune\.exclude: {re.escape(pattern)} names no layer; .*{hint}"):
+        find_groups(Residual(5), IMAGE, "l2", exclude=["head", pattern])
 
 
 def test_excluded_layers_keep_their_width() -> None:
