@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from compress.recipe.order import first_mistake
-from compress.recipe.section import Arch, Drop, Fraction, Name, PathText, Section, refuse_tag
+from compress.recipe.section import Arch, Drop, Name, PathText, Section, refuse_tag
 from compress.recipe.stages import DistillStage, QatStage, SourceStage, StageSection
 
 Int8Target = Literal["cpu_avx2", "cpu_vnni", "cpu_arm", "tensorrt"]
@@ -107,8 +107,8 @@ class Targets(Section):
 
     max_top1_drop: Drop | None = None
     """Largest loss of top-1 from the teacher to the deployed file, as a fraction (0.01 is one point)."""
-    max_class_drop: Fraction | None = None
-    """Largest loss of recall in any class from the teacher to the deployed file, as a fraction of the class's validation images."""
+    max_class_drop: Drop | None = None
+    """Largest loss of recall in any class from the teacher to the deployed file, as a fraction (0.01 is one point)."""
     min_speedup: Annotated[float, Field(gt=0)] | None = None
     """Smallest speed-up of the deployed file over the teacher's FP32: CPU with one thread (or the target's own provider), batch 1, the largest image size timed."""
     min_int8_speedup: Annotated[float, Field(gt=0)] | None = None

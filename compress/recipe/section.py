@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Drop = Annotated[float, Field(ge=0, le=0.5)]  # of top-1, as a fraction: who writes 1 means a point
+Drop = Annotated[float, Field(ge=0, le=0.5)]  # of top-1 or recall, as a fraction: who writes 1 means a point
 NAME = r"^[a-z0-9][a-z0-9_\-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME)]  # of what becomes a folder
 PathText = Annotated[str, Field(min_length=1)]

@@ -46,9 +46,12 @@ def recommend(report: Report) -> Recommendation | None:
         where = "CPU with one thread at batch 1" if provider == CPU else "batch 1"
         return Recommendation(file=None, sentence=f"No file is recommended: {FP32} was not timed on {where}.")
     classes = report.get("classes")
-    for file in at_chance(classes, (TEACHER, FP32)) if classes else ():
-        return Recommendation(file=None, sentence=f"No file is recommended: {file} answers at chance.")
-    file, reason = _choose(rows, _bar(report, rows), on_gpu=TARGETS[target].precision == "fp16")
+    if classes and at_chance(classes, [TEACHER]):
+        return Recommendation(file=None, sentence=f"No file is recommended: {TEACHER} answers at chance.")
+    bar = _bar(report, rows)
+    file, reason = _choose(rows, bar, on_gpu=TARGETS[target].precision == "fp16")
+    if file in bar.unfit:  # what is left where no other file serves
+        return Recommendation(file=None, sentence=f"No file is recommended: {bar.unfit[file]}.")
     return Recommendation(file=file, sentence=f"Serve {file} on {target}: {reason}.")
 
 

@@ -40,7 +40,7 @@ def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
         else []
     )
     if broken := sorted(run.dataset.val.broken):
-        notes.append(f"{len(broken):,} validation images cannot be read and are in no score, {broken[0]} first")
+        notes.append(f"validation images that cannot be read are in no score: {len(broken):,}, {broken[0]} first")
     write_json(
         out / "bench.json",
         {

@@ -132,7 +132,7 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
             f"stopped after epoch {progress.epoch} of {settings.epochs}, whose network is kept: {stopped}", loop, state
         )
     if left_out := loop.left_out():
-        _tell(f"{left_out:,} training images cannot be read and were left out", loop, state)
+        _tell(f"training images that cannot be read were left out: {left_out:,}", loop, state)
     if loop.log.enabled:
         write_json(
             loop.summary, {"phase": loop.phase, "epochs": settings.epochs, "stopped": stopped, **asdict(progress)}
