@@ -14,7 +14,7 @@ from compress.ranks import first_decides, gather, joined, rank, ranks
 COMMAND = """
 import os, sys, time
 from compress import cli, pipeline, ranks
-from compress.errors import DataError
+from export.errors import DataError
 
 def run_recipe(recipe, **_):
     ranks.barrier()
