@@ -6,7 +6,15 @@ CompressError            a sentence that names the thing, the value and the repa
 └── ArtifactError        a run folder: not writable, in use, damaged
 """
 
+import re
+import sysconfig
+from pathlib import Path
+
 from export.errors import UserError
+
+STACK_LINE = re.compile(r'File "([^"<]+)", line (\d+), in .+\n\s*(.+)')
+PACKAGE = Path(__file__).parent
+FOREIGN = (sysconfig.get_path("stdlib"), str(PACKAGE), str(PACKAGE.with_name("export")))
 
 
 class CompressError(UserError):
@@ -23,3 +31,13 @@ class ModelError(CompressError):
 
 class ArtifactError(CompressError):
     """Report a run folder that cannot be written, is in use, or is damaged."""
+
+
+def own_line(stack: str) -> str:
+    """Return ` (mine.py, line 12: if x.sum() > 0:)`, the innermost line of a person's own code in a stack as Python prints it; "" where none is."""
+    own = [
+        (file, line, code)
+        for file, line, code in STACK_LINE.findall(stack)
+        if "-packages" not in file and not file.startswith(FOREIGN)
+    ]
+    return " ({}, line {}: {})".format(*own[-1]) if own else ""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from compress.run import Run
 
 # Bumped when a stage's code changes what it makes from the same settings.
-VERSIONS = {"source": 3, "student": 1, "prune": 3, "distill": 3, "ptq": 3, "qat": 6, "export": 7, "bench": 2}
+VERSIONS = {"source": 3, "student": 1, "prune": 3, "distill": 3, "ptq": 4, "qat": 7, "export": 8, "bench": 2}
 
 
 @dataclass(frozen=True)
@@ -204,10 +204,12 @@ def _position(recipe: Recipe, stage: str) -> int:
 
 def _make_missing(recipe: Recipe, plans: Mapping[str, list[PlanLine]], *, trust_code: bool, verbose: bool) -> set[Path]:
     """Make every chain's missing stages and return them; what students share is made once, by the whole recipe."""
+    from compress.rehearsal import rehearse
     from compress.run import open_run
 
     made: set[Path] = set()
     run = open_run(recipe, trust_code=trust_code, verbose=verbose)
+    rehearse(run, {student: [not line.cached for line in plan] for student, plan in plans.items()})
     for student, chain in recipe.chains().items():
         parent: Path | None = None
         for index, (line, section) in enumerate(zip(plans[student], chain.stages, strict=False)):

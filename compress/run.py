@@ -16,6 +16,7 @@ from compress.data.augment import Augmentation
 from compress.data.batches import Batch, eval_batches, steps_per_epoch, train_batches
 from compress.data.dataset import Dataset, open_dataset
 from compress.data.named import NAMED
+from compress.data.split import sampled
 from compress.errors import CompressError
 from compress.log import StageLog
 from compress.models.architectures import build
@@ -31,6 +32,7 @@ from compress.training.loop import Loop, Network, Step, fit, place_
 from export.onnx_file.targets import TARGETS, Target, resolve_target
 
 LOGIT_IMAGES = 8
+TUNING_IMAGES = 2000
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,19 @@ class Run:
             device=self.device,
             workers=data.workers,
             limit=images,
+        )
+
+    def tuning(self) -> Iterator[Batch]:
+        """Return the tuning split, what stages choose by so that the validation images only judge: unaugmented training images by seed."""
+        data, images = self.recipe.data, self.dataset.train
+        chosen = sampled(images.labels.numpy(), len(self.dataset.classes), images=TUNING_IMAGES, seed=self.recipe.seed)
+        return eval_batches(
+            images,
+            self.dataset.preprocess,
+            batch_size=data.eval_batch_size,
+            device=self.device,
+            workers=data.workers,
+            only=torch.from_numpy(chosen),
         )
 
     @property

@@ -1,14 +1,18 @@
-"""Score and time a stage's candidate files, and find the layers whose quantization hurts most: what `ptq` and `qat` choose by."""
+"""A run's networks as ONNX files: written, scored, timed; and the layers whose quantization hurts most."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
+from compress.data.batches import Batch
 from compress.quant.sensitivity import Sensitivity, sensitivity
 from compress.run import Run, as_numpy
 from export.onnx_file.targets import RUNS, Target, host_target
+from export.onnx_file.to_onnx import to_onnx
 from export.runtime.accuracy import Score, score
 from export.runtime.latency import speedup, time_sessions
 from export.runtime.session import bind, open_session
@@ -17,14 +21,32 @@ LATENCY_SECONDS, LATENCY_BLOCKS = 0.5, 6
 SENSITIVITY_IMAGES = 128  # each layer takes one pass over them
 
 
+def export_network(model: nn.Module, path: Path, run: Run, *, top1: float, target: Target) -> None:
+    """Write `model`, in eval mode on the CPU, whose accuracy in torch is `top1`."""
+    metadata = {
+        "task": run.recipe.task,
+        "classes": json.dumps(run.dataset.classes),
+        "preprocess": json.dumps(run.dataset.preprocess.to_json()),
+        "recipe": run.recipe.name,
+        "top1_torch": f"{top1:.4f}",
+        "target": target.name,
+    }
+    to_onnx(model.eval().to(memory_format=torch.contiguous_format), path, image_size=run.image_size, metadata=metadata)
+
+
 def runs_here(target: Target) -> bool:
     """Tell whether this machine's integer kernels compute what the target's do; elsewhere a file is scored unoptimized, which is exact."""
     return target.name in RUNS[host_target().name]
 
 
-def score_file(path: Path, run: Run, *, images: int | None, optimize: bool) -> Score:
-    """Run the validation images (so many of them, all where None) through a file."""
-    return score({path.stem: path}, as_numpy(run.validation(limit=images)), optimize=optimize)[path.stem]
+def score_file(path: Path, batches: Iterator[Batch], *, optimize: bool) -> Score:
+    """Run the batches' images through a file."""
+    return score({path.stem: path}, as_numpy(batches), optimize=optimize)[path.stem]
+
+
+def tuning_score(path: Path, run: Run, *, optimize: bool) -> Score:
+    """Run the tuning images through a file and keep its logits."""
+    return score({path.stem: path}, as_numpy(run.tuning()), optimize=optimize, keep_logits=True)[path.stem]
 
 
 def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], float | None]:

@@ -258,7 +258,7 @@ def build_ptq(images: int = 360) -> dict[str, Any]:
         trial("percentile", [], 0.97222, 1.92, met=True),
     ]
     found = {"methods": methods, "sensitivity": groups[::-1], "trials": trials, "chosen": 1}
-    return {"images": images, "float_top1": 0.98056, "targets": {"cpu_avx2": found}}
+    return {"images": images, "float_top1": 0.98056, "tuning_images": 1437, "targets": {"cpu_avx2": found}}
 
 
 def method(

@@ -13,7 +13,7 @@ ROWS = (
     ("compress.pruning", "compress.quant", "compress.recipe"),
     ("compress.models",),
     ("compress.distillation", "compress.run", "compress.tasks", "compress.training"),
-    ("compress.onnx_export", "compress.scoring"),
+    ("compress.rehearsal", "compress.scoring"),
     ("compress.stages",),
     ("compress.clean", "compress.pipeline", "compress.report"),
     ("compress.cli", "compress.doctor", "compress.study"),

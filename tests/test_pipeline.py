@@ -433,11 +433,6 @@ def test_an_unreachable_keep_macs_is_one_sentence_and_leaves_nothing_to_trust(co
     assert not plan_recipe(recipe(copied, "prune.keep_macs=0.001"))[1].cached
 
 
-def test_a_network_that_a_later_stage_cannot_handle_is_refused_before_it_trains(tmp_path: Path) -> None:
-    with pytest.raises(CompressError, match="leave out the qat stage"):
-        run(tmp_path, "model.arch=timm:test_vit", "data.image_size=160", until="source")
-
-
 @pytest.mark.parametrize("criterion", ["l1", "taylor", "fpgm", "bn_scale", "random"])
 def test_every_criterion_reaches_its_budget(copied: Path, criterion: str) -> None:
     assert run(copied, f"prune.criterion={criterion}", "prune.scope=isomorphic", until="prune") == 0

@@ -143,10 +143,14 @@ def eval_batches(
     limit: int | None = None,
     rank: int = 0,
     ranks: int = 1,
+    only: Tensor | None = None,
 ) -> Iterator[Batch]:
-    """Yield all images in order and without chance, or a rank's share of the batches; `limit` takes so many, spread over the set, and so is every part of them."""
-    n = len(images)
-    chosen = torch.arange(n) if limit is None else torch.from_numpy(spread(n, limit))
+    """Yield all images in order and without chance, or a rank's share of the batches.
+
+    `only` takes these, `limit` so many, spread over the set, and so is every part of them.
+    """
+    chosen = torch.arange(len(images)) if limit is None else torch.from_numpy(spread(len(images), limit))
+    chosen = chosen if only is None else only
     shares = torch.split(chosen, batch_size)[rank::ranks]
     if isinstance(images, MemoryImages):
         raws = _memory_pixels(images, shares, device=device)

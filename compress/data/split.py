@@ -25,6 +25,13 @@ def limited(labels: np.ndarray, num_classes: int, *, per_class: int, seed: int) 
     return np.sort(np.concatenate([members[:per_class] for members in _shuffled(labels, num_classes, seed)]))
 
 
+def sampled(labels: np.ndarray, num_classes: int, *, images: int, seed: int) -> np.ndarray:
+    """Return the indices, in order, of about so many images, of each class in proportion and one at least."""
+    fraction = min(images / len(labels), 1.0)
+    members = _shuffled(labels, num_classes, seed)
+    return np.sort(np.concatenate([own[: max(round(len(own) * fraction), 1)] for own in members]))
+
+
 def _shuffled(labels: np.ndarray, num_classes: int, seed: int) -> list[np.ndarray]:
     """Return each class's indices in an order of its own, so that another class's images change nothing."""
     return [

@@ -8,6 +8,7 @@ import copy
 import io
 import itertools
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Literal
@@ -32,6 +33,9 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], *, target: Target, alg
     first = next(batches)
     # Where torch.export fails it prints the graph so far.
     with quiet(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+        os.environ["LOG_LEVEL_INC"] = (
+            "6"  # off: else its import opens a log below HOME, and fails where that cannot be written
+        )
         from neural_compressor.torch.export import export
         from neural_compressor.torch.quantization import StaticQuantConfig, convert, prepare
 

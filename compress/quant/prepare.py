@@ -1,13 +1,12 @@
 """Turn a float network into one that trains for INT8 (`prepare`), steer its phases, and turn that into its deployed form (`deploy`)."""
 
 import copy
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, fx, nn
 
-from compress.errors import ModelError
+from compress.errors import ModelError, own_line
 from compress.patterns import matching
 from compress.quant.deployed import DeployedQuantizer, DeployedSameRange, FloatGuard
 from compress.quant.fake_quant import ActivationQuantizer, HardSigmoidQuantizer, Ranges, SameRange
@@ -222,7 +221,9 @@ def _sink(graph: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None:
 
 def _refuse_shared_layers(graph: fx.GraphModule) -> None:
     """Refuse a convolution or linear layer that runs twice: its inputs have two grids, its int32 bias can only have one."""
-    shared = [name for name, uses in Counter(groups(graph)).items() if uses > 1]
-    if shared:
-        uses = groups(graph).count(shared[0])
-        raise ModelError(f"{shared[0]}: runs {uses} times in one forward; give each use a layer of its own")
+    seen: set[str] = set()
+    for node in graph.graph.nodes:
+        if called(graph, node) in PLAIN and node.target in seen:
+            where = own_line(node.stack_trace or "")
+            raise ModelError(f"{node.target}: runs again in the same forward{where}; give each use a layer of its own")
+        seen.add(str(node.target))

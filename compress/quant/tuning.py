@@ -1,7 +1,4 @@
-"""Try one way to a small file after the other until the accuracy holds; neural-compressor's `autotune` says when that is.
-
-A trial is built by our own exporter and scored in ONNX Runtime: `build` and `score` are the caller's.
-"""
+"""Ways to a small file, tried one after the other until the accuracy holds: `build` and `score` are the caller's."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -9,13 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
-
 from compress.artifact import key_of, write_json
-from compress.quant.neural_compressor_ptq import quiet
 from export.runtime.accuracy import Score
-
-ALGORITHM = "compress"  # the name of our exporter in neural-compressor's table of algorithms
 
 
 @dataclass(frozen=True)
@@ -35,30 +27,27 @@ class Trial:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What a trial's file reached against the float network, on the same images."""
+    """What a trial's file reached against the float network, on the same images; `kl` is its mean divergence in nats from that one's answers."""
 
     trial: Trial
     top1: float
     top1_drop: float
     agreement: float
+    kl: float
     latency_ratio: float | None  # the float file's time / its time
     met: bool
 
     def __str__(self) -> str:
         faster = "" if self.latency_ratio is None else f", {self.latency_ratio:.2f} times as fast as FP32"
         lost = f"{100 * self.top1_drop:.2f} points below float"
-        return f"trial {self.trial}: top-1 {100 * self.top1:.2f} %, {lost}{faster}: {'holds' if self.met else 'loses too much'}"
+        verdict = "holds" if self.met else "loses too much"
+        return f"trial {self.trial}: KL {self.kl:.3g}, top-1 {100 * self.top1:.2f} %, {lost}{faster}: {verdict}"
 
     def to_json(self) -> dict[str, Any]:
         """Return one flat object, the trial's fields first."""
         fields = asdict(self)
         trial: dict[str, Any] = fields.pop("trial")
         return trial | fields
-
-
-def calibration_trials(methods: Sequence[str], max_trials: int) -> tuple[Trial, ...]:
-    """Return int8 by each method."""
-    return tuple(Trial("int8", method) for method in methods[:max_trials])
 
 
 def fallback_trials(method: str, worst_first: Sequence[str], max_trials: int) -> tuple[Trial, ...]:
@@ -70,8 +59,7 @@ def fallback_trials(method: str, worst_first: Sequence[str], max_trials: int) ->
     return (*kept[: max_trials - 1], Trial("fp16", "none"))
 
 
-def tune(
-    trials: Sequence[Trial],
+def judge_of(
     build: Callable[[Trial, Path], None],
     score: Callable[[Path], Score],
     *,
@@ -80,56 +68,56 @@ def tune(
     folder: Path,
     latency_ratio: Callable[[Path], float | None] = lambda _: None,
     tell: Callable[[TrialResult], None] = lambda _: None,
-) -> tuple[tuple[TrialResult, ...], int]:
-    """Run the trials in order until one loses at most `max_top1_drop` of the baseline's top-1; return the results and the chosen index.
+) -> Callable[[Trial], TrialResult]:
+    """Return what builds a trial's file, scores it, and says whether it loses at most `max_top1_drop` of the baseline's top-1.
 
-    `build` writes a trial's file, which stays at `file_of(trial, folder)`; one whose result is already there is not built again.
+    The file stays at `file_of(trial, folder)`; one whose result is already there is not built again.
     """
-    results: list[TrialResult] = []
 
-    def attempt(trial: Trial) -> float:
+    def judge(trial: Trial) -> TrialResult:
         path = file_of(trial, folder)
         result = _read(path.with_suffix(".json"))
         if result is None:
             build(trial, path)
-            result = _judge(trial, path, score(path), baseline, max_top1_drop, latency_ratio)
+            found = score(path)
+            drop = baseline.top1 - found.top1
+            result = TrialResult(
+                trial,
+                top1=found.top1,
+                top1_drop=drop,
+                agreement=found.agreement(baseline),
+                kl=found.divergence(baseline),
+                latency_ratio=latency_ratio(path),
+                met=drop <= max_top1_drop + 1e-9,  # a difference of fractions is not exact
+            )
             write_json(path.with_suffix(".json"), result.to_json())
-        results.append(result)
         tell(result)
-        return 1 - result.top1_drop
+        return result
 
-    folder.mkdir(parents=True, exist_ok=True)
-    _autotune(trials, attempt, max_top1_drop)
-    return tuple(results), choose(results)
+    return judge
+
+
+def until_one_holds(trials: Sequence[Trial], judge: Callable[[Trial], TrialResult]) -> tuple[TrialResult, ...]:
+    """Judge the trials in order, the cheapest to run first, up to the first that holds."""
+    results: list[TrialResult] = []
+    for trial in trials:
+        results.append(judge(trial))
+        if results[-1].met:
+            break
+    return tuple(results)
 
 
 def choose(results: Sequence[TrialResult]) -> int:
-    """Return the first trial that holds, else the most accurate one."""
-    return max(range(len(results)), key=lambda index: (results[index].met, results[index].top1, -index))
+    """Return the index of the one whose answers diverge least from the float network's, among those that hold if any does; of equals the first.
+
+    Where training images choose, that finds what is best on others more surely than their top-1 or agreement (docs/decisions.md).
+    """
+    return min(range(len(results)), key=lambda index: (not results[index].met, results[index].kl))
 
 
 def file_of(trial: Trial, folder: Path) -> Path:
-    """Return where `tune` leaves a trial's file."""
+    """Return where a judge leaves a trial's file."""
     return folder / f"{key_of(asdict(trial))}.onnx"
-
-
-def _judge(
-    trial: Trial,
-    path: Path,
-    found: Score,
-    baseline: Score,
-    max_top1_drop: float,
-    latency_ratio: Callable[[Path], float | None],
-) -> TrialResult:
-    drop = baseline.top1 - found.top1
-    return TrialResult(
-        trial,
-        top1=found.top1,
-        top1_drop=drop,
-        agreement=found.agreement(baseline),
-        latency_ratio=latency_ratio(path),
-        met=1 - drop >= 1 - max_top1_drop,  # to the bit what `autotune` compares
-    )
 
 
 def _read(path: Path) -> TrialResult | None:
@@ -138,63 +126,3 @@ def _read(path: Path) -> TrialResult | None:
     fields = json.loads(path.read_text())
     kept = tuple(fields.pop("keep_float"))
     return TrialResult(Trial(fields.pop("number_format"), fields.pop("calibration"), kept), **fields)
-
-
-class _Candidate(nn.Module):
-    """What `autotune` passes around in place of a network: the trial that it stands for, None for the float network."""
-
-    trial: Trial | None = None
-
-
-def _autotune(trials: Sequence[Trial], attempt: Callable[[Trial], float], tolerable_loss: float) -> None:
-    """Let neural-compressor attempt the trials, where `attempt` returns the score and the float network's is 1.
-
-    With that baseline its relative loss is the absolute one.
-    """
-    with quiet():
-        from neural_compressor.common.base_config import BaseConfig
-        from neural_compressor.torch.quantization import TuningConfig, autotune
-        from neural_compressor.torch.utils.utility import algos_mapping, register_algo
-
-        class TrialConfig(BaseConfig):  # type: ignore[misc]
-            """A trial, as neural-compressor's loop wants its configurations."""
-
-            name = ALGORITHM
-            params_list = ("trial",)
-
-            def __init__(self, trial: Trial) -> None:
-                super().__init__()
-                self.trial = trial
-
-            def expand(self) -> list["TrialConfig"]:
-                return [self]
-
-            def get_model_info(self, **_: object) -> list[object]:
-                return []
-
-            def to_config_mapping(self, **_: object) -> dict[str, "TrialConfig"]:
-                return {"network": self}
-
-            @classmethod
-            def get_config_set_for_tuning(cls) -> list["TrialConfig"]:
-                return [cls(trial) for trial in trials]
-
-            @classmethod
-            def register_supported_configs(cls) -> list[object]:
-                return []
-
-        @register_algo(ALGORITHM)  # type: ignore[untyped-decorator]
-        def mark(candidate: _Candidate, configs: dict[str, TrialConfig], **_: object) -> _Candidate:
-            candidate.trial = configs["network"].trial
-            return candidate
-
-        def evaluate(candidate: _Candidate) -> float:
-            return 1.0 if candidate.trial is None else attempt(candidate.trial)
-
-        settings = TuningConfig(
-            config_set=TrialConfig.get_config_set_for_tuning(), tolerable_loss=tolerable_loss, max_trials=len(trials)
-        )
-        try:
-            autotune(_Candidate(), settings, eval_fn=evaluate)
-        finally:
-            del algos_mapping[ALGORITHM]

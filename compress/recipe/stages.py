@@ -23,7 +23,7 @@ class Stop(Section):
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Begin no epoch that would end after so many minutes of training, a killed run's earlier ones included."""
     top1: Fraction | None = None
-    """The validation top-1 that is enough."""
+    """The validation top-1 that is enough. The end is then chosen on the images that judge, so the last score flatters a little."""
 
     @model_validator(mode="after")
     def _some_condition(self) -> "Stop":
@@ -197,15 +197,15 @@ class PtqStage(Section):
     calibration_images: PositiveInt = 512
     """Training images that set the activations' ranges."""
     methods: Annotated[tuple[CalibrationMethod, ...], Field(min_length=1)] = ("minmax", "percentile", "entropy")
-    """How ranges are chosen: each is measured, and tuning tries them in this order."""
+    """How ranges are chosen: each is measured, and the one whose answers diverge least from the float student's is kept."""
     neural_compressor: bool = True
     """Also measure neural-compressor's own static quantization."""
     max_top1_drop: Drop = 0.01
-    """The loss of top-1 from the float student that tuning may leave; 0.01 is one point."""
+    """The loss of top-1 from the float student that tuning may leave, on 2,000 training images; 0.01 is one point."""
     max_trials: PositiveInt = 12
     """Files that tuning builds and scores at most."""
     score_images: PositiveInt | None = None
-    """Validation images that each file is scored on; null takes all."""
+    """Validation images that each method is reported on; null takes all. Nothing is chosen by them."""
 
 
 class QatStage(Section):
@@ -219,8 +219,8 @@ class QatStage(Section):
     """A weighted sum of losses."""
     ranges: Literal["moving_average", "lsq"] = "moving_average"
     """How the grid's scales are found: a moving average of each batch's minimum and maximum, or learned with the weights (LSQ)."""
-    calibration: CalibrationMethod = "minmax"
-    """How the activations' first ranges are chosen."""
+    calibration: CalibrationMethod | None = None
+    """How the activations' first ranges are chosen; null takes the method that the ptq stage found best."""
     calibration_images: PositiveInt = 512
     """Training images that set the activations' first ranges."""
     freeze_ranges_at: Fraction = 0.5
@@ -232,9 +232,9 @@ class QatStage(Section):
     keep_float: tuple[str, ...] = ()
     """Module paths (shell patterns such as `features.0.*`) that stay in float on purpose."""
     skip_if_ptq_drop_below: Drop | None = None
-    """Do not train where the ptq stage lost less top-1 than this against the float student; 0.01 is one point."""
+    """Do not train where the ptq stage's file lost less top-1 than this against the float student, on the images that tuning chose by; 0.01 is one point."""
     max_top1_drop: Drop | None = None
-    """After training, put the worst layers back to float until no more than this is lost against the float student; 0.01 is one point."""
+    """After training, put the worst layers back to float until no more than this is lost against the float student, on the same images."""
 
     @model_validator(mode="after")
     def _ranges_do_not_decay(self) -> "QatStage":

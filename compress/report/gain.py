@@ -2,7 +2,7 @@
 
 from compress.report.numbers import loss, percent, points, significant
 from compress.report.shape import DeployedRow, Json, Report
-from compress.report.verdict import any_row
+from compress.report.verdict import any_row, target_of
 from export.onnx_file.roles import PTQ, QAT
 
 SIGNIFICANT = 0.05
@@ -48,8 +48,11 @@ def skipped(report: Report) -> str | None:
     if was_trained(report):
         return None
     enough = (stage_section(report, "qat") or {}).get("skip_if_ptq_drop_below")
-    drop = (stage_metrics(report, "ptq") or {}).get("ptq_top1_drop")
-    lost = "" if drop is None else f" {loss(drop)} of top-1 against the float student,"
+    found = report["ptq"]["targets"].get(target_of(report)) if report["ptq"] else None
+    drop = found["trials"][found["chosen"]]["top1_drop"] if found and found["chosen"] is not None else None
+    lost = (
+        "" if drop is None else f" {loss(drop)} of top-1 against the float student on the images that tuning chose by,"
+    )
     limit = "" if enough is None else f" ({loss(enough)})"
     return f"Quantization-aware training was skipped: calibration alone loses{lost} less than qat.skip_if_ptq_drop_below{limit}."
 

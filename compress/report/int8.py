@@ -36,6 +36,7 @@ class TrialLine(NamedTuple):
     top1: str
     drop: str
     agreement: str
+    kl: str
     speedup: str
     met: bool
     chosen: bool
@@ -51,10 +52,11 @@ class GroupBar(NamedTuple):
 
 
 class Section(NamedTuple):
-    """INT8 without training on one target."""
+    """INT8 without training on one target; `judged` says by what images the trials were."""
 
     target: str
     images: int
+    judged: str
     methods: list[MethodLine]
     trials: list[TrialLine]
     groups: list[GroupBar]
@@ -70,6 +72,7 @@ def sections(report: Report, digits: int) -> list[Section]:
         Section(
             target,
             ptq["images"],
+            f"{ptq['tuning_images']:,} training images" if "tuning_images" in ptq else "the validation images",
             _methods(report, target, found, digits),
             [_trial(trial, index == found["chosen"], digits) for index, trial in enumerate(found["trials"])],
             _groups(found["sensitivity"]),
@@ -137,6 +140,7 @@ def _trial(trial: TrialRow, chosen: bool, digits: int) -> TrialLine:
         percent(trial["top1"], digits),
         loss(trial["top1_drop"]),
         percent(trial["agreement"], digits),
+        significant(trial["kl"], digits=2) if "kl" in trial else UNKNOWN,
         times(trial["latency_ratio"]),
         trial["met"],
         chosen,

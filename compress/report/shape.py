@@ -96,7 +96,10 @@ class GroupRow(TypedDict):
 
 
 class TrialRow(TypedDict):
-    """One file that tuning built: how, what it loses against the float student, how many times faster than it (FP32) it is."""
+    """One file that tuning built: how, what it loses against the float student, how many times faster than it (FP32) it is.
+
+    `kl` is the mean divergence in nats of its answers from that one's.
+    """
 
     number_format: str
     calibration: str
@@ -104,25 +107,31 @@ class TrialRow(TypedDict):
     top1: float
     top1_drop: float
     agreement: float
+    kl: NotRequired[float]
     latency_ratio: float | None
     met: bool
 
 
 class PtqTarget(TypedDict):
-    """INT8 without training on one target's grid; `chosen` is an index of the trials, `top1` the chosen file's on the validation images."""
+    """INT8 without training on one target's grid; `chosen` is an index of the trials, whose numbers are of the tuning images.
+
+    `top1` is the chosen file's on the validation images, `calibration` the best method, from which qat starts.
+    """
 
     methods: list[MethodRow]
     sensitivity: list[GroupRow]
     trials: list[TrialRow]
     chosen: int | None
+    calibration: NotRequired[str]
     top1: NotRequired[float]
 
 
 class Ptq(TypedDict):
-    """The ptq stage's ptq.json."""
+    """The ptq stage's ptq.json: methods are reported on `images` of validation, trials are chosen by `tuning_images` of training."""
 
     images: int
     float_top1: float
+    tuning_images: NotRequired[int]
     targets: dict[str, PtqTarget]
 
 

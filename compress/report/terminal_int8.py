@@ -22,7 +22,7 @@ def without_training(report: Report, *, gap: int, verbose: bool) -> Iterator[Tab
             if line.note:
                 yield Text(f"  {line.engine}, {line.method}: {line.note}", style="dim")
         if section.trials:
-            yield _trials(section, where, gap)
+            yield _trials(section, gap)
         if section.groups:
             yield _groups(section, gap, section.groups if verbose else section.groups[:FEW_GROUPS])
 
@@ -56,13 +56,22 @@ def _methods(section: int8.Section, where: str, gap: int) -> Table:
     return table
 
 
-def _trials(section: int8.Section, where: str, gap: int) -> Table:
-    columns = ("Trial", "Calibration", "Result", "Top-1", "Drop", "In float", "vs FP32")
-    table = _table(f"Tuning · {where}", columns, gap=gap, left=3)
+def _trials(section: int8.Section, gap: int) -> Table:
+    columns = ("Trial", "Calibration", "Result", "KL", "Top-1", "Drop", "In float", "vs FP32")
+    table = _table(f"Tuning · {section.target} · by {section.judged}", columns, gap=gap, left=3)
     for trial in section.trials:
         result = ("met" if trial.met else "missed") + (", chosen" if trial.chosen else "")
         floats = f"{len(trial.keep_float)}"
-        cells = (trial.number_format, trial.calibration, result, trial.top1, trial.drop, floats, trial.speedup)
+        cells = (
+            trial.number_format,
+            trial.calibration,
+            result,
+            trial.kl,
+            trial.top1,
+            trial.drop,
+            floats,
+            trial.speedup,
+        )
         table.add_row(*map(Text, cells), style="bold" if trial.chosen else "")
     return table
 

@@ -11,11 +11,11 @@ from torch import fx
 from compress.artifact import Metrics, lineage, read_meta, write_json
 from compress.log import StageLog
 from compress.models.saved import load_float, load_prepared
-from compress.onnx_export import export_network
 from compress.quant.prepare import deploy, float_on_purpose
 from compress.quant.reference import reference_of
 from compress.recipe.stages import AuditLimits, ExportStage
 from compress.run import Run, as_numpy, float_ancestor, newest
+from compress.scoring import export_network
 from export.audit import Audit, audit, over_limits
 from export.bundle.read import VALIDATION
 from export.onnx_file.graph import save_model, to_float16

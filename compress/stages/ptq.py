@@ -1,7 +1,10 @@
-"""INT8 without training: measure every method on each target's grid, then tune until the accuracy holds. The network passes unchanged."""
+"""INT8 without training: every method on each target's grid, then tuning until the accuracy holds. The network passes unchanged.
+
+Methods are reported on the validation images; what is chosen, is chosen on the tuning images.
+"""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +18,16 @@ from compress.artifact import Metrics, read_meta, write_json
 from compress.errors import ModelError
 from compress.log import StageLog
 from compress.models.saved import ARCHITECTURE, WEIGHTS, example_images, load_float
-from compress.onnx_export import export_network
 from compress.quant import neural_compressor_ptq
 from compress.quant.calibrate import Method, calibrate_, collect, set_ranges_
 from compress.quant.prepare import deploy, prepare
-from compress.quant.tuning import Trial, TrialResult, calibration_trials, choose, fallback_trials, file_of, tune
+from compress.quant.tuning import Trial, TrialResult, choose, fallback_trials, file_of, judge_of, until_one_holds
 from compress.recipe.stages import PtqStage
 from compress.run import Run, as_numpy
-from compress.scoring import faster_than, runs_here, score_file, worst_first
+from compress.scoring import export_network, faster_than, runs_here, score_file, tuning_score, worst_first
 from compress.training.loop import place_
 from export.audit import audit
+from export.errors import BundleError
 from export.onnx_file import ptq
 from export.onnx_file.graph import save_model, to_float16
 from export.onnx_file.roles import PTQ
@@ -46,7 +49,8 @@ class Student:
     src: Path
     fp32: Path
     top1: float  # in torch
-    baseline: Score  # of `fp32`, in ONNX Runtime
+    reported: Score  # of `fp32` in ONNX Runtime, on the validation images
+    baseline: Score  # the same on the tuning images
     log: StageLog
 
     def calibration(self) -> Iterator[Tensor]:
@@ -81,18 +85,29 @@ def apply(cfg: PtqStage, src: Path | None, out: Path, run: Run) -> Metrics:
     with run.log(out, "ptq") as log:
         fp32 = work / "float.onnx"
         export_network(load_float(src, trust_code=run.trust_code), fp32, run, top1=top1, target=run.target)
-        baseline = score_file(fp32, run, images=cfg.score_images, optimize=True)
-        log.note(f"float student: top-1 {_percent(baseline.top1)} on {baseline.images} images in ONNX Runtime")
-        student = Student(cfg, run, src, fp32, top1, baseline, log)
+        reported = score_file(fp32, run.validation(limit=cfg.score_images), optimize=True)
+        baseline = tuning_score(fp32, run, optimize=True)
+        log.note(
+            f"float student in ONNX Runtime: top-1 {_percent(reported.top1)} on {reported.images} validation images, "
+            f"{_percent(baseline.top1)} on the {baseline.images} training images that tuning chooses by"
+        )
+        student = Student(cfg, run, src, fp32, top1, reported, baseline, log)
         found = {target.name: _on_target(student, target, work / target.name, out) for target in run.int8_targets}
-    write_json(out / "ptq.json", {"images": baseline.images, "float_top1": baseline.top1, "targets": found})
+    write_json(
+        out / "ptq.json",
+        {
+            "images": reported.images,
+            "float_top1": reported.top1,
+            "tuning_images": baseline.images,
+            "targets": found,
+        },
+    )
     shutil.rmtree(work)
     own = found[run.target.name]
-    chosen = own["trials"][own["chosen"]]
     return {
         **metrics,
-        "ptq_top1": chosen["top1"],
-        "ptq_top1_drop": chosen["top1_drop"],
+        "ptq_top1": own["top1"],
+        "ptq_top1_drop": reported.top1 - own["top1"],
         "trials": len(own["trials"]),
     }
 
@@ -114,22 +129,33 @@ def _on_target(student: Student, target: Target, work: Path, out: Path) -> Row:
         rows += [_by_neural_compressor(student, target, name, work) for name in neural_compressor_ptq.ALGORITHMS]
     for row in rows:
         student.log.note(_method_line(target, row))
-    best: Method = max(student.cfg.methods, key=lambda method: scores["compress", method].top1)
+    judge = _judge(student, target, files, work)
+    results = tuple(judge(Trial("int8", method)) for method in student.cfg.methods[: student.cfg.max_trials])
+    best = _method(student.cfg, results[choose(results)].trial)
     set_ranges_(prepared, histograms, best)
     damage = worst_first(prepared, student.run, images=student.cfg.calibration_images)
     del prepared
-    results = _tune(student, target, best, [group.group for group in damage], files, scores, work)
+    if not any(result.met for result in results):
+        groups = [group.group for group in damage]
+        results += until_one_holds(fallback_trials(best, groups, student.cfg.max_trials - len(results)), judge)
     chosen = choose(results)
     # An INT8 file is left even where fp16 was chosen: its name says INT8, and a later stage compares with it.
     int8 = [result for result in results if result.trial.number_format == "int8"]
     (out / target.name).mkdir(exist_ok=True)
     shutil.copyfile(file_of(int8[choose(int8)].trial, work), out / target.name / f"{PTQ}.onnx")
     student.log.note(_verdict(student.cfg, target, results, chosen))
+    trial = results[chosen].trial
+    reported = None if trial.keep_float else scores.get(("compress", trial.calibration))
+    if reported is None:
+        images = student.run.validation(limit=student.cfg.score_images)
+        reported = score_file(file_of(trial, work), images, optimize=runs_here(target))
     return {
         "methods": rows,
         "sensitivity": [asdict(group) for group in damage],
         "trials": [result.to_json() for result in results],
         "chosen": chosen,
+        "calibration": best,
+        "top1": reported.top1,
     }
 
 
@@ -145,8 +171,8 @@ def _by_onnxruntime(student: Student, target: Target, work: Path) -> Files:
 
 def _score(student: Student, target: Target, files: Files) -> dict[Name, Score]:
     """Run the same validation images through every file in ONNX Runtime, as the target would where this machine can."""
-    images = as_numpy(student.run.validation(limit=student.cfg.score_images))
-    found = score({path.stem: path for path in files.values()}, images, optimize=runs_here(target))
+    images = student.run.validation(limit=student.cfg.score_images)
+    found = score({path.stem: path for path in files.values()}, as_numpy(images), optimize=runs_here(target))
     return {name: found[path.stem] for name, path in files.items()}
 
 
@@ -159,7 +185,7 @@ def _row(student: Student, target: Target, name: Name, path: Path, found: Score)
         "method": method,
         "scored_in": "onnxruntime",
         "top1": found.top1,
-        "agreement": found.agreement(student.baseline),
+        "agreement": found.agreement(student.reported),
         "integer_layers": len(layers.integer_layers) if layers else None,
         "float_layers": len(layers.float_layers) if layers else None,
         "note": None if layers else "scored unoptimized: this machine is not the target",
@@ -182,28 +208,18 @@ def _by_neural_compressor(
     try:
         with neural_compressor_ptq.quiet():
             to_onnx(quantized, path, image_size=student.run.image_size, metadata={})
-    except torch.onnx.OnnxExporterError as error:
+    except BundleError as error:
         found = _score_in_torch(quantized, student.cfg, student.run)
-        note = f"no ONNX file ({str(error).strip().partition(chr(10))[0]})"
-        return row | {"top1": found.top1, "agreement": found.agreement(student.baseline), "note": note}
+        return row | {"top1": found.top1, "agreement": found.agreement(student.reported), "note": str(error)}
     name = ("neural-compressor", algorithm)
     measured = _row(student, target, name, path, _score(student, target, {name: path})[name])
     full_range = "its weights take levels from -128 to 127, off this target's grid" if target.weight_max < 127 else None
     return measured | {"note": measured["note"] or full_range}
 
 
-def _tune(
-    student: Student,
-    target: Target,
-    best: Method,
-    groups: Sequence[str],
-    files: Files,
-    scores: Mapping[Name, Score],
-    work: Path,
-) -> tuple[TrialResult, ...]:
-    """Try each calibration, then the best with the worst of the `groups`, which stand first, in float, then fp16."""
+def _judge(student: Student, target: Target, files: Files, work: Path) -> Callable[[Trial], TrialResult]:
+    """Return what builds a trial's file, or finds it among the methods' `files`, and judges it on the tuning images."""
     cfg, run = student.cfg, student.run
-    known = {file_of(Trial("int8", method), work): scores["compress", method] for method in cfg.methods}
 
     def build(trial: Trial, path: Path) -> None:
         if trial.number_format == "fp16":
@@ -212,28 +228,22 @@ def _tune(
             shutil.copyfile(files["compress", trial.calibration], path)
         else:
             prepared = student.prepared(target, trial.keep_float)
-            calibrate_(prepared, student.calibration(), best)
+            calibrate_(prepared, student.calibration(), _method(cfg, trial))
             student.export(prepared, path, target)
 
-    def score_trial(path: Path) -> Score:
-        return known.get(path) or score_file(path, run, images=cfg.score_images, optimize=runs_here(target))
+    return judge_of(
+        build,
+        lambda path: tuning_score(path, run, optimize=runs_here(target)),
+        baseline=student.baseline,
+        max_top1_drop=cfg.max_top1_drop,
+        folder=work,
+        latency_ratio=faster_than(student.fp32, run, target),
+        tell=lambda result: student.log.note(f"{target.name}: {result}"),
+    )
 
-    def run_trials(trials: Sequence[Trial]) -> tuple[TrialResult, ...]:
-        results, _ = tune(
-            trials,
-            build,
-            score_trial,
-            baseline=student.baseline,
-            max_top1_drop=cfg.max_top1_drop,
-            folder=work,
-            latency_ratio=faster_than(student.fp32, run, target),
-            tell=lambda result: student.log.note(f"{target.name}: {result}"),
-        )
-        return results
 
-    results = run_trials(calibration_trials(cfg.methods, cfg.max_trials))
-    further = fallback_trials(best, groups, cfg.max_trials - len(results))
-    return results if results[-1].met or not further else results + run_trials(further)
+def _method(cfg: PtqStage, trial: Trial) -> Method:
+    return next(method for method in cfg.methods if method == trial.calibration)
 
 
 @torch.no_grad()

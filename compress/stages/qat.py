@@ -12,15 +12,14 @@ from compress.artifact import Metrics, read_meta, write_json
 from compress.distillation.teacher import distil
 from compress.log import StageLog
 from compress.models.saved import Architecture, load_float, prepare_as, read_architecture, save_network
-from compress.onnx_export import export_network
-from compress.quant.calibrate import calibrate_
+from compress.quant.calibrate import Method, calibrate_
 from compress.quant.prepare import deploy, freeze_batchnorm_, reestimate_batchnorm_, set_phase_
-from compress.quant.tuning import Trial, fallback_trials, tune
+from compress.quant.tuning import Trial, choose, fallback_trials, judge_of, until_one_holds
 from compress.ranks import first_decides
 from compress.recipe.arguments import qat_fit
 from compress.recipe.stages import QatStage
 from compress.run import Run, newest
-from compress.scoring import faster_than, runs_here, score_file, worst_first
+from compress.scoring import export_network, faster_than, runs_here, tuning_score, worst_first
 from compress.training.loop import place_
 from export.onnx_file.targets import Target
 
@@ -34,7 +33,9 @@ def apply(cfg: QatStage, src: Path | None, out: Path, run: Run) -> Metrics:
     metrics: Metrics = {"params_m": costs["params_m"], "macs_m": costs["macs_m"], "size_mb": None}
     with run.log(out, "qat") as log:
         for target in reversed(run.int8_targets):  # the recipe's own last: its numbers are the stage's
-            result = _skip(cfg, log, target, _ptq(src, target)) or _train(cfg, src, out, run, log, target)
+            ptq = _ptq(src, target)
+            method = cfg.calibration or ptq["calibration"]
+            result = _skip(cfg, log, target, ptq) or _train(cfg, method, src, out, run, log, target)
             metrics |= {f"{name}_{target.name}": result[name] for name in ("top1", "trained")} | result
     return metrics
 
@@ -57,19 +58,19 @@ def _skip(cfg: QatStage, log: StageLog, target: Target, ptq: dict[str, Any]) -> 
         f"less than skip_if_ptq_drop_below ({100 * enough:.2f})"
     )
     return {
-        "top1": trial["top1"],
-        "top1_calibrated": trial["top1"],
+        "top1": ptq["top1"],
+        "top1_calibrated": ptq["top1"],
         "trained": 0,
         "float_groups": len(trial["keep_float"]),
     }
 
 
-def _train(cfg: QatStage, src: Path, out: Path, run: Run, log: StageLog, target: Target) -> Metrics:
-    """Train on one target's grid and save the network."""
+def _train(cfg: QatStage, method: Method, src: Path, out: Path, run: Run, log: StageLog, target: Target) -> Metrics:
+    """Train on one target's grid, from the ranges that a calibration method sets, and save the network."""
     architecture = replace(read_architecture(src), target=target.name, ranges=cfg.ranges, keep_float=cfg.keep_float)
-    model = _calibrated(cfg, src, architecture, run)
+    model = _calibrated(cfg, method, src, architecture, run)
     before = run.evaluate(model)
-    log.note(f"{target.name}: top-1 after calibration alone {before['top1']:.4f}")
+    log.note(f"{target.name}: top-1 after calibration by {method} alone {before['top1']:.4f}")
 
     def before_step(training: nn.Module, done: float) -> None:
         set_phase_(training, observing=done < cfg.freeze_ranges_at, quantizing=True)
@@ -85,7 +86,7 @@ def _train(cfg: QatStage, src: Path, out: Path, run: Run, log: StageLog, target:
     if cfg.reestimate_batchnorm_images:
         reestimate_batchnorm_(model, (batch.images for batch in run.calibration(cfg.reestimate_batchnorm_images)))
     if cfg.max_top1_drop is not None:
-        model, architecture = _hold(cfg, cfg.max_top1_drop, src, model, architecture, out, run, log, target)
+        model, architecture = _hold(cfg, method, cfg.max_top1_drop, src, model, architecture, out, run, log, target)
     _save(model, architecture, out, run)
     measured = run.evaluate(model)
     return {**measured, "top1_calibrated": before["top1"], "trained": 1, "float_groups": len(architecture.keep_float)}
@@ -93,6 +94,7 @@ def _train(cfg: QatStage, src: Path, out: Path, run: Run, log: StageLog, target:
 
 def _hold(
     cfg: QatStage,
+    method: Method,
     max_top1_drop: float,
     src: Path,
     model: nn.Module,
@@ -109,47 +111,48 @@ def _hold(
         changed = replace(architecture, keep_float=(*architecture.keep_float, *trial.keep_float))
         prepared = prepare_as(changed, student)
         # A layer in float can give its neighbours quantizers that training did not know: those keep the calibrated range.
-        calibrate_(prepared, (batch.images.cpu() for batch in run.calibration(cfg.calibration_images)), cfg.calibration)
+        calibrate_(prepared, (batch.images.cpu() for batch in run.calibration(cfg.calibration_images)), method)
         prepared.load_state_dict(
             {name: trained[name] for name in prepared.state_dict() if name in trained}, strict=False
         )
         set_phase_(prepared, observing=False, quantizing=True)
         return prepared.eval(), changed
 
-    def choose() -> Trial:
+    def least_float() -> Trial:
         damage = worst_first(model, run, images=cfg.calibration_images)
         work = out / f"trials-{target.name}"
         work.mkdir(exist_ok=True)
         fp32 = work / "float.onnx"
         export_network(student, fp32, run, top1=float("nan"), target=target)
-        baseline = score_file(fp32, run, images=None, optimize=True)
+        baseline = tuning_score(fp32, run, optimize=True)
 
         def build(trial: Trial, path: Path) -> None:
             export_network(deploy(kept(trial)[0]), path, run, top1=baseline.top1, target=target)
 
-        results, chosen = tune(
-            (Trial("int8", "trained"), *fallback_trials("trained", [group.group for group in damage], MAX_TRIALS)[:-1]),
+        judge = judge_of(
             build,
-            lambda path: score_file(path, run, images=None, optimize=runs_here(target)),
+            lambda path: tuning_score(path, run, optimize=runs_here(target)),
             baseline=baseline,
             max_top1_drop=max_top1_drop,
             folder=work,
             latency_ratio=faster_than(fp32, run, target),
             tell=lambda result: log.note(f"{target.name}: {result}"),
         )
+        fallbacks = fallback_trials("trained", [group.group for group in damage], MAX_TRIALS)[:-1]
+        results = until_one_holds((Trial("int8", "trained"), *fallbacks), judge)
         write_json(out / f"trials-{target.name}.json", [result.to_json() for result in results])
         shutil.rmtree(work)
-        return results[chosen].trial
+        return results[choose(results)].trial
 
-    held, architecture = kept(first_decides(choose))
+    held, architecture = kept(first_decides(least_float))
     return place_(held, run.device), architecture
 
 
-def _calibrated(cfg: QatStage, src: Path, architecture: Architecture, run: Run) -> nn.Module:
+def _calibrated(cfg: QatStage, method: Method, src: Path, architecture: Architecture, run: Run) -> nn.Module:
     """Return the float student fake-quantized, with the activations' first ranges, on the run's device."""
     student = load_float(src, trust_code=run.trust_code)
     model = place_(prepare_as(architecture, student), run.device)
-    calibrate_(model, (batch.images for batch in run.calibration(cfg.calibration_images)), cfg.calibration)
+    calibrate_(model, (batch.images for batch in run.calibration(cfg.calibration_images)), method)
     return model
 
 

@@ -3,36 +3,50 @@
 The only file of `export` that imports torch.
 """
 
+import re
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import torch
 from torch import fx, nn
 
+from export.errors import BundleError
 from export.onnx_file.graph import INPUT, OUTPUT, finish, save_model
 
 OPSET = 18
+SUMMARY = re.compile(r"^<class '.+?'>: (.+)$", re.MULTILINE)  # of each exception that an OnnxExporterError came from
 
 
 def to_onnx(model: nn.Module, path: Path, *, image_size: int, metadata: Mapping[str, str]) -> None:
     """Export `model` (in eval mode, on the CPU) with input (batch, 3, image_size, image_size), the batch dynamic.
 
     The file has opset 18 and IR 9, holds its own weights, and carries `metadata`; its nodes are named after their
-    modules, and it has passed ONNX's checker.
+    modules, and it has passed ONNX's checker. Raises BundleError where torch cannot write it.
     """
     # Batch 2: torch.export would specialise a batch of 1.
     images = torch.zeros(2, 3, image_size, image_size)
-    program = torch.onnx.export(
-        with_named_calls(model) if isinstance(model, fx.GraphModule) else model,
-        (images,),
-        dynamo=True,
-        opset_version=OPSET,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-        external_data=False,
-        verbose=False,
-    )
+    try:
+        # Where it fails it prints the graph so far, of each of its tries.
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            program = torch.onnx.export(
+                with_named_calls(model) if isinstance(model, fx.GraphModule) else model,
+                (images,),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                external_data=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = next(iter(SUMMARY.findall(str(error))), "torch does not say why")
+        raise BundleError(
+            f"{type(model).__name__}: cannot be written as ONNX ({reason}): "
+            "its forward must not branch on values, and use operators that ONNX has"
+        ) from error
     assert program is not None
     save_model(finish(program.model_proto, opset=OPSET, metadata=metadata), path)
 

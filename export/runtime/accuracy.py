@@ -18,11 +18,12 @@ TOP = 5  # with no more classes than these, every answer would be among them
 
 @dataclass(frozen=True)
 class Score:
-    """What one file answered: the arg-max for each image, and whether its label is among the five largest (None: unknown)."""
+    """What one file answered: the arg-max for each image, whether its label is among the five largest (None: unknown), and the logits if kept."""
 
     predictions: NDArray[np.int64]
     labels: NDArray[np.int64]
     in_top5: NDArray[np.bool_] | None = None
+    logits: NDArray[np.float32] | None = None
 
     @property
     def images(self) -> int:
@@ -50,6 +51,13 @@ class Score:
         """Return the fraction of images that both answer alike."""
         return float(np.mean(self.predictions == other.predictions))
 
+    def divergence(self, reference: "Score") -> float:
+        """Return the mean Kullback-Leibler divergence in nats of the kept logits' distribution from the reference's."""
+        assert self.logits is not None
+        assert reference.logits is not None
+        true, found = log_probabilities(reference.logits), log_probabilities(self.logits)  # (n, classes)
+        return float(np.mean(np.sum(np.exp(true) * (true - found), axis=1)))
+
 
 def score(
     files: Mapping[str, Path],
@@ -58,6 +66,7 @@ def score(
     provider: str = CPU,
     threads: int = 0,
     optimize: bool = True,
+    keep_logits: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Score]:
     """Run every batch through every file, its graph optimized or as it is; each batch is decoded once.
@@ -69,6 +78,7 @@ def score(
     }
     answers: dict[str, list[NDArray[np.int64]]] = {name: [] for name in files}
     in_top5: dict[str, list[NDArray[np.bool_]]] = {name: [] for name in files}
+    kept: dict[str, list[NDArray[np.float32]]] = {name: [] for name in files}
     labels: list[NDArray[np.int64]] = []
     for images, targets in batches:
         labels.append(targets)
@@ -83,14 +93,29 @@ def score(
             answers[name].append(np.argmax(logits, axis=1))  # (batch,)
             if logits.shape[1] > TOP:
                 in_top5[name].append(ranks(logits, targets) < TOP)
+            if keep_logits:
+                kept[name].append(logits.astype(np.float32))
         progress(f"scored {sum(map(len, labels))} images")
     if not labels:
         raise BundleError("accuracy: no images to score: give a folder or file with at least one")
     truth = np.concatenate(labels)
     return {
-        name: Score(np.concatenate(parts), truth, np.concatenate(in_top5[name]) if in_top5[name] else None)
+        name: Score(
+            np.concatenate(parts),
+            truth,
+            np.concatenate(in_top5[name]) if in_top5[name] else None,
+            np.concatenate(kept[name]) if keep_logits else None,
+        )
         for name, parts in answers.items()
     }
+
+
+def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the logarithm of the softmax (n, classes); what is not finite counts as a number far outside of any logit's range."""
+    finite = np.nan_to_num(logits.astype(np.float64), nan=0.0, posinf=1e4, neginf=-1e4)
+    shifted = finite - finite.max(axis=1, keepdims=True)
+    found: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return found
 
 
 def ranks(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,4 +1,5 @@
 import json
+import re
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -121,6 +122,13 @@ def test_unknown_counts_and_ratios_are_dashes(tmp_path: Path) -> None:
     assert (section.methods[3].integer_layers, section.trials[0].speedup, section.trials[0].chosen) == ("–", "–", False)
 
 
+def test_trials_say_that_training_images_chose_and_methods_that_validation_images_report(tmp_path: Path) -> None:
+    report = build_report(tmp_path, int8=build_int8())
+    for text in (page_of(report, tmp_path), text_of(report)):
+        assert re.search(r"Tuning.* by 1,437 training images", text)
+        assert "360 " in text
+
+
 def test_the_trials_show_what_is_in_float_met_and_chosen(tmp_path: Path) -> None:
     planted = build_int8()
     found = planted["ptq"]["targets"]["cpu_avx2"]
@@ -217,8 +225,8 @@ def test_skipped_training_is_told_with_its_reason(tmp_path: Path) -> None:
     report = build_report(tmp_path, sections={"qat": {"skip_if_ptq_drop_below": 0.01}}, int8=build_int8())
     report = with_metrics(report, "qat", trained=0.0)
     said = (
-        "Quantization-aware training was skipped: calibration alone loses 0.83 points of top-1 against the float student, "
-        "less than qat.skip_if_ptq_drop_below (1.00 points)."
+        "Quantization-aware training was skipped: calibration alone loses 0.83 points of top-1 against the float student "
+        "on the images that tuning chose by, less than qat.skip_if_ptq_drop_below (1.00 points)."
     )
     for text in (page_of(report, tmp_path), text_of(report)):
         assert said in text

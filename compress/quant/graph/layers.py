@@ -36,13 +36,15 @@ class Lifted:
         node.meta["nn_module_stack"] = self.scope
         return node
 
-    def call_layer(self, path: str, layer: nn.Module, values: fx.Node, key: tuple[object, ...]) -> fx.Node:
-        """Record a call of a layer; one with the same `key` is the same layer, called again."""
+    def call_layer(
+        self, path: str, layer: nn.Module, values: fx.Node, key: tuple[object, ...], stack: str | None
+    ) -> fx.Node:
+        """Record a call of a layer from a stack of Python's; one with the same `key` is the same layer, called again."""
         if key not in self.layers:
             self.layers[key] = self._free(path)
             self.attributes[self.layers[key]] = layer
         node = self.graph.call_module(self.layers[key], (values,))
-        node.meta["nn_module_stack"] = self.scope
+        node.meta |= {"nn_module_stack": self.scope, "stack_trace": stack}
         return node
 
     def readable(self, argument: Any) -> Any:
@@ -91,7 +93,7 @@ def layer_of(lifted: Lifted, packet: object, args: Arguments, kwargs: Options, n
     own = [given.get(name) for name in ("weight", "bias", "running_mean", "other")]
     anchor = next(tensor for tensor in (weight, given.get("running_mean"), torch.empty(0)) if tensor is not None)
     key = (packet, *(id(tensor) if isinstance(tensor, Tensor) else None for tensor in own), layer.extra_repr())
-    return lifted.call_layer(lifted.path_of(anchor), layer, values, key)
+    return lifted.call_layer(lifted.path_of(anchor), layer, values, key, node.stack_trace)
 
 
 def _with_weights(layer: nn.Module, **tensors: Tensor | None) -> nn.Module:

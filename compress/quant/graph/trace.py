@@ -11,9 +11,11 @@ parallel branches that add up to one convolution.
 
 import copy
 import operator
-import re
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from traceback import format_exception
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
-from compress.errors import ModelError
+from compress.errors import ModelError, own_line
 from compress.quant.graph.branches import merge_branches_
 from compress.quant.graph.layers import FUNCTIONS, IDENTITIES, Lifted, layer_of, pad_into_convolutions_
 
@@ -77,26 +79,15 @@ def name_of(node: fx.Node) -> str:
 
 def _export(model: nn.Module, batch: Tensor) -> ExportedProgram:
     try:
-        with warnings.catch_warnings():
+        # Where it fails it prints the graph so far.
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             return torch.export.export(model, (batch,), dynamic_shapes=({0: Dim("batch")},), strict=False)
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__}: its forward cannot be one graph{_place(error)}: {_reason(error)}; "
-            "write it without branches on the values of tensors"
+            f"{type(model).__name__}: its forward cannot be one graph{own_line(''.join(format_exception(error)))}: {_reason(error)}; "
+            "write it without branches on the values of tensors and loops over the images"
         ) from error
-
-
-def _place(error: Exception) -> str:
-    """Return the line of a person's file that torch stopped at, as far as the error tells."""
-    lines = re.findall(r'File "([^"]+)", line (\d+)', str(error))
-    traced, trace = [], error.__traceback__
-    while trace is not None:
-        traced.append((trace.tb_frame.f_code.co_filename, str(trace.tb_lineno)))
-        trace = trace.tb_next
-    own = [(file, line) for file, line in [*traced, *lines] if "/torch/" not in file and not file.startswith("<")]
-    own = [(file, line) for file, line in own if file != __file__]
-    return f" ({own[-1][0]}, line {own[-1][1]})" if own else ""
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,66 @@
+"""Networks that run in PyTorch and that a later stage cannot take."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Plain(nn.Module):
+    """Two convolutions and a head; nobody refuses it."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (n, num_classes)."""
+        x = F.relu(self.second(F.relu(self.first(x))))
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+class OnValues(Plain):
+    """Goes another way for bright images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (n, num_classes)."""
+        if x.max() > 10:
+            x = x / 10
+        return super().forward(x)
+
+
+class Shared(Plain):
+    """Runs one layer twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (n, num_classes)."""
+        x = F.relu(self.second(F.relu(self.first(x))))
+        x = F.relu(self.second(x))
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+class OneByOne(Plain):
+    """Loops over the images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (n, num_classes)."""
+        forward = super().forward
+        return torch.cat([forward(x[index : index + 1]) for index in range(len(x))])
+
+
+class Noisy(Plain):
+    """Answers by chance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (n, num_classes)."""
+        return super().forward(x + torch.randn_like(x))
+
+
+class Bessel(Plain):
+    """Uses an operator that ONNX lacks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (n, num_classes)."""
+        return super().forward(torch.special.i1(x))

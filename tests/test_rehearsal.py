@@ -1,0 +1,95 @@
+"""What a later stage cannot take is refused before the first training: with the stage, the person's own line, and advice that fits the recipe."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from compress.errors import CompressError
+from compress.pipeline import run_recipe
+from compress.recipe.read import read_recipe
+from compress.recipe.schema import Recipe
+
+FILE = Path(__file__).with_name("refused.py")
+STAGES = {
+    "prune": "{stage: prune, keep_macs: 0.5}",
+    "distill": "{stage: distill, fit: {epochs: 1}}",
+    "ptq": "{stage: ptq, calibration_images: 32, methods: [minmax], neural_compressor: false}",
+    "qat": "{stage: qat, fit: {epochs: 1, lr: 0.001}, calibration_images: 32}",
+    "export": "{stage: export, verify_images: 8}",
+}
+
+
+def recipe(folder: Path, network: str, *stages: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    rows = ["{stage: source, fit: {epochs: 1}}", *(STAGES[stage] for stage in stages)]
+    path = folder / "refused.yaml"
+    path.write_text(
+        "name: refused\ntarget: cpu_avx2\ndata: {dataset: digits, image_size: 16, limit_per_class: 4}\n"
+        f'model: {{arch: "{FILE}:{network}"}}\nstages:\n' + "".join(f"  - {row}\n" for row in rows)
+    )
+    return read_recipe(path, [f"out={folder}", *overrides])
+
+
+def run(recipe: Recipe) -> int:
+    return run_recipe(recipe, trust_code=True, until=None, verbose=False, command="compress run")
+
+
+def line_of(code: str) -> str:
+    return f"({FILE}, line {next(number for number, line in enumerate(FILE.read_text().splitlines(), 1) if code in line)}: {code})"
+
+
+REFUSED = [
+    ("OnValues", ("distill", "ptq"), "ptq: OnValues: its forward cannot be one graph", "if x.max() > 10:"),
+    ("OnValues", ("export",), "export: OnValues: cannot be written as ONNX", "if x.max() > 10:"),
+    ("OneByOne", ("export",), "export: OneByOne: its ONNX file takes no other number of images", None),
+    ("OneByOne", ("ptq", "export"), "ptq: OneByOne: its forward cannot be one graph", None),
+    ("Noisy", ("export",), "export: Noisy: its ONNX file answers otherwise than it does in PyTorch", None),
+    ("Noisy", ("ptq", "export"), "ptq: Noisy: its graph gives other outputs than its forward", None),
+    ("Bessel", ("export",), "export: Bessel: cannot be written as ONNX (No ONNX function found for", None),
+    ("Shared", ("distill", "ptq"), "ptq: second: runs again in the same forward", "x = F.relu(self.second(x))"),
+    ("Shared", ("ptq", "qat", "export"), "ptq and qat: second: runs again", "x = F.relu(self.second(x))"),
+]
+
+
+@pytest.mark.parametrize(("network", "stages", "said", "code"), REFUSED)
+def test_what_a_stage_cannot_take_is_refused_before_anything_trains(
+    tmp_path: Path,
+    network: str,
+    stages: tuple[str, ...],
+    said: str,
+    code: str | None,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(CompressError, match=re.escape(said)) as refused:
+        run(recipe(tmp_path, network, *stages))
+    message = str(refused.value)
+    assert code is None or line_of(code) in message
+    advice = {True: "; or leave out ptq and qat", False: "; or leave out ptq"}["qat" in stages]
+    assert message.endswith(advice) == ("ptq" in stages)
+    assert ("qat" in message) == ("qat" in stages)
+    assert "\n" not in message
+    assert list((tmp_path / "refused").glob("*source*")) + list((tmp_path / "refused").glob(".*source*")) == []
+    assert "def forward" not in "".join(capfd.readouterr())  # torch prints its graph so far
+
+
+def test_a_pattern_that_keeps_nothing_in_float_is_refused_before_anything_trains(tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match=r"qat: keep_float: body\.\* names no .* they are first, second, head"):
+        run(recipe(tmp_path, "Plain", "ptq", "qat", overrides=("qat.keep_float=[body.*]",)))
+    assert list((tmp_path / "refused").glob("*source*")) == []
+
+
+def test_a_refusal_comes_after_a_finished_teacher_too(tmp_path: Path) -> None:
+    assert run(recipe(tmp_path, "Shared")) == 0
+    with pytest.raises(CompressError, match="second: runs again"):
+        run(recipe(tmp_path, "Shared", "distill", "ptq"))
+    assert list((tmp_path / "refused").glob("*distill*")) == []
+
+
+def test_nothing_is_tried_where_nothing_will_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(recipe(tmp_path, "Shared")) == 0
+
+    def no(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("compress.rehearsal._networks", no)
+    assert run(recipe(tmp_path, "Shared", "export")) == 0
