@@ -18,7 +18,7 @@ from compress.data.dataset import Dataset
 from compress.data.images import FileImages, ImageSet, MemoryImages
 from compress.data.loader import Raw, loaded, random_view, still_view
 from compress.data.mixing import Mixes, draw_mixes, mix
-from compress.data.views import Draws, apply_boxes, draw
+from compress.data.views import Draws, cut, draw
 from compress.ranks import gather
 from export.errors import DataError
 from export.images.preprocess import Preprocess
@@ -192,11 +192,9 @@ def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def _memory_pixels(images: MemoryImages, shares: Sequence[Tensor], *, device: torch.device) -> Iterator[Raw]:
-    pixels = images.still.pixels_on(device)
     labels = images.labels.to(device)
     for share in shares:
-        indices = share.to(device, non_blocking=True)
-        yield Raw(pixels[indices], labels[indices], share)
+        yield Raw(images.still.images(share, device), labels[share.to(device, non_blocking=True)], share)
 
 
 def _memory_views(
@@ -205,9 +203,8 @@ def _memory_views(
     if draws.augmentation.crop == "none" and not draws.augmentation.flip:
         yield from _memory_pixels(images, shares, device=device)
         return
-    canvases = images.canvases(whole=draws.augmentation.crop == "random_resized")
-    pixels, labels = canvases.pixels_on(device), images.labels.to(device)
-    boxes = canvases.boxes(draws, torch.arange(len(images))).to(device)
+    stored, labels = images.stored(whole=draws.augmentation.crop == "random_resized"), images.labels.to(device)
+    boxes = stored.boxes(draws, torch.arange(len(images))).to(device)
     for share in shares:
         indices = share.to(device, non_blocking=True)
-        yield Raw(apply_boxes(pixels[indices], boxes[indices], size), labels[indices], share)
+        yield Raw(cut(stored.images(share, device), boxes[indices], size), labels[indices], share)

@@ -9,7 +9,7 @@ import torch
 
 from compress.data.augment import Augmentation
 from compress.data.digest import NATIVE_SIZE, DataSettings, dataset_digest, given
-from compress.data.images import MEMORY_BYTES, ArrayImages, FileImages, ImageSet, canvas_side, decode_all, from_files
+from compress.data.images import MEMORY_BYTES, ArrayImages, FileImages, ImageSet, decode_all, from_files, largest_area
 from compress.data.named import NAMED, Arrays, NamedSet
 from compress.data.split import held_out, limited
 from export.errors import DataError
@@ -67,7 +67,7 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
         chosen = limited(labels[train], len(found.classes), per_class=settings.limit_per_class, seed=settings.seed)
         train = train[chosen]
     lazy = _pick(found, train, val, skip_broken=settings.skip_broken)
-    images = _in_memory(*lazy, preprocess, augmentation.whole_side(size))
+    images = _in_memory(*lazy, preprocess, augmentation.whole_area(size))
     _check(*images, found.classes)
     return Dataset(
         name,
@@ -103,13 +103,13 @@ def _arrays(arrays: Arrays, chosen: np.ndarray) -> ArrayImages:
     return ArrayImages(arrays.images[chosen], torch.from_numpy(arrays.labels[chosen].astype(np.int64)))
 
 
-def _in_memory(train: Lazy, val: Lazy, preprocess: Preprocess, whole_side: int) -> tuple[ImageSet, ImageSet]:
-    """Return the images decoded where all of them fit, as they are where they do not; `whole_side` is the most that a canvas needs."""
+def _in_memory(train: Lazy, val: Lazy, preprocess: Preprocess, whole_area: int) -> tuple[ImageSet, ImageSet]:
+    """Return the images decoded where all of them fit, as they are where they do not; `whole_area` is the most that a whole one needs."""
     still = 3 * (len(train) + len(val)) * preprocess.image_size**2
-    side = canvas_side(train, at_most=whole_side) if still <= MEMORY_BYTES else 0
-    if still + 3 * len(train) * side**2 > MEMORY_BYTES:
+    area = largest_area(train, at_most=whole_area) if still <= MEMORY_BYTES else 0
+    if still + 3 * len(train) * area > MEMORY_BYTES:
         return train, val
-    return decode_all(train, preprocess, whole_side=side), decode_all(val, preprocess, whole_side=0)
+    return decode_all(train, preprocess, area=area), decode_all(val, preprocess, area=0)
 
 
 def _check(train: ImageSet, val: ImageSet, classes: tuple[str, ...]) -> None:

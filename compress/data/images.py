@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,40 +16,47 @@ from torch import Tensor
 
 from compress.data.views import Boxes, Draws
 from export.errors import DataError
-from export.images.decode import BrokenImage, describe_broken, longer_side, read_image
+from export.images.decode import BrokenImage, describe_broken, read_area, read_image
 from export.images.folders import File
 from export.images.preprocess import Preprocess
+from export.runtime.environment import usable_cores
 
 MEMORY_BYTES = 1_500_000_000  # a data set whose decoded images fit is decoded once
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Canvases:
-    """Images in memory, each in the top left corner of `pixels` uint8 (n, 3, side, side); `sizes` (n, 2) are their own heights and widths.
+class Stored:
+    """Images of any size in memory: `pixels` uint8 (n, 3, area), of each its rows one after the other, and then nothing.
 
-    What was longer than the side was shrunk to it.
+    `sizes` (n, 2) are the images' own heights and widths, `kept` (n, 2) those that they are stored with.
     """
 
     pixels: Tensor
     sizes: Tensor
+    kept: Tensor
     _on_device: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def image(self, index: int) -> Image.Image:
-        """Return what one image fills of its canvas."""
-        height, width = self.sizes[index].clamp(max=self.pixels.shape[-1]).tolist()
-        return Image.fromarray(self.pixels[index, :, :height, :width].permute(1, 2, 0).contiguous().numpy())
-
     def boxes(self, draws: Draws, chosen: Tensor) -> Boxes:
-        """Return the boxes of the chosen images (m,) on their canvases."""
-        sizes = self.sizes[chosen]
-        return draws.boxes(chosen, sizes).scaled(sizes.clamp(max=self.pixels.shape[-1]) / sizes)
+        """Return the boxes of the chosen images (m,) in the pixels that are stored."""
+        return draws.boxes(chosen, self.sizes[chosen]).scaled(self.kept[chosen] / self.sizes[chosen])
 
-    def pixels_on(self, device: torch.device) -> Tensor:
-        """Return the pixels on the device; the first call copies them there, and they stay."""
+    def images(self, chosen: Tensor, device: torch.device) -> Tensor:
+        """Return the chosen images (m,) on the device, (m, 3, height, width) of the largest of them, each in the top left corner.
+
+        The first call copies all of them there, and they stay.
+        """
         if device not in self._on_device:
             self._on_device[device] = self.pixels.to(device)
-        return self._on_device[device]
+        pixels, kept = self._on_device[device], self.kept[chosen]
+        height, width = kept.amax(dim=0).tolist()
+        if bool((kept == kept[0]).all()):
+            same = pixels[chosen.to(device, non_blocking=True), :, : height * width]
+            return same.view(len(chosen), 3, height, width)
+        found = torch.zeros(len(chosen), 3, height, width, dtype=torch.uint8, device=device)
+        for row, (index, (height, width)) in enumerate(zip(chosen.tolist(), kept.tolist(), strict=True)):
+            found[row, :, :height, :width] = pixels[index, :, : height * width].view(3, height, width)
+        return found
 
 
 @dataclass(frozen=True)
@@ -58,9 +66,9 @@ class MemoryImages:
     `broken` names the files that were left out, with the reason.
     """
 
-    still: Canvases
+    still: Stored
     labels: Tensor
-    whole: Canvases | None = None
+    whole: Stored | None = None
     broken: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -69,10 +77,12 @@ class MemoryImages:
     @property
     def place(self) -> str:
         """Say where the images are while they are trained on."""
-        side = self.whole.pixels.shape[-1] if self.whole else 0
-        return f"in memory, whole, shrunk to {side} pixels a side where longer" if side else "in memory"
+        if self.whole is None:
+            return "in memory"
+        shrunk = int((self.whole.kept != self.whole.sizes).any(dim=1).sum())
+        return f"in memory, whole, {shrunk:,} of them shrunk to what random crops need"
 
-    def canvases(self, *, whole: bool) -> Canvases:
+    def stored(self, *, whole: bool) -> Stored:
         """Return the images whole, or as evaluation sees them."""
         found = self.whole if whole else self.still
         assert found is not None, "opened for an augmentation without random crops"
@@ -108,9 +118,9 @@ class FileImages:
         """Return one decoded RGB image; raise `BrokenImage` where that fails."""
         return read_image(self.root / self.name(index), upright=True)
 
-    def longer_side(self, index: int) -> int:
-        """Return an image's longer side in pixels, 0 where its header cannot be read."""
-        return longer_side(self.root / self.name(index))
+    def area(self, index: int) -> int:
+        """Return an image's height times its width in pixels, 0 where its header cannot be read."""
+        return read_area(self.root / self.name(index))
 
     def report_broken(self, found: dict[int, str]) -> None:
         """Log newly found broken images (by index, with the reason) where they are to be skipped; raise `DataError` where they are not."""
@@ -149,10 +159,10 @@ class ArrayImages:
         self.whole(index).save(stream, "BMP")
         return stream.getvalue()
 
-    def longer_side(self, _: int) -> int:
-        """Return an image's longer side in pixels; all are of one size."""
+    def area(self, _: int) -> int:
+        """Return an image's height times its width in pixels; all are of one size."""
         _, height, width, _ = self.arrays.shape
-        return int(max(height, width))
+        return int(height * width)
 
 
 ImageSet = MemoryImages | FileImages | ArrayImages
@@ -166,41 +176,42 @@ def from_files(root: Path, files: Sequence[File], *, skip_broken: bool) -> FileI
     return FileImages(root, paths, labels, skip_broken)
 
 
-def canvas_side(images: FileImages | ArrayImages, *, at_most: int) -> int:
-    """Return the longest side of the images in pixels, by their headers, but at most so many."""
-    longest = 0
+def largest_area(images: FileImages | ArrayImages, *, at_most: int) -> int:
+    """Return the area of the largest of the images in pixels, by their headers, but at most so many."""
+    largest = 0
     for index in range(len(images)):
-        if longest == at_most:
+        if largest == at_most:
             break
-        longest = max(longest, min(at_most, images.longer_side(index)))
-    return longest
+        largest = max(largest, min(at_most, images.area(index)))
+    return largest
 
 
-def decode_all(images: FileImages | ArrayImages, preprocess: Preprocess, *, whole_side: int) -> MemoryImages:
-    """Decode every image into memory, on all cores; also whole, on canvases of `whole_side`, where that is not 0.
+def decode_all(images: FileImages | ArrayImages, preprocess: Preprocess, *, area: int) -> MemoryImages:
+    """Decode every image into memory, on all cores; also whole, shrunk to at most `area` pixels, where that is not 0.
 
     Raises `DataError` that counts and names the broken files, unless they are to be skipped: then they are logged and left out.
     """
     n, size = len(images), preprocess.image_size
-    still = np.empty((n, 3, size, size), dtype=np.uint8)
-    whole = np.zeros((n, 3, whole_side, whole_side), dtype=np.uint8)
-    sizes = np.zeros((n, 2), dtype=np.int64)
+    still, whole = np.empty((n, 3, size**2), np.uint8), np.zeros((n, 3, area), np.uint8)
+    sizes, kept = np.full((n, 2), size), np.full((n, 2), size)
     broken: dict[int, str] = {}
 
     def decode(indices: range) -> None:
         for index in indices:
             try:
                 image = images.whole(index)
-                still[index] = preprocess.pixels(image).transpose(2, 0, 1)
+                still[index] = flat(preprocess.pixels(image))
             except BrokenImage as error:
                 broken[index] = str(error)
                 continue
-            sizes[index] = image.height, image.width
-            if whole_side:
-                width, height = (min(length, whole_side) for length in image.size)
-                if (width, height) != image.size:
+            if area:
+                sizes[index] = image.height, image.width
+                factor = min(1.0, math.sqrt(area / (image.height * image.width)))
+                width, height = (max(int(length * factor), 1) for length in image.size)
+                if factor < 1:
                     image = image.resize((width, height), Image.Resampling.BILINEAR)
-                whole[index, :, :height, :width] = np.asarray(image).transpose(2, 0, 1)
+                kept[index] = height, width
+                whole[index, :, : height * width] = flat(np.asarray(image))
 
     cores = usable_cores()
     with ThreadPoolExecutor(cores) as threads:  # Pillow decodes and resizes outside Python's lock
@@ -208,14 +219,15 @@ def decode_all(images: FileImages | ArrayImages, preprocess: Preprocess, *, whol
     if isinstance(images, FileImages):
         images.report_broken(broken)
     good = np.setdiff1d(np.arange(n), list(broken))
-    kept = [torch.from_numpy(array[good] if broken else array) for array in (still, whole, sizes)]
-    squares = Canvases(kept[0], torch.full((len(good), 2), size))
-    return MemoryImages(squares, images.labels[good], Canvases(kept[1], kept[2]) if whole_side else None, images.broken)
+    squares = torch.full((len(good), 2), size)
+    read = [torch.from_numpy(array[good] if broken else array) for array in (still, whole, sizes, kept)]
+    whole_ones = Stored(read[1], read[2], read[3]) if area else None
+    return MemoryImages(Stored(read[0], squares, squares), images.labels[good], whole_ones, images.broken)
 
 
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def flat(pixels: np.ndarray) -> np.ndarray:
+    """Return uint8 (height, width, 3) as (3, height * width)."""
+    return pixels.transpose(2, 0, 1).reshape(3, -1)
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:

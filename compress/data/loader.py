@@ -4,18 +4,21 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from compress.data.augment import colours
-from compress.data.images import ArrayImages, FileImages, ImageSet, MemoryImages, to_tensor, usable_cores
+from compress.data.images import ArrayImages, FileImages, ImageSet, MemoryImages, to_tensor
 from compress.data.views import Draws, cut
 from compress.ranks import local_ranks
 from export.images.decode import BrokenImage
 from export.images.preprocess import Preprocess
+from export.runtime.environment import usable_cores
+
+CPU = torch.device("cpu")
 
 
 class Raw(NamedTuple):
@@ -36,20 +39,18 @@ def random_view(images: ImageSet, draws: Draws, preprocess: Preprocess, *, seed:
     seeds = torch.randint(2**62, (len(images),), generator=torch.Generator().manual_seed(seed))
     whole = draws.augmentation.crop == "random_resized"
 
-    def cropped(index: int) -> Image.Image:
-        if isinstance(images, MemoryImages):
-            canvases = images.canvases(whole=whole)
-            return cut(canvases.image(index), canvases.boxes(draws, torch.tensor([index])), size)
-        image = images.whole(index)
-        if not whole:
-            image = Image.fromarray(preprocess.pixels(image))
-        return cut(image, draws.boxes(torch.tensor([index]), torch.tensor([[image.height, image.width]])), size)
-
     def view(index: int) -> Tensor:
-        image = cropped(index)
+        one = torch.tensor([index])
+        if isinstance(images, MemoryImages):
+            stored = images.stored(whole=whole)
+            pixels, boxes = stored.images(one, CPU), stored.boxes(draws, one)
+        else:
+            image = images.whole(index)
+            pixels = to_tensor(np.asarray(image) if whole else preprocess.pixels(image))[None]
+            boxes = draws.boxes(one, torch.tensor([pixels.shape[2:]]))
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(int(seeds[index]))
-            changed: Tensor = transform(image)
+            changed: Tensor = transform(cut(pixels, boxes, size)[0])
         return changed
 
     return view

@@ -1,18 +1,15 @@
-"""Crop, resize and mirror training images, each by its own box: a whole batch on its device, or one file.
+"""Crop, resize and mirror training images, each by its own box, as torchvision's RandomCrop, RandomResizedCrop and RandomHorizontalFlip do.
 
 A view's chances are drawn for all images at once; an image's box is a function of them and of its size. So images in memory and
 images that are read from files when asked for are shown in the same views.
-
-A bilinear resize with antialias is linear in the image's rows and in its columns, so a view is `rows @ image @ columns`: one batched
-product does what torchvision's RandomCrop, RandomResizedCrop and RandomHorizontalFlip do image by image, at a fraction of the overhead.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
 
 from compress.data.augment import ASPECT_RATIOS, Augmentation
 
@@ -21,7 +18,7 @@ ATTEMPTS = 10  # boxes drawn for random_resized before the middle of the image i
 
 @dataclass(frozen=True)
 class Boxes:
-    """One box (n,) for each image, in pixels; parts outside the image are black."""
+    """One box (n,) for each image, in whole pixels; parts outside the image are black."""
 
     top: Tensor
     left: Tensor
@@ -37,9 +34,13 @@ class Boxes:
         return Boxes(*(part.to(device) for part in self._parts))
 
     def scaled(self, factors: Tensor) -> "Boxes":
-        """Return the boxes in images that were resized by the factors (n, 2) of height and width."""
+        """Return the boxes in images that were resized by the factors (n, 2) of height and width, in whole pixels, one at least."""
         down, across = factors.unbind(1)
-        return Boxes(self.top * down, self.left * across, self.height * down, self.width * across, self.mirrored)
+        bottom = ((self.top + self.height) * down).round().clamp(min=1)
+        right = ((self.left + self.width) * across).round().clamp(min=1)
+        top = torch.minimum((self.top * down).round(), bottom - 1)
+        left = torch.minimum((self.left * across).round(), right - 1)
+        return Boxes(top, left, bottom - top, right - left, self.mirrored)
 
     @property
     def _parts(self) -> tuple[Tensor, ...]:
@@ -99,18 +100,27 @@ def draw(augmentation: Augmentation, n: int, *, seed: int) -> Draws:
     )
 
 
-def cut(image: Image.Image, boxes: Boxes, image_size: int) -> Image.Image:
-    """Return what the only box of `boxes`, in whole pixels, leaves of an RGB image, at `image_size`."""
-    edges = (boxes.left, boxes.top, boxes.left + boxes.width, boxes.top + boxes.height)
-    left, top, right, bottom = (round(float(edge)) for edge in edges)
-    image = image.crop((left, top, right, bottom))
-    if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if boxes.mirrored else image
+def cut(pixels: Tensor, boxes: Boxes, image_size: int) -> Tensor:
+    """Return each image's box resized, as torchvision does: uint8 (n, 3, height, width) to (n, 3, image_size, image_size), values 0..255."""
+    return (cut_each if pixels.device.type == "cpu" else cut_all)(pixels, boxes, image_size)
 
 
-def apply_boxes(pixels: Tensor, boxes: Boxes, image_size: int) -> Tensor:
-    """Return each image's box resized: uint8 (n, 3, height, width) to float32 (n, 3, image_size, image_size), values 0..255."""
+def cut_each(pixels: Tensor, boxes: Boxes, image_size: int) -> Tensor:
+    """Do it image by image, in bytes: on a CPU 4 to 15 times as fast as the product."""
+    edges = torch.stack([boxes.top, boxes.left, boxes.top + boxes.height, boxes.left + boxes.width]).int()  # (4, n)
+    beyond = max(-int(edges.min()), int(edges[2].max()) - pixels.shape[2], int(edges[3].max()) - pixels.shape[3], 0)
+    padded = pad(pixels, [beyond] * 4)
+    views = torch.empty(len(pixels), 3, image_size, image_size, dtype=torch.uint8)
+    for index, (top, left, bottom, right) in enumerate((edges + beyond).T.tolist()):
+        view = padded[index : index + 1, :, top:bottom, left:right]
+        if view.shape[2:] != (image_size, image_size):
+            view = interpolate(view, (image_size, image_size), mode="bilinear", antialias=True)
+        views[index] = view[0].flip(-1) if boxes.mirrored[index] else view[0]
+    return views
+
+
+def cut_all(pixels: Tensor, boxes: Boxes, image_size: int) -> Tensor:
+    """Do it for all images at once, in float32, as `rows @ image @ columns`: a bilinear resize is linear in an image's rows and columns."""
     height, width = pixels.shape[-2:]
     rows = _resampling(boxes.top, boxes.height, height, image_size)  # (n, image_size, height)
     columns = _resampling(boxes.left, boxes.width, width, image_size)

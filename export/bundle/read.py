@@ -4,7 +4,7 @@ bundle.json         what the model is, which file to serve (`served`), and each 
 preprocess.json     how an image becomes the network's input
 labels.txt          one class name a line, in the order of the outputs
 validation.txt      the digest of each image that the network was judged by, one a line: 64 bits of the SHA-256 of its file, or of
-                    its pixels where it came without one (missing in older bundles)
+                    the one that `compress export-data` writes where it came without (missing in older bundles)
 NAME.onnx           the model files
 golden/images.npy   uint8 (n, size, size, 3): real validation images, resized and cropped
 golden/inputs.npy   float32 (n, 3, size, size): the same normalized, to the last bit

@@ -18,7 +18,16 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte decoded
 # What Pillow's decoders raise on damaged files.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error)
-ORIENTATION = 0x0112  # the EXIF tag
+ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 NAMED = 3  # broken files that an error names; the rest are counted
 
 
@@ -45,8 +54,8 @@ def read_image(path: Path, *, upright: bool) -> "Image.Image":
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise BrokenImage(f"{width:,} x {height:,} is more than {MAX_PIXELS:,} pixels")
-            rgb = _rgb(image)
-            return _turned(rgb, _orientation(image)) if upright else rgb
+            rgb, turn = _rgb(image), TURNS.get(_orientation(image)) if upright else None
+            return rgb if turn is None else rgb.transpose(Image.Transpose[turn])
     except UnidentifiedImageError:
         raise BrokenImage(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # a warning where warnings are errors
@@ -55,13 +64,13 @@ def read_image(path: Path, *, upright: bool) -> "Image.Image":
         raise BrokenImage(getattr(error, "strerror", None) or str(error)) from None
 
 
-def longer_side(path: Path) -> int:
-    """Return an image's longer side in pixels by its header, 0 for a file without one."""
+def read_area(path: Path) -> int:
+    """Return an image's height times its width in pixels by its header, 0 for a file without one."""
     from PIL import Image
 
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return max(image.size)
+            return image.width * image.height
     except (*DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning):
         return 0
 
@@ -90,18 +99,3 @@ def _orientation(image: "Image.Image") -> int:
     except DAMAGE:
         return 1
     return found if isinstance(found, int) else 1
-
-
-def _turned(image: "Image.Image", orientation: int) -> "Image.Image":
-    from PIL.Image import Transpose
-
-    turns = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }
-    return image.transpose(turns[orientation]) if orientation in turns else image

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def is_label(text: str) -> bool:
     return text.isprintable() and text == text.strip() != ""
 
 
-def count(names: list[str], noun: str) -> str:
+def count(names: Sequence[str], noun: str) -> str:
     """Return how many names there are, with the noun in its number."""
     plural = "es" if noun.endswith("s") else "s"
     return f"{len(names):,} {noun}{'' if len(names) == 1 else plural}"

@@ -114,8 +114,8 @@ def match(folder: Path, classes: Sequence[str], labels: Sequence[str]) -> tuple[
         return [labels.index(name) for name in classes], ()
     if len(unknown) < len(classes):
         raise DataError(
-            f"{folder}: {count(unknown, 'class folder')} not in the {len(labels)} labels of the bundle: {first(unknown)} "
-            f"({len(classes) - len(unknown)} others are): rename or remove them"
+            f"{folder}: {len(unknown):,} of {count(classes, 'class folder')} not in the {len(labels):,} labels of the bundle: "
+            f"{first(unknown)}: rename or remove them"
         )
     if len(classes) != len(labels):
         raise DataError(

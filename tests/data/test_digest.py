@@ -20,7 +20,6 @@ from compress.data import dataset as dataset_module
 from compress.data import digest as digest_module
 from compress.data.batches import eval_batches
 from compress.data.digest import FILES, DataSettings, changes, dataset_digest, given
-from compress.data.images import ArrayImages
 from compress.pipeline import plan_recipe
 from compress.recipe.read import read_recipe
 from export.images.read import find_examples
@@ -180,9 +179,3 @@ def test_the_digests_of_validation_find_exactly_its_images_among_all(
     np.testing.assert_array_equal(scored[0][0], torch.cat(images).numpy())
     np.testing.assert_array_equal(scored[0][1], torch.cat(labels).numpy())
     assert ("left out" in judged.notes[0]) if not split else judged.notes[0].startswith("6 of 7 images")
-
-
-def test_an_embedded_sets_validation_images_are_known_by_their_pixels() -> None:
-    data = opened("digits")
-    assert isinstance(data.held_out, ArrayImages)
-    assert data.validation_digests()[3] == hashlib.sha256(data.held_out.arrays[3].tobytes()).hexdigest()[:16]

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from compress.cli import app
 from compress.data.augment import Augmentation
 from compress.data.dataset import open_dataset
+from compress.data.images import MemoryImages
 from compress.data.named import NAMED, Arrays, NamedSet
 from compress.data.validation import write_validation
 from compress.recipe.arguments import data_settings
@@ -65,7 +67,10 @@ def test_the_folder_gives_the_pixels_that_the_run_has_judged_by(tmp_path: Path, 
     found = find_examples(tmp_path / "out", opened.preprocess, opened.classes)
     written = sorted((int(label), found.pixels(index).tobytes()) for index, label in enumerate(found.labels))
     assert sorted(found.digests()) == sorted(opened.validation_digests())
-    judged = opened.val.canvases(whole=False).pixels.permute(0, 2, 3, 1).contiguous()  # type: ignore[union-attr]
+    assert isinstance(opened.val, MemoryImages)
+    judged = (
+        opened.val.still.images(torch.arange(len(opened.val)), torch.device("cpu")).permute(0, 2, 3, 1).contiguous()
+    )
     labels = opened.val.labels.tolist()
     assert written == sorted((label, image.numpy().tobytes()) for label, image in zip(labels, judged, strict=True))
 

@@ -65,7 +65,8 @@ def test_training_and_export_see_the_same(tmp_path: Path, val: str, odd: Callabl
     assert (more, data.classes) == ([], CLASSES)
     assert isinstance(data.val, MemoryImages)
     assert labels.tolist() == data.val.labels.tolist()
-    trained = data.preprocess.normalize(data.val.still.pixels.permute(0, 2, 3, 1).numpy())
+    pixels = data.val.still.pixels.unflatten(2, (16, 16)).permute(0, 2, 3, 1)
+    trained = data.preprocess.normalize(pixels.numpy())
     np.testing.assert_array_equal(images, trained)
     assert len(labels) == n
 

@@ -47,8 +47,8 @@ def test_class_folders_none_of_which_is_a_label_are_taken_in_order_and_that_is_s
 @pytest.mark.parametrize(
     ("folders", "sentence"),
     [
-        (["cat", "yak"], r"1 class folder not in the 3 labels of the bundle: yak \(1 others are\)"),
-        (["dog", "gnu", "horse"], r"1 class folder not in the 3 labels of the bundle: horse \(2 others are\)"),
+        (["cat", "yak"], "1 of 2 class folders not in the 3 labels of the bundle: yak: rename or remove them"),
+        (["dog", "gnu", "horse"], "1 of 3 class folders not in the 3 labels of the bundle: horse: rename"),
         (["n01", "n02"], r"none of its 2 class folders \(n01, n02\) is one of the 3 labels"),
     ],
 )
