@@ -4,7 +4,6 @@ Only where there are several is torch imported; a process of its own is rank 0 o
 gloo's and waits without using a core; gradients have a group of their own.
 """
 
-import itertools
 import json
 import os
 import socket
@@ -26,9 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MEETING = timedelta(minutes=5)  # in which every rank must have started; torch's import from a slow disk takes a minute
-PATIENCE = timedelta(
-    days=7
-)  # rank 0 exports and measures while the others wait; the watch, not a limit, ends what is dead
+PATIENCE = timedelta(days=7)  # rank 0 exports and measures while the others wait; the watch ends what is dead
 TICK_S = 1.0
 SILENT_TICKS = 30  # without a beat, after which a rank is dead: of the listener's own, so that no machine's sleep is taken for death
 LOST_TICKS = 5  # the same once a connection is lost
@@ -134,13 +131,13 @@ def _meet() -> "Store":
     except (ValueError, dist.DistError) as error:
         reason = str(error).partition("\n")[0]
         raise CompressError(
-            f"rank {rank()}: {ranks()} ranks did not meet within {MEETING.seconds // 60} minutes ({reason}); start all of them with torchrun"
+            f"rank {rank()}: {ranks()} ranks did not meet ({reason}); start all of them with torchrun, within {MEETING.seconds} seconds"
         ) from error
     return store
 
 
 class _Watch:
-    """A thread that lets the others hear this rank, and ends it when one of them fails or is not heard any more.
+    """Threads that let the others hear this rank, and end it when one of them fails or is not heard any more.
 
     A rank that waits for another does so in C++, where no exception reaches it; so its process ends.
     """
@@ -149,13 +146,16 @@ class _Watch:
         """Take a connection of its own: another's waits would hold it up."""
         self._store, self._stopped, self._lost = store, threading.Event(), threading.Event()
         self._ending = threading.Lock()
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._thread.start()
+        self._turns = 0
+        self._threads = [threading.Thread(target=part, daemon=True) for part in (self._listen, self._guard)]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """Listen no more."""
         self._stopped.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def fail(self, error: BaseException) -> None:
         """Tell the others of this rank's error; end here where theirs came first, or is its cause."""
@@ -184,11 +184,10 @@ class _Watch:
 
         others = [number for number in range(ranks()) if number != rank()]
         beats, silent, host = dict.fromkeys(others, ""), dict.fromkeys(others, 0), socket.gethostname()
-        for tick in itertools.count():
-            if self._stopped.wait(TICK_S):
-                return
+        while not self._stopped.wait(TICK_S):
+            self._turns += 1
             try:
-                self._store.set(_beat(rank()), f"{host} {tick}")
+                self._store.set(_beat(rank()), f"{host} {self._turns}")
                 failure, *heard = (value.decode() for value in self._store.multi_get([FAILURE, *map(_beat, others)]))
                 if failure != NONE:
                     self._follow(Failure(*json.loads(failure)))
@@ -197,13 +196,25 @@ class _Watch:
                 dead = [n for n in others if silent[n] > (LOST_TICKS if self._lost.is_set() else SILENT_TICKS)]
                 if dead:
                     self._end(self._claim(_death(dead[0], beats[dead[0]].partition(" ")[0])))
-            except dist.DistError:  # rank 0 held the store
-                self._end(_death(0, os.environ["MASTER_ADDR"])._replace(by=1, host=""))
+            except dist.DistError:
+                self._end_with_store()
+
+    def _guard(self) -> None:
+        """End where the store does not answer any more: calls to a machine without power never come back."""
+        seen = silent = 0
+        while not self._stopped.wait(TICK_S):
+            seen, silent = self._turns, silent + 1 if self._turns == seen else 0
+            if silent > SILENT_TICKS:
+                self._end_with_store()
+
+    def _end_with_store(self) -> NoReturn:
+        """End where the store has gone, and rank 0 with it."""
+        self._end(_death(0, os.environ["MASTER_ADDR"])._replace(by=1, host=""))
 
     def _follow(self, failure: Failure) -> None:
         """End as the failure says; where it is this rank's own, only if that has not ended by itself."""
         if failure.by == rank():
-            time.sleep(SILENT_TICKS * TICK_S)
+            time.sleep(10 * TICK_S)
             os._exit(failure.code)
         self._end(failure)
 

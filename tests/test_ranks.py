@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from several import TESTS, ended, start
+from several import MINUTE_S, TESTS, ended, start
 
 from compress.ranks import first_decides, gather, joined, rank, ranks
 
@@ -37,12 +37,18 @@ def command(planted: str, recipe_path: Path, **settings: float) -> list[subproce
     return start(code, str(recipe_path))
 
 
-def killed(number: int, processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+def killed(
+    number: int, processes: list[subprocess.Popen[str]], signal_: signal.Signals = signal.SIGKILL
+) -> list[tuple[int, str]]:
     """Kill one rank in the middle and return how all ended."""
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-    os.kill(processes[number].pid, signal.SIGKILL)
+    os.kill(processes[number].pid, signal_)
+    try:
+        processes[1 - number].wait(MINUTE_S)
+    finally:
+        processes[number].kill()
     return ended(processes)
 
 
@@ -105,6 +111,16 @@ def test_a_rank_killed_while_the_others_work_ends_all(recipe_path: Path, number:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_whose_machine_stands_still_ends_the_others(recipe_path: Path, number: int) -> None:
+    """Its connections stay open, as those of a machine without power do."""
+    code, text = killed(number, command(WAIT, recipe_path, SILENT_TICKS=6), signal.SIGSTOP)[1 - number]
+    assert code == 70
+    assert text.startswith(f"rank {number} on ")
+    assert text.count("\n") == 1
+
+
+@pytest.mark.slow
 def test_a_rank_that_is_busy_for_long_is_not_taken_for_dead(recipe_path: Path) -> None:
     said = ended(command("if rank == 0: time.sleep(8)", recipe_path, SILENT_TICKS=4))
     assert said == [(0, ""), (0, "")]
@@ -119,8 +135,8 @@ def test_ranks_that_do_not_come_are_told_of(recipe_path: Path) -> None:
     second.kill()
     (code_, text), _ = ended([first, second])
     assert code_ == 2
-    assert text.startswith("rank 0: 2 ranks did not meet within ")
-    assert text.endswith("; start all of them with torchrun\n")
+    assert text.startswith("rank 0: 2 ranks did not meet (")
+    assert text.endswith("); start all of them with torchrun, within 3 seconds\n")
 
 
 @pytest.mark.slow
