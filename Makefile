@@ -34,7 +34,7 @@ BIN := $(VENV)/bin
 LAUNCH = $(if $(filter-out 1,$(RANKS)),$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
 EXIT_CODES = 1: a target is missed, 2: something to correct above, 70: a crash, 130: interrupted
 
-.PHONY: help setup compress test check bench report study matrix overhead gate trials elsewhere fuzz clean
+.PHONY: help setup compress test check bench report study names matrix overhead gate trials elsewhere fuzz clean
 
 help: ## list the targets and their variables
 	@awk -F ' ## ' '/^[a-z]+:.* ## / { split($$1, target, ":"); printf "  make %-9s %s\n", target[1], $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ report: $(READY) ## draw a finished run's report again (RUN=runs/quickstart)
 
 study: $(READY) ## run a study's recipes and tabulate them (STUDY=recipes/studies/int8.yaml DATA= OUT= ARGS=...)
 	@$(BIN)/compress study $(call quoted,STUDY) $(call option,DATA,data) $(call option,OUT,out) $(ARGS)
+
+names: $(READY) ## list the installed libraries' networks for `compress check`
+	@$(BIN)/python tests/names.py
 
 matrix: $(READY) ## examine every network of docs/models.md and renew its table
 	@$(BIN)/python tests/matrix.py --latency

@@ -151,21 +151,30 @@ def stage(
 
 @app.command()
 def check(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recipes.")], overrides: Set = None
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recipes.")],
+    overrides: Set = None,
+    data: DataPath = None,
+    weights: Weights = None,
 ) -> None:
-    """Judge recipes without running them, and name every mistake."""
-    mistakes: list[str] = []
+    """Judge recipes without running them, name every mistake, and say what was judged."""
+    from compress.check import checked, mistakes
+
+    wrong: list[str] = []
     for file in files:
         try:
-            recipe = read_recipe(file, overrides or ())
+            recipe = read_recipe(file, overrides or (), data=data, weights=weights)
         except RecipeError as error:
-            mistakes.append(str(error))
-        else:
+            wrong.append(str(error))
+            continue
+        found = mistakes(recipe)
+        wrong += [f"{file}: {mistake}" for mistake in found]
+        if not found:
             for student, chain in recipe.chains().items():
                 order = " → ".join(section.stage for section in chain.stages)
                 _print(f"{file}: ok ({f'{student}: ' if student else ''}{order})")
-    if mistakes:
-        _fail("\n".join(mistakes))
+    _print(checked())
+    if wrong:
+        _fail("\n".join(wrong))
 
 
 @app.command()

@@ -58,7 +58,7 @@ def _rehearse(run: Run, chain: Recipe, sections: Sequence[StageSection], tried: 
     (_, teacher), (arch, student) = networks[0], networks[-1]
     for section in sections:
         if isinstance(section, PruneStage):
-            find_groups(student, example_images(run.image_size), "random", exclude=())
+            find_groups(student, example_images(run.image_size), "random", exclude=section.exclude)
         if isinstance(section, DistillStage | QatStage):
             check_layers(section.loss, student=student, teacher=teacher)
         if isinstance(section, QatStage) and section.keep_float:

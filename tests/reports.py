@@ -374,9 +374,10 @@ def build_report(
     sections: Mapping[str, Mapping[str, Any]] | None = None,
     **run: Any,
 ) -> Report:
-    """Build a run and collect its report; `run` goes to `build_run`."""
+    """Build a run until the last of the stages and collect its report; `run` goes to `build_run`."""
     artifacts = build_run(root, stages, **run)
-    recipe = build_recipe(stages, target=target, sections=sections, targets=targets)
+    behind = STAGES[STAGES.index(stages[-1]) + 1 :]
+    recipe = build_recipe((*stages, *behind), target=target, sections=sections, targets=targets)
     return collect(
         recipe,
         artifacts,

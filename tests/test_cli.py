@@ -166,6 +166,7 @@ def test_check_judges_every_file_and_tells_all_mistakes(invoke: Invoke, recipe_p
     result = invoke("check", wrong, recipe_path, recipe_path.with_name("absent.yaml"))
     assert result.exit_code == 2
     assert f"{recipe_path}: ok (source → prune → ptq → qat)\n" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("checked: keys and values")
     places = [line.removeprefix(f"{wrong}: ").partition(":")[0] for line in result.stderr.splitlines()[:-1]]
     assert sorted(places) == ["seed", "stages.0.fit.epochs", "stages.3.fit.epochs"]
     assert "absent.yaml: no such file" in result.stderr.splitlines()[-1]

@@ -16,7 +16,7 @@ ROWS = (
     ("compress.rehearsal", "compress.scoring"),
     ("compress.stages",),
     ("compress.clean", "compress.pipeline", "compress.report"),
-    ("compress.cli", "compress.doctor", "compress.study"),
+    ("compress.check", "compress.cli", "compress.doctor", "compress.study"),
 )
 # These take plain arguments, never a recipe's section.
 ALGORITHMS = ("compress.data", "compress.models", "compress.pruning", "compress.quant", "compress.tasks")

@@ -20,6 +20,7 @@ TARGETS = {
     "report",
     "study",
     "matrix",
+    "names",
     "overhead",
     "gate",
     "trials",

@@ -72,9 +72,21 @@ def test_what_a_stage_cannot_take_is_refused_before_anything_trains(
     assert "def forward" not in "".join(capfd.readouterr())  # torch prints its graph so far
 
 
-def test_a_pattern_that_keeps_nothing_in_float_is_refused_before_anything_trains(tmp_path: Path) -> None:
-    with pytest.raises(CompressError, match=r"qat: keep_float: body\.\* names no .* they are first, second, head"):
-        run(recipe(tmp_path, "Plain", "ptq", "qat", overrides=("qat.keep_float=[body.*]",)))
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("qat.keep_float=[body.*]", "qat: keep_float: body.* names no layer; (known: first, second, head)"),
+        (
+            "prune.exclude=[frist]",
+            "prune.exclude: frist names no layer; did you mean first? (known: first, second, head)",
+        ),
+    ],
+)
+def test_a_pattern_that_names_no_layer_is_refused_before_anything_trains(
+    tmp_path: Path, override: str, said: str
+) -> None:
+    with pytest.raises(CompressError, match=re.escape(said)):
+        run(recipe(tmp_path, "Plain", "prune", "ptq", "qat", overrides=(override,)))
     assert list((tmp_path / "refused").glob("*source*")) == []
 
 

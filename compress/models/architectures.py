@@ -1,11 +1,10 @@
 """Build a network from its name: torchvision's, timm's, one for CIFAR, or a person's own file."""
 
-import difflib
 import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +14,7 @@ from torch import nn
 from compress.errors import ModelError
 from compress.models.cifar import CIFAR_NETWORKS
 from compress.models.digest import existing_file, local_modules
+from compress.models.known import check_name, nearest
 
 # These two classify by auxiliary heads, too, unless told not to, and warn unless told how to start. transform_input is what their published
 # weights expect: it turns ImageNet's normalization into theirs.
@@ -36,25 +36,20 @@ def build(arch: str, *, num_classes: int, trust_code: bool = False) -> nn.Module
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise ModelError(f"torchvision:{name}: torchvision has no classifier of this name; {nearest(name, known)}")
+    check_name("torchvision", name, torchvision.models.list_models(module=torchvision.models))
     model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **_EXTRA.get(name, {}))
     return model
 
 
 def _timm(name: str, num_classes: int) -> nn.Module:
     timm = import_timm()
-    known = timm.list_models()
-    if name not in known:
-        raise ModelError(f"timm:{name}: timm has no model of this name; {nearest(name, known)}")
+    check_name("timm", name, timm.list_models())
     model: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes)
     return model
 
 
 def _cifar(name: str, num_classes: int) -> nn.Module:
-    if name not in CIFAR_NETWORKS:
-        raise ModelError(f"cifar:{name}: there is no network for CIFAR of this name; {nearest(name, CIFAR_NETWORKS)}")
+    check_name("cifar", name, CIFAR_NETWORKS)
     return CIFAR_NETWORKS[name](num_classes)
 
 
@@ -68,17 +63,6 @@ def import_timm() -> ModuleType:
     except ModuleNotFoundError as error:
         raise ModelError(f"timm: cannot be imported ({error}); pip install timm") from error
     return timm
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a did-you-mean for a name that is not known."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3)
-    return (
-        f"did you mean {' or '.join(near)}?"
-        if near
-        else f"known are {', '.join(known[:8])}{', …' if len(known) > 8 else ''}"
-    )
 
 
 def _own(arch: str, num_classes: int, *, trust_code: bool) -> nn.Module:

@@ -27,6 +27,15 @@ def is_named(weights: str) -> bool:
     return weights.partition(":")[0] in WITH_WEIGHTS
 
 
+def check_library(arch: str, weights: str) -> None:
+    """Raise `ModelError` for a library's named weights where the network is not that library's."""
+    library = weights.partition(":")[0]
+    if arch.rpartition(":")[0] != library:
+        raise ModelError(
+            f"{weights}: are {library}'s weights, but the network is {arch}; give model.arch as {library}:NAME"
+        )
+
+
 def existing_file(text: str, what: str) -> Path:
     """Return the path of a file that exists; raise `ModelError`, naming a sibling that looks like it, where it does not."""
     file = Path(text)

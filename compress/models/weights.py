@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from compress.errors import ModelError
-from compress.models.architectures import import_timm, nearest
-from compress.models.digest import existing_file, is_named
+from compress.models.architectures import import_timm
+from compress.models.digest import check_library, existing_file, is_named
+from compress.models.known import nearest
 from compress.models.structure import classifier, versioned
 
 State = dict[str, Tensor]
@@ -249,13 +250,9 @@ def _unwrapped(content: object, file: Path) -> State:
 
 
 def _named(arch: str, weights: str) -> State:
+    check_library(arch, weights)
     library, _, tag = weights.partition(":")
-    source, _, name = arch.rpartition(":")
-    if source != library:
-        raise ModelError(
-            f"{weights}: are {library}'s weights, but the network is {arch}; give model.arch as {library}:NAME"
-        )
-    return (_torchvision if library == "torchvision" else _timm)(name, tag)
+    return (_torchvision if library == "torchvision" else _timm)(arch.rpartition(":")[2], tag)
 
 
 def _torchvision(name: str, tag: str) -> State:

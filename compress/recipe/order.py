@@ -3,7 +3,15 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from compress.recipe.stages import DistillStage, QatStage, SourceStage, StageSection, StudentStage
+from compress.recipe.stages import (
+    AuditLimits,
+    DistillStage,
+    ExportStage,
+    QatStage,
+    SourceStage,
+    StageSection,
+    StudentStage,
+)
 
 Kind = Literal["nothing", "float", "fakequant", "onnx"]
 Mistake = tuple[int, str]  # the stage's place in its chain, and what is wrong with it
@@ -75,7 +83,15 @@ def _student_untaught(stages: Sequence[StageSection]) -> Mistake | None:
     return None
 
 
+def _limits_of_nothing(stages: Sequence[StageSection]) -> Mistake | None:
+    if {"ptq", "qat"}.isdisjoint(section.stage for section in stages):
+        for index, section in enumerate(stages):
+            if isinstance(section, ExportStage) and section.limits != AuditLimits():
+                return index, ".limits: speaks of the INT8 file, and there is none: add `- stage: ptq`, or leave it out"
+    return None
+
+
 def first_mistake(stages: Sequence[StageSection]) -> Mistake | None:
     """Return the first thing that makes no sense in a chain of stages, None where all does."""
-    judges = (_out_of_order, _qat_unjustified, _qat_of_unknown_length, _student_untaught)
+    judges = (_out_of_order, _qat_unjustified, _qat_of_unknown_length, _student_untaught, _limits_of_nothing)
     return next(filter(None, (judge(stages) for judge in judges)), None)

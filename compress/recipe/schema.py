@@ -173,15 +173,18 @@ class Recipe(Section):
             for name, student in self.students.items()
         } or {"": self}
 
+    def place(self, student: str, index: int) -> str:
+        """Return where a stage of a student's chain stands in the recipe, such as `students.a.stages.0`."""
+        own = index - len(self.stages)
+        return f"stages.{index}" if own < 0 else f"students.{student}.stages.{own}"
+
     @model_validator(mode="after")
     def _chains_make_sense(self) -> "Recipe":
         for name, chain in self.chains().items():
             mistake = first_mistake(chain.stages)
             if mistake is not None:
                 index, text = mistake
-                own = index - len(self.stages)
-                place = f"stages.{index}" if own < 0 else f"students.{name}.stages.{own}"
-                raise ValueError(f"{place}{text}")
+                raise ValueError(f"{self.place(name, index)}{text}")
         return self
 
     @model_validator(mode="after")
@@ -206,6 +209,20 @@ class Recipe(Section):
                 f"target: cuda runs FP16, ONNX Runtime's CUDA provider has no INT8 convolution: leave out {' and '.join(quantizing)}, "
                 "or name the target that INT8 is for (tensorrt, cpu_avx2, cpu_vnni, cpu_arm)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _targets_are_measured(self) -> "Recipe":
+        for name, chain in self.chains().items():
+            stages = {section.stage for section in chain.stages}
+            place = f"students.{name}.targets" if name and self.students[name].targets else "targets"
+            for target in [target for target, value in chain.targets if value is not None]:
+                if target != "max_macs_ratio" and "bench" not in stages:
+                    raise ValueError(
+                        f"{place}.{target}: a bench stage measures it: add `- stage: bench`, or leave it out"
+                    )
+                if target == "min_int8_speedup" and not stages & {"ptq", "qat"}:
+                    raise ValueError(f"{place}.{target}: there is no INT8 file: add `- stage: ptq`, or leave it out")
         return self
 
     @model_validator(mode="after")

@@ -230,7 +230,7 @@ def test_gpu_and_cpu_runs_meet_on_the_cpu(tmp_path: Path) -> None:
         "prune.keep_macs=0.3",
         "qat.fit.epochs=7",
         "ptq.score_images=64",
-        "targets.max_top1_drop=0.02",
+        "targets.max_macs_ratio=0.5",
     ],
 )
 def test_a_difference_has_the_path_that_set_takes(recipe_path: Path, setting: str) -> None:

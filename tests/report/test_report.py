@@ -144,13 +144,6 @@ def test_a_speed_target_is_judged_at_the_largest_image(tmp_path: Path) -> None:
     assert judge(report)[0] == "pass"
 
 
-@pytest.mark.parametrize("target", ["max_top1_drop", "min_speedup", "min_int8_speedup", "max_size_ratio"])
-def test_without_a_bench_stage_a_target_is_not_measured_and_so_missed(tmp_path: Path, target: str) -> None:
-    report = build_report(tmp_path, ("source", "prune"), {target: 0.5})
-    assert report["verdict"] == "fail"
-    assert "not measured" in report["failures"][0]
-
-
 def test_gpu_timings_alone_do_not_reach_a_speed_target(tmp_path: Path) -> None:
     assert build_report(tmp_path, targets={"min_speedup": 0.1}, providers=(CUDA,))["verdict"] == "fail"
 
@@ -170,7 +163,8 @@ def test_an_fp32_student_has_no_int8_speedup(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_page_is_well_formed_self_contained_and_small(tmp_path: Path, variant: str) -> None:
-    page = render(build_report(tmp_path, targets=ALL_TARGETS, **VARIANTS[variant]), tmp_path)
+    wanted = {name: value for name, value in ALL_TARGETS.items() if (name, variant) != ("min_int8_speedup", "no qat")}
+    page = render(build_report(tmp_path, targets=wanted, **VARIANTS[variant]), tmp_path)
     tags = parse(page)
     assert (tags.open, tags.links) == ([], [])
     assert not tags.seen & {"script", "link", "img", "iframe", "object"}

@@ -1,0 +1,84 @@
+"""Judge a recipe as far as that goes without torch: the networks that it names, and the files that must be there."""
+
+import ast
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from compress.errors import ModelError
+from compress.models.digest import LIBRARIES, check_library, existing_file, is_named, local_modules
+from compress.models.known import OWN, check_listed, libraries, nearest
+from compress.recipe.schema import Recipe
+from compress.recipe.stages import StudentStage
+from export.errors import UserError
+from export.images.folders import check_folder
+
+
+def mistakes(recipe: Recipe) -> list[str]:
+    """Return a line for each mistake that no key or value shows by itself, with its place in the recipe."""
+    checks: dict[str, Callable[[], object]] = {}
+    if recipe.data.dataset == "imagefolder" and recipe.data.path is not None:
+        checks["data.path"] = partial(check_folder, Path(recipe.data.path))
+    for place, arch, weights in _networks(recipe):
+        checks[f"{place}.arch"] = partial(check_network, arch)
+        if weights is not None:
+            checks[f"{place}.weights"] = partial(check_weights, arch, weights)
+    return [f"{place}: {error}" for place, check in checks.items() if (error := _refusal(check))]
+
+
+def checked() -> str:
+    """Return what was judged, and what is left to a run."""
+    listed = [name if library.version == OWN else f"{name} {library.version}" for name, library in libraries().items()]
+    return (
+        f"checked: keys and values, the order of stages, targets, names of networks ({', '.join(listed)}), files; "
+        "a run checks layers' names and the networks themselves before it trains"
+    )
+
+
+def check_network(arch: str) -> None:
+    """Raise `ModelError` for a network that its library does not have, and for a file that cannot define it; runs nothing."""
+    source, _, name = arch.rpartition(":")
+    if source in LIBRARIES:
+        check_listed(arch)
+        return
+    file = existing_file(source, "the model's file")
+    local_modules(file)  # refuses what is not Python
+    names = set(_names(file))
+    if name not in names and "*" not in names:
+        raise ModelError(f"{arch}: {file} defines no {name}; {nearest(name, names)}")
+
+
+def check_weights(arch: str, weights: str) -> None:
+    """Raise `ModelError` for weights of another library than the network's, and for a file that is not there."""
+    if is_named(weights):
+        check_library(arch, weights)
+    else:
+        existing_file(weights, "the weights file")
+
+
+def _refusal(check: Callable[[], object]) -> str | None:
+    try:
+        check()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _networks(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:
+    """Yield the place, the architecture and the weights of every network in a recipe."""
+    yield "model", recipe.model.arch, recipe.model.weights
+    for name, chain in recipe.chains().items():
+        for index, section in enumerate(chain.stages):
+            if isinstance(section, StudentStage):
+                yield recipe.place(name, index), section.arch, section.weights
+
+
+def _names(file: Path) -> Iterator[str]:
+    """Yield every name that a Python file gives to something; `*` where it takes all of another module's."""
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id

@@ -1,0 +1,67 @@
+"""Which networks the libraries have, without importing them: `networks.txt` lists the names of the versions that were tested.
+
+`make names` renews it from those that are installed.
+"""
+
+import difflib
+from collections.abc import Iterable
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from compress.errors import ModelError
+
+LIST = Path(__file__).with_name("networks.txt")
+OWN = "-"  # in the place of a version: the networks are this package's own
+LACKS = {
+    "torchvision": "torchvision has no classifier",
+    "timm": "timm has no model",
+    "cifar": "there is no network for CIFAR",
+}
+
+
+class Library(NamedTuple):
+    """The networks of one version of a library."""
+
+    version: str
+    names: tuple[str, ...]
+
+    def is_installed(self, name: str) -> bool:
+        """Tell whether the library is installed in this version."""
+        try:
+            return self.version == OWN or self.version == metadata.version(name).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            return False
+
+
+@cache
+def libraries() -> dict[str, Library]:
+    """Return the listed libraries that are installed in the version that is listed: of others nothing is known here."""
+    lines = [line.split() for line in LIST.read_text(encoding="utf-8").splitlines()]
+    found = {name: Library(version, tuple(names)) for name, version, *names in lines}
+    return {name: library for name, library in found.items() if library.is_installed(name)}
+
+
+def check_listed(arch: str) -> None:
+    """Raise `ModelError` for a network that its library does not have, as far as the list tells."""
+    library, _, name = arch.rpartition(":")
+    if library in libraries():
+        check_name(library, name, libraries()[library].names)
+
+
+def check_name(library: str, name: str, known: Iterable[str]) -> None:
+    """Raise `ModelError`, with the nearest names, for a network that is not among the library's."""
+    if name not in (names := tuple(known)):
+        raise ModelError(f"{library}:{name}: {LACKS[library]} of this name; {nearest(name, names)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a did-you-mean for a name that is not known."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3)
+    return (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else f"known are {', '.join(known[:8])}{', …' if len(known) > 8 else ''}"
+    )
