@@ -138,11 +138,8 @@ def _outside(recipe: Recipe, section: StageSection) -> list[object]:
         found.append(recipe.teaching.model_dump(mode="json"))
     if section.stage == "student":
         found.append(source_digest(section.arch, section.weights))
-    if section.stage in (
-        "ptq",
-        "export",
-        "bench",
-    ):  # what they measure is the runtime's, the last two's also the machine's
+    # What these measure is the runtime's, the last two's also the machine's.
+    if section.stage in ("ptq", "export", "bench"):
         found.append(runtime()["onnxruntime"])
     if section.stage in ("export", "bench"):
         found.append(_machine())
