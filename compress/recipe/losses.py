@@ -1,4 +1,4 @@
-"""The losses that a recipe can ask for: one section for each, told apart by `name`. What each computes stands in docs/losses.md."""
+"""The losses that a recipe can ask for: one section for each, told apart by `name`. docs/losses.md has their formulas."""
 
 from typing import Annotated, Literal
 
@@ -13,7 +13,7 @@ Schedule = Literal["constant", "linear_up", "linear_down", "cosine_down"]
 
 
 class Term(Section):
-    """What every loss has."""
+    """The fields of every loss."""
 
     name: str
     """This loss."""
@@ -22,7 +22,7 @@ class Term(Section):
     schedule: Schedule = "constant"
     """How the weight changes over the training: not at all, linearly from zero, linearly to zero, or to zero by half a cosine."""
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The part of the training over which the weight first rises linearly from zero (DKD's authors: 20 of 240 epochs)."""
+    """Fraction of the training over which the weight first rises linearly from zero (DKD's authors: 20 of 240 epochs)."""
 
 
 class CrossEntropyTerm(Term):
@@ -35,7 +35,7 @@ class CrossEntropyTerm(Term):
 
 
 class LogitTerm(Term):
-    """What every loss between the two networks' logits has."""
+    """The fields of every loss between the two networks' logits."""
 
     standardize: bool = False
     """Give both networks' logits mean 0 and deviation 1 for each image first (Sun 2024, which weighs kd by 9 at temperature 2)."""
@@ -95,7 +95,7 @@ class NKDTerm(LogitTerm):
 
 
 class FeatureTerm(Term):
-    """What every loss between the two networks' features has."""
+    """The fields of every loss between the two networks' features."""
 
     layers: Annotated[tuple[str, ...], Field(min_length=1)]
     """Module paths in the student whose outputs are compared, in forward order; the loss is the sum over them."""

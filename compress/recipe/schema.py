@@ -1,7 +1,7 @@
 """The recipe: one frozen object that says everything a run does.
 
 Only the shape lives here. `compress.recipe.read` reads it from YAML; stages translate its sections into plain arguments.
-Imports no torch: `compress check` answers in under a second.
+Imports no torch: `compress check` ends in under a second.
 """
 
 from typing import Annotated, Literal
@@ -50,11 +50,11 @@ class Data(Section):
     std: Annotated[tuple[float, float, float], Field()] = (0.229, 0.224, 0.225)
     """The standard deviation that divides each channel, for pixels in [0, 1]."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """The part held out for validation, by class and by seed, where the data set brings no validation set of its own."""
+    """Fraction of each class that is held out for validation, by seed, where the data set has no validation set."""
     limit_per_class: PositiveInt | None = None
-    """Use only so many training images of each class (the first, after a shuffle by seed)."""
+    """Use at most this many training images of each class (the first ones, after a shuffle by seed)."""
     skip_broken: bool = False
-    """Leave out images that cannot be read, counted and named in the log, instead of stopping at the first."""
+    """Leave out unreadable images, and count and name them in the log, instead of stopping at the first."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Loader processes; null chooses: none for small images in memory, one for each core otherwise."""
     eval_batch_size: PositiveInt = 128
@@ -81,9 +81,9 @@ class Model(Section):
     arch: Arch
     """`torchvision:NAME`, `timm:NAME`, `cifar:NAME` (32-pixel networks of the papers), or `file.py:factory` (a person's own; needs --trust-code)."""
     weights: PathText | None = None
-    """A state dict (.safetensors, or torch's .pt, .pth or .ckpt with whatever lies beside it), or the library's named weights as `torchvision:IMAGENET1K_V2` or `timm:TAG`; null trains here."""
+    """A state dict (.safetensors, .pt, .pth or .ckpt; in torch's files other entries are left aside), or the library's named weights as `torchvision:IMAGENET1K_V2` or `timm:TAG`; null trains here."""
     reset_head: bool = False
-    """Keep the weights' body and start the classifier anew, for weights trained on other classes."""
+    """Start the classifier anew and keep all other weights, where these were trained on other classes."""
 
     @model_validator(mode="after")
     def _arch_is_no_weights(self) -> "Model":
@@ -92,14 +92,14 @@ class Model(Section):
 
 
 class Teaching(Section):
-    """How the teacher answers while students train."""
+    """How students get the teacher's predictions while they train."""
 
     mode: Literal["cached", "online"] = "cached"
-    """Each view of an image is answered once, and the logits are kept below `out` for every stage, student and study; or on every batch anew. Losses on features always ask online."""
+    """`cached` runs the teacher once on each view and keeps its logits below `out` for every stage, student and study; `online` runs it on every batch. Losses on features are always online."""
     views: PositiveInt = 8
-    """Views of each training image (crop, flip, colours, mixing partner) that a cached teacher answers; epochs go round them."""
+    """Augmented views of each training image (crop, flip, colours, mixing partner) that the cache holds; epochs cycle through them."""
     top_k: PositiveInt | None = None
-    """Keep so many logits of an image, the largest, and spread the rest of the probability evenly; null keeps all, two bytes each."""
+    """Keep only the k largest logits of an image, and spread the rest of the probability evenly; null keeps all, at two bytes each."""
 
 
 class Targets(Section):
@@ -123,7 +123,7 @@ class Student(Section):
     """One of several students of the same teacher."""
 
     stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
-    """What is done after the recipe's own stages, which all students share."""
+    """The stages that follow the recipe's own, which all students share."""
     targets: Targets | None = None
     """What this student must reach; null takes the recipe's."""
 
@@ -140,7 +140,7 @@ class Recipe(Section):
     target: Literal["auto", "cuda"] | Int8Target = "auto"
     """Where the student will run; auto reads this machine's instruction sets; cuda is FP16 (it has no INT8 convolution)."""
     further_targets: tuple[Int8Target, ...] = ()
-    """Further machines that get INT8 files of their own, each calibrated and trained on its grid."""
+    """Further kinds of machines: each gets an INT8 file, calibrated and trained on its own grid."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Drives every random choice."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -152,11 +152,11 @@ class Recipe(Section):
     model: Model
     """The teacher."""
     teaching: Teaching = Teaching()
-    """How it answers."""
+    """How students get the teacher's predictions."""
     stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
-    """What is done, in order."""
+    """The stages, in order."""
     students: dict[Name, Student] = Field(default={})
-    """Several students by name (as a run's): each goes on from the shared stages, and one report compares them."""
+    """Several students by name (spelled as a run's name): each continues from the shared stages, and one report compares them."""
     targets: Targets = Targets()
     """What must be reached."""
 

@@ -1,4 +1,4 @@
-"""What every part of a recipe is made of."""
+"""What every section of a recipe is made of."""
 
 from typing import Annotated
 
@@ -15,7 +15,7 @@ Arch = Annotated[
 
 
 class Section(BaseModel):
-    """A frozen part of a recipe that refuses keys it does not know."""
+    """A frozen section of a recipe; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

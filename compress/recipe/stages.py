@@ -1,4 +1,4 @@
-"""The stages of a recipe: one section for each, and how long and how fast they train.
+"""The stages of a recipe: one section for each, and the sections of a training.
 
 Imports no torch.
 """
@@ -19,9 +19,9 @@ class Stop(Section):
     patience: PositiveInt | None = None
     """Epochs in a row without a rise of the validation top-1 by more than `min_delta`."""
     min_delta: Fraction = 0.0
-    """The rise that `patience` waits for; 0.001 is a tenth of a point."""
+    """The smallest rise that counts for `patience`; 0.001 is a tenth of a point."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
-    """Begin no epoch that would end after so many minutes of training, a killed run's earlier ones included."""
+    """Minutes of training, those before a kill included; no epoch begins that would end later."""
     top1: Fraction | None = None
     """The validation top-1 that is enough. The end is then chosen on the images that judge, so the last score flatters a little."""
 
@@ -56,15 +56,15 @@ class Fit(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD's momentum."""
     nesterov: bool = True
-    """Nesterov's momentum; false is the plain one, which most papers train with."""
+    """Nesterov's momentum; false is plain momentum, which most papers use."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     """Weight decay of convolution and linear weights."""
     decay_vectors: bool = False
-    """Weight decay of biases and batch-norms, too, as most papers train."""
+    """Also decay biases and batch-norms, as most papers do."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     """Epochs of linear warm-up."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay per step of the weights' moving average, which then is the result (0 switches it off)."""
+    """Decay per step of a moving average of the weights, which becomes the result (0 switches it off)."""
     clip_norm: Annotated[float, Field(ge=0)] = 0.0
     """The largest norm of the gradient (0 switches clipping off)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -72,9 +72,9 @@ class Fit(Section):
     compile: bool = False
     """Run the training step through torch.compile; the log says what it costs and gains."""
     micro_batches: PositiveInt = 1
-    """Parts that a batch is computed in, one after the other; where memory runs out, one process doubles it by itself."""
+    """Number of micro-batches that each batch is split into; doubled when memory runs out, except under torchrun."""
     sync_batchnorm: bool = False
-    """Under torchrun, normalize by the statistics of all ranks' images, on GPUs only; false takes each rank's own."""
+    """Under torchrun on GPUs, batch-norm takes the statistics of all ranks' images; false takes each rank's own."""
     stop: Stop | None = None
     """Conditions that end the training before its last epoch."""
 
@@ -104,11 +104,11 @@ class SourceStage(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability moved from the label to all classes evenly while the teacher trains."""
     fine_tune: bool = False
-    """Train given weights further on this data."""
+    """Also train the given weights on this data."""
 
 
 class StudentStage(Section):
-    """Another network, usually a smaller one, to learn from the teacher in the place of the pruned teacher."""
+    """Another network, usually a smaller one, as the student in place of the pruned teacher."""
 
     stage: Literal["student"]
     """This stage."""
@@ -117,7 +117,7 @@ class StudentStage(Section):
     weights: PathText | None = None
     """Weights to start from, named as `model.weights` are; null starts from random ones."""
     reset_head: bool = False
-    """Keep the weights' body and start the classifier anew, for weights trained on other classes."""
+    """Start the classifier anew and keep all other weights, where these were trained on other classes."""
 
     @property
     def is_trained(self) -> bool:
@@ -153,17 +153,17 @@ class PruneStage(Section):
     keep_params: Annotated[float, Field(gt=0, lt=1)] | None = None
     """The fraction of parameters that stays."""
     steps: PositiveInt = 1
-    """Cuts: 1 is one-shot; more score again after each cut (and recover in between where `recover` is given)."""
+    """Number of cuts; channels are scored again before each, and `recover` trains in between."""
     recover: Fit | None = None
     """Distillation between the cuts of an iterative plan."""
     reconstruct: Literal["least_squares", "batch_norm", "none"] = "least_squares"
-    """What is recovered after each cut, without training or labels: each layer's weights are solved for what its removed inputs gave, or only batch-norm's statistics are measured anew."""
+    """Recovery after each cut, without training or labels: solve each layer's weights for what its removed inputs gave, only measure batch-norm's statistics anew, or nothing."""
     reconstruct_images: PositiveInt = 512
-    """Training images that it learns from; a quarter more judge whether it helps. Large images are fewer, so that memory holds them."""
+    """Training images for `reconstruct`; a quarter more judge whether it helps. Fewer are used where large images would not fit into memory."""
     round_to: PositiveInt = 8
     """Widths stay multiples of this; 8 is what the fast INT8 and FP32 kernels need."""
     min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """No layer loses more than the rest of this fraction of its channels."""
+    """Every layer keeps at least this fraction of its channels."""
     score_images: PositiveInt = 256
     """Training images that criteria with gradients (taylor) average over."""
     sparsity: Sparsity | None = None
@@ -190,20 +190,20 @@ class DistillStage(Section):
 
 
 class PtqStage(Section):
-    """INT8 without training, by every method; then tuning until the accuracy holds. The network itself passes through unchanged."""
+    """INT8 without training, by every method; then tuning until the accuracy holds. The network itself is not changed."""
 
     stage: Literal["ptq"]
     """This stage."""
     calibration_images: PositiveInt = 512
     """Training images that set the activations' ranges."""
     methods: Annotated[tuple[CalibrationMethod, ...], Field(min_length=1)] = ("minmax", "percentile", "entropy")
-    """How ranges are chosen: each is measured, and the one whose answers diverge least from the float student's is kept."""
+    """How ranges are chosen; all are measured, and the one whose logits diverge least from the float student's (KL) is kept."""
     neural_compressor: bool = True
     """Also measure neural-compressor's own static quantization."""
     max_top1_drop: Drop = 0.01
     """The loss of top-1 from the float student that tuning may leave, on 2,000 training images; 0.01 is one point."""
     max_trials: PositiveInt = 12
-    """Files that tuning builds and scores at most."""
+    """The most files that tuning builds and scores."""
     score_images: PositiveInt | None = None
     """Validation images that each method is reported on; null takes all. Nothing is chosen by them."""
 
@@ -224,9 +224,9 @@ class QatStage(Section):
     calibration_images: PositiveInt = 512
     """Training images that set the activations' first ranges."""
     freeze_ranges_at: Fraction = 0.5
-    """The part of the training after which moving ranges stay as they are (learned ones go on)."""
+    """Fraction of the training after which moving ranges stay as they are (learned ones continue)."""
     freeze_batchnorm_at: Fraction = 0.25
-    """The part of the training after which batch-norm uses its running statistics."""
+    """Fraction of the training after which batch-norm uses its running statistics."""
     reestimate_batchnorm_images: Annotated[int, Field(ge=0)] = 0
     """Training images that measure batch-norm's statistics anew after the training (0 keeps the running ones)."""
     keep_float: tuple[str, ...] = ()
@@ -244,16 +244,16 @@ class QatStage(Section):
 
 
 class AuditLimits(Section):
-    """What the optimized graph of the deployed file may hold at most; more fails the run and names the layers."""
+    """Limits on the optimized graph of the deployed file; exceeding one fails the run and names the layers."""
 
     max_float_layers: Annotated[int, Field(ge=0)] | None = None
-    """Convolutions and matrix products that run in float."""
+    """The most convolutions and matrix products that run in float."""
     max_float_fraction: Fraction | None = None
-    """The part of the multiply-accumulates that run in float."""
+    """The largest fraction of the multiply-accumulates that run in float."""
     max_leftover_qdq: Annotated[int, Field(ge=0)] | None = None
-    """QuantizeLinear and DequantizeLinear nodes that the optimizer left, besides the one at each end."""
+    """The most QuantizeLinear and DequantizeLinear nodes that the optimizer leaves, besides the one at each end."""
     min_agreement: Fraction | None = None
-    """The fraction of images on which the file must answer as the trained fake-quantized network does."""
+    """The smallest fraction of images on which file and trained fake-quantized network predict the same class."""
 
 
 class ExportStage(Section):
@@ -266,9 +266,9 @@ class ExportStage(Section):
     uint8_input: bool = True
     """Also write the INT8 file with uint8 pixels (batch, height, width, 3) as input and the normalization inside."""
     golden_images: Annotated[int, Field(ge=1, le=64)] = 8
-    """Validation images that the bundle carries, with what each file answers, for whoever serves it to compare."""
+    """Validation images in the bundle, with each file's outputs, for comparison wherever it is served."""
     limits: AuditLimits = AuditLimits()
-    """What the optimized graph may hold."""
+    """Limits on the optimized graph."""
 
 
 class BenchStage(Section):
@@ -285,9 +285,9 @@ class BenchStage(Section):
     providers: Annotated[tuple[Literal["cpu", "cuda"], ...], Field(min_length=1)] = ("cpu", "cuda")
     """Where to time; a provider that this machine lacks is left out and the report says so."""
     seconds: Annotated[float, Field(gt=0)] = 1.0
-    """Time for each file at each setting."""
+    """Seconds of timing for each file at each setting."""
     blocks: Annotated[int, Field(ge=6)] = 10
-    """Interleaved blocks; medians and the intervals come from them, and fewer than six have no interval of 95 %."""
+    """Interleaved blocks, which medians and intervals come from; a 95 % interval needs at least six."""
 
 
 StageSection = Annotated[
