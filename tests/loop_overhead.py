@@ -39,7 +39,7 @@ from export.images.folders import list_folder
 
 AUGMENT = {"crop": "random_resized", "flip": True}
 WARM_UP, MINIMAL_STEPS = 2, 8
-TITLES = ("network", "images", "pixels", "batch", "images/s", "hand-written loop", "waiting for data", "bookkeeping", "an epoch's fixed cost",
+TITLES = ("training", "images/s", "hand-written loop", "waiting for data, bookkeeping", "an epoch's fixed cost",
           "overhead in an epoch of DATA", "evaluation in an epoch of DATA")  # fmt: skip
 
 
@@ -71,14 +71,10 @@ class Row:
         """Return a line of the table."""
         epoch_s = self.training_images / self.batch_size * self.step_s + self.fixed_s
         cells = (
-            f"`{self.arch}`",
-            self.source,
-            str(self.image_size),
-            str(self.batch_size),
+            f"`{self.arch}`, {self.source}, {self.image_size} px, batch {self.batch_size}",
             f"{self.images_per_s:,.0f}",
             f"{self.minimal_images_per_s:,.0f}",
-            f"{self.data:.1%}",
-            f"{1 - self.data - self.model:.1%}",
+            f"{self.data:.1%}, {1 - self.data - self.model:.1%}",
             f"{self.fixed_s:.2f} s",
             f"**{self.overhead:.1%}**",
             f"{self.evaluation_s * self.validation_images / epoch_s:.1%}",

@@ -249,8 +249,8 @@ def time_int8(arch: str) -> Speedup:
 
 def as_markdown(rows: list[Row]) -> str:
     """Return the table of docs/models.md."""
-    titles = ("model", "pixels", "MACs kept", "integer layers", "float layers", "what else stays float, and why",
-              "agreement", "SNR (rounding)", "INT8 speed-up at 224")  # fmt: skip
+    titles = ("model", "pixels", "MACs kept", "layers in integers, float", "what else stays float, and why",
+              "agreement, SNR (rounding)", "INT8 speed-up at 224")  # fmt: skip
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for row in rows:
         reasons = Counter(
@@ -261,11 +261,9 @@ def as_markdown(rows: list[Row]) -> str:
             f"`{row.arch}`",
             str(row.image_size),
             f"{row.kept_macs:.3f}",
-            str(row.integer_layers),
-            str(len(row.float_layers)),
+            f"{row.integer_layers}, {len(row.float_layers)}",
             ", ".join(f"{times} × {reason}" for reason, times in reasons) or "nothing",
-            f"{row.agreement:.0%}",
-            f"{'same bits' if row.snr_db > 200 else f'{row.snr_db:.1f}'} ({row.rounding_snr_db:.1f}) dB",
+            f"{row.agreement:.0%}, {'same bits' if row.snr_db > 200 else f'{row.snr_db:.1f}'} ({row.rounding_snr_db:.1f}) dB",
             "–" if faster is None else f"{faster.ratio:.2f} ({faster.low:.2f}–{faster.high:.2f})",
         )
         lines.append(f"| {' | '.join(cells)} |")

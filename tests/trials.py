@@ -70,7 +70,7 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """Return one row of the table."""
         wanted = "no alarm" if self.needed is None else f"alarm in {self.needed} or more"
-        return (self.name, str(self.verdicts.total()), wanted, *(str(self.verdicts[status]) for status in STATUSES))
+        return (self.name, wanted, *(str(self.verdicts[status]) for status in STATUSES))
 
 
 def photographs(count: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -190,14 +190,14 @@ def latency_trials(served: Opener, reference: Opener, trials: int, progress: Cal
 def as_markdown(rows: Sequence[Row], before: Answers) -> str:
     """Return the table with its conditions."""
     about = environment()
-    header = ("trial", "trials", "wanted", *STATUSES)
+    header = ("trial", "wanted", *STATUSES)
     lines = [
         "| " + " | ".join(cells) + " |" for cells in (header, ("---",) * len(header), *(row.cells() for row in rows))
     ]
     return "\n".join([
         *lines,
         "",
-        f"Conditions: {about['cpu']}, {about['cores']} cores, {host_target().name}, ONNX Runtime {onnxruntime.__version__}; ResNet-18 at {SIZE} pixels in INT8, "
+        f"Conditions: {rows[0].verdicts.total()} accuracy trials and {rows[-1].verdicts.total()} latency trials in each row; {about['cpu']}, {about['cores']} cores, {host_target().name}, ONNX Runtime {onnxruntime.__version__}; ResNet-18 at {SIZE} pixels in INT8, "
         f"one thread, batch 1, {PLAN.seconds:g} s for each file in a look of {PLAN.blocks} blocks, at most {PLAN.looks} looks, "
         f"limit {LIMITS.max_latency_ratio}; {len(before.rows):,} images, top-1 {before.top1:.1%}, limit {LIMITS.min_top1_ratio}.",
     ])  # fmt: skip
