@@ -206,7 +206,8 @@ def _make_missing(recipe: Recipe, plans: Mapping[str, list[PlanLine]], *, trust_
 
     made: set[Path] = set()
     run = open_run(recipe, trust_code=trust_code, verbose=verbose)
-    rehearse(run, {student: [not line.cached for line in plan] for student, plan in plans.items()})
+    missing = {student: [not line.cached for line in plan] for student, plan in plans.items()}
+    first_decides(partial(rehearse, run, missing))
     for student, chain in recipe.chains().items():
         parent: Path | None = None
         for index, (line, section) in enumerate(zip(plans[student], chain.stages, strict=False)):
