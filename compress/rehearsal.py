@@ -1,5 +1,6 @@
 """Try on untrained networks what later stages will do with the trained ones: a refusal comes in seconds, not after hours of training."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from export.onnx_file.graph import INPUT
 from export.onnx_file.to_onnx import to_onnx
 from export.runtime.session import bind, open_session
 
+TRIED = ("prune", "ptq", "qat", "export")
 IMAGES = 3  # another batch than the exporter's example has
 TOLERANCE = 1e-2  # of the largest logit: kernels round differently, an answer to other values differs more
 
@@ -48,6 +50,9 @@ def rehearse(run: Run, missing: Mapping[str, Sequence[bool]]) -> None:
         behind = chain.stages[len(missing[name]) :]
         sections = [section for section, absent in zip(chain.stages, missing[name], strict=False) if absent] + [*behind]
         if any(_trains(section, chain) for section in sections):
+            stages = [section.stage for section in sections if section.stage in TRIED]
+            if run.rank == 0 and stages:
+                sys.stderr.write(f"{', '.join(stages)}: tried on the untrained network\n")
             _rehearse(run, chain, sections, tried)
 
 
@@ -61,14 +66,14 @@ def _rehearse(run: Run, chain: Recipe, sections: Sequence[StageSection], tried: 
             find_groups(student, example_images(run.image_size), "random", exclude=section.exclude)
         if isinstance(section, DistillStage | QatStage):
             check_layers(section.loss, student=student, teacher=teacher)
-        if isinstance(section, QatStage) and section.keep_float:
-            with _refused_by("qat"):
-                prepare(student, run.int8_targets[0], _images(run), keep_float=section.keep_float)
     integer = " and ".join(stage for stage in stages if stage in ("ptq", "qat"))
     if integer and (arch, "int8") not in tried:
         with _refused_by(integer, f"or leave out {integer}"):
             _quantize(student, run)
         tried.add((arch, "int8"))
+    for section in sections:
+        if isinstance(section, QatStage) and section.keep_float:
+            prepare(student, run.int8_targets[0], _images(run), keep_float=section.keep_float)
     for name, model in networks if "export" in stages else []:
         if {(name, "int8"), (name, "float")}.isdisjoint(tried):
             with _refused_by("export"):

@@ -75,7 +75,7 @@ def test_what_a_stage_cannot_take_is_refused_before_anything_trains(
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("qat.keep_float=[body.*]", "qat: keep_float: body.* names no layer; (known: first, second, head)"),
+        ("qat.keep_float=[body.*]", "qat.keep_float: body.* names no layer; (known: first, second, head)"),
         (
             "prune.exclude=[frist]",
             "prune.exclude: frist names no layer; did you mean first? (known: first, second, head)",

@@ -50,7 +50,7 @@ def prepare(
     """
     graph = traced(model, images)
     _refuse_shared_layers(graph)
-    kept = matching("keep_float", keep_float, groups(graph))
+    kept = matching("qat.keep_float", keep_float, groups(graph))
     for name, module in graph.named_modules():
         if type(module) in PLAIN and name not in kept:
             module.__class__ = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
