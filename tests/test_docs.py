@@ -86,7 +86,16 @@ def test_the_files_and_functions_of_a_weights_way_are_there() -> None:
     assert gone == []
 
 
-def test_where_something_is_decided_is_there() -> None:
+def test_ten_questions_are_answered() -> None:
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition("## Where")[2]
     assert text.count("\n| … ") == 10
-    assert [path for path in re.findall(r"`((?:compress|export)/[\w/.]+)`", text) if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_the_files_that_a_page_names_are_there(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    files = re.findall(r"`((?:compress|docs|export|recipes|tests)/[\w/]+\.\w+)`", text)
+    files += [
+        f"{module.replace('.', '/')}.py" for module in re.findall(r"^from (export[\w.]+) import", text, re.MULTILINE)
+    ]
+    assert [file for file in files if not (ROOT / file).exists()] == []
