@@ -10,7 +10,8 @@ ROOT = test_layers.ROOT
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
 KINDS = ("Tutorial", "How-to", "Reference", "Explanation")
-COLUMNS = 7
+WIDTH, COLUMNS = 100, 7
+ROUGH = ("decisions.md", "recovery.md")
 ANCHOR = re.compile(r"[^\w\- ]")
 WAY = re.compile(r"((?:compress|export)/[\w/]+\.py) +(\w[\w., ]*)$")
 
@@ -34,6 +35,13 @@ def anchors(path: Path) -> set[str]:
 def test_a_page_says_what_kind_it_is(path: Path) -> None:
     first = text_lines(path)[2]
     assert first.startswith(tuple(f"{kind}{end}" for kind in KINDS for end in (":", ","))), first
+
+
+@pytest.mark.parametrize("path", [page for page in PAGES if page.name not in ROUGH], ids=named)
+def test_prose_is_at_most_a_hundred_characters_wide(path: Path) -> None:
+    written = "\n".join(text_lines(path)).partition("\n### Recipe\n")[0]  # what follows is generated
+    prose = [line for line in written.splitlines() if not line.startswith(("|", "    ", "![", "#"))]
+    assert [line for line in prose if len(line) > WIDTH] == []
 
 
 @pytest.mark.parametrize("path", PAGES, ids=named)
