@@ -127,8 +127,8 @@ def _reporter(root: Path, total: int) -> Callable[[int], None]:
         if spent_s < PATIENCE_S or not (due or finished) or rank() != 0:
             return
         shown_s = now_s
-        state = f"in {clock(spent_s)}" if finished else f"so far, {clock(spent_s / done * (total - done))} left"
-        line = f"{root}: {done:,} of {total:,} files read for their digests {state}"
+        state = f"after {clock(spent_s)}" if finished else f"so far, {clock(spent_s / done * (total - done))} left"
+        line = f"{root}: the content of {done:,} of {total:,} files is known {state}"
         sys.stderr.write(f"\r\033[K{line}" if live else f"{line}\n")
         sys.stderr.write("\n" if live and finished else "")
         sys.stderr.flush()
@@ -140,14 +140,18 @@ def cache_folder(path: Path | None) -> Path:
     """Return where downloads lie: the path given, else the user's cache."""
     if path is not None:
         return path
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
+    except RuntimeError as error:  # as in a container that runs as a user whom it does not know
+        raise DataError("there is no home folder to download to; give one: DATA=/path/to/a/folder") from error
 
 
 def to_download(settings: DataSettings) -> Path | None:
     """Return the folder that a run would download the data set to; None where it lies there already, or needs no download."""
+    if settings.name not in DOWNLOADED:
+        return None
     root = cache_folder(settings.path)
-    folder = DOWNLOADED.get(settings.name)
-    return None if folder is None or (root / folder).is_dir() else root
+    return None if (root / DOWNLOADED[settings.name]).is_dir() else root
 
 
 def folder_of(path: Path | None) -> Path:

@@ -80,7 +80,7 @@ class MemoryImages:
         if self.whole is None:
             return "in memory"
         shrunk = int((self.whole.kept != self.whole.sizes).any(dim=1).sum())
-        return f"in memory, whole, {shrunk:,} of them shrunk to what random crops need"
+        return "in memory, whole" + (f", {shrunk:,} of them shrunk to what random crops need" if shrunk else "")
 
     def stored(self, *, whole: bool) -> Stored:
         """Return the images whole, or as evaluation sees them."""

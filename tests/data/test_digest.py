@@ -19,9 +19,10 @@ from compress.artifact import Meta, finish, write_json
 from compress.data import dataset as dataset_module
 from compress.data import digest as digest_module
 from compress.data.batches import eval_batches
-from compress.data.digest import FILES, DataSettings, changes, dataset_digest, given
+from compress.data.digest import FILES, DataSettings, changes, dataset_digest, given, to_download
 from compress.pipeline import plan_recipe
 from compress.recipe.read import read_recipe
+from export.errors import DataError
 from export.images.read import find_examples
 
 EVALUATION: dict[str, Any] = {"batch_size": 100, "workers": 0, "device": torch.device("cpu")}
@@ -101,7 +102,7 @@ def test_long_reading_says_how_long_it_took(
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(digest_module, "PATIENCE_S", 0)
     named(root)
-    assert capsys.readouterr().err == f"{root}: 8 of 8 files read for their digests in 0:00\n"
+    assert capsys.readouterr().err == f"{root}: the content of 8 of 8 files is known after 0:00\n"
 
 
 def test_reading_that_is_interrupted_goes_on_from_there(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,3 +180,13 @@ def test_the_digests_of_validation_find_exactly_its_images_among_all(
     np.testing.assert_array_equal(scored[0][0], torch.cat(images).numpy())
     np.testing.assert_array_equal(scored[0][1], torch.cat(labels).numpy())
     assert ("left out" in judged.notes[0]) if not split else judged.notes[0].startswith("6 of 7 images")
+
+
+def test_without_a_home_only_a_download_asks_for_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does for a user without an entry
+    found = [DataSettings(name, None, **SETTINGS, memory=tmp_path) for name in ("digits", "cifar10")]
+    assert to_download(found[0]) is None
+    with pytest.raises(DataError, match="there is no home folder to download to; give one: DATA="):
+        to_download(found[1])
