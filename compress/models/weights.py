@@ -112,7 +112,10 @@ def load_weights_(model: nn.Module, arch: str, weights: str, *, reset_head: bool
 def _fit_(model: nn.Module, state: State, complaint: str) -> None:
     """Copy the state into the model; raise `ModelError` with the complaint and the keys unless it fits whole."""
     misshapen = _misshapen(model, state)
-    fitting = {key: value for key, value in state.items() if key not in misshapen}
+    counters = {
+        key: own for key, own in model.state_dict().items() if key.endswith("num_batches_tracked")
+    }  # newer than some files
+    fitting = counters | {key: value for key, value in state.items() if key not in misshapen}
     found = model.load_state_dict(versioned(model, fitting), strict=False)
     parts = (
         _listed("missing", [key for key in found.missing_keys if key not in misshapen]),
