@@ -34,7 +34,8 @@ from compress.recipe.schema import Recipe
 from compress.recipe.stages import Fit
 from compress.run import Run, open_run
 from compress.training.compilation import wait
-from compress.training.loop import Step, make_optimizer, place_, precision_of
+from compress.training.loop import Step, make_optimizer, place_
+from compress.training.speed import AUTOCAST, precisions
 from export.images.folders import list_folder
 
 AUGMENT = {"crop": "random_resized", "flip": True}
@@ -228,6 +229,7 @@ def measure(data: Path, source: str, image_size: int, options: argparse.Namespac
 def recipe_for(data: Path, image_size: int, options: argparse.Namespace) -> Recipe:
     """Return a recipe that trains the network on the folder."""
     fit = {"epochs": options.epochs, "batch_size": options.batch_size, "lr": 0.01, "compile": options.compile}
+    fit |= {"precision": "auto" if torch.cuda.is_available() else "fp32"}  # the loop by hand times no precisions
     images = {"dataset": "imagefolder", "path": str(data), "image_size": image_size, "workers": options.workers}
     images |= {"limit_per_class": options.per_class, "eval_batch_size": options.batch_size, "augment": AUGMENT}
     stages = [{"stage": "source", "fit": fit}]
@@ -244,7 +246,7 @@ def whole(data: Path) -> tuple[int, int]:
 def minimal_loop(run: Run, settings: Fit, step: Step, ready: Sequence[Batch], seconds: Callable[[], float]) -> float:
     """Train by hand on batches that are ready; return images a second."""
     model = place_(build(run.recipe.model.arch, num_classes=len(run.dataset.classes), trust_code=False), run.device)
-    optimizer, dtype = make_optimizer(model, settings), precision_of(settings, run.device)
+    optimizer, dtype = make_optimizer(model, settings), AUTOCAST[precisions(settings, run.device)[0]]
     called = torch.compile(model) if settings.compile else model
     model.train()
     started = 0.0

@@ -109,7 +109,8 @@ def online_teacher(network: nn.Module, terms: Sequence[LossTerm]) -> Teacher:
 
     @torch.no_grad()
     def answer(batch: Batch) -> TeacherAnswer:
-        return TeacherAnswer(*tapped(batch.images))
+        with torch.autocast("cpu", enabled=False):  # a CPU's bf16 answers otherwise too often (docs/training.md)
+            return TeacherAnswer(*tapped(batch.images))
 
     return answer
 

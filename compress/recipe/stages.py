@@ -68,7 +68,7 @@ class Fit(Section):
     clip_norm: Annotated[float, Field(ge=0)] = 0.0
     """The largest norm of the gradient (0 switches clipping off)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast type; auto is bf16 on a GPU that has it and fp32 elsewhere, and fp32 in the qat stage."""
+    """Autocast type; auto is bf16 on a GPU that has it, the faster by timing on a CPU that has it, else fp32; in qat fp32."""
     compile: bool = False
     """Run the training step through torch.compile; the log says what it costs and gains."""
     micro_batches: PositiveInt = 1

@@ -24,6 +24,10 @@ class Progress:
     best_epoch: int = 0
     returns: int = 0  # to the last good epoch; each halves the rate
     micro_batches: int = 1
+    precision: str = ""  # that steps compute in; empty until chosen
+    threads: int = 0  # on a CPU
+    timed_epoch: int = 0  # epochs behind it when the threads were chosen
+    images_per_s: float = 0.0  # the fastest epoch since then
     events: list[str] = field(default_factory=list)
 
 

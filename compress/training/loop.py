@@ -5,7 +5,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from compress.recipe.stages import Fit
 from compress.training import compilation
 from compress.training.checkpoint import Progress, Snapshot, State
 from compress.training.guards import is_out_of_memory, not_finite, record_, stop_reason
+from compress.training.speed import AUTOCAST, Pace, thread_limit
 from compress.training.sync_batchnorm import synchronized
 
 Step = Callable[[nn.Module, Batch, float], dict[str, Tensor]]  # (model, batch, part of the training that is done)
@@ -59,13 +60,6 @@ class Loop:
     )
     after_backward: Callable[[nn.Module], None] | None = None
     left_out: Callable[[], int] = lambda: 0  # how many training images could not be read so far
-
-
-def precision_of(settings: Fit, device: torch.device) -> torch.dtype | None:
-    """Return the autocast type, None for plain float32."""
-    if settings.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-    return torch.bfloat16 if settings.precision == "bf16" else None
 
 
 def learning_rate(settings: Fit, step: int, steps_per_epoch: int) -> float:
@@ -114,7 +108,11 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     loop.log.start(epochs=settings.epochs, batches=loop.steps_per_epoch, done=progress.epoch, phase=loop.phase)
     saved_at = time.monotonic()
     started = saved_at - progress.seconds
-    with synchronized(model, loop.group) if settings.sync_batchnorm and loop.ranks > 1 else nullcontext():
+    synchronizing = synchronized(model, loop.group) if settings.sync_batchnorm and loop.ranks > 1 else nullcontext()
+    with thread_limit() as threads, synchronizing:
+        pace = _pace(step, settings, loop, state, threads)
+        if pace.begin_() and loop.log.enabled:
+            state.save(loop.checkpoint)
         wrapped = _wrap(step, settings, loop, state)
         while progress.epoch < settings.epochs and stopped is None:
             measurements = _good_epoch(wrapped, step, settings, loop, state)
@@ -123,6 +121,8 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
             score = measurements[loop.metric]
             record_(progress, score, settings.stop)
             stopped = first_decides(partial(stop_reason, settings.stop, progress, score, metric=loop.metric))
+            if stopped is None:
+                pace.after_epoch_(measurements["images_per_s"])
             due = progress.epoch < settings.epochs and time.monotonic() - saved_at > CHECKPOINT_EVERY_S
             if loop.log.enabled and due:
                 state.save(loop.checkpoint)
@@ -199,6 +199,10 @@ def _within_memory(attempt: Callable[[], Result], good: Snapshot, settings: Fit,
 def _tell(text: str, loop: Loop, state: State) -> None:
     """Note what happened, for the log and for the report."""
     state.progress.events.append(text)
+    _note(text, loop)
+
+
+def _note(text: str, loop: Loop) -> None:
     loop.log.note(f"{loop.phase}: {text}" if loop.phase != loop.log.stage else text)
 
 
@@ -229,7 +233,7 @@ def _train_step(
     wrapped: nn.Module, batch: Batch, step: Step, settings: Fit, loop: Loop, state: State, index: int
 ) -> dict[str, Tensor]:
     """Train on one batch, the epoch's number `index`; return the step's measurements: of several ranks, this one's part of their sum."""
-    model, progress, dtype = state.model, state.progress, precision_of(settings, loop.device)
+    model, progress, dtype = state.model, state.progress, AUTOCAST[state.progress.precision]
     index += progress.epoch * loop.steps_per_epoch
     done = index / (settings.epochs * loop.steps_per_epoch)
     for group in state.optimizer.param_groups:
@@ -280,17 +284,40 @@ def _wrap(step: Step, settings: Fit, loop: Loop, state: State) -> nn.Module:
     if not settings.compile:
         return eager
     compiled: nn.Module = torch.compile(eager)  # type: ignore[assignment]
-    good, left = state.snapshot(), (settings.epochs - state.progress.epoch) * loop.steps_per_epoch
-
-    def compare() -> str:
-        batch = next(loop.batches(state.progress.epoch))
-        state.model.train()
-
-        def trial(network: nn.Module) -> None:
-            _train_step(network, batch, step, settings, loop, state, 0)
-
-        return compilation.compare(trial, eager, compiled, device=loop.device, steps=left)
-
-    loop.log.note(_within_memory(compare, good, settings, loop, state))
-    state.restore_(good)
+    left = (settings.epochs - state.progress.epoch) * loop.steps_per_epoch
+    with _rehearsal(step, settings, loop, state) as run_step:
+        loop.log.note(compilation.compare(run_step, eager, compiled, device=loop.device, steps=left))
     return compiled
+
+
+def _pace(step: Step, settings: Fit, loop: Loop, state: State, threads: int) -> Pace:
+    """Return what finds out how this training runs fastest, with so many threads at most."""
+
+    @contextmanager
+    def rehearsal() -> Iterator[Callable[[], None]]:
+        with _rehearsal(step, settings, loop, state) as run_step:
+            yield lambda: run_step(state.model)
+
+    return Pace(
+        state.progress,
+        settings,
+        loop.device,
+        loop.steps_per_epoch,
+        threads,
+        rehearsal,
+        note=lambda text: _note(text, loop),
+        tell=lambda text: _tell(text, loop, state),
+    )
+
+
+@contextmanager
+def _rehearsal(step: Step, settings: Fit, loop: Loop, state: State) -> Iterator[Callable[[nn.Module], None]]:
+    """Give what trains a network for one step; at the end all is as it was."""
+    good, batch = state.snapshot(), next(loop.batches(state.progress.epoch))
+    state.model.train()
+
+    def run_step(network: nn.Module) -> None:
+        _within_memory(lambda: _train_step(network, batch, step, settings, loop, state, 0), good, settings, loop, state)
+
+    yield run_step
+    state.restore_(good)

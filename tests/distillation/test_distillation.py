@@ -275,7 +275,7 @@ def test_losses_stay_in_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         measured = step(learner.train(), BATCH, 0.0)["sp"]
         answer = learner(BATCH.images)
-        taught = tap(teacher, ["block2"])(BATCH.images)[1]["block2"].detach()
+    taught = tap(teacher, ["block2"])(BATCH.images)[1]["block2"].detach()
     assert answer.features[0][0].dtype == torch.bfloat16
     assert measured.dtype == torch.float32
     assert torch.allclose(measured, sp_loss(answer.features[0][0].float(), taught.float()), rtol=1e-5)

@@ -205,7 +205,7 @@ def _out_of_memory() -> None:
 
 def _state() -> State:
     model = plain_network()
-    return State(model, train.make_optimizer(model, Fit(epochs=1)), None, Progress())
+    return State(model, train.make_optimizer(model, Fit(epochs=1)), None, Progress(precision="fp32"))
 
 
 def test_a_cpu_without_memory_is_recognized() -> None:

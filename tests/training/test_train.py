@@ -19,7 +19,7 @@ from compress.log import StageLog
 from compress.recipe.stages import Fit
 from compress.tasks.task import TASKS, evaluate
 from compress.training import loop as train
-from compress.training.loop import Loop, fit, learning_rate, make_optimizer, precision_of
+from compress.training.loop import Loop, fit, learning_rate, make_optimizer
 
 CPU = torch.device("cpu")
 STEP = supervised_step(TASKS["classification"], label_smoothing=0.0)
@@ -191,11 +191,6 @@ def test_clipping_bounds_the_step(tmp_path: Path) -> None:
         sum(float((a.detach() - b).square().sum()) for a, b in zip(after.parameters(), before, strict=True))
     )
     assert 0 < moved <= 4 * 1e-3 * 1.01  # four steps
-
-
-def test_auto_precision_is_float32_on_a_cpu() -> None:
-    assert precision_of(Fit(epochs=1), CPU) is None
-    assert precision_of(Fit(epochs=1, precision="bf16"), CPU) is torch.bfloat16
 
 
 def test_every_measurement_of_the_step_is_logged_as_its_mean(tmp_path: Path) -> None:
