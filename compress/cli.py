@@ -248,13 +248,13 @@ def export_data(
 ) -> None:
     """Write a run's validation images as a folder of class folders, such as the gate takes."""
     from compress.data.augment import Augmentation
-    from compress.data.dataset import open_dataset
-    from compress.data.validation import write_validation
     from compress.recipe.arguments import data_settings
+    from compress.tasks import TASKS
 
     recipe = read_recipe(run_folder / "recipe.yaml")
-    dataset = open_dataset(data_settings(recipe), Augmentation(**Augment().model_dump()))
-    _print(f"{to}: {write_validation(dataset, to):,} validation images of {dataset.name}")
+    task = TASKS[recipe.task]
+    dataset = task.open(data_settings(recipe), Augmentation(**Augment().model_dump()))
+    _print(f"{to}: {task.write(dataset, to):,} validation images of {dataset.name}")
 
 
 @app.command()

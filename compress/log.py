@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 REFRESH_S = 0.25  # reading a loss waits for the GPU, so it happens four times a second and not at every step
 SHOWN = {  # measurements that a line shows, and how
     "loss": "loss {:.4g}",
-    "top1": "top-1 {:.2%}",
+    "score": "score {:.2%}",
     "images_per_s": "{:,.0f} images/s",
 }
 
@@ -131,7 +131,7 @@ class StageLog:
             self._refresh()
 
     def epoch(self, measurements: Mapping[str, float]) -> None:
-        """Record a finished epoch: its mean loss, learning rate, speed, and validation top-1 as a fraction."""
+        """Record a finished epoch: its mean loss, learning rate, speed, and validation score as a fraction."""
         self._epoch += 1
         self._batch = self._images = 0
         self._epoch_started_s = time.monotonic()

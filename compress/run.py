@@ -14,7 +14,7 @@ from torch import nn
 from compress.artifact import Metrics, lineage, read_meta
 from compress.data.augment import Augmentation
 from compress.data.batches import Batch, eval_batches, steps_per_epoch, train_batches
-from compress.data.dataset import Dataset, open_dataset
+from compress.data.dataset import Dataset
 from compress.data.named import NAMED
 from compress.data.split import sampled
 from compress.errors import CompressError
@@ -27,7 +27,7 @@ from compress.ranks import barrier, first_decides, gather, local_rank, rank, ran
 from compress.recipe.arguments import data_settings, fits
 from compress.recipe.schema import Model, Recipe
 from compress.recipe.stages import Fit, StudentStage
-from compress.tasks.task import TASKS, Task, evaluate
+from compress.tasks import TASKS, Task, evaluate
 from compress.training.loop import Loop, Network, Step, fit, place_
 from export.onnx_file.targets import TARGETS, Target, resolve_target
 
@@ -53,7 +53,7 @@ class Run:
     @cached_property
     def dataset(self) -> Dataset:
         """The images, opened when the first stage needs them."""
-        return open_dataset(data_settings(self.recipe), self.augmentation)
+        return self.task.open(data_settings(self.recipe), self.augmentation)
 
     def of(self, chain: Recipe) -> "Run":
         """Return the run of one of the recipe's chains, on the same images."""
@@ -108,7 +108,9 @@ class Run:
     def tuning(self) -> Iterator[Batch]:
         """Return the tuning split, what stages choose by so that the validation images only judge: unaugmented training images by seed."""
         data, images = self.recipe.data, self.dataset.train
-        chosen = sampled(images.labels.numpy(), len(self.dataset.classes), images=TUNING_IMAGES, seed=self.recipe.seed)
+        # Truths that are no classes are one stratum.
+        strata = torch.zeros(len(images), dtype=torch.int64) if images.labels.is_floating_point() else images.labels
+        chosen = sampled(strata.numpy(), len(self.dataset.classes), images=TUNING_IMAGES, seed=self.recipe.seed)
         return eval_batches(
             images,
             self.dataset.preprocess,
@@ -160,7 +162,7 @@ class Run:
             batches=lambda epoch: self.training(settings, epoch, epoch if views is None else epoch % views),
             steps_per_epoch=steps_per_epoch(len(self.dataset.train), settings.batch_size),
             evaluate=self.evaluate,
-            metric=self.task.metric,
+            metric=self.task.output.metric.title,
             log=log,
             checkpoint=out / f"checkpoint-{phase}.pt",
             summary=out / f"training-{phase}.json",

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.data.batches import Batch
 from compress.quant.sensitivity import Sensitivity, sensitivity
 from compress.run import Run, as_numpy
 from export.onnx_file.targets import RUNS, Target, host_target
 from export.onnx_file.to_onnx import to_onnx
-from export.runtime.accuracy import Score, score
+from export.runtime.accuracy import Score, score_files, score_of
 from export.runtime.latency import speedup, time_sessions
 from export.runtime.session import bind, open_session
 
@@ -21,14 +21,14 @@ LATENCY_SECONDS, LATENCY_BLOCKS = 0.5, 6
 SENSITIVITY_IMAGES = 128  # each layer takes one pass over them
 
 
-def export_network(model: nn.Module, path: Path, run: Run, *, top1: float, target: Target) -> None:
-    """Write `model`, in eval mode on the CPU, whose accuracy in torch is `top1`."""
+def export_network(model: nn.Module, path: Path, run: Run, *, score: float, target: Target) -> None:
+    """Write `model`, in eval mode on the CPU, whose accuracy in torch is `score`."""
     metadata = {
         "task": run.recipe.task,
         "classes": json.dumps(run.dataset.classes),
         "preprocess": json.dumps(run.dataset.preprocess.to_json()),
         "recipe": run.recipe.name,
-        "top1_torch": f"{top1:.4f}",
+        "score_torch": f"{score:.4f}",
         "target": target.name,
     }
     to_onnx(model.eval().to(memory_format=torch.contiguous_format), path, image_size=run.image_size, metadata=metadata)
@@ -39,14 +39,15 @@ def runs_here(target: Target) -> bool:
     return target.name in RUNS[host_target().name]
 
 
-def score_file(path: Path, batches: Iterator[Batch], *, optimize: bool) -> Score:
+def score_file(path: Path, run: Run, batches: Iterator[Batch], *, optimize: bool) -> Score:
     """Run the batches' images through a file."""
-    return score({path.stem: path}, as_numpy(batches), optimize=optimize)[path.stem]
+    return score_files({path.stem: path}, as_numpy(batches), run.task.output, optimize=optimize)[path.stem]
 
 
 def tuning_score(path: Path, run: Run, *, optimize: bool) -> Score:
-    """Run the tuning images through a file and keep its logits."""
-    return score({path.stem: path}, as_numpy(run.tuning()), optimize=optimize, keep_logits=True)[path.stem]
+    """Run the tuning images through a file and keep its outputs."""
+    batches = as_numpy(run.tuning())
+    return score_files({path.stem: path}, batches, run.task.output, optimize=optimize, keep_outputs=True)[path.stem]
 
 
 def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], float | None]:
@@ -65,5 +66,10 @@ def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], float 
 
 def worst_first(prepared: nn.Module, run: Run, *, images: int) -> tuple[Sensitivity, ...]:
     """Return every layer's damage, measured on at most `images` calibration images."""
-    batches = run.calibration(min(SENSITIVITY_IMAGES, images))
-    return sensitivity(prepared, [(batch.images, batch.targets) for batch in batches])
+    batches = list(run.calibration(min(SENSITIVITY_IMAGES, images)))
+    truths = torch.cat([batch.targets for batch in batches]).cpu().numpy()
+
+    def score(outputs: Tensor) -> float:
+        return score_of(run.task.output, [outputs.cpu().numpy()], [truths]).score
+
+    return sensitivity(prepared, [batch.images for batch in batches], rows=run.task.rows, score=score)

@@ -40,12 +40,12 @@ class Study(Section):
 
 @dataclass(frozen=True)
 class Result:
-    """What one run measured: top-1 by name, as a fraction; a name that all variants share was made by the same artifact."""
+    """What one run measured: score by name, as a fraction; a name that all variants share was made by the same artifact."""
 
     recipe: str
     variant: str
     seed: int
-    top1: Mapping[str, float]
+    score: Mapping[str, float]
 
 
 def read_study(path: Path) -> Study:
@@ -117,20 +117,20 @@ def _teacher(results: Path, recipe: Path, study: Study) -> Path:
 
 
 def measurements(report: Mapping[str, Any]) -> dict[str, float]:
-    """Return every top-1 of a run by name: float stages in PyTorch, files and methods where they were scored."""
+    """Return every score of a run by name: float stages in PyTorch, files and methods where they were scored."""
     found = {
-        f"{row['stage']} (PyTorch)": row["metrics"]["top1"]
+        f"{row['stage']} (PyTorch)": row["metrics"]["score"]
         for row in report["stages"]
         if row["stage"] in ("source", "prune", "distill", "qat")
     }
-    files = {row["name"]: row["top1"] for row in report["deployed"]}
+    files = {row["name"]: row["score"] for row in report["deployed"]}
     found |= {name: files[name] for name in (*ORDER, *files) if name in files}
     for target, ptq in ((report.get("ptq") or {}).get("targets") or {}).items():
         found |= {
             f"PTQ {row['engine']} {row['method']}, {target}"
-            + (" (PyTorch)" if row["scored_in"] == "pytorch" else ""): row["top1"]
+            + (" (PyTorch)" if row["scored_in"] == "pytorch" else ""): row["score"]
             for row in ptq["methods"]
-            if row["top1"] is not None
+            if row["score"] is not None
         }
     return {name: float(value) for name, value in found.items() if value is not None}
 
@@ -140,9 +140,9 @@ def _tables(results: Sequence[Result]) -> Iterator[str]:
     for recipe in dict.fromkeys(result.recipe for result in results):
         mine = [result for result in results if result.recipe == recipe]
         variants = list(dict.fromkeys(result.variant for result in mine))
-        yield f"### {recipe}\n\n| what | top-1, mean | range over seeds | seeds |\n|---|---|---|---|"
-        for name in dict.fromkeys(name for result in mine for name in result.top1):
-            values = {v: [r.top1[name] for r in mine if r.variant == v and name in r.top1] for v in variants}
+        yield f"### {recipe}\n\n| what | score, mean | range over seeds | seeds |\n|---|---|---|---|"
+        for name in dict.fromkeys(name for result in mine for name in result.score):
+            values = {v: [r.score[name] for r in mine if r.variant == v and name in r.score] for v in variants}
             shared = len(variants) > 1 and all(values[v] == values[variants[0]] for v in variants)
             for variant in variants[:1] if shared else variants:
                 if values[variant]:

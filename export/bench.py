@@ -24,12 +24,12 @@ from export.command.table import table
 from export.errors import BundleError
 from export.onnx_file.model_file import ModelFile, inspect
 from export.onnx_file.targets import TARGET_PROVIDERS, host_target
-from export.runtime.accuracy import accuracy, score
+from export.runtime.accuracy import accuracy, score_files
 from export.runtime.cuda_options import describe, fastest
 from export.runtime.environment import environment
 from export.runtime.latency import MIN_BLOCKS, Timing, speedup, time_sessions
 from export.runtime.memory import peak_memory_mb
-from export.runtime.rows import STUDENT, AccuracyRow, BenchJson, Setting, TimingRow, timing_row
+from export.runtime.rows import STUDENT, AccuracyRow, BenchJson, Setting, TimingRow, metric_json, timing_row
 from export.runtime.session import CPU, PROVIDERS, Run, available_providers, bind, open_session, resize_input
 
 SLOW = 3.0  # a float16 file that is slower than float32 by this factor runs on emulated kernels: one row says it all
@@ -212,7 +212,7 @@ def measure(bundle: Bundle, arguments: argparse.Namespace) -> BenchJson:
     if arguments.data:
         examples = bundle.examples(arguments.data)
         notes = examples.notes
-        scores = score(bundle.files, examples.batches(), progress=print_live)
+        scores = score_files(bundle.files, examples.batches(), bundle.task, progress=print_live)
         scored = accuracy(scores, reference=STUDENT if STUDENT in scores else min(scores))
     found = bench(
         bundle.files,
@@ -226,7 +226,10 @@ def measure(bundle: Bundle, arguments: argparse.Namespace) -> BenchJson:
     )
     print_live("")
     warnings = [*notes, *found.warnings]
-    return BenchJson(accuracy=scored, timings=found.timings, environment=environment(), warnings=warnings)
+    metric = metric_json(bundle.task.metric)
+    return BenchJson(
+        metric=metric, accuracy=scored, timings=found.timings, environment=environment(), warnings=warnings
+    )
 
 
 def as_text(found: BenchJson) -> str:
@@ -241,7 +244,7 @@ def as_text(found: BenchJson) -> str:
         "peak MB",
         "speed-up",
         "95 %",
-        "top-1",
+        found["metric"]["title"],
         "agreement",
     )
     parts = []
@@ -268,7 +271,7 @@ def cells(row: TimingRow, scored: AccuracyRow | None) -> list[str | float | None
         row["peak_memory_mb"],
         faster["ratio"] if faster else None,
         f"{faster['ci95'][0]:.2f}-{faster['ci95'][1]:.2f}" if faster else None,
-        scored["top1"] if scored else None,
+        scored["score"] if scored else None,
         scored["agreement"] if scored else None,
     ]
 

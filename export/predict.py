@@ -9,47 +9,30 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import vet
 from export.command.arguments import at_least, chosen
 from export.command.main import MISTAKE, run
-from export.command.table import table
 from export.errors import BundleError, UserError
-from export.images.preprocess import Preprocess
 from export.images.read import read_pixels
 from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
 
 
-def probabilities(session: onnxruntime.InferenceSession, preprocess: Preprocess, path: Path) -> NDArray[np.float64]:
-    """Return the softmax of the logits for one image file, (classes,).
+def predict(session: onnxruntime.InferenceSession, bundle: Bundle, path: Path, *, top: int) -> str:
+    """Return the image's path and what the network sees in it.
 
-    Raises DataError for a file that is no whole image, BundleError for a network that cannot run and for logits that are not finite.
+    Raises DataError for a file that is no whole image, BundleError for a network that cannot run and for outputs that are not finite.
     """
-    images = preprocess.normalize(read_pixels(path, preprocess)[None])  # (1, 3, size, size)
+    images = bundle.preprocess.normalize(read_pixels(path, bundle.preprocess)[None])  # (1, 3, size, size)
     (given,) = session.get_inputs()
     try:
-        (logits,) = session.run(None, {given.name: images.astype(DTYPES[given.type], copy=False)})  # (1, classes)
+        (outputs,) = session.run(None, {given.name: images.astype(DTYPES[given.type], copy=False)})
     except RUNTIME_ERRORS as error:
         raise BundleError(f"{path}: the network cannot run on it ({first_line(error)}): export it again") from error
-    if logits.ndim != 2 or not np.isfinite(logits).all():
-        raise BundleError(f"{path}: the network gives no finite logits for it: export it again")
-    return softmax(np.asarray(logits[0], np.float64))
-
-
-def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return exp(logits) divided by their sum; the largest is taken off first, so that none overflows."""
-    powers: NDArray[np.float64] = np.exp(logits - logits.max())
-    shares: NDArray[np.float64] = powers / powers.sum()
-    return shares
-
-
-def predict(session: onnxruntime.InferenceSession, bundle: Bundle, path: Path, *, top: int) -> str:
-    """Return the image's path and a table of its likeliest labels."""
-    found = probabilities(session, bundle.preprocess, path)
-    best = np.argsort(-found, kind="stable")[:top]
-    return f"{path}\n{table(('label', 'probability'), [(bundle.labels[index], float(found[index])) for index in best])}"
+    if not np.isfinite(outputs).all():
+        raise BundleError(f"{path}: the network gives no finite numbers for it: export it again")
+    return f"{path}\n{bundle.task.show(outputs[0], bundle.labels, top)}"
 
 
 def print_predictions(arguments: argparse.Namespace) -> int:

@@ -32,9 +32,10 @@ from export.proof.intervals import clopper_pearson
 from export.proof.saturation import modules, saturation_possible
 from export.proof.submodels import IMAGES, Piece, exposed, pieces, quantized_tensors
 from export.runtime.session import RUNTIME_ERRORS, first_line, open_session
+from export.tasks import TASKS, task_named
+from export.tasks.task import Array, Metric, OutputTask
 
 Floats = NDArray[np.float32]
-Labels = NDArray[np.int64]
 Reference = Callable[[Floats], Mapping[str, Floats]]
 """Images (n, 3, s, s) to `logits` and, by quantizer module path, the float values of the quantized tensors."""
 
@@ -73,8 +74,8 @@ class Verification:
     tensor_images: int
     agreement: float
     agreement_ci95: tuple[float, float]
-    top1_reference: float | None
-    top1: float | None
+    score_reference: float | None
+    score: float | None
     tensors: tuple[Tensor, ...]
     first_divergence: str | None
     saturation: tuple[Saturation, ...]
@@ -126,9 +127,10 @@ class Probe:
 
 def verify(
     path: Path,
-    batches: Iterable[tuple[Floats, Labels | None]],
+    batches: Iterable[tuple[Floats, Array | None]],
     reference: Reference | None = None,
     *,
+    task: OutputTask,
     tensor_images: int = 64,
 ) -> Verification:
     """Compare the file with `reference` (None: with itself, unoptimized) on all images, tensor by tensor on the first `tensor_images`.
@@ -145,14 +147,14 @@ def verify(
     possible = saturation_possible(file)
     session = open_session(path)
     probes: list[Probe] = []
-    expected_answers, answers, labels = list[Labels](), list[Labels](), list[Labels]()
+    expected_answers, answers, truths = list[Array](), list[Array](), list[Array]()
     seen = 0
     for images, targets in in_chunks(batches):
         expected = reference(images)
         logits = _run(session, images, path.name)
-        answers.append(np.argmax(logits, axis=1))
-        expected_answers.append(np.argmax(_logits(expected), axis=1))
-        labels.extend([] if targets is None else [targets])
+        answers.append(task.decode(logits))
+        expected_answers.append(task.decode(_logits(expected)))
+        truths.extend([] if targets is None else [targets])
         if seen < tensor_images:
             probes = probes or open_probes(file, expected, possible)
             few = slice(0, tensor_images - seen)
@@ -160,10 +162,9 @@ def verify(
         seen += len(images)
     if not seen:
         raise BundleError(f"{path.name}: no images to verify it on: give at least one")
-    truth = np.concatenate(labels) if labels else None
-    return summarize(
-        possible, probes, np.concatenate(expected_answers), np.concatenate(answers), truth, min(seen, tensor_images)
-    )
+    truth = np.concatenate(truths) if truths else None
+    both = np.concatenate(expected_answers), np.concatenate(answers)
+    return summarize(task, possible, probes, *both, truth, min(seen, tensor_images))
 
 
 def file_reference(file: Wiring) -> Reference:
@@ -179,12 +180,12 @@ def file_reference(file: Wiring) -> Reference:
     return reference
 
 
-def in_chunks(batches: Iterable[tuple[Floats, Labels | None]]) -> Iterator[tuple[Floats, Labels | None]]:
+def in_chunks(batches: Iterable[tuple[Floats, Array | None]]) -> Iterator[tuple[Floats, Array | None]]:
     """Yield the batches in parts of at most CHUNK images."""
-    for images, labels in batches:
+    for images, truths in batches:
         for start in range(0, len(images), CHUNK):
             part = slice(start, start + CHUNK)
-            yield images[part], None if labels is None else labels[part]
+            yield images[part], None if truths is None else truths[part]
 
 
 def open_probes(file: Wiring, known: Mapping[str, Floats], possible: Mapping[str, int]) -> list[Probe]:
@@ -206,23 +207,24 @@ def measure_(probes: list[Probe], images: Floats, expected: Mapping[str, Floats]
 
 
 def summarize(
+    task: OutputTask,
     possible: dict[str, int],
     probes: list[Probe],
-    expected: Labels,
-    answers: Labels,
-    labels: Labels | None,
+    expected: Array,
+    answers: Array,
+    truths: Array | None,
     tensor_images: int,
 ) -> Verification:
     """Put the counts together."""
     tensors = tuple(Tensor(probe.piece.name, probe.piece.modules, probe.accumulated, probe.local) for probe in probes)
-    same = int(np.sum(expected == answers))
+    same = float(np.sum(task.agreement(expected, answers)))
     return Verification(
         images=len(answers),
         tensor_images=tensor_images,
         agreement=same / len(answers),
-        agreement_ci95=clopper_pearson(same, len(answers)),
-        top1_reference=None if labels is None else float(np.mean(expected == labels)),
-        top1=None if labels is None else float(np.mean(answers == labels)),
+        agreement_ci95=clopper_pearson(round(same), len(answers)),
+        score_reference=None if truths is None else task.total(task.statistics(expected, truths)),
+        score=None if truths is None else task.total(task.statistics(answers, truths)),
         tensors=tensors,
         first_divergence=next((tensor.name for tensor in tensors if tensor.local.diverges), None),
         saturation=tuple(
@@ -254,7 +256,7 @@ def _logits(expected: Mapping[str, Floats]) -> Floats:
     return expected[LOGITS]
 
 
-def as_text(found: Verification) -> str:
+def as_text(found: Verification, metric: Metric) -> str:
     """Return the verification as lines for a terminal."""
     low, high = found.agreement_ci95
     rows = [
@@ -272,7 +274,11 @@ def as_text(found: Verification) -> str:
     header = ("tensor", "layers", "max LSB", "differing", "SNR dB", "alone: max LSB", "differing")
     lines = [
         f"same answer on {found.agreement:.2%} of {found.images} images (95 % interval {low:.2%} to {high:.2%})",
-        *([f"top-1 {found.top1:.2%}, of the reference {found.top1_reference:.2%}"] if found.top1 is not None else []),
+        *(
+            [f"{metric.title} {found.score:.2%}, of the reference {found.score_reference:.2%}"]
+            if found.score is not None
+            else []
+        ),
         table(header, rows),
         f"first tensor that diverges: {found.first_divergence or 'none'}",
         *(
@@ -289,7 +295,7 @@ def as_text(found: Verification) -> str:
     return "\n".join(lines)
 
 
-def batches_of(path: Path, examples: Examples | None, images: int) -> Iterator[tuple[Floats, Labels | None]]:
+def batches_of(path: Path, examples: Examples | None, images: int) -> Iterator[tuple[Floats, Array | None]]:
     """Yield so many of the examples, spread over them, or noise of unit variance where there are none."""
     if examples is None:
         file = parse(path)
@@ -298,6 +304,12 @@ def batches_of(path: Path, examples: Examples | None, images: int) -> Iterator[t
         yield generator.standard_normal((images, *shape), dtype=np.float32), None
         return
     yield from examples.spread(images).batches()
+
+
+def stated_task(path: Path) -> OutputTask:
+    """Return the task that a file says it is for; a file from elsewhere says nothing and is taken for a classifier."""
+    stated = {entry.key: entry.value for entry in parse(path).metadata_props}.get("task")
+    return TASKS["classification"] if stated is None else task_named(stated)
 
 
 def int8_files(bundle: Bundle) -> dict[str, Path]:
@@ -325,8 +337,9 @@ def print_verifications(arguments: argparse.Namespace) -> int:
     sys.stdout.write("".join(f"note: {note}\n" for note in (examples.notes if examples else ())))
     for name, file in files.items():
         images = batches_of(file, examples, arguments.images)
-        found[name] = verify(file, images, tensor_images=arguments.tensor_images)
-        sys.stdout.write(f"{name}\n{as_text(found[name])}\n\n")
+        task = bundle.task if bundle else stated_task(file)
+        found[name] = verify(file, images, task=task, tensor_images=arguments.tensor_images)
+        sys.stdout.write(f"{name}\n{as_text(found[name], task.metric)}\n\n")
     if arguments.json:
         content = {name: verification.to_json() for name, verification in found.items()}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")

@@ -38,5 +38,5 @@ def digit_contents(folder: Path) -> Contents:
         "student_int8": save(quantized_network(63), folder / "student_int8.onnx"),
     }
     return replace(
-        small_contents(files), preprocess=PREPROCESS, serving=SERVING, images=digits(6), image_labels=np.arange(6) % 3
+        small_contents(files), preprocess=PREPROCESS, serving=SERVING, images=digits(6), truths=np.arange(6) % 3
     )

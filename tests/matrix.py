@@ -33,6 +33,7 @@ from export.onnx_file.targets import TARGETS
 from export.onnx_file.to_onnx import to_onnx
 from export.runtime.latency import Speedup, speedup, time_sessions
 from export.runtime.session import bind, open_session
+from export.tasks.classification import CLASSIFICATION
 from export.verify import verify
 
 # The smallest images that an architecture takes with something left to convolve: ViT has one size; of Swin's multiply-accumulates at 64
@@ -108,7 +109,7 @@ def examine(arch: str, image_size: int) -> Row:
         to_onnx(deploy(prepared), file, image_size=image_size, metadata={})
         found = audit(file)
         (deployed,) = open_session(file, threads=1).run(None, {"input": unseen.numpy()})
-        verified = verify(file, [(unseen[:4].numpy(), None)], reference_of(prepared))
+        verified = verify(file, [(unseen[:4].numpy(), None)], reference_of(prepared), task=CLASSIFICATION)
         levels = weight_levels(onnx.load(file)).values()
     with torch.no_grad():
         trained, expected = model(unseen).numpy(), prepared(unseen).numpy()

@@ -82,11 +82,11 @@ def small_contents(files: dict[str, Path]) -> Contents:
         preprocess=PREPROCESS,
         labels=LABELS,
         images=np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8),
-        image_labels=np.array([0, 1, 2, 0]),
+        truths=np.array([0, 1, 2, 0]),
         task="classification",
         target="cpu_avx2",
         recipe_digest="abc",
-        metrics={"student_fp32": {"top1": 0.75, "agreement": 1.0}},
+        metrics={"student_fp32": {"score": 0.75, "agreement": 1.0}},
     )
 
 

@@ -17,10 +17,15 @@ SMALL = PREPROCESS | {"image_size": SIZE, "resize_to": SIZE + 2, "interpolation"
 
 
 def tagged(
-    model: ModelProto, *, target: str = "cpu_avx2", top1: float = 0.75, recipe_digest: str = "abc"
+    model: ModelProto, *, target: str = "cpu_avx2", score: float = 0.75, recipe_digest: str = "abc"
 ) -> ModelProto:
     """Return the model with the metadata that an export writes."""
-    facts = {"classes": json.dumps(LABELS), "preprocess": json.dumps(SMALL), "target": target, "top1_torch": f"{top1}"}
+    facts = {
+        "classes": json.dumps(LABELS),
+        "preprocess": json.dumps(SMALL),
+        "target": target,
+        "score_torch": f"{score}",
+    }
     helper.set_model_props(model, facts | {"recipe_digest": recipe_digest})
     return model
 
@@ -42,11 +47,11 @@ def write_tagged_bundle(folder: Path) -> Path:
         preprocess=SMALL,
         labels=LABELS,
         images=np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8),
-        image_labels=np.array([0, 1, 2, 0]),
+        truths=np.array([0, 1, 2, 0]),
         task="classification",
         target="cpu_avx2",
         recipe_digest="abc",
-        metrics={"teacher_fp32": {"top1": 0.75}, "student_int8": {"top1": 0.75, "float_layers": []}},
+        metrics={"teacher_fp32": {"score": 0.75}, "student_int8": {"score": 0.75, "float_layers": []}},
     )
     write_bundle(folder / "bundle", contents)
     return folder / "bundle"

@@ -17,27 +17,28 @@ from compress.report.comparison.compare import Comparison, compare
 from compress.report.comparison.terminal import print_comparison
 from compress.report.shape import Report
 from compress.report.terminal import print_report
-from export.runtime.accuracy import Score, by_class
+from export.runtime.accuracy import Score
 from export.runtime.accuracy import accuracy as accuracy_of
+from export.tasks.classification import by_class
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 STAGES = ("source", "prune", "distill", "ptq", "qat", "export", "bench")
 METRICS: dict[str, Metrics] = {
-    "source": {"top1": 0.98333, "params_m": 23.53, "macs_m": 332.4, "size_mb": 94.1},
-    "prune": {"top1": 0.61111, "top1_as_cut": 0.11111, "params_m": 10.91, "macs_m": 156.2, "size_mb": 43.7},
-    "distill": {"top1": 0.98056, "params_m": 10.91, "macs_m": 156.2, "size_mb": 43.7},
-    "ptq": {"top1": 0.98056, "ptq_top1": 0.97222, "ptq_top1_drop": 0.00834},
+    "source": {"score": 0.98333, "params_m": 23.53, "macs_m": 332.4, "size_mb": 94.1},
+    "prune": {"score": 0.61111, "score_as_cut": 0.11111, "params_m": 10.91, "macs_m": 156.2, "size_mb": 43.7},
+    "distill": {"score": 0.98056, "params_m": 10.91, "macs_m": 156.2, "size_mb": 43.7},
+    "ptq": {"score": 0.98056, "ptq_score": 0.97222, "ptq_drop": 0.00834},
     "qat": {
-        "top1": 0.97778,
-        "top1_calibrated": 0.96944,
+        "score": 0.97778,
+        "score_calibrated": 0.96944,
         "trained": 1.0,
         "float_groups": 0.0,
         "params_m": 10.88,
         "macs_m": 156.2,
         "size_mb": None,
     },
-    "export": {"top1": None},
-    "bench": {"top1": 0.97778, "size_mb": 11.3},
+    "export": {"score": None},
+    "bench": {"score": 0.97778, "size_mb": 11.3},
 }
 FILES = {  # name: precision, top-1, agreement, MB, ms on the CPU with one thread at 224 px, on CUDA
     "teacher_fp32": ("fp32", 0.98333, 0.98611, 94.1, 91.2, 1.52),
@@ -93,7 +94,7 @@ def build_run(
         directory = root / f".{final.name}.partial"
         directory.mkdir(parents=True)
         if stage in FITS:
-            write_log(directory / "log.jsonl", top1=METRICS[stage]["top1"] or 0.0, **FITS[stage])
+            write_log(directory / "log.jsonl", score=METRICS[stage]["score"] or 0.0, **FITS[stage])
         if stage == "prune":
             (directory / "plan.json").write_text(json.dumps({"layers": list(resnet50_layers()), "cuts": []}))
         if stage == "bench":
@@ -111,7 +112,7 @@ def build_run(
             section={},
             version=1,
             seconds=7.3 * 2.4**index,
-            metrics=METRICS[stage] | ({"top1": None} if bench.get("answers") else {}),  # the stages saw none of these
+            metrics=METRICS[stage] | ({"score": None} if bench.get("answers") else {}),  # the stages saw none of these
             files={},
         )
         finish(directory, final, meta)
@@ -119,8 +120,8 @@ def build_run(
     return artifacts
 
 
-def write_log(path: Path, *, epochs: int, lr: float, top1: float) -> None:
-    """Write a training that converges to `top1`."""
+def write_log(path: Path, *, epochs: int, lr: float, score: float) -> None:
+    """Write a training that converges to `score`."""
     with path.open("w") as file:
         file.write('{"note": "training images 1437"}\n')
         for epoch in range(1, epochs + 1):
@@ -132,7 +133,7 @@ def write_log(path: Path, *, epochs: int, lr: float, top1: float) -> None:
                 "lr": lr * left,
                 "images_per_s": 224.0,
             }
-            file.write(json.dumps(entry | {"top1": top1 - 0.3 * left**2}) + "\n")
+            file.write(json.dumps(entry | {"score": score - 0.3 * left**2}) + "\n")
 
 
 def resnet50_layers() -> Iterator[dict[str, Any]]:
@@ -175,7 +176,10 @@ def build_bench(
             for batch in batches:
                 for threads in (1, 0) if provider == CPU else (0,):
                     timings.extend(timing(draw, name, provider, size, batch, threads, nulls=nulls) for name in files)
-    accuracy = {name: {"top1": facts_of(name)[1], "agreement": facts_of(name)[2], "images": 360} for name in files}
+    accuracy = {
+        name: {"score": facts_of(name)[1], "further": {}, "agreement": facts_of(name)[2], "images": 360}
+        for name in files
+    }
     environment = {
         "machine": "x86_64",
         "cpu": "AMD EPYC 7B13",
@@ -191,8 +195,17 @@ def build_bench(
     if answers:
         accuracy = {name: dict(row) for name, row in accuracy_of(answers, reference="student_fp32").items()}
     return {
+        "metric": {"name": "top1", "title": "top-1"},
         "accuracy": {} if nulls else accuracy,
-        **({"classes": by_class(answers, classes, confused=("teacher_fp32", "student_int8"))} if answers else {}),
+        **(
+            {
+                "classes": by_class(
+                    {name: found.rows for name, found in answers.items()}, classes, ("teacher_fp32", "student_int8")
+                )
+            }
+            if answers
+            else {}
+        ),
         "timings": timings,
         "environment": environment,
         "warnings": list(warnings),
@@ -250,7 +263,7 @@ def build_ptq(images: int = 360) -> dict[str, Any]:
         method("compress", "percentile", 0.97222, 0.98333, 53, 0),
     ]
     groups = [
-        {"group": f"layer{1 + index // 3}.{index % 3}.conv2", "kl": 0.09 / 1.6**index, "top1_drop": 0.011 / 2**index}
+        {"group": f"layer{1 + index // 3}.{index % 3}.conv2", "kl": 0.09 / 1.6**index, "drop": 0.011 / 2**index}
         for index in range(12)
     ]
     trials = [
@@ -258,13 +271,13 @@ def build_ptq(images: int = 360) -> dict[str, Any]:
         trial("percentile", [], 0.97222, 1.92, met=True),
     ]
     found = {"methods": methods, "sensitivity": groups[::-1], "trials": trials, "chosen": 1}
-    return {"images": images, "float_top1": 0.98056, "tuning_images": 1437, "targets": {"cpu_avx2": found}}
+    return {"images": images, "float_score": 0.98056, "tuning_images": 1437, "targets": {"cpu_avx2": found}}
 
 
 def method(
     engine: str,
     name: str,
-    top1: float,
+    score: float,
     agreement: float,
     integer: int | None,
     floats: int | None,
@@ -275,7 +288,7 @@ def method(
         "engine": engine,
         "method": name,
         "scored_in": "pytorch" if engine == "neural-compressor" else "onnxruntime",
-        "top1": top1,
+        "score": score,
         "agreement": agreement,
         "integer_layers": integer,
         "float_layers": floats,
@@ -284,16 +297,16 @@ def method(
 
 
 def trial(
-    calibration: str, keep_float: list[str], top1: float, latency_ratio: float | None, *, met: bool
+    calibration: str, keep_float: list[str], score: float, latency_ratio: float | None, *, met: bool
 ) -> dict[str, Any]:
     """Return one trial of ptq.json."""
     return {
         "number_format": "int8",
         "calibration": calibration,
         "keep_float": keep_float,
-        "top1": top1,
-        "top1_drop": 0.98056 - top1,
-        "agreement": top1 + 0.01,
+        "score": score,
+        "drop": 0.98056 - score,
+        "agreement": score + 0.01,
         "latency_ratio": latency_ratio,
         "met": met,
     }
@@ -345,8 +358,8 @@ def build_verify(**changes: Any) -> dict[str, Any]:
         "tensor_images": 64,
         "agreement": 359 / 360,
         "agreement_ci95": [0.98462, 0.99993],
-        "top1_reference": 0.97778,
-        "top1": 0.97778,
+        "score_reference": 0.97778,
+        "score": 0.97778,
         "tensors": tensors,
         "first_divergence": "layer1.0.conv1",
         "saturation": [],
@@ -392,7 +405,7 @@ def build_student(
     name: str,
     *,
     scale: float = 1.0,
-    top1: float | None = 0.97778,
+    score: float | None = 0.97778,
     targets: Mapping[str, float] | None = None,
     **settings: Any,
 ) -> Report:
@@ -410,7 +423,7 @@ def build_student(
             section.update(value)
     for row in report["deployed"]:
         if row["name"] == "student_int8":
-            row["top1"], row["size_mb"], row["p50_ms"] = top1, 11.3 * scale, (row["p50_ms"] or 0) * scale
+            row["score"], row["size_mb"], row["p50_ms"] = score, 11.3 * scale, (row["p50_ms"] or 0) * scale
             for speed in (row["speedup"], row["speedup_vs_student_fp32"]):
                 if speed:
                     speed["ratio"], speed["ci95"] = speed["ratio"] / scale, [end / scale for end in speed["ci95"]]

@@ -22,7 +22,7 @@ def made(root: Path, name: str, parent: str | None = None, *, weights: bytes = b
     (work / "weights").write_bytes(weights)
     (work / "log.jsonl").write_text(f"{seconds}")
     parent_digest = None if parent is None else read_meta(root / parent).digest
-    finish(work, root / name, Meta("prune", "k", parent, parent_digest, "float", {}, 1, seconds, {"top1": 0.5}, {}))
+    finish(work, root / name, Meta("prune", "k", parent, parent_digest, "float", {}, 1, seconds, {"score": 0.5}, {}))
     return root / name
 
 
@@ -30,7 +30,7 @@ def test_a_finished_directory_is_complete_and_reads_back(tmp_path: Path) -> None
     path = made(tmp_path, "01-prune-k")
     assert is_complete(path)
     assert read_meta(path).files["weights"] == hashlib.sha256(b"12345").hexdigest()
-    assert read_meta(path).metrics == {"top1": 0.5}
+    assert read_meta(path).metrics == {"score": 0.5}
 
 
 def test_a_directory_without_meta_is_not_complete(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_file_that_is_not_as_it_was_made_is_named(tmp_path: Path, content: byt
 def test_a_number_that_is_not_as_it_was_measured_is_noticed(tmp_path: Path) -> None:
     path = made(tmp_path, "01-prune-k")
     meta = json.loads((path / "meta.json").read_text())
-    write_json(path / "meta.json", meta | {"metrics": {"top1": 0.9}})
+    write_json(path / "meta.json", meta | {"metrics": {"score": 0.9}})
     assert "meta.json: was changed after its stage wrote it" in (damage(path) or "")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from answered import answered
 from onnx_files import class_folders, classifier, colour_reader, save, small_contents, small_files, write_small_bundle
 
 from export import bench as bench_module
@@ -16,11 +17,12 @@ from export.errors import BundleError
 from export.images.read import digest
 from export.onnx_file.model_file import inspect
 from export.onnx_file.targets import TARGETS, host_target
-from export.runtime.accuracy import Score, accuracy, by_class, ranks, score
+from export.runtime.accuracy import accuracy, score_files, score_of
 from export.runtime.environment import environment, fingerprint
 from export.runtime.memory import peak_memory_mb
-from export.runtime.rows import BenchJson, TimingRow
+from export.runtime.rows import AccuracyRow, BenchJson, TimingRow
 from export.runtime.session import CPU, CUDA, available_providers, bind, open_session, resize_input
+from export.tasks.classification import CLASSIFICATION, by_class, decode, further
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -97,10 +99,12 @@ def test_a_file_without_a_square_image_input_is_refused(tmp_path: Path) -> None:
 
 def test_top1_and_agreement_by_hand() -> None:
     labels = np.array([0, 1, 2, 2])
-    scores = {"float": Score(np.array([0, 1, 2, 0]), labels), "int8": Score(np.array([0, 2, 2, 0]), labels)}
+    scores = {"float": answered(np.array([0, 1, 2, 0]), labels), "int8": answered(np.array([0, 2, 2, 0]), labels)}
     assert accuracy(scores, reference="float") == {
-        "float": {"top1": 0.75, "top5": None, "balanced_accuracy": 2.5 / 3, "agreement": 1.0, "images": 4},
-        "int8": {"top1": 0.5, "top5": None, "balanced_accuracy": 0.5, "agreement": 0.75, "images": 4},
+        "float": AccuracyRow(
+            score=0.75, further={"top-5": None, "balanced accuracy": 2.5 / 3}, agreement=1.0, images=4
+        ),
+        "int8": AccuracyRow(score=0.5, further={"top-5": None, "balanced accuracy": 0.5}, agreement=0.75, images=4),
     }
 
 
@@ -110,14 +114,16 @@ def test_every_score_is_scikit_learn_s() -> None:
     draw = np.random.default_rng(0)
     labels = draw.integers(0, 11, 500)  # the twelfth class has no image
     logits = draw.standard_normal((500, 12)) + 2 * np.eye(12)[labels]
-    found = Score(logits.argmax(1), labels, ranks(logits, labels) < 5)
-    assert found.top5 == top_k_accuracy_score(labels, logits, k=5, labels=range(12))
-    present = np.isin(found.predictions, labels)  # scikit-learn warns of answers that are no label
-    assert Score(found.predictions[present], labels[present]).balanced_accuracy == pytest.approx(
-        balanced_accuracy_score(labels[present], found.predictions[present])
+    found = score_of(CLASSIFICATION, [logits], [labels])
+    predictions = logits.argmax(1)
+    assert further(found.rows)["top-5"] == top_k_accuracy_score(labels, logits, k=5, labels=range(12))
+    present = np.isin(predictions, labels)  # scikit-learn warns of answers that are no label
+    assert further(found.rows[present])["balanced accuracy"] == pytest.approx(
+        balanced_accuracy_score(labels[present], predictions[present])
     )
-    classes = by_class({"file": found}, [f"{label}" for label in range(12)], confused=("file",))
-    matrix = confusion_matrix(labels, found.predictions, labels=range(12))
+    classes = by_class({"file": found.rows}, [f"{label}" for label in range(12)], ("file",))
+    assert classes is not None
+    matrix = confusion_matrix(labels, predictions, labels=range(12))
     assert classes["images"] == matrix.sum(1).tolist()
     assert classes["files"]["file"]["answered"] == matrix.sum(0).tolist()
     assert classes["files"]["file"]["correct"] == matrix.diagonal().tolist()
@@ -125,17 +131,18 @@ def test_every_score_is_scikit_learn_s() -> None:
     assert {(row, column): count for row, column, count in classes["files"]["file"]["mistakes"] or ()} == mistakes
 
 
-def test_equal_outputs_rank_as_arg_max_takes_them_and_what_is_no_number_ranks_last() -> None:
-    logits = np.array([[1.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0], [2.0, np.nan, 1.0, 0.0]])
-    assert ranks(logits, np.array([1, 3, 1])).tolist() == [0, 3, 4]
-    assert ranks(logits, np.array([3, 0, 2])).tolist() == [2, 0, 2]
+def test_equal_outputs_come_as_arg_max_takes_them_and_what_is_no_number_comes_first() -> None:
+    logits = np.array([[1.0, 3.0, 3.0, 3.0, 0.0, 0.0], [0.0] * 6, [2.0, np.nan, 1.0, 0.0, 5.0, 4.0]])
+    assert decode(logits).tolist() == [[1, 2, 3, 0, 4], [0, 1, 2, 3, 4], [1, 4, 5, 0, 2]]
+    assert decode(logits)[:, 0].tolist() == np.argmax(logits, axis=1).tolist()
 
 
 def test_five_classes_have_no_top5_and_six_do(tmp_path: Path) -> None:
     images, labels = np.zeros((2, 3, 16, 16), np.float32), np.array([0, 1])
     for classes in (5, 6):
         file = save(classifier(classes=classes), tmp_path / f"{classes}.onnx")
-        assert (score({"file": file}, [(images, labels)])["file"].top5 is None) == (classes == 5)
+        (found,) = score_files({"file": file}, [(images, labels)], CLASSIFICATION).values()
+        assert (further(found.rows)["top-5"] is None) == (classes == 5)
 
 
 def test_scores_cover_every_batch_in_order(tmp_path: Path) -> None:
@@ -143,19 +150,19 @@ def test_scores_cover_every_batch_in_order(tmp_path: Path) -> None:
     images = np.zeros((7, 3, 16, 16), np.float32)
     images[np.arange(7), colours] = 1
     batches = ((images[i : i + 3], colours[i : i + 3]) for i in range(0, 7, 3))
-    found = score({"reader": save(colour_reader(), tmp_path / "r.onnx")}, batches)["reader"]
-    assert found.predictions.tolist() == colours.tolist()
-    assert (found.top1, found.images) == (1.0, 7)
+    (found,) = score_files({"r": save(colour_reader(), tmp_path / "r.onnx")}, batches, CLASSIFICATION).values()
+    assert found.answers[:, 0].tolist() == colours.tolist()
+    assert (found.score, found.images) == (1.0, 7)
 
 
 def test_no_images_is_an_error(files: dict[str, Path]) -> None:
     with pytest.raises(BundleError, match="no images to score"):
-        score(files, iter(()))
+        score_files(files, iter(()), CLASSIFICATION)
 
 
 def test_images_of_another_size_are_an_error(files: dict[str, Path]) -> None:
     with pytest.raises(BundleError, match="teacher_fp32: cannot run on"):
-        score(files, [(noise(size=20), np.zeros(2, np.int64))])
+        score_files(files, [(noise(size=20), np.zeros(2, np.int64))], CLASSIFICATION)
 
 
 # Timing
@@ -297,7 +304,7 @@ def test_the_command_needs_no_torch_and_scores_and_times(tmp_path: Path) -> None
     done = run_bench(tmp_path / "bundle", *QUICK, "--data", tmp_path / "data", "--json", tmp_path / "out.json")
     assert (done.returncode, done.stderr) == (0, "")
     found: BenchJson = json.loads((tmp_path / "out.json").read_text())
-    assert list(found) == ["accuracy", "timings", "environment", "warnings"]
+    assert set(found) == {"metric", "accuracy", "timings", "environment", "warnings"}
     assert found["accuracy"]["student_fp32"]["images"] == 2
     assert "2 of 6 images are those that the network was judged by; the other 4 are left out" in done.stdout
     assert [row["name"] for row in found["timings"]] == ["teacher_fp32", "student_fp32", "student_fp16"]

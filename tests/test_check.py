@@ -104,7 +104,7 @@ def test_the_command_tells_all_mistakes_and_what_it_has_judged(tmp_path: Path) -
     ("overrides", "sentence"),
     [
         (["targets.min_speedup=2"], "targets.min_speedup: a bench stage measures it: add `- stage: bench`"),
-        (["students.other.targets={max_top1_drop: 0.01}"], "students.other.targets.max_top1_drop: a bench stage measures it"),
+        (["students.other.targets={max_drop: 0.01}"], "students.other.targets.max_drop: a bench stage measures it"),
     ],
 )  # fmt: skip
 def test_a_target_that_nothing_measures_is_refused(tmp_path: Path, overrides: list[str], sentence: str) -> None:

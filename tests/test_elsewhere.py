@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from elsewhere.files import Logits, agreement, is_there, run, run_here, top1, write_digits
+from elsewhere.files import Logits, agreement, is_there, run, run_here, score, write_digits
 from networks import Mobile, Residual
 from numpy.typing import NDArray
 
@@ -42,7 +42,7 @@ def needs(runtime: str) -> None:
 
 def test_the_networks_know_the_digits_in_every_precision(exported: Exported) -> None:
     assert sorted(exported.here) == FILES
-    assert {name for name, logits in exported.here.items() if top1(logits, exported.labels) < 0.93} == set()
+    assert {name for name, logits in exported.here.items() if score(logits, exported.labels) < 0.93} == set()
 
 
 def test_bytes_give_the_same_logits_as_floats(exported: Exported) -> None:
@@ -57,7 +57,7 @@ def test_every_file_gives_the_same_classes_elsewhere(exported: Exported, runtime
     for name, here in exported.here.items():
         assert found[name].dtype == np.float32, name
         assert agreement(found[name], here) >= 0.99, name
-        assert abs(top1(found[name], exported.labels) - top1(here, exported.labels)) <= 0.002, name
+        assert abs(score(found[name], exported.labels) - score(here, exported.labels)) <= 0.002, name
 
 
 @pytest.mark.parametrize("name", [INT8, f"{INT8}_pixels"])
@@ -79,4 +79,4 @@ def test_arm_processors_give_the_classes_of_the_fake_quantized_network(exported:
     assert facts["machine"] == "aarch64"
     in_torch, labels = exported.in_torch["cpu_arm"][:IMAGES_UNDER_EMULATION], exported.labels[:IMAGES_UNDER_EMULATION]
     assert agreement(found["int8"], in_torch) >= 0.99
-    assert abs(top1(found["int8"], labels) - top1(in_torch, labels)) <= 0.0034  # one image of 300
+    assert abs(score(found["int8"], labels) - score(in_torch, labels)) <= 0.0034  # one image of 300

@@ -33,11 +33,11 @@ def lines(out: Path) -> list[dict[str, object]]:
 def test_each_epoch_is_one_line_of_json(tmp_path: Path) -> None:
     with StageLog(tmp_path, stage="distill", console=console(terminal=False)[0]) as log:
         log.start(epochs=2, batches=3)
-        log.epoch({"loss": 0.5, "top1": 0.9})
-        log.epoch({"loss": 0.25, "top1": 0.95})
+        log.epoch({"loss": 0.5, "score": 0.9})
+        log.epoch({"loss": 0.25, "score": 0.95})
     assert lines(tmp_path) == [
-        {"epoch": 1, "epochs": 2, "loss": 0.5, "top1": 0.9},
-        {"epoch": 2, "epochs": 2, "loss": 0.25, "top1": 0.95},
+        {"epoch": 1, "epochs": 2, "loss": 0.5, "score": 0.9},
+        {"epoch": 2, "epochs": 2, "loss": 0.25, "score": 0.95},
     ]
 
 
@@ -54,7 +54,7 @@ def test_without_a_terminal_an_epoch_is_one_plain_line_and_a_batch_is_none(tmp_p
         log.start(epochs=1, batches=2)
         log.batch(images=64, loss=0.7)
         log.batch(images=64, loss=0.6)
-        log.epoch({"loss": 0.65, "lr": 0.05, "images_per_s": 1234.4, "top1": 0.9})
+        log.epoch({"loss": 0.65, "lr": 0.05, "images_per_s": 1234.4, "score": 0.9})
     assert screen.getvalue() == "distill 1/1  loss 0.65  top-1 90.00%  1,234 images/s\n"
 
 
@@ -70,7 +70,7 @@ def test_on_a_terminal_the_live_line_fits_80_columns(tmp_path: Path) -> None:
     screen_console, screen = console(terminal=True)
     with StageLog(tmp_path, stage="distill", console=screen_console) as log:
         log.start(epochs=12, batches=2)
-        log.epoch({"loss": 0.1234, "images_per_s": 12345.0, "top1": 0.9777})
+        log.epoch({"loss": 0.1234, "images_per_s": 12345.0, "score": 0.9777})
     assert "loss 0.1234  top-1 97.77%  12,345 images/s" in screen.getvalue()
 
 

@@ -84,7 +84,7 @@ def test_every_stage_and_every_file_is_reported(finished: Path) -> None:
     assert [row["stage"] for row in found["stages"]] == NAMES
     assert {row["name"] for row in found["deployed"]} == set(FILES)
     assert {(row["batch"], row["threads"], row["image_size"]) for row in found["deployed"]} == {(1, 1, 16), (2, 1, 16)}
-    assert all(0 <= (row["top1"] or 0) <= 1 for row in found["deployed"])
+    assert all(0 <= (row["score"] or 0) <= 1 for row in found["deployed"])
     assert found["verdict"] == "pass"
     assert "<html" in (finished / "small" / "report" / "index.html").read_text()
 
@@ -103,7 +103,7 @@ def test_the_reported_accuracy_is_the_files_own_in_onnx_runtime(finished: Path) 
         (logits,) = session.run(None, {"input": images.contiguous(memory_format=torch.contiguous_format).numpy()})
         right, total = right + int((logits.argmax(1) == labels.numpy()).sum()), total + len(labels)
     row = next(row for row in report(finished)["deployed"] if row["name"] == "student_int8")
-    assert row["top1"] == pytest.approx(right / total)
+    assert row["score"] == pytest.approx(right / total)
 
 
 def test_the_bundle_stands_alone(finished: Path, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_pruning_that_was_killed_after_a_cut_goes_on_to_the_same_weights(
         assert run(copied, *ITERATIVE, until="prune") == 0
         artifact = plan_recipe(recipe(copied, *ITERATIVE))[1].directory
         metrics = read_meta(artifact).metrics
-        assert (metrics["top1_as_cut"] or 1) < (metrics["top1"] or 0)
+        assert (metrics["score_as_cut"] or 1) < (metrics["score"] or 0)
         content = (artifact / "weights.safetensors").read_bytes()
         shutil.rmtree(artifact)
         return content
@@ -290,7 +290,7 @@ def as_if_made_so(artifact: Path) -> None:
 
 
 def scores(folder: Path) -> dict[str, float | None]:
-    return {row["name"]: row["top1"] for row in report(folder)["deployed"]}
+    return {row["name"]: row["score"] for row in report(folder)["deployed"]}
 
 
 def test_an_exported_file_that_was_changed_is_made_again(
@@ -328,7 +328,7 @@ def test_files_that_score_otherwise_than_their_stage_measured_fail_the_run(copie
     as_if_made_so(export)
     assert run(copied) == 1
     (sentence,) = report(copied)["failures"]
-    assert sentence.startswith("student_int8: top-1 is ")
+    assert sentence.startswith("student_int8: score is ")
     assert "its stage (qat) measured" in sentence
 
 
@@ -337,9 +337,9 @@ def test_a_teacher_that_scores_otherwise_than_it_did_fails_the_run(copied: Path)
     source = plan_recipe(recipe(copied))[0].directory
     negate_head(source / "weights.safetensors")
     as_if_made_so(source)
-    assert run(copied, "targets.max_top1_drop=0.5") == 1
+    assert run(copied, "targets.max_drop=0.5") == 1
     assert [row["cached"] for row in report(copied)["stages"]] == [True] + [False] * 6  # all descend from it
-    assert report(copied)["failures"][0].startswith("teacher_fp32: top-1 is ")
+    assert report(copied)["failures"][0].startswith("teacher_fp32: score is ")
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -468,7 +468,7 @@ def test_good_calibration_saves_the_training_and_the_report_says_so(copied: Path
 def test_training_is_skipped_only_where_calibration_loses_less(
     tmp_path: Path, drop: float, enough: float, skipped: bool
 ) -> None:
-    trial = {"number_format": "int8", "top1": 0.5, "top1_drop": drop, "keep_float": []}
+    trial = {"number_format": "int8", "score": 0.5, "drop": drop, "keep_float": []}
     section = QatStage(stage="qat", skip_if_ptq_drop_below=enough)
     with StageLog(tmp_path, stage="qat") as log:
         found = qat._skip(section, log, TARGETS["cpu_avx2"], {"trials": [trial], "chosen": 0})
@@ -496,14 +496,14 @@ def test_every_target_gets_files_on_its_own_grid(copied: Path) -> None:
 
 def test_trained_layers_go_back_to_float_until_the_accuracy_holds(copied: Path) -> None:
     """No loss at all is hard to hold after a bad training; whatever is chosen must be what the artifact holds."""
-    assert run(copied, "qat.max_top1_drop=0.0", "qat.fit.lr=0.3", "qat.loss=[{name: cross_entropy}]", until="qat") == 0
-    folder = plan_recipe(recipe(copied, "qat.max_top1_drop=0.0", "qat.fit.lr=0.3", "qat.loss=[{name: cross_entropy}]"))[
+    assert run(copied, "qat.max_drop=0.0", "qat.fit.lr=0.3", "qat.loss=[{name: cross_entropy}]", until="qat") == 0
+    folder = plan_recipe(recipe(copied, "qat.max_drop=0.0", "qat.fit.lr=0.3", "qat.loss=[{name: cross_entropy}]"))[
         4
     ].directory
     trials = json.loads((folder / "trials-cpu_avx2.json").read_text())
     assert trials[0]["keep_float"] == []
     kept = json.loads((folder / "cpu_avx2" / "architecture.json").read_text())["keep_float"]
-    best = max(trials, key=lambda trial: (trial["met"], trial["top1"]))
+    best = max(trials, key=lambda trial: (trial["met"], trial["score"]))
     assert len(kept) == len(best["keep_float"]) == read_meta(folder).metrics["float_groups"]
     assert not (folder / "trials-cpu_avx2").exists()
 
@@ -581,7 +581,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     plan = plan_recipe(recipe(tmp_path))
     assert [line.cached for line in plan] == [True, True, True, True, True, False, False]
-    assert float(read_meta(plan[4].directory).metrics["top1"] or 0) > 0.3
+    assert float(read_meta(plan[4].directory).metrics["score"] or 0) > 0.3
 
 
 def test_the_plan_command_imports_no_torch(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from export import predict
 from export.images import decode
+from export.tasks.classification import softmax
 
 ROOT = Path(__file__).parent.parent
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)  # of the small bundle
@@ -59,7 +60,7 @@ def test_labels_come_with_their_probabilities_the_likeliest_first(
 
 
 def test_probabilities_are_the_softmax_of_extreme_logits_too() -> None:
-    assert predict.softmax(np.array([1e4, 1e4, -1e4])).tolist() == [0.5, 0.5, 0.0]
+    assert softmax(np.array([1e4, 1e4, -1e4])).tolist() == [0.5, 0.5, 0.0]
 
 
 def test_several_images_each_get_a_table(

@@ -66,15 +66,15 @@ def test_a_wrong_study_is_told(tmp_path: Path, text: str, words: str) -> None:
 
 
 def test_measurements_name_where_each_number_comes_from() -> None:
-    method = {"engine": "onnxruntime", "method": "minmax", "scored_in": "onnxruntime", "top1": 0.5}
+    method = {"engine": "onnxruntime", "method": "minmax", "scored_in": "onnxruntime", "score": 0.5}
     report = {
         "stages": [
-            {"stage": "source", "metrics": {"top1": 0.9}},
-            {"stage": "ptq", "metrics": {"top1": 0.8}},
-            {"stage": "qat", "metrics": {"top1": 0.7}},
+            {"stage": "source", "metrics": {"score": 0.9}},
+            {"stage": "ptq", "metrics": {"score": 0.8}},
+            {"stage": "qat", "metrics": {"score": 0.7}},
         ],
-        "deployed": [{"name": "student_int8", "top1": 0.6}, {"name": "teacher_fp32", "top1": 0.9}],
-        "ptq": {"targets": {"cpu_vnni": {"methods": [method, method | {"method": "x", "top1": None}]}}},
+        "deployed": [{"name": "student_int8", "score": 0.6}, {"name": "teacher_fp32", "score": 0.9}],
+        "ptq": {"targets": {"cpu_vnni": {"methods": [method, method | {"method": "x", "score": None}]}}},
     }
     assert measurements(report) == {
         "source (PyTorch)": 0.9,
@@ -94,7 +94,7 @@ def test_a_study_runs_every_variant_and_seed_with_the_first_seeds_teacher(tmp_pa
     text = run_study(tmp_path / "study.yaml", data=None, out=str(out), arguments=("--trust-code",))
     reports = {path.stem: json.loads(path.read_text()) for path in (out / "two").glob("*.json")}
     assert set(reports) == {"a-slow-0", "a-slow-1", "a-fast-0", "a-fast-1"}
-    teachers = {name: report["stages"][0]["metrics"]["top1"] for name, report in reports.items()}
+    teachers = {name: report["stages"][0]["metrics"]["score"] for name, report in reports.items()}
     assert len(set(teachers.values())) == 1
     assert reports["a-slow-1"]["recipe"]["model"]["weights"].endswith("weights.safetensors")
     assert reports["a-slow-0"]["recipe"]["stages"][1]["fit"]["lr"] == 0.02

@@ -26,6 +26,7 @@ from export.proof.optimized import optimize
 from export.proof.saturation import can_saturate, inner_order, saturation_possible, weight_sum
 from export.proof.submodels import Piece, pieces
 from export.runtime.session import CPU, open_session
+from export.tasks.classification import CLASSIFICATION
 from export.verify import file_reference, main, verify
 
 Floats = NDArray[np.float32]
@@ -41,7 +42,7 @@ def full(tmp_path: Path) -> Path:
 
 
 def test_a_file_agrees_with_its_own_graph_in_float(full: Path) -> None:
-    found = verify(full, [(images(24), None)], tensor_images=10)
+    found = verify(full, [(images(24), None)], tensor_images=10, task=CLASSIFICATION)
     assert (found.images, found.tensor_images, found.agreement) == (24, 10, 1.0)
     assert found.first_divergence is None
     assert found.saturation == ()
@@ -73,7 +74,9 @@ def test_a_planted_defect_is_named_where_it_is_and_nowhere_else(tmp_path: Path, 
     right = quantized_network()
     values = constant(right, tensor)
     wrong = changed(right, {tensor: (values * factor).astype(values.dtype)})
-    found = verify(save(wrong, tmp_path / "wrong.onnx"), [(images(16), None)], file_reference(wire(right)))
+    found = verify(
+        save(wrong, tmp_path / "wrong.onnx"), [(images(16), None)], file_reference(wire(right)), task=CLASSIFICATION
+    )
     assert found.first_divergence == where
     # A wrong activation scale is also wrong for what reads it.
     readers = {"quantizer_flatten"} if tensor == "quantizer_pool.scale" else set()
@@ -84,7 +87,9 @@ def test_a_planted_defect_is_named_where_it_is_and_nowhere_else(tmp_path: Path, 
 def test_an_error_travels_end_to_end_but_not_into_the_layers_alone(tmp_path: Path) -> None:
     right = quantized_network()
     wrong = changed(right, {"conv1.bias": constant(right, "conv1.bias") * 40})
-    found = verify(save(wrong, tmp_path / "wrong.onnx"), [(images(16), None)], file_reference(wire(right)))
+    found = verify(
+        save(wrong, tmp_path / "wrong.onnx"), [(images(16), None)], file_reference(wire(right)), task=CLASSIFICATION
+    )
     tensors = {tensor.name: tensor for tensor in found.tensors}
     assert tensors["quantizer_conv2"].accumulated.differing > 1000
     assert tensors["quantizer_conv2"].local.differing == 0
@@ -95,15 +100,17 @@ def test_accuracy_and_agreement_are_counted_image_by_image(full: Path) -> None:
     batch = images(16)
     answers = np.argmax(_run(full, batch), axis=1)
     moved = np.eye(3, dtype=np.float32)[(answers + (np.arange(16) < 4)) % 3]  # the reference differs on four
-    found = verify(full, [(batch[:9], answers[:9]), (batch[9:], answers[9:])], _only_logits(batch, moved))
-    assert (found.top1, found.top1_reference, found.agreement) == (1.0, 0.75, 0.75)
+    found = verify(
+        full, [(batch[:9], answers[:9]), (batch[9:], answers[9:])], _only_logits(batch, moved), task=CLASSIFICATION
+    )
+    assert (found.score, found.score_reference, found.agreement) == (1.0, 0.75, 0.75)
     assert found.agreement_ci95 == clopper_pearson(12, 16)
     assert [tensor.name for tensor in found.tensors] == ["logits"]
 
 
 def test_without_labels_there_is_no_accuracy(full: Path) -> None:
-    found = verify(full, [(images(3), None)])
-    assert (found.top1, found.top1_reference) == (None, None)
+    found = verify(full, [(images(3), None)], task=CLASSIFICATION)
+    assert (found.score, found.score_reference) == (None, None)
 
 
 def test_a_distance_is_what_hand_arithmetic_says() -> None:
@@ -184,7 +191,7 @@ def test_saturation_is_named_where_the_kernel_saturates(full: Path, monkeypatch:
         return _Avx2(parsed.model)
 
     monkeypatch.setattr(verify_module, "open_session", without_vnni)
-    found = verify(full, [(images(16), None)])
+    found = verify(full, [(images(16), None)], task=CLASSIFICATION)
     assert [layer.layer for layer in found.saturation] == ["conv1"]
     channels_last = np.abs(
         constant(quantized_network(127), "conv1.weight").transpose(0, 2, 3, 1).reshape(16, 27).astype(int)
@@ -202,11 +209,12 @@ import sys
 from pathlib import Path
 import numpy as np
 from export.runtime.session import open_session
+from export.tasks.classification import CLASSIFICATION
 from export.verify import verify
 folder = Path(sys.argv[1])
 images = np.load(folder / "images.npy")
 for name in ("full", "seven"):
-    found = verify(folder / f"{name}.onnx", [(images, None)])
+    found = verify(folder / f"{name}.onnx", [(images, None)], task=CLASSIFICATION)
     print(name, *(layer.layer for layer in found.saturation), found.first_divergence, sep=",")
     session = open_session((folder / f"{name}_conv1.onnx").read_bytes(), threads=1)
     np.save(folder / f"{name}_conv1.npy", session.run(None, {session.get_inputs()[0].name: images})[0])
@@ -290,11 +298,16 @@ def test_the_command_says_what_it_cannot_verify(
 
 def test_no_images_and_a_reference_without_logits_are_refused(full: Path) -> None:
     with pytest.raises(BundleError, match="no images"):
-        verify(full, [])
+        verify(full, [], task=CLASSIFICATION)
     with pytest.raises(BundleError, match="no 'logits', only conv1"):
-        verify(full, [(images(1), None)], lambda _: {"conv1": np.zeros(1, np.float32)})
+        verify(full, [(images(1), None)], lambda _: {"conv1": np.zeros(1, np.float32)}, task=CLASSIFICATION)
     with pytest.raises(BundleError, match=r"quantizer_conv1: is .* in the file and"):
-        verify(full, [(images(1), None)], lambda batch: {"logits": _run(full, batch), "quantizer_conv1": batch})
+        verify(
+            full,
+            [(images(1), None)],
+            lambda batch: {"logits": _run(full, batch), "quantizer_conv1": batch},
+            task=CLASSIFICATION,
+        )
 
 
 class _Avx2:

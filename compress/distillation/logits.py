@@ -10,11 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def cross_entropy_loss(student: Tensor, targets: Tensor, *, label_smoothing: float) -> Tensor:
-    """Return the cross-entropy of logits (batch, classes) with labels (batch,) or class probabilities (batch, classes)."""
-    return F.cross_entropy(student.float(), targets, label_smoothing=label_smoothing)
-
-
 def standardized(logits: Tensor) -> Tensor:
     """Return (z - mean(z)) / std(z) for each row (Sun et al. 2024, Logit Standardization in Knowledge Distillation, algorithm 1).
 

@@ -37,7 +37,7 @@ from compress.recipe.losses import (
     RKDTerm,
     SPTerm,
 )
-from compress.tasks.task import Task
+from compress.tasks import Task
 from compress.training.loop import Step
 
 # The factor of a loss's weight after a part `done` of the training, in [0, 1).
@@ -95,7 +95,7 @@ def supervised_step(task: Task, *, label_smoothing: float) -> Step:
     """Return the step of plain training on the targets."""
 
     def step(model: nn.Module, batch: Batch, _done: float) -> dict[str, Tensor]:
-        return {"loss": task.supervised_loss(model(batch.images), batch.targets, label_smoothing=label_smoothing)}
+        return {"loss": task.loss(model(batch.images), batch.targets, label_smoothing=label_smoothing)}
 
     return step
 
@@ -196,16 +196,16 @@ def _measure(term: LossTerm, task: Task) -> Measure:
     """Return what computes one term of the sum, without its weight."""
     if isinstance(term, CrossEntropyTerm):
         smoothing = term.label_smoothing
-        return lambda outputs, _adapted, _taught, targets: task.supervised_loss(
-            outputs, targets, label_smoothing=smoothing
-        )
+        return lambda outputs, _adapted, _taught, targets: task.loss(outputs, targets, label_smoothing=smoothing)
     if isinstance(term, FeatureTerm):
         of_layer, paths = _feature_loss(term), _teacher_layers(term)
         return lambda _outputs, adapted, taught, _targets: torch.stack(
             [of_layer(mine, taught.features[path]) for mine, path in zip(adapted, paths, strict=True)]
         ).sum()
     loss = _standardized(_logit_loss(term)) if term.standardize else _logit_loss(term)
-    return lambda outputs, _adapted, taught, targets: loss(outputs, taught.logits, targets)
+    return lambda outputs, _adapted, taught, targets: loss(
+        task.rows(outputs), task.rows(taught.logits), task.truth_rows(targets)
+    )
 
 
 def _logit_loss(term: AnyLogitTerm) -> LabelledLoss:

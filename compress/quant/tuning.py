@@ -30,8 +30,8 @@ class TrialResult:
     """What a trial's file reached against the float network, on the same images; `kl` is its mean divergence in nats from that one's answers."""
 
     trial: Trial
-    top1: float
-    top1_drop: float
+    score: float
+    drop: float
     agreement: float
     kl: float
     latency_ratio: float | None  # the float file's time / its time
@@ -39,9 +39,9 @@ class TrialResult:
 
     def __str__(self) -> str:
         faster = "" if self.latency_ratio is None else f", {self.latency_ratio:.2f} times as fast as FP32"
-        lost = f"{100 * self.top1_drop:.2f} points below float"
+        lost = f"{100 * self.drop:.2f} points below float"
         verdict = "holds" if self.met else "loses too much"
-        return f"trial {self.trial}: KL {self.kl:.3g}, top-1 {100 * self.top1:.2f} %, {lost}{faster}: {verdict}"
+        return f"trial {self.trial}: KL {self.kl:.3g}, score {100 * self.score:.2f} %, {lost}{faster}: {verdict}"
 
     def to_json(self) -> dict[str, Any]:
         """Return one flat object, the trial's fields first."""
@@ -64,12 +64,12 @@ def judge_of(
     score: Callable[[Path], Score],
     *,
     baseline: Score,
-    max_top1_drop: float,
+    max_drop: float,
     folder: Path,
     latency_ratio: Callable[[Path], float | None] = lambda _: None,
     tell: Callable[[TrialResult], None] = lambda _: None,
 ) -> Callable[[Trial], TrialResult]:
-    """Return what builds a trial's file, scores it, and says whether it loses at most `max_top1_drop` of the baseline's top-1.
+    """Return what builds a trial's file, scores it, and says whether it loses at most `max_drop` of the baseline's score.
 
     The file stays at `file_of(trial, folder)`; one whose result is already there is not built again.
     """
@@ -80,15 +80,15 @@ def judge_of(
         if result is None:
             build(trial, path)
             found = score(path)
-            drop = baseline.top1 - found.top1
+            drop = baseline.score - found.score
             result = TrialResult(
                 trial,
-                top1=found.top1,
-                top1_drop=drop,
+                score=found.score,
+                drop=drop,
                 agreement=found.agreement(baseline),
                 kl=found.divergence(baseline),
                 latency_ratio=latency_ratio(path),
-                met=drop <= max_top1_drop + 1e-9,  # a difference of fractions is not exact
+                met=drop <= max_drop + 1e-9,  # a difference of fractions is not exact
             )
             write_json(path.with_suffix(".json"), result.to_json())
         tell(result)
@@ -110,7 +110,7 @@ def until_one_holds(trials: Sequence[Trial], judge: Callable[[Trial], TrialResul
 def choose(results: Sequence[TrialResult]) -> int:
     """Return the index of the one whose answers diverge least from the float network's, among those that hold if any does; of equals the first.
 
-    Where training images choose, that finds what is best on others more surely than their top-1 or agreement (docs/decisions.md).
+    Where training images choose, that finds what is best on others more surely than their score or agreement (docs/decisions.md).
     """
     return min(range(len(results)), key=lambda index: (not results[index].met, results[index].kl))
 

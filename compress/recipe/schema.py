@@ -6,11 +6,20 @@ Imports no torch: `compress check` ends in under a second.
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from compress.recipe.order import first_mistake
 from compress.recipe.section import Arch, Drop, Name, PathText, Section, refuse_tag
 from compress.recipe.stages import DistillStage, QatStage, SourceStage, StageSection
+from export.tasks import TASKS
+
+
+def known_task(name: str) -> str:
+    """Return the name of a task that networks can be made for."""
+    if name not in TASKS:
+        raise ValueError(f"task: must be one of {', '.join(TASKS)}, got {name!r}")
+    return name
+
 
 Int8Target = Literal["cpu_avx2", "cpu_vnni", "cpu_arm", "tensorrt"]
 
@@ -105,8 +114,8 @@ class Teaching(Section):
 class Targets(Section):
     """What the run must reach; a miss fails it with exit code 1."""
 
-    max_top1_drop: Drop | None = None
-    """Largest loss of top-1 from the teacher to the deployed file, as a fraction (0.01 is one point)."""
+    max_drop: Drop | None = None
+    """Largest loss of score from the teacher to the deployed file, as a fraction (0.01 is one point)."""
     max_class_drop: Drop | None = None
     """Largest loss of recall in any class from the teacher to the deployed file, as a fraction (0.01 is one point)."""
     min_speedup: Annotated[float, Field(gt=0)] | None = None
@@ -135,7 +144,7 @@ class Recipe(Section):
     """The version of this format."""
     name: Name
     """The run's name, and its folder under `out`: lower-case letters, digits, `-` and `_`, the first a letter or digit, at most 64."""
-    task: Literal["classification"] = "classification"
+    task: Annotated[str, AfterValidator(known_task)] = "classification"
     """What the network is for."""
     target: Literal["auto", "cuda"] | Int8Target = "auto"
     """Where the student will run; auto reads this machine's instruction sets; cuda is FP16 (it has no INT8 convolution)."""

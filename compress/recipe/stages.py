@@ -17,18 +17,18 @@ class Stop(Section):
     """When a training ends before its last epoch: the first condition that holds after an epoch ends it."""
 
     patience: PositiveInt | None = None
-    """Epochs in a row without a rise of the validation top-1 by more than `min_delta`."""
+    """Epochs in a row without a rise of the validation score by more than `min_delta`."""
     min_delta: Fraction = 0.0
     """The smallest rise that counts for `patience`; 0.001 is a tenth of a point."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Minutes of training, those before a kill included; no epoch begins that would end later."""
-    top1: Fraction | None = None
-    """The validation top-1 that is enough. The end is then chosen on the images that judge, so the last score flatters a little."""
+    score: Fraction | None = None
+    """The validation score that is enough. The end is then chosen on the images that judge, so the last score flatters a little."""
 
     @model_validator(mode="after")
     def _some_condition(self) -> "Stop":
-        if self.patience is None and self.max_minutes is None and self.top1 is None:
-            raise ValueError("patience: give at least one of patience, max_minutes and top1, or leave `stop` out")
+        if self.patience is None and self.max_minutes is None and self.score is None:
+            raise ValueError("patience: give at least one of patience, max_minutes and score, or leave `stop` out")
         if self.min_delta and self.patience is None:
             raise ValueError(
                 f"min_delta: is what `patience` waits for: set patience, too, got min_delta {self.min_delta}"
@@ -200,8 +200,8 @@ class PtqStage(Section):
     """How ranges are chosen; all are measured, and the one whose logits diverge least from the float student's (KL) is kept."""
     neural_compressor: bool = True
     """Also measure neural-compressor's own static quantization."""
-    max_top1_drop: Drop = 0.01
-    """The loss of top-1 from the float student that tuning may leave, on 2,000 training images; 0.01 is one point."""
+    max_drop: Drop = 0.01
+    """The loss of score from the float student that tuning may leave, on 2,000 training images; 0.01 is one point."""
     max_trials: PositiveInt = 12
     """The most files that tuning builds and scores."""
     score_images: PositiveInt | None = None
@@ -232,8 +232,8 @@ class QatStage(Section):
     keep_float: tuple[str, ...] = ()
     """Module paths (shell patterns such as `features.0.*`) that stay in float on purpose."""
     skip_if_ptq_drop_below: Drop | None = None
-    """Do not train where the ptq stage's file lost less top-1 than this against the float student, on the images that tuning chose by; 0.01 is one point."""
-    max_top1_drop: Drop | None = None
+    """Do not train where the ptq stage's file lost less score than this against the float student, on the images that tuning chose by; 0.01 is one point."""
+    max_drop: Drop | None = None
     """After training, put the worst layers back to float until no more than this is lost against the float student, on the same images."""
 
     @model_validator(mode="after")

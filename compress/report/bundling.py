@@ -32,7 +32,7 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
     preprocess = json.loads((exported / "preprocess.json").read_text())
     labels = (exported / "labels.txt").read_text(encoding="utf-8").splitlines()
     with np.load(exported / "golden.npz") as golden:
-        images, image_labels = golden["images"], golden["labels"]
+        images, truths = golden["images"], golden["truths"]
     serving = serving_of(report, files, target, image_size=preprocess["image_size"])
     facts = inspect(files[serving.served])
     # Whether a stage was kept from an earlier run is no fact of the bundle: run again, it has the same bytes.
@@ -61,7 +61,7 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
         preprocess=preprocess,
         labels=labels,
         images=images,
-        image_labels=image_labels,
+        truths=truths,
         task=recipe.task,
         target=target.name,
         recipe_digest=read_meta(lineage(exported)[-2]).key,
@@ -76,7 +76,7 @@ def metrics_of(
 ) -> dict[str, dict[str, object]]:
     """Return for each file what it scored, and for an INT8 file which layers stay in float: any other is a defect."""
     rows = {row["name"]: row for row in report["deployed"]}
-    scored = {name: {key: rows[name][key] for key in ("top1", "agreement")} for name in files if name in rows}
+    scored = {name: {key: rows[name][key] for key in ("score", "agreement")} for name in files if name in rows}
     in_float = {
         name: {"float_layers": audits[name]["float_layers"]}
         for name, path in files.items()

@@ -35,11 +35,11 @@ def card(report: Report, *, name: str, served: str, classes: int, golden: int, t
         served=served,
         classes=classes,
         golden=golden,
-        files=table([file_cells(row, summary.decimals(report)) for row in rows]),
+        files=table([file_cells(row, report["metric"]["title"], summary.decimals(report)) for row in rows]),
         notes=notes(report, rows),
         classes_table=class_rows(report),
         plain=plain,
-        made=table([stage_cells(row, summary.decimals(report)) for row in report["stages"]]),
+        made=table([stage_cells(row, report["metric"]["title"], summary.decimals(report)) for row in report["stages"]]),
         **tensors,
     )
 
@@ -55,12 +55,18 @@ def front_matter(report: Report, name: str, served: str) -> Json:
     if row:
         tags.append(row["precision"])
     data: Json = {"library_name": "onnx", "pipeline_tag": "image-classification", "tags": tags}
-    if row and row["top1"] is not None:
+    if row and row["score"] is not None:
         dataset = report["recipe"]["data"]["dataset"]
         result = {
             "task": {"type": "image-classification"},
             "dataset": {"name": dataset, "type": dataset, "split": "validation"},
-            "metrics": [{"type": "accuracy", "value": row["top1"], "name": f"Top-1 of {served}.onnx in ONNX Runtime"}],
+            "metrics": [
+                {
+                    "type": "accuracy",
+                    "value": row["score"],
+                    "name": f"{numbers.heading(report['metric']['title'])} of {served}.onnx in ONNX Runtime",
+                }
+            ],
         }
         data["model-index"] = [{"name": name, "results": [result]}]
     return data
@@ -73,7 +79,7 @@ def headline_rows(report: Report) -> list[DeployedRow]:
     return [row for row in rows if row]
 
 
-def file_cells(row: DeployedRow, digits: int) -> dict[str, str | None]:
+def file_cells(row: DeployedRow, title: str, digits: int) -> dict[str, str | None]:
     """Return what the table says of a file."""
     speedup = row["speedup"]
     interval = (
@@ -82,9 +88,11 @@ def file_cells(row: DeployedRow, digits: int) -> dict[str, str | None]:
     return {
         "file": f"`{row['name']}.onnx`",
         "precision": row["precision"],
-        "top-1": known(row["top1"], lambda top1: numbers.percent(top1, digits)),
-        "top-5": known(row.get("top5"), lambda top5: numbers.percent(top5, digits)),
-        "balanced accuracy": known(row.get("balanced_accuracy"), lambda mean: numbers.percent(mean, digits)),
+        title: known(row["score"], lambda score: numbers.percent(score, digits)),
+        **{
+            name: known(value, lambda found: numbers.percent(found, digits))
+            for name, value in row.get("further", {}).items()
+        },
         "agrees with the float student": known(row["agreement"], lambda share: numbers.percent(share, digits)),
         "size": known(row["size_mb"], lambda size: numbers.significant(size, "MB")),
         "median latency": known(row["p50_ms"], lambda time: numbers.significant(time, "ms")),
@@ -105,12 +113,12 @@ def plain(text: str) -> str:
     return html.escape(" ".join(text.split()).replace("|", "\\|"), quote=False)
 
 
-def stage_cells(row: StageRow, digits: int) -> dict[str, str | None]:
+def stage_cells(row: StageRow, title: str, digits: int) -> dict[str, str | None]:
     """Return what the table says of a stage."""
     metric = row["metrics"].get
     return {
         "stage": row["stage"],
-        "top-1": known(metric("top1"), lambda top1: numbers.percent(top1, digits)),
+        title: known(metric("score"), lambda score: numbers.percent(score, digits)),
         "parameters": known(metric("params_m"), lambda count: numbers.significant(count, "M")),
         "MACs": known(metric("macs_m"), lambda count: numbers.significant(count, "M")),
     }
@@ -121,7 +129,11 @@ def notes(report: Report, rows: Sequence[DeployedRow]) -> str:
     if not rows:
         return "The files were not timed."
     where = report["environment"]
-    images = f"top-1 on {rows[0]['images']:,} validation images in ONNX Runtime; " if rows[0]["images"] else ""
+    images = (
+        f"{report['metric']['title']} on {rows[0]['images']:,} validation images in ONNX Runtime; "
+        if rows[0]["images"]
+        else ""
+    )
     machine = ", ".join(str(part) for part in (where.get("gpu"), where.get("cpu")) if part)
     version = (where.get("versions") or {}).get("onnxruntime")
     engine = f", ONNX Runtime {version}" if version else ""

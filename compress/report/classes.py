@@ -44,7 +44,7 @@ def at_chance(classes: Classes, files: Iterable[str]) -> dict[str, str]:
             repair = (
                 "check its weights, the order of its classes, data.mean and data.std, or train it longer"
                 if name == TEACHER
-                else "the stages' top-1 says where it was lost"
+                else "the stages' score says where it was lost"
             )
             found[name] = (
                 f"{name} answers at chance: {sum(classes['files'][name]['correct']):,} of {sum(classes['images']):,} "
@@ -58,7 +58,7 @@ def chance(images: list[int], found: FileClasses) -> tuple[float, float]:
     """Return how many answers would be right if they met the images in random order, and the probability that as many are as there were.
 
     This is the null hypothesis of Cohen's kappa (1960): a file that always gives one answer, or that guesses, is at chance whatever its
-    top-1. One-sided, by the exact mean and variance of the permutation and the normal distribution.
+    score. One-sided, by the exact mean and variance of the permutation and the normal distribution.
     """
     total = sum(images)
     pairs = [
@@ -80,7 +80,7 @@ def doubts(classes: Classes, file: str, targets: Mapping[str, float | None]) -> 
     if knows and clopper_pearson(right, total)[0] <= images[largest] / total:
         yield (
             f'{TEACHER} is right on {percent(right / total)} of {total:,} validation images, always answering "{names[largest]}" '
-            f"on {percent(images[largest] / total)}: top-1 says little here, see balanced accuracy and set targets.max_class_drop"
+            f"on {percent(images[largest] / total)}: the score says little here, see balanced accuracy and set targets.max_class_drop"
         )
     for name, found in classes["files"].items():
         if max(found["answered"]) == total:
@@ -97,7 +97,7 @@ def doubts(classes: Classes, file: str, targets: Mapping[str, float | None]) -> 
         yield f"{_count(missing)} without a validation image, so without a score: {_first(missing)}"
     smallest = min(lines, key=lambda line: line.images)
     for target, count, where in (
-        ("max_top1_drop", total, ""),
+        ("max_drop", total, ""),
         ("max_class_drop", smallest.images, f' of class "{smallest.name}"'),
     ):
         wanted = targets[target]

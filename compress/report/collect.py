@@ -16,6 +16,8 @@ from compress.report.recommend import recommend
 from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report, StageRow
 from compress.report.verdict import guesses, has_targets, judge, judged_classes
 from export.runtime.environment import environment
+from export.runtime.rows import metric_json
+from export.tasks import TASKS
 
 ROW_KEYS = tuple(DeployedRow.__annotations__)
 
@@ -30,6 +32,7 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[
     is_whole = len(artifacts) == len(recipe.stages)
     report = Report(
         schema_version=REPORT_VERSION,
+        metric=metric_json(TASKS[recipe.task].metric),
         recipe=recipe.model_dump(mode="json"),
         command=command,
         environment=bench.get("environment") or environment(),

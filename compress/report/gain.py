@@ -17,7 +17,7 @@ def sentences(report: Report, digits: int) -> list[str]:
 def recovered(report: Report, digits: int) -> str | None:
     """Return what the cut lost and what came back without training, where the prune stage measured it."""
     metrics = stage_metrics(report, "prune") or {}
-    teacher, cut, after = report["stages"][0]["metrics"].get("top1"), metrics.get("top1_as_cut"), metrics.get("top1")
+    teacher, cut, after = report["stages"][0]["metrics"].get("score"), metrics.get("score_as_cut"), metrics.get("score")
     if teacher is None or cut is None or after is None:
         return None
     return (
@@ -31,10 +31,10 @@ def training_gain(report: Report, digits: int) -> str | None:
     if not was_trained(report):
         return None
     ptq, qat = any_row(report, PTQ), any_row(report, QAT)
-    if ptq and qat and ptq["top1"] is not None and qat["top1"] is not None:
-        return " ".join(_gain(ptq, qat, ptq["top1"], qat["top1"], digits))
+    if ptq and qat and ptq["score"] is not None and qat["score"] is not None:
+        return " ".join(_gain(ptq, qat, ptq["score"], qat["score"], digits))
     metrics = stage_metrics(report, "qat") or {}
-    before, after = metrics.get("top1_calibrated"), metrics.get("top1")
+    before, after = metrics.get("score_calibrated"), metrics.get("score")
     if before is None or after is None:
         return None
     return (
@@ -49,10 +49,8 @@ def skipped(report: Report) -> str | None:
         return None
     enough = (stage_section(report, "qat") or {}).get("skip_if_ptq_drop_below")
     found = report["ptq"]["targets"].get(target_of(report)) if report["ptq"] else None
-    drop = found["trials"][found["chosen"]]["top1_drop"] if found and found["chosen"] is not None else None
-    lost = (
-        "" if drop is None else f" {loss(drop)} of top-1 against the float student on the images that tuning chose by,"
-    )
+    drop = found["trials"][found["chosen"]]["drop"] if found and found["chosen"] is not None else None
+    lost = "" if drop is None else f" {loss(drop)} against the float student on the images that tuning chose by,"
     limit = "" if enough is None else f" ({loss(enough)})"
     return f"Quantization-aware training was skipped: calibration alone loses{lost} less than qat.skip_if_ptq_drop_below{limit}."
 
@@ -62,12 +60,8 @@ def left_in_float(report: Report) -> str | None:
     count = (stage_metrics(report, "qat") or {}).get("float_groups")
     if not count:
         return None
-    allowed = (stage_section(report, "qat") or {}).get("max_top1_drop")
-    why = (
-        ""
-        if allowed is None
-        else f" to lose no more than {loss(allowed)} against the float student (qat.max_top1_drop)"
-    )
+    allowed = (stage_section(report, "qat") or {}).get("max_drop")
+    why = "" if allowed is None else f" to lose no more than {loss(allowed)} against the float student (qat.max_drop)"
     return f"{count:.0f} {'layer stays' if count == 1 else 'layers stay'} in float{why}."
 
 

@@ -15,9 +15,9 @@ from compress.report.verdict import CPU, deployed_name, guesses, headline_row
 
 WIDTH = 440  # of a chart in its own pixels; close to a phone's, so that its text stays readable there
 FRAME = charts.Box(56, 8, WIDTH - 6, 236)  # of a cloud's points
-CURVES = {"loss": "Loss", "top1": "Validation top-1", "lr": "Learning rate"}
+CURVES = {"loss": "Loss", "score": "Validation score", "lr": "Learning rate"}
 WATERFALLS = {  # stage metric: title, unit, whether the track starts at zero
-    "top1": ("Top-1", "", False),
+    "score": ("Score", "", False),
     "params_m": ("Parameters", "M", True),
     "macs_m": ("Multiply-accumulates", "M", True),
     "size_mb": ("Size", "MB", True),
@@ -86,6 +86,7 @@ def render(report: Report, root: Path) -> str:
     drawn = [own for rows in headline_rows if (own := [row for row in rows if row["name"] in summary.TITLES])]
     return template("page.html.j2").render(
         report=report,
+        metric=numbers.heading(report["metric"]["title"]),
         digits=digits,
         cards=summary.headline(report),
         judged=deployed_name(report),
@@ -156,7 +157,7 @@ def _waterfalls(report: Report) -> list[Waterfall]:
         steps = charts.waterfall([value for _, value in measured], from_zero=from_zero)
         rows = []
         for (stage, value), step in zip(measured, steps, strict=True):
-            if metric == "top1":
+            if metric == "score":
                 shown = numbers.percent(value, digits)
                 change = "" if not step.change else numbers.points(step.change)
             else:
@@ -168,13 +169,13 @@ def _waterfalls(report: Report) -> list[Waterfall]:
 
 
 def _cloud(rows: Sequence[DeployedRow]) -> Cloud | None:
-    measured = [(row["name"], row["p50_ms"], row["top1"]) for row in rows]
-    known = [(name, p50_ms, top1) for name, p50_ms, top1 in measured if p50_ms is not None and top1 is not None]
+    measured = [(row["name"], row["p50_ms"], row["score"]) for row in rows]
+    known = [(name, p50_ms, score) for name, p50_ms, score in measured if p50_ms is not None and score is not None]
     if not known:
         return None
     x = charts.log_axis([p50_ms for _, p50_ms, _ in known], FRAME.left, FRAME.right)
-    y = charts.linear_axis([100 * top1 for _, _, top1 in known], FRAME.bottom - 14, FRAME.top + 14)
-    places = [(name, summary.title(name), x.at(p50_ms), y.at(100 * top1)) for name, p50_ms, top1 in known]
+    y = charts.linear_axis([100 * score for _, _, score in known], FRAME.bottom - 14, FRAME.top + 14)
+    places = [(name, summary.title(name), x.at(p50_ms), y.at(100 * score)) for name, p50_ms, score in known]
     return Cloud(summary.conditions(rows[0]), x, y, charts.place_labels(places, FRAME))
 
 
@@ -203,7 +204,7 @@ def _distribution(report: Report, root: Path, rows: Sequence[DeployedRow]) -> Di
 def _curves(training: series.Training) -> list[Curve]:
     found = []
     for name, title in CURVES.items():
-        scale, unit = (100, " %") if name == "top1" else (1, "")
+        scale, unit = (100, " %") if name == "score" else (1, "")
         values = [None if value is None else scale * value for value in training.values.get(name, [])]
         known = [(epoch, value) for epoch, value in zip(training.epochs, values, strict=False) if value is not None]
         if not known:

@@ -19,7 +19,7 @@ class MethodLine(NamedTuple):
     engine: str
     method: str
     scored_in: str
-    top1: str
+    score: str
     agreement: str
     integer_layers: str
     float_layers: str
@@ -33,7 +33,7 @@ class TrialLine(NamedTuple):
     number_format: str
     calibration: str
     keep_float: tuple[str, ...]
-    top1: str
+    score: str
     drop: str
     agreement: str
     kl: str
@@ -84,10 +84,10 @@ def sections(report: Report, digits: int) -> list[Section]:
 def _methods(report: Report, target: str, found: PtqTarget, digits: int) -> list[MethodLine]:
     """Return the float student, every method, and the trained file."""
     assert report["ptq"] is not None
-    top1 = percent(report["ptq"]["float_top1"], digits)
+    score = percent(report["ptq"]["float_score"], digits)
     trained = _trained(report, target, digits)
     return [
-        MethodLine("float student", "", "ONNX Runtime", top1, "", "", "", "", False),
+        MethodLine("float student", "", "ONNX Runtime", score, "", "", "", "", False),
         *(_method(row, digits) for row in found["methods"]),
         *([trained] if trained else []),
     ]
@@ -98,7 +98,7 @@ def _method(row: MethodRow, digits: int) -> MethodLine:
         ENGINES.get(row["engine"], row["engine"]),
         row["method"],
         SCORED_IN.get(row["scored_in"], row["scored_in"]),
-        percent(row["top1"], digits),
+        percent(row["score"], digits),
         percent(row["agreement"], digits),
         _count(row["integer_layers"]),
         _count(row["float_layers"]),
@@ -118,17 +118,17 @@ def _trained(report: Report, target: str, digits: int) -> MethodLine | None:
     was_trained = metrics.get(f"trained_{target}", metrics.get("trained") if is_own else None) != 0
     method = "trained (QAT)" if was_trained else "QAT skipped"
     layers = [_count(len(audit[kind])) if audit else UNKNOWN for kind in ("integer_layers", "float_layers")]
-    if row and row["top1"] is not None:
+    if row and row["score"] is not None:
         images = row["images"]
         note = f"scored on {images:,} images" if images and images != report["ptq"]["images"] else ""
-        scores = (percent(row["top1"], digits), percent(row["agreement"], digits))
+        scores = (percent(row["score"], digits), percent(row["agreement"], digits))
         return MethodLine("this pipeline", method, "ONNX Runtime", *scores, layers[0], layers[1], note, True)
-    top1 = metrics.get(f"top1_{target}", metrics.get("top1") if is_own else None)
-    if top1 is None:
+    score = metrics.get(f"score_{target}", metrics.get("score") if is_own else None)
+    if score is None:
         return None
     scored_in = "PyTorch" if was_trained else "ONNX Runtime"
     return MethodLine(
-        "this pipeline", method, scored_in, percent(top1, digits), UNKNOWN, layers[0], layers[1], "", True
+        "this pipeline", method, scored_in, percent(score, digits), UNKNOWN, layers[0], layers[1], "", True
     )
 
 
@@ -137,8 +137,8 @@ def _trial(trial: TrialRow, chosen: bool, digits: int) -> TrialLine:
         trial["number_format"].upper(),
         trial["calibration"],
         tuple(trial["keep_float"]),
-        percent(trial["top1"], digits),
-        loss(trial["top1_drop"]),
+        percent(trial["score"], digits),
+        loss(trial["drop"]),
         percent(trial["agreement"], digits),
         significant(trial["kl"], digits=2) if "kl" in trial else UNKNOWN,
         times(trial["latency_ratio"]),
@@ -155,7 +155,7 @@ def _groups(rows: list[GroupRow]) -> list[GroupBar]:
             row["group"],
             round(100 * max(row["kl"], 0.0) / largest, 1) if largest > 0 else 0.0,
             significant(row["kl"], digits=2),
-            f"{100 * row['top1_drop']:.2f}".replace("-", "−"),
+            f"{100 * row['drop']:.2f}".replace("-", "−"),
         )
         for row in ranked
     ]

@@ -56,3 +56,8 @@ def duration(seconds: float | None) -> str:
 def tick(value: float) -> str:
     """Return an axis label without needless zeros."""
     return f"{value:,.10g}"
+
+
+def heading(title: str) -> str:
+    """Return a metric's title as a heading starts: Top-1, mIoU."""
+    return title[:1].upper() + title[1:] if title.islower() else title

@@ -1,4 +1,4 @@
-"""Hold every file's top-1 in ONNX Runtime to what the stage that made its network measured: nothing may be lost on the way."""
+"""Hold every file's score in ONNX Runtime to what the stage that made its network measured: nothing may be lost on the way."""
 
 from collections.abc import Iterator
 
@@ -10,13 +10,13 @@ from compress.report.verdict import TOLERANCE, any_row, target_of
 from export.onnx_file.roles import FP32, PTQ, QAT, TEACHER
 from export.onnx_file.targets import RUNS
 
-MAX_TOP1_DIFFERENCE = 0.002  # between PyTorch and ONNX Runtime: 0.2 points, or one image where that is more
+MAX_SCORE_DIFFERENCE = 0.002  # between PyTorch and ONNX Runtime: 0.2 points, or one image where that is more
 
 
 def allowed(images: int) -> tuple[float, str]:
-    """Return how far two runtimes' top-1 on the same images may lie apart, also in words."""
+    """Return how far two runtimes' score on the same images may lie apart, also in words."""
     least = 1 / images
-    return (least, "one image") if least > MAX_TOP1_DIFFERENCE else (MAX_TOP1_DIFFERENCE, "0.2 points")
+    return (least, "one image") if least > MAX_SCORE_DIFFERENCE else (MAX_SCORE_DIFFERENCE, "0.2 points")
 
 
 def mismatches(report: Report) -> list[str]:
@@ -24,32 +24,32 @@ def mismatches(report: Report) -> list[str]:
     sentences = []
     for name, stage, wanted in _measured(report):
         row = any_row(report, name)
-        if row is None or row["top1"] is None or not row["images"]:
+        if row is None or row["score"] is None or not row["images"]:
             continue
         most, words = allowed(row["images"])
-        if abs(row["top1"] - wanted) > most + TOLERANCE:
+        if abs(row["score"] - wanted) > most + TOLERANCE:
             sentences.append(
-                f"{name}: top-1 is {percent(row['top1'])} in ONNX Runtime, but its stage ({stage}) measured {percent(wanted)} on the "
+                f"{name}: score is {percent(row['score'])} in ONNX Runtime, but its stage ({stage}) measured {percent(wanted)} on the "
                 f"same {row['images']:,} images ({words} may lie between): it is not the network that was measured, do not serve it"
             )
     return sentences
 
 
 def _measured(report: Report) -> Iterator[tuple[str, str, float]]:
-    """Yield a file's name with the stage that measured its network on the whole validation set, and the top-1."""
+    """Yield a file's name with the stage that measured its network on the whole validation set, and the score."""
     floats = [row for row in report["stages"] if GIVES[row["stage"]] == "float"]
     for name, rows in ((TEACHER, floats[:1]), (FP32, floats[-1:])):
-        yield from ((name, row["stage"], top1) for row in rows if (top1 := row["metrics"].get("top1")) is not None)
+        yield from ((name, row["stage"], score) for row in rows if (score := row["metrics"].get("score")) is not None)
     ptq, qat = report["ptq"], stage_metrics(report, "qat") or {}
     own, here = target_of(report), RUNS[report["environment"]["target"]]
     for target, found in ptq["targets"].items() if ptq else ():
         if target not in here:  # this machine's kernels do not compute what the target's do
             continue
         end = "" if target == own else f"_{target}"
-        calibrated, top1 = any_row(report, f"{PTQ}{end}"), qat.get(f"top1_{target}")
+        calibrated, score = any_row(report, f"{PTQ}{end}"), qat.get(f"score_{target}")
         trial = None if found["chosen"] is None else found["trials"][found["chosen"]]
         # Where the stage scored fewer images, or chose FP16, it did not measure this file on these.
         if ptq and trial and calibrated and trial["number_format"] == "int8" and calibrated["images"] == ptq["images"]:
-            yield f"{PTQ}{end}", "ptq", found.get("top1", trial["top1"])
-        if top1 is not None:
-            yield f"{QAT}{end}", "qat", top1
+            yield f"{PTQ}{end}", "ptq", found.get("score", trial["score"])
+        if score is not None:
+            yield f"{QAT}{end}", "qat", score

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from compress.report.gain import stage_section
-from compress.report.numbers import UNKNOWN, percent, points, significant
+from compress.report.numbers import UNKNOWN, heading, percent, points, significant
 from compress.report.parity import allowed
 from compress.report.shape import AuditRow, Report, TensorRow, VerifyRow
 from compress.report.verdict import TOLERANCE, deployed_name
@@ -101,15 +101,22 @@ def _parity_facts(report: Report, name: str, row: VerifyRow) -> list[Fact]:
             + ("" if wanted is None else f"; at least {percent(wanted)} wanted"),
         )
     ]
-    if row["top1"] is not None and row["top1_reference"] is not None:
-        difference = row["top1"] - row["top1_reference"]
+    if row["score"] is not None and row["score_reference"] is not None:
+        difference = row["score"] - row["score_reference"]
         most, words = allowed(row["images"])
         note = (
-            f"{'PyTorch' if is_network else 'unoptimized'} {percent(row['top1_reference'])}, "
-            f"ONNX Runtime {percent(row['top1'])}; at most {words} wanted"
+            f"{'PyTorch' if is_network else 'unoptimized'} {percent(row['score_reference'])}, "
+            f"ONNX Runtime {percent(row['score'])}; at most {words} wanted"
         )
         met = abs(difference) <= most + TOLERANCE
-        facts.append(Fact(met, f"Top-1 against {'PyTorch' if is_network else 'unoptimized'}", points(difference), note))
+        facts.append(
+            Fact(
+                met,
+                f"{heading(report['metric']['title'])} against {'PyTorch' if is_network else 'unoptimized'}",
+                points(difference),
+                note,
+            )
+        )
     compared = f"{len(row['tensors']):,} tensors compared on {row['tensor_images']:,} images, each layer on its own"
     facts.append(Fact(None, "First divergence", row["first_divergence"] or "none", compared))
     if not row["saturation"]:

@@ -10,19 +10,19 @@ from compress.report.verdict import CPU, TOLERANCE, deployed_name, headline_row,
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER
 from export.onnx_file.targets import TARGET_PROVIDERS, TARGETS
 
-DEFAULT_MAX_TOP1_DROP = 0.01  # where the recipe sets no target of its own
+DEFAULT_MAX_SCORE_DROP = 0.01  # where the recipe sets no target of its own
 SLOW_INT8 = (
     "in small networks and depthwise layers quantizing and dequantizing costs more than the integer kernels save"
 )
 
 
 class Bar(NamedTuple):
-    """What a file may lose: top-1 of the file that it is compared with, that file in words, and the largest drop.
+    """What a file may lose: score of the file that it is compared with, that file in words, and the largest drop.
 
     `unfit` are files that their classes speak against, with the reason.
     """
 
-    top1: float | None
+    score: float | None
     reference: str
     max_drop: float
     note: str
@@ -68,7 +68,7 @@ def _choose(rows: dict[str, DeployedRow | None], bar: Bar, *, on_gpu: bool) -> t
     problems = {row["name"]: _problem(row, bar) or _no_faster(row, fp16 if fp16_serves else None) for row in int8}
     good = [row for row in int8 if not problems[row["name"]]]
     if good:
-        best = max(good, key=lambda row: row["top1"] or 0.0)  # of equals the first, which is the trained one
+        best = max(good, key=lambda row: row["score"] or 0.0)  # of equals the first, which is the trained one
         passed_over = problems[int8[0]["name"]]
         return best["name"], f"{_praise(best, bar)}{f'; {passed_over}' if passed_over else ''}{bar.note}"
     why = next((str(problem) for problem in problems.values()), "no INT8 file was made")
@@ -79,9 +79,9 @@ def _choose(rows: dict[str, DeployedRow | None], bar: Bar, *, on_gpu: bool) -> t
 
 def _bar(report: Report, rows: dict[str, DeployedRow | None]) -> Bar:
     """Return what a file may lose against the teacher, or against the float student where even that loses more."""
-    wanted = report["targets"]["max_top1_drop"]
-    max_drop = DEFAULT_MAX_TOP1_DROP if wanted is None else wanted
-    teacher, student = (row["top1"] if row else None for row in (rows[TEACHER], rows[FP32]))
+    wanted = report["targets"]["max_drop"]
+    max_drop = DEFAULT_MAX_SCORE_DROP if wanted is None else wanted
+    teacher, student = (row["score"] if row else None for row in (rows[TEACHER], rows[FP32]))
     unfit = _unfit(report)
     if teacher is None:
         return Bar(student, "the float student", max_drop, "", unfit)
@@ -92,7 +92,7 @@ def _bar(report: Report, rows: dict[str, DeployedRow | None]) -> Bar:
 
 
 def _unfit(report: Report) -> dict[str, str]:
-    """Return why files are not to be served whatever their top-1: they guess, or lose more of a class than targets.max_class_drop allows."""
+    """Return why files are not to be served whatever their score: they guess, or lose more of a class than targets.max_class_drop allows."""
     classes, wanted = report.get("classes"), report["targets"]["max_class_drop"]
     if not classes:
         return {}
@@ -128,14 +128,14 @@ def _fp16_gpu_problem(row: DeployedRow, bar: Bar) -> str | None:
 
 
 def _accuracy_problem(row: DeployedRow, bar: Bar) -> str | None:
-    if row["top1"] is None or bar.top1 is None:
+    if row["score"] is None or bar.score is None:
         return f"the accuracy of {row['name']} was not measured"
     if row["name"] in bar.unfit:
         return bar.unfit[row["name"]]
-    drop = bar.top1 - row["top1"]
+    drop = bar.score - row["score"]
     if drop <= bar.max_drop + TOLERANCE:
         return None
-    return f"{row['name']} loses {loss(drop)} of top-1 against {bar.reference}, {loss(bar.max_drop)} are allowed"
+    return f"{row['name']} loses {loss(drop)} against {bar.reference}, {loss(bar.max_drop)} are allowed"
 
 
 def _no_faster(row: DeployedRow, fp16: DeployedRow | None) -> str | None:
@@ -149,10 +149,10 @@ def _no_faster(row: DeployedRow, fp16: DeployedRow | None) -> str | None:
 def _praise(row: DeployedRow, bar: Bar) -> str:
     speed = row["speedup_vs_student_fp32"]
     fast = f"{_interval(speed)} as fast as the same student in FP32" if speed else "half the size of FP32"
-    assert row["top1"] is not None
-    assert bar.top1 is not None
-    drop = bar.top1 - row["top1"]
-    lost = f"loses {loss(drop)} of top-1 against" if drop > 0 else "loses no top-1 against"
+    assert row["score"] is not None
+    assert bar.score is not None
+    drop = bar.score - row["score"]
+    lost = f"loses {loss(drop)} against" if drop > 0 else "loses nothing against"
     return f"{fast}, and {lost} {bar.reference} ({loss(bar.max_drop)} allowed)"
 
 

@@ -4,9 +4,11 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
 
+from export.runtime.rows import MetricJson
+
 Verdict = Literal["pass", "fail", "partial"]  # partial: stopped before the recipe's end, so its targets are not judged
 Json = dict[str, Any]
-REPORT_VERSION: Literal[2] = 2
+REPORT_VERSION: Literal[3] = 3
 
 
 class StageRow(TypedDict):
@@ -47,7 +49,7 @@ class Classes(TypedDict):
 class DeployedRow(TypedDict):
     """One file, timed with one provider, thread count (0 is all), batch and image size.
 
-    Accuracy and agreement (with the float student's answers, over `images`) are the file's, in ONNX Runtime; older reports know top-1 alone.
+    Accuracy and agreement (with the float student's answers, over `images`) are the file's, in ONNX Runtime; `further` has what else the task reports, by title.
     """
 
     name: str
@@ -58,9 +60,8 @@ class DeployedRow(TypedDict):
     threads: int
     batch: int
     image_size: int
-    top1: float | None
-    top5: NotRequired[float | None]
-    balanced_accuracy: NotRequired[float | None]
+    score: float | None
+    further: NotRequired[dict[str, float | None]]
     agreement: float | None
     images: int | None
     p50_ms: float | None
@@ -80,7 +81,7 @@ class MethodRow(TypedDict):
     engine: str
     method: str
     scored_in: str
-    top1: float | None
+    score: float | None
     agreement: float | None
     integer_layers: int | None
     float_layers: int | None
@@ -92,7 +93,7 @@ class GroupRow(TypedDict):
 
     group: str
     kl: float
-    top1_drop: float
+    drop: float
 
 
 class TrialRow(TypedDict):
@@ -104,8 +105,8 @@ class TrialRow(TypedDict):
     number_format: str
     calibration: str
     keep_float: list[str]
-    top1: float
-    top1_drop: float
+    score: float
+    drop: float
     agreement: float
     kl: NotRequired[float]
     latency_ratio: float | None
@@ -115,7 +116,7 @@ class TrialRow(TypedDict):
 class PtqTarget(TypedDict):
     """INT8 without training on one target's grid; `chosen` is an index of the trials, whose numbers are of the tuning images.
 
-    `top1` is the chosen file's on the validation images, `calibration` the best method, from which qat starts.
+    `score` is the chosen file's on the validation images, `calibration` the best method, from which qat starts.
     """
 
     methods: list[MethodRow]
@@ -123,14 +124,14 @@ class PtqTarget(TypedDict):
     trials: list[TrialRow]
     chosen: int | None
     calibration: NotRequired[str]
-    top1: NotRequired[float]
+    score: NotRequired[float]
 
 
 class Ptq(TypedDict):
     """The ptq stage's ptq.json: methods are reported on `images` of validation, trials are chosen by `tuning_images` of training."""
 
     images: int
-    float_top1: float
+    float_score: float
     tuning_images: NotRequired[int]
     targets: dict[str, PtqTarget]
 
@@ -183,8 +184,8 @@ class VerifyRow(TypedDict):
     tensor_images: int
     agreement: float
     agreement_ci95: list[float]
-    top1_reference: float | None
-    top1: float | None
+    score_reference: float | None
+    score: float | None
     tensors: list[TensorRow]
     first_divergence: str | None
     saturation: list[SaturationRow]
@@ -202,10 +203,11 @@ class Report(TypedDict):
     """Everything a run measured, and whether that is what its recipe wanted.
 
     `ptq`, `audit` and `verify` are None where no stage wrote them; audit and verify are by file. `limits` has a sentence for each of
-    the export stage's limits that the deployed file is over. `data_digest` names the images; older reports have neither it nor `classes`.
+    the export stage's limits that the deployed file is over. `metric` is what every `score` is of. `data_digest` names the images.
     """
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
+    metric: MetricJson
     recipe: Json
     command: str
     environment: Json

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from compress.report.numbers import percent, points, significant, times
+from compress.report.numbers import heading, percent, points, significant, times
 from compress.report.parity import mismatches
 from compress.report.shape import DeployedRow, Report
 from compress.report.verdict import (
@@ -28,7 +28,7 @@ TITLES = {  # in the order of the tables
     QAT: "Student INT8",
 }
 TARGET_TITLES = {
-    "max_top1_drop": "Top-1 drop",
+    "max_drop": "Drop",
     "max_class_drop": "Recall drop of the worst class",
     "min_speedup": "Speed-up over the teacher",
     "min_int8_speedup": "Speed-up of INT8 over FP32",
@@ -65,7 +65,7 @@ def headline(report: Report) -> list[Card]:
     if not teacher or not student:
         return [card for card in _stage_cards(report) if card]
     cards = [
-        _top1_card(report, teacher["top1"], student["top1"], "ONNX Runtime"),
+        _score_card(report, teacher["score"], student["score"], "ONNX Runtime"),
         _ratio_card("Size", teacher["size_mb"], student["size_mb"], "MB", "smaller"),
         _ratio_card("MACs", *first_and_last(report, "macs_m"), "M", "fewer"),
         _latency_card(teacher, student),
@@ -176,19 +176,22 @@ def decimals(report: Report) -> int:
 
 def _stage_cards(report: Report) -> list[Card | None]:
     return [
-        _top1_card(report, *first_and_last(report, "top1"), "PyTorch"),
+        _score_card(report, *first_and_last(report, "score"), "PyTorch"),
         _ratio_card("Parameters", *first_and_last(report, "params_m"), "M", "fewer"),
         _ratio_card("Size", *first_and_last(report, "size_mb"), "MB", "smaller"),
         _ratio_card("MACs", *first_and_last(report, "macs_m"), "M", "fewer"),
     ]
 
 
-def _top1_card(report: Report, before: float | None, after: float | None, where: str) -> Card | None:
+def _score_card(report: Report, before: float | None, after: float | None, where: str) -> Card | None:
     if before is None or after is None:
         return None
     digits = decimals(report)
     return Card(
-        "Top-1", percent(after, digits), f"from {percent(before, digits)}", f"{points(after - before)}, {where}"
+        heading(report["metric"]["title"]),
+        percent(after, digits),
+        f"from {percent(before, digits)}",
+        f"{points(after - before)}, {where}",
     )
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from compress.report import summary
 from compress.report.classes import worst_first
-from compress.report.numbers import UNKNOWN, percent, points
+from compress.report.numbers import UNKNOWN, heading, percent, points
 from compress.report.shape import Report
 from compress.report.verdict import any_row, judged_classes
 from export.onnx_file.roles import TEACHER
@@ -25,7 +25,7 @@ class Table(NamedTuple):
 
 
 def accuracy(report: Report) -> list[Table]:
-    """Return every file's top-1, top-5 and balanced accuracy; nothing in an older report, which knows top-1 alone."""
+    """Return every file's score and what else its task reports."""
     if judged_classes(report) is None:
         return []
     names = sorted({row["name"] for row in report["deployed"]}, key=summary.order)
@@ -33,9 +33,8 @@ def accuracy(report: Report) -> list[Table]:
     digits = summary.decimals(report)
     cells = [("File", *(row["name"] for row in found))]
     for title, values in (
-        ("Top-1", [row["top1"] for row in found]),
-        ("Top-5", [row.get("top5") for row in found]),
-        ("Balanced", [row.get("balanced_accuracy") for row in found]),
+        (heading(report["metric"]["title"]), [row["score"] for row in found]),
+        *((heading(name), [row.get("further", {}).get(name) for row in found]) for name in found[0].get("further", {})),
     ):
         if set(values) != {None}:
             cells.append((title, *(percent(value, digits) for value in values)))

@@ -21,7 +21,7 @@ def print_report(report: Report, console: Console, *, verbose: bool = False, pag
     Otherwise the files are shown at batch 1 and, on the CPU, with one thread.
     """
     gap = 2 if console.width >= 100 else 1
-    recipe = report["recipe"]
+    recipe, metric = report["recipe"], numbers.heading(report["metric"]["title"])
     _say(console, f"\n{recipe['name']}", f"  {recipe['model']['arch']} on {recipe['data']['dataset']}\n", style="bold")
     if report["recommendation"]:
         console.print(Text(f"{report['recommendation']['sentence']}\n"))
@@ -29,7 +29,7 @@ def print_report(report: Report, console: Console, *, verbose: bool = False, pag
     show(console, _stages(report, gap=gap))
     shown = [row for row in summary.ordered(report["deployed"]) if verbose or _is_telling(row)]
     for title, rows in groupby(shown, summary.conditions):
-        show(console, _files(title, list(rows), digits=summary.decimals(report), gap=gap))
+        show(console, _files(title, metric, list(rows), digits=summary.decimals(report), gap=gap))
     for drawn in tables.accuracy(report):
         show(console, _drawn(drawn, None, gap=gap))
     for drawn in tables.recalls(report):
@@ -64,12 +64,17 @@ def _headline(report: Report) -> Table:
 
 def _stages(report: Report, *, gap: int) -> Table:
     digits = summary.decimals(report)
-    table = _table("Stages", "Stage", ("Top-1", "Parameters", "MACs", "Size", "Time", ""), gap=gap)
+    table = _table(
+        "Stages",
+        "Stage",
+        (numbers.heading(report["metric"]["title"]), "Parameters", "MACs", "Size", "Time", ""),
+        gap=gap,
+    )
     for stage in report["stages"]:
         metrics = stage["metrics"]
         table.add_row(
             Text(stage["stage"]),
-            numbers.percent(metrics.get("top1"), digits),
+            numbers.percent(metrics.get("score"), digits),
             numbers.significant(metrics.get("params_m"), "M"),
             numbers.significant(metrics.get("macs_m"), "M"),
             numbers.significant(metrics.get("size_mb"), "MB"),
@@ -79,14 +84,14 @@ def _stages(report: Report, *, gap: int) -> Table:
     return table
 
 
-def _files(title: str, rows: list[DeployedRow], *, digits: int, gap: int) -> Table:
-    columns = ("Top-1", "Agree", "MB", "p50 ms", "p99 ms", "vs teacher", "95 %", "vs FP32")
+def _files(title: str, metric: str, rows: list[DeployedRow], *, digits: int, gap: int) -> Table:
+    columns = (metric, "Agree", "MB", "p50 ms", "p99 ms", "vs teacher", "95 %", "vs FP32")
     table = _table(title, "File", columns, gap=gap)
     for row in rows:
         teacher, student = row["speedup"], row["speedup_vs_student_fp32"]
         table.add_row(
             Text(row["name"]),
-            numbers.percent(row["top1"], digits),
+            numbers.percent(row["score"], digits),
             numbers.percent(row["agreement"], digits),
             numbers.significant(row["size_mb"]),
             numbers.significant(row["p50_ms"]),

@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.report import int8, proof, summary
+from compress.report.numbers import heading
 from compress.report.shape import Report
 
 BAR_WIDTH = 16
@@ -15,14 +16,15 @@ MARKS = {True: ("✓", "green"), False: ("✗", "red"), None: (" ", "")}
 
 def without_training(report: Report, *, gap: int, verbose: bool) -> Iterator[Table | Text]:
     """Yield each target's methods, trials and most sensitive layers."""
+    metric = heading(report["metric"]["title"])
     for section in int8.sections(report, summary.decimals(report)):
         where = f"{section.target} · {section.images:,} images"
-        yield _methods(section, where, gap)
+        yield _methods(section, metric, where, gap)
         for line in section.methods:
             if line.note:
                 yield Text(f"  {line.engine}, {line.method}: {line.note}", style="dim")
         if section.trials:
-            yield _trials(section, gap)
+            yield _trials(section, metric, gap)
         if section.groups:
             yield _groups(section, gap, section.groups if verbose else section.groups[:FEW_GROUPS])
 
@@ -45,19 +47,19 @@ def proofs(report: Report, *, gap: int, verbose: bool) -> Iterator[Table | Text]
             yield Text(f"  {graph.name}: {named.title[0].lower()}{named.title[1:]}: {names}", style="dim")
 
 
-def _methods(section: int8.Section, where: str, gap: int) -> Table:
-    columns = ("Engine", "Method", "Scored in", "Top-1", "Agree", "Int", "Float")
+def _methods(section: int8.Section, metric: str, where: str, gap: int) -> Table:
+    columns = ("Engine", "Method", "Scored in", metric, "Agree", "Int", "Float")
     table = _table(f"INT8 without training · {where}", columns, gap=gap, left=3)
     for line in section.methods:
-        cells = (line.engine, line.method, line.scored_in, line.top1, line.agreement)
+        cells = (line.engine, line.method, line.scored_in, line.score, line.agreement)
         table.add_row(
             *map(Text, (*cells, line.integer_layers, line.float_layers)), style="bold" if line.is_trained else ""
         )
     return table
 
 
-def _trials(section: int8.Section, gap: int) -> Table:
-    columns = ("Trial", "Calibration", "Result", "KL", "Top-1", "Drop", "In float", "vs FP32")
+def _trials(section: int8.Section, metric: str, gap: int) -> Table:
+    columns = ("Trial", "Calibration", "Result", "KL", metric, "Drop", "In float", "vs FP32")
     table = _table(f"Tuning · {section.target} · by {section.judged}", columns, gap=gap, left=3)
     for trial in section.trials:
         result = ("met" if trial.met else "missed") + (", chosen" if trial.chosen else "")
@@ -67,7 +69,7 @@ def _trials(section: int8.Section, gap: int) -> Table:
             trial.calibration,
             result,
             trial.kl,
-            trial.top1,
+            trial.score,
             trial.drop,
             floats,
             trial.speedup,

@@ -68,7 +68,7 @@ def measure(report: Report) -> dict[str, Measurement]:
     timed = headline_row(report, name, provider)
     where = "CPU, 1 thread, batch 1" if provider == CPU else f"{provider.removesuffix('ExecutionProvider')}, batch 1"
     return {
-        "max_top1_drop": _top1_drop(teacher, student),
+        "max_drop": _drop(teacher, student),
         "max_class_drop": _class_drop(judged_classes(report)),
         "min_speedup": _speedup(timed, timed and timed["speedup"], where),
         "min_int8_speedup": _speedup(
@@ -120,13 +120,13 @@ def any_row(report: Report, name: str | None) -> DeployedRow | None:
     return next((row for row in report["deployed"] if row["name"] == name), None)
 
 
-def _top1_drop(teacher: DeployedRow | None, student: DeployedRow | None) -> Measurement:
-    if not teacher or not student or teacher["top1"] is None or student["top1"] is None:
-        return Measurement(None, "top-1 in ONNX Runtime")
+def _drop(teacher: DeployedRow | None, student: DeployedRow | None) -> Measurement:
+    if not teacher or not student or teacher["score"] is None or student["score"] is None:
+        return Measurement(None, "score in ONNX Runtime")
     images = "" if student["images"] is None else f", {student['images']:,} images"
-    before, after = percent(teacher["top1"]), percent(student["top1"])
+    before, after = percent(teacher["score"]), percent(student["score"])
     return Measurement(
-        teacher["top1"] - student["top1"], f"teacher_fp32 {before}, {student['name']} {after} in ONNX Runtime{images}"
+        teacher["score"] - student["score"], f"teacher_fp32 {before}, {student['name']} {after} in ONNX Runtime{images}"
     )
 
 
@@ -170,7 +170,7 @@ def _macs_ratio(report: Report) -> Measurement:
 
 
 def show(target: str, value: float | None) -> str:
-    """Return a target's value in its unit: points of top-1, times faster, or a fraction."""
+    """Return a target's value in its unit: points of score, times faster, or a fraction."""
     if value is None:
         return "not measured"
     if target.endswith("_drop"):

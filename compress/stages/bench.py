@@ -7,8 +7,9 @@ from compress.recipe.stages import BenchStage
 from compress.run import Run, as_numpy, newest
 from export.bench import bench
 from export.onnx_file.roles import TEACHER, deployed, files_in, is_int8
-from export.runtime.accuracy import accuracy, by_class, score
+from export.runtime.accuracy import accuracy, score_files
 from export.runtime.environment import environment
+from export.runtime.rows import metric_json
 
 
 def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
@@ -17,9 +18,9 @@ def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
     exported = newest(src, "export")
     assert exported is not None
     files = files_in(exported)
-    name = deployed(files, run.target)
+    name, task = deployed(files, run.target), run.task.output
     with run.log(out, "bench") as log:
-        answers = score(files, as_numpy(run.validation()))
+        answers = score_files(files, as_numpy(run.validation()), task)
         scores = accuracy(answers, reference="student_fp32")
         measured = bench(
             files,
@@ -44,15 +45,18 @@ def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
     write_json(
         out / "bench.json",
         {
+            "metric": metric_json(task.metric),
             "accuracy": scores,
-            "classes": by_class(answers, run.dataset.classes, confused=(TEACHER, name)),
+            "classes": task.by_class(
+                {file: found.rows for file, found in answers.items()}, run.dataset.classes, (TEACHER, name)
+            ),
             "timings": measured.timings,
             "warnings": [*notes, *measured.warnings],
             "environment": environment(),
         },
     )
     return {
-        "top1": scores[name]["top1"],
+        "score": scores[name]["score"],
         "agreement": scores[name]["agreement"],
         "size_mb": files[name].stat().st_size / 1e6,
     }

@@ -65,11 +65,11 @@ def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
 
 
 def _write_golden_images(path: Path, run: Run, *, limit: int) -> None:
-    """Write validation images, spread over the set, as a decoder leaves them: `images`, uint8 (n, size, size, 3), and `labels`."""
-    images, labels = zip(*as_numpy(run.validation(limit=limit)), strict=True)
+    """Write validation images, spread over the set, as a decoder leaves them: `images`, uint8 (n, size, size, 3), and `truths`."""
+    images, truths = zip(*as_numpy(run.validation(limit=limit)), strict=True)
     mean, std = (np.array(part, np.float32) for part in (run.dataset.preprocess.mean, run.dataset.preprocess.std))
     pixels = (np.concatenate(images).transpose(0, 2, 3, 1) * std + mean) * 255  # (n, size, size, 3)
-    np.savez(path, images=np.rint(pixels).astype(np.uint8), labels=np.concatenate(labels))
+    np.savez(path, images=np.rint(pixels).astype(np.uint8), truths=np.concatenate(truths))
 
 
 def _trained(src: Path, run: Run) -> dict[str, fx.GraphModule]:
@@ -85,7 +85,7 @@ def _write_files(src: Path, out: Path, run: Run, trained: Mapping[str, fx.GraphM
     """Write the files and yield the name of each once it is there."""
     for name, artifact in ((TEACHER, lineage(src)[0]), (FP32, float_ancestor(src))):
         model = load_float(artifact, trust_code=run.trust_code)
-        export_network(model, out / f"{name}.onnx", run, top1=_metric(artifact, "top1"), target=run.target)
+        export_network(model, out / f"{name}.onnx", run, score=_metric(artifact, "score"), target=run.target)
         yield name
     save_model(to_float16(onnx.load(out / f"{FP32}.onnx")), out / f"{FP16}.onnx")
     yield FP16
@@ -96,8 +96,8 @@ def _write_files(src: Path, out: Path, run: Run, trained: Mapping[str, fx.GraphM
             shutil.copyfile(ptq / target.name / f"{PTQ}.onnx", out / f"{name}.onnx")
             yield name
         if qat is not None and (name := name_for(QAT, target, run.target)) in trained:
-            top1 = _metric(qat, f"top1_{target.name}")
-            export_network(deploy(trained[name]), out / f"{name}.onnx", run, top1=top1, target=target)
+            score = _metric(qat, f"score_{target.name}")
+            export_network(deploy(trained[name]), out / f"{name}.onnx", run, score=score, target=target)
             yield name
 
 
@@ -125,7 +125,9 @@ def _verify(
         name = next((name for name in names if name in files), None)
         if name is not None:
             reference = reference_of(trained[name]) if name in trained else None
-            found[name] = verify(files[name], as_numpy(run.validation(limit=cfg.verify_images)), reference)
+            found[name] = verify(
+                files[name], as_numpy(run.validation(limit=cfg.verify_images)), reference, task=run.task.output
+            )
     return found
 
 

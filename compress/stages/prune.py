@@ -46,7 +46,7 @@ def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:
             cut_(numbered, images, cuts)
             if cfg.reconstruct != "none":
                 if number == cfg.steps:
-                    as_cut = {f"{run.task.metric}_as_cut": run.evaluate(model)[run.task.metric]}
+                    as_cut = {"score_as_cut": run.evaluate(model)["score"]}
                 model = _reconstructed(model, whole, kept_outputs(numbered), cfg, log, run)
             if cfg.recover is not None and number < cfg.steps:
                 phase = f"recover-{number}"
@@ -134,7 +134,7 @@ def _accumulate_gradients_(model: nn.Module, cfg: PruneStage, run: Run) -> None:
     model.eval().zero_grad()
     images = min(cfg.score_images, len(run.dataset.train))
     for batch in run.calibration(images):
-        loss = run.task.supervised_loss(model(batch.images), batch.targets, label_smoothing=0.0)
+        loss = run.task.loss(model(batch.images), batch.targets, label_smoothing=0.0)
         (loss * len(batch.targets) / images).backward()
 
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ from export.onnx_file.graph import save_model, to_float16
 from export.onnx_file.roles import PTQ
 from export.onnx_file.targets import Target
 from export.onnx_file.to_onnx import to_onnx
-from export.runtime.accuracy import Score, score
+from export.runtime.accuracy import Score, score_files, score_of
 
 Row = dict[str, Any]
 Name = tuple[str, str]  # engine and method
@@ -48,7 +47,7 @@ class Student:
     run: Run
     src: Path
     fp32: Path
-    top1: float  # in torch
+    score: float  # in torch
     reported: Score  # of `fp32` in ONNX Runtime, on the validation images
     baseline: Score  # the same on the tuning images
     log: StageLog
@@ -68,7 +67,7 @@ class Student:
 
     def export(self, prepared: torch.fx.GraphModule, path: Path, target: Target) -> None:
         """Write a calibrated network's INT8 file."""
-        export_network(deploy(prepared), path, self.run, top1=self.top1, target=target)
+        export_network(deploy(prepared), path, self.run, score=self.score, target=target)
 
 
 def apply(cfg: PtqStage, src: Path | None, out: Path, run: Run) -> Metrics:
@@ -79,25 +78,25 @@ def apply(cfg: PtqStage, src: Path | None, out: Path, run: Run) -> Metrics:
         return metrics
     for name in (ARCHITECTURE, WEIGHTS):
         shutil.copyfile(src / name, out / name)
-    work, top1 = out / "trials", metrics["top1"]
+    work, score = out / "trials", metrics["score"]
     work.mkdir(exist_ok=True)
-    assert top1 is not None
+    assert score is not None
     with run.log(out, "ptq") as log:
         fp32 = work / "float.onnx"
-        export_network(load_float(src, trust_code=run.trust_code), fp32, run, top1=top1, target=run.target)
-        reported = score_file(fp32, run.validation(limit=cfg.score_images), optimize=True)
+        export_network(load_float(src, trust_code=run.trust_code), fp32, run, score=score, target=run.target)
+        reported = score_file(fp32, run, run.validation(limit=cfg.score_images), optimize=True)
         baseline = tuning_score(fp32, run, optimize=True)
         log.note(
-            f"float student in ONNX Runtime: top-1 {_percent(reported.top1)} on {reported.images} validation images, "
-            f"{_percent(baseline.top1)} on the {baseline.images} training images that tuning chooses by"
+            f"float student in ONNX Runtime: {run.task.output.metric.title} {_percent(reported.score)} on {reported.images} validation images, "
+            f"{_percent(baseline.score)} on the {baseline.images} training images that tuning chooses by"
         )
-        student = Student(cfg, run, src, fp32, top1, reported, baseline, log)
+        student = Student(cfg, run, src, fp32, score, reported, baseline, log)
         found = {target.name: _on_target(student, target, work / target.name, out) for target in run.int8_targets}
     write_json(
         out / "ptq.json",
         {
             "images": reported.images,
-            "float_top1": reported.top1,
+            "float_score": reported.score,
             "tuning_images": baseline.images,
             "targets": found,
         },
@@ -106,8 +105,8 @@ def apply(cfg: PtqStage, src: Path | None, out: Path, run: Run) -> Metrics:
     own = found[run.target.name]
     return {
         **metrics,
-        "ptq_top1": own["top1"],
-        "ptq_top1_drop": reported.top1 - own["top1"],
+        "ptq_score": own["score"],
+        "ptq_drop": reported.score - own["score"],
         "trials": len(own["trials"]),
     }
 
@@ -148,14 +147,14 @@ def _on_target(student: Student, target: Target, work: Path, out: Path) -> Row:
     reported = None if trial.keep_float else scores.get(("compress", trial.calibration))
     if reported is None:
         images = student.run.validation(limit=student.cfg.score_images)
-        reported = score_file(file_of(trial, work), images, optimize=runs_here(target))
+        reported = score_file(file_of(trial, work), student.run, images, optimize=runs_here(target))
     return {
         "methods": rows,
         "sensitivity": [asdict(group) for group in damage],
         "trials": [result.to_json() for result in results],
         "chosen": chosen,
         "calibration": best,
-        "top1": reported.top1,
+        "score": reported.score,
     }
 
 
@@ -172,7 +171,8 @@ def _by_onnxruntime(student: Student, target: Target, work: Path) -> Files:
 def _score(student: Student, target: Target, files: Files) -> dict[Name, Score]:
     """Run the same validation images through every file in ONNX Runtime, as the target would where this machine can."""
     images = student.run.validation(limit=student.cfg.score_images)
-    found = score({path.stem: path for path in files.values()}, as_numpy(images), optimize=runs_here(target))
+    named = {path.stem: path for path in files.values()}
+    found = score_files(named, as_numpy(images), student.run.task.output, optimize=runs_here(target))
     return {name: found[path.stem] for name, path in files.items()}
 
 
@@ -184,7 +184,7 @@ def _row(student: Student, target: Target, name: Name, path: Path, found: Score)
         "engine": engine,
         "method": method,
         "scored_in": "onnxruntime",
-        "top1": found.top1,
+        "score": found.score,
         "agreement": found.agreement(student.reported),
         "integer_layers": len(layers.integer_layers) if layers else None,
         "float_layers": len(layers.float_layers) if layers else None,
@@ -197,7 +197,7 @@ def _by_neural_compressor(
 ) -> Row:
     """Measure neural-compressor's static quantization in ONNX Runtime where it exports, else in PyTorch."""
     row: Row = {"engine": "neural-compressor", "method": algorithm, "scored_in": "pytorch"}
-    row |= {"top1": None, "agreement": None, "integer_layers": None, "float_layers": None, "note": None}
+    row |= {"score": None, "agreement": None, "integer_layers": None, "float_layers": None, "note": None}
     model = load_float(student.src, trust_code=student.run.trust_code)
     images = (batch.cpu() for batch in student.calibration())
     try:
@@ -210,7 +210,7 @@ def _by_neural_compressor(
             to_onnx(quantized, path, image_size=student.run.image_size, metadata={})
     except BundleError as error:
         found = _score_in_torch(quantized, student.cfg, student.run)
-        return row | {"top1": found.top1, "agreement": found.agreement(student.reported), "note": str(error)}
+        return row | {"score": found.score, "agreement": found.agreement(student.reported), "note": str(error)}
     name = ("neural-compressor", algorithm)
     measured = _row(student, target, name, path, _score(student, target, {name: path})[name])
     full_range = "its weights take levels from -128 to 127, off this target's grid" if target.weight_max < 127 else None
@@ -235,7 +235,7 @@ def _judge(student: Student, target: Target, files: Files, work: Path) -> Callab
         build,
         lambda path: tuning_score(path, run, optimize=runs_here(target)),
         baseline=student.baseline,
-        max_top1_drop=cfg.max_top1_drop,
+        max_drop=cfg.max_drop,
         folder=work,
         latency_ratio=faster_than(student.fp32, run, target),
         tell=lambda result: student.log.note(f"{target.name}: {result}"),
@@ -250,29 +250,28 @@ def _method(cfg: PtqStage, trial: Trial) -> Method:
 def _score_in_torch(model: nn.Module, cfg: PtqStage, run: Run) -> Score:
     """Run every validation image through a network on the CPU."""
     batches = [
-        (model(batch.images.cpu()).argmax(1).numpy(), batch.targets.cpu().numpy())
+        (model(batch.images.cpu()).float().numpy(), batch.targets.cpu().numpy())
         for batch in run.validation(limit=cfg.score_images)
     ]
-    predictions, truth = zip(*batches, strict=True)
-    return Score(np.concatenate(predictions), np.concatenate(truth))
+    return score_of(run.task.output, *zip(*batches, strict=True))
 
 
 def _method_line(target: Target, row: Row) -> str:
     name = f"{target.name}: {row['engine']}, {row['method']}"
-    if row["top1"] is None:
+    if row["score"] is None:
         return f"{name}: {row['note']}"
     layers = "" if row["integer_layers"] is None else f", {row['integer_layers']} layers in integers"
     note = f" ({row['note']})" if row["note"] else ""
-    return f"{name}: top-1 {_percent(row['top1'])}, agreement {_percent(row['agreement'])}{layers}{note}"
+    return f"{name}: score {_percent(row['score'])}, agreement {_percent(row['agreement'])}{layers}{note}"
 
 
 def _verdict(cfg: PtqStage, target: Target, results: Sequence[TrialResult], chosen: int) -> str:
-    best, allowed = results[chosen], f"{_points(cfg.max_top1_drop)} points"
+    best, allowed = results[chosen], f"{_points(cfg.max_drop)} points"
     if best.met:
         return f"{target.name}: {best.trial} holds within {allowed} after {len(results)} trials"
     return (
         f"{target.name}: none of {len(results)} trials holds within {allowed}; "
-        f"the best, {best.trial}, loses {_points(best.top1_drop)}"
+        f"the best, {best.trial}, loses {_points(best.drop)}"
     )
 
 

@@ -36,7 +36,7 @@ def apply(cfg: QatStage, src: Path | None, out: Path, run: Run) -> Metrics:
             ptq = _ptq(src, target)
             method = cfg.calibration or ptq["calibration"]
             result = _skip(cfg, log, target, ptq) or _train(cfg, method, src, out, run, log, target)
-            metrics |= {f"{name}_{target.name}": result[name] for name in ("top1", "trained")} | result
+            metrics |= {f"{name}_{target.name}": result[name] for name in ("score", "trained")} | result
     return metrics
 
 
@@ -51,15 +51,15 @@ def _ptq(src: Path, target: Target) -> dict[str, Any]:
 def _skip(cfg: QatStage, log: StageLog, target: Target, ptq: dict[str, Any]) -> Metrics | None:
     """Return the calibrated file's metrics where calibration alone is good enough; None where training must go on."""
     trial, enough = ptq["trials"][ptq["chosen"]], cfg.skip_if_ptq_drop_below
-    if enough is None or trial["number_format"] != "int8" or trial["top1_drop"] >= enough:
+    if enough is None or trial["number_format"] != "int8" or trial["drop"] >= enough:
         return None
     log.note(
-        f"{target.name}: not trained: calibration alone loses {100 * trial['top1_drop']:.2f} points of top-1, "
+        f"{target.name}: not trained: calibration alone loses {100 * trial['drop']:.2f} points, "
         f"less than skip_if_ptq_drop_below ({100 * enough:.2f})"
     )
     return {
-        "top1": ptq["top1"],
-        "top1_calibrated": ptq["top1"],
+        "score": ptq["score"],
+        "score_calibrated": ptq["score"],
         "trained": 0,
         "float_groups": len(trial["keep_float"]),
     }
@@ -70,7 +70,7 @@ def _train(cfg: QatStage, method: Method, src: Path, out: Path, run: Run, log: S
     architecture = replace(read_architecture(src), target=target.name, ranges=cfg.ranges, keep_float=cfg.keep_float)
     model = _calibrated(cfg, method, src, architecture, run)
     before = run.evaluate(model)
-    log.note(f"{target.name}: top-1 after calibration by {method} alone {before['top1']:.4f}")
+    log.note(f"{target.name}: score after calibration by {method} alone {before['score']:.4f}")
 
     def before_step(training: nn.Module, done: float) -> None:
         set_phase_(training, observing=done < cfg.freeze_ranges_at, quantizing=True)
@@ -85,17 +85,17 @@ def _train(cfg: QatStage, method: Method, src: Path, out: Path, run: Run, log: S
     set_phase_(model, observing=False, quantizing=True)
     if cfg.reestimate_batchnorm_images:
         reestimate_batchnorm_(model, (batch.images for batch in run.calibration(cfg.reestimate_batchnorm_images)))
-    if cfg.max_top1_drop is not None:
-        model, architecture = _hold(cfg, method, cfg.max_top1_drop, src, model, architecture, out, run, log, target)
+    if cfg.max_drop is not None:
+        model, architecture = _hold(cfg, method, cfg.max_drop, src, model, architecture, out, run, log, target)
     _save(model, architecture, out, run)
     measured = run.evaluate(model)
-    return {**measured, "top1_calibrated": before["top1"], "trained": 1, "float_groups": len(architecture.keep_float)}
+    return {**measured, "score_calibrated": before["score"], "trained": 1, "float_groups": len(architecture.keep_float)}
 
 
 def _hold(
     cfg: QatStage,
     method: Method,
-    max_top1_drop: float,
+    max_drop: float,
     src: Path,
     model: nn.Module,
     architecture: Architecture,
@@ -123,17 +123,17 @@ def _hold(
         work = out / f"trials-{target.name}"
         work.mkdir(exist_ok=True)
         fp32 = work / "float.onnx"
-        export_network(student, fp32, run, top1=float("nan"), target=target)
+        export_network(student, fp32, run, score=float("nan"), target=target)
         baseline = tuning_score(fp32, run, optimize=True)
 
         def build(trial: Trial, path: Path) -> None:
-            export_network(deploy(kept(trial)[0]), path, run, top1=baseline.top1, target=target)
+            export_network(deploy(kept(trial)[0]), path, run, score=baseline.score, target=target)
 
         judge = judge_of(
             build,
             lambda path: tuning_score(path, run, optimize=runs_here(target)),
             baseline=baseline,
-            max_top1_drop=max_top1_drop,
+            max_drop=max_drop,
             folder=work,
             latency_ratio=faster_than(fp32, run, target),
             tell=lambda result: log.note(f"{target.name}: {result}"),

@@ -1,0 +1,8 @@
+"""The tasks that networks are trained for. To add one, write its file here and in `export/tasks/`, and its row in both tables."""
+
+from compress.tasks.classification import CLASSIFICATION
+from compress.tasks.task import Task, evaluate
+
+TASKS: dict[str, Task] = {"classification": CLASSIFICATION}
+
+__all__ = ["TASKS", "Task", "evaluate"]

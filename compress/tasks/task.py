@@ -1,46 +1,54 @@
-"""Everything that depends on what the network is for: one row for each task."""
+"""What training needs to know of what a network is for; what its outputs mean wherever it runs is the other half, `export.tasks`."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compress.data.augment import Augmentation
 from compress.data.batches import Batch
-from compress.distillation.logits import cross_entropy_loss
+from compress.data.dataset import Dataset
+from compress.data.digest import DataSettings
 from compress.ranks import gather
+from export.tasks.task import OutputTask
 
 
 @dataclass(frozen=True)
 class Task:
-    """How outputs become a loss and a score."""
+    """One task."""
 
-    metric: str
-    supervised_loss: Callable[..., Tensor]  # (outputs, targets, label_smoothing=) -> ()
-    scores: Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> (batch,) in [0, 1], whose mean is the metric
-
-
-def _top1(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.argmax(1) == labels).float()
-
-
-TASKS = {"classification": Task("top1", cross_entropy_loss, _top1)}
+    output: OutputTask
+    open: Callable[[DataSettings, Augmentation], Dataset]
+    """The images with their truths; a network has one output for each of the set's `classes`."""
+    write: Callable[[Dataset, Path], int]
+    """Write the validation images and their truths as a folder that the other half reads; returns how many."""
+    loss: Callable[..., Tensor]
+    """(outputs, truths, label_smoothing=) to (): what plain training minimizes, a mean over images."""
+    rows: Callable[[Tensor], Tensor]
+    """Outputs to logits (rows, classes), on which every loss between logits works."""
+    truth_rows: Callable[[Tensor], Tensor]
+    """Truths to one for each of those rows."""
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task) -> dict[str, float]:
-    """Return the task's metric and loss over the batches of all ranks; the model's mode is left as it was found."""
+    """Return the task's score and loss over the batches of all ranks; the model's mode is left as it was found."""
     training = model.training
     model.eval()
-    sums: list[tuple[Tensor, Tensor, int]] = []
+    rows, losses = [], []
     for batch in batches:
         outputs = model(batch.images).float()
-        loss = task.supervised_loss(outputs, batch.targets, label_smoothing=0.0) * len(outputs)
-        sums.append((task.scores(outputs, batch.targets).sum(), loss, len(outputs)))
+        loss = task.loss(outputs, batch.targets, label_smoothing=0.0)
+        losses.append((float(loss), len(outputs)))
+        answers = task.output.decode(outputs.cpu().numpy())
+        rows.append(task.output.statistics(answers, batch.targets.cpu().numpy()))
     model.train(training)
-    of_all = itertools.chain(*gather([(float(score), float(loss), images) for score, loss, images in sums]))
+    of_all = [part for rank in gather(rows) for part in rank]
+    found = [part for rank in gather(losses) for part in rank]
     # Exactly rounded, so that it does not matter which rank had which batch.
-    total_score, total_loss, images = (math.fsum(column) for column in zip(*of_all, strict=True))
-    return {task.metric: total_score / images, "val_loss": total_loss / images}
+    total, images = math.fsum(loss * images for loss, images in found), sum(images for _, images in found)
+    return {"score": task.output.total(np.concatenate(of_all)), "val_loss": total / images}

@@ -32,8 +32,8 @@ def stop_reason(stop: Stop | None, progress: Progress, score: float, *, metric: 
     """Return why the training ends after this epoch, None where it goes on."""
     if stop is None:
         return None
-    if stop.top1 is not None and score >= stop.top1:
-        return f"{metric} {score:.4f} has reached {stop.top1:g}"
+    if stop.score is not None and score >= stop.score:
+        return f"{metric} {score:.4f} has reached {stop.score:g}"
     if stop.patience is not None and progress.epoch - progress.best_epoch >= stop.patience:
         return (
             f"{metric} has not risen by more than {stop.min_delta:g} over {progress.best:.4f}, of epoch {progress.best_epoch}, "

@@ -44,7 +44,7 @@ class Loop:
     batches: Callable[[int], Iterator[Batch]]  # epoch -> this rank's batches, a pure function of the epoch
     steps_per_epoch: int
     evaluate: Callable[[nn.Module], Mapping[str, float]]
-    metric: str  # the score among what `evaluate` returns
+    metric: str  # what `evaluate` calls "score", for readers
     log: StageLog
     checkpoint: Path
     summary: Path  # JSON: how far the training came and what happened to it
@@ -118,7 +118,7 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
             measurements = _good_epoch(wrapped, step, settings, loop, state)
             loop.log.epoch(measurements)
             progress.seconds = time.monotonic() - started
-            score = measurements[loop.metric]
+            score = measurements["score"]
             record_(progress, score, settings.stop)
             stopped = first_decides(partial(stop_reason, settings.stop, progress, score, metric=loop.metric))
             if stopped is None:

@@ -7,7 +7,7 @@ a tolerance.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,33 +20,34 @@ from export.errors import BundleError
 from export.images.preprocess import Preprocess
 from export.runtime.environment import runtime
 from export.runtime.session import DTYPES, open_session
+from export.tasks.task import OutputTask
 
 FOLDER, IMAGES, INPUTS = "golden", "images", "inputs"
 MAX_GOLDEN = 64  # images
-# The largest difference of a logit, in standard deviations of all expected ones. Seen on 1,000 photographs and 897 digits in
+# The largest difference of an output's value, in standard deviations of all expected ones. Seen on 1,000 photographs and 897 digits in
 # ONNX Runtime 1.15 to 1.32 on x86-64, aarch64 and WebAssembly, and in OpenVINO: fp32 1e-6, fp16 0.05 (Arm), int8 0.13.
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "int8": 0.25}
 
 
 @dataclass(frozen=True)
 class Golden:
-    """The golden arrays; `outputs` and `tolerance` (largest difference of a logit) are by file, `made_with` is the outputs' runtime."""
+    """The golden arrays; `outputs` and `tolerance` (largest difference of a value) are by file, `made_with` is the outputs' runtime."""
 
     images: NDArray[np.uint8]  # (n, size, size, 3), RGB, resized and cropped
     inputs: NDArray[np.float32]  # (n, 3, size, size), the same normalized
-    labels: NDArray[np.int64]  # (n,)
-    outputs: dict[str, NDArray[np.float32]]  # (n, classes) each
+    truths: NDArray[Any]  # (n, ...)
+    outputs: dict[str, NDArray[np.float32]]  # (n, ...) each
     tolerance: dict[str, float]
     made_with: Json  # empty in bundles that were made before it was kept
 
-    def differing(self, name: str, logits: NDArray[np.generic]) -> list[int]:
-        """Return the images whose `logits` (n, classes) are not the expected ones of the file `name` within its tolerance."""
-        apart = np.abs(logits.astype(np.float64) - self.outputs[name]).max(axis=1)  # (n,)
+    def differing(self, name: str, outputs: NDArray[np.generic]) -> list[int]:
+        """Return the images whose `outputs` (n, ...) are not the expected ones of the file `name` within its tolerance."""
+        apart = np.abs(outputs.astype(np.float64) - self.outputs[name]).reshape(len(outputs), -1).max(axis=1)  # (n,)
         return [int(index) for index in np.flatnonzero(~(apart <= self.tolerance[name]))]  # NaN is different
 
 
 def answer(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the logits (n, classes) of `inputs` (n, 3, size, size), one image at a time on one thread of the CPU."""
+    """Return the outputs (n, ...) of `inputs` (n, 3, size, size), one image at a time on one thread of the CPU."""
     session = open_session(path, threads=1)
     (given,) = session.get_inputs()
     images = inputs.astype(DTYPES[given.type], copy=False)
@@ -57,7 +58,7 @@ def make_golden(
     files: Mapping[str, tuple[Path, str]],
     images: NDArray[np.uint8],
     inputs: NDArray[np.float32],
-    labels: NDArray[np.int64],
+    truths: NDArray[Any],
 ) -> Golden:
     """Return the golden arrays of `files` (name to path and precision), run on this machine.
 
@@ -66,10 +67,10 @@ def make_golden(
     outputs = {name: answer(path, inputs) for name, (path, _) in files.items()}
     for name, logits in outputs.items():
         if not np.isfinite(logits).all():
-            raise BundleError(f"{name}: answers a golden image with logits that are not finite: export it again")
+            raise BundleError(f"{name}: answers a golden image with numbers that are not finite: export it again")
     tolerance = {name: TOLERANCE[kind] * float(outputs[name].std()) for name, (_, kind) in files.items()}
     rounded = {name: float(f"{value:.3g}") for name, value in tolerance.items()}
-    return Golden(images, inputs, labels, outputs, rounded, runtime())
+    return Golden(images, inputs, truths, outputs, rounded, runtime())
 
 
 def write_arrays(folder: Path, golden: Golden) -> None:
@@ -107,19 +108,20 @@ def read_golden(
     folder: Path,
     manifest: Json,
     digests: Mapping[str, str] | None,
+    task: OutputTask,
     *,
-    names: Sequence[str],
     image_size: int,
-    classes: int,
+    output: tuple[int, ...],
 ) -> Golden:
     """Return the golden arrays, whose shapes the manifest and the models leave no choice in."""
     listed, where = get(manifest, "bundle.json", "golden", dict), "bundle.json: golden"
-    labels, tolerance = get(listed, where, "labels", list), get(listed, where, "tolerance", dict)
-    if not 0 < len(labels) <= MAX_GOLDEN or not all(type(label) is int and 0 <= label < classes for label in labels):
+    names = list(get(manifest, "bundle.json", "files", dict))
+    values, tolerance = get(listed, where, "truths", list), get(listed, where, "tolerance", dict)
+    if not 0 < len(values) <= MAX_GOLDEN:
         raise BundleError(
-            f"{where}.labels: must be 1 to {MAX_GOLDEN} integers below {classes}, got {labels[:9]!r:.100}",
-            defect="bad_content",
+            f"{where}.truths: must be of 1 to {MAX_GOLDEN} images, got {len(values)}", defect="bad_content"
         )
+    truths = task.truths(values, output)
     if set(tolerance) != set(names) or not all(
         type(one) is float and 0 <= one < math.inf for one in tolerance.values()
     ):
@@ -131,13 +133,13 @@ def read_golden(
         file = f"{FOLDER}/{name}.npy"
         if digests is not None and file not in digests:
             raise BundleError(f"{SUMS}: lists no {file}: get the bundle again", defect="unlisted_file")
-        return read_array(contained(folder, file), dtype, (len(labels), *shape))
+        return read_array(contained(folder, file), dtype, (len(values), *shape))
 
     images = array(IMAGES, np.uint8, image_size, image_size, 3)
     inputs = array(INPUTS, np.float32, 3, image_size, image_size)
-    outputs = {name: array(name, np.float32, classes) for name in names}
+    outputs = {name: array(name, np.float32, *output) for name in names}
     made_with = get({"made_with": {}} | listed, where, "made_with", dict)
-    return Golden(images, inputs, np.array(labels, np.int64), outputs, tolerance, made_with)
+    return Golden(images, inputs, truths, outputs, tolerance, made_with)
 
 
 def check_inputs(golden: Golden, preprocess: Preprocess) -> None:

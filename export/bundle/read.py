@@ -40,8 +40,10 @@ from export.bundle.inside import (
 from export.errors import BundleError
 from export.images.folders import is_label
 from export.images.preprocess import AS_STORED, UPRIGHT, Preprocess
-from export.images.read import Examples, find_examples
+from export.images.read import Examples
 from export.onnx_file.model_file import MAX_IMAGE_SIZE, ModelFile, inspect
+from export.tasks import task_named
+from export.tasks.task import OutputTask
 
 MANIFEST, PREPROCESS, LABELS, VALIDATION = "bundle.json", "preprocess.json", "labels.txt", "validation.txt"
 SIGNATURE = "model.sig"
@@ -66,6 +68,7 @@ class Bundle:
 
     path: Path
     name: str
+    task: OutputTask
     target: str | None
     preprocess: Preprocess
     labels: tuple[str, ...]
@@ -77,7 +80,7 @@ class Bundle:
 
     def examples(self, data: Path) -> Examples:
         """Return the labelled images of `data` to score the files on. Raises DataError for data that do not fit the bundle."""
-        found = find_examples(data, self.preprocess, self.labels)
+        found = self.task.examples(data, self.preprocess, self.labels)
         return found.judged(self.validation) if self.validation else found
 
 
@@ -133,10 +136,11 @@ def examine(path: Path, *, amiss: Report, inspect: Inspect) -> Bundle | None:
     validation = tried(amiss, read_validation, path, digests)
     if manifest is None:
         return None
+    task = task_named(get(manifest, MANIFEST, "task", str))
     listed = get(manifest, MANIFEST, "files", dict)
     places = {name: tried(amiss, place_of, path, name, document, digests) for name, document in listed.items()}
     files = {name: place for name, place in places.items() if place is not None}
-    classes: int | None = None
+    shape: tuple[int, ...] | None = None  # of one image's output
     for (name, place), facts in zip(list(files.items()), inspect(list(files.values())), strict=True):
         if isinstance(facts, BundleError):
             amiss(facts)
@@ -144,16 +148,15 @@ def examine(path: Path, *, amiss: Report, inspect: Inspect) -> Bundle | None:
             continue
         tried(amiss, check_entry, name, listed[name], entry(place, facts))
         tried(amiss, check_ends, manifest, place.name, facts)
-        classes = next(iter(facts.output.shape[1:2]), classes)
+        shape = tuple(size or 0 for size in facts.output.shape[1:])
         if preprocess is not None:
             tried(amiss, check_image_size, place.name, facts, preprocess)
         if labels is not None:
-            tried(amiss, check_classes, place.name, facts, len(labels))
+            tried(amiss, task.check_output, place.name, facts.output.shape, labels)
     served = tried(amiss, served_of, manifest)
-    if preprocess is None or labels is None or classes is None:
+    if preprocess is None or labels is None or shape is None:
         return None
-    size, names = preprocess.image_size, list(listed)
-    golden = tried(amiss, read_golden, path, manifest, digests, names=names, image_size=size, classes=classes)
+    golden = tried(amiss, read_golden, path, manifest, digests, task, image_size=preprocess.image_size, output=shape)
     if golden is not None:
         tried(amiss, check_inputs, golden, preprocess)
     if served is None or golden is None:
@@ -162,6 +165,7 @@ def examine(path: Path, *, amiss: Report, inspect: Inspect) -> Bundle | None:
     return Bundle(
         path=path,
         name=get(manifest, MANIFEST, "name", str),
+        task=task,
         target=target if isinstance(target, str) else None,
         preprocess=preprocess,
         labels=labels,
@@ -242,15 +246,6 @@ def check_image_size(file: str, facts: ModelFile, preprocess: Preprocess) -> Non
         )
 
 
-def check_classes(file: str, facts: ModelFile, classes: int) -> None:
-    """Compare the number of labels with the model's output."""
-    if facts.output.shape[1:2] != (classes,):
-        raise BundleError(
-            f"{LABELS}: {file} answers {facts.output.shape}, got {classes} labels: get the bundle again",
-            defect="missing_class",
-        )
-
-
 def read_manifest(folder: Path) -> Json:
     """Return bundle.json after a look at what every reader needs."""
     manifest = read_json(folder, MANIFEST)
@@ -258,6 +253,7 @@ def read_manifest(folder: Path) -> Json:
         raise BundleError(
             f"{MANIFEST}: schema_version: must be {SCHEMA_VERSION}, got {brief(version)}", defect="bad_content"
         )
+    task_named(get(manifest, MANIFEST, "task", str))
     if not NAME.fullmatch(name := get(manifest, MANIFEST, "name", str)):
         raise BundleError(
             f"{MANIFEST}: name: must be lower-case letters, digits, - and _, got {brief(name)}", defect="bad_content"

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +36,8 @@ from export.serving.triton import Serving, write_repositories
 class Contents:
     """What a bundle is made of.
 
-    `files` are the models by name; `metrics` has for a file what it does not say itself: top-1, agreement. `images`
-    (n, size, size, 3) and `image_labels` (n,) are the golden ones, `validation` the digests of the images that the network was
+    `files` are the models by name; `metrics` has for a file what it does not say itself: score, agreement. `images`
+    (n, size, size, 3) and `truths` (n, ...) are the golden ones, `validation` the digests of the images that the network was
     judged by. `documents` are further files by their path.
     """
 
@@ -46,7 +47,7 @@ class Contents:
     preprocess: Mapping[str, object]
     labels: Sequence[str]
     images: NDArray[np.uint8]
-    image_labels: NDArray[np.int64]
+    truths: NDArray[Any]
     task: str
     target: str
     recipe_digest: str
@@ -104,7 +105,7 @@ def fill(folder: Path, contents: Contents) -> None:
         write_text(folder / VALIDATION, "".join(f"{digest}\n" for digest in contents.validation))
     inputs = preprocess_of(contents.preprocess).normalize(contents.images)
     models = {name: (folder / f"{name}.onnx", fact.precision) for name, fact in facts.items()}
-    golden = make_golden(models, contents.images, inputs, contents.image_labels)
+    golden = make_golden(models, contents.images, inputs, contents.truths)
     write_arrays(folder, golden)
     write_text(folder / MANIFEST, dump(manifest(folder, contents, facts, golden)))
     write_serving(folder, contents, facts, golden)
@@ -153,7 +154,7 @@ def manifest(folder: Path, contents: Contents, facts: Mapping[str, ModelFile], g
             for name, fact in facts.items()
         },
         "golden": {
-            "labels": golden.labels.tolist(),
+            "truths": golden.truths.tolist(),
             "tolerance": golden.tolerance,
             "made_with": golden.made_with,
         },

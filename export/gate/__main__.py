@@ -25,7 +25,7 @@ def judge_or_accept(arguments: argparse.Namespace) -> int:
     """Print the verdict, or where the baseline was written, and return the exit code."""
     limits = Limits(
         max_latency_ratio=None if arguments.no_latency else arguments.max_latency_ratio,
-        min_top1_ratio=None if arguments.no_accuracy else arguments.min_top1_ratio,
+        min_score_ratio=None if arguments.no_accuracy else arguments.min_score_ratio,
         max_size_ratio=arguments.max_size_ratio,
     )
     plan = Plan(
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--max-latency-ratio", type=float, default=Limits.max_latency_ratio, metavar="1.05")
     found.add_argument("--no-latency", action="store_true", help="do not judge latency: the machine is shared")
-    found.add_argument("--min-top1-ratio", type=float, default=Limits.min_top1_ratio, metavar="0.995")
+    found.add_argument("--min-score-ratio", type=float, default=Limits.min_score_ratio, metavar="0.995")
     found.add_argument("--no-accuracy", action="store_true", help="do not judge accuracy: no images are here")
     found.add_argument(
         "--max-size-ratio",

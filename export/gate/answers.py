@@ -1,40 +1,48 @@
-"""A file's answer to each labelled image, kept by the image's digest so that another file's answers can be paired with them later."""
+"""A file's answer to each image, kept by the image's digest so that another file's answers can be paired with them later."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from export.bundle.read import Bundle
-from export.runtime.accuracy import score
+from export.runtime.accuracy import score_files
+from export.tasks.task import Array, Comparison, OutputTask
 
 
 @dataclass(frozen=True)
 class Answers:
-    """For each image, by digest, the names of its class and of the class that was answered; `notes` on the images are not kept."""
+    """For each image, by digest, its truth in words and the task's row of numbers; `notes` on the images are not kept."""
 
-    classes: tuple[str, ...]
-    rows: dict[str, tuple[str, str]]
+    task: OutputTask
+    labels: tuple[str, ...]
+    rows: dict[str, tuple[str, tuple[float, ...]]]
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
-    def top1(self) -> float:
-        """The fraction of images that were answered right."""
-        return sum(label == answer for label, answer in self.rows.values()) / len(self.rows)
+    def score(self) -> float:
+        """The task's score of all images."""
+        return self.task.total(self.table(list(self.rows)))
 
-    def to_json(self) -> dict[str, dict[str, int]]:
-        """Return labels and predictions by digest, as positions in the list of classes."""
-        place = {name: index for index, name in enumerate(self.classes)}
-        return {
-            "labels": {digest: place[label] for digest, (label, _) in self.rows.items()},
-            "predictions": {digest: place[answer] for digest, (_, answer) in self.rows.items()},
-        }
+    def table(self, digests: list[str]) -> Array:
+        """Return these images' rows (n, k)."""
+        return np.array([self.rows[digest][1] for digest in digests])
+
+    def to_json(self) -> dict[str, list[Any]]:
+        """Return for each image, by digest, its truth and its row."""
+        return {digest: [truth, *row] for digest, (truth, row) in self.rows.items()}
 
 
-def answers_from_json(classes: tuple[str, ...], document: dict[str, dict[str, int]]) -> Answers:
+def answers_from_json(task: OutputTask, labels: tuple[str, ...], document: dict[str, list[Any]]) -> Answers:
     """Read what `to_json` wrote."""
-    labels, predictions = document["labels"], document["predictions"]
-    return Answers(
-        classes, {digest: (classes[labels[digest]], classes[answer]) for digest, answer in predictions.items()}
-    )
+    return Answers(task, labels, {digest: (truth, tuple(row)) for digest, (truth, *row) in document.items()})
+
+
+def pair(before: Answers, now: Answers) -> Comparison | None:
+    """Compare both on the images that both have; None where there are none."""
+    both = [digest for digest in before.rows if digest in now.rows]
+    return now.task.compare(before.table(both), now.table(both), now.labels) if both else None
 
 
 def ask(bundle: Bundle, file: str, data: Path) -> Answers:
@@ -43,8 +51,8 @@ def ask(bundle: Bundle, file: str, data: Path) -> Answers:
     Raises BundleError for data that do not fit the bundle.
     """
     examples = bundle.examples(data)
-    found = score({file: bundle.files[file]}, examples.batches())[file]
-    rows: dict[str, tuple[str, str]] = {}
-    for digest, label, answer in zip(examples.digests(), found.labels, found.predictions, strict=True):
-        rows.setdefault(digest, (bundle.labels[label], bundle.labels[answer]))
-    return Answers(bundle.labels, rows, examples.notes)
+    found = score_files({file: bundle.files[file]}, examples.batches(), bundle.task)[file]
+    rows: dict[str, tuple[str, tuple[float, ...]]] = {}
+    for digest, row in zip(examples.digests(), found.rows, strict=True):
+        rows.setdefault(digest, (bundle.task.truth_text(row, bundle.labels), tuple(row.tolist())))
+    return Answers(bundle.task, bundle.labels, rows, examples.notes)

@@ -11,8 +11,9 @@ from export.gate.answers import Answers, answers_from_json
 from export.gate.facts import Facts
 from export.gate.latency import Recorded
 from export.runtime.environment import fingerprint
+from export.tasks import task_named
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Baseline:
     """One accepted bundle on one machine; `data` is where its images lay, as it was given."""
 
     bundle: str
+    task: str
     served: str
     classes: tuple[str, ...]
     preprocess: dict[str, Any]
@@ -84,13 +86,14 @@ def _from_json(document: dict[str, Any]) -> Baseline:
     )  # raise where they are missing
     return Baseline(
         bundle=document["bundle"],
+        task=document["task"],
         served=document["served"],
         classes=classes,
         preprocess={"upright": False, **document["preprocess"]},  # which older baselines do not hold
         files={name: Facts(**facts) for name, facts in document["files"].items()},
         environment=environment,
         data=document["data"],
-        answers=None if answers is None else answers_from_json(classes, answers),
+        answers=None if answers is None else answers_from_json(task_named(document["task"]), classes, answers),
         latency=None if latency is None else Recorded(**latency),
     )
 
@@ -100,6 +103,7 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
     document = {
         "schema_version": SCHEMA_VERSION,
         "bundle": baseline.bundle,
+        "task": baseline.task,
         "served": baseline.served,
         "classes": baseline.classes,
         "preprocess": baseline.preprocess,

@@ -17,15 +17,15 @@ class Limits:
     """How much worse than the baseline is let through; None does not judge."""
 
     max_latency_ratio: float | None = 1.05  # of the time, new over old
-    min_top1_ratio: float | None = 0.995  # of top-1, new over old
+    min_score_ratio: float | None = 0.995  # of the score, new over old
     max_size_ratio: float = 1.01  # of a file's bytes, and of its multiply-accumulates
 
     def __post_init__(self) -> None:
         """Refuse what no gate can mean."""
         if self.max_latency_ratio is not None and not self.max_latency_ratio > 1:
             raise BundleError(f"max_latency_ratio: must be > 1, got {self.max_latency_ratio}")
-        if self.min_top1_ratio is not None and not 0 <= self.min_top1_ratio <= 1:
-            raise BundleError(f"min_top1_ratio: must be from 0 to 1, got {self.min_top1_ratio}")
+        if self.min_score_ratio is not None and not 0 <= self.min_score_ratio <= 1:
+            raise BundleError(f"min_score_ratio: must be from 0 to 1, got {self.min_score_ratio}")
         if not self.max_size_ratio >= 1:
             raise BundleError(f"max_size_ratio: must be >= 1, got {self.max_size_ratio}")
 

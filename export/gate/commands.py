@@ -60,7 +60,7 @@ def update(
 
     Raises BrokenBundleError for a broken bundle, BundleError for a machine that is unfit and data that do not fit.
     """
-    if data is None and limits.min_top1_ratio is not None:
+    if data is None and limits.min_score_ratio is not None:
         raise BundleError("no images to record answers on: give --data, or leave accuracy out (--no-accuracy)")
     accepted = accept(open_subject(bundle), data, limits, plan, progress)
     path = baseline if baseline.suffix == ".json" else baseline / f"{accepted.fingerprint}.json"

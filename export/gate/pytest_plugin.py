@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 MARKER = "compression"
 DESCRIPTION = (
-    "compression(max_latency_ratio=1.05, min_top1_ratio=0.995, max_size_ratio=1.01): judge the bundle of --bundle against its "
-    "baseline; None leaves latency or top-1 out"
+    "compression(max_latency_ratio=1.05, min_score_ratio=0.995, max_size_ratio=1.01): judge the bundle of --bundle against its "
+    "baseline; None leaves latency or the score out"
 )
 
 

@@ -44,6 +44,7 @@ def accept(
         latency = record(served, other, plan, name=reference)
     return Baseline(
         bundle=subject.bundle.name,
+        task=subject.bundle.task.name,
         served=subject.now.served,
         classes=subject.now.classes,
         preprocess=dict(subject.now.preprocess),

@@ -48,9 +48,9 @@ def gate(
     checks = [*subject.checks, *hard_checks(was, subject.now, limits, same_graph=same_graph)]
     metrics, notes = size_metrics(subject), [] if is_here else [machine_note(was, here)]
     if was.served in subject.bundle.files:
-        if limits.min_top1_ratio is not None:
+        if limits.min_score_ratio is not None:
             progress("scoring images")
-            found, said, measured = judge_accuracy(subject, was, data, limits.min_top1_ratio)
+            found, said, measured = judge_accuracy(subject, was, data, limits.min_score_ratio)
             checks, notes, metrics = [*checks, *found], [*notes, *said], [*metrics, *measured]
         if limits.max_latency_ratio is not None:
             progress("timing")
@@ -70,11 +70,16 @@ def judge_accuracy(
     place = data or (Path(was.data) if was.data else None)
     if was.answers is None or place is None or (data is None and not place.exists()):
         reason = "the baseline holds no answers" if was.answers is None else f"its images are not here ({was.data})"
-        return [Check("top-1", "inconclusive", detail=f"{reason}: give --data, or leave accuracy out")], [], []
+        title = subject.bundle.task.metric.title
+        return [Check(title, "inconclusive", detail=f"{reason}: give --data, or leave accuracy out")], [], []
     answers = ask(subject.bundle, was.served, place)
     same_file = was.files[was.served].sha256 == subject.now.files[was.served].sha256
     checks, notes = accuracy_checks(was.answers, answers, limit, same_file=same_file)
-    return checks, [*answers.notes, *notes], [Metric("top-1 error", "%", 100 * (1 - answers.top1))]
+    return (
+        checks,
+        [*answers.notes, *notes],
+        [Metric(f"{answers.task.metric.title} error", "%", 100 * (1 - answers.score))],
+    )
 
 
 def judge_beside(

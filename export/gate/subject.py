@@ -45,7 +45,7 @@ def open_subject(path: Path) -> Subject:
         raise BrokenBundleError(str(error)) from error
     whole = Check("digests", "pass", limit="whole", detail=f"{len(bundle.files)} files, every digest right")
     golden = Check(
-        "golden outputs", "pass", limit="in tolerance", detail=f"{len(bundle.golden.labels)} images in every file"
+        "golden outputs", "pass", limit="in tolerance", detail=f"{len(bundle.golden.truths)} images in every file"
     )
     return Subject(bundle, now, (whole, golden))
 
@@ -55,6 +55,6 @@ def check_golden(bundle: Bundle) -> None:
     for name, path in bundle.files.items():
         if differing := bundle.golden.differing(name, answer(path, bundle.golden.inputs)):
             raise BundleError(
-                f"{name}: golden outputs: {len(differing)} of {len(bundle.golden.labels)} images get other logits than where "
+                f"{name}: golden outputs: {len(differing)} of {len(bundle.golden.truths)} images get other outputs than where "
                 f"the bundle was made (image {differing[0]} first): made for another kind of machine, or the runtime is wrong"
             )

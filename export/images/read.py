@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,8 @@ from export.images.decode import BrokenImage, read_image, require_pillow
 from export.images.folders import count, first, list_folder
 from export.images.preprocess import Preprocess
 
-Labelled = tuple[NDArray[np.float32], NDArray[np.int64]]
-"""Images as the network takes them, (batch, 3, size, size), and their labels, (batch,)."""
+Labelled = tuple[NDArray[np.float32], NDArray[Any]]
+"""Images as the network takes them, (batch, 3, size, size), and their truths, (batch, ...)."""
 Pixels = NDArray[np.uint8]
 
 
@@ -31,7 +32,7 @@ class Examples:
     """
 
     preprocess: Preprocess
-    labels: NDArray[np.int64]  # (n,)
+    truths: NDArray[Any]  # (n, ...): labels, for classification
     pixels: Callable[[int], Pixels]
     content: Callable[[int], bytes]
     chosen: NDArray[np.int64]  # (m,)
@@ -76,7 +77,7 @@ class Examples:
         """Yield the images in order. Raises DataError for a broken one."""
         for start in range(0, len(self), batch_size):
             part = self.chosen[start : start + batch_size]
-            yield self.preprocess.normalize(np.stack([self.pixels(index) for index in part])), self.labels[part]
+            yield self.preprocess.normalize(np.stack([self.pixels(index) for index in part])), self.truths[part]
 
 
 def find_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:

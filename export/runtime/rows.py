@@ -3,42 +3,24 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+
+from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
 
 from export.onnx_file.model_file import ModelFile
 from export.runtime.latency import Timing, speedup
 from export.runtime.session import CPU
+from export.tasks.task import Metric
 
 TEACHER, STUDENT = "teacher_fp32", "student_fp32"
 
 
 class AccuracyRow(TypedDict):
-    """One file on all images; `agreement` is the fraction of images whose arg-max equals the float student's.
+    """One file on all images: its score, what else its task reports by name, and how far it answers as the float student does."""
 
-    `top5` is None for five classes or fewer; balanced accuracy is the mean recall of the classes that have images.
-    """
-
-    top1: float
-    top5: float | None
-    balanced_accuracy: float
+    score: float
+    further: dict[str, float | None]
     agreement: float
     images: int
-
-
-class FileClasses(TypedDict):
-    """One file's right answers and all its answers, by class; mistakes are rows of (class, answered class, images)."""
-
-    correct: list[int]
-    answered: list[int]
-    mistakes: list[tuple[int, int, int]] | None
-
-
-class Classes(TypedDict):
-    """How many images each class has, and what every file answers; the mistakes are kept for a few files."""
-
-    names: list[str]
-    images: list[int]
-    files: dict[str, FileClasses]
 
 
 class SpeedupRow(TypedDict):
@@ -72,9 +54,22 @@ class TimingRow(TypedDict):
     speedup_vs_student_fp32: SpeedupRow | None
 
 
+class MetricJson(TypedDict):
+    """What `score` means: the metric's name in files and its title for readers."""
+
+    name: str
+    title: str
+
+
+def metric_json(metric: Metric) -> MetricJson:
+    """Return a task's metric as JSON holds it."""
+    return MetricJson(name=metric.name, title=metric.title)
+
+
 class BenchJson(TypedDict):
     """The whole file."""
 
+    metric: MetricJson
     accuracy: dict[str, AccuracyRow]
     timings: list[TimingRow]
     environment: dict[str, object]

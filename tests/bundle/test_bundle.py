@@ -81,7 +81,7 @@ def test_the_manifest_says_what_the_files_are(made: Path) -> None:
         "bytes": len(data),
         "opset": 18,
         "ir_version": 9,
-        "top1": 0.75,
+        "score": 0.75,
         "agreement": 1.0,
     }
 
@@ -390,7 +390,7 @@ def test_an_array_that_is_not_the_one_expected_is_refused(bundle: Path, content:
 @pytest.mark.parametrize(
     "golden",
     [
-        None, {}, {"labels": []}, {"labels": [0, 1, 2, 3]}, {"labels": [0, 1, 2, True]}, {"labels": [0] * 65},
+        None, {}, {"truths": []}, {"truths": [0, 1, 2, 3]}, {"truths": [0, 1, 2, True]}, {"truths": [0] * 65},
         {"tolerance": {}}, {"tolerance": {"teacher_fp32": -1.0}}, {"tolerance": "none"}, {"made_with": "1.32.0"},
     ],
 )  # fmt: skip
@@ -434,7 +434,7 @@ def test_a_file_that_answers_no_numbers_is_not_bundled(tmp_path: Path) -> None:
     model = classifier()
     for tensor in model.graph.initializer:
         tensor.CopyFrom(numpy_helper.from_array(np.full(tuple(tensor.dims), np.nan, np.float32), tensor.name))
-    with pytest.raises(BundleError, match="student_fp32: answers a golden image with logits that are not finite"):
+    with pytest.raises(BundleError, match="student_fp32: answers a golden image with numbers that are not finite"):
         write_small_bundle(tmp_path / "out", {"student_fp32": save(model, tmp_path / "nan.onnx")})
 
 

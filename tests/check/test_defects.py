@@ -188,7 +188,7 @@ def test_a_file_of_another_run_is_named(bundle: Path) -> None:
 
 def test_a_made_up_accuracy_is_named(bundle: Path) -> None:
     document = json.loads((bundle / "bundle.json").read_text())
-    document["files"]["teacher_fp32"]["top1"] = 0.99
+    document["files"]["teacher_fp32"]["score"] = 0.99
     (bundle / "bundle.json").write_text(json.dumps(document))
     seal(bundle)
     assert names(bundle) == {"accuracy_differs"}

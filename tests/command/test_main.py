@@ -125,7 +125,7 @@ def test_a_narrow_terminal_cuts_nothing_off(tmp_path: Path, width: int) -> None:
 
 
 def test_a_narrow_terminal_cuts_nothing_off_a_comparison(tmp_path: Path) -> None:
-    comparison = compared(build_student(tmp_path, "large", top1=0.98056), build_student(tmp_path, "small", scale=0.5))
+    comparison = compared(build_student(tmp_path, "large", score=0.98056), build_student(tmp_path, "small", scale=0.5))
     whole, narrow = ("".join(printed(comparison, width).split()) for width in (400, 40))
     assert sorted(narrow) == sorted(whole)
 

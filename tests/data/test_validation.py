@@ -65,7 +65,7 @@ def test_the_folder_gives_the_pixels_that_the_run_has_judged_by(tmp_path: Path, 
         == f"{tmp_path}/out: {len(opened.val)} validation images of {overrides[2][13:] if source == 'folder' else 'digits'}\n"
     )
     found = find_examples(tmp_path / "out", opened.preprocess, opened.classes)
-    written = sorted((int(label), found.pixels(index).tobytes()) for index, label in enumerate(found.labels))
+    written = sorted((int(label), found.pixels(index).tobytes()) for index, label in enumerate(found.truths))
     assert sorted(found.digests()) == sorted(opened.validation_digests())
     assert isinstance(opened.val, MemoryImages)
     judged = (
@@ -85,7 +85,7 @@ def test_classes_that_no_folder_can_be_named_after_are_numbered(
     monkeypatch.setitem(NAMED, "digits", lambda _: named)
     opened = open_dataset(data_settings(read_recipe(recipe_of(tmp_path) / "recipe.yaml")), STILL)
     assert write_validation(opened, tmp_path / "out") == 6
-    assert find_examples(tmp_path / "out", opened.preprocess, named.classes).labels.tolist() == [
+    assert find_examples(tmp_path / "out", opened.preprocess, named.classes).truths.tolist() == [
         0,
         0,
         0,

@@ -33,7 +33,7 @@ from compress.quant.graph.trace import trace
 from compress.quant.prepare import prepare, set_phase_
 from compress.recipe.losses import KD_ONLY, LossTerm
 from compress.recipe.stages import Fit
-from compress.tasks.task import TASKS, evaluate
+from compress.tasks import TASKS, evaluate
 from compress.training import loop as train
 from compress.training.loop import Loop, Step, fit
 from export.onnx_file.targets import TARGETS
@@ -122,7 +122,7 @@ def loop(out: Path) -> Loop:
         batches=batches,
         steps_per_epoch=4,
         evaluate=lambda model: evaluate(model, [Batch(IMAGES, LABELS)], TASK),
-        metric="top1",
+        metric="score",
         log=StageLog(out, stage="test"),
         checkpoint=out / "checkpoint.pt",
         summary=out / "training.json",

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.distillation.logits import (
-    cross_entropy_loss,
     dist_loss,
     dkd_loss,
     kd_loss,
@@ -18,6 +17,7 @@ from compress.distillation.logits import (
     nkd_loss,
     standardized,
 )
+from compress.tasks.classification import cross_entropy_loss
 
 Array = NDArray[np.float64]
 RANDOM = np.random.default_rng(0)

@@ -132,6 +132,6 @@ def agreement(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
     return float(np.mean(first.argmax(1) == second.argmax(1)))
 
 
-def top1(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+def score(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
     """Return the part of the images whose arg-max is the label."""
     return float(np.mean(logits.argmax(1) == labels))

@@ -14,7 +14,7 @@ import numpy as np
 from networks import Mobile, Residual
 from numpy.typing import NDArray
 
-from elsewhere.files import PROGRAMS, agreement, is_there, run, run_here, top1, write_digits, write_pixel_form
+from elsewhere.files import PROGRAMS, agreement, is_there, run, run_here, score, write_digits, write_pixel_form
 from export.bundle.read import read_preprocess
 from export.images.read import find_examples
 from export.onnx_file.targets import INT8_TARGETS
@@ -32,7 +32,7 @@ def write_bundle_inputs(bundle: Path, data: Path, folder: Path) -> NDArray[np.in
     pixels = np.stack([examples.pixels(index) for index in examples.chosen])
     np.save(folder / "pixels.npy", pixels)
     np.save(folder / "floats.npy", preprocess.normalize(pixels))
-    return examples.labels[examples.chosen]
+    return examples.truths[examples.chosen]
 
 
 def tabulate(folder: Path, labels: NDArray[np.int64]) -> list[str]:
@@ -46,7 +46,7 @@ def tabulate(folder: Path, labels: NDArray[np.int64]) -> list[str]:
         found, facts = run(runtime, folder)
         for name, logits in here.items():
             apart = float(np.abs(found[name] - logits).max() / logits.std())
-            accuracies = f"{top1(logits, labels):.2%} | {top1(found[name], labels):.2%}"
+            accuracies = f"{score(logits, labels):.2%} | {score(found[name], labels):.2%}"
             lines.append(f"| {runtime} | {name} | {agreement(found[name], logits):.2%} | {accuracies} | {apart:.1e} |")
         lines.append(f"<!-- {runtime}: {json.dumps(facts)} -->")
     return lines

@@ -121,7 +121,7 @@ def more_work(_: Path) -> dict[str, ModelProto]:
 def test_a_worse_file_fails_by_name(
     plant: Callable[[Path], dict[str, ModelProto]], name: str, words: str, baseline: Baseline, tmp_path: Path
 ) -> None:
-    limits = replace(NO_LATENCY, min_top1_ratio=None, max_size_ratio=1.0 if name == "MACs" else 1.01)
+    limits = replace(NO_LATENCY, min_score_ratio=None, max_size_ratio=1.0 if name == "MACs" else 1.01)
     verdict = gated(rebuilt(tmp_path, **plant(tmp_path)), baseline, limits)
     assert verdict.exit_code == 1
     assert check(verdict, name).status == "fail"
@@ -140,7 +140,7 @@ def test_swapped_labels_and_another_mean_fail_by_name(baseline: Baseline, tmp_pa
         tmp_path / "bundle",
         replace(made, labels=["dog", "cat", "gnu"], preprocess={**made.preprocess, "mean": [0.1, 0.0, 0.0]}),
     )
-    verdict = gated(tmp_path / "bundle", baseline, replace(NO_LATENCY, min_top1_ratio=None))
+    verdict = gated(tmp_path / "bundle", baseline, replace(NO_LATENCY, min_score_ratio=None))
     assert statuses(verdict) == {"classes": "fail", "preprocessing": "fail"}
     assert check(verdict, "classes").detail == "labels.txt: line 1 was 'cat', is 'dog', line 2 was 'dog', is 'cat'"
     assert check(verdict, "preprocessing").detail == "preprocess.json: mean was [0.0, 0.0, 0.0], is [0.1, 0.0, 0.0]"
@@ -227,8 +227,8 @@ def test_lost_accuracy_fails(baseline: Baseline, tmp_path: Path) -> None:
 def test_the_same_file_that_answers_better_is_not_believed(place: Path, baseline: Baseline) -> None:
     assert baseline.answers is not None
     rows = baseline.answers.rows
-    some = sorted(digest for digest, (label, answer) in rows.items() if label == answer)[:20]
-    worse = {digest: (rows[digest][0], "cat" if rows[digest][0] != "cat" else "dog") for digest in some}
+    some = sorted(digest for digest, (_, (label, answer)) in rows.items() if label == answer)[:20]
+    worse = {digest: (rows[digest][0], (rows[digest][1][0], 1 - rows[digest][1][0])) for digest in some}
     was = replace(baseline, answers=replace(baseline.answers, rows=rows | worse))
     verdict = gated(place / "bundle", was)
     assert (statuses(verdict), verdict.exit_code) == ({"top-1": "unexplained"}, 2)
@@ -248,7 +248,7 @@ def test_an_image_that_is_there_twice_counts_once(place: Path, tmp_path: Path) -
     assert len(accepted.answers.rows) == 5
 
 
-@pytest.mark.parametrize("limits", [Limits(max_latency_ratio=None), Limits(min_top1_ratio=None)])
+@pytest.mark.parametrize("limits", [Limits(max_latency_ratio=None), Limits(min_score_ratio=None)])
 def test_what_should_be_judged_and_cannot_be_is_no_pass(limits: Limits, place: Path, baseline: Baseline) -> None:
     verdict = gated(place / "bundle", replace(baseline, answers=None), limits)
     assert (len(statuses(verdict)), verdict.exit_code) == (1, 2)
@@ -290,7 +290,7 @@ def timed(place: Path, baseline: Baseline, speeds: Speeds, now: dict[str, float]
     """Accept the bundle at INT8 in 2 ms beside FP32 in 4 ms, then judge it at other speeds."""
     seconds, plan = speeds
     seconds |= {"student_int8": 0.002, "student_fp32": 0.004}
-    limits = Limits(min_top1_ratio=None)
+    limits = Limits(min_score_ratio=None)
     was = accept(open_subject(place / "bundle"), None, limits, plan)
     seconds |= now
     return run.gate(
@@ -328,7 +328,7 @@ def test_a_changed_float_file_cannot_be_divided_by(
 ) -> None:
     seconds, plan = speeds
     seconds |= {"student_int8": 0.002, "student_fp32": 0.004}
-    limits = Limits(min_top1_ratio=None)
+    limits = Limits(min_score_ratio=None)
     was = accept(open_subject(place / "bundle"), None, limits, plan)
     verdict = run.gate(rebuilt(tmp_path, **more_work(tmp_path)), was, old=None, data=None, limits=limits, plan=plan)
     assert check(verdict, "latency").status == "inconclusive"
@@ -354,5 +354,5 @@ def test_nothing_is_recorded_on_an_unfit_machine(place: Path, speeds: Speeds, tm
     seconds, plan = speeds
     seconds |= {"student_int8": 0.002, "student_fp32": 0.004, "opened later": 1.2}
     with pytest.raises(BundleError, match=r"machine: unfit for timing.*no baseline was written"):
-        update(place / "bundle", tmp_path / "b", data=None, limits=Limits(min_top1_ratio=None), plan=plan)
+        update(place / "bundle", tmp_path / "b", data=None, limits=Limits(min_score_ratio=None), plan=plan)
     assert not (tmp_path / "b").exists()

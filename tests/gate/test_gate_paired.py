@@ -1,25 +1,28 @@
 """The statistics of the gate on accuracy, each against an independent computation."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
-from export.gate.accuracy import accuracy_checks, images_check, power_note, top1_check
-from export.gate.answers import Answers, answers_from_json
+from export.gate.accuracy import accuracy_checks, images_check, power_note, score_check
+from export.gate.answers import Answers, answers_from_json, pair
 from export.gate.checks import Check
-from export.gate.paired import detectable_loss, mcnemar, pair
+from export.tasks.classification import CLASSIFICATION
+from export.tasks.paired import compare_by_bootstrap, detectable_loss, mcnemar
+from export.tasks.task import Comparison
 
 CLASSES = ("cat", "dog", "gnu")
 
 
 def answers(*words: str) -> Answers:
     """Answers from `label:answer` words, the images numbered."""
-    rows = {
-        f"{index:016x}": (label, answer)
-        for index, (label, _, answer) in enumerate(word.partition(":") for word in words)
-    }
-    return Answers(CLASSES, rows)
+    rows: dict[str, tuple[str, tuple[float, ...]]] = {}
+    for index, word in enumerate(words):
+        label, _, answer = word.partition(":")
+        rows[f"{index:016x}"] = (label, (float(CLASSES.index(label)), float(CLASSES.index(answer))))
+    return Answers(CLASSIFICATION, CLASSES, rows)
 
 
 def of_counts(right: int, lost: int, gained: int, wrong: int = 0) -> tuple[Answers, Answers]:
@@ -27,6 +30,12 @@ def of_counts(right: int, lost: int, gained: int, wrong: int = 0) -> tuple[Answe
     before = ["cat:cat"] * (right + lost) + ["cat:dog"] * (gained + wrong)
     now = ["cat:cat"] * right + ["cat:dog"] * lost + ["cat:cat"] * gained + ["cat:dog"] * wrong
     return answers(*before), answers(*now)
+
+
+def compared(before: Answers, now: Answers) -> Comparison:
+    found = pair(before, now)
+    assert found is not None
+    return found
 
 
 def named(checks: list[Check], name: str) -> Check:
@@ -47,21 +56,21 @@ def test_ten_images_lost_and_none_gained_are_no_chance() -> None:
 def test_pairs_are_counted_by_hand() -> None:
     before = answers("cat:cat", "cat:dog", "dog:dog", "dog:dog", "gnu:cat", "gnu:gnu")
     now = answers("cat:cat", "cat:cat", "dog:gnu", "dog:cat", "gnu:dog", "gnu:gnu")
-    found = pair(before, now)
-    assert (found.images, found.right_before, found.lost, found.gained, found.flipped) == (6, 4, 2, 1, 4)
-    assert found.by_class == {"cat": (0, 1), "dog": (2, 0)}
-    assert (found.top1_before, found.top1) == (4 / 6, 3 / 6)
+    found = compared(before, now)
+    assert (found.images, found.before, found.now, found.changed) == (6, 4 / 6, 3 / 6, 4 / 6)
+    assert found.counts.startswith("2 lost, 1 gained, 4 flipped of 6")
+    assert found.worse == ("dog (2 lost, 0 gained)",)
 
 
 def test_images_are_paired_by_digest_not_by_order() -> None:
     before = answers("cat:cat", "dog:dog", "gnu:dog")
-    now = Answers(CLASSES, dict(reversed(before.rows.items())))
-    assert pair(before, now).flipped == 0
+    now = Answers(CLASSIFICATION, CLASSES, dict(reversed(before.rows.items())))
+    assert compared(before, now).changed == 0
 
 
 def test_answers_survive_json() -> None:
     before = answers("cat:cat", "cat:dog", "gnu:cat")
-    assert answers_from_json(CLASSES, before.to_json()) == before
+    assert answers_from_json(CLASSIFICATION, CLASSES, json.loads(json.dumps(before.to_json()))) == before
 
 
 @pytest.mark.parametrize(("images", "churn"), [(1000, 0.0), (1000, 0.02), (5000, 0.015), (20000, 0.03)])
@@ -97,14 +106,20 @@ def test_a_loss_beyond_the_limit_that_may_be_chance_is_inconclusive() -> None:
 
 @pytest.mark.parametrize(("same_file", "status"), [(True, "unexplained"), (False, "pass")])
 def test_only_another_file_may_answer_better(same_file: bool, status: str) -> None:
-    assert top1_check(pair(*of_counts(900, 0, 20, 80)), 0.995, same_file=same_file).status == status
+    assert (
+        score_check(compared(*of_counts(900, 0, 20, 80)), 0.995, CLASSIFICATION.metric, same_file=same_file).status
+        == status
+    )
 
 
 def test_equal_files_that_churn_fail_in_less_than_one_gate_of_forty() -> None:
     rng = np.random.default_rng(0)
     drawn = rng.multinomial(1000, [0.02, 0.02, 0.96], size=200)
     failed = sum(
-        top1_check(pair(*of_counts(int(right), int(lost), int(gained))), 0.999, same_file=False).status == "fail"
+        score_check(
+            compared(*of_counts(int(right), int(lost), int(gained))), 0.999, CLASSIFICATION.metric, same_file=False
+        ).status
+        == "fail"
         for lost, gained, right in drawn.tolist()
     )
     assert failed / 200 < 0.025 + 0.025
@@ -121,21 +136,35 @@ def test_a_class_that_is_lost_shows_though_the_whole_hides_it() -> None:
 
 def test_images_that_are_gone_or_moved_leave_no_verdict() -> None:
     before = answers("cat:cat", "dog:dog", "gnu:gnu")
-    now = Answers(CLASSES, dict.fromkeys(list(before.rows)[:2], ("cat", "cat")))
+    now = Answers(CLASSIFICATION, CLASSES, dict.fromkeys(list(before.rows)[:2], ("cat", (0.0, 0.0))))
     check = images_check(before, now)
     assert check.status == "inconclusive"
-    assert "1 of the baseline's images are not in the data, 1 lie in another class" in check.detail
+    assert "1 of the baseline's images are not in the data, 1 have another label" in check.detail
 
 
 def test_no_common_image_is_inconclusive() -> None:
     before = answers("cat:cat")
-    checks, notes = accuracy_checks(before, Answers(CLASSES, {"f" * 16: ("cat", "cat")}), 0.995, same_file=False)
+    checks, notes = accuracy_checks(
+        before, Answers(CLASSIFICATION, CLASSES, {"f" * 16: ("cat", (0.0, 0.0))}), 0.995, same_file=False
+    )
     assert ([check.status for check in checks], notes) == (["inconclusive"], [])
 
 
 def test_the_note_says_when_the_images_are_too_few_for_the_limit() -> None:
-    few, many = (power_note(pair(*of_counts(count, 0, 0)), 0.99) for count in (300, 30_000))
+    few, many = (power_note(compared(*of_counts(count, 0, 0)), 0.99) for count in (300, 30_000))
     smallest = math.ceil(1e4 * detectable_loss(300, 0)) / 1e2
     assert f"a loss of {smallest:.1f}"[:14] in few
     assert "more than the limit lets through (1.00 points)" in few
     assert "more than the limit" not in many
+
+
+def test_the_bootstrap_finds_what_mcnemar_finds() -> None:
+    generator = np.random.default_rng(0)
+    for lost, gained in ((0, 0), (30, 28), (60, 20), (12, 3)):
+        before, now = np.zeros((1000, 1)), np.zeros((1000, 1))
+        before[: 500 + lost], now[lost : 500 + lost + gained] = 1, 1
+        order = generator.permutation(1000)
+        found = compare_by_bootstrap(before[order], now[order], lambda rows: float(np.mean(rows)))
+        assert found.now - found.before == pytest.approx((gained - lost) / 1000)
+        assert (found.p_value < 0.05) == (mcnemar(lost, gained) < 0.05)
+        assert found.detectable == pytest.approx(detectable_loss(1000, (lost + gained) / 1000), rel=0.3, abs=6e-3)

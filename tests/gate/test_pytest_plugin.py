@@ -79,7 +79,7 @@ def test_the_baseline_is_recorded_on_demand(place: Path) -> None:
 @pytest.mark.parametrize("limits", ["max_latncy_ratio=1.05", "1.05"])
 def test_an_unknown_limit_is_a_sentence(limits: str, place: Path) -> None:
     said = suite(place, "--bundle", "bundle", limits=limits)
-    assert "takes max_latency_ratio, min_top1_ratio, max_size_ratio by name, got" in said
+    assert "takes max_latency_ratio, min_score_ratio, max_size_ratio by name, got" in said
 
 
 def test_the_plugin_costs_other_suites_nothing() -> None:

@@ -75,7 +75,7 @@ def test_two_classes_beside_a_split_are_not_taken_for_it(tmp_path: Path) -> None
     write_classes(tmp_path / "train", classes=("cat", "dog"))
     write_classes(tmp_path / "valid", classes=("cat", "dog"), per_class=1)
     data = opened("imagefolder", tmp_path)
-    assert find_examples(tmp_path, data.preprocess, data.classes).labels.tolist() == data.val.labels.tolist() == [0, 1]
+    assert find_examples(tmp_path, data.preprocess, data.classes).truths.tolist() == data.val.labels.tolist() == [0, 1]
 
 
 def test_classes_may_be_called_like_a_split(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_golden_images_are_validation_images_as_they_are(finished: Path) -> None
     golden = read_bundle(finished / "bundle").golden
     digits = (load_digits().images * (255 / 16)).round()
     assert golden.images.shape == (5, 16, 16, 3)
-    for image, label in zip(golden.images, golden.labels, strict=True):
+    for image, label in zip(golden.images, golden.truths, strict=True):
         small = image[..., 0].reshape(8, 2, 8, 2).mean((1, 3))  # the data set's 8 x 8, enlarged
         same = np.abs(digits - small).mean((1, 2))
         assert load_digits().target[same.argmin()] == label
@@ -110,12 +110,12 @@ def test_the_card_is_one_that_hugging_face_reads(finished: Path) -> None:
     assert (result.dataset_name, result.metric_type, result.metric_value) == (
         "digits",
         "accuracy",
-        files[bundle.served]["top1"],
+        files[bundle.served]["score"],
     )
 
 
 def test_unknown_numbers_are_left_out_of_the_card(tmp_path: Path) -> None:
-    report = with_row(build_report(tmp_path), "student_int8", top1=None, agreement=None)
+    report = with_row(build_report(tmp_path), "student_int8", score=None, agreement=None)
     for row in report["deployed"]:
         row["agreement"] = row["speedup"] = None
     tensors = {"input": Value("input", (None, 3, 8, 8), "float32"), "output": Value("logits", (None, 3), "float32")}

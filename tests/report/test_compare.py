@@ -32,18 +32,18 @@ def cells(comparison: Comparison, title: str) -> tuple[str, ...]:
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Report, Report]:
     """A large student that answers better, and one half as large and slow."""
-    return build_student(tmp_path, "large", top1=0.98056), build_student(tmp_path, "small", scale=0.5, top1=0.95)
+    return build_student(tmp_path, "large", score=0.98056), build_student(tmp_path, "small", scale=0.5, score=0.95)
 
 
 def test_a_candidate_is_its_run_s_deployed_file(tmp_path: Path) -> None:
     (one, _) = compared(build_student(tmp_path, "a"), build_student(tmp_path, "b")).candidates
-    assert (one.file, one.top1, one.images, one.agreement, one.size_mb) == ("student_int8", 0.97778, 360, 0.9944, 11.3)
+    assert (one.file, one.score, one.images, one.agreement, one.size_mb) == ("student_int8", 0.97778, 360, 0.9944, 11.3)
     assert (one.macs_m, one.params_m, one.p50_ms, one.image_size) == (156.2, 10.88, 22.1, 224)
     assert one.recommended == "student_int8"
     assert one.speedup is not None
     assert one.speedup["ratio"] == pytest.approx(91.2 / 22.1)
     assert (one.integer_layers, one.float_layers, one.scored_in) == (53, 1, "ONNX Runtime")
-    assert (one.teacher.top1, one.teacher.p50_ms) if one.teacher else None == (0.98333, 91.2)
+    assert (one.teacher.score, one.teacher.p50_ms) if one.teacher else None == (0.98333, 91.2)
 
 
 def test_training_counts_the_stages_that_train_without_the_teacher_s(tmp_path: Path) -> None:
@@ -52,12 +52,12 @@ def test_training_counts_the_stages_that_train_without_the_teacher_s(tmp_path: P
     assert one.training_seconds == pytest.approx(distill + qat)
 
 
-@pytest.mark.parametrize(("top1", "images"), [(352 / 360, 360), (1.0, 50), (0.0, 7), (0.7561, 10_000)])
-def test_the_interval_is_clopper_and_pearson_s(tmp_path: Path, top1: float, images: int) -> None:
+@pytest.mark.parametrize(("score", "images"), [(352 / 360, 360), (1.0, 50), (0.0, 7), (0.7561, 10_000)])
+def test_the_interval_is_clopper_and_pearson_s(tmp_path: Path, score: float, images: int) -> None:
     binomtest = pytest.importorskip("scipy.stats").binomtest
-    report = with_row(build_student(tmp_path, "a"), "student_int8", top1=top1, images=images)
-    interval = compared(report, build_student(tmp_path, "b")).candidates[0].top1_ci95
-    assert interval == pytest.approx(tuple(binomtest(round(top1 * images), images).proportion_ci(method="exact")))
+    report = with_row(build_student(tmp_path, "a"), "student_int8", score=score, images=images)
+    interval = compared(report, build_student(tmp_path, "b")).candidates[0].score_ci95
+    assert interval == pytest.approx(tuple(binomtest(round(score * images), images).proportion_ci(method="exact")))
 
 
 def test_the_leaders_are_named(pair: tuple[Report, Report]) -> None:
@@ -75,7 +75,7 @@ def test_a_lead_says_whether_it_is_beyond_the_intervals(tmp_path: Path, pair: tu
     notes = {best.title: best.note for best in compared(*pair).best}
     assert notes["Most accurate"] == "but the 95 % intervals overlap"
     assert notes["Fastest"] == "8.25× its teacher, beyond all other intervals"
-    apart = compared(build_student(tmp_path, "a", top1=0.9), build_student(tmp_path, "b", top1=0.6))
+    apart = compared(build_student(tmp_path, "a", score=0.9), build_student(tmp_path, "b", score=0.6))
     assert apart.best[0].note == "beyond all other intervals"
 
 
@@ -92,10 +92,10 @@ def test_the_best_trade_offs_are_those_that_nobody_beats_in_both(tmp_path: Path,
     planted = {f"s{i}": (draw.choice((0.9, 0.92, 0.94, 0.96)), draw.choice((0.5, 0.7, 1.0, 1.3))) for i in range(6)}
     base = build_student(tmp_path, "base")
     reports = []
-    for name, (top1, scale) in planted.items():
+    for name, (score, scale) in planted.items():
         report = copy.deepcopy(base)
         report["recipe"]["name"] = name
-        reports.append(with_row(report, "student_int8", top1=top1, p50_ms=22.1 * scale))
+        reports.append(with_row(report, "student_int8", score=score, p50_ms=22.1 * scale))
     efficient = {one.name for one in compared(*reports).candidates if one.is_efficient}
     beaten = {
         loser
@@ -272,7 +272,7 @@ def students(root: Path, count: int) -> list[Report]:
             root,
             f"student_number_{index}_of_the_sweep",
             scale=0.5 + 0.1 * index,
-            top1=0.9 + 0.005 * index,
+            score=0.9 + 0.005 * index,
             prune={"keep_macs": round(0.2 + 0.1 * index, 1)},
         )
         for index in range(count)

@@ -30,7 +30,7 @@ EVIL = "</style><script>alert('x')</script>"
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Report, Report]:
     """A large student that answers better, and one half as large and slow."""
-    return build_student(tmp_path, "large", top1=0.98056), build_student(tmp_path, "small", scale=0.5, top1=0.95)
+    return build_student(tmp_path, "large", score=0.98056), build_student(tmp_path, "small", scale=0.5, score=0.95)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_folders_are_read_and_written_about(
     assert "Most accurate large" in result.output
     assert set(parse(page.read_text()).links) == {"../runs/large/report/index.html"}
     numbers = json.loads(document.read_text())
-    assert [one["top1"] for one in numbers["candidates"]] == [0.98056, 0.95]
+    assert [one["score"] for one in numbers["candidates"]] == [0.98056, 0.95]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_bundle_without_a_report_tells_names_sizes_accuracy_and_opset(tmp_path
     comparison = compare(read_subjects([tmp_path / "bundle", run]))
     one = comparison.candidates[0]
     size = (tmp_path / "student_fp32.onnx").stat().st_size / 1e6
-    assert (one.name, one.file, one.top1, one.agreement, one.opset) == ("small", "student_fp32", 0.75, 1.0, 18)
+    assert (one.name, one.file, one.score, one.agreement, one.opset) == ("small", "student_fp32", 0.75, 1.0, 18)
     assert (one.size_mb, one.p50_ms, one.verdict, one.training_seconds) == (size, None, None, None)
     assert [best.title for best in comparison.best] == ["Smallest"]
     assert comparison.warnings == (
@@ -116,11 +116,11 @@ def test_a_bundle_whose_facts_were_changed_is_refused(tmp_path: Path, pair: tupl
     [
         (None, "holds no finished run and no bundle"),
         ("{", "must be JSON"),
-        ("[]", "is a report of version None, this tool reads 2; run the recipe again"),
-        ('{"schema_version": 1}', "is a report of version 1, this tool reads 2"),
-        ('{"schema_version": 2}', "recipe: field required; run the recipe again"),
-        ('{"schema_version": 2, "a": NaN}', "NaN is no finite number"),
-        ('{"schema_version": 2, "a": 1e999}', "1e999 is no finite number"),
+        ("[]", "is a report of version None, this tool reads 3; run the recipe again"),
+        ('{"schema_version": 1}', "is a report of version 1, this tool reads 3"),
+        ('{"schema_version": 3}', "metric: field required; run the recipe again"),
+        ('{"schema_version": 3, "a": NaN}', "NaN is no finite number"),
+        ('{"schema_version": 3, "a": 1e999}', "1e999 is no finite number"),
         ("[" * 100_000, "must be JSON"),
     ],
 )

@@ -22,11 +22,11 @@ def scoring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, off: flo
         found = build_bench(**bench)
         for file in found["accuracy"].values():
             file["images"] = images
-        found["accuracy"][name]["top1"] += off
+        found["accuracy"][name]["score"] += off
         return found
 
     monkeypatch.setattr("reports.build_bench", planted)
-    monkeypatch.setitem(METRICS, "qat", {**METRICS["qat"], "top1_cpu_avx2": 0.97778})
+    monkeypatch.setitem(METRICS, "qat", {**METRICS["qat"], "score_cpu_avx2": 0.97778})
     int8 = build_int8()
     int8["ptq"]["images"] = images
     return build_report(tmp_path, int8=int8, targets={"min_speedup": 1.0})
@@ -39,12 +39,12 @@ def test_a_file_may_not_score_otherwise_than_its_stage(
     report = scoring(tmp_path, monkeypatch, name, -0.0021)
     (sentence,) = report["failures"]
     assert report["verdict"] == "fail"
-    assert sentence.startswith(f"{name}: top-1 is ")
+    assert sentence.startswith(f"{name}: score is ")
     assert f"its stage ({STAGE[name]}) measured" in sentence
     assert "on the same 10,000 images (0.2 points may lie between)" in sentence
     assert summary.verdict_text(report) == "all targets met, 1 file scores otherwise than measured"
     assert sentence in shown(report, 400).replace("\n", " ")
-    assert f"{name}: top-1 is" in render(report, tmp_path)
+    assert f"{name}: score is" in render(report, tmp_path)
 
 
 @pytest.mark.parametrize("name", STAGE)

@@ -27,7 +27,7 @@ def test_int8_is_served_where_speed_and_accuracy_hold(tmp_path: Path) -> None:
     assert advice(report) == (
         "student_int8",
         "Serve student_int8 on cpu_avx2: 1.94× [1.88, 2.00] as fast as the same student in FP32, "
-        "and loses 0.56 points of top-1 against the teacher (1.00 points allowed).",
+        "and loses 0.56 points against the teacher (1.00 points allowed).",
     )
 
 
@@ -59,42 +59,42 @@ def test_int8_must_beat_fp16_beyond_doubt(tmp_path: Path, high: float, file: str
 
 def test_fp16_that_loses_accuracy_does_not_stand_in_the_way_of_int8(tmp_path: Path) -> None:
     report = timed(build_report(tmp_path), "student_fp16", 3.0, 2.9, 3.1)
-    assert advice(with_row(report, "student_fp16", top1=0.5))[0] == "student_int8"
+    assert advice(with_row(report, "student_fp16", score=0.5))[0] == "student_int8"
 
 
 @pytest.mark.parametrize(("wanted", "file"), [(0.006, "student_int8"), (0.005, "student_fp32")])
 def test_accuracy_is_held_against_the_recipe_s_target(tmp_path: Path, wanted: float, file: str) -> None:
-    report = build_report(tmp_path, targets={"max_top1_drop": wanted})  # INT8 loses 0.555 points, FP32 0.277
+    report = build_report(tmp_path, targets={"max_drop": wanted})  # INT8 loses 0.555 points, FP32 0.277
     assert advice(report)[0] == file
 
 
 def test_without_a_target_one_point_is_allowed(tmp_path: Path) -> None:
-    report = with_row(build_report(tmp_path), "student_int8", top1=0.98333 - 0.0101)
-    file, sentence = advice(with_row(report, "student_ptq_int8", top1=0.5))
+    report = with_row(build_report(tmp_path), "student_int8", score=0.98333 - 0.0101)
+    file, sentence = advice(with_row(report, "student_ptq_int8", score=0.5))
     assert file == "student_fp32"
-    assert "student_int8 loses 1.01 points of top-1 against the teacher, 1.00 points are allowed" in sentence
+    assert "student_int8 loses 1.01 points against the teacher, 1.00 points are allowed" in sentence
 
 
 def test_calibrated_int8_is_served_where_training_failed(tmp_path: Path) -> None:
-    report = with_row(with_row(build_report(tmp_path), "student_int8", top1=0.9), "student_ptq_int8", top1=0.98)
+    report = with_row(with_row(build_report(tmp_path), "student_int8", score=0.9), "student_ptq_int8", score=0.98)
     file, sentence = advice(report)
     assert file == "student_ptq_int8"
     assert "; student_int8 loses 8.33 points" in sentence
 
 
 def test_of_two_int8_files_that_hold_the_more_accurate_is_served(tmp_path: Path) -> None:
-    assert advice(with_row(build_report(tmp_path), "student_ptq_int8", top1=0.979))[0] == "student_ptq_int8"
+    assert advice(with_row(build_report(tmp_path), "student_ptq_int8", score=0.979))[0] == "student_ptq_int8"
 
 
 def test_of_two_equal_int8_files_the_trained_is_served(tmp_path: Path) -> None:
-    assert advice(with_row(build_report(tmp_path), "student_ptq_int8", top1=0.97778))[0] == "student_int8"
+    assert advice(with_row(build_report(tmp_path), "student_ptq_int8", score=0.97778))[0] == "student_int8"
 
 
 def test_where_pruning_lost_too_much_int8_is_held_against_the_float_student(tmp_path: Path) -> None:
-    report = with_row(build_report(tmp_path), "teacher_fp32", top1=0.999)
+    report = with_row(build_report(tmp_path), "teacher_fp32", score=0.999)
     file, sentence = advice(report)
     assert file == "student_int8"
-    assert "loses 0.28 points of top-1 against the float student" in sentence
+    assert "loses 0.28 points against the float student" in sentence
     assert "no precision brings it within 1.00 points of the teacher, the student in FP32 loses 1.84 points" in sentence
 
 
@@ -111,7 +111,7 @@ def test_fp16_is_served_on_a_cpu_that_runs_it_faster(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"top1": None}, "the accuracy of student_int8 was not measured"),
+        ({"score": None}, "the accuracy of student_int8 was not measured"),
         ({"speedup_vs_student_fp32": None}, "student_int8 was not timed beside student_fp32"),
     ],
 )
@@ -147,7 +147,7 @@ def test_on_cuda_fp16_is_served_unless_it_is_slower(tmp_path: Path, high: float,
 
 def test_on_cuda_fp16_that_loses_accuracy_is_not_served(tmp_path: Path) -> None:
     report = build_report(tmp_path, FLOAT_STAGES, target="cuda", files=FLOATS, providers=(CUDA,))
-    assert advice(with_row(report, "student_fp16", top1=0.5))[0] == "student_fp32"
+    assert advice(with_row(report, "student_fp16", score=0.5))[0] == "student_fp32"
 
 
 def test_without_a_gpu_nothing_is_recommended_for_cuda(tmp_path: Path) -> None:
@@ -168,4 +168,4 @@ def test_without_a_timed_student_there_is_no_recommendation(tmp_path: Path, file
 def test_files_for_further_targets_are_never_recommended(tmp_path: Path) -> None:
     files = (*FILES, "student_int8_cpu_vnni")
     report = timed(build_report(tmp_path, files=files), "student_int8_cpu_vnni", 9.0, 8.9, 9.1)
-    assert advice(with_row(report, "student_int8_cpu_vnni", top1=1.0))[0] == "student_int8"
+    assert advice(with_row(report, "student_int8_cpu_vnni", score=1.0))[0] == "student_int8"

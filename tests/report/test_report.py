@@ -15,7 +15,7 @@ from compress.report.html import render
 from compress.report.verdict import judge
 
 ALL_TARGETS = {
-    "max_top1_drop": 0.015,
+    "max_drop": 0.015,
     "min_speedup": 2.5,
     "min_int8_speedup": 1.6,
     "max_size_ratio": 0.25,
@@ -76,7 +76,7 @@ def test_a_report_has_one_row_for_each_file_provider_threads_batch_and_size(tmp_
 
 def test_a_row_carries_its_own_file_s_accuracy(tmp_path: Path) -> None:
     rows = build_report(tmp_path)["deployed"]
-    assert {(row["name"], row["top1"]) for row in rows} == {(name, facts[1]) for name, facts in FILES.items()}
+    assert {(row["name"], row["score"]) for row in rows} == {(name, facts[1]) for name, facts in FILES.items()}
 
 
 def test_a_report_says_which_stages_were_kept(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_run_without_targets_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "exact"),
     [
-        ("max_top1_drop", 2 / 360),
+        ("max_drop", 2 / 360),
         ("min_speedup", 91.2 / 22.1),
         ("min_int8_speedup", 42.8 / 22.1),
         ("max_size_ratio", 11.3 / 94.1),
@@ -122,7 +122,9 @@ def test_a_run_without_targets_passes(tmp_path: Path) -> None:
     ],
 )
 def test_a_target_is_met_exactly_at_its_value_and_missed_just_beyond(tmp_path: Path, target: str, exact: float) -> None:
-    report = with_row(with_row(build_report(tmp_path), "teacher_fp32", top1=354 / 360), "student_int8", top1=352 / 360)
+    report = with_row(
+        with_row(build_report(tmp_path), "teacher_fp32", score=354 / 360), "student_int8", score=352 / 360
+    )
     beyond = exact * (1 + 1e-6 if target.startswith("min_") else 1 - 1e-6)
     verdicts = [judge(report | {"targets": {target: wanted}})[0] for wanted in (exact, beyond)]
     assert verdicts == ["pass", "fail"]
@@ -194,7 +196,7 @@ def test_the_page_draws_what_each_stage_changed(tmp_path: Path) -> None:
 
 
 def test_the_page_says_which_target_was_missed(tmp_path: Path) -> None:
-    page = render(build_report(tmp_path, targets={"min_speedup": 5, "max_top1_drop": 0.01}), tmp_path)
+    page = render(build_report(tmp_path, targets={"min_speedup": 5, "max_drop": 0.01}), tmp_path)
     assert "1 of 2 targets missed" in page
     assert "wanted at least 5.00×" in page
 
@@ -272,16 +274,16 @@ def test_the_terminal_shows_batch_1_and_one_thread_unless_verbose(tmp_path: Path
 
 
 def test_the_terminal_ends_with_verdict_failures_and_the_page(tmp_path: Path) -> None:
-    report = build_report(tmp_path, targets={"min_speedup": 5, "max_top1_drop": 0.01})
+    report = build_report(tmp_path, targets={"min_speedup": 5, "max_drop": 0.01})
     *_, verdict, missed, met, _, page = shown(report).splitlines()
     assert (verdict, page) == ("FAIL 1 of 2 targets missed", "runs/a/report/index.html")
     assert missed == f"✗ {report['failures'][0]}"
-    assert met == "✓ max_top1_drop: wanted at most 1.00 points, measured 0.56 points"
+    assert met == "✓ max_drop: wanted at most 1.00 points, measured 0.56 points"
 
 
 def test_what_the_recipe_did_not_say_of_a_training_is_a_warning(tmp_path: Path) -> None:
     artifacts = build_run(tmp_path)
-    events = ["stopped after epoch 5 of 8, whose network is kept: top1 0.98 has reached 0.98"]
+    events = ["stopped after epoch 5 of 8, whose network is kept: score 0.98 has reached 0.98"]
     (artifacts[2] / "training-distill.json").write_text(json.dumps({"phase": "distill", "events": events}))
     report = collect(build_recipe(), artifacts, root=tmp_path, made=set(artifacts), command="")
     assert f"distill: {events[0]}" in " ".join(shown(report, 200).split())

@@ -69,7 +69,7 @@ def test_a_missing_file_leaves_out_its_section_alone(tmp_path: Path, missing: st
 
 def test_the_methods_stand_between_the_float_student_and_the_trained_file(tmp_path: Path) -> None:
     (section,) = int8.sections(build_report(tmp_path, int8=build_int8()), 2)
-    methods = [(line.engine, line.method, line.top1.replace("\u00a0", " ")) for line in section.methods]
+    methods = [(line.engine, line.method, line.score.replace("\u00a0", " ")) for line in section.methods]
     assert methods == [
         ("float student", "", "98.06 %"),
         ("ONNX Runtime", "minmax", "96.11 %"),
@@ -90,18 +90,18 @@ def test_the_trained_file_s_row_says_when_it_was_scored_on_other_images(tmp_path
 def test_without_a_bench_the_trained_row_is_pytorch_s(tmp_path: Path) -> None:
     report = build_report(tmp_path, ("source", "prune", "distill", "ptq", "qat"), target="cpu_avx2", int8=build_int8())
     trained = int8.sections(report, 2)[0].methods[-1]
-    assert (trained.scored_in, trained.top1) == ("PyTorch", "97.78\u00a0%")
+    assert (trained.scored_in, trained.score) == ("PyTorch", "97.78\u00a0%")
 
 
 def test_a_further_target_has_its_own_section_and_trained_row(tmp_path: Path) -> None:
     planted = build_int8()
     planted["ptq"]["targets"] = {"cpu_arm": build_ptq()["targets"]["cpu_avx2"], **planted["ptq"]["targets"]}
     report = with_row(
-        build_report(tmp_path, int8=planted, files=(*FILES, "student_int8_cpu_arm")), "student_int8", top1=0.5
+        build_report(tmp_path, int8=planted, files=(*FILES, "student_int8_cpu_arm")), "student_int8", score=0.5
     )
     own, arm = int8.sections(report, 2)
-    assert (own.target, own.methods[-1].top1) == ("cpu_avx2", "50.00\u00a0%")
-    assert (arm.target, arm.methods[-1].top1) == ("cpu_arm", "97.78\u00a0%")
+    assert (own.target, own.methods[-1].score) == ("cpu_avx2", "50.00\u00a0%")
+    assert (arm.target, arm.methods[-1].score) == ("cpu_arm", "97.78\u00a0%")
 
 
 @pytest.mark.parametrize("own", [0.0, 1.0])
@@ -109,9 +109,9 @@ def test_a_further_target_whose_training_was_skipped_is_shown_as_calibrated(tmp_
     planted = build_int8()
     planted["ptq"]["targets"] |= {"cpu_arm": build_ptq()["targets"]["cpu_avx2"]}
     report = build_report(tmp_path, int8=planted)
-    skipped = {"top1_cpu_arm": 0.97222, "trained_cpu_arm": 0.0, "trained_cpu_avx2": own, "trained": own}
+    skipped = {"score_cpu_arm": 0.97222, "trained_cpu_arm": 0.0, "trained_cpu_avx2": own, "trained": own}
     arm = int8.sections(with_metrics(report, "qat", **skipped), 2)[1].methods[-1]
-    assert (arm.method, arm.scored_in, arm.top1) == ("QAT skipped", "ONNX Runtime", "97.22\u00a0%")
+    assert (arm.method, arm.scored_in, arm.score) == ("QAT skipped", "ONNX Runtime", "97.22\u00a0%")
 
 
 def test_unknown_counts_and_ratios_are_dashes(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_the_ten_most_sensitive_layers_are_drawn_in_proportion(tmp_path: Path) -
 @pytest.mark.parametrize("kls", [[], [0.0, 0.0], [-1e-9, 0.0]])
 def test_layers_without_any_sensitivity_have_no_bars(tmp_path: Path, kls: list[float]) -> None:
     planted = build_int8()
-    groups = [{"group": f"conv{index}", "kl": kl, "top1_drop": -0.001} for index, kl in enumerate(kls)]
+    groups = [{"group": f"conv{index}", "kl": kl, "drop": -0.001} for index, kl in enumerate(kls)]
     planted["ptq"]["targets"]["cpu_avx2"]["sensitivity"] = groups
     report = build_report(tmp_path, int8=planted)
     assert {group.share for group in int8.sections(report, 2)[0].groups} <= {0.0}
@@ -184,8 +184,8 @@ def test_the_gain_of_training_is_told_in_images_and_against_chance(tmp_path: Pat
 def test_a_gain_is_judged_by_what_the_totals_allow(
     tmp_path: Path, ptq: float, qat: float, ptq_agreement: float, qat_agreement: float, said: str
 ) -> None:
-    report = with_row(build_report(tmp_path), "student_ptq_int8", top1=ptq, agreement=ptq_agreement)
-    text = gain.training_gain(with_row(report, "student_int8", top1=qat, agreement=qat_agreement), 2)
+    report = with_row(build_report(tmp_path), "student_ptq_int8", score=ptq, agreement=ptq_agreement)
+    text = gain.training_gain(with_row(report, "student_int8", score=qat, agreement=qat_agreement), 2)
     assert said in (text or "")
 
 
@@ -225,7 +225,7 @@ def test_skipped_training_is_told_with_its_reason(tmp_path: Path) -> None:
     report = build_report(tmp_path, sections={"qat": {"skip_if_ptq_drop_below": 0.01}}, int8=build_int8())
     report = with_metrics(report, "qat", trained=0.0)
     said = (
-        "Quantization-aware training was skipped: calibration alone loses 0.83 points of top-1 against the float student "
+        "Quantization-aware training was skipped: calibration alone loses 0.83 points against the float student "
         "on the images that tuning chose by, less than qat.skip_if_ptq_drop_below (1.00 points)."
     )
     for text in (page_of(report, tmp_path), text_of(report)):
@@ -235,9 +235,9 @@ def test_skipped_training_is_told_with_its_reason(tmp_path: Path) -> None:
 
 
 def test_layers_put_back_to_float_are_counted(tmp_path: Path) -> None:
-    report = build_report(tmp_path, sections={"qat": {"max_top1_drop": 0.005}})
+    report = build_report(tmp_path, sections={"qat": {"max_drop": 0.005}})
     report = with_metrics(report, "qat", float_groups=2.0)
-    said = "2 layers stay in float to lose no more than 0.50 points against the float student (qat.max_top1_drop)."
+    said = "2 layers stay in float to lose no more than 0.50 points against the float student (qat.max_drop)."
     assert said in page_of(report, tmp_path)
     assert said in text_of(report)
 
@@ -267,21 +267,21 @@ def test_agreement_is_judged_by_the_recipe_s_limit(tmp_path: Path, agreement: fl
     assert facts(report)["Agreement"].met is met
 
 
-@pytest.mark.parametrize(("top1", "met"), [(0.97778 - 0.002, True), (0.97778 - 0.0021, False), (0.98, False)])
-def test_accuracy_may_differ_by_a_fifth_of_a_point(tmp_path: Path, top1: float, met: bool) -> None:
-    planted = {"verify": {"student_int8": build_verify(top1=top1, images=10_000)}}
+@pytest.mark.parametrize(("score", "met"), [(0.97778 - 0.002, True), (0.97778 - 0.0021, False), (0.98, False)])
+def test_accuracy_may_differ_by_a_fifth_of_a_point(tmp_path: Path, score: float, met: bool) -> None:
+    planted = {"verify": {"student_int8": build_verify(score=score, images=10_000)}}
     assert facts(build_report(tmp_path, int8=planted))["Top-1 against PyTorch"].met is met
 
 
 @pytest.mark.parametrize(("more", "met"), [(1, True), (-1, True), (2, False)])
 def test_of_few_images_one_may_differ(tmp_path: Path, more: int, met: bool) -> None:
-    planted = {"verify": {"student_int8": build_verify(top1_reference=352 / 360, top1=(352 + more) / 360)}}
+    planted = {"verify": {"student_int8": build_verify(score_reference=352 / 360, score=(352 + more) / 360)}}
     fact = facts(build_report(tmp_path, int8=planted))["Top-1 against PyTorch"]
     assert (fact.met, fact.note.endswith("at most one image wanted")) == (met, True)
 
 
 def test_without_labels_no_accuracy_is_compared(tmp_path: Path) -> None:
-    planted = {"verify": {"student_int8": build_verify(top1_reference=None, top1=None, first_divergence=None)}}
+    planted = {"verify": {"student_int8": build_verify(score_reference=None, score=None, first_divergence=None)}}
     found = facts(build_report(tmp_path, int8=planted))
     assert list(found) == ["Agreement", "First divergence", "Saturation"]
     assert found["First divergence"].value == "none"
@@ -393,7 +393,7 @@ def test_a_strange_file_name_is_ordered_last_and_gets_no_style(tmp_path: Path) -
 
 def test_a_further_target_s_file_is_in_the_tables_and_never_the_headline(tmp_path: Path) -> None:
     report = build_report(tmp_path, files=(*FILES, "student_int8_cpu_arm"))
-    report = with_row(report, "student_int8_cpu_arm", top1=1.0, p50_ms=0.5)
+    report = with_row(report, "student_int8_cpu_arm", score=1.0, p50_ms=0.5)
     page = page_of(report, tmp_path)
     assert "student_int8_cpu_arm" in page
     assert "A file that is named after another target" in page

@@ -22,7 +22,7 @@ stages:
   - {{stage: prune, keep_macs: 0.9}}
   - {{stage: export, verify_images: 8, golden_images: 2}}
   - {{stage: bench, seconds: 0.02, blocks: 6, batches: [1], threads: [1]}}
-targets: {{max_top1_drop: 0.5}}
+targets: {{max_drop: 0.5}}
 """
 SOFTMAX = """
 from torch import nn
@@ -55,7 +55,7 @@ def test_broken_images_are_counted_and_every_class_is_reported(tmp_path: Path) -
         f"data.path={tmp_path / 'data'}",
         "data.skip_broken=true",
         "data.limit_per_class=null",
-        "targets.max_top1_drop=null",
+        "targets.max_drop=null",
     )
     assert code == 0
     assert "validation images that cannot be read are in no score: 1, val/dog/5.png first" in report["warnings"]
@@ -66,7 +66,7 @@ def test_broken_images_are_counted_and_every_class_is_reported(tmp_path: Path) -
     assert set(classes["files"]) == {"teacher_fp32", "student_fp32", "student_fp16"}
     for row in report["deployed"]:
         found = classes["files"][row["name"]]
-        assert sum(found["correct"]) / 20 == row["top1"]
+        assert sum(found["correct"]) / 20 == row["score"]
         assert sum(found["answered"]) == row["images"] == 20
 
 

@@ -27,7 +27,7 @@ model: {arch: "NETWORKS:thin"}
 stages:
   - {stage: source, fit: {epochs: 3, batch_size: 32, lr: 0.05}}
   - {stage: ptq, calibration_images: 64, methods: [minmax, percentile, entropy], neural_compressor: false}
-  - {stage: qat, fit: {epochs: 1, batch_size: 32, lr: 0.1}, calibration_images: 64, max_top1_drop: 0.0}
+  - {stage: qat, fit: {epochs: 1, batch_size: 32, lr: 0.1}, calibration_images: 64, max_drop: 0.0}
 """.replace("NETWORKS", str(Path(__file__).parents[1] / "networks.py"))
 
 
@@ -60,8 +60,8 @@ def test_other_validation_images_change_no_choice(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Run, "validation", negatives)
     after, *retrained = chosen(tmp_path / "other")
-    assert before["top1"] > after["top1"] + 0.3  # the images that judge are other ones
-    assert [row["top1"] for row in before["methods"]] != [row["top1"] for row in after["methods"]]
+    assert before["score"] > after["score"] + 0.3  # the images that judge are other ones
+    assert [row["score"] for row in before["methods"]] != [row["score"] for row in after["methods"]]
     for name in ("trials", "chosen", "calibration"):
         assert before[name] == after[name]
     assert trained == retrained
@@ -119,7 +119,7 @@ def test_both_stages_take_the_best_calibration_and_not_the_first_that_holds(tmp_
     save_file(
         with_an_outlier_channel(load_file(source / "weights.safetensors"), images), tmp_path / "planted.safetensors"
     )
-    changes = [f"model.weights={tmp_path / 'planted.safetensors'}", "ptq.max_top1_drop=0.5", "qat.max_top1_drop=null"]
+    changes = [f"model.weights={tmp_path / 'planted.safetensors'}", "ptq.max_drop=0.5", "qat.max_drop=null"]
     planted = recipe(tmp_path, *changes)
     run_recipe(planted, trust_code=True, until="qat", verbose=False, command="compress run")
     _, ptq, qat = (line.directory for line in plan_recipe(planted))

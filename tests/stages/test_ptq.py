@@ -288,7 +288,7 @@ data: {dataset: digits, image_size: 16}
 model: {arch: "NETWORKS:small", weights: WEIGHTS}
 stages:
   - {stage: source}
-  - {stage: ptq, calibration_images: 256, methods: [minmax, percentile], neural_compressor: NC, max_top1_drop: 0.02}
+  - {stage: ptq, calibration_images: 256, methods: [minmax, percentile], neural_compressor: NC, max_drop: 0.02}
 """
 
 
@@ -372,7 +372,7 @@ def test_the_stage_measures_every_engine_on_every_target_and_gives_the_network_o
     for name in ("architecture.json", "weights.safetensors"):
         assert (stage / name).read_bytes() == (source / name).read_bytes()
     metrics = json.loads((stage / "meta.json").read_text())["metrics"]
-    assert metrics["ptq_top1"] == found["targets"]["cpu_avx2"]["top1"]
+    assert metrics["ptq_score"] == found["targets"]["cpu_avx2"]["score"]
     assert metrics["trials"] == 2
     assert sorted(path.name for path in stage.iterdir()) == [
         "architecture.json", "cpu_avx2", "log.jsonl", "meta.json", "ptq.json", "tensorrt", "weights.safetensors",

@@ -73,7 +73,7 @@ def limited(step: Step, images: int, sizes: list[int] | None = None) -> Step:
 def scored(out: Path, scores: list[float]) -> Loop:
     """Return a loop whose evaluations give these scores."""
     left = iter(scores)
-    return replace(loop(out), evaluate=lambda _: {"top1": next(left), "val_loss": 1.0})
+    return replace(loop(out), evaluate=lambda _: {"score": next(left), "val_loss": 1.0})
 
 
 # --- a number that is not finite ---
@@ -254,16 +254,16 @@ def test_ranks_share_gradients_once_for_all_micro_batches(tmp_path: Path) -> Non
     ("stop", "epochs", "reason"),
     [
         (None, 8, None),
-        (Stop(patience=2), 6, "top1 has not risen by more than 0 over 0.7000, of epoch 4, for 2 epochs"),
+        (Stop(patience=2), 6, "score has not risen by more than 0 over 0.7000, of epoch 4, for 2 epochs"),
         (
             Stop(patience=2, min_delta=0.15),
             4,
-            "top1 has not risen by more than 0.15 over 0.6000, of epoch 2, for 2 epochs",
+            "score has not risen by more than 0.15 over 0.6000, of epoch 2, for 2 epochs",
         ),
-        (Stop(patience=3), 7, "top1 has not risen by more than 0 over 0.7000, of epoch 4, for 3 epochs"),
-        (Stop(patience=4), 8, "top1 has not risen by more than 0 over 0.7000, of epoch 4, for 4 epochs"),
-        (Stop(top1=0.6), 2, "top1 0.6000 has reached 0.6"),
-        (Stop(top1=0.9, patience=2), 6, "top1 has not risen by more than 0 over 0.7000, of epoch 4, for 2 epochs"),
+        (Stop(patience=3), 7, "score has not risen by more than 0 over 0.7000, of epoch 4, for 3 epochs"),
+        (Stop(patience=4), 8, "score has not risen by more than 0 over 0.7000, of epoch 4, for 4 epochs"),
+        (Stop(score=0.6), 2, "score 0.6000 has reached 0.6"),
+        (Stop(score=0.9, patience=2), 6, "score has not risen by more than 0 over 0.7000, of epoch 4, for 2 epochs"),
     ],
 )
 def test_a_training_ends_when_its_score_says_so(
@@ -284,7 +284,7 @@ def test_no_epoch_is_begun_that_would_end_too_late(tmp_path: Path, monkeypatch: 
     def evaluate(_: nn.Module) -> dict[str, float]:
         minute = 60.0 * (next(clock) + 1)  # an epoch takes a minute
         monkeypatch.setattr("compress.training.loop.time.monotonic", lambda: minute)
-        return {"top1": 0.5, "val_loss": 1.0}
+        return {"score": 0.5, "val_loss": 1.0}
 
     fit(network(), STEP, settings, replace(loop(tmp_path), evaluate=evaluate))
     assert summary(tmp_path)["epoch"] == 3
@@ -297,7 +297,7 @@ def test_the_last_epochs_network_is_kept(tmp_path: Path) -> None:
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         weights.append(model.get_parameter("0.head.weight").detach().clone())
-        return {"top1": 0.5, "val_loss": 1.0}
+        return {"score": 0.5, "val_loss": 1.0}
 
     result = fit(network(), STEP, settings, replace(loop(tmp_path), evaluate=evaluate))
     assert len(weights) == 3
@@ -322,7 +322,7 @@ def test_a_killed_run_waits_no_longer_for_a_rise(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"), [({}, "give at least one of"), ({"min_delta": 0.1, "top1": 0.9}, "set patience, too")]
+    ("fields", "said"), [({}, "give at least one of"), ({"min_delta": 0.1, "score": 0.9}, "set patience, too")]
 )
 def test_a_stop_without_a_condition_is_refused(fields: dict[str, float], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
@@ -331,7 +331,7 @@ def test_a_stop_without_a_condition_is_refused(fields: dict[str, float], said: s
 
 def test_qat_does_not_inherit_when_the_float_training_stops() -> None:
     stages = [
-        {"stage": "source", "fit": {"epochs": 20, "stop": {"top1": 0.9}}},
+        {"stage": "source", "fit": {"epochs": 20, "stop": {"score": 0.9}}},
         {"stage": "ptq"},
         {"stage": "qat"},
     ]

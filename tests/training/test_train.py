@@ -17,7 +17,7 @@ from compress.distillation.step import supervised_step
 from compress.errors import CompressError
 from compress.log import StageLog
 from compress.recipe.stages import Fit
-from compress.tasks.task import TASKS, evaluate
+from compress.tasks import TASKS, evaluate
 from compress.training import loop as train
 from compress.training.loop import Loop, fit, learning_rate, make_optimizer
 
@@ -40,7 +40,7 @@ def loop(out: Path, *, seed: int = 0) -> Loop:
         batches=batches,
         steps_per_epoch=4,
         evaluate=lambda model: evaluate(model, [Batch(DATA, LABELS)], task),
-        metric="top1",
+        metric="score",
         log=StageLog(out, stage="test"),
         checkpoint=out / "checkpoint.pt",
         summary=out / "training.json",
@@ -127,7 +127,7 @@ def test_vectors_have_no_weight_decay() -> None:
 
 def test_training_learns(tmp_path: Path) -> None:
     model = fit(network(), STEP, Fit(epochs=8, batch_size=16, lr=0.05), loop(tmp_path))
-    assert evaluate(model, [Batch(DATA, LABELS)], TASKS["classification"])["top1"] > 0.9
+    assert evaluate(model, [Batch(DATA, LABELS)], TASKS["classification"])["score"] > 0.9
     assert not model.training
 
 

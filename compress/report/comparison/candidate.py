@@ -37,7 +37,7 @@ class Teacher:
     arch: str | None
     params_m: float | None
     macs_m: float | None
-    top1: float | None
+    score: float | None
     p50_ms: float | None
     of: tuple[str, ...] = ()
 
@@ -57,8 +57,8 @@ class Candidate:
     file: str | None
     recommended: str | None
     teacher: Teacher | None
-    top1: float | None
-    top1_ci95: tuple[float, float] | None
+    score: float | None
+    score_ci95: tuple[float, float] | None
     images: int | None
     scored_in: str | None
     agreement: float | None
@@ -106,7 +106,7 @@ def candidate(name: str, subject: Subject, conditions: Conditions | None) -> Can
     file = deployed_name(report)
     where = conditions or _own_conditions(report)
     row, timed = any_row(report, file), _timing(report, file, where)
-    scored = row["top1"] if row else first_and_last(report, "top1")[1]
+    scored = row["score"] if row else first_and_last(report, "score")[1]
     images = row["images"] if row else None
     audit = (report["audit"] or {}).get(file or "")
     is_whole = bool(report["stages"])
@@ -118,8 +118,8 @@ def candidate(name: str, subject: Subject, conditions: Conditions | None) -> Can
         file=file,
         recommended=(report["recommendation"] or {"file": None})["file"],
         teacher=_teacher(report, where),
-        top1=scored,
-        top1_ci95=_interval(scored, images),
+        score=scored,
+        score_ci95=_interval(scored, images),
         images=images,
         scored_in=None if scored is None else "ONNX Runtime" if row else "PyTorch",
         agreement=row["agreement"] if row else None,
@@ -174,12 +174,12 @@ def _teacher(report: Report, where: Conditions | None) -> Teacher | None:
     """Return the teacher as deployed, or as its stage left it; its key is the source stage's, else its file's facts."""
     row, timed = any_row(report, TEACHER), _timing(report, TEACHER, where)
     params_m, macs_m = first_and_last(report, "params_m")[0], first_and_last(report, "macs_m")[0]
-    top1 = row["top1"] if row else first_and_last(report, "top1")[0]
-    if row is None and top1 is None:
+    score = row["score"] if row else first_and_last(report, "score")[0]
+    if row is None and score is None:
         return None
-    key = report["stages"][0]["key"] if report["stages"] else f"{row and row['size_mb']} MB, {top1}"
+    key = report["stages"][0]["key"] if report["stages"] else f"{row and row['size_mb']} MB, {score}"
     arch: Json = report["recipe"].get("model", {})
-    return Teacher(key, arch.get("arch"), params_m, macs_m, top1, timed["p50_ms"] if timed else None)
+    return Teacher(key, arch.get("arch"), params_m, macs_m, score, timed["p50_ms"] if timed else None)
 
 
 def _training_seconds(report: Report) -> float | None:
@@ -189,8 +189,8 @@ def _training_seconds(report: Report) -> float | None:
     return None if None in seconds else sum(filter(None, seconds))
 
 
-def _interval(top1: float | None, images: int | None) -> tuple[float, float] | None:
-    """Return the exact 95 % interval of a top-1 that was counted on so many images."""
-    if top1 is None or not images or not 0 < images <= MAX_IMAGES or not 0 <= top1 <= 1:
+def _interval(score: float | None, images: int | None) -> tuple[float, float] | None:
+    """Return the exact 95 % interval of a score that was counted on so many images."""
+    if score is None or not images or not 0 < images <= MAX_IMAGES or not 0 <= score <= 1:
         return None
-    return clopper_pearson(round(top1 * images), images)
+    return clopper_pearson(round(score * images), images)

@@ -71,14 +71,14 @@ def speed(one: Candidate, speed_by: SpeedBy | None) -> float | None:
     return one.speedup["ratio"] if one.speedup and speed_by == "speedup" else None
 
 
-def top1(one: Candidate, fairness: Fairness) -> float | None:
+def score(one: Candidate, fairness: Fairness) -> float | None:
     """Return what a candidate's accuracy is ranked by; nothing where the images are others."""
-    return one.top1 if fairness.same_images else None
+    return one.score if fairness.same_images else None
 
 
 def _is_efficient(one: Candidate, everyone: Sequence[Candidate], fairness: Fairness) -> bool | None:
     """Tell whether nobody is at least as accurate and as fast and better in one of both (Pareto); None where that is unknown."""
-    places = {other.name: (top1(other, fairness), speed(other, fairness.speed_by)) for other in everyone}
+    places = {other.name: (score(other, fairness), speed(other, fairness.speed_by)) for other in everyone}
     known = {name: (right, fast) for name, (right, fast) in places.items() if right is not None and fast is not None}
     if one.name not in known or len(known) < 2:
         return None
@@ -101,10 +101,10 @@ def _best(found: Sequence[Candidate], fairness: Fairness, digits: int) -> list[B
     """Return who is the most accurate, the fastest, the smallest; a title is left out where nobody can be named."""
     by_name = {one.name: one for one in found}
     best = []
-    if names := leaders(found, lambda one: top1(one, fairness)):
-        intervals = {one.name: one.top1_ci95 for one in found if one.top1 is not None}
+    if names := leaders(found, lambda one: score(one, fairness)):
+        intervals = {one.name: one.score_ci95 for one in found if one.score is not None}
         first = by_name[names[0]]
-        best.append(Best("Most accurate", names, numbers.percent(first.top1, digits), _apart(names, intervals)))
+        best.append(Best("Most accurate", names, numbers.percent(first.score, digits), _apart(names, intervals)))
     if names := leaders(found, lambda one: speed(one, fairness.speed_by)):
         intervals = {one.name: _interval(one) for one in found if one.p50_ms}
         first, sure = by_name[names[0]], _apart(names, intervals) if fairness.same_teacher else ""

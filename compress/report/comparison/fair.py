@@ -73,7 +73,7 @@ def _bare(found: Sequence[Candidate]) -> list[str]:
 
 
 def _other_images(found: Sequence[Candidate], reports: Mapping[str, Report]) -> list[str]:
-    """Return why top-1 is not of the same images."""
+    """Return why score is not of the same images."""
     data = {name: report["recipe"].get("data") for name, report in reports.items()}
     known = {name: section for name, section in data.items() if section}
     problems = []
@@ -88,7 +88,7 @@ def _other_images(found: Sequence[Candidate], reports: Mapping[str, Report]) -> 
     drawn = {_split(report) for name, report in reports.items() if name in digests}
     if not problems and len(set(digests.values())) > 1 and len(drawn) == 1:
         problems.append("the folders' content is not the same")
-    return [f"Top-1 is not of the same images ({'; '.join(problems)}): it is not ranked."] if problems else []
+    return [f"Score is not of the same images ({'; '.join(problems)}): it is not ranked."] if problems else []
 
 
 def _other_split(found: Sequence[Candidate], reports: Mapping[str, Report]) -> list[str]:
@@ -101,7 +101,7 @@ def _other_split(found: Sequence[Candidate], reports: Mapping[str, Report]) -> l
     if len(set(seeds.values())) < 2:
         return []
     return [
-        f"The seeds differ ({_groups(seeds)}): where validation images are held out by seed, top-1 is of other images of the same kind; "
+        f"The seeds differ ({_groups(seeds)}): where validation images are held out by seed, score is of other images of the same kind; "
         "its intervals still tell."
     ]
 
@@ -114,7 +114,7 @@ def _split(report: Report) -> str:
 
 def _scored_elsewhere(found: Sequence[Candidate]) -> list[str]:
     places = {one.name: one.scored_in for one in found if one.scored_in}
-    return [f"Top-1 was measured in {_groups(places)}."] if len(set(places.values())) > 1 else []
+    return [f"Score was measured in {_groups(places)}."] if len(set(places.values())) > 1 else []
 
 
 def _other_machines(names: Sequence[str], reports: Mapping[str, Report]) -> list[str]:

@@ -53,13 +53,13 @@ def _cloud(comparison: Comparison) -> Cloud | None:
     for teacher in comparison.teachers:
         x = 1.0 if by_ratio else teacher.p50_ms
         whose = "Teacher" if len(comparison.teachers) == 1 else f"Teacher of {', '.join(teacher.of)}"
-        if x and teacher.top1 is not None:
-            known.append(("teacher_fp32", whose, x, 100 * teacher.top1))
+        if x and teacher.score is not None:
+            known.append(("teacher_fp32", whose, x, 100 * teacher.score))
     for index, one in enumerate(comparison.candidates):
         x = one.speedup["ratio"] if by_ratio and one.speedup else None if by_ratio else one.p50_ms
-        if x and x > 0 and one.top1 is not None:
+        if x and x > 0 and one.score is not None:
             label = one.name if len(comparison.candidates) <= MOST_COLUMNS else str(index + 1)
-            known.append((f"series-{index % COLOURS + 1}", label, x, 100 * one.top1))
+            known.append((f"series-{index % COLOURS + 1}", label, x, 100 * one.score))
     if comparison.speed_by is None or not any(name.startswith("series") for name, *_ in known):
         return None
     x_axis = charts.log_axis([x for _, _, x, _ in known], FRAME.left, FRAME.right)

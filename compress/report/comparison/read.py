@@ -18,6 +18,8 @@ from export.bundle.inside import MAX_TEXT_BYTES, contained, read_json, read_sums
 from export.bundle.read import MANIFEST, PREPROCESS
 from export.errors import BundleError
 from export.onnx_file.targets import TARGETS
+from export.runtime.rows import metric_json
+from export.tasks import task_named
 
 REPORT = "report.json"
 
@@ -101,15 +103,16 @@ def _from_manifest(folder: Path, manifest: Json) -> Report:
         raise BundleError(f"{folder / MANIFEST}: must have a name, a known target and files: get the bundle again")
     size = read_json(folder, PREPROCESS).get("image_size")
     unknown: Json = dict.fromkeys(DeployedRow.__annotations__)
-    untimed = {"provider": "", "provider_options": {}, "threads": 0, "batch": 0, "image_size": size}
+    untimed = {"further": {}, "provider": "", "provider_options": {}, "threads": 0, "batch": 0, "image_size": size}
     rows = []
     for name, listed in files.items():
         if not isinstance(listed, dict) or not isinstance(listed.get("bytes"), int):
             raise BundleError(f"{folder / MANIFEST}: files.{name}: must say its bytes: get the bundle again")
-        facts = {key: listed.get(key) for key in ("file", "precision", "top1", "agreement")}
+        facts = {key: listed.get(key) for key in ("file", "precision", "score", "agreement")}
         rows.append({**unknown, **untimed, **facts, "name": name, "size_mb": listed["bytes"] / 1e6})
     document = {
         "schema_version": REPORT_VERSION,
+        "metric": metric_json(task_named(str(manifest.get("task"))).metric),
         "recipe": {"name": manifest["name"], "target": target},
         "command": "",
         "environment": {},

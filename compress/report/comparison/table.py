@@ -54,12 +54,12 @@ def _lines(comparison: Comparison) -> Iterator[Line]:
     yield line("Deployed file", "File", lambda one: one.file or UNKNOWN)
     yield line("Recommended file", "To serve", lambda one: one.recommended or UNKNOWN)
     yield line("Made for", "Target", lambda one: one.target)
-    yield line("Top-1", "Top-1", lambda one: numbers.percent(one.top1, digits), "Most accurate")
-    yield line("Its 95 % interval", "95 %", lambda one: _percents(one.top1_ci95, digits))
+    yield line("Score", "Score", lambda one: numbers.percent(one.score, digits), "Most accurate")
+    yield line("Its 95 % interval", "95 %", lambda one: _percents(one.score_ci95, digits))
     yield line(
-        "Top-1 of the teacher",
+        "Score of the teacher",
         "Teacher",
-        lambda one: numbers.percent(one.teacher.top1 if one.teacher else None, digits),
+        lambda one: numbers.percent(one.teacher.score if one.teacher else None, digits),
     )
     yield line("Agreement with own FP32", "Agree", lambda one: numbers.percent(one.agreement, digits))
     yield line("Size", "Size", lambda one: numbers.significant(one.size_mb, "MB"), "Smallest")

@@ -1,0 +1,16 @@
+"""The tasks that networks are made for: what their outputs mean wherever they run. To add one, write its file and its row here."""
+
+from export.errors import BundleError
+from export.tasks.classification import CLASSIFICATION
+from export.tasks.task import OutputTask
+
+TASKS: dict[str, OutputTask] = {"classification": CLASSIFICATION}
+
+
+def task_named(name: str) -> OutputTask:
+    """Return the task of this name. Raises BundleError for one that this version does not know."""
+    if name not in TASKS:
+        raise BundleError(
+            f"task: must be one of {', '.join(TASKS)}, got {name!r:.50}: take a newer version of this project"
+        )
+    return TASKS[name]

@@ -1,0 +1,178 @@
+"""Classification: one label for each image. Answers are the likeliest classes, at most five, the first of them is the answer."""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from export.command.table import table
+from export.errors import BundleError
+from export.images.read import find_examples
+from export.tasks.paired import ALPHA, detectable_loss, mcnemar
+from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask
+
+TOP = 5  # with no more classes than these, every label would be among them
+TRUTH, ANSWER = (
+    0,
+    1,
+)  # columns of the rows; with more than five classes a third says whether the label is among the likeliest
+
+
+def check_output(file: str, shape: tuple[int | None, ...], labels: Sequence[str]) -> None:
+    """Compare the number of labels with the model's output."""
+    if shape[1:] != (len(labels),):
+        raise BundleError(
+            f"labels.txt: {file} answers {shape}, got {len(labels)} labels: get the bundle again",
+            defect="missing_class",
+        )
+
+
+def truths(values: Sequence[Any], output: tuple[int, ...]) -> Array:
+    """Return labels as integers (n,)."""
+    if not all(type(value) is int and 0 <= value < output[0] for value in values):
+        raise BundleError(
+            f"bundle.json: golden.truths: must be integers below {output[0]}, got {list(values)[:9]!r:.100}",
+            defect="bad_content",
+        )
+    return np.array(values, np.int64)
+
+
+def decode(outputs: Array) -> Array:
+    """Return the likeliest classes (n, at most 5), equal ones in their order, as for arg-max; what is no number comes first, as there."""
+    order = np.where(np.isnan(outputs), -np.inf, -outputs.astype(np.float64))
+    return np.argsort(order, axis=1, kind="stable")[:, : TOP if outputs.shape[1] > TOP else 1]
+
+
+def statistics(answers: Array, labels: Array) -> Array:
+    """Return label, answer and, for more than five classes, whether the label is among the likeliest, integers (n, 2 or 3)."""
+    rows = [labels, answers[:, 0]]
+    if answers.shape[1] == TOP:
+        rows.append((answers == labels[:, None]).any(axis=1))
+    return np.stack(rows, axis=1).astype(np.int64)
+
+
+def total(rows: Array) -> float:
+    """Return the fraction of images that are answered with their label."""
+    return float(np.mean(rows[:, TRUTH] == rows[:, ANSWER]))
+
+
+def further(rows: Array) -> Mapping[str, float | None]:
+    """Return top-5, None for five classes or fewer, and balanced accuracy: the mean recall of the classes that have images."""
+    images = np.bincount(rows[:, TRUTH])
+    correct = np.bincount(rows[rows[:, TRUTH] == rows[:, ANSWER], TRUTH], minlength=len(images))
+    return {
+        "top-5": float(np.mean(rows[:, 2])) if rows.shape[1] > 2 else None,
+        "balanced accuracy": float(np.mean(correct[images > 0] / images[images > 0])),
+    }
+
+
+def by_class(rows: Mapping[str, Array], labels: Sequence[str], confused: Collection[str]) -> Classes:
+    """Return what the files answer class by class, and the mistakes of the files in `confused`."""
+
+    def count(classes: Array) -> list[int]:
+        return np.bincount(classes, minlength=len(labels)).tolist()  # type: ignore[no-any-return]
+
+    return Classes(
+        names=list(labels),
+        images=count(next(iter(rows.values()))[:, TRUTH]),
+        files={
+            name: FileClasses(
+                correct=count(found[found[:, TRUTH] == found[:, ANSWER], TRUTH]),
+                answered=count(found[:, ANSWER]),
+                mistakes=_mistakes(found) if name in confused else None,
+            )
+            for name, found in rows.items()
+        },
+    )
+
+
+def _mistakes(rows: Array) -> list[tuple[int, int, int]]:
+    pairs = rows[rows[:, TRUTH] != rows[:, ANSWER], :2].tolist()
+    return [(label, answer, images) for (label, answer), images in sorted(Counter(map(tuple, pairs)).items())]
+
+
+def agreement(answers: Array, others: Array) -> Array:
+    """Return 1 where both answer with the same class, else 0, (n,)."""
+    same: Array = (answers[:, 0] == others[:, 0]).astype(np.float64)
+    return same
+
+
+def divergence(outputs: Array, reference: Array) -> Array:
+    """Return the Kullback-Leibler divergence in nats of each output's distribution from the reference's, (n,)."""
+    true, found = log_probabilities(reference), log_probabilities(outputs)
+    apart: Array = np.sum(np.exp(true) * (true - found), axis=1)
+    return apart
+
+
+def log_probabilities(logits: Array) -> Array:
+    """Return the logarithm of the softmax (n, classes); what is not finite counts as a number far outside of any logit's range."""
+    finite = np.nan_to_num(logits.astype(np.float64), nan=0.0, posinf=1e4, neginf=-1e4)
+    shifted: Array = finite - finite.max(axis=1, keepdims=True)
+    found: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return found
+
+
+def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
+    """Compare image by image, by McNemar's exact test; single classes as well."""
+    before, now = before.astype(np.int64), now.astype(np.int64)
+    was, is_right = (rows[:, TRUTH] == rows[:, ANSWER] for rows in (before, now))
+    lost, gained = (Counter(now[mask, TRUTH].tolist()) for mask in (was & ~is_right, ~was & is_right))
+    changed = int(np.sum(before[:, ANSWER] != now[:, ANSWER]))
+    images, p_value = len(now), mcnemar(lost.total(), gained.total())
+    classes = {index: (lost[index], gained[index]) for index in sorted(lost.keys() | gained.keys())}
+    worse = sorted(
+        (index for index, (down, up) in classes.items() if down > up), key=lambda index: gained[index] - lost[index]
+    )
+    # ALPHA is shared among all classes that changed (Bonferroni).
+    surely = [index for index in worse if mcnemar(*classes[index]) < ALPHA / max(1, len(classes))]
+    words = {index: f"{labels[index]} ({lost[index]} lost, {gained[index]} gained)" for index in worse}
+    return Comparison(
+        images=images,
+        before=total(before),
+        now=total(now),
+        p_value=p_value,
+        changed=changed / images,
+        detectable=detectable_loss(images, (lost.total() + gained.total()) / images),
+        counts=f"{lost.total()} lost, {gained.total()} gained, {changed} flipped of {images}, p = {p_value:.2g}",
+        lost=tuple(words[index] for index in surely),
+        worse=tuple(words[index] for index in worse),
+    )
+
+
+def truth_text(row: Array, labels: Sequence[str]) -> str:
+    """Return the name of the image's class."""
+    return labels[int(row[TRUTH])]
+
+
+def show(output: Array, labels: Sequence[str], lines: int) -> str:
+    """Return a table of the likeliest labels with their probabilities."""
+    found = softmax(output.astype(np.float64))
+    best = np.argsort(-found, kind="stable")[:lines]
+    return table(("label", "probability"), [(labels[index], float(found[index])) for index in best])
+
+
+def softmax(logits: Array) -> Array:
+    """Return exp(logits) divided by their sum; the largest is taken off first, so that none overflows."""
+    powers = np.exp(logits - logits.max())
+    shares: Array = powers / powers.sum()
+    return shares
+
+
+CLASSIFICATION = OutputTask(
+    name="classification",
+    metric=Metric("top1", "top-1"),
+    check_output=check_output,
+    truths=truths,
+    examples=find_examples,
+    decode=decode,
+    statistics=statistics,
+    total=total,
+    further=further,
+    by_class=by_class,
+    agreement=agreement,
+    divergence=divergence,
+    compare=compare,
+    truth_text=truth_text,
+    show=show,
+)

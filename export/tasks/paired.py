@@ -1,0 +1,63 @@
+"""Was anything lost? Two files on the same images: tests of the difference, and how small a loss would have been seen."""
+
+import math
+from collections.abc import Callable
+from statistics import NormalDist
+
+import numpy as np
+
+from export.tasks.task import Array, Comparison
+
+ALPHA = 0.05  # two-sided: of gates on equal files one in forty takes chance for a loss
+POWER = 0.8
+RESAMPLES = 2000
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Return the two-sided exact p-value of McNemar's test (1947): of the images that changed sides, half went each way by chance."""
+    changed = lost + gained
+    tail = sum(math.comb(changed, count) for count in range(max(lost, gained), changed + 1))
+    return min(1.0, 2 * tail / (1 << changed))
+
+
+def detectable_loss(images: int, discordance: float, *, power: float = POWER) -> float:
+    """Return the smallest loss (a fraction of the images) that McNemar's test finds with this power.
+
+    `discordance` is the fraction of images that one file answers right and the other wrong. Connor (1987) gives the images
+    that a loss needs; solved for the loss by bisection. No fewer flips than make the exact test significant will do.
+    """
+    sure, often = NormalDist().inv_cdf(1 - ALPHA / 2), NormalDist().inv_cdf(power)
+
+    def needs(loss: float) -> float:
+        changing = max(discordance, loss)
+        return (sure * math.sqrt(changing) + often * math.sqrt(changing - loss**2)) ** 2 / loss**2
+
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if needs(middle) <= images else (middle, high)
+    fewest = next(count for count in range(1, 100) if mcnemar(count, 0) < ALPHA)
+    return max(high, fewest / images)
+
+
+def compare_by_bootstrap(before: Array, now: Array, total: Callable[[Array], float]) -> Comparison:
+    """Compare two files' rows (n, k) of the same images by resampling images (Efron 1979), whatever the score is a function of.
+
+    The p-value is two-sided: twice the share of resamples in which the difference has the other sign; an equal file's is 1.
+    """
+    images, generator = len(now), np.random.default_rng(0)
+    drawn = (generator.integers(0, images, images) for _ in range(RESAMPLES))
+    gains = np.array([total(now[chosen]) - total(before[chosen]) for chosen in drawn])
+    changed = float(np.mean(np.any(before != now, axis=1)))
+    p_value = min(1.0, 2 * (1 + min(np.sum(gains >= 0), np.sum(gains <= 0))) / (1 + RESAMPLES))
+    spread = float(np.std(gains))
+    sure, often = NormalDist().inv_cdf(1 - ALPHA / 2), NormalDist().inv_cdf(POWER)
+    return Comparison(
+        images=images,
+        before=total(before),
+        now=total(now),
+        p_value=p_value,
+        changed=changed,
+        detectable=max((sure + often) * spread, detectable_loss(images, 0.0)),
+        counts=f"{changed:.2%} of {images} images answered in another way, p = {p_value:.2g}",
+    )
