@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from compress.distribution import own_distribution
 from compress.errors import RecipeError
-from compress.ranks import first_decides, joined, local_ranks, ranks
+from compress.ranks import first_decides, joined, local_ranks, ranks, tell_torchrun
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Augment, Recipe
 from export.command.main import INTERRUPTED, MISTAKE, end
@@ -123,6 +123,8 @@ def run(
         from compress.pipeline import run_recipe
 
         code = run_recipe(resolved, trust_code=trust_code, until=until, verbose=verbose, command=command)
+        if code:
+            tell_torchrun("a target is missed: the report above says which")
     raise typer.Exit(code)
 
 

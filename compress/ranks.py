@@ -91,6 +91,12 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def tell_torchrun(text: str) -> None:
+    """Let torchrun's summary say why this rank ends with an exit code other than 0."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": text}), encoding="utf-8")
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Be one of the ranks: meet the others, wait for all of them at the end, and end them all where this one fails.
@@ -173,8 +179,7 @@ class _Watch:
                 self._end(first)
         except dist.DistError:  # rank 0 is gone with the store, which the thread is about to say
             time.sleep(3 * TICK_S)
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's summary shows it
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": mine.text}), encoding="utf-8")
+        tell_torchrun(mine.text)
         _let_others_read()
         if mistake:
             error.args = (mine.text,)

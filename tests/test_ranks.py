@@ -140,29 +140,27 @@ def test_ranks_that_do_not_come_are_told_of(recipe_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torchruns_summary_has_the_sentence(recipe_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("planted", "sentence", "told"),
+    [
+        ("if rank == 1: raise DataError('no images')", "rank 1: no images", 1),
+        ("ranks.barrier(); return 1 - rank", "a target is missed: the report above says which", 0),
+    ],
+)
+def test_torchruns_summary_has_the_sentence(
+    recipe_path: Path, tmp_path: Path, planted: str, sentence: str, told: int
+) -> None:
     script = tmp_path / "planted.py"
-    script.write_text(
-        "import os\nrank = int(os.environ['RANK'])\n"
-        + COMMAND.replace("PLANTED", "if rank == 1: raise DataError('no images')")
-    )
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-        str(recipe_path),
-    ]
+    script.write_text("import os\nrank = int(os.environ['RANK'])\n" + COMMAND.replace("PLANTED", planted))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        launch,
+        [*launch, str(script), str(recipe_path)],
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
         env={**os.environ, "PYTHONPATH": f"{TESTS.parent}"},
     )
-    assert done.returncode != 0
-    assert f"\n{done.stderr}".count("\nrank 1: no images\n") == 1
-    assert "traceback : rank 1: no images\n" in done.stderr
+    assert done.returncode == 1
+    assert f"\n{done.stderr}".count(f"\n{sentence}\n") == told
+    assert f"traceback : {sentence}\n" in done.stderr
