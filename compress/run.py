@@ -13,7 +13,7 @@ from torch import nn
 
 from compress.artifact import Metrics, lineage, read_meta
 from compress.data.augment import Augmentation
-from compress.data.batches import Batch, eval_batches, steps_per_epoch, train_batches
+from compress.data.batches import Batch, eval_batches, steps_per_epoch, train_batches, view_batches
 from compress.data.dataset import Dataset
 from compress.data.named import NAMED
 from compress.data.split import sampled
@@ -119,6 +119,21 @@ class Run:
             workers=data.workers,
             only=torch.from_numpy(chosen),
         )
+
+    def views(self, images: int) -> Iterator[Batch]:
+        """Return augmented training batches as a training shows them, spread over the set and the same on every rank."""
+        n = len(self.dataset.train)
+        chosen = torch.arange(min(images, n)) * n // min(images, n)
+        batches = view_batches(
+            self.dataset,
+            chosen.split(32),
+            augmentation=self.augmentation,
+            seed=self.recipe.seed,
+            view=0,
+            workers=self.recipe.data.workers,
+            device=self.device,
+        )
+        return (batch for batch in batches if len(batch.targets))
 
     @property
     def augmentation(self) -> Augmentation:

@@ -55,13 +55,20 @@ def kept_outputs(numbered: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def reconstruct(
-    student: nn.Module, reference: nn.Module, kept: Mapping[str, Tensor], images: Tensor, method: Method
+    student: nn.Module,
+    reference: nn.Module,
+    kept: Mapping[str, Tensor],
+    images: Tensor,
+    method: Method,
+    *,
+    views: Tensor,
 ) -> tuple[nn.Module, str, int]:
     """Return the student recovered as well as the method and the simpler ones can, which of them it is, and the images used.
 
     `reference` is the network before the cut and `kept` says which outputs of its layers the student, which stays as it is, still has;
     both are in eval mode. Every fifth of the unlabelled images (n, 3, s, s) judges: the least squared distance to the reference's
-    outputs wins, so that no method makes a network worse. Raises CompressError where a value is not finite.
+    outputs wins, so that no method makes a network worse. `views` are images as a training shows them, on which solved batch-norms
+    measure what they hold. Raises CompressError where a value is not finite.
     """
     order, norms, largest = _survey(reference, images[:1])
     images = images[: max(JUDGED, MAX_BYTES // (8 * largest))]  # two activations of 4 bytes: a layer's and a shortcut's
@@ -79,23 +86,30 @@ def reconstruct(
         name: float((network(images[judged]) - wanted).square().mean()) for name, network in candidates.items()
     }
     best = min(distances, key=lambda name: distances[name] if math.isfinite(distances[name]) else math.inf)
+    if best == "least_squares":
+        rebase_batchnorm_(candidates[best], views[: len(images)])
     return candidates[best], best, len(images)
 
 
 @torch.no_grad()
 def solve_layers_(student: nn.Module, samples: dict[str, Sample], images: Tensor) -> None:
-    """Solve the layers in place while the student runs over all images, each just before it runs.
-
-    Batch-norms are written anew so that they hold the student's own statistics and still compute the same: training goes on from there.
-    """
+    """Solve the layers in place while the student runs over all images, each just before it runs."""
     layers, norms = {layer: name for name, layer in _layers(student).items() if name in samples}, _norms(student)
 
     def solve_(layer: SOLVED, inputs: tuple[Tensor, ...]) -> None:
         sample = samples.pop(layers[layer])
         _solve_(layers[layer], layer, None if sample.norm is None else norms[sample.norm], sample, inputs[0])
 
-    hooks: dict[nn.Module, Callable[..., None]] = dict.fromkeys(layers, solve_)
-    _run_with(student, images, hooks | {norm: _own_statistics_ for norm in norms.values() if norm.affine})
+    _run_with(student, images, dict.fromkeys(layers, solve_))
+
+
+@torch.no_grad()
+def rebase_batchnorm_(student: nn.Module, images: Tensor) -> None:
+    """Let batch-norms hold the mean and variance of their inputs over the images (n, 3, s, s), and compute the same in eval mode as before.
+
+    In training mode they use the batch's: a training whose images are like these starts at the function that eval mode computes.
+    """
+    _run_with(student, images, {norm: _own_statistics_ for norm in _norms(student).values() if norm.affine})
 
 
 @torch.no_grad()

@@ -123,7 +123,8 @@ def _reconstructed(
         started = time.monotonic()
         batches = run.calibration(cfg.reconstruct_images * JUDGED // (JUDGED - 1))
         images = torch.cat([batch.images for batch in batches])
-        model, method, used = reconstruct(model.eval(), whole.eval(), kept, images, cfg.reconstruct)
+        views = torch.cat([batch.images for batch in run.views(cfg.reconstruct_images)])
+        model, method, used = reconstruct(model.eval(), whole.eval(), kept, images, cfg.reconstruct, views=views)
         log.note(f"reconstructed ({method}) from {used:,} images without labels in {time.monotonic() - started:.0f} s")
     run.share_(model)
     return model
