@@ -100,7 +100,12 @@ def solve_layers_(student: nn.Module, samples: dict[str, Sample], images: Tensor
         sample = samples.pop(layers[layer])
         _solve_(layers[layer], layer, None if sample.norm is None else norms[sample.norm], sample, inputs[0])
 
-    _run_with(student, images, dict.fromkeys(layers, solve_))
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # second moments do not bear TF32's ten bits
+    try:
+        _run_with(student, images, dict.fromkeys(layers, solve_))
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 @torch.no_grad()

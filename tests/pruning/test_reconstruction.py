@@ -205,6 +205,33 @@ def test_a_trained_networks_outputs_come_back_and_each_method_beats_the_simpler(
     assert squares < 0.5 * norms < 0.5 * cut
 
 
+def test_the_head_is_what_lstsq_makes_of_the_students_own_features(trained: nn.Module, digits: Tensor) -> None:
+    _, solved, _ = recovered(trained, digits[:200])
+    used = digits[:200][torch.arange(200) % 5 != 0]  # every fifth judges
+    features: list[Tensor] = []
+    handle = solved.get_submodule("head").register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    with torch.no_grad():
+        solved(used)
+        wanted = trained(used).double().numpy()
+    handle.remove()
+    x, state, cut = features[0].double().numpy(), solved.state_dict(), halved(trained)[0].state_dict()
+    weight, bias = (cut[f"head.{name}"].double().numpy() for name in ("weight", "bias"))
+    missing = wanted - x @ weight.T - bias
+    solutions = [ridge_by_lstsq(x - x.mean(0), missing - missing.mean(0), ridge).T for ridge in RIDGES]
+    distances = [float(np.abs(weight + found - state["head.weight"].numpy()).max()) for found in solutions]
+    assert min(distances) < 1e-3
+    found = solutions[int(np.argmin(distances))]
+    assert np.allclose(bias + missing.mean(0) - found @ x.mean(0), state["head.bias"].numpy(), atol=1e-3)
+
+
+def test_depthwise_grouped_and_joined_channels_are_solved() -> None:
+    whole, images = lively(Mobile(5)), torch.randn(200, 3, 16, 16)
+    student, solved, chosen = recovered(whole, images)
+    fresh = torch.randn(100, 3, 16, 16)
+    assert chosen == "least_squares"
+    assert distance(solved, whole, fresh) < 0.5 * distance(student, whole, fresh)
+
+
 def test_training_goes_on_from_the_solution(trained: nn.Module, digits: Tensor) -> None:
     """Batch-norm in training mode uses the batch's statistics: of the views that a training shows, as the solved network holds them."""
     student, kept = halved(trained)
