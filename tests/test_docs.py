@@ -11,7 +11,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
 KINDS = ("Tutorial", "How-to", "Reference", "Explanation")
 WIDTH, COLUMNS = 100, 7
-ROUGH = ("decisions.md", "recovery.md")
+ROUGH = ("decisions.md",)
 ANCHOR = re.compile(r"[^\w\- ]")
 WAY = re.compile(r"((?:compress|export)/[\w/]+\.py) +(\w[\w., ]*)$")
 
