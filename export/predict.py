@@ -14,6 +14,7 @@ from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import vet
 from export.command.arguments import at_least, chosen
 from export.command.main import MISTAKE, run
+from export.command.table import table
 from export.errors import BundleError, UserError
 from export.images.read import read_pixels
 from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
@@ -32,7 +33,7 @@ def predict(session: onnxruntime.InferenceSession, bundle: Bundle, path: Path, *
         raise BundleError(f"{path}: the network cannot run on it ({first_line(error)}): export it again") from error
     if not np.isfinite(outputs).all():
         raise BundleError(f"{path}: the network gives no finite numbers for it: export it again")
-    return f"{path}\n{bundle.task.show(outputs[0], bundle.labels, top)}"
+    return f"{path}\n{table(*bundle.task.show(outputs[0], bundle.labels, top))}"
 
 
 def print_predictions(arguments: argparse.Namespace) -> int:

@@ -28,9 +28,9 @@ from export.onnx_file.model_file import parse, precision
 from export.onnx_file.names import module_of
 from export.onnx_file.wiring import Wiring, wire
 from export.proof.distance import Distance
-from export.proof.intervals import clopper_pearson
 from export.proof.saturation import modules, saturation_possible
 from export.proof.submodels import IMAGES, Piece, exposed, pieces, quantized_tensors
+from export.runtime.intervals import clopper_pearson
 from export.runtime.session import RUNTIME_ERRORS, first_line, open_session
 from export.tasks import TASKS, task_named
 from export.tasks.task import Array, Metric, OutputTask

@@ -74,7 +74,7 @@ BRIGHTNESS = OutputTask(
     divergence=lambda outputs, reference: np.abs(outputs - reference)[:, 0],
     compare=lambda before, now, _labels: compare_by_bootstrap(before, now, total),
     truth_text=lambda row, _labels: f"{row[0]:.4f}",
-    show=lambda output, labels, _lines: f"{labels[0]} {output[0]:.3f}",
+    show=lambda output, labels, _lines: (labels, [(float(output[0]),)]),
 )
 
 # The half that training needs.
@@ -160,7 +160,7 @@ def test_a_task_that_only_this_file_knows_goes_through_the_whole_chain(
     image = next(images.rglob("*.bmp"))
     monkeypatch.setattr("sys.argv", ["predict", str(root / "bundle"), str(image)])
     assert predict.main() == 0
-    assert "brightness 0." in capsys.readouterr().out
+    assert "brightness\n" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["verify", str(root / "bundle"), "--data", str(images), "--images", "16"])
     assert verify.main() == 0
     assert "closeness" in capsys.readouterr().out

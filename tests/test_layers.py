@@ -73,3 +73,22 @@ def test_stages_never_import_each_other(module: str) -> None:
 @pytest.mark.parametrize("module", [name for name in MODULES if is_within(name, *ALGORITHMS)])
 def test_algorithms_know_nothing_of_recipes(module: str) -> None:
     assert [name for name in imports(module) if is_within(name, "compress.recipe")] == []
+
+
+def rooms() -> dict[str, set[str]]:
+    """Return every folder and module directly below the two packages, each with those that it imports."""
+    found: dict[str, set[str]] = {}
+    for module in MODULES:
+        room = ".".join(module.split(".")[:2])
+        known = {".".join(name.split(".")[:2]) for name in imports(module)} & {
+            ".".join(m.split(".")[:2]) for m in MODULES
+        }
+        found.setdefault(room, set()).update(known - {room, "compress", "export"})
+    return {room: reads for room, reads in found.items() if "." in room}
+
+
+def test_no_room_imports_in_a_circle() -> None:
+    left = rooms()
+    while free := [room for room, reads in left.items() if not reads & left.keys()]:
+        left = {room: reads for room, reads in left.items() if room not in free}
+    assert left == {}

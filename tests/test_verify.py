@@ -21,10 +21,10 @@ from export.errors import BundleError
 from export.onnx_file.targets import host_target
 from export.onnx_file.wiring import wire
 from export.proof.distance import Distance
-from export.proof.intervals import clopper_pearson
 from export.proof.optimized import optimize
 from export.proof.saturation import can_saturate, inner_order, saturation_possible, weight_sum
 from export.proof.submodels import Piece, pieces
+from export.runtime.intervals import clopper_pearson
 from export.runtime.session import CPU, open_session
 from export.tasks.classification import CLASSIFICATION
 from export.verify import file_reference, main, verify

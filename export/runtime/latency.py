@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from export.proof.intervals import median_interval
+from export.runtime.intervals import median_interval
 
 Floats = NDArray[np.float64]
 MIN_BLOCKS = (

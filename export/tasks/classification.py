@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from export.command.table import table
 from export.errors import BundleError
 from export.images.read import find_examples
 from export.tasks.paired import ALPHA, detectable_loss, mcnemar
-from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask
+from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
 
 TOP = 5  # with no more classes than these, every label would be among them
 TRUTH, ANSWER = (
@@ -145,11 +144,11 @@ def truth_text(row: Array, labels: Sequence[str]) -> str:
     return labels[int(row[TRUTH])]
 
 
-def show(output: Array, labels: Sequence[str], lines: int) -> str:
-    """Return a table of the likeliest labels with their probabilities."""
+def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
+    """Return the likeliest labels with their probabilities."""
     found = softmax(output.astype(np.float64))
     best = np.argsort(-found, kind="stable")[:lines]
-    return table(("label", "probability"), [(labels[index], float(found[index])) for index in best])
+    return ("label", "probability"), [(labels[index], float(found[index])) for index in best]
 
 
 def softmax(logits: Array) -> Array:

@@ -16,6 +16,8 @@ from export.images.preprocess import Preprocess
 from export.images.read import Examples
 
 Array = NDArray[Any]
+Shown = tuple[Sequence[str], Sequence[Sequence[str | float | None]]]
+"""Columns, and lines of cells."""
 
 
 @dataclass(frozen=True)
@@ -87,5 +89,5 @@ class OutputTask:
     """(rows before, rows now, labels), n > 0."""
     truth_text: Callable[[Array, Sequence[str]], str]
     """One row's truth in words, by which a baseline knows that an image's truth is what it was."""
-    show: Callable[[Array, Sequence[str], int], str]
-    """One image's output, the labels and how many lines at most, to text."""
+    show: Callable[[Array, Sequence[str], int], Shown]
+    """One image's output, the labels and how many lines at most, to columns and lines for a person."""

@@ -15,7 +15,7 @@ from compress.report.verdict import (
     target_of,
 )
 from export.onnx_file.roles import TEACHER
-from export.proof.intervals import clopper_pearson
+from export.runtime.intervals import clopper_pearson
 
 MAX_IMAGES = 10_000_000  # more would be a mistake in the file, and the interval's sums would fill the memory
 
