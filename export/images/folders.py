@@ -76,7 +76,7 @@ def check_folder(root: Path) -> None:
     ancestor = next(parent for parent in root.absolute().parents if parent.is_dir())
     wanted = root.absolute().relative_to(ancestor).parts[0]
     near = difflib.get_close_matches(wanted, _subfolders(ancestor), n=1)
-    hint = f"did you mean {ancestor / near[0]}?" if near else "check the path"
+    hint = f"did you mean {ancestor / near[0]}?" if near else "give another with --data (DATA= under make)"
     raise DataError(f"{root}: there is no such folder; {hint}")
 
 

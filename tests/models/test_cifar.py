@@ -204,7 +204,7 @@ def test_a_plan_says_in_one_sentence_that_imagenet_is_not_there() -> None:
     assert isinstance(found.exception, SystemExit)
     assert (found.exit_code, found.stderr.splitlines()) == (
         2,
-        ["/nowhere: there is no such folder; check the path"],
+        ["/nowhere: there is no such folder; give another with --data (DATA= under make)"],
     )
 
 
