@@ -70,19 +70,22 @@ class Pace:
         if self.device.type != "cpu":
             return False
         if resumed and progress.threads > self.limit:
-            self.tell(f"goes on with {self.limit} threads instead of {progress.threads}: the last digits will differ")
+            self.tell(
+                f"goes on with {self.limit} of the {progress.threads} threads it had: the last digits will differ"
+            )
         progress.threads = min(progress.threads or self.limit, self.limit)
         torch.set_num_threads(progress.threads)
         if resumed or not self._pays:
             return False
+        self._choose_threads_()
         if len(choices) > 1:
             with self.rehearsal() as run_step:
-                # In CPU seconds, which do not grow with what else the machine does.
+                # In CPU seconds, which do not grow with what else the machine does. They do with threads that wait for one another: so
+                # not before there are only as many as are of use.
                 one_step = partial(self._run_in, run_step)
                 progress.precision, seconds = fastest(choices, one_step, time.process_time)
             took = ", ".join(f"{1e3 * span:.3g} ms in {name}" for name, span in seconds.items())
             self.note(f"computes in {progress.precision}: a step takes {took} of one core")
-        self._choose_threads_()
         return len(choices) > 1 or self.limit > 1
 
     def after_epoch_(self, images_per_s: float) -> None:
@@ -111,9 +114,8 @@ class Pace:
         torch.set_num_threads(progress.threads)
         progress.timed_epoch, progress.images_per_s = progress.epoch, 0.0
         if progress.threads != before:
-            self.tell(
-                f"{progress.threads} of {self.limit} threads from epoch {progress.epoch + 1} on: faster here and now"
-            )
+            say = self.tell if progress.epoch else self.note  # at the start nothing has changed
+            say(f"{progress.threads} of {self.limit} threads from epoch {progress.epoch + 1} on: faster here and now")
 
 
 def count_threads(limit: int, usual: int, run_step: Callable[[], None]) -> int:

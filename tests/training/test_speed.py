@@ -262,7 +262,7 @@ def test_a_training_runs_with_the_threads_that_timing_finds_and_gives_the_others
     settings = SETTINGS.model_copy(update={"precision": "fp32"})
     one = fit(network(), step, settings, loop(tmp_path / "one"))
     assert (seen, torch.get_num_threads()) == ({1}, 2)
-    assert summary(tmp_path / "one")["threads"] == 1
+    assert (summary(tmp_path / "one")["threads"], summary(tmp_path / "one")["events"]) == (1, [])
     assert asked == [(2, 1)]
     monkeypatch.setattr(speed, "PAYS_STEPS", 1000)
     two = fit(network(), STEP, settings, loop(tmp_path / "two"))
@@ -283,7 +283,9 @@ def test_a_resumed_run_goes_on_with_its_threads_and_says_where_it_cannot(
     assert summary(tmp_path / "same")["events"] == []
     torch.set_num_threads(1)
     fit(network(), STEP, SETTINGS, loop(tmp_path / "fewer"))
-    assert summary(tmp_path / "fewer")["events"] == ["goes on with 1 threads instead of 2: the last digits will differ"]
+    assert summary(tmp_path / "fewer")["events"] == [
+        "goes on with 1 of the 2 threads it had: the last digits will differ"
+    ]
 
 
 def pace(progress: Progress, told: list[str], *, limit: int = 2, compile_: bool = False) -> Pace:
