@@ -489,18 +489,6 @@ def test_two_processes_keep_one_student_and_one_set_of_adapters(tmp_path: Path) 
 # The recipe's sections
 
 
-def test_a_term_that_asks_for_nothing_new_keeps_its_artifacts_key() -> None:
-    assert KD_ONLY[0].model_dump(mode="json") == {"name": "kd", "weight": 1.0, "temperature": 2.0}
-    (term,) = parse({"name": "kd", "schedule": "linear_up", "standardize": True})
-    assert term.model_dump(mode="json") == {
-        "name": "kd",
-        "weight": 1.0,
-        "temperature": 2.0,
-        "schedule": "linear_up",
-        "standardize": True,
-    }
-
-
 def test_layers_and_the_teachers_layers_go_in_pairs() -> None:
     with pytest.raises(ValidationError, match="must name one layer for each of the 2 in layers, got 1"):
         parse({"name": "at", "layers": LAYERS, "teacher_layers": ["block1"]})

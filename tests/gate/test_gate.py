@@ -183,7 +183,7 @@ def change_golden_outputs(bundle: Path) -> None:
     [
         (flip_a_byte, "student_int8.onnx: is not the file the bundle was made with"),
         (link_out, "labels.txt: must be a file of its own, not a link"),
-        (change_golden_outputs, "student_int8: golden outputs: 4 of 4 images get other logits"),
+        (change_golden_outputs, "student_int8: golden outputs: 4 of 4 images get other outputs"),
     ],
 )
 def test_a_broken_bundle_is_3_and_says_what(
