@@ -61,6 +61,8 @@ def _rehearse(run: Run, chain: Recipe, sections: Sequence[StageSection], tried: 
     stages = [section.stage for section in sections]
     networks = _networks(run, chain, sections)
     (_, teacher), (arch, student) = networks[0], networks[-1]
+    if student is not teacher:
+        run.check_logits(student)
     for section in sections:
         if isinstance(section, PruneStage):
             find_groups(student, example_images(run.image_size), "random", exclude=section.exclude)

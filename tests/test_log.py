@@ -55,7 +55,7 @@ def test_without_a_terminal_an_epoch_is_one_plain_line_and_a_batch_is_none(tmp_p
         log.batch(images=64, loss=0.7)
         log.batch(images=64, loss=0.6)
         log.epoch({"loss": 0.65, "lr": 0.05, "images_per_s": 1234.4, "score": 0.9})
-    assert screen.getvalue() == "distill 1/1  loss 0.65  top-1 90.00%  1,234 images/s\n"
+    assert screen.getvalue() == "distill 1/1  loss 0.65  score 90.00%  1,234 images/s\n"
 
 
 def test_verbose_lines_show_every_measurement(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_on_a_terminal_the_live_line_fits_80_columns(tmp_path: Path) -> None:
     with StageLog(tmp_path, stage="distill", console=screen_console) as log:
         log.start(epochs=12, batches=2)
         log.epoch({"loss": 0.1234, "images_per_s": 12345.0, "score": 0.9777})
-    assert "loss 0.1234  top-1 97.77%  12,345 images/s" in screen.getvalue()
+    assert "loss 0.1234  score 97.77%  12,345 images/s" in screen.getvalue()
 
 
 def test_the_loss_is_read_only_when_the_line_is_redrawn(tmp_path: Path) -> None:

@@ -471,7 +471,7 @@ def test_training_is_skipped_only_where_calibration_loses_less(
     trial = {"number_format": "int8", "score": 0.5, "drop": drop, "keep_float": []}
     section = QatStage(stage="qat", skip_if_ptq_drop_below=enough)
     with StageLog(tmp_path, stage="qat") as log:
-        found = qat._skip(section, log, TARGETS["cpu_avx2"], {"trials": [trial], "chosen": 0})
+        found = qat._skip(section, log, TARGETS["cpu_avx2"], {"trials": [trial], "chosen": 0, "score": 0.5})
     assert (found is not None) == skipped
 
 

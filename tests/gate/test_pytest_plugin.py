@@ -88,7 +88,7 @@ def test_the_plugin_costs_other_suites_nothing() -> None:
         "print(sorted(set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['export', 'export.gate.pytest_plugin']"
+    assert done.stdout.strip() == "['export', 'export.gate', 'export.gate.pytest_plugin']"
 
 
 def test_the_entry_point_names_the_plugin() -> None:

@@ -80,5 +80,5 @@ def test_a_network_that_ends_in_softmax_is_refused_before_the_teacher_trains(tmp
         "student": f"stages=[{{stage: source, {fit}}}, {student}, {{stage: distill, {fit}}}]",
     }
     with pytest.raises(ModelError, match="Sequential: returns probabilities, as after a softmax"):
-        run(tmp_path, changes[place])
+        run(tmp_path, changes[place], "targets={}")
     assert not list((tmp_path / "small").glob("00-source-*"))
