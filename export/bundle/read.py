@@ -47,7 +47,7 @@ from export.tasks.task import OutputTask
 
 MANIFEST, PREPROCESS, LABELS, VALIDATION = "bundle.json", "preprocess.json", "labels.txt", "validation.txt"
 SIGNATURE = "model.sig"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MAX_MODELS = 100
 NAME = re.compile(r"[a-z0-9][a-z0-9_\-]{0,63}")
 LARGEST = 1e6  # a mean or a standard deviation of pixels in [0, 1]; float32 holds its square and its inverse
