@@ -375,5 +375,5 @@ def test_the_stage_measures_every_engine_on_every_target_and_gives_the_network_o
     assert metrics["ptq_score"] == found["targets"]["cpu_avx2"]["score"]
     assert metrics["trials"] == 2
     assert sorted(path.name for path in stage.iterdir()) == [
-        "architecture.json", "cpu_avx2", "log.jsonl", "meta.json", "ptq.json", "tensorrt", "weights.safetensors",
+        ".digests.json", "architecture.json", "cpu_avx2", "log.jsonl", "meta.json", "ptq.json", "tensorrt", "weights.safetensors",
     ]  # fmt: skip
