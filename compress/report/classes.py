@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from compress.report.numbers import loss, percent, significant
-from compress.report.shape import Classes, FileClasses
 from export.onnx_file.roles import TEACHER
 from export.runtime.intervals import clopper_pearson
+from export.tasks.task import Classes, FileClasses
 
 MAX_CHANCE = 0.01  # answers that chance alone makes as good more often than this are no better than chance
 NOTABLE = 0.05  # a class is lost where a file as good as the teacher would miss all of its images less often than this

@@ -5,6 +5,7 @@ from typing import Any, Literal, NotRequired
 from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
 
 from export.runtime.rows import MetricJson
+from export.tasks.task import Classes
 
 Verdict = Literal["pass", "fail", "partial"]  # partial: stopped before the recipe's end, so its targets are not judged
 Json = dict[str, Any]
@@ -28,22 +29,6 @@ class Speedup(TypedDict):
     vs: str
     ratio: float
     ci95: list[float]
-
-
-class FileClasses(TypedDict):
-    """One file's right answers and all its answers, by class; mistakes are rows of (class, answered class, images)."""
-
-    correct: list[int]
-    answered: list[int]
-    mistakes: list[tuple[int, int, int]] | None
-
-
-class Classes(TypedDict):
-    """How many validation images each class has, and what every file answers in ONNX Runtime; mistakes of teacher and deployed file."""
-
-    names: list[str]
-    images: list[int]
-    files: dict[str, FileClasses]
 
 
 class DeployedRow(TypedDict):

@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 from compress.report.classes import at_chance, worst_first
 from compress.report.numbers import percent, times
-from compress.report.shape import Classes, DeployedRow, Report, Speedup, Verdict
+from compress.report.shape import DeployedRow, Report, Speedup, Verdict
 from export.onnx_file.roles import FP32, TEACHER, deployed
 from export.onnx_file.targets import TARGET_PROVIDERS, TARGETS
+from export.tasks.task import Classes
 
 TOLERANCE = 1e-9  # a target that is met exactly is met, whatever the last bit says
 CPU = "CPUExecutionProvider"
