@@ -7,7 +7,7 @@ QUICK = ("torchvision:resnet18", "torchvision:mobilenet_v2", "torchvision:mobile
          "torchvision:shufflenet_v2_x1_0", "cifar:resnet8x4")  # fmt: skip
 # How many products (two in each attention) ONNX Runtime computes in float, and why; 0 for all others.
 FLOAT = {
-    "torchvision:swin_t": (24, "no integer kernel for attend_in_windows"),
+    "torchvision:swin_t": (24, "no integer kernel for matmul"),
     "timm:vit_tiny_patch16_224": (24, "no integer kernel for scaled_dot_product_attention"),
 }
 
