@@ -53,7 +53,7 @@ def test_every_shipped_recipe_passes(tmp_path: Path) -> None:
         ("model.weights=timm:a1_in1k", "model.weights: timm:a1_in1k: are timm's weights, but the network is torchvision:resnet18"),
         ("model.arch=nothing.py:net", "model.arch: nothing.py: the model's file does not exist; check the path"),
         (f"model.arch={NETWORKS}:smal", "networks.py defines no smal; did you mean small"),
-        ("data={dataset: imagefolder, path: /no/images}", "data.path: /no/images: there is no such folder; check the path"),
+        ("data={dataset: imagefolder, path: /no/images}", "data.path: /no/images: there is no such folder; give another with --data"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_named_with_its_place(tmp_path: Path, override: str, sentence: str) -> None:
