@@ -16,11 +16,11 @@ import typer
 from safetensors import SafetensorError
 from typer.core import TyperGroup
 
-from compress.distribution import own_distribution
 from compress.errors import RecipeError
 from compress.ranks import first_decides, joined, local_ranks, ranks, tell_torchrun
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Augment, Recipe
+from compress.report.distribution import own_distribution
 from export.command.main import INTERRUPTED, MISTAKE, end
 from export.errors import UserError
 
@@ -159,7 +159,7 @@ def check(
     weights: Weights = None,
 ) -> None:
     """Judge recipes without running them, name every mistake, and say what was judged."""
-    from compress.check import checked, mistakes
+    from compress.commands.check import checked, mistakes
 
     wrong: list[str] = []
     for file in files:
@@ -233,7 +233,7 @@ def clean(
     remove: Annotated[bool, typer.Option("--remove", help="Remove it; otherwise it is only listed.")] = False,
 ) -> None:
     """List what no report of a run uses, stages of other settings and what killed runs left, and remove it where asked."""
-    from compress import clean
+    from compress.commands import clean
 
     found = clean.remove(run_folder) if remove else clean.leftovers(run_folder)
     for path, what, size in found:
@@ -299,7 +299,7 @@ def study(
     ] = None,
 ) -> None:
     """Run several recipes in several variants and seeds, and print a table of what each measured."""
-    from compress.study import run_study
+    from compress.commands.study import run_study
 
     _print(run_study(file, data=data, out=out, only=only or ()))
 
@@ -309,7 +309,7 @@ def doctor(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of all runs.")] = Path("runs"),
 ) -> None:
     """Look at this machine: what is installed, what INT8 can gain here, and how to repair what is missing."""
-    from compress.doctor import examine
+    from compress.commands.doctor import examine
 
     raise typer.Exit(examine(out))
 

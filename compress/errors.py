@@ -6,8 +6,11 @@ CompressError            a sentence that names the thing, the value and the repa
 └── ArtifactError        a run folder: not writable, in use, damaged
 """
 
+import difflib
 import re
 import sysconfig
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from export.errors import UserError
@@ -41,3 +44,23 @@ def own_line(stack: str) -> str:
         if "-packages" not in file and not file.startswith(FOREIGN)
     ]
     return " ({}, line {}: {})".format(*own[-1]) if own else ""
+
+
+NAMED = 12  # layers that a refusal lists; the rest are counted
+
+
+def matching(field: str, patterns: Collection[str], names: Sequence[str]) -> set[str]:
+    """Return the names that one of the patterns matches.
+
+    Raises ModelError, which starts with the recipe's `field`, for a pattern that matches none.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            within = f"{pattern}.*" if any(name.startswith(f"{pattern}.") for name in names) else None
+            near = within or next(iter(difflib.get_close_matches(pattern, names, 1)), None)
+            more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+            raise ModelError(
+                f"{field}: {pattern} names no layer; {f'did you mean {near}? ' if near else ''}"
+                f"(known: {', '.join(names[:NAMED])}{more})"
+            )
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}

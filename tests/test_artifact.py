@@ -11,8 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from compress.artifact import Meta, damage, exclusive, finish, is_complete, key_of, lineage, read_meta, write_json
-from compress.digests import digests_of
+from compress.artifact import (
+    Meta,
+    damage,
+    digests_of,
+    exclusive,
+    finish,
+    is_complete,
+    key_of,
+    lineage,
+    read_meta,
+    write_json,
+)
 from compress.errors import ArtifactError
 
 
@@ -85,7 +95,7 @@ def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(b"12345")
         os.utime(tmp_path / name, ns=(old_ns, old_ns))
-    monkeypatch.setattr("compress.digests.TICK_NS", -(10**12))  # or else what is seconds old is not remembered
+    monkeypatch.setattr("compress.artifact.TICK_NS", -(10**12))  # or else what is seconds old is not remembered
     read: list[str] = []
     real = hashlib.file_digest
 

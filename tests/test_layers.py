@@ -8,15 +8,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROWS = (
-    ("compress.distribution", "compress.errors", "export"),
-    ("compress.artifact", "compress.data", "compress.digests", "compress.log", "compress.patterns", "compress.ranks"),
+    ("compress.errors", "export"),
+    ("compress.artifact", "compress.data", "compress.log", "compress.ranks"),
     ("compress.pruning", "compress.quant", "compress.recipe"),
     ("compress.models",),
     ("compress.distillation", "compress.run", "compress.tasks", "compress.training"),
     ("compress.rehearsal", "compress.scoring"),
     ("compress.stages",),
-    ("compress.clean", "compress.pipeline", "compress.report"),
-    ("compress.check", "compress.cli", "compress.doctor", "compress.study"),
+    ("compress.pipeline", "compress.report"),
+    ("compress.cli", "compress.commands"),
 )
 # These take plain arguments, never a recipe's section.
 ALGORITHMS = ("compress.data", "compress.models", "compress.pruning", "compress.quant", "compress.tasks")

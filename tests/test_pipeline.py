@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from compress import pipeline
 from compress.artifact import finish, is_complete, read_meta
-from compress.clean import leftovers
+from compress.commands.clean import leftovers
 from compress.errors import ArtifactError, CompressError
 from compress.log import StageLog
 from compress.pipeline import plan_recipe, run_recipe, run_stage

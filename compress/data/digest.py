@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from compress.digests import digests_of
+from compress.artifact import digests_of
 from compress.log import clock
 from compress.ranks import rank
 from export.errors import DataError

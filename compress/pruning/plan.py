@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CompressError
-from compress.patterns import matching
+from compress.errors import CompressError, matching
 from compress.pruning.costs import CostModel, Layer, is_output_cut
 from compress.pruning.criteria import score
 from compress.pruning.graph import channel_graph

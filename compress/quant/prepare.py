@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 import torch
 from torch import Tensor, fx, nn
 
-from compress.errors import ModelError, own_line
-from compress.patterns import matching
+from compress.errors import ModelError, matching, own_line
 from compress.quant.deployed import DeployedQuantizer, DeployedSameRange, FloatGuard
 from compress.quant.fake_quant import ActivationQuantizer, HardSigmoidQuantizer, Ranges, SameRange
 from compress.quant.graph.placement import (

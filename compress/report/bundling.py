@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from compress.artifact import lineage, read_meta, students_of
-from compress.distribution import own_distribution
 from compress.errors import ArtifactError
 from compress.recipe import strict_yaml
 from compress.recipe.schema import Recipe
 from compress.report.card import card
+from compress.report.distribution import own_distribution
 from compress.report.html import render
 from compress.report.shape import Report
 from export.bundle.inside import SUMS, contained, read_sums

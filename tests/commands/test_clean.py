@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from compress.artifact import exclusive
-from compress.clean import leftovers, remove
 from compress.cli import app
+from compress.commands.clean import leftovers, remove
 from compress.errors import ArtifactError
 
 USED, OLD = "00-source-000000000000", "00-source-111111111111"

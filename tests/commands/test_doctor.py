@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from compress import doctor
-from compress.doctor import Finding
+from compress.commands import doctor
+from compress.commands.doctor import Finding
 from export.onnx_file.targets import TARGETS
 
 

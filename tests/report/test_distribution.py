@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from compress.distribution import own_distribution
+from compress.report.distribution import own_distribution
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TEXTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.md")]
 SOURCES = [path for folder in ("compress", "export") for path in (ROOT / folder).rglob("*.py")]
 INSTALLS = re.compile(r"pip install ([^`#\n;)]*)")

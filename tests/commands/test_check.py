@@ -6,16 +6,16 @@ import pytest
 from names import listing
 from typer.testing import CliRunner
 
-from compress.check import mistakes
 from compress.cli import app
+from compress.commands.check import mistakes
 from compress.errors import RecipeError
 from compress.models import known
 from compress.models.known import LIST, Library
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 
-ROOT = Path(__file__).parent.parent
-NETWORKS = Path(__file__).with_name("networks.py")
+ROOT = Path(__file__).parents[2]
+NETWORKS = Path(__file__).parents[1] / "networks.py"
 RECIPE = """
 name: small
 model: {arch: "torchvision:resnet18"}

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from compress.commands.study import Study, measurements, read_study, run_study
 from compress.errors import CompressError
 from compress.recipe import strict_yaml
 from compress.recipe.read import read_recipe
-from compress.study import Study, measurements, read_study, run_study
 
-STUDIES = sorted((Path(__file__).parent.parent / "recipes" / "studies").glob("*.yaml"))
-PAGE = Path(__file__).parent.parent / "docs" / "study.md"
+STUDIES = sorted((Path(__file__).parents[2] / "recipes" / "studies").glob("*.yaml"))
+PAGE = Path(__file__).parents[2] / "docs" / "study.md"
 RECIPE = """
 name: studied
 data: {{dataset: digits, image_size: 16, limit_per_class: 10}}
@@ -87,7 +87,7 @@ def test_measurements_name_where_each_number_comes_from() -> None:
 
 @pytest.mark.slow
 def test_a_study_runs_every_variant_and_seed_with_the_first_seeds_teacher(tmp_path: Path) -> None:
-    networks = Path(__file__).with_name("networks.py")
+    networks = Path(__file__).parents[1] / "networks.py"
     (tmp_path / "a.yaml").write_text(RECIPE.format(networks=networks))
     (tmp_path / "study.yaml").write_text(STUDY)
     out = tmp_path / "runs"

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.text import Text
 
-from compress.distribution import own_distribution
+from compress.report.distribution import own_distribution
 from export.onnx_file.targets import Target, host_instruction_sets, host_target
 
 Status = Literal["ok", "warn", "missing"]
