@@ -7,12 +7,11 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import onnx
-from onnx import NodeProto, TensorProto
+import onnx_ir as ir
 
 from export.bundle.read import read_bundle
 from export.bundle.sandbox import require_sound, vet
@@ -22,7 +21,7 @@ from export.errors import BundleError
 from export.onnx_file.macs import macs
 from export.onnx_file.model_file import parse, precision
 from export.onnx_file.names import ADDED, module_of
-from export.onnx_file.wiring import DQ, FLOAT, INTEGER, LAYERS, Q, Wiring, origin, wire
+from export.onnx_file.wiring import DQ, FLOAT, INTEGER, LAYERS, Q, Wiring, is_quantized, maker, origin, wire
 from export.proof.optimized import FLOATS, MOVES, float_operators, leftover_qdq, optimize
 from export.runtime.node_times import NodeTime, node_times
 from export.runtime.session import PROVIDERS
@@ -60,23 +59,23 @@ def audit(path: Path, provider: str = "cpu") -> Audit:
         raise BundleError(f"provider: must be one of {', '.join(PROVIDERS)}, got {provider!r}")
     file = wire(parse(path))
     try:
-        runs = optimize(file.model, PROVIDERS[provider])
-        times = node_times(file.model.SerializeToString(), provider=PROVIDERS[provider])
+        runs = optimize(file.to_bytes(), PROVIDERS[provider])
+        times = node_times(file.to_bytes(), provider=PROVIDERS[provider])
     except BundleError as error:
         raise BundleError(str(error).replace("the model", path.name, 1)) from error
-    layers = {node.name: origin(node, file) for node in runs.nodes.values() if node.op_type in (*INTEGER, *FLOAT)}
+    layers = {name: origin(node, file) for name, node in runs.nodes.items() if node.op_type in (*INTEGER, *FLOAT)}
     integer = [name for name in layers if runs.nodes[name].op_type in INTEGER]
     in_float = [name for name in layers if name not in integer]
     leftover = leftover_qdq(runs)
     floats = float_operators(runs)
-    in_integers = {found.name: found for name in integer if (found := layers[name])}
+    in_integers = {str(found.name): found for name in integer if (found := layers[name])}
     by_module: dict[str, str] = {}
     for node in floats:
         name = _label(origin(node, file), node.name)
         by_module[name] = f"{by_module[name]}, {node.op_type}" if name in by_module else node.op_type
     reasons: dict[str, str] = {}
     if any(node.op_type == Q for node in file.nodes.values()):
-        for name, reason in why(file, runs, [layers[name] for name in in_float], floats, leftover):
+        for name, reason in why(file, [layers[name] for name in in_float], floats, leftover):
             reasons.setdefault(name, reason)  # of a module with several operators the first is the cause
     return Audit(
         provider=provider,
@@ -85,13 +84,11 @@ def audit(path: Path, provider: str = "cpu") -> Audit:
         integer_layers=tuple(_label(layers[name], name) for name in integer),
         float_layers=tuple(_label(layers[name], name) for name in in_float),
         float_fraction=float_fraction(macs(file), set(in_integers)),
-        leftover_qdq=tuple(_plain(node.name) for node in leftover),
-        float_biases=tuple(module_of(layer.name) for layer in file.layers() if has_float_bias(layer, file)),
-        quantized_by_runtime=tuple(
-            module_of(name) for name, found in in_integers.items() if not file.is_quantized(found)
-        ),
-        float_initializer_mb=sum(_float_bytes(tensor) for tensor in runs.constants.values()) / 1e6,
-        copies=tuple(node.name for node in runs.nodes.values() if node.op_type.startswith("Memcpy")),
+        leftover_qdq=tuple(_plain(node) for node in leftover),
+        float_biases=tuple(module_of(layer.name) for layer in file.layers() if has_float_bias(layer)),
+        quantized_by_runtime=tuple(module_of(name) for name, found in in_integers.items() if not is_quantized(found)),
+        float_initializer_mb=sum(map(_float_bytes, runs.values.values())) / 1e6,
+        copies=tuple(name for name, node in runs.nodes.items() if node.op_type.startswith("Memcpy")),
         float_operators=by_module,
         reasons=reasons,
     )
@@ -104,12 +101,10 @@ def float_fraction(counts: dict[str, int] | None, in_integers: set[str]) -> floa
     return 1 - sum(counts[name] for name in in_integers) / sum(counts.values())
 
 
-def has_float_bias(layer: NodeProto, file: Wiring) -> bool:
+def has_float_bias(layer: ir.Node) -> bool:
     """Tell whether a layer with integer weights adds a bias that lies in the file as float."""
-    if len(layer.input) < 3 or not file.is_quantized(layer):
-        return False
-    bias = file.constants.get(layer.input[2])
-    return bias is not None and bias.data_type in FLOATS
+    bias = layer.inputs[2] if len(layer.inputs) > 2 and is_quantized(layer) else None
+    return bias is not None and bias.is_initializer() and bias.dtype in FLOATS
 
 
 def by_provider(times: list[NodeTime]) -> dict[str, dict[str, int]]:
@@ -122,41 +117,40 @@ def by_provider(times: list[NodeTime]) -> dict[str, dict[str, int]]:
 
 
 def why(
-    file: Wiring, runs: Wiring, layers: list[NodeProto | None], operators: list[NodeProto], leftover: list[NodeProto]
+    file: Wiring, layers: list[ir.Node | None], operators: list[ir.Node], leftover: list[ir.Node]
 ) -> Iterator[tuple[str, str]]:
     """Yield for each float layer, float operator and leftover Q/DQ node what keeps it from running in integers."""
     for node in [*layers, *(origin(node, file) for node in operators)]:
         if node is not None:
-            yield module_of(node.name), _why_float(node, file)
+            yield module_of(node.name), _why_float(node)
     neighbours: dict[str, dict[str, None]] = {}  # the optimizer doubles a node that two others read
     for node in leftover:
-        around = _past_moves(node, runs.below if node.op_type == DQ else runs.above)
+        around = _past_moves(node, ir.Node.successors if node.op_type == DQ else ir.Node.predecessors)
         labels = [f"{_label(origin(other, file), other.name)} ({other.op_type})" for other in around]
-        neighbours.setdefault(_plain(node.name), {}).update(dict.fromkeys(labels))
+        neighbours.setdefault(_plain(node), {}).update(dict.fromkeys(labels))
     for node in leftover:
-        names = " and ".join(neighbours[_plain(node.name)]) or "the end of the graph"
-        yield _plain(node.name), f"{'feeds' if node.op_type == DQ else 'takes'} {names}, not in integers"
+        names = " and ".join(neighbours[_plain(node)]) or "the end of the graph"
+        yield _plain(node), f"{'feeds' if node.op_type == DQ else 'takes'} {names}, not in integers"
 
 
-def _past_moves(node: NodeProto, neighbours: Callable[[NodeProto], list[NodeProto]]) -> list[NodeProto]:
+def _past_moves(node: ir.Node, neighbours: Callable[[ir.Node], Iterable[ir.Node]]) -> list[ir.Node]:
     """Return the nearest nodes in one direction that do more than move values."""
-    found: list[NodeProto] = []
+    found: list[ir.Node] = []
     for other in neighbours(node):
         found.extend(_past_moves(other, neighbours) if other.op_type in MOVES else [other])
     return found
 
 
-def _why_float(node: NodeProto, file: Wiring) -> str:
-    weights = file.producer.get(node.input[1]) if node.op_type in LAYERS else None
-    if node.op_type in LAYERS and (weights is None or weights.op_type != DQ):
+def _why_float(node: ir.Node) -> str:
+    if node.op_type in LAYERS and maker(node.inputs[1]) != DQ:
         return "its weights are float in the file: it was not quantized"
-    for name in node.input:
-        maker = file.producer.get(name)
-        if name not in file.constants and (maker is None or maker.op_type not in (DQ, "Constant")):
-            return f"its input comes in float from {maker.name if maker else name}"
-    below, clip = file.below(node), ""
+    for value in filter(None, node.inputs):
+        if not value.is_initializer() and maker(value) not in (DQ, "Constant"):
+            made_by = value.producer()
+            return f"its input comes in float from {made_by.name if made_by else value.name}"
+    below, clip = node.successors(), ""
     while len(below) == 1 and below[0].op_type in ("Relu", "Clip"):
-        below, clip = file.below(below[0]), below[0].name
+        below, clip = below[0].successors(), str(below[0].name)
     other = next((reader for reader in below if reader.op_type != Q), None)
     if other is not None or not below:
         return f"its output goes in float to {other.name if other else 'the end of the graph'}"
@@ -204,16 +198,16 @@ def _named(found: Audit, names: tuple[str, ...]) -> str:
     return ", ".join([*shown, *([f"and {len(names) - 5} more"] if len(names) > 5 else [])])
 
 
-def _label(node: NodeProto | None, name: str) -> str:
+def _label(node: ir.Node | None, name: str | None) -> str:
     return module_of(node.name if node else name)
 
 
-def _plain(name: str) -> str:
-    return ADDED.sub("", name)
+def _plain(node: ir.Node) -> str:
+    return ADDED.sub("", str(node.name))
 
 
-def _float_bytes(tensor: TensorProto) -> int:
-    return 4 * onnx.numpy_helper.to_array(tensor).size if tensor.data_type == TensorProto.FLOAT else 0
+def _float_bytes(value: ir.Value) -> int:
+    return value.const_value.nbytes if value.const_value and value.dtype == ir.DataType.FLOAT else 0
 
 
 def as_text(found: Audit) -> str:

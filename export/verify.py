@@ -170,7 +170,7 @@ def verify(
 def file_reference(file: Wiring) -> Reference:
     """Return the file's own Q/DQ graph as a reference: run as it stands, so that every product and sum is in float."""
     model, outputs = exposed(file)
-    session = open_session(model.SerializeToString(), optimize=False)
+    session = open_session(model, optimize=False)
     names = dict.fromkeys([value.name for value in session.get_outputs()])
 
     def reference(images: Floats) -> Mapping[str, Floats]:
@@ -192,10 +192,9 @@ def open_probes(file: Wiring, known: Mapping[str, Floats], possible: Mapping[str
     """Open every piece of the file between the tensors that the reference knows; unoptimized too where saturation is `possible`."""
     probes = []
     for piece in pieces(file, known):
-        model = piece.model.SerializeToString()
         suspect = not possible.keys().isdisjoint(piece.layers)
-        unoptimized = open_session(model, threads=1, optimize=False) if suspect else None
-        probes.append(Probe(piece, open_session(model, threads=1), unoptimized))
+        unoptimized = open_session(piece.model, threads=1, optimize=False) if suspect else None
+        probes.append(Probe(piece, open_session(piece.model, threads=1), unoptimized))
     return probes
 
 

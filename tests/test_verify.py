@@ -12,12 +12,13 @@ import numpy as np
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
-from onnx import ModelProto, helper, numpy_helper
+from onnx import ModelProto, helper
 from onnx_files import class_folders, classifier, save, write_small_bundle
 from quantized_files import SIZE, changed, constant, images, quantized_network, vpmaddubsw_product
 
 from export import verify as verify_module
 from export.errors import BundleError
+from export.onnx_file import wiring
 from export.onnx_file.targets import host_target
 from export.onnx_file.wiring import wire
 from export.proof.distance import Distance
@@ -137,7 +138,7 @@ def test_the_pieces_in_a_row_are_the_file(full: Path) -> None:
     file, batch = wire(quantized_network()), images(4)
     tensors = {"": batch}
     for piece in pieces(file, file_reference(file)(batch).keys()):
-        tensors[piece.name] = _run(piece.model.SerializeToString(), *(tensors[name] for name in piece.inputs))
+        tensors[piece.name] = _run(piece.model, *(tensors[name] for name in piece.inputs))
     assert np.array_equal(tensors["logits"], _run(full, batch))
 
 
@@ -188,7 +189,7 @@ def test_saturation_is_named_where_the_kernel_saturates(full: Path, monkeypatch:
         parsed = wire(ModelProto.FromString(model)) if isinstance(model, bytes) else None
         if parsed is None or not optimize or "conv1/Conv" not in parsed.nodes or "conv2/Conv" in parsed.nodes:
             return open_session(model, threads=threads, optimize=optimize)
-        return _Avx2(parsed.model)
+        return _Avx2(parsed.to_bytes())
 
     monkeypatch.setattr(verify_module, "open_session", without_vnni)
     found = verify(full, [(images(16), None)], task=CLASSIFICATION)
@@ -230,9 +231,9 @@ def test_a_cpu_without_vnni_saturates_on_the_full_range_and_not_on_seven_bits(tm
     cut: dict[str, Piece] = {}
     for name, highest in (("full", 127), ("seven", 63)):
         file = wire(quantized_network(highest))
-        save(file.model, tmp_path / f"{name}.onnx")
+        (tmp_path / f"{name}.onnx").write_bytes(file.to_bytes())
         cut[name] = pieces(file, ["quantizer_conv1"])[0]
-        save(cut[name].model, tmp_path / f"{name}_conv1.onnx")
+        (tmp_path / f"{name}_conv1.onnx").write_bytes(cut[name].model)
     command = ["qemu-x86_64", "-cpu", "Haswell", sys.executable, "-c", EMULATED, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.split() == ["full,conv1,quantizer_conv1", "seven,None"]
@@ -313,22 +314,21 @@ def test_no_images_and_a_reference_without_logits_are_refused(full: Path) -> Non
 class _Avx2:
     """A session on one Q/DQ convolution that multiplies as AVX2 does: levels, patches channels last, pairs, one rounding."""
 
-    def __init__(self, model: ModelProto) -> None:
-        self.file = wire(model)
-        self.values = {name: numpy_helper.to_array(tensor) for name, tensor in self.file.constants.items()}
+    def __init__(self, model: bytes) -> None:
+        self.file = wire(ModelProto.FromString(model))
 
     def get_inputs(self) -> list[object]:
-        return list(self.file.model.graph.input)
+        return list(self.file.model.graph.inputs)
 
     def run(self, _: None, feeds: Mapping[str, Floats]) -> list[Floats]:
         (layer,) = self.file.layers()
-        runs = optimize(self.file.model, CPU)
-        weights = inner_order(next(node for node in runs.nodes.values() if node.op_type == "QLinearConv"), runs)
+        runs = optimize(self.file.to_bytes(), CPU)
+        weights = inner_order(next(node for node in runs.nodes.values() if node.op_type == "QLinearConv"))
         assert weights is not None
         (given,) = feeds.values()
         first, last = [node for node in self.file.nodes.values() if node.op_type == "QuantizeLinear"]
         (scale, zero), (out_scale, out_zero) = [
-            [float(self.values[name]) for name in node.input[1:]] for node in (first, last)
+            [float(wiring.constant(value)) for value in node.inputs[1:]] for node in (first, last)
         ]
         levels = np.clip(np.rint(given / np.float32(scale)) + zero, 0, 255).astype(np.uint8)
         padded = np.pad(levels, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=int(zero))
@@ -337,9 +337,10 @@ class _Avx2:
         sums = vpmaddubsw_product(patches.reshape(-1, weights.shape[1]), weights) - int(zero) * weights.sum(
             axis=1, dtype=np.int32
         )
-        name = layer.name.partition("/")[0]
-        unit = scale * self.values[f"{name}.weight_scale"].astype(np.float64)
-        real = (sums + self.values[f"{name}.bias"]) * unit
+        name = str(layer.name).partition("/")[0]
+        weight_scale, bias = (wiring.constant(self.file.values[f"{name}.{end}"]) for end in ("weight_scale", "bias"))
+        unit = scale * weight_scale.astype(np.float64)
+        real = (sums + bias) * unit
         rounded = np.clip(np.rint(real / out_scale) + out_zero, 0, 255) - out_zero  # the ReLU is the grid's lower end
         shape = (len(given), SIZE, SIZE, -1)
         return [(rounded * out_scale).astype(np.float32).reshape(shape).transpose(0, 3, 1, 2)]

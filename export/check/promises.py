@@ -11,7 +11,6 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
-from onnx import numpy_helper
 
 from export.audit import Audit, audit
 from export.bundle.golden import FOLDER, TOLERANCE, answer
@@ -21,7 +20,7 @@ from export.errors import BundleError
 from export.onnx_file.model_file import inspect, parse
 from export.onnx_file.names import module_of
 from export.onnx_file.targets import TARGETS, Target, host_target
-from export.onnx_file.wiring import Wiring, wire
+from export.onnx_file.wiring import Wiring, is_quantized, weights, wire
 from export.runtime.environment import runtime
 
 ROUNDED = 1.01  # a bundle's tolerances have three digits
@@ -37,7 +36,7 @@ def broken_promises(bundle: Bundle, name: str) -> Broken:
     path = bundle.files[name]
     file, precision = wire(parse(path)), inspect(path).precision
     listed: Json = get(get(bundle.manifest, MANIFEST, "files", dict), MANIFEST, name, dict)
-    metadata = {entry.key: entry.value for entry in file.model.metadata_props}
+    metadata = file.model.metadata_props
     target = target_of(bundle, name)
     yield from other_recipe(bundle, path, metadata)
     yield from other_classes(bundle, path, metadata)
@@ -147,8 +146,8 @@ def off_grid(path: Path, file: Wiring, target: Target, optimized: Audit | None) 
     grid = f"{target.name}'s grid [{target.weight_min}, {target.weight_max}]"
     wide: dict[str, int] = {}
     for layer in file.layers():
-        tensor = file.weights(layer)
-        levels = np.zeros(1) if tensor is None else numpy_helper.to_array(tensor)
+        tensor = weights(layer)
+        levels = np.zeros(1) if tensor is None else tensor.numpy()
         if levels.dtype == np.int8 and (levels.min() < target.weight_min or levels.max() > target.weight_max):
             wide[module_of(layer.name)] = max(int(levels.max()), int(levels.min()), key=abs)
     if wide:
@@ -167,7 +166,7 @@ def off_grid(path: Path, file: Wiring, target: Target, optimized: Audit | None) 
 
 def unpromised_float_layers(path: Path, file: Wiring, optimized: Audit | None, listed: Json) -> Broken:
     """Yield the layers that compute in float though bundle.json's `float_layers` does not name them."""
-    in_file = {module_of(layer.name) for layer in file.layers() if not file.is_quantized(layer)}
+    in_file = {module_of(layer.name) for layer in file.layers() if not is_quantized(layer)}
     in_float = in_file if optimized is None else in_file.union(optimized.float_layers)
     promised = listed.get("float_layers", [])
     known = {one for one in promised if isinstance(one, str)} if isinstance(promised, list) else set()

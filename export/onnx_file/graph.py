@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+import onnx_ir as ir
+from onnx import ModelProto, helper, numpy_helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
@@ -15,24 +16,23 @@ INPUT, OUTPUT = "input", "logits"
 IR_VERSION = 9  # ONNX Runtime 1.15, which servers in the field still run, reads opset <= 19 and IR <= 9
 
 
-def finish(model: ModelProto, *, opset: int, metadata: Mapping[str, str]) -> ModelProto:
+def finish(model: ir.Model, *, opset: int, metadata: Mapping[str, str]) -> ModelProto:
     """Return the exported model ready to be served: right versions, nodes named after their modules, no stack traces or paths.
 
     Global averages become pools, which have integer kernels.
 
     Raises ValueError where the exporter did not honour the opset.
     """
-    model = onnx.ModelProto.FromString(model.SerializeToString())
-    versions = {entry.domain: entry.version for entry in model.opset_import}
-    if versions.get("", versions.get("ai.onnx")) != opset:
-        raise ValueError(f"the exporter wrote opset {versions}, not {opset}")
+    if model.opset_imports.get("") != opset:
+        raise ValueError(f"the exporter wrote opset {model.opset_imports}, not {opset}")
     model.ir_version = IR_VERSION
-    model.producer_name, model.producer_version = "compress", ""
-    global_average_pools_(model)
-    name_nodes_(model)
-    strip_(model)
-    helper.set_model_props(model, dict(metadata))
-    return model
+    model.producer_name, model.producer_version = "compress", None
+    global_average_pools_(model.graph)
+    name_nodes_(model.graph)
+    finished = ir.to_proto(model)
+    strip_(finished)
+    helper.set_model_props(finished, dict(metadata))
+    return finished
 
 
 def strip_(model: ModelProto) -> None:
@@ -55,28 +55,19 @@ def strip_(model: ModelProto) -> None:
         del part.metadata_props[:]
 
 
-def global_average_pools_(model: ModelProto) -> int:
-    """Rewrite ReduceMean over height and width as GlobalAveragePool, which has an integer kernel; return how many."""
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    constants |= {
-        node.output[0]: numpy_helper.to_array(node.attribute[0].t)
-        for node in model.graph.node
-        if node.op_type == "Constant" and node.attribute[0].name == "value"
-    }
-    rank4 = _rank4_outputs(model)
-    pools = [node for node in model.graph.node if _is_global_mean(node, constants) and node.input[0] in rank4]
-    for node in pools:
-        keeps_dims = _attribute(node, "keepdims", 1)
+def global_average_pools_(graph: ir.Graph) -> None:
+    """Rewrite ReduceMean over height and width as GlobalAveragePool, which has an integer kernel."""
+    for node in [node for node in graph if _is_global_mean(node)]:
+        keeps_dims, pooled = node.attributes.get_int("keepdims", 1), node.outputs[0]
         node.op_type = "GlobalAveragePool"
-        del node.input[1:], node.attribute[:]
+        node.attributes.clear()
+        node.resize_inputs(1)
         if not keeps_dims:
-            pooled, flat = f"{node.output[0]}_pooled", node.output[0]
-            node.output[0] = pooled
-            position = list(model.graph.node).index(node)
-            flatten = helper.make_node("Flatten", [pooled], [flat])
-            flatten.metadata_props.extend(node.metadata_props)  # its module
-            model.graph.node.insert(position + 1, flatten)
-    return len(pools)
+            flatten = ir.node("Flatten", [pooled], metadata_props=node.metadata_props)  # its module
+            flatten.outputs[0].name, flatten.outputs[0].type = pooled.name, pooled.type
+            pooled.replace_all_uses_with(flatten.outputs[0], replace_graph_outputs=True)
+            flatten.replace_input_with(0, pooled)
+            graph.insert_after(node, flatten)
 
 
 def to_float16(model: ModelProto) -> ModelProto:
@@ -103,17 +94,10 @@ def weight_levels(model: ModelProto) -> dict[str, np.ndarray]:
     }
 
 
-def _is_global_mean(node: NodeProto, constants: Mapping[str, np.ndarray]) -> bool:
-    if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in constants:
+def _is_global_mean(node: ir.Node) -> bool:
+    if node.op_type != "ReduceMean" or len(node.inputs) < 2:
         return False
-    return sorted(int(axis) % 4 for axis in constants[node.input[1]].ravel()) == [2, 3]
-
-
-def _rank4_outputs(model: ModelProto) -> set[str]:
-    inferred = onnx.shape_inference.infer_shapes(model)
-    values = [*inferred.graph.value_info, *inferred.graph.input]
-    return {value.name for value in values if len(value.type.tensor_type.shape.dim) == 4}
-
-
-def _attribute(node: NodeProto, name: str, default: int) -> int:
-    return next((int(attribute.i) for attribute in node.attribute if attribute.name == name), default)
+    images, axes = node.inputs[0], ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] else None
+    if not images or not images.shape or len(images.shape) != 4 or axes is None:
+        return False
+    return sorted(int(axis) % 4 for axis in axes.numpy().ravel()) == [2, 3]

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from onnx import ModelProto, NodeProto
+import onnx_ir as ir
 
 SCOPES, RULE = "pkg.torch.onnx.name_scopes", "pkg.onnxscript.rewriter.rule_name"
 # What ONNX Runtime adds to a name when it replaces or doubles the node: a counter, the layout of its float convolutions, and before
@@ -13,22 +13,18 @@ SCOPES, RULE = "pkg.torch.onnx.name_scopes", "pkg.onnxscript.rewriter.rule_name"
 ADDED = re.compile(r"^InsertedPrecisionFreeCast_|(_nchwc|_token_\d+|_nhwc|/duplicated)+$")
 
 
-def name_nodes_(model: ModelProto) -> None:
+def name_nodes_(graph: ir.Graph) -> None:
     """Name every node `<module path>/<OpType>`, numbered where that is taken, and its outputs after it.
 
     Reads the exporter's metadata. A node that no module holds is `<OpType>` alone; the graph's own inputs and outputs
     keep their names.
     """
-    kept = {value.name for value in model.graph.output}
-    renamed: dict[str, str] = {}
-    names = unique(f"{_module(node)}/{node.op_type}".lstrip("/") for node in model.graph.node)
-    for node, name in zip(model.graph.node, names, strict=True):
+    names = unique(f"{_module(node)}/{node.op_type}".lstrip("/") for node in graph)
+    for node, name in zip(graph, names, strict=True):
         node.name = name
-        outputs = [name, *(f"{name}:{index}" for index in range(1, len(node.output)))]
-        renamed |= {old: new for old, new in zip(node.output, outputs, strict=True) if old and old not in kept}
-    for node in model.graph.node:
-        node.input[:] = [renamed.get(tensor, tensor) for tensor in node.input]
-        node.output[:] = [renamed.get(tensor, tensor) for tensor in node.output]
+        for index, value in enumerate(node.outputs):
+            if not value.is_graph_output():
+                value.name = f"{name}:{index}" if index else name
 
 
 def unique(names: Iterable[str]) -> list[str]:
@@ -46,17 +42,17 @@ def unique(names: Iterable[str]) -> list[str]:
     return result
 
 
-def module_of(node_name: str) -> str:
+def module_of(node_name: str | None) -> str:
     """Return the module path in a node's name, also of one that ONNX Runtime replaced; another name as it is."""
-    module, _, _ = ADDED.sub("", node_name).rpartition("/")
-    return module or node_name
+    name = node_name or ""
+    return ADDED.sub("", name).rpartition("/")[0] or name
 
 
-def _module(node: NodeProto) -> str:
+def _module(node: ir.Node) -> str:
     """Return the path of the innermost module whose forward made the node, empty where it is the network's own."""
-    notes = {entry.key: entry.value for entry in node.metadata_props}
-    if "BatchNorm" in notes.get(RULE, ""):
+    if "BatchNorm" in node.metadata_props.get(RULE, ""):
         # Folded into the convolution: the note names the batch-norm, the weights still name the convolution.
-        return str(node.input[1]).rpartition(".")[0]
-    scopes = ast.literal_eval(notes.get(SCOPES, "[]"))  # outer modules first, then the operation itself
+        assert node.inputs[1] is not None
+        return str(node.inputs[1].name).rpartition(".")[0]
+    scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))  # outer modules first, then the operation itself
     return str(scopes[-2]) if len(scopes) > 1 else ""

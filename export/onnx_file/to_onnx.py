@@ -48,7 +48,7 @@ def to_onnx(model: nn.Module, path: Path, *, image_size: int, metadata: Mapping[
             "its forward must not branch on values, and use operators that ONNX has"
         ) from error
     assert program is not None
-    save_model(finish(program.model_proto, opset=OPSET, metadata=metadata), path)
+    save_model(finish(program.model, opset=OPSET, metadata=metadata), path)
 
 
 class _Call(nn.Module):

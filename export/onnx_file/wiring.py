@@ -1,8 +1,12 @@
-"""Who makes and who reads each tensor of an ONNX graph, and what of it is a layer, a Q/DQ node or a constant."""
+"""An ONNX graph whose nodes all have names, and what of it is a layer, a Q/DQ node or a constant."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from onnx import ModelProto, NodeProto, TensorProto
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx import ModelProto
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from export.onnx_file.names import ADDED, unique
 
@@ -23,80 +27,69 @@ Q, DQ = "QuantizeLinear", "DequantizeLinear"
 
 @dataclass(frozen=True)
 class Wiring:
-    """The tables of one graph; every node has a name."""
+    """A model with its nodes and values by name; its constants are initializers."""
 
-    model: ModelProto
-    nodes: dict[str, NodeProto]  # by name
-    producer: dict[str, NodeProto]  # by tensor
-    readers: dict[str, list[NodeProto]]  # by tensor
-    constants: dict[str, TensorProto]  # initializers by name
+    model: ir.Model
+    nodes: dict[str, ir.Node]
+    values: dict[str, ir.Value]
 
-    def above(self, node: NodeProto) -> list[NodeProto]:
-        """Return the nodes that make the inputs of `node`."""
-        return [self.producer[name] for name in node.input if name in self.producer]
-
-    def below(self, node: NodeProto) -> list[NodeProto]:
-        """Return the nodes that read the outputs of `node`."""
-        return [reader for name in node.output for reader in self.readers.get(name, [])]
-
-    def of_data(self, node: NodeProto) -> bool:
-        """Tell whether a node carries activations: not a constant, nor weights behind a DequantizeLinear."""
-        return bool(node.input) and node.input[0] not in self.constants
-
-    def layers(self) -> list[NodeProto]:
+    def layers(self) -> list[ir.Node]:
         """Return the convolutions and matrix products in the file's order."""
         return [node for node in self.nodes.values() if node.op_type in LAYERS]
 
-    def weights(self, layer: NodeProto) -> TensorProto | None:
-        """Return a layer's weights as the file holds them, None where another tensor takes their place."""
-        name = layer.input[1]
-        made_by = self.producer.get(name)
-        if made_by is not None and made_by.op_type == DQ:
-            name = made_by.input[0]
-        return self.constants.get(name)
-
-    def is_quantized(self, layer: NodeProto) -> bool:
-        """Tell whether both factors of a layer come out of a DequantizeLinear."""
-        makers = [self.producer.get(name) for name in layer.input[:2]]
-        return all(maker is not None and maker.op_type == DQ for maker in makers)
+    def to_bytes(self) -> bytes:
+        """Return the model as a file holds it."""
+        return bytes(ir.to_proto(self.model).SerializeToString())
 
 
 def wire(model: ModelProto) -> Wiring:
-    """Return the tables of a copy of `model`, in which a node without a name of its own is named after its output."""
-    model = ModelProto.FromString(model.SerializeToString())
-    _constants_to_initializers_(model)
-    names = unique(node.name or node.output[0] for node in model.graph.node)
-    readers: dict[str, list[NodeProto]] = {}
-    for node, name in zip(model.graph.node, names, strict=True):
+    """Return a copy of `model` in which a node without a name of its own is named after its output."""
+    copy = ir.from_proto(ModelProto.FromString(model.SerializeToString()))
+    LiftConstantsToInitializersPass(size_limit=0)(copy)
+    for node, name in zip(
+        copy.graph, unique(node.name or str(node.outputs[0].name) for node in copy.graph), strict=True
+    ):
         node.name = name
-        for tensor in dict.fromkeys(node.input):
-            readers.setdefault(tensor, []).append(node)
-    return Wiring(
-        model=model,
-        nodes={node.name: node for node in model.graph.node},
-        producer={tensor: node for node in model.graph.node for tensor in node.output if tensor},
-        readers=readers,
-        constants={tensor.name: tensor for tensor in model.graph.initializer},
-    )
+    nodes = {str(node.name): node for node in copy.graph}
+    return Wiring(copy, nodes, ir.convenience.create_value_mapping(copy.graph, include_subgraphs=False))
 
 
-def _constants_to_initializers_(model: ModelProto) -> None:
-    for node in [node for node in model.graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"]:
-        tensor = model.graph.initializer.add()
-        tensor.CopyFrom(node.attribute[0].t)
-        tensor.name = node.output[0]
-        model.graph.node.remove(node)
+def maker(value: ir.Value | None) -> str:
+    """Return the operator that makes a value, empty where none does."""
+    node = value.producer() if value else None
+    return node.op_type if node else ""
 
 
-def origin(node: NodeProto, file: Wiring) -> NodeProto | None:
+def constant(value: ir.Value | None) -> NDArray[Any]:
+    """Return the content of a value that is a constant of the file."""
+    tensor = value.const_value if value else None
+    assert tensor is not None, "asked of constants alone"
+    return tensor.numpy()
+
+
+def weights(layer: ir.Node) -> ir.TensorProtocol | None:
+    """Return a layer's weights as the file holds them, None where another tensor takes their place."""
+    value = layer.inputs[1]
+    if value and (node := value.producer()) and node.op_type == DQ:
+        value = node.inputs[0]
+    return value.const_value if value else None
+
+
+def is_quantized(layer: ir.Node) -> bool:
+    """Tell whether both factors of a layer come out of a DequantizeLinear."""
+    return all(maker(value) == DQ for value in layer.inputs[:2])
+
+
+def origin(node: ir.Node, file: Wiring) -> ir.Node | None:
     """Return the node of the file that a node of its optimized graph stands for, None for one that the optimizer added.
 
     The optimizer keeps a node's name and adds to it. A fused float layer is named after its last output, so from there
     the search goes up to the layer.
     """
-    name = ADDED.sub("", node.name)
-    found = file.nodes.get(name) or file.producer.get(name) or file.producer.get(ADDED.sub("", node.output[0]))
+    name, output = ADDED.sub("", str(node.name)), ADDED.sub("", str(node.outputs[0].name))
+    made = (value.producer() for value in (file.values.get(name), file.values.get(output)) if value)
+    found = file.nodes.get(name) or next(filter(None, made), None)
     if node.op_type in (*INTEGER, *FLOAT):
         while found is not None and found.op_type not in LAYERS:
-            found = file.producer.get(found.input[0]) if found.input else None
+            found = found.inputs[0].producer() if found.inputs and found.inputs[0] else None
     return found

@@ -1,16 +1,16 @@
 """The graph that ONNX Runtime runs after its optimizer, and what of it is still in float."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto
+import onnx_ir as ir
 
 from export.onnx_file.wiring import DQ, FLOAT, INTEGER, Q, Wiring, wire
 from export.runtime.session import open_session
 
-FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 # They move values and compute nothing; ONNX Runtime runs them on integers and floats alike.
 MOVES = frozenset({
     "Cast", "Constant", "Flatten", "Gather", "Identity", "MemcpyFromHost", "MemcpyToHost", "ReorderInput", "ReorderOutput",
@@ -19,58 +19,56 @@ MOVES = frozenset({
 NO_FLOATS = (Q, "Shape", "Size", "ArgMax", "ConvInteger", "MatMulInteger")  # none come out of these, whatever goes in
 
 
-def optimize(model: ModelProto, provider: str) -> Wiring:
-    """Return the graph that `provider` runs."""
+def optimize(model: bytes, provider: str) -> Wiring:
+    """Return the graph that `provider` runs of a model."""
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder, "optimized.onnx")
-        open_session(model.SerializeToString(), provider=provider, optimized_file=optimized)
+        open_session(model, provider=provider, optimized_file=optimized)
         return wire(onnx.load(optimized))
 
 
-def leftover_qdq(runs: Wiring) -> list[NodeProto]:
+def leftover_qdq(runs: Wiring) -> list[ir.Node]:
     """Return the Q/DQ nodes of an optimized graph, less one Q that the input and one DQ that the output needs.
 
     Between those and the graph's ends stands no layer and nothing on a grid.
     """
     pairs = [node for node in runs.nodes.values() if node.op_type in (Q, DQ)]
-    entry = next((node for node in pairs if node.op_type == Q and not _meets_grid(node, runs.above)), None)
-    leave = next((node for node in pairs if node.op_type == DQ and not _meets_grid(node, runs.below)), None)
+    entry = next((node for node in pairs if node.op_type == Q and not _meets_grid(node, ir.Node.predecessors)), None)
+    leave = next((node for node in pairs if node.op_type == DQ and not _meets_grid(node, ir.Node.successors)), None)
     return [node for node in pairs if node is not entry and node is not leave]
 
 
-def float_operators(runs: Wiring) -> list[NodeProto]:
-    """Return the nodes of an optimized graph that compute in float and are neither layers nor Q/DQ."""
-    floats = _float_tensors(runs)
+def float_operators(runs: Wiring) -> list[ir.Node]:
+    """Return the nodes of an optimized graph that compute in float and are neither layers nor Q/DQ.
+
+    ONNX's own inference does not know the operators that ONNX Runtime fuses, so what is float is followed from the inputs on.
+    """
     skip = {*MOVES, *INTEGER, *FLOAT, Q, DQ}
-    return [node for node in runs.nodes.values() if node.op_type not in skip and node.output[0] in floats]
-
-
-def _float_tensors(runs: Wiring) -> set[str]:
-    """Return the names of the tensors of floats; ONNX's own inference does not know the operators that ONNX Runtime fuses."""
-    kinds = {value.name: value.type.tensor_type.elem_type for value in runs.model.graph.input}
-    kinds |= {name: tensor.data_type for name, tensor in runs.constants.items()}
-    floats = {name for name, kind in kinds.items() if kind in FLOATS}
+    floats = {value for value in runs.values.values() if value.producer() is None and value.dtype in FLOATS}
     for node in runs.nodes.values():
-        if node.op_type == "Cast":
-            is_float = any(attribute.name == "to" and attribute.i in FLOATS for attribute in node.attribute)
-        elif node.op_type == "QGemm":
-            is_float = len(node.input) < 9  # without an output zero-point
-        elif node.op_type in NO_FLOATS or node.op_type.startswith("QLinear"):
-            is_float = False
-        else:
-            is_float = node.op_type == DQ or any(name in floats for name in node.input)
-        floats.update(node.output if is_float else ())
-    return floats
+        if _gives_float(node, floats):
+            floats.update(node.outputs)
+    return [node for node in runs.nodes.values() if node.op_type not in skip and node.outputs[0] in floats]
 
 
-def _meets_grid(node: NodeProto, neighbours: Callable[[NodeProto], list[NodeProto]]) -> bool:
+def _gives_float(node: ir.Node, floats: set[ir.Value]) -> bool:
+    if node.op_type == "Cast":
+        return node.attributes.get_int("to", 0) in FLOATS
+    if node.op_type == "QGemm":
+        return len(node.inputs) < 9  # without an output zero-point
+    if node.op_type in NO_FLOATS or node.op_type.startswith("QLinear"):
+        return False
+    return node.op_type == DQ or not floats.isdisjoint(node.inputs)
+
+
+def _meets_grid(node: ir.Node, neighbours: Callable[[ir.Node], Iterable[ir.Node]]) -> bool:
     """Tell whether a layer, a Q/DQ node or an integer operator lies anywhere in one direction from a node."""
-    todo, seen = neighbours(node), set[str]()
+    todo, seen = list(neighbours(node)), set[ir.Node]()
     while todo:
         other = todo.pop()
         if other.op_type in (Q, DQ, *INTEGER, *FLOAT) or other.op_type.startswith("QLinear"):
             return True
-        if other.name not in seen:
-            seen.add(other.name)
+        if other not in seen:
+            seen.add(other)
             todo.extend(neighbours(other))
     return False

@@ -6,8 +6,8 @@ convolutions widen to 16 bits first and are exact.
 """
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import NodeProto, numpy_helper
 
 from export.onnx_file.names import module_of
 from export.onnx_file.wiring import INTEGER, Wiring, origin
@@ -23,30 +23,28 @@ def saturation_possible(file: Wiring) -> dict[str, int]:
 
     The weights are those that ONNX Runtime runs: it also quantizes float weights by itself, on the full range.
     """
-    runs = optimize(file.model, CPU)
+    runs = optimize(file.to_bytes(), CPU)
     found: dict[str, int] = {}
     for node in runs.nodes.values():
         layer = origin(node, file) if node.op_type in INTEGER else None
-        order = inner_order(node, runs) if layer is not None else None
+        order = inner_order(node) if layer is not None else None
         if layer is not None and order is not None and can_saturate(order):
-            found[layer.name] = weight_sum(order)
+            found[str(layer.name)] = weight_sum(order)
     return found
 
 
-def inner_order(node: NodeProto, runs: Wiring) -> NDArray[np.int8] | None:
+def inner_order(node: ir.Node) -> NDArray[np.int8] | None:
     """Return an integer layer's weights as (out, inner), inner as the kernel reads it; None for weights that are not int8 or meet in no pairs."""
-    tensor = runs.constants.get(node.input[3 if node.op_type in ("QLinearConv", "QGemm", "QLinearMatMul") else 1])
-    if tensor is None:
+    value = node.inputs[3 if node.op_type in ("QLinearConv", "QGemm", "QLinearMatMul") else 1]
+    if value is None or value.const_value is None or value.dtype != ir.DataType.INT8:
         return None
-    weights = numpy_helper.to_array(tensor)
-    if weights.dtype != np.int8:
-        return None
-    flags = {attribute.name: attribute.i for attribute in node.attribute}
+    weights = value.const_value.numpy()
     if "Conv" in node.op_type:
-        if flags.get("group", 1) == len(weights) and weights.shape[1] == 1:
+        if node.attributes.get_int("group", 1) == len(weights) and weights.shape[1] == 1:
             return None  # depthwise
         return np.moveaxis(weights, 1, -1).reshape(len(weights), -1)
-    return weights if flags.get("transB") else np.moveaxis(weights, -2, -1).reshape(-1, weights.shape[-2])
+    transposed = node.attributes.get_int("transB", 0)
+    return weights if transposed else np.moveaxis(weights, -2, -1).reshape(-1, weights.shape[-2])
 
 
 def weight_sum(weights: NDArray[np.int8]) -> int:

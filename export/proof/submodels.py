@@ -1,15 +1,14 @@
 """Cut a Q/DQ graph into pieces, one for each quantized tensor, that can be fed and checked alone."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from export.onnx_file.graph import OUTPUT
 from export.onnx_file.names import module_of
-from export.onnx_file.wiring import DQ, LAYERS, Q, Wiring
+from export.onnx_file.wiring import DQ, LAYERS, Q, Wiring, constant
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Piece:
     layers: tuple[str, ...]  # node names of the convolutions and matrix products in it
     scale: float | None  # one level; None for the graph's output, which has no grid
     inputs: tuple[str, ...]  # names of the tensors it reads, `IMAGES` for the graph's own input
-    model: ModelProto
+    model: bytes
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -29,106 +28,83 @@ class Piece:
 
 
 IMAGES = ""
+FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
 
-def quantized_tensors(file: Wiring) -> dict[str, NodeProto]:
+def quantized_tensors(file: Wiring) -> dict[str, ir.Node]:
     """Return the QuantizeLinear nodes of activations by the name of their tensor, in the file's order.
 
     That is the quantizer's module path, in a file of ONNX Runtime's own quantizer the float tensor's name.
     """
-    found: dict[str, NodeProto] = {}
+    found: dict[str, ir.Node] = {}
     for node in file.nodes.values():
-        if node.op_type == Q and file.of_data(node) and any(below.op_type == DQ for below in file.below(node)):
-            name = node.name.removesuffix(f"/{Q}").removesuffix(f"_{Q}")
-            found[name if name not in found else node.name] = node
+        of_data = node.op_type == Q and node.inputs[0] is not None and not node.inputs[0].is_initializer()
+        if of_data and any(below.op_type == DQ for below in node.successors()):
+            name = str(node.name).removesuffix(f"/{Q}").removesuffix(f"_{Q}")
+            found[name if name not in found else str(node.name)] = node
     return found
 
 
-def exposed(file: Wiring) -> tuple[ModelProto, dict[str, str]]:
+def exposed(file: Wiring) -> tuple[bytes, dict[str, str]]:
     """Return the model with every quantized tensor's float value among its outputs, and the outputs' names by tensor."""
-    model = ModelProto.FromString(file.model.SerializeToString())
-    outputs = {name: _dequantized(node, file) for name, node in quantized_tensors(file).items()}
-    mine = {value.name for value in model.graph.output}
-    for tensor in dict.fromkeys(outputs.values()):
-        if tensor not in mine:
-            model.graph.output.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, None))
-    return model, outputs
+    model = file.model.clone()
+    outputs = {name: str(_reader(node).outputs[0].name) for name, node in quantized_tensors(file).items()}
+    values = ir.convenience.create_value_mapping(model.graph)
+    for name in dict.fromkeys(outputs.values()):
+        if not values[name].is_graph_output():
+            values[name].type = FLOAT
+            model.graph.outputs.append(values[name])
+    return ir.to_proto(model).SerializeToString(), outputs
 
 
 def pieces(file: Wiring, known: Collection[str]) -> list[Piece]:
     """Return the pieces between the quantized tensors that are `known` by name, in the file's order; the graph's output is last."""
-    tensors = {name: node for name, node in quantized_tensors(file).items() if name in known}
-    inferred = onnx.shape_inference.infer_shapes(file.model).graph
-    shapes = {value.name: value for value in [*inferred.value_info, *inferred.input]}
-    cut = [_piece(name, _dequantized(node, file), node, tensors, file, shapes) for name, node in tensors.items()]
-    (output,) = file.model.graph.output
-    if output.name not in {piece.model.graph.output[0].name for piece in cut}:
-        cut.append(_piece(OUTPUT, output.name, None, tensors, file, shapes))
+    model = file.model.clone()
+    ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    nodes = {node.name: node for node in model.graph}
+    tensors = {name: nodes[node.name] for name, node in quantized_tensors(file).items() if name in known}
+    (output,) = model.graph.outputs
+    own = {name: node.inputs for name, node in tensors.items()}
+    given: dict[str, list[ir.Value | None]] = {}
+    for name, node in tensors.items():
+        above = node.inputs[0]  # which may feed another quantizer
+        start = ir.Value(name=f"{name}:given", type=FLOAT, shape=above.shape if above else None)
+        model.graph.inputs.append(start)
+        # What is given was read: a hard sigmoid is a pair that writes with one scale and reads with another.
+        given[name] = [start, *_reader(node).inputs[1:]]
+        _read(node, given[name])
+    starts = {str(inputs[0].name): name for name, inputs in given.items() if inputs[0]}
+
+    def piece(name: str, wanted: ir.Value, scale: float | None) -> Piece:
+        wanted.type = FLOAT
+        inputs = [value for value in model.graph.inputs if not value.is_initializer()]
+        graph = ir.convenience.extract(model.graph, inputs, [wanted])
+        used = [value for value in graph.inputs if value.uses()]
+        graph.inputs[:] = sorted(used, key=lambda value: value.name not in starts)
+        return Piece(
+            name=name,
+            layers=tuple(str(node.name) for node in graph if node.op_type in LAYERS),
+            scale=scale,
+            inputs=tuple(starts.get(str(value.name), IMAGES) for value in graph.inputs),
+            model=ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString(),
+        )
+
+    cut: list[Piece] = []
+    for name, node in tensors.items():
+        _read(node, own[name])
+        cut.append(piece(name, _reader(node).outputs[0], float(constant(_reader(node).inputs[1]))))
+        _read(node, given[name])
+    if output not in {_reader(node).outputs[0] for node in tensors.values()}:
+        cut.append(piece(OUTPUT, output, None))
     return cut
 
 
-def _piece(
-    name: str,
-    wanted: str,
-    quantize: NodeProto | None,
-    tensors: dict[str, NodeProto],
-    file: Wiring,
-    shapes: dict[str, onnx.ValueInfoProto],
-) -> Piece:
-    """Walk up from a tensor to the known QuantizeLinear nodes and copy what lies between; those are fed with floats."""
-    starts = {node.name: tensor for tensor, node in tensors.items() if node is not quantize}
-    todo, kept = [wanted], dict[str, NodeProto]()
-    while todo:
-        node = file.producer.get(todo.pop())
-        if node is not None and node.name not in kept:
-            kept[node.name] = node
-            todo.extend(() if node.name in starts else node.input)
-    graph = onnx.GraphProto(name=file.model.graph.name)
-    inputs: list[str] = []
-    for node in (node for node in file.nodes.values() if node.name in kept):
-        copied = graph.node.add()
-        copied.CopyFrom(node)
-        if node.name in starts:
-            tensor = starts[node.name]
-            copied.input[0] = f"{tensor}:given"  # the float tensor above may feed another quantizer
-            # What is given was read: a hard sigmoid is a pair that writes with one scale and reads with another.
-            copied.input[1:] = _reader(node, file).input[1:]
-            graph.input.append(_value(copied.input[0], shapes.get(node.input[0])))
-            inputs.append(tensor)
-    used = {tensor for node in graph.node for tensor in node.input}
-    for value in file.model.graph.input:
-        if value.name in used and value.name not in file.constants:
-            graph.input.append(_value(value.name, value))
-            inputs.append(IMAGES)
-    graph.output.append(_value(wanted, shapes.get(wanted)))
-    graph.initializer.extend(tensor for constant, tensor in file.constants.items() if constant in used)
-    model = ModelProto(ir_version=file.model.ir_version, graph=graph)
-    model.opset_import.extend(file.model.opset_import)
-    return Piece(
-        name=name,
-        layers=tuple(node.name for node in graph.node if node.op_type in LAYERS),
-        scale=None if quantize is None else float(_constant(_reader(quantize, file).input[1], file)),
-        inputs=tuple(inputs),
-        model=model,
-    )
+def _read(node: ir.Node, inputs: Sequence[ir.Value | None]) -> None:
+    node.resize_inputs(len(inputs))
+    for index, value in enumerate(inputs):
+        node.replace_input_with(index, value)
 
 
-def _dequantized(quantize: NodeProto, file: Wiring) -> str:
-    """Return the name of the float tensor that a QuantizeLinear node's levels stand for."""
-    return str(_reader(quantize, file).output[0])
-
-
-def _reader(quantize: NodeProto, file: Wiring) -> NodeProto:
+def _reader(quantize: ir.Node) -> ir.Node:
     """Return the first DequantizeLinear that reads a QuantizeLinear node's levels."""
-    return next(below for below in file.below(quantize) if below.op_type == DQ)
-
-
-def _value(name: str, like: onnx.ValueInfoProto | None) -> onnx.ValueInfoProto:
-    value = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
-    if like is not None:
-        value.type.CopyFrom(like.type)
-    return value
-
-
-def _constant(name: str, file: Wiring) -> np.ndarray:
-    return numpy_helper.to_array(file.constants[name])
+    return next(below for below in quantize.successors() if below.op_type == DQ)
