@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compress.errors import ArtifactError
+from export.command.files import put_folder, sha256, writing
 
 META, MEMORY = "meta.json", ".digests.json"
 # What a stage says while it runs: with clocks in it, and no part of what it makes.
@@ -105,26 +105,21 @@ def lineage(directory: Path) -> list[Path]:
 
 def finish(work: Path, final: Path, meta: Meta) -> None:
     """Turn a working directory into an artifact: flush its files, write meta.json last with their digests, rename."""
+    for torn in work.rglob(".*.partial"):  # of a process that was killed while it wrote
+        torn.unlink()
     names = sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file())
-    for name in names:
-        with (work / name).open("rb") as file:
-            os.fsync(file.fileno())
     made = replace(meta, files=digests_of(work, names, memory=work / MEMORY))
     write_json(work / META, asdict(made) | {"digest": made.digest})
     if final.exists():  # a damaged artifact of the same key, or one that was made from another parent
         shutil.rmtree(final)
-    work.rename(final)
+    put_folder(work, final)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON beside its place, flush, and rename, so that a reader sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+    """Write JSON, whole or not at all."""
+    content = json.dumps(value, indent=1)
+    with writing(path) as file:
+        file.write(f"{content}\n".encode())
 
 
 @contextmanager
@@ -147,12 +142,8 @@ def exclusive(root: Path) -> Iterator[None]:
 
 
 # The sha256 of files, remembered: a file is read again only where its size, its times or its inode are others.
-
-
 # A file system's clock ticks in milliseconds, some in seconds: within a tick a second write leaves every mark as it was.
 TICK_NS = 2_000_000_000
-
-
 THREADS, FILES = 16, 64  # that read at once, and what each takes
 
 
@@ -199,8 +190,7 @@ def _entry(file: Path, known: Entry | None) -> Entry:
     marks = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     if known is not None and known[:-1] == marks:
         return known
-    with file.open("rb") as stream:
-        return Entry(*marks, hashlib.file_digest(stream, "sha256").hexdigest())
+    return Entry(*marks, sha256(file))
 
 
 def _remembered(memory: Path) -> dict[str, Entry]:
@@ -213,6 +203,5 @@ def _remembered(memory: Path) -> dict[str, Entry]:
 def _remember(memory: Path, entries: Mapping[str, Entry]) -> None:
     with suppress(OSError):  # a disk that cannot be written only costs time: every call reads every file
         memory.parent.mkdir(parents=True, exist_ok=True)
-        aside = memory.with_name(f".{memory.name}.{os.getpid()}")  # two processes may look at once
-        aside.write_text(json.dumps(entries), encoding="utf-8")
-        aside.rename(memory)
+        with writing(memory) as file:
+            file.write(json.dumps(entries).encode())

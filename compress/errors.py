@@ -6,14 +6,13 @@ CompressError            a sentence that names the thing, the value and the repa
 └── ArtifactError        a run folder: not writable, in use, damaged
 """
 
-import difflib
 import re
 import sysconfig
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from export.errors import UserError
+from export.errors import UserError, nearest
 
 STACK_LINE = re.compile(r'File "([^"<]+)", line (\d+), in .+\n\s*(.+)')
 PACKAGE = Path(__file__).parent
@@ -57,7 +56,7 @@ def matching(field: str, patterns: Collection[str], names: Sequence[str]) -> set
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             within = f"{pattern}.*" if any(name.startswith(f"{pattern}.") for name in names) else None
-            near = within or next(iter(difflib.get_close_matches(pattern, names, 1)), None)
+            near = within or nearest(pattern, names)
             more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
             raise ModelError(
                 f"{field}: {pattern} names no layer; {f'did you mean {near}? ' if near else ''}"

@@ -3,7 +3,6 @@
 Stages meet on disk. A stage's key is a digest of its settings and of its parent's key, so whatever did not change is kept.
 """
 
-import difflib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from compress.recipe.order import GIVES, TAKES
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import StageSection
 from compress.report.files import report_run, run_root
+from export.errors import did_you_mean
 from export.onnx_file.targets import resolve_target
 from export.runtime.environment import environment, fingerprint, runtime
 
@@ -193,9 +193,8 @@ def _differences(path: str, old: object, new: object) -> Iterator[str]:
 def _position(recipe: Recipe, stage: str) -> int:
     names = [section.stage for section in recipe.stages]
     if stage not in names:
-        near = difflib.get_close_matches(stage, names, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise CompressError(f"stage {stage}: this recipe has {', '.join(names)}{hint}")
+        near = did_you_mean(stage, names)
+        raise CompressError(f"stage {stage}: this recipe has {', '.join(names)}{near and f'; {near}'}")
     return names.index(stage)
 
 

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ import onnx_ir as ir
 
 from export.bundle.read import read_bundle
 from export.bundle.sandbox import require_sound, vet
+from export.command.files import json_text, write_text
 from export.command.main import run
 from export.command.table import table
 from export.errors import BundleError
@@ -277,7 +277,7 @@ def print_audits(arguments: argparse.Namespace) -> int:
         )
     if arguments.json:
         content = {name: found.to_json() for name, found in audits.items()}
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+        write_text(arguments.json, json_text(content))
     sys.stderr.write("".join(f"{sentence}\n" for sentence in over))
     return 1 if over else 0
 

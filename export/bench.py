@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,18 +18,19 @@ import numpy as np
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import vet
 from export.command.arguments import at_least
+from export.command.files import json_text, write_text
 from export.command.main import run
 from export.command.table import table
 from export.errors import BundleError
 from export.onnx_file.model_file import ModelFile, inspect
-from export.onnx_file.targets import TARGET_PROVIDERS, host_target
+from export.onnx_file.targets import CPU, TARGET_PROVIDERS, host_target
 from export.runtime.accuracy import accuracy, score_files
 from export.runtime.cuda_options import describe, fastest
 from export.runtime.environment import environment
 from export.runtime.latency import MIN_BLOCKS, Timing, speedup, time_sessions
 from export.runtime.memory import peak_memory_mb
 from export.runtime.rows import STUDENT, AccuracyRow, BenchJson, Setting, TimingRow, metric_json, timing_row
-from export.runtime.session import CPU, PROVIDERS, Run, available_providers, bind, open_session, resize_input
+from export.runtime.session import PROVIDERS, Run, available_providers, bind, open_session, resize_input
 
 SLOW = 3.0  # a float16 file that is slower than float32 by this factor runs on emulated kernels: one row says it all
 
@@ -295,7 +295,7 @@ def print_bench(arguments: argparse.Namespace) -> int:
     """Print what was measured."""
     found = measure(read_bundle(arguments.bundle, inspect=vet), arguments)
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        write_text(arguments.json, json_text(found))
     sys.stdout.write(f"{as_text(found)}\n")
     return 0
 

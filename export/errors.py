@@ -7,6 +7,8 @@ UserError                a sentence that names the thing, the value and the repa
 └── CompressError        `compress.errors`: recipes, networks, artifacts
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Literal
 
 Defect = Literal[
@@ -62,6 +64,17 @@ class DataError(UserError):
 
     def __init__(self, message: str) -> None:
         super().__init__(_harmless(message))
+
+
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the known name that is most like this one (difflib's ratio, from 0 to 1), None where none is like it."""
+    return next(iter(get_close_matches(name, list(known), 1, cutoff)), None)
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", *, most: int = 1) -> str:
+    """Return `did you mean X?` with the known names that are most like this one, or another sentence where none is."""
+    near = get_close_matches(name, list(known), most)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 def _harmless(message: str) -> str:

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import signal
 import sys
 from dataclasses import asdict
@@ -14,7 +13,8 @@ from typing import TypedDict
 
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import vet
-from export.command.arguments import at_least, chosen, positive
+from export.command.arguments import at_least, positive
+from export.command.files import json_text, write_text
 from export.command.main import run
 from export.command.table import table
 from export.errors import BundleError
@@ -56,7 +56,7 @@ def measure(bundle: Bundle, arguments: argparse.Namespace) -> LoadJson:
     """
     from export.serving.scenarios import loadgen_version, run_scenario
 
-    path = chosen(bundle, arguments.file)
+    path = bundle.file(arguments.file)
     session = open_session(path, threads=arguments.threads)
     images = bundle.golden.inputs.astype(DTYPES[session.get_inputs()[0].type], copy=False)
     batch, workers = arguments.batch, arguments.workers
@@ -114,7 +114,7 @@ def print_loads(arguments: argparse.Namespace) -> int:
         raise BundleError(INSTALL)
     found = measure(read_bundle(arguments.bundle, inspect=vet), arguments)
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        write_text(arguments.json, json_text(found))
     sys.stdout.write(f"{as_text(found)}\n")
     return 0
 

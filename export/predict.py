@@ -12,7 +12,7 @@ import onnxruntime
 
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import vet
-from export.command.arguments import at_least, chosen
+from export.command.arguments import at_least
 from export.command.main import MISTAKE, run
 from export.command.table import table
 from export.errors import BundleError, UserError
@@ -40,7 +40,7 @@ def print_predictions(arguments: argparse.Namespace) -> int:
     """Print the labels of every image that can be read; return 2 where one cannot."""
     code = 0
     bundle = read_bundle(arguments.bundle, inspect=vet)
-    session = open_session(chosen(bundle, arguments.file))
+    session = open_session(bundle.file(arguments.file))
     for path in arguments.images:
         try:
             sys.stdout.write(f"{predict(session, bundle, path, top=arguments.top)}\n")

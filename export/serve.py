@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from export.bundle.read import NAME, read_bundle
 from export.bundle.sandbox import vet
-from export.command.arguments import at_least, chosen
+from export.command.arguments import at_least
 from export.command.main import run
 from export.errors import BundleError
 from export.onnx_file.model_file import inspect
@@ -39,7 +39,7 @@ def serve(arguments: argparse.Namespace) -> int:
         signal.signal(number, leave)  # also later: uvicorn finishes the running requests, then raises the signal again
     if not NAME.fullmatch(bundle.name):
         raise BundleError(f"bundle.json: name: must be lower-case letters, digits, - and _, got {bundle.name!r}")
-    path = chosen(bundle, arguments.file)
+    path = bundle.file(arguments.file)
     session = open_session(path, threads=arguments.threads)
     listener = listen(arguments.host, arguments.port)
     # Here, for KServe's import takes seconds and is not there everywhere.

@@ -6,7 +6,6 @@ graph in float.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import require_sound, vet
+from export.command.files import json_text, write_text
 from export.command.main import run
 from export.command.table import table
 from export.errors import BundleError
@@ -341,7 +341,7 @@ def print_verifications(arguments: argparse.Namespace) -> int:
         sys.stdout.write(f"{name}\n{as_text(found[name], task.metric)}\n\n")
     if arguments.json:
         content = {name: verification.to_json() for name, verification in found.items()}
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+        write_text(arguments.json, json_text(content))
     parted = any(
         verification.first_divergence or verification.agreement < arguments.min_agreement
         for verification in found.values()

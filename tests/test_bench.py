@@ -16,12 +16,12 @@ from export.bundle.write import write_bundle
 from export.errors import BundleError
 from export.images.read import digest
 from export.onnx_file.model_file import inspect
-from export.onnx_file.targets import TARGETS, host_target
+from export.onnx_file.targets import CPU, CUDA, TARGETS, host_target
 from export.runtime.accuracy import accuracy, score_files, score_of
 from export.runtime.environment import environment, fingerprint
 from export.runtime.memory import peak_memory_mb
 from export.runtime.rows import AccuracyRow, BenchJson, TimingRow
-from export.runtime.session import CPU, CUDA, available_providers, bind, open_session, resize_input
+from export.runtime.session import available_providers, bind, open_session, resize_input
 from export.tasks.classification import CLASSIFICATION, by_class, decode, further
 
 REPOSITORY = Path(__file__).parents[1]

@@ -19,14 +19,14 @@ from quantized_files import SIZE, changed, constant, images, quantized_network, 
 from export import verify as verify_module
 from export.errors import BundleError
 from export.onnx_file import wiring
-from export.onnx_file.targets import host_target
+from export.onnx_file.targets import CPU, host_target
 from export.onnx_file.wiring import wire
 from export.proof.distance import Distance
 from export.proof.optimized import optimize
 from export.proof.saturation import can_saturate, inner_order, saturation_possible, weight_sum
 from export.proof.submodels import Piece, pieces
 from export.runtime.intervals import clopper_pearson
-from export.runtime.session import CPU, open_session
+from export.runtime.session import open_session
 from export.tasks.classification import CLASSIFICATION
 from export.verify import file_reference, main, verify
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compress.errors import ModelError
 from compress.models.digest import LIBRARIES, check_library, existing_file, is_named, local_modules
-from compress.models.known import OWN, check_listed, libraries, nearest
+from compress.models.known import OWN, check_listed, libraries, suggestion
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import StudentStage
 from export.errors import UserError
@@ -45,7 +45,7 @@ def check_network(arch: str) -> None:
     local_modules(file)  # refuses what is not Python
     names = set(_names(file))
     if name not in names and "*" not in names:
-        raise ModelError(f"{arch}: {file} defines no {name}; {nearest(name, names)}")
+        raise ModelError(f"{arch}: {file} defines no {name}; {suggestion(name, names)}")
 
 
 def check_weights(arch: str, weights: str) -> None:

@@ -15,7 +15,7 @@ STAGE = r"\d\d-[a-z]+-[0-9a-f]{12}"
 LEFTOVERS = {
     re.compile(STAGE): "a stage that no report uses",
     re.compile(rf"\.{STAGE}\.partial"): "a stage that was interrupted; the run that made it would go on from here",
-    re.compile(r"\.bundle-.+|\..+\.json\.partial"): "what a killed run was writing",
+    re.compile(r"\.bundle-.+|\..+\.\d+\.partial"): "what a killed run was writing",
 }
 
 

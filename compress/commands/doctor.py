@@ -16,11 +16,10 @@ from rich.console import Console
 from rich.text import Text
 
 from compress.report.distribution import own_distribution
-from export.onnx_file.targets import Target, host_instruction_sets, host_target
+from export.onnx_file.targets import CUDA, Target, host_instruction_sets, host_target
 
 Status = Literal["ok", "warn", "missing"]
 COLOURS = {"ok": "green", "warn": "yellow", "missing": "red"}
-CUDA_PROVIDER = "CUDAExecutionProvider"
 # One distribution provides what another asks for; both at once overwrite each other's files.
 STANDS_FOR = {"onnxruntime": "onnxruntime-gpu"}
 LITTLE_MEMORY_GB = 3.5  # a ResNet-50 recipe at 64 px needs about 2.5
@@ -139,12 +138,12 @@ def accelerator(card: str | None, cuda_build: str | None, usable: bool) -> Findi
 def providers(names: Collection[str], card: str | None) -> Finding:
     """Judge whether ONNX Runtime reaches the GPU that is there."""
     value = ", ".join(names)
-    if card is None or CUDA_PROVIDER in names:
+    if card is None or CUDA in names:
         return Finding("ONNX Runtime", "ok", value)
     repair = (
         "pip uninstall -y onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu (without it the GPU is not timed)"
     )
-    return Finding("ONNX Runtime", "warn", f"{value}, no {CUDA_PROVIDER}", repair)
+    return Finding("ONNX Runtime", "warn", f"{value}, no {CUDA}", repair)
 
 
 def disk(out: Path) -> Finding:

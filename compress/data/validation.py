@@ -5,6 +5,7 @@ from pathlib import Path
 
 from compress.data.dataset import Dataset
 from compress.data.images import ArrayImages
+from export.command.files import put_folder
 from export.errors import DataError
 from export.images.decode import BrokenImage
 
@@ -36,5 +37,5 @@ def write_validation(dataset: Dataset, folder: Path) -> int:
                 continue
             shutil.copyfile(images.root / images.name(index), place.with_suffix(Path(images.name(index)).suffix))
         written += 1
-    aside.rename(folder)
+    put_folder(aside, folder)
     return written

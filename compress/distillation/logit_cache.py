@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.data.batches import Views
+from export.command.files import put
 
 Records = NDArray[np.void]
 
@@ -91,7 +92,7 @@ class LogitCache:
 
     def finish(self, view: int) -> None:
         """Give a view that all ranks have written its name."""
-        self._partial(view).rename(self._path(view))
+        put(self._partial(view), self._path(view))
 
     def clear(self) -> None:
         """Forget every view."""

@@ -1,6 +1,5 @@
 """Read what the modules at given paths return while a network runs, in a plain module and in a fake-quantized graph."""
 
-import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -9,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from compress.errors import ModelError
 from compress.quant.fake_quant import ActivationQuantizer, SameRange
+from export.errors import nearest
 
 Features = dict[str, Tensor]
 Tapped = Callable[[Tensor], tuple[Tensor, Features]]
@@ -90,5 +90,5 @@ def _is_quantizer(network: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _unknown(network: nn.Module, path: str, known: dict[str, object] | dict[str, nn.Module]) -> ModelError:
-    near = difflib.get_close_matches(path, [name for name in known if name], 1, cutoff=0.0)
-    return ModelError(f"layer {path!r}: {type(network).__name__} has no module of that path; did you mean {near[0]}?")
+    near = nearest(path, filter(None, known), cutoff=0.0)
+    return ModelError(f"layer {path!r}: {type(network).__name__} has no module of that path; did you mean {near}?")

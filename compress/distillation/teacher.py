@@ -4,7 +4,6 @@ The cache's folder is named after everything the answers depend on (the teacher'
 stage, student and study below one `out` folder shares it, and nothing else can.
 """
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +34,7 @@ from compress.ranks import barrier, first_decides
 from compress.recipe.losses import LossTerm
 from compress.recipe.stages import Fit
 from compress.run import Run
+from export.command.files import sha256
 
 FORMAT = 1  # of the cached views; a change of how views are drawn must change it
 PROBE_IMAGES = 32  # answered anew each time a cache is opened, and compared
@@ -130,7 +130,7 @@ def _facts(run: Run, source: Path) -> dict[str, object]:
     """Return all that the answers depend on."""
     return {
         "format": FORMAT,
-        "teacher": {name: hashlib.sha256((source / name).read_bytes()).hexdigest() for name in (ARCHITECTURE, WEIGHTS)},
+        "teacher": {name: sha256(source / name) for name in (ARCHITECTURE, WEIGHTS)},
         "data": run.dataset.digest,
         "images": len(run.dataset.train),
         "augment": run.recipe.data.augment.model_dump(mode="json"),

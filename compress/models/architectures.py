@@ -14,7 +14,7 @@ from torch import nn
 from compress.errors import ModelError
 from compress.models.cifar import CIFAR_NETWORKS
 from compress.models.digest import existing_file, local_modules
-from compress.models.known import check_name, nearest
+from compress.models.known import check_name, suggestion
 
 # These two classify by auxiliary heads, too, unless told not to, and warn unless told how to start. transform_input is what their published
 # weights expect: it turns ImageNet's normalization into theirs.
@@ -73,7 +73,7 @@ def _own(arch: str, num_classes: int, *, trust_code: bool) -> nn.Module:
     module = _import(file)
     factories = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
     if name not in factories:
-        raise ModelError(f"{arch}: {file} defines no {name}; {nearest(name, factories)}")
+        raise ModelError(f"{arch}: {file} defines no {name}; {suggestion(name, factories)}")
     try:
         inspect.signature(factories[name]).bind(num_classes)
     except TypeError as error:

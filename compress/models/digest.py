@@ -1,12 +1,13 @@
 """Name a teacher by its content, without torch."""
 
 import ast
-import difflib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from compress.errors import ModelError
+from export.command.files import sha256
+from export.errors import nearest
 
 LIBRARIES = ("torchvision", "timm", "cifar")  # of networks
 WITH_WEIGHTS = ("torchvision", "timm")  # those that publish weights under names
@@ -43,8 +44,8 @@ def existing_file(text: str, what: str) -> Path:
         raise ModelError(f"{file}: {what} is a folder; give the file inside it")
     if not file.is_file():
         siblings = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
-        near = difflib.get_close_matches(file.name, siblings, n=1)
-        hint = f"did you mean {file.with_name(near[0])}?" if near else "check the path"
+        near = nearest(file.name, siblings)
+        hint = f"did you mean {file.with_name(near)}?" if near else "check the path"
         raise ModelError(f"{file}: {what} does not exist; {hint}")
     return file
 
@@ -101,7 +102,6 @@ def _weights(weights: str | None) -> bytes:
 
 def _content(file: Path) -> bytes:
     try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").digest()
+        return bytes.fromhex(sha256(file))
     except OSError as error:
         raise ModelError(f"{file}: cannot be read: {error.strerror}") from error

@@ -3,7 +3,6 @@
 `make names` renews it from those that are installed.
 """
 
-import difflib
 from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from compress.errors import ModelError
+from export.errors import did_you_mean
 
 LIST = Path(__file__).with_name("networks.txt")
 OWN = "-"  # in the place of a version: the networks are this package's own
@@ -53,15 +53,10 @@ def check_listed(arch: str) -> None:
 def check_name(library: str, name: str, known: Iterable[str]) -> None:
     """Raise `ModelError`, with the nearest names, for a network that is not among the library's."""
     if name not in (names := tuple(known)):
-        raise ModelError(f"{library}:{name}: {LACKS[library]} of this name; {nearest(name, names)}")
+        raise ModelError(f"{library}:{name}: {LACKS[library]} of this name; {suggestion(name, names)}")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
     """Return a did-you-mean for a name that is not known."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3)
-    return (
-        f"did you mean {' or '.join(near)}?"
-        if near
-        else f"known are {', '.join(known[:8])}{', …' if len(known) > 8 else ''}"
-    )
+    return did_you_mean(name, known, f"known are {', '.join(known[:8])}{', …' if len(known) > 8 else ''}", most=3)

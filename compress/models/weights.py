@@ -17,7 +17,7 @@ from torch.serialization import safe_globals
 from compress.errors import ModelError
 from compress.models.architectures import import_timm
 from compress.models.digest import check_library, existing_file, is_named
-from compress.models.known import nearest
+from compress.models.known import suggestion
 from compress.models.structure import classifier, versioned
 
 State = dict[str, Tensor]
@@ -261,7 +261,7 @@ def _named(arch: str, weights: str) -> State:
 def _torchvision(name: str, tag: str) -> State:
     known = torchvision.models.get_model_weights(name).__members__
     if tag not in known:
-        raise ModelError(f"torchvision:{tag}: {name} has no such weights; {nearest(tag, known)}")
+        raise ModelError(f"torchvision:{tag}: {name} has no such weights; {suggestion(tag, known)}")
     try:
         return dict(known[tag].get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu"))
     except (OSError, RuntimeError) as error:
@@ -275,7 +275,7 @@ def _timm(name: str, tag: str) -> State:
     timm = import_timm()
     known = [model.partition(".")[2] for model in timm.list_pretrained(f"{name}.*")]
     if tag not in known:
-        raise ModelError(f"timm:{tag}: {name} has no such weights; {nearest(tag, known)}")
+        raise ModelError(f"timm:{tag}: {name} has no such weights; {suggestion(tag, known)}")
     try:
         state: State = timm.create_model(f"{name}.{tag}", pretrained=True).state_dict()
     except (OSError, RuntimeError) as error:

@@ -1,6 +1,5 @@
 """Say what is wrong in a recipe: one line for each mistake, with the path, the value and the repair."""
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from compress.recipe.section import NAME, Section
+from export.errors import did_you_mean
 
 Schema = dict[str, Any]
 OLD_BOOLEANS = {"yes", "no", "on", "off", "y", "n", "true", "false"}
@@ -35,8 +35,8 @@ def explain(error: ValidationError, section: type[Section]) -> list[str]:
 def unknown(name: str, known: Iterable[str]) -> str:
     """Return what to say of an unknown name: the nearest known one, and all of them."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"did you mean {near[0]}? (known: {', '.join(names)})" if near else f"known: {', '.join(names)}"
+    near = did_you_mean(name, names)
+    return f"{near} (known: {', '.join(names)})" if near else f"known: {', '.join(names)}"
 
 
 def show(value: object) -> str:

@@ -17,11 +17,11 @@ from compress.report.html import render
 from compress.report.shape import Report
 from export.bundle.inside import SUMS, contained, read_sums
 from export.bundle.read import VALIDATION, read_bundle
-from export.bundle.write import Contents, dump, in_one_step
+from export.bundle.write import Contents, in_one_step
+from export.command.files import json_text
 from export.onnx_file.model_file import inspect
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, deployed, files_in, name_for
-from export.onnx_file.targets import TARGETS, Target, resolve_target
-from export.runtime.session import CPU
+from export.onnx_file.targets import CPU, TARGETS, Target, resolve_target
 from export.serving.triton import Kind, Serving, share
 from export.signature import sign
 
@@ -48,8 +48,8 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
     texts = {
         "README.md": readme,
         "recipe.yaml": strict_yaml.dump(recipe.model_dump(mode="json")),
-        "environment.json": dump(report["environment"]),
-        "report.json": dump(report),
+        "environment.json": json_text(report["environment"]),
+        "report.json": json_text(report),
         "report/index.html": render(report, root),
         "LICENSE": own_distribution().read_text("licenses/LICENSE") or "",
         "NOTICE": notice(recipe, name),

@@ -4,6 +4,7 @@ from compress.report.numbers import loss, percent, points, significant
 from compress.report.shape import DeployedRow, Json, Report
 from compress.report.verdict import any_row, target_of
 from export.onnx_file.roles import PTQ, QAT
+from export.tasks.paired import mcnemar
 
 SIGNIFICANT = 0.05
 
@@ -80,18 +81,6 @@ def stage_section(report: Report, stage: str) -> Json | None:
     return next((section for section in reversed(report["recipe"]["stages"]) if section["stage"] == stage), None)
 
 
-def sign_test(difference: int, discordant: int) -> float:
-    """Return the exact two-sided sign test's p for so many more right answers among so many discordant ones (McNemar, exact).
-
-    P(|S| ≥ difference) where S is the sum of `discordant` fair ±1 steps.
-    """
-    term = tail = 1  # the number of ways to be wrong 0, 1, … times
-    for wrong in range((discordant - difference) // 2):
-        term = term * (discordant - wrong) // (wrong + 1)
-        tail += term
-    return min(1.0, 2 * tail / (1 << discordant))
-
-
 def _gain(ptq: DeployedRow, qat: DeployedRow, before: float, after: float, digits: int) -> list[str]:
     shown = f"INT8 by calibration alone (PTQ) {percent(before, digits)}, by training (QAT) {percent(after, digits)}"
     images = ptq["images"]
@@ -115,7 +104,7 @@ def _gain(ptq: DeployedRow, qat: DeployedRow, before: float, after: float, digit
 def _chance(difference: int, most: int) -> str:
     """Return whether chance explains a net difference, when all that is known of the discordant images is their largest number."""
     largest = most - (most - difference) % 2  # as odd as the difference; more discordant images make p larger
-    low, high = sign_test(difference, difference), sign_test(difference, largest)
+    low, high = mcnemar(0, difference), mcnemar((largest - difference) // 2, (largest + difference) // 2)
     if low > SIGNIFICANT:
         return f"chance alone can make this difference (exact sign test, p ≥ {significant(low, digits=2)})"
     if high <= SIGNIFICANT:

@@ -11,7 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from compress.report import charts, gain, int8, numbers, proof, series, summary, tables
 from compress.report.parity import mismatches
 from compress.report.shape import DeployedRow, Report
-from compress.report.verdict import CPU, deployed_name, guesses, headline_row
+from compress.report.verdict import deployed_name, guesses, headline_row
+from export.onnx_file.targets import CPU
 
 WIDTH = 440  # of a chart in its own pixels; close to a phone's, so that its text stays readable there
 FRAME = charts.Box(56, 8, WIDTH - 6, 236)  # of a cloud's points

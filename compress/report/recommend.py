@@ -6,9 +6,9 @@ from typing import NamedTuple
 from compress.report.classes import at_chance, worst_first
 from compress.report.numbers import loss, times
 from compress.report.shape import DeployedRow, Recommendation, Report, Speedup
-from compress.report.verdict import CPU, TOLERANCE, deployed_name, headline_row, target_of
+from compress.report.verdict import TOLERANCE, deployed_name, headline_row, target_of
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER
-from export.onnx_file.targets import TARGET_PROVIDERS, TARGETS
+from export.onnx_file.targets import CPU, TARGET_PROVIDERS, TARGETS
 
 DEFAULT_MAX_SCORE_DROP = 0.01  # where the recipe sets no target of its own
 SLOW_INT8 = (

@@ -7,7 +7,6 @@ from compress.report.numbers import heading, percent, points, significant, times
 from compress.report.parity import mismatches
 from compress.report.shape import DeployedRow, Report
 from compress.report.verdict import (
-    CPU,
     deployed_name,
     first_and_last,
     guesses,
@@ -19,6 +18,7 @@ from compress.report.verdict import (
     show,
 )
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER
+from export.onnx_file.targets import CPU, provider_title
 
 TITLES = {  # in the order of the tables
     TEACHER: "Teacher FP32",
@@ -156,11 +156,6 @@ def ordered(rows: Iterable[DeployedRow]) -> list[DeployedRow]:
             order(row["name"]),
         ),
     )
-
-
-def provider_title(provider: str) -> str:
-    """Return CPU for CPUExecutionProvider."""
-    return provider.removesuffix("ExecutionProvider")
 
 
 def options_text(row: DeployedRow) -> str:

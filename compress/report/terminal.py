@@ -10,7 +10,7 @@ from rich.text import Text
 from compress.report import gain, numbers, summary, tables, terminal_int8
 from compress.report.screen import show
 from compress.report.shape import DeployedRow, Report
-from compress.report.verdict import CPU
+from export.onnx_file.targets import CPU
 
 FEW_CLASSES = 5
 

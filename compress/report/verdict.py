@@ -6,11 +6,10 @@ from compress.report.classes import at_chance, worst_first
 from compress.report.numbers import percent, times
 from compress.report.shape import DeployedRow, Report, Speedup, Verdict
 from export.onnx_file.roles import FP32, TEACHER, deployed
-from export.onnx_file.targets import TARGET_PROVIDERS, TARGETS
+from export.onnx_file.targets import CPU, TARGET_PROVIDERS, TARGETS, provider_title
 from export.tasks.task import Classes
 
 TOLERANCE = 1e-9  # a target that is met exactly is met, whatever the last bit says
-CPU = "CPUExecutionProvider"
 
 
 class Measurement(NamedTuple):
@@ -67,7 +66,7 @@ def measure(report: Report) -> dict[str, Measurement]:
     teacher, student = any_row(report, TEACHER), any_row(report, name)
     provider = TARGET_PROVIDERS.get(target_of(report), CPU)
     timed = headline_row(report, name, provider)
-    where = "CPU, 1 thread, batch 1" if provider == CPU else f"{provider.removesuffix('ExecutionProvider')}, batch 1"
+    where = "CPU, 1 thread, batch 1" if provider == CPU else f"{provider_title(provider)}, batch 1"
     return {
         "max_drop": _drop(teacher, student),
         "max_class_drop": _class_drop(judged_classes(report)),

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from compress.ranks import first_decides
+from export.command.files import writing
 
 Snapshot = dict[str, Any]
 
@@ -58,11 +59,9 @@ class State:
             self.average.load_state_dict(snapshot["average"])
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint beside its place and rename it."""
-        aside = path.with_suffix(".partial")
-        with aside.open("wb") as file:  # torch hides what went wrong with a path of its own, such as a full disk
+        """Write the checkpoint, whole or not at all."""
+        with writing(path) as file:  # torch hides what went wrong with a path of its own, such as a full disk
             torch.save({**self._tensors(), "progress": asdict(self.progress)}, file)
-        aside.rename(path)
 
     def resume_(self, path: Path) -> None:
         """Go on from the checkpoint of a run that was killed, if there is one."""

@@ -1,12 +1,12 @@
 """Read the files of a folder that may come from anybody, and nothing outside it."""
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from export.command.files import sha256
 from export.errors import BundleError
 
 SUMS = "SHA256SUMS"
@@ -94,12 +94,6 @@ def check_digest(folder: Path, name: str, digest: str) -> None:
     if sha256(check_size(folder, name, at_most=MAX_FILE_BYTES)) != digest:
         sentence = f"{name}: is not the file the bundle was made with (SHA-256 differs): get the bundle again"
         raise BundleError(sentence, defect="changed_file")
-
-
-def sha256(path: Path) -> str:
-    """Return the hexadecimal digest of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def brief(value: object) -> str:

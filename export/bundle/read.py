@@ -35,8 +35,8 @@ from export.bundle.inside import (
     read_json,
     read_sums,
     read_text,
-    sha256,
 )
+from export.command.files import sha256
 from export.errors import BundleError
 from export.images.folders import is_label
 from export.images.preprocess import AS_STORED, UPRIGHT, Preprocess
@@ -82,6 +82,12 @@ class Bundle:
         """Return the labelled images of `data` to score the files on. Raises DataError for data that do not fit the bundle."""
         found = self.task.examples(data, self.preprocess, self.labels)
         return found.judged(self.validation) if self.validation else found
+
+    def file(self, name: str | None) -> Path:
+        """Return the file `name`, or the one to serve; raise BundleError for a name that the bundle lacks."""
+        if name is not None and name not in self.files:
+            raise BundleError(f"--file: the bundle has {', '.join(self.files)}, got {name!r}: name one of them")
+        return self.files[name or self.served]
 
 
 def entry(path: Path, facts: ModelFile) -> Json:

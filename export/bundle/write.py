@@ -1,7 +1,5 @@
 """Write a bundle beside its place, read it back, and put it there in one step."""
 
-import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle.golden import IMAGES, INPUTS, Golden, make_golden, write_arrays
-from export.bundle.inside import SUMS, Json, sha256
+from export.bundle.inside import SUMS, Json
 from export.bundle.read import (
     LABELS,
     MANIFEST,
@@ -25,6 +23,7 @@ from export.bundle.read import (
     preprocess_of,
     read_bundle,
 )
+from export.command.files import json_text, put_folder, sha256, write_text
 from export.errors import BundleError
 from export.images.folders import is_label
 from export.onnx_file.model_file import ModelFile, inspect
@@ -99,7 +98,7 @@ def fill(folder: Path, contents: Contents) -> None:
     if bad := [label for label in contents.labels if not is_label(label)]:
         raise BundleError(f"labels: must be one printable line each, got {bad[0]!r}: rename the class")
     facts = copy_models(folder, contents.files)
-    write_text(folder / PREPROCESS, dump(contents.preprocess))
+    write_text(folder / PREPROCESS, json_text(contents.preprocess))
     write_text(folder / LABELS, "".join(f"{label}\n" for label in contents.labels))
     if contents.validation:
         write_text(folder / VALIDATION, "".join(f"{digest}\n" for digest in contents.validation))
@@ -107,7 +106,7 @@ def fill(folder: Path, contents: Contents) -> None:
     models = {name: (folder / f"{name}.onnx", fact.precision) for name, fact in facts.items()}
     golden = make_golden(models, contents.images, inputs, contents.truths)
     write_arrays(folder, golden)
-    write_text(folder / MANIFEST, dump(manifest(folder, contents, facts, golden)))
+    write_text(folder / MANIFEST, json_text(manifest(folder, contents, facts, golden)))
     write_serving(folder, contents, facts, golden)
     for name, content in contents.documents.items():
         if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute() or (folder / name).exists():
@@ -172,34 +171,12 @@ def write_serving(folder: Path, contents: Contents, facts: Mapping[str, ModelFil
 
 def put_in_place(new: Path, out: Path, *, old: Path) -> None:
     """Move `new` to `out`; a bundle already there moves to `old` first, and back if that fails."""
-    for path in [*new.rglob("*"), new]:
-        sync(path)
     replaced = out.exists()
     if replaced:
         out.rename(old)
     try:
-        new.rename(out)
+        put_folder(new, out)
     except OSError:
         if replaced:
             old.rename(out)
         raise
-    sync(out.parent)
-
-
-def dump(document: Mapping[str, object]) -> str:
-    """Return JSON as people read it and in the same bytes each time."""
-    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 with Unix line ends everywhere."""
-    path.write_bytes(text.encode())
-
-
-def sync(path: Path) -> None:
-    """Have the system write a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,17 +3,6 @@
 import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable
-from pathlib import Path
-
-from export.bundle.read import Bundle
-from export.errors import BundleError
-
-
-def chosen(bundle: Bundle, name: str | None) -> Path:
-    """Return the file `name`, or the one that the bundle is made to serve; raise BundleError for a name it lacks."""
-    if name is not None and name not in bundle.files:
-        raise BundleError(f"--file: the bundle has {', '.join(bundle.files)}, got {name!r}: name one of them")
-    return bundle.files[name or bundle.served]
 
 
 def at_least(lowest: int) -> Callable[[str], int]:

@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--benchmark-json", type=Path, help="also write numbers for github-action-benchmark (customSmallerIsBetter)"
     )
-    found.add_argument("--json", type=Path, help="also write everything")
+    found.add_argument("--json", type=Path, help="also write as_json")
     return found
 
 

@@ -1,11 +1,11 @@
 """What a bundle was when it was accepted: a JSON file in git, one for each machine, named by the machine's fingerprint."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from export.command.files import writing
 from export.errors import BundleError
 from export.gate.answers import Answers, answers_from_json
 from export.gate.facts import Facts
@@ -116,8 +116,7 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(text, encoding="utf-8", newline="\n")
-        aside.replace(path)
+        with writing(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise BundleError(f"{path}: cannot be written ({error.strerror}): name another place") from error

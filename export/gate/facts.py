@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from export.audit import audit
-from export.bundle.inside import sha256
+from export.command.files import sha256
 from export.onnx_file.macs import macs
 from export.onnx_file.model_file import inspect, parse
 from export.onnx_file.wiring import wire

@@ -1,9 +1,9 @@
 """The verdict as text for a terminal, as Markdown, as JUnit XML, and as numbers for github-action-benchmark."""
 
-import json
 from dataclasses import asdict
 from xml.etree import ElementTree
 
+from export.command.files import json_text
 from export.command.table import table
 from export.gate.checks import EXIT_CODES, Check, Status, Verdict
 
@@ -79,7 +79,7 @@ def junit_kind(check: Check) -> str | None:
 def as_benchmark(verdict: Verdict) -> str:
     """Return the numbers as github-action-benchmark reads them with `tool: customSmallerIsBetter`."""
     extra = f"{verdict.environment['cpu']}, {verdict.environment['cores']} cores"
-    return dump([
+    return json_text([
         {"name": f"{verdict.title}: {one.name}", "unit": one.unit, "value": one.value, "range": one.spread, "extra": extra}
         for one in verdict.metrics
     ])  # fmt: skip
@@ -87,12 +87,7 @@ def as_benchmark(verdict: Verdict) -> str:
 
 def as_json(verdict: Verdict) -> str:
     """Return everything."""
-    return dump({"status": verdict.status, "exit_code": verdict.exit_code, **asdict(verdict)})
-
-
-def dump(document: object) -> str:
-    """Return JSON as people read it."""
-    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    return json_text({"status": verdict.status, "exit_code": verdict.exit_code, **asdict(verdict)})
 
 
 def conclusion(verdict: Verdict) -> str:

@@ -1,12 +1,11 @@
 """Find the images of a folder, their classes and their split; nothing is opened here. docs/images.md holds the rules."""
 
-import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.errors import DataError
+from export.errors import DataError, nearest
 
 # Suffixes that name an image. Some are formats the decoder refuses: better an error than a photograph silently left out.
 SUFFIXES = (
@@ -75,8 +74,8 @@ def check_folder(root: Path) -> None:
         )
     ancestor = next(parent for parent in root.absolute().parents if parent.is_dir())
     wanted = root.absolute().relative_to(ancestor).parts[0]
-    near = difflib.get_close_matches(wanted, _subfolders(ancestor), n=1)
-    hint = f"did you mean {ancestor / near[0]}?" if near else "give another with --data (DATA= under make)"
+    near = nearest(wanted, _subfolders(ancestor))
+    hint = f"did you mean {ancestor / near}?" if near else "give another with --data (DATA= under make)"
     raise DataError(f"{root}: there is no such folder; {hint}")
 
 

@@ -47,8 +47,8 @@ TARGETS = {
     "cuda": Target("cuda", "fp16", -128, 127, -128, 127, True, False,
         "ONNX Runtime's CUDA provider has no INT8 convolution: FP16 is the file for it"),
 }  # fmt: skip
-# Targets that are no CPU, and the ONNX Runtime provider that runs them.
-TARGET_PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"  # of ONNX Runtime
+TARGET_PROVIDERS = {"cuda": CUDA, "tensorrt": TENSORRT}  # of targets that are no CPU
 # By machine the targets whose files its integer kernels compute as the target's own do.
 RUNS = {"cpu_avx2": ("cpu_avx2",), "cpu_vnni": ("cpu_vnni", "cpu_avx2"), "cpu_arm": ("cpu_arm",)}
 INT8_TARGETS = {name: target for name, target in TARGETS.items() if target.precision == "int8"}
@@ -72,6 +72,11 @@ def host_target() -> Target:
     if host_instruction_sets() & {"avx512_vnni", "avx_vnni", "avxvnni"}:
         return TARGETS["cpu_vnni"]
     return TARGETS["cpu_avx2"]
+
+
+def provider_title(provider: str) -> str:
+    """Return CPU for CPUExecutionProvider."""
+    return provider.removesuffix("ExecutionProvider")
 
 
 def resolve_target(name: str) -> Target:

@@ -10,9 +10,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.onnx_file.names import module_of
+from export.onnx_file.targets import CPU
 from export.onnx_file.wiring import INTEGER, Wiring, origin
 from export.proof.optimized import optimize
-from export.runtime.session import CPU
 
 INT16 = np.iinfo(np.int16)
 HIGHEST = 255  # activation level; int8 activations are shifted to uint8 before the product

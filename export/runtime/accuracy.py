@@ -8,8 +8,9 @@ import numpy as np
 
 from export.errors import BundleError
 from export.images.read import Labelled
+from export.onnx_file.targets import CPU
 from export.runtime.rows import AccuracyRow
-from export.runtime.session import CPU, DTYPES, RUNTIME_ERRORS, first_line, open_session
+from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
 from export.tasks.task import Array, OutputTask
 
 

@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import BundleError
+from export.onnx_file.targets import CUDA
 from export.runtime.latency import time_sessions
-from export.runtime.session import CUDA, Run, bind, open_session
+from export.runtime.session import Run, bind, open_session
 
 # Each is tried on top of what has won so far. The defaults: NCHW, no graph, an exhaustive search for algorithms, TF32.
 TRIALS: tuple[dict[str, str], ...] = (

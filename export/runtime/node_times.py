@@ -9,7 +9,8 @@ import numpy as np
 
 from export.errors import BundleError
 from export.onnx_file.names import ADDED
-from export.runtime.session import CPU, DTYPES, RUNTIME_ERRORS, first_line, open_session
+from export.onnx_file.targets import CPU
+from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
 
 
 @dataclass(frozen=True)

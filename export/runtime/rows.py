@@ -7,8 +7,8 @@ from pathlib import Path
 from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
 
 from export.onnx_file.model_file import ModelFile
+from export.onnx_file.targets import CPU
 from export.runtime.latency import Timing, speedup
-from export.runtime.session import CPU
 from export.tasks.task import Metric
 
 TEACHER, STUDENT = "teacher_fp32", "student_fp32"

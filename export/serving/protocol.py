@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from export.command.files import write_text
 from export.onnx_file.model_file import ModelFile
-from export.serving.triton import DATATYPES, Serving, write_text
+from export.serving.triton import DATATYPES, Serving
 
 Floats = NDArray[np.floating[Any]]
 

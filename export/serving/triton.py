@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from export.command.files import write_text
 from export.onnx_file.model_file import ModelFile
 
 Kind = Literal["cpu", "cuda", "tensorrt"]
@@ -146,9 +147,3 @@ def share(source: Path, path: Path) -> None:
         os.link(source, path)
     except OSError:
         shutil.copyfile(source, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 with Unix line ends everywhere."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode())

@@ -115,7 +115,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "home" / "thesis.txt").exists()
 
 
-@pytest.mark.parametrize("step", ["fill", "read_bundle", "sync"])
+@pytest.mark.parametrize("step", ["fill", "read_bundle", "put_folder"])
 def test_a_failure_while_writing_leaves_the_old_bundle(
     bundle: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

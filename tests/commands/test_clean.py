@@ -19,7 +19,7 @@ def run_folder(root: Path) -> Path:
     for name in (USED, OLD, f".{OLD}.partial", ".bundle-x8k2", "bundle", "report", "00-source-by-hand"):
         (root / name).mkdir(parents=True)
         (root / name / "file").write_bytes(b"12345")
-    for name in (".report.json.partial", "recipe.yaml", "notes.txt", ".lock"):
+    for name in (".report.json.42.partial", "recipe.yaml", "notes.txt", ".lock"):
         (root / name).write_text("12345")
     report(root, USED)
     return root
@@ -34,7 +34,7 @@ def test_what_no_report_uses_is_found_and_removed_and_all_else_stays(tmp_path: P
     root = run_folder(tmp_path / "run")
     before = {path.name for path in root.iterdir()}
     found = leftovers(root)
-    gone = {OLD, f".{OLD}.partial", ".bundle-x8k2", ".report.json.partial"}
+    gone = {OLD, f".{OLD}.partial", ".bundle-x8k2", ".report.json.42.partial"}
     assert {left.path.name for left in found} == gone
     assert {left.bytes for left in found} == {5}
     assert {path.name for path in root.iterdir()} == before

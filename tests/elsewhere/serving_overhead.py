@@ -12,7 +12,6 @@ from pathlib import Path
 
 from elsewhere.serving import Body, as_binary, as_json, served
 from export.bundle.read import read_bundle
-from export.command.arguments import chosen
 from export.command.table import table
 from export.runtime.latency import time_sessions
 from export.runtime.session import open_session
@@ -21,7 +20,7 @@ from export.runtime.session import open_session
 def main(path: Path, seconds: float) -> None:
     """Print medians, and how much more than the bare call they are."""
     bundle = read_bundle(path)
-    session = open_session(chosen(bundle, None), threads=1)
+    session = open_session(bundle.file(None), threads=1)
     (given,), image = session.get_inputs(), bundle.golden.inputs[:1]
     with served(path) as server:
         connection = server.connect()

@@ -169,7 +169,7 @@ def link_out(bundle: Path) -> None:
 
 def change_golden_outputs(bundle: Path) -> None:
     """The digests are right: whoever made the bundle made it so."""
-    from export.bundle.inside import sha256
+    from export.command.files import sha256
 
     path = bundle / "golden" / "student_int8.npy"
     was = sha256(path)

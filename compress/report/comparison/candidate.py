@@ -7,7 +7,6 @@ from typing import NamedTuple
 from compress.report import summary
 from compress.report.shape import DeployedRow, Json, Report, Speedup, Verdict
 from compress.report.verdict import (
-    CPU,
     any_row,
     deployed_name,
     first_and_last,
@@ -15,6 +14,7 @@ from compress.report.verdict import (
     target_of,
 )
 from export.onnx_file.roles import TEACHER
+from export.onnx_file.targets import CPU
 from export.runtime.intervals import clopper_pearson
 
 MAX_IMAGES = 10_000_000  # more would be a mistake in the file, and the interval's sums would fill the memory

@@ -14,8 +14,9 @@ from compress.errors import ArtifactError
 from compress.report.comparison.candidate import Subject
 from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report
 from compress.report.verdict import deployed_name
-from export.bundle.inside import MAX_TEXT_BYTES, contained, read_json, read_sums, read_text, sha256
+from export.bundle.inside import MAX_TEXT_BYTES, contained, read_json, read_sums, read_text
 from export.bundle.read import MANIFEST, PREPROCESS
+from export.command.files import sha256
 from export.errors import BundleError
 from export.onnx_file.targets import TARGETS
 from export.runtime.rows import metric_json
