@@ -6,9 +6,7 @@ batch with logits and features: the network itself (`online_teacher`), or what i
 
 import itertools
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,24 +17,7 @@ from compress.distillation import features, logits
 from compress.distillation.adapters import Review, Widen
 from compress.distillation.taps import Tapped, tap
 from compress.errors import CompressError
-from compress.recipe.losses import (
-    AnyFeatureTerm,
-    AnyLogitTerm,
-    ATTerm,
-    CrossEntropyTerm,
-    DISTTerm,
-    DKDTerm,
-    FeatureTerm,
-    FitNetTerm,
-    KDTerm,
-    LossTerm,
-    MSETerm,
-    NKDTerm,
-    PKTTerm,
-    ReviewTerm,
-    RKDTerm,
-    SPTerm,
-)
+from compress.recipe.losses import CrossEntropyTerm, FeatureTerm, LossTerm
 from compress.tasks import Task
 from compress.training.loop import Step
 
@@ -63,9 +44,30 @@ class StudentAnswer(NamedTuple):
     features: Sequence[Sequence[Tensor]]
 
 
+class Loss(NamedTuple):
+    """What computes one of a recipe's losses: a function of the student's and the teacher's logits, or of one layer's features."""
+
+    function: Callable[..., Tensor]  # (student's, teacher's, and where it is `labelled` the targets) -> ()
+    fields: tuple[str, ...] = ()  # of the recipe's section, which the function takes by name
+    labelled: bool = False
+    adapter: Callable[[Sequence[torch.Size], Sequence[torch.Size]], nn.Module] | None = None
+    maps_only: bool = False  # cannot compare features (n, channels)
+
+
+LOSSES: Mapping[str, Loss] = {
+    "kd": Loss(logits.kd_loss, ("temperature",)),
+    "mse": Loss(logits.mse_loss),
+    "dkd": Loss(logits.dkd_loss, ("alpha", "beta", "temperature"), labelled=True),
+    "dist": Loss(logits.dist_loss, ("beta", "gamma", "temperature")),
+    "nkd": Loss(logits.nkd_loss, ("gamma", "temperature"), labelled=True),
+    "fitnet": Loss(features.fitnet_loss, adapter=Widen),
+    "at": Loss(features.at_loss, maps_only=True),
+    "sp": Loss(features.sp_loss),
+    "rkd": Loss(features.rkd_loss, ("distance", "angle")),
+    "pkt": Loss(features.pkt_loss),
+    "review": Loss(features.review_loss, adapter=Review, maps_only=True),
+}
 Teacher = Callable[[Batch], TeacherAnswer]
-Loss = Callable[[Tensor, Tensor], Tensor]  # (student's, teacher's) -> ()
-LabelledLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (student's, teacher's, targets) -> ()
 
 
 class Learner(nn.Module):
@@ -116,7 +118,7 @@ def online_teacher(network: nn.Module, terms: Sequence[LossTerm]) -> Teacher:
 
 
 def no_teacher(_batch: Batch) -> TeacherAnswer:
-    """Stand in where every loss is against the labels."""
+    """Answer nothing: the dummy teacher of losses that use only the labels."""
     return TeacherAnswer(torch.empty(0), {})
 
 
@@ -169,17 +171,15 @@ def weight_of(term: LossTerm, done: float) -> float:
 def _step(terms: Sequence[LossTerm], task: Task, teacher: Teacher) -> Step:
     """Return the step: one dictionary with the weighted sum as "loss" and every loss's own value."""
     ask = teacher if needs_teacher(terms) else no_teacher
-    labels, measures = _labels(terms), [_measure(term, task) for term in terms]
+    names = [term.name for term in terms]
+    labels = [f"{name}_{n}" if (n := names[: index + 1].count(name)) > 1 else name for index, name in enumerate(names)]
 
     def step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
         taught = ask(batch)
         answer: StudentAnswer = model(batch.images)
         adapted = iter(answer.features)
         with torch.autocast(batch.images.device.type, enabled=False):  # products inside losses stay in float32
-            values = [
-                measure(answer.logits, next(adapted) if isinstance(term, FeatureTerm) else (), taught, batch.targets)
-                for term, measure in zip(terms, measures, strict=True)
-            ]
+            values = [_value(term, task, answer.logits, adapted, taught, batch.targets) for term in terms]
             factors = [weight_of(term, done) for term in terms]
             total = torch.stack([factor * value for factor, value in zip(factors, values, strict=True)]).sum()
         return {"loss": total, **dict(zip(labels, values, strict=True))}
@@ -187,94 +187,49 @@ def _step(terms: Sequence[LossTerm], task: Task, teacher: Teacher) -> Step:
     return step
 
 
-Measure = Callable[
-    [Tensor, Sequence[Tensor], TeacherAnswer, Tensor], Tensor
-]  # (logits, adapted, taught, targets) -> ()
-
-
-def _measure(term: LossTerm, task: Task) -> Measure:
-    """Return what computes one term of the sum, without its weight."""
+def _value(
+    term: LossTerm,
+    task: Task,
+    outputs: Tensor,
+    adapted: Iterator[Sequence[Tensor]],
+    taught: TeacherAnswer,
+    truths: Tensor,
+) -> Tensor:
+    """Return one loss's value without its weight; `adapted` has the student's features of the feature losses in turn."""
     if isinstance(term, CrossEntropyTerm):
-        smoothing = term.label_smoothing
-        return lambda outputs, _adapted, _taught, targets: task.loss(outputs, targets, label_smoothing=smoothing)
+        return task.loss(outputs, truths, label_smoothing=term.label_smoothing)
+    loss = LOSSES[term.name]
+    settings = {field: getattr(term, field) for field in loss.fields}
     if isinstance(term, FeatureTerm):
-        of_layer, paths = _feature_loss(term), _teacher_layers(term)
-        return lambda _outputs, adapted, taught, _targets: torch.stack(
-            [of_layer(mine, taught.features[path]) for mine, path in zip(adapted, paths, strict=True)]
-        ).sum()
-    loss = _standardized(_logit_loss(term)) if term.standardize else _logit_loss(term)
-    return lambda outputs, _adapted, taught, targets: loss(
-        task.rows(outputs), task.rows(taught.logits), task.truth_rows(targets)
-    )
+        pairs = zip(next(adapted), _teacher_layers(term), strict=True)
+        return torch.stack([loss.function(mine, taught.features[path], **settings) for mine, path in pairs]).sum()
+    both = task.rows(outputs), task.rows(taught.logits)
+    both = (logits.standardized(both[0]), logits.standardized(both[1])) if term.standardize else both
+    return loss.function(*both, *([task.truth_rows(truths)] if loss.labelled else []), **settings)
 
 
-def _logit_loss(term: AnyLogitTerm) -> LabelledLoss:
-    """Translate a recipe's loss between logits into a plain function."""
-    match term:
-        case KDTerm():
-            return _unlabelled(partial(logits.kd_loss, temperature=term.temperature))
-        case MSETerm():
-            return _unlabelled(logits.mse_loss)
-        case DKDTerm():
-            return partial(logits.dkd_loss, alpha=term.alpha, beta=term.beta, temperature=term.temperature)
-        case DISTTerm():
-            of_both = partial(logits.dist_loss, beta=term.beta, gamma=term.gamma, temperature=term.temperature)
-            return _unlabelled(of_both)
-        case NKDTerm():
-            return partial(logits.nkd_loss, gamma=term.gamma, temperature=term.temperature)
-
-
-def _feature_loss(term: AnyFeatureTerm) -> Loss:
-    """Translate a recipe's loss between features into a plain function of one layer's."""
-    match term:
-        case FitNetTerm():
-            return features.fitnet_loss
-        case ATTerm():
-            return features.at_loss
-        case SPTerm():
-            return features.sp_loss
-        case RKDTerm():
-            return partial(features.rkd_loss, distance=term.distance, angle=term.angle)
-        case PKTTerm():
-            return features.pkt_loss
-        case ReviewTerm():
-            return features.review_loss
-
-
-def _unlabelled(loss: Loss) -> LabelledLoss:
-    return lambda student, teacher, _targets: loss(student, teacher)
-
-
-def _standardized(loss: LabelledLoss) -> LabelledLoss:
-    return lambda student, teacher, targets: loss(logits.standardized(student), logits.standardized(teacher), targets)
-
-
-def _adapter(term: AnyFeatureTerm, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> nn.Module:
+def _adapter(term: FeatureTerm, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> nn.Module:
     """Return what brings the student's features to the shapes that the term's loss compares."""
+    adapter = LOSSES[term.name].adapter
     mine = [_shape(term, "student", path, student) for path in term.layers]
     its = [_shape(term, "teacher", path, teacher) for path in _teacher_layers(term)]
-    match term:
-        case FitNetTerm():
-            for path, a, b in zip(term.layers, mine, its, strict=True):
-                if len(a) != len(b):
-                    raise CompressError(
-                        f"fitnet: layer {path}: only one of student and teacher returns a map; name another layer"
-                    )
-            return Widen(mine, its)
-        case ReviewTerm():
-            return Review(mine, its)
-        case _:
-            return nn.Identity()
+    if adapter is None:
+        return nn.Identity()
+    for path, a, b in zip(term.layers, mine, its, strict=True):
+        if len(a) != len(b):
+            raise CompressError(
+                f"{term.name}: layer {path}: only one of student and teacher returns a map; name another layer"
+            )
+    return adapter(mine, its)
 
 
-def _shape(term: AnyFeatureTerm, side: str, path: str, found: Mapping[str, Tensor]) -> torch.Size:
+def _shape(term: FeatureTerm, side: str, path: str, found: Mapping[str, Tensor]) -> torch.Size:
     """Return the shape of one layer's features; raise CompressError where the term's loss cannot use them."""
     if path not in found:
         raise CompressError(
             f"{term.name}: layer {path} of the {side} returns no tensor, or never runs; name another layer"
         )
-    shape = found[path].shape
-    maps_only = isinstance(term, ATTerm | ReviewTerm)
+    shape, maps_only = found[path].shape, LOSSES[term.name].maps_only
     if len(shape) == 4 or (len(shape) == 2 and not maps_only):
         return shape
     wanted = "(n, channels, height, width)" + ("" if maps_only else " or (n, channels)")
@@ -282,24 +237,14 @@ def _shape(term: AnyFeatureTerm, side: str, path: str, found: Mapping[str, Tenso
     raise CompressError(f"{term.name}: layer {path} of the {side} returns ({shown}); name one that returns {wanted}")
 
 
-def _of_features(terms: Sequence[LossTerm]) -> list[AnyFeatureTerm]:
+def _of_features(terms: Sequence[LossTerm]) -> list[FeatureTerm]:
     return [term for term in terms if isinstance(term, FeatureTerm)]
 
 
-def _teacher_layers(term: AnyFeatureTerm) -> tuple[str, ...]:
+def _teacher_layers(term: FeatureTerm) -> tuple[str, ...]:
     return term.teacher_layers or term.layers
 
 
 def _once(paths: Iterable[Sequence[str]]) -> tuple[str, ...]:
     """Return every path once, in order."""
     return tuple(dict.fromkeys(itertools.chain.from_iterable(paths)))
-
-
-def _labels(terms: Sequence[LossTerm]) -> list[str]:
-    """Return what the terms are reported as: their names, with a number where a recipe has a loss more than once."""
-    counts: Counter[str] = Counter()
-    labels = []
-    for term in terms:
-        counts[term.name] += 1
-        labels.append(term.name if counts[term.name] == 1 else f"{term.name}_{counts[term.name]}")
-    return labels

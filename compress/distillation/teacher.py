@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from compress.artifact import key_of, lineage, write_json
-from compress.data.batches import Batch, view_batches
+from compress.data.batches import Batch, Views, view_batches
 from compress.distillation.logit_cache import Layout, LogitCache
 from compress.distillation.step import (
     Teacher,
@@ -86,44 +86,132 @@ def teach(run: Run, src: Path, terms: Sequence[LossTerm], settings: Fit, log: St
     if asked.mode == "online" or needs_features(terms):
         return Teaching(online_teacher(run.teacher(src), terms), None)
     views = min(asked.views, settings.epochs)
-    found = _answered(run, src, views, log)
+    cache = _CachedTeacher.about(run, src, log).answered(views)
 
     def answer(batch: Batch) -> TeacherAnswer:
-        assert batch.views is not None
-        return TeacherAnswer(found.logits(batch.views).to(batch.images.device, non_blocking=True), {})
+        return TeacherAnswer(cache.logits(_views(batch)).to(batch.images.device, non_blocking=True), {})
 
     return Teaching(answer, views)
 
 
-def _answered(run: Run, src: Path, views: int, log: StageLog) -> LogitCache:
-    """Return the cache with so many views in it, the missing ones answered now: each rank its part of the images."""
-    source = lineage(src)[0]
-    facts = first_decides(lambda: _facts(run, source))
-    classes, images = len(run.dataset.classes), len(run.dataset.train)
-    asked = run.recipe.teaching.top_k
-    cache = LogitCache(_folder(run, facts), Layout(images, classes, asked if asked and asked < classes else None))
-    if run.rank == 0:
-        cache.folder.mkdir(parents=True, exist_ok=True)
-        write_json(cache.folder / "about.json", facts)
-    with cache.lock() if run.rank == 0 else nullcontext():
-        network = run.teacher(src)
-        missing = first_decides(lambda: _missing(run, network, cache, views, log))
-        if missing:
-            expected_s = _announce(run, network, cache, missing, views, log)
-            tell, started = log.note if expected_s > PATIENCE_S else log.note_detail, time.monotonic()
-            for done, view in enumerate(missing, start=1):
-                _fill(run, network, cache, view)
-                left_s = (time.monotonic() - started) / done * (len(missing) - done)
-                tell(f"teacher: view {view + 1} of {views} answered, {left_s:,.0f} s left")
-    return cache
+def _views(batch: Batch) -> Views:
+    assert batch.views is not None, "a training batch says what it shows"
+    return batch.views
 
 
-def _missing(run: Run, network: nn.Module, cache: LogitCache, views: int, log: StageLog) -> list[int]:
-    """Return the views that are not there, which are all where the teacher now says something else than it did."""
-    if cache.has(0) and not _replays(run, network, cache):
-        log.note("teacher: its answers on disk are not what it says now; they are made again")
-        cache.clear()
-    return [view for view in range(views) if not cache.has(view)]
+@dataclass(frozen=True)
+class _CachedTeacher:
+    """A teacher and the cache of its logits, whose missing views it is asked for: each rank its part of the images."""
+
+    run: Run
+    network: nn.Module
+    cache: LogitCache
+    log: StageLog
+
+    @classmethod
+    def about(cls, run: Run, src: Path, log: StageLog) -> "_CachedTeacher":
+        """Open the cache of the teacher of the artifact `src`."""
+        facts = first_decides(lambda: _facts(run, lineage(src)[0]))
+        classes, top_k = len(run.dataset.classes), run.recipe.teaching.top_k
+        layout = Layout(len(run.dataset.train), classes, top_k if top_k and top_k < classes else None)
+        cache = LogitCache(Path(run.recipe.out) / "teacher-logits" / key_of(facts), layout)
+        if run.rank == 0:
+            cache.folder.mkdir(parents=True, exist_ok=True)
+            write_json(cache.folder / "about.json", facts)
+        return cls(run, run.teacher(src), cache, log)
+
+    def answered(self, views: int) -> LogitCache:
+        """Return the cache with the first `views` views in it, the missing ones answered now."""
+        with self.cache.lock() if self.run.rank == 0 else nullcontext():
+            missing = first_decides(lambda: self.missing(views))
+            if missing:
+                expected_s = self.announce(missing, views)
+                tell = self.log.note if expected_s > PATIENCE_S else self.log.note_detail
+                started = time.monotonic()
+                for done, view in enumerate(missing, start=1):
+                    self.fill(view)
+                    left_s = (time.monotonic() - started) / done * (len(missing) - done)
+                    tell(f"teacher: view {view + 1} of {views} answered, {left_s:,.0f} s left")
+        return self.cache
+
+    def missing(self, views: int) -> list[int]:
+        """Return the views that are not there, which are all where the teacher now says something else than it did."""
+        if self.cache.has(0) and not self.replays():
+            self.log.note("teacher: its answers on disk are not what it says now; they are made again")
+            self.cache.clear()
+        return [view for view in range(views) if not self.cache.has(view)]
+
+    def replays(self) -> bool:
+        """Tell whether the teacher still says about a few images what the cache holds: the last guard against stale answers."""
+        layout = self.cache.layout
+        for batch in self.batches(0, torch.arange(min(PROBE_IMAGES, layout.images))):
+            said = layout.unpack(layout.pack(self.ask(batch)))
+            distance = (said - self.cache.logits(_views(batch))).square().mean().sqrt()
+            return bool(distance <= MAX_DISTANCE * said.std())  # NaN, a hole in the file, is no answer either
+        return True
+
+    def announce(self, missing: Sequence[int], views: int) -> float:
+        """Say what the answers will cost in bytes and seconds, and return the seconds; raise CompressError where there is no room."""
+        layout, folder = self.cache.layout, self.cache.folder
+        size, free = len(missing) * layout.bytes_per_view, shutil.disk_usage(folder).free
+        if size > free:
+            raise CompressError(
+                f"{folder}: the teacher's answers need {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free: "
+                "free some space, set teaching.top_k or fewer teaching.views, or teaching.mode: online"
+            )
+        batch_size = min(self.run.recipe.data.eval_batch_size, layout.images)
+        batch = next(self.batches(missing[0], torch.arange(batch_size)))
+        self.ask(batch)  # the first call is slower
+        started = time.monotonic()
+        self.ask(batch)
+        speed = self.run.ranks * len(batch.targets) / (time.monotonic() - started)
+        expected_s = len(missing) * layout.images / speed
+        self.log.note(
+            f"teacher: answers {views} views of {layout.images:,} images once for all, {len(missing)} of them now: "
+            f"{size / 1e6:,.1f} MB, about {expected_s:,.0f} s"
+        )
+        return expected_s
+
+    def fill(self, view: int) -> None:
+        """Answer one view, each rank a part of it; it is there only when all have written theirs."""
+        rank, layout = self.run.rank, self.cache.layout
+        if rank == 0:
+            self.cache.begin(view)
+        barrier()
+        part = torch.arange(layout.images).tensor_split(self.run.ranks)[rank]
+        with self.cache.writing(view) as records:
+            records["logits"][part.numpy()] = (
+                np.nan
+            )  # an image that cannot be read now must not pass for answered later
+            for batch in self.batches(view, part):
+                records[_views(batch).indices.numpy()] = layout.pack(self.ask(batch))
+        barrier()
+        if rank == 0:
+            self.cache.finish(view)
+        barrier()
+
+    def batches(self, view: int, indices: torch.Tensor) -> Iterator[Batch]:
+        """Yield training images by index under one view, broken ones left out."""
+        data = self.run.recipe.data
+        found = view_batches(
+            self.run.dataset,
+            torch.split(indices, data.eval_batch_size),
+            augmentation=self.run.augmentation,
+            seed=self.run.recipe.seed,
+            view=view,
+            workers=data.workers,
+            device=self.run.device,
+        )
+        return (batch for batch in found if len(batch.targets))
+
+    @torch.no_grad()
+    def ask(self, batch: Batch) -> torch.Tensor:
+        """Return the network's logits (n, classes), float32 on the CPU."""
+        device = self.run.device.type
+        bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            logits: torch.Tensor = self.network(batch.images)
+        return logits.float().cpu()
 
 
 def _facts(run: Run, source: Path) -> dict[str, object]:
@@ -138,84 +226,3 @@ def _facts(run: Run, source: Path) -> dict[str, object]:
         "device": run.device.type,
         "top_k": run.recipe.teaching.top_k,
     }
-
-
-def _folder(run: Run, facts: dict[str, object]) -> Path:
-    return Path(run.recipe.out) / "teacher-logits" / key_of(facts)
-
-
-def _batches(run: Run, view: int, indices: torch.Tensor) -> Iterator[Batch]:
-    """Yield training images by index under one view."""
-    return view_batches(
-        run.dataset,
-        torch.split(indices, run.recipe.data.eval_batch_size),
-        augmentation=run.augmentation,
-        seed=run.recipe.seed,
-        view=view,
-        workers=run.recipe.data.workers,
-        device=run.device,
-    )
-
-
-@torch.no_grad()
-def _ask(run: Run, network: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the network's logits (n, classes), float32 on the CPU."""
-    bf16 = run.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
-        logits: torch.Tensor = network(batch.images)
-    return logits.float().cpu()
-
-
-def _replays(run: Run, network: nn.Module, cache: LogitCache) -> bool:
-    """Tell whether the teacher still says about a few images what the cache holds: the last guard against stale answers."""
-    indices = torch.arange(min(PROBE_IMAGES, len(run.dataset.train)))
-    for batch in _batches(run, 0, indices):
-        if len(batch.targets):
-            assert batch.views is not None
-            said = cache.layout.unpack(cache.layout.pack(_ask(run, network, batch)))
-            distance = (said - cache.logits(batch.views)).square().mean().sqrt()
-            return bool(distance <= MAX_DISTANCE * said.std())  # NaN, a hole in the file, is no answer either
-    return True
-
-
-def _announce(
-    run: Run, network: nn.Module, cache: LogitCache, missing: Sequence[int], views: int, log: StageLog
-) -> float:
-    """Say what the answers will cost in bytes and seconds, and return the seconds; raise CompressError where there is no room."""
-    size = len(missing) * cache.layout.bytes_per_view
-    free = shutil.disk_usage(cache.folder).free
-    if size > free:
-        raise CompressError(
-            f"{cache.folder}: the teacher's answers need {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free: "
-            "free some space, set teaching.top_k or fewer teaching.views, or teaching.mode: online"
-        )
-    batch_size = min(run.recipe.data.eval_batch_size, len(run.dataset.train))
-    batch = next(_batches(run, missing[0], torch.arange(batch_size)))
-    _ask(run, network, batch)  # the first call is slower
-    started = time.monotonic()
-    _ask(run, network, batch)
-    speed = run.ranks * len(batch.targets) / (time.monotonic() - started)
-    expected_s = len(missing) * cache.layout.images / speed
-    log.note(
-        f"teacher: answers {views} views of {cache.layout.images:,} images once for all, {len(missing)} of them now: "
-        f"{size / 1e6:,.1f} MB, about {expected_s:,.0f} s"
-    )
-    return expected_s
-
-
-def _fill(run: Run, network: nn.Module, cache: LogitCache, view: int) -> None:
-    """Answer one view, each rank a part of it; it is there only when all have written theirs."""
-    if run.rank == 0:
-        cache.begin(view)
-    barrier()
-    part = torch.arange(cache.layout.images).tensor_split(run.ranks)[run.rank]
-    with cache.writing(view) as records:
-        records["logits"][part.numpy()] = np.nan  # an image that cannot be read now must not pass for answered later
-        for batch in _batches(run, view, part):
-            if len(batch.targets):
-                assert batch.views is not None
-                records[batch.views.indices.numpy()] = cache.layout.pack(_ask(run, network, batch))
-    barrier()
-    if run.rank == 0:
-        cache.finish(view)
-    barrier()

@@ -26,10 +26,10 @@ def finish(model: ir.Model, *, opset: int, metadata: Mapping[str, str]) -> Model
     if model.opset_imports.get("") != opset:
         raise ValueError(f"the exporter wrote opset {model.opset_imports}, not {opset}")
     model.ir_version = IR_VERSION
-    model.producer_name, model.producer_version = "compress", None
     global_average_pools_(model.graph)
     name_nodes_(model.graph)
     finished = ir.to_proto(model)
+    finished.producer_name, finished.producer_version = "compress", ""
     strip_(finished)
     helper.set_model_props(finished, dict(metadata))
     return finished

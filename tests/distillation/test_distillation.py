@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from compress.data.batches import Batch
 from compress.distillation.features import sp_loss
 from compress.distillation.step import (
+    LOSSES,
     Learner,
     StudentAnswer,
     TeacherAnswer,
@@ -31,7 +34,7 @@ from compress.pruning.costs import measure_layers
 from compress.pruning.plan import choose, cut_, find_groups, smallest_widths
 from compress.quant.graph.trace import trace
 from compress.quant.prepare import prepare, set_phase_
-from compress.recipe.losses import KD_ONLY, LossTerm
+from compress.recipe.losses import KD_ONLY, FeatureTerm, LogitTerm, LossTerm
 from compress.recipe.stages import Fit
 from compress.tasks import TASKS, evaluate
 from compress.training import loop as train
@@ -62,6 +65,22 @@ PATHS = [
 
 def parse(*terms: dict[str, object]) -> tuple[LossTerm, ...]:
     return TypeAdapter(tuple[LossTerm, ...]).validate_python(terms)
+
+
+def test_every_loss_of_a_recipe_has_its_row_and_every_field_its_argument() -> None:
+    sections = {
+        section.model_fields["name"].annotation.__args__[0]: section for section in get_args(get_args(LossTerm)[0])
+    }
+    assert sections.keys() == LOSSES.keys() | {"cross_entropy"}
+    own = {
+        name: section.model_fields.keys() - FeatureTerm.model_fields.keys() - LogitTerm.model_fields.keys()
+        for name, section in sections.items()
+    }
+    assert {name: set(loss.fields) for name, loss in LOSSES.items()} == {name: own[name] for name in LOSSES}
+    for loss in LOSSES.values():
+        assert set(loss.fields) == {
+            name for name, given in signature(loss.function).parameters.items() if given.kind is given.KEYWORD_ONLY
+        }
 
 
 def network(width: int = 16, seed: int = 0) -> nn.Module:

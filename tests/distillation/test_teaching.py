@@ -238,7 +238,7 @@ def test_losses_on_features_ask_online_and_labels_ask_nobody(
 
 def test_an_image_that_could_not_be_read_has_no_answer(tmp_path: Path, opened: tuple[Run, Path, Path]) -> None:
     run, source, log = opened
-    real = teaching._batches
+    real = teaching._CachedTeacher.batches
 
     def without_the_first(*arguments: Any) -> Iterator[Batch]:
         for batch in real(*arguments):
@@ -247,7 +247,7 @@ def test_an_image_that_could_not_be_read_has_no_answer(tmp_path: Path, opened: t
             yield Batch(batch.images[kept], batch.targets[kept], Views(batch.views.indices[kept], batch.views.view))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teaching, "_batches", without_the_first)
+        patch.setattr(teaching._CachedTeacher, "batches", without_the_first)
         found = taught(run, source, log)
     logits = found.teacher(Batch(torch.zeros(2, 3, 16, 16), torch.zeros(2), Views(torch.tensor([0, 1]), 0))).logits
     assert bool(logits[0].isnan().all())
