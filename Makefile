@@ -13,12 +13,13 @@ RANKS = 1
 BUNDLE = runs/quickstart/bundle
 RUN = runs/quickstart
 BASELINE = baselines
-STUDY = recipes/studies/int8.yaml
+SEARCH = recipes/search/quickstart.yaml
+STORAGE =
 PYTHON =
 VENV = .venv
 
 # make passes any name on; one that is unknown here would change nothing, in silence.
-VARIABLES = RECIPE DATA WEIGHTS OUT SET ARGS RANKS BUNDLE RUN BASELINE STUDY PYTHON VENV
+VARIABLES = RECIPE DATA WEIGHTS OUT SET ARGS RANKS BUNDLE RUN BASELINE SEARCH STORAGE PYTHON VENV
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 UNKNOWN := $(filter-out $(VARIABLES) MAKE% SHELL .SHELLFLAGS,$(GIVEN))
 ifneq ($(UNKNOWN),)
@@ -34,7 +35,7 @@ BIN := $(VENV)/bin
 LAUNCH = $(if $(filter-out 1,$(RANKS)),$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
 EXIT_CODES = 1: a target is missed, 2: something to correct above, 70: a crash, 130: interrupted
 
-.PHONY: help setup compress test check bench report study names matrix overhead gate trials elsewhere fuzz clean
+.PHONY: help setup compress test check bench report search names matrix overhead gate trials elsewhere fuzz clean
 
 help: ## list the targets and their variables
 	@awk -F ' ## ' '/^[a-z]+:.* ## / { split($$1, target, ":"); printf "  make %-9s %s\n", target[1], $$2 }' $(MAKEFILE_LIST)
@@ -61,8 +62,9 @@ bench: $(READY) ## time a bundle's files in ONNX Runtime (BUNDLE=runs/quickstart
 report: $(READY) ## draw a finished run's report again (RUN=runs/quickstart)
 	@$(BIN)/compress report $(call quoted,RUN)
 
-study: $(READY) ## run a study's recipes and tabulate them (STUDY=recipes/studies/int8.yaml DATA= OUT= ARGS=...)
-	@$(BIN)/compress study $(call quoted,STUDY) $(call option,DATA,data) $(call option,OUT,out) $(ARGS)
+search: $(READY) ## try a recipe's variants and show the best trade-offs (SEARCH= DATA= WEIGHTS= OUT= STORAGE= ARGS='--pick "latency < 5"')
+	@$(BIN)/compress search $(call quoted,SEARCH) $(call option,DATA,data) $(call option,WEIGHTS,weights) $(call option,OUT,out) \
+		$(call option,STORAGE,storage) $(ARGS)
 
 names: $(READY) ## list the installed libraries' networks for `compress check`
 	@$(BIN)/python tests/names.py

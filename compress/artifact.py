@@ -141,6 +141,17 @@ def exclusive(root: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def turn(directory: Path) -> Iterator[None]:
+    """Be the only run that makes this artifact; another one that does is waited for, and a killed one holds nothing up."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # One byte of a common file stands for each name: nothing is left beside every artifact, and other artifacts are not held up.
+    byte = int(key_of({"name": directory.name}), 16)
+    with (directory.parent / ".turns").open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX, 1, byte)
+        yield
+
+
 # The sha256 of files, remembered: a file is read again only where its size, its times or its inode are others.
 # A file system's clock ticks in milliseconds, some in seconds: within a tick a second write leaves every mark as it was.
 TICK_NS = 2_000_000_000

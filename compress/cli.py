@@ -111,18 +111,23 @@ def run(
     out: Out = None,
     trust_code: TrustCode = False,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    stages: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The folder of the stages, which runs may share; else the run's own."),
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Run the recipe's stages that are not there yet, write the report, and judge it against the targets."""
     _quiet(verbose)
     settings: list[tuple[str, str | None]] = [("--set", override) for override in overrides or ()]
     settings += [("--data", data), ("--weights", weights), ("--out", out), ("--until", until)]
+    settings.append(("--stages", None if stages is None else str(stages)))
     command = _command(recipe, settings, trust_code=trust_code)
     with joined():
         resolved = first_decides(partial(read_recipe, recipe, overrides or (), data=data, weights=weights, out=out))
         from compress.pipeline import run_recipe
 
-        code = run_recipe(resolved, trust_code=trust_code, until=until, verbose=verbose, command=command)
+        code = run_recipe(resolved, trust_code=trust_code, until=until, verbose=verbose, command=command, stages=stages)
         if code:
             tell_torchrun("a target is missed: the report above says which")
     raise typer.Exit(code)
@@ -290,18 +295,33 @@ def compare(
 
 
 @app.command()
-def study(
-    file: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's YAML file.")],
+def search(
+    file: Annotated[Path, typer.Argument(metavar="SEARCH", help="The search's YAML file.")],
     data: DataPath = None,
-    out: Annotated[str, typer.Option("--out", metavar="DIR", help="The folder of all runs.")] = "runs",
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="RECIPE", help="Only this recipe's runs; may be repeated.")
+    weights: Weights = None,
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="The folder that gets the search's.")] = "runs",
+    storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="A database where workers meet, such as postgresql://HOST/NAME.")
     ] = None,
+    pick: Annotated[
+        str | None, typer.Option(metavar="LIMITS", help='Publish the best trial within, such as "latency < 5".')
+    ] = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Where to publish it.")] = None,
+    trust_code: TrustCode = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Run several recipes in several variants and seeds, and print a table of what each measured."""
-    from compress.commands.study import run_study
+    """Try a recipe's variants until a budget is spent, and show the best trade-offs; the same command elsewhere joins in."""
+    from compress.commands.search.trial import open_setup
 
-    _print(run_study(file, data=data, out=out, only=only or ()))
+    setup = open_setup(file, data=data, weights=weights, out=out, trust_code=trust_code)
+    _quiet(verbose)
+    from compress.commands.search import run
+
+    if pick is None:
+        _print(run.run_search(setup, storage=storage))
+        return
+    boards = run.open_boards(setup, storage=storage)
+    raise typer.Exit(run.publish_pick(setup, boards, pick, to=to, verbose=verbose))
 
 
 @app.command()

@@ -15,7 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.artifact import Meta, damage, exclusive, finish, is_complete, key_of, lineage, read_meta
+from compress.artifact import Meta, damage, exclusive, finish, is_complete, key_of, lineage, read_meta, turn
 from compress.data.digest import FILES, changes, dataset_digest, given
 from compress.errors import ArtifactError, CompressError
 from compress.models.digest import source_digest
@@ -47,27 +47,31 @@ class PlanLine:
     directory: Path
 
 
-def plan_recipe(recipe: Recipe) -> list[PlanLine]:
+def plan_recipe(recipe: Recipe, *, stages: Path | None = None) -> list[PlanLine]:
     """Say for every stage of one chain whether it would run, and why. Imports no torch and runs none of the recipe's code.
 
-    Raises CompressError for data or weights that are missing.
+    `stages` is the folder that they stand in, the run's own where it is None. Raises CompressError for data or weights that are
+    missing.
     """
     lines: list[PlanLine] = []
     for index, (section, key) in enumerate(zip(recipe.stages, _keys(recipe), strict=True)):
-        directory = run_root(recipe) / f"{index:02d}-{section.stage}-{key}"
+        directory = (stages or run_root(recipe)) / f"{index:02d}-{section.stage}-{key}"
         cached = is_complete(directory) and all(line.cached for line in lines)
         reason = "unchanged" if cached else _why(recipe, index, section, directory, lines)
         lines.append(PlanLine(section.stage, key, cached, reason, directory))
     return lines
 
 
-def run_recipe(recipe: Recipe, *, trust_code: bool, until: str | None, verbose: bool, command: str) -> int:
+def run_recipe(
+    recipe: Recipe, *, trust_code: bool, until: str | None, verbose: bool, command: str, stages: Path | None = None
+) -> int:
     """Make what is missing, write the report and the bundle, print the tables; return 0, or 1 where a target is missed.
 
-    What is asked for only `until` a stage leaves the report of a run that went further as it is.
+    What is asked for only `until` a stage leaves the report of a run that went further as it is. `stages` is a folder that
+    several runs may share, also at once: a stage that one of them makes is waited for by the others.
     """
     chains = recipe.chains()
-    plans = first_decides(lambda: {student: plan_recipe(chain) for student, chain in chains.items()})
+    plans = first_decides(lambda: {student: plan_recipe(chain, stages=stages) for student, chain in chains.items()})
     if until is not None:
         plans = {student: plan[: _position(chains[student], until) + 1] for student, plan in plans.items()}
     root = run_root(recipe)
@@ -159,7 +163,7 @@ def _why(recipe: Recipe, index: int, section: StageSection, directory: Path, bef
         return damage(directory) or ""
     if (directory.parent / f".{directory.name}.partial").exists():
         return "was interrupted; goes on"
-    others = run_root(recipe).glob(f"{index:02d}-{section.stage}-*")
+    others = directory.parent.glob(f"{index:02d}-{section.stage}-*")
     for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
         with suppress(ArtifactError):
             found = [
@@ -211,11 +215,13 @@ def _make_missing(recipe: Recipe, plans: Mapping[str, list[PlanLine]], *, trust_
         parent: Path | None = None
         for index, (line, section) in enumerate(zip(plans[student], chain.stages, strict=False)):
             # Where an ancestor was made again, to the same bits, what was made from it stands.
-            if (fault := first_decides(partial(damage, line.directory))) is not None:
-                if run.rank == 0 and line.directory.exists():
-                    sys.stderr.write(f"{fault}; {line.stage} runs again\n")
-                _make(section, line.key, parent, line.directory, run if index < len(recipe.stages) else run.of(chain))
-                made.add(line.directory)
+            with turn(line.directory) if run.rank == 0 else nullcontext():
+                if (fault := first_decides(partial(damage, line.directory))) is not None:
+                    if run.rank == 0 and line.directory.exists():
+                        sys.stderr.write(f"{fault}; {line.stage} runs again\n")
+                    own = run if index < len(recipe.stages) else run.of(chain)
+                    _make(section, line.key, parent, line.directory, own)
+                    made.add(line.directory)
             parent = line.directory
     return made
 

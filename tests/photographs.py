@@ -28,6 +28,7 @@ SETTINGS: dict[str, Any] = {
     "limit_per_class": None,
     "skip_broken": False,
     "seed": 0,
+    "tuning": False,
 }
 
 

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from io import BufferedReader
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from compress.artifact import (
     key_of,
     lineage,
     read_meta,
+    turn,
     write_json,
 )
 from compress.errors import ArtifactError
@@ -166,6 +169,27 @@ def test_two_runs_on_one_folder_are_refused(tmp_path: Path) -> None:
         other.communicate()
     with exclusive(tmp_path / "run"):  # a killed run leaves no lock behind
         pass
+
+
+def test_one_run_at_a_time_makes_an_artifact_and_a_killed_one_holds_nothing_up(tmp_path: Path) -> None:
+    hold = (
+        "import sys, time; from pathlib import Path; from compress.artifact import turn\n"
+        "with turn(Path(sys.argv[1])):\n print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "a")], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with turn(tmp_path / "b"):  # another artifact is free
+            pass
+        timer = threading.Timer(0.3, other.kill)
+        timer.start()
+        started_s = time.monotonic()
+        with turn(tmp_path / "a"):
+            assert time.monotonic() - started_s > 0.25
+    finally:
+        other.kill()
+        other.communicate()
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ TARGETS = {
     "check",
     "bench",
     "report",
-    "study",
+    "search",
     "matrix",
     "names",
     "overhead",
@@ -65,7 +65,7 @@ def test_compress_passes_on_every_variable() -> None:
     [
         ("compress", "DATA", "--data"), ("compress", "WEIGHTS", "--weights"), ("compress", "OUT", "--out"),
         ("compress", "SET", "--set"), ("gate", "DATA", "--data"), ("gate", "BASELINE", "--baseline"),
-        ("study", "DATA", "--data"), ("report", "RUN", "report"), ("bench", "BUNDLE", "export.bench"),
+        ("search", "DATA", "--data"), ("search", "STORAGE", "--storage"), ("report", "RUN", "report"), ("bench", "BUNDLE", "export.bench"),
     ],
 )  # fmt: skip
 def test_whatever_stands_in_a_value_arrives(path: str, target: str, variable: str, option: str) -> None:

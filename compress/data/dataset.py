@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -63,6 +63,10 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     if found.val is None:
         val = held_out(labels, found.classes, fraction=settings.val_fraction, seed=settings.seed)
     train = np.arange(len(labels)) if val is None else np.setdiff1d(np.arange(len(labels)), val)
+    if settings.tuning:
+        chosen = held_out(labels[train], found.classes, fraction=settings.val_fraction, seed=settings.seed)
+        val, train = train[chosen], np.delete(train, chosen)
+        found = replace(found, val=None)
     if settings.limit_per_class is not None:
         chosen = limited(labels[train], len(found.classes), per_class=settings.limit_per_class, seed=settings.seed)
         train = train[chosen]

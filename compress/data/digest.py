@@ -38,6 +38,7 @@ VERSION = 3  # of how images become tensors; a change of it makes every cached s
 class DataSettings:
     """All that decides which images there are, how they are split, and what evaluation makes of them.
 
+    With `tuning` the images that judge are held out of the training images, whatever the data set brings for validation.
     `memory` is a folder where the digests of files are remembered; it decides nothing.
     """
 
@@ -51,6 +52,7 @@ class DataSettings:
     limit_per_class: int | None
     skip_broken: bool
     seed: int
+    tuning: bool
     memory: Path
 
 
@@ -92,6 +94,8 @@ def dataset_digest(settings: DataSettings, found: Given) -> str:
         "labels": listing and sorted(listing.train + (listing.val or ())),
         "files": found.digests,
     }
+    if not settings.tuning:
+        del content["tuning"]  # as every key was made before there was a choice
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

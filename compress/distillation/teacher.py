@@ -1,7 +1,7 @@
 """Who teaches a training: the teacher itself on every batch, or what it said before about the same views, read from a cache.
 
 The cache's folder is named after everything the answers depend on (the teacher's weights, the data, the augmentation, the seed), so that every
-stage, student and study below one `out` folder shares it, and nothing else can.
+stage, student and search below one `out` folder shares it, and nothing else can.
 """
 
 import shutil

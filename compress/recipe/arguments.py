@@ -21,7 +21,8 @@ def data_settings(recipe: Recipe) -> DataSettings:
         val_fraction=data.val_fraction,
         limit_per_class=data.limit_per_class,
         skip_broken=data.skip_broken,
-        seed=recipe.seed,
+        seed=recipe.seed if data.split_seed is None else data.split_seed,
+        tuning=data.judge_by == "tuning",
         memory=Path(recipe.out) / ".images",
     )
 

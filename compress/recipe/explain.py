@@ -129,6 +129,9 @@ def _place(loc: Sequence[str | int], schema: Schema) -> _Place:
         if (ref := node.get("discriminator", {}).get("mapping", {}).get(part)) is not None:
             node = _follow({"$ref": ref}, schema)
             continue
+        if "oneOf" in node:  # tags are JSON's names of types, where these tell a union's forms apart
+            node = next(form for form in (_follow(one, schema) for one in node["oneOf"]) if form["type"] == part)
+            continue
         path.append(str(part) if str(part).isprintable() else repr(part))
         if isinstance(part, int):
             fixed = node.get("prefixItems", [])

@@ -60,6 +60,10 @@ class Data(Section):
     """The standard deviation that divides each channel, for pixels in [0, 1]."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Fraction of each class that is held out for validation, by seed, where the data set has no validation set."""
+    judge_by: Literal["validation", "tuning"] = "validation"
+    """Which images judge: the validation images, or `tuning`: `val_fraction` of each class of the training images, held out; the validation images then stay unseen, as while `compress search` chooses."""
+    split_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Draws the images that are held out, and those of `limit_per_class`; null takes `seed`."""
     limit_per_class: PositiveInt | None = None
     """Use at most this many training images of each class (the first ones, after a shuffle by seed)."""
     skip_broken: bool = False
@@ -104,7 +108,7 @@ class Teaching(Section):
     """How students get the teacher's predictions while they train."""
 
     mode: Literal["cached", "online"] = "cached"
-    """`cached` runs the teacher once on each view and keeps its logits below `out` for every stage, student and study; `online` runs it on every batch. Losses on features are always online."""
+    """`cached` runs the teacher once on each view and keeps its logits below `out` for every stage, student and trial; `online` runs it on every batch. Losses on features are always online."""
     views: PositiveInt = 8
     """Augmented views of each training image (crop, flip, colours, mixing partner) that the cache holds; epochs cycle through them."""
     top_k: PositiveInt | None = None

@@ -166,6 +166,17 @@ def test_a_held_out_split_shares_no_image_with_training(tmp_path: Path) -> None:
     assert len(train | val) == 12
 
 
+def test_a_tuning_split_comes_out_of_the_training_images_and_leaves_validation_unseen(tmp_path: Path) -> None:
+    write_imagenet_layout(tmp_path)
+    for name, path in (("digits", None), ("imagefolder", tmp_path)):
+        whole, tuning = (opened(name, path, val_fraction=0.25, tuning=tuning) for tuning in (False, True))
+        assert len(tuning.train) + len(tuning.val) == len(whole.train)
+        assert set(tuning.val.labels.tolist()) == set(whole.train.labels.tolist())
+        assert tuning.digest != whole.digest
+        judged = set(whole.validation_digests())
+        assert not judged & set(tuning.validation_digests())
+
+
 @pytest.mark.usefixtures("no_memory")
 def test_a_held_out_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
     root = write_classes(tmp_path, per_class=12)

@@ -15,8 +15,8 @@ from compress.recipe.schema import Recipe
 from compress.recipe.section import Section
 
 ROOT = Path(__file__).parents[2]
-STUDIES = sorted(ROOT.glob("recipes/studies/*.yaml"))
-SHIPPED = sorted(set(ROOT.glob("recipes/**/*.yaml")) - set(STUDIES))
+SEARCHES = sorted((*ROOT.glob("recipes/studies/*.yaml"), *ROOT.glob("recipes/search/*.yaml")))
+SHIPPED = sorted(set(ROOT.glob("recipes/**/*.yaml")) - set(SEARCHES))
 HEAD = "name: tiny\nmodel: {arch: 'torchvision:resnet18'}\n"
 SOURCE = "stages:\n- {stage: source, fit: {epochs: 1}}\n"
 

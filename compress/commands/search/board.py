@@ -1,0 +1,280 @@
+"""The trials of a search, in Optuna's storage, where all workers meet: who takes which, and what each gave.
+
+A worker holds a trial's lock file while it runs it. A trial that runs and whose lock is free was left by a killed worker: whoever comes
+takes it up again. The lock goes to the run's own process, too, so that nobody takes up what still runs.
+"""
+
+import fcntl
+import json
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from compress.commands.search.front import covered, front
+from compress.commands.search.measures import MEASURES, limits
+from compress.commands.search.space import Axis, Point, Search, axes
+from compress.errors import CompressError
+
+if TYPE_CHECKING:
+    import optuna
+
+MOST_STARTUP = 10  # random trials before TPE models anything
+
+
+class Taken(NamedTuple):
+    """A trial that this worker holds."""
+
+    trial: "optuna.Trial"
+    point: Point
+    lock: IO[str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial: what it measured for each seed by measure, and their means; why it gave nothing, where it did not."""
+
+    number: int
+    point: Point
+    state: str  # done, running, refused, crashed
+    measured: Mapping[str, Sequence[float]]
+    error: str
+    is_allowed: bool
+
+    def mean(self, name: str) -> float | None:
+        """Return a measure's mean over the seeds."""
+        values = self.measured.get(name)
+        return sum(values) / len(values) if values else None
+
+
+def losses(row: Row, search: Search) -> list[float]:
+    """Return a finished trial's objectives so that less is better."""
+    return [(-1 if MEASURES[name].is_gain else 1) * (row.mean(name) or 0.0) for name in search.objectives]
+
+
+def best(rows: Sequence[Row], search: Search) -> list[Row]:
+    """Return the front: finished trials within all constraints that no other dominates, the best in the first objective first."""
+    done = [row for row in rows if row.state == "done" and row.is_allowed]
+    return sorted(
+        (done[index] for index in front([losses(row, search) for row in done])), key=lambda row: losses(row, search)
+    )
+
+
+def progress(rows: Sequence[Row], search: Search) -> list[float]:
+    """Return the hypervolume after each finished trial, as a fraction of the box around all of them."""
+    done = [row for row in rows if row.state == "done"]
+    return covered([losses(row, search) for row in done], [row.is_allowed for row in done])
+
+
+class Board:
+    """The trials of one search; `points` are those to try where no sampler chooses."""
+
+    def __init__(self, search: Search, folder: Path, *, name: str, storage: str | None) -> None:
+        """Open the search or join it; raise CompressError where the storage cannot be reached or another folder has the search."""
+        self.search, self.folder, self.name = search, folder, name
+        self.points: Sequence[Point] | None = None
+        (folder / "trials").mkdir(parents=True, exist_ok=True)
+        directions = ["maximize" if MEASURES[name].is_gain else "minimize" for name in search.objectives]
+        with self.alone():
+            self._study = _open(name, directions, folder, storage)
+            own = folder / ".search"
+            if not own.exists():
+                own.write_text(secrets.token_hex(8))
+            self._keep("folder", own.read_text(), f"{folder}: the storage's search {name} is in another folder; "
+                       "give the one that all workers share with --out (OUT= under make), or the search another name")  # fmt: skip
+
+    def hold(self, content: Mapping[str, Any]) -> None:
+        """Remember what the search is made of; raise CompressError where it was started with something else."""
+        with self.alone():
+            before = self._study.user_attrs.get("content")
+            changed = [key for key in content if before and before.get(key) != json.loads(json.dumps(content[key]))]
+            if changed:
+                raise CompressError(
+                    f"{self.folder}: its trials are of another search (changed since: {', '.join(changed)}); "
+                    "give this one another name, or remove the folder to start anew"
+                )
+            if not before:
+                self._study.set_user_attr("content", content)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep all other workers from the board for a moment."""
+        with (self.folder / ".board").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def rows(self) -> list[Row]:
+        """Return all trials by number."""
+        own = axes(self.search)
+        return [_row(trial, own) for trial in self._study.get_trials(deepcopy=False) if trial.state.name != "WAITING"]
+
+    @property
+    def clocks(self) -> dict[str, float]:
+        """What time, in ms, stands for each teacher."""
+        return dict(self._study.user_attrs.get("clocks", {}))
+
+    def set_clock(self, teacher: str, ms: float | None) -> None:
+        """Give a teacher the time that stands for it, if it was measured and has none."""
+        with self.alone():
+            if ms is not None and teacher not in self.clocks:
+                self._study.set_user_attr("clocks", {**self.clocks, teacher: ms})
+
+    def take(self, *, may_start: bool) -> Taken | None:
+        """Return a trial that a killed worker left, or a new one where the budget has one; None where there is neither."""
+        import optuna
+
+        with self.alone():
+            trials = self._study.get_trials(deepcopy=False)
+            for trial in trials:
+                if trial.state.name == "RUNNING" and (lock := self._lock(trial.number)):
+                    return self._taken(optuna.trial.Trial(self._study, trial._trial_id), lock)
+            known = [t for t in trials if t.state.name != "FAIL" or "refused" in t.user_attrs]
+            if not may_start or (not any(t.state.name == "WAITING" for t in known) and not self._propose(known)):
+                return None
+            self._study.sampler = _sampler(self.search, len(trials))
+            trial = self._study.ask()
+            lock = self._lock(trial.number)
+            assert lock is not None
+            return self._taken(trial, lock)
+
+    def is_over(self) -> bool:
+        """Tell whether no trial runs any more."""
+        return all(row.state != "running" for row in self.rows())
+
+    def finish(self, taken: Taken, measured: Mapping[str, Sequence[float]]) -> None:
+        """Keep what a trial measured and let it go."""
+        trial = taken.trial
+        means = {name: sum(values) / len(values) for name, values in measured.items()}
+        trial.set_user_attr("measured", {name: list(values) for name, values in measured.items()})
+        for limit in (limit for text in self.search.constraints for limit in limits(text)):
+            trial.set_constraint(limit.text, limit.excess(means[limit.measure]))
+        self._study.tell(trial, [means[name] for name in self.search.objectives])
+
+    def give_up(self, taken: Taken, error: str, *, refused: bool) -> None:
+        """Keep why a trial gave nothing: its recipe was refused, which is final, or its run crashed, which another trial makes up for."""
+        taken.trial.set_user_attr("refused" if refused else "crashed", error)
+        import optuna
+
+        self._study.tell(taken.trial, state=optuna.trial.TrialState.FAIL)
+
+    def importance(self) -> dict[str, dict[str, float]]:
+        """Return for each objective each axis's share of its variance, by Optuna's PED-ANOVA; nothing where too few trials tell."""
+        import optuna
+
+        found = {}
+        for index, name in enumerate(self.search.objectives):
+            try:
+                found[name] = optuna.importance.get_param_importances(
+                    self._study, target=lambda trial, index=index: trial.values[index]
+                )
+            except (ValueError, RuntimeError):  # fewer than two trials, or all equal
+                continue
+        return found
+
+    def _propose(self, known: Sequence["optuna.trial.FrozenTrial"]) -> bool:
+        """Tell whether one more trial is wanted; a grid's next combination is queued."""
+        budget = self.search.budget
+        if budget.trials is not None and self.points is None and len(known) >= budget.trials:
+            return False
+        if budget.patience is not None and self.points is None:
+            gained = progress(self.rows(), self.search)
+            if len(gained) > budget.patience and gained[-1] <= gained[-1 - budget.patience]:
+                return False
+        if self.points is None:
+            return True
+        tried = [trial.params for trial in known]
+        point = next((point for point in self.points if point not in tried), None)
+        if point is not None:
+            self._study.enqueue_trial(dict(point))
+        return point is not None
+
+    def _taken(self, trial: "optuna.Trial", lock: IO[str]) -> Taken:
+        return Taken(trial, {axis.name: _suggest(trial, axis) for axis in axes(self.search)}, lock)
+
+    def _lock(self, number: int) -> IO[str] | None:
+        """Return a trial's lock, None where another worker holds it."""
+        file = (self.folder / "trials" / f".{self.name}-{number:03d}.lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        return file
+
+    def _keep(self, key: str, value: str, refusal: str) -> None:
+        if (before := self._study.user_attrs.get(key, value)) != value:
+            raise CompressError(refusal)
+        if key not in self._study.user_attrs:
+            self._study.set_user_attr(key, before)
+
+
+def _suggest(trial: "optuna.Trial", axis: Axis) -> str | float:
+    if axis.span is None:
+        return str(trial.suggest_categorical(axis.name, list(axis.choices)))
+    low, high, step = axis.span.low, axis.values()[-1], axis.span.step
+    if axis.span.is_whole:
+        return int(trial.suggest_int(axis.name, int(low), int(high), step=int(step or 1), log=axis.span.log))
+    return axis.rounded(trial.suggest_float(axis.name, low, float(high), step=step, log=axis.span.log))
+
+
+def _row(trial: "optuna.trial.FrozenTrial", own: Sequence[Axis]) -> Row:
+    attrs, params = trial.user_attrs, trial.params
+    state = {"COMPLETE": "done", "RUNNING": "running"}.get(
+        trial.state.name, "refused" if "refused" in attrs else "crashed"
+    )
+    return Row(
+        number=trial.number,
+        point={
+            axis.name: axis.rounded(params[axis.name]) if axis.span else params[axis.name]
+            for axis in own
+            if axis.name in params
+        },
+        state=state,
+        measured=attrs.get("measured", {}),
+        error=attrs.get("refused", attrs.get("crashed", "")),
+        is_allowed=all(excess <= 0 for excess in trial.constraints.values()),
+    )
+
+
+def _sampler(search: Search, trials: int) -> "optuna.samplers.BaseSampler":
+    """Return the sampler of the next trial: a new one each time, so that a continued search draws on instead of anew."""
+    import optuna
+
+    seed = search.seed * 100_003 + trials
+    if search.sampler == "nsga2":
+        return optuna.samplers.NSGAIISampler(seed=seed)
+    startup = max(2, min(MOST_STARTUP, (search.budget.trials or 3 * MOST_STARTUP) // 3))
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
+
+
+def _open(name: str, directions: Sequence[str], folder: Path, storage: str | None) -> "optuna.Study":
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if storage is None:
+        from optuna.storages.journal import JournalFileBackend, JournalStorage
+
+        kept: Any = JournalStorage(JournalFileBackend(str(folder / "journal.log")))
+    else:
+        kept = _database(storage)
+    return optuna.create_study(study_name=name, storage=kept, directions=directions, load_if_exists=True)
+
+
+def _database(url: str) -> "optuna.storages.RDBStorage":
+    import optuna
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    shown = url.partition("://")[0]
+    try:
+        shown = make_url(url).render_as_string(hide_password=True)
+        return optuna.storages.RDBStorage(url)
+    except ImportError as error:
+        raise CompressError(f"STORAGE={shown}: needs a driver ({error}); install it with pip") from error
+    except SQLAlchemyError as error:
+        said = str(getattr(error, "orig", None) or error).partition("\n")[0]
+        raise CompressError(
+            f"STORAGE={shown}: cannot be reached ({said}); start it, or leave it out: workers that share OUT need none"
+        ) from error

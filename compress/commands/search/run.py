@@ -1,0 +1,148 @@
+"""Take a trial, run it, tell the board; again until the budget is spent. Then name what was found."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from compress.artifact import write_json
+from compress.commands.search.board import Board, Row, Taken, best, losses
+from compress.commands.search.measures import MEASURES, limits, measure
+from compress.commands.search.page import PICKED, write_page
+from compress.commands.search.show import line, print_front, write_tables
+from compress.commands.search.space import grid, probes
+from compress.commands.search.trial import Crashed, Mode, Refused, Setup, run_trial
+from compress.errors import CompressError
+from compress.pipeline import run_recipe
+from compress.recipe.read import write_recipe
+from compress.report.bundling import publish
+
+POLL_S = 1.0
+MOST_CRASHES = 3  # in a row, after which the machine is to blame and not the plan
+MODES: dict[Mode, list[Mode]] = {"full": ["full"], "no_training": ["no_training", "full"]}  # of each board
+
+
+def run_search(setup: Setup, *, storage: str | None) -> Path:
+    """Run a search to its budget's end, together with whoever else runs the same command, and return its page.
+
+    Raises CompressError where it cannot be run.
+    """
+    boards = open_boards(setup, storage=storage)
+    for board, mode in zip(boards, MODES[setup.search.mode], strict=True):
+        if board is not boards[0]:
+            board.points = [row.point for row in best(boards[0].rows(), setup.search)]
+
+        def told(row: Row, board: Board = board) -> None:
+            sys.stderr.write(f"{line(row, board.rows(), setup.search)}\n")
+            write_page(setup, boards)
+
+        work(board, partial(run_trial, setup, board, mode=mode), told=told)
+        write_tables(setup, board)
+        print_front(setup, board)
+    return write_page(setup, boards)
+
+
+def open_boards(setup: Setup, *, storage: str | None) -> list[Board]:
+    """Open or join the search: its board, and that of the trained where it ranks without training.
+
+    Raises CompressError where it was started with another recipe or space.
+    """
+    search = setup.search
+    board = Board(search, setup.folder, name=search.name, storage=storage)
+    board.points = grid(search) if search.sampler == "grid" else None
+    first = next(points for _, points in probes(search))[0]
+    recipes = {name: setup.recipe({**first, "recipe": name}, mode="full") for name in setup.files}
+    dumped = {name: recipe.model_dump(mode="json", exclude={"out"}) for name, recipe in recipes.items()}
+    board.hold({**search.model_dump(mode="json", exclude={"budget"}), "recipes": dumped})
+    if search.mode == "full":
+        return [board]
+    return [board, Board(search, setup.folder, name=f"{search.name}-trained", storage=storage)]
+
+
+def work(
+    board: Board,
+    run: Callable[[Taken], Mapping[str, Sequence[float]]],
+    *,
+    told: Callable[[Row], None] = lambda _: None,
+    poll_s: float = POLL_S,
+) -> None:
+    """Take trials and run them until none is left and nobody runs one; `run` returns each measure by seed, `told` hears of each end.
+
+    Raises CompressError where several runs in a row crash, or no trial's recipe can be run.
+    """
+    hours = board.search.budget.hours
+    started_s, crashes = time.monotonic(), 0
+    while True:
+        may_start = hours is None or time.monotonic() - started_s < 3600 * hours
+        if (taken := board.take(may_start=may_start)) is None:
+            if board.is_over():
+                break
+            time.sleep(poll_s)
+            continue
+        with taken.lock:
+            try:
+                board.finish(taken, run(taken))
+                crashes = 0
+            except Refused as error:
+                board.give_up(taken, str(error), refused=True)
+            except Crashed as error:
+                board.give_up(taken, str(error), refused=False)
+                crashes += 1
+                if crashes == MOST_CRASHES:
+                    raise CompressError(f"{crashes} trials in a row crashed; the last: {error}") from error
+        told(next(row for row in board.rows() if row.number == taken.trial.number))
+    rows = board.rows()
+    if rows and all(row.state == "refused" for row in rows):
+        raise CompressError(f"none of {len(rows)} trials could be run; the first: {rows[0].error}")
+
+
+def publish_pick(setup: Setup, boards: Sequence[Board], text: str, *, to: Path | None, verbose: bool) -> int:
+    """Run the best trial within the limits whole, on all training images, judge it once by the validation images, and publish it.
+
+    Returns the run's exit code. Raises CompressError where no trial is within them or validation has judged already.
+    """
+    search = setup.search
+    if search.judge_by == "validation":
+        raise CompressError("--pick: the validation images scored every trial, so none are left to judge a pick; "
+                            "set judge_by: tuning, and give the search another name")  # fmt: skip
+    row = pick(setup, boards, text)
+    name = f"{search.name[:48]}-picked"
+    recipe = setup.recipe(row.point, mode="full", further=["data.judge_by=validation"])
+    recipe = recipe.model_copy(update={"name": name, "out": str(setup.folder)})
+    file, root = setup.folder / f"{name}.yaml", setup.folder / name
+    write_recipe(recipe, file)
+    command = f"compress run {file} --stages {setup.folder / 'stages'}"
+    code = run_recipe(recipe, trust_code=setup.trust_code, until=None, verbose=verbose, command=command, stages=setup.folder / "stages")  # fmt: skip
+    measured = measure(json.loads((root / "report.json").read_text()), boards[-1].clocks)
+    write_json(setup.folder / PICKED, {"trial": row.number, "limits": text, "measured": measured})
+    if (root / "bundle").exists():
+        publish(root, to or setup.folder / "published", key=None)
+    write_page(setup, boards)
+    return code
+
+
+def pick(setup: Setup, boards: Sequence[Board], text: str) -> Row:
+    """Return the best trial within the limits of a text such as `latency < 5`: the first objective decides, then the others.
+
+    Raises CompressError where none is within them.
+    """
+    try:
+        wanted = limits(text)
+    except ValueError as error:
+        raise CompressError(f"--pick: {str(error).removeprefix('constraints: ')}") from error
+    done = [row for row in boards[-1].rows() if row.state == "done" and row.is_allowed]
+    met = [row for row in done if all(limit.is_met(_mean(row, limit.measure)) for limit in wanted)]
+    if not met:
+        limit = wanted[0]
+        near = min(done, key=lambda row: limit.excess(_mean(row, limit.measure)), default=None)
+        closest = f"; the closest has {MEASURES[limit.measure].show(near.mean(limit.measure))}" if near else ""
+        raise CompressError(f"--pick: no trial of {len(done)} has {text}{closest}")
+    return min(met, key=lambda row: losses(row, setup.search))
+
+
+def _mean(row: Row, name: str) -> float:
+    value = row.mean(name)
+    return math.nan if value is None else value

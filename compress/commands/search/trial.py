@@ -1,0 +1,161 @@
+"""One trial: a point of the space as a recipe, run as an ordinary run, and what its report measured."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from compress.commands.search.board import Board, Taken
+from compress.commands.search.measures import MEASURES, clock_of, limits, measure, teacher_ms
+from compress.commands.search.space import Point, Search, axes, probes, read_search
+from compress.errors import CompressError, RecipeError
+from compress.recipe.read import read_recipe, write_recipe
+from compress.recipe.schema import Recipe
+from compress.recipe.stages import DistillStage, PruneStage, QatStage
+from compress.report.shape import Report
+from export.command.main import MISTAKE
+
+Mode = Literal["full", "no_training"]
+
+
+class Refused(CompressError):
+    """Report a trial whose recipe cannot be run."""
+
+
+class Crashed(CompressError):
+    """Report a trial whose run ended without a word of its own."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One search as it was started: its file, its folder, and what goes to every run."""
+
+    path: Path
+    search: Search
+    folder: Path
+    data: str | None
+    weights: str | None
+    trust_code: bool
+
+    @property
+    def wanted(self) -> list[str]:
+        """The measures that the search cannot do without."""
+        limited = [limit.measure for text in self.search.constraints for limit in limits(text)]
+        return list(dict.fromkeys((*self.search.objectives, *limited)))
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The recipes by their axis's labels."""
+        return {Path(name).stem: self.path.parent / name for name in self.search.recipes}
+
+    def recipe(self, point: Point, *, mode: Mode, further: Sequence[str] = ()) -> Recipe:
+        """Return a trial's recipe, with its first seed unless `further` changes say another; raise RecipeError where it makes none."""
+        search, seed = self.search, self.search.seeds[0]
+        file = self.files.get(str(point.get("recipe")), next(iter(self.files.values())))
+        changes = [*search.set, f"seed={seed}", f"data.split_seed={seed}", f"data.judge_by={search.judge_by}"]
+        changes += [change for axis in axes(search) for change in axis.changes(point[axis.name])]
+        recipe = read_recipe(file, [*changes, *further], data=self.data, weights=self.weights)
+        if recipe.students:
+            raise RecipeError(f"{file}: has students; a search tries one student at a time, give its stages alone")
+        return _without_training(recipe) if mode == "no_training" else recipe
+
+
+def open_setup(path: Path, *, data: str | None, weights: str | None, out: str, trust_code: bool) -> Setup:
+    """Read a search and judge every choice of it as a recipe, so that no trial starts in vain."""
+    search = read_search(path)
+    setup = Setup(path, search, Path(out).expanduser() / search.name, data, weights, trust_code)
+    for axis, points in probes(search):
+        try:
+            recipes = [setup.recipe(point, mode=search.mode) for point in points]
+        except RecipeError as error:
+            raise CompressError(f"{path}: {axis}: {error}") from error
+        if len(recipes) > 1 and axis not in ("recipe", "variant") and all(recipe == recipes[0] for recipe in recipes):
+            raise CompressError(f"{path}: space.{axis}: mode {search.mode} leaves out what it changes; take it out")
+        for name in setup.wanted:
+            stage = MEASURES[name].stage
+            if stage and not all(stage in [section.stage for section in recipe.stages] for recipe in recipes):
+                raise CompressError(
+                    f"{path}: objectives: no stage measures {name}: add `- stage: {stage}` to the recipe, or leave it out"
+                )
+    return setup
+
+
+def run_trial(setup: Setup, board: Board, taken: Taken, mode: Mode) -> dict[str, list[float]]:
+    """Run a trial once for each seed, as ordinary runs that share their stages, and return each measure by seed.
+
+    Raises Refused or Crashed, with the last line that the run wrote.
+    """
+    found: list[dict[str, float]] = []
+    teacher: list[str] = []
+    for seed in setup.search.seeds:
+        name = trial_name(setup.search, board.name, taken.trial.number, seed)
+        try:
+            recipe = setup.recipe(taken.point, mode=mode, further=[f"seed={seed}", *teacher])
+        except RecipeError as error:
+            raise Refused(str(error)) from error
+        recipe = recipe.model_copy(update={"name": name, "out": str(setup.folder / "trials")})
+        report = _run(setup, recipe, taken)
+        if recipe.model.weights is None:  # the first seed's teacher teaches all: the spread is the student's
+            source = setup.folder / "trials" / name / report["stages"][0]["directory"]
+            teacher = [f"model.weights={json.dumps(str((source / 'weights.safetensors').resolve()))}"]
+        board.set_clock(clock_of(report), teacher_ms(report))
+        found.append(measure(report, board.clocks))
+    if lacking := [name for name in setup.wanted if not all(name in one for one in found)]:
+        raise Refused(f"its run measured no {' and no '.join(lacking)}")
+    return {name: [one[name] for one in found] for name in MEASURES if all(name in one for one in found)}
+
+
+def trial_name(search: Search, board: str, number: int, seed: int) -> str:
+    """Return the name of a trial's run, which is also its folder's."""
+    several = f"-s{seed}" if len(search.seeds) > 1 else ""
+    return f"{board[:48]}-{number:03d}{several}"
+
+
+def _run(setup: Setup, recipe: Recipe, taken: Taken) -> Report:
+    """Run a recipe in a process of its own, with what it prints in a log beside its folder, and return its report."""
+    place = Path(recipe.out) / recipe.name
+    file = place.with_suffix(".yaml")
+    write_recipe(recipe, file)
+    made = _report(place)
+    if made is None or made["recipe"] != recipe.model_dump(
+        mode="json"
+    ):  # otherwise a killed worker's run came to its end
+        (place / "report.json").unlink(missing_ok=True)
+        command = [sys.executable, "-m", "compress.cli", "run", str(file), "--stages", str(setup.folder / "stages")]
+        command += ["--trust-code"] if setup.trust_code else []
+        with place.with_suffix(".log").open("w") as log:
+            code = subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, check=False, pass_fds=[taken.lock.fileno()]
+            ).returncode
+        made = _report(place)
+        if made is None:
+            lines = place.with_suffix(".log").read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
+            if code == MISTAKE:
+                raise Refused(lines[-1])
+            log_file = place.with_suffix(".log")
+            raise Crashed(f"{recipe.name} ended with exit code {code}: {lines[-1]}; all it said is in {log_file}")
+    return made
+
+
+def _report(place: Path) -> Report | None:
+    try:
+        found: Report = json.loads((place / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def _without_training(recipe: Recipe) -> Recipe:
+    """Return a recipe that only cuts, solves, calibrates and measures; raise RecipeError where that is no recipe."""
+    kept = [
+        section.model_copy(update={"recover": None, "sparsity": None}) if isinstance(section, PruneStage) else section
+        for section in recipe.stages
+        if not isinstance(section, DistillStage | QatStage)
+    ]
+    try:
+        return Recipe.model_validate(recipe.model_copy(update={"stages": tuple(kept)}).model_dump())
+    except ValueError as error:
+        raise RecipeError(f"no_training: {error}") from error

@@ -1,0 +1,298 @@
+"""Searches: what may stand in one, who runs which trial, what is found."""
+
+import itertools
+import json
+import multiprocessing
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna._hypervolume import compute_hypervolume  # the independent one
+from typer.testing import CliRunner
+
+from compress.artifact import turn
+from compress.cli import app
+from compress.commands.search.board import Board, Taken, best, progress
+from compress.commands.search.front import front, hypervolume
+from compress.commands.search.measures import limits
+from compress.commands.search.run import pick, work
+from compress.commands.search.space import Search, axes, grid
+from compress.commands.search.trial import Crashed, Refused, Setup, open_setup
+from compress.errors import CompressError
+from compress.recipe import strict_yaml
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((*ROOT.glob("recipes/studies/*.yaml"), *ROOT.glob("recipes/search/*.yaml")))
+PAGE = ROOT / "docs" / "search.md"
+SEARCH: dict[str, Any] = {
+    "name": "two",
+    "recipes": ["a.yaml"],
+    "space": {"prune.keep_macs": {"low": 0.1, "high": 0.9}, "prune.criterion": ["l1", "l2"]},
+    "objectives": ["score", "macs"],
+    "budget": {"trials": 6},
+}
+RECIPE = """
+name: a
+data: {{dataset: digits, image_size: 16, limit_per_class: 10}}
+model: {{arch: "{networks}:small"}}
+stages:
+  - {{stage: source, fit: {{epochs: 1, batch_size: 32}}}}
+  - {{stage: prune, keep_macs: 0.5}}
+  - {{stage: distill, fit: {{epochs: 1, batch_size: 32, lr: 0.02}}}}
+"""
+
+
+def a_search(**changes: Any) -> Search:
+    return Search.model_validate({**SEARCH, **changes})
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "a.yaml").write_text(RECIPE.format(networks=ROOT / "tests" / "networks.py"))
+    (folder / "search.yaml").write_text(strict_yaml.dump({**SEARCH, **changes}))
+    return folder / "search.yaml"
+
+
+def a_board(folder: Path, search: Search) -> Board:
+    board = Board(search, folder, name=search.name, storage=None)
+    board.points = grid(search) if search.sampler == "grid" else None
+    return board
+
+
+def measured(taken: Taken) -> dict[str, list[float]]:
+    """A trade-off whose front is `l2`: its score is a point higher at any size."""
+    keep = float(taken.point["prune.keep_macs"])
+    return {"score": [keep + 0.01 * (taken.point["prune.criterion"] == "l2")], "macs": [100 * keep]}
+
+
+# --- the file
+
+
+def test_the_page_shows_a_legal_search_and_names_every_field_and_measure() -> None:
+    page = PAGE.read_text()
+    example = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert example is not None
+    search = Search.model_validate(strict_yaml.load(example[1]))
+    assert len(axes(search)) == 3
+    assert [field for field in Search.model_fields if f"| `{field}` |" not in page] == []
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_choice_of_a_shipped_search_is_a_legal_recipe(path: Path, tmp_path: Path) -> None:
+    data = None if "quickstart" in path.name else "/data/images"
+    open_setup(path, data=data, weights=None, out=str(tmp_path), trust_code=False)
+    assert "Command:" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"space": {}}, "space: is empty: give a path of the recipe with values, or variants"),
+        ({"space": {"prune.criterion": []}}, "space.prune.criterion: is empty"),
+        ({"space": {"prun.keep_macs": [0.5]}}, "prun.keep_macs: --set prun.keep_macs=0.5: unknown path prun.keep_macs"),
+        ({"space": {"prune.keep_macs": [0.5, 2]}}, "stages.1.keep_macs: must be < 1, got 2"),
+        ({"space": {"prune.keep_macs": {"low": 0.9, "high": 0.1}}}, "high: must be > low (0.9), got 0.1"),
+        ({"space": {"prune.keep_macs": {"low": 0.1, "high": 0.9}}, "sampler": "grid"}, "a range with a step"),
+        ({"objectives": ["score", "speed"]}, "objectives: nothing measures speed; did you mean speedup?"),
+        ({"objectives": ["score", "latency"]}, "no stage measures latency: add `- stage: bench`"),
+        ({"constraints": ["macs under 5"]}, "'macs under 5' is no limit; write one as `latency < 5`"),
+        ({"budget": {}}, "budget: give trials, hours or patience"),
+        ({"mode": "no_training", "space": {"distill.fit.lr": [0.1, 0.2]}}, "mode no_training leaves out what it changes"),
+        ({"recipes": ["b.yaml"]}, "b.yaml: no such file; "),
+    ],
+)  # fmt: skip
+def test_a_wrong_search_is_told_in_a_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    done = CliRunner().invoke(app, ["search", str(written(tmp_path, **changes)), "--out", str(tmp_path)])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert sentence in done.stderr
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("sqlite:////nowhere/at/all.db", "cannot be reached"),
+        ("postgresql://me:secret@127.0.0.1:1/none", "cannot be reached|needs a driver"),
+        ("nonsense", "cannot be reached"),
+    ],
+)
+def test_a_storage_that_cannot_be_reached_is_told_without_its_password(tmp_path: Path, url: str, words: str) -> None:
+    with pytest.raises(CompressError, match=words) as caught:
+        Board(a_search(), tmp_path, name="two", storage=url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_search_whose_recipe_changed_under_it_is_refused_and_a_larger_budget_is_not(tmp_path: Path) -> None:
+    board = a_board(tmp_path, a_search())
+    board.hold({"space": {"a": [1, 2]}, "recipes": {"a": {"seed": 0}}})
+    a_board(tmp_path, a_search(budget={"trials": 9})).hold({"space": {"a": (1, 2)}, "recipes": {"a": {"seed": 0}}})
+    with pytest.raises(CompressError, match=r"changed since: recipes.*give this one another name"):
+        board.hold({"space": {"a": [1, 2]}, "recipes": {"a": {"seed": 1}}})
+
+
+def test_a_database_that_belongs_to_another_folder_is_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/all.db"
+    Board(a_search(), tmp_path / "one", name="two", storage=url)
+    Board(a_search(), tmp_path / "one", name="two", storage=url)
+    with pytest.raises(CompressError, match="is in another folder"):
+        Board(a_search(), tmp_path / "other", name="two", storage=url)
+
+
+# --- what is best
+
+
+def test_front_and_hypervolume_agree_with_brute_force_and_with_optunas_own() -> None:
+    rng = random.Random(0)
+    for dimensions in (1, 2, 3):
+        points = [tuple(rng.randrange(6) for _ in range(dimensions)) for _ in range(30)]
+        dominated = {a for a, b in itertools.permutations(points, 2) if a != b and all(y <= x for x, y in zip(a, b, strict=True))}  # fmt: skip
+        assert {points[index] for index in front(points)} == set(points) - dominated
+        assert len(front(points)) == len(set(points) - dominated)
+        import numpy as np
+
+        volume = compute_hypervolume(np.array(points, float), np.full(dimensions, 6.5))
+        assert hypervolume(points, [6.5] * dimensions) == pytest.approx(volume)
+
+
+def test_a_limit_is_met_on_its_own_side_and_its_excess_says_by_how_much() -> None:
+    below, above = limits("latency < 5, score >= 0.9")
+    assert [below.is_met(value) for value in (4.9, 5.0)] == [True, False]
+    assert [above.is_met(value) for value in (0.9, 0.89)] == [True, False]
+    assert below.excess(7.0) == pytest.approx(2)
+    assert above.excess(0.8) == pytest.approx(0.1)
+    assert below.excess(5.0) > 0 > below.excess(4.0)
+
+
+def test_a_constraint_keeps_a_trial_off_the_front_and_pick_names_the_best_within_limits(tmp_path: Path) -> None:
+    search = a_search(space={**SEARCH["space"], "prune.keep_macs": [0.2, 0.4, 0.6, 0.8]}, sampler="grid", constraints=["macs < 70"])  # fmt: skip
+    board = a_board(tmp_path, search)
+    work(board, measured)
+    setup = Setup(tmp_path / "s.yaml", search, tmp_path, None, None, False)
+    assert [row.point["prune.keep_macs"] for row in best(board.rows(), search)] == ["0.6", "0.4", "0.2"]
+    assert {row.point["prune.criterion"] for row in best(board.rows(), search)} == {"l2"}
+    assert pick(setup, [board], "macs < 50").point == {"prune.keep_macs": "0.4", "prune.criterion": "l2"}
+    with pytest.raises(CompressError, match=r"no trial of 6 has macs < 5; the closest has 20\.0"):
+        pick(setup, [board], "macs < 5")
+
+
+# --- who runs what
+
+
+def test_a_grid_tries_every_combination_once_and_a_second_command_none(tmp_path: Path) -> None:
+    search = a_search(space={"prune.keep_macs": {"low": 0.1, "high": 0.9, "step": 0.4}, "prune.criterion": ["l1", "l2"]}, sampler="grid")  # fmt: skip
+    work(a_board(tmp_path, search), measured)
+    points = [row.point for row in a_board(tmp_path, search).rows()]
+    assert sorted(map(str, points)) == sorted(map(str, grid(search)))
+    assert len(points) == 6
+    work(a_board(tmp_path, search), lambda _: pytest.fail("everything is done"))
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_a_sampler_draws_until_the_budget_is_spent_and_goes_on_where_it_is_raised(tmp_path: Path, sampler: str) -> None:
+    search = a_search(sampler=sampler)
+    work(a_board(tmp_path, search), measured)
+    more = a_board(tmp_path, a_search(sampler=sampler, budget={"trials": 9}))
+    work(more, measured)
+    drawn = [row.point["prune.keep_macs"] for row in more.rows()]
+    assert (len(drawn), len(set(drawn))) == (9, 9)
+    assert all(0.1 <= float(value) <= 0.9 for value in drawn)
+
+
+def test_patience_ends_a_search_that_gains_nothing(tmp_path: Path) -> None:
+    search = a_search(budget={"patience": 3})
+    work(board := a_board(tmp_path, search), lambda _: {"score": [0.5], "macs": [1.0]})
+    assert len(board.rows()) == 4
+    assert progress(board.rows(), search)[0] > 0
+
+
+def test_a_refused_trial_counts_and_a_crashed_one_is_made_up_for(tmp_path: Path) -> None:
+    def run(taken: Taken) -> dict[str, list[float]]:
+        if taken.trial.number == 1:
+            raise Refused("the cut takes everything")
+        if taken.trial.number == 2:
+            raise Crashed("killed")
+        return measured(taken)
+
+    work(board := a_board(tmp_path, a_search()), run)
+    assert [row.state for row in board.rows()] == ["done", "refused", "crashed", *4 * ["done"]]
+    assert board.rows()[1].error == "the cut takes everything"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"), [(Crashed("out of memory"), "3 trials in a row crashed"), (Refused("no"), "none of 6 trials")]
+)
+def test_a_search_in_which_nothing_works_ends_with_a_sentence(tmp_path: Path, error: Exception, words: str) -> None:
+    def run(_: Taken) -> dict[str, list[float]]:
+        raise error
+
+    with pytest.raises(CompressError, match=words):
+        work(a_board(tmp_path, a_search()), run)
+
+
+def worker(folder: Path) -> None:
+    """Run a grid's trials, each of three stages that trials share in part; every end is written down."""
+
+    def stage(name: str) -> None:
+        with turn(folder / "stages" / name):
+            if not (folder / "stages" / name).exists():
+                time.sleep(0.02)
+                (folder / "stages" / name).write_text("")
+                with (folder / "made.txt").open("a") as file:
+                    file.write(f"{name}\n")
+
+    def run(taken: Taken) -> dict[str, list[float]]:
+        for name in ("source", f"cut-{taken.point['prune.keep_macs']}", f"trial-{sorted(taken.point.items())}"):
+            stage(name.replace("/", ""))
+        return measured(taken)
+
+    work(a_board(folder, many()), run, poll_s=0.05)
+
+
+def many() -> Search:
+    return a_search(
+        space={"prune.keep_macs": [n / 40 for n in range(1, 21)], "prune.criterion": ["l1", "l2"]}, sampler="grid"
+    )
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[Path], multiprocessing.process.BaseProcess]]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    started = []
+
+    def one(folder: Path) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=worker, args=(folder,))
+        process.start()
+        started.append(process)
+        return process
+
+    yield one
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def test_workers_that_are_killed_leave_every_trial_done_once_and_no_stage_made_twice(
+    tmp_path: Path, start: Callable[[Path], multiprocessing.process.BaseProcess]
+) -> None:
+    rng = random.Random(0)
+    workers = [start(tmp_path) for _ in range(3)]
+    for _ in range(10):
+        time.sleep(rng.uniform(0.05, 0.4))
+        index = rng.randrange(3)
+        workers[index].kill()
+        workers[index].join()
+        workers[index] = start(tmp_path)
+    for process in workers:
+        process.join(60)
+        assert process.exitcode == 0
+    rows = a_board(tmp_path, many()).rows()
+    assert [row.state for row in rows] == 40 * ["done"]
+    assert len({json.dumps(row.point, sort_keys=True) for row in rows}) == 40
+    made = (tmp_path / "made.txt").read_text().splitlines()
+    assert sorted(made) == sorted(set(made))
+    assert len(made) == 1 + 20 + 40
