@@ -15,7 +15,6 @@ from compress.distillation.step import check_layers
 from compress.errors import ModelError, own_line
 from compress.models.architectures import build
 from compress.models.saved import example_images
-from compress.models.structure import check_output
 from compress.pruning.plan import find_groups
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, prepare
@@ -95,7 +94,7 @@ def _networks(run: Run, chain: Recipe, sections: Sequence[StageSection]) -> list
     """Return the teacher and, where it is another network, the student, by architecture; a student still to start is given its weights."""
     classes = len(run.dataset.classes)
     teacher = build(chain.model.arch, num_classes=classes, trust_code=run.trust_code)
-    check_output(teacher, image_size=run.image_size, num_classes=classes)
+    run.check_output(teacher)
     found = [(chain.model.arch, teacher)]
     for section in chain.stages:
         if isinstance(section, StudentStage):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -203,9 +204,14 @@ class Run:
         model = build(given.arch, num_classes=architecture.num_classes, trust_code=self.trust_code)
         if given.weights is not None:
             load_weights_(model, given.arch, given.weights, reset_head=given.reset_head)
-        check_output(model, image_size=self.image_size, num_classes=architecture.num_classes)
+        self.check_output(model)
         self.check_logits(model)
         return architecture, model
+
+    def check_output(self, model: nn.Module) -> None:
+        """Raise ModelError where a network does not answer with what the task needs for the data's classes."""
+        shape = self.task.output.output_shape(len(self.dataset.classes), self.image_size)
+        check_output(model, image_size=self.image_size, shape=shape)
 
     def check_logits(self, model: nn.Module) -> None:
         """Raise ModelError where a network on the CPU answers a few training images with probabilities."""
@@ -303,7 +309,7 @@ def _device(recipe: Recipe) -> torch.device:
     return device
 
 
-def as_numpy(batches: Iterator[Batch]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-    """Yield (images (n, 3, s, s), labels (n,)) as contiguous arrays for ONNX Runtime."""
+def as_numpy(batches: Iterator[Batch]) -> Iterator[tuple[NDArray[np.float32], NDArray[Any]]]:
+    """Yield (images (n, 3, s, s), truths (n, ...)) as contiguous arrays for ONNX Runtime."""
     for batch in batches:
         yield batch.images.cpu().contiguous().numpy(), batch.targets.cpu().numpy()

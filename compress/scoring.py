@@ -45,9 +45,9 @@ def score_file(path: Path, run: Run, batches: Iterator[Batch], *, optimize: bool
 
 
 def tuning_score(path: Path, run: Run, *, optimize: bool) -> Score:
-    """Run the tuning images through a file and keep its outputs."""
+    """Run the tuning images through a file and keep what tells how far its outputs are from another's."""
     batches = as_numpy(run.tuning())
-    return score_files({path.stem: path}, batches, run.task.output, optimize=optimize, keep_outputs=True)[path.stem]
+    return score_files({path.stem: path}, batches, run.task.output, optimize=optimize, keep_evidence=True)[path.stem]
 
 
 def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], float | None]:
@@ -67,9 +67,12 @@ def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], float 
 def worst_first(prepared: nn.Module, run: Run, *, images: int) -> tuple[Sensitivity, ...]:
     """Return every layer's damage, measured on at most `images` calibration images."""
     batches = list(run.calibration(min(SENSITIVITY_IMAGES, images)))
-    truths = torch.cat([batch.targets for batch in batches]).cpu().numpy()
+    truths = torch.cat([batch.targets for batch in batches])
+
+    def rows(outputs: Tensor) -> Tensor:
+        return run.task.rows(outputs, truths)
 
     def score(outputs: Tensor) -> float:
-        return score_of(run.task.output, [outputs.cpu().numpy()], [truths]).score
+        return score_of(run.task.output, [outputs.cpu().numpy()], [truths.cpu().numpy()]).score
 
-    return sensitivity(prepared, [batch.images for batch in batches], rows=run.task.rows, score=score)
+    return sensitivity(prepared, [batch.images for batch in batches], rows=rows, score=score)

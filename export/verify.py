@@ -147,14 +147,17 @@ def verify(
     possible = saturation_possible(file)
     session = open_session(path)
     probes: list[Probe] = []
-    expected_answers, answers, truths = list[Array](), list[Array](), list[Array]()
+    expected_answers, answers = list[Array](), list[Array]()
+    expected_rows, rows = list[Array](), list[Array]()
     seen = 0
     for images, targets in in_chunks(batches):
         expected = reference(images)
         logits = _run(session, images, path.name)
         answers.append(task.decode(logits))
         expected_answers.append(task.decode(_logits(expected)))
-        truths.extend([] if targets is None else [targets])
+        if targets is not None:
+            rows.append(task.statistics(answers[-1], targets, logits.shape[1:]))
+            expected_rows.append(task.statistics(expected_answers[-1], targets, logits.shape[1:]))
         if seen < tensor_images:
             probes = probes or open_probes(file, expected, possible)
             few = slice(0, tensor_images - seen)
@@ -162,9 +165,9 @@ def verify(
         seen += len(images)
     if not seen:
         raise BundleError(f"{path.name}: no images to verify it on: give at least one")
-    truth = np.concatenate(truths) if truths else None
+    scores = [task.total(np.concatenate(found)) if found else None for found in (expected_rows, rows)]
     both = np.concatenate(expected_answers), np.concatenate(answers)
-    return summarize(task, possible, probes, *both, truth, min(seen, tensor_images))
+    return summarize(task, possible, probes, both, (scores[0], scores[1]), min(seen, tensor_images))
 
 
 def file_reference(file: Wiring) -> Reference:
@@ -209,21 +212,20 @@ def summarize(
     task: OutputTask,
     possible: dict[str, int],
     probes: list[Probe],
-    expected: Array,
-    answers: Array,
-    truths: Array | None,
+    answers: tuple[Array, Array],
+    scores: tuple[float | None, float | None],
     tensor_images: int,
 ) -> Verification:
-    """Put the counts together."""
+    """Put the counts together; answers and scores are the reference's and the file's."""
     tensors = tuple(Tensor(probe.piece.name, probe.piece.modules, probe.accumulated, probe.local) for probe in probes)
-    same = float(np.sum(task.agreement(expected, answers)))
+    images, same = len(answers[0]), float(np.sum(task.agreement(*answers)))
     return Verification(
-        images=len(answers),
+        images=images,
         tensor_images=tensor_images,
-        agreement=same / len(answers),
-        agreement_ci95=clopper_pearson(round(same), len(answers)),
-        score_reference=None if truths is None else task.total(task.statistics(expected, truths)),
-        score=None if truths is None else task.total(task.statistics(answers, truths)),
+        agreement=same / images,
+        agreement_ci95=clopper_pearson(round(same), images),
+        score_reference=scores[0],
+        score=scores[1],
         tensors=tensors,
         first_divergence=next((tensor.name for tensor in tensors if tensor.local.diverges), None),
         saturation=tuple(

@@ -3,6 +3,7 @@
 import timm
 import torchvision
 
+from compress.models.architectures import torchvision_names
 from compress.models.cifar import CIFAR_NETWORKS
 from compress.models.known import LIST, OWN
 
@@ -10,7 +11,7 @@ from compress.models.known import LIST, OWN
 def listing() -> str:
     """Return a line for each library: its name, its version, its networks."""
     lines = (
-        ("torchvision", torchvision.__version__.partition("+")[0], torchvision.models.list_models(module=torchvision.models)),
+        ("torchvision", torchvision.__version__.partition("+")[0], torchvision_names()),
         ("timm", timm.__version__, timm.list_models()),
         ("cifar", OWN, CIFAR_NETWORKS),
     )  # fmt: skip

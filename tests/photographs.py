@@ -27,6 +27,8 @@ SETTINGS: dict[str, Any] = {
     "val_fraction": 0.25,
     "limit_per_class": None,
     "skip_broken": False,
+    "task": "classification",
+    "ignore_index": None,
     "seed": 0,
     "tuning": False,
 }

@@ -23,6 +23,7 @@ from export import predict, verify
 from export.bundle.read import read_bundle
 from export.errors import BundleError
 from export.gate.__main__ import main as gate_main
+from export.images.folders import list_folder
 from export.images.preprocess import Preprocess
 from export.images.read import Examples, find_examples
 from export.tasks.paired import compare_by_bootstrap
@@ -47,7 +48,7 @@ def brightness(pixels: Array) -> float:
     return float(pixels.mean() / 255)
 
 
-def statistics(answers: Array, truths: Array) -> Array:
+def statistics(answers: Array, truths: Array, _output: tuple[int, ...]) -> Array:
     return np.stack([truths, np.abs(answers - truths)], axis=1)
 
 
@@ -62,7 +63,10 @@ def further(rows: Array) -> Mapping[str, float | None]:
 BRIGHTNESS = OutputTask(
     name="brightness",
     metric=Metric("closeness", "closeness"),
+    output_shape=lambda _classes, _image_size: (1,),
     check_output=check_output,
+    truths_json=lambda truths: truths.tolist(),
+    listing=list_folder,
     truths=lambda values, _output: np.array(values, np.float32),
     examples=examples,
     decode=lambda outputs: outputs[:, 0],
@@ -71,6 +75,7 @@ BRIGHTNESS = OutputTask(
     further=further,
     by_class=lambda _rows, _labels, _confused: None,
     agreement=lambda answers, others: np.exp(-np.abs(answers - others)),
+    evidence=lambda outputs: outputs,
     divergence=lambda outputs, reference: np.abs(outputs - reference)[:, 0],
     compare=lambda before, now, _labels: compare_by_bootstrap(before, now, total),
     truth_text=lambda row, _labels: f"{row[0]:.4f}",
@@ -100,7 +105,9 @@ def loss(outputs: torch.Tensor, truths: torch.Tensor, *, label_smoothing: float)
     return torch.nn.functional.mse_loss(outputs[:, 0], truths)
 
 
-TASK = Task(BRIGHTNESS, open_digits, write, loss, rows=lambda outputs: outputs, truth_rows=lambda truths: truths)
+TASK = Task(
+    BRIGHTNESS, open_digits, write, loss, rows=lambda outputs, _truths: outputs, truth_rows=lambda truths: truths
+)
 
 RECIPE = """
 name: brightness

@@ -33,7 +33,7 @@ class Views(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images float32 (n, 3, image_size, image_size), channels_last, normalized; targets int64 (n,), or float32 (n, classes) when mixed.
+    """Images float32 (n, 3, image_size, image_size), channels_last, normalized; targets (n, ...): labels int64 (n,), mixed ones float32 (n, classes), masks.
 
     `views` says what a training batch shows; batches of unchanged images have none. `among` is the size of the
     batch that several ranks share.
@@ -157,7 +157,7 @@ def eval_batches(
     else:
         raws = loaded(images, still_view(images, preprocess), shares, workers=workers, device=device)
     for raw in raws:
-        if len(raw.labels):
+        if len(raw.indices):
             yield _normalized(raw, preprocess)
 
 
@@ -177,11 +177,11 @@ def _shares(n: int, batch_size: int, *, seed: int, epoch: int, rank: int, ranks:
 
 def _normalized(raw: Raw, preprocess: Preprocess) -> Batch:
     device = raw.pixels.device
-    if not len(raw.labels):
-        return Batch(raw.pixels, raw.labels)
+    if not len(raw.indices):
+        return Batch(raw.pixels, raw.truths)
     mean, std = (_channels(part, device) for part in (preprocess.mean, preprocess.std))
     images = raw.pixels.float().div_(255).sub_(mean).div_(std)  # three times as fast before the layout changes as after
-    return Batch(images.contiguous(memory_format=torch.channels_last), raw.labels)
+    return Batch(images.contiguous(memory_format=torch.channels_last), raw.truths)
 
 
 @cache
@@ -194,7 +194,8 @@ def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
 def _memory_pixels(images: MemoryImages, shares: Sequence[Tensor], *, device: torch.device) -> Iterator[Raw]:
     labels = images.labels.to(device)
     for share in shares:
-        yield Raw(images.still.images(share, device), labels[share.to(device, non_blocking=True)], share)
+        truths = labels[share.to(device, non_blocking=True)] if images.placed is None else images.placed.still(share)
+        yield Raw(images.still.images(share, device), truths.to(device, non_blocking=True), share)
 
 
 def _memory_views(
@@ -203,8 +204,11 @@ def _memory_views(
     if draws.augmentation.crop == "none" and not draws.augmentation.flip:
         yield from _memory_pixels(images, shares, device=device)
         return
-    stored, labels = images.stored(whole=draws.augmentation.crop == "random_resized"), images.labels.to(device)
+    whole = draws.augmentation.crop == "random_resized"
+    stored, labels = images.stored(whole=whole), images.labels.to(device)
     boxes = stored.boxes(draws, torch.arange(len(images))).to(device)
     for share in shares:
         indices = share.to(device, non_blocking=True)
-        yield Raw(cut(stored.images(share, device), boxes[indices], size), labels[indices], share)
+        chosen, placed = boxes[indices], images.placed
+        truths = labels[indices] if placed is None else placed.seen(share, chosen, size, whole=whole)
+        yield Raw(cut(stored.images(share, device), chosen, size), truths, share)

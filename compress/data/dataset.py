@@ -14,6 +14,7 @@ from compress.data.named import NAMED, Arrays, NamedSet
 from compress.data.split import held_out, limited
 from export.errors import DataError
 from export.images.folders import Listing
+from export.images.masks import MaskListing
 from export.images.preprocess import Preprocess
 from export.images.read import digest
 
@@ -57,7 +58,10 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     name, files = settings.name, given(settings)
     size = settings.image_size or NATIVE_SIZE[name]
     preprocess = Preprocess(size, round(size * settings.resize), settings.mean, settings.std)
+    if name not in NAMED and files.listing is None:
+        raise DataError(f"{name}: has no label for each image; it is for another task than {settings.task}")
     found = files.listing or NAMED[name](settings.path)
+    assert not isinstance(found, MaskListing), "the task lists folders of its own kind"
     labels = _train_labels(found)
     val = None
     if found.val is None:
@@ -71,7 +75,7 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
         chosen = limited(labels[train], len(found.classes), per_class=settings.limit_per_class, seed=settings.seed)
         train = train[chosen]
     lazy = _pick(found, train, val, skip_broken=settings.skip_broken)
-    images = _in_memory(*lazy, preprocess, augmentation.whole_area(size))
+    images = in_memory(*lazy, preprocess, augmentation.whole_area(size))
     _check(*images, found.classes)
     return Dataset(
         name,
@@ -107,7 +111,7 @@ def _arrays(arrays: Arrays, chosen: np.ndarray) -> ArrayImages:
     return ArrayImages(arrays.images[chosen], torch.from_numpy(arrays.labels[chosen].astype(np.int64)))
 
 
-def _in_memory(train: Lazy, val: Lazy, preprocess: Preprocess, whole_area: int) -> tuple[ImageSet, ImageSet]:
+def in_memory(train: Lazy, val: Lazy, preprocess: Preprocess, whole_area: int) -> tuple[ImageSet, ImageSet]:
     """Return the images decoded where all of them fit, as they are where they do not; `whole_area` is the most that a whole one needs."""
     still = 3 * (len(train) + len(val)) * preprocess.image_size**2
     area = largest_area(train, at_most=whole_area) if still <= MEMORY_BYTES else 0

@@ -14,6 +14,8 @@ from compress.log import clock
 from compress.ranks import rank
 from export.errors import DataError
 from export.images.folders import TRAIN, Listing, count, first, list_folder
+from export.images.masks import MaskListing
+from export.tasks import TASKS
 
 # Height and width of each data set's images when the recipe leaves it open; multiples of 32, which most networks halve five times.
 NATIVE_SIZE = {
@@ -23,6 +25,8 @@ NATIVE_SIZE = {
     "cifar100": 32,
     "fashion_mnist": 32,
     "imagenette": 224,
+    "scenes": 96,
+    "scenes_hard": 96,
 }
 # The folder that a download leaves, where it is one.
 DOWNLOADED = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "imagenette": "imagenette2-320"}
@@ -30,6 +34,7 @@ FASHION_MNIST = tuple(
     f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 )
 FILES = "images.json"  # in a source's artifact: the files that it was made with
+UNDECIDING = ("task", "ignore_index")  # a stage's key has the task; the index decides where it is set
 PATIENCE_S = 2  # before the reading of files is worth a line
 VERSION = 3  # of how images become tensors; a change of it makes every cached stage run again
 
@@ -51,6 +56,8 @@ class DataSettings:
     val_fraction: float
     limit_per_class: int | None
     skip_broken: bool
+    task: str
+    ignore_index: int | None
     seed: int
     tuning: bool
     memory: Path
@@ -60,7 +67,7 @@ class DataSettings:
 class Given:
     """What a person's folder holds: its listing, where it is an `imagefolder`, and the digest of every file that can be read, by its path."""
 
-    listing: Listing | None
+    listing: Listing | MaskListing | None
     digests: dict[str, str]
 
 
@@ -70,9 +77,9 @@ def given(settings: DataSettings) -> Given:
     Raises `DataError` where the folder cannot be used.
     """
     if settings.name == "imagefolder":
-        listing = training_folder(folder_of(settings.path))
-        names = sorted(name for name, _ in listing.train + (listing.val or ()))
-        return Given(listing, _digests(listing.root, names, settings.memory))
+        listing = TASKS[settings.task].listing(folder_of(settings.path))
+        refuse_untrainable(listing)
+        return Given(listing, _digests(listing.root, listing.names(), settings.memory))
     if settings.name == "fashion_mnist" and settings.path is not None:  # other sets come in its format, too
         return Given(None, _digests(settings.path, FASHION_MNIST, settings.memory))
     return Given(None, {})
@@ -84,8 +91,10 @@ def dataset_digest(settings: DataSettings, found: Given) -> str:
     Where the folder lies does not matter.
     """
     listing = found.listing
+    decisive = {name: value for name, value in asdict(settings).items() if name not in UNDECIDING}
     content = {
-        **asdict(settings),
+        **decisive,
+        **({} if settings.ignore_index is None else {"ignore_index": settings.ignore_index}),
         "version": VERSION,
         "image_size": settings.image_size or NATIVE_SIZE[settings.name],
         "path": None,
@@ -166,14 +175,19 @@ def folder_of(path: Path | None) -> Path:
 
 
 def training_folder(root: Path) -> Listing:
-    """List a folder to train on. Raises `DataError` where it brings no training images or fewer than two classes."""
+    """List a folder of class folders to train on. Raises `DataError` where it brings no training images or fewer than two classes."""
     listing = list_folder(root)
+    refuse_untrainable(listing)
+    return listing
+
+
+def refuse_untrainable(listing: Listing | MaskListing) -> None:
+    """Raise `DataError` where a folder brings no training images or fewer than two classes."""
     if not listing.train:
         raise DataError(
-            f"{root}: has a validation split but no train/; training images belong in {root / TRAIN}/<class>/"
+            f"{listing.root}: has a validation split but no {TRAIN}/; training images belong in {listing.place(TRAIN)}"
         )
     if len(listing.classes) == 1:
         raise DataError(
-            f"{root}: has one class folder ({listing.classes[0]}); give each class a folder of its own, two classes at least"
+            f"{listing.root}: has one class folder ({listing.classes[0]}); give each class a folder of its own, two classes at least"
         )
-    return listing

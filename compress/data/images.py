@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from compress.data.views import Boxes, Draws
+from compress.data.placed import Placed
+from compress.data.stored import Stored
 from export.errors import DataError
 from export.images.decode import BrokenImage, describe_broken, read_area, read_image
 from export.images.folders import File
@@ -26,50 +27,17 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Images of any size in memory: `pixels` uint8 (n, 3, area), of each its rows one after the other, and then nothing.
-
-    `sizes` (n, 2) are the images' own heights and widths, `kept` (n, 2) those that they are stored with.
-    """
-
-    pixels: Tensor
-    sizes: Tensor
-    kept: Tensor
-    _on_device: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
-
-    def boxes(self, draws: Draws, chosen: Tensor) -> Boxes:
-        """Return the boxes of the chosen images (m,) in the pixels that are stored."""
-        return draws.boxes(chosen, self.sizes[chosen]).scaled(self.kept[chosen] / self.sizes[chosen])
-
-    def images(self, chosen: Tensor, device: torch.device) -> Tensor:
-        """Return the chosen images (m,) on the device, (m, 3, height, width) of the largest of them, each in the top left corner.
-
-        The first call copies all of them there, and they stay.
-        """
-        if device not in self._on_device:
-            self._on_device[device] = self.pixels.to(device)
-        pixels, kept = self._on_device[device], self.kept[chosen]
-        height, width = kept.amax(dim=0).tolist()
-        if bool((kept == kept[0]).all()):
-            same = pixels[chosen.to(device, non_blocking=True), :, : height * width]
-            return same.view(len(chosen), 3, height, width)
-        found = torch.zeros(len(chosen), 3, height, width, dtype=torch.uint8, device=device)
-        for row, (index, (height, width)) in enumerate(zip(chosen.tolist(), kept.tolist(), strict=True)):
-            found[row, :, :height, :width] = pixels[index, :, : height * width].view(3, height, width)
-        return found
-
-
-@dataclass(frozen=True)
 class MemoryImages:
     """Decoded images: as evaluation sees them, and where they are trained on with random crops, also whole; `labels` int64 (n,).
 
-    `broken` names the files that were left out, with the reason.
+    `broken` names the files that were left out, with the reason. Truths that lie at places of the images are `placed`; their labels are 0.
     """
 
     still: Stored
     labels: Tensor
     whole: Stored | None = None
     broken: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    placed: Placed | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -101,6 +69,7 @@ class FileImages:
     labels: Tensor
     skip_broken: bool
     broken: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    placed: Placed | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -140,6 +109,7 @@ class ArrayImages:
     arrays: np.ndarray
     labels: Tensor
     broken: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)  # none: they are in memory
+    placed: Placed | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -191,9 +161,10 @@ def decode_all(images: FileImages | ArrayImages, preprocess: Preprocess, *, area
 
     Raises `DataError` that counts and names the broken files, unless they are to be skipped: then they are logged and left out.
     """
-    n, size = len(images), preprocess.image_size
+    n, size, placed = len(images), preprocess.image_size, images.placed
     still, whole = np.empty((n, 3, size**2), np.uint8), np.zeros((n, 3, area), np.uint8)
     sizes, kept = np.full((n, 2), size), np.full((n, 2), size)
+    fill = placed.begin(area) if placed else None
     broken: dict[int, str] = {}
 
     def decode(indices: range) -> None:
@@ -201,16 +172,16 @@ def decode_all(images: FileImages | ArrayImages, preprocess: Preprocess, *, area
             try:
                 image = images.whole(index)
                 still[index] = flat(preprocess.pixels(image))
+                height, width = _shrunk(image.size, area)
+                if fill:
+                    fill.put_(index, image.size, (height, width))
             except BrokenImage as error:
                 broken[index] = str(error)
                 continue
             if area:
-                sizes[index] = image.height, image.width
-                factor = min(1.0, math.sqrt(area / (image.height * image.width)))
-                width, height = (max(int(length * factor), 1) for length in image.size)
-                if factor < 1:
+                sizes[index], kept[index] = (image.height, image.width), (height, width)
+                if (width, height) != image.size:
                     image = image.resize((width, height), Image.Resampling.BILINEAR)
-                kept[index] = height, width
                 whole[index, :, : height * width] = flat(np.asarray(image))
 
     cores = usable_cores()
@@ -222,7 +193,16 @@ def decode_all(images: FileImages | ArrayImages, preprocess: Preprocess, *, area
     squares = torch.full((len(good), 2), size)
     read = [torch.from_numpy(array[good] if broken else array) for array in (still, whole, sizes, kept)]
     whole_ones = Stored(read[1], read[2], read[3]) if area else None
-    return MemoryImages(Stored(read[0], squares, squares), images.labels[good], whole_ones, images.broken)
+    still_ones = Stored(read[0], squares, squares)
+    truths = fill.filled(good, still_ones, whole_ones) if fill else None
+    return MemoryImages(still_ones, images.labels[good], whole_ones, images.broken, truths)
+
+
+def _shrunk(size: tuple[int, int], area: int) -> tuple[int, int]:
+    """Return the height and width that an image of this width and height is stored with, in at most `area` pixels."""
+    width, height = size
+    factor = min(1.0, math.sqrt(area / (height * width))) if area else 1.0
+    return max(int(height * factor), 1), max(int(width * factor), 1)
 
 
 def flat(pixels: np.ndarray) -> np.ndarray:

@@ -22,15 +22,15 @@ CPU = torch.device("cpu")
 
 
 class Raw(NamedTuple):
-    """Pixels 0..255 (n, 3, image_size, image_size) and labels int64 (n,), both on the device; which images they are, int64 (n,), on the CPU."""
+    """Pixels 0..255 (n, 3, image_size, image_size) and truths (n, ...), both on the device; which images they are, int64 (n,), on the CPU."""
 
     pixels: Tensor
-    labels: Tensor
+    truths: Tensor
     indices: Tensor
 
 
-View = Callable[[int], Tensor]
-"""Gives an image's pixels uint8 (3, image_size, image_size); raises `BrokenImage`."""
+View = Callable[[int], tuple[Tensor, Tensor]]
+"""Gives an image's pixels uint8 (3, image_size, image_size) and its truth (...); raises `BrokenImage`."""
 
 
 def random_view(images: ImageSet, draws: Draws, preprocess: Preprocess, *, seed: int) -> View:
@@ -39,7 +39,7 @@ def random_view(images: ImageSet, draws: Draws, preprocess: Preprocess, *, seed:
     seeds = torch.randint(2**62, (len(images),), generator=torch.Generator().manual_seed(seed))
     whole = draws.augmentation.crop == "random_resized"
 
-    def view(index: int) -> Tensor:
+    def view(index: int) -> tuple[Tensor, Tensor]:
         one = torch.tensor([index])
         if isinstance(images, MemoryImages):
             stored = images.stored(whole=whole)
@@ -51,14 +51,21 @@ def random_view(images: ImageSet, draws: Draws, preprocess: Preprocess, *, seed:
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(int(seeds[index]))
             changed: Tensor = transform(cut(pixels, boxes, size)[0])
-        return changed
+        placed = images.placed
+        return changed, (placed.seen(one, boxes, size, whole=whole) if placed else images.labels[one])[0]
 
     return view
 
 
 def still_view(images: FileImages | ArrayImages, preprocess: Preprocess) -> View:
     """Return the view that evaluation sees."""
-    return lambda index: to_tensor(preprocess.pixels(images.whole(index)))
+
+    def view(index: int) -> tuple[Tensor, Tensor]:
+        one, placed = torch.tensor([index]), images.placed
+        pixels = to_tensor(preprocess.pixels(images.whole(index)))
+        return pixels, (placed.still(one) if placed else images.labels[one])[0]
+
+    return view
 
 
 class _Loaded(NamedTuple):
@@ -74,7 +81,7 @@ class _Reader(TorchDataset[_Loaded]):
         self.view = view
 
     def __getitem__(self, indices: list[int]) -> _Loaded:
-        views: list[Tensor] = []
+        views: list[tuple[Tensor, Tensor]] = []
         kept: list[int] = []
         broken: dict[int, str] = {}
         for index in indices:
@@ -83,8 +90,8 @@ class _Reader(TorchDataset[_Loaded]):
                 kept.append(index)
             except BrokenImage as error:
                 broken[index] = str(error)
-        pixels = torch.stack(views) if views else torch.empty(0)
-        return _Loaded(Raw(pixels, self.images.labels[kept], torch.tensor(kept, dtype=torch.int64)), broken)
+        pixels, truths = map(torch.stack, zip(*views, strict=True)) if views else (torch.empty(0), torch.empty(0))
+        return _Loaded(Raw(pixels, truths, torch.tensor(kept, dtype=torch.int64)), broken)
 
 
 def loaded(
@@ -108,10 +115,10 @@ def loaded(
         # Python 3.12 warns of any fork beside threads; the loader's processes call nothing that waits on them.
         warnings.simplefilter("ignore", DeprecationWarning)
         batches = iter(loader)
-    for (pixels, labels, indices), broken in batches:
+    for (pixels, truths, indices), broken in batches:
         if isinstance(images, FileImages):
             images.report_broken(broken)
-        yield Raw(pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True), indices)
+        yield Raw(pixels.to(device, non_blocking=True), truths.to(device, non_blocking=True), indices)
 
 
 def _num_workers(images: ImageSet, device: torch.device) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from compress.data.augment import ASPECT_RATIOS, Augmentation
+from export.images.preprocess import IGNORED
 
 ATTEMPTS = 10  # boxes drawn for random_resized before the middle of the image is taken, as torchvision does
 
@@ -142,3 +143,26 @@ def _resampling(start: Tensor, length: Tensor, side: int, image_size: int) -> Te
     weight = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0)  # (n, image_size, side)
     weight = weight * ((pixel > start) & (pixel < start + length))
     return weight / weight.sum(dim=2, keepdim=True).clamp(min=1e-6)
+
+
+def cut_nearest(masks: Tensor, boxes: Boxes, image_size: int) -> Tensor:
+    """Return each mask's box resized by the nearest pixel, uint8 (n, height, width) to (n, image_size, image_size), IGNORED outside of it.
+
+    Output i lies at start + (i + 1/2) * scale, as in the images' cut.
+    """
+    n, height, width = masks.shape
+    rows, rows_inside = _nearest(boxes.top, boxes.height, height, image_size)  # (n, image_size) each
+    columns, columns_inside = _nearest(boxes.left, boxes.width, width, image_size)
+    columns, columns_inside = (
+        torch.where(boxes.mirrored[:, None], part.flip(1), part) for part in (columns, columns_inside)
+    )
+    image = torch.arange(n, device=masks.device)[:, None, None]
+    found = masks[image, rows[:, :, None], columns[:, None, :]]
+    return found.masked_fill(~(rows_inside[:, :, None] & columns_inside[:, None, :]), IGNORED)
+
+
+def _nearest(start: Tensor, length: Tensor, side: int, image_size: int) -> tuple[Tensor, Tensor]:
+    """Return the pixel that each output shows (n, image_size), and whether it is inside the image."""
+    steps = torch.arange(image_size, device=start.device) + 0.5
+    pixel = (start[:, None] + steps * (length[:, None] / image_size)).floor().long()
+    return pixel.clamp(0, side - 1), (pixel >= 0) & (pixel < side)

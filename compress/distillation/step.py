@@ -203,7 +203,7 @@ def _value(
     if isinstance(term, FeatureTerm):
         pairs = zip(next(adapted), _teacher_layers(term), strict=True)
         return torch.stack([loss.function(mine, taught.features[path], **settings) for mine, path in pairs]).sum()
-    both = task.rows(outputs), task.rows(taught.logits)
+    both = task.rows(outputs, truths), task.rows(taught.logits, truths)
     both = (logits.standardized(both[0]), logits.standardized(both[1])) if term.standardize else both
     return loss.function(*both, *([task.truth_rows(truths)] if loss.labelled else []), **settings)
 

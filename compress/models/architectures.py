@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -36,8 +36,33 @@ def build(arch: str, *, num_classes: int, trust_code: bool = False) -> nn.Module
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:
-    check_name("torchvision", name, torchvision.models.list_models(module=torchvision.models))
-    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **_EXTRA.get(name, {}))
+    check_name("torchvision", name, torchvision_names())
+    if name not in _segmentation():
+        model: nn.Module = torchvision.models.get_model(
+            name, weights=None, num_classes=num_classes, **_EXTRA.get(name, {})
+        )
+        return model
+    return _answering_out(
+        torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes)
+    )
+
+
+def torchvision_names() -> tuple[str, ...]:
+    """Return torchvision's classifiers and segmentation networks."""
+    return (*torchvision.models.list_models(module=torchvision.models), *_segmentation())
+
+
+def _segmentation() -> tuple[str, ...]:
+    return tuple(torchvision.models.list_models(module=torchvision.models.segmentation))
+
+
+def _answering_out(model: nn.Module) -> nn.Module:
+    """Have a network that names its outputs, as torchvision's segmentation does, answer with its `out` alone; its weights keep their names."""
+
+    def out(_model: nn.Module, _inputs: object, outputs: object) -> object:
+        return outputs["out"] if isinstance(outputs, Mapping) and "out" in outputs else outputs
+
+    model.register_forward_hook(out)
     return model
 
 
@@ -81,7 +106,7 @@ def _own(arch: str, num_classes: int, *, trust_code: bool) -> nn.Module:
     model = factories[name](num_classes)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{arch}: must return a torch.nn.Module, returned {type(model).__name__}")
-    return model
+    return _answering_out(model)
 
 
 def _refuse_namesakes(file: Path) -> None:

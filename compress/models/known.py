@@ -15,7 +15,7 @@ from export.errors import did_you_mean
 LIST = Path(__file__).with_name("networks.txt")
 OWN = "-"  # in the place of a version: the networks are this package's own
 LACKS = {
-    "torchvision": "torchvision has no classifier",
+    "torchvision": "torchvision has no network",
     "timm": "timm has no model",
     "cifar": "there is no network for CIFAR",
 }

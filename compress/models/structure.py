@@ -69,13 +69,14 @@ def classifier(model: nn.Module) -> str:
     return paths[ran[-1]]
 
 
-def check_output(model: nn.Module, *, image_size: int, num_classes: int) -> None:
-    """Raise `ModelError` unless the network turns (n, 3, image_size, image_size) into logits (n, num_classes)."""
+def check_output(model: nn.Module, *, image_size: int, shape: tuple[int, ...]) -> None:
+    """Raise `ModelError` unless the network turns (n, 3, image_size, image_size) into logits (n, *shape)."""
     output = _run(model, image_size)
-    if not isinstance(output, Tensor) or output.shape != (1, num_classes):
+    if not isinstance(output, Tensor) or output.shape != (1, *shape):
         found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        wanted = ", ".join(map(str, shape))
         raise ModelError(
-            f"{type(model).__name__}: must return logits of shape (n, {num_classes}), returned {found} for one image"
+            f"{type(model).__name__}: must return logits of shape (n, {wanted}), returned {found} for one image"
         )
 
 
@@ -87,7 +88,8 @@ def check_logits(model: nn.Module, images: Tensor) -> None:
     outputs = _answer(model, images)
     if not isinstance(outputs, Tensor) or not bool((outputs >= 0).all()):
         return
-    if torch.allclose(outputs.sum(1), torch.ones(len(images)), atol=1e-3):
+    sums = outputs.sum(1)
+    if torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
         raise ModelError(
             f"{type(model).__name__}: returns probabilities, as after a softmax (each row sums to one on {len(images)} images), "
             "but every loss and INT8 need logits: return what the softmax is given"

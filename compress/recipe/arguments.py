@@ -12,6 +12,7 @@ def data_settings(recipe: Recipe) -> DataSettings:
     """Return what decides a recipe's images, their split and their preprocessing."""
     data = recipe.data
     return DataSettings(
+        task=recipe.task,
         name=data.dataset,
         path=None if data.path is None else Path(data.path),
         image_size=data.image_size,
@@ -21,6 +22,7 @@ def data_settings(recipe: Recipe) -> DataSettings:
         val_fraction=data.val_fraction,
         limit_per_class=data.limit_per_class,
         skip_broken=data.skip_broken,
+        ignore_index=data.ignore_index,
         seed=recipe.seed if data.split_seed is None else data.split_seed,
         tuning=data.judge_by == "tuning",
         memory=Path(recipe.out) / ".images",

@@ -11,7 +11,7 @@ from compress.errors import RecipeError
 from compress.recipe import strict_yaml
 from compress.recipe.explain import explain, show, unknown
 from compress.recipe.order import TAKES
-from compress.recipe.schema import Recipe, Student
+from compress.recipe.schema import EMBEDDED, Recipe, Student
 
 MAX_BYTES = 1_000_000
 
@@ -90,7 +90,7 @@ def _judge(raw: dict[str, Any], path: Path) -> Recipe:
 def _apply_shorthands(raw: dict[str, Any], *, data: str | None, weights: str | None, out: str | None) -> None:
     if data is not None:
         _put(raw, ["data", "path"], str(Path(data).expanduser()))
-        if raw["data"].get("dataset") == "digits":
+        if raw["data"].get("dataset") in EMBEDDED:
             raw["data"]["dataset"] = "imagefolder"
     if weights is not None:
         _put(raw, ["model", "weights"], str(Path(weights).expanduser()))

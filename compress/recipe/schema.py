@@ -43,11 +43,16 @@ class Augment(Section):
     """The alpha of CutMix's Beta distribution (0 switches it off); with mixup also on, each image draws one of the two."""
 
 
+EMBEDDED = ("digits", "scenes", "scenes_hard")
+
+
 class Data(Section):
     """The images, their split, and how they reach the network."""
 
-    dataset: Literal["digits", "imagefolder", "cifar10", "cifar100", "fashion_mnist", "imagenette"] = "digits"
-    """The data set; `digits` is embedded in scikit-learn, `imagefolder` reads `path` (and is meant where only `path` is given), the others download to `path`."""
+    dataset: Literal[
+        "digits", "imagefolder", "cifar10", "cifar100", "fashion_mnist", "imagenette", "scenes", "scenes_hard"
+    ] = "digits"
+    """The data set; `digits` is embedded in scikit-learn, `scenes` are made of them (for segmentation), `imagefolder` reads `path` (and is meant where only `path` is given), the others download to `path`."""
     path: PathText | None = None
     """The folder that holds the data set."""
     image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
@@ -68,6 +73,8 @@ class Data(Section):
     """Use at most this many training images of each class (the first ones, after a shuffle by seed)."""
     skip_broken: bool = False
     """Leave out unreadable images, and count and name them in the log, instead of stopping at the first."""
+    ignore_index: Annotated[int, Field(ge=0, lt=2**16)] | None = None
+    """What a mask holds where a pixel is neither learned from nor judged; null is 255."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Loader processes; null chooses: none for small images in memory, one for each core otherwise."""
     eval_batch_size: PositiveInt = 128
@@ -79,9 +86,9 @@ class Data(Section):
     def _makes_sense(self) -> "Data":
         if self.dataset == "imagefolder" and self.path is None:
             raise ValueError("path: an imagefolder needs its folder: give DATA=/path/to/images, or set data.path")
-        if self.dataset == "digits" and self.path is not None:
+        if self.dataset in EMBEDDED and self.path is not None:
             raise ValueError(
-                f"path: digits are embedded and have no folder, got {self.path!r}: set data.dataset: imagefolder to read it"
+                f"path: {self.dataset} are embedded and have no folder, got {self.path!r}: set data.dataset: imagefolder to read it"
             )
         if min(self.std) <= 0:
             raise ValueError(f"std: must be > 0 in every channel, got {self.std}")

@@ -28,8 +28,8 @@ class Task:
     """Write the validation images and their truths as a folder that the other half reads; returns how many."""
     loss: Callable[..., Tensor]
     """(outputs, truths, label_smoothing=) to (): what plain training minimizes, a mean over images."""
-    rows: Callable[[Tensor], Tensor]
-    """Outputs to logits (rows, classes), on which every loss between logits works."""
+    rows: Callable[[Tensor, Tensor], Tensor]
+    """(outputs, truths) to logits (rows, classes), on which every loss between logits works."""
     truth_rows: Callable[[Tensor], Tensor]
     """Truths to one for each of those rows."""
 
@@ -45,7 +45,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task) -> dict[str
         loss = task.loss(outputs, batch.targets, label_smoothing=0.0)
         losses.append((float(loss), len(outputs)))
         answers = task.output.decode(outputs.cpu().numpy())
-        rows.append(task.output.statistics(answers, batch.targets.cpu().numpy()))
+        rows.append(task.output.statistics(answers, batch.targets.cpu().numpy(), outputs.shape[1:]))
     model.train(training)
     of_all = [part for rank in gather(rows) for part in rank]
     found = [part for rank in gather(losses) for part in rank]

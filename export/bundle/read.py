@@ -50,6 +50,7 @@ SIGNATURE = "model.sig"
 SCHEMA_VERSION = 3
 MAX_MODELS = 100
 NAME = re.compile(r"[a-z0-9][a-z0-9_\-]{0,63}")
+MAX_INDEX = 65_535  # of a mask file's pixel
 LARGEST = 1e6  # a mean or a standard deviation of pixels in [0, 1]; float32 holds its square and its inverse
 
 Kind = TypeVar("Kind")
@@ -321,8 +322,14 @@ def preprocess_of(document: Mapping[str, object]) -> Preprocess:
             f"{PREPROCESS}: orientation: must be {UPRIGHT!r} or {AS_STORED!r}, got {brief(orientation)}",
             defect="bad_content",
         )
+    ignore = document.get("ignore_index")
+    if ignore is not None and not (type(ignore) is int and 0 <= ignore <= MAX_INDEX):
+        raise BundleError(
+            f"{PREPROCESS}: ignore_index: must be an integer from 0 to {MAX_INDEX}, got {brief(ignore)}",
+            defect="bad_content",
+        )
     mean, std = (tuple(map(float, numbers[key])) for key in ("mean", "std"))
-    return Preprocess(size, resize_to, mean, std, upright=orientation == UPRIGHT)
+    return Preprocess(size, resize_to, mean, std, upright=orientation == UPRIGHT, ignore_index=ignore)
 
 
 def is_number(value: object) -> bool:

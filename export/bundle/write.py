@@ -29,6 +29,7 @@ from export.images.folders import is_label
 from export.onnx_file.model_file import ModelFile, inspect
 from export.serving.protocol import write_kserve, write_requests
 from export.serving.triton import Serving, write_repositories
+from export.tasks import task_named
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def manifest(folder: Path, contents: Contents, facts: Mapping[str, ModelFile], g
             for name, fact in facts.items()
         },
         "golden": {
-            "truths": golden.truths.tolist(),
+            "truths": task_named(contents.task).truths_json(golden.truths),
             "tolerance": golden.tolerance,
             "made_with": golden.made_with,
         },

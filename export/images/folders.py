@@ -34,6 +34,14 @@ class Listing:
     train: tuple[File, ...]
     val: tuple[File, ...] | None
 
+    def place(self, part: str) -> str:
+        """Say where the images of a part of the data belong."""
+        return f"{self.root / part}/<class>/"
+
+    def names(self) -> list[str]:
+        """Return the paths of all files."""
+        return sorted(name for name, _ in self.train + (self.val or ()))
+
 
 def list_folder(root: Path) -> Listing:
     """List an ImageNet layout (train/ with val/, valid/, validation/ or test/), Tiny-ImageNet's own, or one folder of class folders.
@@ -135,7 +143,7 @@ def _refuse_other_layouts(root: Path) -> None:
 def _classes(folder: Path) -> tuple[str, ...]:
     classes = tuple(_subfolders(folder))
     if not classes:
-        loose = len(_images(folder, folder))
+        loose = len(images_in(folder, folder))
         raise DataError(
             f"{folder}: has {loose:,} images and no class folder; give each class a folder of its own with its images"
         )
@@ -148,7 +156,7 @@ def _files(root: Path, folder: Path, classes: tuple[str, ...]) -> tuple[File, ..
     files: list[File] = []
     empty: list[str] = []
     for label, name in enumerate(classes):
-        found = _images(root, folder / name)
+        found = images_in(root, folder / name)
         files += ((path, label) for path in found)
         if not found:
             empty.append(name)
@@ -159,7 +167,7 @@ def _files(root: Path, folder: Path, classes: tuple[str, ...]) -> tuple[File, ..
     return tuple(files)
 
 
-def _images(root: Path, folder: Path) -> list[str]:
+def images_in(root: Path, folder: Path) -> list[str]:
     """Return the images under a class folder, at any depth (Tiny-ImageNet keeps them in images/), sorted.
 
     Links are followed, but not to a folder above, and no folder is listed twice.

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 UPRIGHT, AS_STORED = "EXIF", "as stored"  # what preprocess.json says of `upright`
+IGNORED = 255  # in a mask, once read: a pixel that is neither learned from nor judged
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Preprocess:
     """Resize the shorter side, crop the centre, scale to [0, 1], normalize each channel (red, green, blue).
 
     `upright` turns photographs as their EXIF orientation says; networks trained before that was done have seen them as stored.
+    `ignore_index` is what mask files hold where nothing is judged, 255 where that is None.
     """
 
     image_size: int
@@ -26,21 +28,31 @@ class Preprocess:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     upright: bool = True
+    ignore_index: int | None = None
 
     def pixels(self, image: "Image.Image") -> NDArray[np.uint8]:
         """Return the centre of the resized RGB image, (size, size, 3); longer side and crop round down.
 
         Raises `BrokenImage` for an image so narrow that resizing its shorter side makes it huge.
         """
+        from PIL import Image
+
+        return self._centre(image, Image.Resampling.BILINEAR)
+
+    def mask(self, image: "Image.Image") -> NDArray[np.uint8]:
+        """Return the same pixels of a mask, (size, size): each the nearest one's class."""
+        from PIL import Image
+
+        return self._centre(image, Image.Resampling.NEAREST)
+
+    def _centre(self, image: "Image.Image", resampling: "Image.Resampling") -> NDArray[np.uint8]:
         width, height = image.size
         shorter = min(width, height)
         if shorter != self.resize_to:
-            from PIL import Image
-
             width, height = self.resize_to * width // shorter, self.resize_to * height // shorter
             if width * height > MAX_PIXELS:
                 raise BrokenImage(f"{image.width:,} x {image.height:,} is too narrow")
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
+            image = image.resize((width, height), resampling)
         left, top = (width - self.image_size) // 2, (height - self.image_size) // 2
         return np.asarray(image)[top : top + self.image_size, left : left + self.image_size]
 
@@ -67,4 +79,5 @@ class Preprocess:
             "scale": 1 / 255,
             "layout": "NCHW",
             "dtype": "float32",
+            **({} if self.ignore_index is None else {"ignore_index": self.ignore_index}),
         }

@@ -32,7 +32,7 @@ class Examples:
     """
 
     preprocess: Preprocess
-    truths: NDArray[Any]  # (n, ...): labels, for classification
+    truths: NDArray[Any]  # (n, ...)
     pixels: Callable[[int], Pixels]
     content: Callable[[int], bytes]
     chosen: NDArray[np.int64]  # (m,)
@@ -99,7 +99,7 @@ def folder_examples(folder: Path, preprocess: Preprocess, labels: Sequence[str])
         preprocess,
         np.array([places[label] for _, label in files], np.int64),
         lambda index: read_pixels(folder / files[index][0], preprocess),
-        lambda index: _bytes(folder / files[index][0]),
+        lambda index: content_of(folder / files[index][0]),
         np.arange(len(files)),
         notes,
     )
@@ -166,7 +166,8 @@ def read_pixels(path: Path, preprocess: Preprocess) -> Pixels:
         raise DataError(f"{path}: cannot be read as an image ({error}): mend or remove it") from error
 
 
-def _bytes(path: Path) -> bytes:
+def content_of(path: Path) -> bytes:
+    """Return a file's bytes; raise DataError where they cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:

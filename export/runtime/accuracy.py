@@ -16,12 +16,12 @@ from export.tasks.task import Array, OutputTask
 
 @dataclass(frozen=True)
 class Score:
-    """What one file answered, for each image the task's row of numbers, and the outputs where they were kept."""
+    """What one file answered, for each image the task's row of numbers, and of the outputs, where it was kept, the evidence."""
 
     task: OutputTask
     answers: Array  # (n, ...)
     rows: Array  # (n, k)
-    outputs: Array | None = None  # (n, ...)
+    evidence: Array | None = None  # (n, ...)
 
     @property
     def images(self) -> int:
@@ -38,16 +38,19 @@ class Score:
         return float(np.mean(self.task.agreement(self.answers, other.answers)))
 
     def divergence(self, reference: "Score") -> float:
-        """Return how far the kept outputs are from the reference's, by the task's own measure; 0 is equal."""
-        assert self.outputs is not None
-        assert reference.outputs is not None
-        return float(np.mean(self.task.divergence(self.outputs, reference.outputs)))
+        """Return how far the kept evidence is from the reference's, by the task's own measure; 0 is equal."""
+        assert self.evidence is not None
+        assert reference.evidence is not None
+        return float(np.mean(self.task.divergence(self.evidence, reference.evidence)))
 
 
 def score_of(task: OutputTask, outputs: Iterable[Array], truths: Iterable[Array]) -> Score:
     """Return the score of outputs that were computed elsewhere, batch by batch."""
-    answers = np.concatenate([task.decode(part) for part in outputs])
-    return Score(task, answers, task.statistics(answers, np.concatenate(list(truths))))
+    answers, rows = [], []
+    for part, true in zip(outputs, truths, strict=True):
+        answers.append(task.decode(part))
+        rows.append(task.statistics(answers[-1], true, part.shape[1:]))
+    return Score(task, np.concatenate(answers), np.concatenate(rows))
 
 
 def score_files(
@@ -58,7 +61,7 @@ def score_files(
     provider: str = CPU,
     threads: int = 0,
     optimize: bool = True,
-    keep_outputs: bool = False,
+    keep_evidence: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Score]:
     """Run every batch through every file, its graph optimized or as it is; each batch is decoded once.
@@ -83,9 +86,9 @@ def score_files(
                     f"{name}: cannot run on {images.shape} ({first_line(error)}): export it again"
                 ) from error
             answers[name].append(task.decode(outputs))
-            rows[name].append(task.statistics(answers[name][-1], truths))
-            if keep_outputs:
-                kept[name].append(outputs.astype(np.float32))
+            rows[name].append(task.statistics(answers[name][-1], truths, outputs.shape[1:]))
+            if keep_evidence:
+                kept[name].append(task.evidence(outputs).astype(np.float32))
         progress(f"scored {images_seen} images")
     if not images_seen:
         raise BundleError("accuracy: no images to score: give a folder or file with at least one")
@@ -94,7 +97,7 @@ def score_files(
             task,
             np.concatenate(answers[name]),
             np.concatenate(rows[name]),
-            np.concatenate(kept[name]) if keep_outputs else None,
+            np.concatenate(kept[name]) if keep_evidence else None,
         )
         for name in files
     }

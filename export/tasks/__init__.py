@@ -2,9 +2,10 @@
 
 from export.errors import BundleError
 from export.tasks.classification import CLASSIFICATION
+from export.tasks.segmentation import SEGMENTATION
 from export.tasks.task import OutputTask
 
-TASKS: dict[str, OutputTask] = {"classification": CLASSIFICATION}
+TASKS: dict[str, OutputTask] = {"classification": CLASSIFICATION, "segmentation": SEGMENTATION}
 
 
 def task_named(name: str) -> OutputTask:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from export.errors import BundleError
+from export.images.folders import list_folder
 from export.images.read import find_examples
 from export.tasks.paired import ALPHA, detectable_loss, mcnemar
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
@@ -16,6 +17,11 @@ TRUTH, ANSWER = (
     0,
     1,
 )  # columns of the rows; with more than five classes a third says whether the label is among the likeliest
+
+
+def output_shape(classes: int, _image_size: int) -> tuple[int, ...]:
+    """Return the shape of one image's logits."""
+    return (classes,)
 
 
 def check_output(file: str, shape: tuple[int | None, ...], labels: Sequence[str]) -> None:
@@ -37,13 +43,23 @@ def truths(values: Sequence[Any], output: tuple[int, ...]) -> Array:
     return np.array(values, np.int64)
 
 
+def truths_json(truths: Array) -> Sequence[int]:
+    """Return the labels as JSON holds them."""
+    return truths.tolist()  # type: ignore[no-any-return]
+
+
+def as_they_are(outputs: Array) -> Array:
+    """Return the outputs: a few numbers for each image."""
+    return outputs
+
+
 def decode(outputs: Array) -> Array:
     """Return the likeliest classes (n, at most 5), equal ones in their order, as for arg-max; what is no number comes first, as there."""
     order = np.where(np.isnan(outputs), -np.inf, -outputs.astype(np.float64))
     return np.argsort(order, axis=1, kind="stable")[:, : TOP if outputs.shape[1] > TOP else 1]
 
 
-def statistics(answers: Array, labels: Array) -> Array:
+def statistics(answers: Array, labels: Array, _output: tuple[int, ...]) -> Array:
     """Return label, answer and, for more than five classes, whether the label is among the likeliest, integers (n, 2 or 3)."""
     rows = [labels, answers[:, 0]]
     if answers.shape[1] == TOP:
@@ -161,8 +177,11 @@ def softmax(logits: Array) -> Array:
 CLASSIFICATION = OutputTask(
     name="classification",
     metric=Metric("top1", "top-1"),
+    output_shape=output_shape,
     check_output=check_output,
     truths=truths,
+    truths_json=truths_json,
+    listing=list_folder,
     examples=find_examples,
     decode=decode,
     statistics=statistics,
@@ -170,6 +189,7 @@ CLASSIFICATION = OutputTask(
     further=further,
     by_class=by_class,
     agreement=agreement,
+    evidence=as_they_are,
     divergence=divergence,
     compare=compare,
     truth_text=truth_text,

@@ -48,19 +48,32 @@ def compare_by_bootstrap(before: Array, now: Array, total: Callable[[Array], flo
 
     The p-value is two-sided: twice the share of resamples in which the difference has the other sign; an equal file's is 1.
     """
-    images, generator = len(now), np.random.default_rng(0)
-    drawn = (generator.integers(0, images, images) for _ in range(RESAMPLES))
+    drawn = resamples(len(now))
     gains = np.array([total(now[chosen]) - total(before[chosen]) for chosen in drawn])
     changed = float(np.mean(np.any(before != now, axis=1)))
-    p_value = min(1.0, 2 * (1 + min(np.sum(gains >= 0), np.sum(gains <= 0))) / (1 + RESAMPLES))
-    spread = float(np.std(gains))
-    sure, often = NormalDist().inv_cdf(1 - ALPHA / 2), NormalDist().inv_cdf(POWER)
+    p_value = two_sided(gains)
     return Comparison(
-        images=images,
+        images=len(now),
         before=total(before),
         now=total(now),
         p_value=p_value,
         changed=changed,
-        detectable=max((sure + often) * spread, detectable_loss(images, 0.0)),
-        counts=f"{changed:.2%} of {images} images answered in another way, p = {p_value:.2g}",
+        detectable=max(detectable_gain(gains), detectable_loss(len(now), 0.0)),
+        counts=f"{changed:.2%} of {len(now)} images answered in another way, p = {p_value:.2g}",
     )
+
+
+def resamples(images: int) -> Array:
+    """Return which images each resample draws, (RESAMPLES, images), the same ones each time."""
+    return np.random.default_rng(0).integers(0, images, (RESAMPLES, images))
+
+
+def two_sided(gains: Array) -> float:
+    """Return the p-value of resampled differences: twice the share with the other sign; equal files' is 1."""
+    return float(min(1.0, 2 * (1 + min(np.sum(gains >= 0), np.sum(gains <= 0))) / (1 + len(gains))))
+
+
+def detectable_gain(gains: Array) -> float:
+    """Return the smallest difference that such resamples show with the usual power."""
+    sure, often = NormalDist().inv_cdf(1 - ALPHA / 2), NormalDist().inv_cdf(POWER)
+    return float((sure + often) * np.std(gains))

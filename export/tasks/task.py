@@ -12,6 +12,8 @@ from typing import Any
 from numpy.typing import NDArray
 from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
 
+from export.images.folders import Listing
+from export.images.masks import MaskListing
 from export.images.preprocess import Preprocess
 from export.images.read import Examples
 
@@ -65,16 +67,22 @@ class OutputTask:
 
     name: str
     metric: Metric
+    output_shape: Callable[[int, int], tuple[int, ...]]
+    """(classes, image size) to the shape of one image's output."""
     check_output: Callable[[str, tuple[int | None, ...], Sequence[str]], None]
     """(file, shape of its output, labels): raises BundleError where they do not fit."""
     truths: Callable[[Sequence[Any], tuple[int, ...]], Array]
     """The truths that JSON holds, given the shape of one image's output; raises BundleError for what is none."""
+    truths_json: Callable[[Array], Sequence[Any]]
+    """Truths as JSON holds them, one value for each image."""
+    listing: Callable[[Path], Listing | MaskListing]
+    """The files of a folder with images and their truths; raises DataError where that is none."""
     examples: Callable[[Path, Preprocess, Sequence[str]], Examples]
     """The images of a folder or file with their truths; raises DataError where they do not fit the labels."""
     decode: Callable[[Array], Array]
     """Outputs to answers."""
-    statistics: Callable[[Array, Array], Array]
-    """(answers, truths) to rows (n, k)."""
+    statistics: Callable[[Array, Array, tuple[int, ...]], Array]
+    """(answers, truths, shape of one image's output) to rows (n, k)."""
     total: Callable[[Array], float]
     """Rows (n, k), n > 0, to the score."""
     further: Callable[[Array], Mapping[str, float | None]]
@@ -83,8 +91,10 @@ class OutputTask:
     """(rows by file, labels, files whose mistakes are kept) to what is known class by class; None where there are no classes."""
     agreement: Callable[[Array, Array], Array]
     """Two files' answers to (n,) in [0, 1]."""
+    evidence: Callable[[Array], Array]
+    """Outputs to what is kept of them for `divergence`, little enough for thousands of images."""
     divergence: Callable[[Array, Array], Array]
-    """(outputs, outputs of a reference) to (n,): how far they are apart, 0 for equal ones; needs no truths."""
+    """(evidence, evidence of a reference) to (n,): how far they are apart, 0 for equal ones; needs no truths."""
     compare: Callable[[Array, Array, Sequence[str]], Comparison]
     """(rows before, rows now, labels), n > 0."""
     truth_text: Callable[[Array, Sequence[str]], str]

@@ -45,7 +45,7 @@ def test_every_shipped_recipe_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("model.arch=torchvision:resnet51", "model.arch: torchvision:resnet51: torchvision has no classifier of this name; did you mean resnet50 or "),
+        ("model.arch=torchvision:resnet51", "model.arch: torchvision:resnet51: torchvision has no network of this name; did you mean resnet50 or "),
         ("model.arch=cifar:resnet57", "model.arch: cifar:resnet57: there is no network for CIFAR of this name; did you mean resnet56"),
         ("students.other.student.arch=timm:resnet10T", "students.other.stages.0.arch: timm:resnet10T: timm has no model of this name; did you mean resnet10t"),
         ("model.weights=nothing.pth", "model.weights: nothing.pth: the weights file does not exist; check the path"),

@@ -22,9 +22,11 @@ from compress.data import named
 from compress.data.batches import Batch, eval_batches, steps_per_epoch, train_batches
 from compress.data.dataset import Dataset
 from compress.data.digest import NATIVE_SIZE
-from compress.data.images import ArrayImages, FileImages, MemoryImages, Stored
+from compress.data.images import ArrayImages, FileImages, MemoryImages
 from compress.data.loader import loaded
 from compress.data.named import NAMED
+from compress.data.scenes import SCENES
+from compress.data.stored import Stored
 from compress.data.views import Boxes, cut_all, cut_each, draw
 from compress.recipe.schema import Augment, Data
 from export.errors import DataError
@@ -272,7 +274,7 @@ def test_imagenette_on_disk_is_not_downloaded_and_has_english_names(tmp_path: Pa
 
 
 def test_the_recipe_names_every_data_set_and_every_augmentation() -> None:
-    assert set(get_args(Data.model_fields["dataset"].annotation)) == set(NATIVE_SIZE) == {"imagefolder", *NAMED}
+    assert set(get_args(Data.model_fields["dataset"].annotation)) == set(NATIVE_SIZE) == {"imagefolder", *NAMED, *SCENES}
     assert set(Augment.model_fields) == set(STILL)
 
 
@@ -667,9 +669,9 @@ def test_a_batch_splits_into_parts_that_know_their_images() -> None:
 
 
 def test_later_batches_are_read_as_bytes_while_a_step_runs(tmp_path: Path) -> None:
-    def view(index: int) -> torch.Tensor:
+    def view(index: int) -> tuple[torch.Tensor, torch.Tensor]:
         (tmp_path / str(index)).touch()
-        return torch.full((3, 4, 4), index, dtype=torch.uint8)
+        return torch.full((3, 4, 4), index, dtype=torch.uint8), torch.tensor(index)
 
     sizes = torch.full((40, 2), 4)
     images = MemoryImages(Stored(torch.empty(40, 3, 16, dtype=torch.uint8), sizes, sizes), torch.arange(40))

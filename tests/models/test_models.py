@@ -85,8 +85,8 @@ def test_an_unknown_name_is_refused_with_the_nearest(arch: str, near: str) -> No
 
 
 def test_a_network_for_another_task_is_refused() -> None:
-    with pytest.raises(ModelError, match="torchvision has no classifier of this name"):
-        build("torchvision:fcn_resnet50", num_classes=7)
+    with pytest.raises(ModelError, match="torchvision has no network of this name"):
+        build("torchvision:keypointrcnn_resnet50_fpn", num_classes=7)
 
 
 def test_timm_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ def test_an_image_size_that_the_network_does_not_take_is_refused() -> None:
 
 def test_logits_of_another_shape_are_refused() -> None:
     with pytest.raises(ModelError, match=r"must return logits of shape \(n, 7\), returned shape \(1, 5\)"):
-        check_output(HeadFirst(), image_size=32, num_classes=7)
+        check_output(HeadFirst(), image_size=32, shape=(7,))
 
 
 @pytest.mark.parametrize(

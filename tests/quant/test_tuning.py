@@ -35,7 +35,7 @@ def score_with(mistakes: int) -> Score:
     predictions = LABELS.copy()
     predictions[:mistakes] = (predictions[:mistakes] + 1) % 10
     logits = 5 * np.eye(10, dtype=np.float32)[predictions]
-    return replace(answered(predictions, LABELS), outputs=logits)
+    return replace(answered(predictions, LABELS), evidence=logits)
 
 
 class Bench:

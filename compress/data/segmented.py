@@ -1,0 +1,134 @@
+"""Open a data set of images with masks, and write its validation images."""
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from compress.data.augment import Augmentation
+from compress.data.dataset import Dataset, in_memory
+from compress.data.digest import NATIVE_SIZE, DataSettings, dataset_digest, given
+from compress.data.images import ArrayImages, FileImages
+from compress.data.placed import ArrayMasks, mask_files
+from compress.data.scenes import CLASSES as SCENE_CLASSES
+from compress.data.scenes import SCENES, draw_scenes
+from compress.data.split import held_out, limited
+from export.errors import DataError
+from export.images.decode import BrokenImage
+from export.images.masks import CLASSES, IMAGES, MASKS, MaskListing, Pair
+from export.images.preprocess import Preprocess
+
+Lazy = FileImages | ArrayImages
+
+
+def open_masks(settings: DataSettings, augmentation: Augmentation) -> Dataset:
+    """Open a data set by name, as `open_dataset` does one of labels.
+
+    Without a validation set of its own a fraction of the images is held out by seed; `limit_per_class` is how many images are trained on.
+    Raises `DataError` for data that are missing or unreadable or have no masks, and for changes that would move an image but not its mask.
+    """
+    moved = [name for name in ("randaugment", "mixup", "cutmix") if getattr(augmentation, name)]
+    if moved:
+        raise DataError(f"data.augment.{moved[0]}: changes an image and not its mask; use crop and flip")
+    files = given(settings)
+    size = settings.image_size or NATIVE_SIZE[settings.name]
+    preprocess = Preprocess(
+        size, round(size * settings.resize), settings.mean, settings.std, ignore_index=settings.ignore_index
+    )
+    if isinstance(files.listing, MaskListing):
+        lazy, classes = _of_folder(files.listing, settings, preprocess), files.listing.classes
+    elif settings.name in SCENES:
+        lazy, classes = _of_scenes(settings, preprocess), SCENE_CLASSES
+    else:
+        raise DataError(
+            f"{settings.name}: has labels and no masks; take {', '.join(SCENES)}, or DATA=/path/to/a/folder"
+        )
+    images = in_memory(*lazy, preprocess, augmentation.whole_area(size))
+    if not all(map(len, images)):
+        raise DataError(f"{settings.name}: none of its images can be read; repair them or give other ones")
+    return Dataset(
+        settings.name,
+        *images,
+        classes=classes,
+        preprocess=preprocess,
+        digest=dataset_digest(settings, files),
+        files=files.digests,
+        held_out=lazy[1],
+    )
+
+
+def _of_folder(listing: MaskListing, settings: DataSettings, preprocess: Preprocess) -> tuple[Lazy, Lazy]:
+    strata = np.zeros(len(listing.train), np.int64)
+    train, val = np.arange(len(strata)), listing.val
+    if val is None:
+        out = held_out(strata, ("images",), fraction=settings.val_fraction, seed=settings.seed)
+        train, val = np.setdiff1d(train, out), tuple(listing.train[index] for index in out)
+    train = train[_limited(len(train), settings)]
+    parts = [[listing.train[index] for index in train], list(val)]
+    return _files(listing, parts[0], settings, preprocess), _files(listing, parts[1], settings, preprocess)
+
+
+def _files(listing: MaskListing, pairs: list[Pair], settings: DataSettings, preprocess: Preprocess) -> FileImages:
+    masks = mask_files(listing.root, pairs, classes=len(listing.classes), preprocess=preprocess)
+    labels = torch.zeros(len(pairs), dtype=torch.int64)
+    return FileImages(listing.root, masks.paths[:, 0], labels, settings.skip_broken, placed=masks)
+
+
+def _of_scenes(settings: DataSettings, preprocess: Preprocess) -> tuple[Lazy, Lazy]:
+    images = []
+    for part in ("train", "val"):
+        scenes = draw_scenes(SCENES[settings.name], part, size=preprocess.resize_to, seed=settings.seed)
+        chosen = _limited(len(scenes.images), settings) if part == "train" else slice(None)
+        masks = ArrayMasks(scenes.masks[chosen], preprocess)
+        labels = torch.zeros(len(masks.arrays), dtype=torch.int64)
+        images.append(ArrayImages(scenes.images[chosen], labels, placed=masks))
+    return images[0], images[1]
+
+
+def _limited(n: int, settings: DataSettings) -> np.ndarray:
+    if settings.limit_per_class is None:
+        return np.arange(n)
+    return limited(np.zeros(n, np.int64), 1, per_class=settings.limit_per_class, seed=settings.seed)
+
+
+def write_masks(dataset: Dataset, folder: Path) -> int:
+    """Write the validation images and their masks as a folder that `list_masks` reads, and return how many.
+
+    Files are copied as they are. Raises DataError for a folder that is there already.
+    """
+    if folder.exists():
+        raise DataError(f"{folder}: is there already; name a new folder")
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    for name in (IMAGES, MASKS):
+        (aside / name / "val").mkdir(parents=True)
+    (aside / CLASSES).write_text("".join(f"{name}\n" for name in dataset.classes), encoding="utf-8")
+    images, written = dataset.held_out, 0
+    for index in range(len(images)):
+        try:
+            image, mask, suffix = _pair(images, index)
+        except BrokenImage as error:
+            assert isinstance(images, FileImages)
+            images.report_broken({index: str(error)})  # which raises unless they are to be left out
+            continue
+        (aside / IMAGES / "val" / f"{index:06d}{suffix}").write_bytes(image)
+        (aside / MASKS / "val" / f"{index:06d}.png").write_bytes(mask)
+        written += 1
+    aside.rename(folder)
+    return written
+
+
+def _pair(images: Lazy, index: int) -> tuple[bytes, bytes, str]:
+    """Return the bytes of an image's file and of its mask's, and the image's suffix."""
+    if isinstance(images, ArrayImages):
+        assert isinstance(images.placed, ArrayMasks)
+        stream = io.BytesIO()
+        Image.fromarray(images.placed.arrays[index]).save(stream, "PNG")
+        return images.file(index), stream.getvalue(), ".bmp"
+    images.whole(index)
+    name = images.name(index)
+    mask = images.root / images.placed.name(index)  # type: ignore[union-attr]
+    return (images.root / name).read_bytes(), mask.read_bytes(), Path(name).suffix

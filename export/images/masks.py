@@ -1,0 +1,160 @@
+"""Find images with their masks, one class index for each pixel, and read them. docs/segmentation.md holds the rules."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.errors import DataError
+from export.images.decode import DAMAGE, MAX_PIXELS, BrokenImage, require_pillow
+from export.images.folders import SUFFIXES, TRAIN, VAL_NAMES, check_folder, first, images_in, is_label
+from export.images.preprocess import IGNORED, Preprocess
+from export.images.read import Examples, content_of, read_pixels
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Pair = tuple[str, str]
+"""The paths of an image and of its mask, relative to the data set's root."""
+CLASSES, IMAGES, MASKS = "classes.txt", "images", "masks"
+GREY = ("1", "L", "P")  # Pillow's modes of one number up to 255 for each pixel; a palette's colours are for people
+WIDE = ("I", "I;16", "I;16B", "I;16L")
+
+
+@dataclass(frozen=True)
+class MaskListing:
+    """The images of a folder data set with their masks, in the order of their paths; `val` is None where it brings no validation set."""
+
+    root: Path
+    classes: tuple[str, ...]
+    train: tuple[Pair, ...]
+    val: tuple[Pair, ...] | None
+
+    def place(self, part: str) -> str:
+        """Say where the images of a part of the data belong."""
+        return f"{self.root / IMAGES / part}/, their masks in {self.root / MASKS / part}/"
+
+    def names(self) -> list[str]:
+        """Return the paths of all files."""
+        return sorted({name for pair in self.train + (self.val or ()) for name in pair})
+
+
+def list_masks(root: Path) -> MaskListing:
+    """List a folder of images/ and masks/, with or without train/ and val/ in both, and a class a line in classes.txt.
+
+    A mask has its image's path with another suffix. Raises DataError for other layouts, and for images without masks.
+    """
+    check_folder(root)
+    if missing := [name for name in (f"{IMAGES}/", f"{MASKS}/", CLASSES) if not (root / name).exists()]:
+        raise DataError(
+            f"{root}: has no {missing[0]}: put images into {IMAGES}/{TRAIN}/ and {IMAGES}/val/, their masks under the same "
+            f"names into {MASKS}/{TRAIN}/ and {MASKS}/val/, and the classes' names in the order of their indices into {CLASSES}"
+        )
+    parts = {path.name.lower(): path for path in (root / IMAGES).iterdir() if path.is_dir()}
+    held_out = next((parts[name] for name in VAL_NAMES if name in parts), None)
+    if TRAIN not in parts:
+        found = _pairs(root, root / IMAGES if held_out is None else held_out)
+        return MaskListing(root, read_classes(root / CLASSES), *((found, None) if held_out is None else ((), found)))
+    val = None if held_out is None else _pairs(root, held_out)
+    return MaskListing(root, read_classes(root / CLASSES), _pairs(root, parts[TRAIN]), val)
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Return the classes' names, one a line in the order of their indices."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}): save it as UTF-8 text, one class a line") from error
+    if not 2 <= len(lines) <= IGNORED or len(set(lines)) < len(lines) or not all(map(is_label, lines)):
+        raise DataError(f"{path}: must name 2 to {IGNORED} different classes, one a line, got {len(lines)} lines")
+    return tuple(lines)
+
+
+def _pairs(root: Path, folder: Path) -> tuple[Pair, ...]:
+    """Return every image of a folder with the mask of the same path."""
+    images = images_in(root, folder)
+    masks = {str(Path(name).with_suffix("")): name for name in images_in(root, root / MASKS)}
+    wanted = {name: masks.get(MASKS + str(Path(name).with_suffix(""))[len(IMAGES) :]) for name in images}
+    if alone := [name for name, mask in wanted.items() if mask is None]:
+        raise DataError(
+            f"{root}: {len(alone):,} of {len(images):,} images have no mask of the same name in {MASKS}/: {first(alone)}: "
+            "add their masks, or remove them"
+        )
+    if not images:
+        raise DataError(f"{folder}: holds no image ({', '.join(SUFFIXES[:6])} …): add some")
+    return tuple((name, mask) for name, mask in wanted.items() if mask is not None)
+
+
+def read_mask(path: Path, size: tuple[int, int], *, classes: int, ignore: int | None) -> "Image.Image":
+    """Return a mask as one byte a pixel: a class, or IGNORED where the file holds that or `ignore`.
+
+    Raises BrokenImage for what is no mask of an image of this width and height.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path, formats=("PNG", "BMP")) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BrokenImage(f"its mask has more than {MAX_PIXELS:,} pixels")
+            if image.mode not in (*GREY, *WIDE):
+                raise BrokenImage(
+                    f"its mask is {image.mode}: it must hold one class index for each pixel, as a grey or palette PNG does"
+                )
+            indices = np.asarray(image).astype(np.int64)
+    except UnidentifiedImageError:
+        raise BrokenImage("its mask is no PNG") from None
+    except DAMAGE as error:
+        raise BrokenImage(f"its mask: {getattr(error, 'strerror', None) or error}") from None
+    height, width = indices.shape
+    if (width, height) != size:
+        raise BrokenImage(f"its mask has {width} x {height} pixels, the image {size[0]} x {size[1]}")
+    indices[indices == (IGNORED if ignore is None else ignore)] = IGNORED
+    beyond = indices[(indices >= classes) & (indices != IGNORED)]
+    if len(beyond):
+        raise BrokenImage(
+            f"its mask holds the class {beyond.max()}, but there are {classes} (0 to {classes - 1}); where that is no class, "
+            f"set data.ignore_index: {beyond.max()}"
+        )
+    return Image.fromarray(indices.astype(np.uint8))
+
+
+def mask_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
+    """Find the images of a folder (of its validation split, where it has one) with their masks.
+
+    Raises DataError for other classes than a bundle's `labels`, and for masks that cannot be used.
+    """
+    require_pillow(data)
+    listing = list_masks(data)
+    if listing.classes != tuple(labels):
+        raise DataError(
+            f"{data / CLASSES}: its {len(listing.classes)} classes are not the {len(labels)} of the bundle: "
+            "name them as in labels.txt and in its order"
+        )
+    pairs = listing.train if listing.val is None else listing.val
+    return Examples(
+        preprocess,
+        np.stack([_truth(listing, pair, preprocess) for pair in pairs]),
+        lambda index: read_pixels(data / pairs[index][0], preprocess),
+        lambda index: content_of(data / pairs[index][0]),
+        np.arange(len(pairs)),
+    )
+
+
+def _truth(listing: MaskListing, pair: Pair, preprocess: Preprocess) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    image, mask = (listing.root / name for name in pair)
+    try:
+        with Image.open(image) as header:
+            size = header.size
+        whole = read_mask(mask, size, classes=len(listing.classes), ignore=preprocess.ignore_index)
+        return preprocess.mask(whole)
+    except BrokenImage as error:
+        raise DataError(f"{image}: {error}") from error
+
+
+Reader = Callable[[int, tuple[int, int]], "Image.Image"]
+"""Gives the mask of the image with this index, whose width and height are given; raises BrokenImage."""

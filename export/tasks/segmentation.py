@@ -1,0 +1,225 @@
+"""Segmentation: one class for each pixel. Outputs are logits (n, classes, height, width), answers their arg-max (n, height, width).
+
+A row is an image's confusion matrix: how many pixels of each true class (rows) got each class (columns), flattened. Rows add up, so the score is
+that of the set: mIoU, the mean over classes of intersection over union of all pixels (Everingham 2010, The Pascal VOC Challenge, section 4.3).
+Pixels whose truth is IGNORED are in no row.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from export.errors import BundleError
+from export.images.masks import list_masks, mask_examples
+from export.images.preprocess import IGNORED
+from export.tasks.classification import log_probabilities
+from export.tasks.paired import ALPHA, detectable_gain, detectable_loss, resamples, two_sided
+from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
+
+EVERY = 8  # of rows and columns: the pixels that tell how far two files' outputs are apart
+
+
+def output_shape(classes: int, image_size: int) -> tuple[int, ...]:
+    """Return the shape of one image's logits: as many pixels as it has."""
+    return classes, image_size, image_size
+
+
+def check_output(file: str, shape: tuple[int | None, ...], labels: Sequence[str]) -> None:
+    """Compare the model's output with the number of labels."""
+    if len(shape) != 4 or shape[1] != len(labels):
+        raise BundleError(
+            f"labels.txt: {file} answers {shape}, which are no maps of {len(labels)} classes (batch, {len(labels)}, height, width): "
+            "get the bundle again",
+            defect="missing_class",
+        )
+
+
+def truths_json(truths: Array) -> Sequence[str]:
+    """Return each mask as runs of equal pixels, row after row: `0x512 3x17 …` is 512 pixels of class 0, then 17 of class 3."""
+    return [" ".join(f"{value}x{length}" for value, length in _runs(mask.ravel())) for mask in truths]
+
+
+def _runs(values: Array) -> Iterator[tuple[int, int]]:
+    starts = np.flatnonzero(np.diff(values, prepend=-1))
+    for start, end in zip(starts, [*starts[1:], len(values)], strict=True):
+        yield int(values[start]), int(end - start)
+
+
+def truths(values: Sequence[Any], output: tuple[int, ...]) -> Array:
+    """Return masks as bytes (n, height, width)."""
+    if len(output) != 3:
+        raise BundleError(f"bundle.json: output: must be maps of classes, got {output}", defect="bad_content")
+    return np.stack([_mask(value, output) for value in values])
+
+
+def _mask(value: object, output: tuple[int, ...]) -> Array:
+    """Return the mask that runs of pixels describe; nothing is allocated for more pixels than the output has."""
+    classes, height, width = output
+    try:
+        runs = [tuple(map(int, run.split("x"))) for run in str(value)[: 16 * height * width].split(" ")]
+        lengths = [length for _, length in runs]
+        known = all(0 <= index < classes or index == IGNORED for index, _ in runs)
+    except ValueError:
+        known, lengths = False, []
+    if not known or min(lengths, default=0) < 1 or sum(lengths) != height * width:
+        raise BundleError(
+            f"bundle.json: golden.truths: must be runs of classes below {classes} over {height} x {width} pixels, got {value!r:.60}",
+            defect="bad_content",
+        )
+    return np.repeat(np.array([index for index, _ in runs], np.uint8), lengths).reshape(height, width)
+
+
+def decode(outputs: Array) -> Array:
+    """Return the likeliest class of each pixel, uint8 (n, height, width)."""
+    answers: Array = outputs.argmax(axis=1).astype(np.uint8)
+    return answers
+
+
+def statistics(answers: Array, truths: Array, output: tuple[int, ...]) -> Array:
+    """Return the confusion matrix of each image, integers (n, classes²)."""
+    classes = output[0]
+    rows = np.empty((len(answers), classes * classes), np.int64)
+    for row, answer, truth in zip(rows, answers, truths, strict=True):
+        judged = truth != IGNORED
+        pairs = truth[judged].astype(np.int64) * classes + answer[judged]
+        row[:] = np.bincount(pairs, minlength=classes * classes)
+    return rows
+
+
+def _sums(rows: Array) -> tuple[Array, Array, Array]:
+    """Return right, true and answered pixels of each class, (..., classes) each, of confusion matrices (..., classes²)."""
+    classes = math.isqrt(rows.shape[-1])
+    confusion = rows.reshape(*rows.shape[:-1], classes, classes)
+    return np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(-1), confusion.sum(-2)
+
+
+def ious(right: Array, true: Array, answered: Array) -> Array:
+    """Return intersection over union of each class; not a number where it has no pixel, neither true nor answered."""
+    union = true + answered - right
+    return np.where(union > 0, right / np.maximum(union, 1), np.nan)
+
+
+def total(rows: Array) -> float:
+    """Return mIoU: the mean over the classes that have a pixel; 0 where nothing is judged."""
+    found = ious(*_sums(rows.sum(axis=0)))
+    return float(np.nanmean(found)) if np.isfinite(found).any() else 0.0
+
+
+def further(rows: Array) -> Mapping[str, float | None]:
+    """Return the fraction of pixels that are right, and the mean recall of the classes that have pixels."""
+    right, true, _ = _sums(rows.sum(axis=0))
+    there = true > 0
+    return {
+        "pixel accuracy": float(right.sum() / max(true.sum(), 1)),
+        "mean class accuracy": float(np.mean(right[there] / true[there])) if there.any() else None,
+    }
+
+
+def by_class(rows: Mapping[str, Array], labels: Sequence[str], confused: Collection[str]) -> Classes:
+    """Return what the files answer class by class, in pixels, and the mistakes of the files in `confused`."""
+    sums = {name: found.sum(axis=0) for name, found in rows.items()}
+    parts = {name: _sums(found) for name, found in sums.items()}
+    return Classes(
+        names=list(labels),
+        images=next(iter(parts.values()))[1].tolist(),
+        files={
+            name: FileClasses(
+                correct=right.tolist(),
+                answered=answered.tolist(),
+                mistakes=_mistakes(sums[name], len(labels)) if name in confused else None,
+            )
+            for name, (right, _, answered) in parts.items()
+        },
+    )
+
+
+def _mistakes(confusion: Array, classes: int) -> list[tuple[int, int, int]]:
+    square = confusion.reshape(classes, classes)
+    return [(int(a), int(b), int(square[a, b])) for a, b in np.argwhere(square) if a != b]
+
+
+def agreement(answers: Array, others: Array) -> Array:
+    """Return the fraction of pixels that both give the same class, (n,)."""
+    same: Array = (answers == others).mean(axis=(1, 2))
+    return same
+
+
+def evidence(outputs: Array) -> Array:
+    """Return the outputs at some of the pixels, evenly spaced."""
+    return outputs[:, :, EVERY // 2 :: EVERY, EVERY // 2 :: EVERY]
+
+
+def divergence(outputs: Array, reference: Array) -> Array:
+    """Return the mean over pixels of the Kullback-Leibler divergence in nats from the reference's distribution, (n,)."""
+    true, found = (
+        log_probabilities(np.moveaxis(part, 1, -1).reshape(-1, part.shape[1])) for part in (reference, outputs)
+    )
+    apart: Array = np.sum(np.exp(true) * (true - found), axis=1).reshape(len(outputs), -1).mean(axis=1)
+    return apart
+
+
+def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
+    """Compare by resampling images (Efron 1979): mIoU, and the IoU of single classes."""
+    images = len(now)
+    weights = np.stack([np.bincount(drawn, minlength=images) for drawn in resamples(images)]).astype(np.float64)
+    sums = [[weights @ part.astype(np.float64) for part in _sums(rows)] for rows in (before, now)]
+    was, is_now = (ious(*parts) for parts in sums)  # (resamples, classes)
+    gains = np.nanmean(is_now, axis=1) - np.nanmean(was, axis=1)
+    of_class = np.nan_to_num(is_now - was)  # a class may be missing in what was drawn
+    changed = float(np.mean(np.any(before != now, axis=1)))
+    before_of, now_of = (ious(*_sums(rows.sum(axis=0))) for rows in (before, now))
+    loss = before_of - now_of
+    worse = sorted((index for index in range(len(labels)) if loss[index] > 0), key=lambda index: -loss[index])
+    # ALPHA is shared among all classes (Bonferroni).
+    surely = [index for index in worse if two_sided(of_class[:, index]) < ALPHA / len(labels)]
+    words = {index: f"{labels[index]} (IoU {before_of[index]:.2%} to {now_of[index]:.2%})" for index in worse}
+    p_value = two_sided(gains)
+    return Comparison(
+        images=images,
+        before=total(before),
+        now=total(now),
+        p_value=p_value,
+        changed=changed,
+        detectable=detectable_gain(gains) or detectable_loss(images, 0.0),
+        counts=f"{changed:.2%} of {images} images outlined in another way, p = {p_value:.2g}",
+        lost=tuple(words[index] for index in surely),
+        worse=tuple(words[index] for index in worse),
+    )
+
+
+def truth_text(row: Array, labels: Sequence[str]) -> str:
+    """Return the pixels of each class that is in the mask."""
+    true = _sums(row)[1]
+    return ", ".join(f"{label} {int(pixels)}" for label, pixels in zip(labels, true, strict=True) if pixels)
+
+
+def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
+    """Return the classes that cover most of the image, with their fractions of it."""
+    areas = np.bincount(decode(output[None]).ravel(), minlength=len(labels)) / output[0].size
+    best = [index for index in np.argsort(-areas, kind="stable")[:lines] if areas[index]]
+    return ("label", "area"), [(labels[index], float(areas[index])) for index in best]
+
+
+SEGMENTATION = OutputTask(
+    name="segmentation",
+    metric=Metric("miou", "mIoU"),
+    output_shape=output_shape,
+    check_output=check_output,
+    truths=truths,
+    truths_json=truths_json,
+    listing=list_masks,
+    examples=mask_examples,
+    decode=decode,
+    statistics=statistics,
+    total=total,
+    further=further,
+    by_class=by_class,
+    agreement=agreement,
+    evidence=evidence,
+    divergence=divergence,
+    compare=compare,
+    truth_text=truth_text,
+    show=show,
+)
