@@ -14,7 +14,7 @@ from compress.data.digest import NATIVE_SIZE, DataSettings, dataset_digest, give
 from compress.data.images import ArrayImages, FileImages
 from compress.data.placed import ArrayMasks, mask_files
 from compress.data.scenes import CLASSES as SCENE_CLASSES
-from compress.data.scenes import SCENES, draw_scenes
+from compress.data.scenes import SCENES, Scenes, draw_scenes
 from compress.data.split import held_out, limited
 from export.errors import DataError
 from export.images.decode import BrokenImage
@@ -61,14 +61,10 @@ def open_masks(settings: DataSettings, augmentation: Augmentation) -> Dataset:
 
 
 def _of_folder(listing: MaskListing, settings: DataSettings, preprocess: Preprocess) -> tuple[Lazy, Lazy]:
-    strata = np.zeros(len(listing.train), np.int64)
-    train, val = np.arange(len(strata)), listing.val
-    if val is None:
-        out = held_out(strata, ("images",), fraction=settings.val_fraction, seed=settings.seed)
-        train, val = np.setdiff1d(train, out), tuple(listing.train[index] for index in out)
-    train = train[_limited(len(train), settings)]
-    parts = [[listing.train[index] for index in train], list(val)]
-    return _files(listing, parts[0], settings, preprocess), _files(listing, parts[1], settings, preprocess)
+    train, out = _parts(len(listing.train), listing.val is not None, settings)
+    judged = [listing.train[index] for index in out] if listing.val is None or settings.tuning else list(listing.val)
+    trained = [listing.train[index] for index in train]
+    return _files(listing, trained, settings, preprocess), _files(listing, judged, settings, preprocess)
 
 
 def _files(listing: MaskListing, pairs: list[Pair], settings: DataSettings, preprocess: Preprocess) -> FileImages:
@@ -78,20 +74,28 @@ def _files(listing: MaskListing, pairs: list[Pair], settings: DataSettings, prep
 
 
 def _of_scenes(settings: DataSettings, preprocess: Preprocess) -> tuple[Lazy, Lazy]:
-    images = []
-    for part in ("train", "val"):
-        scenes = draw_scenes(SCENES[settings.name], part, size=preprocess.resize_to, seed=settings.seed)
-        chosen = _limited(len(scenes.images), settings) if part == "train" else slice(None)
-        masks = ArrayMasks(scenes.masks[chosen], preprocess)
-        labels = torch.zeros(len(masks.arrays), dtype=torch.int64)
-        images.append(ArrayImages(scenes.images[chosen], labels, placed=masks))
-    return images[0], images[1]
+    drawn = draw_scenes(SCENES[settings.name], "train", size=preprocess.resize_to, seed=settings.seed)
+    train, out = _parts(len(drawn.images), True, settings)
+    if settings.tuning:
+        return _arrays(drawn, train, preprocess), _arrays(drawn, out, preprocess)
+    judged = draw_scenes(SCENES[settings.name], "val", size=preprocess.resize_to, seed=settings.seed)
+    return _arrays(drawn, train, preprocess), _arrays(judged, np.arange(len(judged.images)), preprocess)
 
 
-def _limited(n: int, settings: DataSettings) -> np.ndarray:
-    if settings.limit_per_class is None:
-        return np.arange(n)
-    return limited(np.zeros(n, np.int64), 1, per_class=settings.limit_per_class, seed=settings.seed)
+def _arrays(scenes: Scenes, chosen: np.ndarray, preprocess: Preprocess) -> ArrayImages:
+    labels = torch.zeros(len(chosen), dtype=torch.int64)
+    return ArrayImages(scenes.images[chosen], labels, placed=ArrayMasks(scenes.masks[chosen], preprocess))
+
+
+def _parts(n: int, has_validation: bool, settings: DataSettings) -> tuple[np.ndarray, np.ndarray]:
+    """Return which of n training images are trained on, and which are held out of them to judge by."""
+    strata, train, out = np.zeros(n, np.int64), np.arange(n), np.empty(0, np.int64)
+    for _ in range((not has_validation) + settings.tuning):  # a tuning split leaves validation unseen
+        chosen = held_out(strata[train], ("images",), fraction=settings.val_fraction, seed=settings.seed)
+        out, train = train[chosen], np.delete(train, chosen)
+    if settings.limit_per_class is not None:
+        train = train[limited(strata[train], 1, per_class=settings.limit_per_class, seed=settings.seed)]
+    return train, out
 
 
 def write_masks(dataset: Dataset, folder: Path) -> int:

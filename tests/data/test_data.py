@@ -274,7 +274,9 @@ def test_imagenette_on_disk_is_not_downloaded_and_has_english_names(tmp_path: Pa
 
 
 def test_the_recipe_names_every_data_set_and_every_augmentation() -> None:
-    assert set(get_args(Data.model_fields["dataset"].annotation)) == set(NATIVE_SIZE) == {"imagefolder", *NAMED, *SCENES}
+    assert (
+        set(get_args(Data.model_fields["dataset"].annotation)) == set(NATIVE_SIZE) == {"imagefolder", *NAMED, *SCENES}
+    )
     assert set(Augment.model_fields) == set(STILL)
 
 
