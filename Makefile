@@ -35,7 +35,7 @@ BIN := $(VENV)/bin
 LAUNCH = $(if $(filter-out 1,$(RANKS)),$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
 EXIT_CODES = 1: a target is missed, 2: something to correct above, 70: a crash, 130: interrupted
 
-.PHONY: help setup compress test check bench report search names matrix overhead gate trials elsewhere fuzz clean
+.PHONY: help setup compress test check bench report search names zoo overhead gate trials elsewhere fuzz clean
 
 help: ## list the targets and their variables
 	@awk -F ' ## ' '/^[a-z]+:.* ## / { split($$1, target, ":"); printf "  make %-9s %s\n", target[1], $$2 }' $(MAKEFILE_LIST)
@@ -69,8 +69,8 @@ search: $(READY) ## try a recipe's variants and show the best trade-offs (SEARCH
 names: $(READY) ## list the installed libraries' networks for `compress check`
 	@$(BIN)/python tests/names.py
 
-matrix: $(READY) ## examine every network of docs/models.md and renew its table
-	@$(BIN)/python tests/matrix.py --latency
+zoo: $(READY) ## take the smallest network of every family through the chain, renew docs/models.md (ARGS="--seconds 600")
+	@$(BIN)/python tests/zoo.py $(ARGS)
 
 overhead: $(READY) ## measure what of a training's time is not the model's (DATA=/path/to/images ARGS=...)
 	@$(BIN)/python tests/loop_overhead.py $(call quoted,DATA) $(ARGS)

@@ -19,7 +19,7 @@ TARGETS = {
     "bench",
     "report",
     "search",
-    "matrix",
+    "zoo",
     "names",
     "overhead",
     "gate",

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from matrix import enlivened, fit_classifier_
+from chain import enlivened, fit_classifier_
 from numpy.typing import NDArray
 from onnx_files import small_contents
 from PIL import Image

@@ -122,6 +122,7 @@ def _answer(model: nn.Module, images: Tensor) -> object:
             f"{type(model).__name__}: does not take images of {image_size} x {image_size}: {reason}"
         ) from error
     finally:
+        model.train()  # LeViT and its kind forget here what they remembered of this pass, which cannot be copied
         for module, mode in training.items():
             module.training = mode
 

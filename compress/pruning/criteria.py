@@ -5,7 +5,7 @@ dependency graph couples (Fang et al. 2023, DepGraph, eq. 6), takes the mean ove
 different size can compete.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -70,12 +70,17 @@ CRITERIA: dict[str, Callable[[Slices], Tensor | None]] = {
 NEEDS_GRADIENTS = frozenset({"taylor"})
 
 
-@torch.no_grad()
 def score(group: Group, criterion: str) -> Tensor | None:
     """Return the importance of every channel of a full group, float32 (channels,) with mean 1; None where no layer has a say."""
-    total = torch.zeros(len(group[0].idxs))
+    return score_slices(_slices(group), len(group[0].idxs), criterion)
+
+
+@torch.no_grad()
+def score_slices(layers: Iterable[Slices], channels: int, criterion: str) -> Tensor | None:
+    """Return the importance of channels by the layers that they are made of."""
+    total = torch.zeros(channels)
     voters = 0
-    for layer in _slices(group):
+    for layer in layers:
         values = CRITERIA[criterion](layer)
         if values is not None:
             total.scatter_add_(0, layer.roots, values.float().cpu())

@@ -5,7 +5,6 @@ or a weight used without its module that would couple the wrong channels, divide
 operators are walls here: nothing is followed beyond them, and a group of channels that reaches one keeps its width.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,14 +14,18 @@ from torch import Tensor, nn
 from torch_pruning import ops
 
 from compress.errors import CompressError
+from compress.pruning.axes import Axis, channel_axes, shape_of
 
 # What Torch-Pruning raises on operators that it does not know.
 GRAPH_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-# Autograd's names of operators that take channels apart or put them in another order, whatever the dimension they do it along: which
-# dimension holds the channels (NCHW or NHWC) cannot be told from a shape.
-REGROUPING = ("split", "slice", "select", "unbind", "index", "gather", "repeat", "roll", "flip", "channelshuffle", "pixelshuffle",
-              "pixelunshuffle", "unfold")  # fmt: skip
-RESHAPES = ("view", "reshape")
+MOVES = (
+    ops.OPTYPE.CONCAT,
+    ops.OPTYPE.SPLIT,
+    ops.OPTYPE.UNBIND,
+    ops.OPTYPE.EXPAND,
+    ops.OPTYPE.SLICE,
+    ops.OPTYPE.RESHAPE,
+)
 
 
 class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
@@ -39,11 +42,29 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
     def _build_dependency(self, module2node: Any) -> None:
         """Couple the layers, after the trace and before Torch-Pruning works out which index becomes which."""
         super()._build_dependency(module2node)
-        for node in module2node.values():
-            if node.type == ops.OPTYPE.CONCAT:
-                node.module.concat_sizes = _joined_channels(node.grad_fn)
-            if _is_wall(node, module2node):
+        nodes = list(module2node.values())
+        layers = {node.grad_fn: node.module for node in nodes if not _is_operator(node) and not _is_parameter(node)}
+        axes = channel_axes([node.grad_fn for node in nodes if not node.outputs], layers)
+        apart = set()  # carry no channels
+        for node in nodes:
+            axis = axes.parameters.get(node.module) if _is_parameter(node) else axes.of.get(node.grad_fn)
+            if _is_parameter(node):
+                node.pruning_dim = axis
+            elif _is_operator(node) and isinstance(axis, int):
+                self._follow_(node, axis)
+            if _is_wall(node, axis, module2node) or node.grad_fn in axes.misread:
                 self._wall_off_(node)
+            elif axis == "none" and (_is_operator(node) or _is_parameter(node)):
+                apart.add(node)
+        for node in nodes:
+            node.dependencies = [dep for dep in node.dependencies if dep.target not in apart and node not in apart]
+
+    def _follow_(self, node: Any, axis: int) -> None:
+        """Tell Torch-Pruning whether an operator moves channels, or only what lies beside them."""
+        if node.type == ops.OPTYPE.CONCAT and _dimension(node.grad_fn) == axis:
+            node.module.concat_sizes = _joined_channels(node.grad_fn, axis)
+        elif node.type != ops.OPTYPE.RESHAPE or shape_of(node.grad_fn)[axis] in node.grad_fn._saved_self_sym_sizes:
+            node.type = ops.OPTYPE.ELEMENTWISE if node.type in MOVES else node.type
 
     def build_dependency(self, *args: Any, **kwargs: Any) -> "ChannelGraph":
         """Build the graph; a concatenation that Torch-Pruning found no offsets for is a wall too."""
@@ -65,33 +86,39 @@ def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:
     Raises CompressError where Torch-Pruning cannot build it.
     """
     # Fresh containers: Torch-Pruning's default ones are shared between calls and change.
+    training = model.training
     try:
         with torch.enable_grad():
             return ChannelGraph().build_dependency(
-                model, example_inputs=images, unwrapped_parameters=[], customized_pruners={}, verbose=False
+                model, example_inputs=(images,), unwrapped_parameters=[], customized_pruners={}, verbose=False
             )
     except GRAPH_ERRORS as error:
         raise CompressError(
             f"{type(model).__name__}: Torch-Pruning cannot follow its channels ({type(error).__name__}: {error}); "
             "leave out the prune stage, or choose another network"
         ) from error
+    finally:
+        model.train().train(training)  # LeViT and its kind forget here what they remembered of this pass
 
 
-def _is_wall(node: Any, module2node: Any) -> bool:
-    """Tell whether channels cannot be followed through a node."""
-    if isinstance(node.module, nn.MultiheadAttention | nn.Parameter):
-        return True  # the heads fix attention's width; a bare parameter does not say which of its dimensions holds channels
+def _is_operator(node: Any) -> bool:
+    return type(node.module).__module__.startswith(ops.__name__)
+
+
+def _is_parameter(node: Any) -> bool:
+    return isinstance(node.module, nn.Parameter)
+
+
+def _is_wall(node: Any, axis: Axis, module2node: Any) -> bool:
+    """Tell whether channels, along `axis` of a node's output, cannot be followed through the node."""
+    if isinstance(node.module, nn.MultiheadAttention):
+        return True  # the heads fix attention's width
     if isinstance(node.module, nn.Conv2d | nn.ConvTranspose2d):
         return _is_cut_wrongly(node.module)
-    if not type(node.module).__module__.startswith(ops.__name__):
-        return False
-    name = node.grad_fn.name().lower()
-    if any(word in name for word in REGROUPING):
+    if not _is_operator(node):
+        return _is_parameter(node) and axis is None
+    if axis is None or (node.type == ops.OPTYPE.CONCAT and node.module.concat_sizes is None):
         return True
-    if any(word in name for word in RESHAPES):
-        return not _keeps_channels(tuple(node.grad_fn._saved_self_sym_sizes), _output_shape(node.grad_fn))
-    if node.type == ops.OPTYPE.CONCAT:
-        return node.module.concat_sizes is None
     return any(_is_foreign(parameter, module2node) for parameter in _leaves(node.grad_fn))
 
 
@@ -103,26 +130,16 @@ def _is_cut_wrongly(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
     return layer.groups > 1 and widths != {layer.groups} and (layer.transposed or layer.groups in widths)
 
 
-def _keeps_channels(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
-    """Tell whether a reshape leaves whole channels together: it flattens an image, or what it changes are other dimensions."""
-    if max(len(before), len(after)) > 4:
-        return False  # groups of channels, heads, windows
-    if before[:2] == after[:2] or (len(after) == 2 and math.prod(before[1:]) == after[1]):
-        return True
-    return len(before) != len(after) and before[-1] == after[-1]  # tokens (n, h, w, c), (n, t, c), (n * t, c)
+def _dimension(join: Any) -> int:
+    rank = len(shape_of(join))
+    return int(join._saved_dim - 2**64 if join._saved_dim >= 2**63 else join._saved_dim) % rank
 
 
-def _joined_channels(join: Any) -> list[int] | None:
-    """Return how many channels each input of a concatenation has; None where it does not join channels, or an input needs no gradient."""
-    rank = len(_output_shape(join))
-    axis = join._saved_dim - 2**64 if join._saved_dim >= 2**63 else join._saved_dim
-    if rank not in (2, 4) or axis % rank != 1 or any(source is None for source, _ in join.next_functions):
+def _joined_channels(join: Any, axis: int) -> list[int] | None:
+    """Return how many channels each input of a concatenation has; None where an input needs no gradient."""
+    if any(source is None for source, _ in join.next_functions):
         return None
-    return [int(source._input_metadata[number].shape[1]) for source, number in join.next_functions]
-
-
-def _output_shape(grad_fn: Any) -> tuple[int, ...]:
-    return tuple(grad_fn._input_metadata[0].shape)  # a gradient's input is the output of the forward
+    return [shape_of(source, number)[axis] for source, number in join.next_functions]
 
 
 def _leaves(grad_fn: Any) -> Iterator[Tensor]:
@@ -133,5 +150,7 @@ def _leaves(grad_fn: Any) -> Iterator[Tensor]:
 def _is_foreign(parameter: Tensor, module2node: Any) -> bool:
     """Tell whether a parameter is no part of a module in the graph: it is used without its module being called."""
     return not any(
-        parameter is own for module in module2node if isinstance(module, nn.Module) for own in module.parameters()
+        parameter is own
+        for module in module2node
+        for own in (module.parameters() if isinstance(module, nn.Module) else [module])
     )

@@ -4,6 +4,7 @@ Channels leave in blocks, so that widths stay multiples of `round_to`. Every blo
 the goal is cut, less the blocks that the budget can spare. The scopes differ in the rank alone.
 """
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError, matching
 from compress.pruning.costs import CostModel, Layer, is_output_cut
-from compress.pruning.criteria import score
-from compress.pruning.graph import channel_graph
+from compress.pruning.criteria import score, score_slices
+from compress.pruning.graph import GRAPH_ERRORS, channel_graph
+from compress.pruning.heads import Attention, attention_at, cut_heads_, find_attentions
 
 Goal = Literal["macs", "params"]
 Scope = Literal["global", "local", "isomorphic"]
@@ -25,7 +27,7 @@ Scope = Literal["global", "local", "isomorphic"]
 
 @dataclass(frozen=True)
 class Cut:
-    """Channels to remove at one root layer; coupled layers follow by the dependency graph."""
+    """Channels to remove at one root layer, with the coupled layers by the dependency graph; or heads of one attention."""
 
     root: str
     remove: tuple[int, ...]
@@ -57,6 +59,7 @@ class ChannelGroup:
     pattern: str  # equal for groups of the same structure
     touches: tuple[tuple[str, bool, int], ...]  # (layer, is output, that layer's channels for one of the group's)
     scores: Tensor  # (channels,)
+    width: int = 1  # what each of them is in the layers: a head's size
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def find_groups(model: nn.Module, images: Tensor, criterion: str, *, exclude: Se
     """Return every group that may be cut, with its channels' scores.
 
     `images` is one input (1, 3, s, s). Left out: groups that reach an output of a module named by `exclude` (shell patterns), a wall of
-    the graph (attention, a split, a shuffle, a bare parameter), or a layer that sees a part of their channels.
+    the graph (a split, a shuffle), or a layer that sees a part of their channels.
     Raises CompressError where the network's channels cannot be followed, and for a pattern that names no layer.
     """
     graph = channel_graph(model, images)
@@ -85,7 +88,11 @@ def find_groups(model: nn.Module, images: Tensor, criterion: str, *, exclude: Se
         scores = score(group, criterion)
         if scores is not None:
             groups.append(_describe(group, names, scores))
-    return groups
+    for attention in find_attentions(model, images):
+        scores = score_slices(attention.slices(), attention.heads, criterion)
+        if scores is not None and not any(attention.module.get_submodule(name) in kept for name in attention.inputs):
+            groups.append(_heads(attention, scores))
+    return _runnable(groups, model, images)
 
 
 def choose(
@@ -125,8 +132,13 @@ def choose(
 
 def cut_(model: nn.Module, images: Tensor, cuts: Sequence[Cut]) -> None:
     """Remove the channels in place. The same cuts on the same weights give the same network, bit for bit."""
+    attentions = [cut for cut in cuts if hasattr(model.get_submodule(cut.root), "num_heads")]
+    for cut in attentions:
+        cut_heads_(attention_at(model, cut.root), cut.remove)
     graph = channel_graph(model, images)
     for cut in cuts:
+        if cut in attentions:
+            continue
         root = model.get_submodule(cut.root)
         pruner = graph.get_pruner_of_module(root)
         graph.get_pruning_group(root, pruner.prune_out_channels, list(cut.remove)).prune(record_history=False)
@@ -169,6 +181,34 @@ def _describe(group: Any, names: Mapping[nn.Module, str], scores: Tensor) -> Cha
     return ChannelGroup(names[group[0].dep.target.module], channels, unit, "|".join(pattern), tuple(touches), scores)
 
 
+def _runnable(groups: list[ChannelGroup], model: nn.Module, images: Tensor) -> list[ChannelGroup]:
+    """Return the groups without one unit of which the network still runs: a forward may take a head's size from another width."""
+    if not groups or _runs_without(groups, model, images):
+        return groups
+    middle = len(groups) // 2
+    return [*_runnable(groups[:middle], model, images), *_runnable(groups[middle:], model, images)] if middle else []
+
+
+def _runs_without(groups: Sequence[ChannelGroup], model: nn.Module, images: Tensor) -> bool:
+    trial = copy.deepcopy(model)
+    units = [range(0, group.channels, group.channels // group.unit) for group in groups]
+    try:
+        cut_(trial, images, [Cut(group.root, tuple(unit)) for group, unit in zip(groups, units, strict=True)])
+        with torch.no_grad():
+            trial.eval()(images)
+    except (*GRAPH_ERRORS, CompressError):
+        return False
+    return True
+
+
+def _heads(attention: Attention, scores: Tensor) -> ChannelGroup:
+    path, widths = attention.path, {name: len(attention.rows(name, [0])) for name in attention.inputs}
+    touches = [(f"{path}.{name}", True, width) for name, width in widths.items()]
+    touches.append((f"{path}.{attention.output}", False, attention.size))
+    pattern = f"heads:{attention.size}"
+    return ChannelGroup(path, attention.heads, 1, pattern, tuple(touches), scores, attention.size)
+
+
 def _ranked(
     groups: Sequence[ChannelGroup], scope: Scope, round_to: int, min_channels: Mapping[str, int]
 ) -> list[_Block]:
@@ -192,7 +232,7 @@ def _blocks(index: int, group: ChannelGroup, round_to: int, min_channels: Mappin
     units = group.channels // group.unit
     scores = group.scores.view(group.unit, units).mean(0)  # (units,)
     order = torch.argsort(scores, stable=True).tolist()
-    step = round_to // math.gcd(round_to, group.unit)
+    step = round_to // math.gcd(round_to, group.unit * group.width)
     smallest = max(step, math.ceil(min_channels[group.root] / group.unit))
     first = units % step or step  # the first block takes the odd channels too
     edges = [0, *range(first, units - smallest + 1, step)]

@@ -163,7 +163,7 @@ def _reason(graph: fx.GraphModule, node: fx.Node) -> str:
     if what in PLAIN:
         return "keep_float names it"
     if not is_kernel(graph, node):
-        kind = what if isinstance(what, str) else getattr(what, "__name__", str(what))
+        kind = what if isinstance(what, str) else getattr(what, "__name__", str(what)).partition(".")[0]
         return f"ONNX Runtime has no integer kernel for {kind}"
     if any(not is_quantized(graph, source) for source in node.all_input_nodes):
         return "an input is float"

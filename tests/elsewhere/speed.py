@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matrix import TARGET, crops, enlivened
+from chain import TARGET, crops, enlivened
 
 from compress.models.architectures import build
 from compress.quant.calibrate import calibrate_

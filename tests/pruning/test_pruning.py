@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch_pruning as tp
-from matrix import measure_batchnorm_
+from chain import measure_batchnorm_
 from networks import Decoder, Mobile, Residual, lively
 from torch import nn
 from torch.nn import functional as F
@@ -292,17 +292,44 @@ def distinct(model: nn.Module, images: torch.Tensor) -> nn.Module:
     return measure_batchnorm_(model, images)
 
 
+class Affine(nn.Module):
+    """A scale and a shift of the last dimension as bare parameters, in the place of a layer norm, whose statistics would tell a cut."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight + self.bias
+
+
+def without_statistics(model: nn.Module) -> nn.Module:
+    """Return the network with an affine map in the place of each layer norm over the last dimension."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.LayerNorm):
+            model.set_submodule(name, Affine(module.normalized_shape[0]))
+    return model
+
+
 def silence_(model: nn.Module, pruned: nn.Module) -> None:
     """Zero every channel of `model` that `pruned` does not have any more: what it says to the layers behind it is 0."""
-    for name, module in model.named_modules():
-        bias = getattr(module, "bias", None)
-        kinds = nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.BatchNorm2d
-        if isinstance(bias, nn.Parameter) and isinstance(module, kinds):
-            gone = ~torch.isin(bias.data, pruned.get_submodule(name).bias.data)  # type: ignore[arg-type]
+    kept = dict(pruned.named_parameters())
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d)
+        if isinstance(owner, kinds) and name.endswith("bias"):
+            gone = ~torch.isin(parameter.data, kept[name].data)
             if not bool(gone.any()):
                 continue  # a grouped transposed convolution's weights have no row for each output
-            by_inputs = isinstance(module, nn.ConvTranspose2d) and module.groups == 1
-            (module.weight.data.transpose(0, 1) if by_inputs else module.weight.data)[gone] = bias.data[gone] = 0.0
+            by_inputs = isinstance(owner, nn.ConvTranspose2d) and owner.groups == 1
+            weight = owner.weight.data
+            (weight.transpose(0, 1) if by_inputs else weight)[gone] = parameter.data[gone] = 0.0
+        elif not isinstance(owner, kinds) and parameter.shape != kept[name].shape:
+            (dim,) = [dim for dim in range(parameter.dim()) if parameter.shape[dim] != kept[name].shape[dim]]
+            slices, left = parameter.data.movedim(dim, 0), kept[name].data.movedim(dim, 0)
+            for entry in slices:
+                if not any(torch.equal(entry, other) for other in left):
+                    entry.zero_()
 
 
 def cut_to(model: nn.Module, size: int, keep: float) -> float:
@@ -323,7 +350,7 @@ def cut_to(model: nn.Module, size: int, keep: float) -> float:
     ("arch", "size"), [*LIBRARY.items(), *(pytest.param(*row, marks=pytest.mark.slow) for row in LARGE.items())]
 )
 def test_library_networks_are_cut_to_their_budget_and_equal_the_silenced_network(arch: str, size: int) -> None:
-    assert_equals_silenced(build(arch, num_classes=5), size)
+    assert_equals_silenced(without_statistics(build(arch, num_classes=5)), size)
 
 
 def test_channels_are_followed_through_a_flatten() -> None:
@@ -437,7 +464,18 @@ def test_a_budget_below_what_cannot_be_cut_is_refused_in_parts_of_the_whole() ->
         )
 
 
-def test_attention_keeps_its_width_and_the_mlp_is_cut() -> None:
-    groups = find_groups(build("timm:test_vit", num_classes=5), torch.zeros(1, 3, 160, 160), "l2", exclude=["head"])
-    assert groups
-    assert all(group.root.endswith("mlp.fc1") for group in groups)
+def test_transformers_lose_heads_and_widths_of_their_stream() -> None:
+    model = build("timm:test_vit", num_classes=5)
+    groups = find_groups(model, torch.zeros(1, 3, 160, 160), "l2", exclude=["head"])
+    assert {group.root for group in groups} >= {"blocks.0.attn", "blocks.5.attn", "blocks.0.mlp.fc1"}
+    (stream,) = [
+        group
+        for group in groups
+        if any(name == "blocks.0.attn.qkv" and not output for name, output, _ in group.touches)
+    ]
+    attention, tokens = model.get_submodule("blocks.0.attn"), model.get_parameter("pos_embed").shape[1]
+    heads = attention.num_heads
+    cut_(model, torch.zeros(1, 3, 160, 160), [Cut("blocks.0.attn", (1,)), Cut(stream.root, (0, 3))])
+    assert attention.num_heads == heads - 1  # type: ignore[operator]
+    assert model.get_parameter("pos_embed").shape == (1, tokens, stream.channels - 2)
+    assert model(torch.randn(2, 3, 160, 160)).shape == (2, 5)

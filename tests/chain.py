@@ -1,15 +1,11 @@
 """Take an architecture through the whole chain, small and on one core, and say what came out.
 
 Prune to 60 % of the multiply-accumulates, fake-quantize, calibrate, one training step, deploy, export, compare ONNX Runtime with the
-fake-quantized network, audit the optimized graph. `python tests/matrix.py` does it for every architecture and rewrites the table in
-docs/models.md; with `--latency` it also times INT8 against FP32 at 224 pixels.
+fake-quantized network, audit the optimized graph.
 """
 
-import argparse
-import sys
 import tempfile
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +16,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from compress.errors import CompressError
 from compress.models.architectures import build
 from compress.models.structure import classifier, count
 from compress.pruning.costs import measure_layers
@@ -29,46 +26,18 @@ from compress.quant.prepare import deploy, float_on_purpose, freeze_batchnorm_, 
 from compress.quant.reference import reference_of
 from export.audit import audit
 from export.onnx_file.graph import weight_levels
+from export.onnx_file.names import module_of
 from export.onnx_file.targets import TARGETS
 from export.onnx_file.to_onnx import to_onnx
-from export.runtime.latency import Speedup, speedup, time_sessions
-from export.runtime.session import bind, open_session
+from export.onnx_file.wiring import weights, wire
+from export.runtime.session import open_session
 from export.tasks.classification import CLASSIFICATION
 from export.verify import verify
 
-# The smallest images that an architecture takes with something left to convolve: ViT has one size; of Swin's multiply-accumulates at 64
-# pixels most would lie in padded windows.
-IMAGE_SIZES = {
-    "torchvision:resnet18": 64,
-    "torchvision:resnet34": 32,
-    "torchvision:resnet50": 32,
-    "torchvision:wide_resnet50_2": 32,
-    "torchvision:resnext50_32x4d": 32,
-    "torchvision:vgg16_bn": 32,
-    "torchvision:densenet121": 32,
-    "torchvision:googlenet": 64,
-    "torchvision:mobilenet_v2": 64,
-    "torchvision:mobilenet_v3_large": 64,
-    "torchvision:mobilenet_v3_small": 64,
-    "torchvision:efficientnet_b0": 64,
-    "torchvision:regnet_y_400mf": 64,
-    "torchvision:shufflenet_v2_x1_0": 64,
-    "torchvision:convnext_tiny": 32,
-    "torchvision:swin_t": 112,
-    "timm:efficientnet_lite0": 64,
-    "timm:vit_tiny_patch16_224": 224,
-    "timm:repvgg_a0": 64,
-    "cifar:resnet20": 32,
-    "cifar:resnet8x4": 32,
-    "cifar:wrn_16_2": 32,
-}
 TARGET = TARGETS["cpu_avx2"]  # 7-bit weights: exact on every x86, so that parity does not depend on the machine
 CLASSES = 10  # five regions of each of two photographs
-IMAGES = 40
 KEEP_MACS = 0.6
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BEGIN, END = "<!-- table: make matrix -->", "<!-- end of table -->"
-DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
 
 
 @dataclass(frozen=True)
@@ -77,48 +46,54 @@ class Row:
 
     arch: str
     image_size: int
-    kept_macs: float
-    integer_layers: int
-    float_layers: tuple[str, ...]
+    kept_macs: float  # 1 where pruning was refused
+    not_pruned: str | None  # why
+    layers: int  # convolutions and linear layers
+    float_layers: tuple[str, ...]  # those of them that ONNX Runtime runs in float
+    float_products: int  # of two activations, as in attention
     float_reasons: dict[str, str]  # why an operation or a layer runs in float
     on_grid: bool  # every int8 weight in the file lies on the target's grid
-    first_divergence: (
-        str | None
-    )  # the first tensor whose own layer ONNX Runtime computes otherwise than torch, beyond ties
+    first_divergence: str | None  # the first tensor whose own layer ONNX Runtime computes otherwise than torch
     agreement: float  # of ONNX Runtime with torch, by arg-max
     snr_db: float  # of ONNX Runtime's logits against torch's, about their mean over images
     rounding_snr_db: float  # of the fake-quantized logits against the float ones, for comparison
-    int8_speedup: Speedup | None = None
 
 
 def examine(arch: str, image_size: int) -> Row:
-    """Take `arch` through the chain."""
+    """Take `arch` through the chain; what cannot be pruned goes through whole."""
     torch.manual_seed(0)
-    photographs, labels = crops(IMAGES, image_size, seed=0)
+    images = 40 if image_size <= 128 else 20
+    photographs, labels = crops(images, image_size, seed=0)
     model = enlivened(build(arch, num_classes=CLASSES), photographs)
-    full = count(model, image_size).macs
-    prune_(model, image_size)
+    full, not_pruned = count(model, image_size).macs, None
+    try:
+        prune_(model, image_size)
+    except CompressError as error:
+        not_pruned = str(error)
     kept = count(model, image_size).macs / full
     fit_classifier_(model, photographs, labels)
     prepared = prepare(model, TARGET, photographs)
     calibrate_(prepared, photographs.split(20), "minmax")
     train_one_step_(prepared, photographs[:8], labels[:8])
-    unseen, _ = crops(IMAGES, image_size, seed=1)
+    unseen, _ = crops(images, image_size, seed=1)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "int8.onnx")
-        to_onnx(deploy(prepared), file, image_size=image_size, metadata={})
-        found = audit(file)
-        (deployed,) = open_session(file, threads=1).run(None, {"input": unseen.numpy()})
-        verified = verify(file, [(unseen[:4].numpy(), None)], reference_of(prepared), task=CLASSIFICATION)
-        levels = weight_levels(onnx.load(file)).values()
+        path = Path(folder, "int8.onnx")
+        to_onnx(deploy(prepared), path, image_size=image_size, metadata={})
+        found, file = audit(path), onnx.load(path)
+        (deployed,) = open_session(path, threads=1).run(None, {"input": unseen.numpy()})
+        verified = verify(path, [(unseen[:4].numpy(), None)], reference_of(prepared), task=CLASSIFICATION)
+    weighted = [module_of(str(node.name)) for node in wire(file).layers() if weights(node) is not None]
+    levels = weight_levels(file).values()
     with torch.no_grad():
         trained, expected = model(unseen).numpy(), prepared(unseen).numpy()
     return Row(
         arch,
         image_size,
         kept,
-        len(found.integer_layers),
-        found.float_layers,
+        not_pruned,
+        len(weighted),
+        tuple(name for name in found.float_layers if name in weighted),
+        sum(name not in weighted for name in found.float_layers),
         {name: found.reasons[name] for name in found.float_layers} | float_on_purpose(prepared),
         all(level.min() >= TARGET.weight_min and level.max() <= TARGET.weight_max for level in levels),
         verified.first_divergence,
@@ -151,15 +126,15 @@ def enlivened(model: nn.Module, images: Tensor) -> nn.Module:
     model = lively(model)
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(owner, nn.LayerNorm) and name.endswith("weight"):
-            nn.init.uniform_(parameter, 0.5, 1.5)
-        elif name.endswith(("gamma", "layer_scale")):
-            nn.init.uniform_(parameter, 0.2, 0.6)  # at its start of 1e-6 a block would say nothing
-        elif isinstance(owner, nn.BatchNorm2d) and name.endswith("bias"):
-            parameter.data += 1.0
-        elif parameter.dim() == 2:
+        first = float(parameter.detach().flatten()[0])
+        if isinstance(owner, nn.BatchNorm2d):
+            parameter.data += 1.0 if name.endswith("bias") else 0.0
+        elif first and bool((parameter == first).all()):
+            # Norms and gains start at 1; layer scales at 1e-6, where a block would say nothing.
+            nn.init.uniform_(parameter, *((0.5 * first, 1.5 * first) if first > 0.1 else (0.2, 0.6)))
+        elif parameter.dim() == 2 and isinstance(owner, nn.Linear):
             nn.init.kaiming_normal_(parameter, nonlinearity="linear")  # transformers start at a third of that or less
-        elif parameter.dim() == 1 and not isinstance(owner, nn.BatchNorm2d):
+        elif parameter.dim() == 1:
             nn.init.normal_(parameter, std=0.1)
     return measure_batchnorm_(model, images)
 
@@ -194,14 +169,18 @@ def prune_(model: nn.Module, image_size: int) -> None:
 
 @torch.no_grad()
 def fit_classifier_(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Fit the last layer to the labels by ridge regression, so that logits tell images apart; batch-norms are measured again first."""
+    """Fit a last layer that is linear to the labels by ridge regression, so that logits tell images apart.
+
+    Batch-norms are measured again first.
+    """
     measure_batchnorm_(model, images)
     head = model.get_submodule(classifier(model))
-    assert isinstance(head, nn.Linear)
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(images)
     hook.remove()
+    if not isinstance(head, nn.Linear) or seen[0].dim() != 2:
+        return
     features = seen[0].double()  # (n, features)
     targets = F.one_hot(labels, CLASSES).double() - 1 / CLASSES
     centred = features - features.mean(0)
@@ -209,7 +188,8 @@ def fit_classifier_(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     gram += 1.0 * gram.diagonal().mean() * torch.eye(len(gram))
     weight = 10 * (centred.T @ torch.linalg.solve(gram, targets)).T  # (classes, features)
     head.weight.copy_(weight)
-    head.bias.copy_(-weight @ features.mean(0))
+    if head.bias is not None:
+        head.bias.copy_(-weight @ features.mean(0))
 
 
 def train_one_step_(prepared: fx.GraphModule, images: Tensor, labels: Tensor) -> None:
@@ -229,68 +209,3 @@ def snr_db(expected: np.ndarray, got: np.ndarray) -> float:
     error = np.square(got - expected, dtype=np.float64).sum()
     signal = np.square(expected - expected.mean(0), dtype=np.float64).sum()
     return float(10 * np.log10(signal / max(error, 1e-30)))
-
-
-def time_int8(arch: str) -> Speedup:
-    """Return how many times faster the pruned network's INT8 file is than its FP32 file at 224 pixels, batch 1, one thread."""
-    torch.manual_seed(0)
-    photographs, _ = crops(4, 224, seed=0)
-    model = enlivened(build(arch, num_classes=CLASSES), photographs)
-    prune_(model, 224)
-    prepared = prepare(model, TARGET, photographs)
-    calibrate_(prepared, [photographs], "minmax")
-    with tempfile.TemporaryDirectory() as folder:
-        files = {"fp32": Path(folder, "fp32.onnx"), "int8": Path(folder, "int8.onnx")}
-        to_onnx(model, files["fp32"], image_size=224, metadata={})
-        to_onnx(deploy(prepared), files["int8"], image_size=224, metadata={})
-        runs = {name: bind(open_session(file, threads=1), photographs[:1].numpy()) for name, file in files.items()}
-        timings = time_sessions(runs, seconds=4, blocks=20)
-    return speedup(timings["fp32"], timings["int8"])
-
-
-def as_markdown(rows: list[Row]) -> str:
-    """Return the table of docs/models.md."""
-    titles = ("model", "pixels", "MACs kept", "layers in integers, float", "what else stays float, and why",
-              "agreement, SNR (rounding)", "INT8 speed-up at 224")  # fmt: skip
-    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    for row in rows:
-        reasons = Counter(
-            reason.removeprefix("ONNX Runtime has ") for reason in row.float_reasons.values()
-        ).most_common()
-        faster = row.int8_speedup
-        cells = (
-            f"`{row.arch}`",
-            str(row.image_size),
-            f"{row.kept_macs:.3f}",
-            f"{row.integer_layers}, {len(row.float_layers)}",
-            ", ".join(f"{times} × {reason}" for reason, times in reasons) or "nothing",
-            f"{row.agreement:.0%}, {'same bits' if row.snr_db > 200 else f'{row.snr_db:.1f}'} ({row.rounding_snr_db:.1f}) dB",
-            "–" if faster is None else f"{faster.ratio:.2f} ({faster.low:.2f}–{faster.high:.2f})",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Examine every architecture and put the table into docs/models.md."""
-    parser = argparse.ArgumentParser(prog="python tests/matrix.py", description=main.__doc__)
-    parser.add_argument("--latency", action="store_true", help="also time INT8 against FP32 at 224 pixels")
-    parser.add_argument("--only", metavar="NAME", help="this architecture alone, printed and not written")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = []
-    for arch, image_size in IMAGE_SIZES.items():
-        if arguments.only in (None, arch):
-            row = examine(arch, image_size)
-            timed = arguments.latency and not arch.startswith("cifar:")  # which nobody runs at 224 pixels
-            rows.append(replace(row, int8_speedup=time_int8(arch)) if timed else row)
-            sys.stdout.write(as_markdown(rows[-1:]).splitlines()[-1] + "\n")
-            sys.stdout.flush()
-    if arguments.only is None:
-        head, _, rest = DOCUMENT.read_text().partition(BEGIN)
-        _, _, tail = rest.partition(END)
-        DOCUMENT.write_text(f"{head}{BEGIN}\n{as_markdown(rows)}\n{END}{tail}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,164 @@
+"""Cut whole attention heads: which modules have heads that stand for themselves, and their removal.
+
+A head is a block of rows in each projection of the queries, keys and values, the same block of columns in the projection behind them, and an
+entry in what lies in the module once for each head (position biases, temperatures). Whether a module is built that way is tried on a copy:
+without a head it must answer as with that head's columns at zero.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.pruning.criteria import Slices
+
+# What modules call the width of all heads together.
+WIDTHS = ("attn_dim", "all_head_dim", "inner_dim")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One module with heads that can be cut."""
+
+    path: str
+    module: nn.Module
+    inputs: tuple[str, ...]  # paths in the module of the projections of queries, keys and values
+    output: str  # of the projection behind the heads
+    heads: int
+    size: int  # of a head in the last projection's inputs
+
+    def rows(self, projection: str, heads: Sequence[int]) -> list[int]:
+        """Return the outputs of a projection that belong to heads; it writes one part (or three: q, k, v) after the other."""
+        parts = _linear(self.module, projection).out_features // (self.heads * self.size)
+        width = self.heads * self.size
+        return [
+            part * width + head * self.size + i for part in range(parts) for head in heads for i in range(self.size)
+        ]
+
+    def columns(self, heads: Sequence[int]) -> list[int]:
+        """Return the inputs of the last projection that come from heads."""
+        return [head * self.size + i for head in heads for i in range(self.size)]
+
+    def slices(self) -> Iterator[Slices]:
+        """Yield what the heads consist of, for a criterion to score: a row for each output or input, and the head that it belongs to."""
+        everything = range(self.heads)
+        for projection, output in [*((name, True) for name in self.inputs), (self.output, False)]:
+            layer = _linear(self.module, projection)
+            rows = self.rows(projection, everything) if output else self.columns(everything)
+            roots = [row // self.size % self.heads for row in rows]
+            weight, grad = (
+                None if part is None else part if output else part.T
+                for part in (layer.weight.detach(), layer.weight.grad)
+            )
+            assert weight is not None
+            yield Slices(layer, weight[rows], None if grad is None else grad[rows], output, torch.tensor(roots))
+
+
+def find_attentions(model: nn.Module, images: Tensor) -> list[Attention]:
+    """Return the modules of which whole heads can be cut, in the order they run; `images` (1, 3, s, s) tell the sizes alone."""
+    calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(module, (args, kwargs))
+
+    named = {module: name for name, module in model.named_modules() if _projections(module)}
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in named]
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            model.eval()(noise.to(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = [attention_at(model, named[module]) for module in calls]
+    return [attention for attention in found if _heads_are_alone(attention, *calls[attention.module])]
+
+
+def attention_at(model: nn.Module, path: str) -> Attention:
+    """Return the module with heads at a path: of its linear layers the last reads all heads, the others write them."""
+    module = model.get_submodule(path)
+    *inputs, output = _projections(module)
+    heads = int(module.num_heads)  # type: ignore[arg-type]
+    return Attention(path, module, tuple(inputs), output, heads, _linear(module, output).in_features // heads)
+
+
+def _projections(module: nn.Module) -> list[str]:
+    """Return the names of the linear layers of a module with heads; none where their widths are no whole heads."""
+    heads = getattr(module, "num_heads", None)
+    own = {name: part for name, part in module.named_children() if isinstance(part, nn.Linear)}
+    if not isinstance(heads, int) or heads < 2 or len(own) < 2:
+        return []
+    *inputs, output = own.values()
+    whole = output.in_features % heads == 0 and all(layer.out_features % output.in_features == 0 for layer in inputs)
+    return list(own) if whole else []
+
+
+def cut_heads_(attention: Attention, heads: Sequence[int]) -> None:
+    """Remove heads in place."""
+    module, kept = attention.module, [head for head in range(attention.heads) if head not in heads]
+    width = attention.heads * attention.size
+    projections = {
+        id(part) for name in (*attention.inputs, attention.output) for part in _linear(module, name).parameters()
+    }
+    for owner in module.modules():
+        for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+            if id(tensor) not in projections:
+                for dim, size in enumerate(tensor.shape):
+                    if size in (attention.heads, width):
+                        rows = kept if size == attention.heads else attention.columns(kept)
+                        _keep_(owner, name, dim, rows)
+    for projection in attention.inputs:
+        layer, rows = _linear(module, projection), attention.rows(projection, kept)
+        for name, _ in list(layer.named_parameters()):
+            _keep_(layer, name, 0, rows)
+        layer.out_features = len(rows)
+    layer = _linear(module, attention.output)
+    _keep_(layer, "weight", 1, attention.columns(kept))
+    layer.in_features = len(kept) * attention.size
+    for name, value in vars(module).items():
+        if name == "num_heads":
+            setattr(module, name, len(kept))
+        elif name in WIDTHS and value == width:
+            setattr(module, name, len(kept) * attention.size)
+
+
+@torch.no_grad()
+def _heads_are_alone(attention: Attention, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether the module answers without its first head as with that head's outputs at zero."""
+    masked, cut = copy.deepcopy(attention.module), copy.deepcopy(attention.module)
+    _linear(masked, attention.output).weight[:, attention.columns([0])] = 0
+    try:
+        cut_heads_(replace(attention, module=cut), [0])
+        expected, got = masked(*args, **kwargs), cut(*args, **kwargs)
+    except (RuntimeError, ValueError, IndexError, AssertionError):
+        return False  # it counts its heads in another way
+    return all(
+        one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+        for one, other in zip(_tensors(expected), _tensors(got), strict=True)
+    )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [part for part in (value if isinstance(value, tuple | list) else [value]) if isinstance(part, Tensor)]
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    layer = module.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _keep_(owner: nn.Module, name: str, dim: int, rows: Sequence[int]) -> None:
+    """Keep some entries of a parameter or buffer along one dimension, and of its gradient."""
+    tensor = getattr(owner, name)
+    kept = tensor.detach().index_select(dim, torch.tensor(rows, device=tensor.device))
+    if name in owner._buffers:
+        owner._buffers[name] = kept
+        return
+    grad = tensor.grad
+    setattr(owner, name, nn.Parameter(kept, requires_grad=tensor.requires_grad))
+    if grad is not None:
+        getattr(owner, name).grad = grad.index_select(dim, torch.tensor(rows, device=grad.device))

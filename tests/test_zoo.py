@@ -1,0 +1,50 @@
+"""Networks through the whole chain: one always, and a tenth of those of docs/models.md, chosen anew by the date."""
+
+import random
+from datetime import UTC, datetime
+
+import pytest
+import timm
+from chain import KEEP_MACS, examine
+from zoo import BEGIN, DOCUMENT, END
+
+LARGEST = 64  # pixels: transformers at 224 take a minute each
+
+
+def documented() -> dict[str, int]:
+    """Return the image size of each network of docs/models.md that goes through whole."""
+    table = DOCUMENT.read_text().partition(BEGIN)[2].partition(END)[0]
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:]] for line in table.splitlines() if line.startswith("| `")]
+    return {row[0]: int(row[1]) for row in rows if row[1].isdigit()}
+
+
+def chosen_today() -> list[str]:
+    small = sorted(arch for arch, size in documented().items() if size <= LARGEST)
+    return random.Random(datetime.now(UTC).date().toordinal()).sample(small, len(documented()) // 10)
+
+
+def test_a_network_goes_from_pruning_to_integers() -> None:
+    row = examine("cifar:resnet8x4", 32)
+    assert not row.float_layers
+    assert not row.float_products
+    assert row.on_grid
+    assert row.first_divergence is None
+    assert row.kept_macs <= KEEP_MACS
+    assert row.agreement >= 0.97  # at most one of 40, although random weights make much of a tie
+    assert row.snr_db > max(10.0, row.rounding_snr_db)  # what the runtime adds is less than what rounding costs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", chosen_today())
+def test_a_tenth_of_the_documented_networks_goes_through_today(arch: str) -> None:
+    row = examine(arch, documented()[arch])
+    assert row.on_grid
+    assert row.first_divergence is None
+    assert row.kept_macs <= KEEP_MACS or row.not_pruned
+    assert not row.float_layers
+
+
+def test_the_documented_networks_are_in_the_libraries() -> None:
+    assert len(documented()) > 20
+    names = [arch.removeprefix("timm:") for arch in documented() if arch.startswith("timm:")]
+    assert set(names) <= set(timm.list_models())
