@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import random
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,14 +17,17 @@ from typer.testing import CliRunner
 
 from compress.artifact import turn
 from compress.cli import app
+from compress.commands.search import trial
 from compress.commands.search.board import Board, Taken, best, progress
 from compress.commands.search.front import front, hypervolume
 from compress.commands.search.measures import limits
-from compress.commands.search.run import pick, work
+from compress.commands.search.run import open_boards, pick, work
+from compress.commands.search.show import means
 from compress.commands.search.space import Search, axes, grid
 from compress.commands.search.trial import Crashed, Refused, Setup, open_setup
 from compress.errors import CompressError
 from compress.recipe import strict_yaml
+from compress.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((*ROOT.glob("recipes/studies/*.yaml"), *ROOT.glob("recipes/search/*.yaml")))
@@ -58,7 +62,7 @@ def written(folder: Path, **changes: Any) -> Path:
 
 
 def a_board(folder: Path, search: Search) -> Board:
-    board = Board(search, folder, name=search.name, storage=None)
+    board = Board(search, folder, name=search.name, storage=None, content={})
     board.points = grid(search) if search.sampler == "grid" else None
     return board
 
@@ -122,24 +126,33 @@ def test_a_wrong_search_is_told_in_a_sentence(tmp_path: Path, changes: dict[str,
 )
 def test_a_storage_that_cannot_be_reached_is_told_without_its_password(tmp_path: Path, url: str, words: str) -> None:
     with pytest.raises(CompressError, match=words) as caught:
-        Board(a_search(), tmp_path, name="two", storage=url)
+        Board(a_search(), tmp_path, name="two", storage=url, content={})
     assert "secret" not in str(caught.value)
 
 
 def test_a_search_whose_recipe_changed_under_it_is_refused_and_a_larger_budget_is_not(tmp_path: Path) -> None:
-    board = a_board(tmp_path, a_search())
-    board.hold({"space": {"a": [1, 2]}, "recipes": {"a": {"seed": 0}}})
-    a_board(tmp_path, a_search(budget={"trials": 9})).hold({"space": {"a": (1, 2)}, "recipes": {"a": {"seed": 0}}})
-    with pytest.raises(CompressError, match=r"changed since: recipes.*give this one another name"):
-        board.hold({"space": {"a": [1, 2]}, "recipes": {"a": {"seed": 1}}})
+    path = written(tmp_path)
+
+    def opened(**changes: Any) -> list[Board]:
+        written(tmp_path, **changes)
+        return open_boards(open_setup(path, data=None, weights=None, out=str(tmp_path), trust_code=False), storage=None)
+
+    opened()
+    opened(budget={"trials": 9})
+    with pytest.raises(CompressError, match="another space; start it as it was, or give this one another"):
+        opened(space={"prune.keep_macs": [0.5, 0.6]})
+    setup = open_setup(written(tmp_path), data=None, weights=None, out=str(tmp_path), trust_code=False)
+    (tmp_path / "a.yaml").write_text((tmp_path / "a.yaml").read_text().replace("lr: 0.02", "lr: 0.01"))
+    with pytest.raises(CompressError, match="started with another recipe a; start it as it was"):
+        open_boards(setup, storage=None)
 
 
 def test_a_database_that_belongs_to_another_folder_is_refused(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/all.db"
-    Board(a_search(), tmp_path / "one", name="two", storage=url)
-    Board(a_search(), tmp_path / "one", name="two", storage=url)
-    with pytest.raises(CompressError, match="is in another folder"):
-        Board(a_search(), tmp_path / "other", name="two", storage=url)
+    for _ in range(2):
+        Board(a_search(), tmp_path / "one", name="two", storage=url, content={})
+    with pytest.raises(CompressError, match="started with another --out"):
+        Board(a_search(), tmp_path / "other", name="two", storage=url, content={})
 
 
 # --- what is best
@@ -148,14 +161,14 @@ def test_a_database_that_belongs_to_another_folder_is_refused(tmp_path: Path) ->
 def test_front_and_hypervolume_agree_with_brute_force_and_with_optunas_own() -> None:
     rng = random.Random(0)
     for dimensions in (1, 2, 3):
-        points = [tuple(rng.randrange(6) for _ in range(dimensions)) for _ in range(30)]
+        points = [tuple(float(rng.randrange(6)) for _ in range(dimensions)) for _ in range(30)]
         dominated = {a for a, b in itertools.permutations(points, 2) if a != b and all(y <= x for x, y in zip(a, b, strict=True))}  # fmt: skip
         assert {points[index] for index in front(points)} == set(points) - dominated
         assert len(front(points)) == len(set(points) - dominated)
         import numpy as np
 
         volume = compute_hypervolume(np.array(points, float), np.full(dimensions, 6.5))
-        assert hypervolume(points, [6.5] * dimensions) == pytest.approx(volume)
+        assert hypervolume(points, (6.5,) * dimensions) == pytest.approx(volume)
 
 
 def test_a_limit_is_met_on_its_own_side_and_its_excess_says_by_how_much() -> None:
@@ -254,7 +267,7 @@ def worker(folder: Path) -> None:
 
 def many() -> Search:
     return a_search(
-        space={"prune.keep_macs": [n / 40 for n in range(1, 21)], "prune.criterion": ["l1", "l2"]}, sampler="grid"
+        space={"prune.keep_macs": [n / 40 for n in range(1, 13)], "prune.criterion": ["l1", "l2"]}, sampler="grid"
     )
 
 
@@ -291,8 +304,101 @@ def test_workers_that_are_killed_leave_every_trial_done_once_and_no_stage_made_t
         process.join(60)
         assert process.exitcode == 0
     rows = a_board(tmp_path, many()).rows()
-    assert [row.state for row in rows] == 40 * ["done"]
-    assert len({json.dumps(row.point, sort_keys=True) for row in rows}) == 40
+    assert [row.state for row in rows] == 24 * ["done"]
+    assert len({json.dumps(row.point, sort_keys=True) for row in rows}) == 24
     made = (tmp_path / "made.txt").read_text().splitlines()
     assert sorted(made) == sorted(set(made))
-    assert len(made) == 1 + 20 + 40
+    assert len(made) == 1 + 12 + 24
+
+
+def test_a_run_that_outlives_its_killed_worker_is_left_to_end_first(tmp_path: Path) -> None:
+    board = a_board(tmp_path, a_search())
+    taken = board.take(may_start=True)
+    assert taken is not None
+    run = subprocess.Popen(["sleep", "60"], pass_fds=[taken.lock.fileno()])
+    taken.lock.close()  # as the kernel does with a killed worker's
+    try:
+        assert board.take(may_start=False) is None
+        assert not board.is_over()
+    finally:
+        run.kill()
+        run.wait()
+    again = board.take(may_start=False)
+    assert again is not None
+    again.lock.close()
+    assert (again.trial.number, again.point) == (taken.trial.number, taken.point)
+
+
+def test_the_first_seed_draws_the_split_and_trains_the_teacher_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Recipe] = []
+
+    def run(_: Setup, recipe: Recipe, __: Taken) -> Any:
+        seen.append(recipe)
+        stages = [
+            {"stage": "source", "directory": "../../stages/00-source-1", "metrics": {"score": 0.9}, "seconds": 1.0}
+        ]
+        stages.append(
+            {
+                "stage": "prune",
+                "directory": "",
+                "metrics": {"score": 0.7 + len(seen) / 100, "macs_m": 2.0},
+                "seconds": 3.0,
+            }
+        )
+        return {"stages": stages, "deployed": [], "recipe": recipe.model_dump(), "environment": {"target": "cpu_avx2"}}
+
+    monkeypatch.setattr(trial, "_run", run)
+    path = written(
+        tmp_path, space={"prune.criterion": ["l1", "l2"]}, sampler="grid", seeds=[5, 6], budget={"trials": 1}
+    )
+    setup = open_setup(path, data=None, weights=None, out=str(tmp_path), trust_code=False)
+    (board,) = open_boards(setup, storage=None)
+    taken = board.take(may_start=True)
+    assert taken is not None
+    with taken.lock:
+        board.finish(taken, trial.run_trial(setup, board, taken, "full"))
+    assert [(recipe.seed, recipe.data.split_seed, recipe.data.judge_by) for recipe in seen] == [
+        (5, 5, "tuning"),
+        (6, 5, "tuning"),
+    ]
+    assert [recipe.model.weights for recipe in seen] == [
+        None,
+        str(tmp_path / "two/stages/00-source-1/weights.safetensors"),
+    ]
+    (row,) = board.rows()
+    assert row.measured["score"] == pytest.approx([0.71, 0.72])
+    assert means(row, ["score", "macs", "latency"]) == [
+        "71.50\xa0% (71.00\xa0% to 72.00\xa0%)",
+        "2.00\xa0M (2.00\xa0M to 2.00\xa0M)",
+        "–",
+    ]
+
+
+# --- all of it
+
+
+@pytest.mark.slow
+def test_a_search_shares_stages_chooses_on_its_own_images_and_publishes_what_validation_judged(tmp_path: Path) -> None:
+    def command(*more: str) -> str:
+        done = CliRunner().invoke(app, ["search", str(path), "--out", str(tmp_path), "--trust-code", *more])
+        assert done.exit_code == 0, done.stderr
+        return done.stdout
+
+    path = written(tmp_path, space={"prune.criterion": ["l1", "l2"]}, sampler="grid")
+    text = command()
+    root = tmp_path / "two"
+    assert "2 trials" in text
+    reports = {file.parent.name: json.loads(file.read_text()) for file in root.glob("trials/*/report.json")}
+    assert set(reports) == {"two-000", "two-001"}
+    assert len(list(root.glob("stages/00-source-*"))) == 1
+    assert {one["recipe"]["data"]["judge_by"] for one in reports.values()} == {"tuning"}
+    page = (root / "index.html").read_text()
+    assert all(f'href="trials/{name}/report/index.html"' in page for name in reports)
+    assert "| source (PyTorch) |" in (root / "two.md").read_text()
+    command("--pick", "score > 0")
+    picked = json.loads((root / "two-picked" / "report.json").read_text())
+    assert picked["recipe"]["data"]["judge_by"] == "validation"
+    assert picked["data_digest"] not in {one["data_digest"] for one in reports.values()}
+    assert "trained anew on all training images" in (root / "index.html").read_text()

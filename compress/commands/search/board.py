@@ -7,13 +7,13 @@ takes it up again. The lock goes to the run's own process, too, so that nobody t
 import fcntl
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
-from compress.commands.search.front import covered, front
+from compress.commands.search.front import Losses, covered, front
 from compress.commands.search.measures import MEASURES, limits
 from compress.commands.search.space import Axis, Point, Search, axes
 from compress.errors import CompressError
@@ -34,11 +34,11 @@ class Taken(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One trial: what it measured for each seed by measure, and their means; why it gave nothing, where it did not."""
+    """One trial: what it measured for each seed, by measure; or why it gave nothing."""
 
     number: int
     point: Point
-    state: str  # done, running, refused, crashed
+    state: Literal["done", "running", "refused", "crashed"]
     measured: Mapping[str, Sequence[float]]
     error: str
     is_allowed: bool
@@ -49,17 +49,16 @@ class Row:
         return sum(values) / len(values) if values else None
 
 
-def losses(row: Row, search: Search) -> list[float]:
+def losses(row: Row, search: Search) -> Losses:
     """Return a finished trial's objectives so that less is better."""
-    return [(-1 if MEASURES[name].is_gain else 1) * (row.mean(name) or 0.0) for name in search.objectives]
+    return tuple((-1 if MEASURES[name].is_gain else 1) * (row.mean(name) or 0.0) for name in search.objectives)
 
 
 def best(rows: Sequence[Row], search: Search) -> list[Row]:
     """Return the front: finished trials within all constraints that no other dominates, the best in the first objective first."""
     done = [row for row in rows if row.state == "done" and row.is_allowed]
-    return sorted(
-        (done[index] for index in front([losses(row, search) for row in done])), key=lambda row: losses(row, search)
-    )
+    found = [done[index] for index in front([losses(row, search) for row in done])]
+    return sorted(found, key=lambda row: losses(row, search))
 
 
 def progress(rows: Sequence[Row], search: Search) -> list[float]:
@@ -71,32 +70,30 @@ def progress(rows: Sequence[Row], search: Search) -> list[float]:
 class Board:
     """The trials of one search; `points` are those to try where no sampler chooses."""
 
-    def __init__(self, search: Search, folder: Path, *, name: str, storage: str | None) -> None:
-        """Open the search or join it; raise CompressError where the storage cannot be reached or another folder has the search."""
+    def __init__(
+        self, search: Search, folder: Path, *, name: str, storage: str | None, content: Mapping[str, Any]
+    ) -> None:
+        """Open the search or join it; `content` is what its trials are made of.
+
+        Raises CompressError where the storage cannot be reached, or has a search of this name with other content or in another folder.
+        """
         self.search, self.folder, self.name = search, folder, name
         self.points: Sequence[Point] | None = None
         (folder / "trials").mkdir(parents=True, exist_ok=True)
-        directions = ["maximize" if MEASURES[name].is_gain else "minimize" for name in search.objectives]
+        mark = folder / ".search"
         with self.alone():
-            self._study = _open(name, directions, folder, storage)
-            own = folder / ".search"
-            if not own.exists():
-                own.write_text(secrets.token_hex(8))
-            self._keep("folder", own.read_text(), f"{folder}: the storage's search {name} is in another folder; "
-                       "give the one that all workers share with --out (OUT= under make), or the search another name")  # fmt: skip
-
-    def hold(self, content: Mapping[str, Any]) -> None:
-        """Remember what the search is made of; raise CompressError where it was started with something else."""
-        with self.alone():
-            before = self._study.user_attrs.get("content")
-            changed = [key for key in content if before and before.get(key) != json.loads(json.dumps(content[key]))]
-            if changed:
+            self._study = _open(search, folder, name, storage)
+            if not mark.exists():
+                mark.write_text(secrets.token_hex(8))
+            own = json.loads(json.dumps({**content, "--out": mark.read_text()}))
+            before = self._study.user_attrs.get("content", own)
+            if changed := [key for key in own if before.get(key) != own[key]]:
                 raise CompressError(
-                    f"{self.folder}: its trials are of another search (changed since: {', '.join(changed)}); "
-                    "give this one another name, or remove the folder to start anew"
+                    f"{folder}: the search {name} was started with another {' and '.join(changed)}; "
+                    "start it as it was, or give this one another name"
                 )
-            if not before:
-                self._study.set_user_attr("content", content)
+            if "content" not in self._study.user_attrs:
+                self._study.set_user_attr("content", own)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -134,10 +131,10 @@ class Board:
             if not may_start or (not any(t.state.name == "WAITING" for t in known) and not self._propose(known)):
                 return None
             self._study.sampler = _sampler(self.search, len(trials))
-            trial = self._study.ask()
-            lock = self._lock(trial.number)
+            new = self._study.ask()
+            lock = self._lock(new.number)
             assert lock is not None
-            return self._taken(trial, lock)
+            return self._taken(new, lock)
 
     def is_over(self) -> bool:
         """Tell whether no trial runs any more."""
@@ -147,9 +144,9 @@ class Board:
         """Keep what a trial measured and let it go."""
         trial = taken.trial
         means = {name: sum(values) / len(values) for name, values in measured.items()}
-        trial.set_user_attr("measured", {name: list(values) for name, values in measured.items()})
-        for limit in (limit for text in self.search.constraints for limit in limits(text)):
-            trial.set_constraint(limit.text, limit.excess(means[limit.measure]))
+        trial.set_user_attr("measured", dict(measured))
+        for text in self.search.constraints:
+            trial.set_constraint(text, max(limit.excess(means[limit.measure]) for limit in limits(text)))
         self._study.tell(trial, [means[name] for name in self.search.objectives])
 
     def give_up(self, taken: Taken, error: str, *, refused: bool) -> None:
@@ -163,12 +160,13 @@ class Board:
         """Return for each objective each axis's share of its variance, by Optuna's PED-ANOVA; nothing where too few trials tell."""
         import optuna
 
+        def value(index: int) -> Callable[["optuna.trial.FrozenTrial"], float]:
+            return lambda trial: (trial.values or [])[index]
+
         found = {}
         for index, name in enumerate(self.search.objectives):
             try:
-                found[name] = optuna.importance.get_param_importances(
-                    self._study, target=lambda trial, index=index: trial.values[index]
-                )
+                found[name] = optuna.importance.get_param_importances(self._study, target=value(index))
             except (ValueError, RuntimeError):  # fewer than two trials, or all equal
                 continue
         return found
@@ -203,35 +201,25 @@ class Board:
             return None
         return file
 
-    def _keep(self, key: str, value: str, refusal: str) -> None:
-        if (before := self._study.user_attrs.get(key, value)) != value:
-            raise CompressError(refusal)
-        if key not in self._study.user_attrs:
-            self._study.set_user_attr(key, before)
-
 
 def _suggest(trial: "optuna.Trial", axis: Axis) -> str | float:
-    if axis.span is None:
+    span = axis.span
+    if span is None:
         return str(trial.suggest_categorical(axis.name, list(axis.choices)))
-    low, high, step = axis.span.low, axis.values()[-1], axis.span.step
-    if axis.span.is_whole:
-        return int(trial.suggest_int(axis.name, int(low), int(high), step=int(step or 1), log=axis.span.log))
-    return axis.rounded(trial.suggest_float(axis.name, low, float(high), step=step, log=axis.span.log))
+    low, high = span.low, span.values()[-1]
+    if span.is_whole:
+        return int(trial.suggest_int(axis.name, int(low), int(high), step=int(span.step or 1), log=span.log))
+    return span.rounded(trial.suggest_float(axis.name, low, high, step=span.step, log=span.log))
 
 
 def _row(trial: "optuna.trial.FrozenTrial", own: Sequence[Axis]) -> Row:
     attrs, params = trial.user_attrs, trial.params
-    state = {"COMPLETE": "done", "RUNNING": "running"}.get(
-        trial.state.name, "refused" if "refused" in attrs else "crashed"
-    )
+    ended: Literal["refused", "crashed"] = "refused" if "refused" in attrs else "crashed"
+    drawn = [axis for axis in own if axis.name in params]  # a trial that was just taken may lack some
     return Row(
         number=trial.number,
-        point={
-            axis.name: axis.rounded(params[axis.name]) if axis.span else params[axis.name]
-            for axis in own
-            if axis.name in params
-        },
-        state=state,
+        point={axis.name: axis.span.rounded(params[axis.name]) if axis.span else params[axis.name] for axis in drawn},
+        state="done" if trial.state.name == "COMPLETE" else "running" if trial.state.name == "RUNNING" else ended,
         measured=attrs.get("measured", {}),
         error=attrs.get("refused", attrs.get("crashed", "")),
         is_allowed=all(excess <= 0 for excess in trial.constraints.values()),
@@ -249,20 +237,18 @@ def _sampler(search: Search, trials: int) -> "optuna.samplers.BaseSampler":
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
 
 
-def _open(name: str, directions: Sequence[str], folder: Path, storage: str | None) -> "optuna.Study":
+def _open(search: Search, folder: Path, name: str, storage: str | None) -> "optuna.Study":
     import optuna
+    from optuna.storages.journal import JournalFileBackend, JournalStorage
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if storage is None:
-        from optuna.storages.journal import JournalFileBackend, JournalStorage
-
-        kept: Any = JournalStorage(JournalFileBackend(str(folder / "journal.log")))
-    else:
-        kept = _database(storage)
+    gains = [MEASURES[measure].is_gain for measure in search.objectives]
+    directions: list[Literal["minimize", "maximize"]] = ["maximize" if gain else "minimize" for gain in gains]
+    kept = JournalStorage(JournalFileBackend(str(folder / "journal.log"))) if storage is None else _database(storage)
     return optuna.create_study(study_name=name, storage=kept, directions=directions, load_if_exists=True)
 
 
-def _database(url: str) -> "optuna.storages.RDBStorage":
+def _database(url: str) -> "optuna.storages.BaseStorage":
     import optuna
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
@@ -271,10 +257,9 @@ def _database(url: str) -> "optuna.storages.RDBStorage":
     try:
         shown = make_url(url).render_as_string(hide_password=True)
         return optuna.storages.RDBStorage(url)
-    except ImportError as error:
-        raise CompressError(f"STORAGE={shown}: needs a driver ({error}); install it with pip") from error
-    except SQLAlchemyError as error:
+    except (ImportError, SQLAlchemyError) as error:
         said = str(getattr(error, "orig", None) or error).partition("\n")[0]
+        repair = "install the driver" if isinstance(error, ImportError) else "start it"
         raise CompressError(
-            f"STORAGE={shown}: cannot be reached ({said}); start it, or leave it out: workers that share OUT need none"
+            f"STORAGE={shown}: cannot be reached ({said}); {repair}, or leave it out: workers that share OUT need none"
         ) from error

@@ -1,21 +1,17 @@
-"""Which trials are on the front, and how much of the space it covers. Losses throughout: less is better."""
+"""Which points no other dominates, and how much of the space they cover. Losses throughout: less is better."""
 
 from collections.abc import Sequence
 
-Losses = Sequence[float]
+Losses = tuple[float, ...]
 
 
 def front(points: Sequence[Losses]) -> list[int]:
     """Return the indices of the points that no other is at least as good as everywhere and better somewhere; of equal ones the first."""
-    return [
-        index
-        for index, own in enumerate(points)
-        if not any(
-            all(a <= b for a, b in zip(other, own, strict=True)) and (tuple(other) != tuple(own) or place < index)
-            for place, other in enumerate(points)
-            if place != index
-        )
-    ]
+
+    def beats(other: Losses, own: Losses) -> bool:
+        return other != own and all(a <= b for a, b in zip(other, own, strict=True))
+
+    return [i for i, own in enumerate(points) if points.index(own) == i and not any(beats(p, own) for p in points)]
 
 
 def hypervolume(points: Sequence[Losses], worst: Losses) -> float:
@@ -26,19 +22,18 @@ def hypervolume(points: Sequence[Losses], worst: Losses) -> float:
     if len(worst) == 1:
         return worst[0] - inside[0][0]
     ends = [*(point[-1] for point in inside[1:]), worst[-1]]
-    return sum(
-        (end - point[-1]) * hypervolume([p[:-1] for p in inside[: index + 1]], worst[:-1])
-        for index, (point, end) in enumerate(zip(inside, ends, strict=True))
-        if end > point[-1]
-    )
+    heights = [end - point[-1] for point, end in zip(inside, ends, strict=True)]
+    slices = [hypervolume([p[:-1] for p in inside[: n + 1]], worst[:-1]) if height else 0.0 for n, height in enumerate(heights)]  # fmt: skip
+    return sum(height * area for height, area in zip(heights, slices, strict=True))
 
 
 def covered(points: Sequence[Losses], are_allowed: Sequence[bool]) -> list[float]:
-    """Return after each point the fraction of the box around all of them, a tenth wider, that the allowed ones' front covers."""
-    if not points:
-        return []
-    lows, highs = ([end(axis) for axis in zip(*points, strict=True)] for end in (min, max))
-    spans = [(high - low) or 1.0 for low, high in zip(lows, highs, strict=True)]
-    scaled = [[(x - low) / span / 1.1 for x, low, span in zip(point, lows, spans, strict=True)] for point in points]
-    allowed = [point if is_allowed else None for point, is_allowed in zip(scaled, are_allowed, strict=True)]
-    return [hypervolume([p for p in allowed[: n + 1] if p], [1.0] * len(lows)) for n in range(len(points))]
+    """Return after each point the fraction of the box around all of them, a tenth wider, that the allowed ones cover."""
+    columns = list(zip(*points, strict=True))
+    spans = [(min(column), 1.1 * ((max(column) - min(column)) or 1.0)) for column in columns]
+    scaled = [tuple((x - low) / span for x, (low, span) in zip(point, spans, strict=True)) for point in points]
+    worst = (1.0,) * len(columns)
+    return [
+        hypervolume([p for p, is_allowed in zip(scaled[: n + 1], are_allowed, strict=False) if is_allowed], worst)
+        for n in range(len(points))
+    ]

@@ -1,6 +1,5 @@
 """What a search can look for: measures of a finished run, read from its report, and limits on them."""
 
-import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -11,18 +10,15 @@ from compress.report.shape import DeployedRow, Report
 from compress.report.verdict import any_row, deployed_name, first_and_last, headline_provider, headline_row
 from export.onnx_file.roles import TEACHER
 
-OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-TRAININGS = ("prune", "distill", "qat")
-
 
 class Measure(NamedTuple):
-    """One measure: its title and unit (a fraction is shown in percent), whether more is better, the stage that it needs, how it is read."""
+    """One measure: its title and unit (a fraction is shown in percent), whether more is better, how it is read, the stage it needs."""
 
     title: str
     unit: str
     is_gain: bool
-    stage: str | None
     read: Callable[[Report], float | None]
+    stage: str | None = None
 
     def show(self, value: float | None) -> str:
         """Return a value with its unit."""
@@ -32,37 +28,31 @@ class Measure(NamedTuple):
 class Limit(NamedTuple):
     """A limit on one measure, such as `latency < 5`."""
 
-    text: str
     measure: str
-    is_met: Callable[[float], bool]
-    excess: Callable[[float], float]  # > 0 where it is missed
+    sign: str
+    bound: float
+
+    def excess(self, value: float) -> float:
+        """Return by how much a value misses the limit: > 0 where it does, whatever the last bit says."""
+        over = value - self.bound if self.sign[0] == "<" else self.bound - value
+        return over if over or self.sign.endswith("=") else 1e-12
+
+    def is_met(self, value: float | None) -> bool:
+        """Tell whether a value is within; one that was not measured is not."""
+        return value is not None and self.excess(value) <= 0
 
 
 def limits(text: str) -> list[Limit]:
     """Return the limits of a text such as `latency < 5, score > 0.97`; raise ValueError for what is none."""
-    return [_limit(part) for part in text.split(",")]
-
-
-def _limit(text: str) -> Limit:
-    found = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*", text)
-    if found is None:
-        raise ValueError(f"constraints: {text.strip()!r} is no limit; write one as `latency < 5`")
-    name, sign, number = found.groups()
-    if name not in MEASURES:
-        raise ValueError(f"constraints: nothing measures {name}; {unknown(name, MEASURES)}")
-    try:
-        bound = float(number)
-    except ValueError as error:
-        raise ValueError(f"constraints: {number} is no number in {text.strip()!r}") from error
-    direction = 1 if sign.startswith("<") else -1
-
-    def is_met(value: float) -> bool:
-        return bool(OPERATORS[sign](value, bound))
-
-    def excess(value: float) -> float:
-        return min(0.0, direction * (value - bound)) if is_met(value) else max(1e-9, direction * (value - bound))
-
-    return Limit(f"{name} {sign} {bound:g}", name, is_met, excess)
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*", part)
+        if match is None or match[3].count(".") > 1:
+            raise ValueError(f"constraints: {part.strip()!r} is no limit; write one as `latency < 5`")
+        if match[1] not in MEASURES:
+            raise ValueError(f"constraints: nothing measures {match[1]}; {unknown(match[1], MEASURES)}")
+        found.append(Limit(match[1], match[2], float(match[3])))
+    return found
 
 
 def measure(report: Report, clocks: Mapping[str, float]) -> dict[str, float]:
@@ -72,15 +62,15 @@ def measure(report: Report, clocks: Mapping[str, float]) -> dict[str, float]:
     the time, in ms, that stands for each teacher.
     """
     found = {name: value for name, one in MEASURES.items() if (value := one.read(report)) is not None}
-    teacher = _timed(report, TEACHER)
-    if "latency" in found and teacher is not None and teacher["p50_ms"]:
-        found["latency"] *= clocks.get(clock_of(report), teacher["p50_ms"]) / teacher["p50_ms"]
+    if "latency" in found and (own := teacher_ms(report)):
+        found["latency"] *= clocks.get(teacher_of(report), own) / own
     return found
 
 
-def clock_of(report: Report) -> str:
-    """Return what tells teachers of equal speed."""
-    return f"{report['recipe']['model']['arch']}, {_deployed(report, 'image_size')} px"
+def teacher_of(report: Report) -> str:
+    """Return what tells teachers of different speed."""
+    row = _timed(report, TEACHER)
+    return f"{report['recipe']['model']['arch']}, {row and row['image_size']} px"
 
 
 def teacher_ms(report: Report) -> float | None:
@@ -93,25 +83,28 @@ def _timed(report: Report, name: str | None) -> DeployedRow | None:
     return headline_row(report, name, headline_provider(report))
 
 
-def _deployed(report: Report, key: str) -> float | None:
-    row = _timed(report, deployed_name(report))
-    return row and row[key]  # type: ignore[literal-required]
+def _student(report: Report) -> DeployedRow | None:
+    return _timed(report, deployed_name(report))
 
 
-def _score(report: Report) -> float | None:
-    row = any_row(report, deployed_name(report))
-    return row["score"] if row else first_and_last(report, "score")[1]
+def _score(report: Report, index: int = 1) -> float | None:
+    row = any_row(report, (TEACHER, deployed_name(report))[index])
+    return row["score"] if row else first_and_last(report, "score")[index]
 
 
 def _drop(report: Report) -> float | None:
-    row, student = any_row(report, TEACHER), _score(report)
-    teacher = row["score"] if row else first_and_last(report, "score")[0]
+    teacher, student = _score(report, 0), _score(report)
     return None if teacher is None or student is None else teacher - student
 
 
 def _speedup(report: Report) -> float | None:
-    row = _timed(report, deployed_name(report))
+    row = _student(report)
     return row["speedup"]["ratio"] if row and row["speedup"] else None
+
+
+def _latency(report: Report) -> float | None:
+    row = _student(report)
+    return row and row["p50_ms"]
 
 
 def _size(report: Report) -> float | None:
@@ -120,16 +113,16 @@ def _size(report: Report) -> float | None:
 
 
 def _training(report: Report) -> float:
-    return sum(row["seconds"] or 0.0 for row in report["stages"] if row["stage"] in TRAININGS)
+    return sum(row["seconds"] or 0.0 for row in report["stages"] if row["stage"] in ("prune", "distill", "qat"))
 
 
 MEASURES: dict[str, Measure] = {
-    "score": Measure("Score", "%", True, None, _score),
-    "drop": Measure("Drop from the teacher", "%", False, None, _drop),
-    "latency": Measure("Latency", "ms", False, "bench", lambda report: _deployed(report, "p50_ms")),
-    "speedup": Measure("Speed-up over the teacher", "×", True, "bench", _speedup),
-    "size": Measure("Size", "MB", False, None, _size),
-    "macs": Measure("Multiply-accumulates", "M", False, None, lambda report: first_and_last(report, "macs_m")[1]),
-    "params": Measure("Parameters", "M", False, None, lambda report: first_and_last(report, "params_m")[1]),
-    "training": Measure("Time of pruning and training", "s", False, None, _training),
+    "score": Measure("Score", "%", True, _score),
+    "drop": Measure("Drop from the teacher", "%", False, _drop),
+    "latency": Measure("Latency", "ms", False, _latency, stage="bench"),
+    "speedup": Measure("Speed-up over the teacher", "×", True, _speedup, stage="bench"),
+    "size": Measure("Size", "MB", False, _size),
+    "macs": Measure("Multiply-accumulates", "M", False, lambda report: first_and_last(report, "macs_m")[1]),
+    "params": Measure("Parameters", "M", False, lambda report: first_and_last(report, "params_m")[1]),
+    "training": Measure("Pruning and training", "s", False, _training),
 }

@@ -3,40 +3,42 @@
 import json
 import os
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from compress.commands.search.board import Board, Row, best, progress
 from compress.commands.search.measures import MEASURES
-from compress.commands.search.show import means, place, where
-from compress.commands.search.space import axes
+from compress.commands.search.show import folder, means, where
+from compress.commands.search.space import Axis, axes
 from compress.commands.search.trial import Setup
 from compress.report import charts, numbers
 from compress.report.html import FRAME, template
 
 PICKED = "picked.json"
 WIDE, TALL = 900, 260  # of the parallel coordinates, in the page's pixels
+TOP, BOTTOM = 30.0, 240.0  # of their axes
 
 
-class Dot(NamedTuple):
-    """One trial in a drawing: its place, its words, its run's page."""
+class Trial(NamedTuple):
+    """One trial on the page: its words, its run's page, and what it is: front, inside or outside of the constraints, or its state."""
 
-    x: float
-    y: float
+    row: Row
     text: str
     link: str
-    kind: str  # front, inside, outside (of the constraints)
+    kind: str
 
 
 class Scatter(NamedTuple):
-    """Trials by two measures."""
+    """Trials in a drawing, each with its place, and a line through some."""
 
+    title: str
     x: charts.Axis
     y: charts.Axis
-    titles: tuple[str, str]
-    dots: list[Dot]
-    front: str
+    x_title: str
+    y_title: str
+    dots: list[tuple[float, float, Trial]]
+    line: str
 
 
 class Scale(NamedTuple):
@@ -47,118 +49,97 @@ class Scale(NamedTuple):
     texts: list[tuple[float, str]]
 
 
-class Shown(NamedTuple):
-    """What the page shows of one board."""
-
-    name: str
-    front: Scatter | None
-    covered: Scatter | None
-    importance: dict[str, dict[str, float]]
-    scales: list[Scale]
-    lines: list[Dot]  # their place is the text of an SVG polyline
-    rows: list[tuple[Row, str, str]]  # each with its kind and its link
-
-
 def write_page(setup: Setup, boards: Sequence[Board]) -> Path:
     """Write the page, in one step, and return its path."""
-    page, search = setup.folder / "index.html", setup.search
-    picked = setup.folder / PICKED
-    rows = boards[-1].rows() or boards[0].rows()
+    page, picked = setup.folder / "index.html", setup.folder / PICKED
     text = template("search.html.j2").render(
-        search=search,
+        search=setup.search,
         measures=MEASURES,
         shown=[_shown(setup, board) for board in reversed(boards) if board.rows()],
         picked=json.loads(picked.read_text()) if picked.exists() else None,
-        recommended=next(iter(best(rows, search)), None),
+        recommended=next(iter(best(boards[-1].rows(), setup.search)), None),
         where=where,
         means=means,
     )
-    aside = page.with_name(f".page-{os.getpid()}")
+    aside = page.with_name(f".page-{os.getpid()}")  # other workers write it, too
     aside.write_text(text, encoding="utf-8")
     return aside.rename(page)
 
 
-def _shown(setup: Setup, board: Board) -> Shown:
-    search, rows = setup.search, board.rows()
-    front = [row.number for row in best(rows, search)]
-    links = {
-        row.number: urllib.parse.quote(os.path.relpath(found, setup.folder))
-        for row in rows
-        if (found := place(setup, board, row, search.seeds[0]) / "report" / "index.html").exists()
+def _shown(setup: Setup, board: Board) -> dict[str, object]:
+    """Return what the page shows of one board."""
+    rows = board.rows()
+    front = [row.number for row in best(rows, setup.search)]
+    trials = [_trial(setup, board, row, is_best=row.number in front) for row in rows]
+    done = [trial for trial in trials if trial.row.state == "done"]
+    scales, ways = _parallel(done, setup) if done else ([], [])
+    return {
+        "name": board.name,
+        "scatters": [_front(done, setup), _covered(done, setup)] if done else [],
+        "importance": board.importance(),
+        "scales": scales,
+        "ways": sorted(ways, key=lambda way: way[1].kind == "front"),  # drawn last, above the others
+        "trials": sorted(trials, key=lambda trial: trial.kind != "front"),
     }
-    kinds = {
-        row.number: row.state if row.state != "done" else "front" if row.number in front else "inside" if row.is_allowed else "outside"
-        for row in rows
-    }  # fmt: skip
-    done = [row for row in rows if row.state == "done"]
-    dots = {row.number: Dot(0, 0, _text(row), links.get(row.number, ""), kinds[row.number]) for row in done}
-    scales, lines = _parallel(done, dots, setup)
-    return Shown(
-        name=board.name,
-        front=_front(done, front, dots, setup),
-        covered=_covered(done, dots, setup),
-        importance=board.importance(),
-        scales=scales,
-        lines=lines,
-        rows=[(row, kinds[row.number], links.get(row.number, "")) for row in sorted(rows, key=lambda row: row.number not in front)],
-    )  # fmt: skip
 
 
-def _front(done: Sequence[Row], front: Sequence[int], dots: dict[int, Dot], setup: Setup) -> Scatter | None:
+def _trial(setup: Setup, board: Board, row: Row, *, is_best: bool) -> Trial:
+    page = folder(setup, board, row, setup.search.seeds[0]) / "report" / "index.html"
+    link = urllib.parse.quote(os.path.relpath(page, setup.folder)) if page.exists() else ""
+    names = [name for name in MEASURES if row.mean(name) is not None]
+    measured = ", ".join(f"{name} {text}" for name, text in zip(names, means(row, names), strict=True))
+    kind = "front" if is_best else "inside" if row.is_allowed else "outside"
+    return Trial(row, f"{row.number:03d}: {where(row)}\n{measured}", link, kind if row.state == "done" else row.state)
+
+
+def _front(done: Sequence[Trial], setup: Setup) -> Scatter:
     """Return the trials by the first objective against the second, or against their numbers where there is none."""
-    y_name, *others = setup.search.objectives
-    if not done:
-        return None
-    xs = {row.number: _number(row, others[0]) if others else float(row.number) for row in done}
-    ys = {row.number: _number(row, y_name) for row in done}
-    x = _axis(list(xs.values()), FRAME.left + 8, FRAME.right - 8)
-    y = _axis(list(ys.values()), FRAME.bottom - 14, FRAME.top + 14)
-    placed = {number: dots[number]._replace(x=x.at(xs[number]), y=y.at(ys[number])) for number in xs}
-    steps = sorted((placed[number].x, placed[number].y) for number in front)
-    line = " ".join(f"{a},{b}" for a, b in steps) if others else ""
-    return Scatter(x, y, (_title(others[0]) if others else "Trial", _title(y_name)), list(placed.values()), line)
+    first, second = (*setup.search.objectives, None)[:2]
+    xs = [_number(trial.row, second) if second else float(trial.row.number) for trial in done]
+    ys = [_number(trial.row, str(first)) for trial in done]
+    x, y = _axis(xs, FRAME.left + 8, FRAME.right - 8), _axis(ys, FRAME.bottom - 14, FRAME.top + 14)
+    dots = [(x.at(a), y.at(b), trial) for a, b, trial in zip(xs, ys, done, strict=True)]
+    line = [f"{a},{b}" for a, b, trial in sorted(dots, key=lambda dot: dot[:2]) if trial.kind == "front" and second]
+    titles = _title(second) if second else "Trial", _title(str(first))
+    return Scatter("Every trial; the line is the front", x, y, *titles, dots, " ".join(line))
 
 
-def _covered(done: Sequence[Row], dots: dict[int, Dot], setup: Setup) -> Scatter | None:
+def _covered(done: Sequence[Trial], setup: Setup) -> Scatter:
     """Return the hypervolume after each trial."""
-    values = [100 * value for value in progress(done, setup.search)]
-    if len(values) < 2:
-        return None
-    x = charts.linear_axis([1, len(values)], FRAME.left + 8, FRAME.right - 8)
-    y = charts.linear_axis([0, *values], FRAME.bottom - 14, FRAME.top + 14)
-    placed = [
-        dots[row.number]._replace(x=x.at(n), y=y.at(value))
-        for n, (row, value) in enumerate(zip(done, values, strict=True), start=1)
+    ys = [100 * value for value in progress([trial.row for trial in done], setup.search)]
+    x = charts.linear_axis([1, len(ys) + 1], FRAME.left + 8, FRAME.right - 8)
+    y = charts.linear_axis([0, *ys], FRAME.bottom - 14, FRAME.top + 14)
+    dots = [(x.at(n), y.at(value), trial) for n, (value, trial) in enumerate(zip(ys, done, strict=True), start=1)]
+    words = "Hypervolume, % of the box around all trials"
+    return Scatter("What the trials gained", x, y, "Trials", words, dots, " ".join(f"{a},{b}" for a, b, _ in dots))
+
+
+def _parallel(done: Sequence[Trial], setup: Setup) -> tuple[list[Scale], list[tuple[str, Trial]]]:
+    """Return an upright axis for each axis of the space and each objective, and a line through them for each trial."""
+    own = axes(setup.search)
+    columns = [_upright(axis, [trial.row.point[axis.name] for trial in done]) for axis in own]
+    columns += [
+        _upright(Axis(_title(name), {}), [_number(trial.row, name) for trial in done])
+        for name in setup.search.objectives
     ]
-    line = " ".join(f"{dot.x},{dot.y}" for dot in placed)
-    return Scatter(x, y, ("Trials finished", "Hypervolume, % of the box around all trials"), placed, line)
+    places = [round(80 + index * (WIDE - 160) / max(len(columns) - 1, 1), 1) for index in range(len(columns))]
+    scales = [Scale(title, at, texts) for at, (title, texts, _) in zip(places, columns, strict=True)]
+    ways = [
+        (" ".join(f"{at},{ys[index]}" for at, (_, _, ys) in zip(places, columns, strict=True)), trial)
+        for index, trial in enumerate(done)
+    ]
+    return scales, ways
 
 
-def _parallel(done: Sequence[Row], dots: dict[int, Dot], setup: Setup) -> tuple[list[Scale], list[Dot]]:
-    """Return one upright axis for each axis of the space and each objective, and a line through them for each trial."""
-    search = setup.search
-    columns = [(axis.name, axis) for axis in axes(search)] + [(name, None) for name in search.objectives]
-    gap = (WIDE - 160) / max(len(columns) - 1, 1)
-    scales: list[Scale] = []
-    ways: dict[int, list[str]] = {row.number: [] for row in done}
-    for index, (name, axis) in enumerate(columns if done else ()):
-        at = round(80 + index * gap, 1)
-        if axis is not None and axis.span is None:
-            step = (TALL - 50) / max(len(axis.choices) - 1, 1)
-            places = {label: round(TALL - 20 - number * step, 1) for number, label in enumerate(axis.choices)}
-            scales.append(Scale(name, at, [(y, label) for label, y in places.items()]))
-            ys = {row.number: places[str(row.point[name])] for row in done}
-        else:
-            values = {row.number: float(row.point[name]) if axis else _number(row, name) for row in done}
-            ends = [axis.span.low, axis.span.high] if axis and axis.span else values.values()
-            own = _axis([*values.values(), *ends], TALL - 20, 30)
-            title = name if axis else _title(name)
-            scales.append(Scale(title, at, [(own.at(tick), numbers.tick(tick)) for tick in own.ticks]))
-            ys = {number: own.at(value) for number, value in values.items()}
-        for number, y in ys.items():
-            ways[number].append(f"{at},{y}")
-    drawn = [dots[number]._replace(text=f"{' '.join(way)}|{dots[number].text}") for number, way in ways.items()]
-    return scales, sorted(drawn, key=lambda dot: dot.kind == "front")
+def _upright(axis: Axis, values: Sequence[str | float]) -> tuple[str, list[tuple[float, str]], list[float]]:
+    """Return an axis's title, its texts with their places, and the place of each value."""
+    if axis.choices:
+        step = (BOTTOM - TOP) / max(len(axis.choices) - 1, 1)
+        at: Mapping[str, float] = {label: round(BOTTOM - n * step, 1) for n, label in enumerate(axis.choices)}
+        return axis.name, [(y, label) for label, y in at.items()], [at[str(value)] for value in values]
+    known = [float(value) for value in values]
+    drawn = _axis([*known, *(axis.span.values() if axis.span else ())], BOTTOM, TOP)
+    return axis.name, [(drawn.at(tick), numbers.tick(tick)) for tick in drawn.ticks], [drawn.at(x) for x in known]
 
 
 def _axis(values: Sequence[float], start: float, end: float) -> charts.Axis:
@@ -168,15 +149,8 @@ def _axis(values: Sequence[float], start: float, end: float) -> charts.Axis:
 
 
 def _number(row: Row, name: str) -> float:
-    value = row.mean(name) or 0.0
-    return 100 * value if MEASURES[name].unit == "%" else value
+    return (row.mean(name) or 0.0) * (100 if MEASURES[name].unit == "%" else 1)
 
 
 def _title(name: str) -> str:
     return f"{MEASURES[name].title}, {MEASURES[name].unit}"
-
-
-def _text(row: Row) -> str:
-    names = [name for name in MEASURES if row.mean(name) is not None]
-    measured = ", ".join(f"{name} {text}" for name, text in zip(names, means(row, names), strict=True))
-    return f"{row.number:03d}: {where(row)}\n{measured}"

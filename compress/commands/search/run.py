@@ -2,23 +2,27 @@
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
 from compress.artifact import write_json
 from compress.commands.search.board import Board, Row, Taken, best, losses
 from compress.commands.search.measures import MEASURES, limits, measure
 from compress.commands.search.page import PICKED, write_page
-from compress.commands.search.show import line, print_front, write_tables
-from compress.commands.search.space import grid, probes
+from compress.commands.search.show import front_table, means, where, write_scores
+from compress.commands.search.space import grid
 from compress.commands.search.trial import Crashed, Mode, Refused, Setup, run_trial
 from compress.errors import CompressError
 from compress.pipeline import run_recipe
-from compress.recipe.read import write_recipe
+from compress.recipe.read import read_recipe, write_recipe
 from compress.report.bundling import publish
+from compress.report.screen import screen, show
 
 POLL_S = 1.0
 MOST_CRASHES = 3  # in a row, after which the machine is to blame and not the plan
@@ -30,18 +34,22 @@ def run_search(setup: Setup, *, storage: str | None) -> Path:
 
     Raises CompressError where it cannot be run.
     """
-    boards = open_boards(setup, storage=storage)
+    boards, console = open_boards(setup, storage=storage), Console(stderr=True)
     for board, mode in zip(boards, MODES[setup.search.mode], strict=True):
         if board is not boards[0]:
             board.points = [row.point for row in best(boards[0].rows(), setup.search)]
+        with Live(console=console, auto_refresh=False) as live:  # where nobody watches, a line for each trial
 
-        def told(row: Row, board: Board = board) -> None:
-            sys.stderr.write(f"{line(row, board.rows(), setup.search)}\n")
-            write_page(setup, boards)
+            def told(row: Row, board: Board = board, live: Live = live) -> None:
+                write_page(setup, boards)
+                if console.is_interactive:
+                    live.update(front_table(board, is_over=False), refresh=True)
+                said = row.error or ", ".join(means(row, setup.search.objectives))
+                console.print(Text(f"{board.name} {row.number:03d}: {said} ({where(row)})"), soft_wrap=True)
 
-        work(board, partial(run_trial, setup, board, mode=mode), told=told)
-        write_tables(setup, board)
-        print_front(setup, board)
+            work(board, partial(run_trial, setup, board, mode=mode), told=told)
+        write_scores(setup, board)
+        show(screen(), front_table(board, is_over=True))
     return write_page(setup, boards)
 
 
@@ -51,15 +59,14 @@ def open_boards(setup: Setup, *, storage: str | None) -> list[Board]:
     Raises CompressError where it was started with another recipe or space.
     """
     search = setup.search
-    board = Board(search, setup.folder, name=search.name, storage=storage)
-    board.points = grid(search) if search.sampler == "grid" else None
-    first = next(points for _, points in probes(search))[0]
-    recipes = {name: setup.recipe({**first, "recipe": name}, mode="full") for name in setup.files}
-    dumped = {name: recipe.model_dump(mode="json", exclude={"out"}) for name, recipe in recipes.items()}
-    board.hold({**search.model_dump(mode="json", exclude={"budget"}), "recipes": dumped})
-    if search.mode == "full":
-        return [board]
-    return [board, Board(search, setup.folder, name=f"{search.name}-trained", storage=storage)]
+    content = search.model_dump(mode="json", exclude={"budget"})
+    for name, file in setup.files.items():
+        recipe = read_recipe(file, search.set, data=setup.data, weights=setup.weights)
+        content[f"recipe {name}"] = recipe.model_dump(mode="json", exclude={"out"})
+    names = [search.name] if search.mode == "full" else [search.name, f"{search.name}-trained"]
+    boards = [Board(search, setup.folder, name=name, storage=storage, content=content) for name in names]
+    boards[0].points = grid(search) if search.sampler == "grid" else None
+    return boards
 
 
 def work(
@@ -134,15 +141,10 @@ def pick(setup: Setup, boards: Sequence[Board], text: str) -> Row:
     except ValueError as error:
         raise CompressError(f"--pick: {str(error).removeprefix('constraints: ')}") from error
     done = [row for row in boards[-1].rows() if row.state == "done" and row.is_allowed]
-    met = [row for row in done if all(limit.is_met(_mean(row, limit.measure)) for limit in wanted)]
+    met = [row for row in done if all(limit.is_met(row.mean(limit.measure)) for limit in wanted)]
     if not met:
         limit = wanted[0]
-        near = min(done, key=lambda row: limit.excess(_mean(row, limit.measure)), default=None)
+        near = min(done, key=lambda row: limit.excess(row.mean(limit.measure) or math.inf), default=None)
         closest = f"; the closest has {MEASURES[limit.measure].show(near.mean(limit.measure))}" if near else ""
         raise CompressError(f"--pick: no trial of {len(done)} has {text}{closest}")
     return min(met, key=lambda row: losses(row, setup.search))
-
-
-def _mean(row: Row, name: str) -> float:
-    value = row.mean(name)
-    return math.nan if value is None else value

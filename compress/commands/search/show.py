@@ -1,4 +1,4 @@
-"""What a search found, in the terminal and in tables of every stage and file."""
+"""What a search found, in the terminal and in a table of every stage and file."""
 
 import json
 import statistics
@@ -11,16 +11,10 @@ from rich.text import Text
 
 from compress.commands.search.board import Board, Row, best
 from compress.commands.search.measures import MEASURES
-from compress.commands.search.space import Search
 from compress.commands.search.trial import Setup, trial_name
-from compress.report.screen import screen, show
 from export.onnx_file.roles import ORDER
 
-
-def line(row: Row, rows: Sequence[Row], search: Search) -> str:
-    """Return what to say of a trial that has ended; a star is for the front."""
-    star = "★" if row.number in [one.number for one in best(rows, search)] else " "
-    return f"{star} {row.number:03d}  {row.error or ', '.join(means(row, search.objectives))}  ({where(row)})"
+SEEN = 12  # trials of the front that the terminal shows
 
 
 def where(row: Row) -> str:
@@ -33,37 +27,32 @@ def means(row: Row, names: Sequence[str]) -> list[str]:
     return [_mean(name, row.measured.get(name, ())) for name in names]
 
 
-def print_front(setup: Setup, board: Board) -> None:
-    """Print the front of the board."""
-    search, rows = setup.search, board.rows()
-    found = best(rows, search)
-    title = f"{board.name}: {len(found)} of {len(rows)} trials on the front"
-    if not found:
-        screen().print(Text(f"{title}: none is within {', '.join(search.constraints)}"))
-        return
-    table = Table(box=None, padding=(0, 2), title=title, title_justify="left")
+def front_table(board: Board, *, is_over: bool) -> Table | Text:
+    """Return the board's front as it stands."""
+    search, rows = board.search, board.rows()
+    found, ended = best(rows, search), sum(row.state != "running" for row in rows)
+    title = f"{board.name}: {len(found)} on the front of {ended} trials" + ("" if is_over else ", going on")
+    if not found and search.constraints and ended:
+        return Text(f"{title}; none is within {', '.join(search.constraints)}")
+    table = Table(box=None, padding=(0, 2), title=title, title_justify="left", show_header=bool(found))
     for name in ("Trial", *(MEASURES[name].title for name in search.objectives), "What"):
         table.add_column(name)
-    for row in found:
+    for row in found if is_over else found[:SEEN]:
         table.add_row(*map(Text, (f"{row.number:03d}", *means(row, search.objectives), where(row))))
-    show(screen(), table)
+    return table
 
 
-def write_tables(setup: Setup, board: Board) -> None:
+def write_scores(setup: Setup, board: Board) -> None:
     """Write every score of every trial's stages and files, mean and range over its seeds, as Markdown."""
     done = [row for row in board.rows() if row.state == "done"]
-    scores = {where(row): [_scores(report) for report in reports(setup, board, row)] for row in done}
-    text = "\n".join(_table(scores))
-    (setup.folder / f"{board.name}.md").write_text(f"{text}\n", encoding="utf-8")
+    files = {
+        where(row): [folder(setup, board, row, seed) / "report.json" for seed in setup.search.seeds] for row in done
+    }
+    scores = {point: [_scores(json.loads(path.read_text())) for path in paths] for point, paths in files.items()}
+    (setup.folder / f"{board.name}.md").write_text("\n".join(_table(scores)) + "\n", encoding="utf-8")
 
 
-def reports(setup: Setup, board: Board, row: Row) -> list[Any]:
-    """Return the reports of a trial's runs, by seed; those that are there."""
-    places = [place(setup, board, row, seed) / "report.json" for seed in setup.search.seeds]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in places if path.exists()]
-
-
-def place(setup: Setup, board: Board, row: Row, seed: int) -> Path:
+def folder(setup: Setup, board: Board, row: Row, seed: int) -> Path:
     """Return the folder of a trial's run."""
     return setup.folder / "trials" / trial_name(setup.search, board.name, row.number, seed)
 
@@ -71,19 +60,17 @@ def place(setup: Setup, board: Board, row: Row, seed: int) -> Path:
 def _scores(report: Mapping[str, Any]) -> dict[str, float]:
     """Return every score of a run by name: float stages in PyTorch, files and methods where they were scored."""
     found = {
-        f"{row['stage']} (PyTorch)": row["metrics"]["score"]
+        f"{row['stage']} (PyTorch)": row["metrics"].get("score")
         for row in report["stages"]
         if row["stage"] in ("source", "prune", "distill", "qat")
     }
     files = {row["name"]: row["score"] for row in report["deployed"]}
     found |= {name: files[name] for name in (*ORDER, *files) if name in files}
     for target, ptq in ((report.get("ptq") or {}).get("targets") or {}).items():
-        found |= {
-            f"PTQ {row['engine']} {row['method']}, {target}"
-            + (" (PyTorch)" if row["scored_in"] == "pytorch" else ""): row["score"]
-            for row in ptq["methods"]
-        }
-    return {name: float(value) for name, value in found.items() if value is not None}
+        for row in ptq["methods"]:
+            place = " (PyTorch)" if row["scored_in"] == "pytorch" else ""
+            found[f"PTQ {row['engine']} {row['method']}, {target}{place}"] = row["score"]
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _table(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> Iterator[str]:
@@ -91,16 +78,15 @@ def _table(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> Iterator[str]
     yield "| what | score, mean | range over seeds | seeds |\n|---|---|---|---|"
     for name in dict.fromkeys(name for trial in scores.values() for one in trial for name in one):
         values = {point: [one[name] for one in trial if name in one] for point, trial in scores.items()}
-        shared = len({tuple(numbers) for numbers in values.values()}) == 1
-        for point, numbers in list(values.items())[: 1 if shared else None]:
-            if numbers:
-                low, high = 100 * min(numbers), 100 * max(numbers)
-                mean = f"{100 * statistics.mean(numbers):.2f} %"
-                yield f"| {name}{'' if shared else f', {point}'} | {mean} | {low:.2f} to {high:.2f} | {len(numbers)} |"
+        is_shared = len({tuple(own) for own in values.values()}) == 1
+        for point, own in list(values.items())[: 1 if is_shared else None]:
+            if own:
+                what = name if is_shared else f"{name}, {point}"
+                low, high = 100 * min(own), 100 * max(own)
+                yield f"| {what} | {100 * statistics.mean(own):.2f} % | {low:.2f} to {high:.2f} | {len(own)} |"
 
 
 def _mean(name: str, values: Sequence[float]) -> str:
-    shown = MEASURES[name].show(statistics.mean(values) if values else None)
-    if len(values) < 2:
-        return shown
-    return f"{shown} ({MEASURES[name].show(min(values))} to {MEASURES[name].show(max(values))})"
+    show = MEASURES[name].show
+    shown = show(statistics.mean(values) if values else None)
+    return shown if len(values) < 2 else f"{shown} ({show(min(values))} to {show(max(values))})"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from compress.commands.search.board import Board, Taken
-from compress.commands.search.measures import MEASURES, clock_of, limits, measure, teacher_ms
+from compress.commands.search.measures import MEASURES, limits, measure, teacher_ms, teacher_of
 from compress.commands.search.space import Point, Search, axes, probes, read_search
 from compress.errors import CompressError, RecipeError
 from compress.recipe.read import read_recipe, write_recipe
@@ -101,7 +101,7 @@ def run_trial(setup: Setup, board: Board, taken: Taken, mode: Mode) -> dict[str,
         if recipe.model.weights is None:  # the first seed's teacher teaches all: the spread is the student's
             source = setup.folder / "trials" / name / report["stages"][0]["directory"]
             teacher = [f"model.weights={json.dumps(str((source / 'weights.safetensors').resolve()))}"]
-        board.set_clock(clock_of(report), teacher_ms(report))
+        board.set_clock(teacher_of(report), teacher_ms(report))
         found.append(measure(report, board.clocks))
     if lacking := [name for name in setup.wanted if not all(name in one for one in found)]:
         raise Refused(f"its run measured no {' and no '.join(lacking)}")
