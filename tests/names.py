@@ -5,6 +5,7 @@ import torchvision
 
 from compress.models.architectures import torchvision_names
 from compress.models.cifar import CIFAR_NETWORKS
+from compress.models.detectors import BUILDERS
 from compress.models.known import LIST, OWN
 
 
@@ -14,6 +15,7 @@ def listing() -> str:
         ("torchvision", torchvision.__version__.partition("+")[0], torchvision_names()),
         ("timm", timm.__version__, timm.list_models()),
         ("cifar", OWN, CIFAR_NETWORKS),
+        *((kind, OWN, backbones) for kind, (_, backbones) in BUILDERS.items()),
     )  # fmt: skip
     return "".join(f"{name} {version} {' '.join(sorted(names))}\n" for name, version, names in lines)
 

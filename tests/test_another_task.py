@@ -106,7 +106,12 @@ def loss(outputs: torch.Tensor, truths: torch.Tensor, *, label_smoothing: float)
 
 
 TASK = Task(
-    BRIGHTNESS, open_digits, write, loss, rows=lambda outputs, _truths: outputs, truth_rows=lambda truths: truths
+    BRIGHTNESS,
+    open_digits,
+    write,
+    loss,
+    rows=lambda outputs, _truths: outputs,
+    truth_rows=lambda _outputs, truths: truths,
 )
 
 RECIPE = """

@@ -46,8 +46,7 @@ REFUSED = [
     ("Noisy", ("export",), "export: Noisy: its ONNX file answers otherwise than it does in PyTorch", None),
     ("Noisy", ("ptq", "export"), "ptq: Noisy: its graph gives other outputs than its forward", None),
     ("Bessel", ("export",), "export: Bessel: cannot be written as ONNX (No ONNX function found for", None),
-    ("Shared", ("distill", "ptq"), "ptq: second: runs again in the same forward", "x = F.relu(self.second(x))"),
-    ("Shared", ("ptq", "qat", "export"), "ptq and qat: second: runs again", "x = F.relu(self.second(x))"),
+    ("OnValues", ("ptq", "qat", "export"), "ptq and qat: OnValues: its forward cannot be", "if x.max() > 10:"),
 ]
 
 
@@ -91,9 +90,9 @@ def test_a_pattern_that_names_no_layer_is_refused_before_anything_trains(
 
 
 def test_a_refusal_comes_after_a_finished_teacher_too(tmp_path: Path) -> None:
-    assert run(recipe(tmp_path, "Shared")) == 0
-    with pytest.raises(CompressError, match="second: runs again"):
-        run(recipe(tmp_path, "Shared", "distill", "ptq"))
+    assert run(recipe(tmp_path, "OneByOne")) == 0
+    with pytest.raises(CompressError, match="its forward cannot be one graph"):
+        run(recipe(tmp_path, "OneByOne", "distill", "ptq"))
     assert list((tmp_path / "refused").glob("*distill*")) == []
 
 

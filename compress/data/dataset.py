@@ -14,7 +14,6 @@ from compress.data.named import NAMED, Arrays, NamedSet
 from compress.data.split import held_out, limited
 from export.errors import DataError
 from export.images.folders import Listing
-from export.images.masks import MaskListing
 from export.images.preprocess import Preprocess
 from export.images.read import digest
 
@@ -61,7 +60,7 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     if name not in NAMED and files.listing is None:
         raise DataError(f"{name}: has no label for each image; it is for another task than {settings.task}")
     found = files.listing or NAMED[name](settings.path)
-    assert not isinstance(found, MaskListing), "the task lists folders of its own kind"
+    assert isinstance(found, Listing | NamedSet), "the task lists folders of its own kind"
     labels = _train_labels(found)
     val = None
     if found.val is None:

@@ -13,6 +13,7 @@ from compress.artifact import digests_of
 from compress.log import clock
 from compress.ranks import rank
 from export.errors import DataError
+from export.images.annotations import BoxListing
 from export.images.folders import TRAIN, Listing, count, first, list_folder
 from export.images.masks import MaskListing
 from export.tasks import TASKS
@@ -67,7 +68,7 @@ class DataSettings:
 class Given:
     """What a person's folder holds: its listing, where it is an `imagefolder`, and the digest of every file that can be read, by its path."""
 
-    listing: Listing | MaskListing | None
+    listing: Listing | MaskListing | BoxListing | None
     digests: dict[str, str]
 
 
@@ -181,13 +182,13 @@ def training_folder(root: Path) -> Listing:
     return listing
 
 
-def refuse_untrainable(listing: Listing | MaskListing) -> None:
-    """Raise `DataError` where a folder brings no training images or fewer than two classes."""
+def refuse_untrainable(listing: Listing | MaskListing | BoxListing) -> None:
+    """Raise `DataError` where a folder brings no training images, or one class folder."""
     if not listing.train:
         raise DataError(
             f"{listing.root}: has a validation split but no {TRAIN}/; training images belong in {listing.place(TRAIN)}"
         )
-    if len(listing.classes) == 1:
+    if isinstance(listing, Listing) and len(listing.classes) == 1:
         raise DataError(
             f"{listing.root}: has one class folder ({listing.classes[0]}); give each class a folder of its own, two classes at least"
         )

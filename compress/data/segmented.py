@@ -15,7 +15,7 @@ from compress.data.images import ArrayImages, FileImages
 from compress.data.placed import ArrayMasks, mask_files
 from compress.data.scenes import CLASSES as SCENE_CLASSES
 from compress.data.scenes import SCENES, Scenes, draw_scenes
-from compress.data.split import held_out, limited
+from compress.data.split import parts_of
 from export.errors import DataError
 from export.images.decode import BrokenImage
 from export.images.masks import CLASSES, IMAGES, MASKS, MaskListing, Pair
@@ -61,7 +61,7 @@ def open_masks(settings: DataSettings, augmentation: Augmentation) -> Dataset:
 
 
 def _of_folder(listing: MaskListing, settings: DataSettings, preprocess: Preprocess) -> tuple[Lazy, Lazy]:
-    train, out = _parts(len(listing.train), listing.val is not None, settings)
+    train, out = parts_of(len(listing.train), settings, has_validation=listing.val is not None)
     judged = [listing.train[index] for index in out] if listing.val is None or settings.tuning else list(listing.val)
     trained = [listing.train[index] for index in train]
     return _files(listing, trained, settings, preprocess), _files(listing, judged, settings, preprocess)
@@ -75,7 +75,7 @@ def _files(listing: MaskListing, pairs: list[Pair], settings: DataSettings, prep
 
 def _of_scenes(settings: DataSettings, preprocess: Preprocess) -> tuple[Lazy, Lazy]:
     drawn = draw_scenes(SCENES[settings.name], "train", size=preprocess.resize_to, seed=settings.seed)
-    train, out = _parts(len(drawn.images), True, settings)
+    train, out = parts_of(len(drawn.images), settings, has_validation=True)
     if settings.tuning:
         return _arrays(drawn, train, preprocess), _arrays(drawn, out, preprocess)
     judged = draw_scenes(SCENES[settings.name], "val", size=preprocess.resize_to, seed=settings.seed)
@@ -85,17 +85,6 @@ def _of_scenes(settings: DataSettings, preprocess: Preprocess) -> tuple[Lazy, La
 def _arrays(scenes: Scenes, chosen: np.ndarray, preprocess: Preprocess) -> ArrayImages:
     labels = torch.zeros(len(chosen), dtype=torch.int64)
     return ArrayImages(scenes.images[chosen], labels, placed=ArrayMasks(scenes.masks[chosen], preprocess))
-
-
-def _parts(n: int, has_validation: bool, settings: DataSettings) -> tuple[np.ndarray, np.ndarray]:
-    """Return which of n training images are trained on, and which are held out of them to judge by."""
-    strata, train, out = np.zeros(n, np.int64), np.arange(n), np.empty(0, np.int64)
-    for _ in range((not has_validation) + settings.tuning):  # a tuning split leaves validation unseen
-        chosen = held_out(strata[train], ("images",), fraction=settings.val_fraction, seed=settings.seed)
-        out, train = train[chosen], np.delete(train, chosen)
-    if settings.limit_per_class is not None:
-        train = train[limited(strata[train], 1, per_class=settings.limit_per_class, seed=settings.seed)]
-    return train, out
 
 
 def write_masks(dataset: Dataset, folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from compress.data.digest import DataSettings
 from export.errors import DataError
 
 
@@ -23,6 +24,17 @@ def held_out(labels: np.ndarray, classes: tuple[str, ...], *, fraction: float, s
 def limited(labels: np.ndarray, num_classes: int, *, per_class: int, seed: int) -> np.ndarray:
     """Return the indices, in order, of so many images of each class."""
     return np.sort(np.concatenate([members[:per_class] for members in _shuffled(labels, num_classes, seed)]))
+
+
+def parts_of(n: int, settings: DataSettings, *, has_validation: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return which of n training images without a class are trained on, and which are held out of them to judge by."""
+    strata, train, out = np.zeros(n, np.int64), np.arange(n), np.empty(0, np.int64)
+    for _ in range((not has_validation) + settings.tuning):  # a tuning split leaves validation unseen
+        chosen = held_out(strata[train], ("images",), fraction=settings.val_fraction, seed=settings.seed)
+        out, train = train[chosen], np.delete(train, chosen)
+    if settings.limit_per_class is not None:
+        train = train[limited(strata[train], 1, per_class=settings.limit_per_class, seed=settings.seed)]
+    return train, out
 
 
 def sampled(labels: np.ndarray, num_classes: int, *, images: int, seed: int) -> np.ndarray:

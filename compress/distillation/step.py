@@ -205,7 +205,7 @@ def _value(
         return torch.stack([loss.function(mine, taught.features[path], **settings) for mine, path in pairs]).sum()
     both = task.rows(outputs, truths), task.rows(taught.logits, truths)
     both = (logits.standardized(both[0]), logits.standardized(both[1])) if term.standardize else both
-    return loss.function(*both, *([task.truth_rows(truths)] if loss.labelled else []), **settings)
+    return loss.function(*both, *([task.truth_rows(outputs, truths)] if loss.labelled else []), **settings)
 
 
 def _adapter(term: FeatureTerm, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> nn.Module:

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from compress.errors import ModelError
 from compress.models.cifar import CIFAR_NETWORKS
+from compress.models.detectors import BUILDERS, KINDS, build_detector, torchvision_detector
 from compress.models.digest import existing_file, local_modules
 from compress.models.known import check_name, suggestion
 
@@ -37,6 +39,8 @@ def build(arch: str, *, num_classes: int, trust_code: bool = False) -> nn.Module
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:
     check_name("torchvision", name, torchvision_names())
+    if name in KINDS:
+        return torchvision_detector(name, num_classes)
     if name not in _segmentation():
         model: nn.Module = torchvision.models.get_model(
             name, weights=None, num_classes=num_classes, **_EXTRA.get(name, {})
@@ -48,8 +52,8 @@ def _torchvision(name: str, num_classes: int) -> nn.Module:
 
 
 def torchvision_names() -> tuple[str, ...]:
-    """Return torchvision's classifiers and segmentation networks."""
-    return (*torchvision.models.list_models(module=torchvision.models), *_segmentation())
+    """Return torchvision's classifiers, segmentation networks and detectors."""
+    return (*torchvision.models.list_models(module=torchvision.models), *_segmentation(), *KINDS)
 
 
 def _segmentation() -> tuple[str, ...]:
@@ -78,7 +82,12 @@ def _cifar(name: str, num_classes: int) -> nn.Module:
     return CIFAR_NETWORKS[name](num_classes)
 
 
-LIBRARIES: dict[str, Callable[[str, int], nn.Module]] = {"torchvision": _torchvision, "timm": _timm, "cifar": _cifar}
+LIBRARIES: dict[str, Callable[[str, int], nn.Module]] = {
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "cifar": _cifar,
+    **{kind: partial(build_detector, kind) for kind in BUILDERS},
+}
 
 
 def import_timm() -> ModuleType:

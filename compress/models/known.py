@@ -18,6 +18,7 @@ LACKS = {
     "torchvision": "torchvision has no network",
     "timm": "timm has no model",
     "cifar": "there is no network for CIFAR",
+    **dict.fromkeys(("ssd", "ssdlite", "retinanet", "fcos"), "there is no backbone"),
 }
 
 

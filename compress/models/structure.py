@@ -69,12 +69,13 @@ def classifier(model: nn.Module) -> str:
     return paths[ran[-1]]
 
 
-def check_output(model: nn.Module, *, image_size: int, shape: tuple[int, ...]) -> None:
+def check_output(model: nn.Module, *, image_size: int, shape: tuple[int | None, ...]) -> None:
     """Raise `ModelError` unless the network turns (n, 3, image_size, image_size) into logits (n, *shape)."""
     output = _run(model, image_size)
-    if not isinstance(output, Tensor) or output.shape != (1, *shape):
+    sizes = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
+    if len(sizes) != len(shape) or any(wanted not in (None, size) for wanted, size in zip(shape, sizes, strict=True)):
         found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
-        wanted = ", ".join(map(str, shape))
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ModelError(
             f"{type(model).__name__}: must return logits of shape (n, {wanted}), returned {found} for one image"
         )

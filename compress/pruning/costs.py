@@ -1,7 +1,7 @@
 """What a cut costs or saves: every layer's width, multiply-accumulates and parameters as functions of the channels that stay."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,9 +37,10 @@ def measure_layers(model: nn.Module, images: torch.Tensor) -> list[Layer]:
 
     def record(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         # Every input pixel of a transposed convolution meets all weights, every output pixel of another.
-        found[names[module]] = _layer(
-            names[module], module, inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
-        )
+        name, pixels = names[module], inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
+        layer = _layer(name, module, pixels)
+        before = found.get(name)  # a detector's head runs on every level of its pyramid
+        found[name] = layer if before is None else replace(layer, macs=before.macs + layer.macs)
 
     kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
     hooks = [module.register_forward_hook(record) for module in names if isinstance(module, kinds)]

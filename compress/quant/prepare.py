@@ -1,16 +1,18 @@
 """Turn a float network into one that trains for INT8 (`prepare`), steer its phases, and turn that into its deployed form (`deploy`)."""
 
 import copy
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, fx, nn
 
-from compress.errors import ModelError, matching, own_line
+from compress.errors import matching
 from compress.quant.deployed import DeployedQuantizer, DeployedSameRange, FloatGuard
 from compress.quant.fake_quant import ActivationQuantizer, HardSigmoidQuantizer, Ranges, SameRange
 from compress.quant.graph.placement import (
     CLIPS,
+    JOINS,
     LAYERS,
     NORMS,
     is_kernel,
@@ -45,11 +47,12 @@ def prepare(
     `images` (n, channels, h, w) tell the sizes; their values do not matter.
 
     `ranges` says how scales are found: measured, or learned with the weights (LSQ). `keep_float` holds shell patterns of the layers' paths
-    that stay plain. Raises ModelError where the network cannot be traced, uses a layer twice, or has no layer that a pattern names.
+    that stay plain, as heads whose outputs are joined to the network's own do. A layer that runs again becomes a layer of its own, with the
+    same weights. Raises ModelError where the network cannot be traced, or has no layer that a pattern names.
     """
     graph = traced(model, images)
-    _refuse_shared_layers(graph)
-    kept = matching("qat.keep_float", keep_float, groups(graph))
+    _part_shared_layers_(graph)
+    kept = {*matching("qat.keep_float", keep_float, groups(graph)), *heads(graph)}
     for name, module in graph.named_modules():
         if type(module) in PLAIN and name not in kept:
             module.__class__ = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
@@ -66,6 +69,23 @@ def prepare(
 def groups(graph: fx.GraphModule) -> tuple[str, ...]:
     """Return the paths of a traced network's layers that can be quantized, or are, in the order they run."""
     return tuple(str(node.target) for node in graph.graph.nodes if called(graph, node) in (*PLAIN, *LAYERS))
+
+
+def heads(graph: fx.GraphModule) -> tuple[str, ...]:
+    """Return the paths of the layers whose outputs are only moved and joined before they leave the network: a detector's last convolutions.
+
+    No integer kernel reads them, and their grid would be the answer's.
+    """
+    # Whether a node's values leave the network by moves and joins alone, and whether there is a join among them.
+    ends = {node: node.op == "output" for node in graph.graph.nodes}
+    joined = dict.fromkeys(ends, False)
+    for node in reversed(graph.graph.nodes):
+        if node.op == "output":
+            continue
+        moves = [user.op == "output" or called(graph, user) in JOINS or keeps_range(graph, user) for user in node.users]
+        ends[node] = bool(moves) and all(moves) and all(ends[user] for user in node.users)
+        joined[node] = any(joined[user] or called(graph, user) in JOINS for user in node.users)
+    return tuple(str(node.target) for node in ends if called(graph, node) in PLAIN and ends[node] and joined[node])
 
 
 def quantizers(model: nn.Module) -> Iterator[ActivationQuantizer]:
@@ -161,7 +181,7 @@ def float_on_purpose(prepared: fx.GraphModule) -> dict[str, str]:
 def _reason(graph: fx.GraphModule, node: fx.Node) -> str:
     what = called(graph, node)
     if what in PLAIN:
-        return "keep_float names it"
+        return "its output leaves the network" if str(node.target) in heads(graph) else "keep_float names it"
     if not is_kernel(graph, node):
         kind = what if isinstance(what, str) else getattr(what, "__name__", str(what)).partition(".")[0]
         return f"ONNX Runtime has no integer kernel for {kind}"
@@ -218,11 +238,16 @@ def _sink(graph: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None:
     return None
 
 
-def _refuse_shared_layers(graph: fx.GraphModule) -> None:
-    """Refuse a convolution or linear layer that runs twice: its inputs have two grids, its int32 bias can only have one."""
-    seen: set[str] = set()
+def _part_shared_layers_(graph: fx.GraphModule) -> None:
+    """Give each further run of a layer a copy: its inputs have another grid, and an int32 bias can only have one (a detector's shared heads)."""
+    runs: Counter[str] = Counter()
+    alone = heads(graph)
     for node in graph.graph.nodes:
-        if called(graph, node) in PLAIN and node.target in seen:
-            where = own_line(node.stack_trace or "")
-            raise ModelError(f"{node.target}: runs again in the same forward{where}; give each use a layer of its own")
-        seen.add(str(node.target))
+        path = str(node.target)
+        if called(graph, node) not in (*PLAIN, *QUANTIZED_NORMS) or path in alone:
+            continue
+        runs[path] += 1
+        if runs[path] > 1:
+            node.target = f"{path}_run{runs[path]}"
+            graph.add_submodule(node.target, copy.deepcopy(graph.get_submodule(path)))
+    graph.recompile()

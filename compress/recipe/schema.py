@@ -52,7 +52,7 @@ class Data(Section):
     dataset: Literal[
         "digits", "imagefolder", "cifar10", "cifar100", "fashion_mnist", "imagenette", "scenes", "scenes_hard"
     ] = "digits"
-    """The data set; `digits` is embedded in scikit-learn, `scenes` are made of them (for segmentation), `imagefolder` reads `path` (and is meant where only `path` is given), the others download to `path`."""
+    """The data set; `digits` is embedded in scikit-learn, `scenes` are made of them (for segmentation and detection), `imagefolder` reads `path` (and is meant where only `path` is given), the others download to `path`."""
     path: PathText | None = None
     """The folder that holds the data set."""
     image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
@@ -99,7 +99,7 @@ class Model(Section):
     """The teacher's network and where its weights come from."""
 
     arch: Arch
-    """`torchvision:NAME`, `timm:NAME`, `cifar:NAME` (32-pixel networks of the papers), or `file.py:factory` (a person's own; needs --trust-code)."""
+    """`torchvision:NAME`, `timm:NAME`, `cifar:NAME` (32-pixel networks of the papers), a detector as `ssd:`, `ssdlite:`, `retinanet:` or `fcos:BACKBONE`, or `file.py:factory` (a person's own; needs --trust-code)."""
     weights: PathText | None = None
     """A state dict (.safetensors, .pt, .pth or .ckpt; in torch's files other entries are left aside), or the library's named weights as `torchvision:IMAGENET1K_V2` or `timm:TAG`; null trains here."""
     reset_head: bool = False

@@ -10,7 +10,10 @@ NAME = r"^[a-z0-9][a-z0-9_\-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME)]  # of what becomes a folder
 PathText = Annotated[str, Field(min_length=1)]
 Arch = Annotated[
-    str, Field(pattern=r"^(torchvision:[a-z0-9_]+|timm:[A-Za-z0-9_.\-]+|cifar:[a-z0-9_]+|.+\.py:[A-Za-z_]\w*)$")
+    str,
+    Field(
+        pattern=r"^((torchvision|cifar|ssd|ssdlite|retinanet|fcos):[a-z0-9_]+|timm:[A-Za-z0-9_.\-]+|.+\.py:[A-Za-z_]\w*)$"
+    ),
 ]
 
 

@@ -1,9 +1,10 @@
 """The tasks that networks are trained for. To add one, write its file here and in `export/tasks/`, and its row in both tables."""
 
 from compress.tasks.classification import CLASSIFICATION
+from compress.tasks.detection import DETECTION
 from compress.tasks.segmentation import SEGMENTATION
 from compress.tasks.task import Task, evaluate
 
-TASKS: dict[str, Task] = {"classification": CLASSIFICATION, "segmentation": SEGMENTATION}
+TASKS: dict[str, Task] = {"classification": CLASSIFICATION, "segmentation": SEGMENTATION, "detection": DETECTION}
 
 __all__ = ["TASKS", "Task", "evaluate"]

@@ -23,7 +23,7 @@ def rows(outputs: Tensor, truths: Tensor) -> Tensor:
     return by_pixel
 
 
-def truth_rows(truths: Tensor) -> Tensor:
+def truth_rows(_outputs: Tensor, truths: Tensor) -> Tensor:
     """Return the class of every judged pixel, (pixels,)."""
     return truths[truths != IGNORED].long()
 

@@ -30,8 +30,8 @@ class Task:
     """(outputs, truths, label_smoothing=) to (): what plain training minimizes, a mean over images."""
     rows: Callable[[Tensor, Tensor], Tensor]
     """(outputs, truths) to logits (rows, classes), on which every loss between logits works."""
-    truth_rows: Callable[[Tensor], Tensor]
-    """Truths to one for each of those rows."""
+    truth_rows: Callable[[Tensor, Tensor], Tensor]
+    """(outputs, truths) to one truth for each of those rows."""
 
 
 @torch.inference_mode()

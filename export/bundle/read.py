@@ -329,7 +329,15 @@ def preprocess_of(document: Mapping[str, object]) -> Preprocess:
             defect="bad_content",
         )
     mean, std = (tuple(map(float, numbers[key])) for key in ("mean", "std"))
-    return Preprocess(size, resize_to, mean, std, upright=orientation == UPRIGHT, ignore_index=ignore)
+    return Preprocess(
+        size,
+        resize_to,
+        mean,
+        std,
+        upright=orientation == UPRIGHT,
+        ignore_index=ignore,
+        stretch=document.get("crop") == "none",
+    )
 
 
 def is_number(value: object) -> bool:

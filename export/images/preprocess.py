@@ -17,7 +17,7 @@ IGNORED = 255  # in a mask, once read: a pixel that is neither learned from nor 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize the shorter side, crop the centre, scale to [0, 1], normalize each channel (red, green, blue).
+    """Resize the shorter side and crop the centre, or `stretch` the whole image to the square, scale to [0, 1], normalize each channel (red, green, blue).
 
     `upright` turns photographs as their EXIF orientation says; networks trained before that was done have seen them as stored.
     `ignore_index` is what mask files hold where nothing is judged, 255 where that is None.
@@ -29,6 +29,7 @@ class Preprocess:
     std: tuple[float, ...]
     upright: bool = True
     ignore_index: int | None = None
+    stretch: bool = False
 
     def pixels(self, image: "Image.Image") -> NDArray[np.uint8]:
         """Return the centre of the resized RGB image, (size, size, 3); longer side and crop round down.
@@ -46,6 +47,9 @@ class Preprocess:
         return self._centre(image, Image.Resampling.NEAREST)
 
     def _centre(self, image: "Image.Image", resampling: "Image.Resampling") -> NDArray[np.uint8]:
+        if self.stretch:
+            square = (self.image_size, self.image_size)
+            return np.asarray(image if image.size == square else image.resize(square, resampling))
         width, height = image.size
         shorter = min(width, height)
         if shorter != self.resize_to:
@@ -71,10 +75,10 @@ class Preprocess:
             "std": self.std,
             "orientation": UPRIGHT if self.upright else AS_STORED,
             "sixteen_bits": "floor(value / 256)",
-            "resize_longer": "floor(resize_to * longer / shorter)",
+            "resize_longer": "image_size" if self.stretch else "floor(resize_to * longer / shorter)",
             "interpolation": "bilinear (antialias)",
-            "crop": "center",
-            "crop_offset": "floor((length - image_size) / 2)",
+            "crop": "none" if self.stretch else "center",
+            "crop_offset": "0" if self.stretch else "floor((length - image_size) / 2)",
             "color": "RGB",
             "scale": 1 / 255,
             "layout": "NCHW",

@@ -2,10 +2,11 @@
 
 from export.errors import BundleError
 from export.tasks.classification import CLASSIFICATION
+from export.tasks.detection import DETECTION
 from export.tasks.segmentation import SEGMENTATION
 from export.tasks.task import OutputTask
 
-TASKS: dict[str, OutputTask] = {"classification": CLASSIFICATION, "segmentation": SEGMENTATION}
+TASKS: dict[str, OutputTask] = {"classification": CLASSIFICATION, "segmentation": SEGMENTATION, "detection": DETECTION}
 
 
 def task_named(name: str) -> OutputTask:

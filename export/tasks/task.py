@@ -12,6 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
 
+from export.images.annotations import BoxListing
 from export.images.folders import Listing
 from export.images.masks import MaskListing
 from export.images.preprocess import Preprocess
@@ -67,15 +68,15 @@ class OutputTask:
 
     name: str
     metric: Metric
-    output_shape: Callable[[int, int], tuple[int, ...]]
-    """(classes, image size) to the shape of one image's output."""
+    output_shape: Callable[[int, int], tuple[int | None, ...]]
+    """(classes, image size) to the shape of one image's output; None where the network decides."""
     check_output: Callable[[str, tuple[int | None, ...], Sequence[str]], None]
     """(file, shape of its output, labels): raises BundleError where they do not fit."""
     truths: Callable[[Sequence[Any], tuple[int, ...]], Array]
     """The truths that JSON holds, given the shape of one image's output; raises BundleError for what is none."""
     truths_json: Callable[[Array], Sequence[Any]]
     """Truths as JSON holds them, one value for each image."""
-    listing: Callable[[Path], Listing | MaskListing]
+    listing: Callable[[Path], Listing | MaskListing | BoxListing]
     """The files of a folder with images and their truths; raises DataError where that is none."""
     examples: Callable[[Path, Preprocess, Sequence[str]], Examples]
     """The images of a folder or file with their truths; raises DataError where they do not fit the labels."""

@@ -12,6 +12,7 @@ from networks import Mobile, Residual, lively
 from torch import fx, nn
 
 from compress.errors import ModelError
+from compress.quant.calibrate import calibrate_
 from compress.quant.fake_quant import (
     ActivationQuantizer,
     fake_quantize_weight,
@@ -167,18 +168,28 @@ def test_the_audit_names_a_convolution_that_stays_float(tmp_path: Path) -> None:
     assert len(audit(tmp_path / "model.onnx").float_layers) == 7
 
 
-def test_a_layer_that_runs_twice_is_refused() -> None:
+def test_a_layer_that_runs_twice_becomes_two_with_the_same_weights(tmp_path: Path) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv = nn.Conv2d(3, 3, 1)
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+            self.first = nn.Conv2d(3, 8, 3, padding=1)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = self.conv(self.conv(x))
+            out: torch.Tensor = self.conv(self.conv(self.first(x)).relu()).relu().mean((2, 3))
             return out
 
-    with pytest.raises(ModelError, match="conv: runs again in the same forward"):
-        prepare(Twice(), TARGETS["cpu_vnni"], EXAMPLE)
+    model = Twice()
+    prepared = prepare(model, TARGETS["cpu_vnni"], EXAMPLE)
+    calibrate_(prepared, [torch.rand(8, *EXAMPLE.shape[1:])], "minmax")
+    assert groups(prepared) == ("first", "conv", "conv_run2")
+    quantize_only_(prepared, ())
+    with torch.no_grad():
+        assert torch.allclose(prepared(EXAMPLE), model(EXAMPLE), atol=1e-5)
+    quantize_only_(prepared, None)
+    to_onnx(deploy(prepared), tmp_path / "model.onnx", image_size=EXAMPLE.shape[-1], metadata={})
+    found = audit(tmp_path / "model.onnx")
+    assert (len(found.integer_layers), len(found.float_layers)) == (3, 0)
 
 
 def onnxruntimes_answers(prepared: fx.GraphModule, images: torch.Tensor, path: Path) -> np.ndarray:

@@ -107,7 +107,7 @@ def test_the_loss_and_the_rows_leave_out_what_nobody_judges() -> None:
     assert outputs.grad is not None
     assert outputs.grad[1, :, 1, 1].abs().sum() == 0
     assert TASK.rows(outputs, truths).argmax(1).tolist() == [0, 1, 1, 1, 0, 0, 2]
-    assert TASK.truth_rows(truths).tolist() == [0, 0, 1, 1, 0, 1, 2]
+    assert TASK.truth_rows(outputs, truths).tolist() == [0, 0, 1, 1, 0, 1, 2]
 
 
 def test_an_image_that_nobody_judges_has_no_loss() -> None:

@@ -38,7 +38,8 @@ ADAPTIVE_POOLS, POOLS, MEANS = (F.adaptive_avg_pool2d,), (F.avg_pool2d,), (torch
 TABLES = (torch.sigmoid, F.leaky_relu)
 HARD_SIGMOIDS = (F.hardsigmoid,)
 KEEP_RANGE = (F.max_pool2d, F.channel_shuffle, torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze,
-              operator.getitem, torch.ops.aten.slice.Tensor, torch.ops.aten.select.int)  # fmt: skip
+              operator.getitem, torch.ops.aten.slice.Tensor, torch.ops.aten.select.int,
+              torch.ops.aten.upsample_nearest2d.vec)  # fmt: skip
 TUPLES = (torch.chunk, torch.split)
 NO_OPS = TUPLES  # leave no operator that a Q/DQ pair could stand behind
 

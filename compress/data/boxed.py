@@ -1,0 +1,193 @@
+"""Open a data set of images with boxes, move the boxes with an image's view, and write its validation images."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from compress.data.augment import Augmentation
+from compress.data.dataset import Dataset, in_memory
+from compress.data.digest import NATIVE_SIZE, DataSettings, dataset_digest, given
+from compress.data.images import ArrayImages, FileImages
+from compress.data.scenes import CLASSES, SCENES, Scenes, draw_scenes
+from compress.data.split import parts_of
+from compress.data.stored import Stored
+from compress.data.views import Boxes
+from export.errors import DataError
+from export.images.annotations import BoxListing, table_of
+from export.images.decode import BrokenImage
+from export.images.preprocess import Preprocess
+
+Lazy = FileImages | ArrayImages
+Frame = Stored | None  # says how large the stored images are
+
+
+@dataclass(frozen=True)
+class PlacedBoxes:
+    """The boxes of a set of images, float32 (n, most of one image, 6): class (-1 for none), corners as fractions of the image, crowd.
+
+    `frames` are the images as evaluation sees them and whole, once they are in memory; `files` are where they lie until then.
+    """
+
+    boxes: Tensor
+    files: FileImages | None = None
+    frames: tuple[Frame, Frame] = (None, None)
+
+    def begin(self, _area: int) -> "PlacedBoxes":
+        """Boxes are in memory already."""
+        return self
+
+    def put_(self, _index: int, _size: tuple[int, int], _kept: tuple[int, int]) -> None:
+        """Fractions of an image do not depend on its size."""
+
+    def filled(self, good: np.ndarray, still: Stored, whole: Stored | None) -> "PlacedBoxes":
+        """Return the boxes of the images that were not broken."""
+        return PlacedBoxes(self.boxes[torch.from_numpy(good)], None, (still, whole))
+
+    def still(self, chosen: Tensor) -> Tensor:
+        """Return the boxes (m, most, 6) of whole images, which evaluation stretches to the square."""
+        return self.boxes[chosen]
+
+    def seen(self, chosen: Tensor, boxes: Boxes, size: int, *, whole: bool) -> Tensor:
+        """Return the boxes as the view shows them, on the view's device; those whose centre it leaves out are none."""
+        frame = self._sizes(chosen, size, whole=whole).to(boxes.top.device)  # (m, 2): height, width
+        found = self.boxes[chosen].to(boxes.top.device, copy=True)
+        start, length = torch.stack([boxes.left, boxes.top], 1), torch.stack([boxes.width, boxes.height], 1)
+        corners = found[..., 1:5].unflatten(2, (2, 2))  # (m, most, corner, x and y)
+        corners = (corners * frame.flip(1)[:, None, None] - start[:, None, None]) / length[:, None, None]
+        across = torch.where(boxes.mirrored[:, None, None], 1 - corners[..., 0].flip(2), corners[..., 0])
+        corners = torch.stack([across, corners[..., 1]], dim=3)
+        middle = corners.mean(dim=2)
+        outside = ((middle < 0) | (middle > 1)).any(dim=2)
+        found[..., 1:5] = corners.clamp(0, 1).flatten(2)
+        found[..., 0] = torch.where(outside, -1.0, found[..., 0])
+        return found
+
+    def _sizes(self, chosen: Tensor, size: int, *, whole: bool) -> Tensor:
+        """Return the heights and widths that the view counts its pixels in."""
+        if (stored := self.frames[whole]) is not None:
+            return stored.kept[chosen]
+        if not whole or self.files is None:
+            return torch.full((len(chosen), 2), size)
+        found = []
+        for index in chosen.tolist():
+            with Image.open(self.files.root / self.files.name(index)) as image:  # which was decoded already: it is one
+                upright = self.files.whole(index) if image.getexif() else image
+                found.append((upright.height, upright.width))
+        return torch.tensor(found)
+
+
+def open_boxes(settings: DataSettings, augmentation: Augmentation) -> Dataset:
+    """Open a data set by name, as `open_dataset` does one of labels; evaluation sees whole images, stretched to the square.
+
+    Without a validation set of its own a fraction of the images is held out by seed; `limit_per_class` is how many images are trained on.
+    Raises `DataError` for data that are missing or unreadable or have no boxes, and for changes that would move an image but not its boxes.
+    """
+    moved = [name for name in ("randaugment", "mixup", "cutmix") if getattr(augmentation, name)]
+    if moved:
+        raise DataError(f"data.augment.{moved[0]}: changes an image and not its boxes; use crop and flip")
+    files = given(settings)
+    size = settings.image_size or NATIVE_SIZE[settings.name]
+    preprocess = Preprocess(size, size, settings.mean, settings.std, stretch=True)
+    if isinstance(files.listing, BoxListing):
+        lazy, classes = _of_folder(files.listing, settings), files.listing.classes
+    elif settings.name in SCENES:
+        lazy, classes = _of_scenes(settings, size), CLASSES[1:]
+    else:
+        raise DataError(
+            f"{settings.name}: has labels and no boxes; take {', '.join(SCENES)}, or DATA=/path/to/a/folder"
+        )
+    images = in_memory(*lazy, preprocess, augmentation.whole_area(size))
+    if not all(map(len, images)):
+        raise DataError(f"{settings.name}: none of its images can be read; repair them or give other ones")
+    return Dataset(
+        settings.name,
+        *images,
+        classes=classes,
+        preprocess=preprocess,
+        digest=dataset_digest(settings, files),
+        files=files.digests,
+        held_out=lazy[1],
+    )
+
+
+def _of_folder(listing: BoxListing, settings: DataSettings) -> tuple[Lazy, Lazy]:
+    train, out = parts_of(len(listing.train), settings, has_validation=listing.val is not None)
+    judged = [listing.train[index] for index in out] if listing.val is None or settings.tuning else list(listing.val)
+    return _files(listing, [listing.train[index] for index in train], settings), _files(listing, judged, settings)
+
+
+def _files(listing: BoxListing, files: list[tuple[str, str]], settings: DataSettings) -> FileImages:
+    paths = np.array([path.encode() for path, _ in files], dtype=np.bytes_)
+    images = FileImages(listing.root, paths, torch.zeros(len(files), dtype=torch.int64), settings.skip_broken)
+    placed = PlacedBoxes(torch.from_numpy(listing.truths(files)), images)
+    return FileImages(listing.root, paths, images.labels, settings.skip_broken, images.broken, placed)
+
+
+def _of_scenes(settings: DataSettings, size: int) -> tuple[Lazy, Lazy]:
+    drawn = draw_scenes(SCENES[settings.name], "train", size=size, seed=settings.seed)
+    train, out = parts_of(len(drawn.images), settings, has_validation=True)
+    if settings.tuning:
+        return _arrays(drawn, train, size), _arrays(drawn, out, size)
+    judged = draw_scenes(SCENES[settings.name], "val", size=size, seed=settings.seed)
+    return _arrays(drawn, train, size), _arrays(judged, np.arange(len(judged.images)), size)
+
+
+def _arrays(scenes: Scenes, chosen: np.ndarray, size: int) -> ArrayImages:
+    each = [scenes.boxes[index] for index in chosen]
+    table = [
+        np.column_stack([one[:, 4:] - 1, one[:, :4] / size, np.zeros(len(one))]).astype(np.float32) for one in each
+    ]
+    labels = torch.zeros(len(chosen), dtype=torch.int64)
+    return ArrayImages(scenes.images[chosen], labels, placed=PlacedBoxes(torch.from_numpy(table_of(table))))
+
+
+def write_boxes(dataset: Dataset, folder: Path) -> int:
+    """Write the validation images and their boxes as a folder in COCO's format, and return how many.
+
+    Files are copied as they are. Raises DataError for a folder that is there already.
+    """
+    if folder.exists():
+        raise DataError(f"{folder}: is there already; name a new folder")
+    images, placed = dataset.held_out, dataset.held_out.placed
+    assert isinstance(placed, PlacedBoxes)
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "val").mkdir(parents=True)
+    listed, drawn = list[dict[str, Any]](), list[dict[str, Any]]()
+    for index in range(len(images)):
+        try:
+            image = images.whole(index)
+        except BrokenImage as error:
+            assert isinstance(images, FileImages)
+            images.report_broken({index: str(error)})  # which raises unless they are to be left out
+            continue
+        suffix = ".bmp" if isinstance(images, ArrayImages) else Path(images.name(index)).suffix
+        file = aside / "val" / f"{index:06d}{suffix}"
+        content = (
+            images.file(index) if isinstance(images, ArrayImages) else (images.root / images.name(index)).read_bytes()
+        )
+        file.write_bytes(content)
+        listed.append({"id": index, "file_name": file.name, "width": image.width, "height": image.height})
+        for label, left, top, right, bottom, crowd in placed.boxes[index].double().tolist():
+            if label >= 0:
+                box = [
+                    left * image.width,
+                    top * image.height,
+                    (right - left) * image.width,
+                    (bottom - top) * image.height,
+                ]
+                entry = {"id": len(drawn) + 1, "image_id": index, "category_id": int(label) + 1, "bbox": box}
+                drawn.append(entry | {"area": box[2] * box[3], "iscrowd": int(crowd)})
+    categories = [{"id": place, "name": name} for place, name in enumerate(dataset.classes, 1)]
+    (aside / "annotations").mkdir()
+    document = {"images": listed, "annotations": drawn, "categories": categories}
+    (aside / "annotations" / "instances_val.json").write_text(json.dumps(document))
+    aside.rename(folder)
+    return len(listed)

@@ -1,0 +1,150 @@
+"""Torchvision's one-stage detectors as plain networks: images in, one row for each anchor out, at a fixed size.
+
+A row holds the logits (background first), the four numbers that move the anchor, and what `export.tasks.boxes` needs to read them. Modules keep
+torchvision's names, so its weights and those of whoever trained with it fit; preparing images, decoding and suppression are left to the caller.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.models.detection.fcos import FCOS
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.retinanet import RetinaNet
+from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.ssdlite import SSDLiteHead, _mobilenet_extractor
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.ops.misc import Conv2dNormActivation
+
+from compress.models.known import check_name
+from export.tasks.boxes import CENTRED, GIOU, SIGMOID, SOFTMAX
+
+RATIOS = ([2], [2, 3], [2, 3], [2])  # of SSD's boxes on a residual network, level by level
+
+
+class Detector(nn.Module):
+    """A detector's backbone and heads; `forward` gives (n, anchors, classes + 1 + 4 + 5)."""
+
+    def __init__(self, network: Any, kind: int) -> None:
+        """Take torchvision's network apart."""
+        super().__init__()
+        self.backbone: nn.Module = network.backbone
+        self.head: nn.Module = network.head
+        self.kind = kind
+        self._anchors = [network.anchor_generator]  # in a list: it has no weights, and is no module of this one
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return each anchor's row for images (n, 3, size, size)."""
+        features: list[Tensor] = list(self.backbone(images).values())
+        found: dict[str, Tensor] = self.head(features)
+        logits, moves = found["cls_logits"], found["bbox_regression"]
+        if self.kind == CENTRED:  # torchvision's background column is never a class: it holds the centre-ness
+            logits = torch.cat([found["bbox_ctrness"], logits[..., 1:]], dim=2)
+        constants = self.constants(images, [tuple(level.shape[2:]) for level in features]).to(images.dtype)
+        return torch.cat([logits, moves, constants.expand(images.shape[0], -1, -1)], dim=2)
+
+    def constants(self, images: Tensor, levels: Sequence[tuple[int, ...]]) -> Tensor:
+        """Return what each anchor's numbers are read by (1, anchors, 5): kind, centre, width and height as fractions of the image."""
+        height, width = images.shape[2:]
+        with torch.no_grad():
+            blank = ImageList(torch.empty(1, 3, height, width), [(height, width)])
+            corners = self._anchors[0](blank, [torch.empty(1, 1, *level) for level in levels])[0]
+            centre, size = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
+            scale = torch.tensor([width, height])
+            kind = torch.full((len(corners), 1), float(self.kind))
+            return torch.cat([kind, centre / scale, size / scale], dim=1)[None].to(images.device)
+
+
+class SteppedResNet(nn.Module):
+    """A residual network's maps at strides 8, 16 and 32, and one more at 64: what SSD looks at."""
+
+    def __init__(self, network: Any) -> None:
+        """Take torchvision's classifier without its head."""
+        super().__init__()
+        self.stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool, network.layer1)
+        self.layer2, self.layer3, self.layer4 = network.layer2, network.layer3, network.layer4
+        width = network.fc.in_features
+        self.extra = nn.Sequential(
+            Conv2dNormActivation(width, 128, kernel_size=1), Conv2dNormActivation(128, 256, kernel_size=3, stride=2)
+        )
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """Return the four maps."""
+        maps, found = self.stem(images), OrderedDict[str, Tensor]()
+        for name in ("layer2", "layer3", "layer4", "extra"):
+            maps = getattr(self, name)(maps)
+            found[name] = maps
+        return found
+
+
+def _ssd(backbone: str, classes: int) -> nn.Module:
+    features = SteppedResNet(torchvision.models.get_model(backbone, weights=None))
+    boxes = DefaultBoxGenerator([*RATIOS], min_ratio=0.12, max_ratio=0.8)
+    return Detector(SSD(features, boxes, (256, 256), classes + 1), SOFTMAX)
+
+
+def _ssdlite(backbone: str, classes: int) -> nn.Module:
+    normalized = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
+    extractor = _mobilenet_extractor(
+        torchvision.models.get_model(backbone, weights=None, norm_layer=normalized), 6, normalized
+    )
+    boxes = DefaultBoxGenerator([[2, 3] for _ in range(6)], min_ratio=0.2, max_ratio=0.95)
+    widths = detection._utils.retrieve_out_channels(extractor, (320, 320))
+    head = SSDLiteHead(widths, boxes.num_anchors_per_location(), classes + 1, normalized)
+    return Detector(SSD(extractor, boxes, (320, 320), classes + 1, head=head), SOFTMAX)
+
+
+def _pyramid(backbone: str) -> nn.Module:
+    network = torchvision.models.get_model(backbone, weights=None)
+    found: nn.Module = _resnet_fpn_extractor(
+        network, 5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256)
+    )
+    return found
+
+
+def _retinanet(backbone: str, classes: int) -> nn.Module:
+    sizes = tuple((side, int(side * 2 ** (1 / 3)), int(side * 2 ** (2 / 3))) for side in (16, 32, 64, 128, 256))
+    boxes = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    return Detector(RetinaNet(_pyramid(backbone), classes + 1, anchor_generator=boxes), SIGMOID)
+
+
+def _fcos(backbone: str, classes: int) -> nn.Module:
+    return Detector(FCOS(_pyramid(backbone), classes + 1), CENTRED)
+
+
+RESIDUAL, MOBILE = ("resnet18", "resnet34", "resnet50"), ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
+# Kind of detector: what builds it, and the backbones that it takes.
+BUILDERS: Mapping[str, tuple[Callable[[str, int], nn.Module], Sequence[str]]] = {
+    "ssd": (_ssd, RESIDUAL),
+    "ssdlite": (_ssdlite, MOBILE),
+    "retinanet": (_retinanet, RESIDUAL),
+    "fcos": (_fcos, RESIDUAL),
+}
+# Torchvision's own, by their names there.
+KINDS: Mapping[str, int] = {
+    "ssdlite320_mobilenet_v3_large": SOFTMAX,
+    "ssd300_vgg16": SOFTMAX,
+    "retinanet_resnet50_fpn": SIGMOID,
+    "retinanet_resnet50_fpn_v2": GIOU,
+    "fcos_resnet50_fpn": CENTRED,
+}
+
+
+def torchvision_detector(name: str, classes: int) -> nn.Module:
+    """Return one of torchvision's detectors with random weights, and one class more than asked for: its background."""
+    options: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": classes + 1}
+    return Detector(detection.__dict__[name](**options), KINDS[name])
+
+
+def build_detector(kind: str, backbone: str, classes: int) -> nn.Module:
+    """Return a detector of this kind on one of torchvision's backbones, with random weights."""
+    builder, backbones = BUILDERS[kind]
+    check_name(kind, backbone, backbones)
+    return builder(backbone, classes)

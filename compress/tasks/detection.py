@@ -1,0 +1,126 @@
+"""Detection: boxes with a class. The supervised losses are torchvision's own, on the anchors that the outputs bring along."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder, Matcher, SSDMatcher
+from torchvision.models.detection.fcos import FCOS, FCOSHead
+from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
+from torchvision.models.detection.ssd import SSD
+from torchvision.ops import box_convert, box_iou
+
+from compress.data.boxed import open_boxes, write_boxes
+from compress.tasks.task import Task
+from export.tasks.boxes import CENTRED, GIOU, MOVES, READS, SOFTMAX, WEIGHTS
+from export.tasks.detection import DETECTION as OUTPUT
+
+PIXELS = 1000.0  # torchvision's losses are written for lengths in pixels
+NEAR = 0.3  # overlap with an object, from which an anchor is worth what a teacher says about it
+EVERY = 8  # of all other anchors one of so many is, too
+Targets = list[dict[str, Tensor]]
+
+
+def detection_loss(outputs: Tensor, truths: Tensor, *, label_smoothing: float) -> Tensor:
+    """Return torchvision's loss of outputs (batch, anchors, columns): the sum of its parts, by the kind of head.
+
+    Truths are (batch, boxes, 6). `label_smoothing` has no meaning here; recipes that ask for it are refused.
+    """
+    assert not label_smoothing
+    values = outputs.float()
+    kind = int(values[0, 0, -READS])
+    logits, moves = values[..., : -MOVES - READS], values[..., -MOVES - READS : -READS]
+    anchors = list(box_convert(values[..., 1 - READS :].detach() * PIXELS, "cxcywh", "xyxy"))
+    found = {"cls_logits": logits, "bbox_regression": moves}
+    targets = [_target(boxes) for boxes in truths]
+    if kind == CENTRED:
+        return _centred(targets, found, anchors)
+    coder = BoxCoder((WEIGHTS[kind][0],) * 2 + (WEIGHTS[kind][1],) * 2)
+    matcher = SSDMatcher(0.5) if kind == SOFTMAX else Matcher(0.5, 0.4, allow_low_quality_matches=True)
+    matched = [_matched(matcher, target["boxes"], anchors[0]) for target in targets]
+    if kind == SOFTMAX:
+        parts = SSD.compute_loss(
+            SimpleNamespace(box_coder=coder, neg_to_pos_ratio=3.0), targets, found, anchors, matched
+        )
+        return torch.stack(list(parts.values())).sum()
+    between = SimpleNamespace(BETWEEN_THRESHOLDS=Matcher.BETWEEN_THRESHOLDS)
+    regression = SimpleNamespace(box_coder=coder, _loss_type="giou" if kind == GIOU else "l1")
+    classes = RetinaNetClassificationHead.compute_loss(between, targets, found, matched)
+    boxes = RetinaNetRegressionHead.compute_loss(regression, targets, found, anchors, matched)
+    total: Tensor = classes + boxes
+    return total
+
+
+def _target(boxes: Tensor) -> dict[str, Tensor]:
+    """Return one image's truths as torchvision wants them; labels count from 1, crowds are left out."""
+    real = boxes[(boxes[:, 0] >= 0) & (boxes[:, 5] == 0)]
+    return {"boxes": real[:, 1:5] * PIXELS, "labels": real[:, 0].long() + 1}
+
+
+def _matched(matcher: Matcher, boxes: Tensor, anchors: Tensor) -> Tensor:
+    """Return the index of the box that each anchor is to find (anchors,), negative where it is to find none."""
+    if not len(boxes):
+        return torch.full((len(anchors),), Matcher.BELOW_LOW_THRESHOLD, device=anchors.device)
+    found: Tensor = matcher(box_iou(boxes, anchors))
+    return found
+
+
+def _centred(targets: Targets, found: dict[str, Tensor], anchors: list[Tensor]) -> Tensor:
+    """Return FCOS's loss; its anchors' levels are told apart by their widths."""
+    logits = found["cls_logits"]
+    heads = found | {"bbox_ctrness": logits[..., :1]}
+    heads["cls_logits"] = torch.cat([torch.full_like(logits[..., :1], -100.0), logits[..., 1:]], dim=2)
+    _, levels = torch.unique_consecutive((anchors[0][:, 2] - anchors[0][:, 0]).round(decimals=1), return_counts=True)
+    head = SimpleNamespace(box_coder=BoxLinearCoder(normalize_by_size=True))
+    network = SimpleNamespace(
+        center_sampling_radius=1.5,
+        head=SimpleNamespace(compute_loss=lambda *given: FCOSHead.compute_loss(head, *given)),
+    )
+    parts = FCOS.compute_loss(network, targets, heads, anchors, levels.tolist())
+    return torch.stack(list(parts.values())).sum()
+
+
+def rows(outputs: Tensor, truths: Tensor) -> Tensor:
+    """Return logits of the anchors near objects and of some others: (anchors, classes + 1), or where each class stands alone (…, 2)."""
+    logits = outputs[..., : -MOVES - READS][_chosen(outputs, truths)]
+    if int(outputs[0, 0, -READS]) == SOFTMAX:
+        return logits
+    alone = logits[:, 1:].reshape(-1)  # the softmax of (0, z) is the sigmoid of z
+    return torch.stack([torch.zeros_like(alone), alone], dim=1)
+
+
+def truth_rows(outputs: Tensor, truths: Tensor) -> Tensor:
+    """Return the class of each of those rows, background 0; where each class stands alone, whether it is the row's."""
+    labels = torch.cat([_labels(image, boxes) for image, boxes in zip(outputs, truths, strict=True)])
+    labels = labels[_chosen(outputs, truths).flatten()]
+    if int(outputs[0, 0, -READS]) == SOFTMAX:
+        return labels
+    classes = outputs.shape[2] - MOVES - READS - 1
+    return (labels[:, None] == torch.arange(1, classes + 1, device=labels.device)).long().flatten()
+
+
+def _chosen(outputs: Tensor, truths: Tensor) -> Tensor:
+    """Return which anchors are worth distilling (batch, anchors)."""
+    near = torch.stack([_overlaps(image, boxes)[0] >= NEAR for image, boxes in zip(outputs, truths, strict=True)])
+    near[:, ::EVERY] = True
+    return near
+
+
+def _overlaps(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each anchor's largest overlap with a truth, 0 without one, and that truth's label, counted from 1."""
+    target = _target(boxes)
+    anchors = box_convert(image[:, 1 - READS :].detach().float() * PIXELS, "cxcywh", "xyxy")
+    if not len(target["boxes"]):
+        return torch.zeros(len(image), device=image.device), torch.zeros(
+            len(image), dtype=torch.int64, device=image.device
+        )
+    best, which = box_iou(target["boxes"], anchors).max(dim=0)
+    return best, target["labels"][which]
+
+
+def _labels(image: Tensor, boxes: Tensor) -> Tensor:
+    best, labels = _overlaps(image, boxes)
+    return torch.where(best >= 0.5, labels, 0)
+
+
+DETECTION = Task(OUTPUT, open_boxes, write_boxes, detection_loss, rows=rows, truth_rows=truth_rows)

@@ -1,0 +1,112 @@
+"""COCO's mean average precision from one row of numbers for each image, so that it can be resampled, paired and kept.
+
+The matching and the interpolation are those of pycocotools' COCOeval (Lin 2014), all areas, at most 100 detections of an image: tests hold
+both to each other.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from export.tasks.boxes import BOX, DETECTIONS, LABEL, NONE, SCORE, overlap
+from export.tasks.task import Array
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)  # overlaps from which a detection is right
+RECALLS = np.linspace(0, 1, 101)
+TRUTH, CORNERS, CROWD = 0, slice(1, 5), 5  # columns of a truth: label, box, and whether it is many objects at once
+# A row is DETECTIONS times (label, score, two bits for each threshold: right, left out of account), then the labels of the truths.
+PER_DETECTION = 3
+
+
+def statistics(answers: Array, truths: Array) -> Array:
+    """Return one row for each image of detections (n, DETECTIONS, 6) and truths (n, boxes, 6)."""
+    rows = np.full((len(answers), DETECTIONS * PER_DETECTION + truths.shape[1]), float(NONE))
+    for row, found, true in zip(rows, answers, truths, strict=True):
+        table = row[: DETECTIONS * PER_DETECTION].reshape(DETECTIONS, PER_DETECTION)
+        table[:, 0], table[:, 1], table[:, 2] = found[:, LABEL], found[:, SCORE], 0
+        for label in np.intersect1d(found[:, LABEL], true[:, TRUTH]):
+            if label != NONE:
+                chosen = np.flatnonzero(found[:, LABEL] == label)
+                table[chosen, 2] = _matched(found[chosen][:, BOX], true[true[:, TRUTH] == label])
+        row[DETECTIONS * PER_DETECTION :] = np.where(true[:, CROWD] > 0, NONE, true[:, TRUTH])
+    return rows
+
+
+def _matched(boxes: Array, true: Array) -> Array:
+    """Return the bits of one class's detections (m, 4), the likeliest first: each takes the best truth that is left, a crowd last."""
+    crowds = true[:, CROWD] > 0
+    overlaps = overlap(boxes, true[:, CORNERS], crowds=crowds)
+    free = np.ones((len(THRESHOLDS), len(true)), bool)
+    bits = np.zeros(len(boxes), np.int64)
+    powers = 1 << np.arange(len(THRESHOLDS))
+    for index in np.flatnonzero(overlaps.max(axis=1, initial=0) >= THRESHOLDS[0] - 1e-9):
+        near = overlaps[index] >= np.minimum(THRESHOLDS, 1 - 1e-10)[:, None]  # (thresholds, truths)
+        for kind, shift in ((~crowds, 0), (crowds, len(THRESHOLDS))):
+            fits = near & free & kind
+            hit = fits.any(axis=1)
+            # Of equally good ones COCOeval takes the last.
+            best = len(true) - 1 - np.where(fits, overlaps[index], -1.0)[:, ::-1].argmax(axis=1)
+            if not shift:
+                free[np.flatnonzero(hit), best[hit]] = False
+            bits[index] |= int(powers[hit].sum()) << shift
+            near = near & ~hit[:, None]
+    return bits
+
+
+class Curve(NamedTuple):
+    """One class: its detections in all images, the likeliest first, and its truths in each image."""
+
+    label: int
+    right: Array  # (m, thresholds)
+    counted: Array  # (m, thresholds): false for what met a crowd
+    image: Array  # (m,)
+    truths: Array  # (images,)
+
+    def precision(self, weights: Array) -> Array:
+        """Return the mean of the best precision at or beyond 101 recalls, for each threshold; images count as often as `weights` says.
+
+        Not a number where no image that counts has a truth.
+        """
+        total = float(self.truths @ weights)
+        if not total:
+            return np.full(len(THRESHOLDS), np.nan)
+        times = weights[self.image][:, None]
+        hits = np.cumsum(self.right * times, axis=0)
+        precision = hits / (np.cumsum(self.counted * times, axis=0) + np.spacing(1))
+        precision = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+        precision = np.concatenate([precision, np.zeros((1, len(THRESHOLDS)))])  # of recalls that are never reached
+        found = [np.searchsorted(recall, RECALLS, side="left") for recall in (hits / total).T]
+        means: Array = np.take_along_axis(precision, np.stack(found, axis=1), axis=0).mean(axis=0)
+        return means
+
+
+def curves(rows: Array) -> list[Curve]:
+    """Return each class that has a truth."""
+    table, truths = split(rows)
+    image, place = np.nonzero(table[..., 0] != NONE)
+    label, score, bits = table[image, place].T
+    found = []
+    for name in np.unique(truths[truths != NONE]).astype(int):
+        own = np.flatnonzero(label == name)
+        order = own[np.argsort(-score[own], kind="stable")]
+        known = bits[order].astype(np.int64)[:, None] >> np.arange(2 * len(THRESHOLDS)) & 1
+        right, ignored = known[:, : len(THRESHOLDS)], known[:, len(THRESHOLDS) :]
+        found.append(Curve(int(name), right, 1 - ignored, image[order], (truths == name).sum(axis=1)))
+    return found
+
+
+def split(rows: Array) -> tuple[Array, Array]:
+    """Return a row's detections (n, DETECTIONS, label and score and bits), and the labels of its truths (n, boxes)."""
+    first = DETECTIONS * PER_DETECTION
+    return rows[:, :first].reshape(len(rows), DETECTIONS, PER_DETECTION), rows[:, first:]
+
+
+def average_precision(rows: Array) -> dict[int, Array]:
+    """Return each class's average precision at each threshold (10,), of the classes that have a truth."""
+    return {curve.label: curve.precision(np.ones(len(rows))) for curve in curves(rows)}
+
+
+def mean_average_precision(rows: Array, *, thresholds: slice = slice(None)) -> float:
+    """Return the mean over classes and thresholds, 0 where there is nothing to find."""
+    found = average_precision(rows)
+    return float(np.mean([values[thresholds] for values in found.values()])) if found else 0.0

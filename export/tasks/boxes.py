@@ -1,0 +1,115 @@
+"""What a detector's outputs mean: boxes with a class and a score, decoded from anchors, the same object once.
+
+An output row belongs to one anchor: logits (background first, then the classes), four numbers that move the anchor, and five constants that
+say how: the kind of head, and the anchor's centre, width and height. All lengths are fractions of the network's input, so that whoever has
+the outputs needs nothing else, and a file with other anchors is read in the same way.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from export.tasks.task import Array
+
+# Kinds of heads: SSD's; RetinaNet's, that of its second version, whose training alone differs; FCOS's, whose background column holds the
+# centre-ness.
+SOFTMAX, SIGMOID, GIOU, CENTRED = 0, 1, 2, 3
+MOVES, READS = 4, 5  # columns behind the logits
+# What the moves are divided by: x and y, width and height. SSD's variances (Liu 2016) are 1 / 10 and 1 / 5.
+WEIGHTS = {SOFTMAX: (10.0, 5.0), SIGMOID: (1.0, 1.0), GIOU: (1.0, 1.0)}
+LARGEST_GROWTH = np.log(1000 / 16)  # torchvision's bound on what a box may grow by
+LEAST_SCORE = 0.01
+MOST_OVERLAP = 0.5  # of two boxes of one class, above which the less likely one is the same object
+CANDIDATES = 400  # boxes of an image that suppression looks at, the likeliest
+DETECTIONS = 100  # boxes that are left of an image at most, as COCO counts them
+NONE = -1  # the label of a row without a box
+LABEL, SCORE, BOX = 0, 1, slice(2, 6)  # columns of a detection; boxes are left, top, right, bottom
+
+
+class Heads(NamedTuple):
+    """Outputs (n, anchors, columns) taken apart."""
+
+    kind: int
+    logits: Array  # (n, anchors, classes + 1)
+    moves: Array  # (n, anchors, 4)
+    anchors: Array  # (n, anchors, 4): centre x, centre y, width, height
+
+
+def heads(outputs: Array) -> Heads:
+    """Take outputs apart, in float64."""
+    values = outputs.astype(np.float64)
+    kind = int(np.rint(values[0, 0, -READS])) if values.size else SOFTMAX
+    return Heads(kind, values[..., : -MOVES - READS], values[..., -MOVES - READS : -READS], values[..., 1 - READS :])
+
+
+def probabilities(found: Heads) -> Array:
+    """Return the classes' probabilities (n, anchors, classes), without the background."""
+    if found.kind == SOFTMAX:
+        powers = np.exp(found.logits - found.logits.max(axis=-1, keepdims=True))
+        return np.asarray(powers[..., 1:] / powers.sum(axis=-1, keepdims=True))
+    each = 1 / (1 + np.exp(-np.clip(found.logits, -500, 500)))
+    return np.asarray(np.sqrt(each[..., 1:] * each[..., :1]) if found.kind == CENTRED else each[..., 1:])
+
+
+def boxes(found: Heads) -> Array:
+    """Return the boxes (n, anchors, 4), inside the image."""
+    centre, size, first, second = (
+        found.anchors[..., :2],
+        found.anchors[..., 2:],
+        found.moves[..., :2],
+        found.moves[..., 2:],
+    )
+    if found.kind == CENTRED:
+        corners = [centre - first * size, centre + second * size]
+    else:
+        place, growth = WEIGHTS[found.kind]
+        centre = centre + first / place * size
+        half = np.exp(np.minimum(second / growth, LARGEST_GROWTH)) * size / 2
+        corners = [centre - half, centre + half]
+    return np.asarray(np.clip(np.concatenate(corners, axis=-1), 0, 1))
+
+
+def decode(outputs: Array) -> Array:
+    """Return each image's detections (n, DETECTIONS, 6): label, score and box, the likeliest first; rows without one have label NONE.
+
+    What is no number is no detection.
+    """
+    found = heads(outputs)
+    scores, places = np.nan_to_num(probabilities(found)), np.nan_to_num(boxes(found))
+    answers = np.zeros((len(outputs), DETECTIONS, 6))
+    answers[..., LABEL] = NONE
+    for image, (score, place) in enumerate(zip(scores, places, strict=True)):
+        kept = detections(score, place)
+        answers[image, : len(kept)] = kept
+    return answers
+
+
+def detections(scores: Array, places: Array) -> Array:
+    """Return one image's detections (m, 6) of its probabilities (anchors, classes) and boxes (anchors, 4).
+
+    Greedy: of two boxes of one class that overlap by more than MOST_OVERLAP the likelier one stays (torchvision's batched_nms).
+    """
+    anchor, label = np.nonzero(scores > LEAST_SCORE)
+    order = np.argsort(-scores[anchor, label], kind="stable")[:CANDIDATES]
+    anchor, label = anchor[order], label[order]
+    place = places[anchor]
+    rivals = (overlap(place, place) > MOST_OVERLAP) & (label[:, None] == label)
+    alive, kept = np.ones(len(order), bool), list[int]()
+    while len(kept) < DETECTIONS and alive.any():
+        best = int(alive.argmax())
+        kept.append(best)
+        alive &= ~rivals[best]
+        alive[best] = False
+    return np.column_stack([label[kept], scores[anchor, label][kept], place[kept]])
+
+
+def overlap(boxes: Array, others: Array, *, crowds: Array | None = None) -> Array:
+    """Return the intersection over union (m, k) of boxes (m, 4) and others (k, 4); over the box's own area where the other is a crowd."""
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    shared = np.prod(np.clip(high - low, 0, None), axis=2)
+    areas = [np.prod(np.clip(one[:, 2:] - one[:, :2], 0, None), axis=1) for one in (boxes, others)]
+    union = areas[0][:, None] + areas[1] - shared
+    if crowds is not None:
+        union = np.where(crowds, areas[0][:, None], union)
+    return np.asarray(np.divide(shared, union, out=np.zeros_like(shared), where=union > 0))

@@ -1,0 +1,211 @@
+"""Detection: boxes with a class and a score. An answer is an image's boxes (n, DETECTIONS, 6), the score COCO's mean average precision.
+
+A row keeps each detection's label, score, and at which overlaps it is right, and the labels of the truths: all that the score of any set of
+images needs.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from export.errors import BundleError
+from export.images.annotations import box_examples, list_boxes, table_of
+from export.tasks.average_precision import average_precision, curves, mean_average_precision, split, statistics
+from export.tasks.boxes import BOX, LABEL, MOVES, NONE, READS, SCORE, SOFTMAX, decode, heads, overlap, probabilities
+from export.tasks.paired import ALPHA, detectable_gain, detectable_loss, resamples, two_sided
+from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
+
+SURE = (
+    0.3  # the score from which a detection is shown, counted class by class, and has to be found by another file, too
+)
+SAME_PLACE, SAME_SCORE = (
+    0.9,
+    0.02,
+)  # overlap at least, difference of scores at most, of two files' detections that agree
+EVERY = 7  # anchors: one of so many tells how far two files' outputs are apart
+MOST_TRUTHS = 1000  # boxes of a golden image
+DRAWN = 500  # resamples of a comparison, each of which sorts nothing anew and still adds up every detection
+
+
+def output_shape(classes: int, _image_size: int) -> tuple[int | None, ...]:
+    """Return the shape of one image's output: any number of anchors."""
+    return None, classes + 1 + MOVES + READS
+
+
+def check_output(file: str, shape: tuple[int | None, ...], labels: Sequence[str]) -> None:
+    """Compare the model's output with the number of labels."""
+    wanted = output_shape(len(labels), 0)[1]
+    if len(shape) != 3 or shape[2] != wanted:
+        raise BundleError(
+            f"labels.txt: {file} answers {shape}, which are no anchors (batch, anchors, {wanted}) of {len(labels)} classes: "
+            "get the bundle again",
+            defect="missing_class",
+        )
+
+
+def truths_json(truths: Array) -> Sequence[Sequence[Sequence[float]]]:
+    """Return each image's boxes: class, left, top, right, bottom as fractions of the image, and 1 for a crowd."""
+    return [boxes[boxes[:, 0] != NONE].astype(float).tolist() for boxes in truths]
+
+
+def truths(values: Sequence[Any], output: tuple[int, ...]) -> Array:
+    """Return boxes (n, most of one image, 6), rows without a box at the end."""
+    classes = output[-1] - 1 - MOVES - READS
+    for boxes in values:
+        if not isinstance(boxes, list) or len(boxes) > MOST_TRUTHS or not all(_is_box(box, classes) for box in boxes):
+            raise BundleError(
+                f"bundle.json: golden.truths: must be lists of boxes with a class below {classes} inside the image, got {boxes!r:.100}",
+                defect="bad_content",
+            )
+    return table_of([np.array(boxes, np.float32).reshape(-1, 6) for boxes in values])
+
+
+def _is_box(box: object, classes: int) -> bool:
+    if not isinstance(box, list) or len(box) != 6 or not all(type(one) in (int, float) for one in box):
+        return False
+    return box[0] in range(classes) and all(0 <= one <= 1 for one in box[1:])
+
+
+def row_of(answers: Array, truths: Array, _output: tuple[int, ...]) -> Array:
+    """Return one row for each image."""
+    return statistics(answers, truths)
+
+
+def further(rows: Array) -> Mapping[str, float | None]:
+    """Return the mean average precision at overlaps of 0.5 and 0.75 alone."""
+    return {
+        "mAP50": mean_average_precision(rows, thresholds=slice(0, 1)),
+        "mAP75": mean_average_precision(rows, thresholds=slice(5, 6)),
+    }
+
+
+def by_class(rows: Mapping[str, Array], labels: Sequence[str], _confused: Collection[str]) -> Classes:
+    """Return how many objects of each class the files find with a score of SURE, and how many they answer."""
+    files = {}
+    for name, found in rows.items():
+        table, true = split(found)
+        sure = (table[..., 0] != NONE) & (table[..., 1] >= SURE)
+        bits = table[..., 2].astype(np.int64)
+        files[name] = FileClasses(
+            correct=_count(table[..., 0][sure & (bits & 1 > 0)], labels),
+            answered=_count(table[..., 0][sure & (bits >> 10 & 1 == 0)], labels),
+            mistakes=None,
+        )
+    return Classes(names=list(labels), images=_count(true[true != NONE], labels), files=files)
+
+
+def _count(classes: Array, labels: Sequence[str]) -> list[int]:
+    return np.bincount(classes.astype(np.int64), minlength=len(labels)).tolist()  # type: ignore[no-any-return]
+
+
+def agreement(answers: Array, others: Array) -> Array:
+    """Return the fraction of both files' sure detections that the other has, too, (n,): of that class, in that place, with that score."""
+    return np.array([_alike(mine, its) for mine, its in zip(answers, others, strict=True)])
+
+
+def _alike(mine: Array, its: Array) -> float:
+    mine, its = (part[part[:, LABEL] != NONE] for part in (mine, its))
+    same = (
+        (overlap(mine[:, BOX], its[:, BOX]) >= SAME_PLACE)
+        & (mine[:, None, LABEL] == its[:, LABEL])
+        & (np.abs(mine[:, None, SCORE] - its[:, SCORE]) <= SAME_SCORE)
+    )
+    sure = np.concatenate([mine[:, SCORE], its[:, SCORE]]) >= SURE
+    met = np.concatenate([same.any(axis=1), same.any(axis=0)])
+    return float(met[sure].mean()) if sure.any() else 1.0
+
+
+def evidence(outputs: Array) -> Array:
+    """Return the outputs of some of the anchors, evenly spaced."""
+    return outputs[:, ::EVERY]
+
+
+def divergence(outputs: Array, reference: Array) -> Array:
+    """Return the mean over anchors of the Kullback-Leibler divergence in nats from the reference's classes, (n,)."""
+    true, found = (np.clip(probabilities(heads(part)), 1e-9, 1 - 1e-9) for part in (reference, outputs))
+    apart = true * np.log(true / found)
+    if heads(reference).kind == SOFTMAX:
+        rest, left = (np.clip(1 - part.sum(axis=2), 1e-9, 1) for part in (true, found))
+        apart = np.concatenate([apart, (rest * np.log(rest / left))[..., None]], axis=2)
+    else:
+        apart = apart + (1 - true) * np.log((1 - true) / (1 - found))
+    return np.asarray(apart.sum(axis=2).mean(axis=1))
+
+
+def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
+    """Compare by resampling images (Efron 1979): the score, and the average precision of single classes."""
+    images = len(now)
+    both = [{curve.label: curve for curve in curves(rows)} for rows in (before, now)]
+    names = sorted(both[1])
+    gains = np.empty((0, len(names)))
+    if names:
+        weights = (np.bincount(drawn, minlength=images).astype(float) for drawn in resamples(images)[:DRAWN])
+        gains = np.array(
+            [[both[1][name].precision(w).mean() - both[0][name].precision(w).mean() for name in names] for w in weights]
+        )
+    of_all = np.nan_to_num(np.nanmean(gains, axis=1)) if names else np.zeros(1)
+    was, is_now = ({name: values.mean() for name, values in average_precision(rows).items()} for rows in (before, now))
+    worse = sorted((name for name in names if is_now[name] < was[name]), key=lambda name: is_now[name] - was[name])
+    # ALPHA is shared among all classes (Bonferroni).
+    surely = [name for name in worse if two_sided(np.nan_to_num(gains[:, names.index(name)])) < ALPHA / len(names)]
+    words = {name: f"{labels[name]} (AP {was[name]:.2%} to {is_now[name]:.2%})" for name in worse}
+    p_value = two_sided(of_all)
+    low, high = np.percentile(of_all, [2.5, 97.5])
+    changed = float(np.mean(np.any(_outcome(before) != _outcome(now), axis=1)))
+    return Comparison(
+        images=images,
+        before=mean_average_precision(before),
+        now=mean_average_precision(now),
+        p_value=p_value,
+        changed=changed,
+        detectable=detectable_gain(of_all) or detectable_loss(images, 0.0),
+        counts=f"{changed:.2%} of {images} images with other objects found or missed, change {low:+.2%} to {high:+.2%} (95 %), p = {p_value:.2g}",
+        lost=tuple(words[name] for name in surely),
+        worse=tuple(words[name] for name in worse),
+    )
+
+
+def _outcome(rows: Array) -> Array:
+    """Return how many of each image's sure detections are right at an overlap of 0.5, and how many are wrong, (n, 2)."""
+    table, _ = split(rows)
+    sure = (table[..., 0] != NONE) & (table[..., 1] >= SURE)
+    right = table[..., 2].astype(np.int64) & 1 > 0
+    return np.stack([(sure & right).sum(axis=1), (sure & ~right).sum(axis=1)], axis=1)
+
+
+def truth_text(row: Array, labels: Sequence[str]) -> str:
+    """Return how many objects of each class are in the image."""
+    _, true = split(row[None])
+    counts = _count(true[true != NONE], labels)
+    return ", ".join(f"{label} {number}" for label, number in zip(labels, counts, strict=True) if number) or "nothing"
+
+
+def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
+    """Return the likeliest boxes with their scores; lengths are fractions of the image."""
+    found = [one for one in decode(output[None])[0] if one[LABEL] != NONE and one[SCORE] >= SURE][:lines]
+    columns = ("label", "score", "left", "top", "right", "bottom")
+    return columns, [(labels[int(one[LABEL])], *map(float, one[1:])) for one in found]
+
+
+DETECTION = OutputTask(
+    name="detection",
+    metric=Metric("map", "mAP"),
+    output_shape=output_shape,
+    check_output=check_output,
+    truths=truths,
+    truths_json=truths_json,
+    listing=list_boxes,
+    examples=box_examples,
+    decode=decode,
+    statistics=row_of,
+    total=mean_average_precision,
+    further=further,
+    by_class=by_class,
+    agreement=agreement,
+    evidence=evidence,
+    divergence=divergence,
+    compare=compare,
+    truth_text=truth_text,
+    show=show,
+)

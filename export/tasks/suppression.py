@@ -1,0 +1,102 @@
+"""Give a detector another way out: boxes, scores and labels, decoded and suppressed inside the graph, one image at a time.
+
+How many boxes are left depends on the image, and ONNX's NonMaxSuppression keeps all images' in one list: a batch could not be taken apart, so
+this form takes one.
+"""
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import ModelProto, compose, helper, parser
+
+from export.errors import BundleError
+from export.tasks.boxes import (
+    CENTRED,
+    DETECTIONS,
+    LARGEST_GROWTH,
+    LEAST_SCORE,
+    MOST_OVERLAP,
+    MOVES,
+    READS,
+    SOFTMAX,
+    WEIGHTS,
+    heads,
+)
+
+OPSET = 18
+INSIDE = "detections/"  # before the names of what is added
+BOXES, SCORES, LABELS = "boxes", "scores", "labels"
+# Column ranges are constants `a_b`; in the softmax the first column is the background.
+SOFT = "chances = Softmax <axis = -1> (logits) known = Slice (chances, one, classes, last)"
+EACH = "chances = Sigmoid (logits) known = Slice (chances, one, classes, last)"
+CENTRE = "chances = Sigmoid (logits) own = Slice (chances, one, classes, last) inside = Slice (chances, zero, one, last) both = Mul (own, inside) known = Sqrt (both)"
+GROWN = """
+    shift = Mul (first, size) step = Div (shift, place) middle = Add (centre, step)
+    raised = Div (second, growth) bounded = Min (raised, largest) factor = Exp (bounded) whole = Mul (factor, size) half = Mul (whole, halves)
+    low = Sub (middle, half) high = Add (middle, half)"""
+REACHED = "before = Mul (first, size) low = Sub (centre, before) after = Mul (second, size) high = Add (centre, after)"
+
+
+def with_suppression(model: ModelProto) -> ModelProto:
+    """Return the model for one image whose outputs are `boxes` (n, 4) as fractions of the image, `scores` (n,) and `labels` (n,).
+
+    They are those of `export.tasks.boxes.decode` where no more than its CANDIDATES boxes reach LEAST_SCORE. Raises BundleError for outputs
+    that are no detector's.
+    """
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
+    shape = [dim.dim_value for dim in model.graph.output[0].type.tensor_type.shape.dim]
+    if len(shape) != 3 or shape[2] <= 1 + MOVES + READS:
+        raise BundleError(f"{model.graph.output[0].name}: must be a detector's anchors, got {shape}: export a detector")
+    kind = _kind(model)
+    behind = compose.add_prefix(_behind(kind, shape[1], shape[2], model.ir_version), INSIDE, rename_outputs=False)
+    joined = compose.merge_models(model, behind, [(model.graph.output[0].name, f"{INSIDE}rows")])
+    joined.producer_name, joined.producer_version = model.producer_name, ""
+    helper.set_model_props(joined, {entry.key: entry.value for entry in model.metadata_props})
+    onnx.checker.check_model(joined, full_check=True)
+    return joined
+
+
+def _kind(model: ModelProto) -> int:
+    """Return the kind of head, which the outputs say."""
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    given = session.get_inputs()[0]
+    blank = np.zeros([1, *given.shape[1:]], np.float32)
+    return heads(session.run(None, {given.name: blank})[0]).kind
+
+
+def _behind(kind: int, anchors: int, columns: int, ir_version: int) -> ModelProto:
+    """Return the graph that follows the outputs."""
+    classes = columns - MOVES - READS
+    ends = {"moves": classes, "middle_moves": classes + 2, "constants": classes + MOVES, "places": classes + MOVES + 1}
+    place, growth = WEIGHTS.get(kind, (1.0, 1.0))
+    chances = {SOFTMAX: SOFT, CENTRED: CENTRE}.get(kind, EACH)
+    text = f"""
+<ir_version: {ir_version}, opset_import: ["" : {OPSET}]>
+suppression (float[1, {anchors}, {columns}] rows) => (float[n, 4] {BOXES}, float[n] {SCORES}, int64[n] {LABELS})
+<
+    int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] last = {{-1}}, int64[1] classes = {{{classes}}},
+    int64[1] at_moves = {{{ends["moves"]}}}, int64[1] at_second = {{{ends["middle_moves"]}}}, int64[1] at_constants = {{{ends["constants"]}}},
+    int64[1] at_centre = {{{ends["places"]}}}, int64[1] at_size = {{{ends["places"] + 2}}}, int64[1] at_end = {{{columns}}},
+    {"" if kind == CENTRED else f"float[1] place = {{{place}}}, float[1] growth = {{{growth}}}, float[1] largest = {{{LARGEST_GROWTH}}}, float[1] halves = {{0.5}},"}
+    float none = {{0.0}}, float whole_image = {{1.0}}, int64[1] most = {{{DETECTIONS}}}, float[1] overlap = {{{MOST_OVERLAP}}},
+    float[1] least = {{{LEAST_SCORE}}}, int64[2] anchor_columns = {{0, 2}}
+>
+{{
+    logits = Slice (rows, zero, classes, last)
+    {chances}
+    first = Slice (rows, at_moves, at_second, last) second = Slice (rows, at_second, at_constants, last)
+    centre = Slice (rows, at_centre, at_size, last) size = Slice (rows, at_size, at_end, last)
+    {REACHED if kind == CENTRED else GROWN}
+    corners = Concat <axis = -1> (low, high) inside_image = Clip (corners, none, whole_image)
+    by_class = Transpose <perm = [0, 2, 1]> (known)
+    chosen = NonMaxSuppression (inside_image, by_class, most, overlap, least)
+    their_scores = GatherND (by_class, chosen)
+    their_places = Gather <axis = 1> (chosen, anchor_columns) their_boxes = GatherND (inside_image, their_places)
+    their_classes = Slice (chosen, one, one_more, last) their_labels = Squeeze (their_classes, last)
+    number = Shape (their_scores) kept = Min (number, most)
+    {SCORES}, order = TopK (their_scores, kept)
+    {BOXES} = Gather <axis = 0> (their_boxes, order) {LABELS} = Gather <axis = 0> (their_labels, order)
+}}""".replace("int64[1] one = {1},", "int64[1] one = {1}, int64[1] one_more = {2},")
+    return parser.parse_model(text)

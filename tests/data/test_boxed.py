@@ -1,0 +1,116 @@
+"""Boxes move with the view of their image, come from scenes and folders, and are written as COCO's."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from drawn import coco
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
+
+from compress.data.augment import Augmentation
+from compress.data.batches import eval_batches, train_batches
+from compress.data.boxed import PlacedBoxes, open_boxes, write_boxes
+from compress.data.digest import DataSettings
+from compress.data.stored import Stored
+from compress.data.views import Boxes
+from export.errors import DataError
+from export.images.annotations import box_examples, list_boxes
+
+STILL = Augmentation("none", 0.125, 0.5, False, 0, 0.0, 0.0)
+CPU = torch.device("cpu")
+
+
+def settings(folder: Path, *, name: str = "scenes", path: Path | None = None) -> DataSettings:
+    return DataSettings(
+        name=name, path=path, image_size=64, resize=1.0, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), val_fraction=0.2,
+        limit_per_class=12, skip_broken=False, task="detection", ignore_index=None, tuning=False, seed=0, memory=folder,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_boxes_move_as_torchvisions_do(mirrored: bool) -> None:
+    """A crop of a 40 x 50 image, resized to 32 x 32 and mirrored: by torchvision's transforms of its own boxes."""
+    pixels = torch.tensor([[6.0, 8, 30, 24], [12, 4, 48, 38], [0, 0, 9, 7]])
+    expected = BoundingBoxes(pixels, format=BoundingBoxFormat.XYXY, canvas_size=(40, 50))
+    expected = F.resize(F.crop(expected, 4, 8, 30, 36), [32, 32])
+    expected = F.horizontal_flip(expected) if mirrored else expected
+    inside = v2.ClampBoundingBoxes()(expected) / 32
+    boxes = torch.cat([torch.arange(3.0)[:, None], pixels / torch.tensor([50, 40, 50, 40]), torch.zeros(3, 1)], dim=1)
+    frame = Stored(torch.empty(1, 3, 2000), torch.tensor([[40, 50]]), torch.tensor([[40, 50]]))
+    top, left, height, width = (torch.tensor([float(one)]) for one in (4, 8, 30, 36))
+    view = Boxes(top, left, height, width, torch.tensor([mirrored]))
+    found = PlacedBoxes(boxes[None], None, (None, frame)).seen(torch.tensor([0]), view, 32, whole=True)[0]
+    assert found[:, 0].tolist() == [0, 1, -1]  # the middle of the last one is not in the view
+    assert torch.allclose(found[:2, 1:5], inside.as_subclass(torch.Tensor)[:2], atol=1e-6)
+
+
+def test_a_view_shows_its_boxes(tmp_path: Path) -> None:
+    """Mirrored or not, the pixels inside a box of a scene are those inside the box of its view."""
+    flipped = replace(STILL, flip=True)
+    data = open_boxes(settings(tmp_path), flipped)
+    plain = next(eval_batches(data.train, data.preprocess, batch_size=12, device=CPU, workers=0))
+    shown = next(
+        train_batches(data, batch_size=12, augmentation=flipped, seed=1, epoch=0, view=0, workers=0, device=CPU)
+    )
+    assert shown.views is not None
+    turned = 0
+    for place, index in enumerate(shown.views.indices.tolist()):
+        image, boxes = plain.images[index], plain.targets[index]
+        if not torch.equal(image, shown.images[place]):
+            turned += 1
+            image = image.flip(2)
+            boxes = boxes.clone()
+            real = boxes[:, 0] >= 0
+            boxes[real, 1], boxes[real, 3] = 1 - plain.targets[index][real, 3], 1 - plain.targets[index][real, 1]
+        assert torch.equal(image, shown.images[place])
+        assert torch.allclose(boxes[boxes[:, 0] >= 0], shown.targets[place][shown.targets[place][:, 0] >= 0], atol=1e-6)
+    assert 0 < turned < 12
+
+
+def test_validation_images_are_written_and_read_again(tmp_path: Path) -> None:
+    data = open_boxes(settings(tmp_path), STILL)
+    folder = tmp_path / "val"
+    assert write_boxes(data, folder) == len(data.val)
+    again = box_examples(folder, data.preprocess, data.classes)
+    batch = next(eval_batches(data.val, data.preprocess, batch_size=8, device=CPU, workers=0))
+    images, truths = next(again.batches(batch_size=8))
+    assert np.allclose(images, batch.images.numpy(), atol=1e-5)
+    for mine, its in zip(batch.targets.numpy(), truths, strict=True):
+        assert np.allclose(mine[mine[:, 0] >= 0], its[its[:, 0] >= 0], atol=1e-6)
+    assert sorted(again.digests()) == sorted(data.validation_digests())
+    with pytest.raises(DataError, match="is there already"):
+        write_boxes(data, folder)
+
+
+def test_a_folder_is_opened_whole_and_stretched(tmp_path: Path) -> None:
+    coco(tmp_path)
+    for augmentation in (STILL, replace(STILL, crop="random_resized", flip=True)):
+        data = open_boxes(settings(tmp_path / "memory", name="imagefolder", path=tmp_path), augmentation)
+        assert data.classes == ("cat", "dog")
+        batch = next(eval_batches(data.val, data.preprocess, batch_size=2, device=CPU, workers=0))
+        assert batch.images.shape == (2, 3, 64, 64)
+        listing = list_boxes(tmp_path)
+        assert np.allclose(batch.targets.numpy(), listing.truths(listing.val or ()))
+        shown = next(
+            train_batches(data, batch_size=2, augmentation=augmentation, seed=0, epoch=0, view=0, workers=0, device=CPU)
+        )
+        assert shown.targets.shape == (2, 2, 6)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [replace(STILL, randaugment=9), replace(STILL, mixup=0.2), replace(STILL, cutmix=1.0)],
+    ids=["randaugment", "mixup", "cutmix"],
+)
+def test_changes_that_would_leave_the_boxes_behind_are_refused(changed: Augmentation, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"changes an image and not its boxes"):
+        open_boxes(settings(tmp_path), changed)
+
+
+def test_a_tuning_split_leaves_validation_unseen(tmp_path: Path) -> None:
+    data = open_boxes(replace(settings(tmp_path), tuning=True, limit_per_class=None), STILL)
+    assert (len(data.train), len(data.val)) == (640, 160)
