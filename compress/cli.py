@@ -84,7 +84,8 @@ Out = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")]
 TrustCode = Annotated[bool, typer.Option("--trust-code", help="Let the recipe run a model's own file.py.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and let libraries speak.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, print every table, and let libraries speak.")]
+Tables = Annotated[bool, typer.Option("-v", "--verbose", help="Print every table, not only what fits on one screen.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -224,12 +225,13 @@ def schema(
 @app.command()
 def report(
     run_folder: RunFolder,
+    verbose: Tables = False,
 ) -> None:
-    """Draw a finished run's report again."""
+    """Draw a finished run's page again and print its report."""
     _quiet(verbose=False)
-    from compress.report.files import render_report
+    from compress.report.files import print_again
 
-    _print(render_report(run_folder))
+    print_again(run_folder, verbose=verbose)
 
 
 @app.command()
@@ -287,11 +289,12 @@ def compare(
     ],
     page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")] = None,
     document: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers.")] = None,
+    verbose: Tables = False,
 ) -> None:
     """Set runs or bundles side by side: what each measured, and what differs in their recipes."""
     from compress.report.comparison.files import compare_folders
 
-    compare_folders(folders, page=page, document=document)
+    compare_folders(folders, page=page, document=document, verbose=verbose)
 
 
 @app.command()

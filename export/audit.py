@@ -7,10 +7,10 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
+from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
 
 from export.bundle.read import read_bundle
 from export.bundle.sandbox import require_sound, vet
@@ -27,27 +27,22 @@ from export.runtime.node_times import NodeTime, node_times
 from export.runtime.session import PROVIDERS
 
 
-@dataclass(frozen=True)
-class Audit:
+class Audit(TypedDict):
     """The optimized graph of one file on one provider; layers are convolutions and matrix products, named by module."""
 
     provider: str
     operators: dict[str, int]
     providers: dict[str, dict[str, int]]
-    integer_layers: tuple[str, ...]
-    float_layers: tuple[str, ...]
+    integer_layers: list[str]
+    float_layers: list[str]
     float_fraction: float | None  # of the multiply-accumulates; None where the shapes do not tell
-    leftover_qdq: tuple[str, ...]  # besides the Q at the input and the DQ at the output
-    float_biases: tuple[str, ...]  # of layers with integer weights
-    quantized_by_runtime: tuple[str, ...]  # float in the file; one scale for all channels, on the full range
+    leftover_qdq: list[str]  # besides the Q at the input and the DQ at the output
+    float_biases: list[str]  # of layers with integer weights
+    quantized_by_runtime: list[str]  # float in the file; one scale for all channels, on the full range
     float_initializer_mb: float
-    copies: tuple[str, ...]  # between the memories of two providers
+    copies: list[str]  # between the memories of two providers
     float_operators: dict[str, str]  # what computes in float and is no layer
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, object]:
-        """Return the audit as JSON holds it."""
-        return asdict(self)
+    reasons: dict[str, str]
 
 
 def audit(path: Path, provider: str = "cpu") -> Audit:
@@ -81,14 +76,14 @@ def audit(path: Path, provider: str = "cpu") -> Audit:
         provider=provider,
         operators=dict(sorted(Counter(node.op_type for node in runs.nodes.values()).items())),
         providers=by_provider(times),
-        integer_layers=tuple(_label(layers[name], name) for name in integer),
-        float_layers=tuple(_label(layers[name], name) for name in in_float),
+        integer_layers=[_label(layers[name], name) for name in integer],
+        float_layers=[_label(layers[name], name) for name in in_float],
         float_fraction=float_fraction(macs(file), set(in_integers)),
-        leftover_qdq=tuple(_plain(node) for node in leftover),
-        float_biases=tuple(module_of(layer.name) for layer in file.layers() if has_float_bias(layer)),
-        quantized_by_runtime=tuple(module_of(name) for name, found in in_integers.items() if not is_quantized(found)),
+        leftover_qdq=[_plain(node) for node in leftover],
+        float_biases=[module_of(layer.name) for layer in file.layers() if has_float_bias(layer)],
+        quantized_by_runtime=[module_of(name) for name, found in in_integers.items() if not is_quantized(found)],
         float_initializer_mb=sum(map(_float_bytes, runs.values.values())) / 1e6,
-        copies=tuple(name for name, node in runs.nodes.items() if node.op_type.startswith("Memcpy")),
+        copies=[name for name, node in runs.nodes.items() if node.op_type.startswith("Memcpy")],
         float_operators=by_module,
         reasons=reasons,
     )
@@ -166,35 +161,35 @@ def over_limits(
 ) -> list[str]:
     """Return a sentence for each limit (None is none) that the file is over, with the names and the repair."""
     over: list[str] = []
-    if max_float_layers is not None and len(found.float_layers) > max_float_layers:
+    if max_float_layers is not None and len(found["float_layers"]) > max_float_layers:
         over.append(
-            f"max_float_layers: at most {max_float_layers} may run in float, got {len(found.float_layers)}: "
-            f"{_named(found, found.float_layers)}; quantize them or raise the limit"
+            f"max_float_layers: at most {max_float_layers} may run in float, got {len(found['float_layers'])}: "
+            f"{_named(found, found['float_layers'])}; quantize them or raise the limit"
         )
-    if max_float_fraction is not None and found.float_fraction is None:
+    if max_float_fraction is not None and found["float_fraction"] is None:
         over.append(
             "max_float_fraction: cannot be told, the file's shapes are not known: export it with fixed image size"
         )
     elif (
         max_float_fraction is not None
-        and found.float_fraction is not None
-        and found.float_fraction > max_float_fraction
+        and found["float_fraction"] is not None
+        and found["float_fraction"] > max_float_fraction
     ):
         over.append(
             f"max_float_fraction: at most {max_float_fraction:.2%} of the multiply-accumulates may run in float, "
-            f"got {found.float_fraction:.2%}: {_named(found, found.float_layers)}; quantize them or raise the limit"
+            f"got {found['float_fraction']:.2%}: {_named(found, found['float_layers'])}; quantize them or raise the limit"
         )
-    if max_leftover_qdq is not None and len(found.leftover_qdq) > max_leftover_qdq:
+    if max_leftover_qdq is not None and len(found["leftover_qdq"]) > max_leftover_qdq:
         over.append(
-            f"max_leftover_qdq: at most {max_leftover_qdq} Q/DQ nodes may stay between the ends, got {len(found.leftover_qdq)}: "
-            f"{_named(found, found.leftover_qdq)}; quantize what stands around them, remove the pair, or raise the limit"
+            f"max_leftover_qdq: at most {max_leftover_qdq} Q/DQ nodes may stay between the ends, got {len(found['leftover_qdq'])}: "
+            f"{_named(found, found['leftover_qdq'])}; quantize what stands around them, remove the pair, or raise the limit"
         )
     return over
 
 
-def _named(found: Audit, names: tuple[str, ...]) -> str:
+def _named(found: Audit, names: list[str]) -> str:
     """Return the first names with their reasons, short enough for a line."""
-    shown = [f"{name} ({found.reasons[name]})" if name in found.reasons else name for name in names[:5]]
+    shown = [f"{name} ({found['reasons'][name]})" if name in found["reasons"] else name for name in names[:5]]
     return ", ".join([*shown, *([f"and {len(names) - 5} more"] if len(names) > 5 else [])])
 
 
@@ -212,30 +207,33 @@ def _float_bytes(value: ir.Value) -> int:
 
 def as_text(found: Audit) -> str:
     """Return the audit as lines for a terminal."""
-    total = len(found.integer_layers) + len(found.float_layers)
-    part = "unknown" if found.float_fraction is None else f"{found.float_fraction:.2%}"
+    total = len(found["integer_layers"]) + len(found["float_layers"])
+    part = "unknown" if found["float_fraction"] is None else f"{found['float_fraction']:.2%}"
     counts = [
-        (provider, operator, str(n)) for provider, kinds in found.providers.items() for operator, n in kinds.items()
+        (provider, operator, str(n)) for provider, kinds in found["providers"].items() for operator, n in kinds.items()
     ]
     lines = [
-        f"{len(found.integer_layers)} of {total} layers run in integers; {part} of the multiply-accumulates in float; "
-        f"{found.float_initializer_mb:.2f} MB of FP32 constants",
+        f"{len(found['integer_layers'])} of {total} layers run in integers; {part} of the multiply-accumulates in float; "
+        f"{found['float_initializer_mb']:.2f} MB of FP32 constants",
         table(("provider", "operator", "nodes"), counts),
     ]
     for title, names in (
-        ("layers in float", [_with_reason(found, name) for name in found.float_layers]),
-        ("float operators", [_with_reason(found, name, f" ({kind})") for name, kind in found.float_operators.items()]),
-        ("leftover Q/DQ", [_with_reason(found, name) for name in found.leftover_qdq]),
-        ("float biases", found.float_biases),
-        ("float weights that ONNX Runtime quantizes itself, on the full range", found.quantized_by_runtime),
-        ("copies between providers", found.copies),
+        ("layers in float", [_with_reason(found, name) for name in found["float_layers"]]),
+        (
+            "float operators",
+            [_with_reason(found, name, f" ({kind})") for name, kind in found["float_operators"].items()],
+        ),
+        ("leftover Q/DQ", [_with_reason(found, name) for name in found["leftover_qdq"]]),
+        ("float biases", found["float_biases"]),
+        ("float weights that ONNX Runtime quantizes itself, on the full range", found["quantized_by_runtime"]),
+        ("copies between providers", found["copies"]),
     ):
         lines.extend([f"{title}: {len(names)}", *(f"  {name}" for name in names)] if names else [])
     return "\n".join(lines)
 
 
 def _with_reason(found: Audit, name: str, kind: str = "") -> str:
-    reason = found.reasons.get(name)
+    reason = found["reasons"].get(name)
     return f"{name}{kind}: {reason}" if reason else f"{name}{kind}"
 
 
@@ -276,8 +274,7 @@ def print_audits(arguments: argparse.Namespace) -> int:
             )
         )
     if arguments.json:
-        content = {name: found.to_json() for name, found in audits.items()}
-        write_text(arguments.json, json_text(content))
+        write_text(arguments.json, json_text(audits))
     sys.stderr.write("".join(f"{sentence}\n" for sentence in over))
     return 1 if over else 0
 

@@ -14,7 +14,7 @@ from compress.recipe.schema import Recipe
 from compress.report.collect import collect
 from compress.report.comparison.candidate import Subject
 from compress.report.comparison.compare import Comparison, compare
-from compress.report.comparison.terminal import print_comparison
+from compress.report.comparison.show import print_comparison
 from compress.report.shape import Report
 from compress.report.terminal import print_report
 from export.runtime.accuracy import Score
@@ -196,16 +196,12 @@ def build_bench(
         accuracy = {name: dict(row) for name, row in accuracy_of(answers, reference="student_fp32").items()}
     return {
         "metric": {"name": "top1", "title": "top-1"},
-        "accuracy": {} if nulls else accuracy,
-        **(
-            {
-                "classes": by_class(
-                    {name: found.rows for name, found in answers.items()}, classes, ("teacher_fp32", "student_int8")
-                )
-            }
-            if answers
-            else {}
-        ),
+        "accuracy": accuracy,
+        "classes": by_class(
+            {name: found.rows for name, found in answers.items()}, classes, ("teacher_fp32", "student_int8")
+        )
+        if answers
+        else None,
         "timings": timings,
         "environment": environment,
         "warnings": list(warnings),
@@ -229,11 +225,11 @@ def timing(
         "batch": batch,
         "image_size": size,
         "p50_ms": p50,
-        "p90_ms": None if nulls else p50 * 1.04,
-        "p99_ms": None if nulls else p50 * draw.uniform(1.1, 1.5),
+        "p90_ms": p50 * 1.04,
+        "p99_ms": p50 * draw.uniform(1.1, 1.5),
         "throughput_ips": 1000 * batch / p50,
         "runs": 41,
-        "block_ms": [] if nulls else blocks,
+        "block_ms": blocks,
         "size_mb": size_mb,
         "peak_memory_mb": None if nulls else 3.1 * size_mb + 60,
         "provider_options": {"cudnn_conv_use_max_workspace": "1", "prefer_nhwc": "1"} if provider == CUDA else {},
@@ -271,6 +267,7 @@ def build_ptq(images: int = 360) -> dict[str, Any]:
         trial("percentile", [], 0.97222, 1.92, met=True),
     ]
     found = {"methods": methods, "sensitivity": groups[::-1], "trials": trials, "chosen": 1}
+    found |= {"calibration": "percentile", "score": 0.97222}
     return {"images": images, "float_score": 0.98056, "tuning_images": 1437, "targets": {"cpu_avx2": found}}
 
 
@@ -302,11 +299,13 @@ def trial(
     """Return one trial of ptq.json."""
     return {
         "number_format": "int8",
+        "engine": "compress",
         "calibration": calibration,
         "keep_float": keep_float,
         "score": score,
         "drop": 0.98056 - score,
         "agreement": score + 0.01,
+        "kl": 0.001,
         "latency_ratio": latency_ratio,
         "met": met,
     }
@@ -317,6 +316,8 @@ def build_audit(**changes: Any) -> dict[str, Any]:
     return {
         "provider": "cpu",
         "operators": {"QLinearConv": 53, "QLinearAdd": 16, "QLinearGlobalAveragePool": 1, "Gemm": 1},
+        "providers": {CPU: {"QLinearConv": 53, "QLinearAdd": 16, "QLinearGlobalAveragePool": 1, "Gemm": 1}},
+        "quantized_by_runtime": [],
         "integer_layers": [layer["name"] for layer in resnet50_layers()][:-1],
         "float_layers": ["fc"],
         "float_fraction": 0.0002,
@@ -405,7 +406,7 @@ def build_student(
     name: str,
     *,
     scale: float = 1.0,
-    score: float | None = 0.97778,
+    score: float = 0.97778,
     targets: Mapping[str, float] | None = None,
     **settings: Any,
 ) -> Report:
@@ -452,9 +453,9 @@ def compared(*reports: Report) -> Comparison:
     return compare({report["recipe"]["name"]: Subject(report) for report in reports})
 
 
-def printed(comparison: Comparison, width: int = 80) -> str:
+def printed(comparison: Comparison, width: int = 80, *, verbose: bool = True) -> str:
     screen = StringIO()
-    print_comparison(comparison, Console(file=screen, width=width))
+    print_comparison(comparison, Console(file=screen, width=width), verbose=verbose)
     return screen.getvalue()
 
 

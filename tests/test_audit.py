@@ -30,30 +30,30 @@ def audited(model: ModelProto, folder: Path) -> Audit:
 
 def test_a_whole_int8_file_runs_in_integers(tmp_path: Path) -> None:
     found = audited(quantized_network(), tmp_path)
-    assert found.provider == "cpu"
-    assert found.integer_layers == ("conv1", "conv2", "head")
-    assert found.float_fraction == 0.0
-    assert found.operators["QLinearConv"] == 2
-    assert found.providers["CPUExecutionProvider"]["QLinearConv"] == 2
+    assert found["provider"] == "cpu"
+    assert found["integer_layers"] == ["conv1", "conv2", "head"]
+    assert found["float_fraction"] == 0.0
+    assert found["operators"]["QLinearConv"] == 2
+    assert found["providers"]["CPUExecutionProvider"]["QLinearConv"] == 2
     nothing = (
-        found.float_layers,
-        found.leftover_qdq,
-        found.float_biases,
-        found.copies,
-        found.float_operators,
-        found.reasons,
+        found["float_layers"],
+        found["leftover_qdq"],
+        found["float_biases"],
+        found["copies"],
+        found["float_operators"],
+        found["reasons"],
     )
-    assert nothing == ((), (), (), (), {}, {})
+    assert nothing == ([], [], [], [], {}, {})
     assert over_limits(found, max_float_layers=0, max_float_fraction=0.0, max_leftover_qdq=0) == []
 
 
 def test_a_float_convolution_that_sneaked_in_is_named_with_its_work(tmp_path: Path) -> None:
     found = audited(quantized_network(plain=CONV2), tmp_path)
-    assert found.float_layers == ("conv2",)
-    assert found.float_fraction == pytest.approx(MACS["conv2/Conv"] / sum(MACS.values()))
-    assert found.reasons["conv2"] == "its weights are float in the file: it was not quantized"
-    assert set(found.leftover_qdq) == {"quantizer_conv1/DequantizeLinear", "quantizer_add/QuantizeLinear"}
-    assert found.float_operators == {"add": "Add"}
+    assert found["float_layers"] == ["conv2"]
+    assert found["float_fraction"] == pytest.approx(MACS["conv2/Conv"] / sum(MACS.values()))
+    assert found["reasons"]["conv2"] == "its weights are float in the file: it was not quantized"
+    assert set(found["leftover_qdq"]) == {"quantizer_conv1/DequantizeLinear", "quantizer_add/QuantizeLinear"}
+    assert found["float_operators"] == {"add": "Add"}
     over = over_limits(found, max_float_layers=0, max_float_fraction=0.5, max_leftover_qdq=1)
     assert [sentence.partition(":")[0] for sentence in over] == [
         "max_float_layers",
@@ -68,9 +68,9 @@ def test_a_float_convolution_that_sneaked_in_is_named_with_its_work(tmp_path: Pa
 
 def test_a_missing_grid_behind_a_layer_leaves_it_in_float_and_says_why(tmp_path: Path) -> None:
     found = audited(quantized_network(plain=("quantizer_conv1",)), tmp_path)
-    assert "conv1" in found.float_layers
-    assert found.reasons["conv1"] == "its output goes in float to conv2/Conv"
-    assert found.reasons["conv2"] == "its input comes in float from relu/Relu"
+    assert "conv1" in found["float_layers"]
+    assert found["reasons"]["conv1"] == "its output goes in float to conv2/Conv"
+    assert found["reasons"]["conv2"] == "its input comes in float from relu/Relu"
 
 
 def test_an_operator_without_an_integer_kernel_is_named_with_its_leftover_pair(tmp_path: Path) -> None:
@@ -81,31 +81,31 @@ def test_an_operator_without_an_integer_kernel_is_named_with_its_leftover_pair(t
     model.graph.node.insert(position + 1, helper.make_node("Sin", ["erf"], ["sin"], name="gelu/Sin"))
     pooled.input[0] = "sin"
     found = audited(model, tmp_path)
-    assert found.float_operators["gelu"] == "Erf, Sin"
-    assert found.reasons["gelu"] == "its output goes in float to gelu/Sin"
-    assert "quantizer_add/DequantizeLinear" in found.leftover_qdq
-    assert found.reasons["quantizer_add/DequantizeLinear"] == "feeds gelu (Erf), not in integers"
-    assert found.float_layers == ()
+    assert found["float_operators"]["gelu"] == "Erf, Sin"
+    assert found["reasons"]["gelu"] == "its output goes in float to gelu/Sin"
+    assert "quantizer_add/DequantizeLinear" in found["leftover_qdq"]
+    assert found["reasons"]["quantizer_add/DequantizeLinear"] == "feeds gelu (Erf), not in integers"
+    assert found["float_layers"] == []
 
 
 def test_a_relu_before_a_grid_that_reaches_below_zero_is_named(tmp_path: Path) -> None:
     model = changed(quantized_network(), {"quantizer_conv1.zero": np.array(128, np.uint8)})
     found = audited(model, tmp_path)
-    assert found.float_layers == ("conv1",)
-    assert found.reasons["conv1"].startswith("relu/Relu stands before its grid")
+    assert found["float_layers"] == ["conv1"]
+    assert found["reasons"]["conv1"].startswith("relu/Relu stands before its grid")
 
 
 def test_a_useless_pair_between_float_layers_is_found(tmp_path: Path) -> None:
     found = audited(quantized_network(plain=("conv2", "quantizer_conv1", "quantizer_add")), tmp_path)
-    assert "quantizer_conv2/QuantizeLinear" in found.leftover_qdq
-    assert "quantizer_x/QuantizeLinear" not in found.leftover_qdq, "the input's own"
-    assert found.reasons["quantizer_conv2/QuantizeLinear"] == "takes conv2 (Conv), not in integers"
+    assert "quantizer_conv2/QuantizeLinear" in found["leftover_qdq"]
+    assert "quantizer_x/QuantizeLinear" not in found["leftover_qdq"], "the input's own"
+    assert found["reasons"]["quantizer_conv2/QuantizeLinear"] == "takes conv2 (Conv), not in integers"
 
 
 def test_float_weights_that_onnx_runtime_quantizes_by_itself_are_named(tmp_path: Path) -> None:
     found = audited(quantized_network(63, plain=("conv2",)), tmp_path)
-    assert found.integer_layers == ("conv1", "conv2", "head")
-    assert found.quantized_by_runtime == ("conv2",)
+    assert found["integer_layers"] == ["conv1", "conv2", "head"]
+    assert found["quantized_by_runtime"] == ["conv2"]
 
 
 def test_a_float_bias_of_an_integer_layer_is_named(tmp_path: Path) -> None:
@@ -113,19 +113,19 @@ def test_a_float_bias_of_an_integer_layer_is_named(tmp_path: Path) -> None:
     layer = next(node for node in model.graph.node if node.name == "conv2/Conv")
     model.graph.initializer.append(numpy_helper.from_array(np.ones(WIDTH, np.float32), "bias"))
     layer.input[2] = "bias"
-    assert audited(model, tmp_path).float_biases == ("conv2",)
+    assert audited(model, tmp_path)["float_biases"] == ["conv2"]
 
 
 def test_a_float_file_is_float_throughout_and_owes_no_reasons(tmp_path: Path) -> None:
     model = classifier()
     found = audited(model, tmp_path)
-    assert len(found.float_layers) == 2
-    assert found.float_fraction == 1.0
-    assert found.reasons == {}
+    assert len(found["float_layers"]) == 2
+    assert found["float_fraction"] == 1.0
+    assert found["reasons"] == {}
     stored = sum(numpy_helper.to_array(tensor).nbytes for tensor in model.graph.initializer) / 1e6
-    assert found.float_initializer_mb >= stored
+    assert found["float_initializer_mb"] >= stored
     half = audited(to_float16(model), tmp_path)
-    assert (half.float_fraction, half.float_layers) == (1.0, found.float_layers), (
+    assert (half["float_fraction"], half["float_layers"]) == (1.0, found["float_layers"]), (
         "casts that the runtime adds have no name"
     )
 
@@ -156,7 +156,7 @@ def test_nodes_without_names_are_told_apart_by_their_outputs(tmp_path: Path) -> 
     model = quantized_network(plain=CONV2)
     for node in model.graph.node:
         node.name = ""
-    assert audited(model, tmp_path).float_layers == ("conv2",)  # its output is conv2/Conv
+    assert audited(model, tmp_path)["float_layers"] == ["conv2"]  # its output is conv2/Conv
 
 
 def test_the_times_list_every_node_that_runs(tmp_path: Path) -> None:

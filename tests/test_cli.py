@@ -20,7 +20,6 @@ from compress.pipeline import PlanLine
 from compress.recipe.read import read_recipe
 from compress.recipe.reference import reference
 from compress.recipe.schema import Recipe
-from compress.report import files
 from export.errors import BundleError, DataError
 
 Invoke = Callable[..., Result]
@@ -199,11 +198,6 @@ def test_plan_says_what_runs_what_is_cached_and_why(
         "cached  source   runs/tiny/00-source-a1  (unchanged)",
         "runs    prune    runs/tiny/01-prune-b2  (not made yet)",
     ]
-
-
-def test_report_prints_the_page_it_drew(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "render_report", lambda root: root / "report" / "index.html")
-    assert invoke("report", tmp_path).output == f"{tmp_path}/report/index.html\n"
 
 
 def test_schema_is_the_json_schema_of_a_recipe(invoke: Invoke) -> None:

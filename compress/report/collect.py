@@ -19,8 +19,6 @@ from export.runtime.environment import environment
 from export.runtime.rows import metric_json
 from export.tasks import TASKS
 
-ROW_KEYS = tuple(DeployedRow.__annotations__)
-
 
 def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[Path], command: str) -> Report:
     """Return the report of the finished stages in `artifacts`, in their order, for the folder `root`; targets are judged at the recipe's end.
@@ -38,7 +36,7 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[
         environment=bench.get("environment") or environment(),
         data_digest=dataset_digest(settings, given(settings)),
         stages=[_stage_row(path, root, path not in made) for path in artifacts],
-        deployed=[_deployed_row(timing, bench["accuracy"].get(timing["name"], {})) for timing in bench["timings"]],
+        deployed=[cast(DeployedRow, {**timing, **bench["accuracy"][timing["name"]]}) for timing in bench["timings"]],
         classes=bench.get("classes"),
         ptq=_last(artifacts, "ptq.json"),
         audit=_last(artifacts, "audit.json"),
@@ -72,11 +70,6 @@ def _stage_row(path: Path, root: Path, cached: bool) -> StageRow:
         seconds=meta.seconds,
         metrics=meta.metrics,
     )
-
-
-def _deployed_row(timing: Json, accuracy: Json) -> DeployedRow:
-    """Return a timing without its blocks and with its file's accuracy."""
-    return cast(DeployedRow, {key: {**accuracy, **timing}.get(key) for key in ROW_KEYS})
 
 
 def _trainings(artifacts: Sequence[Path]) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence, Set
+from functools import partial
 from pathlib import Path
 
 from compress.artifact import read_meta, students_of, write_json
@@ -37,19 +38,28 @@ def report_run(
     is_kept = any(_is_part(chains[name], paths, report_root(recipe, name)) for name, paths in artifacts.items())
     if not is_kept:  # here and not before: a run that is refused leaves the last report's recipe
         write_recipe(recipe, root / "recipe.yaml")
-    codes = []
+    reports = {}
     for student, chain in chains.items():
         place = report_root(recipe, student)
-        report = collect(chain, artifacts[student], root=place, made=made, command=command)
+        reports[student] = report = collect(chain, artifacts[student], root=place, made=made, command=command)
         if not is_kept:
             _write(chain, artifacts[student], report, place)
-        print_report(report, screen(), verbose=verbose, page=None if is_kept else place / "report" / "index.html")
-        codes.append(1 if report["verdict"] == "fail" else 0)
+        if verbose or is_kept or len(chains) == 1:
+            print_report(report, screen(), verbose=verbose, page=None if is_kept else place / "report" / "index.html")
     if is_kept:
         sys.stderr.write(f"{root}: its report and bundle are of a run that went further, and stay as they are\n")
-    elif recipe.students:
-        _compare(recipe)
-    return max(codes)
+    elif len(chains) > 1:
+        _compare(recipe, reports, verbose=verbose)
+    return max(1 if report["verdict"] == "fail" else 0 for report in reports.values())
+
+
+def print_again(root: Path, *, verbose: bool) -> None:
+    """Draw the page of a finished run again from its files, and print the report."""
+    from compress.report.screen import screen
+    from compress.report.terminal import print_report
+
+    page = render_report(root)
+    print_report(json.loads((root / "report.json").read_text(encoding="utf-8")), screen(), verbose=verbose, page=page)
 
 
 def render_report(root: Path) -> Path:
@@ -95,13 +105,20 @@ def _write(chain: Recipe, artifacts: Sequence[Path], report: Report, root: Path)
         write_bundle(root / "bundle", contents(chain, name, root, exported[-1], report))
 
 
-def _compare(recipe: Recipe) -> None:
-    """Write the page that compares the recipe's students, and print it."""
+def _compare(recipe: Recipe, reports: Mapping[str, Report], *, verbose: bool) -> None:
+    """Write the page that compares the recipe's students, and print it with their verdicts."""
     from compress.report.comparison.files import compare_folders
-    from compress.report.screen import screen
+    from compress.report.screen import say
+    from compress.report.terminal import print_verdict
 
     page = run_root(recipe) / "report" / "index.html"
-    folders = [report_root(recipe, student) for student in recipe.students]
-    if len(folders) > 1:  # one student has nobody beside it
-        compare_folders(folders, page=page, document=run_root(recipe) / "comparison.json")
-        screen().print(f"\n{page}", soft_wrap=True, highlight=False)
+    compare_folders(
+        [report_root(recipe, student) for student in reports],
+        page=page,
+        document=run_root(recipe) / "comparison.json",
+        verbose=verbose,
+        ends=[
+            *(partial(print_verdict, report, name=student) for student, report in reports.items()),
+            lambda console, _: say(console, f"\n{page}"),
+        ],
+    )

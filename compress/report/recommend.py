@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 from compress.report.classes import at_chance, worst_first
 from compress.report.numbers import loss, times
-from compress.report.shape import DeployedRow, Recommendation, Report, Speedup
+from compress.report.shape import DeployedRow, Recommendation, Report
 from compress.report.verdict import TOLERANCE, deployed_name, headline_row, target_of
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER
 from export.onnx_file.targets import CPU, TARGET_PROVIDERS, TARGETS
+from export.runtime.rows import Speedup
 
 DEFAULT_MAX_SCORE_DROP = 0.01  # where the recipe sets no target of its own
 SLOW_INT8 = (
@@ -45,7 +46,7 @@ def recommend(report: Report) -> Recommendation | None:
     if rows[FP32] is None:
         where = "CPU with one thread at batch 1" if provider == CPU else "batch 1"
         return Recommendation(file=None, sentence=f"No file is recommended: {FP32} was not timed on {where}.")
-    classes = report.get("classes")
+    classes = report["classes"]
     if classes and at_chance(classes, [TEACHER]):
         return Recommendation(file=None, sentence=f"No file is recommended: {TEACHER} answers at chance.")
     bar = _bar(report, rows)
@@ -93,7 +94,7 @@ def _bar(report: Report, rows: dict[str, DeployedRow | None]) -> Bar:
 
 def _unfit(report: Report) -> dict[str, str]:
     """Return why files are not to be served whatever their score: they guess, or lose more of a class than targets.max_class_drop allows."""
-    classes, wanted = report.get("classes"), report["targets"]["max_class_drop"]
+    classes, wanted = report["classes"], report["targets"]["max_class_drop"]
     if not classes:
         return {}
     found = {}

@@ -1,14 +1,20 @@
-"""Print tables so that nothing of them is lost: in a narrow terminal lines run over, in a pipe or a file nothing is folded."""
+"""Print tables so that nothing of them is lost: in a narrow terminal columns fold or come below, in a pipe nothing is folded."""
 
+import math
 import os
+from collections.abc import Callable
+from io import StringIO
 
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Column, Table
+from rich.table import Table as Grid
 from rich.text import Text
 
+from compress.report.table import Strong, Table
+
+LINES = 40  # of a screen, 80 columns wide
 UNBOUNDED = 10_000  # columns
-FOLDED = 12  # columns that a text may be folded to
+FOLDED, NAME = 12, 16  # columns that a text and a row's name may be folded to
+MARKS = {"✓": "green", "✗": "red"}
 
 
 def screen() -> Console:
@@ -19,18 +25,78 @@ def screen() -> Console:
     return console
 
 
-def show(console: Console, renderable: Table | Text) -> None:
-    """Print a table at least as wide as its numbers need, which would be cut off otherwise; a text is wrapped."""
-    width = console.width
-    if isinstance(renderable, Table):
-        between = renderable.padding[1] * (len(renderable.columns) - 1)
-        console.width = max(width, between + sum(_least(column, console) for column in renderable.columns))
-    console.print(renderable)
+def say(console: Console, text: str, style: str = "", first: str = "") -> None:
+    """Print a text after its `first` words, which alone are styled where there are any; brackets in it are text, never markup."""
+    console.print(Text.assemble((first, style), text) if first else Text(text, style), soft_wrap=True)
+
+
+def print_what_fits(console: Console, draw: Callable[[Console, int], None], notes: int) -> None:
+    """Print what `draw` draws with as many of its `notes` as leave it on one screen."""
+
+    def lines(kept: int) -> int:
+        trial = Console(file=StringIO(), width=console.width)
+        draw(trial, kept)
+        assert isinstance(trial.file, StringIO)
+        return sum(max(1, math.ceil(len(line.rstrip()) / console.width)) for line in trial.file.getvalue().splitlines())
+
+    draw(console, next((kept for kept in range(notes, 0, -1) if lines(kept) <= LINES), 0))
+
+
+def show(console: Console, table: Table, *, few: int | None = None) -> None:
+    """Print the first `few` rows; columns that find no room beside the others come below, under the rows' names again."""
+    columns = list(range(len(table.columns) - table.more))
+    if table.title:
+        cut = f" · {few} of {len(table.rows):,}" if few and few < len(table.rows) else ""
+        console.print(Text(f"\n{table.title}{cut}", "bold"))
+    while columns:
+        taken = _fitting(table, columns, console.width)
+        _print(console, table, taken, few)
+        columns = [columns[0], *columns[len(taken) :]] if len(taken) < len(columns) else []
+    if table.note:
+        console.print(Text(table.note, "dim"))
+
+
+def _print(console: Console, table: Table, columns: list[int], few: int | None) -> None:
+    gap = 1 if sum(_natural(table, column) + 2 for column in columns) > console.width + 2 else 2
+    grid = Grid(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim", show_header=any(table.columns))
+    room = console.width - gap * (len(columns) - 1)
+    widths = {column: _natural(table, column) for column in columns}
+    least = {column: _least(table, column) for column in columns}
+    while sum(widths.values()) > room and (wide := [column for column in columns if widths[column] > least[column]]):
+        widths[max(wide[1:] or wide, key=widths.__getitem__)] -= 1  # the rows' names last
+    for column in columns:
+        justify = "left" if column in table.text else "right"
+        grid.add_column(Text(table.columns[column]), justify=justify, overflow="fold", width=max(widths[column], 1))  # type: ignore[arg-type]
+    for row in table.rows[:few]:
+        grid.add_row(*(Text(row[column], _style(row[column])) for column in columns))
+    width, console.width = console.width, max(console.width, sum(widths.values()) + gap * len(columns))
+    console.print(grid)
     console.width = width
 
 
-def _least(column: Column, console: Console) -> int:
-    """Return how narrow a column may become."""
-    unbounded = console.options.update(max_width=UNBOUNDED)
-    natural = max(Measurement.get(console, unbounded, cell).maximum for cell in (column.header, *column.cells))
-    return natural if column.no_wrap else column.min_width or min(natural, FOLDED)
+def _fitting(table: Table, columns: list[int], width: int) -> list[int]:
+    """Return as many of the columns as fit at their narrowest, one beside the names at least."""
+    taken, room = 0, width
+    for column in columns:
+        room -= _least(table, column) + (1 if taken else 0)
+        if room < 0 and taken > 1:
+            break
+        taken += 1
+    return columns[:taken]
+
+
+def _natural(table: Table, column: int) -> int:
+    return max(map(len, (table.columns[column], *(row[column] for row in table.rows))), default=0)
+
+
+def _least(table: Table, column: int) -> int:
+    """Return how narrow a column may become: texts and headings fold, numbers never do."""
+    if column in table.text:
+        return min(_natural(table, column), NAME if column == 0 else FOLDED)
+    words = max(map(len, table.columns[column].split()), default=0)
+    return max(min(words, FOLDED), max((len(row[column]) for row in table.rows), default=0))
+
+
+def _style(cell: str) -> str:
+    colour = MARKS.get(cell[:1], "")
+    return f"bold {colour}".strip() if isinstance(cell, Strong) else colour

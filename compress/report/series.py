@@ -1,68 +1,32 @@
-"""Read what the page draws and `report.json` does not hold: training curves, channel widths, block medians."""
+"""Read what the page draws and `report.json` does not hold: training curves and channel widths."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from compress.report.shape import DeployedRow, Report
-
-
-class Training(NamedTuple):
-    """One training: a measurement's values by epoch, None where an epoch's was not finite or not measured."""
-
-    title: str
-    epochs: list[int]
-    values: dict[str, list[float | None]]
+from compress.report.shape import Report
 
 
-class Layer(NamedTuple):
-    """One layer's output channels in the teacher and in the student."""
-
-    name: str
-    before: int
-    after: int
-
-
-def trainings(root: Path, report: Report) -> list[Training]:
-    """Return each stage's trainings, in order; a stage that trains in phases gives one for each."""
-    found = []
+def trainings(root: Path, report: Report) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield each training's title and its epochs as the log has them; a stage that trains in phases gives one for each."""
     for stage in report["stages"]:
+        log = root / stage["directory"] / "log.jsonl"
         phases: dict[str, list[dict[str, Any]]] = {}
-        for entry in _lines(root / stage["directory"] / "log.jsonl"):
+        for entry in map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.exists() else ()):
             if "epoch" in entry:
                 phases.setdefault(entry.get("phase", ""), []).append(entry)
         for phase, epochs in phases.items():
-            names = dict.fromkeys(name for entry in epochs for name in entry)
-            values = {name: [entry.get(name) for entry in epochs] for name in names}
-            title = " · ".join(part for part in (stage["stage"], phase) if part)
-            found.append(Training(title, [entry["epoch"] for entry in epochs], values))
-    return found
+            yield " · ".join(filter(None, (stage["stage"], phase))), epochs
 
 
-def layers(root: Path, report: Report) -> list[Layer]:
-    """Return the convolutions and linear layers of the pruning plans; several cuts count as one."""
-    merged: dict[str, Layer] = {}
+def widths(root: Path, report: Report) -> dict[str, tuple[int, int]]:
+    """Return the channels of each convolution and linear layer before and after all cuts, by the pruning plans."""
+    found: dict[str, tuple[int, int]] = {}
     for stage in report["stages"]:
         path = root / stage["directory"] / "plan.json"
         for layer in json.loads(path.read_text(encoding="utf-8"))["layers"] if path.exists() else ():
             if layer["kind"].startswith(("Conv", "Linear")):
-                first = merged.get(layer["name"])
-                before = first.before if first else layer["out_before"]
-                merged[layer["name"]] = Layer(layer["name"], before, layer["out_after"])
-    return list(merged.values())
-
-
-def block_medians(root: Path, report: Report, row: DeployedRow) -> list[float]:
-    """Return the medians in ms of the blocks behind a row of the last bench stage."""
-    benches = [path for stage in report["stages"] if (path := root / stage["directory"] / "bench.json").exists()]
-    timings = json.loads(benches[-1].read_text(encoding="utf-8"))["timings"] if benches else []
-    keys = ("name", "provider", "threads", "batch", "image_size")
-    same = (timing for timing in timings if all(timing[key] == row[key] for key in keys))  # type: ignore[literal-required]
-    return next((timing["block_ms"] for timing in same), None) or []
-
-
-def _lines(path: Path) -> Iterable[dict[str, Any]]:
-    """Yield a log's objects."""
-    if path.exists():
-        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+                before, _ = found.get(layer["name"], (layer["out_before"], 0))
+                found[layer["name"]] = (before, layer["out_after"])
+    return found

@@ -4,7 +4,8 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
 
-from export.runtime.rows import MetricJson
+from export.audit import Audit
+from export.runtime.rows import AccuracyRow, MetricJson, TimingRow
 from export.tasks.task import Classes
 
 Verdict = Literal["pass", "fail", "partial"]  # partial: stopped before the recipe's end, so its targets are not judged
@@ -19,45 +20,12 @@ class StageRow(TypedDict):
     key: str
     directory: str
     cached: bool
-    seconds: float | None
+    seconds: float
     metrics: dict[str, float | None]
 
 
-class Speedup(TypedDict):
-    """How many times faster than the file `vs` under the same conditions, with its 95 % interval."""
-
-    vs: str
-    ratio: float
-    ci95: list[float]
-
-
-class DeployedRow(TypedDict):
-    """One file, timed with one provider, thread count (0 is all), batch and image size.
-
-    Accuracy and agreement (with the float student's answers, over `images`) are the file's, in ONNX Runtime; `further` has what else the task reports, by title.
-    """
-
-    name: str
-    file: str
-    precision: str
-    provider: str
-    provider_options: Json
-    threads: int
-    batch: int
-    image_size: int
-    score: float | None
-    further: NotRequired[dict[str, float | None]]
-    agreement: float | None
-    images: int | None
-    p50_ms: float | None
-    p90_ms: float | None
-    p99_ms: float | None
-    throughput_ips: float | None
-    runs: int | None
-    size_mb: float | None
-    peak_memory_mb: float | None
-    speedup: Speedup | None
-    speedup_vs_student_fp32: Speedup | None
+class DeployedRow(TimingRow, AccuracyRow):
+    """One file, timed at one setting in ONNX Runtime, with its accuracy there, which is the same in all of its rows."""
 
 
 class MethodRow(TypedDict):
@@ -88,12 +56,13 @@ class TrialRow(TypedDict):
     """
 
     number_format: str
+    engine: NotRequired[str]  # whose quantizer; a report.json of before has this pipeline's alone
     calibration: str
     keep_float: list[str]
     score: float
     drop: float
     agreement: float
-    kl: NotRequired[float]
+    kl: float
     latency_ratio: float | None
     met: bool
 
@@ -107,9 +76,9 @@ class PtqTarget(TypedDict):
     methods: list[MethodRow]
     sensitivity: list[GroupRow]
     trials: list[TrialRow]
-    chosen: int | None
-    calibration: NotRequired[str]
-    score: NotRequired[float]
+    chosen: int
+    calibration: str
+    score: float
 
 
 class Ptq(TypedDict):
@@ -117,24 +86,8 @@ class Ptq(TypedDict):
 
     images: int
     float_score: float
-    tuning_images: NotRequired[int]
+    tuning_images: int
     targets: dict[str, PtqTarget]
-
-
-class AuditRow(TypedDict):
-    """What ONNX Runtime's optimizer made of one file; names are those of the network's modules."""
-
-    provider: str
-    operators: dict[str, int]
-    integer_layers: list[str]
-    float_layers: list[str]
-    float_fraction: float | None
-    leftover_qdq: list[str]
-    float_biases: list[str]
-    float_initializer_mb: float
-    copies: list[str]
-    float_operators: dict[str, str]
-    reasons: dict[str, str]
 
 
 class Distance(TypedDict):
@@ -196,12 +149,12 @@ class Report(TypedDict):
     recipe: Json
     command: str
     environment: Json
-    data_digest: NotRequired[str]
+    data_digest: str
     stages: list[StageRow]
     deployed: list[DeployedRow]
-    classes: NotRequired[Classes | None]
+    classes: Classes | None
     ptq: Ptq | None
-    audit: dict[str, AuditRow] | None
+    audit: dict[str, Audit] | None
     verify: dict[str, VerifyRow] | None
     limits: list[str]
     recommendation: Recommendation | None

@@ -1,11 +1,11 @@
-"""What the page and the terminal both say: the headline, the targets, the conditions of a timing."""
+"""What the page and the terminal both say: the headline, the targets, the verdict, the conditions of a timing."""
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 from compress.report.numbers import heading, percent, points, significant, times
 from compress.report.parity import mismatches
 from compress.report.shape import DeployedRow, Report
+from compress.report.table import Table, mark
 from compress.report.verdict import (
     deployed_name,
     first_and_last,
@@ -32,96 +32,101 @@ TARGET_TITLES = {
     "max_class_drop": "Recall drop of the worst class",
     "min_speedup": "Speed-up over the teacher",
     "min_int8_speedup": "Speed-up of INT8 over FP32",
-    "max_size_ratio": "Size, as a part of the teacher's",
-    "max_macs_ratio": "MACs, as a part of the teacher's",
+    "max_size_ratio": "Size, as a fraction of the teacher's",
+    "max_macs_ratio": "MACs, as a fraction of the teacher's",
 }
 
 
-class Card(NamedTuple):
-    """One number of the headline: the deployed file's, what it is compared with, and a note."""
-
-    title: str
-    value: str
-    against: str
-    note: str
-
-
-class TargetRow(NamedTuple):
-    """One target that the recipe sets."""
-
-    name: str
-    title: str
-    wanted: str
-    measured: str
-    met: bool
-    conditions: str
-
-
-def headline(report: Report) -> list[Card]:
-    """Return the headline's cards; a run without a bench stage shows what its stages measured."""
-    name = deployed_name(report)
+def headline(report: Report) -> Table:
+    """Return the deployed file's numbers beside the teacher's; without a bench stage, what the stages measured."""
     provider = headline_provider(report)
-    teacher, student = headline_row(report, TEACHER, provider), headline_row(report, name, provider)
-    if not teacher or not student:
-        return [card for card in _stage_cards(report) if card]
-    cards = [
-        _score_card(report, teacher["score"], student["score"], "ONNX Runtime"),
-        _ratio_card("Size", teacher["size_mb"], student["size_mb"], "MB", "smaller"),
-        _ratio_card("MACs", *first_and_last(report, "macs_m"), "M", "fewer"),
-        _latency_card(teacher, student),
-        _speedup_card(student),
-    ]
-    return [card for card in cards if card]
+    teacher, student = (headline_row(report, name, provider) for name in (TEACHER, deployed_name(report)))
+    timed = student if teacher else None
+    ratios = [("MACs", "macs_m", "M", "fewer")]
+    rows: list[tuple[str, str, str, str]] = []
+    if teacher and timed:
+        rows += _score(report, teacher["score"], timed["score"], "ONNX Runtime")
+        rows += _ratio("Size", teacher["size_mb"], timed["size_mb"], "MB", "smaller")
+    else:
+        rows += _score(report, *first_and_last(report, "score"), "PyTorch")
+        ratios = [("Parameters", "params_m", "M", "fewer"), ("Size", "size_mb", "MB", "smaller"), *ratios]
+    for title, metric, unit, better in ratios:
+        rows += _ratio(title, *first_and_last(report, metric), unit, better)
+    if teacher and timed:
+        before, after = (significant(row["p50_ms"], "ms") for row in (teacher, timed))
+        rows.append(("Latency", after, f"from {before}", conditions(timed)))
+        if timed["speedup"]:
+            note = "95 % interval {:.2f}–{:.2f}".format(*timed["speedup"]["ci95"])
+            rows.append(("Speed-up", times(timed["speedup"]["ratio"]), "over the teacher", note))
+    return Table("", ("",) * 4, rows, text=(0, 2, 3))
 
 
-def target_rows(report: Report) -> list[TargetRow]:
+def _score(
+    report: Report, before: float | None, after: float | None, where: str
+) -> Iterator[tuple[str, str, str, str]]:
+    if before is not None and after is not None:
+        was, now = (percent(score, decimals(report)) for score in (before, after))
+        yield heading(report["metric"]["title"]), now, f"from {was}", f"{points(after - before)}, {where}"
+
+
+def _ratio(
+    title: str, before: float | None, after: float | None, unit: str, better: str
+) -> Iterator[tuple[str, str, str, str]]:
+    if before and after:
+        note = f"{percent(after / before, 0)}, {before / after:.1f}× {better}"
+        yield title, significant(after, unit), f"from {significant(before, unit)}", note
+
+
+def targets(report: Report) -> Table:
     """Return every target that the recipe sets, with what was measured."""
     measured = measure(report)
-    rows = []
-    for target, wanted in report["targets"].items():
-        if wanted is None:
-            continue
-        value, conditions = measured[target]
-        met = is_met(target, wanted, value)
-        rows.append(
-            TargetRow(
-                target,
-                TARGET_TITLES[target],
-                f"{limit(target)} {show(target, wanted)}",
-                show(target, value),
-                met,
-                conditions,
-            )
+    rows = [
+        (
+            mark(is_met(target, wanted, measured[target].value)),
+            TARGET_TITLES[target],
+            show(target, measured[target].value),
+            f"{limit(target)} {show(target, wanted)}",
+            measured[target].conditions,
+            target,
         )
-    return rows
+        for target, wanted in report["targets"].items()
+        if wanted is not None
+    ]
+    return Table("Targets", ("", "Target", "Measured", "Wanted", "", ""), rows, text=(0, 1, 4, 5))
 
 
 def verdict_text(report: Report) -> str:
     """Return the verdict in a few words."""
-    rows, over, wrong = target_rows(report), len(report["limits"]), len(mismatches(report))
-    missed = sum(not row.met for row in rows)
+    rows, over, wrong = targets(report).rows, len(report["limits"]), len(mismatches(report))
+    missed = sum(row[0] == mark(False) for row in rows)
     parts = [f"{file} answers at chance" for file in guesses(report)]
     if parts and rows and TEACHER in guesses(report):
         parts.insert(0, "nothing to judge")
     if missed or not parts or not rows:
-        targets = "all targets met" if rows else "no targets set"
+        judged = "all targets met" if rows else "no targets set"
         if len(report["stages"]) < len(report["recipe"]["stages"]):
-            targets = f"stopped after {report['stages'][-1]['stage']}, before the targets are judged"
-        parts += [f"{missed} of {len(rows)} targets missed" if missed else targets]
+            judged = f"stopped after {report['stages'][-1]['stage']}, before the targets are judged"
+        parts += [f"{missed} of {len(rows)} targets missed" if missed else judged]
     parts += [f"{over} export {'limit' if over == 1 else 'limits'} exceeded"] if over else []
     parts += [f"{wrong} {'file scores' if wrong == 1 else 'files score'} otherwise than measured"] if wrong else []
     return ", ".join(parts)
+
+
+def saturations(report: Report) -> Iterator[str]:
+    """Yield a sentence for each file in which layers saturate on the machine that verified it."""
+    for name, row in (report["verify"] or {}).items():
+        worst = sorted(row["saturation"], key=lambda layer: -layer["max_lsb"])
+        if worst:
+            layers = ", ".join(f"{layer['layer']} (up to {layer['max_lsb']:,} LSB)" for layer in worst)
+            yield (
+                f"SATURATION in {name}: 16-bit sums saturate on this machine, so the file predicts wrongly here: {layers}."
+            )
 
 
 def title(name: str) -> str:
     """Return a file's title; those for further targets are named after their own, such as Student INT8 (PTQ), tensorrt."""
     own = next((own for own in (PTQ, QAT) if name.startswith(f"{own}_")), None)
     return f"{TITLES[own]}, {name.removeprefix(f'{own}_')}" if own else TITLES.get(name, name)
-
-
-def has_further(report: Report) -> bool:
-    """Tell whether files for further targets were timed."""
-    return any(row["name"] not in TITLES for row in report["deployed"])
 
 
 def colour(name: str) -> str:
@@ -158,60 +163,18 @@ def ordered(rows: Iterable[DeployedRow]) -> list[DeployedRow]:
     )
 
 
-def options_text(row: DeployedRow) -> str:
-    """Return the provider's options that a row was timed with."""
-    return ", ".join(f"{key}={value}" for key, value in (row["provider_options"] or {}).items())
+def headline_rows(report: Report) -> list[list[DeployedRow]]:
+    """Return the files' rows under each provider's headline conditions, the headline's own provider first."""
+    own = headline_provider(report)
+    providers = sorted(
+        {row["provider"] for row in report["deployed"]}, key=lambda provider: (provider != own, provider)
+    )
+    names = sorted({row["name"] for row in report["deployed"]}, key=order)
+    rows = [[row for name in names if (row := headline_row(report, name, provider))] for provider in providers]
+    return [group for group in rows if group]
 
 
 def decimals(report: Report) -> int:
     """Return how many decimals of a percentage mean something for the number of validation images."""
-    images = max((row["images"] or 0 for row in report["deployed"]), default=0)
+    images = max((row["images"] for row in report["deployed"]), default=0)
     return 1 if 0 < images < 1000 else 2
-
-
-def _stage_cards(report: Report) -> list[Card | None]:
-    return [
-        _score_card(report, *first_and_last(report, "score"), "PyTorch"),
-        _ratio_card("Parameters", *first_and_last(report, "params_m"), "M", "fewer"),
-        _ratio_card("Size", *first_and_last(report, "size_mb"), "MB", "smaller"),
-        _ratio_card("MACs", *first_and_last(report, "macs_m"), "M", "fewer"),
-    ]
-
-
-def _score_card(report: Report, before: float | None, after: float | None, where: str) -> Card | None:
-    if before is None or after is None:
-        return None
-    digits = decimals(report)
-    return Card(
-        heading(report["metric"]["title"]),
-        percent(after, digits),
-        f"from {percent(before, digits)}",
-        f"{points(after - before)}, {where}",
-    )
-
-
-def _ratio_card(title: str, before: float | None, after: float | None, unit: str, better: str) -> Card | None:
-    if not before or not after:
-        return None
-    note = f"{percent(after / before, 0)}, {before / after:.1f}× {better}"
-    return Card(title, significant(after, unit), f"from {significant(before, unit)}", note)
-
-
-def _latency_card(teacher: DeployedRow, student: DeployedRow) -> Card | None:
-    if student["p50_ms"] is None:
-        return None
-    return Card(
-        "Latency",
-        significant(student["p50_ms"], "ms"),
-        f"from {significant(teacher['p50_ms'], 'ms')}",
-        conditions(student),
-    )
-
-
-def _speedup_card(student: DeployedRow) -> Card | None:
-    if not student["speedup"]:
-        return None
-    low, high = student["speedup"]["ci95"]
-    return Card(
-        "Speed-up", times(student["speedup"]["ratio"]), "over the teacher", f"95 % interval {low:.2f}–{high:.2f}"
-    )

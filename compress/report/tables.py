@@ -1,27 +1,87 @@
-"""Tables as plain data, which the page, the terminal and the model card draw: accuracy, the classes, what is taken for what."""
+"""The report's tables: stages, deployed files, classes; `sections` gathers them with those on INT8."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import groupby
 
-from compress.report import summary
+from compress.report import gain, summary, tables_int8
 from compress.report.classes import worst_first
-from compress.report.numbers import UNKNOWN, heading, percent, points
-from compress.report.shape import Report
+from compress.report.numbers import UNKNOWN, duration, heading, percent, points, significant, times
+from compress.report.shape import DeployedRow, Report
+from compress.report.table import Section, Table, count
 from compress.report.verdict import any_row, judged_classes
 from export.onnx_file.roles import TEACHER
 
 MATRIX_CLASSES = 20  # of more, only the most confused pairs are shown
 PAIRS = 20
+ELSEWHERE = "A file that is named after another target was scored and timed on this machine too; on its own it can predict, and run, otherwise."
 
 
-class Table(NamedTuple):
-    """Cells in words under their columns; the first `text` columns are no numbers, `note` says what the rest means."""
+def sections(report: Report) -> list[Section]:
+    """Return all that was measured, in the order of the page."""
+    return [
+        Section("Stage by stage", [stages(report)]),
+        deployed(report),
+        Section("Class by class", [*accuracy(report), *recalls(report), *confusion(report)]),
+        *tables_int8.sections(report, summary.decimals(report)),
+    ]
 
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    text: int
-    note: str
+
+def stages(report: Report) -> Table:
+    """Return what each stage measured, and whether it was kept from an earlier run."""
+    digits = summary.decimals(report)
+    rows = [
+        (
+            stage["stage"],
+            percent(stage["metrics"].get("score"), digits),
+            *(significant(stage["metrics"].get(name), "M") for name in ("params_m", "macs_m")),
+            significant(stage["metrics"].get("size_mb"), "MB"),
+            duration(stage["seconds"]),
+            "cached" if stage["cached"] else "",
+            stage["key"],
+        )
+        for stage in report["stages"]
+    ]
+    columns = ("Stage", heading(report["metric"]["title"]), "Parameters", "MACs", "Size", "Time", "", "Key")
+    return Table("Stages", columns, rows, more=1)
+
+
+def deployed(report: Report) -> Section:
+    """Return every file under the headline's conditions, and every timing."""
+    rows = report["deployed"]
+    after = [
+        "Agreement: on how many images a file predicts as student_fp32. p50 is the median of one call, p90 and p99 are "
+        "the slow ones. Peak MB: the memory that the file adds to ONNX Runtime's own."
+    ]
+    after += [ELSEWHERE] if any(row["name"] not in summary.TITLES for row in rows) else []
+    return Section(
+        "Deployed files",
+        [files(report, rows) for rows in summary.headline_rows(report)],
+        after=[*after, *gain.sentences(report, summary.decimals(report))] if rows else [],
+        folded=[files(report, list(own)) for _, own in groupby(summary.ordered(rows), summary.conditions)],
+    )
+
+
+def files(report: Report, rows: Sequence[DeployedRow]) -> Table:
+    """Return files that were timed under the same conditions."""
+    digits = summary.decimals(report)
+    metric = heading(report["metric"]["title"])
+    columns = ("File", metric, "Agree", "MB", "p50 ms", "p99 ms", "vs teacher", "95 %", "vs FP32")
+    further = ("p90 ms", "Images/s", "Peak MB", "Provider options")
+    cells = [
+        (
+            row["name"],
+            percent(row["score"], digits),
+            percent(row["agreement"], digits),
+            *(significant(row[key]) for key in ("size_mb", "p50_ms", "p99_ms")),
+            times(row["speedup"] and row["speedup"]["ratio"]),
+            "{:.2f}–{:.2f}".format(*row["speedup"]["ci95"]) if row["speedup"] else "",
+            times(row["speedup_vs_student_fp32"] and row["speedup_vs_student_fp32"]["ratio"]),
+            *(significant(row[key]) for key in ("p90_ms", "throughput_ips", "peak_memory_mb")),
+            ", ".join(f"{key}={value}" for key, value in row["provider_options"].items()),
+        )
+        for row in rows
+    ]
+    return Table(summary.conditions(rows[0]), (*columns, *further), cells, more=len(further))
 
 
 def accuracy(report: Report) -> list[Table]:
@@ -29,18 +89,15 @@ def accuracy(report: Report) -> list[Table]:
     if judged_classes(report) is None:
         return []
     names = sorted({row["name"] for row in report["deployed"]}, key=summary.order)
-    found = [row for name in names if (row := any_row(report, name))]
-    digits = summary.decimals(report)
-    cells = [("File", *(row["name"] for row in found))]
-    for title, values in (
-        (heading(report["metric"]["title"]), [row["score"] for row in found]),
-        *((heading(name), [row.get("further", {}).get(name) for row in found]) for name in found[0].get("further", {})),
-    ):
-        if set(values) != {None}:
-            cells.append((title, *(percent(value, digits) for value in values)))
-    columns, *rows = zip(*cells, strict=True)
+    found, digits = [row for name in names if (row := any_row(report, name))], summary.decimals(report)
+    known = [title for title in found[0]["further"] if {row["further"][title] for row in found} != {None}]
+    rows = [
+        (row["name"], *(percent(score, digits) for score in (row["score"], *(row["further"][name] for name in known))))
+        for row in found
+    ]
+    columns = ("File", heading(report["metric"]["title"]), *map(heading, known))
     note = "Balanced accuracy is the mean recall of the classes: each counts the same, however many images it has."
-    return [Table("Accuracy", columns, rows, 1, note)]
+    return [Table("Accuracy", columns, rows, note=note)]
 
 
 def recalls(report: Report) -> list[Table]:
@@ -52,7 +109,7 @@ def recalls(report: Report) -> list[Table]:
     rows = [
         (
             line.name,
-            f"{line.images:,}",
+            count(line.images),
             percent(line.teacher / line.images, digits),
             percent(line.student / line.images, digits),
             points(-line.drop),
@@ -62,8 +119,10 @@ def recalls(report: Report) -> list[Table]:
     pairs = zip(classes["names"], classes["images"], strict=True)
     rows += [(name, "0", UNKNOWN, UNKNOWN, UNKNOWN) for name, images in pairs if not images]
     columns = ("Class", "Images", "Teacher", "Deployed", "Change")
-    note = f"Recall: how many of a class's validation images {TEACHER} and {file} answer with it, in ONNX Runtime."
-    return [Table("Recall of each class, worst loss first", columns, rows, 1, note)]
+    note = (
+        f"Recall: the fraction of a class's validation images that {TEACHER} and {file} predict right, in ONNX Runtime."
+    )
+    return [Table("Recall of each class, worst loss first", columns, rows, note=note)]
 
 
 def confusion(report: Report) -> list[Table]:
@@ -74,21 +133,22 @@ def confusion(report: Report) -> list[Table]:
     classes, file = judged
     names, images = classes["names"], classes["images"]
     teacher, own = (
-        {(truth, answer): count for truth, answer, count in classes["files"][name]["mistakes"] or ()}
+        {(truth, answer): times for truth, answer, times in classes["files"][name]["mistakes"] or ()}
         for name in (TEACHER, file)
     )
     if len(names) > MATRIX_CLASSES:
         most = sorted(own.items(), key=lambda item: (-item[1], item[0]))[:PAIRS]
-        rows: list[tuple[str, ...]] = [
-            (names[truth], names[answer], f"{count:,}", f"{teacher.get((truth, answer), 0):,}", f"{images[truth]:,}")
-            for (truth, answer), count in most
+        pairs = [
+            (names[pair[0]], names[pair[1]], *map(count, (found, teacher.get(pair, 0), images[pair[0]])))
+            for pair, found in most
         ]
-        columns = ("Class", "Taken for", "Images", "By the teacher", "Of")
-        return [Table(f"Most confused by {file}", columns, rows, 2, "")]
-    counts = own | {(index, index): count for index, count in enumerate(classes["files"][file]["correct"])}
+        return [
+            Table(f"Most confused by {file}", ("Class", "Taken for", "Images", "By the teacher", "Of"), pairs, (0, 1))
+        ]
+    counts = own | {(index, index): right for index, right in enumerate(classes["files"][file]["correct"])}
     rows = [
-        (name, *(f"{counts[truth, answer]:,}" if counts.get((truth, answer)) else "·" for answer in range(len(names))))
+        (name, *(count(counts[truth, answer]) if counts.get((truth, answer)) else "·" for answer in range(len(names))))
         for truth, name in enumerate(names)
     ]
-    note = "A row for each class, a column for each answer: what lies off the diagonal is a mistake."
-    return [Table(f"Confusion matrix of {file}", ("", *names), rows, 1, note)]
+    note = "A row for each class, a column for each prediction: what lies off the diagonal is a mistake."
+    return [Table(f"Confusion matrix of {file}", ("", *names), rows, note=note)]

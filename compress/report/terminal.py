@@ -1,139 +1,60 @@
-"""The report as tables in the terminal, readable at 80 columns."""
+"""The report in the terminal: on one screen of 80 columns and 40 lines what decides, with -v everything."""
 
-from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from compress.report import gain, numbers, summary, tables, terminal_int8
-from compress.report.screen import show
-from compress.report.shape import DeployedRow, Report
-from export.onnx_file.targets import CPU
+from compress.report import summary
+from compress.report.screen import print_what_fits, say, show
+from compress.report.shape import Report
+from compress.report.table import mark
+from compress.report.tables import files, sections, stages
 
-FEW_CLASSES = 5
+STYLES = {"pass": "bold green", "fail": "bold red", "partial": "bold"}
 
 
 def print_report(report: Report, console: Console, *, verbose: bool = False, page: Path | None = None) -> None:
-    """Print headline, stages, deployed files and verdict, and where the page is; every timing where verbose.
+    """Print the headline, the files under its conditions, the warnings, the verdict, and where the page is; every table where verbose."""
+    warnings = [*summary.saturations(report), *report["warnings"]]
 
-    Otherwise the files are shown at batch 1 and, on the CPU, with one thread.
-    """
-    gap = 2 if console.width >= 100 else 1
-    recipe, metric = report["recipe"], numbers.heading(report["metric"]["title"])
-    _say(console, f"\n{recipe['name']}", f"  {recipe['model']['arch']} on {recipe['data']['dataset']}\n", style="bold")
-    if report["recommendation"]:
-        console.print(Text(f"{report['recommendation']['sentence']}\n"))
-    show(console, _headline(report))
-    show(console, _stages(report, gap=gap))
-    shown = [row for row in summary.ordered(report["deployed"]) if verbose or _is_telling(row)]
-    for title, rows in groupby(shown, summary.conditions):
-        show(console, _files(title, metric, list(rows), digits=summary.decimals(report), gap=gap))
-    for drawn in tables.accuracy(report):
-        show(console, _drawn(drawn, None, gap=gap))
-    for drawn in tables.recalls(report):
-        show(console, _drawn(drawn, None if verbose else FEW_CLASSES, gap=gap))
-    for renderable in (
-        *terminal_int8.without_training(report, gap=gap, verbose=verbose),
-        *terminal_int8.proofs(report, gap=gap, verbose=verbose),
-    ):
-        show(console, renderable)
-    for sentence in gain.sentences(report, summary.decimals(report)):
-        console.print(Text(f"\n{sentence}"))
-    for warning in report["warnings"]:
-        _say(console, "\nwarning ", warning, style="yellow")
-    _say(console, f"\n{report['verdict'].upper()} ", summary.verdict_text(report), style=_verdict_style(report))
-    for failure in report["failures"]:
-        _say(console, "✗ ", failure, style="red")
-    for target in summary.target_rows(report):
-        if target.met:
-            _say(console, "✓ ", f"{target.name}: wanted {target.wanted}, measured {target.measured}", style="green")
-    if page:
-        _say(console, f"\n{page}")
+    def draw(console: Console, notes: int) -> None:
+        recipe, failures = report["recipe"], report["failures"]
+        say(console, f"  {recipe['model']['arch']} on {recipe['data']['dataset']}\n", "bold", f"\n{recipe['name']}")
+        if report["recommendation"]:
+            console.print(f"{report['recommendation']['sentence']}\n", markup=False, highlight=False)
+        show(console, summary.headline(report))
+        print_tables(report, console, verbose=verbose)
+        for warning in warnings[: max(0, notes - len(failures))]:
+            say(console, warning, "yellow", "\nwarning ")
+        if hidden := len(failures) + len(warnings) - notes:
+            say(console, f"\n{hidden} more on the page and with -v", "yellow")
+        print_verdict(report, console, notes)
+        if page:
+            say(console, f"\n{page}")
+
+    notes = len(warnings) + len(report["failures"])
+    draw(console, notes) if verbose else print_what_fits(console, draw, notes)
 
 
-def _headline(report: Report) -> Table:
-    table = _grid(gap=2)
-    for style, justify in (("", "left"), ("bold", "right"), ("dim", "left"), ("dim", "left")):
-        table.add_column(style=style, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for card in summary.headline(report):
-        table.add_row(*map(Text, card))
-    return table
+def print_tables(report: Report, console: Console, *, verbose: bool) -> None:
+    """Print the files under the headline's conditions, or what the stages measured where none was timed; every table where verbose."""
+    timed = summary.headline_rows(report)
+    if not verbose:
+        show(console, files(report, timed[0]) if timed else stages(report))
+        return
+    for section in sections(report):
+        for table in {table.title: table for table in (*section.tables, *section.folded)}.values():
+            show(console, table)
+        for sentence in section.after:
+            console.print(f"\n{sentence}", markup=False, highlight=False)
 
 
-def _stages(report: Report, *, gap: int) -> Table:
-    digits = summary.decimals(report)
-    table = _table(
-        "Stages",
-        "Stage",
-        (numbers.heading(report["metric"]["title"]), "Parameters", "MACs", "Size", "Time", ""),
-        gap=gap,
-    )
-    for stage in report["stages"]:
-        metrics = stage["metrics"]
-        table.add_row(
-            Text(stage["stage"]),
-            numbers.percent(metrics.get("score"), digits),
-            numbers.significant(metrics.get("params_m"), "M"),
-            numbers.significant(metrics.get("macs_m"), "M"),
-            numbers.significant(metrics.get("size_mb"), "MB"),
-            numbers.duration(stage["seconds"]),
-            "cached" if stage["cached"] else "",
-        )
-    return table
-
-
-def _files(title: str, metric: str, rows: list[DeployedRow], *, digits: int, gap: int) -> Table:
-    columns = (metric, "Agree", "MB", "p50 ms", "p99 ms", "vs teacher", "95 %", "vs FP32")
-    table = _table(title, "File", columns, gap=gap)
-    for row in rows:
-        teacher, student = row["speedup"], row["speedup_vs_student_fp32"]
-        table.add_row(
-            Text(row["name"]),
-            numbers.percent(row["score"], digits),
-            numbers.percent(row["agreement"], digits),
-            numbers.significant(row["size_mb"]),
-            numbers.significant(row["p50_ms"]),
-            numbers.significant(row["p99_ms"]),
-            numbers.times(teacher and teacher["ratio"]),
-            "{:.2f}–{:.2f}".format(*teacher["ci95"]) if teacher else "",
-            numbers.times(student and student["ratio"]),
-        )
-    return table
-
-
-def _drawn(table: tables.Table, few: int | None, *, gap: int) -> Table:
-    """Return a table of the report, or only its first few rows."""
-    title = f"{table.title} · {few} of {len(table.rows):,}" if few and few < len(table.rows) else table.title
-    drawn = _table(title, table.columns[0], table.columns[1:], gap=gap)
-    for row in table.rows[:few]:
-        drawn.add_row(*map(Text, row))
-    return drawn
-
-
-def _is_telling(row: DeployedRow) -> bool:
-    return row["batch"] == 1 and (row["threads"] == 1 or row["provider"] != CPU)
-
-
-def _verdict_style(report: Report) -> str:
-    return {"pass": "bold green", "fail": "bold red", "partial": "bold"}[report["verdict"]]
-
-
-def _table(title: str, first: str, others: tuple[str, ...], *, gap: int) -> Table:
-    table = _grid(gap=gap)
-    table.title, table.title_justify, table.title_style, table.show_header = f"\n{title}", "left", "bold", True
-    table.header_style = "dim"
-    table.add_column(first, overflow="fold", min_width=16)  # long names break, numbers never
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _grid(*, gap: int) -> Table:
-    return Table(box=None, show_header=False, padding=(0, gap, 0, 0), pad_edge=False)
-
-
-def _say(console: Console, first: str, rest: str = "", *, style: str = "") -> None:
-    """Print a line whose first words are styled; brackets in it are text, never markup."""
-    console.print(Text.assemble((first, style), rest), soft_wrap=True)
+def print_verdict(report: Report, console: Console, notes: int, *, name: str = "") -> None:
+    """Print the verdict, at most so many of the failures, and the targets that are met."""
+    first = f"\n{name}{': ' if name else ''}{report['verdict'].upper()} "
+    say(console, summary.verdict_text(report), STYLES[report["verdict"]], first)
+    for failure in report["failures"][:notes]:
+        say(console, failure, "red", "✗ ")
+    for sign, _, measured, wanted, _, target in summary.targets(report).rows:
+        if sign == mark(True):
+            say(console, f" {target}: wanted {wanted}, measured {measured}", "green", sign)

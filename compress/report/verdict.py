@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 from compress.report.classes import at_chance, worst_first
 from compress.report.numbers import percent, times
-from compress.report.shape import DeployedRow, Report, Speedup, Verdict
+from compress.report.shape import DeployedRow, Report, Verdict
 from export.onnx_file.roles import FP32, TEACHER, deployed
 from export.onnx_file.targets import CPU, TARGET_PROVIDERS, TARGETS, provider_title
+from export.runtime.rows import Speedup
 from export.tasks.task import Classes
 
 TOLERANCE = 1e-9  # a target that is met exactly is met, whatever the last bit says
@@ -42,14 +43,14 @@ def has_targets(report: Report) -> bool:
 
 def guesses(report: Report) -> dict[str, str]:
     """Return a sentence for the teacher or else the deployed file, by name, where it answers at chance."""
-    classes, name = report.get("classes"), deployed_name(report)
+    classes, name = report["classes"], deployed_name(report)
     found = [at_chance(classes, [file]) for file in (TEACHER, name) if file] if classes else []
     return next(filter(None, found), {})
 
 
 def judged_classes(report: Report) -> tuple[Classes, str] | None:
-    """Return the classes and the deployed file, None where it was not scored beside the teacher; older reports have no classes."""
-    classes, name = report.get("classes"), deployed_name(report)
+    """Return the classes and the deployed file, None where it was not scored beside the teacher."""
+    classes, name = report["classes"], deployed_name(report)
     return (classes, name) if classes and name and {TEACHER, name} <= classes["files"].keys() else None
 
 
@@ -97,13 +98,15 @@ def headline_provider(report: Report) -> str:
     return wanted if any(row["provider"] == wanted for row in report["deployed"]) else CPU
 
 
+def is_headline(row: DeployedRow) -> bool:
+    """Tell whether a file was timed as the targets speak of it: at batch 1, on a CPU with one thread."""
+    return row["batch"] == 1 and (row["threads"] == 1 or row["provider"] != CPU)
+
+
 def headline_row(report: Report, name: str | None, provider: str = CPU) -> DeployedRow | None:
     """Return a file's row at batch 1 and the largest image size; on the CPU with one thread."""
     rows = [
-        row
-        for row in report["deployed"]
-        if (row["name"], row["provider"], row["batch"]) == (name, provider, 1)
-        and (row["threads"] == 1 or provider != CPU)
+        row for row in report["deployed"] if (row["name"], row["provider"]) == (name, provider) and is_headline(row)
     ]
     return max(rows, key=lambda row: row["image_size"], default=None)
 
@@ -121,13 +124,10 @@ def any_row(report: Report, name: str | None) -> DeployedRow | None:
 
 
 def _drop(teacher: DeployedRow | None, student: DeployedRow | None) -> Measurement:
-    if not teacher or not student or teacher["score"] is None or student["score"] is None:
+    if not teacher or not student:
         return Measurement(None, "score in ONNX Runtime")
-    images = "" if student["images"] is None else f", {student['images']:,} images"
-    before, after = percent(teacher["score"]), percent(student["score"])
-    return Measurement(
-        teacher["score"] - student["score"], f"teacher_fp32 {before}, {student['name']} {after} in ONNX Runtime{images}"
-    )
+    scores = f"{TEACHER} {percent(teacher['score'])}, {student['name']} {percent(student['score'])}"
+    return Measurement(teacher["score"] - student["score"], f"{scores} in ONNX Runtime, {student['images']:,} images")
 
 
 def _class_drop(judged: tuple[Classes, str] | None) -> Measurement:
@@ -153,12 +153,10 @@ def _speedup(timed: DeployedRow | None, speedup: Speedup | None, where: str) -> 
 
 
 def _size_ratio(teacher: DeployedRow | None, student: DeployedRow | None) -> Measurement:
-    if not teacher or not student or not teacher["size_mb"] or student["size_mb"] is None:
+    if not teacher or not student or not teacher["size_mb"]:
         return Measurement(None, "size of the files")
-    return Measurement(
-        student["size_mb"] / teacher["size_mb"],
-        f"{student['name']} {student['size_mb']:.2f} MB, teacher_fp32 {teacher['size_mb']:.2f} MB",
-    )
+    sizes = f"{student['name']} {student['size_mb']:.2f} MB, {TEACHER} {teacher['size_mb']:.2f} MB"
+    return Measurement(student["size_mb"] / teacher["size_mb"], sizes)
 
 
 def _macs_ratio(report: Report) -> Measurement:

@@ -46,10 +46,7 @@ def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
     reasons = {file: float_on_purpose(network) for file, network in trained.items()}
     write_json(
         out / "audit.json",
-        {
-            file: {**found.to_json(), "reasons": {**found.reasons, **reasons.get(file, {})}}
-            for file, found in audits.items()
-        },
+        {file: {**found, "reasons": {**found["reasons"], **reasons.get(file, {})}} for file, found in audits.items()},
     )
     write_json(out / "verify.json", {file: found.to_json() for file, found in parity.items()})
     write_json(out / "limits.json", over)
@@ -59,8 +56,8 @@ def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
     (out / "labels.txt").write_text("".join(f"{label}\n" for label in run.dataset.classes), encoding="utf-8")
     return {
         "size_mb": files[name].stat().st_size / 1e6,
-        "integer_layers": len(audits[name].integer_layers),
-        "float_layers": len(audits[name].float_layers),
+        "integer_layers": len(audits[name]["integer_layers"]),
+        "float_layers": len(audits[name]["float_layers"]),
     }
 
 
@@ -149,9 +146,11 @@ def _over(limits: AuditLimits, name: str, found: Audit, parity: Verification | N
 
 def _note(log: StageLog, name: str, found: Audit, parity: Verification | None, over: list[str]) -> None:
     if is_int8(name):
-        log.note(f"{name}: {len(found.integer_layers)} layers run in integers, {len(found.float_layers)} in float")
-    if is_int8(name) and found.float_layers:
-        log.note(f"in float once optimized: {', '.join(found.float_layers)}")
+        log.note(
+            f"{name}: {len(found['integer_layers'])} layers run in integers, {len(found['float_layers'])} in float"
+        )
+    if is_int8(name) and found["float_layers"]:
+        log.note(f"in float once optimized: {', '.join(found['float_layers'])}")
     if parity is not None:
         low, high = parity.agreement_ci95
         log.note(

@@ -186,8 +186,8 @@ def _row(student: Student, target: Target, name: Name, path: Path, found: Score)
         "scored_in": "onnxruntime",
         "score": found.score,
         "agreement": found.agreement(student.reported),
-        "integer_layers": len(layers.integer_layers) if layers else None,
-        "float_layers": len(layers.float_layers) if layers else None,
+        "integer_layers": len(layers["integer_layers"]) if layers else None,
+        "float_layers": len(layers["float_layers"]) if layers else None,
         "note": None if layers else "scored unoptimized: this machine is not the target",
     }
 

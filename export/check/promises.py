@@ -156,8 +156,8 @@ def off_grid(path: Path, file: Wiring, target: Target, optimized: Audit | None) 
             f"{path.name}: {len(wide)} layers have weights off {grid}, where sums may saturate: {shown}: export it again",
             defect="saturating_weights",
         )
-    if optimized is not None and optimized.quantized_by_runtime and target.weight_max < np.iinfo(np.int8).max:
-        shown = ", ".join(optimized.quantized_by_runtime[:5])
+    if optimized is not None and optimized["quantized_by_runtime"] and target.weight_max < np.iinfo(np.int8).max:
+        shown = ", ".join(optimized["quantized_by_runtime"][:5])
         yield BundleError(
             f"{path.name}: ONNX Runtime quantizes float weights by itself, off {grid}: {shown}: export it again",
             defect="saturating_weights",
@@ -167,7 +167,7 @@ def off_grid(path: Path, file: Wiring, target: Target, optimized: Audit | None) 
 def unpromised_float_layers(path: Path, file: Wiring, optimized: Audit | None, listed: Json) -> Broken:
     """Yield the layers that compute in float though bundle.json's `float_layers` does not name them."""
     in_file = {module_of(layer.name) for layer in file.layers() if not is_quantized(layer)}
-    in_float = in_file if optimized is None else in_file.union(optimized.float_layers)
+    in_float = in_file if optimized is None else in_file.union(optimized["float_layers"])
     promised = listed.get("float_layers", [])
     known = {one for one in promised if isinstance(one, str)} if isinstance(promised, list) else set()
     if extra := sorted(in_float - known):

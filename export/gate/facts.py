@@ -44,10 +44,10 @@ def facts(path: Path) -> Facts:
         opset=about.opset,
         ir_version=about.ir_version,
         macs=None if counts is None else sum(counts.values()),
-        operators=found.operators,
-        integer_layers=list(found.integer_layers),
-        float_layers=list(found.float_layers),
-        leftover_qdq=list(found.leftover_qdq),
+        operators=found["operators"],
+        integer_layers=list(found["integer_layers"]),
+        float_layers=list(found["float_layers"]),
+        leftover_qdq=list(found["leftover_qdq"]),
         can_saturate=list(modules(saturation_possible(wiring))) if about.precision == "int8" else [],
     )
 

@@ -11,14 +11,14 @@ import numpy as np
 from export.errors import BundleError
 from export.gate.checks import Check, Status
 from export.images.preprocess import Preprocess
-from export.runtime.latency import MIN_BLOCKS, Floats, Speedup, Timing, change, median_ratio, time_sessions
+from export.runtime.latency import MIN_BLOCKS, Floats, Ratio, Timing, change, median_ratio, time_sessions
 from export.runtime.session import Run, bind, open_session
 
 Opener = Callable[[], Run]
 """Opens a session anew and returns the call that runs it once."""
 NEW, AGAIN, OTHER = "new", "again", "other"
 LOOKS_FOR_ALARM = 2  # one may owe its speed to where the memory of its sessions lies
-ALONE = Speedup(1.0, 1.0, 1.0)  # what a ratio is over, where nothing earlier was recorded
+ALONE = Ratio(1.0, 1.0, 1.0)  # what a ratio is over, where nothing earlier was recorded
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ def over(timed: Mapping[str, Timing], other: str) -> Floats:
     return timed[NEW].block_ms / timed[other].block_ms
 
 
-def fits(found: Speedup, limit: float) -> bool:
+def fits(found: Ratio, limit: float) -> bool:
     """Tell whether the whole interval lies within the limit to both sides."""
     return 1 / limit <= found.low and found.high <= limit
 
 
 def self_test(new: Opener, plan: Plan, limit: float) -> Check:
     """Time the new file against itself; a machine on which it seems to differ by more than the limit is unfit."""
-    found = Speedup(1.0, 0.0, np.inf)
+    found = Ratio(1.0, 0.0, np.inf)
     for timed in looks({NEW: new, AGAIN: new}, plan):
         found = median_ratio(over(timed, AGAIN), confidence=plan.confidence)
         if fits(found, limit):
@@ -106,10 +106,10 @@ def self_test(new: Opener, plan: Plan, limit: float) -> Check:
 
 
 def compare(
-    new: Opener, other: Opener, plan: Plan, limit: float, *, then: Speedup = ALONE
-) -> tuple[Speedup, dict[str, Timing]]:
+    new: Opener, other: Opener, plan: Plan, limit: float, *, then: Ratio = ALONE
+) -> tuple[Ratio, dict[str, Timing]]:
     """Time `new` beside `other` until it is surely within or surely beyond the limit; over what the ratio was `then`."""
-    found, timed = Speedup(1.0, 0.0, np.inf), dict[str, Timing]()
+    found, timed = Ratio(1.0, 0.0, np.inf), dict[str, Timing]()
     for look, timed in enumerate(looks({NEW: new, OTHER: other}, plan), 1):
         found = change(median_ratio(over(timed, OTHER), confidence=plan.confidence), then)
         is_within = 1 / limit <= found.high <= limit
@@ -119,7 +119,7 @@ def compare(
     return found, timed
 
 
-def judge(found: Speedup, limit: float, *, was: str, now: str, explained: str | None) -> Check:
+def judge(found: Ratio, limit: float, *, was: str, now: str, explained: str | None) -> Check:
     """Return the verdict on the ratio new over old; `explained` says why the new file may be faster, None if nothing does."""
 
     def row(status: Status, detail: str) -> Check:
@@ -152,6 +152,6 @@ def record(served: Opener, reference: Opener, plan: Plan, *, name: str) -> Recor
     )
 
 
-def interval(found: Speedup) -> str:
+def interval(found: Ratio) -> str:
     """Return ratio and interval as text."""
     return f"{found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}]"

@@ -46,8 +46,8 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Speedup:
-    """How many times faster, or how many times as long, with the interval: 95 % where nothing else is said."""
+class Ratio:
+    """A ratio of two times with its interval: 95 % where nothing else is said."""
 
     ratio: float
     low: float
@@ -107,23 +107,23 @@ def time_block(run: Callable[[], object], count: int, clock: Callable[[], float]
     return np.diff(ticks) * 1e3
 
 
-def speedup(reference: Timing, other: Timing) -> Speedup:
+def speedup(reference: Timing, other: Timing) -> Ratio:
     """Return how many times faster than `reference` the `other` is; both timings must come from one call of `time_sessions`."""
     return median_ratio(reference.block_ms / other.block_ms)
 
 
-def median_ratio(ratios: Floats, *, confidence: float = 0.95) -> Speedup:
+def median_ratio(ratios: Floats, *, confidence: float = 0.95) -> Ratio:
     """Return the median of `ratios`, one a block, with its exact interval."""
     low, high = np.exp(median_interval(np.log(ratios), confidence=confidence))
-    return Speedup(float(np.median(ratios)), float(low), float(high))
+    return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
-def change(now: Speedup, then: Speedup) -> Speedup:
+def change(now: Ratio, then: Ratio) -> Ratio:
     """Return `now` over `then`; on the log scale the distances to the ends add up as squares (MOVER, Zou & Donner 2008)."""
     lower = math.hypot(math.log(now.ratio / now.low), math.log(then.high / then.ratio)) if now.low else math.inf
     upper = math.hypot(math.log(now.high / now.ratio), math.log(then.ratio / then.low)) if then.low else math.inf
     ratio = now.ratio / then.ratio
-    return Speedup(ratio, ratio * math.exp(-lower), ratio * math.exp(upper))
+    return Ratio(ratio, ratio * math.exp(-lower), ratio * math.exp(upper))
 
 
 @contextmanager

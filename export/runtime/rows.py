@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired
 
 from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
 
@@ -23,7 +24,7 @@ class AccuracyRow(TypedDict):
     images: int
 
 
-class SpeedupRow(TypedDict):
+class Speedup(TypedDict):
     """How many times faster than the file `vs`, with the 95 % interval."""
 
     vs: str
@@ -46,12 +47,12 @@ class TimingRow(TypedDict):
     p99_ms: float
     throughput_ips: float
     runs: int
-    block_ms: list[float]
+    block_ms: NotRequired[list[float]]  # of each block the median; a report.json of before has none
     size_mb: float
     peak_memory_mb: float | None
     provider_options: dict[str, str]
-    speedup: SpeedupRow | None
-    speedup_vs_student_fp32: SpeedupRow | None
+    speedup: Speedup | None
+    speedup_vs_student_fp32: Speedup | None
 
 
 class MetricJson(TypedDict):
@@ -131,9 +132,9 @@ def timing_row(
     )
 
 
-def speedup_row(reference: str, name: str, timed: Mapping[str, Timing]) -> SpeedupRow | None:
+def speedup_row(reference: str, name: str, timed: Mapping[str, Timing]) -> Speedup | None:
     """Return the speed-up of `name` over `reference`, None where the reference was not timed."""
     if reference not in timed:
         return None
     found = speedup(timed[reference], timed[name])
-    return SpeedupRow(vs=reference, ratio=found.ratio, ci95=[found.low, found.high])
+    return Speedup(vs=reference, ratio=found.ratio, ci95=[found.low, found.high])

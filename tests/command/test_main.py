@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -121,13 +122,13 @@ def test_a_narrow_terminal_cuts_nothing_off(tmp_path: Path, width: int) -> None:
         "".join(shown(build_report(tmp_path / str(size)), size, verbose=True).split()) for size in (400, width)
     )
     assert "…" not in narrow
-    assert sorted(narrow) == sorted(whole)
+    assert not Counter(whole) - Counter(narrow)  # rows' names come again where columns come below
 
 
 def test_a_narrow_terminal_cuts_nothing_off_a_comparison(tmp_path: Path) -> None:
     comparison = compared(build_student(tmp_path, "large", score=0.98056), build_student(tmp_path, "small", scale=0.5))
     whole, narrow = ("".join(printed(comparison, width).split()) for width in (400, 40))
-    assert sorted(narrow) == sorted(whole)
+    assert not Counter(whole) - Counter(narrow)  # rows' names come again where columns come below
 
 
 def test_a_pipe_folds_nothing_and_columns_still_count(monkeypatch: pytest.MonkeyPatch) -> None:

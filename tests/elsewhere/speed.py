@@ -62,7 +62,7 @@ def main() -> None:
         fp32, int8 = (float(np.median(times[name])) for name in ("fp32", "int8"))
         sys.stdout.write(
             f"{arch}: FP32 {fp32:.2f} ms, INT8 {int8:.2f} ms, {fp32 / int8:.2f} times [{low:.2f}, {high:.2f}], "
-            f"{len(layers.integer_layers)} integer layers, {len(layers.float_layers)} float\n"
+            f"{len(layers['integer_layers'])} integer layers, {len(layers['float_layers'])} float\n"
         )
 
 

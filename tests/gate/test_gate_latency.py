@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from export.gate.latency import Opener, Plan, compare, judge, record, self_test
-from export.runtime.latency import Speedup, median_ratio
+from export.runtime.latency import Ratio, median_ratio
 
 
 class Machine:
@@ -35,7 +35,7 @@ class Machine:
         return Plan(seconds=0.2, blocks=12, looks=3, clock=self.clock)
 
 
-def slowdown(machine: Machine, factor: float, limit: float = 1.05) -> tuple[Speedup, str]:
+def slowdown(machine: Machine, factor: float, limit: float = 1.05) -> tuple[Ratio, str]:
     found, _ = compare(machine.opener(0.004 * factor), machine.opener(0.004), machine.plan, limit)
     return found, judge(found, limit, was="", now="", explained=None).status
 

@@ -156,16 +156,16 @@ def test_every_convolution_and_the_head_run_in_integers(network: str, tmp_path: 
     model = calibrated(lively(NETWORKS[network](5)), TARGETS["cpu_vnni"], torch.randn(8, 3, 16, 16))
     to_onnx(deploy(model), tmp_path / "model.onnx", image_size=16, metadata={})
     found = audit(tmp_path / "model.onnx")
-    assert found.float_layers == ()
-    assert len(found.integer_layers) == sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules())
-    assert found.operators.get("QLinearGlobalAveragePool") == 1
-    assert "Clip" not in found.operators
-    assert "Relu" not in found.operators
+    assert found["float_layers"] == []
+    assert len(found["integer_layers"]) == sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules())
+    assert found["operators"].get("QLinearGlobalAveragePool") == 1
+    assert "Clip" not in found["operators"]
+    assert "Relu" not in found["operators"]
 
 
 def test_the_audit_names_a_convolution_that_stays_float(tmp_path: Path) -> None:
     to_onnx(lively(Residual(5)), tmp_path / "model.onnx", image_size=16, metadata={})
-    assert len(audit(tmp_path / "model.onnx").float_layers) == 7
+    assert len(audit(tmp_path / "model.onnx")["float_layers"]) == 7
 
 
 def test_a_layer_that_runs_twice_becomes_two_with_the_same_weights(tmp_path: Path) -> None:
@@ -335,8 +335,8 @@ def test_layers_kept_float_run_in_float_and_say_so(tmp_path: Path) -> None:
         deploy(with_ranges_of(torch.randn(8, 3, 16, 16), prepared)), tmp_path / "model.onnx", image_size=16, metadata={}
     )
     found = audit(tmp_path / "model.onnx")
-    assert len(found.float_layers) == 2
-    assert len(found.integer_layers) == 4
+    assert len(found["float_layers"]) == 2
+    assert len(found["integer_layers"]) == 4
 
 
 def test_a_network_that_runs_in_integers_throughout_has_nothing_to_excuse() -> None:

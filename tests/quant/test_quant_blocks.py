@@ -183,7 +183,7 @@ def run(network: nn.Module, target: str, folder: Path) -> tuple[dict[str, int], 
         trained = prepared(images).numpy()
     pool = list(quantizers(prepared))[-1]
     step = float(pool.scale_and_zero_point()[0])
-    operators = audit(folder / "model.onnx").operators
+    operators = audit(folder / "model.onnx")["operators"]
     return dict(operators), float(np.abs(integer - trained).max()) / step, prepared
 
 

@@ -19,8 +19,8 @@ from typer.testing import CliRunner, Result
 from compress.cli import app
 from compress.errors import CompressError
 from compress.report.comparison.compare import compare
-from compress.report.comparison.html import render_comparison
 from compress.report.comparison.read import read_subjects
+from compress.report.comparison.show import render_comparison
 from compress.report.shape import Report
 from export.errors import BundleError
 
@@ -47,7 +47,7 @@ def test_folders_are_read_and_written_about(
     page, document = tmp_path / "out/page.html", tmp_path / "out/numbers.json"
     result = invoke(*folders, "--html", page, "--json", document)
     assert result.exit_code == 0
-    assert "Most accurate large" in result.output
+    assert "Most accurate  large" in result.output
     assert set(parse(page.read_text()).links) == {"../runs/large/report/index.html"}
     numbers = json.loads(document.read_text())
     assert [one["score"] for one in numbers["candidates"]] == [0.98056, 0.95]
@@ -72,19 +72,13 @@ def test_runs_of_one_recipe_go_by_their_folders(
     assert tuple(read_subjects([save_report(pair[0], Path(place)) for place in places])) == names
 
 
-def test_a_bundle_without_a_report_tells_names_sizes_accuracy_and_opset(tmp_path: Path) -> None:
+def test_a_bundle_without_its_report_is_refused(
+    invoke: Callable[..., Result], tmp_path: Path, pair: tuple[Report, Report]
+) -> None:
     write_small_bundle(tmp_path / "bundle", small_files(tmp_path))
-    run = save_report(build_student(tmp_path, "run"), tmp_path / "a run")
-    comparison = compare(read_subjects([tmp_path / "bundle", run]))
-    one = comparison.candidates[0]
-    size = (tmp_path / "student_fp32.onnx").stat().st_size / 1e6
-    assert (one.name, one.file, one.score, one.agreement, one.opset) == ("small", "student_fp32", 0.75, 1.0, 18)
-    assert (one.size_mb, one.p50_ms, one.verdict, one.training_seconds) == (size, None, None, None)
-    assert [best.title for best in comparison.best] == ["Smallest"]
-    assert comparison.warnings == (
-        "Of small only the bundle's own facts are known: it holds no report, so nothing but size is ranked.",
-    )
-    assert "Fewer than two of the recipes are known." in printed(comparison)
+    result = invoke(tmp_path / "bundle", save_report(pair[0], tmp_path / "run"))
+    said = f"{tmp_path}/bundle/report.json: is missing, and a comparison reads it: get the bundle again\n"
+    assert (result.exit_code, result.output) == (2, said)
 
 
 def with_report(bundle: Path, text: str) -> None:

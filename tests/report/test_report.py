@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reports import CPU, CUDA, FILES, build_int8, build_recipe, build_report, build_run, shown, with_row
+from reports import CPU, CUDA, FILES, build_int8, build_recipe, build_report, build_run, save_report, shown, with_row
+from typer.testing import CliRunner
 
+from compress.cli import app
 from compress.report import charts, numbers
 from compress.report.collect import collect
 from compress.report.html import render
@@ -84,8 +86,12 @@ def test_a_report_says_which_stages_were_kept(tmp_path: Path) -> None:
     assert [stage["stage"] for stage in stages if stage["cached"]] == ["source", "prune"]
 
 
-def test_a_report_is_json_without_the_block_medians(tmp_path: Path) -> None:
-    assert "block_ms" not in json.dumps(build_report(tmp_path), allow_nan=False)
+def test_a_row_is_what_the_bench_measured(tmp_path: Path) -> None:
+    """The same fact from the clock to the page: a timing, with its file's accuracy."""
+    report = json.loads(json.dumps(build_report(tmp_path), allow_nan=False))
+    bench = json.loads((tmp_path / report["stages"][-1]["directory"] / "bench.json").read_text())
+    assert report["deployed"] == [timing | bench["accuracy"][timing["name"]] for timing in bench["timings"]]
+    assert len(report["deployed"][0]["block_ms"]) == 10
 
 
 def test_a_run_without_a_bench_still_says_where_it_ran(tmp_path: Path) -> None:
@@ -188,7 +194,7 @@ def test_the_page_draws_what_each_stage_changed(tmp_path: Path) -> None:
         "−37.22\u00a0points",
         "−53\u00a0%",
         "layer3.0.downsample.0",
-        "1024 → 768",
+        "1,024",
         "epoch 12",
         "all targets met",
     ):
@@ -271,6 +277,18 @@ def test_the_terminal_shows_batch_1_and_one_thread_unless_verbose(tmp_path: Path
     assert "batch 8" not in shown(report)
     assert "all threads" not in shown(report)
     assert "CPU · all threads · batch 8 · 224 px" in shown(report, verbose=True)
+
+
+def test_report_prints_a_finished_run_again_and_draws_its_page(tmp_path: Path) -> None:
+    report = build_report(tmp_path, int8=build_int8())
+    save_report(report, tmp_path)
+    found = [CliRunner().invoke(app, ["report", str(tmp_path), *more], catch_exceptions=False) for more in ([], ["-v"])]
+    assert [result.exit_code for result in found] == [0, 0]
+    assert found[0].output.splitlines()[-1] == f"{tmp_path}/report/index.html"
+    assert report["recommendation"]
+    assert report["recommendation"]["sentence"] in found[0].output
+    assert ["Tuning" in result.output for result in found] == [False, True]
+    assert (tmp_path / "report" / "index.html").read_text() == render(report, tmp_path)
 
 
 def test_the_terminal_ends_with_verdict_failures_and_the_page(tmp_path: Path) -> None:

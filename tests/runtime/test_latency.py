@@ -7,7 +7,7 @@ import pytest
 from export.runtime.latency import (
     MIN_BLOCKS,
     Floats,
-    Speedup,
+    Ratio,
     Timing,
     change,
     median_ratio,
@@ -127,7 +127,7 @@ def test_the_interval_of_six_blocks_is_the_exact_one_of_their_order() -> None:
 def test_fewer_than_six_blocks_have_no_interval() -> None:
     found = speedup(timing([2.0] * (MIN_BLOCKS - 1)), timing([1.0] * (MIN_BLOCKS - 1)))
     assert (found.low, found.high) == (0.0, math.inf)
-    assert speedup(timing([2.0] * MIN_BLOCKS), timing([1.0] * MIN_BLOCKS)) == Speedup(2.0, 2.0, 2.0)
+    assert speedup(timing([2.0] * MIN_BLOCKS), timing([1.0] * MIN_BLOCKS)) == Ratio(2.0, 2.0, 2.0)
 
 
 NOISE: dict[str, Callable[[np.random.Generator, int], Floats]] = {
@@ -157,8 +157,8 @@ def test_a_change_over_a_recorded_ratio_holds_the_truth_at_least_as_often(noise:
 
 
 def test_a_change_over_an_exact_ratio_keeps_the_intervals_form() -> None:
-    found = change(Speedup(6.0, 4.0, 10.0), Speedup(2.0, 2.0, 2.0))
+    found = change(Ratio(6.0, 4.0, 10.0), Ratio(2.0, 2.0, 2.0))
     assert (found.ratio, found.low, found.high) == pytest.approx((3.0, 2.0, 5.0))
-    found = change(Speedup(6.0, 6.0, 6.0), Speedup(2.0, 1.0, 3.0))
+    found = change(Ratio(6.0, 6.0, 6.0), Ratio(2.0, 1.0, 3.0))
     assert (found.ratio, found.low, found.high) == pytest.approx((3.0, 2.0, 6.0))
-    assert change(Speedup(6.0, 0.0, math.inf), Speedup(2.0, 1.0, 3.0)) == Speedup(3.0, 0.0, math.inf)
+    assert change(Ratio(6.0, 0.0, math.inf), Ratio(2.0, 1.0, 3.0)) == Ratio(3.0, 0.0, math.inf)

@@ -22,7 +22,7 @@ from compress.errors import CompressError
 from compress.pipeline import run_recipe
 from compress.recipe.read import read_recipe, write_recipe
 from compress.report.bundling import publish
-from compress.report.screen import screen, show
+from compress.report.screen import screen
 
 POLL_S = 1.0
 MOST_CRASHES = 3  # in a row, after which the machine is to blame and not the plan
@@ -49,7 +49,7 @@ def run_search(setup: Setup, *, storage: str | None) -> Path:
 
             work(board, partial(run_trial, setup, board, mode=mode), told=told)
         write_scores(setup, board)
-        show(screen(), front_table(board, is_over=True))
+        screen().print(front_table(board, is_over=True))
     return write_page(setup, boards)
 
 

@@ -5,17 +5,19 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from compress.report import summary
-from compress.report.shape import DeployedRow, Json, Report, Speedup, Verdict
+from compress.report.shape import DeployedRow, Report, Verdict
 from compress.report.verdict import (
     any_row,
     deployed_name,
     first_and_last,
     headline_provider,
+    is_headline,
     target_of,
 )
 from export.onnx_file.roles import TEACHER
 from export.onnx_file.targets import CPU
 from export.runtime.intervals import clopper_pearson
+from export.runtime.rows import Speedup
 
 MAX_IMAGES = 10_000_000  # more would be a mistake in the file, and the interval's sums would fill the memory
 
@@ -34,7 +36,7 @@ class Teacher:
     """The teacher's FP32 file; candidates `of` the same source stage share it."""
 
     key: str
-    arch: str | None
+    arch: str
     params_m: float | None
     macs_m: float | None
     score: float | None
@@ -52,11 +54,11 @@ class Candidate:
 
     name: str
     link: str | None
-    arch: str | None
+    arch: str
     target: str
     file: str | None
     recommended: str | None
-    teacher: Teacher | None
+    teacher: Teacher
     score: float | None
     score_ci95: tuple[float, float] | None
     images: int | None
@@ -71,9 +73,9 @@ class Candidate:
     speedup_vs_student_fp32: Speedup | None
     integer_layers: int | None
     float_layers: int | None
-    training_seconds: float | None
+    training_seconds: float
     opset: int | None
-    verdict: Verdict | None
+    verdict: Verdict
     failures: int
     is_efficient: bool | None = None
 
@@ -103,25 +105,22 @@ def common_conditions(reports: Sequence[Report]) -> Conditions | None:
 def candidate(name: str, subject: Subject, conditions: Conditions | None) -> Candidate:
     """Return what a run measured, its times under these conditions or, without them, under its own headline's."""
     report = subject.report
-    file = deployed_name(report)
-    where = conditions or _own_conditions(report)
+    file, where = deployed_name(report), conditions or common_conditions([report])
     row, timed = any_row(report, file), _timing(report, file, where)
-    scored = row["score"] if row else first_and_last(report, "score")[1]
-    images = row["images"] if row else None
+    score = row["score"] if row else first_and_last(report, "score")[1]
     audit = (report["audit"] or {}).get(file or "")
-    is_whole = bool(report["stages"])
     return Candidate(
         name=name,
         link=subject.link,
-        arch=report["recipe"].get("model", {}).get("arch"),
+        arch=report["recipe"]["model"]["arch"],
         target=target_of(report),
         file=file,
-        recommended=(report["recommendation"] or {"file": None})["file"],
+        recommended=report["recommendation"]["file"] if report["recommendation"] else None,
         teacher=_teacher(report, where),
-        score=scored,
-        score_ci95=_interval(scored, images),
-        images=images,
-        scored_in=None if scored is None else "ONNX Runtime" if row else "PyTorch",
+        score=score,
+        score_ci95=_interval(row["score"], row["images"]) if row else None,
+        images=row["images"] if row else None,
+        scored_in=None if score is None else "ONNX Runtime" if row else "PyTorch",
         agreement=row["agreement"] if row else None,
         params_m=first_and_last(report, "params_m")[1],
         macs_m=first_and_last(report, "macs_m")[1],
@@ -132,9 +131,9 @@ def candidate(name: str, subject: Subject, conditions: Conditions | None) -> Can
         speedup_vs_student_fp32=timed["speedup_vs_student_fp32"] if timed else None,
         integer_layers=len(audit["integer_layers"]) if audit else None,
         float_layers=len(audit["float_layers"]) if audit else None,
-        training_seconds=_training_seconds(report) if is_whole else None,
+        training_seconds=_training_seconds(report),
         opset=subject.opset,
-        verdict=report["verdict"] if is_whole else None,
+        verdict=report["verdict"],
         failures=len(report["failures"]),
     )
 
@@ -142,55 +141,35 @@ def candidate(name: str, subject: Subject, conditions: Conditions | None) -> Can
 def _settings(report: Report) -> dict[tuple[str, int], DeployedRow]:
     """Return the deployed file's timings at batch 1, on the CPU with one thread, by provider and image size."""
     name = deployed_name(report)
-    return {
-        (row["provider"], row["image_size"]): row
-        for row in report["deployed"]
-        if row["name"] == name
-        and row["batch"] == 1
-        and row["p50_ms"]
-        and (row["threads"] == 1 or row["provider"] != CPU)
-    }
-
-
-def _own_conditions(report: Report) -> Conditions | None:
-    return common_conditions([report]) if _settings(report) else None
+    found = [row for row in report["deployed"] if row["name"] == name and is_headline(row) and row["p50_ms"] > 0]
+    return {(row["provider"], row["image_size"]): row for row in found}
 
 
 def _timing(report: Report, name: str | None, where: Conditions | None) -> DeployedRow | None:
     """Return a file's row under these conditions."""
-    if where is None:
-        return None
-    rows = (
-        row
-        for row in report["deployed"]
-        if (row["name"], row["provider"], row["image_size"], row["batch"])
-        == (name, where.provider, where.image_size, 1)
-        and (row["threads"] == 1 or where.provider != CPU)
-    )
-    return next(rows, None)
+    wanted = where and (name, where.provider, where.image_size)
+    rows = (row for row in report["deployed"] if (row["name"], row["provider"], row["image_size"]) == wanted)
+    return next((row for row in rows if is_headline(row)), None)
 
 
-def _teacher(report: Report, where: Conditions | None) -> Teacher | None:
-    """Return the teacher as deployed, or as its stage left it; its key is the source stage's, else its file's facts."""
+def _teacher(report: Report, where: Conditions | None) -> Teacher:
+    """Return the teacher as deployed, or as its stage left it; its key is the source stage's."""
     row, timed = any_row(report, TEACHER), _timing(report, TEACHER, where)
-    params_m, macs_m = first_and_last(report, "params_m")[0], first_and_last(report, "macs_m")[0]
-    score = row["score"] if row else first_and_last(report, "score")[0]
-    if row is None and score is None:
+    params_m, macs_m, score = (first_and_last(report, metric)[0] for metric in ("params_m", "macs_m", "score"))
+    arch: str = report["recipe"]["model"]["arch"]
+    score = row["score"] if row else score
+    return Teacher(report["stages"][0]["key"], arch, params_m, macs_m, score, timed["p50_ms"] if timed else None)
+
+
+def _training_seconds(report: Report) -> float:
+    """Return what the stages after the source that train took."""
+    pairs = list(zip(report["stages"], report["recipe"]["stages"], strict=False))
+    return sum(stage["seconds"] for stage, section in pairs[1:] if "fit" in section)
+
+
+def _interval(score: float, images: int) -> tuple[float, float] | None:
+    """Return the exact 95 % interval of a score that was counted on `images` images."""
+    right = round(score * images) if 0 < images <= MAX_IMAGES and 0 <= score <= 1 else None
+    if right is None or abs(score * images - right) > 0.01:  # a mean over pixels or boxes counts no images
         return None
-    key = report["stages"][0]["key"] if report["stages"] else f"{row and row['size_mb']} MB, {score}"
-    arch: Json = report["recipe"].get("model", {})
-    return Teacher(key, arch.get("arch"), params_m, macs_m, score, timed["p50_ms"] if timed else None)
-
-
-def _training_seconds(report: Report) -> float | None:
-    """Return what the stages after the source that train took; None where one's time is unknown."""
-    pairs = list(zip(report["stages"], report["recipe"].get("stages", []), strict=False))
-    seconds = [stage["seconds"] for stage, section in pairs[1:] if "fit" in section]
-    return None if None in seconds else sum(filter(None, seconds))
-
-
-def _interval(score: float | None, images: int | None) -> tuple[float, float] | None:
-    """Return the exact 95 % interval of a score that was counted on so many images."""
-    if score is None or not images or not 0 < images <= MAX_IMAGES or not 0 <= score <= 1:
-        return None
-    return clopper_pearson(round(score * images), images)
+    return clopper_pearson(right, images)

@@ -1,6 +1,6 @@
 """Set runs side by side: what each measured, what differs in their recipes, and how far the comparison is fair."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from compress.report import numbers, summary
@@ -33,6 +33,7 @@ class Comparison:
     best: tuple[Best, ...]
     differences: tuple[Difference, ...]
     warnings: tuple[str, ...]
+    metric: str
     decimals: int
 
 
@@ -43,6 +44,7 @@ def compare(subjects: Mapping[str, Subject]) -> Comparison:
     found = [candidate(name, subject, conditions) for name, subject in subjects.items()]
     fairness = judge_fairness(found, reports, are_alike=conditions is not None)
     digits = min(summary.decimals(report) for report in reports.values())
+    titles = {numbers.heading(report["metric"]["title"]) for report in reports.values()}
     found = [replace(one, is_efficient=_is_efficient(one, found, fairness)) for one in found]
     return Comparison(
         candidates=tuple(found),
@@ -52,6 +54,7 @@ def compare(subjects: Mapping[str, Subject]) -> Comparison:
         best=tuple(_best(found, fairness, digits)),
         differences=tuple(differences([report["recipe"] for report in reports.values()])),
         warnings=fairness.warnings,
+        metric=titles.pop() if len(titles) == 1 else "Score",
         decimals=digits,
     )
 
@@ -88,45 +91,28 @@ def _is_efficient(one: Candidate, everyone: Sequence[Candidate], fairness: Fairn
 
 def _teachers(found: Sequence[Candidate]) -> tuple[Teacher, ...]:
     """Return each teacher once; the candidates that one source stage taught share it."""
-    unique: dict[str, list[Candidate]] = {}
-    for one in found:
-        if one.teacher:
-            unique.setdefault(one.teacher.key, []).append(one)
-    return tuple(
-        replace(ones[0].teacher, of=tuple(one.name for one in ones)) for ones in unique.values() if ones[0].teacher
-    )
+    unique = {one.teacher.key: one.teacher for one in reversed(found)}
+    names = {key: tuple(one.name for one in found if one.teacher.key == key) for key in unique}
+    return tuple(replace(teacher, of=names[key]) for key, teacher in reversed(unique.items()))
 
 
-def _best(found: Sequence[Candidate], fairness: Fairness, digits: int) -> list[Best]:
-    """Return who is the most accurate, the fastest, the smallest; a title is left out where nobody can be named."""
+def _best(found: Sequence[Candidate], fairness: Fairness, digits: int) -> Iterator[Best]:
+    """Yield who is the most accurate, the fastest, the smallest; a title is left out where nobody can be named."""
     by_name = {one.name: one for one in found}
-    best = []
     if names := leaders(found, lambda one: score(one, fairness)):
-        intervals = {one.name: one.score_ci95 for one in found if one.score is not None}
-        first = by_name[names[0]]
-        best.append(Best("Most accurate", names, numbers.percent(first.score, digits), _apart(names, intervals)))
+        sure = _apart(names, {one.name: one.score_ci95 for one in found if one.score is not None})
+        yield Best("Most accurate", names, numbers.percent(by_name[names[0]].score, digits), sure)
     if names := leaders(found, lambda one: speed(one, fairness.speed_by)):
-        intervals = {one.name: _interval(one) for one in found if one.p50_ms}
+        intervals = {one.name: one.speedup and one.speedup["ci95"] for one in found if one.p50_ms}
         first, sure = by_name[names[0]], _apart(names, intervals) if fairness.same_teacher else ""
-        ratio = f"{numbers.times(first.speedup['ratio'])} its teacher" if first.speedup else ""
-        if fairness.speed_by == "speedup":
-            best.append(Best("Fastest", names, ratio, sure))
-        else:
-            note = ", ".join(part for part in (ratio, sure) if part)
-            best.append(Best("Fastest", names, numbers.significant(first.p50_ms, "ms"), note))
+        facts = [numbers.significant(first.p50_ms, "ms")] if fairness.speed_by == "latency" else []
+        facts += [f"{numbers.times(first.speedup['ratio'])} its teacher"] if first.speedup else []
+        yield Best("Fastest", names, facts[0], ", ".join(filter(None, (*facts[1:], sure))))
     if names := leaders(found, lambda one: None if one.size_mb is None else -one.size_mb):
-        best.append(Best("Smallest", names, numbers.significant(by_name[names[0]].size_mb, "MB"), ""))
-    return best
+        yield Best("Smallest", names, numbers.significant(by_name[names[0]].size_mb, "MB"), "")
 
 
-def _interval(one: Candidate) -> tuple[float, float] | None:
-    if one.speedup is None:
-        return None
-    low, high = one.speedup["ci95"]
-    return (low, high)
-
-
-def _apart(names: Sequence[str], intervals: Mapping[str, tuple[float, float] | None]) -> str:
+def _apart(names: Sequence[str], intervals: Mapping[str, Sequence[float] | None]) -> str:
     """Return whether the leaders' intervals lie above those of all others."""
     ours = [intervals[name] for name in names]
     others = [interval for name, interval in intervals.items() if name not in names]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from compress.report.comparison.candidate import Candidate
-from compress.report.comparison.words import sentence
+from compress.report.comparison.recipes import by_value
 from compress.report.numbers import significant
 from compress.report.shape import Report
 from export.runtime.environment import HARDWARE
@@ -28,16 +28,14 @@ class Fairness(NamedTuple):
 
 def judge_fairness(found: Sequence[Candidate], reports: Mapping[str, Report], *, are_alike: bool) -> Fairness:
     """Return what may be ranked; `are_alike` says that all times were taken under the same conditions."""
-    bare, images = _bare(found), _other_images(found, reports)
-    taught = [one for one in found if one.teacher and one.teacher.macs_m]
-    teachers = {_teacher(one) for one in taught}
+    images, teachers = _other_images(found, reports), {_teacher(one) for one in found}
     timed = [one for one in found if one.p50_ms]
     speed_by, against_speed = _speed(timed, reports, are_alike=are_alike, same_teacher=len(teachers) == 1)
-    warnings = [*bare, *images, *_other_split(found, reports), *_scored_elsewhere(found), *against_speed]
+    warnings = [*images, *_other_split(reports), *_scored_elsewhere(found), *against_speed]
     if len(teachers) > 1:
         whose = "a speed-up and a loss are against each run's own"
-        warnings.append(f"The teachers differ ({_grouped(taught, _teacher)}): {whose}.")
-    return Fairness(not images and not bare, len(teachers) == 1, speed_by, tuple(warnings))
+        warnings.append(f"The teachers differ ({_grouped(found, _teacher)}): {whose}.")
+    return Fairness(not images, len(teachers) == 1, speed_by, tuple(warnings))
 
 
 def _speed(
@@ -62,42 +60,25 @@ def _speed(
     return ("speedup" if drift else "latency"), drift
 
 
-def _bare(found: Sequence[Candidate]) -> list[str]:
-    """Return that nothing more is known of a bundle that holds no report."""
-    names = ", ".join(one.name for one in found if one.verdict is None)
-    return (
-        [f"Of {names} only the bundle's own facts are known: it holds no report, so nothing but size is ranked."]
-        if names
-        else []
-    )
-
-
 def _other_images(found: Sequence[Candidate], reports: Mapping[str, Report]) -> list[str]:
     """Return why score is not of the same images."""
-    data = {name: report["recipe"].get("data") for name, report in reports.items()}
-    known = {name: section for name, section in data.items() if section}
     problems = []
     for key in IMAGES:
-        values = {name: json.dumps(section.get(key)) for name, section in known.items()}
+        values = {name: json.dumps(report["recipe"]["data"].get(key)) for name, report in reports.items()}
         if len(set(values.values())) > 1:
             problems.append(f"data.{key}: {_groups(values)}")
     counts = {one.name: f"{one.images:,} images" for one in found if one.images}
     if len(set(counts.values())) > 1:
         problems.append(_groups(counts))
-    digests = {name: report["data_digest"] for name, report in reports.items() if "data_digest" in report}
-    drawn = {_split(report) for name, report in reports.items() if name in digests}
-    if not problems and len(set(digests.values())) > 1 and len(drawn) == 1:
+    digests = {report["data_digest"] for report in reports.values()}
+    if not problems and len(digests) > 1 and len({_split(report) for report in reports.values()}) == 1:
         problems.append("the folders' content is not the same")
     return [f"Score is not of the same images ({'; '.join(problems)}): it is not ranked."] if problems else []
 
 
-def _other_split(found: Sequence[Candidate], reports: Mapping[str, Report]) -> list[str]:
+def _other_split(reports: Mapping[str, Report]) -> list[str]:
     """Return that the validation images may be drawn otherwise: equally hard on average, not the same."""
-    seeds = {
-        name: f"seed {reports[name]['recipe']['seed']}"
-        for name in (one.name for one in found)
-        if "seed" in reports[name]["recipe"]
-    }
+    seeds = {name: f"seed {report['recipe']['seed']}" for name, report in reports.items()}
     if len(set(seeds.values())) < 2:
         return []
     return [
@@ -109,7 +90,7 @@ def _other_split(found: Sequence[Candidate], reports: Mapping[str, Report]) -> l
 def _split(report: Report) -> str:
     """Return what else the digest covers: it changes with the seed and the limit, the folder's content aside."""
     recipe = report["recipe"]
-    return json.dumps([recipe.get("seed"), recipe.get("data", {}).get("limit_per_class")])
+    return json.dumps([recipe["seed"], recipe["data"].get("limit_per_class")])
 
 
 def _scored_elsewhere(found: Sequence[Candidate]) -> list[str]:
@@ -135,7 +116,7 @@ def _other_machines(names: Sequence[str], reports: Mapping[str, Report]) -> list
 
 def _drift(timed: Sequence[Candidate]) -> list[str]:
     """Return that the same teacher was not equally fast each time, where it was not."""
-    known = {one.name: one.teacher.p50_ms for one in timed if one.teacher and one.teacher.p50_ms}
+    known = {one.name: one.teacher.p50_ms for one in timed if one.teacher.p50_ms}
     if len(known) < 2 or max(known.values()) <= DRIFT * min(known.values()):
         return []
     times = _groups({name: significant(p50_ms, "ms") for name, p50_ms in known.items()})
@@ -151,9 +132,7 @@ def _setting(one: Candidate) -> str:
 
 def _teacher(one: Candidate) -> str:
     """Return the teacher's network and cost: equal where a speed-up is over the same thing."""
-    teacher = one.teacher
-    assert teacher is not None
-    return ", ".join([teacher.arch or "unknown", *([significant(teacher.macs_m, "M MACs")] if teacher.macs_m else [])])
+    return ", ".join([one.teacher.arch, *([significant(one.teacher.macs_m, "M MACs")] if one.teacher.macs_m else [])])
 
 
 def _fact(key: str, value: object) -> str:
@@ -167,4 +146,5 @@ def _grouped(candidates: Sequence[Candidate], words: Callable[[Candidate], str])
 
 
 def _groups(values: Mapping[str, str]) -> str:
-    return sentence(list(values), list(values.values()))
+    """Return `a, b: 72 images; c: 360 images`."""
+    return "; ".join(f"{of}: {value}" for value, of in by_value(list(values), list(values.values())))

@@ -12,28 +12,32 @@ from typing_extensions import TypedDict
 from compress.artifact import students_of
 from compress.errors import ArtifactError
 from compress.report.comparison.candidate import Subject
-from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report
+from compress.report.shape import REPORT_VERSION, Json, Report
 from compress.report.verdict import deployed_name
 from export.bundle.inside import MAX_TEXT_BYTES, contained, read_json, read_sums, read_text
-from export.bundle.read import MANIFEST, PREPROCESS
+from export.bundle.read import MANIFEST
 from export.command.files import sha256
 from export.errors import BundleError
 from export.onnx_file.targets import TARGETS
-from export.runtime.rows import metric_json
-from export.tasks import task_named
 
 REPORT = "report.json"
 
 
+class _Model(TypedDict):
+    """What a comparison reads of a recipe's model."""
+
+    arch: str
+
+
 class _Recipe(TypedDict):
-    """What a comparison reads of a recipe; a bundle without its report knows the first two."""
+    """What a comparison reads of a recipe."""
 
     name: str
     target: str
-    seed: NotRequired[int]
-    data: NotRequired[Json]
-    model: NotRequired[Json]
-    stages: NotRequired[list[Json]]
+    seed: int
+    data: Json
+    model: _Model
+    stages: list[Json]
 
 
 class _Environment(TypedDict):
@@ -84,52 +88,17 @@ def _read(folder: Path) -> Subject:
 
 
 def _read_bundle(folder: Path) -> Subject:
-    """Return the bundle's report where it holds one, else what its manifest says; of what is read, the digests are checked."""
+    """Return a bundle's report; of what is read, the digests are checked."""
     digests = read_sums(folder)
-    held = [name for name in (REPORT,) if name in digests]
-    for name in (MANIFEST, PREPROCESS, *held):
-        if digests.get(name) != sha256(contained(folder, name)):
+    for name in (MANIFEST, REPORT):
+        if name not in digests:
+            raise BundleError(f"{folder / name}: is missing, and a comparison reads it: get the bundle again")
+        if digests[name] != sha256(contained(folder, name)):
             raise BundleError(
                 f"{folder / name}: is not the file the bundle was made with (SHA-256 differs): get the bundle again"
             )
-    manifest = read_json(folder, MANIFEST)
-    report = _parse(read_text(folder, REPORT), str(folder / REPORT)) if held else _from_manifest(folder, manifest)
+    report = _parse(read_text(folder, REPORT), str(folder / REPORT))
     return Subject(report, _opset(folder, report))
-
-
-def _from_manifest(folder: Path, manifest: Json) -> Report:
-    """Return a report that knows no more than the manifest: names, sizes, accuracy."""
-    target, files = manifest.get("target"), manifest.get("files")
-    if not isinstance(manifest.get("name"), str) or target not in list(TARGETS) or not isinstance(files, dict):
-        raise BundleError(f"{folder / MANIFEST}: must have a name, a known target and files: get the bundle again")
-    size = read_json(folder, PREPROCESS).get("image_size")
-    unknown: Json = dict.fromkeys(DeployedRow.__annotations__)
-    untimed = {"further": {}, "provider": "", "provider_options": {}, "threads": 0, "batch": 0, "image_size": size}
-    rows = []
-    for name, listed in files.items():
-        if not isinstance(listed, dict) or not isinstance(listed.get("bytes"), int):
-            raise BundleError(f"{folder / MANIFEST}: files.{name}: must say its bytes: get the bundle again")
-        facts = {key: listed.get(key) for key in ("file", "precision", "score", "agreement")}
-        rows.append({**unknown, **untimed, **facts, "name": name, "size_mb": listed["bytes"] / 1e6})
-    document = {
-        "schema_version": REPORT_VERSION,
-        "metric": metric_json(task_named(str(manifest.get("task"))).metric),
-        "recipe": {"name": manifest["name"], "target": target},
-        "command": "",
-        "environment": {},
-        "stages": [],
-        "deployed": rows,
-        "ptq": None,
-        "audit": None,
-        "verify": None,
-        "limits": [],
-        "recommendation": None,
-        "targets": {},
-        "verdict": "pass",
-        "failures": [],
-        "warnings": [],
-    }
-    return _judge(document, str(folder / MANIFEST))
 
 
 def _opset(bundle: Path, report: Report) -> int | None:
@@ -154,7 +123,7 @@ def _text(path: Path) -> str:
 
 
 def _parse(text: str, where: str) -> Report:
-    """Return a report.json's report; numbers that are not finite are refused."""
+    """Return a report.json's report after checking the type of all that a comparison reads; numbers that are not finite are refused."""
     try:
         document = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
@@ -164,11 +133,6 @@ def _parse(text: str, where: str) -> Report:
         raise ArtifactError(
             f"{where}: is a report of version {version}, this tool reads {REPORT_VERSION}; run the recipe again, what is finished is kept"
         )
-    return _judge(document, where)
-
-
-def _judge(document: Json, where: str) -> Report:
-    """Return the document as a report after checking the type of all that a comparison reads."""
     try:
         report = TypeAdapter(Report).validate_python(document)
         TypeAdapter(_Recipe).validate_python(report["recipe"])
@@ -177,6 +141,8 @@ def _judge(document: Json, where: str) -> Report:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ArtifactError(f"{where}: {place}: {first['msg'].lower()}; run the recipe again") from error
+    if not report["stages"]:
+        raise ArtifactError(f"{where}: stages: must not be empty; run the recipe again")
     if (target := report["recipe"]["target"]) == "auto":
         target = report["environment"].get("target")
     if target not in TARGETS:

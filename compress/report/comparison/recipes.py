@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from compress.report.comparison.words import by_value
 from compress.report.shape import Json
 
 ABSENT: Final = "–"
 LEFT_OUT = ("name", "out")  # these say where a run lies, not what it is
+FEW = 3  # names that are worth spelling out where the rest can be called the others
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,10 @@ class Difference:
     path: str
     values: tuple[str, ...]
 
-    def groups(self, names: Sequence[str]) -> list[tuple[str, str]]:
-        """Return each value once, with the names that have it."""
-        return by_value(names, self.values)
-
 
 def differences(recipes: Sequence[Json]) -> Iterator[Difference]:
-    """Yield what is not the same in all recipes; one that is not known (a bundle without its report) takes no part."""
-    known = {index: _by_name(recipe) for index, recipe in enumerate(recipes) if "stages" in recipe}
+    """Yield what is not the same in all recipes."""
+    known = {index: _by_name(recipe) for index, recipe in enumerate(recipes)}
     for path, values in _walk("", known):
         yield Difference(path, tuple(values.get(index, ABSENT) for index in range(len(recipes))))
 
@@ -81,3 +77,14 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_text, value))}]"
     return json.dumps(value)
+
+
+def by_value(names: Sequence[str], values: Sequence[str]) -> list[tuple[str, str]]:
+    """Return each value once, in order, with the names that have it; a large majority is `all others`, and comes last."""
+    groups: dict[str, list[str]] = {}
+    for name, value in zip(names, values, strict=True):
+        groups.setdefault(value, []).append(name)
+    most = max(groups, key=lambda value: len(groups[value]))
+    has_others = len(groups) > 1 and len(groups[most]) > FEW
+    found = [(value, ", ".join(of)) for value, of in groups.items() if not (has_others and value == most)]
+    return [*found, (most, "all others")] if has_others else found
