@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import random
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from compress.artifact import turn
 from compress.cli import app
+from compress.commands.search import run as search_run
 from compress.commands.search import trial
 from compress.commands.search.board import Board, Taken, best, progress
 from compress.commands.search.front import front, hypervolume
@@ -61,8 +63,8 @@ def written(folder: Path, **changes: Any) -> Path:
     return folder / "search.yaml"
 
 
-def a_board(folder: Path, search: Search) -> Board:
-    board = Board(search, folder, name=search.name, storage=None, content={})
+def a_board(folder: Path, search: Search, storage: str | None = None) -> Board:
+    board = Board(search, folder, name=search.name, storage=storage, content={})
     board.points = grid(search) if search.sampler == "grid" else None
     return board
 
@@ -204,15 +206,19 @@ def test_a_grid_tries_every_combination_once_and_a_second_command_none(tmp_path:
     work(a_board(tmp_path, search), lambda _: pytest.fail("everything is done"))
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
-def test_a_sampler_draws_until_the_budget_is_spent_and_goes_on_where_it_is_raised(tmp_path: Path, sampler: str) -> None:
-    search = a_search(sampler=sampler)
-    work(a_board(tmp_path, search), measured)
-    more = a_board(tmp_path, a_search(sampler=sampler, budget={"trials": 9}))
+@pytest.mark.parametrize(("sampler", "database"), [("tpe", False), ("nsga2", False), ("tpe", True)])
+def test_a_sampler_draws_until_the_budget_is_spent_and_goes_on_where_it_is_raised(
+    tmp_path: Path, sampler: str, database: bool
+) -> None:
+    storage = f"sqlite:///{tmp_path}/all.db" if database else None
+    search = a_search(sampler=sampler, constraints=["macs < 80"])
+    work(a_board(tmp_path, search, storage), measured)
+    more = a_board(tmp_path, a_search(sampler=sampler, constraints=["macs < 80"], budget={"trials": 9}), storage)
     work(more, measured)
-    drawn = [row.point["prune.keep_macs"] for row in more.rows()]
+    drawn = [float(row.point["prune.keep_macs"]) for row in more.rows()]
     assert (len(drawn), len(set(drawn))) == (9, 9)
-    assert all(0.1 <= float(value) <= 0.9 for value in drawn)
+    assert all(0.1 <= value <= 0.9 for value in drawn)
+    assert [row.is_allowed for row in more.rows()] == [value < 0.8 for value in drawn]
 
 
 def test_patience_ends_a_search_that_gains_nothing(tmp_path: Path) -> None:
@@ -374,6 +380,44 @@ def test_the_first_seed_draws_the_split_and_trains_the_teacher_of_all(
         "2.00\xa0M (2.00\xa0M to 2.00\xa0M)",
         "–",
     ]
+
+
+def test_a_refused_run_and_a_crashed_one_leave_their_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, set=["data.dataset=imagefolder", f"data.path={tmp_path}/gone"])
+    setup = open_setup(path, data=None, weights=None, out=str(tmp_path), trust_code=False)
+    (board,) = open_boards(setup, storage=None)
+    taken = board.take(may_start=True)
+    assert taken is not None
+    with taken.lock:
+        with pytest.raises(Refused, match=r"gone: .*"):
+            trial.run_trial(setup, board, taken, "full")
+        monkeypatch.setattr(trial.sys, "executable", shutil.which("false"))
+        with pytest.raises(Crashed, match=r"two-000 ended with exit code 1: it printed nothing; .*two-000\.log"):
+            trial.run_trial(setup, board, taken, "full")
+
+
+def test_without_training_first_only_the_fronts_trials_are_then_run_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+
+    def run(_: Setup, __: Board, taken: Taken, mode: str) -> dict[str, list[float]]:
+        seen.append(mode)
+        return measured(taken)
+
+    monkeypatch.setattr(search_run, "run_trial", run)
+    space = {"prune.keep_macs": [0.2, 0.4, 0.6], "prune.criterion": ["l1", "l2"]}
+    path = written(tmp_path, space=space, sampler="grid", mode="no_training")
+    setup = open_setup(path, data=None, weights=None, out=str(tmp_path), trust_code=False)
+    page = search_run.run_search(setup, storage=None).read_text()
+    assert seen == [*6 * ["no_training"], *3 * ["full"]]
+    assert "two-trained: 3 on the front of 3 trials" in capsys.readouterr().out
+    first, second = (page.index(f"<h2>{name}</h2>") for name in ("two-trained", "two"))
+    assert first < second
+    assert page.count('<circle class="front"') == 2 * (3 + 3)
+    assert "prune.criterion l1" in page
 
 
 # --- all of it

@@ -7,8 +7,9 @@ takes it up again. The lock goes to the run's own process, too, so that nobody t
 import fcntl
 import json
 import secrets
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
@@ -165,10 +166,9 @@ class Board:
 
         found = {}
         for index, name in enumerate(self.search.objectives):
-            try:
+            with warnings.catch_warnings(), suppress(ValueError, RuntimeError, UserWarning):
+                warnings.simplefilter("error")  # too few trials, which Optuna else calls equally important axes
                 found[name] = optuna.importance.get_param_importances(self._study, target=value(index))
-            except (ValueError, RuntimeError):  # fewer than two trials, or all equal
-                continue
         return found
 
     def _propose(self, known: Sequence["optuna.trial.FrozenTrial"]) -> bool:

@@ -48,7 +48,10 @@ def write_scores(setup: Setup, board: Board) -> None:
     files = {
         where(row): [folder(setup, board, row, seed) / "report.json" for seed in setup.search.seeds] for row in done
     }
-    scores = {point: [_scores(json.loads(path.read_text())) for path in paths] for point, paths in files.items()}
+    scores = {
+        point: [_scores(json.loads(path.read_text())) for path in paths if path.exists()]
+        for point, paths in files.items()
+    }
     (setup.folder / f"{board.name}.md").write_text("\n".join(_table(scores)) + "\n", encoding="utf-8")
 
 
