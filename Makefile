@@ -35,12 +35,15 @@ BIN := $(VENV)/bin
 LAUNCH = $(if $(filter-out 1,$(RANKS)),$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
 EXIT_CODES = 1: a target is missed, 2: something to correct above, 70: a crash, 130: interrupted
 
-.PHONY: help setup compress test check bench report search names zoo overhead gate trials elsewhere fuzz clean
+.PHONY: help setup init compress test check bench report search names zoo overhead gate trials elsewhere fuzz clean
 
 help: ## list the targets and their variables
 	@awk -F ' ## ' '/^[a-z]+:.* ## / { split($$1, target, ":"); printf "  make %-9s %s\n", target[1], $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv and install the tested versions (PYTHON=python3.12)
+
+init: $(READY) ## write a recipe for your network and images (WEIGHTS= DATA= ARGS="--arch timm:NAME -o mine.yaml")
+	@$(BIN)/compress init $(call option,WEIGHTS,weights) $(call option,DATA,data) $(ARGS)
 
 compress: $(READY) ## run a recipe (RECIPE= DATA= WEIGHTS= OUT= SET="path=value ..." RANKS=8 ARGS="--trust-code -v")
 	@$(LAUNCH) run $(call quoted,RECIPE) $(call option,DATA,data) $(call option,WEIGHTS,weights) $(call option,OUT,out) \

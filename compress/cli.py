@@ -250,6 +250,51 @@ def clean(
     _print(done if found else "nothing to remove")
 
 
+@app.command()
+def init(
+    weights: Annotated[str, typer.Option("--weights", metavar="FILE", help="The trained network's checkpoint.")],
+    data: Annotated[
+        Path, typer.Option("--data", metavar="DIR", help="The images: train/CLASS/*, val/CLASS/*, or CLASS/*.")
+    ],
+    arch: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The network, where the checkpoint does not tell it.")
+    ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(metavar="MS", help="Prune to this time on this machine, instead of to half the work."),
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The recipe to write.")] = Path(
+        "recipe.yaml"
+    ),
+    trust_code: TrustCode = False,
+) -> None:
+    """Write a recipe for your checkpoint and your images: it names the network, reads the folder, and says what a run will take."""
+    _quiet(verbose=False)
+    from compress.commands.init import write_draft
+
+    for line in write_draft(weights, data, out, arch=arch, latency_ms=latency, trust_code=trust_code):
+        _print(line)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="The one to copy, such as resnet50_int8.")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE", help="Where to; NAME.yaml here otherwise.")
+    ] = None,
+) -> None:
+    """List the recipes that come with this package and what each is for, or copy one."""
+    from compress.recipe import shipped
+
+    if name is None:
+        for line in shipped.listing():
+            _print(line)
+    else:
+        _print(shipped.copy(name, to))
+
+
 @app.command(name="export-data")
 def export_data(
     run_folder: RunFolder,

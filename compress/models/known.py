@@ -3,11 +3,11 @@
 `make names` renews it from those that are installed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 from compress.errors import ModelError
 from export.errors import did_you_mean
@@ -22,11 +22,12 @@ LACKS = {
 }
 
 
-class Library(NamedTuple):
-    """The networks of one version of a library."""
+@dataclass(frozen=True)
+class Library:
+    """The networks of one version of a library: `fingerprints` has their names, each with that of its parameters' names ("" where unknown)."""
 
     version: str
-    names: tuple[str, ...]
+    fingerprints: Mapping[str, str]
 
     def is_installed(self, name: str) -> bool:
         """Tell whether the library is installed in this version."""
@@ -40,7 +41,10 @@ class Library(NamedTuple):
 def libraries() -> dict[str, Library]:
     """Return the listed libraries that are installed in the version that is listed: of others nothing is known here."""
     lines = [line.split() for line in LIST.read_text(encoding="utf-8").splitlines()]
-    found = {name: Library(version, tuple(names)) for name, version, *names in lines}
+    found = {
+        name: Library(version, {entry.partition("=")[0]: entry.partition("=")[2] for entry in entries})
+        for name, version, *entries in lines
+    }
     return {name: library for name, library in found.items() if library.is_installed(name)}
 
 
@@ -48,7 +52,7 @@ def check_listed(arch: str) -> None:
     """Raise `ModelError` for a network that its library does not have, as far as the list tells."""
     library, _, name = arch.rpartition(":")
     if library in libraries():
-        check_name(library, name, libraries()[library].names)
+        check_name(library, name, libraries()[library].fingerprints)
 
 
 def check_name(library: str, name: str, known: Iterable[str]) -> None:

@@ -109,6 +109,14 @@ def load_weights_(model: nn.Module, arch: str, weights: str, *, reset_head: bool
     _refuse_not_finite(model.state_dict(), weights)
 
 
+def read_state(weights: str) -> State:
+    """Return the tensors of a file by name, without a wrapper's prefix and what only training uses. Raises `ModelError` as loading does."""
+    state = _read(existing_file(weights, "the weights file"))
+    while prefix := next((one for one in PREFIXES if all(name.startswith(one) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return {name: value for name, value in state.items() if not name.startswith(TRAINING_ONLY)}
+
+
 def _fit_(model: nn.Module, state: State, complaint: str) -> None:
     """Copy the state into the model; raise `ModelError` with the complaint and the keys unless it fits whole."""
     misshapen = _misshapen(model, state)

@@ -1,0 +1,281 @@
+"""Write a recipe for a checkpoint and a folder of images: what the files tell, what was assumed, and what a run will take."""
+
+import resource
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress.errors import CompressError
+from compress.models.architectures import build
+from compress.models.published import Published, published
+from compress.models.recognize import Match, recognize
+from compress.models.weights import load_weights_, read_state
+from compress.recipe import strict_yaml
+from compress.recipe.read import read_recipe
+from export.images.decode import BrokenImage, describe_broken, read_image
+from export.images.folders import Listing, list_folder
+from export.images.preprocess import Preprocess
+from export.images.read import spread
+from export.onnx_file.targets import host_target
+
+LOOKED_AT = 200  # images that are opened, spread over the folder
+JUDGED = 128  # images that tell candidates apart
+STEP = 16  # images in the step that is timed
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+VIEWS = 60_000  # augmented views that distillation takes: 8 epochs of 7,500 images
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a folder of images holds: how many of each class, and of those opened the heights and widths, and what is broken."""
+
+    listing: Listing
+    sides: list[int]  # the shorter one of each
+    broken: dict[str, str]
+
+    @property
+    def train(self) -> int:
+        """How many images there are to train on."""
+        return len(self.listing.train) if self.listing.val is not None else round(0.8 * len(self.listing.train))
+
+
+@dataclass(frozen=True)
+class Network:
+    """The teacher, how its images are prepared, and the fraction of `JUDGED` images that it labels right (None where its classes are others)."""
+
+    arch: str
+    classes: int
+    size: int
+    resize: float
+    mean: Sequence[float]
+    std: Sequence[float]
+    score: float | None
+    others: tuple[str, ...] = ()  # that the checkpoint fits as well
+
+
+def write_draft(
+    weights: str, data: Path, out: Path, *, arch: str | None, latency_ms: float | None, trust_code: bool
+) -> Iterator[str]:
+    """Write a commented recipe to `out`; yield line by line what was found, assumed and estimated.
+
+    Raises `CompressError` where `out` exists, nothing known fits the checkpoint, or the folder cannot be read.
+    """
+    if out.exists():
+        raise CompressError(f"{out}: exists already: give another file with -o, or remove it")
+    state = read_state(weights)
+    matches = [_given(arch, state)] if arch else recognize(state)
+    if not matches:
+        raise CompressError(
+            f"{weights}: none of the networks of torchvision, timm or the CIFAR papers has its {len(state):,} tensors "
+            f"({', '.join(list(state)[:3])}, …): name yours with --arch my_file.py:factory --trust-code"
+        )
+    folder = look_at(data)
+    network = choose(matches, weights, folder, trust_code=trust_code)
+    yield from _told(weights, folder, network)
+    model = build(network.arch, num_classes=network.classes, trust_code=trust_code)
+    speed = step_speed(model, network.size)
+    text = draft(weights, data, out.stem, folder, network, latency_ms=latency_ms, trust_code=trust_code)
+    out.write_text(text, encoding="utf-8")
+    read_recipe(out)  # what is written here can be read
+    yield from _estimated(folder, network, model, speed)
+    yield f"wrote {out}; run it with: compress run {out}{' --trust-code' if trust_code else ''}"
+
+
+def look_at(data: Path) -> Folder:
+    """List the folder and open some of its images."""
+    listing = list_folder(data)
+    files = [path for path, _ in (*listing.train, *(listing.val or ()))]
+    sides, broken = list[int](), dict[str, str]()
+    for index in spread(len(files), LOOKED_AT):
+        try:
+            sides.append(min(read_image(data / files[index], upright=True).size))
+        except BrokenImage as error:
+            broken[files[index]] = str(error)
+    if not sides:
+        raise CompressError(
+            f"{data}: none of the {LOOKED_AT} images opened can be read ({next(iter(broken.values()))})"
+        )
+    return Folder(listing, sides, broken)
+
+
+def _given(arch: str, state: dict[str, Tensor]) -> Match:
+    """Return a named network with the number of classes of the checkpoint, which its last layer tells."""
+    classes = [
+        tensor.shape[0]
+        for name, tensor in state.items()
+        if tensor.ndim > 1 and f"{name.rpartition('.')[0]}.bias" in state
+    ]
+    return Match(arch, classes[-1] if classes else next(reversed(state.values())).shape[0])
+
+
+def choose(matches: Sequence[Match], weights: str, folder: Folder, *, trust_code: bool) -> Network:
+    """Return the network and preparation that label most of some validation images right; without that, the first and its library's own."""
+    tried = list[Network]()
+    for match in matches:
+        same = match.classes == len(folder.listing.classes)
+        model = build(match.arch, num_classes=match.classes, trust_code=trust_code)
+        load_weights_(model, match.arch, weights, reset_head=False)
+        for prepared in _preparations(match.arch, folder):
+            score = _score(model, prepared, folder) if same else None
+            tried.append(Network(match.arch, match.classes, prepared.size, prepared.resize, *prepared.normalize, score))
+            if score is None or score > 0.5:
+                break  # the library's own preparation does
+    best = max(tried, key=lambda network: network.score or 0)
+    return replace(best, others=tuple(match.arch for match in matches if match.arch != best.arch))
+
+
+def _preparations(arch: str, folder: Folder) -> Iterator[Published]:
+    """Yield the preparation that the network's library publishes, then other normalizations at the images' own size."""
+    known = published(arch)
+    if known is not None:
+        yield known
+    side = min(int(statistics.median(folder.sides)), known.size if known else 224)
+    size = max(32, side // 32 * 32)
+    for normalize in (IMAGENET, HALVES, NONE):
+        yield Published(size, 1.0, normalize)
+
+
+def _score(model: nn.Module, prepared: Published, folder: Folder) -> float:
+    """Return the fraction of some validation images that the network labels right."""
+    files = folder.listing.val if folder.listing.val is not None else folder.listing.train
+    preprocess = Preprocess(prepared.size, round(prepared.size * prepared.resize), *prepared.normalize)
+    right, seen = 0, 0
+    for index in spread(len(files), JUDGED):
+        path, label = files[index]
+        try:
+            pixels = preprocess.pixels(read_image(folder.listing.root / path, upright=True))
+        except BrokenImage:
+            continue
+        images = torch.from_numpy(preprocess.normalize(np.asarray(pixels)[None]))
+        with torch.inference_mode():
+            right += int(model(images).argmax()) == label
+        seen += 1
+    return right / max(seen, 1)
+
+
+def step_speed(model: nn.Module, size: int) -> float:
+    """Return how many images a second one training step with a teacher takes here: the network forward twice and backward once."""
+    model = model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(STEP, 3, size, size).to(memory_format=torch.channels_last)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        with torch.no_grad():
+            teacher = model(images)
+        F.mse_loss(model(images), teacher).backward()
+        times.append(time.perf_counter() - start)
+    return STEP / min(times[1:])
+
+
+def draft(
+    weights: str,
+    data: Path,
+    name: str,
+    folder: Folder,
+    network: Network,
+    *,
+    latency_ms: float | None,
+    trust_code: bool,
+) -> str:
+    """Return the recipe's text."""
+    source, distill, qat = epochs(folder, network)
+    goal = f"max_latency_ms: {latency_ms:g}" if latency_ms else "keep_macs: 0.5"
+    quoted = strict_yaml.dump({"path": str(data), "weights": weights}).splitlines()
+    fine_tune = [
+        "    fine_tune: true",
+        f"    fit: {{epochs: {source}, batch_size: 32, lr: 0.01, warmup_epochs: 0.5}}",
+    ]
+    lines = [
+        f"# {network.arch} with your weights, for the {len(folder.listing.classes):,} classes of {data}. Written by compress init.",
+        f"# Command:  compress run FILE{' --trust-code' if trust_code else ''}",
+        f"name: {_name(name)}",
+        "data:",
+        "  dataset: imagefolder",
+        f"  {quoted[0]}",
+        f"  image_size: {network.size}",
+        f"  resize: {network.resize:.4g}  # the shorter side is resized to this times image_size, then the centre is cropped",
+        f"  mean: [{', '.join(f'{value:g}' for value in network.mean)}]",
+        f"  std: [{', '.join(f'{value:g}' for value in network.std)}]",
+        *(["  skip_broken: true  # some images cannot be read"] if folder.broken else []),
+        f"  augment: {{crop: {'random_resized' if network.size > 64 else 'pad'}, flip: true}}  # flip: false where left and right differ",
+        "model:",
+        f"  arch: {network.arch}",
+        f"  {quoted[1]}",
+        *(["  reset_head: true  # the weights are for other classes"] if source else []),
+        "stages:",
+        "  - stage: source",
+        *(fine_tune if source else []),
+        "  - stage: prune",
+        f"    {goal}",
+        "  - stage: distill  # at the rate of a network that is already trained",
+        f"    fit: {{epochs: {distill}, batch_size: 32, lr: 0.01, warmup_epochs: 0.5, clip_norm: 1.0}}",
+        "    loss:",
+        "      - {name: kd, temperature: 2.0}",
+        "  - stage: ptq",
+        "  - stage: qat",
+        f"    fit: {{epochs: {qat}, batch_size: 32, lr: 0.0005, clip_norm: 1.0}}",
+        "  - stage: export",
+        "  - stage: bench",
+        "targets:  # a miss ends the run with exit code 1",
+        "  max_drop: 0.02",
+        *([f"  max_latency_ms: {latency_ms:g}"] if latency_ms else ["  min_speedup: 2.0"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _name(text: str) -> str:
+    kept = "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in text.lower()).strip("_")
+    return (kept or "mine")[:64]
+
+
+def _told(weights: str, folder: Folder, network: Network) -> Iterator[str]:
+    """Yield what was found."""
+    fits = f"; {', '.join(network.others)} would fit, too" if network.others else ""
+    yield f"weights  {weights}: {network.arch} for {network.classes:,} classes{fits}"
+    listing = folder.listing
+    counts = np.bincount([label for _, label in listing.train or listing.val or ()], minlength=len(listing.classes))
+    held = "a fifth is held out" if listing.val is None else f"{len(listing.val):,} for validation"
+    yield (
+        f"images   {listing.root}: {len(listing.classes):,} classes, {len(listing.train):,} images ({held}), "
+        f"{counts.min():,} to {counts.max():,} a class, shorter sides {min(folder.sides)} to {max(folder.sides)} pixels"
+    )
+    if counts.max() > 10 * counts.min():
+        yield "         the classes are far from equal: read the report's table of classes, and set targets.max_class_drop"
+    if folder.broken:
+        yield f"         {describe_broken(folder.broken, len(folder.sides) + len(folder.broken))}: left out (skip_broken)"
+    normalize = "/".join(f"{value:g}" for value in network.mean)
+    yield f"seen at  {network.size} pixels, mean {normalize}" + (
+        f": {network.score:.1%} of {JUDGED} images are labelled right" if network.score is not None else ""
+    )
+    if network.score is None:
+        yield f"         the weights know {network.classes:,} classes, the folder has {len(listing.classes):,}: the classifier starts anew"
+    elif network.score < 3 / len(listing.classes):
+        yield "         that is little more than chance: check the order of the classes, mean and std, or name the network with --arch"
+
+
+def _estimated(folder: Folder, network: Network, model: nn.Module, speed: float) -> Iterator[str]:
+    """Yield what a run will take."""
+    minutes = sum(epochs(folder, network)) * folder.train / speed / 60
+    weights = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e9
+    peak = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    )  # in GB where the system counts in KB, as Linux does
+    yield (
+        f"takes    about {minutes:,.0f} minutes of training here ({speed:,.0f} images/s with the teacher), {peak:.1f} GB of memory "
+        f"or more, {10 * weights:.1f} GB of disk; INT8 for {host_target().name}"
+    )
+
+
+def epochs(folder: Folder, network: Network) -> tuple[int, int, int]:
+    """Return the epochs of the source's training (0 where its classes are the folder's), of distillation and of training for INT8."""
+    distill = min(max(round(VIEWS / folder.train), 2), 30)
+    return (distill if network.score is None else 0), distill, max(1, distill // 4)

@@ -1,0 +1,58 @@
+"""Recognize the architecture of a checkpoint by the names and shapes of its tensors."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compress.models.architectures import build
+from compress.models.known import libraries
+
+COUNTER = "num_batches_tracked"  # which old files lack
+MOST = 12  # networks of equal names that are built and compared; the libraries list up to 40
+
+
+class Match(NamedTuple):
+    """A network that a checkpoint fits, and for how many classes it was trained."""
+
+    arch: str
+    classes: int
+
+
+def fingerprint(names: Iterable[str]) -> str:
+    """Return eight digits of a sha256 over the names of a network's tensors: the same for every width and number of classes."""
+    kept = sorted(name for name in names if not name.endswith(COUNTER))
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:8]
+
+
+def recognize(state: Mapping[str, Tensor]) -> list[Match]:
+    """Return the libraries' networks whose tensors have these names and shapes, but for the number of classes; the likeliest first.
+
+    Networks that differ only in what has no weights (an activation, a padding) are all returned.
+    """
+    wanted = fingerprint(state)
+    alike = [
+        f"{library}:{name}"
+        for library, listed in libraries().items()
+        for name, own in listed.fingerprints.items()
+        if own == wanted
+    ]
+    alike.sort(key=lambda arch: (arch.startswith("timm:"), len(arch), arch))
+    found = [(arch, _classes(arch, state)) for arch in alike]
+    return [Match(arch, classes) for arch, classes in found if classes is not None][:MOST]
+
+
+def _classes(arch: str, state: Mapping[str, Tensor]) -> int | None:
+    """Return the number of classes that makes the network fit the state, None where none does."""
+    built = 1000
+    with torch.device("meta"):
+        own = {name: tensor.shape for name, tensor in build(arch, num_classes=built).state_dict().items()}
+    other = {name: state[name].shape for name in own if name in state and state[name].shape != own[name]}
+    sizes = {shape[0] for shape in other.values() if len(shape)}
+    if not other:
+        return built
+    if len(sizes) > 1 or any(own[name][0] != built or shape[1:] != own[name][1:] for name, shape in other.items()):
+        return None
+    return sizes.pop()

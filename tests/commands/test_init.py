@@ -1,0 +1,78 @@
+"""A recipe for a checkpoint and a folder: the network is recognized, the images are read, and what is written can be run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from photographs import write_classes
+from torchvision.models import mobilenet_v2
+
+from compress.commands.init import epochs, look_at, write_draft
+from compress.errors import CompressError
+from compress.models.architectures import build
+from compress.models.recognize import fingerprint, recognize
+from compress.recipe import shipped
+from compress.recipe.read import read_recipe
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MobileNetV2 for three classes, in a wrapper as training scripts write it."""
+    path = tmp_path_factory.mktemp("init") / "last.pt"
+    state = {f"module.{name}": value for name, value in mobilenet_v2(num_classes=3).state_dict().items()}
+    torch.save({"model": state, "epoch": 3}, path)
+    return path
+
+
+def test_a_checkpoint_and_a_folder_become_a_recipe_that_reads(checkpoint: Path, tmp_path: Path) -> None:
+    write_classes(tmp_path / "data")
+    out = tmp_path / "mine.yaml"
+    told = "\n".join(write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
+    recipe = read_recipe(out)
+    assert recipe.model.arch == "torchvision:mobilenet_v2"
+    assert not recipe.model.reset_head
+    assert recipe.name == "mine"
+    assert "for 3 classes" in told
+    assert "images/s" in told
+    with pytest.raises(CompressError, match="exists already"):
+        next(write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
+
+
+def test_other_classes_start_the_classifier_anew_and_train_the_teacher(checkpoint: Path, tmp_path: Path) -> None:
+    write_classes(tmp_path / "data", classes=("cat", "dog"))
+    out = tmp_path / "mine.yaml"
+    list(write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
+    recipe = read_recipe(out)
+    assert recipe.model.reset_head
+    assert recipe.stages[0].stage == "source"
+    assert recipe.stages[0].fine_tune
+
+
+@pytest.mark.parametrize("arch", ["torchvision:resnet18", "timm:ghostnet_050", "cifar:resnet20"])
+def test_a_network_is_recognized_with_its_number_of_classes(arch: str) -> None:
+    state = build(arch, num_classes=7).state_dict()
+    found = recognize({name: value for name, value in reversed(state.items())})  # files sort names as they like
+    assert (arch, 7) in [tuple(match) for match in found]
+
+
+def test_a_fingerprint_knows_neither_order_nor_counters() -> None:
+    assert fingerprint(["a", "b", "b.num_batches_tracked"]) == fingerprint(["b", "a"]) != fingerprint(["a"])
+
+
+def test_a_checkpoint_of_nobody_s_network_asks_for_its_name(tmp_path: Path) -> None:
+    torch.save({"mine.weight": torch.zeros(3, 3)}, tmp_path / "w.pt")
+    with pytest.raises(CompressError, match="--arch"):
+        next(write_draft(str(tmp_path / "w.pt"), tmp_path, tmp_path / "r.yaml", arch=None, latency_ms=None, trust_code=False))
+
+
+def test_broken_images_are_counted_and_left_out(tmp_path: Path) -> None:
+    write_classes(tmp_path)
+    next(tmp_path.rglob("*.*g")).write_bytes(b"no image")
+    assert len(look_at(tmp_path).broken) == 1
+
+
+def test_recipes_are_listed_and_copied(tmp_path: Path) -> None:
+    assert any(line.startswith("quickstart ") for line in shipped.listing())
+    assert read_recipe(shipped.copy("quickstart", tmp_path / "mine.yaml")).name == "quickstart"
+    with pytest.raises(CompressError, match="did you mean quickstart"):
+        shipped.copy("quikstart", None)
