@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 TARGETS = {
     "help",
     "setup",
+    "init",
     "compress",
     "test",
     "check",

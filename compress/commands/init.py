@@ -164,7 +164,7 @@ def _score(model: nn.Module, prepared: Published, folder: Folder) -> float:
 
 def step_speed(model: nn.Module, size: int) -> float:
     """Return how many images a second one training step with a teacher takes here: the network forward twice and backward once."""
-    model = model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.train().to(memory_format=torch.channels_last)
     images = torch.randn(STEP, 3, size, size).to(memory_format=torch.channels_last)
     times = []
     for _ in range(3):

@@ -1,6 +1,5 @@
 """How a library prepares the images of its networks' published weights."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torchvision
@@ -13,7 +12,7 @@ class Published(NamedTuple):
 
     size: int
     resize: float
-    normalize: tuple[Sequence[float], Sequence[float]]
+    normalize: tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def published(arch: str) -> Published | None:
@@ -24,10 +23,10 @@ def published(arch: str) -> Published | None:
         if not len(weights):
             return None
         preset = weights["DEFAULT"].transforms()
-        return Published(preset.crop_size[0], preset.resize_size[0] / preset.crop_size[0], (preset.mean, preset.std))
+        return Published(preset.crop_size[0], preset.resize_size[0] / preset.crop_size[0], (tuple(preset.mean), tuple(preset.std)))
     if library == "timm":
         settings = import_timm().models.get_pretrained_cfg(name)
         if settings is None:
             return None
-        return Published(settings.input_size[-1], 1 / settings.crop_pct, (settings.mean, settings.std))
+        return Published(settings.input_size[-1], 1 / settings.crop_pct, (tuple(settings.mean), tuple(settings.std)))
     return None

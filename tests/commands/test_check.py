@@ -86,7 +86,7 @@ def test_a_network_may_be_defined_in_any_way(tmp_path: Path, code: str) -> None:
 def test_a_library_of_another_version_than_the_list_is_not_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not Library("0.0.1", ()).is_installed("torchvision")
+    assert not Library("0.0.1", {}).is_installed("torchvision")
     monkeypatch.setattr(known, "libraries", dict)
     assert mistakes(recipe(tmp_path, "model.arch=torchvision:resnet51")) == []
 

@@ -7,7 +7,7 @@ import torch
 from photographs import write_classes
 from torchvision.models import mobilenet_v2
 
-from compress.commands.init import epochs, look_at, write_draft
+from compress.commands.init import look_at, write_draft
 from compress.errors import CompressError
 from compress.models.architectures import build
 from compress.models.recognize import fingerprint, recognize
@@ -51,7 +51,7 @@ def test_other_classes_start_the_classifier_anew_and_train_the_teacher(checkpoin
 @pytest.mark.parametrize("arch", ["torchvision:resnet18", "timm:ghostnet_050", "cifar:resnet20"])
 def test_a_network_is_recognized_with_its_number_of_classes(arch: str) -> None:
     state = build(arch, num_classes=7).state_dict()
-    found = recognize({name: value for name, value in reversed(state.items())})  # files sort names as they like
+    found = recognize(dict(reversed(state.items())))  # files sort names as they like
     assert (arch, 7) in [tuple(match) for match in found]
 
 
@@ -62,7 +62,11 @@ def test_a_fingerprint_knows_neither_order_nor_counters() -> None:
 def test_a_checkpoint_of_nobody_s_network_asks_for_its_name(tmp_path: Path) -> None:
     torch.save({"mine.weight": torch.zeros(3, 3)}, tmp_path / "w.pt")
     with pytest.raises(CompressError, match="--arch"):
-        next(write_draft(str(tmp_path / "w.pt"), tmp_path, tmp_path / "r.yaml", arch=None, latency_ms=None, trust_code=False))
+        next(
+            write_draft(
+                str(tmp_path / "w.pt"), tmp_path, tmp_path / "r.yaml", arch=None, latency_ms=None, trust_code=False
+            )
+        )
 
 
 def test_broken_images_are_counted_and_left_out(tmp_path: Path) -> None:
