@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -393,7 +394,7 @@ def test_a_refused_run_and_a_crashed_one_leave_their_last_words(
     with taken.lock:
         with pytest.raises(Refused, match=r"gone: .*"):
             trial.run_trial(setup, board, taken, "full")
-        monkeypatch.setattr(trial.sys, "executable", shutil.which("false"))
+        monkeypatch.setattr(sys, "executable", shutil.which("false"))
         with pytest.raises(Crashed, match=r"two-000 ended with exit code 1: it printed nothing; .*two-000\.log"):
             trial.run_trial(setup, board, taken, "full")
 
