@@ -23,7 +23,9 @@ def published(arch: str) -> Published | None:
         if not len(weights):
             return None
         preset = weights["DEFAULT"].transforms()
-        return Published(preset.crop_size[0], preset.resize_size[0] / preset.crop_size[0], (tuple(preset.mean), tuple(preset.std)))
+        return Published(
+            preset.crop_size[0], preset.resize_size[0] / preset.crop_size[0], (tuple(preset.mean), tuple(preset.std))
+        )
     if library == "timm":
         settings = import_timm().models.get_pretrained_cfg(name)
         if settings is None:

@@ -23,10 +23,10 @@ from compress.commands.search import run as search_run
 from compress.commands.search import trial
 from compress.commands.search.board import Board, Taken, best, progress
 from compress.commands.search.front import front, hypervolume
-from compress.commands.search.measures import limits
+from compress.commands.search.measures import MEASURES, limits
 from compress.commands.search.run import open_boards, pick, work
 from compress.commands.search.show import means
-from compress.commands.search.space import Search, axes, grid
+from compress.commands.search.space import Search, grid, probes
 from compress.commands.search.trial import Crashed, Refused, Setup, open_setup
 from compress.errors import CompressError
 from compress.recipe import strict_yaml
@@ -79,13 +79,16 @@ def measured(taken: Taken) -> dict[str, list[float]]:
 # --- the file
 
 
-def test_the_page_shows_a_legal_search_and_names_every_field_and_measure() -> None:
+def test_the_page_shows_legal_searches_and_names_every_field_and_measure() -> None:
     page = PAGE.read_text()
-    example = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
-    assert example is not None
-    search = Search.model_validate(strict_yaml.load(example[1]))
-    assert len(axes(search)) == 3
+    examples = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    for number, example in enumerate(examples):
+        search = Search.model_validate(strict_yaml.load(example))
+        setup = Setup(ROOT / "recipes/search/example.yaml", search, Path("runs"), None, None, False)
+        drawn = [setup.recipe(point, mode="full") for _, points in probes(search) for point in points]
+        assert len({recipe.model_dump_json() for recipe in drawn}) == (5, 4)[number]
     assert [field for field in Search.model_fields if f"| `{field}` |" not in page] == []
+    assert [name for name in MEASURES if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -38,7 +38,9 @@ def run_search(setup: Setup, *, storage: str | None) -> Path:
     for board, mode in zip(boards, MODES[setup.search.mode], strict=True):
         if board is not boards[0]:
             board.points = [row.point for row in best(boards[0].rows(), setup.search)]
-        with Live(console=console, auto_refresh=False) as live:  # where nobody watches, a line for each trial
+        with Live(
+            console=console, auto_refresh=False, transient=True
+        ) as live:  # where nobody watches, a line for each trial
 
             def told(row: Row, board: Board = board, live: Live = live) -> None:
                 write_page(setup, boards)
