@@ -65,7 +65,7 @@ def written(folder: Path, **changes: Any) -> Path:
 
 
 def a_board(folder: Path, search: Search, storage: str | None = None) -> Board:
-    board = Board(search, folder, name=search.name, storage=storage, content={})
+    board = Board(search, folder, name=search.name, storage=storage)
     board.points = grid(search) if search.sampler == "grid" else None
     return board
 
@@ -132,7 +132,7 @@ def test_a_wrong_search_is_told_in_a_sentence(tmp_path: Path, changes: dict[str,
 )
 def test_a_storage_that_cannot_be_reached_is_told_without_its_password(tmp_path: Path, url: str, words: str) -> None:
     with pytest.raises(CompressError, match=words) as caught:
-        Board(a_search(), tmp_path, name="two", storage=url, content={})
+        Board(a_search(), tmp_path, name="two", storage=url)
     assert "secret" not in str(caught.value)
 
 
@@ -148,17 +148,22 @@ def test_a_search_whose_recipe_changed_under_it_is_refused_and_a_larger_budget_i
     with pytest.raises(CompressError, match="another space; start it as it was, or give this one another"):
         opened(space={"prune.keep_macs": [0.5, 0.6]})
     setup = open_setup(written(tmp_path), data=None, weights=None, out=str(tmp_path), trust_code=False)
+    (board,) = open_boards(setup, storage=None)
     (tmp_path / "a.yaml").write_text((tmp_path / "a.yaml").read_text().replace("lr: 0.02", "lr: 0.01"))
     with pytest.raises(CompressError, match="started with another recipe a; start it as it was"):
         open_boards(setup, storage=None)
+    with pytest.raises(CompressError, match="started with another recipe a"):  # also under a worker's hands
+        work(board, lambda taken: trial.run_trial(setup, board, taken, "full"))
+    assert [row.state for row in board.rows()] == ["running"]  # to be taken up when the recipe is as it was
 
 
 def test_a_database_that_belongs_to_another_folder_is_refused(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/all.db"
     for _ in range(2):
-        Board(a_search(), tmp_path / "one", name="two", storage=url, content={})
+        Board(a_search(), tmp_path / "one", name="two", storage=url).hold({})
+    other = Board(a_search(), tmp_path / "other", name="two", storage=url)
     with pytest.raises(CompressError, match="started with another --out"):
-        Board(a_search(), tmp_path / "other", name="two", storage=url, content={})
+        other.hold({})
 
 
 # --- what is best

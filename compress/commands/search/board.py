@@ -71,30 +71,29 @@ def progress(rows: Sequence[Row], search: Search) -> list[float]:
 class Board:
     """The trials of one search; `points` are those to try where no sampler chooses."""
 
-    def __init__(
-        self, search: Search, folder: Path, *, name: str, storage: str | None, content: Mapping[str, Any]
-    ) -> None:
-        """Open the search or join it; `content` is what its trials are made of.
-
-        Raises CompressError where the storage cannot be reached, or has a search of this name with other content or in another folder.
-        """
+    def __init__(self, search: Search, folder: Path, *, name: str, storage: str | None) -> None:
+        """Open the search or join it; raise CompressError where the storage cannot be reached."""
         self.search, self.folder, self.name = search, folder, name
         self.points: Sequence[Point] | None = None
         (folder / "trials").mkdir(parents=True, exist_ok=True)
-        mark = folder / ".search"
         with self.alone():
             self._study = _open(search, folder, name, storage)
+
+    def hold(self, content: Mapping[str, Any]) -> None:
+        """Remember what the trials are made of, and where; raise CompressError where the search was started with something else."""
+        mark = self.folder / ".search"
+        with self.alone():
             if not mark.exists():
                 mark.write_text(secrets.token_hex(8))
             own = json.loads(json.dumps({**content, "--out": mark.read_text()}))
-            before = self._study.user_attrs.get("content", own)
-            if changed := [key for key in own if before.get(key) != own[key]]:
+            before = self._study.user_attrs.get("content")
+            if before is None:
+                self._study.set_user_attr("content", own)
+            elif changed := [key for key in own if before.get(key) != own[key]]:
                 raise CompressError(
-                    f"{folder}: the search {name} was started with another {' and '.join(changed)}; "
+                    f"{self.folder}: the search {self.name} was started with another {' and '.join(changed)}; "
                     "start it as it was, or give this one another name"
                 )
-            if "content" not in self._study.user_attrs:
-                self._study.set_user_attr("content", own)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

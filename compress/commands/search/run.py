@@ -20,7 +20,7 @@ from compress.commands.search.space import grid
 from compress.commands.search.trial import Crashed, Mode, Refused, Setup, run_trial
 from compress.errors import CompressError
 from compress.pipeline import run_recipe
-from compress.recipe.read import read_recipe, write_recipe
+from compress.recipe.read import write_recipe
 from compress.report.bundling import publish
 from compress.report.screen import screen
 
@@ -61,12 +61,10 @@ def open_boards(setup: Setup, *, storage: str | None) -> list[Board]:
     Raises CompressError where it was started with another recipe or space.
     """
     search = setup.search
-    content = search.model_dump(mode="json", exclude={"budget"})
-    for name, file in setup.files.items():
-        recipe = read_recipe(file, search.set, data=setup.data, weights=setup.weights)
-        content[f"recipe {name}"] = recipe.model_dump(mode="json", exclude={"out"})
     names = [search.name] if search.mode == "full" else [search.name, f"{search.name}-trained"]
-    boards = [Board(search, setup.folder, name=name, storage=storage, content=content) for name in names]
+    boards = [Board(search, setup.folder, name=name, storage=storage) for name in names]
+    for board in boards:
+        board.hold(setup.content())
     boards[0].points = grid(search) if search.sampler == "grid" else None
     return boards
 
@@ -87,7 +85,7 @@ def work(
     while True:
         may_start = hours is None or time.monotonic() - started_s < 3600 * hours
         if (taken := board.take(may_start=may_start)) is None:
-            if board.is_over():
+            if board.is_over() or not may_start:
                 break
             time.sleep(poll_s)
             continue

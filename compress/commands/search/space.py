@@ -42,7 +42,7 @@ class Range(Section):
 
     def rounded(self, value: float) -> float:
         """Return a drawn number as it is tried: whole, or with four digits."""
-        return round(value) if self.is_whole else float(f"{value:.4g}")
+        return round(value) if self.is_whole else min(max(float(f"{value:.4g}"), self.low), self.high)
 
     def values(self) -> list[float]:
         """Return what the step gives, or both ends."""

@@ -51,6 +51,14 @@ class Setup:
         """The recipes by their axis's labels."""
         return {Path(name).stem: self.path.parent / name for name in self.search.recipes}
 
+    def content(self) -> dict[str, object]:
+        """Return what the trials are made of, read anew: all but the budget."""
+        found = self.search.model_dump(mode="json", exclude={"budget"})
+        for name, file in self.files.items():
+            recipe = read_recipe(file, self.search.set, data=self.data, weights=self.weights)
+            found[f"recipe {name}"] = recipe.model_dump(mode="json", exclude={"out"})
+        return found
+
     def recipe(self, point: Point, *, mode: Mode, further: Sequence[str] = ()) -> Recipe:
         """Return a trial's recipe, with its first seed unless `further` changes say another; raise RecipeError where it makes none."""
         search, seed = self.search, self.search.seeds[0]
@@ -86,8 +94,9 @@ def open_setup(path: Path, *, data: str | None, weights: str | None, out: str, t
 def run_trial(setup: Setup, board: Board, taken: Taken, mode: Mode) -> dict[str, list[float]]:
     """Run a trial once for each seed, as ordinary runs that share their stages, and return each measure by seed.
 
-    Raises Refused or Crashed, with the last line that the run wrote.
+    Raises Refused or Crashed, with the last line that the run wrote, and CompressError where the recipe changed under the search.
     """
+    board.hold(setup.content())
     found: list[dict[str, float]] = []
     teacher: list[str] = []
     for seed in setup.search.seeds:
