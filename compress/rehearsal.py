@@ -1,5 +1,6 @@
 """Try on untrained networks what later stages will do with the trained ones: a refusal comes in seconds, not after hours of training."""
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,12 +13,16 @@ import torch
 from torch import nn
 
 from compress.distillation.step import check_layers
-from compress.errors import ModelError, own_line
+from compress.errors import CompressError, ModelError, own_line
 from compress.models.architectures import build
 from compress.models.saved import example_images
-from compress.pruning.plan import find_groups
-from compress.quant.calibrate import calibrate_
-from compress.quant.prepare import deploy, prepare
+from compress.models.structure import classifier, width_cost
+from compress.pruning.blocks import Conditions
+from compress.pruning.clock import Clock
+from compress.pruning.costs import measure_layers
+from compress.pruning.plan import cut_, find_groups, find_options, smallest_widths
+from compress.quant.prepare import prepare
+from compress.recipe.arguments import goal_of
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import (
     DistillStage,
@@ -28,13 +33,14 @@ from compress.recipe.stages import (
     StudentStage,
 )
 from compress.run import Run
+from compress.scoring import Served, random_images, served
 from export.errors import BundleError, UserError
 from export.onnx_file.graph import INPUT
+from export.onnx_file.targets import CPU
 from export.onnx_file.to_onnx import to_onnx
 from export.runtime.session import bind, open_session
 
 TRIED = ("prune", "ptq", "qat", "export")
-IMAGES = 3  # another batch than the exporter's example has
 TOLERANCE = 1e-2  # of the largest logit: kernels round differently, an answer to other values differs more
 
 
@@ -64,7 +70,7 @@ def _rehearse(run: Run, chain: Recipe, sections: Sequence[StageSection], tried: 
         run.check_logits(student)
     for section in sections:
         if isinstance(section, PruneStage):
-            find_groups(student, example_images(run.image_size), "random", exclude=section.exclude)
+            _refuse_unreachable(student, section, run.of(chain))
         if isinstance(section, DistillStage | QatStage):
             check_layers(section.loss, student=student, teacher=teacher)
     integer = " and ".join(stage for stage in stages if stage in ("ptq", "qat"))
@@ -142,15 +148,42 @@ def _export(model: nn.Module, run: Run) -> None:
 
 def _quantize(model: nn.Module, run: Run) -> None:
     """Write and run the INT8 file."""
-    images = _images(run)
-    prepared = prepare(model, run.int8_targets[0], images)
-    calibrate_(prepared, [images], "minmax")
     with TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
-        to_onnx(deploy(prepared), path, image_size=run.image_size, metadata={})
-        bind(open_session(path, threads=1), images.numpy())()
+        Served(Conditions(CPU, 1, 1), "int8", run.image_size, run.int8_targets[0]).write(model, path)
+        bind(open_session(path, threads=1), _images(run).numpy())()
+
+
+def _refuse_unreachable(model: nn.Module, cfg: PruneStage, run: Run) -> None:
+    """Refuse a goal that even the network with as few channels as it may have misses."""
+    images, goal = example_images(run.image_size), goal_of(cfg)
+    groups = find_groups(model, images, "random", exclude=(classifier(model), *cfg.exclude))
+    options = find_options(
+        groups,
+        measure_layers(model, images),
+        scope="local",
+        round_to=cfg.round_to,
+        min_channels=smallest_widths(groups, cfg.min_keep),
+    )
+    narrowest = copy.deepcopy(model)
+    cut_(narrowest, images, options.cuts(options.blocks))
+    if goal.cost == "latency":
+        with TemporaryDirectory() as folder:
+            how, files = served(cfg.conditions, run), (Path(folder) / "before.onnx", Path(folder) / "narrowest.onnx")
+            with _refused_by("prune"):
+                for network, file in zip((model, narrowest), files, strict=True):
+                    how.write(network, file)
+            ratio, before, least = Clock(files[0], how.conditions, how.image_size).against(files[1])
+            least = ratio.ratio * before if goal.is_fraction else least
+    else:
+        cost = width_cost(model, options.layers, goal.cost, run.image_size)
+        before, least = (
+            cost(*options.widths(options.removed([]))),
+            cost(*options.widths(options.removed(options.blocks))),
+        )
+    if least > goal.budget(before):
+        raise CompressError(goal.refusal(before, least))
 
 
 def _images(run: Run) -> torch.Tensor:
-    size = run.image_size
-    return torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(run.recipe.seed))
+    return random_images(run.image_size)

@@ -2,20 +2,28 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
 from compress.data.batches import Batch
+from compress.errors import CompressError
+from compress.pruning.blocks import Conditions
+from compress.quant.calibrate import calibrate_
+from compress.quant.prepare import deploy, prepare
 from compress.quant.sensitivity import Sensitivity, sensitivity
+from compress.recipe import stages
 from compress.run import Run, as_numpy
-from export.onnx_file.targets import RUNS, Target, host_target
+from export.onnx_file.graph import save_model, to_float16
+from export.onnx_file.targets import CPU, RUNS, TARGET_PROVIDERS, Target, host_target
 from export.onnx_file.to_onnx import to_onnx
 from export.runtime.accuracy import Score, score_files, score_of
 from export.runtime.latency import speedup, time_sessions
-from export.runtime.session import bind, open_session
+from export.runtime.session import PROVIDERS, bind, open_session
 
 LATENCY_SECONDS, LATENCY_BLOCKS = 0.5, 6
 SENSITIVITY_IMAGES = 128  # each layer takes one pass over them
@@ -32,6 +40,50 @@ def export_network(model: nn.Module, path: Path, run: Run, *, score: float, targ
         "target": target.name,
     }
     to_onnx(model.eval().to(memory_format=torch.contiguous_format), path, image_size=run.image_size, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Served:
+    """How a network would be served, as far as its time depends on it."""
+
+    conditions: Conditions
+    precision: str
+    image_size: int
+    target: Target
+
+    def write(self, model: nn.Module, path: Path) -> None:
+        """Write a network on the CPU, with ranges from random images: its time does not depend on them.
+
+        Raises ModelError or BundleError where it cannot be quantized or written.
+        """
+        images = random_images(self.image_size)
+        if self.precision == "int8":
+            prepared = prepare(model, self.target, images)
+            calibrate_(prepared, [images], "minmax")
+            model = deploy(prepared)
+        to_onnx(model, path, image_size=self.image_size, metadata={})
+        if self.precision == "fp16":
+            save_model(to_float16(onnx.load(path)), path)
+
+
+def served(asked: stages.Conditions, run: Run) -> Served:
+    """Return the conditions that a recipe asks for; what it leaves open is the target's.
+
+    Raises CompressError where the target has no such precision.
+    """
+    own = "fp16" if run.target.precision == "fp16" else "fp32"
+    if run.int8_targets and any(section.stage in ("ptq", "qat") for section in run.recipe.stages):
+        own = "int8"
+    if asked.precision == "int8" and not run.int8_targets:
+        raise CompressError(f"prune.conditions.precision: {run.target.name} has no int8: take fp16, or leave it out")
+    provider = PROVIDERS[asked.provider] if asked.provider else TARGET_PROVIDERS.get(run.target.name, CPU)
+    conditions = Conditions(provider, asked.threads, asked.batch)
+    return Served(conditions, asked.precision or own, asked.image_size or run.image_size, run.target)
+
+
+def random_images(image_size: int) -> Tensor:
+    """Return noise (3, 3, s, s): another batch than the exporter's example has."""
+    return torch.randn(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
 
 
 def runs_here(target: Target) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import torch
 from networks import lively
+from planning import cuts_to
 from sklearn.datasets import load_sample_images
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -19,8 +20,7 @@ from torch.nn import functional as F
 from compress.errors import CompressError
 from compress.models.architectures import build
 from compress.models.structure import classifier, count
-from compress.pruning.costs import measure_layers
-from compress.pruning.plan import choose, cut_, find_groups, smallest_widths
+from compress.pruning.plan import cut_
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, float_on_purpose, freeze_batchnorm_, prepare
 from compress.quant.reference import reference_of
@@ -152,18 +152,7 @@ def measure_batchnorm_(model: nn.Module, images: Tensor) -> nn.Module:
 def prune_(model: nn.Module, image_size: int) -> None:
     """Cut the network to its budget, as the prune stage does."""
     example = torch.zeros(1, 3, image_size, image_size)
-    layers, macs = measure_layers(model, example), count(model, image_size).macs
-    groups = find_groups(model, example, "l2", exclude=(classifier(model),))
-    cuts = choose(
-        groups,
-        layers,
-        goal="macs",
-        budget=KEEP_MACS * macs,
-        fixed=macs - sum(layer.macs for layer in layers),
-        scope="local",
-        round_to=8,
-        min_channels=smallest_widths(groups, 0.1),
-    )
+    cuts = cuts_to(model, KEEP_MACS, image_size, exclude=(classifier(model),), scope="local")
     cut_(model, example, cuts)
 
 

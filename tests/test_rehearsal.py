@@ -104,3 +104,19 @@ def test_nothing_is_tried_where_nothing_will_train(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("compress.rehearsal._networks", no)
     assert run(recipe(tmp_path, "Shared", "export")) == 0
+
+
+@pytest.mark.parametrize(
+    ("goal", "said"),
+    [
+        ("keep_macs: 0.01", "keep_macs: 0.01 of the present macs cannot be reached, the narrowest plan keeps 0."),
+        ("max_latency_ms: 0.00001", "max_latency_ms: 1e-05 ms cannot be reached, the narrowest plan keeps 0."),
+    ],
+)
+def test_a_goal_that_no_plan_reaches_is_refused_before_the_teacher_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goal: str, said: str
+) -> None:
+    monkeypatch.setitem(STAGES, "prune", f"{{stage: prune, {goal}}}")
+    with pytest.raises(CompressError, match=re.escape(f"prune: {said}")):
+        run(recipe(tmp_path, "Plain", "prune"))
+    assert not list((tmp_path / "refused").glob("0*"))

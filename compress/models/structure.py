@@ -1,14 +1,16 @@
 """What a network is made of: its cost, and which of its layers is the classifier."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import ModelError
+from compress.pruning.costs import COSTS, Layer, WidthCost, full_widths
 
 # Image sizes at which `classifier` tries a network, which does not say what it takes.
 PROBES = (224, 32, 64, 128, 256, 299, 384)
@@ -39,6 +41,15 @@ def count(model: nn.Module, image_size: int) -> Counts:
     flops = counter.get_flop_counts()["Global"]
     macs = sum(flops.get(operation, 0) for operation in WEIGHTED) // 2
     return Counts(sum(parameter.numel() for parameter in model.parameters()), macs)
+
+
+def width_cost(
+    model: nn.Module, layers: Sequence[Layer], cost: Literal["macs", "params"], image_size: int
+) -> WidthCost:
+    """Return the millions of multiply-accumulates or parameters as a function of the layers' widths, with what no layer holds: attention."""
+    whole = getattr(count(model, image_size), cost) / 1e6
+    within = COSTS[cost](layers, 0.0)(*full_widths(layers))
+    return COSTS[cost](layers, whole - within)
 
 
 def classifier(model: nn.Module) -> str:

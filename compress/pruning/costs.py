@@ -1,13 +1,19 @@
-"""What a cut costs or saves: every layer's width, multiply-accumulates and parameters as functions of the channels that stay."""
+"""What a network costs as a function of its layers' widths.
 
-from collections.abc import Callable
+Multiply-accumulates and parameters follow from the layers; milliseconds come from `compress.pruning.latency`, where blocks were timed.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch_pruning as tp
+from numpy.typing import NDArray
 from torch import nn
 
+Floats = NDArray[np.float64]
+WidthCost = Callable[[Floats, Floats], float]  # of the outputs and the inputs (layers,) that are left
 OUTPUT_CUTS = frozenset(pruner.prune_out_channels for pruner in tp.function.PrunerBox.values() if pruner is not None)
 
 
@@ -28,6 +34,7 @@ class Layer:
     macs: int  # for one image
     weights: int  # parameters that scale with inputs * outputs
     vectors: int  # parameters that scale with outputs: biases, batch-norms
+    maps: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # height and width of what goes in and comes out
 
 
 def measure_layers(model: nn.Module, images: torch.Tensor) -> list[Layer]:
@@ -36,11 +43,9 @@ def measure_layers(model: nn.Module, images: torch.Tensor) -> list[Layer]:
     names = {module: name for name, module in model.named_modules()}
 
     def record(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        # Every input pixel of a transposed convolution meets all weights, every output pixel of another.
-        name, pixels = names[module], inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
-        layer = _layer(name, module, pixels)
-        before = found.get(name)  # a detector's head runs on every level of its pyramid
-        found[name] = layer if before is None else replace(layer, macs=before.macs + layer.macs)
+        layer = _layer(names[module], module, inputs[0], output)
+        before = found.get(layer.name)  # a detector's head runs on every level of its pyramid
+        found[layer.name] = layer if before is None else replace(layer, macs=before.macs + layer.macs)
 
     kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
     hooks = [module.register_forward_hook(record) for module in names if isinstance(module, kinds)]
@@ -51,37 +56,54 @@ def measure_layers(model: nn.Module, images: torch.Tensor) -> list[Layer]:
     return list(found.values())
 
 
-def _layer(name: str, module: nn.Module, pixels: torch.Tensor) -> Layer:
+def macs(layers: Sequence[Layer], fixed: float = 0.0) -> WidthCost:
+    """Return the millions of multiply-accumulates as a function of the widths, `fixed` of them outside of the layers."""
+    return _product_cost(layers, [layer.macs for layer in layers], [0] * len(layers), fixed)
+
+
+def params(layers: Sequence[Layer], fixed: float = 0.0) -> WidthCost:
+    """Return the millions of parameters as a function of the widths, `fixed` of them outside of the layers."""
+    return _product_cost(layers, [layer.weights for layer in layers], [layer.vectors for layer in layers], fixed)
+
+
+COSTS = {"macs": macs, "params": params}  # what the layers alone tell; milliseconds are `LatencyModel.cost`
+
+
+def _product_cost(layers: Sequence[Layer], products: Sequence[int], vectors: Sequence[int], fixed: float) -> WidthCost:
+    full_outputs, full_inputs = full_widths(layers)
+    depthwise = np.array([layer.depthwise for layer in layers])
+
+    def cost(outputs: Floats, inputs: Floats) -> float:
+        kept_outputs = outputs / np.maximum(full_outputs, 1)
+        kept_inputs = np.where(depthwise, 1.0, inputs / np.maximum(full_inputs, 1))
+        return fixed + float((products * kept_outputs * kept_inputs + vectors * kept_outputs).sum()) / 1e6
+
+    return cost
+
+
+def full_widths(layers: Sequence[Layer]) -> tuple[Floats, Floats]:
+    """Return the layers' outputs and inputs (layers,) before a cut."""
+    outputs = np.array([layer.outputs for layer in layers], dtype=float)
+    return outputs, np.array([layer.inputs for layer in layers], dtype=float)
+
+
+def _layer(name: str, module: nn.Module, before: torch.Tensor, after: torch.Tensor) -> Layer:
     kind = type(module).__name__
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        # Every input pixel of a transposed convolution meets all weights, every output pixel of another.
+        pixels = before if isinstance(module, nn.ConvTranspose2d) else after
         positions = pixels.shape[-2] * pixels.shape[-1]
         depthwise = module.groups > 1 and module.groups == module.in_channels
         inputs, outputs = module.in_channels, module.out_channels
+        maps = (tuple(before.shape[2:]), tuple(after.shape[2:]))
     elif isinstance(module, nn.Linear):
-        positions = pixels.numel() // pixels.shape[-1]
+        positions = after.numel() // after.shape[-1]
         depthwise, inputs, outputs = False, module.in_features, module.out_features
+        maps = (tuple(before.shape[1:-1]), tuple(after.shape[1:-1]))
     else:
         vectors = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         channels = int(module.weight.numel()) if isinstance(module.weight, torch.Tensor) else 0
         return Layer(name, kind, channels, channels, True, 0, 0, vectors)
     weights = module.weight.numel()
     vectors = 0 if module.bias is None else outputs
-    return Layer(name, kind, inputs, outputs, depthwise, weights * positions, weights, vectors)
-
-
-class CostModel:
-    """The network's cost as a function of how many inputs and outputs each layer has left."""
-
-    def __init__(self, layers: list[Layer], goal: str) -> None:
-        self.outputs = np.array([layer.outputs for layer in layers], dtype=float)
-        self.inputs = np.array([layer.inputs for layer in layers], dtype=float)
-        self.depthwise = np.array([layer.depthwise for layer in layers])
-        macs = goal == "macs"
-        self.product = np.array([layer.macs if macs else layer.weights for layer in layers], dtype=float)
-        self.vector = np.array([0 if macs else layer.vectors for layer in layers], dtype=float)
-
-    def cost(self, outputs: np.ndarray, inputs: np.ndarray) -> float:
-        """Return multiply-accumulates or parameters for the given widths (layers,)."""
-        kept_outputs = outputs / np.maximum(self.outputs, 1)
-        kept_inputs = np.where(self.depthwise, 1.0, inputs / np.maximum(self.inputs, 1))
-        return float((self.product * kept_outputs * kept_inputs + self.vector * kept_outputs).sum())
+    return Layer(name, kind, inputs, outputs, depthwise, weights * positions, weights, vectors, maps)

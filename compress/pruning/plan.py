@@ -1,14 +1,15 @@
 """Choose which channels go, cut them, and replay a cut from JSON.
 
-Channels leave in blocks, so that widths stay multiples of `round_to`. Every block gets a rank; the shortest prefix of the ranking that meets
-the goal is cut, less the blocks that the budget can spare. The scopes differ in the rank alone.
+Channels leave in blocks, so that widths stay multiples of `round_to`. Every block gets a rank, in which the scopes differ. `choose` cuts the
+least important blocks until the budget is met, then restores any that still fit; `compress.pruning.latency` weighs ranks against time.
 """
 
 import copy
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -16,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError, matching
-from compress.pruning.costs import CostModel, Layer, is_output_cut
+from compress.pruning.costs import Floats, Layer, WidthCost, full_widths, is_output_cut
 from compress.pruning.criteria import score, score_slices
 from compress.pruning.graph import GRAPH_ERRORS, channel_graph
 from compress.pruning.heads import Attention, attention_at, cut_heads_, find_attentions
 
-Goal = Literal["macs", "params"]
 Scope = Literal["global", "local", "isomorphic"]
 
 
@@ -63,11 +63,59 @@ class ChannelGroup:
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
+    """Channels of one group that leave together, after its less important blocks."""
+
     group: int
     channels: tuple[int, ...]
     score: float
-    place: float  # the part of its group that is gone once this block is
+    place: float  # the fraction of its group that is gone once this block is
+    rank: float = 0.0  # by which blocks of all groups compete
+
+
+@dataclass(frozen=True)
+class Options:
+    """All that may be cut from a network: its groups, the layers that they reach, and the blocks, least important first."""
+
+    groups: Sequence[ChannelGroup]
+    layers: Sequence[Layer]
+    blocks: Sequence[Block]
+
+    @cached_property
+    def reach(self) -> tuple[Floats, Floats]:
+        """How many outputs and inputs each layer loses with one channel of each group, two of (groups, layers)."""
+        position = {layer.name: index for index, layer in enumerate(self.layers)}
+        outputs, inputs = np.zeros((2, len(self.groups), len(self.layers)))
+        for row, group in enumerate(self.groups):
+            for name, output, share in group.touches:
+                if name in position:
+                    (outputs if output else inputs)[row, position[name]] += share
+        return outputs, inputs
+
+    def widths(self, removed: Floats) -> tuple[Floats, Floats]:
+        """Return the layers' outputs and inputs (layers,) once so many channels of each group (groups,) are gone."""
+        full_outputs, full_inputs = full_widths(self.layers)
+        outputs, inputs = self.reach
+        return full_outputs - removed @ outputs, full_inputs - removed @ inputs
+
+    def removed(self, blocks: Iterable[Block]) -> Floats:
+        """Return how many channels each group loses with some blocks, (groups,)."""
+        counts = np.zeros(len(self.groups))
+        for block in blocks:
+            counts[block.group] += len(block.channels)
+        return counts
+
+    def removed_by(self, cuts: Iterable[Cut]) -> Floats:
+        """Return how many channels each group loses with some cuts, (groups,)."""
+        gone = {cut.root: len(cut.remove) for cut in cuts}
+        return np.array([gone.get(group.root, 0) for group in self.groups], dtype=float)
+
+    def cuts(self, blocks: Iterable[Block]) -> list[Cut]:
+        """Return what removes some blocks."""
+        channels: dict[int, list[int]] = {}
+        for block in blocks:
+            channels.setdefault(block.group, []).extend(block.channels)
+        return [Cut(self.groups[index].root, tuple(sorted(members))) for index, members in sorted(channels.items())]
 
 
 def find_groups(model: nn.Module, images: Tensor, criterion: str, *, exclude: Sequence[str]) -> list[ChannelGroup]:
@@ -95,39 +143,41 @@ def find_groups(model: nn.Module, images: Tensor, criterion: str, *, exclude: Se
     return _runnable(groups, model, images)
 
 
-def choose(
+def find_options(
     groups: Sequence[ChannelGroup],
     layers: Sequence[Layer],
     *,
-    goal: Goal,
-    budget: float,
     scope: Scope,
     round_to: int,
     min_channels: Mapping[str, int],
-    fixed: float = 0.0,
-) -> list[Cut]:
-    """Return the cuts after which the network costs at most `budget` (multiply-accumulates of one image, or parameters).
+) -> Options:
+    """Return the blocks that may leave the groups; `min_channels` gives each root's smallest width."""
+    blocks = [block for index, group in enumerate(groups) for block in _blocks(index, group, round_to, min_channels)]
+    return Options(groups, layers, _ranked(blocks, groups, scope))
 
-    `fixed` is what the network costs outside of `layers`; `min_channels` gives each root's smallest width. Raises CompressError where even
-    the narrowest allowed network costs more.
-    """
-    blocks = _ranked(groups, scope, round_to, min_channels)
-    costs = _Costs(groups, layers, goal, fixed)
-    narrowest = costs.after(blocks)
-    if narrowest > budget:
-        full = costs.after([])
-        raise CompressError(
-            f"keep_{goal}: {budget / full:.3f} of the present {goal} cannot be reached; the narrowest plan keeps "
-            f"{narrowest / full:.3f}: raise keep_{goal}, lower min_keep or round_to, or exclude less"
-        )
-    low, high = 0, len(blocks)
+
+def choose(options: Options, cost: WidthCost, budget: float) -> list[Cut]:
+    """Return the cuts after which the network costs at most `budget`; all blocks where no fewer do."""
+
+    def after(blocks: Sequence[Block]) -> float:
+        return cost(*options.widths(options.removed(blocks)))
+
+    low, high = 0, len(options.blocks)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if costs.after(blocks[:middle]) <= budget else (middle + 1, high)
-    removed: dict[int, list[int]] = {}
-    for block in _spare(blocks[:low], costs, budget):
-        removed.setdefault(block.group, []).extend(block.channels)
-    return [Cut(groups[index].root, tuple(sorted(channels))) for index, channels in sorted(removed.items())]
+        low, high = (low, middle) if after(options.blocks[:middle]) <= budget else (middle + 1, high)
+    kept = list(options.blocks[:low])
+    open_groups = {block.group for block in kept}
+    # The last block of a prefix can be far larger than the rest: the most important ones come back as long as the budget holds.
+    for block in reversed(options.blocks[:low]):
+        without = [other for other in kept if other is not block]
+        if block.group not in open_groups:
+            continue  # a group's less important blocks only come back after its more important ones
+        if after(without) <= budget:
+            kept = without
+        else:
+            open_groups.discard(block.group)
+    return options.cuts(kept)
 
 
 def cut_(model: nn.Module, images: Tensor, cuts: Sequence[Cut]) -> None:
@@ -209,25 +259,25 @@ def _heads(attention: Attention, scores: Tensor) -> ChannelGroup:
     return ChannelGroup(path, attention.heads, 1, pattern, tuple(touches), scores, attention.size)
 
 
-def _ranked(
-    groups: Sequence[ChannelGroup], scope: Scope, round_to: int, min_channels: Mapping[str, int]
-) -> list[_Block]:
-    blocks = [block for index, group in enumerate(groups) for block in _blocks(index, group, round_to, min_channels)]
-    by_score: Callable[[_Block], float] = lambda block: block.score  # noqa: E731
+def _ranked(blocks: Sequence[Block], groups: Sequence[ChannelGroup], scope: Scope) -> list[Block]:
+    """Return the blocks with their ranks, lowest first: the score, the place in their group, or that among groups of the same structure."""
     if scope == "global":
-        return sorted(blocks, key=by_score)
-    if scope == "local":
-        return sorted(blocks, key=lambda block: (block.place, block.score))
-    ranked = []
-    for pattern in dict.fromkeys(group.pattern for group in groups):
-        same = sorted((block for block in blocks if groups[block.group].pattern == pattern), key=by_score)
-        channels = sum(group.channels for group in groups if group.pattern == pattern)
-        gone = np.cumsum([len(block.channels) for block in same]) / channels
-        ranked += list(zip(gone, same, strict=True))
-    return [block for _, block in sorted(ranked, key=lambda pair: (pair[0], pair[1].score))]
+        ranked = [replace(block, rank=block.score) for block in blocks]
+    elif scope == "local":
+        ranked = [replace(block, rank=block.place) for block in blocks]
+    else:
+        ranked = []
+        for pattern in dict.fromkeys(group.pattern for group in groups):
+            same = sorted(
+                (block for block in blocks if groups[block.group].pattern == pattern), key=lambda block: block.score
+            )
+            channels = sum(group.channels for group in groups if group.pattern == pattern)
+            gone = np.cumsum([len(block.channels) for block in same]) / channels
+            ranked += [replace(block, rank=float(place)) for place, block in zip(gone, same, strict=True)]
+    return sorted(ranked, key=lambda block: (block.rank, block.score))
 
 
-def _blocks(index: int, group: ChannelGroup, round_to: int, min_channels: Mapping[str, int]) -> list[_Block]:
+def _blocks(index: int, group: ChannelGroup, round_to: int, min_channels: Mapping[str, int]) -> list[Block]:
     """Return a group's removable blocks, least important first; what stays is a multiple of `round_to`."""
     units = group.channels // group.unit
     scores = group.scores.view(group.unit, units).mean(0)  # (units,)
@@ -241,42 +291,5 @@ def _blocks(index: int, group: ChannelGroup, round_to: int, min_channels: Mappin
         members = order[start:end]
         channels = [unit + part * units for part in range(group.unit) for unit in members]
         value = float(scores[members].mean())
-        blocks.append(_Block(index, tuple(channels), value, end / units))
+        blocks.append(Block(index, tuple(channels), value, end / units))
     return blocks
-
-
-def _spare(removed: list[_Block], costs: "_Costs", budget: float) -> list[_Block]:
-    """Give blocks back, the most important first, as long as the budget holds: the last block of a prefix can be far larger than the rest."""
-    kept, open_groups = list(removed), {block.group for block in removed}
-    for block in reversed(removed):
-        if block.group not in open_groups:
-            continue
-        without = [other for other in kept if other is not block]
-        if costs.after(without) <= budget:
-            kept = without
-        else:
-            open_groups.discard(
-                block.group
-            )  # a group's less important blocks only come back after its more important ones
-    return kept
-
-
-class _Costs:
-    """The network's cost after a set of blocks has left."""
-
-    def __init__(self, groups: Sequence[ChannelGroup], layers: Sequence[Layer], goal: Goal, fixed: float) -> None:
-        self.model, self.fixed = CostModel(list(layers), goal), fixed
-        position = {layer.name: index for index, layer in enumerate(layers)}
-        shape = (len(groups), len(layers))
-        self.outputs, self.inputs = np.zeros(shape), np.zeros(shape)
-        for row, group in enumerate(groups):
-            for name, output, share in group.touches:
-                if name in position:
-                    (self.outputs if output else self.inputs)[row, position[name]] += share
-
-    def after(self, blocks: Sequence[_Block]) -> float:
-        removed = np.zeros(len(self.outputs))
-        for block in blocks:
-            removed[block.group] += len(block.channels)
-        outputs, inputs = self.model.outputs - removed @ self.outputs, self.model.inputs - removed @ self.inputs
-        return self.fixed + self.model.cost(outputs, inputs)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from compress.data.digest import DataSettings
+from compress.pruning.goals import Goal
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import DistillStage, Fit, PruneStage, QatStage, SourceStage
 
@@ -27,6 +28,17 @@ def data_settings(recipe: Recipe) -> DataSettings:
         tuning=data.judge_by == "tuning",
         memory=Path(recipe.out) / ".images",
     )
+
+
+def goal_of(cfg: PruneStage) -> Goal:
+    """Return the one goal of a prune stage."""
+    goals = (
+        Goal("keep_macs", "macs", cfg.keep_macs or 0),
+        Goal("keep_params", "params", cfg.keep_params or 0),
+        Goal("keep_latency", "latency", cfg.keep_latency or 0),
+        Goal("max_latency_ms", "latency", cfg.max_latency_ms or 0, is_fraction=False),
+    )
+    return next(goal for goal in goals if goal.value)
 
 
 def fits(recipe: Recipe) -> Iterator[Fit]:

@@ -137,6 +137,8 @@ class Targets(Section):
     """Largest size of the deployed file, as a fraction of the teacher's FP32 file."""
     max_macs_ratio: Annotated[float, Field(gt=0)] | None = None
     """Largest fraction of the teacher's multiply-accumulates."""
+    max_latency_ms: Annotated[float, Field(gt=0)] | None = None
+    """Largest median latency of the deployed file in ms, under the conditions of `min_speedup`."""
 
 
 class Student(Section):

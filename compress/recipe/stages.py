@@ -11,6 +11,7 @@ from compress.recipe.losses import KD_ONLY, LossTerm
 from compress.recipe.section import Arch, Drop, Fraction, PathText, Section, refuse_tag
 
 CalibrationMethod = Literal["minmax", "percentile", "entropy"]
+GOALS = ("keep_macs", "keep_params", "keep_latency", "max_latency_ms")
 
 
 class Stop(Section):
@@ -139,6 +140,21 @@ class Sparsity(Section):
     """Factor of the group penalty's gradient."""
 
 
+class Conditions(Section):
+    """What a latency is measured under; `null` takes what the target serves."""
+
+    threads: Annotated[int, Field(ge=0)] = 1
+    """CPU threads; 0 is all of them."""
+    batch: PositiveInt = 1
+    """Images in a call."""
+    image_size: PositiveInt | None = None
+    """Height and width in pixels; null takes the recipe's own."""
+    precision: Literal["int8", "fp16", "fp32"] | None = None
+    """The file's numbers; null takes fp16 for `target: cuda`, else int8 where a ptq or qat stage follows, else fp32."""
+    provider: Literal["cpu", "cuda"] | None = None
+    """Where it runs; null takes the target's."""
+
+
 class PruneStage(Section):
     """Remove whole channels by Torch-Pruning's dependency graph."""
 
@@ -152,6 +168,12 @@ class PruneStage(Section):
     """The fraction of multiply-accumulates that stays."""
     keep_params: Annotated[float, Field(gt=0, lt=1)] | None = None
     """The fraction of parameters that stays."""
+    keep_latency: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The fraction of the network's time that stays, both timed in ONNX Runtime on this machine under `conditions`."""
+    max_latency_ms: Annotated[float, Field(gt=0)] | None = None
+    """The most milliseconds that the network may take, timed in the same way."""
+    conditions: Conditions = Conditions()
+    """What `keep_latency` and `max_latency_ms` are measured under."""
     steps: PositiveInt = 1
     """Number of cuts; channels are scored again before each, and `recover` trains in between."""
     recover: Fit | None = None
@@ -173,8 +195,8 @@ class PruneStage(Section):
 
     @model_validator(mode="after")
     def _one_goal(self) -> "PruneStage":
-        if (self.keep_macs is None) == (self.keep_params is None):
-            raise ValueError("keep_macs: give exactly one of keep_macs and keep_params")
+        if len([goal for goal in GOALS if getattr(self, goal) is not None]) != 1:
+            raise ValueError(f"keep_macs: give exactly one of {', '.join(GOALS)}")
         return self
 
 

@@ -34,6 +34,7 @@ TARGET_TITLES = {
     "min_int8_speedup": "Speed-up of INT8 over FP32",
     "max_size_ratio": "Size, as a fraction of the teacher's",
     "max_macs_ratio": "MACs, as a fraction of the teacher's",
+    "max_latency_ms": "Median latency",
 }
 
 

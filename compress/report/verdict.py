@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from compress.report.classes import at_chance, worst_first
-from compress.report.numbers import percent, times
+from compress.report.numbers import percent, significant, times
 from compress.report.shape import DeployedRow, Report, Verdict
 from export.onnx_file.roles import FP32, TEACHER, deployed
 from export.onnx_file.targets import CPU, TARGET_PROVIDERS, TARGETS, provider_title
@@ -77,6 +77,7 @@ def measure(report: Report) -> dict[str, Measurement]:
         ),
         "max_size_ratio": _size_ratio(teacher, student),
         "max_macs_ratio": _macs_ratio(report),
+        "max_latency_ms": Measurement(timed and timed["p50_ms"], where),
     }
 
 
@@ -168,11 +169,13 @@ def _macs_ratio(report: Report) -> Measurement:
 
 
 def show(target: str, value: float | None) -> str:
-    """Return a target's value in its unit: points of score, times faster, or a fraction."""
+    """Return a target's value in its unit: points of score, times faster, milliseconds, or a fraction."""
     if value is None:
         return "not measured"
     if target.endswith("_drop"):
         return f"{100 * value:.2f} points".replace("-", "−")
+    if target.endswith("_ms"):
+        return significant(value, "ms")
     return times(value) if target.endswith("speedup") else f"{value:.3f}"
 
 

@@ -1,6 +1,7 @@
 """Remove whole channels: score, plan, cut, solve for what they gave, check, measure."""
 
 import copy
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -12,35 +13,41 @@ from torch import nn
 from compress.artifact import Metrics, write_json
 from compress.distillation.step import supervised_step
 from compress.distillation.teacher import distil
+from compress.errors import CompressError
 from compress.log import StageLog
 from compress.models.saved import example_images, read_architecture, save_network
-from compress.models.structure import classifier, count
+from compress.models.structure import classifier, width_cost
 from compress.pruning.costs import measure_layers
 from compress.pruning.criteria import NEEDS_GRADIENTS
-from compress.pruning.plan import Cut, choose, cut_, find_groups, smallest_widths, widths
+from compress.pruning.goals import METRICS, UNITS, Goal
+from compress.pruning.latency import Attempt, Latency, open_latency
+from compress.pruning.plan import Cut, Options, choose, cut_, find_groups, find_options, smallest_widths, widths
 from compress.pruning.reconstruction import JUDGED, kept_outputs, number_outputs, reconstruct
 from compress.ranks import first_decides
+from compress.recipe.arguments import goal_of
 from compress.recipe.losses import KD_ONLY
 from compress.recipe.stages import PruneStage
 from compress.run import Run
+from compress.scoring import served
+
+TABLE = "latency-table"  # below `out`, for all runs
 
 
 def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:
     """Cut the network to its budget in one or several steps."""
     assert src is not None
-    model = run.load(src)
-    exclude = (classifier(model), *cfg.exclude)
+    model, goal = run.load(src), goal_of(cfg)
     images = example_images(run.image_size, run.device)
     layers, before = measure_layers(model, images), run.measure(model)
-    smallest = smallest_widths(find_groups(model, images, "random", exclude=exclude), cfg.min_keep)
+    smallest = smallest_widths(find_groups(model, images, "random", exclude=_excluded(model, cfg)), cfg.min_keep)
     steps: list[tuple[Cut, ...]] = []
     with run.log(out, "prune") as log:
         if cfg.sparsity is not None:
             model = _learn_sparsity(model, cfg, images, out, log, run)
         whole, numbered, as_cut = copy.deepcopy(model), number_outputs(model), {}
+        planned = _Planner(cfg, goal, before, smallest, out, log, run)
         for number in range(1, cfg.steps + 1):
-            budget = _budget(cfg, before, number)
-            cuts = first_decides(partial(_choose, model, cfg, images, exclude, smallest, budget, run))
+            cuts = first_decides(partial(planned.cuts, model, images, number))
             cut_(model, images, cuts)
             steps.append(tuple(cuts))
             cut_(numbered, images, cuts)
@@ -53,8 +60,8 @@ def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:
                 model = distil(run, model, KD_ONLY, cfg.recover, src=src, out=out, log=log, phase=phase)
                 whole, numbered = copy.deepcopy(model), number_outputs(model)
         table = widths(layers, model)
-        metrics = run.measure(model) | as_cut
-        _check(cfg, before, metrics)
+        metrics = run.measure(model) | as_cut | first_decides(planned.metrics)
+        _check(goal, before, metrics)
         if run.rank == 0:
             save_network(model, read_architecture(src).pruned(*steps), out)
             write_json(
@@ -69,49 +76,90 @@ def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:
     return metrics
 
 
-def _budget(cfg: PruneStage, before: Metrics, number: int) -> float:
-    """Return what the network may cost after step `number`, in millions; the steps share the way to the goal evenly."""
-    keep = cfg.keep_macs if cfg.keep_macs is not None else cfg.keep_params
-    full = before[_measure(cfg)]
-    assert keep is not None
-    assert full is not None
-    return full * (1 - (1 - keep) * number / cfg.steps)
+class _Planner:
+    """Decides each step's cuts, on rank 0 alone: what it costs to time a network is spent once for all steps."""
+
+    def __init__(
+        self,
+        cfg: PruneStage,
+        goal: Goal,
+        before: Metrics,
+        smallest: dict[str, int],
+        out: Path,
+        log: StageLog,
+        run: Run,
+    ) -> None:
+        self.cfg, self.goal, self.before, self.smallest, self.out, self.log, self.run = (
+            cfg,
+            goal,
+            before,
+            smallest,
+            out,
+            log,
+            run,
+        )
+        self.latency: Latency | None = None
+        self.attempts: list[Attempt] = []
+
+    def cuts(self, model: nn.Module, images: torch.Tensor, number: int) -> list[Cut]:
+        """Score the network and return the cuts that meet the budget of a step."""
+        torch.manual_seed(self.run.recipe.seed)
+        if self.cfg.criterion in NEEDS_GRADIENTS:
+            _accumulate_gradients_(model, self.cfg, self.run)
+        groups = find_groups(model, images, self.cfg.criterion, exclude=_excluded(model, self.cfg))
+        options = find_options(
+            groups,
+            measure_layers(model, images),
+            scope=self.cfg.scope,
+            round_to=self.cfg.round_to,
+            min_channels=self.smallest,
+        )
+        if self.goal.cost == "latency":
+            return self._within_time(model, images, options, number)
+        full = self.before[METRICS[self.goal.cost]]
+        assert full is not None
+        cost = width_cost(model, options.layers, self.goal.cost, self.run.image_size)
+        least = cost(*options.widths(options.removed(options.blocks)))
+        budget = self.goal.budget(full, step=number, steps=self.cfg.steps)
+        if least > budget:
+            raise CompressError(self.goal.refusal(full, least))
+        return choose(options, cost, budget)
+
+    def metrics(self) -> Metrics:
+        """Return what the last step's time was, predicted and measured."""
+        if self.latency is None:
+            return {}
+        write_json(self.out / "latency.json", self.latency.to_json(self.attempts))
+        shutil.rmtree(self.latency.folder)
+        return {
+            "latency_before_ms": self.latency.whole_ms,
+            "latency_predicted_ms": self.attempts[-1].predicted_ms,
+            "latency_ms": self.attempts[-1].measured_ms,
+            "latency_table_s": self.latency.table_s,
+        }
+
+    def _within_time(self, model: nn.Module, images: torch.Tensor, options: Options, number: int) -> list[Cut]:
+        if self.latency is None:
+            how = served(self.cfg.conditions, self.run)
+            self.latency = open_latency(
+                model,
+                options,
+                self.goal,
+                how.conditions,
+                image_size=how.image_size,
+                round_to=self.cfg.round_to,
+                folder=self.out / "timed",
+                table=Path(self.run.recipe.out) / TABLE,
+                write=how.write,
+                tell=self.log.note,
+            )
+        budget = self.latency.budget(number, self.cfg.steps)
+        self.attempts = self.latency.choose(model, images, options, budget)
+        return list(self.attempts[-1].cuts)
 
 
-def _measure(cfg: PruneStage) -> str:
-    """Return the metric that the goal speaks of."""
-    return "macs_m" if cfg.keep_macs is not None else "params_m"
-
-
-def _choose(
-    model: nn.Module,
-    cfg: PruneStage,
-    images: torch.Tensor,
-    exclude: tuple[str, ...],
-    smallest: dict[str, int],
-    budget: float,
-    run: Run,
-) -> list[Cut]:
-    """Score the network and return the cuts that meet the budget."""
-    torch.manual_seed(run.recipe.seed)
-    if cfg.criterion in NEEDS_GRADIENTS:
-        _accumulate_gradients_(model, cfg, run)
-    layers, costs = measure_layers(model, images), count(model, run.image_size)
-    macs = cfg.keep_macs is not None
-    prunable = sum(layer.macs if macs else layer.weights + layer.vectors for layer in layers)
-    fixed = (
-        costs.macs if macs else costs.params
-    ) - prunable  # attention, position embeddings: never cut, but part of the whole
-    return choose(
-        find_groups(model, images, cfg.criterion, exclude=exclude),
-        layers,
-        goal="macs" if macs else "params",
-        budget=budget * 1e6,
-        fixed=fixed,
-        scope=cfg.scope,
-        round_to=cfg.round_to,
-        min_channels=smallest,
-    )
+def _excluded(model: nn.Module, cfg: PruneStage) -> tuple[str, ...]:
+    return (classifier(model), *cfg.exclude)
 
 
 def _reconstructed(
@@ -163,8 +211,11 @@ def _learn_sparsity(
     )
 
 
-def _check(cfg: PruneStage, before: Metrics, after: Metrics) -> None:
+def _check(goal: Goal, before: Metrics, after: Metrics) -> None:
     """Hold the network to its plan: what was cut costs what was planned."""
-    cost, budget = after[_measure(cfg)], _budget(cfg, before, cfg.steps)
+    metric = METRICS[goal.cost]
+    full, cost = before.get(metric, after.get("latency_before_ms")), after[metric]
+    assert full is not None
     assert cost is not None
-    assert cost <= budget * (1 + 1e-6), f"the plan allows {budget} million, the network costs {cost} million"
+    budget = goal.budget(full)
+    assert cost <= budget * (1 + 1e-6), f"the plan allows {budget} {UNITS[goal.cost]}, the network costs {cost}"

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from networks import Mobile, Residual, lively
+from planning import cuts_to
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, fx, nn
 from torch.multiprocessing.spawn import spawn
@@ -30,8 +31,7 @@ from compress.distillation.step import (
 from compress.distillation.taps import tap
 from compress.errors import CompressError, ModelError
 from compress.log import StageLog
-from compress.pruning.costs import measure_layers
-from compress.pruning.plan import choose, cut_, find_groups, smallest_widths
+from compress.pruning.plan import cut_
 from compress.quant.graph.trace import trace
 from compress.quant.prepare import prepare, set_phase_
 from compress.recipe.losses import KD_ONLY, FeatureTerm, LogitTerm, LossTerm
@@ -90,17 +90,7 @@ def network(width: int = 16, seed: int = 0) -> nn.Module:
 
 def pruned(model: nn.Module) -> nn.Module:
     """Return the model with about half of its multiply-accumulates."""
-    groups, layers = find_groups(model, IMAGES, "l2", exclude=("head",)), measure_layers(model, IMAGES)
-    full = sum(layer.macs for layer in layers)
-    cuts = choose(
-        groups,
-        layers,
-        goal="macs",
-        budget=0.5 * full,
-        scope="local",
-        round_to=4,
-        min_channels=smallest_widths(groups, 0.1),
-    )
+    cuts = cuts_to(model, 0.5, IMAGES.shape[-1], scope="local", round_to=4)
     cut_(model, IMAGES, cuts)
     return model
 

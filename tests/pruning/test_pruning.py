@@ -5,42 +5,40 @@ import itertools
 import json
 import re
 from collections.abc import Callable
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 import torch_pruning as tp
 from chain import measure_batchnorm_
 from networks import Decoder, Mobile, Residual, lively
+from planning import cuts_to, options_of
 from torch import nn
 from torch.nn import functional as F
 from torch_pruning.dependency import index_mapping
 
 from compress.errors import CompressError, ModelError
 from compress.models.architectures import build
-from compress.models.structure import classifier, count
-from compress.pruning.costs import CostModel, measure_layers
+from compress.models.structure import classifier, count, width_cost
+from compress.pruning.costs import full_widths, measure_layers, params
 from compress.pruning.criteria import CRITERIA, score
-from compress.pruning.plan import Cut, Goal, Scope, choose, cut_, find_groups, smallest_widths, widths
+from compress.pruning.goals import Goal
+from compress.pruning.plan import Cut, Scope, cut_, find_groups, widths
 
 IMAGE = torch.zeros(1, 3, 16, 16)
 SCOPES = ("global", "local", "isomorphic")
 
 
 def planned(
-    model: nn.Module, *, keep: float, goal: Goal = "macs", scope: Scope = "global", round_to: int = 8
+    model: nn.Module,
+    *,
+    keep: float,
+    goal: Literal["macs", "params"] = "macs",
+    scope: Scope = "global",
+    round_to: int = 8,
 ) -> list[Cut]:
-    layers = measure_layers(model, IMAGE)
-    groups = find_groups(model, IMAGE, "l2", exclude=["head"])
-    full = sum(layer.macs if goal == "macs" else layer.weights + layer.vectors for layer in layers)
-    return choose(
-        groups,
-        layers,
-        goal=goal,
-        budget=keep * full,
-        scope=scope,
-        round_to=round_to,
-        min_channels=smallest_widths(groups, 0.1),
-    )
+    return cuts_to(model, keep, 16, goal=goal, scope=scope, round_to=round_to)
 
 
 def macs(model: nn.Module) -> int:
@@ -69,7 +67,7 @@ def test_pruned_model_equals_masked_model() -> None:
 @pytest.mark.parametrize("goal", ["macs", "params"])
 @pytest.mark.parametrize("factory", [Residual, Mobile, Decoder])
 def test_a_cut_network_costs_at_most_its_budget_and_no_more_than_one_block_less(
-    factory: type[nn.Module], goal: Goal, scope: Scope
+    factory: type[nn.Module], goal: Literal["macs", "params"], scope: Scope
 ) -> None:
     model = lively(factory(5))
     before = macs(model) if goal == "macs" else sum(p.numel() for p in model.parameters())
@@ -140,9 +138,10 @@ def test_a_plan_replays_from_json_to_identical_weights() -> None:
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_an_unreachable_budget_names_the_narrowest_plan() -> None:
-    with pytest.raises(CompressError, match=r"the narrowest plan keeps 0\.\d+: raise keep_macs"):
-        planned(lively(Residual(5)), keep=0.01)
+def test_an_unreachable_budget_cuts_all_that_may_go() -> None:
+    model = lively(Residual(5))
+    options = options_of(model, 16)
+    assert planned(model, keep=0.01) == options.cuts(options.blocks)
 
 
 @pytest.mark.parametrize(
@@ -242,13 +241,10 @@ def test_every_criterion_scores_every_channel_with_mean_one() -> None:
 def test_the_cost_model_equals_the_measured_network() -> None:
     model = lively(Mobile(5))
     layers = measure_layers(model, IMAGE)
-    cost = CostModel(layers, "params")
-    assert cost.cost(cost.outputs, cost.inputs) == sum(p.numel() for p in model.parameters())
+    assert params(layers)(*full_widths(layers)) * 1e6 == sum(p.numel() for p in model.parameters())
     half = nn.Conv2d(8, 24, 3, padding=1)
     full = measure_layers(nn.Sequential(nn.Conv2d(16, 48, 3, padding=1)), torch.zeros(1, 16, 8, 8))
-    assert CostModel(full, "params").cost(*(torch.tensor([n]).numpy() for n in (24, 8))) == sum(
-        p.numel() for p in half.parameters()
-    )
+    assert params(full)(np.array([24.0]), np.array([8.0])) * 1e6 == sum(p.numel() for p in half.parameters())
 
 
 def test_local_scope_keeps_the_same_part_everywhere() -> None:
@@ -334,14 +330,8 @@ def silence_(model: nn.Module, pruned: nn.Module) -> None:
 
 def cut_to(model: nn.Module, size: int, keep: float) -> float:
     """Cut the network to a part of its multiply-accumulates; return the part that is left."""
-    image = torch.zeros(1, 3, size, size)
-    layers, full = measure_layers(model, image), count(model, size).macs
-    groups = find_groups(model, image, "l2", exclude=[classifier(model)])
-    fixed = full - sum(layer.macs for layer in layers)
-    smallest = smallest_widths(groups, 0.1)
-    cuts = choose(
-        groups, layers, goal="macs", budget=keep * full, scope="local", round_to=8, min_channels=smallest, fixed=fixed
-    )
+    image, full = torch.zeros(1, 3, size, size), count(model, size).macs
+    cuts = cuts_to(model, keep, size, exclude=[classifier(model)], scope="local")
     cut_(model, image, cuts)
     return count(model, size).macs / full
 
@@ -445,23 +435,22 @@ def test_a_network_whose_channels_cannot_be_followed_is_refused_in_a_sentence(mo
         find_groups(Residual(5), IMAGE, "l2", exclude=[])
 
 
-def test_a_budget_below_what_cannot_be_cut_is_refused_in_parts_of_the_whole() -> None:
-    model = lively(Residual(5))
-    groups, full = find_groups(model, IMAGE, "l2", exclude=["head"]), macs(model)
-    smallest = smallest_widths(groups, 0.1)
-    with pytest.raises(
-        CompressError, match=r"0\.300 of the present macs cannot be reached; the narrowest plan keeps 0\.6"
-    ):
-        choose(
-            groups,
-            measure_layers(model, IMAGE),
-            goal="macs",
-            budget=0.6 * full,
-            scope="local",
-            round_to=8,
-            min_channels=smallest,
-            fixed=full,
-        )
+def test_what_no_layer_holds_is_part_of_the_cost() -> None:
+    model = build("timm:test_vit", num_classes=5)
+    layers = measure_layers(model, torch.zeros(1, 3, 160, 160))
+    for goal in ("macs", "params"):
+        whole = getattr(count(model, 160), goal)
+        assert width_cost(model, layers, goal, 160)(*full_widths(layers)) * 1e6 == pytest.approx(whole)
+
+
+def test_a_goal_that_cannot_be_reached_names_the_least() -> None:
+    fraction, time = Goal("keep_macs", "macs", 0.3), Goal("max_latency_ms", "latency", 2.0, is_fraction=False)
+    assert "prune: keep_macs: 0.3 of the present macs cannot be reached, the narrowest plan keeps 0.62" in (
+        fraction.refusal(200.0, 124.0)
+    )
+    assert "prune: max_latency_ms: 2 ms cannot be reached, the narrowest plan keeps 2.5: raise" in time.refusal(
+        9.0, 2.5
+    )
 
 
 def test_transformers_lose_heads_and_widths_of_their_stream() -> None:

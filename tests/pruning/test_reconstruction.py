@@ -8,14 +8,14 @@ import pytest
 import torch
 from networks import Mobile, Residual, lively
 from numpy.typing import NDArray
+from planning import cuts_to
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import CompressError
-from compress.pruning.costs import measure_layers
 from compress.pruning.least_squares import RIDGES, SOLVED, layer_rows, set_weight_matrix_, solve, weight_matrix
-from compress.pruning.plan import Cut, choose, cut_, find_groups, smallest_widths
+from compress.pruning.plan import Cut, cut_
 from compress.pruning.reconstruction import Method, kept_outputs, number_outputs, rebase_batchnorm_, reconstruct
 
 IMAGE = torch.zeros(1, 3, 16, 16)
@@ -38,12 +38,7 @@ def pruned(whole: nn.Module, cuts: list[Cut]) -> tuple[nn.Module, dict[str, Tens
 
 
 def halved(whole: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
-    layers, groups = measure_layers(whole, IMAGE), find_groups(whole, IMAGE, "l2", exclude=["head"])
-    narrow, budget = smallest_widths(groups, 0.1), 0.5 * sum(layer.macs for layer in layers)
-    return pruned(
-        whole,
-        choose(groups, layers, goal="macs", budget=budget, scope="global", round_to=4, min_channels=narrow),
-    )
+    return pruned(whole, cuts_to(whole, 0.5, IMAGE.shape[-1], round_to=4))
 
 
 @torch.no_grad()

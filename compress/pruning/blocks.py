@@ -1,0 +1,197 @@
+"""The nodes that ONNX Runtime makes of a file, each with the layers whose widths decide its time, and a layer's node alone at other widths.
+
+A node of the optimized graph is a layer with its quantizers, its activation and, in float, the addition behind it: what really runs.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from compress.pruning.costs import Layer
+from export.onnx_file.names import ADDED, module_of
+from export.onnx_file.targets import CPU
+from export.onnx_file.wiring import FLOAT, INTEGER, Wiring, origin, wire
+from export.proof.optimized import optimize
+from export.runtime.node_times import node_times
+
+WEIGHTS = {"QLinearConv": 3, "QGemm": 3, "QLinearMatMul": 3}  # where they stand among the inputs; else 1
+MATRICES = ("Gemm", "FusedGemm", "QGemm", "MatMul", "QLinearMatMul")
+NCHWC = 16  # channels that the blocked layout holds together, at most
+RUNS = 30  # of the whole file under the profiler
+VARIED = {"Concat", "QLinearConcat"}  # their widths are the sum of all inputs'
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What times are measured under; `threads` 0 is all cores."""
+
+    provider: str
+    threads: int
+    batch: int
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """What tells the time: of one thread on the CPU its own processor time, which other processes do not lengthen.
+
+        Beside ten busy processes on two cores the same file took 0.61 to 1.48 times its own time by the wall clock, 0.97 to 1.02 by this one.
+        """
+        return time.thread_time if (self.provider, self.threads) == (CPU, 1) else time.perf_counter
+
+
+@dataclass(frozen=True)
+class Block:
+    """One node of an optimized graph: its time in the whole file, and the layer that it is or those whose outputs it works on."""
+
+    name: str
+    ms: float
+    layer: int | None  # position among the layers
+    follows: tuple[int, ...]  # of a node that is no layer
+    node: NodeProto
+    constants: dict[str, TensorProto]
+
+
+def read_blocks(path: Path, layers: Sequence[Layer], conditions: Conditions) -> list[Block]:
+    """Return the nodes of a file as ONNX Runtime runs them.
+
+    Raises BundleError where the file cannot run.
+    """
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = conditions.batch
+    content = model.SerializeToString()
+    file, runs = wire(model), optimize(content, conditions.provider)
+    graph = onnx.load_model_from_string(runs.to_bytes()).graph
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    times = node_times(content, provider=conditions.provider, threads=conditions.threads, runs=RUNS)
+    ms = {found.name: found.milliseconds for found in times}
+    position = {layer.name: index for index, layer in enumerate(layers)}
+    made_by: dict[str, tuple[int, ...]] = {}  # the layers whose outputs a tensor holds
+    blocks = []
+    for node in graph.node:
+        layer = _layer_of(runs.nodes[node.name], file, position)
+        data = [name for name in node.input if name in made_by]
+        sources = data if node.op_type in VARIED else data[:1]
+        follows = tuple(dict.fromkeys(index for name in sources for index in made_by[name]))
+        made_by |= dict.fromkeys(node.output, follows if layer is None else (layer,))
+        constants = {name: initializers[name] for name in node.input if name in initializers}
+        took = ms.get(ADDED.sub("", node.name), 0.0)
+        blocks.append(Block(node.name, took, layer, () if layer is not None else follows, node, constants))
+    return blocks
+
+
+def _layer_of(node: ir.Node, file: Wiring, position: dict[str, int]) -> int | None:
+    """Return which layer a node is, None for another operator."""
+    found = origin(node, file) if node.op_type in (*INTEGER, *FLOAT) else None
+    return None if found is None else position.get(module_of(str(found.name)))
+
+
+def signature(block: Block, layer: Layer, batch: int) -> str:
+    """Return a digest of what decides a layer's time at any width: equal for layers of the same shape, whatever their names."""
+    attributes = sorted(attribute.SerializeToString(deterministic=True).hex() for attribute in block.node.attribute)
+    inputs = [
+        [block.constants[name].data_type, list(block.constants[name].dims)] if name in block.constants else bool(name)
+        for name in block.node.input
+    ]
+    facts = [block.node.domain, block.node.op_type, attributes, inputs, layer.inputs, layer.outputs, layer.maps, batch]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+
+
+def alone(block: Block, layer: Layer, *, inputs: int, outputs: int, batch: int) -> bytes | None:
+    """Return the model of a layer's node alone at other widths, None where the node is not one that can be resized.
+
+    Weights are repeated or cut: time does not depend on them.
+    """
+    node = NodeProto.FromString(block.node.SerializeToString())
+    place = WEIGHTS.get(node.op_type, 1)
+    weights = block.constants.get(node.input[place]) if len(node.input) > place else None
+    if weights is None:
+        return None
+    blocked = node.domain.endswith("nchwc")
+    padded_in, padded_out = (_up(inputs), _up(outputs)) if blocked else (inputs, outputs)
+    if blocked and layer.inputs % NCHWC:  # images come as they are
+        padded_in = inputs
+    full_out = weights.dims[0]
+    constants = []
+    for name, tensor in block.constants.items():
+        array = numpy_helper.to_array(tensor)
+        if tensor is weights:
+            shape = _weight_shape(block, layer, array.shape, padded_in, padded_out)
+            if shape is None:
+                return None
+            array = np.resize(array, shape)
+        elif array.ndim == 1 and array.size in (layer.outputs, full_out) and array.size > 1:
+            array = np.resize(array, padded_out if array.size == full_out else outputs)
+        constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+    for attribute in node.attribute:
+        if attribute.name == "group" and layer.depthwise:
+            attribute.i = padded_out
+    return _model(node, constants, _element(block, place), layer, padded_in, padded_out, batch)
+
+
+def _weight_shape(
+    block: Block, layer: Layer, full: tuple[int, ...], inputs: int, outputs: int
+) -> tuple[int, ...] | None:
+    if block.node.op_type in MATRICES:
+        if len(full) != 2 or set(full) != {layer.inputs, layer.outputs}:
+            return None
+        transposed = any(attribute.name == "transB" and attribute.i for attribute in block.node.attribute)
+        return (outputs, inputs) if transposed else (inputs, outputs)
+    if len(full) != 4:
+        return None
+    if layer.depthwise:
+        return (outputs, *full[1:])
+    groups = next((attribute.i for attribute in block.node.attribute if attribute.name == "group"), 1)
+    return outputs, inputs // groups, *full[2:]
+
+
+def _element(block: Block, place: int) -> int:
+    """Return the type of a node's activations: that of the input's zero-point, or of the weights."""
+    zero_point = block.constants.get(block.node.input[2]) if place == 3 else None
+    return int((zero_point or block.constants[block.node.input[place]]).data_type)
+
+
+def _model(
+    node: NodeProto, constants: list[TensorProto], element: int, layer: Layer, inputs: int, outputs: int, batch: int
+) -> bytes:
+    channels_last = any(attribute.name == "channels_last" and attribute.i for attribute in node.attribute)
+    before, after = layer.maps
+
+    def shape(channels: int, sides: tuple[int, ...]) -> list[int]:
+        if node.op_type in MATRICES:
+            return [batch * int(np.prod(sides, dtype=int)), channels] if len(before) == 0 else [batch, *sides, channels]
+        return [batch, *sides, channels] if channels_last else [batch, channels, *sides]
+
+    given = {tensor.name for tensor in constants}
+    dynamic = [name for name in dict.fromkeys(node.input) if name and name not in given]
+    values = [helper.make_tensor_value_info(dynamic[0], element, shape(inputs, before))]
+    values += [helper.make_tensor_value_info(name, element, shape(outputs, after)) for name in dynamic[1:]]
+    out = element if node.op_type != "QGemm" or len(node.input) > 8 else TensorProto.FLOAT
+    result = helper.make_tensor_value_info(node.output[0], out, shape(outputs, after))
+    graph = helper.make_graph([node], "block", values, [result], constants)
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    imports += [helper.make_opsetid(node.domain, 1)] if node.domain.endswith("nchwc") else []
+    model: ModelProto = helper.make_model(graph, opset_imports=imports, ir_version=9)
+    return bytes(model.SerializeToString())
+
+
+def inputs_of(model: bytes) -> dict[str, NDArray[np.generic]]:
+    """Return values for a model's inputs as it declares them."""
+    rng = np.random.default_rng(0)
+    values = {}
+    for value in onnx.load_model_from_string(model).graph.input:
+        kind = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        values[value.name] = rng.integers(0, 100, shape).astype(kind)
+    return values
+
+
+def _up(channels: int) -> int:
+    return -(-channels // NCHWC) * NCHWC

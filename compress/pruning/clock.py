@@ -1,0 +1,67 @@
+"""Time a student's file against that of the network before the cut: in turns, until the ratio is known closely, and only where a clock can be trusted."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from compress.errors import CompressError
+from compress.pruning.blocks import Conditions
+from export.runtime.latency import Ratio, median_ratio, time_sessions
+from export.runtime.session import bind, open_session
+
+SECONDS, BLOCKS = 0.6, 12
+CLOSE = 1.01  # of the interval's ends: then the ratio is known closely enough
+REPEATS = 5
+QUIET, SURE = 0.02, 0.06  # that a file may seem faster or slower than itself, and the ends of that ratio's interval
+TRIES, WAIT_S = 5, 10.0
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Times files of `image_size` pixels against one of them."""
+
+    reference: Path
+    conditions: Conditions
+    image_size: int
+
+    def against(self, file: Path) -> tuple[Ratio, float, float]:
+        """Return how many times as long as the reference `file` takes, and both medians in ms."""
+        shape = (self.conditions.batch, 3, self.image_size, self.image_size)
+        images = np.random.default_rng(0).standard_normal(shape, np.float32)
+        runs = {
+            name: bind(open_session(path, provider=self.conditions.provider, threads=self.conditions.threads), images)
+            for name, path in (("reference", self.reference), ("file", file))
+        }
+        reference, other = np.empty(0), np.empty(0)
+        for seed in range(REPEATS):
+            timed = time_sessions(runs, seconds=SECONDS, blocks=BLOCKS, seed=seed, clock=self.conditions.clock)
+            reference = np.append(reference, timed["reference"].block_ms)
+            other = np.append(other, timed["file"].block_ms)
+            ratio = median_ratio(other / reference)
+            if ratio.high / ratio.low < CLOSE:
+                break
+        return ratio, float(np.median(reference)), float(np.median(other))
+
+    def require_quiet(self, *, tell: Callable[[str], None], wait_s: float = WAIT_S) -> float:
+        """Time the reference against itself, and return its median in ms; wait a little where that differs.
+
+        Raises CompressError where it still does.
+        """
+        for number in range(1, TRIES + 1):
+            ratio, ms, _ = self.against(self.reference)
+            if ratio.low >= 1 - QUIET and ratio.high <= 1 + QUIET:
+                tell(
+                    f"A/A test: the same file takes {ratio.low:.3f} to {ratio.high:.3f} times its own time, {ms:.3f} ms"
+                )
+                return ms
+            tell(
+                f"A/A test {number} of {TRIES}: the same file takes {ratio.low:.2f} to {ratio.high:.2f} times its own time: too busy, waiting"
+            )
+            time.sleep(wait_s)
+        raise CompressError(
+            f"prune: this machine is too busy to time anything, the same file takes {ratio.low:.2f} to {ratio.high:.2f} times its own time: "
+            "end other processes and run again, or prune by keep_macs"
+        )

@@ -1,0 +1,69 @@
+"""Choose one width for each group of channels: the most value within a budget, where a layer's time depends on the widths of both of its sides.
+
+A mixed-integer program, solved by HiGHS: a binary for each group and width, a fraction for each pair of widths that two groups share layers
+at (MDP, Sun et al. 2025, eq. 5 to 8; the pairs are tied to the binaries as in the local polytope, so they come out whole by themselves).
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+
+Floats = NDArray[np.float64]
+GAP = 1e-3  # of the value, at which a solution is good enough
+SECONDS = 30.0
+
+
+def most_value(
+    values: Sequence[Floats], costs: Sequence[Floats], pairs: Mapping[tuple[int, int], Floats], budget: float
+) -> list[int] | None:
+    """Return which of its widths each group takes, None where no choice costs at most `budget`.
+
+    `values` and `costs` (widths,) are each group's own; `pairs` (widths of the first, widths of the second) what two groups cost together.
+    """
+    starts = np.cumsum([0, *map(len, values)])
+    count = int(starts[-1])
+    pair_starts = np.cumsum([count, *(table.size for table in pairs.values())])
+    objective = np.zeros(pair_starts[-1])
+    objective[:count] = -np.concatenate([*values, np.empty(0)])
+    price = np.concatenate([*costs, *(table.ravel() for table in pairs.values())])
+    rows: list[int] = []
+    columns: list[int] = []
+    entries: list[float] = []
+    wanted: list[float] = []
+    for start, end in itertools.pairwise(starts):  # one width for each group
+        _add(rows, columns, entries, len(wanted), range(start, end), 1.0)
+        wanted.append(1.0)
+    for (first, second), start, table in zip(pairs, pair_starts, pairs.values(), strict=False):
+        places = start + np.arange(table.size).reshape(table.shape)
+        for group, lines in ((first, places), (second, places.T)):  # a pair is taken where both of its widths are
+            for index, line in enumerate(lines):
+                _add(rows, columns, entries, len(wanted), line, 1.0)
+                _add(rows, columns, entries, len(wanted), [starts[group] + index], -1.0)
+                wanted.append(0.0)
+    matrix = coo_array((entries, (rows, columns)), shape=(len(wanted), len(objective))).tocsr()
+    scale = max(1e-12, float(np.abs(price).max(initial=0.0)))
+    result = milp(
+        objective,
+        integrality=(np.arange(len(objective)) < count).astype(int),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(matrix, wanted, wanted),
+            LinearConstraint(price[None] / scale, -np.inf, budget / scale),
+        ],
+        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+    )
+    if result.x is None:
+        return None
+    return [int(result.x[start:end].argmax()) for start, end in itertools.pairwise(starts)]
+
+
+def _add(rows: list[int], columns: list[int], entries: list[float], row: int, places: object, entry: float) -> None:
+    """Put one entry into some columns of a row."""
+    for place in np.asarray(places).tolist():
+        rows.append(row)
+        columns.append(place)
+        entries.append(entry)

@@ -1,0 +1,188 @@
+"""Prune to a measured latency: choose by the prediction, export the choice, time it, correct the prediction by what the clock says, choose again."""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from compress.errors import CompressError
+from compress.pruning.blocks import Block, Conditions, read_blocks
+from compress.pruning.clock import Clock
+from compress.pruning.goals import Goal
+from compress.pruning.plan import Cut, Options, cut_
+from compress.pruning.predict import LatencyModel, choose_within, latency_model
+from compress.pruning.timings import Table, Timer, time_models
+
+ROUNDS = 6
+CLOSE = 0.97  # of the time that was asked for: what is not further below is close enough
+AIM = 0.985
+
+STUDENT = "student.onnx"
+
+Write = Callable[[nn.Module, Path], None]  # the file of a network on the CPU, as it will be served
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One choice: what the model predicted, and what the clock said."""
+
+    cuts: tuple[Cut, ...]
+    predicted_ms: float
+    measured_ms: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A network's file, its clock, and the model of its time."""
+
+    goal: Goal
+    clock: Clock
+    whole_ms: float
+    model: LatencyModel
+    table_s: float
+    write: Write
+    folder: Path
+    tell: Tell
+
+    def budget(self, step: int, steps: int) -> float:
+        """Return what the network may take after one of several steps, in ms."""
+        return self.goal.budget(self.whole_ms, step=step, steps=steps)
+
+    def measured_ms(self, network: nn.Module) -> float:
+        """Export a network and time it: in turns with the reference, so that a fraction holds whatever the machine does meanwhile."""
+        file = self.folder / STUDENT
+        self.write(network, file)
+        ratio, _, ms = self.clock.against(file)
+        return ratio.ratio * self.whole_ms if self.goal.is_fraction else ms
+
+    def choose(self, network: nn.Module, images: Tensor, options: Options, asked_ms: float) -> list[Attempt]:
+        """Return the attempts, the last one to be taken: its network takes at most `asked_ms`, and little less where the widths allow.
+
+        Raises CompressError where the narrowest network takes longer, with its time.
+        """
+
+        def measure(cuts: Sequence[Cut]) -> float:
+            student = copy.deepcopy(network).cpu()
+            cut_(student, images.cpu(), cuts)
+            return self.measured_ms(student)
+
+        def choose(budget_ms: float) -> tuple[list[Cut], float] | None:
+            cuts = choose_within(options, self.model, budget_ms)
+            return None if cuts is None else (cuts, self.predicted_ms(options, cuts))
+
+        narrowest = options.cuts(options.blocks)
+        return until_close(
+            asked_ms,
+            choose,
+            measure,
+            (narrowest, self.predicted_ms(options, narrowest)),
+            tell=self.tell,
+            refuse=lambda least: CompressError(self.goal.refusal(self.whole_ms, least)),
+        )
+
+    def predicted_ms(self, options: Options, cuts: Sequence[Cut]) -> float:
+        """Return the time of the network once cut, by the model."""
+        return self.model.cost(*options.widths(options.removed_by(cuts)))
+
+    def to_json(self, attempts: Sequence[Attempt]) -> dict[str, Any]:
+        """Return what was asked for, predicted and measured, and where the time goes before and after, layer by layer."""
+        conditions = self.clock.conditions
+        after = read_blocks(self.folder / STUDENT, self.model.layers, conditions)
+        return {
+            "goal": asdict(self.goal),
+            "conditions": asdict(conditions) | {"image_size": self.clock.image_size},
+            "before_ms": self.whole_ms,
+            "asked_ms": self.budget(1, 1),
+            "attempts": [
+                {"predicted_ms": attempt.predicted_ms, "measured_ms": attempt.measured_ms} for attempt in attempts
+            ],
+            "table": {"seconds": self.table_s, "timed": self.model.timed},
+            "layers": _by_layer(self.model, after, attempts[-1].measured_ms),
+        }
+
+
+def open_latency(
+    network: nn.Module,
+    options: Options,
+    goal: Goal,
+    conditions: Conditions,
+    *,
+    image_size: int,
+    round_to: int,
+    folder: Path,
+    table: Path,
+    write: Write,
+    tell: Tell,
+    timer: Timer = time_models,
+) -> Latency:
+    """Export the network before its cut into `folder`, time it, and fill the table of its layers' times in the folder `table`.
+
+    Raises CompressError on a machine that is too busy to time anything.
+    """
+    folder.mkdir(exist_ok=True)
+    reference = folder / "before.onnx"
+    write(copy.deepcopy(network).cpu(), reference)
+    clock = Clock(reference, conditions, image_size)
+    whole_ms = clock.require_quiet(tell=tell)
+    started = time.monotonic()
+    nodes = read_blocks(reference, options.layers, conditions)
+    model = latency_model(
+        nodes, options, Table(table, conditions), whole_ms=whole_ms, round_to=round_to, tell=tell, timer=timer
+    )
+    return Latency(goal, clock, whole_ms, model, time.monotonic() - started, write, folder, tell)
+
+
+def until_close(
+    asked_ms: float,
+    choose: Callable[[float], tuple[list[Cut], float] | None],
+    measure: Callable[[Sequence[Cut]], float],
+    narrowest: tuple[list[Cut], float],
+    *,
+    tell: Tell,
+    refuse: Callable[[float], CompressError],
+) -> list[Attempt]:
+    """Return the attempts, the best last: at most `asked_ms` by the clock, and close to it.
+
+    `choose` gives cuts and their predicted time for a budget of predicted milliseconds, None where no cuts meet it; `measure` tells the
+    time of cuts. What `refuse` makes is raised with the time of the narrowest cuts where even that is over `asked_ms`.
+    """
+    attempts: list[Attempt] = []
+    budget = AIM * asked_ms
+    for number in range(1, ROUNDS + 1):
+        found = choose(budget)
+        cuts, predicted = found or narrowest
+        attempts.append(Attempt(tuple(cuts), predicted, measure(cuts)))
+        measured = attempts[-1].measured_ms
+        tell(
+            f"choice {number}: {predicted:.3f} ms predicted, {measured:.3f} ms measured, at most {asked_ms:.3f} ms asked for"
+        )
+        if found is None and measured > asked_ms:
+            raise refuse(measured)
+        if CLOSE * asked_ms <= measured <= asked_ms:
+            break
+        budget *= AIM * asked_ms / measured
+    within = [attempt for attempt in attempts if attempt.measured_ms <= asked_ms]
+    if not within:
+        raise CompressError(
+            f"prune: after {ROUNDS} choices the clock still says {measured:.3f} ms where {asked_ms:.3f} ms are asked for: "
+            "end other processes and run again"
+        )
+    best = max(within, key=lambda attempt: attempt.measured_ms)
+    return [*(attempt for attempt in attempts if attempt is not best), best]
+
+
+def _by_layer(model: LatencyModel, after: Sequence[Block], after_ms: float) -> list[dict[str, Any]]:
+    """Return each layer's milliseconds before and after, those of the nodes that follow it included; what follows none is named ""."""
+    names = [layer.name for layer in model.layers]
+    rows: dict[str, list[float]] = {}
+    for column, nodes, scale in ((0, model.nodes, model.scale), (1, after, after_ms / sum(node.ms for node in after))):
+        for node in nodes:
+            reached = [node.layer] if node.layer is not None else list(node.follows[:1])
+            name = names[reached[0]] if reached else ""
+            rows.setdefault(name, [0.0, 0.0])[column] += scale * node.ms
+    return [{"name": name, "before_ms": before, "after_ms": later} for name, (before, later) in rows.items()]

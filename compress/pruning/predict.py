@@ -1,0 +1,157 @@
+"""Predict a network's time from its layers' widths, and choose the widths that keep the most importance within a time.
+
+The prediction sums the nodes that ONNX Runtime runs: a layer takes its time in the whole file, scaled by what the table says of its two
+widths; any other node scales with its width. The choice is a mixed-integer program over all groups of channels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from compress.pruning.blocks import Block as Node
+from compress.pruning.costs import Floats, Layer, full_widths
+from compress.pruning.knapsack import most_value
+from compress.pruning.plan import Block, Cut, Options
+from compress.pruning.timings import LEVELS, Table, Timer, Wanted, Widths, fill, time_models, widths_to_time
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """The time of a network as a function of its layers' widths."""
+
+    layers: Sequence[Layer]
+    nodes: Sequence[Node]
+    fractions: Sequence[Mapping[Widths, float]]  # of each node that is a layer; empty for others
+    scale: float = 1.0  # of the whole file's time over the sum of its nodes'
+    timed: int = 0  # rows of the table that were measured for it
+
+    def cost(self, outputs: Floats, inputs: Floats) -> float:
+        """Return the milliseconds at some widths (layers,)."""
+        return self.scale * sum(self.node_ms(index, outputs, inputs) for index in range(len(self.nodes)))
+
+    def node_ms(self, index: int, outputs: Floats, inputs: Floats) -> float:
+        """Return what one node takes at some widths (layers,), before the scale."""
+        node, fractions = self.nodes[index], self.fractions[index]
+        if node.layer is not None:
+            return node.ms * interpolated(fractions, float(inputs[node.layer]), float(outputs[node.layer]))
+        if not node.follows:
+            return node.ms
+        full, _ = full_widths(self.layers)
+        return node.ms * float(outputs[list(node.follows)].sum() / full[list(node.follows)].sum())
+
+
+def interpolated(fractions: Mapping[Widths, float], inputs: float, outputs: float) -> float:
+    """Return the fraction of time at some widths, on straight lines between the measured ones."""
+    if (inputs, outputs) in fractions:
+        return fractions[inputs, outputs]  # type: ignore[index]
+    columns = sorted({o for _, o in fractions})
+    rows = sorted({i for i, _ in fractions})
+    if len(fractions) < len(rows) * len(columns):  # depthwise: both sides are one
+        return float(np.interp(outputs, columns, [fractions[o, o] for o in columns]))
+    by_row = [float(np.interp(outputs, columns, [fractions[i, o] for o in columns])) for i in rows]
+    return float(np.interp(inputs, rows, by_row))
+
+
+def latency_model(
+    nodes: Sequence[Node],
+    options: Options,
+    table: Table,
+    *,
+    whole_ms: float,
+    round_to: int,
+    tell: Callable[[str], None],
+    timer: Timer = time_models,
+) -> LatencyModel:
+    """Return the model of a network whose whole file takes `whole_ms`; what the table lacks is timed."""
+    outputs, inputs = (np.flatnonzero(side.sum(0)) for side in options.reach)
+    wanted = {
+        index: Wanted(
+            node,
+            layer := options.layers[node.layer],
+            widths_to_time(
+                layer, round_to=round_to, cut_inputs=node.layer in inputs, cut_outputs=node.layer in outputs
+            ),
+        )
+        for index, node in enumerate(nodes)
+        if node.layer is not None
+    }
+    found, timed = fill(table, list(wanted.values()), tell=tell, timer=timer)
+    fractions = dict(zip(wanted, found, strict=True))
+    scale = whole_ms / sum(node.ms for node in nodes)
+    return LatencyModel(options.layers, nodes, [fractions.get(index, {}) for index in range(len(nodes))], scale, timed)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The widths among which one group's is chosen: how many channels are gone at each, what importance is then lost, and the blocks."""
+
+    removed: tuple[int, ...]
+    lost: tuple[float, ...]
+    blocks: tuple[tuple[Block, ...], ...]
+
+
+def ladders(options: Options) -> list[Ladder]:
+    """Return each group's ladder; of a wide one's blocks several leave at once, so that no more than LEVELS remain."""
+    found = []
+    for group in range(len(options.groups)):
+        blocks = [block for block in options.blocks if block.group == group]
+        step = -(-len(blocks) // LEVELS) or 1
+        taken = [*range(0, len(blocks), step), len(blocks)] if blocks else [0]
+        taken = list(dict.fromkeys(taken))
+        lost = np.cumsum([0.0, *(block.rank * len(block.channels) for block in blocks)])
+        gone = np.cumsum([0, *(len(block.channels) for block in blocks)])
+        found.append(
+            Ladder(
+                tuple(int(gone[n]) for n in taken),
+                tuple(float(lost[n]) for n in taken),
+                tuple(tuple(blocks[:n]) for n in taken),
+            )
+        )
+    return found
+
+
+def choose_within(options: Options, model: LatencyModel, budget_ms: float) -> list[Cut] | None:
+    """Return the cuts that lose the least importance and leave a network of at most `budget_ms` by the model; None where none does.
+
+    The time of a layer whose two sides belong to at most two groups is exact. That of one where more meet (behind a concatenation) is
+    straight in each of them.
+    """
+    steps = ladders(options)
+    own: list[Floats] = [np.zeros(len(ladder.removed)) for ladder in steps]
+    pairs: dict[tuple[int, int], Floats] = {}
+    outputs_reach, inputs_reach = options.reach
+    nothing = np.zeros(len(steps))
+    fixed = 0.0
+    for index, node in enumerate(model.nodes):
+        reached = [node.layer] if node.layer is not None else list(node.follows)
+        sides = outputs_reach[:, reached].any(1)
+        if node.layer is not None and not options.layers[node.layer].depthwise:
+            sides = sides | (inputs_reach[:, node.layer] > 0)
+        groups = np.flatnonzero(sides).tolist()
+
+        def took(*gone: tuple[int, int], index: int = index) -> float:
+            removed = nothing.copy()
+            for group, level in gone:
+                removed[group] = steps[group].removed[level]
+            return model.scale * model.node_ms(index, *options.widths(removed))
+
+        whole = took()
+        if len(groups) == 2 and node.layer is not None:
+            first, second = groups
+            table = np.array(
+                [
+                    [took((first, i), (second, j)) for j in range(len(steps[second].removed))]
+                    for i in range(len(steps[first].removed))
+                ]
+            )
+            pairs[first, second] = pairs.get((first, second), 0.0) + table
+            continue
+        fixed += whole
+        for group in groups:
+            own[group] += [took((group, level)) - whole for level in range(len(steps[group].removed))]
+    values = [-np.array(ladder.lost) for ladder in steps]
+    chosen = most_value(values, own, pairs, budget_ms - fixed)
+    if chosen is None:
+        return None
+    return options.cuts(block for ladder, level in zip(steps, chosen, strict=True) for block in ladder.blocks[level])

@@ -1,0 +1,192 @@
+"""The table of what layers take at other widths, as a fraction of their time at full width: measured once for each machine, runtime and setting.
+
+One SQLite file that all runs below an `out` folder share. Rows are written as they are measured, so a killed run goes on where it stopped;
+two runs take turns, group by group, and each finds what the other has measured.
+"""
+
+import fcntl
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from compress.errors import CompressError
+from compress.pruning.blocks import Block, Conditions, alone, inputs_of, signature
+from compress.pruning.costs import Layer
+from export.errors import BundleError
+from export.onnx_file.targets import CUDA
+from export.runtime.environment import environment, fingerprint, runtime
+from export.runtime.latency import time_sessions
+from export.runtime.session import RUNTIME_ERRORS, Run, open_session
+
+SECONDS, BLOCKS = 0.024, 6  # of timing for each width, interleaved with the others of its group
+OPENING_S = 0.008  # a session, beside its timing
+LEVELS, INPUT_LEVELS = 16, 5  # of outputs, where times go in steps; of inputs, where they go straight
+GROUP_BYTES = 256 * 2**20  # of weights that are timed in turns at once
+PATIENCE_S = 10.0  # between two lines of progress
+SCHEMA = """CREATE TABLE IF NOT EXISTS times (setting TEXT, block TEXT, inputs INTEGER, outputs INTEGER, fraction REAL,
+            PRIMARY KEY (setting, block, inputs, outputs))"""
+
+FAILURES: tuple[type[Exception], ...] = (BundleError, *RUNTIME_ERRORS)
+
+Widths = tuple[int, int]  # inputs and outputs
+
+
+Timer = Callable[[dict[Widths, bytes], Conditions], dict[Widths, float]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A block, the layer that it is, and the widths at which its time is asked for."""
+
+    block: Block
+    layer: Layer
+    widths: tuple[Widths, ...]
+
+
+class Table:
+    """The times of this machine and ONNX Runtime under some conditions, in a folder, which is made."""
+
+    def __init__(self, folder: Path, conditions: Conditions) -> None:
+        self.folder, self.conditions, self.path = folder, conditions, folder / "times.sqlite"
+        facts = [fingerprint(environment()), runtime()["onnxruntime"], conditions.provider, conditions.threads]
+        self.setting = json.dumps(facts)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with closing(self._connect()):
+                pass
+        except OSError as error:
+            raise CompressError(f"{folder}: cannot be written ({error.strerror}): choose another OUT=") from error
+
+    def read(self, block: str) -> dict[Widths, float]:
+        """Return what is known of a block."""
+        query = "SELECT inputs, outputs, fraction FROM times WHERE setting = ? AND block = ?"
+        with closing(self._connect()) as file:
+            return {(i, o): fraction for i, o, fraction in file.execute(query, (self.setting, block))}
+
+    def write(self, block: str, fractions: dict[Widths, float]) -> None:
+        """Keep what was measured."""
+        rows = [(self.setting, block, *widths, fraction) for widths, fraction in fractions.items()]
+        with closing(self._connect()) as file, file:
+            file.executemany("INSERT OR REPLACE INTO times VALUES (?, ?, ?, ?, ?)", rows)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Be the only one that measures; another run that does is waited for. The lock of a killed process is free."""
+        with (self.folder / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _connect(self) -> sqlite3.Connection:
+        file = sqlite3.connect(self.path, timeout=60)
+        try:
+            file.execute(SCHEMA)
+        except sqlite3.DatabaseError as error:
+            file.close()
+            raise CompressError(f"{self.path}: cannot be used as a table of times ({error}): remove it") from error
+        return file
+
+
+def grid(full: int, levels: int, round_to: int) -> list[int]:
+    """Return about `levels` widths at equal distances, multiples of `round_to`, and the full one."""
+    step = -(-full // (levels * round_to)) * round_to
+    return [*range(step, full, step), full]
+
+
+def widths_to_time(layer: Layer, *, round_to: int, cut_inputs: bool, cut_outputs: bool) -> tuple[Widths, ...]:
+    """Return the widths at which a layer is timed, whichever of its sides can be cut."""
+    outputs = grid(layer.outputs, LEVELS, round_to) if cut_outputs else [layer.outputs]
+    if layer.depthwise:
+        return tuple((width, width) for width in outputs)
+    inputs = grid(layer.inputs, INPUT_LEVELS, round_to) if cut_inputs else [layer.inputs]
+    return tuple((i, o) for i in inputs for o in outputs)
+
+
+def time_models(models: dict[Widths, bytes], conditions: Conditions) -> dict[Widths, float]:
+    """Return each model's time over that of the last one: the median of the ratios within interleaved blocks."""
+    runs = {str(widths): _bound(model, conditions) for widths, model in models.items()}
+    timed = time_sessions(runs, seconds=SECONDS, blocks=BLOCKS, clock=conditions.clock)
+    whole = timed[str(next(reversed(models)))].block_ms
+    return {widths: float(np.median(timed[str(widths)].block_ms / whole)) for widths in models}
+
+
+def fill(
+    table: Table, wanted: Sequence[Wanted], *, tell: Callable[[str], None], timer: Timer = time_models
+) -> tuple[list[dict[Widths, float]], int]:
+    """Return for each block the fraction of its full-width time that it takes at the wanted widths, and how many were timed for it now."""
+    keys = [signature(one.block, one.layer, table.conditions.batch) for one in wanted]
+    groups = dict(zip(keys, wanted, strict=True))  # layers of one shape are timed once
+    missing = {key: len(set(one.widths) - table.read(key).keys()) for key, one in groups.items()}
+    left, done, started = sum(missing.values()), 0, time.monotonic()
+    if left:
+        expected_s = left * (1.1 * SECONDS + OPENING_S)
+        total = sum(len(one.widths) for one in groups.values())
+        tell(f"latency table {table.path}: {left:,} of {total:,} layer widths to time, about {expected_s:,.0f} s")
+    told = started
+    for key, one in groups.items():
+        for part in _parts(one) if missing[key] else ():
+            with table.turn():
+                absent = [widths for widths in part if widths not in table.read(key)]
+                table.write(key, _measure(one, absent, table.conditions, timer) if absent else {})
+            done += len(absent)
+            if time.monotonic() - told > PATIENCE_S:
+                told = time.monotonic()
+                tell(f"latency table: {done:,} timed, about {(told - started) / done * (left - done):,.0f} s left")
+    known = {key: table.read(key) for key in groups}
+    return [{widths: known[key][widths] for widths in groups[key].widths} for key in keys], done
+
+
+def _measure(one: Wanted, widths: Sequence[Widths], conditions: Conditions, timer: Timer) -> dict[Widths, float]:
+    """Return the fractions at some widths, timed in turns with the full one; of a node that cannot run alone its multiply-accumulates'."""
+    layer, full = one.layer, (one.layer.inputs, one.layer.outputs)
+    models: dict[Widths, bytes] = {}
+    for i, o in (*(other for other in widths if other != full), full):
+        model = alone(one.block, layer, inputs=i, outputs=o, batch=conditions.batch)
+        if model is not None:
+            models[i, o] = model
+    if full in models:
+        try:
+            timed = timer(models, conditions)
+        except FAILURES:
+            timed = {}
+        if timed:
+            return {other: timed[other] for other in widths}
+    return {(i, o): o / full[1] * (1 if layer.depthwise else i / full[0]) for i, o in widths}
+
+
+def _parts(one: Wanted) -> Iterator[list[Widths]]:
+    """Yield the widths in groups whose weights fit into memory together."""
+    whole = sum(len(tensor.raw_data) for tensor in one.block.constants.values())
+    part: list[Widths] = []
+    size = 0.0
+    for i, o in one.widths:
+        part.append((i, o))
+        size += whole * i / one.layer.inputs * o / one.layer.outputs
+        if size > GROUP_BYTES:
+            yield part
+            part, size = [], 0.0
+    if part:
+        yield part
+
+
+def _bound(model: bytes, conditions: Conditions) -> Run:
+    """Return a call that runs a model once, its buffers on the device."""
+    session = open_session(model, threads=conditions.threads, provider=conditions.provider)
+    device = "cuda" if conditions.provider == CUDA else "cpu"
+    binding = session.io_binding()
+    for name, values in inputs_of(model).items():
+        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(values, device, 0))
+    binding.bind_output(session.get_outputs()[0].name, device)
+
+    def run() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    run()
+    return run

@@ -1,0 +1,362 @@
+"""Prune to milliseconds: a table that survives, a choice that equals brute force, a clock that has the last word."""
+
+import itertools
+import math
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import Mobile, Residual, lively
+from planning import options_of
+from torch import nn
+
+from compress.errors import CompressError
+from compress.models.structure import width_cost
+from compress.pruning import latency as latencies
+from compress.pruning import timings
+from compress.pruning.blocks import Block, Conditions, alone, inputs_of, read_blocks
+from compress.pruning.clock import Clock
+from compress.pruning.goals import Goal
+from compress.pruning.knapsack import most_value
+from compress.pruning.latency import open_latency, until_close
+from compress.pruning.plan import Cut, Options, cut_
+from compress.pruning.predict import LatencyModel, choose_within, ladders
+from compress.pruning.timings import Table, Widths, fill
+from compress.scoring import Served
+from export.onnx_file.targets import CPU, host_target
+from export.runtime.latency import Ratio
+from export.runtime.session import open_session
+
+SIZE = 32
+HERE = Conditions(CPU, 1, 1)
+
+
+def quiet(text: str) -> None:
+    """Say nothing."""
+
+
+def by_product(models: dict[Widths, bytes], _: Conditions) -> dict[Widths, float]:
+    """A machine whose layers take the product of their widths, by steps of eight outputs."""
+    full = list(models)[-1]
+    return {(i, o): i / full[0] * math.ceil(o / 8) / math.ceil(full[1] / 8) for i, o in models}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A Residual and a Mobile as INT8, a Residual as FP32."""
+    folder = tmp_path_factory.mktemp("files")
+    found = {}
+    for name, factory, precision in (
+        ("residual", Residual, "int8"),
+        ("mobile", Mobile, "int8"),
+        ("float", Residual, "fp32"),
+    ):
+        found[name] = folder / f"{name}.onnx"
+        Served(HERE, precision, SIZE, host_target()).write(lively(factory(5)), found[name])
+    return found
+
+
+def options_for(name: str, round_to: int = 4) -> Options:
+    return options_of(lively((Mobile if name == "mobile" else Residual)(5)), SIZE, round_to=round_to)
+
+
+def wanted(files: dict[str, Path], name: str = "residual") -> list[timings.Wanted]:
+    options = options_for(name)
+    return [
+        timings.Wanted(
+            block,
+            layer := options.layers[block.layer],
+            timings.widths_to_time(layer, round_to=8, cut_inputs=True, cut_outputs=True),
+        )
+        for block in read_blocks(files[name], options.layers, HERE)
+        if block.layer is not None
+    ]
+
+
+# --- the blocks
+
+
+@pytest.mark.parametrize("name", ["residual", "mobile", "float"])
+def test_every_layer_is_a_node_that_runs_alone_at_half_its_width(files: dict[str, Path], name: str) -> None:
+    options = options_for(name)
+    blocks = [block for block in read_blocks(files[name], options.layers, HERE) if block.layer is not None]
+    layers = [options.layers[block.layer] for block in blocks if block.layer is not None]
+    kinds = ("Conv2d", "Linear")
+    assert sorted(layer.name for layer in layers) == sorted(
+        layer.name for layer in options.layers if layer.kind in kinds
+    )
+    for block, layer in zip(blocks, layers, strict=True):
+        for divisor in (1, 2):
+            inputs = layer.inputs if layer.inputs == 3 else layer.inputs // divisor
+            model = alone(block, layer, inputs=inputs, outputs=layer.outputs // divisor, batch=1)
+            assert model is not None
+            (output,) = open_session(model, threads=1).run(None, inputs_of(model))
+            assert output.size > 0
+
+
+def test_every_other_node_follows_the_layers_whose_channels_it_works_on(files: dict[str, Path]) -> None:
+    options = options_for("residual")
+    follows = {
+        block.node.op_type: {options.layers[index].name for index in block.follows}
+        for block in read_blocks(files["residual"], options.layers, HERE)
+        if block.layer is None
+    }
+    assert follows["QuantizeLinear"] == set()
+    assert follows["QLinearGlobalAveragePool"] <= {"block2.conv2", "block2.down.0"}
+    assert follows["QLinearGlobalAveragePool"]
+
+
+# --- the table
+
+
+def test_a_table_is_filled_once_and_layers_of_one_shape_are_timed_once(files: dict[str, Path], tmp_path: Path) -> None:
+    asked, said = wanted(files), list[str]()
+    first, timed = fill(Table(tmp_path, HERE), asked, tell=said.append, timer=by_product)
+    again, nothing = fill(Table(tmp_path, HERE), asked, tell=said.append, timer=by_product)
+    assert (first, nothing) == (again, 0)
+    assert 0 < timed < sum(len(one.widths) for one in asked)  # block1's two convolutions are one shape
+    assert len(said) == 1
+    assert f"{timed:,} of {timed:,} layer widths to time, about" in said[0]
+
+
+def test_another_machine_or_runtime_or_setting_has_rows_of_its_own(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = wanted(files)[:2]
+    _, timed = fill(Table(tmp_path, HERE), asked, tell=quiet, timer=by_product)
+    assert timed > 0
+    assert fill(Table(tmp_path, Conditions(CPU, 2, 1)), asked, tell=quiet, timer=by_product)[1] == timed
+    assert fill(Table(tmp_path, Conditions(CPU, 1, 8)), asked, tell=quiet, timer=by_product)[1] == timed
+    with monkeypatch.context() as patched:
+        patched.setattr(timings, "fingerprint", lambda _: "another-machine")
+        assert fill(Table(tmp_path, HERE), asked, tell=quiet, timer=by_product)[1] == timed
+    monkeypatch.setattr(timings, "runtime", lambda: {"onnxruntime": "0.1"})
+    assert fill(Table(tmp_path, HERE), asked, tell=quiet, timer=by_product)[1] == timed
+
+
+def test_a_killed_table_goes_on_where_it_stopped(files: dict[str, Path], tmp_path: Path) -> None:
+    """Killed in the middle of a group of widths: what was written before is kept, and the lock is free."""
+    asked = wanted(files)
+    process = multiprocessing.get_context("fork").Process(target=_fill_and_die, args=(asked, tmp_path))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    done, timed = fill(Table(tmp_path, HERE), asked, tell=quiet, timer=by_product)
+    assert timed > 0
+    whole, total = fill(Table(tmp_path / "new", HERE), asked, tell=quiet, timer=by_product)
+    assert timed < total
+    assert done == whole
+
+
+def _fill_and_die(asked: Sequence[timings.Wanted], folder: Path) -> None:
+    calls = itertools.count()
+
+    def timer(models: dict[Widths, bytes], conditions: Conditions) -> dict[Widths, float]:
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return by_product(models, conditions)
+
+    fill(Table(folder, HERE), asked, tell=quiet, timer=timer)
+
+
+def test_two_processes_fill_one_table_and_time_nothing_twice(files: dict[str, Path], tmp_path: Path) -> None:
+    asked = wanted(files)
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    processes = [context.Process(target=_fill_slowly, args=(asked, tmp_path, queue)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    parts = [queue.get() for _ in processes]
+    for process in processes:
+        process.join()
+    found, timed = fill(Table(tmp_path, HERE), asked, tell=quiet, timer=by_product)
+    whole, total = fill(Table(tmp_path / "new", HERE), asked, tell=quiet, timer=by_product)
+    assert (found, timed) == (whole, 0)
+    assert sum(parts) == total
+
+
+def _fill_slowly(asked: Sequence[timings.Wanted], folder: Path, queue: "multiprocessing.SimpleQueue[int]") -> None:
+    def timer(models: dict[Widths, bytes], conditions: Conditions) -> dict[Widths, float]:
+        time.sleep(0.02)
+        return by_product(models, conditions)
+
+    queue.put(fill(Table(folder, HERE), asked, tell=quiet, timer=timer)[1])
+
+
+def test_what_is_no_table_is_named(tmp_path: Path) -> None:
+    (tmp_path / "times.sqlite").write_text("not a table, and longer than a header of SQLite's would be " * 9)
+    with pytest.raises(CompressError, match=r"times\.sqlite: cannot be used as a table of times .*: remove it"):
+        Table(tmp_path, HERE)
+
+
+def test_a_real_layer_takes_many_times_longer_at_eight_times_its_widths(files: dict[str, Path], tmp_path: Path) -> None:
+    one = max(wanted(files), key=lambda one: one.layer.macs)
+    full, wide = (one.layer.inputs, one.layer.outputs), (8 * one.layer.inputs, 8 * one.layer.outputs)
+    ((found,), _) = fill(Table(tmp_path, HERE), [timings.Wanted(one.block, one.layer, (wide, full))], tell=quiet)
+    assert 0.7 < found[full] < 1.4
+    assert found[wide] > 5
+
+
+# --- the choice
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_program_finds_what_brute_force_finds(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(2, 5, 4)
+    values, costs = [rng.random(n) for n in sizes], [rng.random(n) for n in sizes]
+    pairs = {(a, b): rng.random((sizes[a], sizes[b])) for a, b in ((0, 1), (1, 2), (0, 3))}
+
+    def cost(chosen: Sequence[int]) -> float:
+        own = sum(float(costs[group][index]) for group, index in enumerate(chosen))
+        return own + sum(float(table[chosen[a], chosen[b]]) for (a, b), table in pairs.items())
+
+    def value(chosen: Sequence[int]) -> float:
+        return sum(float(values[group][index]) for group, index in enumerate(chosen))
+
+    every = list(itertools.product(*map(range, sizes)))
+    budget = float(np.median([cost(chosen) for chosen in every]))
+    best = max(value(chosen) for chosen in every if cost(chosen) <= budget)
+    found = most_value(values, costs, pairs, budget)
+    assert found is not None
+    assert cost(found) <= budget + 1e-6
+    assert value(found) == pytest.approx(best, rel=2e-3)
+    assert most_value(values, costs, pairs, min(map(cost, every)) - 1e-3) is None
+
+
+def fake_model(options: Options, files: dict[str, Path], folder: Path, name: str) -> LatencyModel:
+    """The model of a network on the machine of `by_product`: every layer takes 1 ms whole, every other node a tenth."""
+    nodes = [
+        Block(b.name, 1.0 if b.layer is not None else 0.1, b.layer, b.follows, b.node, b.constants)
+        for b in read_blocks(files[name], options.layers, HERE)
+    ]
+    asked = {
+        index: timings.Wanted(
+            node,
+            options.layers[node.layer],
+            timings.widths_to_time(options.layers[node.layer], round_to=4, cut_inputs=True, cut_outputs=True),
+        )
+        for index, node in enumerate(nodes)
+        if node.layer is not None
+    }
+    found, _ = fill(Table(folder, HERE), list(asked.values()), tell=quiet, timer=by_product)
+    fractions = dict(zip(asked, found, strict=True))
+    return LatencyModel(options.layers, nodes, [fractions.get(index, {}) for index in range(len(nodes))])
+
+
+@pytest.mark.parametrize("keep", [0.35, 0.6])
+def test_the_choice_loses_the_least_importance_of_all_that_meet_the_time(
+    files: dict[str, Path], tmp_path: Path, keep: float
+) -> None:
+    """Brute force over every width of every group, on a machine whose times are known."""
+    options = options_for("residual", round_to=8)
+    model = fake_model(options, files, tmp_path, "residual")
+    steps = ladders(options)
+    full = model.cost(*options.widths(options.removed([])))
+    best = math.inf
+    for levels in itertools.product(*(range(len(ladder.removed)) for ladder in steps)):
+        removed = np.array([ladder.removed[n] for ladder, n in zip(steps, levels, strict=True)], dtype=float)
+        if model.cost(*options.widths(removed)) <= keep * full:
+            best = min(best, sum(ladder.lost[n] for ladder, n in zip(steps, levels, strict=True)))
+    cuts = choose_within(options, model, keep * full)
+    assert cuts is not None
+    removed = options.removed_by(cuts)
+    lost = sum(ladder.lost[ladder.removed.index(int(n))] for ladder, n in zip(steps, removed, strict=True))
+    assert lost == pytest.approx(best, rel=2e-3)
+    assert model.cost(*options.widths(removed)) <= keep * full * (1 + 1e-6)
+
+
+def test_steps_in_the_table_stay_in_the_choice() -> None:
+    """A width that costs more than a wider one is never taken: 240 channels take 0.031 ms where 248 take 0.045."""
+    values, costs = [np.array([0.0, -0.4, -1.0])], [np.array([1.0, 1.2, 0.5])]
+    assert most_value(values, costs, {}, 1.1) == [0]
+    assert most_value(values, costs, {}, 0.9) == [2]
+
+
+# --- the clock
+
+
+@pytest.mark.parametrize("off", [0.7, 1.0, 1.45])
+def test_the_prediction_is_corrected_until_the_measured_time_is_close_below(off: float) -> None:
+    """The fake machine takes `off` times what is predicted, by steps of 0.05 ms."""
+    predicted = [0.0]
+
+    def choose(budget: float) -> tuple[list[Cut], float]:
+        predicted[0] = math.floor(budget / 0.05) * 0.05
+        return [Cut("a", (1,))], predicted[0]
+
+    attempts = until_close(
+        5.0, choose, lambda _: off * predicted[0], ([], 0.1), tell=quiet, refuse=lambda least: CompressError(str(least))
+    )
+    assert 0.97 * 5.0 <= attempts[-1].measured_ms <= 5.0
+
+
+def test_a_time_that_no_plan_reaches_is_refused_with_the_least() -> None:
+    goal = Goal("max_latency_ms", "latency", 2.0, is_fraction=False)
+    with pytest.raises(CompressError, match=r"max_latency_ms: 2 ms cannot be reached, the narrowest plan keeps 3\.1"):
+        until_close(
+            2.0,
+            lambda _: None,
+            lambda _: 3.1,
+            ([], 0.1),
+            tell=quiet,
+            refuse=lambda ms: CompressError(goal.refusal(9, ms)),
+        )
+
+
+def test_a_busy_machine_waits_and_then_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ratios, said, slept = [Ratio(1.0, 0.8, 1.3)] * 2 + [Ratio(1.0, 0.99, 1.01)], list[str](), list[float]()
+    monkeypatch.setattr(Clock, "against", lambda *_: (ratios.pop(0), 4.0, 4.0))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    clock = Clock(tmp_path / "a.onnx", HERE, SIZE)
+    assert clock.require_quiet(tell=said.append) == 4.0
+    assert len(slept) == 2
+    assert "too busy, waiting" in said[0]
+    ratios = [Ratio(1.0, 0.8, 1.3)] * 9
+    with pytest.raises(CompressError, match="too busy to time anything"):
+        clock.require_quiet(tell=quiet)
+
+
+def test_a_student_is_exported_and_timed_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is the network's multiply-accumulates, so that it is exact; the files are real."""
+    monkeypatch.setattr(latencies, "ROUNDS", 2)
+    model = lively(Mobile(5)).eval()
+    options = options_of(model, SIZE, round_to=4)
+    cost = width_cost(model, options.layers, "macs", SIZE)
+    full = cost(*options.widths(options.removed([])))
+    served = Served(HERE, "int8", SIZE, host_target())
+    measured: dict[Path, float] = {}
+
+    def write(network: nn.Module, path: Path) -> None:
+        served.write(network, path)
+        layers = options_of(network, SIZE, round_to=4).layers
+        measured[path] = width_cost(network, layers, "macs", SIZE)(
+            np.array([layer.outputs for layer in layers]), np.array([layer.inputs for layer in layers])
+        )
+
+    def against(clock: Clock, file: Path) -> tuple[Ratio, float, float]:
+        ratio = measured[file] / measured[clock.reference]
+        return Ratio(ratio, ratio, ratio), 10.0, 10.0 * ratio
+
+    monkeypatch.setattr(Clock, "against", against)
+    goal = Goal("keep_latency", "latency", 0.55)
+    latency = open_latency(
+        model, options, goal, HERE, image_size=SIZE, round_to=4, folder=tmp_path / "timed", table=tmp_path, write=write,
+        tell=quiet, timer=by_product,
+    )  # fmt: skip
+    attempts = latency.choose(model, torch.zeros(1, 3, SIZE, SIZE), options, latency.budget(1, 1))
+    assert attempts[-1].measured_ms <= 5.5
+    cut_(model, torch.zeros(1, 3, SIZE, SIZE), attempts[-1].cuts)
+    assert cost(*options.widths(options.removed_by(attempts[-1].cuts))) / full * 10 == pytest.approx(
+        attempts[-1].measured_ms
+    )
+    found = latency.to_json(attempts)
+    assert found["attempts"][-1]["measured_ms"] == attempts[-1].measured_ms
+    assert sum(row["before_ms"] for row in found["layers"]) == pytest.approx(10.0)
+    assert sum(row["after_ms"] for row in found["layers"]) == pytest.approx(attempts[-1].measured_ms)
