@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from compress.commands.search.board import Board, Row, best, progress
-from compress.commands.search.measures import MEASURES
+from compress.commands.search.measures import MEASURES, measure
 from compress.commands.search.show import folder, means, where
-from compress.commands.search.space import Axis, axes
+from compress.commands.search.space import Axis, Search, axes
 from compress.commands.search.trial import Setup
 from compress.report import charts, numbers
 from compress.report.html import FRAME, template
 
-PICKED = "picked.json"
 WIDE, TALL = 900, 260  # of the parallel coordinates, in the page's pixels
 TOP, BOTTOM = 30.0, 240.0  # of their axes
 
@@ -49,14 +48,23 @@ class Scale(NamedTuple):
     texts: list[tuple[float, str]]
 
 
+def pick_name(search: Search, number: str) -> str:
+    """Return the name of the run of a trial that was picked."""
+    return f"{search.name[:48]}-pick-{number}"
+
+
 def write_page(setup: Setup, boards: Sequence[Board]) -> Path:
     """Write the page, in one step, and return its path."""
-    page, picked = setup.folder / "index.html", setup.folder / PICKED
+    page = setup.folder / "index.html"
+    picks = {
+        path.parent.name[-3:]: measure(json.loads(path.read_text()), boards[-1].clocks)
+        for path in sorted(setup.folder.glob(f"{pick_name(setup.search, '*')}/report.json"))
+    }
     text = template("search.html.j2").render(
         search=setup.search,
         measures=MEASURES,
         shown=[_shown(setup, board) for board in reversed(boards) if board.rows()],
-        picked=json.loads(picked.read_text()) if picked.exists() else None,
+        picks=picks,
         recommended=next(iter(best(boards[-1].rows(), setup.search)), None),
         where=where,
         means=means,

@@ -1,6 +1,5 @@
 """Take a trial, run it, tell the board; again until the budget is spent. Then name what was found."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +10,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from compress.artifact import write_json
 from compress.commands.search.board import Board, Row, Taken, best, losses
-from compress.commands.search.measures import MEASURES, limits, measure
-from compress.commands.search.page import PICKED, write_page
+from compress.commands.search.measures import MEASURES, limits
+from compress.commands.search.page import pick_name, write_page
 from compress.commands.search.show import front_table, means, where, write_scores
 from compress.commands.search.space import grid
 from compress.commands.search.trial import Crashed, Mode, Refused, Setup, run_trial
@@ -116,15 +114,13 @@ def publish_pick(setup: Setup, boards: Sequence[Board], text: str, *, to: Path |
         raise CompressError("--pick: the validation images scored every trial, so none are left to judge a pick; "
                             "set judge_by: tuning, and give the search another name")  # fmt: skip
     row = pick(setup, boards, text)
-    name = f"{search.name[:48]}-picked"
     recipe = setup.recipe(row.point, mode="full", further=["data.judge_by=validation"])
-    recipe = recipe.model_copy(update={"name": name, "out": str(setup.folder)})
-    file, root = setup.folder / f"{name}.yaml", setup.folder / name
+    recipe = recipe.model_copy(update={"name": pick_name(search, f"{row.number:03d}"), "out": str(setup.folder)})
+    root, stages = setup.folder / recipe.name, setup.folder / "stages"
+    file = root.with_suffix(".yaml")
     write_recipe(recipe, file)
-    command = f"compress run {file} --stages {setup.folder / 'stages'}"
-    code = run_recipe(recipe, trust_code=setup.trust_code, until=None, verbose=verbose, command=command, stages=setup.folder / "stages")  # fmt: skip
-    measured = measure(json.loads((root / "report.json").read_text()), boards[-1].clocks)
-    write_json(setup.folder / PICKED, {"trial": row.number, "limits": text, "measured": measured})
+    command = f"compress run {file} --stages {stages}"
+    code = run_recipe(recipe, trust_code=setup.trust_code, until=None, verbose=verbose, command=command, stages=stages)
     if (root / "bundle").exists():
         publish(root, to or setup.folder / "published", key=None)
     write_page(setup, boards)
