@@ -17,6 +17,7 @@ from compress.models.cifar import CIFAR_NETWORKS
 from compress.models.detectors import BUILDERS, KINDS, build_detector, torchvision_detector
 from compress.models.digest import existing_file, local_modules
 from compress.models.known import check_name, suggestion
+from compress.models.segmenters import build_pyramid, build_smp
 
 # These two classify by auxiliary heads, too, unless told not to, and warn unless told how to start. transform_input is what their published
 # weights expect: it turns ImageNet's normalization into theirs.
@@ -86,6 +87,8 @@ LIBRARIES: dict[str, Callable[[str, int], nn.Module]] = {
     "torchvision": _torchvision,
     "timm": _timm,
     "cifar": _cifar,
+    "fpn": build_pyramid,
+    "smp": build_smp,
     **{kind: partial(build_detector, kind) for kind in BUILDERS},
 }
 

@@ -9,7 +9,7 @@ from compress.errors import ModelError
 from export.command.files import sha256
 from export.errors import nearest
 
-LIBRARIES = ("torchvision", "timm", "cifar", "ssd", "ssdlite", "retinanet", "fcos")  # of networks
+LIBRARIES = ("torchvision", "timm", "cifar", "fpn", "smp", "ssd", "ssdlite", "retinanet", "fcos")  # of networks
 WITH_WEIGHTS = ("torchvision", "timm")  # those that publish weights under names
 
 

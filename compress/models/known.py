@@ -18,7 +18,8 @@ LACKS = {
     "torchvision": "torchvision has no network",
     "timm": "timm has no model",
     "cifar": "there is no network for CIFAR",
-    **dict.fromkeys(("ssd", "ssdlite", "retinanet", "fcos"), "there is no backbone"),
+    "smp": "segmentation-models-pytorch has no decoder",
+    **dict.fromkeys(("fpn", "ssd", "ssdlite", "retinanet", "fcos"), "there is no backbone"),
 }
 
 

@@ -99,7 +99,7 @@ class Model(Section):
     """The teacher's network and where its weights come from."""
 
     arch: Arch
-    """`torchvision:NAME`, `timm:NAME`, `cifar:NAME` (32-pixel networks of the papers), a detector as `ssd:`, `ssdlite:`, `retinanet:` or `fcos:BACKBONE`, or `file.py:factory` (a person's own; needs --trust-code)."""
+    """`torchvision:NAME`, `timm:NAME`, `cifar:NAME` (32-pixel networks of the papers), `fpn:BACKBONE` or `smp:DECODER/ENCODER` for segmentation, a detector as `ssd:`, `ssdlite:`, `retinanet:` or `fcos:BACKBONE`, or `file.py:factory` (a person's own; needs --trust-code)."""
     weights: PathText | None = None
     """A state dict (.safetensors, .pt, .pth or .ckpt; in torch's files other entries are left aside), or the library's named weights as `torchvision:IMAGENET1K_V2` or `timm:TAG`; null trains here."""
     reset_head: bool = False
