@@ -25,6 +25,17 @@ class Widen(nn.Module):
         ]
 
 
+class Match(Widen):
+    """The same for the layers whose widths differ; the others' features pass as they are."""
+
+    def __init__(self, student: Sequence[torch.Size], teacher: Sequence[torch.Size]) -> None:
+        """Take the shapes (batch, channels, height, width) of both networks' features."""
+        super().__init__(student, teacher)
+        for index, (s, t) in enumerate(zip(student, teacher, strict=True)):
+            if s[1] == t[1]:
+                self.layers[index] = nn.Identity()
+
+
 class Review(nn.Module):
     """Attention-based fusion from the last layer back to the first (Chen et al. 2021, sections 3.2 and 3.3)."""
 

@@ -2,9 +2,10 @@
 
 Features are (batch, channels, height, width) or (batch, channels). Where student and teacher differ in size, the larger map is averaged
 down to the smaller one; where they differ in channels, only losses that compare images or positions (`at`, `sp`, `rkd`, `pkt`) take them as
-they are, and `fitnet` and `review` read the student through an adapter.
+they are; `fitnet` and `review` read the student through an adapter, `cwd` and `pkd` only where its width is another one.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -68,6 +69,31 @@ def review_loss(student: Tensor, teacher: Tensor) -> Tensor:
             total += weight
             loss = loss + weight * F.mse_loss(F.adaptive_avg_pool2d(s, size), F.adaptive_avg_pool2d(t, size))
     return loss / total
+
+
+def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """Return T² · mean over channels of KL(φ(t/T) ‖ φ(s/T)) (Shu 2021, Channel-wise Knowledge Distillation for Dense Prediction, eq. 4 and 5).
+
+    φ is the softmax over a channel's positions; the mean over images is the authors' code's.
+    """
+    s, t = ((maps / temperature).flatten(0, 1).flatten(1) for maps in _same_size(student.float(), teacher.float()))
+    apart = F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction="batchmean", log_target=True)  # rows are channels
+    return apart * temperature**2
+
+
+def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return mean (n(s) - n(t))² / 2, which is 1 - Pearson's correlation (Cao 2022, PKD, eq. 3 and 4).
+
+    n gives each channel mean 0 and deviation 1 over the batch's positions.
+    """
+    s, t = (_normalized(maps) for maps in _same_size(student.float(), teacher.float()))
+    return F.mse_loss(s, t) / 2
+
+
+def _normalized(maps: Tensor) -> Tensor:
+    rows = maps.transpose(0, 1).flatten(1)  # (channels, positions of all images)
+    deviation, mean = torch.std_mean(rows, 1, correction=0, keepdim=True)
+    return (rows - mean) / (deviation + 1e-6)
 
 
 def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,18 @@ def nkd_loss(student: Tensor, teacher: Tensor, targets: Tensor, *, gamma: float,
     return target_class + gamma * temperature**2 * other_classes
 
 
+def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over classes of 1 - 2 Σ p y / (Σ p² + Σ y²) (Milletari 2016, V-Net, section 3), sums over the batch's rows.
+
+    Classes that no row has are left out: a network could only lose there by numbers that cross-entropy sees anyway.
+    """
+    probabilities = logits.float().softmax(1)
+    true = targets.float() if targets.dim() == 2 else F.one_hot(targets, logits.shape[1]).float()
+    both, sizes = (probabilities * true).sum(0), (probabilities.square() + true.square()).sum(0)  # (classes,)
+    there = true.sum(0) > 0
+    return (1 - 2 * both / sizes.clamp(min=1e-7))[there].mean() if there.any() else 0 * both.sum()
+
+
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the batch's mean KL(softmax(teacher) ‖ softmax(student))."""
     return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from compress.data.batches import Batch
 from compress.distillation import features, logits
-from compress.distillation.adapters import Review, Widen
+from compress.distillation.adapters import Match, Review, Widen
 from compress.distillation.taps import Tapped, tap
 from compress.errors import CompressError
-from compress.recipe.losses import CrossEntropyTerm, FeatureTerm, LossTerm
+from compress.recipe.losses import CrossEntropyTerm, DiceTerm, FeatureTerm, LossTerm
 from compress.tasks import Task
 from compress.training.loop import Step
 
@@ -65,6 +65,8 @@ LOSSES: Mapping[str, Loss] = {
     "sp": Loss(features.sp_loss),
     "rkd": Loss(features.rkd_loss, ("distance", "angle")),
     "pkt": Loss(features.pkt_loss),
+    "cwd": Loss(features.cwd_loss, ("temperature",), adapter=Match, maps_only=True),
+    "pkd": Loss(features.pkd_loss, adapter=Match, maps_only=True),
     "review": Loss(features.review_loss, adapter=Review, maps_only=True),
 }
 Teacher = Callable[[Batch], TeacherAnswer]
@@ -124,7 +126,7 @@ def no_teacher(_batch: Batch) -> TeacherAnswer:
 
 def needs_teacher(terms: Sequence[LossTerm]) -> bool:
     """Tell whether a loss is against the teacher."""
-    return any(not isinstance(term, CrossEntropyTerm) for term in terms)
+    return any(not isinstance(term, CrossEntropyTerm | DiceTerm) for term in terms)
 
 
 def needs_features(terms: Sequence[LossTerm]) -> bool:
@@ -198,6 +200,8 @@ def _value(
     """Return one loss's value without its weight; `adapted` has the student's features of the feature losses in turn."""
     if isinstance(term, CrossEntropyTerm):
         return task.loss(outputs, truths, label_smoothing=term.label_smoothing)
+    if isinstance(term, DiceTerm):
+        return logits.dice_loss(task.rows(outputs, truths), task.truth_rows(outputs, truths))
     loss = LOSSES[term.name]
     settings = {field: getattr(term, field) for field in loss.fields}
     if isinstance(term, FeatureTerm):

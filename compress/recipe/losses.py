@@ -34,6 +34,13 @@ class CrossEntropyTerm(Term):
     """Probability moved from the label to all classes evenly."""
 
 
+class DiceTerm(Term):
+    """Overlap of the predictions with the labels, each class counting the same (Milletari 2016); for segmentation, beside cross-entropy."""
+
+    name: Literal["dice"]
+    """This loss."""
+
+
 class LogitTerm(Term):
     """The fields of every loss between the two networks' logits."""
 
@@ -158,6 +165,26 @@ class PKTTerm(FeatureTerm):
     """Factor in the sum of losses (mdistiller's 30000)."""
 
 
+class CWDTerm(FeatureTerm):
+    """Where in the image each channel is strong (Shu 2021); for class maps, as of a segmentation network's `classifier`."""
+
+    name: Literal["cwd"]
+    """This loss."""
+    weight: Positive = 3.0
+    """Factor in the sum of losses (the authors' 3 for class maps)."""
+    temperature: Temperature = 4.0
+    """Divides both networks' maps before the softmax over their positions (the authors' 4)."""
+
+
+class PKDTerm(FeatureTerm):
+    """Correlation of the features, channel by channel (Cao 2022): no scale that could differ; for pyramids."""
+
+    name: Literal["pkd"]
+    """This loss."""
+    weight: Positive = 6.0
+    """Factor in the sum of losses (the authors' 6 for one-stage detectors)."""
+
+
 class ReviewTerm(FeatureTerm):
     """Knowledge review: earlier layers, fused with all later ones, against the teacher's (Chen 2021)."""
 
@@ -168,6 +195,6 @@ class ReviewTerm(FeatureTerm):
 
 
 AnyLogitTerm = KDTerm | MSETerm | DKDTerm | DISTTerm | NKDTerm
-AnyFeatureTerm = FitNetTerm | ATTerm | SPTerm | RKDTerm | PKTTerm | ReviewTerm
-LossTerm = Annotated[CrossEntropyTerm | AnyLogitTerm | AnyFeatureTerm, Field(discriminator="name")]
+AnyFeatureTerm = FitNetTerm | ATTerm | SPTerm | RKDTerm | PKTTerm | CWDTerm | PKDTerm | ReviewTerm
+LossTerm = Annotated[CrossEntropyTerm | DiceTerm | AnyLogitTerm | AnyFeatureTerm, Field(discriminator="name")]
 KD_ONLY: tuple[LossTerm, ...] = (KDTerm(name="kd"),)

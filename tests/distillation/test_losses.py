@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.distillation.logits import (
+    dice_loss,
     dist_loss,
     dkd_loss,
     kd_loss,
@@ -250,3 +251,13 @@ def test_two_classes_and_one_image_are_enough(name: str) -> None:
     one[name](student, torch.tensor([[0.5, 2.0]])).backward()
     assert student.grad is not None
     assert bool(torch.isfinite(student.grad).all())
+
+
+def test_dice_counts_every_class_that_is_there_the_same() -> None:
+    logits, labels = torch.tensor(RANDOM.normal(size=(40, 4)), dtype=torch.float32), torch.tensor([0] * 36 + [2] * 4)
+    p, y = logits.double().softmax(1).numpy(), np.eye(4)[labels]
+    by_class = [1 - 2 * (p[:, c] * y[:, c]).sum() / ((p[:, c] ** 2).sum() + y[:, c].sum()) for c in (0, 2)]
+    assert float(dice_loss(logits, labels)) == pytest.approx(np.mean(by_class), rel=1e-5)
+    assert float(dice_loss(logits, torch.tensor(y))) == pytest.approx(np.mean(by_class), rel=1e-5)
+    assert float(dice_loss(100 * torch.tensor(y), labels)) == pytest.approx(0, abs=1e-6)
+    assert float(dice_loss(logits[:0], labels[:0])) == 0  # nothing is judged

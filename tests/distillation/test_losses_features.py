@@ -9,8 +9,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.distillation.adapters import Review, Widen
-from compress.distillation.features import at_loss, fitnet_loss, pkt_loss, review_loss, rkd_loss, sp_loss
+from compress.distillation.adapters import Match, Review, Widen
+from compress.distillation.features import (
+    at_loss,
+    cwd_loss,
+    fitnet_loss,
+    pkd_loss,
+    pkt_loss,
+    review_loss,
+    rkd_loss,
+    sp_loss,
+)
 
 Array = NDArray[np.float64]
 RANDOM = np.random.default_rng(1)
@@ -23,6 +32,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sp": sp_loss,
     "rkd": lambda s, t: rkd_loss(s, t, distance=25.0, angle=50.0),
     "pkt": pkt_loss,
+    "cwd": lambda s, t: cwd_loss(s, t, temperature=4.0),
+    "pkd": pkd_loss,
     "review": review_loss,
 }
 
@@ -133,6 +144,29 @@ def test_review_weighs_each_coarser_level_by_half(size: int, levels: tuple[int, 
         weight /= 2
         loss, total = loss + weight * ((pooled(s, level) - pooled(t, level)) ** 2).mean(), total + weight
     assert float(review_loss(*tensors(s, t))) == pytest.approx(float(loss / total), rel=1e-5)
+
+
+def test_cwd_compares_where_each_channel_is_strong() -> None:
+    apart = []
+    for s, t in zip(SAME_WIDTH.reshape(30, 64), TEACHER.reshape(30, 64), strict=True):
+        p, q = (np.exp(row / 4) / np.exp(row / 4).sum() for row in (t, s))
+        apart.append(16 * (p * np.log(p / q)).sum())
+    measured = cwd_loss(*tensors(SAME_WIDTH, TEACHER), temperature=4.0)
+    assert float(measured) == pytest.approx(float(np.mean(apart)), rel=1e-4)
+
+
+def test_pkd_is_one_minus_the_correlation_and_sees_no_scale() -> None:
+    found = [np.corrcoef(SAME_WIDTH[:, c].ravel(), TEACHER[:, c].ravel())[0, 1] for c in range(6)]
+    measured = pkd_loss(*tensors(7 * SAME_WIDTH + 2, TEACHER))
+    assert float(measured) == pytest.approx(1 - float(np.mean(found)), rel=1e-4)
+
+
+def test_features_of_the_same_width_need_no_adapter() -> None:
+    narrow, wide = torch.Size((5, 3, 8, 8)), torch.Size((5, 6, 8, 8))
+    student, same = tensors(STUDENT, SAME_WIDTH)
+    adapted = Match([narrow, wide], [wide, wide])([student, same])
+    assert adapted[0].shape == wide
+    assert adapted[1] is same
 
 
 @pytest.mark.parametrize("name", LOSSES)
