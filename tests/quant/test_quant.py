@@ -189,7 +189,7 @@ def test_a_layer_that_runs_twice_becomes_two_with_the_same_weights(tmp_path: Pat
     quantize_only_(prepared, None)
     to_onnx(deploy(prepared), tmp_path / "model.onnx", image_size=EXAMPLE.shape[-1], metadata={})
     found = audit(tmp_path / "model.onnx")
-    assert (len(found.integer_layers), len(found.float_layers)) == (3, 0)
+    assert (len(found["integer_layers"]), len(found["float_layers"])) == (3, 0)
 
 
 def onnxruntimes_answers(prepared: fx.GraphModule, images: torch.Tensor, path: Path) -> np.ndarray:
