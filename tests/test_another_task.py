@@ -70,6 +70,7 @@ BRIGHTNESS = OutputTask(
     truths=lambda values, _output: np.array(values, np.float32),
     examples=examples,
     decode=lambda outputs: outputs[:, 0],
+    finish=lambda model: model,
     statistics=statistics,
     total=total,
     further=further,

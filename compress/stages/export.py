@@ -38,7 +38,7 @@ def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
         parity = _verify(cfg, files, run, trained)
         if cfg.uint8_input and run.int8_targets and name != FP32:
             model = with_uint8_input(onnx.load(files[name]), run.dataset.preprocess.to_json())
-            save_model(model, out / f"{UINT8}.onnx")
+            save_model(run.task.output.finish(model), out / f"{UINT8}.onnx")
             log.note(f"{UINT8}.onnx")
         # TensorRT's file is float on the CPU by nature; its own optimizer is not here to be asked.
         over = _over(cfg.limits, name, audits[name], parity.get(name)) if run.target.name != "tensorrt" else []

@@ -1,6 +1,6 @@
 """Find images with their masks, one class index for each pixel, and read them. docs/segmentation.md holds the rules."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,39 @@ if TYPE_CHECKING:
 Pair = tuple[str, str]
 """The paths of an image and of its mask, relative to the data set's root."""
 CLASSES, IMAGES, MASKS = "classes.txt", "images", "masks"
+VOC = (  # Everingham 2010; its objects' rims are 255
+    *(
+        "background",
+        "aeroplane",
+        "bicycle",
+        "bird",
+        "boat",
+        "bottle",
+        "bus",
+        "car",
+        "cat",
+        "chair",
+        "cow",
+        "diningtable",
+        "dog",
+    ),
+    *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+CITYSCAPES = (  # Cordts 2016: the classes that are judged, by their training indices
+    *(
+        "road",
+        "sidewalk",
+        "building",
+        "wall",
+        "fence",
+        "pole",
+        "traffic light",
+        "traffic sign",
+        "vegetation",
+        "terrain",
+    ),
+    *("sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
+)
 GREY = ("1", "L", "P")  # Pillow's modes of one number up to 255 for each pixel; a palette's colours are for people
 WIDE = ("I", "I;16", "I;16B", "I;16L")
 
@@ -43,11 +76,14 @@ class MaskListing:
 
 
 def list_masks(root: Path) -> MaskListing:
-    """List a folder of images/ and masks/, with or without train/ and val/ in both, and a class a line in classes.txt.
+    """List a folder of images/ and masks/, with or without train/ and val/ in both, and a class a line in classes.txt; or Pascal VOC, or Cityscapes.
 
     A mask has its image's path with another suffix. Raises DataError for other layouts, and for images without masks.
     """
     check_folder(root)
+    for mark, listed in LAYOUTS.items():
+        if (root / mark).is_dir():
+            return listed(root)
     if missing := [name for name in (f"{IMAGES}/", f"{MASKS}/", CLASSES) if not (root / name).exists()]:
         raise DataError(
             f"{root}: has no {missing[0]}: put images into {IMAGES}/{TRAIN}/ and {IMAGES}/val/, their masks under the same "
@@ -60,6 +96,45 @@ def list_masks(root: Path) -> MaskListing:
         return MaskListing(root, read_classes(root / CLASSES), *((found, None) if held_out is None else ((), found)))
     val = None if held_out is None else _pairs(root, held_out)
     return MaskListing(root, read_classes(root / CLASSES), _pairs(root, parts[TRAIN]), val)
+
+
+def _voc(root: Path) -> MaskListing:
+    """List Pascal VOC: JPEGImages/, SegmentationClass/, and the names of each part in ImageSets/Segmentation/."""
+    parts = dict[str, tuple[Pair, ...] | None]()
+    for part in (TRAIN, "val"):
+        file = root / "ImageSets" / "Segmentation" / f"{part}.txt"
+        names = file.read_text(encoding="utf-8").split() if file.is_file() else []
+        pairs = [(f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png") for name in names]
+        if missing := [path for pair in pairs for path in pair if not (root / path).is_file()]:
+            raise DataError(
+                f"{file}: names {len(missing):,} files that are not there: {first(missing)}: unpack it again"
+            )
+        parts[part] = tuple(pairs) or None
+    if parts[TRAIN] is None:
+        raise DataError(f"{root}: has no image in ImageSets/Segmentation/{TRAIN}.txt: list the training images there")
+    own = root / CLASSES
+    return MaskListing(root, read_classes(own) if own.is_file() else VOC, parts[TRAIN], parts["val"])
+
+
+def _cityscapes(root: Path) -> MaskListing:
+    """List Cityscapes: leftImg8bit/PART/CITY/*_leftImg8bit.png, their masks gtFine/PART/CITY/*_gtFine_labelTrainIds.png."""
+
+    def pairs(part: str) -> tuple[Pair, ...]:
+        folder = root / "leftImg8bit" / part
+        images = images_in(root, folder) if folder.is_dir() else []
+        masks = [name.replace("leftImg8bit/", "gtFine/", 1) for name in images]
+        masks = [name.replace("_leftImg8bit", "_gtFine_labelTrainIds") for name in masks]
+        if missing := [mask for mask in masks if not (root / mask).is_file()]:
+            raise DataError(
+                f"{root}: {len(missing):,} masks are not there: {first(missing)}: make them with cityscapesscripts' csCreateTrainIdLabelImgs"
+            )
+        return tuple(zip(images, masks, strict=True))
+
+    return MaskListing(root, CITYSCAPES, pairs(TRAIN), pairs("val") or None)
+
+
+LAYOUTS: Mapping[str, Callable[[Path], MaskListing]] = {"SegmentationClass": _voc, "leftImg8bit": _cityscapes}
+"""The layouts of public sets, by the folder that tells them."""
 
 
 def read_classes(path: Path) -> tuple[str, ...]:

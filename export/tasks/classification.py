@@ -184,6 +184,7 @@ CLASSIFICATION = OutputTask(
     listing=list_folder,
     examples=find_examples,
     decode=decode,
+    finish=lambda model: model,
     statistics=statistics,
     total=total,
     further=further,

@@ -198,6 +198,7 @@ DETECTION = OutputTask(
     listing=list_boxes,
     examples=box_examples,
     decode=decode,
+    finish=lambda model: model,
     statistics=row_of,
     total=mean_average_precision,
     further=further,

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from onnx import ModelProto, TensorProto, helper
 
 from export.errors import BundleError
 from export.images.masks import list_masks, mask_examples
@@ -75,6 +76,22 @@ def decode(outputs: Array) -> Array:
     """Return the likeliest class of each pixel, uint8 (n, height, width)."""
     answers: Array = outputs.argmax(axis=1).astype(np.uint8)
     return answers
+
+
+def finish(model: ModelProto) -> ModelProto:
+    """Return the model with the output `mask`, uint8 (batch, height, width), in place of its logits: of equal ones the first class, as `decode`."""
+    (logits,) = model.graph.output
+    batch, _, height, width = (dim.dim_param or dim.dim_value for dim in logits.type.tensor_type.shape.dim)
+    finished = ModelProto.FromString(model.SerializeToString())
+    finished.graph.node.extend(
+        [
+            helper.make_node("ArgMax", [logits.name], ["mask/index"], "mask/ArgMax", axis=1, keepdims=0),
+            helper.make_node("Cast", ["mask/index"], ["mask"], "mask/Cast", to=TensorProto.UINT8),
+        ]
+    )
+    del finished.graph.output[:]
+    finished.graph.output.append(helper.make_tensor_value_info("mask", TensorProto.UINT8, [batch, height, width]))
+    return finished
 
 
 def statistics(answers: Array, truths: Array, output: tuple[int, ...]) -> Array:
@@ -212,6 +229,7 @@ SEGMENTATION = OutputTask(
     listing=list_masks,
     examples=mask_examples,
     decode=decode,
+    finish=finish,
     statistics=statistics,
     total=total,
     further=further,

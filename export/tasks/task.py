@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
+from onnx import ModelProto
 from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
 
 from export.images.annotations import BoxListing
@@ -82,6 +83,8 @@ class OutputTask:
     """The images of a folder or file with their truths; raises DataError where they do not fit the labels."""
     decode: Callable[[Array], Array]
     """Outputs to answers."""
+    finish: Callable[[ModelProto], ModelProto]
+    """A model to one that decodes inside its graph, for callers without this package."""
     statistics: Callable[[Array, Array, tuple[int, ...]], Array]
     """(answers, truths, shape of one image's output) to rows (n, k)."""
     total: Callable[[Array], float]

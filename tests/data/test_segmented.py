@@ -176,3 +176,36 @@ def test_other_layouts_and_changes_that_masks_would_not_share_are_refused(root: 
         open_masks(DataSettings("scenes", None, **settings), replace(augmentation(), mixup=0.2))
     with pytest.raises(DataError, match="its 3 classes are not the 2 of the bundle"):
         mask_examples(root, opened(root).preprocess, ("a", "b"))
+
+
+def test_pascal_vocs_layout_is_read_as_it_is_unpacked(tmp_path: Path) -> None:
+    for part, names in (("train", ("2007_1", "2007_2")), ("val", ("2008_1",))):
+        lists = tmp_path / "ImageSets" / "Segmentation"
+        lists.mkdir(parents=True, exist_ok=True)
+        (lists / f"{part}.txt").write_text("".join(f"{name}\n" for name in names))
+        for name in names:
+            write_photo(tmp_path / "JPEGImages" / f"{name}.jpg", width=24, height=20)
+            file = tmp_path / "SegmentationClass" / f"{name}.png"
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.full((20, 24), 15, np.uint8)).save(file)
+    write_photo(tmp_path / "JPEGImages" / "unlisted.jpg", width=24, height=20)
+    data = opened(tmp_path)
+    assert (len(data.train), len(data.val), len(data.classes)) == (2, 1, 21)
+    assert data.classes[15] == "person"
+    assert (data.val.placed.still(torch.tensor([0])) == 15).all()  # type: ignore[union-attr]
+    (tmp_path / "SegmentationClass" / "2007_2.png").unlink()
+    with pytest.raises(DataError, match=r"train\.txt: names 1 files that are not there: SegmentationClass/2007_2\.png"):
+        list_masks(tmp_path)
+
+
+def test_cityscapes_layout_is_read_by_its_training_indices(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        write_photo(tmp_path / "leftImg8bit" / part / "bern" / "bern_0_leftImg8bit.png", width=24, height=20)
+        file = tmp_path / "gtFine" / part / "bern" / "bern_0_gtFine_labelTrainIds.png"
+        file.parent.mkdir(parents=True)
+        Image.fromarray(np.full((20, 24), 13, np.uint8)).save(file)
+    data = opened(tmp_path)
+    assert (len(data.train), len(data.val), data.classes[13]) == (1, 1, "car")
+    file.unlink()
+    with pytest.raises(DataError, match=r"1 masks are not there: gtFine/val/bern.*csCreateTrainIdLabelImgs"):
+        list_masks(tmp_path)

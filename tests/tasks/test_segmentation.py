@@ -1,8 +1,11 @@
 """What segmentation networks answer: scores, comparisons and truths in JSON, against hand arithmetic."""
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, helper
 
 from compress.tasks.segmentation import SEGMENTATION as TASK
 from export.errors import BundleError
@@ -113,3 +116,17 @@ def test_the_loss_and_the_rows_leave_out_what_nobody_judges() -> None:
 def test_an_image_that_nobody_judges_has_no_loss() -> None:
     nothing = torch.full((1, 2, 2), IGNORED, dtype=torch.uint8)
     assert float(TASK.loss(torch.zeros(1, 3, 2, 2), nothing, label_smoothing=0.0)) == 0
+
+
+def test_the_finished_file_answers_with_the_mask_that_decode_gives() -> None:
+    shape = ["batch", 3, 4, 6]
+    given, wanted = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "logits"))
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["logits"])], "g", [given], [wanted])
+    model = SEGMENTATION.finish(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9))
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for images in (1, 5):
+        logits = np.random.default_rng(0).integers(0, 3, (images, 3, 4, 6)).astype(np.float32)  # with many ties
+        (mask,) = session.run(["mask"], {"x": logits})
+        assert mask.dtype == np.uint8
+        assert np.array_equal(mask, SEGMENTATION.decode(logits))
