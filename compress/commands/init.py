@@ -19,11 +19,13 @@ from compress.models.recognize import Match, recognize
 from compress.models.weights import load_weights_, read_state
 from compress.recipe import strict_yaml
 from compress.recipe.read import read_recipe
+from export.errors import DataError
 from export.images.decode import BrokenImage, describe_broken, read_image
 from export.images.folders import Listing, list_folder
 from export.images.preprocess import Preprocess
 from export.images.read import spread
 from export.onnx_file.targets import host_target
+from export.tasks import TASKS
 
 LOOKED_AT = 200  # images that are opened, spread over the folder
 JUDGED = 128  # images that tell candidates apart
@@ -71,6 +73,7 @@ def write_draft(
     """
     if out.exists():
         raise CompressError(f"{out}: exists already: give another file with -o, or remove it")
+    refuse_other_tasks(data, weights)
     state = read_state(weights)
     matches = [_given(arch, state)] if arch else recognize(state)
     if not matches:
@@ -88,6 +91,21 @@ def write_draft(
     read_recipe(out)  # what is written here can be read
     yield from _estimated(folder, network, model, speed)
     yield f"wrote {out}; run it with: compress run {out}{' --trust-code' if trust_code else ''}"
+
+
+def refuse_other_tasks(data: Path, weights: str) -> None:
+    """Raise CompressError, with the command to take, where a folder's images have other truths than labels."""
+    for task in TASKS.values():
+        if task.listing is list_folder:
+            continue
+        try:
+            task.listing(data)
+        except DataError:
+            continue
+        raise CompressError(
+            f"{data}: holds images for {task.name}, and init writes recipes for images with labels: run `compress run "
+            f"recipes/{task.name}_int8.yaml --data {data} --weights {weights} --set model.arch=NAME` with your network's name"
+        )
 
 
 def look_at(data: Path) -> Folder:

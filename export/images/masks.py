@@ -110,10 +110,11 @@ def _voc(root: Path) -> MaskListing:
                 f"{file}: names {len(missing):,} files that are not there: {first(missing)}: unpack it again"
             )
         parts[part] = tuple(pairs) or None
-    if parts[TRAIN] is None:
+    train = parts[TRAIN]
+    if train is None:
         raise DataError(f"{root}: has no image in ImageSets/Segmentation/{TRAIN}.txt: list the training images there")
     own = root / CLASSES
-    return MaskListing(root, read_classes(own) if own.is_file() else VOC, parts[TRAIN], parts["val"])
+    return MaskListing(root, read_classes(own) if own.is_file() else VOC, train, parts["val"])
 
 
 def _cityscapes(root: Path) -> MaskListing:

@@ -82,7 +82,7 @@ def finish(model: ModelProto) -> ModelProto:
     """Return the model with the output `mask`, uint8 (batch, height, width), in place of its logits: of equal ones the first class, as `decode`."""
     (logits,) = model.graph.output
     batch, _, height, width = (dim.dim_param or dim.dim_value for dim in logits.type.tensor_type.shape.dim)
-    finished = ModelProto.FromString(model.SerializeToString())
+    finished: ModelProto = ModelProto.FromString(model.SerializeToString())
     finished.graph.node.extend(
         [
             helper.make_node("ArgMax", [logits.name], ["mask/index"], "mask/ArgMax", axis=1, keepdims=0),

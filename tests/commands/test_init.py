@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from photographs import write_classes
+from photographs import write_classes, write_photo
 from torchvision.models import mobilenet_v2
 
 from compress.commands.init import look_at, write_draft
@@ -80,3 +80,20 @@ def test_recipes_are_listed_and_copied(tmp_path: Path) -> None:
     assert read_recipe(shipped.copy("quickstart", tmp_path / "mine.yaml")).name == "quickstart"
     with pytest.raises(CompressError, match="did you mean quickstart"):
         shipped.copy("quikstart", None)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_a_folder_of_masks_or_boxes_names_the_recipe_to_take(tmp_path: Path, task: str) -> None:
+    write_photo(tmp_path / "images" / "train" / "a.png", width=24, height=20)
+    if task == "segmentation":
+        write_photo(tmp_path / "masks" / "train" / "a.png", width=24, height=20)
+        (tmp_path / "classes.txt").write_text("ground\ncat\n")
+    else:
+        (tmp_path / "labels" / "train").mkdir(parents=True)
+        (tmp_path / "labels" / "train" / "a.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+        (tmp_path / "classes.txt").write_text("cat\n")
+    with pytest.raises(
+        CompressError, match=f"images for {task}.*recipes/{task}_int8.yaml --data {tmp_path} --weights w.pt"
+    ):
+        next(write_draft("w.pt", tmp_path, tmp_path / "x.yaml", arch=None, latency_ms=None, trust_code=False))
+    assert shipped.copy(f"{task}_int8", tmp_path / "copy.yaml").exists()

@@ -119,7 +119,7 @@ def test_an_image_that_nobody_judges_has_no_loss() -> None:
 
 
 def test_the_finished_file_answers_with_the_mask_that_decode_gives() -> None:
-    shape = ["batch", 3, 4, 6]
+    shape: list[str | int | None] = ["batch", 3, 4, 6]
     given, wanted = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "logits"))
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["logits"])], "g", [given], [wanted])
     model = SEGMENTATION.finish(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9))
