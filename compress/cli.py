@@ -312,6 +312,18 @@ def export_data(
 
 
 @app.command()
+def shards(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of images or shards, or a URL of .tar files.")],
+    to: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
+    size_mb: Annotated[int, typer.Option("--size", min=1, metavar="MB", help="The size of a shard.")] = 500,
+) -> None:
+    """Pack images into shards (tars) for large data sets, with their index; of a URL's shards write the index alone."""
+    from compress.commands.shards import write_shards
+
+    _print(write_shards(data, to, size_mb=size_mb))
+
+
+@app.command()
 def publish(
     run_folder: RunFolder,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to make, or an older bundle to replace.")],

@@ -9,8 +9,18 @@ import torch
 
 from compress.data.augment import Augmentation
 from compress.data.digest import NATIVE_SIZE, DataSettings, dataset_digest, given
-from compress.data.images import MEMORY_BYTES, ArrayImages, FileImages, ImageSet, decode_all, from_files, largest_area
+from compress.data.images import (
+    MEMORY_BYTES,
+    ArrayImages,
+    FileImages,
+    ImageSet,
+    decode_all,
+    from_files,
+    from_shards,
+    largest_area,
+)  # fmt: skip
 from compress.data.named import NAMED, Arrays, NamedSet
+from compress.data.shards import ShardListing
 from compress.data.split import held_out, limited
 from export.errors import DataError
 from export.images.folders import Listing
@@ -42,8 +52,8 @@ class Dataset:
         images = self.held_out
         if isinstance(images, ArrayImages):
             return [digest(images.file(index)) for index in range(len(images))]
-        names = [name for name in map(images.name, range(len(images))) if name not in images.broken]
-        return [self.files.get(name) or digest((images.root / name).read_bytes()) for name in names]
+        names = [(index, name) for index in range(len(images)) if (name := images.name(index)) not in images.broken]
+        return [self.files.get(name) or digest(images.content(index)) for index, name in names]
 
 
 def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
@@ -60,7 +70,7 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     if name not in NAMED and files.listing is None:
         raise DataError(f"{name}: has no label for each image; it is for another task than {settings.task}")
     found = files.listing or NAMED[name](settings.path)
-    assert isinstance(found, Listing | NamedSet), "the task lists folders of its own kind"
+    assert isinstance(found, Listing | ShardListing | NamedSet), "the task lists folders of its own kind"
     labels = _train_labels(found)
     val = None
     if found.val is None:
@@ -87,12 +97,12 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     )
 
 
-def _train_labels(found: Listing | NamedSet) -> np.ndarray:
+def _train_labels(found: Listing | ShardListing | NamedSet) -> np.ndarray:
     return np.array([label for _, label in found.train]) if isinstance(found, Listing) else found.train.labels
 
 
 def _pick(
-    found: Listing | NamedSet, train: np.ndarray, val: np.ndarray | None, *, skip_broken: bool
+    found: Listing | ShardListing | NamedSet, train: np.ndarray, val: np.ndarray | None, *, skip_broken: bool
 ) -> tuple[Lazy, Lazy]:
     """Return the training images chosen, and the data set's own validation images or those held out."""
     if isinstance(found, Listing):
@@ -102,6 +112,12 @@ def _pick(
             from_files(found.root, train_files, skip_broken=skip_broken),
             from_files(found.root, val_files, skip_broken=skip_broken),
         )
+    if isinstance(found, ShardListing):
+        own = found.train[np.empty(0, np.int64) if val is None else val] if found.val is None else found.val
+        train_shards, val_shards = (
+            from_shards(found, rows, skip_broken=skip_broken) for rows in (found.train[train], own)
+        )
+        return train_shards, val_shards
     held = found.train if found.val is None else found.val
     return _arrays(found.train, train), _arrays(held, np.arange(len(held.labels)) if val is None else val)
 

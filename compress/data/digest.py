@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compress.artifact import digests_of
+from compress.data.shards import ShardListing, list_shards, shard_files
 from compress.log import clock
 from compress.ranks import rank
 from export.errors import DataError
@@ -68,7 +69,7 @@ class DataSettings:
 class Given:
     """What a person's folder holds: its listing, where it is an `imagefolder`, and the digest of every file that can be read, by its path."""
 
-    listing: Listing | MaskListing | BoxListing | None
+    listing: Listing | ShardListing | MaskListing | BoxListing | None
     digests: dict[str, str]
 
 
@@ -78,7 +79,13 @@ def given(settings: DataSettings) -> Given:
     Raises `DataError` where the folder cannot be used.
     """
     if settings.name == "imagefolder":
-        listing = TASKS[settings.task].listing(folder_of(settings.path))
+        root = folder_of(settings.path)
+        if files := shard_files(root):
+            digests = _digests(root, files, settings.memory)
+            shards = list_shards(root, digests, settings.memory)
+            refuse_untrainable(shards)
+            return Given(shards, digests)
+        listing = TASKS[settings.task].listing(root)
         refuse_untrainable(listing)
         return Given(listing, _digests(listing.root, listing.names(), settings.memory))
     if settings.name == "fashion_mnist" and settings.path is not None:  # other sets come in its format, too
@@ -101,7 +108,9 @@ def dataset_digest(settings: DataSettings, found: Given) -> str:
         "path": None,
         "memory": None,
         "classes": listing and listing.classes,
-        "labels": listing and sorted(listing.train + (listing.val or ())),
+        "labels": None
+        if isinstance(listing, ShardListing)
+        else listing and sorted(listing.train + (listing.val or ())),
         "files": found.digests,
     }
     if not settings.tuning:
@@ -182,13 +191,13 @@ def training_folder(root: Path) -> Listing:
     return listing
 
 
-def refuse_untrainable(listing: Listing | MaskListing | BoxListing) -> None:
+def refuse_untrainable(listing: Listing | ShardListing | MaskListing | BoxListing) -> None:
     """Raise `DataError` where a folder brings no training images, or one class folder."""
     if not listing.train:
         raise DataError(
             f"{listing.root}: has a validation split but no {TRAIN}/; training images belong in {listing.place(TRAIN)}"
         )
-    if isinstance(listing, Listing) and len(listing.classes) == 1:
+    if isinstance(listing, Listing | ShardListing) and len(listing.classes) == 1:
         raise DataError(
             f"{listing.root}: has one class folder ({listing.classes[0]}); give each class a folder of its own, two classes at least"
         )

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from compress.data.placed import Placed
+from compress.data.shards import Rows, ShardListing, read_bytes
 from compress.data.stored import Stored
 from export.errors import DataError
 from export.images.decode import BrokenImage, describe_broken, read_area, read_image
@@ -87,6 +88,10 @@ class FileImages:
         """Return one decoded RGB image; raise `BrokenImage` where that fails."""
         return read_image(self.root / self.name(index), upright=True)
 
+    def content(self, index: int) -> bytes:
+        """Return the file's bytes."""
+        return (self.root / self.name(index)).read_bytes()
+
     def area(self, index: int) -> int:
         """Return an image's height times its width in pixels, 0 where its header cannot be read."""
         return read_area(self.root / self.name(index))
@@ -100,6 +105,32 @@ class FileImages:
             raise DataError(f"{self.root}: {describe_broken(new, len(self))}; {REPAIR}")
         self.broken.update(new)
         log.error("%s: left out: %s", self.root, describe_broken(new, len(self)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardImages(FileImages):
+    """Images in shards, read at their places when asked for."""
+
+    rows: Rows
+    places: tuple[str, ...]
+
+    @property
+    def place(self) -> str:
+        """Say where the images are while they are trained on."""
+        return "in their shards, decoded anew for each view"
+
+    def whole(self, index: int) -> Image.Image:
+        """Return one decoded RGB image; raise `BrokenImage` where that fails."""
+        return read_image(io.BytesIO(self.content(index)), upright=True)
+
+    def content(self, index: int) -> bytes:
+        """Return the bytes of an image's file."""
+        rows = self.rows
+        return read_bytes(self.places[rows.shards[index]], int(rows.offsets[index]), int(rows.lengths[index]))
+
+    def area(self, index: int) -> int:
+        """Return an image's height times its width in pixels, 0 where its header cannot be read."""
+        return read_area(io.BytesIO(self.content(index)))
 
 
 @dataclass(frozen=True)
@@ -144,6 +175,12 @@ def from_files(root: Path, files: Sequence[File], *, skip_broken: bool) -> FileI
     paths = np.array([os.fsencode(path) for path, _ in files], dtype=np.bytes_)
     labels = torch.tensor([label for _, label in files], dtype=torch.int64)
     return FileImages(root, paths, labels, skip_broken)
+
+
+def from_shards(listing: ShardListing, rows: Rows, *, skip_broken: bool) -> ShardImages:
+    """Return rows of shards as an image set; nothing is opened."""
+    labels = torch.from_numpy(rows.labels)
+    return ShardImages(listing.root, rows.names, labels, skip_broken, rows=rows, places=listing.places)
 
 
 def largest_area(images: FileImages | ArrayImages, *, at_most: int) -> int:

@@ -35,7 +35,8 @@ def write_validation(dataset: Dataset, folder: Path) -> int:
             except BrokenImage as error:
                 images.report_broken({index: str(error)})  # which raises unless they are to be left out
                 continue
-            shutil.copyfile(images.root / images.name(index), place.with_suffix(Path(images.name(index)).suffix))
+            suffix = Path(images.name(index)).suffix or ".jpg"  # a row of a table has none; files are read by content
+            place.with_suffix(suffix).write_bytes(images.content(index))
         written += 1
     put_folder(aside, folder)
     return written

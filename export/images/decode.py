@@ -4,6 +4,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,8 +42,8 @@ def require_pillow(path: Path) -> None:
         raise DataError(f"{path}: reading images needs Pillow: pip install pillow")
 
 
-def read_image(path: Path, *, upright: bool) -> "Image.Image":
-    """Return the file's pixels as RGB, fully decoded; the header alone decides whether decoding starts.
+def read_image(path: Path | BytesIO, *, upright: bool) -> "Image.Image":
+    """Return the pixels of a file, on the disk or in memory, as RGB, fully decoded; the header alone decides whether decoding starts.
 
     `upright` turns it as its EXIF orientation says; of 16 bits of grey the upper 8 are taken, as Pillow does with colours.
     Raises `BrokenImage` for a file that is missing, truncated, of another format, or above `MAX_PIXELS`.
@@ -64,7 +65,7 @@ def read_image(path: Path, *, upright: bool) -> "Image.Image":
         raise BrokenImage(getattr(error, "strerror", None) or str(error)) from None
 
 
-def read_area(path: Path) -> int:
+def read_area(path: Path | BytesIO) -> int:
     """Return an image's height times its width in pixels by its header, 0 for a file without one."""
     from PIL import Image
 

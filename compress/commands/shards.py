@@ -1,0 +1,127 @@
+"""Write a data set's images into shards with an index, or index the shards behind a URL where they are."""
+
+import importlib
+import io
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from compress.artifact import digests_of
+from compress.data.digest import refuse_untrainable
+from compress.data.shard_files import scan_shard
+from compress.data.shards import (
+    CLASSES,
+    INDEX,
+    Rows,
+    ShardListing,
+    index_of,
+    list_shards,
+    read_bytes,
+    save_index,
+    shard_files,
+)
+from export.command.files import put_folder, sha256
+from export.errors import DataError
+from export.images.decode import BrokenImage
+from export.images.folders import File, Listing, list_folder
+
+Sample = tuple[str, bytes, int]
+"""A file's suffix, its bytes, and its label."""
+
+
+def write_shards(data: str, out: Path, *, size_mb: int) -> str:
+    """Write the images of a folder, or of shards, into tars of about so many megabytes, and say what was written.
+
+    The tars are webdataset's; images are copied byte by byte and in order, so a run on them is the run on their folder. Of a URL's
+    tars only the index is written. Raises DataError where `out` exists or images cannot be read.
+    """
+    if out.exists():
+        raise DataError(f"{out}: is there already; name a new folder")
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as memory:
+        fill = _index_urls if "://" in data else _copy
+        fill(data, aside, Path(memory), size_mb)
+        listing = list_shards(aside, dict.fromkeys([INDEX], ""), Path(memory))
+    put_folder(aside, out)
+    parts = f"{len(listing.train):,} training and {len(listing.val or ()):,} validation images"
+    return f"{out}: {parts} of {len(listing.classes):,} classes in {len(listing.places):,} shards"
+
+
+def _copy(data: str, aside: Path, memory: Path, size_mb: int) -> None:
+    """Write a folder's images into tars, and their index."""
+    root, found = Path(data), _listed(Path(data), memory)
+    for part, rows in (("train", found.train), ("val", found.val)):
+        if rows is not None:
+            _write_tars(aside / part, _samples(root, found, rows), size_mb)
+    (aside / CLASSES).write_text("".join(f"{name}\n" for name in found.classes), encoding="utf-8")
+    files = shard_files(aside)
+    seen = [scan_shard(aside / name) for name in files if name != CLASSES]
+    save_index(aside / INDEX, index_of(aside, {name: sha256(aside / name)[:16] for name in files}, files[:-1], seen))
+
+
+def _listed(root: Path, memory: Path) -> Listing | ShardListing:
+    found: Listing | ShardListing
+    if files := shard_files(root):
+        digests = digests_of(root, files, memory=memory / "digests.json")
+        found = list_shards(root, {name: digest[:16] for name, digest in digests.items()}, memory)
+    else:
+        found = list_folder(root)
+    refuse_untrainable(found)
+    return found
+
+
+def _samples(root: Path, found: Listing | ShardListing, rows: Rows | tuple[File, ...]) -> Iterator[Sample]:
+    """Yield the images of a part of the data, one at a time."""
+    if isinstance(rows, Rows):
+        assert isinstance(found, ShardListing)
+        for index in range(len(rows)):
+            name, place = rows.names[index].decode(errors="replace"), found.places[rows.shards[index]]
+            try:
+                content = read_bytes(place, int(rows.offsets[index]), int(rows.lengths[index]))
+            except BrokenImage as error:
+                raise DataError(f"{root}: {name}: cannot be read ({error}); fetch its shard anew") from error
+            yield Path(name).suffix or ".jpg", content, int(rows.labels[index])
+    else:
+        yield from ((Path(name).suffix, (root / name).read_bytes(), label) for name, label in rows)
+
+
+def _write_tars(start: Path, samples: Iterator[Sample], size_mb: int) -> None:
+    """Write START-000000.tar and so on: NUMBER.SUFFIX and NUMBER.cls of each sample, the same bytes each time."""
+    tar, shards = None, 0
+    for number, (suffix, content, label) in enumerate(samples):
+        if tar is None or tar.offset + len(content) > size_mb * 1_000_000:
+            if tar is not None:
+                tar.close()
+            place = f"{start}-{shards:06d}.tar"
+            tar, shards = tarfile.open(place, "w", format=tarfile.USTAR_FORMAT), shards + 1  # noqa: SIM115
+        for end, text in ((suffix.lower(), content), (".cls", str(label).encode())):
+            entry = tarfile.TarInfo(f"{number:09d}{end}")
+            entry.size = len(text)
+            tar.addfile(entry, io.BytesIO(text))
+    if tar is not None:
+        tar.close()
+
+
+def _index_urls(data: str, aside: Path, memory: Path, _: int) -> None:
+    """Read the tars of a URL once, one after the other, and write their index alone."""
+    system, folder = importlib.import_module("fsspec").core.url_to_fs(data)
+    try:
+        names = sorted(system.glob(f"{folder.rstrip('/')}/*.tar"))
+        if not names:
+            raise DataError(f"{data}: holds no .tar; give the URL of the folder that does")
+        digests, seen = dict[str, str](), []
+        for name in [*names, *system.glob(f"{folder.rstrip('/')}/{CLASSES}")]:
+            file = memory / name.rpartition("/")[2]
+            system.get_file(name, str(file))
+            digests[file.name] = sha256(file)[:16]
+            if file.name != CLASSES:
+                seen.append(scan_shard(file))
+                file.unlink()
+    except OSError as error:
+        raise DataError(f"{data}: cannot be read ({error}); check the address and the network") from error
+    index = index_of(memory, digests, [system.unstrip_protocol(name) for name in names], seen)
+    save_index(aside / INDEX, index)

@@ -1,0 +1,195 @@
+"""List shards by the place of each image in them, and read an image from its place.
+
+With such an index any image is one read: views, cached logits and resumed runs see shards as they see files. Imports no torch.
+"""
+
+import hashlib
+import importlib
+import os
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.data.shard_files import Found, scan_shard, seekable
+from export.command.files import writing
+from export.errors import DataError
+from export.images.decode import BrokenImage
+from export.images.folders import TRAIN, VAL_NAMES, is_label
+
+INDEX, CLASSES, SHARDS = "index.npz", "classes.txt", (".tar", ".arrow", ".parquet")
+VERSION = 1  # of the index
+PART = re.compile(rf"(?:^|[/_.-])({'|'.join((TRAIN, *VAL_NAMES))})(?=[/_.-])")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where n images lie: each one's name, its shard, the first of its bytes there, and how many; with its label."""
+
+    names: NDArray[np.bytes_]
+    shards: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, chosen: NDArray[Any]) -> "Rows":
+        return Rows(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class ShardListing:
+    """The images of a folder of shards, in the order in which they lie there; `places` are the shards' paths or URLs.
+
+    `val` is None where no shard is named as a validation set.
+    """
+
+    root: Path
+    places: tuple[str, ...]
+    classes: tuple[str, ...]
+    train: Rows
+    val: Rows | None
+
+    def place(self, part: str) -> str:
+        """Say where the images of a part of the data belong."""
+        return f"{self.root / part}-*.tar"
+
+
+def shard_files(root: Path) -> list[str]:
+    """Return the paths of a folder's shards, in it and one folder below, and of what names their classes; none where it has other folders.
+
+    Of shards that lie behind URLs it is their index.
+    """
+    if not root.is_dir():
+        return []
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    found = [
+        [
+            file
+            for file in sorted(folder.iterdir())
+            if file.suffix in SHARDS and not file.name.startswith((".", "cache-"))
+        ]
+        for folder in (root, *folders)
+    ]
+    if not any(found) or not all(found[1:]):
+        return [INDEX] if (root / INDEX).is_file() else []
+    named = [root / CLASSES] if (root / CLASSES).is_file() else []
+    return [str(file.relative_to(root)) for file in (*chain.from_iterable(found), *named)]
+
+
+def list_shards(root: Path, digests: Mapping[str, str], memory: Path) -> ShardListing:
+    """List the shards with these digests, by the index beside them or in `memory`, where one is written if neither fits.
+
+    Raises DataError for shards that are empty or truncated, and for images that have no label or share a name.
+    """
+    kept = memory / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
+    for file in (root / INDEX, kept):
+        if (index := _load(file)) and (INDEX in digests or _digests(index) == digests):
+            return _listing(root, index)
+    if INDEX in digests:
+        raise DataError(f"{root / INDEX}: is no index of this version; make it anew with compress shards URL DIR")
+    files = [name for name in digests if name != CLASSES]
+    seen = [seekable(root / name, memory, digests[name]) for name in files]
+    index = index_of(root, digests, [os.path.relpath(file, root) for file in seen], [scan_shard(file) for file in seen])
+    memory.mkdir(parents=True, exist_ok=True)
+    save_index(kept, index)
+    return _listing(root, index)
+
+
+def save_index(file: Path, index: Mapping[str, NDArray[Any]]) -> None:
+    """Write an index, whole or not at all."""
+    with writing(file) as stream:
+        np.savez(stream, allow_pickle=False, **index)
+
+
+def index_of(
+    root: Path, digests: Mapping[str, str], places: Sequence[str], found: Sequence[Found]
+) -> dict[str, NDArray[Any]]:
+    """Return the index of shards: what each of them holds, where it lies (its path from `root`, or URL), and the digest of every file."""
+    classes, labels = _classes(root, found)
+    files = [name for name in digests if name != CLASSES]
+    names = [b"%s/%s" % (os.fsencode(file), name) for file, one in zip(files, found, strict=True) for name in one.names]
+    return {
+        "version": np.array(VERSION),
+        "files": np.array(list(digests)),
+        "sha256": np.array(list(digests.values())),
+        "places": np.array(places),
+        "classes": np.array(classes),
+        "names": np.array(names, np.bytes_),
+        "shards": np.repeat(np.arange(len(found), dtype=np.int32), [len(one.names) for one in found]),
+        "offsets": np.concatenate([one.offsets for one in found]),
+        "lengths": np.concatenate([one.lengths for one in found]),
+        "labels": labels,
+    }
+
+
+def _digests(index: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+    return dict(zip(index["files"].tolist(), index["sha256"].tolist(), strict=True))
+
+
+def _load(file: Path) -> dict[str, NDArray[Any]] | None:
+    """Return an index, None where there is none of this version."""
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            index = dict(archive)
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
+    return index if index.get("version") == VERSION else None
+
+
+def _listing(root: Path, index: Mapping[str, NDArray[Any]]) -> ShardListing:
+    rows = Rows(*(index[field.name] for field in fields(Rows)))
+    files = [name for name in index["files"].tolist() if name != CLASSES]
+    parts = [found[1] if (found := PART.search(name.lower())) else TRAIN for name in files]
+    held_out = next((name for name in VAL_NAMES if name in parts), None)
+    train, val = (
+        rows[np.isin(rows.shards, [i for i, one in enumerate(parts) if one == part])] for part in (TRAIN, held_out)
+    )
+    places = tuple(place if "://" in place else str(root / place) for place in index["places"].tolist())
+    return ShardListing(root, places, tuple(index["classes"].tolist()), train, val if held_out else None)
+
+
+def _classes(root: Path, found: Sequence[Found]) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the classes' names and every image's class: by the names in the shards, by classes.txt, else by number."""
+    labels = np.concatenate([one.labels for one in found])
+    if labels.dtype.kind != "i":
+        names, labels = np.unique(labels, return_inverse=True)
+        return [str(name) for name in names], labels
+    own = {one.classes for one in found if one.classes}
+    if len(own) > 1:
+        raise DataError(f"{root}: its shards name their classes differently; give shards of one data set")
+    listed = (root / CLASSES).read_text(encoding="utf-8").split("\n") if (root / CLASSES).is_file() else []
+    names = list(*own) or [line for line in map(str.strip, listed) if line] or list(map(str, range(labels.max() + 1)))
+    if not 0 <= labels.min() <= labels.max() < len(names):
+        raise DataError(
+            f"{root}: labels must be from 0 to {len(names) - 1}, one for each class, got {labels.min()} to {labels.max()}"
+        )
+    if len(set(names)) < len(names) or not all(map(is_label, names)):
+        raise DataError(f"{root / CLASSES}: must name a class a line, each once, in the order of the labels")
+    return names, labels
+
+
+def read_bytes(place: str, offset: int, length: int) -> bytes:
+    """Return an image's bytes out of its shard, a path or a URL. Raises BrokenImage where they cannot be read."""
+    try:
+        if "://" in place:
+            system, path = importlib.import_module("fsspec").core.url_to_fs(place)
+            found: bytes = system.cat_file(path, start=offset, end=offset + length)
+        else:
+            with Path(place).open(
+                "rb", buffering=0
+            ) as file:  # opened each time: no files are held, however many shards
+                found = os.pread(file.fileno(), length, offset)
+    except OSError as error:
+        raise BrokenImage(error.strerror or str(error)) from error
+    if len(found) < length:
+        raise BrokenImage("its shard ends before it")
+    return found
