@@ -161,8 +161,8 @@ def _classes(root: Path, found: Sequence[Found]) -> tuple[list[str], NDArray[np.
     """Return the classes' names and every image's class: by the names in the shards, by classes.txt, else by number."""
     labels = np.concatenate([one.labels for one in found])
     if labels.dtype.kind != "i":
-        names, labels = np.unique(labels, return_inverse=True)
-        return [str(name) for name in names], labels
+        found_names, labels = np.unique(labels, return_inverse=True)
+        return found_names.tolist(), labels
     own = {one.classes for one in found if one.classes}
     if len(own) > 1:
         raise DataError(f"{root}: its shards name their classes differently; give shards of one data set")

@@ -54,7 +54,7 @@ class Data(Section):
     ] = "digits"
     """The data set; `digits` is embedded in scikit-learn, `scenes` are made of them (for segmentation and detection), `imagefolder` reads `path` (and is meant where only `path` is given), the others download to `path`."""
     path: PathText | None = None
-    """The folder that holds the data set."""
+    """The folder that holds the data set: images, or shards of them (docs/images.md)."""
     image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
     """Height and width in pixels that the network sees; null takes the data set's own (digits 32, imagefolder 224)."""
     resize: Annotated[float, Field(ge=1, le=2)] = 1.0

@@ -166,7 +166,7 @@ def test_what_datasets_saved_is_seen_as_its_folder_is(kind: str, folder: Path, t
 
 
 def test_shards_behind_a_url_are_read_by_their_index(folder: Path, shards: Path, tmp_path: Path) -> None:
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec
 
     fsspec.filesystem("memory").put(f"{shards}/", "/bucket/", recursive=True)
     write_shards("memory://bucket", tmp_path / "index", size_mb=1)
