@@ -23,11 +23,12 @@ from compress.commands.search import run as search_run
 from compress.commands.search import trial
 from compress.commands.search.board import Board, Taken, best, progress
 from compress.commands.search.front import front, hypervolume
+from compress.commands.search.hopeless import Course, is_hopeless
 from compress.commands.search.measures import MEASURES, limits
 from compress.commands.search.run import open_boards, pick, work
 from compress.commands.search.show import means
 from compress.commands.search.space import Search, grid, probes
-from compress.commands.search.trial import Crashed, Refused, Setup, open_setup
+from compress.commands.search.trial import Crashed, Hopeless, Refused, Setup, open_setup
 from compress.errors import CompressError
 from compress.recipe import strict_yaml
 from compress.recipe.schema import Recipe
@@ -349,7 +350,7 @@ def test_the_first_seed_draws_the_split_and_trains_the_teacher_of_all(
 ) -> None:
     seen: list[Recipe] = []
 
-    def run(_: Setup, recipe: Recipe, __: Taken) -> Any:
+    def run(_: Setup, __: Board, recipe: Recipe, ___: Taken) -> Any:
         seen.append(recipe)
         stages = [
             {"stage": "source", "directory": "../../stages/00-source-1", "metrics": {"score": 0.9}, "seconds": 1.0}
@@ -405,6 +406,43 @@ def test_a_refused_run_and_a_crashed_one_leave_their_last_words(
         monkeypatch.setattr(sys, "executable", shutil.which("false"))
         with pytest.raises(Crashed, match=r"two-000 ended with exit code 1: it printed nothing; .*two-000\.log"):
             trial.run_trial(setup, board, taken, "full")
+
+
+def test_a_student_is_hopeless_in_the_lowest_quarter_of_those_that_cost_no_more() -> None:
+    finished = [Course("a", 6, macs, macs, [0.1, 0.2, score]) for macs, score in ((1, 0.5), (1, 0.6), (2, 0.7), (2, 0.8), (3, 0.9))]  # fmt: skip
+    lowest_quarter_of_four = 0.575  # a quarter of the way from the first to the last: 0.5 + 0.75 * 0.1
+    low, high = ([0.1, 0.2, lowest_quarter_of_four + more] for more in (-0.001, 0.001))
+    assert is_hopeless(Course("a", 6, 2, 2, low), finished)
+    assert not is_hopeless(Course("a", 6, 2, 2, high), finished)
+    assert is_hopeless(Course("a", 6, 3, 3, high), finished)  # 0.6 is the quarter of all five
+    assert not is_hopeless(Course("a", 6, 2, 1, low), finished)  # only two have no more parameters
+    assert not is_hopeless(Course("a", 6, 2, 2, low[:2]), finished)  # a third of the epochs is let alone
+    assert not is_hopeless(Course("b", 6, 2, 2, low), finished)
+    assert not is_hopeless(Course("a", 7, 2, 2, low), finished)
+
+
+def test_a_trial_without_hope_is_ended_and_its_way_is_on_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path)
+    setup = open_setup(path, data=None, weights=None, out=str(tmp_path), trust_code=False)
+    (board,) = open_boards(setup, storage=None)
+
+    def run(taken: Taken) -> dict[str, list[float]]:
+        if taken.trial.number == 4:
+            monkeypatch.setattr(trial, "follow_distillation", lambda *_: lambda: Course("a", 3, 9.0, 9.0, [0.2, 0.3]))
+            return trial.run_trial(setup, board, taken, "full")
+        taken.trial.set_user_attr("course", Course("a", 3, 1.0, 1.0, [0.5, 0.6, 0.7])._asdict())
+        return measured(taken)
+
+    work(board, run)
+    rows = board.rows()
+    assert [row.state for row in rows] == [*4 * ["done"], "ended", "done"]
+    assert rows[4].error == "ended after epoch 2 of 3 with a score of 30.00%"
+    page = search_run.write_page(setup, [board]).read_text()
+    assert page.count('<circle class="ended"') == page.count('<polyline class="way ended"') == 1
+    assert page.count("is in the lowest quarter of") == 1
+    assert not list(tmp_path.glob("two/trials/*/report.json"))
 
 
 def test_without_training_first_only_the_fronts_trials_are_then_run_whole(

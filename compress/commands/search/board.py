@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 from compress.commands.search.front import Losses, covered, front
+from compress.commands.search.hopeless import Course
 from compress.commands.search.measures import MEASURES, limits
 from compress.commands.search.space import Axis, Point, Search, axes
 from compress.errors import CompressError
@@ -22,6 +23,8 @@ from compress.errors import CompressError
 if TYPE_CHECKING:
     import optuna
 
+GivenUp = Literal["ended", "refused", "crashed"]
+GIVEN_UP: tuple[GivenUp, ...] = ("ended", "refused", "crashed")
 MOST_STARTUP = 10  # random trials before TPE models anything
 
 
@@ -39,10 +42,11 @@ class Row:
 
     number: int
     point: Point
-    state: Literal["done", "running", "refused", "crashed"]
+    state: Literal["done", "running", "ended", "refused", "crashed"]  # ended early
     measured: Mapping[str, Sequence[float]]
     error: str
     is_allowed: bool
+    course: Course | None
 
     def mean(self, name: str) -> float | None:
         """Return a measure's mean over the seeds."""
@@ -149,12 +153,13 @@ class Board:
             trial.set_constraint(text, max(limit.excess(means[limit.measure]) for limit in limits(text)))
         self._study.tell(trial, [means[name] for name in self.search.objectives])
 
-    def give_up(self, taken: Taken, error: str, *, refused: bool) -> None:
-        """Keep why a trial gave nothing: its recipe was refused, which is final, or its run crashed, which another trial makes up for."""
-        taken.trial.set_user_attr("refused" if refused else "crashed", error)
+    def give_up(self, taken: Taken, error: str, why: GivenUp) -> None:
+        """Keep why a trial gave nothing: it had no hope or was refused, which is final, or crashed, which another trial makes up for."""
         import optuna
 
-        self._study.tell(taken.trial, state=optuna.trial.TrialState.FAIL)
+        taken.trial.set_user_attr(why, error)
+        state = optuna.trial.TrialState.PRUNED if why == "ended" else optuna.trial.TrialState.FAIL
+        self._study.tell(taken.trial, state=state)
 
     def importance(self) -> dict[str, dict[str, float]]:
         """Return for each objective each axis's share of its variance, by Optuna's PED-ANOVA; nothing where too few trials tell."""
@@ -213,15 +218,16 @@ def _suggest(trial: "optuna.Trial", axis: Axis) -> str | float:
 
 def _row(trial: "optuna.trial.FrozenTrial", own: Sequence[Axis]) -> Row:
     attrs, params = trial.user_attrs, trial.params
-    ended: Literal["refused", "crashed"] = "refused" if "refused" in attrs else "crashed"
+    ended: GivenUp = next((why for why in GIVEN_UP if why in attrs), "crashed")
     drawn = [axis for axis in own if axis.name in params]  # a trial that was just taken may lack some
     return Row(
         number=trial.number,
         point={axis.name: axis.span.rounded(params[axis.name]) if axis.span else params[axis.name] for axis in drawn},
         state="done" if trial.state.name == "COMPLETE" else "running" if trial.state.name == "RUNNING" else ended,
         measured=attrs.get("measured", {}),
-        error=attrs.get("refused", attrs.get("crashed", "")),
+        error=attrs.get(ended, ""),
         is_allowed=all(excess <= 0 for excess in trial.constraints.values()),
+        course=Course(**attrs["course"]) if "course" in attrs else None,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from compress.commands.search.board import Board, Row, best, progress
+from compress.commands.search.hopeless import LEAST
 from compress.commands.search.measures import MEASURES, measure
 from compress.commands.search.show import folder, means, where
 from compress.commands.search.space import Axis, Search, axes
@@ -29,7 +30,7 @@ class Trial(NamedTuple):
 
 
 class Scatter(NamedTuple):
-    """Trials in a drawing, each with its place, and a line through some."""
+    """Trials in a drawing, each with its place, a line through some, and a way of each to its place."""
 
     title: str
     x: charts.Axis
@@ -38,6 +39,7 @@ class Scatter(NamedTuple):
     y_title: str
     dots: list[tuple[float, float, Trial]]
     line: str
+    ways: Sequence[tuple[str, Trial]] = ()
 
 
 class Scale(NamedTuple):
@@ -66,6 +68,7 @@ def write_page(setup: Setup, boards: Sequence[Board]) -> Path:
         shown=[_shown(setup, board) for board in reversed(boards) if board.rows()],
         picks=picks,
         recommended=next(iter(best(boards[-1].rows(), setup.search)), None),
+        early=LEAST if setup.may_end_early else None,
         where=where,
         means=means,
     )
@@ -83,7 +86,7 @@ def _shown(setup: Setup, board: Board) -> dict[str, object]:
     scales, ways = _parallel(done, setup) if done else ([], [])
     return {
         "name": board.name,
-        "scatters": [_front(done, setup), _covered(done, setup)] if done else [],
+        "scatters": [_front(done, setup), _covered(done, setup), *_courses(trials)] if done else [],
         "importance": board.importance(),
         "scales": scales,
         "ways": sorted(ways, key=lambda way: way[1].kind == "front"),  # drawn last, above the others
@@ -120,6 +123,19 @@ def _covered(done: Sequence[Trial], setup: Setup) -> Scatter:
     dots = [(x.at(n), y.at(value), trial) for n, (value, trial) in enumerate(zip(ys, done, strict=True), start=1)]
     words = "Hypervolume, % of the box around all trials"
     return Scatter("What the trials gained", x, y, "Trials", words, dots, " ".join(f"{a},{b}" for a, b, _ in dots))
+
+
+def _courses(trials: Sequence[Trial]) -> list[Scatter]:
+    """Return the scores of all trials while they distilled, if any did."""
+    ways = [(trial, trial.row.course.scores) for trial in trials if trial.row.course]
+    if not ways:
+        return []
+    x = charts.linear_axis([1, max(2, *(len(scores) for _, scores in ways))], FRAME.left + 8, FRAME.right - 8)
+    y = charts.linear_axis([100 * score for _, scores in ways for score in scores], FRAME.bottom - 14, FRAME.top + 14)
+    places = [(trial, [(x.at(n), y.at(100 * score)) for n, score in enumerate(scores, 1)]) for trial, scores in ways]
+    lines = [(" ".join(f"{a},{b}" for a, b in way), trial) for trial, way in places]
+    dots = [(*way[-1], trial) for trial, way in places]
+    return [Scatter("Scores while distilling", x, y, "Epoch", _title("score"), dots, "", lines)]
 
 
 def _parallel(done: Sequence[Trial], setup: Setup) -> tuple[list[Scale], list[tuple[str, Trial]]]:

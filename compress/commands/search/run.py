@@ -15,7 +15,7 @@ from compress.commands.search.measures import MEASURES, limits
 from compress.commands.search.page import pick_name, write_page
 from compress.commands.search.show import front_table, means, where, write_scores
 from compress.commands.search.space import grid
-from compress.commands.search.trial import Crashed, Mode, Refused, Setup, run_trial
+from compress.commands.search.trial import Crashed, Hopeless, Mode, Refused, Setup, run_trial
 from compress.errors import CompressError
 from compress.pipeline import run_recipe
 from compress.recipe.read import write_recipe
@@ -91,10 +91,12 @@ def work(
             try:
                 board.finish(taken, run(taken))
                 crashes = 0
+            except Hopeless as error:
+                board.give_up(taken, str(error), "ended")
             except Refused as error:
-                board.give_up(taken, str(error), refused=True)
+                board.give_up(taken, str(error), "refused")
             except Crashed as error:
-                board.give_up(taken, str(error), refused=False)
+                board.give_up(taken, str(error), "crashed")
                 crashes += 1
                 if crashes == MOST_CRASHES:
                     raise CompressError(f"{crashes} trials in a row crashed; the last: {error}") from error

@@ -80,6 +80,7 @@ class Search(Section):
     sampler: Literal["tpe", "nsga2", "grid"] = "tpe"
     seed: NonNegativeInt = 0
     budget: Budget = Budget()
+    end_early: bool = True
     mode: Literal["full", "no_training"] = "full"
     judge_by: Literal["tuning", "validation"] = "tuning"
 

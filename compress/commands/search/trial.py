@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from compress.commands.search.board import Board, Taken
+from compress.commands.search.hopeless import Course, follow_distillation, is_hopeless
 from compress.commands.search.measures import MEASURES, limits, measure, teacher_ms, teacher_of
 from compress.commands.search.space import Point, Search, axes, probes, read_search
 from compress.errors import CompressError, RecipeError
@@ -19,10 +21,15 @@ from compress.report.shape import Report
 from export.command.main import MISTAKE
 
 Mode = Literal["full", "no_training"]
+POLL_S = 0.5
 
 
 class Refused(CompressError):
     """Report a trial whose recipe cannot be run."""
+
+
+class Hopeless(CompressError):
+    """Report a trial that was ended early."""
 
 
 class Crashed(CompressError):
@@ -45,6 +52,11 @@ class Setup:
         """The measures that the search cannot do without."""
         limited = [limit.measure for text in self.search.constraints for limit in limits(text)]
         return list(dict.fromkeys((*self.search.objectives, *limited)))
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether a low score makes a trial worthless."""
+        return self.search.end_early and not {"score", "drop"}.isdisjoint(self.search.objectives)
 
     @property
     def files(self) -> dict[str, Path]:
@@ -94,7 +106,7 @@ def open_setup(path: Path, *, data: str | None, weights: str | None, out: str, t
 def run_trial(setup: Setup, board: Board, taken: Taken, mode: Mode) -> dict[str, list[float]]:
     """Run a trial once for each seed, as ordinary runs that share their stages, and return each measure by seed.
 
-    Raises Refused or Crashed, with the last line that the run wrote, and CompressError where the recipe changed under the search.
+    Raises Refused, Hopeless or Crashed, with the last line that the run wrote, and CompressError where the recipe changed under the search.
     """
     board.hold(setup.content())
     found: list[dict[str, float]] = []
@@ -106,7 +118,7 @@ def run_trial(setup: Setup, board: Board, taken: Taken, mode: Mode) -> dict[str,
         except RecipeError as error:
             raise Refused(str(error)) from error
         recipe = recipe.model_copy(update={"name": name, "out": str(setup.folder / "trials")})
-        report = _run(setup, recipe, taken)
+        report = _run(setup, board, recipe, taken)
         if recipe.model.weights is None:  # the first seed's teacher teaches all: the spread is the student's
             source = setup.folder / "trials" / name / report["stages"][0]["directory"]
             teacher = [f"model.weights={json.dumps(str((source / 'weights.safetensors').resolve()))}"]
@@ -123,30 +135,52 @@ def trial_name(search: Search, board: str, number: int, seed: int) -> str:
     return f"{board[:48]}-{number:03d}{several}"
 
 
-def _run(setup: Setup, recipe: Recipe, taken: Taken) -> Report:
+def _run(setup: Setup, board: Board, recipe: Recipe, taken: Taken) -> Report:
     """Run a recipe in a process of its own, with what it prints in a log beside its folder, and return its report."""
     place = Path(recipe.out) / recipe.name
-    file = place.with_suffix(".yaml")
+    file, log_file = place.with_suffix(".yaml"), place.with_suffix(".log")
     write_recipe(recipe, file)
     made = _report(place)
-    if made is None or made["recipe"] != recipe.model_dump(
-        mode="json"
-    ):  # otherwise a killed worker's run came to its end
-        (place / "report.json").unlink(missing_ok=True)
-        command = [sys.executable, "-m", "compress.cli", "run", str(file), "--stages", str(setup.folder / "stages")]
-        command += ["--trust-code"] if setup.trust_code else []
-        with place.with_suffix(".log").open("w") as log:
-            code = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, check=False, pass_fds=[taken.lock.fileno()]
-            ).returncode
-        made = _report(place)
-        if made is None:
-            lines = place.with_suffix(".log").read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
-            if code == MISTAKE:
-                raise Refused(lines[-1])
-            log_file = place.with_suffix(".log")
-            raise Crashed(f"{recipe.name} ended with exit code {code}: {lines[-1]}; all it said is in {log_file}")
+    if made is not None and made["recipe"] == recipe.model_dump(mode="json"):
+        return made  # a killed worker's run came to its end
+    (place / "report.json").unlink(missing_ok=True)
+    command = [sys.executable, "-m", "compress.cli", "run", str(file), "--stages", str(setup.folder / "stages")]
+    command += ["--trust-code"] if setup.trust_code else []
+    with log_file.open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[taken.lock.fileno()])
+        code = _watch(process, setup, board, recipe, taken)
+    if (made := _report(place)) is None:
+        said = (log_file.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
+        if code == MISTAKE:
+            raise Refused(said)
+        raise Crashed(f"{recipe.name} ended with exit code {code}: {said}; all it said is in {log_file}")
     return made
+
+
+def _watch(process: subprocess.Popen[bytes], setup: Setup, board: Board, recipe: Recipe, taken: Taken) -> int:
+    """Wait for a run's end and return its exit code; end it and raise Hopeless where its scores while distilling have no hope.
+
+    How the first seed's distillation went is kept with the trial, for those to come.
+    """
+    is_first = recipe.seed == setup.search.seeds[0]
+    follow = follow_distillation(recipe, setup.folder / "stages") if is_first else lambda: None
+    seen: Course | None = None
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(POLL_S)
+        course = follow()
+        if course != seen and course is not None:
+            seen = course
+            taken.trial.set_user_attr("course", course._asdict())
+            others = [row.course for row in board.rows() if row.state == "done" and row.course is not None]
+            if process.returncode is None and setup.may_end_early and is_hopeless(course, others):
+                process.terminate()
+                process.wait()
+                raise Hopeless(
+                    f"ended after epoch {len(course.scores)} of {course.epochs} with a score of {course.scores[-1]:.2%}"
+                )
+        if process.returncode is not None:
+            return process.returncode
 
 
 def _report(place: Path) -> Report | None:
