@@ -3,6 +3,7 @@
 import itertools
 import json
 import multiprocessing
+import os
 import random
 import re
 import shutil
@@ -10,10 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from elsewhere.files import is_there
+from elsewhere.postgresql import server, use_driver
 from optuna._hypervolume import compute_hypervolume  # the independent one
 from typer.testing import CliRunner
 
@@ -25,10 +29,10 @@ from compress.commands.search.board import Board, Taken, best, progress
 from compress.commands.search.front import front, hypervolume
 from compress.commands.search.hopeless import Course, is_hopeless
 from compress.commands.search.measures import MEASURES, limits
-from compress.commands.search.run import open_boards, pick, work
+from compress.commands.search.run import open_boards, own_gpu, pick, work
 from compress.commands.search.show import means
 from compress.commands.search.space import Search, grid, probes
-from compress.commands.search.trial import Crashed, Hopeless, Refused, Setup, open_setup
+from compress.commands.search.trial import Crashed, Refused, Setup, open_setup
 from compress.errors import CompressError
 from compress.recipe import strict_yaml
 from compress.recipe.schema import Recipe
@@ -262,7 +266,7 @@ def test_a_search_in_which_nothing_works_ends_with_a_sentence(tmp_path: Path, er
         work(a_board(tmp_path, a_search()), run)
 
 
-def worker(folder: Path) -> None:
+def worker(folder: Path, storage: str | None) -> None:
     """Run a grid's trials, each of three stages that trials share in part; every end is written down."""
 
     def stage(name: str) -> None:
@@ -278,7 +282,8 @@ def worker(folder: Path) -> None:
             stage(name.replace("/", ""))
         return measured(taken)
 
-    work(a_board(folder, many()), run, poll_s=0.05)
+    use_driver()
+    work(a_board(folder, many(), storage), run, poll_s=0.05)
 
 
 def many() -> Search:
@@ -287,14 +292,17 @@ def many() -> Search:
     )
 
 
+Start = Callable[[Path, str | None], multiprocessing.process.BaseProcess]
+
+
 @pytest.fixture
-def start() -> Iterator[Callable[[Path], multiprocessing.process.BaseProcess]]:
+def start() -> Iterator[Start]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     started = []
 
-    def one(folder: Path) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=worker, args=(folder,))
+    def one(folder: Path, storage: str | None) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=worker, args=(folder, storage))
         process.start()
         started.append(process)
         return process
@@ -305,21 +313,33 @@ def start() -> Iterator[Callable[[Path], multiprocessing.process.BaseProcess]]:
         process.join()
 
 
+@pytest.fixture(params=["journal", pytest.param("postgresql", marks=pytest.mark.slow)])
+def storage(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    if request.param == "journal":
+        yield None
+        return
+    if not is_there("postgresql"):
+        pytest.skip("run `make elsewhere`")
+    use_driver()
+    with server() as url:
+        yield url
+
+
 def test_workers_that_are_killed_leave_every_trial_done_once_and_no_stage_made_twice(
-    tmp_path: Path, start: Callable[[Path], multiprocessing.process.BaseProcess]
+    tmp_path: Path, storage: str | None, start: Start
 ) -> None:
     rng = random.Random(0)
-    workers = [start(tmp_path) for _ in range(3)]
+    workers = [start(tmp_path, storage) for _ in range(3)]
     for _ in range(10):
         time.sleep(rng.uniform(0.05, 0.4))
         index = rng.randrange(3)
         workers[index].kill()
         workers[index].join()
-        workers[index] = start(tmp_path)
+        workers[index] = start(tmp_path, storage)
     for process in workers:
         process.join(60)
         assert process.exitcode == 0
-    rows = a_board(tmp_path, many()).rows()
+    rows = a_board(tmp_path, many(), storage).rows()
     assert [row.state for row in rows] == 24 * ["done"]
     assert len({json.dumps(row.point, sort_keys=True) for row in rows}) == 24
     made = (tmp_path / "made.txt").read_text().splitlines()
@@ -465,6 +485,25 @@ def test_without_training_first_only_the_fronts_trials_are_then_run_whole(
     assert first < second
     assert page.count('<circle class="front"') == 2 * (3 + 3)
     assert "prune.criterion l1" in page
+
+
+def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def start(visible: str = "4,6") -> AbstractContextManager[None]:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        return own_gpu()
+
+    with start():
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
+        with start():
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
+            with pytest.raises(CompressError, match="each of 2 GPUs has its worker"), start():
+                pass
+            with start("4"):
+                pass
+    with start():
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
 
 
 # --- all of it

@@ -10,6 +10,7 @@ SERVE=(kserve==0.21.0 mlcommons-loadgen==6.0.17 onnxruntime==1.32.0 onnx==1.23.2
 WEB=(onnxruntime-web@1.30.0)
 TRITON=(nvidia-pytriton==0.7.0 tritonclient==2.73.0 onnxruntime==1.32.0 numpy==1.26.4)
 SIGNING=(model-signing==1.1.1 pyopenssl==26.4.0 onnxruntime==1.32.0 onnx==1.23.2 numpy==2.4.6)
+POSTGRESQL=(psycopg==3.3.9 psycopg-binary==3.3.9)
 FUZZ=(atheris==3.0.0 numpy==2.4.6 onnx==1.23.2 onnxruntime==1.32.0 pillow==13.0.0)
 ARM64=(onnxruntime==1.22.1 numpy==2.2.6 flatbuffers==25.12.19 protobuf==6.33.0 packaging==25.0)
 
@@ -106,6 +107,21 @@ arm64_environment() { # NAME PACKAGES...
 	echo "$*" >"$folder/.ready"
 }
 
+# Debian's server, and a driver for the searches' workers, which run in .venv.
+postgresql_environment() { # NAME PACKAGES...
+	local name=$1; shift
+	if ready "$name" "$@"; then return; fi
+	if ! compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null; then
+		echo ".elsewhere/$name: left out, it needs Debian's server (apt install postgresql)"
+		return
+	fi
+	rm -rf ".elsewhere/$name"
+	mkdir ".elsewhere/$name"
+	.venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --target ".elsewhere/$name/site" "$@" >".elsewhere/$name/pip.log" 2>&1 \
+		|| fail "pip cannot install $*; all it said is in .elsewhere/$name/pip.log"
+	echo "$*" >".elsewhere/$name/.ready"
+}
+
 mkdir -p .elsewhere
 if [ "${1:-}" = fuzz ]; then
 	python_environment fuzz "3.13 3.12 3.11" "${FUZZ[@]}"
@@ -115,6 +131,7 @@ python_environment onnxruntime "3.11 3.10 3.9 3.8" "${ORT[@]}"
 python_environment openvino "3.13 3.12 3.11 3.10" "${OPENVINO[@]}"
 python_environment signing "3.13 3.12 3.11" "${SIGNING[@]}"
 triton_environment triton "${TRITON[@]}"
+postgresql_environment postgresql "${POSTGRESQL[@]}"
 python_environment serve "3.13 3.12 3.11" "${SERVE[@]}"
 node_environment web "${WEB[@]}"
 arm64_environment arm64 "${ARM64[@]}"

@@ -1,8 +1,12 @@
 """Take a trial, run it, tell the board; again until the budget is spent. Then name what was found."""
 
+import fcntl
 import math
+import os
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +31,27 @@ MOST_CRASHES = 3  # in a row, after which the machine is to blame and not the pl
 MODES: dict[Mode, list[Mode]] = {"full": ["full"], "no_training": ["no_training", "full"]}  # of each board
 
 
+@contextmanager
+def own_gpu() -> Iterator[None]:
+    """Keep one of several GPUs to this worker's runs; raise CompressError where other workers of this machine hold them all."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = given.split(",") if given else sorted(path.name[6:] for path in Path("/dev").glob("nvidia[0-9]*"))
+    if len(gpus) < 2:
+        yield
+        return
+    for gpu in gpus:
+        with Path(tempfile.gettempdir(), f"compress-search-{os.getuid()}-gpu-{gpu}").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+            yield
+            return
+    raise CompressError(f"each of {len(gpus)} GPUs has its worker; to share one set CUDA_VISIBLE_DEVICES to it")
+
+
+@own_gpu()
 def run_search(setup: Setup, *, storage: str | None) -> Path:
     """Run a search to its budget's end, together with whoever else runs the same command, and return its page.
 
