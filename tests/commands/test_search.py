@@ -7,11 +7,12 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -532,3 +533,46 @@ def test_a_search_shares_stages_chooses_on_its_own_images_and_publishes_what_val
     assert picked["recipe"]["data"]["judge_by"] == "validation"
     assert picked["data_digest"] not in {one["data_digest"] for one in reports.values()}
     assert "trained anew on all training images" in (root / "index.html").read_text()
+
+
+@pytest.mark.slow
+def test_commands_that_are_killed_with_their_runs_or_without_leave_every_trial_done_once(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    path = written(
+        tmp_path, space={"prune.keep_macs": [0.3, 0.5, 0.7], "prune.criterion": ["l1", "l2"]}, sampler="grid"
+    )
+    command = [sys.executable, "-m", "compress.cli", "search", str(path), "--out", str(tmp_path), "--trust-code"]
+    made: dict[str, set[int]] = {}  # each stage, and when its artifact was finished
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+
+    def look() -> None:
+        for meta in tmp_path.glob("two/stages/[0-9]*/meta.json"):
+            made.setdefault(meta.parent.name, set()).add(meta.stat().st_mtime_ns)
+
+    workers, left = [start() for _ in range(3)], 10
+    try:
+        while any(worker.poll() is None for worker in workers):
+            time.sleep(rng.uniform(1, 5))
+            look()
+            if left:
+                left -= 1
+                index = rng.randrange(3)
+                (os.killpg if left % 2 else os.kill)(workers[index].pid, signal.SIGKILL)
+                workers[index].wait()
+                workers[index] = start()
+    finally:
+        for worker in workers:
+            with suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+    look()
+    assert [worker.returncode for worker in workers] == [0, 0, 0]
+    setup = open_setup(path, data=None, weights=None, out=str(tmp_path), trust_code=True)
+    (board,) = open_boards(setup, storage=None)
+    rows = board.rows()
+    assert [row.state for row in rows] == 6 * ["done"]
+    assert len({json.dumps(row.point) for row in rows}) == 6
+    assert {stage: len(times) for stage, times in made.items() if len(times) > 1} == {}
+    assert len(made) == 1 + 6 + 6

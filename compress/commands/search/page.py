@@ -80,8 +80,8 @@ def write_page(setup: Setup, boards: Sequence[Board]) -> Path:
 def _shown(setup: Setup, board: Board) -> dict[str, object]:
     """Return what the page shows of one board."""
     rows = board.rows()
-    front = [row.number for row in best(rows, setup.search)]
-    trials = [_trial(setup, board, row, is_best=row.number in front) for row in rows]
+    place = {row.number: n for n, row in enumerate(best(rows, setup.search))}  # the best in the first objective first
+    trials = [_trial(setup, board, row, is_best=row.number in place) for row in rows]
     done = [trial for trial in trials if trial.row.state == "done"]
     scales, ways = _parallel(done, setup) if done else ([], [])
     return {
@@ -90,7 +90,7 @@ def _shown(setup: Setup, board: Board) -> dict[str, object]:
         "importance": board.importance(),
         "scales": scales,
         "ways": sorted(ways, key=lambda way: way[1].kind == "front"),  # drawn last, above the others
-        "trials": sorted(trials, key=lambda trial: trial.kind != "front"),
+        "trials": sorted(trials, key=lambda trial: (place.get(trial.row.number, len(place)), trial.row.number)),
     }
 
 

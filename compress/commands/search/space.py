@@ -128,9 +128,17 @@ def axes(search: Search) -> list[Axis]:
         if isinstance(values, Range):
             found.append(Axis(path, {}, values))
         else:
-            texts = [json.dumps(value) for value in values]
-            found.append(Axis(path, {text.replace('"', ""): (f"{path}={text}",) for text in texts}))
+            found.append(Axis(path, {_label(value): (f"{path}={json.dumps(value)}",) for value in values}))
     return found
+
+
+def _label(value: object) -> str:
+    """Return a value in few words: losses as `cross_entropy + kd {temperature: 2.0}`."""
+    if isinstance(value, tuple | list) and value and all(isinstance(one, dict) and "name" in one for one in value):
+        rests = [{name: more for name, more in one.items() if name != "name"} for one in value]
+        parts = [f"{one['name']} {_label(rest) if rest else ''}" for one, rest in zip(value, rests, strict=True)]
+        return " + ".join(part.strip() for part in parts)
+    return json.dumps(value).replace('"', "")
 
 
 def grid(search: Search) -> list[Point]:
