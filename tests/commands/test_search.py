@@ -30,6 +30,7 @@ from compress.commands.search.board import Board, Taken, best, progress
 from compress.commands.search.front import front, hypervolume
 from compress.commands.search.hopeless import Course, is_hopeless
 from compress.commands.search.measures import MEASURES, limits
+from compress.commands.search.page import write_page
 from compress.commands.search.run import open_boards, own_gpu, pick, work
 from compress.commands.search.show import means
 from compress.commands.search.space import Search, grid, probes
@@ -460,7 +461,7 @@ def test_a_trial_without_hope_is_ended_and_its_way_is_on_the_page(
     rows = board.rows()
     assert [row.state for row in rows] == [*4 * ["done"], "ended", "done"]
     assert rows[4].error == "ended after epoch 2 of 3 with a score of 30.00%"
-    page = search_run.write_page(setup, [board]).read_text()
+    page = write_page(setup, [board]).read_text()
     assert page.count('<circle class="ended"') == page.count('<polyline class="way ended"') == 1
     assert page.count("is in the lowest quarter of") == 1
     assert not list(tmp_path.glob("two/trials/*/report.json"))
