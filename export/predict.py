@@ -1,9 +1,11 @@
 """Say what a bundle's model sees in an image.
 
-`python -m export.predict BUNDLE image.jpg` prints the likeliest labels with their probabilities, without torch.
+`python -m export.predict BUNDLE image.jpg` prints the likeliest labels with their probabilities, the boxes or the areas, without torch;
+`--json` gives them to programs, `--draw FOLDER` draws boxes and masks on the images.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -16,12 +18,18 @@ from export.command.arguments import at_least
 from export.command.main import MISTAKE, run
 from export.command.table import table
 from export.errors import BundleError, UserError
+from export.images.decode import read_image
+from export.images.preprocess import Preprocess
 from export.images.read import read_pixels
 from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
+from export.tasks.task import Array, OutputTask
+
+TOP = 5
+ALL = 1000  # lines that --json has at most
 
 
-def predict(session: onnxruntime.InferenceSession, bundle: Bundle, path: Path, *, top: int) -> str:
-    """Return the image's path and what the network sees in it.
+def predict(session: onnxruntime.InferenceSession, bundle: Bundle, path: Path) -> Array:
+    """Return the network's output for one image, without the batch's dimension.
 
     Raises DataError for a file that is no whole image, BundleError for a network that cannot run and for outputs that are not finite.
     """
@@ -33,17 +41,40 @@ def predict(session: onnxruntime.InferenceSession, bundle: Bundle, path: Path, *
         raise BundleError(f"{path}: the network cannot run on it ({first_line(error)}): export it again") from error
     if not np.isfinite(outputs).all():
         raise BundleError(f"{path}: the network gives no finite numbers for it: export it again")
-    return f"{path}\n{table(*bundle.task.show(outputs[0], bundle.labels, top))}"
+    found: Array = outputs[0]
+    return found
+
+
+def draw(output: Array, task: OutputTask, labels: list[str], preprocess: Preprocess, path: Path, folder: Path) -> None:
+    """Write the image, or what the network sees of it where that is not all, with the answer on it as folder/NAME.png."""
+    from PIL import Image
+
+    assert task.draw is not None
+    whole = read_image(path, upright=preprocess.upright)
+    pixels = np.asarray(whole) if preprocess.stretch else preprocess.pixels(whole)
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(task.draw(pixels, task.decode(output[None])[0], labels)).save(folder / f"{path.stem}.png")
 
 
 def print_predictions(arguments: argparse.Namespace) -> int:
-    """Print the labels of every image that can be read; return 2 where one cannot."""
+    """Print what is seen in every image that can be read; return 2 where one cannot."""
     code = 0
     bundle = read_bundle(arguments.bundle, inspect=vet)
+    task, labels = bundle.task, list(bundle.labels)
+    if arguments.draw and task.draw is None:
+        raise BundleError(f"--draw: there is nothing to draw of {task.name}: leave it out")
     session = open_session(bundle.file(arguments.file))
     for path in arguments.images:
         try:
-            sys.stdout.write(f"{predict(session, bundle, path, top=arguments.top)}\n")
+            output = predict(session, bundle, path)
+            if arguments.draw:
+                draw(output, task, labels, bundle.preprocess, path, arguments.draw)
+            columns, rows = task.show(output, labels, arguments.top or (ALL if arguments.json else TOP))
+            if arguments.json:
+                found = [dict(zip(columns, row, strict=True)) for row in rows]
+                sys.stdout.write(f"{json.dumps({'image': str(path), 'found': found})}\n")
+            else:
+                sys.stdout.write(f"{path}\n{table(columns, rows)}\n")
         except UserError as error:  # the other images are still worth an answer
             sys.stderr.write(f"{error}\n")
             code = MISTAKE
@@ -51,12 +82,14 @@ def print_predictions(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Print the likeliest labels of images, with their probabilities."""
+    """Print what the network sees in images: labels with probabilities, boxes with scores, areas of classes."""
     parser = argparse.ArgumentParser(prog="python -m export.predict", description=main.__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("images", type=Path, nargs="+", metavar="image", help="JPEG, PNG, WebP or BMP")
     parser.add_argument("--file", metavar="NAME", help="another file of the bundle than the one to serve")
-    parser.add_argument("--top", type=at_least(1), default=5, help="how many labels")
+    parser.add_argument("--top", type=at_least(1), help=f"lines of an image at most ({TOP}; with --json all)")
+    parser.add_argument("--json", action="store_true", help="one JSON object for each image, one a line")
+    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write the images with boxes or masks on them")
     return run(parser, print_predictions)
 
 

@@ -37,6 +37,7 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[
         data_digest=dataset_digest(settings, given(settings)),
         stages=[_stage_row(path, root, path not in made) for path in artifacts],
         deployed=[cast(DeployedRow, {**timing, **bench["accuracy"][timing["name"]]}) for timing in bench["timings"]],
+        end_to_end=bench.get("end_to_end", {}),
         classes=bench.get("classes"),
         ptq=_last(artifacts, "ptq.json"),
         audit=_last(artifacts, "audit.json"),

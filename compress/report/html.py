@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from compress.report import charts, numbers, series, summary
 from compress.report.parity import mismatches
+from compress.report.pictures import examples
 from compress.report.shape import DeployedRow, Report
 from compress.report.table import Section, Strong, Table, bar, count
 from compress.report.tables import sections
@@ -66,6 +67,7 @@ def render(report: Report, root: Path) -> str:
             warnings=list(dict.fromkeys([*wrong, *report["warnings"]])),
             sections=[
                 *((section, drawings.get(section.title, ())) for section in sections(report)),
+                (Section("Examples", ()), [draw("example", pictures) for pictures in examples(root, report)]),
                 (Section("Channel widths", _widths(root, report)), ()),
                 (Section("Training", ()), list(_curves(root, report))),
                 (Section("Environment", (environment,)), ()),

@@ -5,6 +5,7 @@ from typing import Any, Literal, NotRequired
 from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
 
 from export.audit import Audit
+from export.runtime.end_to_end import EndToEnd
 from export.runtime.rows import AccuracyRow, MetricJson, TimingRow
 from export.tasks.task import Classes
 
@@ -152,6 +153,7 @@ class Report(TypedDict):
     data_digest: str
     stages: list[StageRow]
     deployed: list[DeployedRow]
+    end_to_end: NotRequired[dict[str, EndToEnd]]  # a report.json of before has none
     classes: Classes | None
     ptq: Ptq | None
     audit: dict[str, Audit] | None

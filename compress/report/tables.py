@@ -55,10 +55,21 @@ def deployed(report: Report) -> Section:
     after += [ELSEWHERE] if any(row["name"] not in summary.TITLES for row in rows) else []
     return Section(
         "Deployed files",
-        [files(report, rows) for rows in summary.headline_rows(report)],
+        [*(files(report, rows) for rows in summary.headline_rows(report)), *end_to_end(report)],
         after=[*after, *gain.sentences(report, summary.decimals(report))] if rows else [],
         folded=[files(report, list(own)) for _, own in groupby(summary.ordered(rows), summary.conditions)],
     )
+
+
+def end_to_end(report: Report) -> list[Table]:
+    """Return what an image takes from its bytes to the answer."""
+    rows = [
+        (name, *map(significant, (*(parts := (row["read_ms"], row["network_ms"], row["answer_ms"])), sum(parts))))
+        for name, row in report.get("end_to_end", {}).items()
+    ]
+    columns = ("File", "Read ms", "Network ms", "Answer ms", "Together")
+    note = "Medians: read and prepare an image file at its own size, run the network, make its output an answer."
+    return [Table("From file to answer: one image, one thread", columns, rows, note=note)] if rows else []
 
 
 def files(report: Report, rows: Sequence[DeployedRow]) -> Table:

@@ -1,15 +1,26 @@
 """Accuracy and latency of every file, in ONNX Runtime."""
 
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from compress.artifact import Metrics, read_meta, write_json
+from compress.data.images import FileImages
 from compress.recipe.stages import BenchStage
 from compress.run import Run, as_numpy, newest
 from export.bench import bench
+from export.images.decode import BrokenImage
 from export.onnx_file.roles import TEACHER, deployed, files_in, is_int8
 from export.runtime.accuracy import accuracy, score_files
+from export.runtime.end_to_end import EndToEnd, end_to_end
 from export.runtime.environment import environment
 from export.runtime.rows import metric_json
+
+EXAMPLES = "examples.npz"
+DRAWN = 4  # images of the report with their answers
+WHOLE = 8  # images that are timed from their bytes to the answer
 
 
 def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
@@ -22,6 +33,10 @@ def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
     with run.log(out, "bench") as log:
         answers = score_files(files, as_numpy(run.validation()), task)
         scores = accuracy(answers, reference="student_fp32")
+        _write_examples(
+            out / EXAMPLES, [path for file, path in files.items() if file in (TEACHER, name)], exported, run
+        )
+        whole = _end_to_end([files[TEACHER], files[name]], run, seconds=cfg.seconds)
         measured = bench(
             files,
             batches=cfg.batches,
@@ -51,6 +66,7 @@ def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
                 {file: found.rows for file, found in answers.items()}, run.dataset.classes, (TEACHER, name)
             ),
             "timings": measured.timings,
+            "end_to_end": whole,
             "warnings": [*notes, *measured.warnings],
             "environment": environment(),
         },
@@ -60,3 +76,36 @@ def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
         "agreement": scores[name]["agreement"],
         "size_mb": files[name].stat().st_size / 1e6,
     }
+
+
+def _write_examples(path: Path, files: Sequence[Path], exported: Path, run: Run) -> None:
+    """Write what the report draws: some golden images, their truths, and each file's answers by its name."""
+    if run.task.output.draw is None:
+        return
+    with np.load(exported / "golden.npz") as golden:
+        images, truths = golden["images"][:DRAWN], golden["truths"][:DRAWN]
+    batch = (run.dataset.preprocess.normalize(images), truths)
+    scores = score_files({file.stem: file for file in files}, [batch], run.task.output)
+    answers = np.stack([score.answers for score in scores.values()])
+    np.savez(path, images=images, truths=truths, files=np.array(list(scores)), answers=answers)
+
+
+def _end_to_end(files: Sequence[Path], run: Run, *, seconds: float) -> dict[str, EndToEnd]:
+    """Time the files on validation images at their own size."""
+    images, task = run.dataset.held_out, run.task.output
+    with tempfile.TemporaryDirectory() as folder:
+        paths = list[Path]()
+        for index in range(len(images)):
+            path = images.root / images.name(index) if isinstance(images, FileImages) else Path(folder, f"{index}.bmp")
+            try:
+                images.whole(index)
+            except BrokenImage:
+                continue
+            if not isinstance(images, FileImages):
+                path.write_bytes(images.file(index))
+            if len(paths := [*paths, path]) == WHOLE:
+                break
+        return {
+            file.stem: end_to_end(file, paths, run.dataset.preprocess, task, seconds=seconds / len(files))
+            for file in files
+        }

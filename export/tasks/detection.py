@@ -11,7 +11,16 @@ import numpy as np
 
 from export.errors import BundleError
 from export.images.annotations import box_examples, list_boxes, table_of
-from export.tasks.average_precision import average_precision, curves, mean_average_precision, split, statistics
+from export.images.drawing import with_boxes
+from export.tasks.average_precision import (
+    CORNERS,
+    TRUTH,
+    average_precision,
+    curves,
+    mean_average_precision,
+    split,
+    statistics,
+)
 from export.tasks.boxes import BOX, LABEL, MOVES, NONE, READS, SCORE, SOFTMAX, decode, heads, overlap, probabilities
 from export.tasks.paired import ALPHA, detectable_gain, detectable_loss, resamples, two_sided
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
@@ -188,6 +197,20 @@ def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
     return columns, [(labels[int(one[LABEL])], *map(float, one[1:])) for one in found]
 
 
+def draw(image: Array, answer: Array, labels: Sequence[str]) -> Array:
+    """Return the image with the boxes that are sure, their labels and scores."""
+    found = answer[(answer[:, LABEL] != NONE) & (answer[:, SCORE] >= SURE)][::-1]  # the likeliest on top
+    words = [f"{labels[int(label)]} {score:.0%}" for label, score in found[:, : SCORE + 1]]
+    return with_boxes(image, found[:, BOX], found[:, LABEL].astype(int).tolist(), words)
+
+
+def draw_truth(image: Array, truth: Array, labels: Sequence[str]) -> Array:
+    """Return the image with its true boxes."""
+    real = truth[truth[:, TRUTH] != NONE]
+    classes = real[:, TRUTH].astype(int).tolist()
+    return with_boxes(image, real[:, CORNERS], classes, [labels[label] for label in classes])
+
+
 DETECTION = OutputTask(
     name="detection",
     metric=Metric("map", "mAP"),
@@ -209,4 +232,6 @@ DETECTION = OutputTask(
     compare=compare,
     truth_text=truth_text,
     show=show,
+    draw=draw,
+    draw_truth=draw_truth,
 )

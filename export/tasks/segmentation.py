@@ -13,6 +13,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
 from export.errors import BundleError
+from export.images.drawing import with_mask
 from export.images.masks import list_masks, mask_examples
 from export.images.preprocess import IGNORED
 from export.tasks.classification import log_probabilities
@@ -219,6 +220,11 @@ def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
     return ("label", "area"), [(labels[index], float(areas[index])) for index in best]
 
 
+def draw(image: Array, mask: Array, _labels: Sequence[str]) -> Array:
+    """Return the image under the mask's colours."""
+    return with_mask(image, mask)
+
+
 SEGMENTATION = OutputTask(
     name="segmentation",
     metric=Metric("miou", "mIoU"),
@@ -240,4 +246,6 @@ SEGMENTATION = OutputTask(
     compare=compare,
     truth_text=truth_text,
     show=show,
+    draw=draw,
+    draw_truth=draw,
 )

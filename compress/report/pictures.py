@@ -1,0 +1,46 @@
+"""Draw a few validation images with their truths and what teacher and deployed file answered."""
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from compress.report import summary
+from compress.report.shape import Report
+from export.tasks import TASKS
+
+SIDE = 256  # pixels of a drawing
+EXAMPLES = "examples.npz"
+
+
+def examples(root: Path, report: Report) -> Iterator[Sequence[tuple[str, str]]]:
+    """Yield each image's pictures: what it shows, and its JPEG as a data URI."""
+    folders = [root / stage["directory"] for stage in report["stages"] if stage["stage"] == "bench"]
+    if not folders or not (folders[-1] / EXAMPLES).exists():
+        return
+    task = TASKS[report["recipe"]["task"]]
+    assert task.draw is not None
+    assert task.draw_truth is not None
+    labels = (report["classes"] or {"names": []})["names"]
+    with np.load(folders[-1] / EXAMPLES) as kept:
+        images, truths, answers, files = (kept[name] for name in ("images", "truths", "answers", "files"))
+    for index, pixels in enumerate(images):
+        image = np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        yield [
+            ("Image", _jpeg(image)),
+            ("Truth", _jpeg(task.draw_truth(image, truths[index], labels))),
+            *(
+                (summary.title(name), _jpeg(task.draw(image, of[index], labels)))
+                for name, of in zip(files.tolist(), answers, strict=True)
+            ),
+        ]
+
+
+def _jpeg(pixels: NDArray[np.uint8]) -> str:
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -1,0 +1,48 @@
+"""Draw on images what is seen in them: boxes with words, masks as colours. Needs Pillow."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.images.preprocess import IGNORED
+
+Pixels = NDArray[np.uint8]
+# One for each class, in turn; the first is a segmentation's background in most data.
+COLOURS = np.array(
+    [(90, 98, 106), (10, 125, 94), (47, 111, 183), (217, 138, 0), (162, 63, 160), (194, 65, 12), (53, 163, 201), (122, 139, 18), (91, 82, 196)],
+    np.uint8,
+)  # fmt: skip
+OPAQUE = 0.55  # of a mask's colours
+
+
+def colours(classes: NDArray[np.integer]) -> Pixels:
+    """Return each class's colour, (..., 3)."""
+    found: Pixels = COLOURS[classes % len(COLOURS)]
+    return found
+
+
+def with_mask(pixels: Pixels, mask: NDArray[np.uint8]) -> Pixels:
+    """Return an image (height, width, 3) under the colours of a mask of any size; what is IGNORED stays as it is."""
+    from PIL import Image
+
+    height, width = pixels.shape[:2]
+    classes = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+    painted = (1 - OPAQUE) * pixels + OPAQUE * colours(classes)
+    return np.where((classes == IGNORED)[..., None], pixels, np.rint(painted).astype(np.uint8))
+
+
+def with_boxes(pixels: Pixels, boxes: NDArray[np.floating], classes: Sequence[int], words: Sequence[str]) -> Pixels:
+    """Return an image (height, width, 3) with boxes (n, 4), left, top, right and bottom as fractions of it, each in its class's colour."""
+    from PIL import Image, ImageDraw
+
+    image = Image.fromarray(pixels)
+    pen, line = ImageDraw.Draw(image), max(round(image.width / 160), 1)
+    for box, label, text in zip(boxes * np.tile(image.size, 2), classes, words, strict=True):
+        colour = tuple(colours(np.array(label + 1)).tolist())  # boxes have no background
+        left, top, right, bottom = box.tolist()
+        pen.rectangle((left, top, max(right, left), max(bottom, top)), outline=colour, width=line)
+        place = (left + line, max(top - 11, 0))
+        pen.rectangle(pen.textbbox(place, text), fill=colour)
+        pen.text(place, text, fill="white")
+    return np.asarray(image)
