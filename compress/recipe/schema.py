@@ -115,7 +115,7 @@ class Teaching(Section):
     """How students get the teacher's predictions while they train."""
 
     mode: Literal["cached", "online"] = "cached"
-    """`cached` runs the teacher once on each view and keeps its logits below `out` for every stage, student and trial; `online` runs it on every batch. Losses on features are always online."""
+    """`cached` runs the teacher once on each view and keeps its logits below `out` for every stage, student and trial; `online` runs it on every batch. Losses on features are always online, and so are teachers that answer with maps or anchors."""
     views: PositiveInt = 8
     """Augmented views of each training image (crop, flip, colours, mixing partner) that the cache holds; epochs cycle through them."""
     top_k: PositiveInt | None = None
