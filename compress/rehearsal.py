@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from compress.distillation.step import check_layers
+from compress.distillation.step import check_layers, check_smoothing, check_task
 from compress.errors import CompressError, ModelError, own_line
 from compress.models.architectures import build
 from compress.models.saved import example_images
@@ -72,7 +72,10 @@ def _rehearse(run: Run, chain: Recipe, sections: Sequence[StageSection], tried: 
         if isinstance(section, PruneStage):
             _refuse_unreachable(student, section, run.of(chain))
         if isinstance(section, DistillStage | QatStage):
+            check_task(section.loss, run.task)
             check_layers(section.loss, student=student, teacher=teacher)
+        if isinstance(section, SourceStage):
+            check_smoothing(section.label_smoothing, run.task)
     integer = " and ".join(stage for stage in stages if stage in ("ptq", "qat"))
     if integer and (arch, "int8") not in tried:
         with _refused_by(integer, f"or leave out {integer}"):

@@ -7,6 +7,7 @@ from typing import Literal
 from torchvision.transforms import v2
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random_resized; torchvision's default
+DISTORT = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05}  # SSD's ranges (Liu 2016, section 2.2)
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,12 @@ class Augmentation:
     randaugment: int
     mixup: float
     cutmix: float
+    distort: bool = False
+
+    @property
+    def changes_colours(self) -> bool:
+        """Tell whether images change one by one after they are cropped."""
+        return self.distort or self.randaugment > 0
 
     def border(self, image_size: int) -> int:
         """Return the width in pixels of the border that `crop: pad` adds on each side."""
@@ -35,7 +42,7 @@ class Augmentation:
 
 def colours(augmentation: Augmentation) -> v2.Transform:
     """Return what changes an image that is cropped already, uint8 (3, height, width)."""
-    if not augmentation.randaugment:
-        return v2.Identity()
+    changes: list[v2.Transform] = [v2.ColorJitter(**DISTORT)] if augmentation.distort else []
+    changes += [v2.RandAugment(magnitude=augmentation.randaugment)] if augmentation.randaugment else []
     # torchvision's operations are twice as fast on Pillow's images.
-    return v2.Compose([v2.ToPILImage(), v2.RandAugment(magnitude=augmentation.randaugment), v2.PILToTensor()])
+    return v2.Compose([v2.ToPILImage(), *changes, v2.PILToTensor()]) if changes else v2.Identity()

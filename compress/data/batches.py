@@ -107,7 +107,7 @@ def view_batches(
     shown = shares if mixes is None else [torch.cat([share, mixes.partner[share]]) for share in shares]
     views_seed = _derived_seed(seed, view, "views")
     draws = draw(augmentation, len(images), seed=views_seed)
-    if isinstance(images, MemoryImages) and not augmentation.randaugment:
+    if isinstance(images, MemoryImages) and not augmentation.changes_colours:
         raws = _memory_views(images, shown, draws, size, device=device)
     else:
         change = random_view(images, draws, dataset.preprocess, seed=views_seed)

@@ -1,4 +1,4 @@
-"""Make batches image by image, in loader processes where that pays: files, and images in memory that RandAugment changes."""
+"""Make batches image by image, in loader processes where that pays: files, and images in memory whose colours change."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +34,7 @@ View = Callable[[int], tuple[Tensor, Tensor]]
 
 
 def random_view(images: ImageSet, draws: Draws, preprocess: Preprocess, *, seed: int) -> View:
-    """Return the view of each image by its draws, with the colours of RandAugment by the seed and the image alone."""
+    """Return the view of each image by its draws, with its colours by the seed and the image alone."""
     transform, size = colours(draws.augmentation), preprocess.image_size
     seeds = torch.randint(2**62, (len(images),), generator=torch.Generator().manual_seed(seed))
     whole = draws.augmentation.crop == "random_resized"

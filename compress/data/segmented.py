@@ -32,7 +32,7 @@ def open_masks(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     """
     moved = [name for name in ("randaugment", "mixup", "cutmix") if getattr(augmentation, name)]
     if moved:
-        raise DataError(f"data.augment.{moved[0]}: changes an image and not its mask; use crop and flip")
+        raise DataError(f"data.augment.{moved[0]}: changes an image and not its mask; use crop, flip and distort")
     files = given(settings)
     size = settings.image_size or NATIVE_SIZE[settings.name]
     preprocess = Preprocess(

@@ -17,7 +17,7 @@ from compress.distillation import features, logits
 from compress.distillation.adapters import Match, Review, Widen
 from compress.distillation.taps import Tapped, tap
 from compress.errors import CompressError
-from compress.recipe.losses import CrossEntropyTerm, DiceTerm, FeatureTerm, LossTerm
+from compress.recipe.losses import BoxesTerm, CrossEntropyTerm, DiceTerm, FeatureTerm, LossTerm
 from compress.tasks import Task
 from compress.training.loop import Step
 
@@ -164,6 +164,24 @@ def check_layers(terms: Sequence[LossTerm], *, student: nn.Module, teacher: nn.M
         tap(teacher, _teacher_layers(term))
 
 
+def check_task(terms: Sequence[LossTerm], task: Task) -> None:
+    """Raise CompressError for a loss that the task's answers have no sense for."""
+    name = task.output.name
+    for term in terms:
+        if isinstance(term, BoxesTerm) and task.places is None:
+            raise CompressError(f"loss boxes: {name} answers without boxes: leave it out")
+        if isinstance(term, CrossEntropyTerm):
+            check_smoothing(term.label_smoothing, task)
+
+
+def check_smoothing(label_smoothing: float, task: Task) -> None:
+    """Raise CompressError where the task's own loss takes no label smoothing."""
+    if label_smoothing and not task.smooths:
+        raise CompressError(
+            f"label_smoothing: the loss of {task.output.name} takes none, got {label_smoothing:g}: leave it out"
+        )
+
+
 def weight_of(term: LossTerm, done: float) -> float:
     """Return a term's weight after a part `done` of the training, in [0, 1)."""
     warmed_up = min(done / term.warmup, 1.0) if term.warmup else 1.0
@@ -202,6 +220,9 @@ def _value(
         return task.loss(outputs, truths, label_smoothing=term.label_smoothing)
     if isinstance(term, DiceTerm):
         return logits.dice_loss(task.rows(outputs, truths), task.truth_rows(outputs, truths))
+    if isinstance(term, BoxesTerm):
+        assert task.places is not None
+        return task.places(outputs, taught.logits)
     loss = LOSSES[term.name]
     settings = {field: getattr(term, field) for field in loss.fields}
     if isinstance(term, FeatureTerm):

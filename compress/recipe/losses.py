@@ -118,6 +118,13 @@ class FeatureTerm(Term):
         return self
 
 
+class BoxesTerm(Term):
+    """The places of boxes where the teacher is sure of an object (detection)."""
+
+    name: Literal["boxes"]
+    """This loss."""
+
+
 class FitNetTerm(FeatureTerm):
     """The squared difference of the features, the student's through a 1 × 1 convolution (Romero 2015)."""
 
@@ -196,5 +203,7 @@ class ReviewTerm(FeatureTerm):
 
 AnyLogitTerm = KDTerm | MSETerm | DKDTerm | DISTTerm | NKDTerm
 AnyFeatureTerm = FitNetTerm | ATTerm | SPTerm | RKDTerm | PKTTerm | CWDTerm | PKDTerm | ReviewTerm
-LossTerm = Annotated[CrossEntropyTerm | DiceTerm | AnyLogitTerm | AnyFeatureTerm, Field(discriminator="name")]
+LossTerm = Annotated[
+    CrossEntropyTerm | DiceTerm | BoxesTerm | AnyLogitTerm | AnyFeatureTerm, Field(discriminator="name")
+]
 KD_ONLY: tuple[LossTerm, ...] = (KDTerm(name="kd"),)

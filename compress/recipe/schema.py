@@ -35,6 +35,8 @@ class Augment(Section):
     """The smallest area that `crop: random_resized` keeps, as a fraction of the image."""
     flip: bool = False
     """Mirror every second image left to right."""
+    distort: bool = False
+    """Change brightness, contrast, saturation and hue by chance, as SSD does: nothing moves, so boxes and masks stay right."""
     randaugment: Annotated[int, Field(ge=0, le=30)] = 0
     """The magnitude of RandAugment's two operations (0 switches it off; 9 is the paper's usual value)."""
     mixup: Annotated[float, Field(ge=0)] = 0.0

@@ -286,7 +286,7 @@ class ExportStage(Section):
     verify_images: PositiveInt = 1000
     """Validation images on which the INT8 file is compared with the trained network, tensor by tensor on some of them."""
     uint8_input: bool = True
-    """Also write the INT8 file with uint8 pixels (batch, height, width, 3) as input and the normalization inside; for segmentation its output is the mask, uint8 (batch, height, width)."""
+    """Also write the INT8 file with uint8 pixels (batch, height, width, 3) as input and the normalization inside; its output is the mask, uint8 (batch, height, width), or of one image the boxes, decoded and suppressed."""
     golden_images: Annotated[int, Field(ge=1, le=64)] = 8
     """Validation images in the bundle, with each file's outputs, for comparison wherever it is served."""
     limits: AuditLimits = AuditLimits()

@@ -20,9 +20,9 @@ from export.bundle.read import VALIDATION, read_bundle
 from export.bundle.write import Contents, in_one_step
 from export.command.files import json_text
 from export.onnx_file.model_file import inspect
-from export.onnx_file.roles import FP16, FP32, PTQ, QAT, deployed, files_in, name_for
+from export.onnx_file.roles import FP16, FP32, PTQ, QAT, UINT8, deployed, files_in, name_for
 from export.onnx_file.targets import CPU, TARGETS, Target, resolve_target
-from export.serving.triton import Kind, Serving, share
+from export.serving.triton import Kind, Serving, answering_repository, share
 from export.signature import sign
 
 
@@ -54,6 +54,8 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
         "LICENSE": own_distribution().read_text("licenses/LICENSE") or "",
         "NOTICE": notice(recipe, name),
     }
+    finished = exported / f"{UINT8}.onnx"
+    further = answering_repository(name, finished, unlike=facts) if finished.exists() else {}
     return Contents(
         name=name,
         files=files,
@@ -66,7 +68,7 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
         target=target.name,
         recipe_digest=read_meta(lineage(exported)[-2]).key,
         metrics=metrics_of(report, files, json.loads((exported / "audit.json").read_text())),
-        documents={name: text.encode() for name, text in texts.items()},
+        documents={name: text.encode() for name, text in texts.items()} | further,
         validation=(exported / VALIDATION).read_text().splitlines(),
     )
 

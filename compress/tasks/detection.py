@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder, Matcher, SSDMatcher
 from torchvision.models.detection.fcos import FCOS, FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
@@ -14,6 +15,7 @@ from compress.data.boxed import open_boxes, write_boxes
 from compress.tasks.task import Task
 from export.tasks.boxes import CENTRED, GIOU, MOVES, READS, SOFTMAX, WEIGHTS
 from export.tasks.detection import DETECTION as OUTPUT
+from export.tasks.detection import SURE
 
 PIXELS = 1000.0  # torchvision's losses are written for lengths in pixels
 NEAR = 0.3  # overlap with an object, from which an anchor is worth what a teacher says about it
@@ -123,4 +125,16 @@ def _labels(image: Tensor, boxes: Tensor) -> Tensor:
     return torch.where(best >= 0.5, labels, 0)
 
 
-DETECTION = Task(OUTPUT, open_boxes, write_boxes, detection_loss, rows=rows, truth_rows=truth_rows)
+def places(outputs: Tensor, taught: Tensor) -> Tensor:
+    """Return how far apart the moves of student and teacher are (smooth L1, summed over four), a mean over the anchors where the teacher is sure."""
+    logits, kind = taught[..., : -MOVES - READS].float(), int(taught[0, 0, -READS])
+    known = logits.softmax(dim=2)[..., 1:] if kind == SOFTMAX else logits[..., 1:].sigmoid()
+    known = (known * logits[..., :1].sigmoid()).sqrt() if kind == CENTRED else known
+    sure = known.amax(dim=2) >= SURE
+    mine, its = (part[..., -MOVES - READS : -READS][sure].float() for part in (outputs, taught))
+    return F.smooth_l1_loss(mine, its, reduction="sum") / sure.sum().clamp(min=1)
+
+
+DETECTION = Task(
+    OUTPUT, open_boxes, write_boxes, detection_loss, rows=rows, truth_rows=truth_rows, places=places, smooths=False
+)

@@ -32,6 +32,10 @@ class Task:
     """(outputs, truths) to logits (rows, classes), on which every loss between logits works."""
     truth_rows: Callable[[Tensor, Tensor], Tensor]
     """(outputs, truths) to one truth for each of those rows."""
+    places: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(student's outputs, teacher's) to (): how far apart they put what the teacher is sure of; None where answers have no places."""
+    smooths: bool = True
+    """Whether the loss takes a label smoothing above 0."""
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ serving/triton/NAME/config.pbtxt         for Triton's ONNX Runtime backend; the 
                     labels.txt           Triton's classification extension answers with these
                     warmup/golden        the first golden input, raw
                     1/model.onnx         what config.pbtxt serves; 1/model.cuda, 1/model.tensorrt: other files for the other kinds
+serving/triton-answers/NAME/             where the bundle has it: uint8 image in, the answer itself out (a mask; boxes, scores, labels)
 serving/triton-python/NAME/              for Triton's Python backend: config.pbtxt, labels.txt, warmup/golden, 1/model.py, 1/model.onnx
 """
 
@@ -16,12 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import onnx
+from onnx import TensorProto
+
 from export.command.files import write_text
 from export.onnx_file.model_file import ModelFile
 
 Kind = Literal["cpu", "cuda", "tensorrt"]
 DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8"}  # Triton's and the Open Inference Protocol's
-TRITON, TRITON_PYTHON = "triton", "triton-python"
+TYPES = {TensorProto.FLOAT: "TYPE_FP32", TensorProto.UINT8: "TYPE_UINT8", TensorProto.INT64: "TYPE_INT64"}
+TRITON, TRITON_PYTHON, TRITON_ANSWERS = "triton", "triton-python", "triton-answers"
 SAMPLE = "golden"
 
 
@@ -88,6 +93,33 @@ def python_config(name: str, facts: ModelFile, serving: Serving) -> str:
     """Return the configuration for the Python backend, on a CPU."""
     threads = parameter("intra_op_thread_count", str(serving.threads or 0))
     return "\n".join(['backend: "python"', common(name, facts, serving), instances(serving, "KIND_CPU"), threads])
+
+
+def answering_repository(name: str, file: Path, *, unlike: ModelFile) -> dict[str, bytes]:
+    """Return the files, by their paths in a bundle, of a repository that serves a model with any number of outputs as it is.
+
+    There are none where its outputs are those of the bundle's own files.
+    """
+    model = onnx.load(file)
+    if [one.name for one in model.graph.output] == [unlike.output.name]:
+        return {}
+    values = [
+        f"{kind} [\n"
+        + ",\n".join(
+            f"  {{ name: {json.dumps(one.name)} data_type: {TYPES[one.type.tensor_type.elem_type]} dims: [ {_dims(one)} ] }}"
+            for one in tensors
+        )
+        + "\n]"
+        for kind, tensors in (("input", model.graph.input), ("output", model.graph.output))
+    ]
+    config = "\n".join(['backend: "onnxruntime"', f'name: "{name}"', "max_batch_size: 0", *values, ""])
+    place = f"serving/{TRITON_ANSWERS}/{name}"
+    return {f"{place}/config.pbtxt": config.encode(), f"{place}/1/model.onnx": file.read_bytes()}
+
+
+def _dims(value: onnx.ValueInfoProto) -> str:
+    """Return a tensor's sizes, -1 for one that varies."""
+    return ", ".join(str(dim.dim_value or -1) for dim in value.type.tensor_type.shape.dim)
 
 
 def common(name: str, facts: ModelFile, serving: Serving) -> str:

@@ -23,6 +23,7 @@ from export.tasks.average_precision import (
 )
 from export.tasks.boxes import BOX, LABEL, MOVES, NONE, READS, SCORE, SOFTMAX, decode, heads, overlap, probabilities
 from export.tasks.paired import ALPHA, detectable_gain, detectable_loss, resamples, two_sided
+from export.tasks.suppression import with_suppression
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
 
 SURE = (
@@ -221,7 +222,7 @@ DETECTION = OutputTask(
     listing=list_boxes,
     examples=box_examples,
     decode=decode,
-    finish=lambda model: model,
+    finish=with_suppression,
     statistics=row_of,
     total=mean_average_precision,
     further=further,

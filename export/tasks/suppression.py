@@ -10,6 +10,7 @@ import onnxruntime
 from onnx import ModelProto, compose, helper, parser
 
 from export.errors import BundleError
+from export.runtime.session import DTYPES
 from export.tasks.boxes import (
     CENTRED,
     DETECTIONS,
@@ -62,7 +63,7 @@ def _kind(model: ModelProto) -> int:
     """Return the kind of head, which the outputs say."""
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     given = session.get_inputs()[0]
-    blank = np.zeros([1, *given.shape[1:]], np.float32)
+    blank = np.zeros([1, *given.shape[1:]], DTYPES[given.type])
     return heads(session.run(None, {given.name: blank})[0]).kind
 
 

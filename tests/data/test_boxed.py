@@ -71,6 +71,19 @@ def test_a_view_shows_its_boxes(tmp_path: Path) -> None:
     assert 0 < turned < 12
 
 
+def test_distorted_colours_leave_the_boxes_where_they_are(tmp_path: Path) -> None:
+    changed = replace(STILL, distort=True)
+    data = open_boxes(settings(tmp_path), changed)
+    plain = next(eval_batches(data.train, data.preprocess, batch_size=12, device=CPU, workers=0))
+    shown = next(
+        train_batches(data, batch_size=12, augmentation=changed, seed=1, epoch=0, view=0, workers=0, device=CPU)
+    )
+    assert shown.views is not None
+    assert torch.equal(shown.targets, plain.targets[shown.views.indices])
+    apart = (shown.images - plain.images[shown.views.indices]).abs().mean(dim=(1, 2, 3))
+    assert (apart > 0.01).all()
+
+
 def test_validation_images_are_written_and_read_again(tmp_path: Path) -> None:
     data = open_boxes(settings(tmp_path), STILL)
     folder = tmp_path / "val"

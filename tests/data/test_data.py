@@ -484,6 +484,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "pad": {"crop": "pad", "flip": True},
     "random_resized": {"crop": "random_resized", "flip": True},
     "randaugment": {"crop": "pad", "flip": True, "randaugment": 9},
+    "distort": {"flip": True, "distort": True},
     "mixed": {"crop": "pad", "mixup": 0.4, "cutmix": 1.0},
 }
 each_change = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())

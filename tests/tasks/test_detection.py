@@ -10,12 +10,16 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from compress.errors import ModelError
+from compress.distillation.step import check_task
+from compress.errors import CompressError, ModelError
 from compress.models.architectures import build
 from compress.models.detectors import Detector
+from compress.recipe.losses import BoxesTerm, CrossEntropyTerm
+from compress.tasks.classification import CLASSIFICATION
 from compress.tasks.detection import DETECTION as TASK
 from compress.tasks.detection import detection_loss
 from export.errors import BundleError
+from export.images.drawing import colours
 from export.tasks.average_precision import average_precision, curves, mean_average_precision, statistics
 from export.tasks.boxes import DETECTIONS, LEAST_SCORE, MOST_OVERLAP, NONE, decode
 from export.tasks.detection import DETECTION, truths, truths_json
@@ -127,6 +131,47 @@ def test_rows_are_logits_of_the_anchors_near_objects(network: tuple[Any, Detecto
     rows, labels = TASK.rows(outputs, truth), TASK.truth_rows(outputs, truth)
     assert len(rows) == len(labels)
     assert set(labels.tolist()) == ({0, 2, 3} if rows.shape[1] == CLASSES + 1 else {0, 1})
+
+
+def test_places_are_compared_where_the_teacher_is_sure(network: tuple[Any, Detector, Tensor]) -> None:
+    assert TASK.places is not None
+    _, mine, images = network
+    taught = mine(images).detach()
+    taught[..., : CLASSES + 1] = -9.0
+    taught[0, 5, : CLASSES + 1] = (
+        torch.tensor([9.0, 9, -9, -9]) if taught[0, 0, -5] else torch.tensor([-9.0, 9, -9, -9])
+    )
+    student = taught.clone().requires_grad_()
+    assert TASK.places(student, taught) == 0
+    apart = torch.zeros_like(taught)
+    apart[..., CLASSES + 1] = 3.0  # smooth L1: 3 - 1 / 2
+    loss = TASK.places(student + apart, taught)
+    assert float(loss.detach()) == pytest.approx(2.5, rel=1e-5)
+    loss.backward()
+    assert student.grad is not None
+    assert student.grad.nonzero().tolist() == [[0, 5, CLASSES + 1]]
+    taught[0, 5, : CLASSES + 1] = -9.0
+    assert TASK.places(student + apart, taught) == 0
+
+
+def test_losses_that_mean_nothing_here_are_refused() -> None:
+    check_task([BoxesTerm(name="boxes"), CrossEntropyTerm(name="cross_entropy")], TASK)
+    with pytest.raises(CompressError, match="loss boxes: classification answers without boxes"):
+        check_task([BoxesTerm(name="boxes")], CLASSIFICATION)
+    with pytest.raises(CompressError, match=r"label_smoothing: the loss of detection takes none, got 0\.1"):
+        check_task([CrossEntropyTerm(name="cross_entropy", label_smoothing=0.1)], TASK)
+
+
+def test_answers_and_truths_are_drawn_in_the_colours_of_their_classes() -> None:
+    assert DETECTION.draw is not None
+    assert DETECTION.draw_truth is not None
+    image, labels = np.zeros((64, 64, 3), np.uint8), ["a", "b", "c"]
+    answer = np.array([[1, 0.9, 0.25, 0.5, 0.75, 1.0], [0, 0.1, 0, 0, 1, 1], [NONE, 0, 0, 0, 0, 0]])
+    truth = np.array([[1, 0.25, 0.5, 0.75, 1.0, 0], [NONE, 0, 0, 0, 0, 0]])
+    for drawn in (DETECTION.draw(image, answer, labels), DETECTION.draw_truth(image, truth, labels)):
+        assert drawn[40, 16].tolist() == drawn[40, 48].tolist() == colours(np.array(2)).tolist()
+        assert not drawn[40, 20:46].any()
+        assert not drawn[:18].any()  # what is not sure is not drawn
 
 
 def test_a_backbone_that_is_none_is_refused() -> None:
