@@ -1,5 +1,6 @@
 """`export.predict` against a network whose answer is known by hand: its three logits are the mean red, green and blue."""
 
+import json
 import math
 import shutil
 import subprocess
@@ -86,6 +87,27 @@ def test_a_broken_image_is_one_sentence_and_the_others_are_answered(
     assert "cat" in out
     assert err.startswith(str(tmp_path / broken))
     assert err.count("\n") == 1
+
+
+def test_programs_get_one_json_object_for_each_image(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = colour(tmp_path / "a.png", 100, 180, 60)
+    assert shown(monkeypatch, bundle, path, path, "--json") == 0
+    documents = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert documents[0] == documents[1]
+    cat, dog, gnu = by_hand(100, 180, 60)
+    assert documents[0]["image"] == str(path)
+    assert [one["label"] for one in documents[0]["found"]] == ["dog", "gnu", "cat"]
+    assert [one["probability"] for one in documents[0]["found"]] == pytest.approx([dog, gnu, cat], rel=1e-5)
+
+
+def test_there_is_nothing_to_draw_of_a_label(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = colour(tmp_path / "a.png", 1, 2, 3)
+    assert shown(monkeypatch, bundle, path, "--draw", tmp_path / "drawn") == 2
+    assert "--draw: there is nothing to draw of classification" in capsys.readouterr().err
 
 
 def test_another_file_is_run_by_name(
