@@ -10,7 +10,6 @@ import onnxruntime
 from onnx import ModelProto, compose, helper, parser
 
 from export.errors import BundleError
-from export.runtime.session import DTYPES
 from export.tasks.boxes import (
     CENTRED,
     DETECTIONS,
@@ -63,7 +62,8 @@ def _kind(model: ModelProto) -> int:
     """Return the kind of head, which the outputs say."""
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     given = session.get_inputs()[0]
-    blank = np.zeros([1, *given.shape[1:]], DTYPES[given.type])
+    dtype = helper.tensor_dtype_to_np_dtype(model.graph.input[0].type.tensor_type.elem_type)
+    blank = np.zeros([1, *given.shape[1:]], dtype)
     return heads(session.run(None, {given.name: blank})[0]).kind
 
 
