@@ -1,6 +1,6 @@
 """What recovery without training and quantization-aware training gain, as far as the totals of the same images tell."""
 
-from compress.report.numbers import loss, percent, points, significant
+from compress.report.numbers import duration, loss, percent, points, significant
 from compress.report.shape import DeployedRow, Json, Report
 from compress.report.verdict import any_row, target_of
 from export.onnx_file.roles import PTQ, QAT
@@ -11,8 +11,21 @@ SIGNIFICANT = 0.05
 
 def sentences(report: Report, digits: int) -> list[str]:
     """Return what the report says of its gains, in the order of the stages."""
-    found = (recovered(report, digits), training_gain(report, digits), skipped(report), left_in_float(report))
+    found = (within_time(report), recovered(report, digits), training_gain(report, digits), skipped(report), left_in_float(report))
     return [sentence for sentence in found if sentence]
+
+
+def within_time(report: Report) -> str | None:
+    """Return what the cut to a latency predicted and measured, and what its table cost, where the prune stage was held to one."""
+    metrics = stage_metrics(report, "prune") or {}
+    names = ("latency_before_ms", "latency_predicted_ms", "latency_ms", "latency_table_s")
+    before, predicted, after, table_s = (metrics.get(name) for name in names)
+    if before is None or predicted is None or after is None or table_s is None:
+        return None
+    return (
+        f"Latency: {significant(before, 'ms')} before the cut, {significant(predicted, 'ms')} predicted, "
+        f"{significant(after, 'ms')} measured after it; the table of layer times took {duration(table_s)}."
+    )
 
 
 def recovered(report: Report, digits: int) -> str | None:

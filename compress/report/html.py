@@ -69,6 +69,7 @@ def render(report: Report, root: Path) -> str:
                 *((section, drawings.get(section.title, ())) for section in sections(report)),
                 (Section("Examples", ()), [draw("example", pictures) for pictures in examples(root, report)]),
                 (Section("Channel widths", _widths(root, report)), ()),
+                (Section("Where the time goes", _layer_times(root, report)), ()),
                 (Section("Training", ()), list(_curves(root, report))),
                 (Section("Environment", (environment,)), ()),
             ],
@@ -166,6 +167,18 @@ def _widths(root: Path, report: Report) -> list[Table]:
     rows = [(name, count(was), count(now), bar(now / was)) for name, (was, now) in series.widths(root, report).items()]
     note = "Output channels of each layer in the teacher and in the student; the bar is the fraction that stays."
     return [Table("", ("Layer", "Teacher", "Student", ""), rows, text=(0, 3), note=note)] if rows else []
+
+
+def _layer_times(root: Path, report: Report) -> list[Table]:
+    """Return what each layer takes before and after the cut."""
+    layers = series.layer_times(root, report)
+    most = max((max(layer["before_ms"], layer["after_ms"]) for layer in layers), default=0.0)
+    rows = []
+    for layer in layers:
+        cells = [(numbers.significant(ms), bar(ms / most)) for ms in (layer["before_ms"], layer["after_ms"])]
+        rows.append((layer["name"] or "all else", *cells[0], *cells[1]))
+    note = "Milliseconds of each layer in ONNX Runtime, its activation and additions included, before the cut and after it."
+    return [Table("", ("Layer", "Before", "", "After", ""), rows, text=(0, 2, 4), note=note)] if rows else []
 
 
 def _curves(root: Path, report: Report) -> Iterator[Markup]:

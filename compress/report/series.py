@@ -1,4 +1,4 @@
-"""Read what the page draws and `report.json` does not hold: training curves and channel widths."""
+"""Read what the page draws and `report.json` does not hold: training curves, channel widths and layers' times."""
 
 import json
 from collections.abc import Iterator
@@ -30,3 +30,11 @@ def widths(root: Path, report: Report) -> dict[str, tuple[int, int]]:
                 before, _ = found.get(layer["name"], (layer["out_before"], 0))
                 found[layer["name"]] = (before, layer["out_after"])
     return found
+
+
+def layer_times(root: Path, report: Report) -> list[dict[str, Any]]:
+    """Return each layer's milliseconds before and after the last cut to a latency, slowest first; none where no cut was held to one."""
+    paths = [root / stage["directory"] / "latency.json" for stage in reversed(report["stages"])]
+    path = next((path for path in paths if path.exists()), None)
+    layers = json.loads(path.read_text(encoding="utf-8"))["layers"] if path else []
+    return sorted(layers, key=lambda layer: -float(layer["before_ms"]))

@@ -249,6 +249,25 @@ def test_what_the_cut_lost_and_what_came_back_without_training_is_told(tmp_path:
     assert gain.recovered(build_report(tmp_path / "unpruned", ("source", "distill", "ptq", "qat", "export")), 2) is None
 
 
+def test_a_cut_to_a_latency_tells_predicted_measured_and_where_the_time_goes(tmp_path: Path) -> None:
+    report = build_report(tmp_path)
+    (prune,) = (stage for stage in report["stages"] if stage["stage"] == "prune")
+    layers = [{"name": "conv1", "before_ms": 1.0, "after_ms": 0.25}, {"name": "", "before_ms": 4.0, "after_ms": 2.0}]
+    (tmp_path / prune["directory"] / "latency.json").write_text(json.dumps({"layers": layers}))
+    report = with_metrics(
+        report, "prune", latency_before_ms=5.0, latency_predicted_ms=2.2, latency_ms=2.25, latency_table_s=90.0
+    )
+    page = page_of(report, tmp_path)
+    said = (
+        "Latency: 5.00 ms before the cut, 2.20 ms predicted, 2.25 ms measured after it; "
+        "the table of layer times took 1 min 30 s."
+    )
+    assert said in page
+    assert re.search(r"all else[^█]+4\.00[^█]+█{16}[^█]+2\.00[^█]+█{8}[^█]+conv1[^█]+1\.00[^█]+█{4}[^█]+0\.250", page)
+    assert "Where the time goes" in page
+    assert "Where the time goes" not in page_of(build_report(tmp_path / "by-macs"), tmp_path / "by-macs")
+
+
 def test_skipped_training_is_told_with_its_reason(tmp_path: Path) -> None:
     report = build_report(tmp_path, sections={"qat": {"skip_if_ptq_drop_below": 0.01}}, int8=build_int8())
     report = with_metrics(report, "qat", trained=0.0)
