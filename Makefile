@@ -35,7 +35,7 @@ BIN := $(VENV)/bin
 LAUNCH = $(if $(filter-out 1,$(RANKS)),$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
 EXIT_CODES = 1: a target is missed, 2: something to correct above, 70: a crash, 130: interrupted
 
-.PHONY: help setup init compress test check bench report search names zoo overhead gate trials elsewhere fuzz clean
+.PHONY: help setup init compress test check bench report search names zoo overhead latency recovery gate trials elsewhere fuzz clean
 
 help: ## list the targets and their variables
 	@awk -F ' ## ' '/^[a-z]+:.* ## / { split($$1, target, ":"); printf "  make %-9s %s\n", target[1], $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,12 @@ zoo: $(READY) ## take the smallest network of every family through the chain, re
 
 overhead: $(READY) ## measure what of a training's time is not the model's (DATA=/path/to/images ARGS=...)
 	@$(BIN)/python tests/loop_overhead.py $(call quoted,DATA) $(ARGS)
+
+latency: $(READY) ## prune untrained networks to fractions of their INT8 time, say how near the clock comes (ARGS="resnet18 --keep 0.5")
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/latency_study.py $(ARGS)
+
+recovery: $(READY) ## cut a trained network, say what each recovery gives (WEIGHTS= DATA= ARGS="torchvision:resnet18 --keep 0.5")
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/recovery_study.py $(call option,WEIGHTS,weights) $(call option,DATA,data) $(ARGS)
 
 gate: $(READY) ## judge a bundle against its baseline (BUNDLE= BASELINE=baselines DATA= ARGS="--update-baseline")
 	@$(BIN)/python -m export.gate $(call quoted,BUNDLE) --baseline $(call quoted,BASELINE) $(call option,DATA,data) $(ARGS)

@@ -23,6 +23,8 @@ TARGETS = {
     "zoo",
     "names",
     "overhead",
+    "latency",
+    "recovery",
     "gate",
     "trials",
     "elsewhere",

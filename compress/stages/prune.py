@@ -3,6 +3,7 @@
 import copy
 import shutil
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -139,8 +140,10 @@ class _Planner:
         }
 
     def _within_time(self, model: nn.Module, images: torch.Tensor, options: Options, number: int) -> list[Cut]:
+        how = served(self.cfg.conditions, self.run)
+        if how.image_size != self.run.image_size:  # times are those of the maps that will be served
+            options = replace(options, layers=measure_layers(model, example_images(how.image_size, self.run.device)))
         if self.latency is None:
-            how = served(self.cfg.conditions, self.run)
             self.latency = open_latency(
                 model,
                 options,

@@ -1,29 +1,38 @@
-"""What the prune stage scores by."""
+"""What the prune stage scores by, and at which size it times layers."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from networks import small
+from torch import nn
 from torch.nn import functional as F
 
+from compress.errors import CompressError
+from compress.pruning.plan import Options
+from compress.recipe.arguments import goal_of
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import PruneStage
-from compress.run import open_run
+from compress.run import Run, open_run
+from compress.stages import prune
 from compress.stages.prune import _accumulate_gradients_
+
+
+def open_small() -> Run:
+    data = {"image_size": 16, "limit_per_class": 6}
+    arch = f"{Path(__file__).parents[1] / 'networks.py'}:small"
+    stages = [{"stage": "source", "fit": {"epochs": 1}}]
+    return open_run(
+        Recipe.model_validate({"name": "a", "data": data, "model": {"arch": arch}, "stages": stages, "device": "cpu"}),
+        trust_code=True,
+        verbose=False,
+    )
 
 
 @pytest.mark.parametrize("images", [24, 40, 10_000])
 def test_every_one_of_so_many_images_has_the_same_part_in_the_gradient(images: int) -> None:
     """Also those of the last batch, which is smaller; of fewer images than asked for, all."""
-    data = {"image_size": 16, "limit_per_class": 6}
-    arch = f"{Path(__file__).parents[1] / 'networks.py'}:small"
-    stages = [{"stage": "source", "fit": {"epochs": 1}}]
-    run = open_run(
-        Recipe.model_validate({"name": "a", "data": data, "model": {"arch": arch}, "stages": stages, "device": "cpu"}),
-        trust_code=True,
-        verbose=False,
-    )
+    run = open_small()
     model = small(10).eval()
     _accumulate_gradients_(model, PruneStage(stage="prune", keep_macs=0.5, score_images=images), run)
     batches = list(run.calibration(images))
@@ -34,3 +43,28 @@ def test_every_one_of_so_many_images_has_the_same_part_in_the_gradient(images: i
     for name, parameter in model.named_parameters():
         (expected,) = torch.autograd.grad(loss, parameter, retain_graph=True)
         torch.testing.assert_close(parameter.grad, expected, msg=name)
+
+
+@pytest.mark.parametrize("size", [16, 48])
+def test_layers_are_timed_with_the_maps_that_are_served(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe's images have 16 pixels, those that the time is asked for others."""
+    seen: list[Options] = []
+
+    def open_latency(_: nn.Module, options: Options, *__: object, **___: object) -> None:
+        seen.append(options)
+        raise CompressError("enough")
+
+    monkeypatch.setattr(prune, "open_latency", open_latency)
+    run, model = open_small(), small(10).eval()
+    cfg = PruneStage.model_validate(
+        {"stage": "prune", "keep_latency": 0.5, "conditions": {"image_size": size, "precision": "fp32"}}
+    )
+    smallest = dict.fromkeys(dict(model.named_modules()), 1)
+    with run.log(tmp_path, "prune") as log:
+        planner = prune._Planner(cfg, goal_of(cfg), {}, smallest, tmp_path, log, run)
+        with pytest.raises(CompressError, match="enough"):
+            planner.cuts(model, torch.zeros(1, 3, 16, 16), 1)
+    convolution = next(layer for layer in seen[0].layers if layer.kind == "Conv2d")
+    assert convolution.maps[0] == (size, size)
