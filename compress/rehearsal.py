@@ -4,6 +4,7 @@ import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from traceback import format_exception
@@ -18,6 +19,7 @@ from compress.models.architectures import build
 from compress.models.saved import example_images
 from compress.models.structure import classifier, width_cost
 from compress.pruning.blocks import Conditions
+from compress.pruning.branches import find_branches
 from compress.pruning.clock import Clock
 from compress.pruning.costs import measure_layers
 from compress.pruning.plan import cut_, find_groups, find_options, smallest_widths
@@ -168,8 +170,10 @@ def _refuse_unreachable(model: nn.Module, cfg: PruneStage, run: Run) -> None:
         round_to=cfg.round_to,
         min_channels=smallest_widths(groups, cfg.min_keep),
     )
+    if cfg.blocks:
+        options = replace(options, branches=find_branches(model, groups, run.image_size))
     narrowest = copy.deepcopy(model)
-    cut_(narrowest, images, options.cuts(options.blocks))
+    cut_(narrowest, images, options.narrowest)
     if goal.cost == "latency":
         with TemporaryDirectory() as folder:
             how, files = served(cfg.conditions, run), (Path(folder) / "before.onnx", Path(folder) / "narrowest.onnx")

@@ -18,11 +18,17 @@ SECONDS = 30.0
 
 
 def most_value(
-    values: Sequence[Floats], costs: Sequence[Floats], pairs: Mapping[tuple[int, int], Floats], budget: float
+    values: Sequence[Floats],
+    costs: Sequence[Floats],
+    pairs: Mapping[tuple[int, int], Floats],
+    budget: float,
+    *,
+    together: Sequence[Sequence[int]] = (),
 ) -> list[int] | None:
     """Return which of its widths each group takes, None where no choice costs at most `budget`.
 
     `values` and `costs` (widths,) are each group's own; `pairs` (widths of the first, widths of the second) what two groups cost together.
+    Groups that are `together` take their last widths all or none.
     """
     starts = np.cumsum([0, *map(len, values)])
     count = int(starts[-1])
@@ -37,6 +43,11 @@ def most_value(
     for start, end in itertools.pairwise(starts):  # one width for each group
         _add(rows, columns, entries, len(wanted), range(start, end), 1.0)
         wanted.append(1.0)
+    for first, *others in together:
+        for other in others:
+            _add(rows, columns, entries, len(wanted), [starts[first + 1] - 1], 1.0)
+            _add(rows, columns, entries, len(wanted), [starts[other + 1] - 1], -1.0)
+            wanted.append(0.0)
     for (first, second), start, table in zip(pairs, pair_starts, pairs.values(), strict=False):
         places = start + np.arange(table.size).reshape(table.shape)
         for group, lines in ((first, places), (second, places.T)):  # a pair is taken where both of its widths are

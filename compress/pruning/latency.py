@@ -75,7 +75,7 @@ class Latency:
             cuts = choose_within(options, self.model, budget_ms)
             return None if cuts is None else (cuts, self.predicted_ms(options, cuts))
 
-        narrowest = options.cuts(options.blocks)
+        narrowest = options.narrowest
         return until_close(
             asked_ms,
             choose,

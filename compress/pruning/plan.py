@@ -27,7 +27,7 @@ Scope = Literal["global", "local", "isomorphic"]
 
 @dataclass(frozen=True)
 class Cut:
-    """Channels to remove at one root layer, with the coupled layers by the dependency graph; or heads of one attention."""
+    """Channels to remove at one root layer, with the coupled layers by the dependency graph; heads of one attention; or, with none, a residual block."""
 
     root: str
     remove: tuple[int, ...]
@@ -74,12 +74,21 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A residual block that may go whole, and the groups that lie inside of it."""
+
+    path: str
+    groups: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Options:
-    """All that may be cut from a network: its groups, the layers that they reach, and the blocks, least important first."""
+    """All that may be cut from a network: its groups, the layers that they reach, the blocks, least important first, and residual blocks."""
 
     groups: Sequence[ChannelGroup]
     layers: Sequence[Layer]
     blocks: Sequence[Block]
+    branches: Sequence[Branch] = ()
 
     @cached_property
     def reach(self) -> tuple[Floats, Floats]:
@@ -108,7 +117,10 @@ class Options:
     def removed_by(self, cuts: Iterable[Cut]) -> Floats:
         """Return how many channels each group loses with some cuts, (groups,)."""
         gone = {cut.root: len(cut.remove) for cut in cuts}
-        return np.array([gone.get(group.root, 0) for group in self.groups], dtype=float)
+        removed = np.array([gone.get(group.root, 0) for group in self.groups], dtype=float)
+        for index in (index for branch in self.branches if branch.path in gone for index in branch.groups):
+            removed[index] = self.groups[index].channels
+        return removed
 
     def cuts(self, blocks: Iterable[Block]) -> list[Cut]:
         """Return what removes some blocks."""
@@ -116,6 +128,13 @@ class Options:
         for block in blocks:
             channels.setdefault(block.group, []).extend(block.channels)
         return [Cut(self.groups[index].root, tuple(sorted(members))) for index, members in sorted(channels.items())]
+
+    @property
+    def narrowest(self) -> list[Cut]:
+        """Return what removes all that may go."""
+        inside = {index for branch in self.branches for index in branch.groups}
+        cuts = self.cuts(block for block in self.blocks if block.group not in inside)
+        return cuts + [Cut(branch.path, ()) for branch in self.branches]
 
 
 def find_groups(model: nn.Module, images: Tensor, criterion: str, *, exclude: Sequence[str]) -> list[ChannelGroup]:
@@ -182,30 +201,33 @@ def choose(options: Options, cost: WidthCost, budget: float) -> list[Cut]:
 
 def cut_(model: nn.Module, images: Tensor, cuts: Sequence[Cut]) -> None:
     """Remove the channels in place. The same cuts on the same weights give the same network, bit for bit."""
-    attentions = [cut for cut in cuts if hasattr(model.get_submodule(cut.root), "num_heads")]
+    whole = [cut for cut in cuts if not cut.remove]
+    attentions = [cut for cut in cuts if cut.remove and hasattr(model.get_submodule(cut.root), "num_heads")]
     for cut in attentions:
         cut_heads_(attention_at(model, cut.root), cut.remove)
     graph = channel_graph(model, images)
     for cut in cuts:
-        if cut in attentions:
+        if cut in attentions or cut in whole:
             continue
         root = model.get_submodule(cut.root)
         pruner = graph.get_pruner_of_module(root)
         graph.get_pruning_group(root, pruner.prune_out_channels, list(cut.remove)).prune(record_history=False)
+    for cut in whole:
+        model.set_submodule(cut.root, nn.Identity())
     for parameter in model.parameters():
         parameter.grad = None
 
 
 def widths(before: Sequence[Layer], model: nn.Module) -> list[Width]:
-    """Return every convolution's and linear layer's channels before and after a cut."""
-    table = []
+    """Return every convolution's and linear layer's channels before and after a cut; none are left of one that is gone."""
+    table, left = [], dict(model.named_modules())
     for layer in before:
-        module = model.get_submodule(layer.name)
+        module, inputs, outputs = left.get(layer.name), 0, 0
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             inputs, outputs = module.in_channels, module.out_channels
         elif isinstance(module, nn.Linear):
             inputs, outputs = module.in_features, module.out_features
-        else:
+        elif not layer.kind.startswith(("Conv", "Linear")):
             continue
         table.append(Width(layer.name, layer.kind, layer.inputs, inputs, layer.outputs, outputs))
     return table

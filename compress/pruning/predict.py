@@ -34,6 +34,8 @@ class LatencyModel:
         """Return what one node takes at some widths (layers,), before the scale."""
         node, fractions = self.nodes[index], self.fractions[index]
         if node.layer is not None:
+            if not outputs[node.layer]:
+                return 0.0  # its residual block is gone
             return node.ms * interpolated(fractions, float(inputs[node.layer]), float(outputs[node.layer]))
         if not node.follows:
             return node.ms
@@ -84,7 +86,10 @@ def latency_model(
 
 @dataclass(frozen=True)
 class Ladder:
-    """The widths among which one group's is chosen: how many channels are gone at each, what importance is then lost, and the blocks."""
+    """The widths among which one group's is chosen: how many channels are gone at each, what importance is then lost, and the blocks.
+
+    Where a group lies inside of a residual block, the last is none at all.
+    """
 
     removed: tuple[int, ...]
     lost: tuple[float, ...]
@@ -94,6 +99,7 @@ class Ladder:
 def ladders(options: Options) -> list[Ladder]:
     """Return each group's ladder; of a wide one's blocks several leave at once, so that no more than LEVELS remain."""
     found = []
+    inside = {index for branch in options.branches for index in branch.groups}
     for group in range(len(options.groups)):
         blocks = [block for block in options.blocks if block.group == group]
         step = -(-len(blocks) // LEVELS) or 1
@@ -101,13 +107,18 @@ def ladders(options: Options) -> list[Ladder]:
         taken = list(dict.fromkeys(taken))
         lost = np.cumsum([0.0, *(block.rank * len(block.channels) for block in blocks)])
         gone = np.cumsum([0, *(len(block.channels) for block in blocks)])
-        found.append(
-            Ladder(
-                tuple(int(gone[n]) for n in taken),
-                tuple(float(lost[n]) for n in taken),
-                tuple(tuple(blocks[:n]) for n in taken),
-            )
+        ladder = Ladder(
+            tuple(int(gone[n]) for n in taken),
+            tuple(float(lost[n]) for n in taken),
+            tuple(tuple(blocks[:n]) for n in taken),
         )
+        if group in inside:
+            whole, cut = options.groups[group], {channel for block in blocks for channel in block.channels}
+            rest = sum(float(score) for channel, score in enumerate(whole.scores) if channel not in cut)
+            ladder = Ladder(
+                (*ladder.removed, whole.channels), (*ladder.lost, ladder.lost[-1] + rest), (*ladder.blocks, ())
+            )
+        found.append(ladder)
     return found
 
 
@@ -151,7 +162,10 @@ def choose_within(options: Options, model: LatencyModel, budget_ms: float) -> li
         for group in groups:
             own[group] += [took((group, level)) - whole for level in range(len(steps[group].removed))]
     values = [-np.array(ladder.lost) for ladder in steps]
-    chosen = most_value(values, own, pairs, budget_ms - fixed)
+    together = [branch.groups for branch in options.branches]
+    chosen = most_value(values, own, pairs, budget_ms - fixed, together=together)
     if chosen is None:
         return None
-    return options.cuts(block for ladder, level in zip(steps, chosen, strict=True) for block in ladder.blocks[level])
+    gone = [b for b in options.branches if chosen[b.groups[0]] == len(steps[b.groups[0]].removed) - 1]
+    cuts = options.cuts(block for ladder, level in zip(steps, chosen, strict=True) for block in ladder.blocks[level])
+    return cuts + [Cut(branch.path, ()) for branch in gone]

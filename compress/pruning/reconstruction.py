@@ -71,6 +71,7 @@ def reconstruct(
     measure what they hold. Raises CompressError where a value is not finite.
     """
     order, norms, largest = _survey(reference, images[:1])
+    order = [name for name in order if name in kept]  # others went with their residual block
     images = images[: max(JUDGED, MAX_BYTES // (8 * largest))]  # two activations of 4 bytes: a layer's and a shortcut's
     judged = torch.arange(len(images), device=images.device) % JUDGED == 0
     candidates = {"none": student}

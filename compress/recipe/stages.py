@@ -174,6 +174,8 @@ class PruneStage(Section):
     """The most milliseconds that the network may take, timed in the same way."""
     conditions: Conditions = Conditions()
     """What `keep_latency` and `max_latency_ms` are measured under."""
+    blocks: bool = False
+    """Under `keep_latency` or `max_latency_ms`, whole residual blocks may go too, where that loses less importance for the same time."""
     steps: PositiveInt = 1
     """Number of cuts; channels are scored again before each, and `recover` trains in between."""
     recover: Fit | None = None
@@ -197,6 +199,8 @@ class PruneStage(Section):
     def _one_goal(self) -> "PruneStage":
         if len([goal for goal in GOALS if getattr(self, goal) is not None]) != 1:
             raise ValueError(f"keep_macs: give exactly one of {', '.join(GOALS)}")
+        if self.blocks and (self.steps > 1 or (self.keep_latency is None and self.max_latency_ms is None)):
+            raise ValueError("blocks: needs keep_latency or max_latency_ms, and a single step")
         return self
 
 

@@ -11,7 +11,13 @@ SIGNIFICANT = 0.05
 
 def sentences(report: Report, digits: int) -> list[str]:
     """Return what the report says of its gains, in the order of the stages."""
-    found = (within_time(report), recovered(report, digits), training_gain(report, digits), skipped(report), left_in_float(report))
+    found = (
+        within_time(report),
+        recovered(report, digits),
+        training_gain(report, digits),
+        skipped(report),
+        left_in_float(report),
+    )
     return [sentence for sentence in found if sentence]
 
 

@@ -18,6 +18,7 @@ from compress.errors import CompressError
 from compress.log import StageLog
 from compress.models.saved import example_images, read_architecture, save_network
 from compress.models.structure import classifier, width_cost
+from compress.pruning.branches import find_branches
 from compress.pruning.costs import measure_layers
 from compress.pruning.criteria import NEEDS_GRADIENTS
 from compress.pruning.goals import METRICS, UNITS, Goal
@@ -115,6 +116,8 @@ class _Planner:
             round_to=self.cfg.round_to,
             min_channels=self.smallest,
         )
+        if self.cfg.blocks:
+            options = replace(options, branches=find_branches(model, groups, self.run.image_size))
         if self.goal.cost == "latency":
             return self._within_time(model, images, options, number)
         full = self.before[METRICS[self.goal.cost]]

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from compress.models.structure import width_cost
 from compress.pruning import latency as latencies
 from compress.pruning import timings
 from compress.pruning.blocks import Block, Conditions, alone, inputs_of, read_blocks
+from compress.pruning.branches import find_branches
 from compress.pruning.clock import Clock
 from compress.pruning.goals import Goal
 from compress.pruning.knapsack import most_value
@@ -251,11 +253,14 @@ def fake_model(options: Options, files: dict[str, Path], folder: Path, name: str
 
 
 @pytest.mark.parametrize("keep", [0.35, 0.6])
+@pytest.mark.parametrize("blocks", [False, True])
 def test_the_choice_loses_the_least_importance_of_all_that_meet_the_time(
-    files: dict[str, Path], tmp_path: Path, keep: float
+    files: dict[str, Path], tmp_path: Path, keep: float, blocks: bool
 ) -> None:
-    """Brute force over every width of every group, on a machine whose times are known."""
+    """Brute force over every width of every group, on a machine whose times are known; one residual block may go whole."""
     options = options_for("residual", round_to=8)
+    if blocks:
+        options = replace(options, branches=find_branches(lively(Residual(5)), options.groups, SIZE))
     model = fake_model(options, files, tmp_path, "residual")
     steps = ladders(options)
     full = model.cost(*options.widths(options.removed([])))
