@@ -20,7 +20,7 @@ from compress.data.digest import FILES, changes, dataset_digest, given
 from compress.errors import ArtifactError, CompressError
 from compress.models.digest import source_digest
 from compress.ranks import barrier, first_decides, rank
-from compress.recipe.arguments import data_settings
+from compress.recipe.arguments import data_settings, goal_of
 from compress.recipe.order import GIVES, TAKES
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import StageSection
@@ -140,6 +140,8 @@ def _outside(recipe: Recipe, section: StageSection) -> list[object]:
         found += [resolve_target(recipe.target).name, *recipe.further_targets]
     if section.stage in ("distill", "qat") or (section.stage == "prune" and section.recover is not None):
         found.append(recipe.teaching.model_dump(mode="json"))
+    if section.stage == "prune" and goal_of(section).cost == "latency":  # timed as it is served
+        found += [resolve_target(recipe.target).name, any(other.stage in ("ptq", "qat") for other in recipe.stages)]
     if section.stage == "student":
         found.append(source_digest(section.arch, section.weights))
     # What these measure is the runtime's, the last two's also the machine's.

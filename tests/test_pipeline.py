@@ -355,6 +355,17 @@ def test_other_data_or_another_seed_runs_everything(copied: Path, change: str) -
     assert not any(line.cached for line in plan_recipe(recipe(copied, change)))
 
 
+def test_a_cut_to_a_latency_is_of_its_target_one_to_macs_of_any(tmp_path: Path) -> None:
+    keys = {}
+    for goal in ("keep_macs", "keep_latency"):
+        stages = [{"stage": "source", "fit": {"epochs": 1}}, {"stage": "prune", goal: 0.5}, {"stage": "ptq"}]
+        facts = {"name": "a", "out": str(tmp_path), "model": {"arch": "torchvision:resnet18"}, "stages": stages}
+        for target in ("cpu_avx2", "cpu_vnni"):
+            keys[goal, target] = list(pipeline._keys(Recipe.model_validate(facts | {"target": target})))[1]
+    assert keys["keep_macs", "cpu_avx2"] == keys["keep_macs", "cpu_vnni"]
+    assert keys["keep_latency", "cpu_avx2"] != keys["keep_latency", "cpu_vnni"]
+
+
 def test_another_onnx_runtime_measures_everything_anew_and_another_machine_what_is_the_machine_s(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
