@@ -68,8 +68,8 @@ def _rehearse(run: Run, chain: Recipe, sections: Sequence[StageSection], tried: 
     stages = [section.stage for section in sections]
     networks = _networks(run, chain, sections)
     (_, teacher), (arch, student) = networks[0], networks[-1]
-    if student is not teacher:
-        run.check_logits(student)
+    for _, network in networks:
+        run.check_logits(network)
     for section in sections:
         if isinstance(section, PruneStage):
             _refuse_unreachable(student, section, run.of(chain))

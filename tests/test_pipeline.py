@@ -439,7 +439,7 @@ def test_a_stage_refuses_what_it_cannot_take(finished: Path, tmp_path: Path) -> 
 
 
 def test_an_unreachable_keep_macs_is_one_sentence_and_leaves_nothing_to_trust(copied: Path) -> None:
-    with pytest.raises(CompressError, match=r"keep_macs: .* cannot be reached; the narrowest plan keeps"):
+    with pytest.raises(CompressError, match=r"keep_macs: .* cannot be reached, the narrowest plan keeps"):
         run(copied, "prune.keep_macs=0.001", until="prune")
     assert not plan_recipe(recipe(copied, "prune.keep_macs=0.001"))[1].cached
 

@@ -119,7 +119,7 @@ def _fcos(backbone: str, classes: int) -> nn.Module:
     return Detector(FCOS(_pyramid(backbone), classes + 1), CENTRED)
 
 
-RESIDUAL, MOBILE = ("resnet18", "resnet34", "resnet50"), ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
+RESIDUAL, MOBILE = ("resnet18", "resnet34", "resnet50"), ("mobilenet_v3_small", "mobilenet_v3_large")
 # Kind of detector: what builds it, and the backbones that it takes.
 BUILDERS: Mapping[str, tuple[Callable[[str, int], nn.Module], Sequence[str]]] = {
     "ssd": (_ssd, RESIDUAL),
