@@ -15,31 +15,33 @@ from compress.models.cifar import CIFAR_NETWORKS
 from compress.models.detectors import BUILDERS
 from compress.models.known import LIST, OWN
 from compress.models.recognize import fingerprint
+from compress.models.segmenters import RESIDUAL
 
 
-def listing() -> str:
-    """Return a line for each library: its name, its version, its networks."""
-    lines = (
-        ("torchvision", torchvision.__version__.partition("+")[0], torchvision_names()),
-        ("timm", timm.__version__, timm.list_models()),
-        ("cifar", OWN, CIFAR_NETWORKS),
-        *((kind, OWN, backbones) for kind, (_, backbones) in BUILDERS.items()),
-    )  # fmt: skip
-    return "".join(f"{name} {version} {' '.join(entries(name, names))}\n" for name, version, names in lines)
+def networks() -> Iterable[tuple[str, str, list[str]]]:
+    """Yield each library's name, its version, and its networks' names."""
+    yield "torchvision", torchvision.__version__.partition("+")[0], sorted(torchvision_names())
+    yield "timm", timm.__version__, sorted(timm.list_models())
+    yield "cifar", OWN, sorted(CIFAR_NETWORKS)
+    yield "fpn", OWN, sorted(RESIDUAL)
+    for kind, (_, backbones) in BUILDERS.items():
+        yield kind, OWN, sorted(backbones)
 
 
-def entries(library: str, names: Iterable[str]) -> Iterable[str]:
-    """Yield each name, with its fingerprint where the network can be built without memory."""
-    for name in sorted(names):
-        try:
-            with warnings.catch_warnings(), torch.device("meta"):
-                warnings.simplefilter("ignore")
-                state = build(f"{library}:{name}", num_classes=1000).state_dict()
-        except (RuntimeError, NotImplementedError, ValueError, TypeError):  # its start needs values
-            yield name
-        else:
-            yield f"{name}={fingerprint(state)}"
+def entry(library: str, name: str) -> str:
+    """Return a network's name, with its fingerprint where it can be built without memory."""
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            state = build(f"{library}:{name}", num_classes=1000).state_dict()
+    except (RuntimeError, NotImplementedError, ValueError, TypeError):  # its start needs values
+        return name
+    return f"{name}={fingerprint(state)}"
 
 
 if __name__ == "__main__":
-    LIST.write_text(listing(), encoding="utf-8")
+    lines = (
+        f"{library} {version} {' '.join(entry(library, name) for name in names)}\n"
+        for library, version, names in networks()
+    )
+    LIST.write_text("".join(lines), encoding="utf-8")
