@@ -243,6 +243,12 @@ def test_patience_ends_a_search_that_gains_nothing(tmp_path: Path) -> None:
     assert len(board.rows()) == 4
     assert progress(board.rows(), search)[0] > 0
 
+    def refuse(_: Taken) -> dict[str, list[float]]:
+        raise Refused("no")
+
+    with pytest.raises(CompressError, match="none of 3 trials"):
+        work(a_board(tmp_path / "refused", search), refuse)
+
 
 def test_a_refused_trial_counts_and_a_crashed_one_is_made_up_for(tmp_path: Path) -> None:
     def run(taken: Taken) -> dict[str, list[float]]:

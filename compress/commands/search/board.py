@@ -72,6 +72,14 @@ def progress(rows: Sequence[Row], search: Search) -> list[float]:
     return covered([losses(row, search) for row in done], [row.is_allowed for row in done])
 
 
+def idle(rows: Sequence[Row], search: Search) -> int:
+    """Return how many trials have ended since the last one that gained hypervolume, also early or refused."""
+    done = [row.number for row in rows if row.state == "done"]
+    gained = [0.0, *progress(rows, search)]
+    last = max((n for n, own, before in zip(done, gained[1:], gained, strict=False) if own > before), default=-1)
+    return sum(row.number > last and row.state not in ("running", "crashed") for row in rows)
+
+
 class Board:
     """The trials of one search; `points` are those to try where no sampler chooses."""
 
@@ -181,8 +189,7 @@ class Board:
         if budget.trials is not None and self.points is None and len(known) >= budget.trials:
             return False
         if budget.patience is not None and self.points is None:
-            gained = progress(self.rows(), self.search)
-            if len(gained) > budget.patience and gained[-1] <= gained[-1 - budget.patience]:
+            if idle(self.rows(), self.search) >= budget.patience:
                 return False
         if self.points is None:
             return True
