@@ -306,7 +306,7 @@ Start = Callable[[Path, str | None], multiprocessing.process.BaseProcess]
 @pytest.fixture
 def start() -> Iterator[Start]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "optuna", "optuna.storages._rdb.storage"])  # what takes seconds to import
     started = []
 
     def one(folder: Path, storage: str | None) -> multiprocessing.process.BaseProcess:
@@ -345,7 +345,7 @@ def test_workers_that_are_killed_leave_every_trial_done_once_and_no_stage_made_t
         workers[index].join()
         workers[index] = start(tmp_path, storage)
     for process in workers:
-        process.join(60)
+        process.join(300)
         assert process.exitcode == 0
     rows = a_board(tmp_path, many(), storage).rows()
     assert [row.state for row in rows] == 24 * ["done"]

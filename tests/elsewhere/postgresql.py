@@ -42,7 +42,7 @@ def server() -> Iterator[str]:
     ]
     subprocess.run(initdb, check=True, capture_output=True, cwd="/")
     try:
-        subprocess.run([*run, "-o", f"-k {folder} -c listen_addresses=", "start"], check=True, cwd="/")
+        subprocess.run([*run, "-o", f"-k {folder} -c listen_addresses= -c fsync=off", "start"], check=True, cwd="/")
         yield f"postgresql://postgres@/postgres?host={folder}"
     finally:
         subprocess.run([*run, "-m", "immediate", "stop"], check=False, cwd="/")

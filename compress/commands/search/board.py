@@ -264,11 +264,13 @@ def _database(url: str) -> "optuna.storages.BaseStorage":
     import optuna
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.pool import NullPool
 
     shown = url.partition("://")[0]
     try:
         shown = make_url(url).render_as_string(hide_password=True)
-        return optuna.storages.RDBStorage(url)
+        # A connection that idles through an hour's trial may be gone at its end: each is closed after use.
+        return optuna.storages.RDBStorage(url, engine_kwargs={"poolclass": NullPool})
     except (ImportError, SQLAlchemyError) as error:
         said = str(getattr(error, "orig", None) or error).partition("\n")[0]
         repair = "install the driver" if isinstance(error, ImportError) else "start it"
