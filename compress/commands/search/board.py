@@ -186,13 +186,10 @@ class Board:
     def _propose(self, known: Sequence["optuna.trial.FrozenTrial"]) -> bool:
         """Tell whether one more trial is wanted; a grid's next combination is queued."""
         budget = self.search.budget
-        if budget.trials is not None and self.points is None and len(known) >= budget.trials:
-            return False
-        if budget.patience is not None and self.points is None:
-            if idle(self.rows(), self.search) >= budget.patience:
-                return False
         if self.points is None:
-            return True
+            is_spent = budget.trials is not None and len(known) >= budget.trials
+            is_idle = budget.patience is not None and idle(self.rows(), self.search) >= budget.patience
+            return not (is_spent or is_idle)
         tried = [trial.params for trial in known]
         point = next((point for point in self.points if point not in tried), None)
         if point is not None:
