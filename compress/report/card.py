@@ -35,6 +35,7 @@ def card(report: Report, *, name: str, served: str, classes: int, golden: int, t
         served=served,
         classes=classes,
         golden=golden,
+        counted=summary.counted(report),
         files=markdown(files(report, timed)) if timed else "",
         notes=notes(report, timed),
         classes_table="\n\n".join(markdown(table, CLASSES) for table in recalls(report)),

@@ -48,7 +48,7 @@ def at_chance(classes: Classes, files: Iterable[str]) -> dict[str, str]:
             )
             found[name] = (
                 f"{name} answers at chance: {sum(classes['files'][name]['correct']):,} of {sum(classes['images']):,} "
-                f"validation images are right, {expected:,.0f} would be if it ignored them "
+                f"validation {classes.get('counted', 'images')} are right, {expected:,.0f} would be if it ignored them "
                 f"(p = {significant(probability, digits=2)}); {repair}"
             )
     return found
@@ -77,14 +77,16 @@ def doubts(classes: Classes, file: str, targets: Mapping[str, float | None]) -> 
     names, images, lines = classes["names"], classes["images"], worst_first(classes, file)
     total, largest = sum(images), max(range(len(images)), key=images.__getitem__)
     right, knows = sum(classes["files"][TEACHER]["correct"]), not at_chance(classes, [TEACHER])
-    if knows and clopper_pearson(right, total)[0] <= images[largest] / total:
+    counted = classes.get("counted", "images")
+    one_each = counted != "objects"  # a detector answers as often as it likes
+    if one_each and knows and clopper_pearson(right, total)[0] <= images[largest] / total:
         yield (
-            f'{TEACHER} is right on {percent(right / total)} of {total:,} validation images, always answering "{names[largest]}" '
+            f'{TEACHER} is right on {percent(right / total)} of {total:,} validation {counted}, always answering "{names[largest]}" '
             f"on {percent(images[largest] / total)}: the score says little here, see balanced accuracy and set targets.max_class_drop"
         )
     for name, found in classes["files"].items():
-        if max(found["answered"]) == total:
-            yield f'{name} answers "{names[found["answered"].index(total)]}" to all {total:,} validation images'
+        if one_each and max(found["answered"]) == total:
+            yield f'{name} answers "{names[found["answered"].index(total)]}" to all {total:,} validation {counted}'
     lost = [
         f'"{line.name}" (0 of {line.images:,}, the teacher {line.teacher:,})'
         for line in lines
@@ -97,14 +99,14 @@ def doubts(classes: Classes, file: str, targets: Mapping[str, float | None]) -> 
         yield f"{_count(missing)} without a validation image, so without a score: {_first(missing)}"
     smallest = min(lines, key=lambda line: line.images)
     for target, count, where in (
-        ("max_drop", total, ""),
+        ("max_drop", total if one_each else math.inf, ""),
         ("max_class_drop", smallest.images, f' of class "{smallest.name}"'),
     ):
         wanted = targets[target]
         if wanted is not None and 1 / count > wanted:
             yield (
-                f"targets.{target}: one of the {count:,} validation images{where} is {loss(1 / count)}, more than the {loss(wanted)} "
-                "that may be lost: a single image decides"
+                f"targets.{target}: one of the {count:,} validation {counted}{where} is {loss(1 / count)}, more than the {loss(wanted)} "
+                "that may be lost: a single one decides"
             )
 
 

@@ -4,6 +4,7 @@ from compress.report.numbers import duration, loss, percent, points, significant
 from compress.report.shape import DeployedRow, Json, Report
 from compress.report.verdict import any_row, target_of
 from export.onnx_file.roles import PTQ, QAT
+from export.tasks import TASKS
 from export.tasks.paired import mcnemar
 
 SIGNIFICANT = 0.05
@@ -52,7 +53,7 @@ def training_gain(report: Report, digits: int) -> str | None:
         return None
     ptq, qat = any_row(report, PTQ), any_row(report, QAT)
     if ptq and qat and ptq["score"] is not None and qat["score"] is not None:
-        return " ".join(_gain(ptq, qat, ptq["score"], qat["score"], digits))
+        return " ".join(_gain(report, ptq, qat, ptq["score"], qat["score"], digits))
     metrics = stage_metrics(report, "qat") or {}
     before, after = metrics.get("score_calibrated"), metrics.get("score")
     if before is None or after is None:
@@ -100,10 +101,10 @@ def stage_section(report: Report, stage: str) -> Json | None:
     return next((section for section in reversed(report["recipe"]["stages"]) if section["stage"] == stage), None)
 
 
-def _gain(ptq: DeployedRow, qat: DeployedRow, before: float, after: float, digits: int) -> list[str]:
+def _gain(report: Report, ptq: DeployedRow, qat: DeployedRow, before: float, after: float, digits: int) -> list[str]:
     shown = f"INT8 by calibration alone (PTQ) {percent(before, digits)}, by training (QAT) {percent(after, digits)}"
     images = ptq["images"]
-    if not images or images != qat["images"]:
+    if not images or images != qat["images"] or not TASKS[report["recipe"]["task"]].metric.counts_images:
         return [f"{shown}: {points(after - before)}."]
     more = round(after * images) - round(before * images)
     net = f"{abs(more):,} {'more' if more > 0 else 'fewer'} right {'answer' if abs(more) == 1 else 'answers'}"

@@ -19,6 +19,8 @@ from compress.report.verdict import (
 )
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER
 from export.onnx_file.targets import CPU, provider_title
+from export.tasks import TASKS
+from export.tasks.task import Metric
 
 TITLES = {  # in the order of the tables
     TEACHER: "Teacher FP32",
@@ -36,6 +38,16 @@ TARGET_TITLES = {
     "max_macs_ratio": "MACs, as a fraction of the teacher's",
     "max_latency_ms": "Median latency",
 }
+
+
+def metric(report: Report) -> Metric:
+    """Return what the report's scores are."""
+    return TASKS[report["recipe"]["task"]].metric
+
+
+def counted(report: Report) -> str:
+    """Return what is right or wrong, class by class: images, pixels, objects."""
+    return report["classes"].get("counted", "images") if report["classes"] else "images"
 
 
 def headline(report: Report) -> Table:

@@ -49,7 +49,7 @@ def deployed(report: Report) -> Section:
     """Return every file under the headline's conditions, and every timing."""
     rows = report["deployed"]
     after = [
-        "Agreement: on how many images a file predicts as student_fp32. p50 is the median of one call, p90 and p99 are "
+        f"Agreement with student_fp32: the fraction of {summary.metric(report).alike}. p50 is the median of one call, p90 and p99 are "
         "the slow ones. Peak MB: the memory that the file adds to ONNX Runtime's own."
     ]
     after += [ELSEWHERE] if any(row["name"] not in summary.TITLES for row in rows) else []
@@ -108,7 +108,7 @@ def accuracy(report: Report) -> list[Table]:
     ]
     columns = ("File", heading(report["metric"]["title"]), *map(heading, known))
     note = "Balanced accuracy is the mean recall of the classes: each counts the same, however many images it has."
-    return [Table("Accuracy", columns, rows, note=note)]
+    return [Table("Accuracy", columns, rows, note=note if "balanced accuracy" in known else "")]
 
 
 def recalls(report: Report) -> list[Table]:
@@ -129,17 +129,16 @@ def recalls(report: Report) -> list[Table]:
     ]
     pairs = zip(classes["names"], classes["images"], strict=True)
     rows += [(name, "0", UNKNOWN, UNKNOWN, UNKNOWN) for name, images in pairs if not images]
-    columns = ("Class", "Images", "Teacher", "Deployed", "Change")
-    note = (
-        f"Recall: the fraction of a class's validation images that {TEACHER} and {file} predict right, in ONNX Runtime."
-    )
+    counted = summary.counted(report)
+    columns = ("Class", heading(counted), "Teacher", "Deployed", "Change")
+    note = f"Recall: the fraction of a class's validation {counted} that {TEACHER} and {file} predict right, in ONNX Runtime."
     return [Table("Recall of each class, worst loss first", columns, rows, note=note)]
 
 
 def confusion(report: Report) -> list[Table]:
     """Return what the deployed file takes for what: a matrix, or of many classes the most confused pairs."""
     judged = judged_classes(report)
-    if judged is None:
+    if judged is None or judged[0]["files"][judged[1]]["mistakes"] is None:
         return []
     classes, file = judged
     names, images = classes["names"], classes["images"]
@@ -154,7 +153,12 @@ def confusion(report: Report) -> list[Table]:
             for pair, found in most
         ]
         return [
-            Table(f"Most confused by {file}", ("Class", "Taken for", "Images", "By the teacher", "Of"), pairs, (0, 1))
+            Table(
+                f"Most confused by {file}",
+                ("Class", "Taken for", heading(summary.counted(report)), "By the teacher", "Of"),
+                pairs,
+                (0, 1),
+            )
         ]
     counts = own | {(index, index): right for index, right in enumerate(classes["files"][file]["correct"])}
     rows = [

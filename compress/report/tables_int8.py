@@ -6,6 +6,7 @@ from compress.report.gain import stage_metrics, stage_section
 from compress.report.numbers import UNKNOWN, heading, loss, percent, points, significant, times
 from compress.report.parity import allowed
 from compress.report.shape import PtqTarget, Report, TensorRow, VerifyRow
+from compress.report.summary import metric
 from compress.report.table import Section, Table, bar, count, mark, strong
 from compress.report.verdict import TOLERANCE, any_row, deployed_name, target_of
 from export.audit import Audit
@@ -163,7 +164,7 @@ def parity(report: Report, name: str, row: VerifyRow) -> Table:
             mark(met),
             "Agreement",
             percent(row["agreement"]),
-            f"predicts as {reference} on {row['images']:,} images, exact 95 % interval {low} to {high}"
+            f"{metric(report).alike}, beside {reference}: {row['images']:,} images, exact 95 % interval {low} to {high}"
             + ("" if wanted is None else f"; at least {percent(wanted)} wanted"),
         )
     ]

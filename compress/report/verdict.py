@@ -138,7 +138,8 @@ def _class_drop(judged: tuple[Classes, str] | None) -> Measurement:
     worst = worst_first(classes, name)[0]
     before, after = percent(worst.teacher / worst.images), percent(worst.student / worst.images)
     return Measurement(
-        worst.drop, f'class "{worst.name}": teacher_fp32 {before}, {name} {after} of {worst.images:,} images'
+        worst.drop,
+        f'class "{worst.name}": teacher_fp32 {before}, {name} {after} of {worst.images:,} {classes.get("counted", "images")}',
     )
 
 

@@ -33,6 +33,7 @@ SAME_PLACE, SAME_SCORE = (
     0.9,
     0.02,
 )  # overlap at least, difference of scores at most, of two files' detections that agree
+ALIKE = f"detections that both have: same class, overlap of {SAME_PLACE}, scores within {SAME_SCORE}"
 EVERY = 7  # anchors: one of so many tells how far two files' outputs are apart
 MOST_TRUTHS = 1000  # boxes of a golden image
 DRAWN = 500  # resamples of a comparison, each of which sorts nothing anew and still adds up every detection
@@ -102,7 +103,7 @@ def by_class(rows: Mapping[str, Array], labels: Sequence[str], _confused: Collec
             answered=_count(table[..., 0][sure & (bits >> 10 & 1 == 0)], labels),
             mistakes=None,
         )
-    return Classes(names=list(labels), images=_count(true[true != NONE], labels), files=files)
+    return Classes(names=list(labels), images=_count(true[true != NONE], labels), files=files, counted="objects")
 
 
 def _count(classes: Array, labels: Sequence[str]) -> list[int]:
@@ -214,7 +215,7 @@ def draw_truth(image: Array, truth: Array, labels: Sequence[str]) -> Array:
 
 DETECTION = OutputTask(
     name="detection",
-    metric=Metric("map", "mAP"),
+    metric=Metric("map", "mAP", ALIKE, counts_images=False),
     output_shape=output_shape,
     check_output=check_output,
     truths=truths,

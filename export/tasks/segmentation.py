@@ -150,6 +150,7 @@ def by_class(rows: Mapping[str, Array], labels: Sequence[str], confused: Collect
             )
             for name, (right, _, answered) in parts.items()
         },
+        counted="pixels",
     )
 
 
@@ -227,7 +228,7 @@ def draw(image: Array, mask: Array, _labels: Sequence[str]) -> Array:
 
 SEGMENTATION = OutputTask(
     name="segmentation",
-    metric=Metric("miou", "mIoU"),
+    metric=Metric("miou", "mIoU", "pixels that both give the same class", counts_images=False),
     output_shape=output_shape,
     check_output=check_output,
     truths=truths,

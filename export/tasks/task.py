@@ -7,7 +7,7 @@ of an answer is one row of numbers for each image, so that scores add up, files 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from numpy.typing import NDArray
 from onnx import ModelProto
@@ -30,6 +30,8 @@ class Metric:
 
     name: str  # top1
     title: str  # top-1
+    alike: str = "images that both answer alike"  # whose fraction is the agreement of two files
+    counts_images: bool = True  # the score is the fraction of images that are right
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Classes(TypedDict):
     names: list[str]
     images: list[int]
     files: dict[str, FileClasses]
+    counted: NotRequired[str]  # what has a class, where that is not the image: pixels, objects
 
 
 @dataclass(frozen=True)

@@ -313,7 +313,7 @@ def test_parity_shows_agreement_with_its_exact_interval(tmp_path: Path) -> None:
     fact = facts(build_report(tmp_path, int8=build_int8()))["Agreement"]
     assert (fact.met, fact.value) == (None, "99.72\u00a0%")
     assert fact.note.replace("\u00a0", " ") == (
-        "predicts as the fake-quantized network on 360 images, exact 95 % interval 98.46 % to 99.99 %"
+        "images that both give the same label, beside the fake-quantized network: 360 images, exact 95 % interval 98.46 % to 99.99 %"
     )
 
 
@@ -347,7 +347,7 @@ def test_without_labels_no_accuracy_is_compared(tmp_path: Path) -> None:
 def test_a_calibrated_file_is_held_against_itself(tmp_path: Path) -> None:
     found = facts(build_report(tmp_path, int8={"verify": {"student_ptq_int8": build_verify()}}))
     assert "Top-1 against unoptimized" in found
-    assert "predicts as the same file without the optimizer" in found["Agreement"].note
+    assert "beside the same file without the optimizer" in found["Agreement"].note
 
 
 def test_an_exceeded_limit_fails_the_run(tmp_path: Path) -> None:
