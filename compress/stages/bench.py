@@ -1,12 +1,13 @@
 """Accuracy and latency of every file, in ONNX Runtime."""
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from compress.artifact import Metrics, read_meta, write_json
+from compress.artifact import Metrics, write_json
 from compress.data.images import FileImages
 from compress.recipe.stages import BenchStage
 from compress.run import Run, as_numpy, newest
@@ -49,9 +50,10 @@ def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
             target=run.target.name,
             progress=log.note_detail,
         )
-    floats = read_meta(exported).metrics["float_layers"]
+    found = json.loads((exported / "audit.json").read_text())[name]
+    floats = {layer: found["reasons"].get(layer, "for no known reason") for layer in found["float_layers"]}
     notes = (
-        [f"{name}: {floats} layers run in float once optimized; the export stage's log names them"]
+        [f"{name}: {len(floats)} layers run in float once optimized: {', '.join(sorted(set(floats.values())))}"]
         if is_int8(name) and floats
         else []
     )

@@ -4,7 +4,7 @@ Methods are reported on the validation images; what is chosen, is chosen on the 
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from compress.log import StageLog
 from compress.models.saved import ARCHITECTURE, WEIGHTS, example_images, load_float
 from compress.quant import neural_compressor_ptq
 from compress.quant.calibrate import Method, calibrate_, collect, set_ranges_
-from compress.quant.prepare import deploy, prepare
+from compress.quant.prepare import deploy, heads, prepare
 from compress.quant.tuning import Trial, TrialResult, choose, fallback_trials, file_of, judge_of, until_one_holds
 from compress.recipe.stages import PtqStage
 from compress.run import Run, as_numpy
@@ -121,7 +121,7 @@ def _on_target(student: Student, target: Target, work: Path, out: Path) -> Row:
         set_ranges_(prepared, histograms, method)
         files["compress", method] = work / f"compress-{method}.onnx"
         student.export(prepared, files["compress", method], target)
-    files |= _by_onnxruntime(student, target, work)
+    files |= _by_onnxruntime(student, target, work, heads(prepared))
     scores = _score(student, target, files)
     rows = [_row(student, target, name, path, scores[name]) for name, path in files.items()]
     if student.cfg.neural_compressor:
@@ -158,13 +158,14 @@ def _on_target(student: Student, target: Target, work: Path, out: Path) -> Row:
     }
 
 
-def _by_onnxruntime(student: Student, target: Target, work: Path) -> Files:
-    """Build a file by each method of ONNX Runtime's own quantizer."""
+def _by_onnxruntime(student: Student, target: Target, work: Path, keep_float: Collection[str]) -> Files:
+    """Build a file by each method of ONNX Runtime's own quantizer; what follows the layers in `keep_float` stays float there, too."""
     batches = [images.cpu().contiguous().numpy() for images in student.calibration()]
     files: Files = {}
     for method in student.cfg.methods:
         files["onnxruntime", method] = work / f"onnxruntime-{method}.onnx"
-        ptq.quantize(student.fp32, files["onnxruntime", method], batches, target=target, method=method)
+        path = files["onnxruntime", method]
+        ptq.quantize(student.fp32, path, batches, target=target, method=method, keep_float=keep_float)
     return files
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from export.onnx_file.graph import INPUT, save_model, strip_, weight_levels
+from export.onnx_file.names import module_of
 from export.onnx_file.targets import Target
 
 METHODS = {
@@ -54,9 +55,11 @@ def quantize(
     *,
     target: Target,
     method: Literal["minmax", "entropy", "percentile"],
+    keep_float: Collection[str] = (),
 ) -> None:
     """Quantize an FP32 file on the target's grid with ranges from `batches`, each (n, 3, s, s), and write it to `path`.
 
+    The layers with the module paths in `keep_float` stay float, and so does all that follows them.
     Raises ValueError where a weight came out off the grid.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # its calibrators print
@@ -71,6 +74,7 @@ def quantize(
             activation_type=QuantType.QUInt8 if target.unsigned_activations else QuantType.QInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=METHODS[method],
+            nodes_to_exclude=_from(onnx.load(prepared), keep_float),
             extra_options={
                 "ActivationSymmetric": target.symmetric_activations,
                 "QuantizeBias": target.integer_bias,
@@ -87,6 +91,16 @@ def quantize(
     model.ir_version = original.ir_version
     onnx.helper.set_model_props(model, metadata)
     save_model(model, path)
+
+
+def _from(model: ModelProto, layers: Collection[str]) -> list[str]:
+    """Return the names of the layers' nodes and of all nodes behind them."""
+    names, reached = list[str](), set[str]()
+    for node in model.graph.node:
+        if module_of(node.name) in layers or reached & set(node.input):
+            names.append(node.name)
+            reached |= set(node.output)
+    return names
 
 
 def _weight_grids(model: ModelProto, target: Target) -> dict[str, list[dict[str, object]]]:
