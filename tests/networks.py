@@ -1,8 +1,15 @@
 """Small networks that have what large ones have: residuals, depthwise and grouped convolutions, ReLU6, concatenation."""
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD
+
+from compress.models.detectors import Detector
+from export.tasks.boxes import SOFTMAX
 
 
 class Block(nn.Module):
@@ -86,6 +93,30 @@ class Decoder(nn.Module):
         """Return logits (n, num_classes)."""
         out: Tensor = self.head(self.grouped(self.mix(self.depth(self.up(self.stem(x))))).mean((2, 3)))
         return out
+
+
+class Pyramid(nn.Module):
+    """Two maps at strides 8 and 16, the first joined from two branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True), Block(16, 24, 2)
+        )
+        self.wide, self.narrow = Block(24, 24, 2), nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(24, 16, 1), nn.ReLU())
+        self.last = Block(40, 32, 2)
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        """Return the two maps."""
+        x = self.stem(x)
+        joined = torch.cat([self.wide(x), self.narrow(x)], dim=1)
+        return OrderedDict(joined=joined, last=self.last(joined))
+
+
+def boxes(num_classes: int) -> nn.Module:
+    """Return a small SSD."""
+    places = DefaultBoxGenerator([[2], [2]], min_ratio=0.3, max_ratio=0.5)
+    return Detector(SSD(Pyramid(), places, (48, 48), num_classes + 1), SOFTMAX)
 
 
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -200,6 +200,23 @@ class SameRange(nn.Module):
         return values
 
 
+class JoinRange(SameRange):
+    """Mark a tensor whose one reader is a concatenation: it is written on the grid behind that, so that values only move when they are joined.
+
+    A no-op until it is deployed: what is rounded behind a concatenation is what would be rounded before it.
+    """
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        """Take the quantizer behind the concatenation."""
+        super().__init__()
+        self._behind = (quantizer,)  # in a tuple: it is no module of this one
+
+    @property
+    def quantizer(self) -> ActivationQuantizer:
+        """The quantizer behind the concatenation."""
+        return self._behind[0]
+
+
 def largest_weights(weight: Tensor, target: Target) -> Tensor:
     """Return the end of each output channel's grid: max|w|, float32 (out,)."""
     largest = weight.detach().float().abs().amax(tuple(range(1, weight.dim())))

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from compress.errors import matching
 from compress.quant.deployed import DeployedQuantizer, DeployedSameRange, FloatGuard
-from compress.quant.fake_quant import ActivationQuantizer, HardSigmoidQuantizer, Ranges, SameRange
+from compress.quant.fake_quant import ActivationQuantizer, HardSigmoidQuantizer, JoinRange, Ranges, SameRange
 from compress.quant.graph.placement import (
     CLIPS,
     JOINS,
@@ -31,7 +31,7 @@ from export.onnx_file.targets import Target
 PLAIN = (nn.Conv2d, nn.Linear)
 QUANTIZED_NORMS: dict[type, type[QuantNorm]] = {nn.BatchNorm1d: QuantNorm1d, nn.BatchNorm2d: QuantNorm2d}
 # Shapes and sizes: they compute nothing from the tensors.
-SILENT = (SameRange, "size")
+SILENT = (SameRange, JoinRange, "size")
 
 
 def prepare(
@@ -142,6 +142,9 @@ def deploy(prepared: fx.GraphModule) -> fx.GraphModule:
         if isinstance(module, ActivationQuantizer):
             source[node] = DeployedQuantizer(module)
             graph.set_submodule(str(node.target), source[node])
+        elif isinstance(module, JoinRange):
+            source[node] = DeployedQuantizer(module.quantizer)
+            graph.set_submodule(str(node.target), source[node])
         elif before in source and (isinstance(module, SameRange) or keeps_range(graph, node)):
             source[node] = source[before]
             if isinstance(module, SameRange):
@@ -231,6 +234,10 @@ def _sink(graph: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None:
     users = list(node.users)
     if len(users) == 1 and called(graph, users[0]) in CLIPS:
         return _sink(graph, users[0])
+    if len(users) == 1 and called(graph, users[0]) is JoinRange:
+        joined = graph.get_submodule(str(users[0].target))
+        assert isinstance(joined, JoinRange)
+        return joined.quantizer
     if len(users) == 1 and is_quantizer(graph, users[0]):
         quantizer = graph.get_submodule(str(users[0].target))
         assert isinstance(quantizer, ActivationQuantizer)

@@ -10,8 +10,8 @@ from torch import fx
 
 from compress.artifact import Metrics, lineage, read_meta, write_json
 from compress.log import StageLog
-from compress.models.saved import load_float, load_prepared
-from compress.quant.prepare import deploy, float_on_purpose
+from compress.models.saved import example_images, load_float, load_prepared
+from compress.quant.prepare import deploy, float_on_purpose, prepare
 from compress.quant.reference import reference_of
 from compress.recipe.stages import AuditLimits, ExportStage
 from compress.run import Run, as_numpy, float_ancestor, newest
@@ -43,7 +43,7 @@ def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
         # TensorRT's file is float on the CPU by nature; its own optimizer is not here to be asked.
         over = _over(cfg.limits, name, audits[name], parity.get(name)) if run.target.name != "tensorrt" else []
         _note(log, name, audits[name], parity.get(name), over)
-    reasons = {file: float_on_purpose(network) for file, network in trained.items()}
+    reasons = _reasons(files, trained, src, run)
     write_json(
         out / "audit.json",
         {file: {**found, "reasons": {**found["reasons"], **reasons.get(file, {})}} for file, found in audits.items()},
@@ -96,6 +96,22 @@ def _write_files(src: Path, out: Path, run: Run, trained: Mapping[str, fx.GraphM
             score = _metric(qat, f"score_{target.name}")
             export_network(deploy(trained[name]), out / f"{name}.onnx", run, score=score, target=target)
             yield name
+
+
+def _reasons(
+    files: Mapping[str, Path], trained: Mapping[str, fx.GraphModule], src: Path, run: Run
+) -> dict[str, dict[str, str]]:
+    """Return why operations of each INT8 file run in float, as far as its network says so."""
+    found = {}
+    for target in run.int8_targets:
+        names = [name for kind in (PTQ, QAT) if (name := name_for(kind, target, run.target)) in files]
+        network = trained.get(name_for(QAT, target, run.target))
+        if names and network is None:
+            network = prepare(
+                load_float(float_ancestor(src), trust_code=run.trust_code), target, example_images(run.image_size)
+            )
+        found.update({name: float_on_purpose(network) for name in names if network is not None})
+    return found
 
 
 def _sign(path: Path, key: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from compress.quant.fake_quant import ActivationQuantizer, HardSigmoidQuantizer, Ranges, SameRange
+from compress.quant.fake_quant import ActivationQuantizer, HardSigmoidQuantizer, JoinRange, Ranges, SameRange
 from compress.quant.graph.trace import called
 from compress.quant.layers import QuantConv2d, QuantLinear, QuantNorm1d, QuantNorm2d
 from export.onnx_file.targets import Target
@@ -25,6 +25,7 @@ NORMS = (QuantNorm2d, QuantNorm1d)
 # Two tensors in: QLinearAdd, QLinearMul.
 PAIRS = (operator.add, operator.mul)
 JOINS = (torch.cat,)  # QLinearConcat
+RANGES = (ActivationQuantizer, JoinRange)
 # QLinearGlobalAveragePool and QLinearAveragePool.
 ADAPTIVE_POOLS, POOLS, MEANS = (F.adaptive_avg_pool2d,), (F.avg_pool2d,), (torch.mean,)
 # Measured in ONNX Runtime 1.32, one thread, AVX-512 VNNI, two 1x1 convolutions of 64 channels at 56 px with the function between them
@@ -70,15 +71,49 @@ def place_quantizers_(graph: fx.GraphModule, target: Target, ranges: Ranges) -> 
             quantizer = ActivationQuantizer(target, cap=chain.cap, ranges=ranges)
             quantizer.group = _group(graph, chain.start)
             _insert_after(graph, node, quantizer, f"quantizer_{chain.start.name}", readers)
+    for node in reversed(graph.graph.nodes):
+        if called(graph, node) in JOINS:
+            _join_ranges_(graph, node)
+    graph.delete_all_unused_submodules()
     graph.graph.lint()
     graph.recompile()
+
+
+def _join_ranges_(graph: fx.GraphModule, join: fx.Node) -> None:
+    """Have a concatenation's inputs written on the grid behind it, where nothing else reads them.
+
+    A kernel takes a clip along only where its grid ends there, so all inputs must be clipped alike.
+    """
+    behind = graph.get_submodule(str(user.target)) if (user := only_user(graph, join, RANGES)) else None
+    owner = behind.quantizer if isinstance(behind, JoinRange) else behind
+    caps = _caps(graph, join)
+    if not isinstance(owner, ActivationQuantizer) or len(caps) > 1:
+        return
+    owner.cap = min(owner.cap, *(math.inf if cap is None else cap for cap in caps))
+    for source in join.all_input_nodes:
+        node = source
+        while len(node.users) == 1 and (called(graph, node) is SameRange or keeps_range(graph, node)):
+            node = node.all_input_nodes[0]
+        if len(node.users) == 1 and called(graph, node) is ActivationQuantizer:
+            node.target = f"join_{node.target}"
+            graph.add_submodule(node.target, JoinRange(owner))
+
+
+def _caps(graph: fx.GraphModule, node: fx.Node) -> set[float | None]:
+    """Return the bounds of the clips that wrote a concatenation's inputs, None for one that no clip wrote."""
+    found = set[float | None]()
+    for source in node.all_input_nodes:
+        while is_quantized(graph, source) or keeps_range(graph, source):
+            source = source.all_input_nodes[0]
+        found |= _caps(graph, source) if called(graph, source) in JOINS else {CLIPS.get(called(graph, source))}
+    return found
 
 
 def is_quantized(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Tell whether a tensor lies on a quantizer's grid, be it behind pools and reshapes that keep it."""
     while called(graph, node) in NO_OPS:
         node = node.all_input_nodes[0]
-    return called(graph, node) is SameRange or is_quantizer(graph, node)
+    return called(graph, node) in (SameRange, JoinRange) or is_quantizer(graph, node)
 
 
 def layer_above(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
