@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 from compress.artifact import Meta, damage, exclusive, finish, is_complete, key_of, lineage, read_meta, turn
 from compress.data.digest import FILES, changes, dataset_digest, given
 from compress.errors import ArtifactError, CompressError
-from compress.models.digest import source_digest
+from compress.models.digest import source_digest, teachers_digest
 from compress.ranks import barrier, first_decides, rank
-from compress.recipe.arguments import data_settings, goal_of
+from compress.recipe.arguments import data_settings, goal_of, teachers_of
 from compress.recipe.order import GIVES, TAKES
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import StageSection
@@ -117,8 +117,14 @@ def _keys(recipe: Recipe) -> Iterator[str]:
             "seed": recipe.seed,
             "data": dataset_digest(settings, given(settings)),
             "augment": recipe.data.augment.model_dump(mode="json"),
-            "model": source_digest(recipe.model.arch, recipe.model.weights),
-            "reset_head": recipe.model.reset_head,
+            **(
+                {"teacher": teachers_digest(teachers_of(recipe))}
+                if recipe.model is None
+                else {
+                    "model": source_digest(recipe.model.arch, recipe.model.weights),
+                    "reset_head": recipe.model.reset_head,
+                }
+            ),
         }
     )
     for section in recipe.stages:
@@ -140,6 +146,7 @@ def _outside(recipe: Recipe, section: StageSection) -> list[object]:
         found += [resolve_target(recipe.target).name, *recipe.further_targets]
     if section.stage in ("distill", "qat") or (section.stage == "prune" and section.recover is not None):
         found.append(recipe.teaching.model_dump(mode="json"))
+        found += [teachers_digest(teachers_of(recipe))] if recipe.teacher else []
     if section.stage == "prune" and goal_of(section).cost == "latency":  # timed as it is served
         found += [resolve_target(recipe.target).name, any(other.stage in ("ptq", "qat") for other in recipe.stages)]
     if section.stage == "student":

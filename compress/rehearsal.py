@@ -40,9 +40,12 @@ from export.errors import BundleError, UserError
 from export.onnx_file.graph import INPUT
 from export.onnx_file.targets import CPU
 from export.onnx_file.to_onnx import to_onnx
+from export.runtime.accuracy import score_of
 from export.runtime.session import bind, open_session
+from export.tasks.paired import MAX_CHANCE, chance
 
 TRIED = ("prune", "ptq", "qat", "export")
+TEACHER_IMAGES = 1000  # that tell whether a teacher knows the classes
 TOLERANCE = 1e-2  # of the largest logit: kernels round differently, an answer to other values differs more
 
 
@@ -58,9 +61,32 @@ def rehearse(run: Run, missing: Mapping[str, Sequence[bool]]) -> None:
         sections = [section for section, absent in zip(chain.stages, missing[name], strict=False) if absent] + [*behind]
         if any(_trains(section, chain) for section in sections):
             stages = [section.stage for section in sections if section.stage in TRIED]
+            if chain.teacher and ("teacher", "score") not in tried:
+                _check_teacher(run)
+                tried.add(("teacher", "score"))
             if run.rank == 0 and stages:
                 sys.stderr.write(f"{', '.join(stages)}: tried on the untrained network\n")
             _rehearse(run, chain, sections, tried)
+
+
+def _check_teacher(run: Run) -> None:
+    """Say how good the recipe's own teacher is on validation images; raise CompressError where it is no better than chance."""
+    teacher, output = run.given_teacher(), run.task.output
+    outputs, truths = [], []
+    for batch in run.validation(limit=TEACHER_IMAGES):
+        with torch.no_grad():
+            outputs.append(teacher(batch.images).float().cpu().numpy())
+        truths.append(batch.targets.cpu().numpy())
+    found = score_of(output, outputs, truths)
+    names = ", ".join(one.network for one in run.recipe.teacher)
+    said = f"teacher {names}: {output.metric.title} {found.score:.1%} on {found.images:,} validation images"
+    classes = output.by_class({"teacher": found.rows}, run.dataset.classes, ())
+    if classes is not None and chance(classes["images"], classes["files"]["teacher"])[1] > MAX_CHANCE:
+        raise CompressError(
+            f"{said}, no better than chance: check its image_size, mean and std, and the order of its classes"
+        )
+    if run.rank == 0:
+        sys.stderr.write(f"{said}\n")
 
 
 def _rehearse(run: Run, chain: Recipe, sections: Sequence[StageSection], tried: set[tuple[str, str]]) -> None:
@@ -95,7 +121,7 @@ def _rehearse(run: Run, chain: Recipe, sections: Sequence[StageSection], tried: 
 
 def _trains(section: StageSection, recipe: Recipe) -> bool:
     if isinstance(section, SourceStage):
-        return section.fit is not None and (recipe.model.weights is None or section.fine_tune)
+        return section.fit is not None and (recipe.model is None or recipe.model.weights is None or section.fine_tune)
     if isinstance(section, PruneStage):
         return section.recover is not None or section.sparsity is not None
     return isinstance(section, DistillStage | QatStage)
@@ -104,9 +130,11 @@ def _trains(section: StageSection, recipe: Recipe) -> bool:
 def _networks(run: Run, chain: Recipe, sections: Sequence[StageSection]) -> list[tuple[str, nn.Module]]:
     """Return the teacher and, where it is another network, the student, by architecture; a student still to start is given its weights."""
     classes = len(run.dataset.classes)
-    teacher = build(chain.model.arch, num_classes=classes, trust_code=run.trust_code)
-    run.check_output(teacher)
-    found = [(chain.model.arch, teacher)]
+    if chain.model is None:
+        found = [("teacher", run.given_teacher(whole=True).cpu())]
+    else:
+        found = [(chain.model.arch, build(chain.model.arch, num_classes=classes, trust_code=run.trust_code))]
+        run.check_output(found[0][1])
     for section in chain.stages:
         if isinstance(section, StudentStage):
             fresh = section in sections

@@ -23,9 +23,10 @@ from compress.log import StageLog
 from compress.models.architectures import build
 from compress.models.saved import Architecture, load_float
 from compress.models.structure import check_logits, check_output, count
+from compress.models.teachers import Seen, teacher_of
 from compress.models.weights import load_weights_
 from compress.ranks import barrier, first_decides, gather, local_rank, rank, ranks
-from compress.recipe.arguments import data_settings, fits
+from compress.recipe.arguments import data_settings, fits, teachers_of
 from compress.recipe.schema import Model, Recipe
 from compress.recipe.stages import Fit, StudentStage
 from compress.tasks import TASKS, Task, evaluate
@@ -223,9 +224,29 @@ class Run:
         return place_(load_float(directory, trust_code=self.trust_code), self.device)
 
     def teacher(self, directory: Path) -> nn.Module:
-        """Return the teacher that an artifact descends from: on the device, in eval mode, without gradients."""
-        source = lineage(directory)[0]
-        return place_(load_float(source, trust_code=self.trust_code).requires_grad_(False), self.device)
+        """Return the teacher: the recipe's, or the one that an artifact descends from; on the device, in eval mode, without gradients."""
+        if self.recipe.teacher:
+            return self.given_teacher()
+        return place_(self.load_source(directory).requires_grad_(False), self.device)
+
+    def given_teacher(self, *, whole: bool = False) -> nn.Module:
+        """Return the recipe's teacher, which is no stage's product, as `teacher` does; `whole` as a network that can be counted and written."""
+        preprocess = self.dataset.preprocess
+        student = Seen((preprocess.image_size,) * 2, preprocess.mean, preprocess.std)
+        found = teacher_of(
+            teachers_of(self.recipe), self.dataset.classes, student, trust_code=self.trust_code, whole=whole
+        )
+        place_(found.requires_grad_(False), self.device)
+        for batch in self.calibration(LOGIT_IMAGES):
+            found.note_probabilities_(batch.images)
+        self.check_output(found)
+        return found
+
+    def load_source(self, directory: Path) -> nn.Module:
+        """Return the network that an artifact descends from, the baseline of every comparison, in eval mode on the CPU."""
+        if self.recipe.model is None:
+            return self.given_teacher(whole=True).cpu()
+        return load_float(lineage(directory)[0], trust_code=self.trust_code)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Return the metric and the loss on all validation images, each rank having run a part of them through rank 0's network."""

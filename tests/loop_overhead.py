@@ -245,6 +245,7 @@ def whole(data: Path) -> tuple[int, int]:
 
 def minimal_loop(run: Run, settings: Fit, step: Step, ready: Sequence[Batch], seconds: Callable[[], float]) -> float:
     """Train by hand on batches that are ready; return images a second."""
+    assert run.recipe.model is not None
     model = place_(build(run.recipe.model.arch, num_classes=len(run.dataset.classes), trust_code=False), run.device)
     optimizer, dtype = make_optimizer(model, settings), AUTOCAST[precisions(settings, run.device)[0]]
     called = torch.compile(model) if settings.compile else model

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from compress.data.teachers import foreign
 from compress.errors import ModelError
-from compress.models.digest import LIBRARIES, check_library, existing_file, is_named, local_modules
+from compress.models.digest import LIBRARIES, check_library, existing_file, files_of, is_named, local_modules
 from compress.models.known import OWN, check_listed, libraries, suggestion
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import StudentStage
@@ -38,6 +39,9 @@ def checked() -> str:
 def check_network(arch: str) -> None:
     """Raise `ModelError` for a network that its library does not have, and for a file that cannot define it; runs nothing."""
     source, _, name = arch.rpartition(":")
+    if foreign(arch) is not None:
+        files_of(arch)
+        return
     if source in LIBRARIES:
         check_listed(arch)
         return
@@ -66,7 +70,10 @@ def _refusal(check: Callable[[], object]) -> str | None:
 
 def _networks(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:
     """Yield the place, the architecture and the weights of every network in a recipe."""
-    yield "model", recipe.model.arch, recipe.model.weights
+    if recipe.model is not None:
+        yield "model", recipe.model.arch, recipe.model.weights
+    for index, teacher in enumerate(recipe.teacher):
+        yield f"teacher.{index}", teacher.network, teacher.weights
     for name, chain in recipe.chains().items():
         for index, section in enumerate(chain.stages):
             if isinstance(section, StudentStage):

@@ -29,8 +29,10 @@ from compress.distillation.step import (
 )
 from compress.errors import CompressError
 from compress.log import StageLog
+from compress.models.digest import teachers_digest
 from compress.models.saved import ARCHITECTURE, WEIGHTS, example_images
 from compress.ranks import barrier, first_decides
+from compress.recipe.arguments import teachers_of
 from compress.recipe.losses import LossTerm
 from compress.recipe.stages import Fit
 from compress.run import Run
@@ -219,7 +221,9 @@ def _facts(run: Run, source: Path) -> dict[str, object]:
     """Return all that the answers depend on."""
     return {
         "format": FORMAT,
-        "teacher": {name: sha256(source / name) for name in (ARCHITECTURE, WEIGHTS)},
+        "teacher": teachers_digest(teachers_of(run.recipe))
+        if run.recipe.teacher
+        else {name: sha256(source / name) for name in (ARCHITECTURE, WEIGHTS)},
         "data": run.dataset.digest,
         "images": len(run.dataset.train),
         "augment": run.recipe.data.augment.model_dump(mode="json"),

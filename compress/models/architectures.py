@@ -12,10 +12,12 @@ from types import ModuleType
 import torchvision
 from torch import nn
 
+from compress.data.teachers import foreign
 from compress.errors import ModelError
 from compress.models.cifar import CIFAR_NETWORKS
 from compress.models.detectors import BUILDERS, KINDS, build_detector, torchvision_detector
 from compress.models.digest import existing_file, local_modules
+from compress.models.foreign import exported, hugging_face, rebuilt
 from compress.models.known import check_name, suggestion
 from compress.models.segmenters import build_pyramid, build_smp
 
@@ -28,14 +30,15 @@ _EXTRA = {"googlenet": _NO_AUXILIARY_HEADS, "inception_v3": _NO_AUXILIARY_HEADS}
 def build(arch: str, *, num_classes: int, trust_code: bool = False) -> nn.Module:
     """Build `torchvision:NAME`, `timm:NAME`, `cifar:NAME` or `file.py:factory` with random weights, in eval mode.
 
+    `onnx:FILE`, `hf:FOLDER` and `exported:FILE.pt2` bring their own weights.
     A file's factory is called as `factory(num_classes)` and only with `trust_code`: loading it runs its code.
     Raises `ModelError` for an unknown name, and for a file that cannot be used.
     """
-    source, _, name = arch.rpartition(":")
+    source, name = foreign(arch) or (arch.rpartition(":")[0], arch.rpartition(":")[2])
     model = (
         LIBRARIES[source](name, num_classes) if source in LIBRARIES else _own(arch, num_classes, trust_code=trust_code)
     )
-    return model.eval()
+    return (_answering(model) if foreign(arch) else model).eval()
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:
@@ -47,9 +50,7 @@ def _torchvision(name: str, num_classes: int) -> nn.Module:
             name, weights=None, num_classes=num_classes, **_EXTRA.get(name, {})
         )
         return model
-    return _answering_out(
-        torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes)
-    )
+    return _answering(torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes))
 
 
 def torchvision_names() -> tuple[str, ...]:
@@ -61,11 +62,15 @@ def _segmentation() -> tuple[str, ...]:
     return tuple(torchvision.models.list_models(module=torchvision.models.segmentation))
 
 
-def _answering_out(model: nn.Module) -> nn.Module:
-    """Have a network that names its outputs, as torchvision's segmentation does, answer with its `out` alone; its weights keep their names."""
+def _answering(model: nn.Module) -> nn.Module:
+    """Have a network that names its outputs, as torchvision's segmentation (`out`) and transformers (`logits`) do, answer with that alone.
+
+    Its weights keep their names.
+    """
 
     def out(_model: nn.Module, _inputs: object, outputs: object) -> object:
-        return outputs["out"] if isinstance(outputs, Mapping) and "out" in outputs else outputs
+        named = outputs if isinstance(outputs, Mapping) else {}
+        return next((named[name] for name in ("out", "logits") if name in named), outputs)
 
     model.register_forward_hook(out)
     return model
@@ -89,6 +94,9 @@ LIBRARIES: dict[str, Callable[[str, int], nn.Module]] = {
     "cifar": _cifar,
     "fpn": build_pyramid,
     "smp": build_smp,
+    "onnx": rebuilt,
+    "hf": hugging_face,
+    "exported": exported,
     **{kind: partial(build_detector, kind) for kind in BUILDERS},
 }
 
@@ -118,7 +126,7 @@ def _own(arch: str, num_classes: int, *, trust_code: bool) -> nn.Module:
     model = factories[name](num_classes)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{arch}: must return a torch.nn.Module, returned {type(model).__name__}")
-    return _answering_out(model)
+    return _answering(model)
 
 
 def _refuse_namesakes(file: Path) -> None:

@@ -2,9 +2,10 @@
 
 import ast
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from compress.data.teachers import GivenTeacher, foreign
 from compress.errors import ModelError
 from export.command.files import sha256
 from export.errors import nearest
@@ -13,14 +14,50 @@ LIBRARIES = ("torchvision", "timm", "cifar", "fpn", "smp", "ssd", "ssdlite", "re
 WITH_WEIGHTS = ("torchvision", "timm")  # those that publish weights under names
 
 
+def teachers_digest(given: Sequence[GivenTeacher]) -> str:
+    """Return a sha256 over teachers: their networks' content, and how they see images and classes."""
+    facts = [
+        (
+            source_digest(one.network, one.weights),
+            one.image_size,
+            one.mean,
+            one.std,
+            one.classes and _content(one.classes).hex(),
+        )
+        for one in given
+    ]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
 def source_digest(arch: str, weights: str | None) -> str:
     """Return a sha256 over the architecture, the code of its file if it is a person's own, and the content of the weights file.
 
     Where a file lies does not matter. Raises `ModelError` where it is missing.
     """
     source, _, name = arch.rpartition(":")
+    if foreign(arch) is not None:
+        contents = b"".join(map(_content, files_of(arch)))
+        return hashlib.sha256(b"\0".join((b"foreign", contents, _weights(weights)))).hexdigest()
     code = source.encode() if source in LIBRARIES else _code(existing_file(source, "the model's file"))
     return hashlib.sha256(b"\0".join((code, name.encode(), _weights(weights)))).hexdigest()
+
+
+def files_of(arch: str) -> list[Path]:
+    """Return the files that hold a network and its weights.
+
+    Raises `ModelError` where one is missing.
+    """
+    kind, path = foreign(arch) or ("", "")
+    if kind == "hf":
+        found = sorted(
+            file for file in Path(path).glob("*") if file.name == "config.json" or file.suffix == ".safetensors"
+        )
+        if len(found) < 2:
+            raise ModelError(
+                f"{arch}: must be a folder with config.json and .safetensors, as save_pretrained writes; give that folder"
+            )
+        return found
+    return [existing_file(path, "the network's file")]
 
 
 def is_named(weights: str) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from compress.data.digest import DataSettings
+from compress.data.teachers import GivenTeacher
 from compress.pruning.goals import Goal
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import DistillStage, Fit, PruneStage, QatStage, SourceStage
@@ -27,6 +28,21 @@ def data_settings(recipe: Recipe) -> DataSettings:
         seed=recipe.seed if data.split_seed is None else data.split_seed,
         tuning=data.judge_by == "tuning",
         memory=Path(recipe.out) / ".images",
+    )
+
+
+def teachers_of(recipe: Recipe) -> tuple[GivenTeacher, ...]:
+    """Return the teachers that a recipe names beside its own network."""
+    return tuple(
+        GivenTeacher(
+            one.network,
+            one.weights,
+            None if one.image_size is None else (one.image_size, one.image_size),
+            one.mean,
+            one.std,
+            None if one.classes is None else Path(one.classes),
+        )
+        for one in recipe.teacher
     )
 
 

@@ -96,6 +96,9 @@ def _apply_shorthands(raw: dict[str, Any], *, data: str | None, weights: str | N
         _put(raw, ["model", "weights"], str(Path(weights).expanduser()))
     if out is not None:
         raw["out"] = str(Path(out).expanduser())
+    if raw.get("teacher") is not None:  # one stands for a list of one, and a name for its section
+        each = raw["teacher"] if isinstance(raw["teacher"], list) else [raw["teacher"]]
+        raw["teacher"] = [{"network": one} if isinstance(one, str) else one for one in each]
     if isinstance(raw.get("data"), dict) and raw["data"].get("path") is not None:
         raw["data"].setdefault("dataset", "imagefolder")  # digits, the default, have no folder
 

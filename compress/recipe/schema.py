@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
+from compress.data.teachers import foreign
 from compress.recipe.order import first_mistake
-from compress.recipe.section import Arch, Drop, Name, PathText, Section, refuse_tag
+from compress.recipe.section import Arch, Channels, Drop, Name, PathText, Section, Size, refuse_tag
 from compress.recipe.stages import DistillStage, QatStage, SourceStage, StageSection
 from export.tasks import TASKS
 
@@ -101,7 +102,7 @@ class Model(Section):
     """The teacher's network and where its weights come from."""
 
     arch: Arch
-    """`torchvision:NAME`, `timm:NAME`, `cifar:NAME` (32-pixel networks of the papers), `fpn:BACKBONE` or `smp:DECODER/ENCODER` for segmentation, a detector as `ssd:`, `ssdlite:`, `retinanet:` or `fcos:BACKBONE`, or `file.py:factory` (a person's own; needs --trust-code)."""
+    """`torchvision:NAME`, `timm:NAME`, `cifar:NAME` (32-pixel networks of the papers), `onnx:FILE`, `hf:FOLDER` or `exported:FILE.pt2` with their own weights, `fpn:BACKBONE` or `smp:DECODER/ENCODER` for segmentation, a detector as `ssd:`, `ssdlite:`, `retinanet:` or `fcos:BACKBONE`, or `file.py:factory` (a person's own; needs --trust-code)."""
     weights: PathText | None = None
     """A state dict (.safetensors, .pt, .pth or .ckpt; in torch's files other entries are left aside), or the library's named weights as `torchvision:IMAGENET1K_V2` or `timm:TAG`; null trains here."""
     reset_head: bool = False
@@ -110,6 +111,30 @@ class Model(Section):
     @model_validator(mode="after")
     def _arch_is_no_weights(self) -> "Model":
         refuse_tag(self.arch)
+        return self
+
+
+class Teacher(Section):
+    """Another network that teaches, in whatever form it is saved."""
+
+    network: Arch
+    """`onnx:FILE` (any framework's, run by ONNX Runtime), `hf:FOLDER` (of transformers' save_pretrained), `exported:FILE.pt2` (of torch.export.save), or named as `model.arch` is."""
+    weights: PathText | None = None
+    """The weights of a network that does not bring its own, as `model.weights`."""
+    image_size: Size | None = None
+    """Height and width in pixels that it takes, to which the student's view is resized; null is the student's size."""
+    mean: Channels | None = None
+    """The mean that it wants subtracted, for pixels in [0, 1]; null is `data.mean`."""
+    std: Channels | None = None
+    """The standard deviation that it wants divided by, for pixels in [0, 1]; null is `data.std`."""
+    classes: PathText | None = None
+    """A text file with the names of its outputs in their order, one a line, of which the data's classes may be some; null: they are the data's classes in order, or what `hf:` calls them."""
+
+    @model_validator(mode="after")
+    def _network_is_no_weights(self) -> "Teacher":
+        refuse_tag(self.network)
+        if foreign(self.network) is None and self.weights is None:
+            raise ValueError(f"weights: {self.network} starts from random ones, which teach nothing: give its weights")
         return self
 
 
@@ -173,8 +198,10 @@ class Recipe(Section):
     """The folder that holds the runs."""
     data: Data = Data()
     """The images."""
-    model: Model
-    """The teacher."""
+    model: Model | None = None
+    """The network that is compressed, and the teacher where there is no other; null where `teacher` teaches a `student`."""
+    teacher: tuple[Teacher, ...] = ()
+    """Another network that teaches instead: one, or several whose mean prediction teaches; each by its `network` alone or with fields."""
     teaching: Teaching = Teaching()
     """How students get the teacher's predictions."""
     stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
@@ -214,14 +241,33 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _teacher_is_trained(self) -> "Recipe":
         source = self.stages[0]
+        if self.model is None:
+            return self._teacher_is_another(source)
         if not isinstance(source, SourceStage):
             return self
-        if source.fit is None and (self.model.weights is None or source.fine_tune):
+        given = self.model.weights is not None or foreign(self.model.arch) is not None
+        if source.fit is None and (source.fine_tune or not given):
             raise ValueError(
                 "stages.0.fit: without model.weights the teacher is trained here: say how, or give WEIGHTS=file"
             )
         if self.model.reset_head and not source.fine_tune:
             raise ValueError("model.reset_head: leaves the classifier untrained: also set stages.0.fine_tune: true")
+        return self
+
+    def _teacher_is_another(self, source: StageSection) -> "Recipe":
+        if not self.teacher:
+            raise ValueError("model: name the network to compress, or a teacher: whose student a student stage starts")
+        if isinstance(source, SourceStage) and source.fit is not None:
+            raise ValueError("stages.0.fit: a given teacher is not trained: leave it out, or name the network as model")
+        for name, chain in self.chains().items():
+            if isinstance(source, SourceStage) and [section.stage for section in chain.stages[1:2]] not in (
+                [],
+                ["student"],
+            ):
+                raise ValueError(
+                    f"{self.place(name, 1)}: {chain.stages[1].stage} needs the network itself, and a teacher only answers: name the "
+                    "network as model, or put a student stage here"
+                )
         return self
 
     @model_validator(mode="after")

@@ -8,11 +8,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Drop = Annotated[float, Field(ge=0, le=0.5)]  # of top-1 or recall, as a fraction: who writes 1 means a point
 NAME = r"^[a-z0-9][a-z0-9_\-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME)]  # of what becomes a folder
+Size = Annotated[int, Field(ge=8, le=1024)]
+Channels = tuple[float, float, float]
 PathText = Annotated[str, Field(min_length=1)]
 Arch = Annotated[
     str,
     Field(
-        pattern=r"^((torchvision|cifar|fpn|ssd|ssdlite|retinanet|fcos):[a-z0-9_]+|smp:[a-z0-9]+/[A-Za-z0-9_.\-]+|timm:[A-Za-z0-9_.\-]+|.+\.py:[A-Za-z_]\w*)$"
+        pattern=r"^((torchvision|cifar|fpn|ssd|ssdlite|retinanet|fcos):[a-z0-9_]+|smp:[a-z0-9]+/[A-Za-z0-9_.\-]+|timm:[A-Za-z0-9_.\-]+|onnx:.+|hf:.+|exported:.+|.+\.py:[A-Za-z_]\w*)$"
     ),
 ]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from compress.artifact import lineage, read_meta, students_of
+from compress.data.teachers import foreign
 from compress.errors import ArtifactError
 from compress.recipe import strict_yaml
 from compress.recipe.schema import Recipe
@@ -111,12 +112,17 @@ def serving_of(report: Report, files: Mapping[str, Path], target: Target, *, ima
 
 def notice(recipe: Recipe, name: str) -> str:
     """Return whose terms hold for which part of the bundle."""
-    weights = recipe.model.weights or "none given: trained by this recipe"
+    named = [(one.network, one.weights) for one in recipe.teacher]
+    named = [*([] if recipe.model is None else [(recipe.model.arch, recipe.model.weights)]), *named]
+    origins = "; ".join(
+        f"{arch}, weights: {weights or ('its own' if foreign(arch) else 'none given: trained by this recipe')}"
+        for arch, weights in named
+    )
     return f"""\
 {name}
 
 Made with compress {own_distribution().version}. serving/triton-python/{name}/1/model.py is a part of it, under the Apache License 2.0 (LICENSE).
-The weights descend from: {recipe.model.arch}, weights: {weights}. The images in golden/ and in serving/ are
+The weights descend from: {origins}. The images in golden/ and in serving/ are
 validation images of: {recipe.data.dataset}. For weights and images the terms of their owners hold.
 """
 

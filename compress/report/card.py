@@ -29,6 +29,7 @@ def card(report: Report, *, name: str, served: str, classes: int, golden: int, t
         report=report,
         name=name,
         recipe=report["recipe"],
+        network=summary.network(report),
         front_matter=yaml.safe_dump(front_matter(report, name, served), sort_keys=False, allow_unicode=True),
         stages=", ".join(row["stage"] for row in report["stages"]),
         target=target_of(report),

@@ -1,15 +1,14 @@
 """What the files answer class by class, and what makes a verdict on them mean less than it says."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from compress.report.numbers import loss, percent, significant
 from export.onnx_file.roles import TEACHER
 from export.runtime.intervals import clopper_pearson
-from export.tasks.task import Classes, FileClasses
+from export.tasks.paired import MAX_CHANCE, chance
+from export.tasks.task import Classes
 
-MAX_CHANCE = 0.01  # answers that chance alone makes as good more often than this are no better than chance
 NOTABLE = 0.05  # a class is lost where a file as good as the teacher would miss all of its images less often than this
 NAMED = 3
 
@@ -52,24 +51,6 @@ def at_chance(classes: Classes, files: Iterable[str]) -> dict[str, str]:
                 f"(p = {significant(probability, digits=2)}); {repair}"
             )
     return found
-
-
-def chance(images: list[int], found: FileClasses) -> tuple[float, float]:
-    """Return how many answers would be right if they met the images in random order, and the probability that as many are as there were.
-
-    This is the null hypothesis of Cohen's kappa (1960): a file that always gives one answer, or that guesses, is at chance whatever its
-    score. One-sided, by the exact mean and variance of the permutation and the normal distribution.
-    """
-    total = sum(images)
-    pairs = [
-        (of_class * answered, of_class + answered) for of_class, answered in zip(images, found["answered"], strict=True)
-    ]
-    matches = sum(product for product, _ in pairs)
-    variance = matches - sum(product * both for product, both in pairs) / total + (matches / total) ** 2
-    if total < 2 or variance <= 0:
-        return matches / total, 1.0
-    deviations = (sum(found["correct"]) - matches / total) / math.sqrt(variance / (total - 1))
-    return matches / total, math.erfc(deviations / math.sqrt(2)) / 2
 
 
 def doubts(classes: Classes, file: str, targets: Mapping[str, float | None]) -> Iterator[str]:

@@ -61,7 +61,7 @@ def render(report: Report, root: Path) -> str:
         Page(
             kind="compression report",
             title=recipe["name"],
-            lead=f"{recipe['model']['arch']} on {recipe['data']['dataset']}, from the teacher in FP32 to "
+            lead=f"{summary.network(report)} on {recipe['data']['dataset']}, from the teacher in FP32 to "
             + (f"{judged}, the file that the targets judge" if judged else "the last stage"),
             cards=summary.headline(report).rows,
             warnings=list(dict.fromkeys([*wrong, *report["warnings"]])),

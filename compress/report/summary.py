@@ -136,6 +136,13 @@ def saturations(report: Report) -> Iterator[str]:
             )
 
 
+def network(report: Report) -> str:
+    """Return the network that was compressed, or the teachers that are its baseline."""
+    recipe = report["recipe"]
+    arch: str = recipe["model"]["arch"] if recipe["model"] else ", ".join(one["network"] for one in recipe["teacher"])
+    return arch
+
+
 def title(name: str) -> str:
     """Return a file's title; those for further targets are named after their own, such as Student INT8 (PTQ), tensorrt."""
     own = next((own for own in (PTQ, QAT) if name.startswith(f"{own}_")), None)

@@ -19,7 +19,7 @@ def print_report(report: Report, console: Console, *, verbose: bool = False, pag
 
     def draw(console: Console, notes: int) -> None:
         recipe, failures = report["recipe"], report["failures"]
-        say(console, f"  {recipe['model']['arch']} on {recipe['data']['dataset']}\n", "bold", f"\n{recipe['name']}")
+        say(console, f"  {summary.network(report)} on {recipe['data']['dataset']}\n", "bold", f"\n{recipe['name']}")
         if report["recommendation"]:
             console.print(f"{report['recommendation']['sentence']}\n", markup=False, highlight=False)
         show(console, summary.headline(report))

@@ -80,8 +80,11 @@ def _trained(src: Path, run: Run) -> dict[str, fx.GraphModule]:
 
 def _write_files(src: Path, out: Path, run: Run, trained: Mapping[str, fx.GraphModule]) -> Iterator[str]:
     """Write the files and yield the name of each once it is there."""
-    for name, artifact in ((TEACHER, lineage(src)[0]), (FP32, float_ancestor(src))):
-        model = load_float(artifact, trust_code=run.trust_code)
+    student = float_ancestor(src)
+    for name, artifact, model in (
+        (TEACHER, lineage(src)[0], run.load_source(src)),
+        (FP32, student, load_float(student, trust_code=run.trust_code)),
+    ):
         export_network(model, out / f"{name}.onnx", run, score=_metric(artifact, "score"), target=run.target)
         yield name
     save_model(to_float16(onnx.load(out / f"{FP32}.onnx")), out / f"{FP16}.onnx")

@@ -13,16 +13,31 @@ from compress.run import Run
 def apply(cfg: SourceStage, src: Path | None, out: Path, run: Run) -> Metrics:
     """Build the network, load or train its weights, measure it."""
     given = run.recipe.model
+    if given is None:
+        return _given(out, run)
     architecture, model = run.start(given)
     with run.log(out, "source") as log:
         if cfg.fit is not None and (given.weights is None or cfg.fine_tune):
             step = supervised_step(run.task, label_smoothing=cfg.label_smoothing)
             model = run.fit(model, step, cfg.fit, out=out, log=log, phase="source")
         else:
-            log.note(f"weights from {given.weights}, used as they are")
+            log.note(f"weights from {given.weights or given.arch}, used as they are")
     model = model.to(run.device).eval()
     if run.rank == 0:
         save_network(model, architecture, out)
-        if run.dataset.files:
-            write_json(out / FILES, dict(run.dataset.files))
+        _note_files(out, run)
     return run.measure(model)
+
+
+def _given(out: Path, run: Run) -> Metrics:
+    """Measure a teacher that is no network of this run: its predictions, and the cost of the network that they come from."""
+    with run.log(out, "source") as log:
+        log.note(f"teacher {', '.join(one.network for one in run.recipe.teacher)}, used as it is")
+    if run.rank == 0:
+        _note_files(out, run)
+    return run.measure(run.given_teacher(whole=True))
+
+
+def _note_files(out: Path, run: Run) -> None:
+    if run.dataset.files:
+        write_json(out / FILES, dict(run.dataset.files))

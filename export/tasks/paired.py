@@ -6,11 +6,12 @@ from statistics import NormalDist
 
 import numpy as np
 
-from export.tasks.task import Array, Comparison
+from export.tasks.task import Array, Comparison, FileClasses
 
 ALPHA = 0.05  # two-sided: of gates on equal files one in forty takes chance for a loss
 POWER = 0.8
 RESAMPLES = 2000
+MAX_CHANCE = 0.01  # answers that chance alone makes as good more often than this are no better than chance
 
 
 def mcnemar(lost: int, gained: int) -> float:
@@ -77,3 +78,21 @@ def detectable_gain(gains: Array) -> float:
     """Return the smallest difference that such resamples show with the usual power."""
     sure, often = NormalDist().inv_cdf(1 - ALPHA / 2), NormalDist().inv_cdf(POWER)
     return float((sure + often) * np.std(gains))
+
+
+def chance(images: list[int], found: FileClasses) -> tuple[float, float]:
+    """Return how many answers would be right if they met the images in random order, and the probability that as many are as there were.
+
+    This is the null hypothesis of Cohen's kappa (1960): a file that always gives one answer, or that guesses, is at chance whatever its
+    score. One-sided, by the exact mean and variance of the permutation and the normal distribution.
+    """
+    total = sum(images)
+    pairs = [
+        (of_class * answered, of_class + answered) for of_class, answered in zip(images, found["answered"], strict=True)
+    ]
+    matches = sum(product for product, _ in pairs)
+    variance = matches - sum(product * both for product, both in pairs) / total + (matches / total) ** 2
+    if total < 2 or variance <= 0:
+        return matches / total, 1.0
+    deviations = (sum(found["correct"]) - matches / total) / math.sqrt(variance / (total - 1))
+    return matches / total, math.erfc(deviations / math.sqrt(2)) / 2

@@ -29,6 +29,7 @@ def test_a_checkpoint_and_a_folder_become_a_recipe_that_reads(checkpoint: Path, 
     out = tmp_path / "mine.yaml"
     told = "\n".join(write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
     recipe = read_recipe(out)
+    assert recipe.model is not None
     assert recipe.model.arch == "torchvision:mobilenet_v2"
     assert not recipe.model.reset_head
     assert recipe.name == "mine"
@@ -43,6 +44,7 @@ def test_other_classes_start_the_classifier_anew_and_train_the_teacher(checkpoin
     out = tmp_path / "mine.yaml"
     list(write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
     recipe = read_recipe(out)
+    assert recipe.model is not None
     assert recipe.model.reset_head
     assert recipe.stages[0].stage == "source"
     assert recipe.stages[0].fine_tune

@@ -407,7 +407,7 @@ def test_the_first_seed_draws_the_split_and_trains_the_teacher_of_all(
         (5, 5, "tuning"),
         (6, 5, "tuning"),
     ]
-    assert [recipe.model.weights for recipe in seen] == [
+    assert [recipe.model and recipe.model.weights for recipe in seen] == [
         None,
         str(tmp_path / "two/stages/00-source-1/weights.safetensors"),
     ]

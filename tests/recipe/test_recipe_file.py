@@ -353,6 +353,7 @@ def test_data_is_the_folder_of_a_named_data_set(recipe_path: Path) -> None:
 
 def test_weights_and_out_stand_for_their_fields(recipe_path: Path) -> None:
     recipe = read_recipe(recipe_path, weights="123", out="no")
+    assert recipe.model is not None
     assert (recipe.model.weights, recipe.out) == ("123", "no")
 
 

@@ -14,13 +14,13 @@ from reports import FILES, build_report, save_report, shown
 
 from compress.report import tables
 from compress.report.card import card
-from compress.report.classes import chance
 from compress.report.comparison.read import read_subjects
 from compress.report.html import render
 from compress.report.shape import Report
 from compress.report.verdict import judge
 from export.onnx_file.model_file import Value
 from export.runtime.accuracy import Score
+from export.tasks.paired import chance
 from export.tasks.task import FileClasses
 
 DEFECTS = ("ok", "defect")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from compress.recipe.explain import unknown
 from compress.report import numbers
 from compress.report.shape import DeployedRow, Report
+from compress.report.summary import network
 from compress.report.verdict import any_row, deployed_name, first_and_last, headline_provider, headline_row
 from export.onnx_file.roles import TEACHER
 
@@ -70,7 +71,7 @@ def measure(report: Report, clocks: Mapping[str, float]) -> dict[str, float]:
 def teacher_of(report: Report) -> str:
     """Return what tells teachers of different speed."""
     row = _timed(report, TEACHER)
-    return f"{report['recipe']['model']['arch']}, {row and row['image_size']} px"
+    return f"{network(report)}, {row and row['image_size']} px"
 
 
 def teacher_ms(report: Report) -> float | None:

@@ -13,6 +13,7 @@ from compress.commands.search.board import Board, Taken
 from compress.commands.search.hopeless import Course, follow_distillation, is_hopeless
 from compress.commands.search.measures import MEASURES, limits, measure, teacher_ms, teacher_of
 from compress.commands.search.space import Point, Search, axes, probes, read_search
+from compress.data.teachers import foreign
 from compress.errors import CompressError, RecipeError
 from compress.recipe.read import read_recipe, write_recipe
 from compress.recipe.schema import Recipe
@@ -119,7 +120,9 @@ def run_trial(setup: Setup, board: Board, taken: Taken, mode: Mode) -> dict[str,
             raise Refused(str(error)) from error
         recipe = recipe.model_copy(update={"name": name, "out": str(setup.folder / "trials")})
         report = _run(setup, board, recipe, taken)
-        if recipe.model.weights is None:  # the first seed's teacher teaches all: the spread is the student's
+        if recipe.model is not None and not (
+            recipe.model.weights or foreign(recipe.model.arch)
+        ):  # the first seed's teacher teaches all: the spread is the student's
             source = setup.folder / "trials" / name / report["stages"][0]["directory"]
             teacher = [f"model.weights={json.dumps(str((source / 'weights.safetensors').resolve()))}"]
         board.set_clock(teacher_of(report), teacher_ms(report))

@@ -112,7 +112,7 @@ def candidate(name: str, subject: Subject, conditions: Conditions | None) -> Can
     return Candidate(
         name=name,
         link=subject.link,
-        arch=report["recipe"]["model"]["arch"],
+        arch=summary.network(report),
         target=target_of(report),
         file=file,
         recommended=report["recommendation"]["file"] if report["recommendation"] else None,
@@ -156,7 +156,7 @@ def _teacher(report: Report, where: Conditions | None) -> Teacher:
     """Return the teacher as deployed, or as its stage left it; its key is the source stage's."""
     row, timed = any_row(report, TEACHER), _timing(report, TEACHER, where)
     params_m, macs_m, score = (first_and_last(report, metric)[0] for metric in ("params_m", "macs_m", "score"))
-    arch: str = report["recipe"]["model"]["arch"]
+    arch = summary.network(report)
     score = row["score"] if row else score
     return Teacher(report["stages"][0]["key"], arch, params_m, macs_m, score, timed["p50_ms"] if timed else None)
 

@@ -1,0 +1,252 @@
+"""Networks that other programs saved: ONNX files, transformers' folders, torch.export's archives. None of their code runs."""
+
+import io
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import numpy_helper
+from torch import Tensor, fx, nn
+
+from compress.errors import ModelError
+from compress.models.digest import existing_file
+from export.onnx_file.model_file import parse
+from export.onnx_file.targets import CPU, CUDA
+from export.runtime.session import RUNTIME_ERRORS, first_line, open_session
+
+# What onnx2torch, torch.fx and ONNX Runtime raise where they meet what they cannot do.
+CANNOT: tuple[type[Exception], ...] = (NotImplementedError, ValueError, KeyError, TypeError, *RUNTIME_ERRORS)
+FLOAT_ROUNDING = 1e-4  # of the largest logit, between ONNX Runtime's kernels and torch's
+# What may stand in an archive's shapes, which torch has sympy evaluate.
+SYMBOLS = re.compile(
+    r"(?:Symbol|Integer|Add|Mul|Pow|Mod|FloorDiv|Max|Min|positive|nonnegative|integer|True|False|'[su]\d+'|[su]\d+|\d+|[-(),= ])*"
+)
+
+
+class OnnxFile(nn.Module):
+    """An ONNX file that answers images (n, channels, height, width) by ONNX Runtime, on the images' device; it cannot be trained or cut."""
+
+    def __init__(self, file: Path) -> None:
+        """Open the file. Raises `ModelError` where it does not take one batch of images and give one tensor."""
+        super().__init__()
+        self.file = file
+        parse(file)  # refuses what is no ONNX file, or keeps weights in others
+        self._sessions = {CPU: open_session(file)}
+        given, wanted = self._sessions[CPU].get_inputs(), self._sessions[CPU].get_outputs()
+        if len(given) != 1 or len(given[0].shape) != 4 or given[0].type not in ("tensor(float)", "tensor(float16)"):
+            found = ", ".join(f"{one.name} {one.type} {one.shape}" for one in given)
+            raise ModelError(f"{file}: must take one float tensor of images, takes {found}; export it so")
+        self.shape, self.float16 = given[0].shape, given[0].type == "tensor(float16)"
+        self.names = given[0].name, wanted[0].name
+        self.last = _channels_last(self.shape)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the first output for images (n, channels, height, width), float32 on their device."""
+        provider = CUDA if images.device.type == "cuda" else CPU
+        if provider not in self._sessions:
+            self._sessions[provider] = open_session(self.file, provider=provider)
+        values = images.detach().cpu().numpy().astype(np.float16 if self.float16 else np.float32)
+        values = np.ascontiguousarray(values.transpose(0, 2, 3, 1) if self.last else values)
+        fixed = self.shape[0] if isinstance(self.shape[0], int) else len(values)
+        outputs = []
+        for first in range(0, len(values), fixed):
+            part = values[first : first + fixed]
+            padded = np.concatenate([part, np.repeat(part[-1:], fixed - len(part), axis=0)])
+            try:
+                (output,) = self._sessions[provider].run([self.names[1]], {self.names[0]: padded})
+            except RUNTIME_ERRORS as error:
+                raise ModelError(
+                    f"{self.file}: takes {self.shape}, got {padded.shape} ({first_line(error)}); set its image_size"
+                ) from error
+            outputs.append(output[: len(part)])
+        return torch.from_numpy(np.concatenate(outputs).astype(np.float32)).to(images.device)
+
+
+class _ChannelsLast(nn.Module):
+    """A network that takes images (n, height, width, channels), as Keras's do, given (n, channels, height, width)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the network's output."""
+        output: Tensor = self.network(images.permute(0, 2, 3, 1))
+        return output
+
+
+class _Fixed(nn.Module):
+    """A network of torch.export, which refuses to change its mode."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the network's output."""
+        output: Tensor = self.network(images)
+        return output
+
+    def train(self, _mode: bool = True) -> "_Fixed":
+        """Stay as it was exported."""
+        return self
+
+
+def rebuilt(name: str, _num_classes: int = 0) -> nn.Module:
+    """Return an ONNX file as a torch network with its weights, checked on noise to answer as the file does, to float rounding.
+
+    Raises `ModelError` where onnx2torch lacks one of its operators or the answers differ.
+    """
+    converter = _library("onnx2torch", "onnx")
+    file = existing_file(name, "the ONNX file")
+    black_box = OnnxFile(file)
+    advice = "so it cannot be cut or trained: name it as `teacher` and start another network with a student stage"
+    try:
+        found = converter.convert(_static(file, black_box.shape)).eval()
+        network: nn.Module = fx.GraphModule(found, _Inlined().trace(found), file.stem)
+    except CANNOT as error:
+        raise ModelError(
+            f"{file}: onnx2torch cannot rebuild it ({str(error).strip() or type(error).__name__}), {advice}"
+        ) from error
+    network = _ChannelsLast(network) if black_box.last else network
+    for tensor in network.state_dict().values():
+        tensor.data = tensor.data.clone()  # off the file's read-only bytes
+    _, channels, height, width = _channels_first(black_box.shape)
+    images = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
+    expected = black_box(images)
+    try:
+        with torch.no_grad():
+            answers = network(images)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        raise ModelError(f"{file}: rebuilt, it does not take two images ({first_line(error)}), {advice}") from error
+    apart = float((answers - expected).abs().max())
+    if not apart <= FLOAT_ROUNDING * max(1.0, float(expected.abs().max())):
+        raise ModelError(f"{file}: rebuilt, it answers otherwise than the file, by up to {apart:.2g}, {advice}")
+    return network
+
+
+def hugging_face(name: str, _num_classes: int = 0) -> nn.Module:
+    """Return an image classifier that transformers' save_pretrained wrote to a folder; raise `ModelError` where that is none."""
+    transformers = _library("transformers", "transformers")
+    transformers.utils.logging.disable_progress_bar()
+    if not (Path(name) / "config.json").is_file():
+        raise ModelError(f"hf:{name}: must be a folder that save_pretrained wrote, with config.json; give that folder")
+    try:
+        network: nn.Module = transformers.AutoModelForImageClassification.from_pretrained(
+            name, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"hf:{name}: transformers cannot load it as an image classifier ({first_line(error)})"
+        ) from error
+    return network.eval()
+
+
+def exported(name: str, _num_classes: int = 0) -> nn.Module:
+    """Return the network of an archive of torch.export.save; raise `ModelError` where reading it could run code."""
+    file = existing_file(name, "the archive")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            _refuse_code(archive, file)
+        network = _Fixed(torch.export.load(file).module())
+    except (zipfile.BadZipFile, RuntimeError, ValueError, KeyError, AssertionError) as error:
+        raise ModelError(
+            f"{file}: is not an archive of torch.export.save ({first_line(error)}); save it anew"
+        ) from error
+    return network
+
+
+def _refuse_code(archive: zipfile.ZipFile, file: Path) -> None:
+    """Raise `ModelError` for pickles that hold more than tensors, and for shapes that are more than sums and products."""
+    names = archive.namelist()
+    configs = [json.loads(archive.read(name)) for name in names if name.endswith("_config.json")]
+    entries = [entry for config in configs for entry in config.get("config", {}).values()]
+    bad = [entry["path_name"] for entry in entries if entry["use_pickle"] or entry.get("tensor_meta") is None]
+    for name in names:
+        if "/sample_inputs/" in name:
+            try:
+                torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError):
+                bad.append(name)
+        elif "/models/" in name:
+            shapes = re.findall(r'"expr_str":\s*"((?:[^"\\]|\\.)*)"', archive.read(name).decode())
+            bad += [shape for shape in shapes if not SYMBOLS.fullmatch(shape)]
+    if bad or not configs:
+        raise ModelError(
+            f"{file}: needs code to be read ({bad[0] if bad else 'an old format'}), which was not run; save it with torch.export.save "
+            f"of torch {torch.__version__.partition('+')[0]}, weights being plain tensors"
+        )
+
+
+def _static(file: Path, shape: list[int | str | None]) -> onnx.ModelProto:
+    """Return the file's graph with all arithmetic on shapes done, for any number of images: onnx2torch does it on tensors, which nothing can trace.
+
+    ONNX Runtime folds it for one image; a reshape to one image then keeps its input's first dimension. Batch-norms stay.
+    """
+    proto = onnx.load(file)
+    sizes = (1, *(size if isinstance(size, int) else 0 for size in shape[1:]))
+    for dim, size in zip(proto.graph.input[0].type.tensor_type.shape.dim, sizes, strict=True):
+        if size:
+            dim.dim_value = size
+    with TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath, options.log_severity_level = f"{folder}/static.onnx", 4
+        onnxruntime.InferenceSession(
+            proto.SerializeToString(), options, providers=[CPU], disabled_optimizers=["ConvBNFusion", "ConvMulFusion"]
+        )
+        static = onnx.load(options.optimized_model_filepath)
+    known = {tensor.name: tensor for tensor in static.graph.initializer}
+    for node in static.graph.node:
+        if node.op_type == "Reshape" and node.input[1] in known:
+            wanted = numpy_helper.to_array(known[node.input[1]]).copy()
+            wanted[:1] = np.where(wanted[:1] == 1, 0, wanted[:1])
+            name = f"{node.output[0]}_shape"
+            static.graph.initializer.append(numpy_helper.from_array(wanted, name))
+            node.input[1] = name
+            kept = [attribute for attribute in node.attribute if attribute.name != "allowzero"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    return static
+
+
+class _Inlined(fx.Tracer):
+    """Record onnx2torch's own modules by what they do, so that only layers of torch.nn are left."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Tell whether a module stays one call."""
+        return not type(m).__module__.startswith("onnx2torch") and super().is_leaf_module(m, module_qualified_name)
+
+
+def _channels_last(shape: list[int | str | None]) -> bool:
+    return shape[3] in (1, 3, 4) and shape[1] not in (1, 3, 4)
+
+
+def _channels_first(shape: list[int | str | None]) -> tuple[int, ...]:
+    """Return an input's shape as (n, channels, height, width), what the file leaves open filled in."""
+    batch, *rest = shape
+    channels, *sides = [rest[2], rest[0], rest[1]] if _channels_last(shape) else rest
+    return (
+        batch if isinstance(batch, int) else 1,
+        channels if isinstance(channels, int) else 3,
+        *(side if isinstance(side, int) else 224 for side in sides),
+    )
+
+
+def _library(name: str, extra: str) -> ModuleType:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ModelError(
+            f"{name}: cannot be imported ({error}); pip install prune-distill-quantize[{extra}]"
+        ) from error

@@ -1,0 +1,150 @@
+"""Another network than the student's own origin as its teacher: any kind of file, several as one, each with its own size, normalization and classes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress.data.teachers import GivenTeacher, foreign
+from compress.errors import ModelError
+from compress.models.architectures import build
+from compress.models.digest import existing_file
+from compress.models.foreign import OnnxFile, rebuilt
+from compress.models.weights import load_weights_
+from export.images.folders import first
+
+SMALLEST = 1e-12  # a probability whose logarithm is taken: float32 holds softmax's zeros
+# What answers by itself, without being a torch network that can be built; all others are, by `build`.
+BLACK_BOXES: Mapping[str, Callable[[str], nn.Module]] = {
+    "onnx": lambda name: OnnxFile(existing_file(name, "the teacher's file"))
+}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How a network sees images: (height, width) in pixels, and mean and standard deviation of each channel, for pixels in [0, 1]."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Member(nn.Module):
+    """One teacher: takes the student's images as it sees them itself, answers with logits of the student's classes."""
+
+    def __init__(self, network: nn.Module, own: Seen, student: Seen, order: Sequence[int] | None) -> None:
+        """Take a network, how it and the student see images, and which of its outputs are the student's classes (None: all, in order)."""
+        super().__init__()
+        self.network, self.order, self.probabilities = network, order, False
+        self.size = None if own.size == student.size else own.size
+        # (pixels - m') / s' of what the student sees, (pixels - m) / s, is one product and one sum.
+        scale = torch.tensor(student.std) / torch.tensor(own.std)
+        shift = (torch.tensor(student.mean) - torch.tensor(own.mean)) / torch.tensor(own.std)
+        same = (own.mean, own.std) == (student.mean, student.std)
+        self.scale: Tensor | None
+        self.shift: Tensor
+        self.register_buffer("scale", None if same else scale.view(-1, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (n, classes, …) for normalized images (n, channels, height, width) of the student's size."""
+        if self.scale is not None:
+            images = images * self.scale + self.shift
+        if self.size is not None:
+            larger = self.size[0] >= images.shape[2] and self.size[1] >= images.shape[3]  # where antialias does nothing
+            images = F.interpolate(images, self.size, mode="bilinear", antialias=not larger)
+        outputs: Tensor = self.network(images)
+        outputs = outputs.clamp(min=SMALLEST).log() if self.probabilities else outputs
+        return outputs if self.order is None else outputs[:, self.order]
+
+
+class Teacher(nn.Module):
+    """One teacher or several. Several answer with the mean of their log-probabilities, softmax's geometric mean (Hinton 2015, section 2).
+
+    The mean of logits, unlike that of probabilities, is the same ensemble at every temperature, so one cached number serves all losses.
+    """
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (n, classes, …)."""
+        if len(self.members) == 1:
+            alone: Tensor = self.members[0](images)
+            return alone
+        return torch.stack([F.log_softmax(member(images), dim=1) for member in self.members]).mean(dim=0)
+
+    @torch.no_grad()
+    def note_probabilities_(self, images: Tensor) -> None:
+        """Have every member that answers these images with probabilities (as networks that end in a softmax do) answer with their logarithms."""
+        for member in self.members:
+            assert isinstance(member, Member)
+            outputs = member(images)
+            sums = outputs.sum(dim=1)
+            inside = bool((outputs >= 0).all()) and member.order is None
+            member.probabilities = inside and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+
+
+def teacher_of(
+    given: Sequence[GivenTeacher],
+    classes: tuple[str, ...] | None,
+    student: Seen,
+    *,
+    trust_code: bool,
+    whole: bool = False,
+) -> Teacher:
+    """Return the teachers of a student in eval mode on the CPU, for the student's `classes` (None: their own, in their order).
+
+    `whole` rebuilds ONNX files as torch networks, which can be counted and written again. Raises `ModelError` where one cannot be made, or
+    lacks a class.
+    """
+    return Teacher([_member(one, classes, student, trust_code=trust_code, whole=whole) for one in given]).eval()
+
+
+def _member(
+    given: GivenTeacher, classes: tuple[str, ...] | None, student: Seen, *, trust_code: bool, whole: bool
+) -> Member:
+    kind, path = foreign(given.network) or ("", "")
+    if kind in BLACK_BOXES and not whole:
+        network = BLACK_BOXES[kind](path)
+    elif kind == "onnx":
+        network = rebuilt(path)
+    else:
+        network = build(given.network, num_classes=len(own_names(given) or classes or ()), trust_code=trust_code)
+    if given.weights is not None:
+        load_weights_(network, given.network, given.weights, reset_head=False)
+    own = Seen(given.image_size or student.size, given.mean or student.mean, given.std or student.std)
+    return Member(network, own, student, _order(given, network, classes))
+
+
+def own_names(given: GivenTeacher) -> tuple[str, ...] | None:
+    """Return the names of a teacher's outputs that its `classes` file lists, one a line; None without one."""
+    if given.classes is None:
+        return None
+    lines = existing_file(str(given.classes), "the teacher's list of classes").read_text(encoding="utf-8").splitlines()
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _order(given: GivenTeacher, network: nn.Module, classes: tuple[str, ...] | None) -> list[int] | None:
+    """Return which of a teacher's outputs is each class; None where they are the classes in order."""
+    names = own_names(given) or _labels(network)
+    if classes is None or names is None or names == classes:
+        return None
+    lacking = [name for name in classes if name not in names]
+    if given.classes is None and lacking:
+        return None  # what a library calls its classes need not be what the folders are called
+    if lacking:
+        raise ModelError(
+            f"teacher {given.network}: {given.classes} has {len(names):,} classes and lacks {len(lacking):,} of the data's {len(classes):,}: "
+            f"{first(lacking)}; name them as the data do"
+        )
+    return [names.index(name) for name in classes]
+
+
+def _labels(network: nn.Module) -> tuple[str, ...] | None:
+    """Return what a transformers network calls its classes."""
+    labels = getattr(getattr(network, "config", None), "id2label", None)
+    return tuple(labels[index] for index in range(len(labels))) if labels else None
