@@ -83,6 +83,7 @@ class Study:
 
 def open_study(run: Run, weights: Path, seed: int) -> Study:
     """Return the study of the recipe's network with images drawn by a seed."""
+    assert run.recipe.model is not None
     _, whole = run.start(run.recipe.model.model_copy(update={"weights": str(weights)}))
     whole = whole.eval().to(memory_format=torch.channels_last)
     order = torch.randperm(min(8 * IMAGES, len(run.dataset.train)), generator=torch.Generator().manual_seed(seed))

@@ -52,7 +52,8 @@ def follow_distillation(recipe: Recipe, stages: Path) -> Callable[[], Course | N
         return lambda: None
     index = names.index("distill")
     before, place = (line.directory for line in plan_recipe(recipe, stages=stages)[index - 1 : index + 1])
-    arch = [recipe.model.arch, *(one.arch for one in recipe.stages[:index] if isinstance(one, StudentStage))][-1]
+    archs = [one.arch for one in recipe.stages[:index] if isinstance(one, StudentStage)]
+    arch = [*([] if recipe.model is None else [recipe.model.arch]), *archs][-1]
 
     def read() -> Course | None:
         log = (place if place.exists() else place.with_name(f".{place.name}.partial")) / "log.jsonl"
