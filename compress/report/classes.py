@@ -1,5 +1,6 @@
 """What the files answer class by class, and what makes a verdict on them mean less than it says."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
