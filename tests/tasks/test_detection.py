@@ -205,8 +205,17 @@ def scattered(seed: int, *, images: int = 25, most: int = 12, classes: int = CLA
     return answers, true
 
 
-def by_pycocotools(answers: Array, true: Array) -> Array:
-    coco, evaluation = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
+def by_pycocotools(answers: Array, true: Array) -> tuple[Array, Array]:
+    """Return mAP, mAP50 and mAP75, and the average precision of each class."""
+    from pycocotools import coco, cocoeval
+
+    judge = judged(coco.COCO(), cocoeval.COCOeval, answers, true)
+    precision = judge.eval["precision"][..., 0, 2]  # (overlaps, recalls, classes) of all areas, 100 detections
+    return np.array(judge.stats[:3]), precision.mean(axis=(0, 1))
+
+
+def judged(truth: Any, evaluation: Any, answers: Array, true: Array) -> Any:
+    """Return COCO's evaluation once it ran."""
     drawn, found = list[dict[str, Any]](), list[dict[str, Any]]()
     for image, (boxes, detections) in enumerate(zip(true, answers, strict=True)):
         for label, *corners, crowd in boxes[boxes[:, 0] != NONE]:
@@ -226,27 +235,36 @@ def by_pycocotools(answers: Array, true: Array) -> Array:
                 }
             )
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = coco.COCO()
         truth.dataset = {
             "images": [{"id": image} for image in range(len(true))],
             "annotations": drawn,
             "categories": [{"id": label} for label in range(CLASSES)],
         }
         truth.createIndex()
-        judge = evaluation.COCOeval(truth, truth.loadRes(found), "bbox")
+        judge = evaluation(truth, truth.loadRes(found), "bbox")
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
-    return np.array(judge.stats[:3])
+    return judge
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_score_is_pycocotools(seed: int) -> None:
     answers, true = scattered(seed)
     rows = statistics(answers, true)
-    expected = by_pycocotools(answers, true)
+    expected, classes = by_pycocotools(answers, true)
     found = DETECTION.further(rows)
     assert [DETECTION.total(rows), found["mAP50"], found["mAP75"]] == pytest.approx(expected, abs=1e-9)
+    mine = average_precision(rows)
+    assert [mine[label].mean() for label in range(CLASSES)] == pytest.approx(classes, abs=1e-9)
+
+
+def test_the_score_is_faster_coco_evals() -> None:
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    answers, true = scattered(7)
+    judge = judged(COCO(), COCOeval_faster, answers, true)
+    assert DETECTION.total(statistics(answers, true)) == pytest.approx(judge.stats[0], abs=1e-9)
 
 
 def test_the_score_by_hand() -> None:
