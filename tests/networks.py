@@ -119,6 +119,28 @@ def boxes(num_classes: int) -> nn.Module:
     return Detector(SSD(Pyramid(), places, (48, 48), num_classes + 1), SOFTMAX)
 
 
+class Outlines(nn.Module):
+    """A class for each pixel: a skip connection, a branch pooled over the whole image, concatenations, and maps made larger."""
+
+    def __init__(self, num_classes: int, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.block = Block(width, 2 * width, 2)
+        self.near = nn.Sequential(nn.Conv2d(2 * width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.far = nn.Sequential(nn.Conv2d(2 * width, width, 1), nn.ReLU())
+        self.mix = nn.Sequential(nn.Conv2d(3 * width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (n, num_classes, h, w)."""
+        fine = self.stem(x)
+        coarse = self.block(fine)
+        pooled = F.interpolate(self.far(F.adaptive_avg_pool2d(coarse, 1)), size=coarse.shape[2:], mode="nearest")
+        context = F.interpolate(torch.cat([self.near(coarse), pooled], 1), scale_factor=2, mode="bilinear")
+        out = self.classifier(self.mix(torch.cat([context, fine], 1)))
+        return F.interpolate(out, size=x.shape[2:], mode="bilinear")
+
+
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give batch-norms statistics and scales that matter, as after training; return the model in eval mode."""
     generator = torch.Generator().manual_seed(seed)
@@ -140,3 +162,8 @@ def small(num_classes: int) -> nn.Module:
 def thin(num_classes: int) -> nn.Module:
     """Return the smallest network of another width than `small`."""
     return Residual(num_classes, width=8)
+
+
+def outlines(num_classes: int) -> nn.Module:
+    """Return a small segmentation network."""
+    return Outlines(num_classes)

@@ -43,7 +43,7 @@ PREFIXES = (
     "backbone.",
 )  # of parallel, compiled and wrapped models
 # Heads that only training uses, which `build` leaves out; the counter of torch's weight averaging; losses with weights.
-TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.", "n_averaged", "criterion.", "loss.", "loss_fn.")
+TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.", "aux_classifier.", "n_averaged", "criterion.", "loss.", "loss_fn.")
 # Libraries whose objects lie beside weights as settings and scores. Stand-ins are read in their place: no code of theirs runs.
 SETTINGS = (
     "argparse",
