@@ -1,27 +1,20 @@
-"""Images with masks through the whole chain: two students of a small network, from a folder of scenes to the gate."""
+"""Images with masks through the whole chain: a small network, from a folder of scenes to its bundle."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import numpy_helper
 from PIL import Image
-from planted import seal
-from typer.testing import CliRunner
 
 from compress.artifact import read_meta
-from compress.cli import app
 from compress.data.scenes import CLASSES, SCENES, draw_scenes
 from compress.pipeline import run_recipe
 from compress.recipe.read import read_recipe
 from export import audit, predict, verify
 from export.bundle.read import read_bundle
-from export.gate.__main__ import main as gate_main
 from export.images.preprocess import IGNORED
 from export.runtime.session import open_session
 
@@ -35,22 +28,14 @@ data: {{dataset: imagefolder, path: DATA, image_size: {SIZE}, eval_batch_size: 1
 model: {{arch: "{Path(__file__).with_name("networks.py")}:outlines"}}
 stages:
   - {{stage: source, fit: {{epochs: 6, batch_size: 8, optimizer: adamw, lr: 0.005}}}}
-students:
-  trained:
-    stages:
-      - {{stage: prune, keep_macs: 0.6, round_to: 4, reconstruct: true}}
-      - stage: distill
-        fit: {{epochs: 2, batch_size: 8, optimizer: adamw, lr: 0.002}}
-        loss: [{{name: cross_entropy}}, {{name: dice}}, {{name: kd}}, {{name: cwd, layers: [classifier]}}, {{name: pkd, layers: [mix]}}]
-      - {{stage: ptq, calibration_images: 32, methods: [minmax], neural_compressor: false}}
-      - {{stage: qat, fit: {{epochs: 1, batch_size: 8, lr: 0.001}}, calibration_images: 32}}
-      - {{stage: export, verify_images: 16}}
-      - {{stage: bench, seconds: 0.05, blocks: 6, batches: [1], threads: [1]}}
-  calibrated:
-    stages:
-      - {{stage: ptq, calibration_images: 32, methods: [minmax], neural_compressor: false}}
-      - {{stage: export, verify_images: 16}}
-      - {{stage: bench, seconds: 0.05, blocks: 6, batches: [1], threads: [1]}}
+  - {{stage: prune, keep_macs: 0.6, round_to: 4}}
+  - stage: distill
+    fit: {{epochs: 2, batch_size: 8, optimizer: adamw, lr: 0.002}}
+    loss: [{{name: cross_entropy}}, {{name: dice}}, {{name: kd}}, {{name: cwd, layers: [classifier]}}, {{name: pkd, layers: [mix]}}]
+  - {{stage: ptq, calibration_images: 32, methods: [minmax], neural_compressor: false}}
+  - {{stage: qat, fit: {{epochs: 1, batch_size: 8, lr: 0.001}}, calibration_images: 32}}
+  - {{stage: export, verify_images: 16}}
+  - {{stage: bench, seconds: 0.05, blocks: 6, batches: [1], threads: [1]}}
 """
 
 
@@ -72,13 +57,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "outlined"
 
 
-def report_of(root: Path, student: str) -> Any:
-    return json.loads((root / "students" / student / "report.json").read_text())
+def stage(root: Path, name: str) -> Path:
+    (line,) = [line for line in report_of(root)["stages"] if line["stage"] == name]
+    return root / line["directory"]
 
 
-def exported(root: Path, student: str) -> Path:
-    (line,) = [line for line in report_of(root, student)["stages"] if line["stage"] == "export"]
-    return root / "students" / student / line["directory"]
+def report_of(root: Path) -> Any:
+    return json.loads((root / "report.json").read_text())
 
 
 def called(module: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -86,38 +71,32 @@ def called(module: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> 
     return int(module.main())
 
 
-def test_half_the_work_is_left_and_every_convolution_is_an_integer_one(root: Path) -> None:
-    report = report_of(root, "trained")
-    teacher, student = (
-        next(row for row in report["deployed"] if row["name"] == n) for n in ("teacher_fp32", "student_int8")
-    )
-    assert student["macs"] <= 0.6 * teacher["macs"]
-    found = json.loads((exported(root, "trained") / "audit.json").read_text())["student_int8"]
+def test_every_convolution_of_the_pruned_network_runs_in_integers(root: Path) -> None:
+    before, after = (read_meta(stage(root, name)).metrics["macs_m"] for name in ("source", "prune"))
+    assert before is not None
+    assert after is not None
+    assert after <= 0.6 * before
+    found = json.loads((stage(root, "export") / "audit.json").read_text())["student_int8"]
     assert len(found["integer_layers"]) == 8
     assert found["float_layers"] == []
-    assert report["metric"] == {"name": "miou", "title": "mIoU"}
 
 
 def test_onnx_runtime_scores_as_torch_does_within_a_twentieth_of_a_point(root: Path) -> None:
-    for student in ("trained", "calibrated"):
-        deployed = {row["name"]: row["score"] for row in report_of(root, student)["deployed"]}
-        stages = {
-            line["stage"]: root / "students" / student / line["directory"]
-            for line in report_of(root, student)["stages"]
-        }
-        teacher = read_meta(stages["source"]).metrics["score"]
-        assert teacher is not None
-        assert abs(deployed["teacher_fp32"] - teacher) < 0.0005
-        if student == "trained":
-            trained = read_meta(stages["qat"]).metrics["score_cpu_avx2"]
-            assert trained is not None
-            assert abs(deployed["student_int8"] - trained) < 0.0005
+    deployed = {row["name"]: row["score"] for row in report_of(root)["deployed"]}
+    assert report_of(root)["metric"] == {"name": "miou", "title": "mIoU"}
+    for file, made_by, name in (
+        ("teacher_fp32", "source", "score"),
+        ("student_fp32", "distill", "score"),
+        ("student_int8", "qat", "score_cpu_avx2"),
+    ):
+        in_torch = read_meta(stage(root, made_by)).metrics[name]
+        assert deployed[file] == pytest.approx(in_torch, abs=0.0005)
 
 
 def test_a_file_takes_any_number_of_images_and_its_byte_form_gives_their_masks(root: Path) -> None:
-    folder = exported(root, "trained")
+    folder = stage(root, "export")
     golden = np.load(folder / "golden.npz")
-    bundle = read_bundle(root / "students" / "trained" / "bundle")
+    bundle = read_bundle(root / "bundle")
     floats, in_bytes = (open_session(folder / f"student_int8{end}.onnx") for end in ("", "_uint8"))
     for images in (1, 5):
         pixels = golden["images"][:images]
@@ -129,7 +108,7 @@ def test_a_file_takes_any_number_of_images_and_its_byte_form_gives_their_masks(r
 
 
 def test_a_bundle_keeps_its_golden_masks(root: Path) -> None:
-    golden = read_bundle(root / "students" / "trained" / "bundle").golden
+    golden = read_bundle(root / "bundle").golden
     assert golden.truths.shape == (len(golden.images), SIZE, SIZE)
     assert set(np.unique(golden.truths)) <= {*range(len(CLASSES)), IGNORED}
     assert golden.outputs["student_int8"].shape[1:] == (len(CLASSES), SIZE, SIZE)
@@ -139,7 +118,7 @@ def test_predict_names_the_areas_of_classes(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = root.parent / "data" / "images" / "val" / "0.png"
-    assert called(predict, monkeypatch, root / "students" / "trained" / "bundle", image, "--top", 11) == 0
+    assert called(predict, monkeypatch, root / "bundle", image, "--top", 11) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[1] == ["label", "area"]
     assert sum(float(row[1]) for row in rows[2:] if len(row) == 2) == pytest.approx(1, abs=0.01)
@@ -148,44 +127,7 @@ def test_predict_names_the_areas_of_classes(
 def test_verify_and_audit_take_a_bundle_of_masks(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = root / "students" / "trained" / "bundle"
+    bundle = root / "bundle"
     assert called(verify, monkeypatch, bundle, "--data", root.parent / "data", "--images", 16) == 0
     assert "mIoU" in capsys.readouterr().out
     assert called(audit, monkeypatch, bundle / "student_int8.onnx") == 0
-
-
-def test_students_are_compared_by_their_miou(root: Path) -> None:
-    done = CliRunner().invoke(app, ["compare", str(root), str(root)])
-    assert done.exit_code == 0, done.output
-    assert "mIoU" in done.output
-
-
-def test_the_gate_names_the_class_that_was_lost(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data, baseline = root.parent / "data", tmp_path / "baseline.json"
-    shutil.copytree(root / "students" / "calibrated" / "bundle", bundle := tmp_path / "bundle")
-    arguments = [bundle, "--baseline", baseline, "--data", data, "--no-latency"]
-    monkeypatch.setattr("sys.argv", ["gate", *map(str, arguments), "--update-baseline"])
-    assert gate_main() == 0
-    monkeypatch.setattr("sys.argv", ["gate", *map(str, arguments)])
-    assert gate_main() == 0
-    capsys.readouterr()
-    plant(bundle, "background")
-    assert gate_main() == 1
-    assert "background (IoU" in capsys.readouterr().out
-
-
-def plant(bundle: Path, label: str) -> None:
-    """Have the served file never answer with a class."""
-    path = bundle / "student_ptq_int8.onnx"
-    model = onnx.load(path)
-    biases = [one for one in model.graph.initializer if list(one.dims) == [len(CLASSES)] and "classifier" in one.name]
-    for one in biases:
-        value = numpy_helper.to_array(one).copy()
-        if value.dtype == np.int32:
-            value[CLASSES.index(label)] = -(2**20)
-            one.CopyFrom(numpy_helper.from_array(value, one.name))
-    path.unlink()
-    onnx.save(model, path)
-    seal(bundle)

@@ -72,9 +72,9 @@ def groups(graph: fx.GraphModule) -> tuple[str, ...]:
 
 
 def heads(graph: fx.GraphModule) -> tuple[str, ...]:
-    """Return the paths of the layers whose outputs are only moved and joined before they leave the network: a detector's last convolutions.
+    """Return the paths of the layers whose outputs leave the network as they are, or moved and joined: a U-Net's or a detector's last convolutions.
 
-    No integer kernel reads them, and their grid would be the answer's.
+    No integer kernel reads them, and their grid would be the answer's; a linear layer's integer kernel gives floats, too, so it stays one.
     """
     # Whether a node's values leave the network by moves and joins alone, and whether there is a join among them.
     ends = {node: node.op == "output" for node in graph.graph.nodes}
@@ -85,6 +85,7 @@ def heads(graph: fx.GraphModule) -> tuple[str, ...]:
         moves = [user.op == "output" or called(graph, user) in JOINS or keeps_range(graph, user) for user in node.users]
         ends[node] = bool(moves) and all(moves) and all(ends[user] for user in node.users)
         joined[node] = any(joined[user] or called(graph, user) in JOINS for user in node.users)
+        joined[node] |= called(graph, node) is nn.Conv2d and all(user.op == "output" for user in node.users)
     return tuple(str(node.target) for node in ends if called(graph, node) in PLAIN and ends[node] and joined[node])
 
 
