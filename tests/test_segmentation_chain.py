@@ -45,7 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("outlined")
     few = replace(SCENES["scenes"], train=48, val=16)
     for part in ("train", "val"):
-        scenes = draw_scenes(few, part, size=SIZE, seed=0)  # type: ignore[arg-type]
+        scenes = draw_scenes(few, part, size=SIZE, seed=0)
         for kind, arrays in (("images", scenes.images), ("masks", scenes.masks)):
             (folder / "data" / kind / part).mkdir(parents=True)
             for index, array in enumerate(arrays):
@@ -59,7 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stage(root: Path, name: str) -> Path:
     (line,) = [line for line in report_of(root)["stages"] if line["stage"] == name]
-    return root / line["directory"]
+    return root / str(line["directory"])
 
 
 def report_of(root: Path) -> Any:
