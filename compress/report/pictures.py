@@ -42,5 +42,5 @@ def examples(root: Path, report: Report) -> Iterator[Sequence[tuple[str, str]]]:
 
 def _jpeg(pixels: NDArray[np.uint8]) -> str:
     content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "JPEG", quality=85)
+    Image.fromarray(pixels).save(content, "JPEG", quality=85, subsampling=0)  # boxes are thin lines of colour
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

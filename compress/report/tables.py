@@ -108,7 +108,21 @@ def accuracy(report: Report) -> list[Table]:
     ]
     columns = ("File", heading(report["metric"]["title"]), *map(heading, known))
     note = "Balanced accuracy is the mean recall of the classes: each counts the same, however many images it has."
-    return [Table("Accuracy", columns, rows, note=note if "balanced accuracy" in known else "")]
+    return [Table("Accuracy", columns, rows, note=note if "balanced accuracy" in known else ""), *class_scores(report)]
+
+
+def class_scores(report: Report) -> list[Table]:
+    """Return every file's own score of each class, where its task has one."""
+    classes, digits = report["classes"], summary.decimals(report)
+    if classes is None or "measure" not in classes:
+        return []
+    names = sorted(classes["files"], key=summary.order)
+    each = zip(*(classes["files"][name].get("scores", []) for name in names), strict=True)
+    rows = [
+        (label, *(percent(score, digits) for score in scores))
+        for label, scores in zip(classes["names"], each, strict=True)
+    ]
+    return [Table(f"{classes['measure']} of each class", ("Class", *names), rows)]
 
 
 def recalls(report: Report) -> list[Table]:

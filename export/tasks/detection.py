@@ -95,15 +95,18 @@ def by_class(rows: Mapping[str, Array], labels: Sequence[str], _confused: Collec
     """Return how many objects of each class the files find with a score of SURE, and how many they answer."""
     files = {}
     for name, found in rows.items():
-        table, true = split(found)
+        (table, true), precision = split(found), average_precision(found)
         sure = (table[..., 0] != NONE) & (table[..., 1] >= SURE)
         bits = table[..., 2].astype(np.int64)
         files[name] = FileClasses(
             correct=_count(table[..., 0][sure & (bits & 1 > 0)], labels),
             answered=_count(table[..., 0][sure & (bits >> 10 & 1 == 0)], labels),
             mistakes=None,
+            scores=[float(precision[label].mean()) if label in precision else None for label in range(len(labels))],
         )
-    return Classes(names=list(labels), images=_count(true[true != NONE], labels), files=files, counted="objects")
+    return Classes(
+        names=list(labels), images=_count(true[true != NONE], labels), files=files, counted="objects", measure="AP"
+    )
 
 
 def _count(classes: Array, labels: Sequence[str]) -> list[int]:

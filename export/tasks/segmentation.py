@@ -147,10 +147,12 @@ def by_class(rows: Mapping[str, Array], labels: Sequence[str], confused: Collect
                 correct=right.tolist(),
                 answered=answered.tolist(),
                 mistakes=_mistakes(sums[name], len(labels)) if name in confused else None,
+                scores=[None if math.isnan(one) else one for one in ious(right, true, answered).tolist()],
             )
-            for name, (right, _, answered) in parts.items()
+            for name, (right, true, answered) in parts.items()
         },
         counted="pixels",
+        measure="IoU",
     )
 
 

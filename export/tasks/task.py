@@ -55,6 +55,7 @@ class FileClasses(TypedDict):
     correct: list[int]
     answered: list[int]
     mistakes: list[tuple[int, int, int]] | None
+    scores: NotRequired[list[float | None]]  # each class's own, where the whole set's is their mean
 
 
 class Classes(TypedDict):
@@ -63,6 +64,7 @@ class Classes(TypedDict):
     names: list[str]
     images: list[int]
     files: dict[str, FileClasses]
+    measure: NotRequired[str]  # what those scores are: IoU, AP
     counted: NotRequired[str]  # what has a class, where that is not the image: pixels, objects
 
 

@@ -255,8 +255,9 @@ def test_the_score_is_pycocotools(seed: int) -> None:
     expected, classes = by_pycocotools(answers, true)
     found = DETECTION.further(rows)
     assert [DETECTION.total(rows), found["mAP50"], found["mAP75"]] == pytest.approx(expected, abs=1e-9)
-    mine = average_precision(rows)
-    assert [mine[label].mean() for label in range(CLASSES)] == pytest.approx(classes, abs=1e-9)
+    mine = DETECTION.by_class({"a": rows}, ["a", "b", "c"], ())
+    assert mine is not None
+    assert mine["files"]["a"]["scores"] == pytest.approx(classes.tolist(), abs=1e-9)
 
 
 def test_the_score_is_faster_coco_evals() -> None:

@@ -48,7 +48,8 @@ def test_classes_are_counted_in_pixels() -> None:
     found = SEGMENTATION.by_class({"a": rows}, LABELS, ("a",))
     assert found is not None
     assert found["images"] == [3, 3, 1]
-    assert found["files"]["a"] == {"correct": [2, 2, 1], "answered": [3, 3, 1], "mistakes": [(0, 1, 1), (1, 0, 1)]}
+    counts = {"correct": [2, 2, 1], "answered": [3, 3, 1], "mistakes": [(0, 1, 1), (1, 0, 1)]}
+    assert found["files"]["a"] == counts | {"scores": [pytest.approx(0.5), pytest.approx(0.5), 1.0]}
 
 
 def test_masks_pass_through_json_and_what_is_no_mask_is_refused() -> None:
