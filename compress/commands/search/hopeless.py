@@ -11,6 +11,7 @@ from compress.errors import ArtifactError
 from compress.pipeline import plan_recipe
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import StudentStage
+from export.errors import UserError
 
 KEPT = 75.0  # percent
 LEAST = 4  # finished trials to compare with
@@ -48,10 +49,11 @@ def is_hopeless(own: Course, finished: Iterable[Course]) -> bool:
 def follow_distillation(recipe: Recipe, stages: Path) -> Callable[[], Course | None]:
     """Return what reads how far a run's first distillation is in the folder of stages; None before its first epoch."""
     names = [section.stage for section in recipe.stages]
-    if "distill" not in names:
+    try:
+        index = names.index("distill")
+        before, place = (line.directory for line in plan_recipe(recipe, stages=stages)[index - 1 : index + 1])
+    except (ValueError, UserError):  # what cannot be planned, the run itself refuses
         return lambda: None
-    index = names.index("distill")
-    before, place = (line.directory for line in plan_recipe(recipe, stages=stages)[index - 1 : index + 1])
     archs = [one.arch for one in recipe.stages[:index] if isinstance(one, StudentStage)]
     arch = [*([] if recipe.model is None else [recipe.model.arch]), *archs][-1]
 

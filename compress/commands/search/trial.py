@@ -149,8 +149,10 @@ def _run(setup: Setup, board: Board, recipe: Recipe, taken: Taken) -> Report:
     (place / "report.json").unlink(missing_ok=True)
     command = [sys.executable, "-m", "compress.cli", "run", str(file), "--stages", str(setup.folder / "stages")]
     command += ["--trust-code"] if setup.trust_code else []
-    with log_file.open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[taken.lock.fileno()])
+    with (
+        log_file.open("w") as log,
+        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[taken.lock.fileno()]) as process,
+    ):
         code = _watch(process, setup, board, recipe, taken)
     if (made := _report(place)) is None:
         said = (log_file.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
