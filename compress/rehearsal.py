@@ -15,8 +15,7 @@ from torch import nn
 
 from compress.distillation.step import check_layers, check_smoothing, check_task
 from compress.errors import CompressError, ModelError, own_line
-from compress.models.architectures import build
-from compress.models.saved import example_images
+from compress.models.saved import Architecture, example_images, rebuild
 from compress.models.structure import classifier, width_cost
 from compress.pruning.blocks import Conditions
 from compress.pruning.branches import find_branches
@@ -129,18 +128,19 @@ def _trains(section: StageSection, recipe: Recipe) -> bool:
 
 def _networks(run: Run, chain: Recipe, sections: Sequence[StageSection]) -> list[tuple[str, nn.Module]]:
     """Return the teacher and, where it is another network, the student, by architecture; a student still to start is given its weights."""
-    classes = len(run.dataset.classes)
+
+    def untrained(arch: str) -> nn.Module:
+        return rebuild(Architecture(arch, len(run.dataset.classes), run.image_size), trust_code=run.trust_code)
+
     if chain.model is None:
         found = [("teacher", run.given_teacher(whole=True).cpu())]
     else:
-        found = [(chain.model.arch, build(chain.model.arch, num_classes=classes, trust_code=run.trust_code))]
+        found = [(chain.model.arch, untrained(chain.model.arch))]
         run.check_output(found[0][1])
     for section in chain.stages:
         if isinstance(section, StudentStage):
             fresh = section in sections
-            student = (
-                run.start(section)[1] if fresh else build(section.arch, num_classes=classes, trust_code=run.trust_code)
-            )
+            student = run.start(section)[1] if fresh else untrained(section.arch)
             found.append((section.arch, student))
     return found
 

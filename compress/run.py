@@ -20,8 +20,7 @@ from compress.data.named import NAMED
 from compress.data.split import sampled
 from compress.errors import CompressError
 from compress.log import StageLog
-from compress.models.architectures import build
-from compress.models.saved import Architecture, load_float
+from compress.models.saved import Architecture, load_float, rebuild
 from compress.models.structure import check_logits, check_output, count
 from compress.models.teachers import Seen, teacher_of
 from compress.models.weights import load_weights_
@@ -202,7 +201,7 @@ class Run:
         """
         architecture = Architecture(given.arch, len(self.dataset.classes), self.image_size)
         torch.manual_seed(self.recipe.seed)
-        model = build(given.arch, num_classes=architecture.num_classes, trust_code=self.trust_code)
+        model = rebuild(architecture, trust_code=self.trust_code)
         if given.weights is not None:
             load_weights_(model, given.arch, given.weights, reset_head=given.reset_head)
         self.check_output(model)

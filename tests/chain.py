@@ -64,7 +64,7 @@ def examine(arch: str, image_size: int) -> Row:
     torch.manual_seed(0)
     images = 40 if image_size <= 128 else 20
     photographs, labels = crops(images, image_size, seed=0)
-    model = enlivened(build(arch, num_classes=CLASSES), photographs)
+    model = enlivened(build(arch, num_classes=CLASSES, image_size=image_size), photographs)
     full, not_pruned = count(model, image_size).macs, None
     try:
         prune_(model, image_size)

@@ -59,14 +59,14 @@ def families() -> dict[str, str]:
 
 def image_size(arch: str) -> int:
     """Return the smallest of the sizes at which a network answers, in training mode too."""
-    model = build(arch, num_classes=CLASSES)
     for size in IMAGE_SIZES:
         try:
+            model = build(arch, num_classes=CLASSES, image_size=size)
             with torch.no_grad():
                 images = torch.zeros(2, 3, size, size)
                 model.eval()(images)
                 model.train()(images)
-        except (RuntimeError, ValueError, AssertionError, IndexError, ZeroDivisionError):
+        except (UserError, RuntimeError, ValueError, AssertionError, IndexError, ZeroDivisionError):
             continue
         return size
     raise AssertionError(f"{arch}: takes none of {IMAGE_SIZES} pixels")

@@ -84,7 +84,7 @@ def write_draft(
     folder = look_at(data)
     network = choose(matches, weights, folder, trust_code=trust_code)
     yield from _told(weights, folder, network)
-    model = build(network.arch, num_classes=network.classes, trust_code=trust_code)
+    model = build(network.arch, num_classes=network.classes, image_size=network.size, trust_code=trust_code)
     speed = step_speed(model, network.size)
     text = draft(weights, data, out.stem, folder, network, latency_ms=latency_ms, trust_code=trust_code)
     out.write_text(text, encoding="utf-8")

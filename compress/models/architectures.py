@@ -27,27 +27,35 @@ _NO_AUXILIARY_HEADS: dict[str, bool] = {"aux_logits": False, "init_weights": Tru
 _EXTRA = {"googlenet": _NO_AUXILIARY_HEADS, "inception_v3": _NO_AUXILIARY_HEADS}
 
 
-def build(arch: str, *, num_classes: int, trust_code: bool = False) -> nn.Module:
+def build(arch: str, *, num_classes: int, image_size: int | None = None, trust_code: bool = False) -> nn.Module:
     """Build `torchvision:NAME`, `timm:NAME`, `cifar:NAME` or `file.py:factory` with random weights, in eval mode.
 
     `onnx:FILE`, `hf:FOLDER` and `exported:FILE.pt2` bring their own weights.
+    A library's network that takes images of one size only (ViT, Swin) is built for `image_size`, by default for its own.
     A file's factory is called as `factory(num_classes)` and only with `trust_code`: loading it runs its code.
-    Raises `ModelError` for an unknown name, and for a file that cannot be used.
+    Raises `ModelError` for an unknown name, a size that does not fit, and for a file that cannot be used.
     """
     source, name = foreign(arch) or (arch.rpartition(":")[0], arch.rpartition(":")[2])
-    model = (
-        LIBRARIES[source](name, num_classes) if source in LIBRARIES else _own(arch, num_classes, trust_code=trust_code)
-    )
-    return (_answering(model) if foreign(arch) else model).eval()
+    if source not in LIBRARIES:
+        return _own(arch, num_classes, trust_code=trust_code).eval()
+    if image_size is None or source not in SIZED or not SIZED[source][0](name):
+        model = LIBRARIES[source](name, num_classes)
+        return (_answering(model) if foreign(arch) else model).eval()
+    try:
+        return LIBRARIES[source](name, num_classes, **{SIZED[source][1]: image_size}).eval()
+    except (ArithmeticError, AssertionError, RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"{arch}: cannot be built for {image_size} pixels ({error or type(error).__name__}); choose another data.image_size"
+        ) from error
 
 
-def _torchvision(name: str, num_classes: int) -> nn.Module:
+def _torchvision(name: str, num_classes: int, **sized: int) -> nn.Module:
     check_name("torchvision", name, torchvision_names())
     if name in KINDS:
         return torchvision_detector(name, num_classes)
     if name not in _segmentation():
         model: nn.Module = torchvision.models.get_model(
-            name, weights=None, num_classes=num_classes, **_EXTRA.get(name, {})
+            name, weights=None, num_classes=num_classes, **_EXTRA.get(name, {}), **sized
         )
         return model
     return _answering(torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes))
@@ -76,11 +84,15 @@ def _answering(model: nn.Module) -> nn.Module:
     return model
 
 
-def _timm(name: str, num_classes: int) -> nn.Module:
+def _timm(name: str, num_classes: int, **sized: int) -> nn.Module:
     timm = import_timm()
     check_name("timm", name, timm.list_models())
-    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes)
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, **sized)
     return model
+
+
+def _timm_is_sized(name: str) -> bool:
+    return bool(import_timm().get_pretrained_cfg(name).fixed_input_size)
 
 
 def _cifar(name: str, num_classes: int) -> nn.Module:
@@ -88,7 +100,7 @@ def _cifar(name: str, num_classes: int) -> nn.Module:
     return CIFAR_NETWORKS[name](num_classes)
 
 
-LIBRARIES: dict[str, Callable[[str, int], nn.Module]] = {
+LIBRARIES: dict[str, Callable[..., nn.Module]] = {
     "torchvision": _torchvision,
     "timm": _timm,
     "cifar": _cifar,
@@ -98,6 +110,11 @@ LIBRARIES: dict[str, Callable[[str, int], nn.Module]] = {
     "hf": hugging_face,
     "exported": exported,
     **{kind: partial(build_detector, kind) for kind in BUILDERS},
+}
+# Which networks of a library are made for one size of image, and their argument for it.
+SIZED: dict[str, tuple[Callable[[str], bool], str]] = {
+    "torchvision": (lambda name: name.startswith("vit_"), "image_size"),
+    "timm": (_timm_is_sized, "img_size"),
 }
 
 

@@ -58,7 +58,8 @@ def read_architecture(directory: Path) -> Architecture:
 
 def rebuild(architecture: Architecture, *, trust_code: bool) -> nn.Module:
     """Return the pruned float network with random weights, in eval mode on the CPU."""
-    model = build(architecture.arch, num_classes=architecture.num_classes, trust_code=trust_code).eval()
+    size, classes = architecture.image_size, architecture.num_classes
+    model = build(architecture.arch, num_classes=classes, image_size=size, trust_code=trust_code)
     for step in architecture.cuts:
         cut_(model, example_images(architecture.image_size), step)
     return model

@@ -53,7 +53,7 @@ class Histogram:
 
 
 def calibrate_(prepared: nn.Module, batches: Iterable[Tensor], method: Method) -> None:
-    """Set every quantizer's range from `batches`, each (n, 3, s, s); leave the model in eval mode, observing and quantizing."""
+    """Set every quantizer's range from `batches`, each (n, 3, s, s); leave the model in eval mode, in phase "adapt"."""
     set_ranges_(prepared, collect(prepared, batches), method)
 
 
@@ -67,7 +67,7 @@ def collect(prepared: nn.Module, batches: Iterable[Tensor]) -> dict[str, Histogr
     histograms = {name: Histogram() for name in named}
     handles = [quantizer.register_forward_pre_hook(_counter(histograms[name])) for name, quantizer in named.items()]
     prepared.eval()
-    set_phase_(prepared, observing=False, quantizing=False)
+    set_phase_(prepared, "observe")
     try:
         for batch in batches:
             prepared(batch)
@@ -76,7 +76,7 @@ def collect(prepared: nn.Module, batches: Iterable[Tensor]) -> dict[str, Histogr
             handle.remove()
     if not all(histogram.counts.any() for histogram in histograms.values()):
         raise CompressError("calibration: not one image; raise calibration_images, or check the data folder")
-    set_phase_(prepared, observing=True, quantizing=True)
+    set_phase_(prepared, "adapt")
     return histograms
 
 

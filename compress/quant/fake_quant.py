@@ -17,6 +17,8 @@ from compress.quant.lsq import round_learned, scale_gradient
 from export.onnx_file.targets import Target
 
 Ranges = Literal["moving_average", "lsq"]
+# Measure the range of what passes in training mode and round nothing; measure and round; round on the range that is.
+Phase = Literal["observe", "adapt", "round"]
 
 # Smallest scale: a constant-zero tensor or a dead channel must not divide by zero, and float16 scales must not underflow.
 MIN_SCALE = 2.0**-24
@@ -59,8 +61,7 @@ class _RoundWeight(torch.autograd.Function):
 class ActivationQuantizer(nn.Module):
     """Round one tensor to the target's activation grid.
 
-    Its range is a moving average of the batches' minimum and maximum, or (`ranges="lsq"`) two parameters that start there. `observing`
-    updates a measured range from the tensors that pass (in training mode only), `quantizing` rounds them.
+    Its range is a moving average of the batches' minimum and maximum, or (`ranges="lsq"`) two parameters that start there.
     """
 
     low: Tensor  # () smallest value of the range, <= 0 so that zero is exact
@@ -72,12 +73,17 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.target, self.cap, self.momentum, self.learned = target, cap, momentum, ranges == "lsq"
         self.group: str | None = None  # the layer that `quantize_only_` switches this quantizer with
-        self.observing, self.quantizing = True, True
+        self.phase: Phase = "adapt"
         for name, start in (("low", math.inf), ("high", -math.inf)):
             if self.learned:
                 self.register_parameter(name, nn.Parameter(torch.tensor(start)))
             else:
                 self.register_buffer(name, torch.tensor(start))
+
+    @property
+    def quantizing(self) -> bool:
+        """Whether it rounds what passes."""
+        return self.phase != "observe"
 
     @torch.no_grad()
     def observe_(self, values: Tensor) -> None:
@@ -110,7 +116,7 @@ class ActivationQuantizer(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """Return `values` rounded to the grid, of the same shape."""
         # Between calibration and the end of the training, a learned range is the optimizer's alone.
-        if self.observing and self.training and not (self.learned and self.quantizing):
+        if self.training and (self.phase == "observe" or (self.phase == "adapt" and not self.learned)):
             self.observe_(values)
         if not self.quantizing:
             return values

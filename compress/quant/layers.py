@@ -5,6 +5,8 @@ numbers, batch-norm folded, one rounding. A tie that falls the other way in one 
 later, so nothing less makes the accuracy that is measured here the accuracy of the file.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +36,7 @@ class Kernel:
     layer: "QuantConv2d | QuantLinear | None"
     norm: "QuantNorm | None"
     sink: ActivationQuantizer | None  # rounds the output; None where that is float
+    kept: DeployedWeights | None = None  # see `deployed_once`
 
     @property
     def start(self) -> "QuantLayer | QuantNorm":
@@ -51,10 +54,26 @@ class Kernel:
 
     def deployed(self) -> DeployedWeights:
         """Return its form in the file."""
+        if self.kept is not None:
+            return self.kept
         if self.layer is not None:
             return DeployedWeights(self.layer, fold(self.layer, self.norm), self.source, self.sink)
         assert self.norm is not None
         return DeployedWeights(None, depthwise(self.norm, self.source.target), self.source, self.sink)
+
+
+@contextmanager
+def deployed_once(model: nn.Module) -> Iterator[None]:
+    """Give every kernel its deployed form once for all forward passes inside, in which weights and ranges stay as they are."""
+    kernels = [part.kernel for part in model.modules() if isinstance(part, QuantLayer | QuantNorm) and part.kernel]
+    exact = [kernel for kernel in kernels if kernel.exact]
+    for kernel in exact:
+        kernel.kept = kernel.deployed()
+    try:
+        yield
+    finally:
+        for kernel in exact:
+            kernel.kept = None
 
 
 class QuantLayer(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from compress.errors import matching
 from compress.quant.deployed import DeployedQuantizer, DeployedSameRange, FloatGuard
-from compress.quant.fake_quant import ActivationQuantizer, HardSigmoidQuantizer, JoinRange, Ranges, SameRange
+from compress.quant.fake_quant import ActivationQuantizer, HardSigmoidQuantizer, JoinRange, Phase, Ranges, SameRange
 from compress.quant.graph.placement import (
     CLIPS,
     JOINS,
@@ -94,10 +94,10 @@ def quantizers(model: nn.Module) -> Iterator[ActivationQuantizer]:
     return (module for module in model.modules() if isinstance(module, ActivationQuantizer))
 
 
-def set_phase_(model: nn.Module, *, observing: bool, quantizing: bool) -> None:
-    """Switch a prepared model's quantizers: calibration observes only, training does both, then only quantizes."""
+def set_phase_(model: nn.Module, phase: Phase) -> None:
+    """Switch a prepared model's activation quantizers."""
     for quantizer in quantizers(model):
-        quantizer.observing, quantizer.quantizing = observing, quantizing
+        quantizer.phase = phase
 
 
 def quantize_only_(prepared: nn.Module, names: Collection[str] | None) -> None:
@@ -106,7 +106,7 @@ def quantize_only_(prepared: nn.Module, names: Collection[str] | None) -> None:
         if isinstance(module, QuantLayer):
             module.quantizing = names is None or name in names
         elif isinstance(module, ActivationQuantizer):
-            module.quantizing = names is None or module.group in names
+            module.phase = "round" if names is None or module.group in names else "observe"
 
 
 def freeze_batchnorm_(model: nn.Module) -> None:

@@ -73,7 +73,7 @@ def _train(cfg: QatStage, method: Method, src: Path, out: Path, run: Run, log: S
     log.note(f"{target.name}: score after calibration by {method} alone {before['score']:.4f}")
 
     def before_step(training: nn.Module, done: float) -> None:
-        set_phase_(training, observing=done < cfg.freeze_ranges_at, quantizing=True)
+        set_phase_(training, "adapt" if done < cfg.freeze_ranges_at else "round")
         if done >= cfg.freeze_batchnorm_at:
             freeze_batchnorm_(training)
 
@@ -82,7 +82,7 @@ def _train(cfg: QatStage, method: Method, src: Path, out: Path, run: Run, log: S
     settings = settings.model_copy(update={"precision": "fp32"}) if settings.precision == "auto" else settings
     phase = "qat" if target == run.target else f"qat-{target.name}"
     model = distil(run, model, cfg.loss, settings, src=src, out=out, log=log, phase=phase, before_step=before_step)
-    set_phase_(model, observing=False, quantizing=True)
+    set_phase_(model, "round")
     if cfg.reestimate_batchnorm_images:
         reestimate_batchnorm_(model, (batch.images for batch in run.calibration(cfg.reestimate_batchnorm_images)))
     if cfg.max_drop is not None:
@@ -115,7 +115,7 @@ def _hold(
         prepared.load_state_dict(
             {name: trained[name] for name in prepared.state_dict() if name in trained}, strict=False
         )
-        set_phase_(prepared, observing=False, quantizing=True)
+        set_phase_(prepared, "round")
         return prepared.eval(), changed
 
     def least_float() -> Trial:

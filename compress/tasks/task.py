@@ -13,6 +13,7 @@ from compress.data.augment import Augmentation
 from compress.data.batches import Batch
 from compress.data.dataset import Dataset
 from compress.data.digest import DataSettings
+from compress.quant.layers import deployed_once
 from compress.ranks import gather
 from export.tasks.task import OutputTask
 
@@ -44,12 +45,13 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task) -> dict[str
     training = model.training
     model.eval()
     rows, losses = [], []
-    for batch in batches:
-        outputs = model(batch.images).float()
-        loss = task.loss(outputs, batch.targets, label_smoothing=0.0)
-        losses.append((float(loss), len(outputs)))
-        answers = task.output.decode(outputs.cpu().numpy())
-        rows.append(task.output.statistics(answers, batch.targets.cpu().numpy(), outputs.shape[1:]))
+    with deployed_once(model):
+        for batch in batches:
+            outputs = model(batch.images).float()
+            loss = task.loss(outputs, batch.targets, label_smoothing=0.0)
+            losses.append((float(loss), len(outputs)))
+            answers = task.output.decode(outputs.cpu().numpy())
+            rows.append(task.output.statistics(answers, batch.targets.cpu().numpy(), outputs.shape[1:]))
     model.train(training)
     of_all = [part for rank in gather(rows) for part in rank]
     found = [part for rank in gather(losses) for part in rank]

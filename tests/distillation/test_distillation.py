@@ -98,10 +98,10 @@ def pruned(model: nn.Module) -> nn.Module:
 def fake_quantized(model: nn.Module) -> nn.Module:
     """Return the model on the target's grid, its ranges set by one batch."""
     prepared = prepare(model, TARGET, IMAGES)
-    set_phase_(prepared.train(), observing=True, quantizing=False)
+    set_phase_(prepared.train(), "observe")
     with torch.no_grad():
         prepared(IMAGES)
-    set_phase_(prepared, observing=True, quantizing=True)
+    set_phase_(prepared, "adapt")
     return prepared.eval()
 
 
@@ -320,7 +320,7 @@ def test_a_graphs_features_are_the_float_modules_own(path: str) -> None:
     with torch.no_grad():
         output, found = tap(model, [path])(IMAGES)
         prepared = prepare(model, TARGET, IMAGES).eval()
-        set_phase_(prepared, observing=False, quantizing=False)
+        set_phase_(prepared, "observe")
         for graph in (trace(model, IMAGES), prepared):
             same_output, same = tap(graph, [path])(IMAGES)
             assert torch.allclose(same[path], found[path], atol=1e-5)
@@ -332,7 +332,7 @@ def test_a_graphs_features_hold_with_other_operators_too(path: str) -> None:
     model = on_the_grid(lively(Mobile(3)))
     with torch.no_grad():
         prepared = prepare(model, TARGET, IMAGES).eval()
-        set_phase_(prepared, observing=False, quantizing=False)
+        set_phase_(prepared, "observe")
         assert torch.allclose(tap(prepared, [path])(IMAGES)[1][path], tap(model, [path])(IMAGES)[1][path], atol=1e-5)
 
 

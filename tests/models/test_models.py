@@ -75,6 +75,13 @@ def test_a_library_network_gives_one_logit_for_each_class_in_eval_mode(arch: str
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
 
 
+def test_a_network_of_one_size_is_built_for_the_recipes() -> None:
+    model = build("timm:test_vit", num_classes=7, image_size=64)  # its own is 160
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
+    with pytest.raises(ModelError, match=r"vit_b_16: cannot be built for 100 pixels .* data\.image_size"):
+        build("torchvision:vit_b_16", num_classes=7, image_size=100)
+
+
 @pytest.mark.parametrize(
     ("arch", "near"),
     [("torchvision:resnet81", "resnet18"), ("torchvision:ResNet50", "resnet50"), ("timm:resnet10s", "resnet10t")],

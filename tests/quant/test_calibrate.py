@@ -145,8 +145,7 @@ def test_calibration_leaves_a_model_that_quantizes_and_observes(prepared: fx.Gra
     assert not prepared.training
     images = next(batches())
     for quantizer in quantizers(prepared):
-        assert quantizer.observing
-        assert quantizer.quantizing
+        assert quantizer.phase == "adapt"
         assert float(quantizer.low) <= 0.0 < float(quantizer.high) < float("inf")
     assert torch.isfinite(prepared(images)).all()
 

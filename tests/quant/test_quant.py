@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from compress.errors import ModelError
 from compress.quant.calibrate import calibrate_
+from compress.quant.deployed import Folded
 from compress.quant.fake_quant import (
     ActivationQuantizer,
     fake_quantize_weight,
@@ -20,7 +21,7 @@ from compress.quant.fake_quant import (
     weight_scale,
 )
 from compress.quant.graph.rewrite import traced
-from compress.quant.layers import QuantConv2d, QuantLayer
+from compress.quant.layers import QuantConv2d, QuantLayer, QuantLinear, QuantNorm, deployed_once, fold
 from compress.quant.prepare import (
     deploy,
     float_on_purpose,
@@ -48,10 +49,10 @@ def calibrated(model: nn.Module, target: Target, images: torch.Tensor) -> fx.Gra
 def with_ranges_of(images: torch.Tensor, prepared: fx.GraphModule) -> fx.GraphModule:
     prepared.train()
     freeze_batchnorm_(prepared)
-    set_phase_(prepared, observing=True, quantizing=False)
+    set_phase_(prepared, "observe")
     with torch.no_grad():
         prepared(images)
-    set_phase_(prepared, observing=False, quantizing=True)
+    set_phase_(prepared, "round")
     prepared.eval()
     return prepared
 
@@ -210,6 +211,29 @@ def test_in_eval_mode_the_trained_network_gives_onnx_runtimes_very_bits(network:
     # ONNX Runtime adds two tensors with one rounding less: a sum within 1e-6 of a tie can fall to the other side
     assert np.mean(difference < 1e-5) > 0.9
     assert difference.max() < 0.05 * integer.std()
+
+
+def test_an_evaluation_deploys_each_layer_once_and_forgets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(8, 3, 16, 16)
+    prepared = calibrated(lively(Residual(5)), TARGETS["cpu_avx2"], images)
+    built: list[object] = []
+
+    def counted(layer: QuantConv2d | QuantLinear, norm: QuantNorm | None) -> Folded:
+        built.append(layer)
+        return fold(layer, norm)
+
+    monkeypatch.setattr("compress.quant.layers.fold", counted)
+    with torch.no_grad():
+        fresh = prepared(images)
+        of_one_pass = len(built)
+        with deployed_once(prepared):
+            assert torch.equal(prepared(images), fresh)
+            assert torch.equal(prepared(images), fresh)
+        assert len(built) == 2 * of_one_pass > 0
+        layer = prepared.get_submodule("stem.0")
+        assert isinstance(layer, QuantLayer)
+        layer.weight *= -1
+        assert not torch.equal(prepared(images), fresh)
 
 
 def test_training_and_deployment_differ_by_ties_alone() -> None:

@@ -174,9 +174,9 @@ def test_a_step_of_training_reaches_every_parameter_without_nan() -> None:
     torch.manual_seed(0)
     model = prepare(lively(Mobile(5)), TARGETS["cpu_avx2"], torch.zeros(1, 3, 16, 16), ranges="lsq").train()
     images = torch.randn(8, 3, 16, 16)
-    set_phase_(model, observing=True, quantizing=False)
+    set_phase_(model, "observe")
     model(images)
-    set_phase_(model, observing=True, quantizing=True)
+    set_phase_(model, "adapt")
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     nn.functional.cross_entropy(model(images), torch.arange(8) % 5).backward()
@@ -199,9 +199,9 @@ def test_learned_ranges_survive_saving_and_are_deployed_as_trained(tmp_path: Pat
     images = torch.randn(32, 3, 16, 16)
     model = prepare(lively(Residual(5)), TARGETS["cpu_avx2"], torch.zeros(1, 3, 16, 16), ranges="lsq").train()
     freeze_batchnorm_(model)
-    set_phase_(model, observing=True, quantizing=False)
+    set_phase_(model, "observe")
     model(images)
-    set_phase_(model, observing=False, quantizing=True)
+    set_phase_(model, "round")
     with torch.no_grad():
         for quantizer in quantizers(model):
             quantizer.high.mul_(0.8)
