@@ -114,14 +114,24 @@ def test_a_bundle_keeps_its_golden_masks(root: Path) -> None:
     assert golden.outputs["student_int8"].shape[1:] == (len(CLASSES), SIZE, SIZE)
 
 
-def test_predict_names_the_areas_of_classes(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_predict_names_the_areas_of_classes_and_draws_them(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = root.parent / "data" / "images" / "val" / "0.png"
-    assert called(predict, monkeypatch, root / "bundle", image, "--top", 11) == 0
+    assert called(predict, monkeypatch, root / "bundle", image, "--top", 11, "--draw", tmp_path) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[1] == ["label", "area"]
     assert sum(float(row[1]) for row in rows[2:] if len(row) == 2) == pytest.approx(1, abs=0.01)
+    given, drawn = (np.asarray(Image.open(path).convert("RGB"), float) for path in (image, tmp_path / "0.png"))
+    assert (abs(drawn - given).max(axis=2) > 0).mean() > 0.9
+
+
+def test_reading_and_arg_max_are_timed_with_the_network(root: Path) -> None:
+    report = report_of(root)
+    assert set(report["end_to_end"]) == {"teacher_fp32", "student_int8"}
+    assert all(min(parts.values()) > 0 for parts in report["end_to_end"].values())
+    page = (root / "report" / "index.html").read_text()
+    assert page.count("data:image/jpeg") >= 4
 
 
 def test_verify_and_audit_take_a_bundle_of_masks(

@@ -9,6 +9,7 @@ from onnx import TensorProto, helper
 
 from compress.tasks.segmentation import SEGMENTATION as TASK
 from export.errors import BundleError
+from export.images.drawing import colours
 from export.images.preprocess import IGNORED
 from export.tasks.segmentation import SEGMENTATION, evidence
 from export.tasks.task import Array
@@ -131,3 +132,7 @@ def test_the_finished_file_answers_with_the_mask_that_decode_gives() -> None:
         (mask,) = session.run(["mask"], {"x": logits})
         assert mask.dtype == np.uint8
         assert np.array_equal(mask, SEGMENTATION.decode(logits))
+
+
+def test_pascal_vocs_and_the_scenes_classes_have_a_colour_each() -> None:
+    assert len(np.unique(colours(np.arange(21)), axis=0)) == 21
