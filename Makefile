@@ -10,6 +10,8 @@ OUT =
 SET =
 ARGS =
 RANKS = 1
+NODES = 1
+HEAD =
 BUNDLE = runs/quickstart/bundle
 RUN = runs/quickstart
 BASELINE = baselines
@@ -19,7 +21,7 @@ PYTHON =
 VENV = .venv
 
 # make passes any name on; one that is unknown here would change nothing, in silence.
-VARIABLES = RECIPE DATA WEIGHTS OUT SET ARGS RANKS BUNDLE RUN BASELINE SEARCH STORAGE PYTHON VENV
+VARIABLES = RECIPE DATA WEIGHTS OUT SET ARGS RANKS NODES HEAD BUNDLE RUN BASELINE SEARCH STORAGE PYTHON VENV
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 UNKNOWN := $(filter-out $(VARIABLES) MAKE% SHELL .SHELLFLAGS,$(GIVEN))
 ifneq ($(UNKNOWN),)
@@ -32,7 +34,14 @@ option = $(if $(value $(1)),--$(2) $(call quoted,$(1)))
 
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
-LAUNCH = $(if $(filter-out 1,$(RANKS)),$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
+# Each machine runs the same command; they meet at HEAD, one of them.
+ifneq ($(NODES),1)
+ifeq ($(HEAD),)
+$(error NODES=$(NODES): the machines need a place to meet: HEAD=HOST:29500, one of them)
+endif
+endif
+MEET = $(if $(filter-out 1,$(NODES)),--nnodes=$(NODES) --rdzv-backend=c10d --rdzv-id=compress --rdzv-endpoint=$(call quoted,HEAD),--standalone)
+LAUNCH = $(if $(filter-out 1,$(RANKS) $(NODES)),$(BIN)/torchrun $(MEET) --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
 EXIT_CODES = 1: a target is missed, 2: something to correct above, 70: a crash, 130: interrupted
 
 .PHONY: help setup init compress test check bench report search names zoo overhead latency recovery gate trials elsewhere fuzz clean
@@ -45,7 +54,7 @@ setup: $(READY) ## make .venv and install the tested versions (PYTHON=python3.12
 init: $(READY) ## write a recipe for your network and images (WEIGHTS= DATA= ARGS="--arch timm:NAME -o mine.yaml")
 	@$(BIN)/compress init $(call option,WEIGHTS,weights) $(call option,DATA,data) $(ARGS)
 
-compress: $(READY) ## run a recipe (RECIPE= DATA= WEIGHTS= OUT= SET="path=value ..." RANKS=8 ARGS="--trust-code -v")
+compress: $(READY) ## run a recipe (RECIPE= DATA= WEIGHTS= OUT= SET="path=value ..." RANKS=8 NODES=2 HEAD=host:29500 ARGS="--trust-code -v")
 	@$(LAUNCH) run $(call quoted,RECIPE) $(call option,DATA,data) $(call option,WEIGHTS,weights) $(call option,OUT,out) \
 		$(foreach item,$(value SET),--set $(call quoted,item)) $(ARGS) \
 		|| { code=$$?; echo "compress: exit code $$code ($(EXIT_CODES))" >&2; exit $$code; }

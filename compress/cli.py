@@ -326,16 +326,27 @@ def shards(
 @app.command()
 def publish(
     run_folder: RunFolder,
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to make, or an older bundle to replace.")],
+    to: Annotated[
+        str,
+        typer.Option("--to", metavar="DIR", help="The folder to make, an older bundle to replace, or hf://USER/NAME."),
+    ],
     key: Annotated[
         Path | None, typer.Option("--sign", metavar="KEY", help="Sign it with this private key (PEM, elliptic curve).")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Of hf://: list what would be sent.")] = False,
 ) -> None:
-    """Check a finished run's bundle and copy it, whole or not at all."""
+    """Check a finished run's bundle and copy it, whole or not at all, to a folder or to Hugging Face's hub."""
     from compress.report.bundling import publish
+    from compress.report.hub import HUB, publish_to_hub
 
-    publish(run_folder, to, key=key)
-    _print(to)
+    if to.startswith(HUB):
+        for line in publish_to_hub(run_folder, to, key=key, dry_run=dry_run):
+            _print(line)
+    elif dry_run:
+        _fail(f"--dry-run: is for {HUB}USER/NAME, got --to {to}; leave it out")
+    else:
+        publish(run_folder, Path(to), key=key)
+        _print(to)
 
 
 @app.command()

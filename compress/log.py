@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, SupportsFloat
@@ -28,6 +28,8 @@ SHOWN = {  # measurements that a line shows, and how
     "score": "score {:.2%}",
     "images_per_s": "{:,.0f} images/s",
 }
+Tell = Callable[[str, int, Mapping[str, float]], None]
+"""Takes a phase, an epoch's number, and what was measured in it."""
 
 
 def quiet_libraries(verbose: bool) -> None:
@@ -50,17 +52,25 @@ class StageLog:
     """The log of one stage; silent where `enabled` is false (ranks other than 0).
 
     `log.jsonl` holds {"epoch": 1, "epochs": 5, …measurements} for each epoch and {"note": …} for each note, written at
-    once; a reopened log goes on where it stopped. TensorBoard's events lie in `tensorboard/PHASE`.
+    once; a reopened log goes on where it stopped. TensorBoard's events lie in `tensorboard/PHASE`; `tell` gets each epoch, too.
     """
 
     def __init__(
-        self, out: Path, *, stage: str, verbose: bool = False, enabled: bool = True, console: Console | None = None
+        self,
+        out: Path,
+        *,
+        stage: str,
+        verbose: bool = False,
+        enabled: bool = True,
+        console: Console | None = None,
+        tell: Tell | None = None,
     ) -> None:
         self.stage = stage
         self.verbose = verbose
         self.enabled = enabled
         self._out = out
         self._lines = out / "log.jsonl"
+        self._tell = tell
         self._console = console or Console(stderr=True)
         self._progress: Progress | None = None
         self._bar = TaskID(0)
@@ -142,6 +152,8 @@ class StageLog:
         for name, value in measurements.items():
             if self._board:
                 self._board.add_scalar(name, value, self._epoch)
+        if self._tell:
+            self._tell(self._phase, self._epoch, measurements)
         self._shown = {name: measurements[name] for name in SHOWN if name in measurements}
         self._refresh()
         if self.verbose or not self._progress:

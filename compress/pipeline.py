@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING
 from compress.artifact import Meta, damage, exclusive, finish, is_complete, key_of, lineage, read_meta, turn
 from compress.data.digest import FILES, changes, dataset_digest, given
 from compress.errors import ArtifactError, CompressError
+from compress.log import Tell
 from compress.models.digest import source_digest, teachers_digest
 from compress.ranks import barrier, first_decides, rank
 from compress.recipe.arguments import data_settings, goal_of, teachers_of
 from compress.recipe.order import GIVES, TAKES
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import StageSection
-from compress.report.files import report_run, run_root
+from compress.report.files import report_root, report_run, run_root
+from compress.report.sinks import opened
 from export.errors import did_you_mean
 from export.onnx_file.targets import resolve_target
 from export.runtime.environment import environment, fingerprint, runtime
@@ -75,14 +77,20 @@ def run_recipe(
     if until is not None:
         plans = {student: plan[: _position(chains[student], until) + 1] for student, plan in plans.items()}
     root = run_root(recipe)
-    with exclusive(root) if rank() == 0 else nullcontext():
+    settings = recipe.model_dump(mode="json", exclude_defaults=True)
+    with (
+        exclusive(root) if rank() == 0 else nullcontext(),
+        opened(recipe.log_to if rank() == 0 else (), recipe.name, root, settings) as sinks,
+    ):
         made: set[Path] = set()
         if not all(line.cached for plan in plans.values() for line in plan):
-            made = _make_missing(recipe, plans, trust_code=trust_code, verbose=verbose)
+            made = _make_missing(recipe, plans, trust_code=trust_code, verbose=verbose, tell=sinks.epoch)
         if rank() != 0:
             return 0
         artifacts = {student: [line.directory for line in plan] for student, plan in plans.items()}
-        return report_run(recipe, artifacts, made, command=command, verbose=verbose)
+        code = report_run(recipe, artifacts, made, command=command, verbose=verbose)
+        sinks.finish({student: report_root(recipe, student) for student in chains})
+        return code
 
 
 def run_stage(recipe: Recipe, stage: str, *, src: Path | None, out: Path, trust_code: bool, verbose: bool) -> int:
@@ -211,13 +219,15 @@ def _position(recipe: Recipe, stage: str) -> int:
     return names.index(stage)
 
 
-def _make_missing(recipe: Recipe, plans: Mapping[str, list[PlanLine]], *, trust_code: bool, verbose: bool) -> set[Path]:
+def _make_missing(
+    recipe: Recipe, plans: Mapping[str, list[PlanLine]], *, trust_code: bool, verbose: bool, tell: Tell
+) -> set[Path]:
     """Make every chain's missing stages and return them; what students share is made once, by the whole recipe."""
     from compress.rehearsal import rehearse
     from compress.run import open_run
 
     made: set[Path] = set()
-    run = open_run(recipe, trust_code=trust_code, verbose=verbose)
+    run = replace(open_run(recipe, trust_code=trust_code, verbose=verbose), tell=tell)
     missing = {student: [not line.cached for line in plan] for student, plan in plans.items()}
     first_decides(partial(rehearse, run, missing))
     for student, chain in recipe.chains().items():

@@ -19,7 +19,7 @@ from compress.data.dataset import Dataset
 from compress.data.named import NAMED
 from compress.data.split import sampled
 from compress.errors import CompressError
-from compress.log import StageLog
+from compress.log import StageLog, Tell
 from compress.models.saved import Architecture, load_float, rebuild
 from compress.models.structure import check_logits, check_output, count
 from compress.models.teachers import Seen, teacher_of
@@ -50,6 +50,7 @@ class Run:
     group: dist.ProcessGroup | None = (
         None  # of several ranks, what they share gradients through; None is the default one
     )
+    tell: Tell | None = None  # what else takes each epoch's measurements
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -158,7 +159,7 @@ class Run:
 
     def log(self, out: Path, stage: str) -> StageLog:
         """Return the log of a stage; silent on all ranks but the first."""
-        return StageLog(out, stage=stage, verbose=self.verbose, enabled=self.rank == 0)
+        return StageLog(out, stage=stage, verbose=self.verbose, enabled=self.rank == 0, tell=self.tell)
 
     def fit(
         self,

@@ -95,6 +95,20 @@ def test_several_processes_start_under_torchrun() -> None:
     )
 
 
+def test_several_machines_meet_at_one_of_them() -> None:
+    words = shlex.split(make("compress", "RANKS=8", "NODES=2", "HEAD=a$b:29500"))
+    assert words[:7] == [
+        ".venv/bin/torchrun", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=compress", "--rdzv-endpoint=a$b:29500",
+        "--nproc-per-node=8", "--no-python",
+    ]  # fmt: skip
+
+
+def test_machines_without_a_place_to_meet_are_refused() -> None:
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        make("compress", "NODES=2")
+    assert "NODES=2: the machines need a place to meet: HEAD=HOST:29500" in caught.value.stderr
+
+
 def test_clean_keeps_runs_and_the_virtual_environment() -> None:
     shown = make("clean")
     assert "rm -rf" in shown

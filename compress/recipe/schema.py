@@ -196,6 +196,8 @@ class Recipe(Section):
     """Where training runs."""
     out: PathText = "runs"
     """The folder that holds the runs."""
+    log_to: tuple[Literal["mlflow", "trackio", "wandb"], ...] = ()
+    """Where epochs, report and bundle are sent, too (docs/tracking.md); each finds its server by its own environment variables."""
     data: Data = Data()
     """The images."""
     model: Model | None = None

@@ -11,6 +11,8 @@ WEB=(onnxruntime-web@1.30.0)
 TRITON=(nvidia-pytriton==0.7.0 tritonclient==2.73.0 onnxruntime==1.32.0 numpy==1.26.4)
 SIGNING=(model-signing==1.1.1 pyopenssl==26.4.0 onnxruntime==1.32.0 onnx==1.23.2 numpy==2.4.6)
 POSTGRESQL=(psycopg==3.3.9 psycopg-binary==3.3.9)
+MLFLOW=(mlflow==3.17.2)
+TRACKERS=(trackio==0.43.0 wandb==0.31.0)
 FUZZ=(atheris==3.0.0 numpy==2.4.6 onnx==1.23.2 onnxruntime==1.32.0 pillow==13.0.0)
 ARM64=(onnxruntime==1.22.1 numpy==2.2.6 flatbuffers==25.12.19 protobuf==6.33.0 packaging==25.0)
 
@@ -130,6 +132,8 @@ fi
 python_environment onnxruntime "3.11 3.10 3.9 3.8" "${ORT[@]}"
 python_environment openvino "3.13 3.12 3.11 3.10" "${OPENVINO[@]}"
 python_environment signing "3.13 3.12 3.11" "${SIGNING[@]}"
+python_environment mlflow "3.13 3.12 3.11" "${MLFLOW[@]}"
+python_environment trackers "3.13 3.12 3.11" "${TRACKERS[@]}"
 triton_environment triton "${TRITON[@]}"
 postgresql_environment postgresql "${POSTGRESQL[@]}"
 python_environment serve "3.13 3.12 3.11" "${SERVE[@]}"

@@ -1,0 +1,41 @@
+"""Publish a finished run's bundle to a repository of Hugging Face's hub; its README.md is the model card there."""
+
+import importlib
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from compress.errors import ArtifactError
+from compress.report.bundling import publish
+
+HUB = "hf://"
+
+
+def publish_to_hub(run: Path, to: str, *, key: Path | None, dry_run: bool) -> list[str]:
+    """Replace what `hf://USER/NAME` holds by the run's bundle, and return lines that say so; a dry run asks no server.
+
+    Raises ArtifactError and BundleError as `publish` does, and ArtifactError for another name and a hub that refuses or is not there.
+    """
+    hub = importlib.import_module("huggingface_hub")  # which timm brings
+    repository = to.removeprefix(HUB)
+    try:
+        hub.utils.validate_repo_id(repository)
+        if repository.count("/") != 1:
+            raise ValueError("names no user or no model")
+    except ValueError as error:
+        raise ArtifactError(f"--to {to}: {error}; give hf://USER/NAME") from error
+    with TemporaryDirectory() as folder:
+        bundle = Path(folder, "bundle")
+        publish(run, bundle, key=key)
+        files = sorted(path for path in bundle.rglob("*") if path.is_file())
+        if dry_run:
+            sizes = (f"{path.stat().st_size:>13,}  {path.relative_to(bundle)}" for path in files)
+            return [*sizes, f"{to}: would hold these {len(files)} files; nothing was sent"]
+        try:
+            api = hub.HfApi()
+            api.create_repo(repository, exist_ok=True)
+            said = f"The bundle of {run.name}"
+            api.upload_folder(repo_id=repository, folder_path=bundle, commit_message=said, delete_patterns=["*"])
+        except Exception as error:  # the hub's client raises its own errors, httpx's and the system's
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise ArtifactError(f"{to}: {reason}; check the name, the network and `hf auth whoami`") from error
+    return [f"{to}: {len(files)} files"]

@@ -1,0 +1,157 @@
+"""Send what a run logs to where people look, beside TensorBoard: MLflow, trackio, Weights & Biases.
+
+Each finds its server by its own environment variables, and is imported where a recipe asks for it. Imports no torch.
+"""
+
+import importlib
+import json
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CompressError
+
+PROJECT, IDENTITY = "compress", ".logged-as"
+PATIENCE = {  # else a server that is gone holds a run up for minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "WANDB_INIT_TIMEOUT": "30",
+}
+LEFT = ("report.json", "report", "bundle")  # in a finished run's folder
+
+
+@dataclass(frozen=True)
+class Sink:
+    """A run on a server: takes an epoch's numbers, and by the names they get there the files and folders of a finished run."""
+
+    numbers: Callable[[Mapping[str, float], int], None]
+    files: Callable[[Mapping[str, Path]], None]
+    close: Callable[[], None]
+
+
+def _mlflow(mlflow: Any, name: str, key: str, parameters: Mapping[str, str]) -> Sink:
+    if "MLFLOW_EXPERIMENT_NAME" not in os.environ:
+        mlflow.set_experiment(PROJECT)
+    found = mlflow.search_runs(filter_string=f"tags.compress = '{key}'", output_format="list", max_results=1)
+    mlflow.start_run(found[0].info.run_id if found else None, run_name=name, tags={"compress": key})
+    mlflow.log_params({} if found else parameters)  # which cannot be changed
+
+    def files(paths: Mapping[str, Path]) -> None:
+        for name, path in paths.items():
+            if path.is_dir():
+                mlflow.log_artifacts(str(path), name)
+            else:
+                mlflow.log_artifact(str(path), name.rpartition("/")[0] or None)
+
+    return Sink(lambda numbers, epoch: mlflow.log_metrics(dict(numbers), step=epoch), files, mlflow.end_run)
+
+
+def _wandb(wandb: Any, name: str, key: str, parameters: Mapping[str, str]) -> Sink:
+    project = os.environ.get("WANDB_PROJECT", PROJECT)
+    return _like_wandb(wandb, wandb.init(project=project, name=name, id=key, resume="allow", config=parameters), name)
+
+
+def _trackio(trackio: Any, name: str, key: str, parameters: Mapping[str, str]) -> Sink:
+    project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+    run = trackio.init(project, f"{name}-{key}", resume="allow", config=parameters, embed=False)
+    return _like_wandb(trackio, run, name)
+
+
+def _like_wandb(library: Any, run: Any, name: str) -> Sink:
+    def files(paths: Mapping[str, Path]) -> None:
+        artifact = library.Artifact(name, type="model")
+        for inside, path in paths.items():
+            (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path), inside)
+        run.log_artifact(artifact)
+
+    return Sink(lambda numbers, epoch: run.log({**numbers, "epoch": epoch}), files, run.finish)
+
+
+SINKS: dict[str, Callable[[Any, str, str, Mapping[str, str]], Sink]] = {
+    "mlflow": _mlflow,
+    "trackio": _trackio,
+    "wandb": _wandb,
+}
+
+
+class Sinks:
+    """The sinks of a run. One that fails is told of once and left; the run goes on, and its own log has all."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Sink] = {}
+
+    def open_(self, sink: str, name: str, key: str, parameters: Mapping[str, str]) -> None:
+        """Add a sink. Raises CompressError where its library is missing or its server cannot be reached."""
+        if find_spec(sink) is None:
+            raise CompressError(f"log_to: {sink} is not installed: pip install {sink}, or leave it out")
+        try:
+            self._open[sink] = SINKS[sink](importlib.import_module(sink), name, key, parameters)
+        except Exception as error:  # each library has errors of its own for a server that is gone
+            raise CompressError(f"log_to: {sink}: {_short(error)}; start its server, or leave it out") from error
+
+    def epoch(self, phase: str, epoch: int, measured: Mapping[str, float]) -> None:
+        """Send an epoch's measurements."""
+        numbers = {f"{phase}/{name}": value for name, value in measured.items()}
+        self._each(lambda sink: sink.numbers(numbers, epoch))
+
+    def finish(self, folders: Mapping[str, Path]) -> None:
+        """Send the numbers, report and bundle of each student; of a run without students by the name ""."""
+        numbers, paths = dict[str, float](), dict[str, Path]()
+        for student, folder in folders.items():
+            start = f"{student}/" if student else ""
+            paths |= {f"{start}{name}": path for name in LEFT if (path := folder / name).exists()}
+            for row in json.loads((folder / "report.json").read_text(encoding="utf-8"))["stages"]:
+                found = {f"{start}{row['stage']}/final_{name}": value for name, value in row["metrics"].items()}
+                numbers |= {name: value for name, value in found.items() if value is not None}
+        self._each(lambda sink: sink.numbers(numbers, 0))
+        self._each(lambda sink: sink.files(paths))
+
+    def close(self) -> None:
+        """End the runs."""
+        self._each(lambda sink: sink.close())
+
+    def _each(self, send: Callable[[Sink], None]) -> None:
+        for name, sink in list(self._open.items()):
+            try:
+                send(sink)
+            except Exception as error:  # noqa: BLE001 (no server's fault ends a training)
+                del self._open[name]
+                sys.stderr.write(f"log_to: {name}: {_short(error)}; the run goes on without it\n")
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+
+
+@contextmanager
+def opened(names: Sequence[str], name: str, folder: Path, settings: Mapping[str, Any]) -> Iterator[Sinks]:
+    """Give the sinks of the run in a folder, which goes on where it stopped when it is run again."""
+    for variable, value in PATIENCE.items():
+        os.environ.setdefault(variable, value)
+    sinks, identity = Sinks(), folder / IDENTITY
+    if names and not identity.exists():
+        identity.write_text(uuid.uuid4().hex[:12])
+    try:
+        for sink in names:
+            sinks.open_(sink, name, identity.read_text(), dict(_flat("", settings)))
+        yield sinks
+    finally:
+        sinks.close()
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield a recipe's fields by their paths; a stage is named, not numbered."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _flat(f"{path}.{name}" if path else str(name), inner)
+    elif isinstance(value, list) and value and all(isinstance(inner, Mapping) for inner in value):
+        for number, inner in enumerate(value):
+            yield from _flat(f"{path}.{number}.{inner['stage']}" if "stage" in inner else f"{path}.{number}", inner)
+    else:
+        yield path, str(value)

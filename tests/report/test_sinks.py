@@ -1,0 +1,192 @@
+"""What a run logs reaches its sinks, goes on where it stopped, and no sink's fault ends a training."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from elsewhere.files import ENVIRONMENTS, is_there
+
+from compress.errors import CompressError
+from compress.log import StageLog
+from compress.report import sinks
+from compress.report.sinks import Sink, opened
+
+ROOT = Path(__file__).parents[2]
+Sent = list[tuple[Any, ...]]
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
+    """What reaches two libraries, of which wandb fails at the second epoch."""
+    found: Sent = []
+
+    def library(name: str) -> Any:
+        def numbers(values: Mapping[str, float], epoch: int) -> None:
+            if name == "wandb" and epoch == 2:
+                raise ConnectionError("no route\nto the host")
+            found.append((name, dict(values), epoch))
+
+        def open_(_library: ModuleType, run: str, key: str, parameters: Mapping[str, str]) -> Sink:
+            found.append((name, run, key, parameters))
+            files = lambda paths: found.append((name, sorted(paths)))  # noqa: E731
+            return Sink(numbers, files, lambda: found.append((name, "closed")))
+
+        return open_
+
+    for name in ("mlflow", "wandb"):
+        monkeypatch.setitem(sinks.SINKS, name, library(name))
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sinks, "find_spec", lambda name: name != "trackio" or None)
+    return found
+
+
+def finished(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    rows = [{"stage": "source", "metrics": {"score": 0.5, "unknown": None}}]
+    (folder / "report.json").write_text(json.dumps({"stages": rows}))
+    (folder / "bundle").mkdir()
+    return folder
+
+
+def test_a_sink_gets_settings_epochs_numbers_and_files(sent: Sent, tmp_path: Path) -> None:
+    settings = {"seed": 3, "further_targets": ["cpu_arm"], "stages": [{"stage": "source", "fit": {"lr": 0.5}}]}
+    with opened(["mlflow"], "tiny", tmp_path, settings) as told:
+        with StageLog(tmp_path, stage="source", tell=told.epoch) as log:
+            log.start(epochs=1, batches=1)
+            log.epoch({"loss": 0.25})
+        told.finish({"": finished(tmp_path / "run"), "small": finished(tmp_path / "small")})
+    key = (tmp_path / ".logged-as").read_text()
+    parameters = {
+        "seed": "3",
+        "further_targets": "['cpu_arm']",
+        "stages.0.source.stage": "source",
+        "stages.0.source.fit.lr": "0.5",
+    }
+    assert sent == [
+        ("mlflow", "tiny", key, parameters),
+        ("mlflow", {"source/loss": 0.25}, 1),
+        ("mlflow", {"source/final_score": 0.5, "small/source/final_score": 0.5}, 0),
+        ("mlflow", ["bundle", "report.json", "small/bundle", "small/report.json"]),
+        ("mlflow", "closed"),
+    ]  # fmt: skip
+
+
+def test_a_run_that_goes_on_is_the_same_run_there(sent: Sent, tmp_path: Path) -> None:
+    for _ in range(2):
+        with opened(["mlflow"], "tiny", tmp_path, {}):
+            pass
+    assert sent[0] == sent[2]
+
+
+def test_a_sink_that_fails_is_told_of_once_and_the_run_goes_on(
+    sent: Sent, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with opened(["wandb", "mlflow"], "tiny", tmp_path, {}) as told:
+        for epoch in (1, 2, 3):
+            told.epoch("source", epoch, {"loss": 0.5})
+    assert [(one[0], one[2]) for one in sent if len(one) == 3] == [
+        ("wandb", 1),
+        ("mlflow", 1),
+        ("mlflow", 2),
+        ("mlflow", 3),
+    ]
+    assert capsys.readouterr().err == "log_to: wandb: ConnectionError: no route; the run goes on without it\n"
+
+
+def test_a_missing_library_is_named(sent: Sent, tmp_path: Path) -> None:
+    expected = pytest.raises(CompressError, match=r"log_to: trackio is not installed: pip install trackio")
+    with expected, opened(["mlflow", "trackio"], "tiny", tmp_path, {}):
+        pass
+    assert sent[-1] == ("mlflow", "closed")
+
+
+def run_there(environment: str, sink: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    if not is_there(environment):
+        pytest.skip("run `make elsewhere`")
+    command = [
+        str(ENVIRONMENTS / environment / "bin" / "python"),
+        str(ROOT / "tests/elsewhere/run_sinks.py"),
+        sink,
+        str(folder),
+    ]
+    known = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(folder),
+        "TRACKIO_DIR": str(folder),
+    }
+    return subprocess.run(command, env=known | variables, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A real MLflow server with a database of its own."""
+    if not is_there("mlflow"):
+        pytest.skip("run `make elsewhere`")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(ENVIRONMENTS / "mlflow/bin/mlflow"), "server", "--port", str(port), "--workers", "1"]
+    store = ["--backend-store-uri", f"sqlite:///{tmp_path}/store.db", "--artifacts-destination", str(tmp_path / "kept")]
+    process = subprocess.Popen(
+        [*command, *store], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_an_mlflow_server_has_one_run_with_all_of_it(server: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    said = run_there("mlflow", "mlflow", tmp_path / "run", MLFLOW_TRACKING_URI=server)
+    assert said.returncode == 0, said.stderr
+    asked = urllib.request.Request(
+        f"{server}/api/2.0/mlflow/runs/search",
+        data=b'{"experiment_ids": ["1"]}',
+        headers={"Content-Type": "application/json"},
+    )
+    (run,) = json.load(urllib.request.urlopen(asked))["runs"]
+    assert run["info"]["run_name"] == "tiny"
+    assert {one["key"]: one["value"] for one in run["data"]["metrics"]} == {
+        "source/loss": 1 / 3,
+        "source/score": 0.75,
+        "source/final_score": 0.75,
+    }
+    assert {"key": "stages.0.source.fit.lr", "value": "0.5"} in run["data"]["params"]
+    assert {path.name for path in (tmp_path / "kept").rglob("*") if path.is_file()} == {"report.json", "README.md"}
+
+
+@pytest.mark.slow
+def test_a_server_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    said = run_there("mlflow", "mlflow", tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert "CompressError: log_to: mlflow: MlflowException: API request to http://127.0.0.1:9" in said.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sink", ["trackio", "wandb"])
+def test_trackio_and_wandb_take_a_run_and_go_on_with_it(sink: str, tmp_path: Path) -> None:
+    said = run_there("trackers", sink, tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert "goes on without it" not in said.stderr
+    assert (tmp_path / ("compress.db" if sink == "trackio" else "wandb/latest-run")).exists()
