@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from compress.errors import RecipeError
 from compress.ranks import first_decides, joined, local_ranks, ranks, tell_torchrun
 from compress.recipe.read import read_recipe
-from compress.recipe.schema import Augment, Recipe
+from compress.recipe.schema import Recipe
 from compress.report.distribution import own_distribution
 from export.command.main import INTERRUPTED, MISTAKE, end
 from export.errors import UserError
@@ -301,14 +301,10 @@ def export_data(
     to: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
 ) -> None:
     """Write a run's validation images as a folder of class folders, such as the gate takes."""
-    from compress.data.augment import Augmentation
-    from compress.recipe.arguments import data_settings
-    from compress.tasks import TASKS
+    from compress.run import open_run
 
-    recipe = read_recipe(run_folder / "recipe.yaml")
-    task = TASKS[recipe.task]
-    dataset = task.open(data_settings(recipe), Augmentation(**Augment().model_dump()))
-    _print(f"{to}: {task.write(dataset, to):,} validation images of {dataset.name}")
+    run = open_run(read_recipe(run_folder / "recipe.yaml"), trust_code=False, verbose=False)
+    _print(f"{to}: {run.task.write(run.dataset, to):,} validation images of {run.dataset.name}")
 
 
 @app.command()

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.artifact import Meta, damage, exclusive, finish, is_complete, key_of, lineage, read_meta, turn
-from compress.data.digest import FILES, changes, dataset_digest, given
+from compress.data.digest import FILES, changes, dataset_digest, given, unlabelled_digest
 from compress.errors import ArtifactError, CompressError
 from compress.log import Tell
-from compress.models.digest import source_digest, teachers_digest
+from compress.models.digest import class_names, source_digest, teachers_digest
 from compress.ranks import barrier, first_decides, rank
 from compress.recipe.arguments import data_settings, goal_of, teachers_of
 from compress.recipe.order import GIVES, TAKES
@@ -125,6 +125,7 @@ def _keys(recipe: Recipe) -> Iterator[str]:
             "seed": recipe.seed,
             "data": dataset_digest(settings, given(settings)),
             "augment": recipe.data.augment.model_dump(mode="json"),
+            **({} if recipe.data.classes is None else {"classes": class_names(Path(recipe.data.classes))}),
             **(
                 {"teacher": teachers_digest(teachers_of(recipe))}
                 if recipe.model is None
@@ -150,6 +151,8 @@ def _keys(recipe: Recipe) -> Iterator[str]:
 def _outside(recipe: Recipe, section: StageSection) -> list[object]:
     """Return what a stage's product depends on beside its section and its parent."""
     found: list[object] = []
+    if recipe.data.unlabelled is not None and section.stage != "source":
+        found.append(unlabelled_digest(data_settings(recipe)))
     if section.stage in ("ptq", "qat", "export"):
         found += [resolve_target(recipe.target).name, *recipe.further_targets]
     if section.stage in ("distill", "qat") or (section.stage == "prune" and section.recover is not None):

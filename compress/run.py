@@ -1,6 +1,6 @@
 """One execution of a recipe: where, on what, with which data and teacher. Stages ask it; it decides nothing about compression."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,17 +12,20 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
-from compress.artifact import Metrics, lineage, read_meta
+from compress.artifact import Metrics, key_of, lineage, read_meta
 from compress.data.augment import Augmentation
 from compress.data.batches import Batch, eval_batches, steps_per_epoch, train_batches, view_batches
-from compress.data.dataset import Dataset
+from compress.data.dataset import Dataset, relabelled
+from compress.data.images import ImageSet
 from compress.data.named import NAMED
 from compress.data.split import sampled
 from compress.errors import CompressError
 from compress.log import StageLog, Tell
+from compress.models.architectures import build
+from compress.models.digest import class_names, source_digest, teachers_digest
 from compress.models.saved import Architecture, load_float, rebuild
 from compress.models.structure import check_logits, check_output, count
-from compress.models.teachers import Seen, teacher_of
+from compress.models.teachers import Seen, names_within, own_names, teacher_of
 from compress.models.weights import load_weights_
 from compress.ranks import barrier, first_decides, gather, local_rank, rank, ranks
 from compress.recipe.arguments import data_settings, fits, teachers_of
@@ -30,6 +33,8 @@ from compress.recipe.schema import Model, Recipe
 from compress.recipe.stages import Fit, StudentStage
 from compress.tasks import TASKS, Task, evaluate
 from compress.training.loop import Loop, Network, Step, fit, place_
+from export.command.files import writing
+from export.images.preprocess import Preprocess
 from export.onnx_file.targets import TARGETS, Target, resolve_target
 
 LOGIT_IMAGES = 8
@@ -55,7 +60,11 @@ class Run:
     @cached_property
     def dataset(self) -> Dataset:
         """The images, opened when the first stage needs them."""
-        return self.task.open(data_settings(self.recipe), self.augmentation)
+        found = self.task.open(data_settings(self.recipe), self.augmentation)
+        if found.classes:
+            return found
+        classes, train, val = first_decides(lambda: self._predicted(found))
+        return relabelled(found, classes, torch.from_numpy(train), torch.from_numpy(val))
 
     def of(self, chain: Recipe) -> "Run":
         """Return the run of one of the recipe's chains, on the same images."""
@@ -95,11 +104,17 @@ class Run:
             ranks=ranks,
         )
 
-    def calibration(self, images: int) -> Iterator[Batch]:
-        """Return unaugmented training batches, spread over the set, for ranges and statistics."""
+    def with_unlabelled(self) -> "Run":
+        """Return the run of a teacher's student, whose training images need no label."""
+        other = replace(self)
+        vars(other)["dataset"] = self.dataset.with_unlabelled
+        return other
+
+    def calibration(self, images: int, *, labelled: bool = False) -> Iterator[Batch]:
+        """Return unaugmented training batches, spread over the set, for ranges and statistics; `labelled` leaves out those without a label."""
         data = self.recipe.data
         return eval_batches(
-            self.dataset.train,
+            self.dataset.train if labelled else self.dataset.with_unlabelled.train,
             self.dataset.preprocess,
             batch_size=min(data.eval_batch_size, 32),
             device=self.device,
@@ -231,8 +246,7 @@ class Run:
 
     def given_teacher(self, *, whole: bool = False) -> nn.Module:
         """Return the recipe's teacher, which is no stage's product, as `teacher` does; `whole` as a network that can be counted and written."""
-        preprocess = self.dataset.preprocess
-        student = Seen((preprocess.image_size,) * 2, preprocess.mean, preprocess.std)
+        student = _seen(self.dataset.preprocess)
         found = teacher_of(
             teachers_of(self.recipe), self.dataset.classes, student, trust_code=self.trust_code, whole=whole
         )
@@ -241,6 +255,50 @@ class Run:
             found.note_probabilities_(batch.images)
         self.check_output(found)
         return found
+
+    def _predicted(self, images: Dataset) -> tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.int64]]:
+        """Return the teacher's classes and what it predicts of training and validation images that nobody labelled; it is asked once."""
+        recipe, model = self.recipe, self.recipe.model
+        given = None if recipe.data.classes is None else class_names(Path(recipe.data.classes))
+        facts: dict[str, object] = {
+            "data": images.digest,
+            "classes": given,
+            "teacher": teachers_digest(teachers_of(recipe)),
+        }
+        facts |= {"model": model and source_digest(model.arch, model.weights)}
+        file = Path(recipe.out) / "teacher-logits" / f"{key_of(facts)}.npz"
+        if not file.exists():
+            network, names = self._labeller(images.preprocess, given)
+            place_(network, self.device).eval()
+            parts = [_answers(network, part, images.preprocess, self) for part in (images.train, images.val)]
+            classes = names or tuple(f"class_{index:04d}" for index in range(parts[0][1].shape[1]))
+            train, val = (
+                _table(part, *found) for part, found in zip((images.train, images.held_out), parts, strict=True)
+            )
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with writing(file) as partial:
+                np.savez(partial, classes=np.array(classes), train=train, val=val)
+        with np.load(file, allow_pickle=False) as found:
+            return tuple(found["classes"].tolist()), found["train"], found["val"]
+
+    def _labeller(
+        self, preprocess: Preprocess, given: tuple[str, ...] | None
+    ) -> tuple[nn.Module, tuple[str, ...] | None]:
+        """Return the network whose predictions are the labels, on the CPU, and the names of its classes, None where nothing tells them."""
+        teachers, model = teachers_of(self.recipe), self.recipe.model
+        if teachers:
+            given = given or own_names(teachers[0])
+            taught = teacher_of(teachers, given, _seen(preprocess), trust_code=self.trust_code)
+            return taught, given or names_within(taught.first)
+        assert model is not None
+        if given is None and model.weights is not None:
+            raise CompressError(
+                "data.classes: nobody labelled the images, so nothing tells the network's classes: list their names in a text file, one a line"
+            )
+        network = build(model.arch, num_classes=len(given or ()), trust_code=self.trust_code)
+        if model.weights is not None:
+            load_weights_(network, model.arch, model.weights, reset_head=False)
+        return network, given or names_within(network)
 
     def load_source(self, directory: Path) -> nn.Module:
         """Return the network that an artifact descends from, the baseline of every comparison, in eval mode on the CPU."""
@@ -271,6 +329,28 @@ class Run:
             "macs_m": costs.macs / 1e6,
             "size_mb": costs.params * 4 / 1e6,
         }
+
+
+def _seen(preprocess: Preprocess) -> Seen:
+    return Seen((preprocess.image_size,) * 2, preprocess.mean, preprocess.std)
+
+
+@torch.no_grad()
+def _answers(
+    network: nn.Module, images: ImageSet, preprocess: Preprocess, run: Run
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return which images can be read, by number (m,), and a network's outputs for them (m, classes)."""
+    data = run.recipe.data
+    batches = eval_batches(images, preprocess, batch_size=data.eval_batch_size, device=run.device, workers=data.workers)
+    found = [(batch.targets.cpu().numpy(), network(batch.images).float().cpu().numpy()) for batch in batches]
+    return np.concatenate([numbers for numbers, _ in found]), np.concatenate([outputs for _, outputs in found])
+
+
+def _table(images: Sized, numbers: NDArray[np.int64], outputs: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return the likeliest class of every image by number, 0 of those that cannot be read, which are left out wherever they are met."""
+    table = np.zeros(max(len(images), int(numbers.max()) + 1), np.int64)
+    table[numbers] = outputs.argmax(axis=1)
+    return table
 
 
 def float_ancestor(directory: Path) -> Path:

@@ -118,7 +118,7 @@ def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], float 
 
 def worst_first(prepared: nn.Module, run: Run, *, images: int) -> tuple[Sensitivity, ...]:
     """Return every layer's damage, measured on at most `images` calibration images."""
-    batches = list(run.calibration(min(SENSITIVITY_IMAGES, images)))
+    batches = list(run.calibration(min(SENSITIVITY_IMAGES, images), labelled=True))
     truths = torch.cat([batch.targets for batch in batches])
 
     def rows(outputs: Tensor) -> Tensor:

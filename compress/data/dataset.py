@@ -6,22 +6,33 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from compress.data.augment import Augmentation
-from compress.data.digest import NATIVE_SIZE, DataSettings, dataset_digest, given
+from compress.data.digest import (
+    NATIVE_SIZE,
+    DataSettings,
+    Given,
+    dataset_digest,
+    given,
+    given_unlabelled,
+    unlabelled_digest,
+)
 from compress.data.images import (
     MEMORY_BYTES,
+    UNLABELLED,
     ArrayImages,
     FileImages,
     ImageSet,
     decode_all,
     from_files,
     from_shards,
+    labelled,
     largest_area,
 )  # fmt: skip
 from compress.data.named import NAMED, Arrays, NamedSet
 from compress.data.shards import ShardListing
-from compress.data.split import held_out, limited
+from compress.data.split import held_out, limited, parts_of
 from export.errors import DataError
 from export.images.folders import Listing
 from export.images.preprocess import Preprocess
@@ -35,7 +46,8 @@ log = logging.getLogger(__name__)
 class Dataset:
     """Images to train on, images to judge by, and what turns them into the network's input.
 
-    `files` are the digests of the files that a person gave, by their paths; `held_out` are the validation images undecoded.
+    `files` are the digests of the files that a person gave, by their paths; `held_out` are the validation images undecoded. `everything` are
+    the training images and, behind them, those without a label (-1), where there are any, with the digest of all of it.
     """
 
     name: str
@@ -46,6 +58,15 @@ class Dataset:
     digest: str
     files: Mapping[str, str]
     held_out: Lazy
+    everything: tuple[ImageSet, str] | None = None
+
+    @property
+    def with_unlabelled(self) -> "Dataset":
+        """The data set as a teacher's student sees it, whose training images are labelled or not."""
+        if self.everything is None:
+            return self
+        images, digest = self.everything
+        return replace(self, train=images, everything=None, digest=digest)
 
     def validation_digests(self) -> list[str]:
         """Return the digest of every validation image that is not known to be broken: of its file, or the one that `write_validation` makes."""
@@ -84,16 +105,87 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
         chosen = limited(labels[train], len(found.classes), per_class=settings.limit_per_class, seed=settings.seed)
         train = train[chosen]
     lazy = _pick(found, train, val, skip_broken=settings.skip_broken)
-    images = in_memory(*lazy, preprocess, augmentation.whole_area(size))
-    _check(*images, found.classes)
+    more = _more(settings, lazy, files)
+    everything, val_images = in_memory(more or lazy[0], lazy[1], preprocess, augmentation.whole_area(size))
+    train_images = everything if more is None else labelled(everything)
+    _check(train_images, val_images, found.classes)
+    own = dataset_digest(settings, files)
     return Dataset(
         name,
-        *images,
+        train_images,
+        val_images,
         classes=found.classes,
         preprocess=preprocess,
-        digest=dataset_digest(settings, files),
+        digest=own,
         files=files.digests,
         held_out=lazy[1],
+        everything=None if more is None else (everything, f"{own}-{unlabelled_digest(settings)}"),
+    )
+
+
+def open_unlabelled(settings: DataSettings, augmentation: Augmentation) -> Dataset:
+    """Open a folder of images without classes; until a teacher labels them (`relabelled`) each has its number as its label.
+
+    Without a validation set of its own a fraction of the images is held out by seed; `limit_per_class` is how many images are trained on.
+    Raises `DataError` for data that are missing or unreadable.
+    """
+    files = given(settings)
+    if not isinstance(files.listing, Listing):
+        raise DataError(
+            f"{settings.name}: has labels: leave out `task: unlabelled`, or give a folder of images (DATA=)"
+        )
+    size = settings.image_size or NATIVE_SIZE[settings.name]
+    preprocess = Preprocess(size, round(size * settings.resize), settings.mean, settings.std)
+    listing = files.listing
+    train, out = parts_of(len(listing.train), settings, has_validation=listing.val is not None)
+    judged = [listing.train[index] for index in out] if listing.val is None or settings.tuning else list(listing.val)
+    lazy = [
+        from_files(listing.root, [(path, n) for n, (path, _) in enumerate(chosen)], skip_broken=settings.skip_broken)
+        for chosen in ([listing.train[index] for index in train], judged)
+    ]
+    images = in_memory(lazy[0], lazy[1], preprocess, augmentation.whole_area(size))
+    if not all(map(len, images)):
+        raise DataError(f"{settings.name}: none of its images can be read; repair them or give other ones")
+    digest = dataset_digest(settings, files)
+    return Dataset(settings.name, *images, (), preprocess, digest, files.digests, lazy[1])
+
+
+def relabelled(dataset: Dataset, classes: tuple[str, ...], train: Tensor, val: Tensor) -> Dataset:
+    """Return a data set of `open_unlabelled` with a teacher's labels, int64 (n,) each, of all its training and validation images."""
+    assert isinstance(dataset.held_out, FileImages), "a folder's"
+    return replace(
+        dataset,
+        classes=classes,
+        train=replace(dataset.train, labels=train[dataset.train.labels]),
+        val=replace(dataset.val, labels=val[dataset.val.labels]),
+        held_out=replace(dataset.held_out, labels=val),
+    )
+
+
+def _more(settings: DataSettings, lazy: tuple[Lazy, Lazy], files: Given) -> FileImages | None:
+    """Return the training images and those of the folder of unlabelled ones whose content neither they nor validation have; None without one."""
+    if settings.unlabelled is None:
+        return None
+    train, val = lazy
+    if not isinstance(files.listing, Listing) or not isinstance(train, FileImages) or not isinstance(val, FileImages):
+        raise DataError(
+            f"data.unlabelled: goes with folders of labelled images, not with {settings.name}: leave it out"
+        )
+    known = {files.digests.get(images.name(index)) for images in (train, val) for index in range(len(images))}
+    paths = [path for path, digest in given_unlabelled(settings).items() if digest not in known]
+    if not paths:
+        raise DataError(
+            f"{settings.unlabelled}: holds only images that are trained on or judged by already: leave it out"
+        )
+    log.info("%s: %d images without a label", settings.unlabelled, len(paths))
+    # An absolute path joined to a root is itself.
+    return from_files(
+        train.root,
+        [
+            *zip(map(train.name, range(len(train))), train.labels.tolist(), strict=True),
+            *((path, UNLABELLED) for path in paths),
+        ],
+        skip_broken=settings.skip_broken,
     )
 
 

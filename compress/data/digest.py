@@ -15,7 +15,7 @@ from compress.log import clock
 from compress.ranks import rank
 from export.errors import DataError
 from export.images.annotations import BoxListing
-from export.images.folders import TRAIN, Listing, count, first, list_folder
+from export.images.folders import TRAIN, Listing, check_folder, count, first, images_in, list_folder
 from export.images.masks import MaskListing
 from export.tasks import TASKS
 
@@ -36,7 +36,8 @@ FASHION_MNIST = tuple(
     f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 )
 FILES = "images.json"  # in a source's artifact: the files that it was made with
-UNDECIDING = ("task", "ignore_index")  # a stage's key has the task; the index decides where it is set
+# A stage's key has the task and, where it learns from them, the unlabelled images; the index decides where it is set.
+UNDECIDING = ("task", "ignore_index", "unlabelled")
 PATIENCE_S = 2  # before the reading of files is worth a line
 VERSION = 3  # of how images become tensors; a change of it makes every cached stage run again
 
@@ -63,6 +64,7 @@ class DataSettings:
     seed: int
     tuning: bool
     memory: Path
+    unlabelled: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,23 @@ def given(settings: DataSettings) -> Given:
     if settings.name == "fashion_mnist" and settings.path is not None:  # other sets come in its format, too
         return Given(None, _digests(settings.path, FASHION_MNIST, settings.memory))
     return Given(None, {})
+
+
+def given_unlabelled(settings: DataSettings) -> dict[str, str]:
+    """Return the digest of every image below the folder of unlabelled ones, by its absolute path. Raises `DataError` where there is none."""
+    if settings.unlabelled is None:
+        return {}
+    check_folder(settings.unlabelled)
+    root = settings.unlabelled.resolve()
+    names = images_in(root, root)
+    if not names:
+        raise DataError(f"{root}: holds no image: give data.unlabelled another folder, or leave it out")
+    return {str(root / name): digest for name, digest in _digests(root, names, settings.memory).items()}
+
+
+def unlabelled_digest(settings: DataSettings) -> str:
+    """Return a sha256 over the content of the unlabelled images, wherever they lie."""
+    return hashlib.sha256(json.dumps(sorted(given_unlabelled(settings).values())).encode()).hexdigest()
 
 
 def dataset_digest(settings: DataSettings, found: Given) -> str:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +166,7 @@ class ArrayImages:
         return int(height * width)
 
 
+UNLABELLED = -1  # in the place of a label
 ImageSet = MemoryImages | FileImages | ArrayImages
 REPAIR = "repair or remove them, or set data.skip_broken: true to leave them out"
 
@@ -181,6 +182,16 @@ def from_shards(listing: ShardListing, rows: Rows, *, skip_broken: bool) -> Shar
     """Return rows of shards as an image set; nothing is opened."""
     labels = torch.from_numpy(rows.labels)
     return ShardImages(listing.root, rows.names, labels, skip_broken, rows=rows, places=listing.places)
+
+
+def labelled(images: ImageSet) -> ImageSet:
+    """Return the images that have a label, which stand before those that have none."""
+    n = int((images.labels != UNLABELLED).sum())
+    if isinstance(images, MemoryImages):
+        whole = images.whole and images.whole.first(n)
+        return replace(images, still=images.still.first(n), labels=images.labels[:n], whole=whole)
+    assert isinstance(images, FileImages), "only folders have unlabelled images"
+    return replace(images, paths=images.paths[:n], labels=images.labels[:n])
 
 
 def largest_area(images: FileImages | ArrayImages, *, at_most: int) -> int:

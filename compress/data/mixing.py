@@ -51,7 +51,8 @@ def mix(
 ) -> tuple[Tensor, Tensor]:
     """Return images (n, 3, s, s) mixed with their partners' as `mixes` says, and targets (n, classes)."""
     own = _own_part(mixes, images.shape[-1], images.device)  # (n, 1, s, s)
-    targets, others = (one_hot(one, classes).float() for one in (labels, other_labels))
+    # An image without a label (-1) adds nothing to a loss on labels.
+    targets, others = (one_hot(one + 1, classes + 1)[:, 1:].float() for one in (labels, other_labels))
     return torch.lerp(other_images, images, own), torch.lerp(others, targets, own.mean((1, 2, 3))[:, None])
 
 

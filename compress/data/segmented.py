@@ -34,6 +34,8 @@ def open_masks(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     if moved:
         raise DataError(f"data.augment.{moved[0]}: changes an image and not its mask; use crop, flip and distort")
     files = given(settings)
+    if settings.unlabelled is not None:
+        raise DataError("data.unlabelled: goes with images that have one label each: leave it out")
     size = settings.image_size or NATIVE_SIZE[settings.name]
     preprocess = Preprocess(
         size, round(size * settings.resize), settings.mean, settings.std, ignore_index=settings.ignore_index

@@ -20,6 +20,10 @@ class Stored:
     kept: Tensor
     _on_device: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
+    def first(self, n: int) -> "Stored":
+        """Return the first n images, on the same bytes."""
+        return Stored(self.pixels[:n], self.sizes[:n], self.kept[:n])
+
     def boxes(self, draws: Draws, chosen: Tensor) -> Boxes:
         """Return the boxes of the chosen images (m,) in the pixels that are stored."""
         return draws.boxes(chosen, self.sizes[chosen]).scaled(self.kept[chosen] / self.sizes[chosen])

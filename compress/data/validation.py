@@ -23,7 +23,9 @@ def write_validation(dataset: Dataset, folder: Path) -> int:
     names = dataset.classes if plain else [f"class_{index:04d}" for index in range(len(dataset.classes))]
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    for name in names:
+    held = set(images.labels.tolist())
+    # A class without an image has no folder, where folders are known by their names.
+    for name in [name for label, name in enumerate(names) if label in held or not plain]:
         (aside / name).mkdir(parents=True)
     for index, label in enumerate(images.labels.tolist()):
         place = aside / names[label] / f"{index:06d}"

@@ -66,6 +66,7 @@ def distil(
     before_step: Callable[[nn.Module, float], None] | None = None,
 ) -> nn.Module:
     """Train the student under the teacher of the artifact `src` and return it."""
+    run = run.with_unlabelled()
     teaching = teach(run, src, terms, settings, log)
     images = example_images(run.image_size, run.device)
     learner, step = distillation(

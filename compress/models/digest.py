@@ -87,6 +87,15 @@ def existing_file(text: str, what: str) -> Path:
     return file
 
 
+def class_names(file: Path) -> tuple[str, ...]:
+    """Return the names of classes that a text file lists, one a line; raise `ModelError` where it is missing or repeats one."""
+    lines = existing_file(str(file), "the list of classes").read_text(encoding="utf-8").splitlines()
+    names = tuple(line.strip() for line in lines if line.strip())
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ModelError(f"{file}: names {twice!r} more than once; give each class one line")
+    return names
+
+
 def local_modules(file: Path) -> dict[str, Path]:
     """Return by name the modules beside a person's file that it imports, directly or through each other; runs nothing.
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from compress.data.teachers import GivenTeacher, foreign
 from compress.errors import ModelError
 from compress.models.architectures import build
-from compress.models.digest import existing_file
+from compress.models.digest import class_names, existing_file
 from compress.models.foreign import OnnxFile, rebuilt
 from compress.models.weights import load_weights_
 from export.images.folders import first
@@ -70,6 +70,13 @@ class Teacher(nn.Module):
         super().__init__()
         self.members = nn.ModuleList(members)
 
+    @property
+    def first(self) -> nn.Module:
+        """The first teacher's own network."""
+        member = self.members[0]
+        assert isinstance(member, Member)
+        return member.network
+
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (n, classes, …)."""
         if len(self.members) == 1:
@@ -121,16 +128,13 @@ def _member(
 
 
 def own_names(given: GivenTeacher) -> tuple[str, ...] | None:
-    """Return the names of a teacher's outputs that its `classes` file lists, one a line; None without one."""
-    if given.classes is None:
-        return None
-    lines = existing_file(str(given.classes), "the teacher's list of classes").read_text(encoding="utf-8").splitlines()
-    return tuple(line.strip() for line in lines if line.strip())
+    """Return the names of a teacher's outputs that its `classes` file lists; None without one."""
+    return None if given.classes is None else class_names(given.classes)
 
 
 def _order(given: GivenTeacher, network: nn.Module, classes: tuple[str, ...] | None) -> list[int] | None:
     """Return which of a teacher's outputs is each class; None where they are the classes in order."""
-    names = own_names(given) or _labels(network)
+    names = own_names(given) or names_within(network)
     if classes is None or names is None or names == classes:
         return None
     lacking = [name for name in classes if name not in names]
@@ -144,7 +148,7 @@ def _order(given: GivenTeacher, network: nn.Module, classes: tuple[str, ...] | N
     return [names.index(name) for name in classes]
 
 
-def _labels(network: nn.Module) -> tuple[str, ...] | None:
+def names_within(network: nn.Module) -> tuple[str, ...] | None:
     """Return what a transformers network calls its classes."""
     labels = getattr(getattr(network, "config", None), "id2label", None)
     return tuple(labels[index] for index in range(len(labels))) if labels else None

@@ -28,6 +28,7 @@ def data_settings(recipe: Recipe) -> DataSettings:
         seed=recipe.seed if data.split_seed is None else data.split_seed,
         tuning=data.judge_by == "tuning",
         memory=Path(recipe.out) / ".images",
+        unlabelled=None if data.unlabelled is None else Path(data.unlabelled),
     )
 
 

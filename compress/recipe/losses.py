@@ -206,4 +206,5 @@ AnyFeatureTerm = FitNetTerm | ATTerm | SPTerm | RKDTerm | PKTTerm | CWDTerm | PK
 LossTerm = Annotated[
     CrossEntropyTerm | DiceTerm | BoxesTerm | AnyLogitTerm | AnyFeatureTerm, Field(discriminator="name")
 ]
+LABELLED = ("dkd", "nkd")  # tell the label's class from the others in every image
 KD_ONLY: tuple[LossTerm, ...] = (KDTerm(name="kd"),)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from compress.data.teachers import foreign
+from compress.recipe.losses import LABELLED
 from compress.recipe.order import first_mistake
 from compress.recipe.section import Arch, Channels, Drop, Name, PathText, Section, Size, refuse_tag
 from compress.recipe.stages import DistillStage, QatStage, SourceStage, StageSection
@@ -78,6 +79,10 @@ class Data(Section):
     """Leave out unreadable images, and count and name them in the log, instead of stopping at the first."""
     ignore_index: Annotated[int, Field(ge=0, lt=2**16)] | None = None
     """What a mask holds where a pixel is neither learned from nor judged; null is 255."""
+    classes: PathText | None = None
+    """A text file with the names of the network's classes in their order, one a line, for `task: unlabelled`, where no folder names them; null: what the teacher calls them, else their numbers."""
+    unlabelled: PathText | None = None
+    """A folder of further images, at any depth, that need no label: only distillation, `qat` and calibration see them. Those that are trained on or judged by already are left out, by content."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Loader processes; null chooses: none for small images in memory, one for each core otherwise."""
     eval_batch_size: PositiveInt = 128
@@ -243,6 +248,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _teacher_is_trained(self) -> "Recipe":
         source = self.stages[0]
+        if isinstance(source, SourceStage) and source.fit is not None and not TASKS[self.task].labelled:
+            raise ValueError("stages.0.fit: there are no labels to train on: give model.weights, or a teacher")
         if self.model is None:
             return self._teacher_is_another(source)
         if not isinstance(source, SourceStage):
@@ -254,6 +261,19 @@ class Recipe(Section):
             )
         if self.model.reset_head and not source.fine_tune:
             raise ValueError("model.reset_head: leaves the classifier untrained: also set stages.0.fine_tune: true")
+        return self
+
+    @model_validator(mode="after")
+    def _unlabelled_images_have_a_use(self) -> "Recipe":
+        if self.data.unlabelled is None:
+            return self
+        for chain in self.chains().values():
+            for section in chain.stages:
+                for term in section.loss if isinstance(section, DistillStage | QatStage) else ():
+                    if term.name in LABELLED:
+                        raise ValueError(
+                            f"data.unlabelled: {term.name} in {section.stage} needs every image's label: take kd or dist"
+                        )
         return self
 
     def _teacher_is_another(self, source: StageSection) -> "Recipe":

@@ -4,7 +4,13 @@ from compress.tasks.classification import CLASSIFICATION
 from compress.tasks.detection import DETECTION
 from compress.tasks.segmentation import SEGMENTATION
 from compress.tasks.task import Task, evaluate
+from compress.tasks.unlabelled import UNLABELLED
 
-TASKS: dict[str, Task] = {"classification": CLASSIFICATION, "segmentation": SEGMENTATION, "detection": DETECTION}
+TASKS: dict[str, Task] = {
+    "classification": CLASSIFICATION,
+    "segmentation": SEGMENTATION,
+    "detection": DETECTION,
+    "unlabelled": UNLABELLED,
+}
 
 __all__ = ["TASKS", "Task", "evaluate"]

@@ -4,14 +4,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.data.dataset import open_dataset
+from compress.data.images import UNLABELLED
 from compress.data.validation import write_validation
 from compress.tasks.task import Task
 from export.tasks.classification import CLASSIFICATION as OUTPUT
 
 
 def cross_entropy_loss(outputs: Tensor, truths: Tensor, *, label_smoothing: float) -> Tensor:
-    """Return the cross-entropy of logits (batch, classes) with labels (batch,) or class probabilities (batch, classes)."""
-    return F.cross_entropy(outputs.float(), truths, label_smoothing=label_smoothing)
+    """Return the cross-entropy of logits (batch, classes) with labels (batch,), the mean over those that are labelled, or probabilities (batch, classes)."""
+    if truths.ndim > 1:
+        return F.cross_entropy(outputs.float(), truths, label_smoothing=label_smoothing)
+    total = F.cross_entropy(
+        outputs.float(), truths, ignore_index=UNLABELLED, label_smoothing=label_smoothing, reduction="sum"
+    )
+    return total / (truths != UNLABELLED).sum().clamp(min=1)
 
 
 def rows(outputs: Tensor, _truths: Tensor) -> Tensor:

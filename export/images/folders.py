@@ -72,6 +72,16 @@ def list_folder(root: Path) -> Listing:
     return Listing(root, classes, train, val)
 
 
+def image_splits(root: Path) -> tuple[list[str], list[str] | None]:
+    """Return the images below a folder, whatever their folders are called, and those of its validation split, where it brings one."""
+    check_folder(root)
+    parts = {name.lower(): root / name for name in _subfolders(root) if name.lower() in (TRAIN, *VAL_NAMES)}
+    held_out = next((parts[name] for name in VAL_NAMES if name in parts), None)
+    if TRAIN not in parts or held_out is None:
+        return images_in(root, root), None
+    return images_in(root, parts[TRAIN]), images_in(root, held_out)
+
+
 def check_folder(root: Path) -> None:
     """Raise DataError unless `root` is a folder; name a sibling that looks like it."""
     if root.is_dir():

@@ -5,8 +5,14 @@ from export.tasks.classification import CLASSIFICATION
 from export.tasks.detection import DETECTION
 from export.tasks.segmentation import SEGMENTATION
 from export.tasks.task import OutputTask
+from export.tasks.unlabelled import UNLABELLED
 
-TASKS: dict[str, OutputTask] = {"classification": CLASSIFICATION, "segmentation": SEGMENTATION, "detection": DETECTION}
+TASKS: dict[str, OutputTask] = {
+    "classification": CLASSIFICATION,
+    "segmentation": SEGMENTATION,
+    "detection": DETECTION,
+    "unlabelled": UNLABELLED,
+}
 
 
 def task_named(name: str) -> OutputTask:

@@ -110,6 +110,8 @@ class OutputTask:
     """One row's truth in words, by which a baseline knows that an image's truth is what it was."""
     show: Callable[[Array, Sequence[str], int], Shown]
     """One image's output, the labels and how many lines at most, to columns and lines for a person."""
+    labelled: bool = True
+    """Whether the truths are people's; else they are the teacher's predictions."""
     draw: Callable[[Array, Array, Sequence[str]], Array] | None = None
     """(an image uint8 (height, width, 3), its answer, labels) to the image with the answer drawn on it; None where that shows nothing."""
     draw_truth: Callable[[Array, Array, Sequence[str]], Array] | None = None

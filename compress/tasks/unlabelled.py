@@ -1,0 +1,9 @@
+"""Classification of images without labels: what the teacher predicts of them is their truth."""
+
+from dataclasses import replace
+
+from compress.data.dataset import open_unlabelled
+from compress.tasks.classification import CLASSIFICATION
+from export.tasks.unlabelled import UNLABELLED as OUTPUT
+
+UNLABELLED = replace(CLASSIFICATION, output=OUTPUT, open=open_unlabelled)

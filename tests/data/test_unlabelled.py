@@ -1,0 +1,145 @@
+"""Images without labels: beside labelled ones, and alone with a teacher."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from networks import small
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from compress.cli import app
+from compress.data.images import UNLABELLED
+from compress.errors import RecipeError
+from compress.pipeline import plan_recipe, run_recipe
+from compress.recipe.read import read_recipe
+from compress.recipe.schema import Recipe
+from compress.run import Run, open_run
+from compress.tasks.classification import cross_entropy_loss
+
+NETWORKS = Path(__file__).parent.parent / "networks.py"
+RECIPE = f"""
+name: own
+target: cpu_avx2
+data: {{image_size: 16, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}}
+model: {{arch: "{NETWORKS}:small", weights: WEIGHTS}}
+stages:
+  - {{stage: source}}
+  - {{stage: prune, keep_macs: 0.6, reconstruct_images: 64}}
+  - {{stage: distill, fit: {{epochs: 2, batch_size: 32, lr: 0.02}}}}
+  - {{stage: ptq, calibration_images: 64, methods: [minmax], neural_compressor: false}}
+  - {{stage: qat, fit: {{epochs: 1, batch_size: 32, lr: 0.001}}, calibration_images: 64}}
+  - {{stage: export, verify_images: 32}}
+  - {{stage: bench, seconds: 0.05, blocks: 6, batches: [1], threads: [1]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits as files: labelled/CLASS/*, all of them in loose/*, and a network's weights in small.safetensors."""
+    folder = tmp_path_factory.mktemp("digits")
+    found = load_digits()
+    pixels = (found.images[:400] * 15.9).astype(np.uint8)
+    for index, (image, label) in enumerate(zip(pixels, found.target, strict=False)):
+        picture = Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR)
+        places = [
+            folder / "loose" / f"{index}.png",
+            *([folder / "labelled" / str(label) / f"{index}.png"] if index < 120 else []),
+        ]
+        for place in places:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(place)
+    save_file(trained(pixels, found.target[:400]).state_dict(), folder / "small.safetensors")
+    return folder
+
+
+def trained(pixels: np.ndarray, labels: np.ndarray) -> torch.nn.Module:
+    torch.manual_seed(0)
+    network = small(10)
+    images = F.interpolate(torch.from_numpy(pixels)[:, None].float() / 127.5 - 1, 16).expand(-1, 3, -1, -1)
+    optimizer, targets = torch.optim.AdamW(network.parameters(), 0.01), torch.from_numpy(labels)
+    for step in range(40):
+        rows = torch.randperm(400, generator=torch.Generator().manual_seed(step))[:100]
+        loss = F.cross_entropy(network(images[rows]), targets[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network.eval()
+
+
+def recipe(digits: Path, folder: Path, *overrides: str) -> Recipe:
+    path = folder / "own.yaml"
+    path.write_text(RECIPE.replace("WEIGHTS", str(digits / "small.safetensors")))
+    return read_recipe(path, [f"out={folder}", *overrides])
+
+
+def opened(digits: Path, folder: Path, *overrides: str) -> Run:
+    return open_run(recipe(digits, folder, f"data.path={digits}/labelled", *overrides), trust_code=True, verbose=False)
+
+
+def test_only_distillation_and_calibration_see_unlabelled_images(digits: Path, tmp_path: Path) -> None:
+    run = opened(digits, tmp_path, f"data.unlabelled={digits}/loose")
+    every = run.with_unlabelled().dataset.train
+    assert len(run.dataset.train) + len(run.dataset.val) == 120
+    assert len(every) == len(run.dataset.train) + 280, "those that are labelled or judged by count once"
+    assert (every.labels == UNLABELLED).sum() == 280
+    assert int((run.dataset.train.labels == UNLABELLED).sum()) == 0
+    assert sum(len(batch.targets) for batch in run.calibration(1000)) == len(every)
+
+
+def test_the_source_stays_where_unlabelled_images_come(digits: Path, tmp_path: Path) -> None:
+    plain = plan_recipe(recipe(digits, tmp_path, f"data.path={digits}/labelled"))
+    more = plan_recipe(recipe(digits, tmp_path, f"data.path={digits}/labelled", f"data.unlabelled={digits}/loose"))
+    assert [one.key == other.key for one, other in zip(plain, more, strict=True)] == [True] + [False] * 6
+
+
+def test_a_loss_on_labels_leaves_images_without_one_out() -> None:
+    logits, labels = torch.randn(6, 3), torch.tensor([0, -1, 2, -1, 1, -1])
+    known = labels >= 0
+    found = cross_entropy_loss(logits, labels, label_smoothing=0.1)
+    assert torch.allclose(found, F.cross_entropy(logits[known], labels[known], label_smoothing=0.1))
+    assert cross_entropy_loss(logits, torch.full((6,), -1), label_smoothing=0.0) == 0
+
+
+def test_a_loss_that_needs_every_label_is_refused(digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"data\.unlabelled: dkd in distill needs every image's label: take kd or dist"
+    ):
+        recipe(digits, tmp_path, f"data.path={digits}/labelled", "data.unlabelled=x", "distill.loss=[{name: dkd}]")
+
+
+def test_mixing_gives_an_image_without_a_label_no_target(digits: Path, tmp_path: Path) -> None:
+    run = opened(digits, tmp_path, f"data.unlabelled={digits}/loose", "data.augment.mixup=1.0").with_unlabelled()
+    batch = next(run.training(run.recipe.stages[2].fit, 0, 0))  # type: ignore[union-attr, arg-type]
+    assert batch.targets.sum(1).max() <= 1
+    assert batch.targets.sum(1).min() < 0.5
+
+
+def test_a_folder_without_labels_goes_from_teacher_to_bundle(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("".join(f"digit {label}\n" for label in range(10)))
+    settings = [f"data.path={digits}/loose", "task=unlabelled", f"data.classes={tmp_path}/names.txt"]
+    made = recipe(digits, tmp_path, *settings)
+    assert run_recipe(made, trust_code=True, until=None, verbose=False, command="") == 0
+    report: dict[str, Any] = json.loads((tmp_path / "own" / "report.json").read_text())
+    assert report["metric"]["title"] == "agreement with the teacher"
+    scores = {row["name"]: row["score"] for row in report["deployed"]}
+    assert scores["teacher_fp32"] == 1
+    assert scores["student_int8"] > 0.6
+    page = (tmp_path / "own" / "report" / "index.html").read_text()
+    assert "top-1" not in page
+    bundle = tmp_path / "own" / "bundle"
+    assert "top-1" not in (bundle / "README.md").read_text()
+    found = CliRunner().invoke(app, ["export-data", str(tmp_path / "own"), str(tmp_path / "val")])
+    assert "80 validation images" in found.output
+    assert {folder.name for folder in (tmp_path / "val").iterdir()} <= {f"digit {label}" for label in range(10)}
+
+
+def test_training_on_labels_that_are_not_there_is_refused(digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"stages\.0\.fit: there are no labels to train on"):
+        recipe(digits, tmp_path, f"data.path={digits}/loose", "task=unlabelled", "source.fit={epochs: 1}")
