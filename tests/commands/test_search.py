@@ -237,6 +237,17 @@ def test_a_sampler_draws_until_the_budget_is_spent_and_goes_on_where_it_is_raise
     assert [row.is_allowed for row in more.rows()] == [value < 0.8 for value in drawn]
 
 
+def test_the_page_says_which_axis_matters_once_more_than_one_trial_tells(tmp_path: Path) -> None:
+    search = a_search(budget={"trials": 20})
+    work(few := a_board(tmp_path / "few", a_search(budget={"trials": 1})), measured)
+    assert few.importance() == {}
+    work(board := a_board(tmp_path, search), measured)
+    assert {name: max(shares, key=shares.__getitem__) for name, shares in board.importance().items()} == {
+        "score": "prune.keep_macs",
+        "macs": "prune.keep_macs",
+    }
+
+
 def test_patience_ends_a_search_that_gains_nothing(tmp_path: Path) -> None:
     search = a_search(budget={"patience": 3})
     work(board := a_board(tmp_path, search), lambda _: {"score": [0.5], "macs": [1.0]})

@@ -170,17 +170,19 @@ class Board:
         self._study.tell(taken.trial, state=state)
 
     def importance(self) -> dict[str, dict[str, float]]:
-        """Return for each objective each axis's share of its variance, by Optuna's PED-ANOVA; nothing where too few trials tell."""
+        """Return for each objective each axis's share in what makes a trial good, by Optuna's PED-ANOVA; nothing where too few trials tell."""
         import optuna
 
-        def value(index: int) -> Callable[["optuna.trial.FrozenTrial"], float]:
-            return lambda trial: (trial.values or [])[index]
+        def loss(index: int, sign: int) -> Callable[["optuna.trial.FrozenTrial"], float]:
+            return lambda trial: sign * (trial.values or [])[index]
 
         found = {}
         for index, name in enumerate(self.search.objectives):
             with warnings.catch_warnings(), suppress(ValueError, RuntimeError, UserWarning):
                 warnings.simplefilter("error")  # too few trials, which Optuna else calls equally important axes
-                found[name] = optuna.importance.get_param_importances(self._study, target=value(index))
+                warnings.filterwarnings("ignore", ".*to achieve low `target` values")
+                target = loss(index, -1 if MEASURES[name].is_gain else 1)
+                found[name] = optuna.importance.get_param_importances(self._study, target=target)
         return found
 
     def _propose(self, known: Sequence["optuna.trial.FrozenTrial"]) -> bool:
