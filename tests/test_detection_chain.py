@@ -165,6 +165,20 @@ def test_the_page_shows_examples_and_what_an_image_takes_from_file_to_answer(roo
     assert "top-1" not in page.lower()
 
 
+def test_the_cards_lines_of_python_print_boxes(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = (root / "bundle" / "README.md").read_text()
+    assert "a row for each anchor" in card
+    lines = card.partition("```python\n")[2].partition("```")[0].replace("decode(outputs)[0]", "decode(outputs)[1]")
+    monkeypatch.chdir(root / "bundle")
+    exec(lines, {})
+    label, score, *places = capsys.readouterr().out.splitlines()[0].split()
+    assert label in COLOURS
+    assert float(score) > 0.3
+    assert all(0 <= float(one) <= 1 for one in places)
+
+
 def test_predict_draws_what_it_says(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from compress.report.shape import DeployedRow, Json, Report
 from compress.report.table import Table, markdown, plain
 from compress.report.tables import files, recalls, stages
 from compress.report.verdict import target_of
+from export.tasks import TASKS
 
 CLASSES = 10  # of more, those that lose most
 STAGE_TAGS = {"prune": "pruning", "distill": "knowledge-distillation", "qat": "quantization-aware-training"}
@@ -37,6 +38,7 @@ def card(report: Report, *, name: str, served: str, classes: int, golden: int, t
         classes=classes,
         golden=golden,
         counted=summary.counted(report),
+        task=TASKS[report["recipe"]["task"]],
         files=markdown(files(report, timed)) if timed else "",
         notes=notes(report, timed),
         classes_table="\n\n".join(markdown(table, CLASSES) for table in recalls(report)),

@@ -239,4 +239,11 @@ DETECTION = OutputTask(
     show=show,
     draw=draw,
     draw_truth=draw_truth,
+    meaning="a row for each anchor: logits (background first, then the lines of `labels.txt`), four moves, five numbers that read them",
+    reading="""\
+from export.tasks.boxes import decode  # of the package that wrote this; numpy alone
+
+for label, score, left, top, right, bottom in decode(outputs)[0]:  # fractions of the image, the likeliest first
+    if label >= 0:
+        print(labels[int(label)], score, left, top, right, bottom)""",
 )

@@ -251,4 +251,6 @@ SEGMENTATION = OutputTask(
     show=show,
     draw=draw,
     draw_truth=draw,
+    meaning="logits of every pixel, one for each line of `labels.txt`",
+    reading="masks = outputs.argmax(axis=1)  # (batch, height, width): lines of labels.txt, counted from 0",
 )

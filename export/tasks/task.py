@@ -116,3 +116,7 @@ class OutputTask:
     """(an image uint8 (height, width, 3), its answer, labels) to the image with the answer drawn on it; None where that shows nothing."""
     draw_truth: Callable[[Array, Array, Sequence[str]], Array] | None = None
     """The same of its truth."""
+    meaning: str = "a logit for each line of `labels.txt`"
+    """What one image's output is, for a model card."""
+    reading: str = "print([labels[index] for index in outputs.argmax(axis=1)])"
+    """Lines of Python that make an answer of `outputs` and `labels`."""
