@@ -43,35 +43,36 @@ def scan_shard(file: Path) -> Found:
 
 
 def _scan_tar(file: Path) -> Found:
-    """Return a tar's images; a label is in NAME.cls, is NAME.json's `label`, or where neither exists is the folder's name."""
+    """Return a tar's images; a label is in KEY.cls, is `label` in KEY.json, or where neither exists is the folder's name."""
     images, labels = dict[bytes, tuple[int, int]](), dict[bytes, bytes]()
     with file.open("rb") as stream:
         data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if file.stat().st_size else b""
         for name, start, size in _members(file, data):
-            stem, _, suffix = name.rpartition(b".")
-            suffix, base = suffix.lower(), stem[stem.rfind(b"/") + 1 :]
-            if suffix in IMAGES and not base.startswith(b"."):
+            suffix = name[name.rfind(b".") + 1 :].lower()
+            if suffix in IMAGES and not name.startswith(b".", name.rfind(b"/") + 1):
                 if name in images:
                     raise DataError(f"{file}: holds {os.fsdecode(name)} twice; write it anew, each key once")
                 images[name] = start, size
             elif suffix == b"cls":
-                labels[_key(stem)] = data[start : start + size].strip()
+                labels[_key(name)] = data[start : start + size].strip()
             elif suffix == b"json":
-                labels.setdefault(_key(stem), _label_in(data[start : start + size]))
-    if labels and (bare := [name for name in images if not labels.get(_key(name.rpartition(b".")[0]))]):
-        raise DataError(f"{file}: {os.fsdecode(bare[0])} has no label; add its .cls, or a .json with `label`")
-    keys = (name.rpartition(b".")[0] for name in images)
-    texts = [labels[_key(key)] if labels else key.rpartition(b"/")[0].rpartition(b"/")[2] for key in keys]
+                labels.setdefault(_key(name), _label_in(data[start : start + size]))
+    if labels:
+        texts = [labels.get(_key(name), b"") for name in images]
+    else:
+        texts = [name.rpartition(b"/")[0].rpartition(b"/")[2] for name in images]
     if not all(texts):
-        raise DataError(f"{file}: its images have no labels: add a .cls for each, or put each class into a folder")
+        bare = os.fsdecode(list(images)[texts.index(b"")])
+        raise DataError(
+            f"{file}: {bare} has no label; add its .cls, a .json with `label`, or put each class into a folder"
+        )
     places = np.array(list(images.values()), np.int64).reshape(-1, 2)
     return Found(list(images), places[:, 0], places[:, 1], _numbers(texts))
 
 
-def _key(stem: bytes) -> bytes:
+def _key(name: bytes) -> bytes:
     """Return the key of a sample, as webdataset groups its files: up to the first dot of the file's name."""
-    dot = stem.find(b".", stem.rfind(b"/") + 1)
-    return stem if dot < 0 else stem[:dot]
+    return name[: name.find(b".", name.rfind(b"/") + 1)]
 
 
 def _label_in(text: bytes) -> bytes:
@@ -115,8 +116,9 @@ def _members(file: Path, data: bytes | mmap.mmap) -> Iterator[tuple[bytes, int, 
             found = re.search(rb"(?:^|\n)\d+ path=([^\n]*)\n", data[start : start + size])
             long_name = found[1] if found else b""
         else:
-            prefix = header[345:500].rstrip(b"\0") if header[257:263] == b"ustar\0" else b""
-            name = long_name or (prefix + b"/" if prefix else b"") + header[:100].rstrip(b"\0")
+            name = long_name or header[:100].rstrip(b"\0")
+            if header[345] and header[262] == 0 and not long_name:  # POSIX's field for the start of a long path
+                name = header[345:500].rstrip(b"\0") + b"/" + name
             long_name = b""
             if kind in b"0\0":
                 yield name, start, size

@@ -10,6 +10,7 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,22 @@ def _classes(root: Path, found: Sequence[Found]) -> tuple[list[str], NDArray[np.
     return names, labels
 
 
+class _Open:
+    """A file that is closed once nobody holds it: a thread may still read what another pushed out of the cache."""
+
+    def __init__(self, place: str) -> None:
+        self.number = os.open(place, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+@lru_cache(maxsize=256)  # of the 1,024 files that a process may usually have open
+def _opened(place: str) -> _Open:
+    return _Open(place)
+
+
 def read_bytes(place: str, offset: int, length: int) -> bytes:
     """Return an image's bytes out of its shard, a path or a URL. Raises BrokenImage where they cannot be read."""
     try:
@@ -184,10 +201,7 @@ def read_bytes(place: str, offset: int, length: int) -> bytes:
             system, path = importlib.import_module("fsspec").core.url_to_fs(place)
             found: bytes = system.cat_file(path, start=offset, end=offset + length)
         else:
-            with Path(place).open(
-                "rb", buffering=0
-            ) as file:  # opened each time: no files are held, however many shards
-                found = os.pread(file.fileno(), length, offset)
+            found = os.pread(_opened(place).number, length, offset)
     except OSError as error:
         raise BrokenImage(error.strerror or str(error)) from error
     if len(found) < length:

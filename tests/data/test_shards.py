@@ -207,7 +207,11 @@ def two(name: str) -> tuple[tuple[str, bytes], ...]:
         (two("b/1.png"), None, "train-0.tar: holds b/1.png twice"),
         ((*two("b/2.png"), ("a/0.cls", b"1")), None, "b/1.png has no label; add its .cls"),
         ((("0.png", photo()), ("0.cls", b"-1")), None, "labels must be from 0 to"),
-        ((("0.png", photo()),), None, "its images have no labels"),
+        (
+            (("0.png", photo()),),
+            None,
+            "0.png has no label; add its .cls, a .json with `label`, or put each class into a folder",
+        ),
     ],
 )
 def test_a_faulty_tar_is_refused_in_a_sentence(
