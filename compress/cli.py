@@ -252,7 +252,14 @@ def clean(
 
 @app.command()
 def init(
-    weights: Annotated[str, typer.Option("--weights", metavar="FILE", help="The trained network's checkpoint.")],
+    weights: Annotated[
+        str,
+        typer.Option(
+            "--weights",
+            metavar="FILE",
+            help="The trained network: a checkpoint, a .onnx or .pt2 file, or a folder of transformers.",
+        ),
+    ],
     data: Annotated[
         Path, typer.Option("--data", metavar="DIR", help="The images: train/CLASS/*, val/CLASS/*, or CLASS/*.")
     ],

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.data.teachers import foreign
 from compress.errors import CompressError
 from compress.models.architectures import build
-from compress.models.published import Published, published
+from compress.models.published import IMAGENET, Published, published
 from compress.models.recognize import Match, recognize
 from compress.models.weights import load_weights_, read_state
 from compress.recipe import strict_yaml
@@ -30,8 +31,8 @@ from export.tasks import TASKS
 LOOKED_AT = 200  # images that are opened, spread over the folder
 JUDGED = 128  # images that tell candidates apart
 STEP = 16  # images in the step that is timed
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+BYTES = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # pixels from 0 to 255, as some of Keras's networks take them
 NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 VIEWS = 60_000  # augmented views that distillation takes: 8 epochs of 7,500 images
 
@@ -74,14 +75,20 @@ def write_draft(
     if out.exists():
         raise CompressError(f"{out}: exists already: give another file with -o, or remove it")
     refuse_other_tasks(data, weights)
-    state = read_state(weights)
-    matches = [_given(arch, state)] if arch else recognize(state)
+    whole = brought_by(weights)
+    state = read_state(weights) if whole is None else {}
+    matches = [_whole(whole)] if whole else [_given(arch, state)] if arch else recognize(state)
     if not matches:
         raise CompressError(
             f"{weights}: none of the networks of torchvision, timm or the CIFAR papers has its {len(state):,} tensors "
             f"({', '.join(list(state)[:3])}, …): name yours with --arch my_file.py:factory --trust-code"
         )
     folder = look_at(data)
+    if whole and matches[0].classes != len(folder.listing.classes):
+        raise CompressError(
+            f"{weights}: has {matches[0].classes:,} classes, {data} has {len(folder.listing.classes):,}, and a whole network keeps its "
+            "classifier: give images of its classes, or name it as `teacher` with its `classes` in a recipe"
+        )
     network = choose(matches, weights, folder, trust_code=trust_code)
     yield from _told(weights, folder, network)
     model = build(network.arch, num_classes=network.classes, image_size=network.size, trust_code=trust_code)
@@ -96,7 +103,7 @@ def write_draft(
 def refuse_other_tasks(data: Path, weights: str) -> None:
     """Raise CompressError, with the command to take, where a folder's images have other truths than labels."""
     for task in TASKS.values():
-        if task.listing is list_folder:
+        if task.listing is list_folder or not task.labelled:
             continue
         try:
             task.listing(data)
@@ -106,6 +113,20 @@ def refuse_other_tasks(data: Path, weights: str) -> None:
             f"{data}: holds images for {task.name}, and init writes recipes for images with labels: run `compress run "
             f"recipes/{task.name}_int8.yaml --data {data} --weights {weights} --set model.arch=NAME` with your network's name"
         )
+
+
+def brought_by(weights: str) -> str | None:
+    """Return the architecture of a file or folder that brings its network along; None for a checkpoint."""
+    kind = "hf" if Path(weights).is_dir() else {".onnx": "onnx", ".pt2": "exported"}.get(Path(weights).suffix)
+    return f"{kind}:{weights}" if kind else None
+
+
+def _whole(arch: str) -> Match:
+    """Return such a network with its number of classes, which its predictions tell."""
+    known = published(arch)
+    with torch.inference_mode():
+        outputs = build(arch, num_classes=0)(torch.zeros(2, 3, *(known.size if known else 224,) * 2))
+    return Match(arch, outputs.shape[1])
 
 
 def look_at(data: Path) -> Folder:
@@ -141,7 +162,8 @@ def choose(matches: Sequence[Match], weights: str, folder: Folder, *, trust_code
     for match in matches:
         same = match.classes == len(folder.listing.classes)
         model = build(match.arch, num_classes=match.classes, trust_code=trust_code)
-        load_weights_(model, match.arch, weights, reset_head=False)
+        if foreign(match.arch) is None:
+            load_weights_(model, match.arch, weights, reset_head=False)
         for prepared in _preparations(match.arch, folder):
             score = _score(model, prepared, folder) if same else None
             tried.append(Network(match.arch, match.classes, prepared.size, prepared.resize, *prepared.normalize, score))
@@ -156,6 +178,10 @@ def _preparations(arch: str, folder: Folder) -> Iterator[Published]:
     known = published(arch)
     if known is not None:
         yield known
+    if known is not None and foreign(arch):
+        for normalize in (IMAGENET, HALVES, NONE, BYTES):
+            yield known._replace(normalize=normalize)
+        return
     side = min(int(statistics.median(folder.sides)), known.size if known else 224)
     size = max(32, side // 32 * 32)
     for normalize in (IMAGENET, HALVES, NONE):
@@ -207,6 +233,7 @@ def draft(
     """Return the recipe's text."""
     source, distill, qat = epochs(folder, network)
     goal = f"max_latency_ms: {latency_ms:g}" if latency_ms else "keep_macs: 0.5"
+    whole = strict_yaml.dump({"arch": network.arch}).splitlines()
     quoted = strict_yaml.dump({"path": str(data), "weights": weights}).splitlines()
     fine_tune = [
         "    fine_tune: true",
@@ -226,8 +253,7 @@ def draft(
         *(["  skip_broken: true  # some images cannot be read"] if folder.broken else []),
         f"  augment: {{crop: {'random_resized' if network.size > 64 else 'pad'}, flip: true}}  # flip: false where left and right differ",
         "model:",
-        f"  arch: {network.arch}",
-        f"  {quoted[1]}",
+        *([f"  {whole[0]}"] if foreign(network.arch) else [f"  arch: {network.arch}", f"  {quoted[1]}"]),
         *(["  reset_head: true  # the weights are for other classes"] if source else []),
         "stages:",
         "  - stage: source",

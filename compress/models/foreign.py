@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -15,9 +16,11 @@ import onnxruntime
 import torch
 from onnx import numpy_helper
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from compress.errors import ModelError
 from compress.models.digest import existing_file
+from compress.quant.graph.trace import trace
 from export.onnx_file.model_file import parse
 from export.onnx_file.targets import CPU, CUDA
 from export.runtime.session import RUNTIME_ERRORS, first_line, open_session
@@ -150,17 +153,26 @@ def hugging_face(name: str, _num_classes: int = 0) -> nn.Module:
     return network.eval()
 
 
-def exported(name: str, _num_classes: int = 0) -> nn.Module:
-    """Return the network of an archive of torch.export.save; raise `ModelError` where reading it could run code."""
+def read_program(name: str) -> ExportedProgram:
+    """Read an archive of torch.export.save; raise `ModelError` where reading it could run code, and for other files."""
     file = existing_file(name, "the archive")
     try:
         with zipfile.ZipFile(file) as archive:
             _refuse_code(archive, file)
-        network = _Fixed(torch.export.load(file).module())
+        return torch.export.load(file)
     except (zipfile.BadZipFile, RuntimeError, ValueError, KeyError, AssertionError) as error:
         raise ModelError(
             f"{file}: is not an archive of torch.export.save ({first_line(error)}); save it anew"
         ) from error
+
+
+def exported(name: str, _num_classes: int = 0) -> nn.Module:
+    """Return the network of an archive of torch.export.save: of layers, which can be cut and trained, or else one that only answers."""
+    program = read_program(name)
+    network: nn.Module = _Fixed(program.module())
+    if program.example_inputs:
+        with suppress(ModelError):
+            network = trace(network, program.example_inputs[0][0])
     return network
 
 
@@ -205,9 +217,19 @@ def _static(file: Path, shape: list[int | str | None]) -> onnx.ModelProto:
         )
         static = onnx.load(options.optimized_model_filepath)
     known = {tensor.name: tensor for tensor in static.graph.initializer}
+    ranks = {
+        value.name: len(value.type.tensor_type.shape.dim)
+        for value in onnx.shape_inference.infer_shapes(static).graph.value_info
+    }
     for node in static.graph.node:
         if node.op_type == "Reshape" and node.input[1] in known:
             wanted = numpy_helper.to_array(known[node.input[1]]).copy()
+            if (
+                len(wanted) == 2 and ranks.get(node.input[0]) == 4
+            ):  # names no number of channels, so that they can be cut
+                del node.input[1], node.attribute[:]
+                node.op_type = "Flatten"
+                continue
             wanted[:1] = np.where(wanted[:1] == 1, 0, wanted[:1])
             name = f"{node.output[0]}_shape"
             static.graph.initializer.append(numpy_helper.from_array(wanted, name))

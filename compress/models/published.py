@@ -1,10 +1,15 @@
 """How a library prepares the images of its networks' published weights."""
 
-from typing import NamedTuple
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torchvision
 
+from compress.data.teachers import foreign
 from compress.models.architectures import import_timm
+from compress.models.foreign import OnnxFile, read_program
 
 
 class Published(NamedTuple):
@@ -15,8 +20,13 @@ class Published(NamedTuple):
     normalize: tuple[tuple[float, ...], tuple[float, ...]]
 
 
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
 def published(arch: str) -> Published | None:
     """Return a network's published preparation; None for networks of the CIFAR papers and a person's own."""
+    if (kind_path := foreign(arch)) is not None:
+        return WITHIN[kind_path[0]](kind_path[1])
     library, _, name = arch.rpartition(":")
     if library == "torchvision":
         weights = torchvision.models.get_model_weights(name)
@@ -32,3 +42,33 @@ def published(arch: str) -> Published | None:
             return None
         return Published(settings.input_size[-1], 1 / settings.crop_pct, (tuple(settings.mean), tuple(settings.std)))
     return None
+
+
+def _of_onnx(path: str) -> Published | None:
+    """Return the size that an ONNX file takes; None where it takes any. Its normalization nothing tells."""
+    sides = [size for size in OnnxFile(Path(path)).shape[1:] if isinstance(size, int) and size > 4]
+    return Published(sides[0], 1.0, IMAGENET) if len(sides) == 2 and sides[0] == sides[1] else None
+
+
+def _of_folder(path: str) -> Published | None:
+    """Return what transformers' processor does, as far as its folder says it."""
+    folder = Path(path)
+    (network, processor) = (
+        json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        for name in ("config.json", "preprocessor_config.json")
+    )
+    said: Any = processor.get("crop_size") or processor.get("size") or network.get("image_size")
+    size = (said.get("height") or said.get("shortest_edge")) if isinstance(said, dict) else said
+    normalize = tuple(
+        tuple(processor.get(name, default)) for name, default in zip(("image_mean", "image_std"), IMAGENET, strict=True)
+    )
+    return Published(int(size), 1 / processor.get("crop_pct", 1.0), (normalize[0], normalize[1])) if size else None
+
+
+def _of_archive(path: str) -> Published | None:
+    """Return the size of the images that a program was exported with."""
+    images = read_program(path).example_inputs
+    return Published(images[0][0].shape[-1], 1.0, IMAGENET) if images else None
+
+
+WITHIN: dict[str, Callable[[str], Published | None]] = {"onnx": _of_onnx, "hf": _of_folder, "exported": _of_archive}

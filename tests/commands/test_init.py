@@ -13,6 +13,7 @@ from compress.models.architectures import build
 from compress.models.recognize import fingerprint, recognize
 from compress.recipe import shipped
 from compress.recipe.read import read_recipe
+from export.onnx_file.to_onnx import to_onnx
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +100,17 @@ def test_a_folder_of_masks_or_boxes_names_the_recipe_to_take(tmp_path: Path, tas
     ):
         next(write_draft("w.pt", tmp_path, tmp_path / "x.yaml", arch=None, latency_ms=None, trust_code=False))
     assert shipped.copy(f"{task}_int8", tmp_path / "copy.yaml").exists()
+
+
+def test_an_onnx_file_becomes_a_recipe_of_its_own_size(tmp_path: Path) -> None:
+    write_classes(tmp_path / "data")
+    to_onnx(mobilenet_v2(num_classes=3).eval(), tmp_path / "net.onnx", image_size=64, metadata={})
+    out = tmp_path / "mine.yaml"
+    weights = str(tmp_path / "net.onnx")
+    list(write_draft(weights, tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
+    recipe = read_recipe(out)
+    assert recipe.model is not None
+    assert (recipe.model.arch, recipe.model.weights, recipe.data.image_size) == (f"onnx:{weights}", None, 64)
+    write_classes(tmp_path / "two", classes=("cat", "dog"))
+    with pytest.raises(CompressError, match="has 3 classes, .* has 2, and a whole network keeps its classifier"):
+        next(write_draft(weights, tmp_path / "two", tmp_path / "b.yaml", arch=None, latency_ms=None, trust_code=False))
