@@ -71,16 +71,12 @@ class Latency:
             cut_(student, images.cpu(), cuts)
             return self.measured_ms(student)
 
-        def choose(budget_ms: float) -> tuple[list[Cut], float] | None:
-            cuts = choose_within(options, self.model, budget_ms)
-            return None if cuts is None else (cuts, self.predicted_ms(options, cuts))
-
-        narrowest = options.narrowest
         return until_close(
             asked_ms,
-            choose,
+            lambda budget_ms: choose_within(options, self.model, budget_ms),
+            lambda cuts: self.predicted_ms(options, cuts),
             measure,
-            (narrowest, self.predicted_ms(options, narrowest)),
+            options.narrowest,
             tell=self.tell,
             refuse=lambda least: CompressError(self.goal.refusal(self.whole_ms, least)),
         )
@@ -139,25 +135,28 @@ def open_latency(
 
 def until_close(
     asked_ms: float,
-    choose: Callable[[float], tuple[list[Cut], float] | None],
+    choose: Callable[[float], list[Cut] | None],
+    predict: Callable[[Sequence[Cut]], float],
     measure: Callable[[Sequence[Cut]], float],
-    narrowest: tuple[list[Cut], float],
+    narrowest: list[Cut],
     *,
     tell: Tell,
     refuse: Callable[[float], CompressError],
 ) -> list[Attempt]:
     """Return the attempts, the best last: at most `asked_ms` by the clock, and close to it.
 
-    `choose` gives cuts and their predicted time for a budget of predicted milliseconds, None where no cuts meet it; `measure` tells the
-    time of cuts. What `refuse` makes is raised with the time of the narrowest cuts where even that is over `asked_ms`.
+    `choose` gives cuts for a budget of predicted milliseconds, None where none meet it; `predict` and `measure` tell the time of cuts.
+    Between two attempts on both sides of `asked_ms` lie those that share some cuts with each: predictions of similar times need not even
+    be in order, where few groups differ the times are. What `refuse` makes is raised with the time of the narrowest cuts where even that
+    is over `asked_ms`.
     """
     attempts: list[Attempt] = []
     budget = AIM * asked_ms
     for number in range(1, ROUNDS + 1):
-        found = choose(budget)
-        cuts, predicted = found or narrowest
-        attempts.append(Attempt(tuple(cuts), predicted, measure(cuts)))
-        measured = attempts[-1].measured_ms
+        found: list[Cut] | None = _between(attempts, asked_ms, predict) or choose(budget)
+        cuts = narrowest if found is None else found
+        attempts.append(Attempt(tuple(cuts), predict(cuts), measure(cuts)))
+        predicted, measured = attempts[-1].predicted_ms, attempts[-1].measured_ms
         tell(
             f"choice {number}: {predicted:.3f} ms predicted, {measured:.3f} ms measured, at most {asked_ms:.3f} ms asked for"
         )
@@ -174,6 +173,33 @@ def until_close(
         )
     best = max(within, key=lambda attempt: attempt.measured_ms)
     return [*(attempt for attempt in attempts if attempt is not best), best]
+
+
+def _between(attempts: Sequence[Attempt], asked_ms: float, predict: Callable[[Sequence[Cut]], float]) -> list[Cut]:
+    """Return cuts on the way from the nearest attempt below `asked_ms` to the nearest above; empty where there is no way between.
+
+    One group after the other changes, each time the one that keeps the prediction nearest to a straight line.
+    """
+    below = max((a for a in attempts if a.measured_ms <= asked_ms), key=lambda a: a.measured_ms, default=None)
+    above = min((a for a in attempts if a.measured_ms > asked_ms), key=lambda a: a.measured_ms, default=None)
+    if below is None or above is None:
+        return []
+    here, there = ({cut.root: cut for cut in attempt.cuts} for attempt in (below, above))
+    differ = sorted(root for root in here.keys() | there.keys() if here.get(root) != there.get(root))
+    way = (AIM * asked_ms - below.measured_ms) / (above.measured_ms - below.measured_ms)
+    count, steps = len(differ), min(max(1, round(way * len(differ))), len(differ) - 1)
+    for step in range(1, steps + 1):
+        line = below.predicted_ms + (above.predicted_ms - below.predicted_ms) * step / count
+        ways = {
+            root: {key: cut for key, cut in here.items() if key != root}
+            | ({root: there[root]} if root in there else {})
+            for root in differ
+        }
+        best = min(ways, key=lambda root: abs(predict(list(ways[root].values())) - line))
+        differ.remove(best)
+        here = ways[best]
+    known = any({cut.root: cut for cut in attempt.cuts} == here for attempt in attempts)
+    return [] if known or steps < 1 else list(here.values())
 
 
 def _by_layer(model: LatencyModel, after: Sequence[Block], after_ms: float) -> list[dict[str, Any]]:

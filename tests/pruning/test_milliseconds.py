@@ -19,6 +19,7 @@ from torch import nn
 
 from compress.errors import CompressError
 from compress.models.structure import width_cost
+from compress.pruning import clock as clocks
 from compress.pruning import latency as latencies
 from compress.pruning import timings
 from compress.pruning.blocks import Block, Conditions, alone, inputs_of, read_blocks
@@ -292,14 +293,38 @@ def test_the_prediction_is_corrected_until_the_measured_time_is_close_below(off:
     """The fake machine takes `off` times what is predicted, by steps of 0.05 ms."""
     predicted = [0.0]
 
-    def choose(budget: float) -> tuple[list[Cut], float]:
+    def choose(budget: float) -> list[Cut]:
         predicted[0] = math.floor(budget / 0.05) * 0.05
-        return [Cut("a", (1,))], predicted[0]
+        return [Cut("a", (1,))]
 
     attempts = until_close(
-        5.0, choose, lambda _: off * predicted[0], ([], 0.1), tell=quiet, refuse=lambda least: CompressError(str(least))
+        5.0, choose, lambda _: predicted[0], lambda _: off * predicted[0], [], tell=quiet, refuse=too_slow
     )
     assert 0.97 * 5.0 <= attempts[-1].measured_ms <= 5.0
+
+
+def test_between_two_choices_on_both_sides_lies_one_that_is_close() -> None:
+    """Eleven groups take other times than predicted, so that a smaller budget does not even give a faster network."""
+    taken = dict(zip("abcdefghijk", np.random.default_rng(3).uniform(0.1, 0.3, 11), strict=True))
+    choices = [
+        [Cut(name, (0,)) for name in names] for names in ("abcd", "efghijk", "abcd", "efghijk", "abcd", "efghijk")
+    ]
+
+    def measure(cuts: Sequence[Cut]) -> float:
+        return 6.0 - sum(taken[cut.root] for cut in cuts)
+
+    low, high = sorted(measure(cuts) for cuts in choices[:2])
+    asked = (low + high) / 2
+    assert low < 0.97 * asked
+    calls = iter(choices)
+    attempts = until_close(
+        asked, lambda _: next(calls), lambda cuts: 5.5 - len(cuts) / 7, measure, [], tell=quiet, refuse=too_slow
+    )
+    assert 0.97 * asked <= attempts[-1].measured_ms <= asked
+
+
+def too_slow(least_ms: float) -> CompressError:
+    return CompressError(f"{least_ms}")
 
 
 def test_a_time_that_no_plan_reaches_is_refused_with_the_least() -> None:
@@ -308,8 +333,9 @@ def test_a_time_that_no_plan_reaches_is_refused_with_the_least() -> None:
         until_close(
             2.0,
             lambda _: None,
+            lambda _: 0.1,
             lambda _: 3.1,
-            ([], 0.1),
+            [],
             tell=quiet,
             refuse=lambda ms: CompressError(goal.refusal(9, ms)),
         )
@@ -326,6 +352,15 @@ def test_a_busy_machine_waits_and_then_says_so(monkeypatch: pytest.MonkeyPatch, 
     ratios = [Ratio(1.0, 0.8, 1.3)] * 9
     with pytest.raises(CompressError, match="too busy to time anything"):
         clock.require_quiet(tell=quiet)
+
+
+def test_each_file_is_opened_first_as_often(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(clocks, "open_session", lambda path, **_: opened.append(path.name))
+    monkeypatch.setattr(clocks, "bind", lambda *_: lambda: None)
+    Clock(tmp_path / "a", HERE, SIZE).against(tmp_path / "b")
+    assert opened[:4] == ["b", "a", "a", "b"]
+    assert len(opened) % 4 == 0
 
 
 def test_a_student_is_exported_and_timed_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
