@@ -311,7 +311,7 @@ def test_between_two_choices_on_both_sides_lies_one_that_is_close() -> None:
     ]
 
     def measure(cuts: Sequence[Cut]) -> float:
-        return 6.0 - sum(taken[cut.root] for cut in cuts)
+        return 6.0 - float(sum(taken[cut.root] for cut in cuts))
 
     low, high = sorted(measure(cuts) for cuts in choices[:2])
     asked = (low + high) / 2
