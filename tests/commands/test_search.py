@@ -546,6 +546,7 @@ def test_a_search_shares_stages_chooses_on_its_own_images_and_publishes_what_val
     page = (root / "index.html").read_text()
     assert all(f'href="trials/{name}/report/index.html"' in page for name in reports)
     assert "| source (PyTorch) |" in (root / "two.md").read_text()
+    assert page.count("Scores while distilling") == 1
     command("--pick", "score > 0")
     picked = json.loads(next(root.glob("two-pick-*/report.json")).read_text())
     assert picked["recipe"]["data"]["judge_by"] == "validation"

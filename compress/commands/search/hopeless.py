@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from compress.artifact import read_meta
-from compress.errors import ArtifactError
 from compress.pipeline import plan_recipe
-from compress.recipe.schema import Recipe
+from compress.recipe.schema import Model, Recipe
 from compress.recipe.stages import StudentStage
 from export.errors import UserError
 
@@ -49,22 +48,25 @@ def is_hopeless(own: Course, finished: Iterable[Course]) -> bool:
 def follow_distillation(recipe: Recipe, stages: Path) -> Callable[[], Course | None]:
     """Return what reads how far a run's first distillation is in the folder of stages; None before its first epoch."""
     names = [section.stage for section in recipe.stages]
-    try:
-        index = names.index("distill")
-        before, place = (line.directory for line in plan_recipe(recipe, stages=stages)[index - 1 : index + 1])
-    except (ValueError, UserError):  # what cannot be planned, the run itself refuses
-        return lambda: None
-    archs = [one.arch for one in recipe.stages[:index] if isinstance(one, StudentStage)]
-    arch = [*([] if recipe.model is None else [recipe.model.arch]), *archs][-1]
+    index = names.index("distill") if "distill" in names else 0
+    archs = [one.arch for one in (recipe.model, *recipe.stages[:index]) if isinstance(one, Model | StudentStage)]
+    found: list[Path] = []  # the folder before it, and its own
 
     def read() -> Course | None:
-        log = (place if place.exists() else place.with_name(f".{place.name}.partial")) / "log.jsonl"
-        with suppress(ArtifactError, OSError, ValueError):  # not there yet, moved, or a line half written: soon
+        if not any(
+            stages.glob(f"*{index:02d}-distill-*")
+        ):  # by then the run knows the images: planning reads them no second time
+            return None
+        with suppress(UserError, OSError, ValueError):  # not there yet, moved, or a line half written: soon
+            if not found:
+                found.extend(line.directory for line in plan_recipe(recipe, stages=stages)[index - 1 : index + 1])
+            before, place = found
+            log = (place if place.exists() else place.with_name(f".{place.name}.partial")) / "log.jsonl"
             cost = read_meta(before).metrics
             epochs = [entry for entry in map(json.loads, log.read_text().splitlines()) if "epoch" in entry]
             if epochs:
                 scores = [float(entry["score"]) for entry in epochs]
-                return Course(arch, epochs[0]["epochs"], cost["macs_m"] or 0, cost["params_m"] or 0, scores)
+                return Course(archs[-1], epochs[0]["epochs"], cost["macs_m"] or 0, cost["params_m"] or 0, scores)
         return None
 
     return read
