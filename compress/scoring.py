@@ -18,20 +18,29 @@ from compress.quant.prepare import deploy, prepare
 from compress.quant.sensitivity import Sensitivity, sensitivity
 from compress.recipe import stages
 from compress.run import Run, as_numpy
-from export.onnx_file.graph import save_model, to_float16
+from export.onnx_file.graph import save_model
+from export.onnx_file.half import overflowing, to_float16
+from export.onnx_file.names import module_of
 from export.onnx_file.targets import CPU, RUNS, TARGET_PROVIDERS, Target, host_target
 from export.onnx_file.to_onnx import to_onnx
 from export.runtime.accuracy import Score, score_files, score_of
-from export.runtime.latency import speedup, time_sessions
+from export.runtime.latency import Ratio, speedup, time_sessions
 from export.runtime.session import PROVIDERS, bind, open_session
 
 LATENCY_SECONDS, LATENCY_BLOCKS = 0.5, 6
 SENSITIVITY_IMAGES = 128  # each layer takes one pass over them
+RANGE_IMAGES = 64  # that say which values leave half precision
 
 
 def export_network(model: nn.Module, path: Path, run: Run, *, score: float, target: Target) -> None:
     """Write `model`, in eval mode on the CPU, whose accuracy in torch is `score`."""
-    metadata = {
+    model = model.eval().to(memory_format=torch.contiguous_format)
+    to_onnx(model, path, image_size=run.image_size, metadata=metadata_of(run, score=score, target=target))
+
+
+def metadata_of(run: Run, *, score: float, target: Target) -> dict[str, str]:
+    """Return what a file says of itself."""
+    return {
         "task": run.recipe.task,
         "classes": json.dumps(run.dataset.classes),
         "preprocess": json.dumps(run.dataset.preprocess.to_json()),
@@ -39,7 +48,14 @@ def export_network(model: nn.Module, path: Path, run: Run, *, score: float, targ
         "score_torch": f"{score:.4f}",
         "target": target.name,
     }
-    to_onnx(model.eval().to(memory_format=torch.contiguous_format), path, image_size=run.image_size, metadata=metadata)
+
+
+def write_float16(fp32: Path, path: Path, run: Run) -> tuple[str, ...]:
+    """Write an FP32 file's half-precision twin; return the modules that stay in float32, for their values leave half precision."""
+    model = onnx.load(fp32)
+    keep = overflowing(model, (images for images, _ in as_numpy(run.calibration(RANGE_IMAGES))))
+    save_model(to_float16(model, keep), path)
+    return tuple(dict.fromkeys(map(module_of, keep)))
 
 
 @dataclass(frozen=True)
@@ -102,18 +118,18 @@ def tuning_score(path: Path, run: Run, *, optimize: bool) -> Score:
     return score_files({path.stem: path}, batches, run.task.output, optimize=optimize, keep_evidence=True)[path.stem]
 
 
-def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], float | None]:
+def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], Ratio | None]:
     """Return what tells how many times faster than `fp32` a file is: one image, one thread, in turns; None for another machine's files."""
     image = np.random.default_rng(0).standard_normal((1, 3, run.image_size, run.image_size), np.float32)
 
-    def latency_ratio(path: Path) -> float | None:
+    def faster(path: Path) -> Ratio | None:
         if not runs_here(target):
             return None
         sessions = {name: bind(open_session(file, threads=1), image) for name, file in (("fp32", fp32), ("file", path))}
         timed = time_sessions(sessions, seconds=LATENCY_SECONDS, blocks=LATENCY_BLOCKS)
-        return speedup(timed["fp32"], timed["file"]).ratio
+        return speedup(timed["fp32"], timed["file"])
 
-    return latency_ratio
+    return faster
 
 
 def worst_first(prepared: nn.Module, run: Run, *, images: int) -> tuple[Sensitivity, ...]:

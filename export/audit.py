@@ -96,6 +96,13 @@ def float_fraction(counts: dict[str, int] | None, in_integers: set[str]) -> floa
     return 1 - sum(counts[name] for name in in_integers) / sum(counts.values())
 
 
+def in_float(found: Audit) -> float:
+    """Return the fraction of the multiply-accumulates that run in float; of the layers, where the shapes do not tell those."""
+    if found["float_fraction"] is not None:
+        return found["float_fraction"]
+    return len(found["float_layers"]) / max(len(found["float_layers"]) + len(found["integer_layers"]), 1)
+
+
 def has_float_bias(layer: ir.Node) -> bool:
     """Tell whether a layer with integer weights adds a bias that lies in the file as float."""
     bias = layer.inputs[2] if len(layer.inputs) > 2 and is_quantized(layer) else None
@@ -166,18 +173,16 @@ def over_limits(
             f"max_float_layers: at most {max_float_layers} may run in float, got {len(found['float_layers'])}: "
             f"{_named(found, found['float_layers'])}; quantize them or raise the limit"
         )
-    if max_float_fraction is not None and found["float_fraction"] is None:
-        over.append(
-            "max_float_fraction: cannot be told, the file's shapes are not known: export it with fixed image size"
+    if max_float_fraction is not None and in_float(found) > max_float_fraction:
+        what = (
+            "layers (their multiply-accumulates are not known)"
+            if found["float_fraction"] is None
+            else "multiply-accumulates"
         )
-    elif (
-        max_float_fraction is not None
-        and found["float_fraction"] is not None
-        and found["float_fraction"] > max_float_fraction
-    ):
         over.append(
-            f"max_float_fraction: at most {max_float_fraction:.2%} of the multiply-accumulates may run in float, "
-            f"got {found['float_fraction']:.2%}: {_named(found, found['float_layers'])}; quantize them or raise the limit"
+            f"max_float_fraction: at most {max_float_fraction:.2%} of the {what} may run in float, got {in_float(found):.2%}, "
+            f"{len(found['float_layers'])} of {len(found['float_layers']) + len(found['integer_layers'])} layers: "
+            f"{_named(found, found['float_layers'])}; quantize them or raise the limit"
         )
     if max_leftover_qdq is not None and len(found["leftover_qdq"]) > max_leftover_qdq:
         over.append(

@@ -1,6 +1,8 @@
 """Ways to a small file, tried one after the other until the accuracy holds: `build` and `score` are the caller's."""
 
+import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +10,9 @@ from typing import Any, Literal
 
 from compress.artifact import key_of, write_json
 from export.runtime.accuracy import Score
+from export.runtime.latency import Ratio
+
+Engine = Literal["compress", "onnxruntime", "neural-compressor"]  # whose quantizer
 
 
 @dataclass(frozen=True)
@@ -17,12 +22,14 @@ class Trial:
     number_format: Literal["int8", "fp16"]
     calibration: str
     keep_float: tuple[str, ...] = ()
+    engine: Engine = "compress"
 
     def __str__(self) -> str:
         if self.number_format == "fp16":
             return "fp16"
         kept = f", in float: {', '.join(self.keep_float)}" if self.keep_float else ""
-        return f"int8 by {self.calibration}{kept}"
+        whose = "" if self.engine == "compress" else f"{self.engine}'s "
+        return f"int8 by {whose}{self.calibration}{kept}"
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class TrialResult:
     agreement: float
     kl: float
     latency_ratio: float | None  # the float file's time / its time
+    latency_ci95: tuple[float, float] | None  # its interval
     met: bool
 
     def __str__(self) -> str:
@@ -66,7 +74,7 @@ def judge_of(
     baseline: Score,
     max_drop: float,
     folder: Path,
-    latency_ratio: Callable[[Path], float | None] = lambda _: None,
+    faster: Callable[[Path], Ratio | None] = lambda _: None,
     tell: Callable[[TrialResult], None] = lambda _: None,
 ) -> Callable[[Trial], TrialResult]:
     """Return what builds a trial's file, scores it, and says whether it loses at most `max_drop` of the baseline's score.
@@ -80,14 +88,15 @@ def judge_of(
         if result is None:
             build(trial, path)
             found = score(path)
-            drop = baseline.score - found.score
+            drop, speed = baseline.score - found.score, faster(path)
             result = TrialResult(
                 trial,
                 score=found.score,
                 drop=drop,
                 agreement=found.agreement(baseline),
                 kl=found.divergence(baseline),
-                latency_ratio=latency_ratio(path),
+                latency_ratio=speed.ratio if speed else None,
+                latency_ci95=(speed.low, speed.high) if speed else None,
                 met=drop <= max_drop + 1e-9,  # a difference of fractions is not exact
             )
             write_json(path.with_suffix(".json"), result.to_json())
@@ -108,11 +117,17 @@ def until_one_holds(trials: Sequence[Trial], judge: Callable[[Trial], TrialResul
 
 
 def choose(results: Sequence[TrialResult]) -> int:
-    """Return the index of the one whose answers diverge least from the float network's, among those that hold if any does; of equals the first.
+    """Return the index of the best file: of those that hold, if any does, the fastest beyond doubt, else the one that diverges least.
 
-    Where training images choose, that finds what is best on others more surely than their score or agreement (docs/decisions.md).
+    Files of one engine take the same time; its own best is the one whose answers diverge least from the float network's. Where training
+    images choose, that finds what is best on others more surely than their score or agreement (docs/decisions.md).
     """
-    return min(range(len(results)), key=lambda index: (not results[index].met, results[index].kl))
+    held = [index for index, result in enumerate(results) if result.met] or list(range(len(results)))
+    by_engine: dict[Engine, int] = {}
+    for index in sorted(held, key=lambda index: results[index].kl):
+        by_engine.setdefault(results[index].trial.engine, index)
+    ends = [(index, results[index].latency_ci95 or (0.0, math.inf)) for index in by_engine.values()]
+    return next(index for index, (_, high) in ends if all(high >= low for _, (low, _) in ends))
 
 
 def file_of(trial: Trial, folder: Path) -> Path:
@@ -124,5 +139,10 @@ def _read(path: Path) -> TrialResult | None:
     if not path.exists():
         return None
     fields = json.loads(path.read_text())
-    kept = tuple(fields.pop("keep_float"))
-    return TrialResult(Trial(fields.pop("number_format"), fields.pop("calibration"), kept), **fields)
+    trial = {field.name: fields.pop(field.name) for field in dataclasses.fields(Trial)}
+    interval = fields.pop("latency_ci95")
+    return TrialResult(
+        Trial(**trial | {"keep_float": tuple(trial["keep_float"])}),
+        latency_ci95=interval and tuple(interval),
+        **fields,
+    )

@@ -95,11 +95,12 @@ def serving_of(report: Report, files: Mapping[str, Path], target: Target, *, ima
     """
     kind: Kind = {"cuda": "cuda", "tensorrt": "tensorrt"}.get(target.name, "cpu")  # type: ignore[assignment]
     recommended = report["recommendation"] and report["recommendation"]["file"]
+    half = FP16 if FP16 in files else FP32  # which is left out where it has no finite answers
     symmetric = [name_for(made, TARGETS["tensorrt"], target) for made in (QAT, PTQ)]
     chosen: dict[Kind, str] = {
         "cpu": FP32,
-        "cuda": FP16,
-        "tensorrt": next((name for name in symmetric if name in files), FP16),
+        "cuda": half,
+        "tensorrt": next((name for name in symmetric if name in files), half),
         kind: recommended or deployed(files, target),
     }
     timed = [row for row in report["deployed"] if row["image_size"] == image_size]

@@ -10,7 +10,7 @@ from compress.report import numbers, summary
 from compress.report.shape import DeployedRow, Json, Report
 from compress.report.table import Table, markdown, plain
 from compress.report.tables import files, recalls, stages
-from compress.report.verdict import target_of
+from compress.report.verdict import mostly_float, target_of
 from export.tasks import TASKS
 
 CLASSES = 10  # of more, those that lose most
@@ -64,7 +64,7 @@ def front_matter(report: Report, name: str, served: str) -> Json:
         *(STAGE_TAGS[row["stage"]] for row in report["stages"] if row["stage"] in STAGE_TAGS),
     ]
     if row:
-        tags.append(row["precision"])
+        tags.append("mixed-precision" if mostly_float(report, served) else row["precision"])
     data: Json = {"library_name": "onnx", "pipeline_tag": "image-classification", "tags": tags}
     if row:
         dataset = report["recipe"]["data"]["dataset"]

@@ -14,7 +14,7 @@ from compress.report.classes import doubts
 from compress.report.parity import mismatches
 from compress.report.recommend import recommend
 from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report, StageRow
-from compress.report.verdict import guesses, has_targets, judge, judged_classes
+from compress.report.verdict import audited_name, guesses, has_targets, judge, judged_classes
 from export.runtime.environment import environment
 from export.runtime.rows import metric_json
 from export.tasks import TASKS
@@ -42,13 +42,15 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[
         ptq=_last(artifacts, "ptq.json"),
         audit=_last(artifacts, "audit.json"),
         verify=_last(artifacts, "verify.json"),
-        limits=_last(artifacts, "limits.json") or [],
+        limits=[],
         recommendation=None,
         targets=(recipe.targets if is_whole else Targets()).model_dump(),
         verdict="pass",
         failures=[],
-        warnings=[*_trainings(artifacts), *bench["warnings"]],
+        warnings=[*_trainings(artifacts), *bench["warnings"], *(_last(artifacts, "notes.json") or [])],
     )
+    report["recommendation"] = recommend(report)  # what is judged is the INT8 file that is served
+    report["limits"] = (_last(artifacts, "limits.json") or {}).get(audited_name(report), [])
     report["verdict"], report["failures"] = judge(report)
     if wrong := mismatches(report):  # whatever the targets say of such numbers
         report["verdict"], report["failures"] = "fail", [*wrong, *report["failures"]]
@@ -57,7 +59,6 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[
         report["warnings"] += doubts(*judged, report["targets"])
     if report["verdict"] == "pass" and not is_whole:
         report["verdict"] = "partial"
-    report["recommendation"] = recommend(report)
     return report
 
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 from compress.report.classes import at_chance, worst_first
 from compress.report.numbers import loss, times
 from compress.report.shape import DeployedRow, Recommendation, Report
-from compress.report.verdict import TOLERANCE, deployed_name, headline_row, target_of
+from compress.report.tables_int8 import ENGINES
+from compress.report.verdict import TOLERANCE, deployed_name, headline_row, mostly_float, target_of
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER
 from export.onnx_file.targets import CPU, TARGET_PROVIDERS, TARGETS
 from export.runtime.rows import Speedup
@@ -53,7 +54,8 @@ def recommend(report: Report) -> Recommendation | None:
     file, reason = _choose(rows, bar, on_gpu=TARGETS[target].precision == "fp16")
     if file in bar.unfit:  # what is left where no other file serves
         return Recommendation(file=None, sentence=f"No file is recommended: {bar.unfit[file]}.")
-    return Recommendation(file=file, sentence=f"Serve {file} on {target}: {reason}.")
+    said = "".join(f"; {part}" for part in (_maker(report, file), mostly_float(report, file)) if part)
+    return Recommendation(file=file, sentence=f"Serve {file} on {target}: {reason}{said}.")
 
 
 def _choose(rows: dict[str, DeployedRow | None], bar: Bar, *, on_gpu: bool) -> tuple[str, str]:
@@ -69,7 +71,8 @@ def _choose(rows: dict[str, DeployedRow | None], bar: Bar, *, on_gpu: bool) -> t
     problems = {row["name"]: _problem(row, bar) or _no_faster(row, fp16 if fp16_serves else None) for row in int8}
     good = [row for row in int8 if not problems[row["name"]]]
     if good:
-        best = max(good, key=lambda row: row["score"] or 0.0)  # of equals the first, which is the trained one
+        fastest = [row for row in good if not any(_is_faster(other, row) for other in good)]
+        best = max(fastest, key=lambda row: row["score"] or 0.0)  # of equals the first, which is the trained one
         passed_over = problems[int8[0]["name"]]
         return best["name"], f"{_praise(best, bar)}{f'; {passed_over}' if passed_over else ''}{bar.note}"
     why = next((str(problem) for problem in problems.values()), "no INT8 file was made")
@@ -142,9 +145,22 @@ def _accuracy_problem(row: DeployedRow, bar: Bar) -> str | None:
 def _no_faster(row: DeployedRow, fp16: DeployedRow | None) -> str | None:
     """Return that INT8 is not beyond doubt faster than an FP16 file that serves, where it is not."""
     own, other = row["speedup_vs_student_fp32"], fp16 and fp16["speedup_vs_student_fp32"]
-    if not own or not other or own["ci95"][0] > other["ci95"][1]:
+    if not own or not other or fp16 is None or _is_faster(row, fp16):
         return None
     return f"INT8 ({_interval(own)} of FP32) is not beyond doubt faster than FP16 ({_interval(other)})"
+
+
+def _is_faster(row: DeployedRow, other: DeployedRow) -> bool:
+    """Tell whether a file is faster than another beyond doubt, both against FP32."""
+    own, others = row["speedup_vs_student_fp32"], other["speedup_vs_student_fp32"]
+    return bool(own and others and own["ci95"][0] > others["ci95"][1])
+
+
+def _maker(report: Report, file: str) -> str | None:
+    """Return whose quantizer made the calibrated file, None where it is this pipeline's."""
+    found = report["ptq"]["targets"].get(target_of(report)) if file == PTQ and report["ptq"] else None
+    engine = found["trials"][found["chosen"]].get("engine", "compress") if found else "compress"
+    return None if engine == "compress" else f"made by {ENGINES[engine]}'s quantizer"
 
 
 def _praise(row: DeployedRow, bar: Bar) -> str:

@@ -7,6 +7,7 @@ from compress.report.parity import mismatches
 from compress.report.shape import DeployedRow, Report
 from compress.report.table import Table, mark
 from compress.report.verdict import (
+    audited_name,
     deployed_name,
     first_and_last,
     guesses,
@@ -15,8 +16,10 @@ from compress.report.verdict import (
     is_met,
     limit,
     measure,
+    mostly_float,
     show,
 )
+from export.audit import in_float
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER
 from export.onnx_file.targets import CPU, provider_title
 from export.tasks import TASKS
@@ -57,6 +60,10 @@ def headline(report: Report) -> Table:
     timed = student if teacher else None
     ratios = [("MACs", "macs_m", "M", "fewer")]
     rows: list[tuple[str, str, str, str]] = []
+    name = audited_name(report)
+    if name and report["audit"] and (said := mostly_float(report, name)):
+        share = percent(in_float(report["audit"][name]), 0)
+        rows.append(("Not INT8", said.removesuffix(" in float"), "in float", f"{share} of the multiply-accumulates"))
     if teacher and timed:
         rows += _score(report, teacher["score"], timed["score"], "ONNX Runtime")
         rows += _ratio("Size", teacher["size_mb"], timed["size_mb"], "MB", "smaller")

@@ -8,7 +8,7 @@ from compress.report.parity import allowed
 from compress.report.shape import PtqTarget, Report, TensorRow, VerifyRow
 from compress.report.summary import metric
 from compress.report.table import Section, Table, bar, count, mark, strong
-from compress.report.verdict import TOLERANCE, any_row, deployed_name, target_of
+from compress.report.verdict import TOLERANCE, any_row, audited_name, target_of
 from export.audit import Audit
 from export.onnx_file.roles import PTQ, QAT, is_int8
 
@@ -235,7 +235,7 @@ def audit(report: Report, audits: Iterable[tuple[str, Audit]]) -> Table:
             )
         )
     limits = [
-        f"{key} {wanted:g}" for key in LIMITS if (wanted := _limit(report, _deployed_int8(report), key)) is not None
+        f"{key} {wanted:g}" for key in LIMITS if (wanted := _limit(report, audited_name(report), key)) is not None
     ]
     columns = ("Once optimized", "Int", "Float", "MACs in float", "Q/DQ", "Float biases", "FP32", "Copies")
     return Table(
@@ -273,15 +273,10 @@ def _judged(report: Report, name: str, key: str, value: float | None, shown: str
 def _limit(report: Report, name: str | None, key: str) -> float | None:
     """Return one of the export stage's limits, which speak of the deployed file alone."""
     section = stage_section(report, "export")
-    if section is None or name is None or name != _deployed_int8(report):
+    if section is None or name is None or name != audited_name(report):
         return None
     limit: float | None = section["limits"][key]
     return limit
-
-
-def _deployed_int8(report: Report) -> str | None:
-    names = report["audit"] or {}
-    return deployed_name(report) or next((name for name in (QAT, PTQ) if name in names), None)
 
 
 def _order(name: str) -> tuple[int, str]:

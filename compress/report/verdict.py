@@ -5,11 +5,13 @@ from typing import NamedTuple
 from compress.report.classes import at_chance, worst_first
 from compress.report.numbers import percent, significant, times
 from compress.report.shape import DeployedRow, Report, Verdict
-from export.onnx_file.roles import FP32, TEACHER, deployed
+from export.audit import in_float
+from export.onnx_file.roles import FP32, PTQ, QAT, TEACHER, deployed, is_int8
 from export.onnx_file.targets import CPU, TARGET_PROVIDERS, TARGETS, provider_title
 from export.runtime.rows import Speedup
 from export.tasks.task import Classes
 
+MOST_FLOAT = 0.2  # of its multiply-accumulates: a file with more of them in float is not called INT8
 TOLERANCE = 1e-9  # a target that is met exactly is met, whatever the last bit says
 
 
@@ -88,9 +90,32 @@ def target_of(report: Report) -> str:
 
 
 def deployed_name(report: Report) -> str | None:
-    """Return the file that the targets are about, None without a bench that timed it."""
+    """Return the file that the targets are about, None without a bench that timed it; of INT8 files it is the recommended one."""
     names = {row["name"] for row in report["deployed"]}
+    served = report["recommendation"] and report["recommendation"]["file"]
+    if served in (QAT, PTQ):
+        return served
     return deployed(names, TARGETS[target_of(report)]) if FP32 in names else None
+
+
+def audited_name(report: Report) -> str | None:
+    """Return the file that the export stage's limits are about: the deployed one, without a bench the one that would be."""
+    audits = report["audit"]
+    return deployed_name(report) or (deployed(audits, TARGETS[target_of(report)]) if audits else None)
+
+
+def mostly_float(report: Report, name: str | None) -> str | None:
+    """Return how many layers of an INT8 file run in float where more of its work than MOST_FLOAT is done, else None."""
+    found = (report["audit"] or {}).get(name or "")
+    if (
+        found is None
+        or not is_int8(name or "")
+        or target_of(report) in TARGET_PROVIDERS
+        or in_float(found) <= MOST_FLOAT
+    ):
+        return None
+    layers = len(found["float_layers"])
+    return f"{layers} of {layers + len(found['integer_layers'])} layers in float"
 
 
 def headline_provider(report: Report) -> str:

@@ -1,5 +1,6 @@
 """Write the ONNX files, then prove them: what the optimizer makes of each INT8 file, and how it answers beside the trained network."""
 
+import itertools
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,10 +16,11 @@ from compress.quant.prepare import deploy, float_on_purpose, prepare
 from compress.quant.reference import reference_of
 from compress.recipe.stages import AuditLimits, ExportStage
 from compress.run import Run, as_numpy, float_ancestor, newest
-from compress.scoring import export_network
+from compress.scoring import RANGE_IMAGES, export_network, write_float16
 from export.audit import Audit, audit, over_limits
 from export.bundle.read import VALIDATION
-from export.onnx_file.graph import save_model, to_float16
+from export.onnx_file.graph import save_model
+from export.onnx_file.half import is_finite
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER, UINT8, deployed, files_in, is_int8, name_for
 from export.onnx_file.uint8_input import with_uint8_input
 from export.verify import Verification, verify
@@ -32,6 +34,9 @@ def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
         for name in _write_files(src, out, run, trained):
             _sign(out / f"{name}.onnx", read_meta(src).key)
             log.note(f"{name}.onnx")
+        notes = [note for note in (_write_float16(cfg, out, run),) if note]
+        for note in notes:
+            log.note(note)
         files = files_in(out)
         name = deployed(files, run.target)
         audits = {file: audit(path) for file, path in files.items()}
@@ -41,8 +46,9 @@ def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
             save_model(run.task.output.finish(model), out / f"{UINT8}.onnx")
             log.note(f"{UINT8}.onnx")
         # TensorRT's file is float on the CPU by nature; its own optimizer is not here to be asked.
-        over = _over(cfg.limits, name, audits[name], parity.get(name)) if run.target.name != "tensorrt" else []
-        _note(log, name, audits[name], parity.get(name), over)
+        judged = {name, *{PTQ, QAT} & files.keys()} if run.target.name != "tensorrt" else set()
+        over = {file: _over(cfg.limits, file, audits[file], parity.get(file)) for file in sorted(judged)}
+        _note(log, name, audits[name], parity.get(name), over.get(name, []))
     reasons = _reasons(files, trained, src, run)
     write_json(
         out / "audit.json",
@@ -50,6 +56,7 @@ def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
     )
     write_json(out / "verify.json", {file: found.to_json() for file, found in parity.items()})
     write_json(out / "limits.json", over)
+    write_json(out / "notes.json", notes)
     write_json(out / "preprocess.json", run.dataset.preprocess.to_json())
     _write_golden_images(out / "golden.npz", run, limit=cfg.golden_images)
     (out / VALIDATION).write_text("".join(f"{digest}\n" for digest in run.dataset.validation_digests()))
@@ -87,8 +94,6 @@ def _write_files(src: Path, out: Path, run: Run, trained: Mapping[str, fx.GraphM
     ):
         export_network(model, out / f"{name}.onnx", run, score=_metric(artifact, "score"), target=run.target)
         yield name
-    save_model(to_float16(onnx.load(out / f"{FP32}.onnx")), out / f"{FP16}.onnx")
-    yield FP16
     ptq, qat = newest(src, "ptq"), newest(src, "qat")
     for target in run.int8_targets:
         if ptq is not None:
@@ -117,6 +122,17 @@ def _reasons(
     return found
 
 
+def _write_float16(cfg: ExportStage, out: Path, run: Run) -> str:
+    """Write the FP16 file, unless its answers are not finite even so; return what is to be said of it, nothing where all is in float16."""
+    path = out / f"{FP16}.onnx"
+    kept = write_float16(out / f"{FP32}.onnx", path, run)
+    seen = itertools.chain(run.calibration(RANGE_IMAGES), run.validation(limit=cfg.golden_images))
+    if not is_finite(path, (images for images, _ in as_numpy(seen))):
+        path.unlink()
+        return f"{FP16} is left out: its answers are not finite, with {len(kept)} modules in float32 already"
+    return f"{FP16}: in float32, as their values leave half precision: {', '.join(kept)}" if kept else ""
+
+
 def _sign(path: Path, key: str) -> None:
     """Have the file say what made it: the key of the last network's stage stands for its settings, its data and all before it."""
     model = onnx.load(path)
@@ -134,25 +150,26 @@ def _metric(artifact: Path, name: str) -> float:
 def _verify(
     cfg: ExportStage, files: Mapping[str, Path], run: Run, trained: Mapping[str, fx.GraphModule]
 ) -> dict[str, Verification]:
-    """Compare each trained INT8 file with its fake-quantized network, and where none was trained the calibrated file with itself unoptimized."""
-    found: dict[str, Verification] = {}
-    for target in run.int8_targets:
-        names = [name_for(kind, target, run.target) for kind in (QAT, PTQ)]
-        name = next((name for name in names if name in files), None)
-        if name is not None:
-            reference = reference_of(trained[name]) if name in trained else None
-            found[name] = verify(
-                files[name], as_numpy(run.validation(limit=cfg.verify_images)), reference, task=run.task.output
-            )
-    return found
+    """Compare each trained INT8 file with its fake-quantized network, and each calibrated one with itself unoptimized: any may be served."""
+    names = [name_for(kind, target, run.target) for target in run.int8_targets for kind in (QAT, PTQ)]
+    return {
+        name: verify(
+            files[name],
+            as_numpy(run.validation(limit=cfg.verify_images)),
+            reference_of(trained[name]) if name in trained else None,
+            task=run.task.output,
+        )
+        for name in names
+        if name in files
+    }
 
 
 def _over(limits: AuditLimits, name: str, found: Audit, parity: Verification | None) -> list[str]:
-    """Return a sentence for each limit that the deployed file is over."""
+    """Return a sentence for each limit that a file is over."""
     over = over_limits(
         found,
         max_float_layers=limits.max_float_layers,
-        max_float_fraction=limits.max_float_fraction,
+        max_float_fraction=limits.max_float_fraction if is_int8(name) else None,
         max_leftover_qdq=limits.max_leftover_qdq,
     )
     if limits.min_agreement is not None and parity is not None and parity.agreement < limits.min_agreement:

@@ -1,6 +1,6 @@
-"""INT8 without training: every method on each target's grid, then tuning until the accuracy holds. The network passes unchanged.
+"""INT8 without training: every engine and method on each target's grid, then tuning until the accuracy holds. The network passes unchanged.
 
-Methods are reported on the validation images; what is chosen, is chosen on the tuning images.
+Files are reported on the validation images; what is chosen of them all, is chosen on the tuning images.
 """
 
 import shutil
@@ -20,22 +20,39 @@ from compress.models.saved import ARCHITECTURE, WEIGHTS, example_images, load_fl
 from compress.quant import neural_compressor_ptq
 from compress.quant.calibrate import Method, calibrate_, collect, set_ranges_
 from compress.quant.prepare import deploy, heads, prepare
-from compress.quant.tuning import Trial, TrialResult, choose, fallback_trials, file_of, judge_of, until_one_holds
+from compress.quant.tuning import (
+    Engine,
+    Trial,
+    TrialResult,
+    choose,
+    fallback_trials,
+    file_of,
+    judge_of,
+    until_one_holds,
+)
 from compress.recipe.stages import PtqStage
 from compress.run import Run, as_numpy
-from compress.scoring import export_network, faster_than, runs_here, score_file, tuning_score, worst_first
+from compress.scoring import (
+    export_network,
+    faster_than,
+    metadata_of,
+    runs_here,
+    score_file,
+    tuning_score,
+    worst_first,
+    write_float16,
+)
 from compress.training.loop import place_
 from export.audit import audit
 from export.errors import BundleError
 from export.onnx_file import ptq
-from export.onnx_file.graph import save_model, to_float16
 from export.onnx_file.roles import PTQ
 from export.onnx_file.targets import Target
 from export.onnx_file.to_onnx import to_onnx
 from export.runtime.accuracy import Score, score_files, score_of
 
 Row = dict[str, Any]
-Name = tuple[str, str]  # engine and method
+Name = tuple[Engine, str]  # and method
 Files = dict[Name, Path]
 
 
@@ -122,21 +139,31 @@ def _on_target(student: Student, target: Target, work: Path, out: Path) -> Row:
         files["compress", method] = work / f"compress-{method}.onnx"
         student.export(prepared, files["compress", method], target)
     files |= _by_onnxruntime(student, target, work, heads(prepared))
+    failed: list[Row] = []
+    for algorithm in neural_compressor_ptq.ALGORITHMS if student.cfg.neural_compressor else ():
+        path = work / f"neural-compressor-{algorithm}.onnx"
+        row = _by_neural_compressor(student, target, algorithm, path)
+        if row is None:
+            files["neural-compressor", algorithm] = path
+        else:
+            failed.append(row)
     scores = _score(student, target, files)
-    rows = [_row(student, target, name, path, scores[name]) for name, path in files.items()]
-    if student.cfg.neural_compressor:
-        rows += [_by_neural_compressor(student, target, name, work) for name in neural_compressor_ptq.ALGORITHMS]
+    off_grid = {name: reason for name, path in files.items() if (reason := ptq.off_grid(onnx.load(path), target))}
+    rows = [_row(student, target, name, path, scores[name], off_grid.get(name)) for name, path in files.items()]
+    rows += failed
     for row in rows:
         student.log.note(_method_line(target, row))
     judge = _judge(student, target, files, work)
-    results = tuple(judge(Trial("int8", method)) for method in student.cfg.methods[: student.cfg.max_trials])
-    best = _method(student.cfg, results[choose(results)].trial)
+    own = tuple(judge(Trial("int8", method)) for method in student.cfg.methods[: student.cfg.max_trials])
+    rivals = [name for name in files if name[0] != "compress" and name not in off_grid]
+    results = own + tuple(judge(Trial("int8", method, engine=engine)) for engine, method in rivals)
+    best = _method(student.cfg, own[choose(own)].trial)
     set_ranges_(prepared, histograms, best)
     damage = worst_first(prepared, student.run, images=student.cfg.calibration_images)
     del prepared
     if not any(result.met for result in results):
         groups = [group.group for group in damage]
-        results += until_one_holds(fallback_trials(best, groups, student.cfg.max_trials - len(results)), judge)
+        results += until_one_holds(fallback_trials(best, groups, student.cfg.max_trials - len(own)), judge)
     chosen = choose(results)
     # An INT8 file is left even where fp16 was chosen: its name says INT8, and a later stage compares with it.
     int8 = [result for result in results if result.trial.number_format == "int8"]
@@ -144,7 +171,7 @@ def _on_target(student: Student, target: Target, work: Path, out: Path) -> Row:
     shutil.copyfile(file_of(int8[choose(int8)].trial, work), out / target.name / f"{PTQ}.onnx")
     student.log.note(_verdict(student.cfg, target, results, chosen))
     trial = results[chosen].trial
-    reported = None if trial.keep_float else scores.get(("compress", trial.calibration))
+    reported = None if trial.keep_float else scores.get((trial.engine, trial.calibration))
     if reported is None:
         images = student.run.validation(limit=student.cfg.score_images)
         reported = score_file(file_of(trial, work), student.run, images, optimize=runs_here(target))
@@ -177,8 +204,8 @@ def _score(student: Student, target: Target, files: Files) -> dict[Name, Score]:
     return {name: found[path.stem] for name, path in files.items()}
 
 
-def _row(student: Student, target: Target, name: Name, path: Path, found: Score) -> Row:
-    """Return what is reported of a file that was scored in ONNX Runtime."""
+def _row(student: Student, target: Target, name: Name, path: Path, found: Score, off_grid: str | None) -> Row:
+    """Return what is reported of a file that was scored in ONNX Runtime; one that is `off_grid` is no candidate."""
     engine, method = name
     layers = audit(path) if runs_here(target) else None
     return {
@@ -189,14 +216,14 @@ def _row(student: Student, target: Target, name: Name, path: Path, found: Score)
         "agreement": found.agreement(student.reported),
         "integer_layers": len(layers["integer_layers"]) if layers else None,
         "float_layers": len(layers["float_layers"]) if layers else None,
-        "note": None if layers else "scored unoptimized: this machine is not the target",
+        "note": off_grid or (None if layers else "scored unoptimized: this machine is not the target"),
     }
 
 
 def _by_neural_compressor(
-    student: Student, target: Target, algorithm: neural_compressor_ptq.Algorithm, work: Path
-) -> Row:
-    """Measure neural-compressor's static quantization in ONNX Runtime where it exports, else in PyTorch."""
+    student: Student, target: Target, algorithm: neural_compressor_ptq.Algorithm, path: Path
+) -> Row | None:
+    """Write neural-compressor's file; where it cannot be written return what there is to report, scored in PyTorch."""
     row: Row = {"engine": "neural-compressor", "method": algorithm, "scored_in": "pytorch"}
     row |= {"score": None, "agreement": None, "integer_layers": None, "float_layers": None, "note": None}
     model = load_float(student.src, trust_code=student.run.trust_code)
@@ -205,17 +232,14 @@ def _by_neural_compressor(
         quantized = neural_compressor_ptq.quantize(model, images, target=target, algorithm=algorithm)
     except ModelError as error:
         return row | {"note": str(error)}
-    path = work / f"neural-compressor-{algorithm}.onnx"
+    metadata = metadata_of(student.run, score=student.score, target=target)
     try:
         with neural_compressor_ptq.quiet():
-            to_onnx(quantized, path, image_size=student.run.image_size, metadata={})
+            to_onnx(quantized, path, image_size=student.run.image_size, metadata=metadata)
     except BundleError as error:
         found = _score_in_torch(quantized, student.cfg, student.run)
         return row | {"score": found.score, "agreement": found.agreement(student.reported), "note": str(error)}
-    name = ("neural-compressor", algorithm)
-    measured = _row(student, target, name, path, _score(student, target, {name: path})[name])
-    full_range = "its weights take levels from -128 to 127, off this target's grid" if target.weight_max < 127 else None
-    return measured | {"note": measured["note"] or full_range}
+    return None
 
 
 def _judge(student: Student, target: Target, files: Files, work: Path) -> Callable[[Trial], TrialResult]:
@@ -224,9 +248,9 @@ def _judge(student: Student, target: Target, files: Files, work: Path) -> Callab
 
     def build(trial: Trial, path: Path) -> None:
         if trial.number_format == "fp16":
-            save_model(to_float16(onnx.load(student.fp32)), path)
+            write_float16(student.fp32, path, run)
         elif not trial.keep_float:
-            shutil.copyfile(files["compress", trial.calibration], path)
+            shutil.copyfile(files[trial.engine, trial.calibration], path)
         else:
             prepared = student.prepared(target, trial.keep_float)
             calibrate_(prepared, student.calibration(), _method(cfg, trial))
@@ -238,7 +262,7 @@ def _judge(student: Student, target: Target, files: Files, work: Path) -> Callab
         baseline=student.baseline,
         max_drop=cfg.max_drop,
         folder=work,
-        latency_ratio=faster_than(student.fp32, run, target),
+        faster=faster_than(student.fp32, run, target),
         tell=lambda result: student.log.note(f"{target.name}: {result}"),
     )
 

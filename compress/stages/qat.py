@@ -135,7 +135,7 @@ def _hold(
             baseline=baseline,
             max_drop=max_drop,
             folder=work,
-            latency_ratio=faster_than(fp32, run, target),
+            faster=faster_than(fp32, run, target),
             tell=lambda result: log.note(f"{target.name}: {result}"),
         )
         fallbacks = fallback_trials("trained", [group.group for group in damage], MAX_TRIALS)[:-1]

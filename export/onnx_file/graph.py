@@ -1,4 +1,4 @@
-"""Changes to an ONNX graph that keep its meaning: names, versions, metadata, float16, the pools that integer kernels want."""
+"""Changes to an ONNX graph that keep its meaning: names, versions, metadata, the pools that integer kernels want."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,8 +7,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import ModelProto, helper, numpy_helper
-from onnxruntime.transformers.float16 import convert_float_to_float16
-from onnxruntime.transformers.onnx_model import OnnxModel
 
 from export.onnx_file.names import name_nodes_
 
@@ -68,15 +66,6 @@ def global_average_pools_(graph: ir.Graph) -> None:
             pooled.replace_all_uses_with(flatten.outputs[0], replace_graph_outputs=True)
             flatten.replace_input_with(0, pooled)
             graph.insert_after(node, flatten)
-
-
-def to_float16(model: ModelProto) -> ModelProto:
-    """Return the model with float16 weights and arithmetic; input and output stay float32, so callers need no change."""
-    halved: ModelProto = convert_float_to_float16(
-        onnx.ModelProto.FromString(model.SerializeToString()), keep_io_types=True
-    )
-    OnnxModel(halved).topological_sort()  # the converter appends the input's cast at the end
-    return halved
 
 
 def save_model(model: ModelProto, path: Path) -> None:

@@ -84,7 +84,8 @@ def quantize(
             },
         )
         model = onnx.load(quantized)
-    _check_grid(model, target)
+    if reason := off_grid(model, target):
+        raise ValueError(reason)
     original = onnx.load(float_file)
     metadata = {entry.key: entry.value for entry in original.metadata_props}
     strip_(model)
@@ -129,13 +130,15 @@ def _output_axis(node: NodeProto, rank: int) -> int:
     return 0 if node.op_type == "Conv" or transposed else rank - 1
 
 
-def _check_grid(model: ModelProto, target: Target) -> None:
+def off_grid(model: ModelProto, target: Target) -> str | None:
+    """Return why a file's weights or biases are not what the target takes, None where they are."""
     for name, levels in weight_levels(model).items():
         if levels.min() < target.weight_min or levels.max() > target.weight_max:
-            raise ValueError(
+            return (
                 f"{name}: levels {levels.min()} to {levels.max()} are off the grid of {target.name}, "
                 f"{target.weight_min} to {target.weight_max}"
             )
     biases = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT32}
     if biases and not target.integer_bias:
-        raise ValueError(f"{min(biases)}: an int32 bias, which {target.name} does not take")
+        return f"{min(biases)}: an int32 bias, which {target.name} does not take"
+    return None

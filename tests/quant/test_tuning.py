@@ -25,6 +25,7 @@ from compress.quant.tuning import (
 )
 from export.onnx_file.targets import TARGETS
 from export.runtime.accuracy import Score
+from export.runtime.latency import Ratio
 
 IMAGES = 100
 LABELS = np.arange(IMAGES) % 10
@@ -58,7 +59,7 @@ class Bench:
             baseline=score_with(5),
             max_drop=max_drop,
             folder=folder,
-            latency_ratio=lambda path: float(path.read_text()) or None,
+            faster=lambda path: Ratio(ratio, ratio - 1, ratio + 1) if (ratio := float(path.read_text())) else None,
             tell=tell,
         )
 
@@ -82,8 +83,9 @@ def test_a_result_says_what_was_lost_and_how_fast_it_is(tmp_path: Path) -> None:
     assert result.kl == pytest.approx(0.15 * (right - wrong) * 5)
     assert result.latency_ratio == 20.0
     assert result.to_json() == {
-        "number_format": "int8", "calibration": "minmax", "keep_float": (), "score": result.score,
-        "drop": result.drop, "agreement": result.agreement, "kl": result.kl, "latency_ratio": 20.0, "met": False,
+        "number_format": "int8", "calibration": "minmax", "keep_float": (), "engine": "compress", "score": result.score,
+        "drop": result.drop, "agreement": result.agreement, "kl": result.kl, "latency_ratio": 20.0,
+        "latency_ci95": (19.0, 21.0), "met": False,
     }  # fmt: skip
 
 
@@ -142,8 +144,8 @@ def test_all_groups_in_float_is_no_trial() -> None:
     assert [len(trial.keep_float) for trial in fallback_trials("minmax", tuple("abcd"), 12)] == [1, 2, 0]
 
 
-def result(trial: Trial, kl: float, *, met: bool) -> TrialResult:
-    return TrialResult(trial, 0.8, 0.0, 0.9, kl, None, met)
+def result(trial: Trial, kl: float, *, met: bool, speed: tuple[float, float] | None = None) -> TrialResult:
+    return TrialResult(trial, 0.8, 0.0, 0.9, kl, speed and speed[0], speed, met)
 
 
 def test_the_best_is_chosen_and_not_the_first_that_holds() -> None:
@@ -158,6 +160,24 @@ def test_choosing_prefers_a_trial_that_holds_to_one_closer_to_the_float_network(
 def test_of_equals_the_earlier_is_chosen() -> None:
     held = [result(MINMAX, 0.1, met=True), result(PERCENTILE, 0.05, met=True), result(ENTROPY, 0.05, met=True)]
     assert choose(held) == 1
+
+
+OTHERS = Trial("int8", "minmax", engine="onnxruntime")
+
+
+def test_another_engine_s_file_is_chosen_where_it_holds_and_ours_does_not() -> None:
+    assert choose([result(MINMAX, 0.01, met=False), result(OTHERS, 0.05, met=True)]) == 1
+
+
+@pytest.mark.parametrize(("low", "chosen"), [(2.11, 1), (2.09, 0)])
+def test_of_two_engines_the_faster_is_chosen_where_the_intervals_part_else_the_closer(low: float, chosen: int) -> None:
+    ours, others = result(MINMAX, 0.01, met=True, speed=(1.9, 2.1)), result(OTHERS, 0.05, met=True, speed=(low, 2.5))
+    assert choose([ours, others]) == chosen
+
+
+def test_the_files_of_one_engine_are_not_told_apart_by_time() -> None:
+    slow, fast = (result(trial, kl, met=True, speed=(2 * kl, 2.1 * kl)) for trial, kl in ((MINMAX, 1), (ENTROPY, 2)))
+    assert choose([fast, slow]) == 1
 
 
 def test_where_nothing_holds_the_best_is_chosen() -> None:
