@@ -63,6 +63,10 @@ def test_a_float_convolution_that_sneaked_in_is_named_with_its_work(tmp_path: Pa
     assert "conv2 (its weights are float in the file" in over[0]
     assert "quantizer_conv1/DequantizeLinear (feeds conv2 (Conv) and add (Add), not in integers)" in over[2]
     assert over_limits(found, max_float_layers=1, max_float_fraction=0.9, max_leftover_qdq=3) == []
+    found["float_fraction"] = None  # as where the shapes do not tell
+    (sentence,) = over_limits(found, max_float_layers=None, max_float_fraction=0.3, max_leftover_qdq=None)
+    assert "at most 30.00% of the layers (their multiply-accumulates are not known)" in sentence
+    assert "got 33.33%, 1 of 3 layers" in sentence
     assert over_limits(found, max_float_layers=None, max_float_fraction=None, max_leftover_qdq=None) == []
 
 

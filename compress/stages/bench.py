@@ -13,7 +13,7 @@ from compress.recipe.stages import BenchStage
 from compress.run import Run, as_numpy, newest
 from export.bench import bench
 from export.images.decode import BrokenImage
-from export.onnx_file.roles import TEACHER, deployed, files_in, is_int8
+from export.onnx_file.roles import PTQ, TEACHER, deployed, files_in, is_int8
 from export.runtime.accuracy import accuracy, score_files
 from export.runtime.end_to_end import EndToEnd, end_to_end
 from export.runtime.environment import environment
@@ -65,7 +65,7 @@ def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
             "metric": metric_json(task.metric),
             "accuracy": scores,
             "classes": task.by_class(
-                {file: found.rows for file, found in answers.items()}, run.dataset.classes, (TEACHER, name)
+                {file: found.rows for file, found in answers.items()}, run.dataset.classes, (TEACHER, name, PTQ)
             ),
             "timings": measured.timings,
             "end_to_end": whole,

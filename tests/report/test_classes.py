@@ -12,7 +12,7 @@ import pytest
 from answered import answered
 from reports import FILES, build_report, save_report, shown
 
-from compress.report import tables
+from compress.report import summary, tables
 from compress.report.card import card
 from compress.report.comparison.read import read_subjects
 from compress.report.html import render
@@ -39,7 +39,10 @@ def report_on(
     targets: Mapping[str, float] | None = None,
     **bench: Any,
 ) -> Report:
-    return build_report(folder, targets=targets, answers=found, classes=classes, **bench)
+    files = tuple(
+        name for name in FILES if name != "student_ptq_int8"
+    )  # else that is served where the trained one fails
+    return build_report(folder, targets=targets, answers=found, classes=classes, **{"files": files} | bench)
 
 
 def belts(wrong_ok: int, wrong_defect: int) -> np.ndarray:
@@ -56,6 +59,15 @@ def guesses(classes: int = 5, images: int = 400, seed: int = 1) -> tuple[np.ndar
 
 def texts(report: Report) -> str:
     return " ".join((*report["failures"], *report["warnings"]))
+
+
+def test_where_the_trained_file_fails_the_calibrated_one_is_served_and_judged(tmp_path: Path) -> None:
+    found = answers(BELTS, teacher_fp32=belts(2, 1), student_int8=belts(0, 20))
+    report = report_on(tmp_path, found, DEFECTS, {"max_drop": 0.05}, files=tuple(FILES))
+    assert (report["verdict"], report["failures"]) == ("pass", [])
+    assert report["recommendation"] is not None
+    assert report["recommendation"]["file"] == "student_ptq_int8"
+    assert summary.headline(report).rows[0][1].replace("\u00a0", " ") == "99.2 %"
 
 
 # Chance

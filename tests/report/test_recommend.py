@@ -2,8 +2,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reports import CPU, CUDA, FILES, build_report, with_row
+from reports import CPU, CUDA, FILES, build_audit, build_ptq, build_report, with_row
 
+from compress.report import summary
 from compress.report.recommend import recommend
 from compress.report.shape import Report
 
@@ -84,6 +85,34 @@ def test_calibrated_int8_is_served_where_training_failed(tmp_path: Path) -> None
 
 def test_of_two_int8_files_that_hold_the_more_accurate_is_served(tmp_path: Path) -> None:
     assert advice(with_row(build_report(tmp_path), "student_ptq_int8", score=0.979))[0] == "student_ptq_int8"
+
+
+@pytest.mark.parametrize(("low", "file"), [(2.01, "student_ptq_int8"), (1.99, "student_int8")])
+def test_of_two_int8_files_that_hold_the_one_that_is_faster_beyond_doubt_is_served(
+    tmp_path: Path, low: float, file: str
+) -> None:
+    report = with_row(build_report(tmp_path), "student_ptq_int8", score=0.976)
+    report = timed(timed(report, "student_int8", 1.94, 1.88, 2.0), "student_ptq_int8", 2.1, low, 2.2)
+    assert advice(report)[0] == file
+
+
+def test_the_sentence_names_another_quantizer_whose_file_is_served(tmp_path: Path) -> None:
+    planted = build_ptq()
+    planted["targets"]["cpu_avx2"]["trials"][1]["engine"] = "onnxruntime"
+    report = with_row(build_report(tmp_path, int8={"ptq": planted}), "student_int8", score=0.9)
+    report = with_row(report, "student_ptq_int8", score=0.98)
+    assert advice(report)[1].endswith("are allowed; made by ONNX Runtime's quantizer.")
+
+
+@pytest.mark.parametrize(("fraction", "mixed"), [(0.21, True), (0.2, False)])
+def test_a_file_with_over_a_fifth_of_its_work_in_float_is_not_called_int8(
+    tmp_path: Path, fraction: float, mixed: bool
+) -> None:
+    audit = build_audit(float_fraction=fraction, float_layers=["fc", "conv1"])
+    report = build_report(tmp_path, int8={"audit": {"student_int8": audit}})
+    headline = summary.headline(report).rows[0]
+    assert (headline[:2] == ("Not INT8", "2 of 55 layers")) is mixed
+    assert advice(report)[1].endswith("; 2 of 55 layers in float.") is mixed
 
 
 def test_of_two_equal_int8_files_the_trained_is_served(tmp_path: Path) -> None:

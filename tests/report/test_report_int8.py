@@ -352,7 +352,9 @@ def test_a_calibrated_file_is_held_against_itself(tmp_path: Path) -> None:
 
 def test_an_exceeded_limit_fails_the_run(tmp_path: Path) -> None:
     over = ["student_int8: max_float_layers: at most 0 may run in float, got 1: fc"]
-    report = build_report(tmp_path, targets={"min_speedup": 2.5}, int8={"limits": over})
+    report = build_report(
+        tmp_path, targets={"min_speedup": 2.5}, int8={"limits": {"student_int8": over, "student_ptq_int8": ["another"]}}
+    )
     assert (report["verdict"], report["failures"]) == ("fail", over)
     assert summary.verdict_text(report) == "all targets met, 1 export limit exceeded"
 

@@ -40,7 +40,10 @@ def test_a_report_fits_one_screen(tmp_path: Path, variant: str, warnings: int) -
 
 
 def test_the_fullest_report_shows_headline_files_every_failure_and_where_the_rest_is(tmp_path: Path) -> None:
-    whole: dict[str, Any] = {"int8": build_int8() | {"limits": [f"{LONG}{LONG}"]}, "providers": (CPU, CUDA)}
+    whole: dict[str, Any] = {
+        "int8": build_int8() | {"limits": {"student_int8": [f"{LONG}{LONG}"]}},
+        "providers": (CPU, CUDA),
+    }
     files = (*FILES, "student_int8_tensorrt", "student_ptq_int8_cpu_arm")
     targets = {name: 100.0 if name.startswith("min_") else 0.001 for name in ALL_TARGETS}
     report = build_report(tmp_path, targets=targets, **whole, files=files, warnings=(f"first {LONG}", LONG, LONG))
