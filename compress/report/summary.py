@@ -63,7 +63,7 @@ def headline(report: Report) -> Table:
     name = audited_name(report)
     if name and report["audit"] and (said := mostly_float(report, name)):
         share = percent(in_float(report["audit"][name]), 0)
-        rows.append(("Not INT8", said.removesuffix(" in float"), "in float", f"{share} of the multiply-accumulates"))
+        rows.append(("Not INT8", said, "", f"{share} of the multiply-accumulates"))
     if teacher and timed:
         rows += _score(report, teacher["score"], timed["score"], "ONNX Runtime")
         rows += _ratio("Size", teacher["size_mb"], timed["size_mb"], "MB", "smaller")

@@ -139,14 +139,8 @@ def _on_target(student: Student, target: Target, work: Path, out: Path) -> Row:
         files["compress", method] = work / f"compress-{method}.onnx"
         student.export(prepared, files["compress", method], target)
     files |= _by_onnxruntime(student, target, work, heads(prepared))
-    failed: list[Row] = []
-    for algorithm in neural_compressor_ptq.ALGORITHMS if student.cfg.neural_compressor else ():
-        path = work / f"neural-compressor-{algorithm}.onnx"
-        row = _by_neural_compressor(student, target, algorithm, path)
-        if row is None:
-            files["neural-compressor", algorithm] = path
-        else:
-            failed.append(row)
+    others, failed = _by_neural_compressor(student, target, work)
+    files |= others
     scores = _score(student, target, files)
     off_grid = {name: reason for name, path in files.items() if (reason := ptq.off_grid(onnx.load(path), target))}
     rows = [_row(student, target, name, path, scores[name], off_grid.get(name)) for name, path in files.items()]
@@ -220,26 +214,32 @@ def _row(student: Student, target: Target, name: Name, path: Path, found: Score,
     }
 
 
-def _by_neural_compressor(
-    student: Student, target: Target, algorithm: neural_compressor_ptq.Algorithm, path: Path
-) -> Row | None:
-    """Write neural-compressor's file; where it cannot be written return what there is to report, scored in PyTorch."""
-    row: Row = {"engine": "neural-compressor", "method": algorithm, "scored_in": "pytorch"}
-    row |= {"score": None, "agreement": None, "integer_layers": None, "float_layers": None, "note": None}
-    model = load_float(student.src, trust_code=student.run.trust_code)
-    images = (batch.cpu() for batch in student.calibration())
-    try:
-        quantized = neural_compressor_ptq.quantize(model, images, target=target, algorithm=algorithm)
-    except ModelError as error:
-        return row | {"note": str(error)}
+def _by_neural_compressor(student: Student, target: Target, work: Path) -> tuple[Files, list[Row]]:
+    """Build neural-compressor's files; also return what there is to report of those that cannot be written, scored in PyTorch."""
+    files: Files = {}
+    failed: list[Row] = []
     metadata = metadata_of(student.run, score=student.score, target=target)
-    try:
-        with neural_compressor_ptq.quiet():
-            to_onnx(quantized, path, image_size=student.run.image_size, metadata=metadata)
-    except BundleError as error:
-        found = _score_in_torch(quantized, student.cfg, student.run)
-        return row | {"score": found.score, "agreement": found.agreement(student.reported), "note": str(error)}
-    return None
+    for algorithm in neural_compressor_ptq.ALGORITHMS if student.cfg.neural_compressor else ():
+        row: Row = {"engine": "neural-compressor", "method": algorithm, "scored_in": "pytorch"}
+        row |= {"score": None, "agreement": None, "integer_layers": None, "float_layers": None, "note": None}
+        model = load_float(student.src, trust_code=student.run.trust_code)
+        path = work / f"neural-compressor-{algorithm}.onnx"
+        try:
+            images = (batch.cpu() for batch in student.calibration())
+            quantized = neural_compressor_ptq.quantize(model, images, target=target, algorithm=algorithm)
+        except ModelError as error:
+            failed.append(row | {"note": str(error)})
+            continue
+        try:
+            with neural_compressor_ptq.quiet():
+                to_onnx(quantized, path, image_size=student.run.image_size, metadata=metadata)
+            files["neural-compressor", algorithm] = path
+        except BundleError as error:
+            found = _score_in_torch(quantized, student.cfg, student.run)
+            failed.append(
+                row | {"score": found.score, "agreement": found.agreement(student.reported), "note": str(error)}
+            )
+    return files, failed
 
 
 def _judge(student: Student, target: Target, files: Files, work: Path) -> Callable[[Trial], TrialResult]:

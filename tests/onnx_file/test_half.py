@@ -33,10 +33,13 @@ def exported(folder: Path, *, inside: float, head: float) -> Path:
     model = Residual(5, width=8)
     lively(model)
     with torch.no_grad():
-        for part in (model.block1.bn1.weight, model.block1.bn1.bias):
-            part *= inside
-        model.block1.conv2.weight /= inside
-        model.head.weight *= head
+        for part, factor in (
+            (model.block1.bn1.weight, inside),
+            (model.block1.bn1.bias, inside),
+            (model.block1.conv2.weight, 1 / inside),
+            (model.head.weight, head),
+        ):
+            part.mul_(factor)
     to_onnx(model, folder / "float.onnx", image_size=16, metadata={"task": "classification"})
     return folder / "float.onnx"
 

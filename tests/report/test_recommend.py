@@ -111,7 +111,7 @@ def test_a_file_with_over_a_fifth_of_its_work_in_float_is_not_called_int8(
     audit = build_audit(float_fraction=fraction, float_layers=["fc", "conv1"])
     report = build_report(tmp_path, int8={"audit": {"student_int8": audit}})
     headline = summary.headline(report).rows[0]
-    assert (headline[:2] == ("Not INT8", "2 of 55 layers")) is mixed
+    assert (headline[:2] == ("Not INT8", "2 of 55 layers in float")) is mixed
     assert advice(report)[1].endswith("; 2 of 55 layers in float.") is mixed
 
 

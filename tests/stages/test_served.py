@@ -88,8 +88,8 @@ def test_a_file_with_over_a_fifth_of_its_work_in_float_fails_and_is_not_called_i
     assert "1 of 7 layers: block1.conv1 (" in failure
     text = shown(fallen_short.report)
     assert text.index("Not INT8") < text.index("Top-1")
-    assert "1 of 7 layers" in text
-    assert "1 of 7 layers" in fallen_short.page
+    assert "1 of 7 layers in float" in text
+    assert "1 of 7 layers in float" in fallen_short.page
 
 
 def test_what_overflows_half_precision_stays_in_float32_and_all_else_is_measured(fallen_short: Outcome) -> None:
