@@ -24,6 +24,11 @@ Algorithm = Literal["minmax", "kl"]
 ALGORITHMS: tuple[Algorithm, ...] = ("minmax", "kl")
 
 
+def off_grid(target: Target) -> str | None:
+    """Return why its files are not for the target, None where they are."""
+    return "its weights take levels from -128 to 127, off this target's grid" if target.weight_max < 127 else None
+
+
 def quantize(model: nn.Module, batches: Iterable[Tensor], *, target: Target, algorithm: Algorithm) -> nn.Module:
     """Return the float `model` statically quantized, with ranges from `batches`, each (n, 3, s, s) on the CPU; `model` stays as it is.
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,14 +119,19 @@ def choose(results: Sequence[TrialResult]) -> int:
     """Return the index of the best file: of those that hold, if any does, the fastest beyond doubt, else the one that diverges least.
 
     Files of one engine take the same time; its own best is the one whose answers diverge least from the float network's. Where training
-    images choose, that finds what is best on others more surely than their score or agreement (docs/decisions.md).
+    images choose, that finds what is best on others more surely than their score or agreement (docs/decisions.md). Without times
+    this pipeline's own best goes first: a file with more layers in float diverges less, and is slower.
     """
     held = [index for index, result in enumerate(results) if result.met] or list(range(len(results)))
     by_engine: dict[Engine, int] = {}
     for index in sorted(held, key=lambda index: results[index].kl):
         by_engine.setdefault(results[index].trial.engine, index)
-    ends = [(index, results[index].latency_ci95 or (0.0, math.inf)) for index in by_engine.values()]
-    return next(index for index, (_, high) in ends if all(high >= low for _, (low, _) in ends))
+    ends = {index: results[index].latency_ci95 for index in by_engine.values()}
+    timed = {index: interval for index, interval in ends.items() if interval is not None}
+    if len(timed) < len(ends):
+        return by_engine.get("compress", next(iter(ends)))
+    fastest = max(low for low, _ in timed.values())
+    return next(index for index, (_, high) in timed.items() if high >= fastest)
 
 
 def file_of(trial: Trial, folder: Path) -> Path:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor, nn
 
@@ -142,7 +141,7 @@ def _on_target(student: Student, target: Target, work: Path, out: Path) -> Row:
     others, failed = _by_neural_compressor(student, target, work)
     files |= others
     scores = _score(student, target, files)
-    off_grid = {name: reason for name, path in files.items() if (reason := ptq.off_grid(onnx.load(path), target))}
+    off_grid = {name: reason for name in others if (reason := neural_compressor_ptq.off_grid(target))}
     rows = [_row(student, target, name, path, scores[name], off_grid.get(name)) for name, path in files.items()]
     rows += failed
     for row in rows:

@@ -84,8 +84,7 @@ def quantize(
             },
         )
         model = onnx.load(quantized)
-    if reason := off_grid(model, target):
-        raise ValueError(reason)
+    _check_grid(model, target)
     original = onnx.load(float_file)
     metadata = {entry.key: entry.value for entry in original.metadata_props}
     strip_(model)
@@ -130,15 +129,13 @@ def _output_axis(node: NodeProto, rank: int) -> int:
     return 0 if node.op_type == "Conv" or transposed else rank - 1
 
 
-def off_grid(model: ModelProto, target: Target) -> str | None:
-    """Return why a file's weights or biases are not what the target takes, None where they are."""
+def _check_grid(model: ModelProto, target: Target) -> None:
     for name, levels in weight_levels(model).items():
         if levels.min() < target.weight_min or levels.max() > target.weight_max:
-            return (
+            raise ValueError(
                 f"{name}: levels {levels.min()} to {levels.max()} are off the grid of {target.name}, "
                 f"{target.weight_min} to {target.weight_max}"
             )
     biases = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT32}
     if biases and not target.integer_bias:
-        return f"{min(biases)}: an int32 bias, which {target.name} does not take"
-    return None
+        raise ValueError(f"{min(biases)}: an int32 bias, which {target.name} does not take")

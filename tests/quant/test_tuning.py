@@ -175,6 +175,10 @@ def test_of_two_engines_the_faster_is_chosen_where_the_intervals_part_else_the_c
     assert choose([ours, others]) == chosen
 
 
+def test_without_times_another_engine_s_closer_file_is_no_better_than_ours() -> None:
+    assert choose([result(MINMAX, 0.05, met=True), result(OTHERS, 0.01, met=True)]) == 0
+
+
 def test_the_files_of_one_engine_are_not_told_apart_by_time() -> None:
     slow, fast = (result(trial, kl, met=True, speed=(2 * kl, 2.1 * kl)) for trial, kl in ((MINMAX, 1), (ENTROPY, 2)))
     assert choose([fast, slow]) == 1
