@@ -18,11 +18,11 @@ from compress.quant.prepare import deploy, prepare
 from compress.quant.sensitivity import Sensitivity, sensitivity
 from compress.recipe import stages
 from compress.run import Run, as_numpy
-from export.onnx_file.graph import save_model
-from export.onnx_file.half import overflowing, to_float16
+from export.onnx_file.graph import save_model, to_float16
 from export.onnx_file.names import module_of
 from export.onnx_file.targets import CPU, RUNS, TARGET_PROVIDERS, Target, host_target
 from export.onnx_file.to_onnx import to_onnx
+from export.proof.half import overflowing
 from export.runtime.accuracy import Score, score_files, score_of
 from export.runtime.latency import Ratio, speedup, time_sessions
 from export.runtime.session import PROVIDERS, bind, open_session

@@ -11,7 +11,7 @@ from quantized_files import SIZE, quantized_network
 from sklearn.datasets import load_digits
 
 from export.bundle.write import Contents
-from export.onnx_file.half import to_float16
+from export.onnx_file.graph import to_float16
 from export.serving.triton import Serving
 
 LAYERS = ("conv1", "conv2", "head")

@@ -13,7 +13,7 @@ from quantized_files import SIZE, WIDTH, changed, quantized_network
 
 from export.audit import Audit, audit, main, over_limits, slowest
 from export.errors import BundleError
-from export.onnx_file.half import to_float16
+from export.onnx_file.graph import to_float16
 from export.onnx_file.macs import macs
 from export.onnx_file.wiring import wire
 from export.runtime.session import available_providers

@@ -20,9 +20,9 @@ from compress.scoring import RANGE_IMAGES, export_network, write_float16
 from export.audit import Audit, audit, over_limits
 from export.bundle.read import VALIDATION
 from export.onnx_file.graph import save_model
-from export.onnx_file.half import is_finite
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER, UINT8, deployed, files_in, is_int8, name_for
 from export.onnx_file.uint8_input import with_uint8_input
+from export.proof.half import is_finite
 from export.verify import Verification, verify
 
 

@@ -1,12 +1,15 @@
-"""Changes to an ONNX graph that keep its meaning: names, versions, metadata, the pools that integer kernels want."""
+"""Changes to an ONNX graph that keep its meaning: names, versions, metadata, float16, the pools that integer kernels want."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import ModelProto, helper, numpy_helper
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
 
 from export.onnx_file.names import name_nodes_
 
@@ -68,6 +71,26 @@ def global_average_pools_(graph: ir.Graph) -> None:
             graph.insert_after(node, flatten)
 
 
+def to_float16(model: ModelProto, keep: Collection[str] = ()) -> ModelProto:
+    """Return the model with float16 weights and arithmetic, but for the nodes in `keep`.
+
+    Input and output stay float32, so callers need no change.
+    """
+    halved: ModelProto = convert_float_to_float16(
+        ModelProto.FromString(model.SerializeToString()), keep_io_types=True, node_block_list=list(keep)
+    )
+    OnnxModel(halved).topological_sort()  # the converter appends the input's cast at the end
+    if keep:  # between two nodes in float32 the converter goes through float16
+        joined = ir.from_proto(halved)
+        for node in joined.graph:
+            made = node.inputs[0].producer() if _casts_to(node, ir.DataType.FLOAT) and node.inputs[0] else None
+            if made is not None and _casts_to(made, ir.DataType.FLOAT16):
+                node.replace_input_with(0, made.inputs[0])
+        RemoveUnusedNodesPass()(joined)
+        halved = ir.to_proto(joined)
+    return halved
+
+
 def save_model(model: ModelProto, path: Path) -> None:
     """Check the model and write it as one file."""
     onnx.checker.check_model(model, full_check=True)
@@ -90,3 +113,7 @@ def _is_global_mean(node: ir.Node) -> bool:
     if not images or not images.shape or len(images.shape) != 4 or axes is None:
         return False
     return sorted(int(axis) % 4 for axis in axes.numpy().ravel()) == [2, 3]
+
+
+def _casts_to(node: ir.Node, kind: ir.DataType) -> bool:
+    return node.op_type == "Cast" and node.attributes.get_int("to", 0) == kind

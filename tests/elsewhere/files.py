@@ -19,8 +19,7 @@ from torch import nn
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, prepare
 from export.images.preprocess import Preprocess
-from export.onnx_file.graph import save_model
-from export.onnx_file.half import to_float16
+from export.onnx_file.graph import save_model, to_float16
 from export.onnx_file.targets import TARGETS
 from export.onnx_file.to_onnx import to_onnx
 from export.onnx_file.uint8_input import PIXELS, with_uint8_input

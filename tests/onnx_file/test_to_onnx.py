@@ -15,8 +15,7 @@ from compress.quant.fake_quant import ActivationQuantizer
 from compress.quant.prepare import deploy, prepare, quantizers
 from export.audit import audit
 from export.onnx_file import ptq
-from export.onnx_file.graph import save_model, weight_levels
-from export.onnx_file.half import to_float16
+from export.onnx_file.graph import save_model, to_float16, weight_levels
 from export.onnx_file.model_file import parse
 from export.onnx_file.names import module_of, unique
 from export.onnx_file.targets import TARGETS

@@ -1,16 +1,12 @@
-"""Half precision: which nodes' values leave its range on real images, and the file in which all others are float16."""
+"""Which nodes of a float file make values that half precision does not hold, on real images; and whether a file answers with numbers."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
-from onnx_ir.passes.common import RemoveUnusedNodesPass
-from onnxruntime.transformers.float16 import convert_float_to_float16
-from onnxruntime.transformers.onnx_model import OnnxModel
 
 from export.runtime.session import open_session
 
@@ -18,26 +14,6 @@ LARGEST = 65504 / 2  # half of float16's largest: other images reach further tha
 SLICE = 8  # images at once
 
 Floats = NDArray[np.float32]
-
-
-def to_float16(model: ModelProto, keep: Collection[str] = ()) -> ModelProto:
-    """Return the model with float16 weights and arithmetic, but for the nodes in `keep`.
-
-    Input and output stay float32, so callers need no change.
-    """
-    halved: ModelProto = convert_float_to_float16(
-        ModelProto.FromString(model.SerializeToString()), keep_io_types=True, node_block_list=list(keep)
-    )
-    OnnxModel(halved).topological_sort()  # the converter appends the input's cast at the end
-    if keep:  # between two nodes in float32 the converter goes through float16
-        joined = ir.from_proto(halved)
-        for node in joined.graph:
-            made = node.inputs[0].producer() if _casts_to(node, ir.DataType.FLOAT) and node.inputs[0] else None
-            if made is not None and _casts_to(made, ir.DataType.FLOAT16):
-                node.replace_input_with(0, made.inputs[0])
-        RemoveUnusedNodesPass()(joined)
-        halved = ir.to_proto(joined)
-    return halved
 
 
 def overflowing(model: ModelProto, images: Iterable[Floats]) -> list[str]:
@@ -74,7 +50,3 @@ def sliced(images: Iterable[Floats]) -> Iterator[Floats]:
     for batch in images:
         for start in range(0, len(batch), SLICE):
             yield batch[start : start + SLICE]
-
-
-def _casts_to(node: ir.Node, kind: ir.DataType) -> bool:
-    return node.op_type == "Cast" and node.attributes.get_int("to", 0) == kind

@@ -8,10 +8,10 @@ import pytest
 import torch
 from networks import Residual, lively
 
-from export.onnx_file.graph import save_model
-from export.onnx_file.half import is_finite, overflowing, to_float16
+from export.onnx_file.graph import save_model, to_float16
 from export.onnx_file.model_file import precision
 from export.onnx_file.to_onnx import to_onnx
+from export.proof.half import is_finite, overflowing
 from export.runtime.session import open_session
 
 IMAGES = np.random.default_rng(0).standard_normal((20, 3, 16, 16)).astype(np.float32)
