@@ -15,6 +15,7 @@ STILL: dict[str, Any] = {
     "pad": 0.125,
     "min_area": 0.25,
     "flip": False,
+    "distort": False,
     "randaugment": 0,
     "mixup": 0.0,
     "cutmix": 0.0,

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 from compress.report.bundling import publish, serving_of
 from compress.report.card import card
+from compress.report.hub import publish_to_hub
 from export.bundle.read import read_bundle
 from export.errors import BundleError
 from export.onnx_file.model_file import Value
@@ -193,3 +195,51 @@ def test_the_command_publishes_and_says_where(finished: Path, tmp_path: Path) ->
     result = CliRunner().invoke(app, ["publish", str(finished), "--to", str(tmp_path / "out")], catch_exceptions=False)
     assert (result.exit_code, result.output) == (0, f"{tmp_path / 'out'}\n")
     read_bundle(tmp_path / "out")
+
+
+def test_a_dry_run_lists_what_the_hub_would_hold_and_asks_no_server(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)
+    command = ["publish", str(finished), "--to", "hf://user/small", "--dry-run"]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0
+    *files, end = result.output.splitlines()
+    listed = {name: int(size.replace(",", "")) for size, name in map(str.split, files)}
+    assert listed == {name: len(content) for name, content in contents(finished / "bundle").items()}
+    assert end == f"hf://user/small: would hold these {len(files)} files; nothing was sent"
+
+
+def test_the_hub_gets_the_bundle_in_one_commit(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    class Api:
+        def create_repo(self, repository: str, *, exist_ok: bool) -> None:
+            asked["made"] = repository, exist_ok
+
+        def upload_folder(self, *, folder_path: Path, **said: Any) -> None:
+            asked.update(said, sent=contents(folder_path))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    publish_to_hub(finished, "hf://user/small", key=None, dry_run=False)
+    assert asked == {
+        "made": ("user/small", True),
+        "repo_id": "user/small",
+        "commit_message": "The bundle of small",
+        "delete_patterns": ["*"],
+        "sent": contents(finished / "bundle"),
+    }
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    result = CliRunner().invoke(app, ["publish", str(finished), "--to", "hf://user/small"])
+    assert result.exit_code == 2
+    assert result.output.startswith("hf://user/small: ConnectError: ")
+    assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("to", ["hf://small", "hf://a/b/c", "hf://us er/x", "hf://"])
+def test_another_name_is_refused(finished: Path, to: str) -> None:
+    with pytest.raises(ArtifactError, match="give hf://USER/NAME"):
+        publish_to_hub(finished, to, key=None, dry_run=True)
