@@ -77,7 +77,7 @@ def run_recipe(
     if until is not None:
         plans = {student: plan[: _position(chains[student], until) + 1] for student, plan in plans.items()}
     root = run_root(recipe)
-    settings = recipe.model_dump(mode="json", exclude_defaults=True)
+    settings = recipe.model_dump(mode="json")
     with (
         exclusive(root) if rank() == 0 else nullcontext(),
         opened(recipe.log_to if rank() == 0 else (), recipe.name, root, settings) as sinks,

@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 from elsewhere.files import ENVIRONMENTS, is_there
+from typer.testing import CliRunner
 
+from compress.cli import app
 from compress.errors import CompressError
 from compress.log import StageLog
 from compress.report import sinks
@@ -109,6 +111,45 @@ def test_a_missing_library_is_named(sent: Sent, tmp_path: Path) -> None:
     with expected, opened(["mlflow", "trackio"], "tiny", tmp_path, {}):
         pass
     assert sent[-1] == ("mlflow", "closed")
+
+
+RECIPE = """
+name: sent
+log_to: [mlflow]
+data: {image_size: 16, limit_per_class: 10}
+model: {arch: "cifar:resnet20"}
+stages:
+  - {stage: source, fit: {epochs: 2, batch_size: 32, lr: 0.05}}
+"""
+
+
+def test_a_run_sends_its_epochs_and_its_report(sent: Sent, tmp_path: Path) -> None:
+    (tmp_path / "sent.yaml").write_text(RECIPE)
+    command = ["run", str(tmp_path / "sent.yaml"), "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert sent[0][3]["stages.0.source.fit.lr"] == "0.05"
+    measured = [one for one in sent if len(one) == 3]
+    assert [epoch for _, _, epoch in measured] == [1, 2, 0]
+    report = json.loads((tmp_path / "sent" / "report.json").read_text())
+    assert (
+        measured[1][1]["source/score"]
+        == measured[2][1]["source/final_score"]
+        == report["stages"][0]["metrics"]["score"]
+    )
+    assert sent[-2:] == [("mlflow", ["report", "report.json"]), ("mlflow", "closed")]
+    kept = [path.name for path in (tmp_path / "sent").glob("00-*")]
+
+    def unreachable(*_: object) -> Sink:
+        raise ConnectionError("no such host")
+
+    sinks.SINKS["mlflow"] = unreachable  # which the fixture puts right
+    result = CliRunner().invoke(app, [*command, "--set", "source.fit.epochs=3"])
+    assert (result.exit_code, result.output) == (
+        2,
+        "log_to: mlflow: ConnectionError: no such host; start its server, or leave it out\n",
+    )
+    assert [path.name for path in (tmp_path / "sent").glob("00-*")] == kept
 
 
 def run_there(environment: str, sink: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
