@@ -2,14 +2,12 @@
 
 import importlib
 import io
-import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from compress.artifact import digests_of
-from compress.data.digest import refuse_untrainable
+from compress.data.digest import shards_in, training_folder
 from compress.data.shard_files import scan_shard
 from compress.data.shards import (
     CLASSES,
@@ -25,7 +23,8 @@ from compress.data.shards import (
 from export.command.files import put_folder, sha256
 from export.errors import DataError
 from export.images.decode import BrokenImage
-from export.images.folders import File, Listing, list_folder
+from export.images.folders import File, Listing
+from export.images.read import content_of
 
 Sample = tuple[str, bytes, int]
 """A file's suffix, its bytes, and its label."""
@@ -39,21 +38,25 @@ def write_shards(data: str, out: Path, *, size_mb: int) -> str:
     """
     if out.exists():
         raise DataError(f"{out}: is there already; name a new folder")
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as memory:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        aside, memory = Path(folder, "new"), Path(folder, "memory")
+        aside.mkdir()
+        memory.mkdir()
         fill = _index_urls if "://" in data else _copy
-        fill(data, aside, Path(memory), size_mb)
-        listing = list_shards(aside, dict.fromkeys([INDEX], ""), Path(memory))
-    put_folder(aside, out)
+        fill(data, aside, memory, size_mb)
+        listing = list_shards(aside, {INDEX: ""}, memory)
+        put_folder(aside, out)
     parts = f"{len(listing.train):,} training and {len(listing.val or ()):,} validation images"
     return f"{out}: {parts} of {len(listing.classes):,} classes in {len(listing.places):,} shards"
 
 
 def _copy(data: str, aside: Path, memory: Path, size_mb: int) -> None:
     """Write a folder's images into tars, and their index."""
-    root, found = Path(data), _listed(Path(data), memory)
+    root = Path(data)
+    shards = shards_in(root, memory)
+    found = training_folder(root) if shards is None else shards.listing
+    assert isinstance(found, Listing | ShardListing)
     for part, rows in (("train", found.train), ("val", found.val)):
         if rows is not None:
             _write_tars(aside / part, _samples(root, found, rows), size_mb)
@@ -61,17 +64,6 @@ def _copy(data: str, aside: Path, memory: Path, size_mb: int) -> None:
     files = shard_files(aside)
     seen = [scan_shard(aside / name) for name in files if name != CLASSES]
     save_index(aside / INDEX, index_of(aside, {name: sha256(aside / name)[:16] for name in files}, files[:-1], seen))
-
-
-def _listed(root: Path, memory: Path) -> Listing | ShardListing:
-    found: Listing | ShardListing
-    if files := shard_files(root):
-        digests = digests_of(root, files, memory=memory / "digests.json")
-        found = list_shards(root, {name: digest[:16] for name, digest in digests.items()}, memory)
-    else:
-        found = list_folder(root)
-    refuse_untrainable(found)
-    return found
 
 
 def _samples(root: Path, found: Listing | ShardListing, rows: Rows | tuple[File, ...]) -> Iterator[Sample]:
@@ -86,7 +78,7 @@ def _samples(root: Path, found: Listing | ShardListing, rows: Rows | tuple[File,
                 raise DataError(f"{root}: {name}: cannot be read ({error}); fetch its shard anew") from error
             yield Path(name).suffix or ".jpg", content, int(rows.labels[index])
     else:
-        yield from ((Path(name).suffix, (root / name).read_bytes(), label) for name, label in rows)
+        yield from ((Path(name).suffix, content_of(root / name), label) for name, label in rows)
 
 
 def _write_tars(start: Path, samples: Iterator[Sample], size_mb: int) -> None:
@@ -108,8 +100,8 @@ def _write_tars(start: Path, samples: Iterator[Sample], size_mb: int) -> None:
 
 def _index_urls(data: str, aside: Path, memory: Path, _: int) -> None:
     """Read the tars of a URL once, one after the other, and write their index alone."""
-    system, folder = importlib.import_module("fsspec").core.url_to_fs(data)
     try:
+        system, folder = importlib.import_module("fsspec").core.url_to_fs(data)
         names = sorted(system.glob(f"{folder.rstrip('/')}/*.tar"))
         if not names:
             raise DataError(f"{data}: holds no .tar; give the URL of the folder that does")
@@ -121,7 +113,7 @@ def _index_urls(data: str, aside: Path, memory: Path, _: int) -> None:
             if file.name != CLASSES:
                 seen.append(scan_shard(file))
                 file.unlink()
-    except OSError as error:
+    except (OSError, ImportError, ValueError) as error:  # the last two of a protocol that it does not know
         raise DataError(f"{data}: cannot be read ({error}); check the address and the network") from error
     index = index_of(memory, digests, [system.unstrip_protocol(name) for name in names], seen)
     save_index(aside / INDEX, index)

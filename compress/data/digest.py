@@ -82,11 +82,8 @@ def given(settings: DataSettings) -> Given:
     """
     if settings.name == "imagefolder":
         root = folder_of(settings.path)
-        if files := shard_files(root):
-            digests = _digests(root, files, settings.memory)
-            shards = list_shards(root, digests, settings.memory)
-            refuse_untrainable(shards)
-            return Given(shards, digests)
+        if (shards := shards_in(root, settings.memory)) is not None:
+            return shards
         listing = TASKS[settings.task].listing(root)
         refuse_untrainable(listing)
         return Given(listing, _digests(listing.root, listing.names(), settings.memory))
@@ -110,6 +107,16 @@ def given_unlabelled(settings: DataSettings) -> dict[str, str]:
 def unlabelled_digest(settings: DataSettings) -> str:
     """Return a sha256 over the content of the unlabelled images, wherever they lie."""
     return hashlib.sha256(json.dumps(sorted(given_unlabelled(settings).values())).encode()).hexdigest()
+
+
+def shards_in(root: Path, memory: Path) -> Given | None:
+    """Return what a folder of shards holds, None where it is none."""
+    if not (files := shard_files(root)):
+        return None
+    digests = _digests(root, files, memory)
+    listing = list_shards(root, digests, memory)
+    refuse_untrainable(listing)
+    return Given(listing, digests)
 
 
 def dataset_digest(settings: DataSettings, found: Given) -> str:

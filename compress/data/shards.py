@@ -93,7 +93,7 @@ def list_shards(root: Path, digests: Mapping[str, str], memory: Path) -> ShardLi
     """
     kept = memory / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
     for file in (root / INDEX, kept):
-        if (index := _load(file)) and (INDEX in digests or _digests(index) == digests):
+        if (index := _load(file)) and (INDEX in digests or (_digests(index) == digests and _is_here(root, index))):
             return _listing(root, index)
     if INDEX in digests:
         raise DataError(f"{root / INDEX}: is no index of this version; make it anew with compress shards URL DIR")
@@ -134,6 +134,10 @@ def index_of(
 
 def _digests(index: Mapping[str, NDArray[Any]]) -> dict[str, str]:
     return dict(zip(index["files"].tolist(), index["sha256"].tolist(), strict=True))
+
+
+def _is_here(root: Path, index: Mapping[str, NDArray[Any]]) -> bool:
+    return all((root / place).exists() for place in index["places"].tolist())
 
 
 def _load(file: Path) -> dict[str, NDArray[Any]] | None:
@@ -202,8 +206,8 @@ def read_bytes(place: str, offset: int, length: int) -> bytes:
             found: bytes = system.cat_file(path, start=offset, end=offset + length)
         else:
             found = os.pread(_opened(place).number, length, offset)
-    except OSError as error:
-        raise BrokenImage(error.strerror or str(error)) from error
-    if len(found) < length:
-        raise BrokenImage("its shard ends before it")
+    except (OSError, ImportError) as error:
+        raise BrokenImage(getattr(error, "strerror", None) or str(error)) from error
+    if len(found) != length:  # it ends before, or its server gives whole files
+        raise BrokenImage(f"its shard gave {len(found):,} bytes where {length:,} were asked for")
     return found

@@ -1,10 +1,14 @@
 """Shards are seen as their folder is: tars of this package and of others, Arrow and Parquet, on the disk and behind a URL."""
 
+import http.server
 import io
 import itertools
 import tarfile
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,6 +167,9 @@ def saved(folder: Path, root: Path, kind: str) -> Path:
 def test_what_datasets_saved_is_seen_as_its_folder_is(kind: str, folder: Path, tmp_path: Path) -> None:
     root = saved(folder, tmp_path / kind, kind)
     assert same(opened("imagefolder", folder), opened("imagefolder", root))
+    for copy in (root / ".memory").glob("*.arrow"):  # of a Parquet file; it comes back
+        copy.unlink()
+    assert same(opened("imagefolder", folder), opened("imagefolder", root))
 
 
 def test_shards_behind_a_url_are_read_by_their_index(folder: Path, shards: Path, tmp_path: Path) -> None:
@@ -172,6 +179,56 @@ def test_shards_behind_a_url_are_read_by_their_index(folder: Path, shards: Path,
     write_shards("memory://bucket", tmp_path / "index", size_mb=1)
     assert [file.name for file in (tmp_path / "index").iterdir()] == ["index.npz"]
     assert same(opened("imagefolder", folder), opened("imagefolder", tmp_path / "index"))
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """Serves the parts of files that are asked for, as object stores do."""
+
+    def send_head(self) -> Any:
+        start, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        if not start or not type(self).honest:
+            return super().send_head()
+        part = Path(self.translate_path(self.path)).read_bytes()[int(start) : int(last) + 1]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        return io.BytesIO(part)
+
+    honest = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url(shards: Path) -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(shards))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_loader_processes_read_from_a_server_and_believe_no_whole_file(
+    url: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp")
+    write_shards(url, tmp_path / "index", size_mb=1)
+    local, remote = opened("imagefolder", folder), opened("imagefolder", tmp_path / "index")
+    for workers in (0, 2):
+        pairs = [
+            eval_batches(one.val, one.preprocess, batch_size=2, device=CPU, workers=workers) for one in (local, remote)
+        ]
+        assert all(torch.equal(a.images, b.images) for a, b in zip(*pairs, strict=True))
+    monkeypatch.setattr(Ranges, "honest", False)
+    with pytest.raises(DataError, match=r"its shard gave [\d,]+ bytes where [\d,]+ were asked for"):
+        list(eval_batches(remote.val, remote.preprocess, batch_size=2, device=CPU, workers=0))
+
+
+@pytest.mark.parametrize("url", ["nothing://bucket", "memory://empty", "http://127.0.0.1:9/"])
+def test_a_url_that_cannot_be_read_is_a_sentence(url: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"{url}: (cannot be read|holds no \.tar)"):
+        write_shards(url, tmp_path / "index", size_mb=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_index_is_kept_and_a_changed_shard_is_another_data_set(tmp_path: Path) -> None:
