@@ -27,6 +27,7 @@ from export.runtime.session import RUNTIME_ERRORS, first_line, open_session
 
 # What onnx2torch, torch.fx and ONNX Runtime raise where they meet what they cannot do.
 CANNOT: tuple[type[Exception], ...] = (NotImplementedError, ValueError, KeyError, TypeError, *RUNTIME_ERRORS)
+AXES_AS_INPUT = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2")  # since opset 18
 FLOAT_ROUNDING = 1e-4  # of the largest logit, between ONNX Runtime's kernels and torch's
 # What may stand in an archive's shapes, which torch has sympy evaluate.
 SYMBOLS = re.compile(
@@ -104,7 +105,7 @@ class _Fixed(nn.Module):
 
 
 def rebuilt(name: str, _num_classes: int = 0) -> nn.Module:
-    """Return an ONNX file as a torch network with its weights, checked on noise to answer as the file does, to float rounding.
+    """Return an ONNX file as a torch network with its weights, without a softmax at its end, checked on noise to answer as the file does.
 
     Raises `ModelError` where onnx2torch lacks one of its operators or the answers differ.
     """
@@ -113,7 +114,9 @@ def rebuilt(name: str, _num_classes: int = 0) -> nn.Module:
     black_box = OnnxFile(file)
     advice = "so it cannot be cut or trained: name it as `teacher` and start another network with a student stage"
     try:
-        found = converter.convert(_static(file, black_box.shape)).eval()
+        proto = _static(file, black_box.shape)
+        ends_in_softmax = _without_softmax_(proto)
+        found = converter.convert(proto).eval()
         network: nn.Module = fx.GraphModule(found, _Inlined().trace(found), file.stem)
     except CANNOT as error:
         raise ModelError(
@@ -128,6 +131,7 @@ def rebuilt(name: str, _num_classes: int = 0) -> nn.Module:
     try:
         with torch.no_grad():
             answers = network(images)
+            answers = answers.softmax(1) if ends_in_softmax else answers
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"{file}: rebuilt, it does not take two images ({first_line(error)}), {advice}") from error
     apart = float((answers - expected).abs().max())
@@ -237,7 +241,34 @@ def _static(file: Path, shape: list[int | str | None]) -> onnx.ModelProto:
             kept = [attribute for attribute in node.attribute if attribute.name != "allowzero"]
             del node.attribute[:]
             node.attribute.extend(kept)
+    _as_opset_17_(static)
     return static
+
+
+def _without_softmax_(proto: onnx.ModelProto) -> bool:
+    """Take a softmax off the end, as Keras's classifiers have one, so that logits come out; tell whether there was one."""
+    (output, *_) = proto.graph.output
+    last = next((node for node in proto.graph.node if output.name in node.output), None)
+    if last is None or last.op_type != "Softmax":
+        return False
+    proto.graph.node.remove(last)
+    output.name = last.input[0]
+    return True
+
+
+def _as_opset_17_(proto: onnx.ModelProto) -> None:
+    """Write what newer opsets say otherwise as opset 17 did, the last that onnx2torch knows; what differs in meaning, the check finds."""
+    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    for entry in proto.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            entry.version = min(entry.version, 17)
+    for node in proto.graph.node:
+        if node.op_type == "Split":
+            kept = [attribute for attribute in node.attribute if attribute.name != "num_outputs"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+        elif node.op_type in AXES_AS_INPUT and len(node.input) == 2 and node.input[1] in known:
+            node.attribute.append(onnx.helper.make_attribute("axes", known[node.input.pop()].tolist()))
 
 
 class _Inlined(fx.Tracer):
