@@ -22,9 +22,9 @@ from compress.data.shard_files import Found, scan_shard, seekable
 from export.command.files import writing
 from export.errors import DataError
 from export.images.decode import BrokenImage
-from export.images.folders import TRAIN, VAL_NAMES, is_label
+from export.images.folders import SHARDS, TRAIN, VAL_NAMES, is_label
 
-INDEX, CLASSES, SHARDS = "index.npz", "classes.txt", (".tar", ".arrow", ".parquet")
+INDEX, CLASSES = "index.npz", "classes.txt"
 VERSION = 1  # of the index
 PART = re.compile(rf"(?:^|[/_.-])({'|'.join((TRAIN, *VAL_NAMES))})(?=[/_.-])")
 

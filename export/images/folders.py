@@ -12,6 +12,7 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif", ".jp2"),
     *(".ppm", ".pgm", ".tga"),
 )
+SHARDS = (".tar", ".arrow", ".parquet")  # that training reads
 TRAIN, VAL_NAMES = "train", ("val", "valid", "validation", "test")
 # What archives, network drives and file systems leave beside the images; hidden names are left out as well.
 IGNORED = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
@@ -153,6 +154,11 @@ def _refuse_other_layouts(root: Path) -> None:
 def _classes(folder: Path) -> tuple[str, ...]:
     classes = tuple(_subfolders(folder))
     if not classes:
+        if any(path.suffix in SHARDS for path in folder.iterdir()):
+            raise DataError(
+                f"{folder}: holds shards, which are read by training alone; here give a folder of class folders "
+                "(`compress export-data RUN DIR` writes a run's validation images as one)"
+            )
         loose = len(images_in(folder, folder))
         raise DataError(
             f"{folder}: has {loose:,} images and no class folder; give each class a folder of its own with its images"

@@ -21,7 +21,9 @@ from compress.data.batches import eval_batches, train_batches
 from compress.data.dataset import Dataset
 from compress.data.digest import DataSettings, dataset_digest, given
 from compress.data.images import ShardImages
+from compress.data.validation import write_validation
 from export.errors import DataError
+from export.images.folders import list_folder
 
 CPU = torch.device("cpu")
 
@@ -179,6 +181,16 @@ def test_shards_behind_a_url_are_read_by_their_index(folder: Path, shards: Path,
     write_shards("memory://bucket", tmp_path / "index", size_mb=1)
     assert [file.name for file in (tmp_path / "index").iterdir()] == ["index.npz"]
     assert same(opened("imagefolder", folder), opened("imagefolder", tmp_path / "index"))
+
+
+def test_the_gates_folder_is_written_from_shards_and_they_are_not_taken_for_it(
+    folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    assert write_validation(opened("imagefolder", shards), tmp_path / "val") == 6
+    written = [file.read_bytes() for file in sorted((tmp_path / "val").glob("*/*"))]
+    assert written == [file.read_bytes() for file in sorted((folder / "val").glob("*/*"))]
+    with pytest.raises(DataError, match="holds shards, which are read by training alone"):
+        list_folder(shards)
 
 
 class Ranges(http.server.SimpleHTTPRequestHandler):
