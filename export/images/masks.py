@@ -21,38 +21,13 @@ Pair = tuple[str, str]
 """The paths of an image and of its mask, relative to the data set's root."""
 CLASSES, IMAGES, MASKS = "classes.txt", "images", "masks"
 VOC = (  # Everingham 2010; its objects' rims are 255
-    *(
-        "background",
-        "aeroplane",
-        "bicycle",
-        "bird",
-        "boat",
-        "bottle",
-        "bus",
-        "car",
-        "cat",
-        "chair",
-        "cow",
-        "diningtable",
-        "dog",
-    ),
-    *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-)
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
+    "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
 CITYSCAPES = (  # Cordts 2016: the classes that are judged, by their training indices
-    *(
-        "road",
-        "sidewalk",
-        "building",
-        "wall",
-        "fence",
-        "pole",
-        "traffic light",
-        "traffic sign",
-        "vegetation",
-        "terrain",
-    ),
-    *("sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
-)
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky", "person",
+    "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+)  # fmt: skip
 GREY = ("1", "L", "P")  # Pillow's modes of one number up to 255 for each pixel; a palette's colours are for people
 WIDE = ("I", "I;16", "I;16B", "I;16L")
 
