@@ -3,11 +3,12 @@
 import importlib
 import io
 import tarfile
-from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from compress.data.digest import shards_in, training_folder
+from compress.data.images import FileImages, from_files, from_shards
 from compress.data.shard_files import scan_shard
 from compress.data.shards import (
     CLASSES,
@@ -16,18 +17,13 @@ from compress.data.shards import (
     ShardListing,
     index_of,
     list_shards,
-    read_bytes,
     save_index,
     shard_files,
 )
 from export.command.files import put_folder, sha256
 from export.errors import DataError
 from export.images.decode import BrokenImage
-from export.images.folders import File, Listing
-from export.images.read import content_of
-
-Sample = tuple[str, bytes, int]
-"""A file's suffix, its bytes, and its label."""
+from export.images.folders import Listing
 
 
 def write_shards(data: str, out: Path, *, size_mb: int) -> str:
@@ -58,44 +54,34 @@ def _copy(data: str, aside: Path, memory: Path, size_mb: int) -> None:
     found = training_folder(root) if shards is None else shards.listing
     assert isinstance(found, Listing | ShardListing)
     for part, rows in (("train", found.train), ("val", found.val)):
-        if rows is not None:
-            _write_tars(aside / part, _samples(root, found, rows), size_mb)
+        if isinstance(found, ShardListing) and isinstance(rows, Rows):
+            _write_tars(aside / part, from_shards(found, rows, skip_broken=False), size_mb)
+        elif rows is not None:
+            _write_tars(aside / part, from_files(root, rows, skip_broken=False), size_mb)
     (aside / CLASSES).write_text("".join(f"{name}\n" for name in found.classes), encoding="utf-8")
     files = shard_files(aside)
     seen = [scan_shard(aside / name) for name in files if name != CLASSES]
     save_index(aside / INDEX, index_of(aside, {name: sha256(aside / name)[:16] for name in files}, files[:-1], seen))
 
 
-def _samples(root: Path, found: Listing | ShardListing, rows: Rows | tuple[File, ...]) -> Iterator[Sample]:
-    """Yield the images of a part of the data, one at a time."""
-    if isinstance(rows, Rows):
-        assert isinstance(found, ShardListing)
-        for index in range(len(rows)):
-            name, place = rows.names[index].decode(errors="replace"), found.places[rows.shards[index]]
+def _write_tars(start: Path, images: FileImages, size_mb: int) -> None:
+    """Write START-000000.tar and so on: NUMBER.SUFFIX and NUMBER.cls of each image, the same bytes each time."""
+    with ExitStack() as files:
+        tar, shards = None, 0
+        for index, label in enumerate(images.labels.tolist()):
+            name = images.name(index)
             try:
-                content = read_bytes(place, int(rows.offsets[index]), int(rows.lengths[index]))
+                content = images.content(index)
             except BrokenImage as error:
-                raise DataError(f"{root}: {name}: cannot be read ({error}); fetch its shard anew") from error
-            yield Path(name).suffix or ".jpg", content, int(rows.labels[index])
-    else:
-        yield from ((Path(name).suffix, content_of(root / name), label) for name, label in rows)
-
-
-def _write_tars(start: Path, samples: Iterator[Sample], size_mb: int) -> None:
-    """Write START-000000.tar and so on: NUMBER.SUFFIX and NUMBER.cls of each sample, the same bytes each time."""
-    tar, shards = None, 0
-    for number, (suffix, content, label) in enumerate(samples):
-        if tar is None or tar.offset + len(content) > size_mb * 1_000_000:
-            if tar is not None:
-                tar.close()
-            place = f"{start}-{shards:06d}.tar"
-            tar, shards = tarfile.open(place, "w", format=tarfile.USTAR_FORMAT), shards + 1  # noqa: SIM115
-        for end, text in ((suffix.lower(), content), (".cls", str(label).encode())):
-            entry = tarfile.TarInfo(f"{number:09d}{end}")
-            entry.size = len(text)
-            tar.addfile(entry, io.BytesIO(text))
-    if tar is not None:
-        tar.close()
+                raise DataError(f"{images.root}: {name}: cannot be read ({error}); fetch its shard anew") from error
+            if tar is None or tar.offset + len(content) > size_mb * 1_000_000:
+                files.close()
+                place = f"{start}-{shards:06d}.tar"
+                tar, shards = files.enter_context(tarfile.open(place, "w", format=tarfile.USTAR_FORMAT)), shards + 1
+            for end, text in ((Path(name).suffix.lower() or ".jpg", content), (".cls", str(label).encode())):
+                entry = tarfile.TarInfo(f"{index:09d}{end}")
+                entry.size = len(text)
+                tar.addfile(entry, io.BytesIO(text))
 
 
 def _index_urls(data: str, aside: Path, memory: Path, _: int) -> None:

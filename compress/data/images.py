@@ -21,6 +21,7 @@ from export.errors import DataError
 from export.images.decode import BrokenImage, describe_broken, read_area, read_image
 from export.images.folders import File
 from export.images.preprocess import Preprocess
+from export.images.read import content_of
 from export.runtime.environment import usable_cores
 
 MEMORY_BYTES = 1_500_000_000  # a data set whose decoded images fit is decoded once
@@ -89,8 +90,8 @@ class FileImages:
         return read_image(self.root / self.name(index), upright=True)
 
     def content(self, index: int) -> bytes:
-        """Return the file's bytes."""
-        return (self.root / self.name(index)).read_bytes()
+        """Return the file's bytes; raise DataError where they cannot be read."""
+        return content_of(self.root / self.name(index))
 
     def area(self, index: int) -> int:
         """Return an image's height times its width in pixels, 0 where its header cannot be read."""
@@ -124,7 +125,7 @@ class ShardImages(FileImages):
         return read_image(io.BytesIO(self.content(index)), upright=True)
 
     def content(self, index: int) -> bytes:
-        """Return the bytes of an image's file."""
+        """Return the bytes of an image's file; raise `BrokenImage` where they cannot be read."""
         rows = self.rows
         return read_bytes(self.places[rows.shards[index]], int(rows.offsets[index]), int(rows.lengths[index]))
 

@@ -81,47 +81,37 @@ SINKS: dict[str, Callable[[Any, str, str, Mapping[str, str]], Sink]] = {
 
 
 class Sinks:
-    """The sinks of a run. One that fails is told of once and left; the run goes on, and its own log has all."""
+    """The open sinks of a run. One that fails is told of once and left; the run goes on, and its own log has all."""
 
     def __init__(self) -> None:
-        self._open: dict[str, Sink] = {}
-
-    def open_(self, sink: str, name: str, key: str, parameters: Mapping[str, str]) -> None:
-        """Add a sink. Raises CompressError where its library is missing or its server cannot be reached."""
-        if find_spec(sink) is None:
-            raise CompressError(f"log_to: {sink} is not installed: pip install {sink}, or leave it out")
-        try:
-            self._open[sink] = SINKS[sink](importlib.import_module(sink), name, key, parameters)
-        except Exception as error:  # each library has errors of its own for a server that is gone
-            raise CompressError(f"log_to: {sink}: {_short(error)}; start its server, or leave it out") from error
+        self.open: dict[str, Sink] = {}
 
     def epoch(self, phase: str, epoch: int, measured: Mapping[str, float]) -> None:
         """Send an epoch's measurements."""
         numbers = {f"{phase}/{name}": value for name, value in measured.items()}
-        self._each(lambda sink: sink.numbers(numbers, epoch))
+        self.each(lambda sink: sink.numbers(numbers, epoch))
 
     def finish(self, folders: Mapping[str, Path]) -> None:
         """Send the numbers, report and bundle of each student; of a run without students by the name ""."""
         numbers, paths = dict[str, float](), dict[str, Path]()
+        if not self.open:
+            return
         for student, folder in folders.items():
             start = f"{student}/" if student else ""
             paths |= {f"{start}{name}": path for name in LEFT if (path := folder / name).exists()}
             for row in json.loads((folder / "report.json").read_text(encoding="utf-8"))["stages"]:
                 found = {f"{start}{row['stage']}/final_{name}": value for name, value in row["metrics"].items()}
                 numbers |= {name: value for name, value in found.items() if value is not None}
-        self._each(lambda sink: sink.numbers(numbers, 0))
-        self._each(lambda sink: sink.files(paths))
+        self.each(lambda sink: sink.numbers(numbers, 0))
+        self.each(lambda sink: sink.files(paths))
 
-    def close(self) -> None:
-        """End the runs."""
-        self._each(lambda sink: sink.close())
-
-    def _each(self, send: Callable[[Sink], None]) -> None:
-        for name, sink in list(self._open.items()):
+    def each(self, send: Callable[[Sink], None]) -> None:
+        """Do the same with every sink that is left."""
+        for name, sink in list(self.open.items()):
             try:
                 send(sink)
             except Exception as error:  # noqa: BLE001 (no server's fault ends a training)
-                del self._open[name]
+                del self.open[name]
                 sys.stderr.write(f"log_to: {name}: {_short(error)}; the run goes on without it\n")
 
 
@@ -131,18 +121,27 @@ def _short(error: Exception) -> str:
 
 @contextmanager
 def opened(names: Sequence[str], name: str, folder: Path, settings: Mapping[str, Any]) -> Iterator[Sinks]:
-    """Give the sinks of the run in a folder, which goes on where it stopped when it is run again."""
-    for variable, value in PATIENCE.items():
-        os.environ.setdefault(variable, value)
+    """Give the sinks of the run in a folder, which goes on where it stopped when it is run again.
+
+    Raises CompressError where a library is missing or its server cannot be reached.
+    """
     sinks, identity = Sinks(), folder / IDENTITY
-    if names and not identity.exists():
-        identity.write_text(uuid.uuid4().hex[:12])
+    if names:
+        os.environ.update({variable: os.environ.get(variable, value) for variable, value in PATIENCE.items()})
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex[:12])
     try:
         for sink in names:
-            sinks.open_(sink, name, identity.read_text(), dict(_flat("", settings)))
+            if find_spec(sink) is None:
+                raise CompressError(f"log_to: {sink} is not installed: pip install {sink}, or leave it out")
+            library, parameters = importlib.import_module(sink), dict(_flat("", settings))
+            try:
+                sinks.open[sink] = SINKS[sink](library, name, identity.read_text(), parameters)
+            except Exception as error:  # each library has errors of its own for a server that is gone
+                raise CompressError(f"log_to: {sink}: {_short(error)}; start its server, or leave it out") from error
         yield sinks
     finally:
-        sinks.close()
+        sinks.each(lambda sink: sink.close())
 
 
 def _flat(path: str, value: Any) -> Iterator[tuple[str, str]]:
