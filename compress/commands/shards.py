@@ -13,7 +13,6 @@ from compress.data.shard_files import scan_shard
 from compress.data.shards import (
     CLASSES,
     INDEX,
-    Rows,
     ShardListing,
     index_of,
     list_shards,
@@ -52,12 +51,14 @@ def _copy(data: str, aside: Path, memory: Path, size_mb: int) -> None:
     root = Path(data)
     shards = shards_in(root, memory)
     found = training_folder(root) if shards is None else shards.listing
-    assert isinstance(found, Listing | ShardListing)
-    for part, rows in (("train", found.train), ("val", found.val)):
-        if isinstance(found, ShardListing) and isinstance(rows, Rows):
-            _write_tars(aside / part, from_shards(found, rows, skip_broken=False), size_mb)
-        elif rows is not None:
-            _write_tars(aside / part, from_files(root, rows, skip_broken=False), size_mb)
+    parts: list[FileImages]
+    if isinstance(found, ShardListing):
+        parts = [from_shards(found, rows, skip_broken=False) for rows in (found.train, found.val) if rows is not None]
+    else:
+        assert isinstance(found, Listing)
+        parts = [from_files(root, rows, skip_broken=False) for rows in (found.train, found.val) if rows is not None]
+    for name, images in zip(("train", "val"), parts, strict=False):
+        _write_tars(aside / name, images, size_mb)
     (aside / CLASSES).write_text("".join(f"{name}\n" for name in found.classes), encoding="utf-8")
     files = shard_files(aside)
     seen = [scan_shard(aside / name) for name in files if name != CLASSES]
