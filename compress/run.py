@@ -170,6 +170,7 @@ class Run:
             ranks=self.ranks,
             workers=self.recipe.data.workers,
             device=self.device,
+            balance=self.recipe.data.balance,
         )
 
     def log(self, out: Path, stage: str) -> StageLog:

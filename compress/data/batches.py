@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress.data.augment import Augmentation
 from compress.data.dataset import Dataset
-from compress.data.images import FileImages, ImageSet, MemoryImages
+from compress.data.images import UNLABELLED, FileImages, ImageSet, MemoryImages
 from compress.data.loader import Raw, loaded, random_view, still_view
 from compress.data.mixing import Mixes, draw_mixes, mix
 from compress.data.views import Draws, cut, draw
@@ -74,12 +74,16 @@ def train_batches(
     ranks: int = 1,
     workers: int | None,
     device: torch.device,
+    balance: bool = False,
 ) -> Iterator[Batch]:
-    """Yield this rank's share of an epoch's batches, shuffled by the epoch; `batch_size` counts the images of all ranks together.
+    """Yield this rank's share of an epoch's batches, shuffled by the epoch, or with `balance` drawn so that all classes come as often; `batch_size` counts the images of all ranks together.
 
     Raises `DataError` for a broken image that is not to be skipped, and for fewer images in a batch than ranks.
     """
-    shares = _shares(len(dataset.train), batch_size, seed=seed, epoch=epoch, rank=rank, ranks=ranks)
+    if balance and dataset.train.placed is not None:
+        raise DataError("data.balance: goes with images that have one label each: leave it out")
+    weights = balanced(dataset.train.labels) if balance else None
+    shares = _shares(len(dataset.train), batch_size, seed=seed, epoch=epoch, rank=rank, ranks=ranks, weights=weights)
     for batch in view_batches(
         dataset, shares, augmentation=augmentation, seed=seed, view=view, workers=workers, device=device
     ):
@@ -165,8 +169,23 @@ def _derived_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def _shares(n: int, batch_size: int, *, seed: int, epoch: int, rank: int, ranks: int) -> list[Tensor]:
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(_derived_seed(seed, epoch, "order")))
+def balanced(labels: Tensor) -> Tensor:
+    """Return the weight of each image (n,) by which all classes are drawn as often; those without a label keep their own fraction of the images."""
+    known = labels != UNLABELLED
+    counts = torch.bincount(labels[known]).clamp(min=1)
+    weights = torch.ones(len(labels))
+    weights[known] = (int(known.sum()) / len(labels[known].unique()) / counts)[labels[known]].float()
+    return weights
+
+
+def _shares(
+    n: int, batch_size: int, *, seed: int, epoch: int, rank: int, ranks: int, weights: Tensor | None = None
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(_derived_seed(seed, epoch, "order"))
+    if weights is None:
+        order = torch.randperm(n, generator=generator)
+    else:
+        order = torch.multinomial(weights, n, replacement=True, generator=generator)
     shares = [batch[rank::ranks] for batch in torch.split(order, batch_size)[: steps_per_epoch(n, batch_size)]]
     if len(shares[-1]) == 0:
         raise DataError(

@@ -54,6 +54,11 @@ class OnnxFile(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the first output for images (n, channels, height, width), float32 on their device."""
+        channels = self.shape[3 if self.last else 1]
+        if isinstance(channels, int) and channels != images.shape[1]:
+            raise ModelError(
+                f"{self.file}: takes images of {channels} channels, got {images.shape[1]}: give a network for such images"
+            )
         provider = CUDA if images.device.type == "cuda" else CPU
         if provider not in self._sessions:
             self._sessions[provider] = open_session(self.file, provider=provider)

@@ -81,6 +81,8 @@ class Data(Section):
     """What a mask holds where a pixel is neither learned from nor judged; null is 255."""
     classes: PathText | None = None
     """A text file with the names of the network's classes in their order, one a line, for `task: unlabelled`, where no folder names them; null: what the teacher calls them, else their numbers."""
+    balance: bool = False
+    """Draw training images with replacement so that every class comes as often, however many images it has; an epoch is as long as ever."""
     unlabelled: PathText | None = None
     """A folder of further images, at any depth, that need no label: only distillation, `qat` and calibration see them. Those that are trained on or judged by already are left out, by content."""
     workers: Annotated[int, Field(ge=0)] | None = None

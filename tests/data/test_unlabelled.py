@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from compress.cli import app
+from compress.data.batches import balanced
 from compress.data.images import UNLABELLED
 from compress.errors import RecipeError
 from compress.pipeline import plan_recipe, run_recipe
@@ -143,3 +144,17 @@ def test_a_folder_without_labels_goes_from_teacher_to_bundle(digits: Path, tmp_p
 def test_training_on_labels_that_are_not_there_is_refused(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"stages\.0\.fit: there are no labels to train on"):
         recipe(digits, tmp_path, f"data.path={digits}/loose", "task=unlabelled", "source.fit={epochs: 1}")
+
+
+def test_a_balanced_epoch_shows_every_class_as_often_and_repeats(digits: Path, tmp_path: Path) -> None:
+    run = opened(digits, tmp_path, "data.balance=true", f"data.unlabelled={digits}/loose")
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    drawn = labels[torch.multinomial(balanced(labels), 20_000, replacement=True)].float().mean()
+    assert drawn == pytest.approx(0.5, abs=0.02)
+    mixed = balanced(torch.tensor([0] * 90 + [1] * 10 + [UNLABELLED] * 100))
+    assert mixed[100:].sum() / mixed.sum() == pytest.approx(0.5)
+    fit = run.recipe.stages[2].fit  # type: ignore[union-attr]
+    assert fit is not None
+    first, again, later = (torch.cat([batch.targets for batch in run.training(fit, epoch, 0)]) for epoch in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)

@@ -196,6 +196,17 @@ def test_an_operator_that_cannot_be_rebuilt_is_named(tmp_path: Path) -> None:
         build(f"onnx:{file}", num_classes=10)
 
 
+def test_a_file_for_other_channels_is_refused(tmp_path: Path, images: Tensor) -> None:
+    shapes = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 1, 16, 16]) for name in ("images", "answers")
+    ]
+    graph = helper.make_graph([helper.make_node("Relu", ["images"], ["answers"])], "graph", shapes[:1], shapes[1:])
+    file = tmp_path / "grey.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), file)
+    with pytest.raises(ModelError, match="takes images of 1 channels, got 3: give a network for such images"):
+        taught(given(f"onnx:{file}"))(images)
+
+
 def test_pruning_a_teacher_that_only_answers_is_refused_in_one_sentence(tmp_path: Path, saved: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.replace(f'{{stage: student, arch: "{NETWORKS}:small"}}', "{stage: prune, keep_macs: 0.5}"))
