@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
 
+from compress.distillation.logits import kd_loss
 from compress.distillation.step import check_task
 from compress.errors import CompressError, ModelError
 from compress.models.architectures import build
@@ -131,6 +133,23 @@ def test_rows_are_logits_of_the_anchors_near_objects(network: tuple[Any, Detecto
     rows, labels = TASK.rows(outputs, truth), TASK.truth_rows(outputs, truth)
     assert len(rows) == len(labels)
     assert set(labels.tolist()) == ({0, 2, 3} if rows.shape[1] == CLASSES + 1 else {0, 1})
+
+
+def test_soft_targets_are_learned_by_the_heads_own_measure(network: tuple[Any, Detector, Tensor]) -> None:
+    """Kullback-Leibler's divergence of classes under a softmax; binary cross-entropy, less its least, where each stands alone."""
+    _, mine, images = network
+    taught = mine(images).detach()
+    student = taught + 0.3 * torch.randn(taught.shape, generator=torch.Generator().manual_seed(0))
+    student[..., CLASSES + 5 :] = taught[..., CLASSES + 5 :]
+    truth = taught.new_tensor([[[2, 0.1, 0.1, 0.7, 0.7, 0]], [[1, 0.3, 0.3, 0.9, 0.9, 0]]])
+    s, t = TASK.rows(student, truth), TASK.rows(taught, truth)
+    if s.shape[1] == CLASSES + 1:
+        expected = (t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(1).mean()
+    else:
+        wanted = t[:, 1].sigmoid()
+        crossed, least = (F.binary_cross_entropy_with_logits(z[:, 1], wanted) for z in (s, t))
+        expected = crossed - least
+    assert float(kd_loss(s, t, temperature=1.0)) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_places_are_compared_where_the_teacher_is_sure(network: tuple[Any, Detector, Tensor]) -> None:
