@@ -278,6 +278,15 @@ def test_the_choice_loses_the_least_importance_of_all_that_meet_the_time(
     assert model.cost(*options.widths(removed)) <= keep * full * (1 + 1e-6)
 
 
+def test_narrow_and_wide_groups_lose_the_fraction_of_their_importance_that_goes() -> None:
+    options = options_for("residual")
+    assert len({group.channels for group in options.groups}) > 1
+    for ladder, group in zip(ladders(options), options.groups, strict=True):
+        for lost, blocks in zip(ladder.lost, ladder.blocks, strict=True):
+            gone = [channel for block in blocks for channel in block.channels]
+            assert lost == pytest.approx(float(group.scores[gone].sum() / group.scores.sum()), abs=1e-6)
+
+
 def test_steps_in_the_table_stay_in_the_choice() -> None:
     """A width that costs more than a wider one is never taken: 240 channels take 0.031 ms where 248 take 0.045."""
     values, costs = [np.array([0.0, -0.4, -1.0])], [np.array([1.0, 1.2, 0.5])]
