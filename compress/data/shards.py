@@ -65,25 +65,25 @@ class ShardListing:
 
 
 def shard_files(root: Path) -> list[str]:
-    """Return the paths of a folder's shards, in it and one folder below, and of what names their classes; none where it has other folders.
+    """Return the paths of a folder's shards, in it and in folders of its parts, and of what names their classes; none where it has others.
 
     Of shards that lie behind URLs it is their index.
     """
     if not root.is_dir():
         return []
     folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    found = [
-        [
-            file
-            for file in sorted(folder.iterdir())
-            if file.suffix in SHARDS and not file.name.startswith((".", "cache-"))
-        ]
-        for folder in (root, *folders)
-    ]
-    if not any(found) or not all(found[1:]):
-        return [INDEX] if (root / INDEX).is_file() else []
-    named = [root / CLASSES] if (root / CLASSES).is_file() else []
-    return [str(file.relative_to(root)) for file in (*chain.from_iterable(found), *named)]
+    if all(folder.name.lower() in (TRAIN, *VAL_NAMES, "data") for folder in folders):  # class folders may be huge
+        found = [_shards_of(folder) for folder in (root, *folders)]
+        if any(found) and all(found[1:]):
+            named = [root / CLASSES] if (root / CLASSES).is_file() else []
+            return [str(file.relative_to(root)) for file in (*chain.from_iterable(found), *named)]
+    return [INDEX] if (root / INDEX).is_file() else []
+
+
+def _shards_of(folder: Path) -> list[Path]:
+    """Return the shards in a folder; `datasets` caches what it computed beside them."""
+    found = (path for path in folder.iterdir() if path.suffix in SHARDS and not path.name.startswith((".", "cache-")))
+    return sorted(found)
 
 
 def list_shards(root: Path, digests: Mapping[str, str], memory: Path) -> ShardListing:

@@ -1,6 +1,11 @@
-"""Send a run to a sink, as two processes do of which the second goes on: `python run_sinks.py SINK FOLDER`; imports no torch."""
+"""Send a run to a sink, as two processes do of which the second goes on: `python run_sinks.py SINK FOLDER [GROUP]`; imports no torch.
+
+The processes of the GROUP, a server's, are killed before the last epoch.
+"""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +19,8 @@ report = {"stages": [{"stage": "source", "metrics": {"score": 0.75, "unknown": N
 settings = {"seed": 3, "stages": [{"stage": "source", "fit": {"lr": 0.5}}], "many": {str(i): i for i in range(150)}}
 for epochs in ((1, 2), (3,)):
     with opened([sink], "tiny", folder, settings) as sinks:
+        if 3 in epochs and len(sys.argv) > 3:
+            os.killpg(int(sys.argv[3]), signal.SIGKILL)
         for epoch in epochs:
             sinks.epoch("source", epoch, {"loss": 1 / epoch, "score": epoch / 4})
         if 3 in epochs:

@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -152,7 +153,9 @@ def test_a_run_sends_its_epochs_and_its_report(sent: Sent, tmp_path: Path) -> No
     assert [path.name for path in (tmp_path / "sent").glob("00-*")] == kept
 
 
-def run_there(environment: str, sink: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_there(
+    environment: str, sink: str, folder: Path, *more: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     if not is_there(environment):
         pytest.skip("run `make elsewhere`")
     command = [
@@ -160,6 +163,7 @@ def run_there(environment: str, sink: str, folder: Path, **variables: str) -> su
         str(ROOT / "tests/elsewhere/run_sinks.py"),
         sink,
         str(folder),
+        *more,
     ]
     known = {
         **os.environ,
@@ -172,7 +176,7 @@ def run_there(environment: str, sink: str, folder: Path, **variables: str) -> su
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
+def server(tmp_path: Path) -> Iterator[tuple[str, int]]:
     """A real MLflow server with a database of its own."""
     if not is_there("mlflow"):
         pytest.skip("run `make elsewhere`")
@@ -191,19 +195,28 @@ def server(tmp_path: Path) -> Iterator[str]:
                 break
             except (urllib.error.URLError, OSError):
                 time.sleep(1)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", process.pid
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait()
 
 
 @pytest.mark.slow
-def test_an_mlflow_server_has_one_run_with_all_of_it(server: str, tmp_path: Path) -> None:
+def test_an_mlflow_server_that_dies_ends_no_run(server: tuple[str, int], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    said = run_there("mlflow", "mlflow", tmp_path / "run", MLFLOW_TRACKING_URI=server)
+    said = run_there("mlflow", "mlflow", tmp_path / "run", str(server[1]), MLFLOW_TRACKING_URI=server[0])
+    assert said.returncode == 0, said.stderr
+    assert said.stderr.count("the run goes on without it") == 1
+
+
+@pytest.mark.slow
+def test_an_mlflow_server_has_one_run_with_all_of_it(server: tuple[str, int], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    said = run_there("mlflow", "mlflow", tmp_path / "run", MLFLOW_TRACKING_URI=server[0])
     assert said.returncode == 0, said.stderr
     asked = urllib.request.Request(
-        f"{server}/api/2.0/mlflow/runs/search",
+        f"{server[0]}/api/2.0/mlflow/runs/search",
         data=b'{"experiment_ids": ["1"]}',
         headers={"Content-Type": "application/json"},
     )
