@@ -85,7 +85,7 @@ class DeployedSameRange(nn.Module):
 
 
 class FloatGuard(nn.Module):
-    """Keep a float layer behind a quantizer float, by clipping its input to the range that it has anyway.
+    """Keep a float operation behind a quantizer float, by clipping its input to the range that it has anyway.
 
     ONNX Runtime quantizes the weights of a convolution that stands between a DequantizeLinear and a QuantizeLinear by itself
     (WeightBiasQuantization, seen in 1.32), on the full grid, which saturates without VNNI.

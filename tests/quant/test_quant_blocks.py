@@ -213,6 +213,14 @@ def test_a_block_of_a_transformer_keeps_its_layers_in_integers(name: str, tmp_pa
     assert all(reason.startswith("ONNX Runtime has no integer kernel for") for reason in reasons)
 
 
+def test_a_softmax_between_convolutions_stays_the_float_one_that_was_trained(tmp_path: Path) -> None:
+    talking_heads = nn.Sequential(conv(WIDTH, WIDTH), Of(lambda x: x.softmax(-1)), conv(WIDTH, WIDTH))
+    operators, steps, _ = run(around(talking_heads), "cpu_vnni", tmp_path)
+    assert (operators.get("Softmax"), operators.get("QLinearSoftmax")) == (1, None)
+    assert operators["QLinearConv"] == 3
+    assert steps < 3
+
+
 def test_all_blocks_in_a_row_run_in_integers(tmp_path: Path) -> None:
     operators, _, prepared = run(
         around(nn.Sequential(*(block() for block, _ in BLOCKS.values()))), "cpu_vnni", tmp_path
