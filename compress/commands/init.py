@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.data.digest import shards_in
+from compress.data.images import FileImages, images_of
+from compress.data.shards import ShardListing
 from compress.data.teachers import foreign
 from compress.errors import CompressError
 from compress.models.architectures import build
@@ -21,13 +24,14 @@ from compress.models.weights import load_weights_, read_state
 from compress.recipe import strict_yaml
 from compress.recipe.read import read_recipe
 from export.errors import DataError
-from export.images.decode import BrokenImage, describe_broken, read_image
+from export.images.decode import BrokenImage, describe_broken
 from export.images.folders import Listing, list_folder
 from export.images.preprocess import Preprocess
 from export.images.read import spread
 from export.onnx_file.targets import host_target
 from export.tasks import TASKS
 
+SEEN = Path("runs", ".images")  # where the run that follows looks for what shards hold
 LOOKED_AT = 200  # images that are opened, spread over the folder
 JUDGED = 128  # images that tell candidates apart
 STEP = 16  # images in the step that is timed
@@ -41,7 +45,7 @@ VIEWS = 60_000  # augmented views that distillation takes: 8 epochs of 7,500 ima
 class Folder:
     """What a folder of images holds: how many of each class, and of those opened the heights and widths, and what is broken."""
 
-    listing: Listing
+    listing: Listing | ShardListing
     sides: list[int]  # the shorter one of each
     broken: dict[str, str]
 
@@ -49,6 +53,11 @@ class Folder:
     def train(self) -> int:
         """How many images there are to train on."""
         return len(self.listing.train) if self.listing.val is not None else round(0.8 * len(self.listing.train))
+
+    def images(self, *, judged: bool = False) -> FileImages:
+        """Return those to train on, or those that judge where there are any."""
+        rows = self.listing.val if self.listing.val and (judged or not self.listing.train) else self.listing.train
+        return images_of(self.listing, rows)
 
 
 @dataclass(frozen=True)
@@ -131,14 +140,16 @@ def _whole(arch: str) -> Match:
 
 def look_at(data: Path) -> Folder:
     """List the folder and open some of its images."""
-    listing = list_folder(data)
-    files = [path for path, _ in (*listing.train, *(listing.val or ()))]
+    found = shards_in(data, SEEN)
+    listing = list_folder(data) if found is None else found.listing
+    assert isinstance(listing, Listing | ShardListing)
     sides, broken = list[int](), dict[str, str]()
-    for index in spread(len(files), LOOKED_AT):
+    images = Folder(listing, sides, broken).images()
+    for index in spread(len(images), LOOKED_AT):
         try:
-            sides.append(min(read_image(data / files[index], upright=True).size))
+            sides.append(min(images.whole(index).size))
         except BrokenImage as error:
-            broken[files[index]] = str(error)
+            broken[images.name(index)] = str(error)
     if not sides:
         raise CompressError(
             f"{data}: none of the {LOOKED_AT} images opened can be read ({next(iter(broken.values()))})"
@@ -190,18 +201,17 @@ def _preparations(arch: str, folder: Folder) -> Iterator[Published]:
 
 def _score(model: nn.Module, prepared: Published, folder: Folder) -> float:
     """Return the fraction of some validation images that the network labels right."""
-    files = folder.listing.val if folder.listing.val is not None else folder.listing.train
+    judging = folder.images(judged=True)
     preprocess = Preprocess(prepared.size, round(prepared.size * prepared.resize), *prepared.normalize)
     right, seen = 0, 0
-    for index in spread(len(files), JUDGED):
-        path, label = files[index]
+    for index in spread(len(judging), JUDGED):
         try:
-            pixels = preprocess.pixels(read_image(folder.listing.root / path, upright=True))
+            pixels = preprocess.pixels(judging.whole(index))
         except BrokenImage:
             continue
         images = torch.from_numpy(preprocess.normalize(np.asarray(pixels)[None]))
         with torch.inference_mode():
-            right += int(model(images).argmax()) == label
+            right += int(model(images).argmax()) == int(judging.labels[index])
         seen += 1
     return right / max(seen, 1)
 
@@ -286,7 +296,7 @@ def _told(weights: str, folder: Folder, network: Network) -> Iterator[str]:
     fits = f"; {', '.join(network.others)} would fit, too" if network.others else ""
     yield f"weights  {weights}: {network.arch} for {network.classes:,} classes{fits}"
     listing = folder.listing
-    counts = np.bincount([label for _, label in listing.train or listing.val or ()], minlength=len(listing.classes))
+    counts = np.bincount(folder.images().labels.numpy(), minlength=len(listing.classes))
     held = "a fifth is held out" if listing.val is None else f"{len(listing.val):,} for validation"
     yield (
         f"images   {listing.root}: {len(listing.classes):,} classes, {len(listing.train):,} images ({held}), "

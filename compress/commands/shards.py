@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from compress.data.digest import shards_in, training_folder
-from compress.data.images import FileImages, from_files, from_shards
+from compress.data.images import FileImages, images_of
 from compress.data.shard_files import scan_shard
 from compress.data.shards import (
     CLASSES,
@@ -51,14 +51,10 @@ def _copy(data: str, aside: Path, memory: Path, size_mb: int) -> None:
     root = Path(data)
     shards = shards_in(root, memory)
     found = training_folder(root) if shards is None else shards.listing
-    parts: list[FileImages]
-    if isinstance(found, ShardListing):
-        parts = [from_shards(found, rows, skip_broken=False) for rows in (found.train, found.val) if rows is not None]
-    else:
-        assert isinstance(found, Listing)
-        parts = [from_files(root, rows, skip_broken=False) for rows in (found.train, found.val) if rows is not None]
-    for name, images in zip(("train", "val"), parts, strict=False):
-        _write_tars(aside / name, images, size_mb)
+    assert isinstance(found, Listing | ShardListing)
+    for name, rows in (("train", found.train), ("val", found.val)):
+        if rows is not None:
+            _write_tars(aside / name, images_of(found, rows), size_mb)
     (aside / CLASSES).write_text("".join(f"{name}\n" for name in found.classes), encoding="utf-8")
     files = shard_files(aside)
     seen = [scan_shard(aside / name) for name in files if name != CLASSES]

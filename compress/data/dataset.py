@@ -26,7 +26,7 @@ from compress.data.images import (
     ImageSet,
     decode_all,
     from_files,
-    from_shards,
+    images_of,
     labelled,
     largest_area,
 )  # fmt: skip
@@ -197,19 +197,19 @@ def _pick(
     found: Listing | ShardListing | NamedSet, train: np.ndarray, val: np.ndarray | None, *, skip_broken: bool
 ) -> tuple[Lazy, Lazy]:
     """Return the training images chosen, and the data set's own validation images or those held out."""
+    if isinstance(found, ShardListing):
+        held_out = found.train[np.empty(0, np.int64) if val is None else val] if found.val is None else found.val
+        return (
+            images_of(found, found.train[train], skip_broken=skip_broken),
+            images_of(found, held_out, skip_broken=skip_broken),
+        )
     if isinstance(found, Listing):
         files = [[found.train[index] for index in chosen] for chosen in (train, () if val is None else val)]
         train_files, val_files = files[0], found.val if found.val is not None else files[1]
         return (
-            from_files(found.root, train_files, skip_broken=skip_broken),
-            from_files(found.root, val_files, skip_broken=skip_broken),
+            images_of(found, train_files, skip_broken=skip_broken),
+            images_of(found, val_files, skip_broken=skip_broken),
         )
-    if isinstance(found, ShardListing):
-        own = found.train[np.empty(0, np.int64) if val is None else val] if found.val is None else found.val
-        train_shards, val_shards = (
-            from_shards(found, rows, skip_broken=skip_broken) for rows in (found.train[train], own)
-        )
-        return train_shards, val_shards
     held = found.train if found.val is None else found.val
     return _arrays(found.train, train), _arrays(held, np.arange(len(held.labels)) if val is None else val)
 

@@ -19,7 +19,7 @@ from compress.data.shards import Rows, ShardListing, read_bytes
 from compress.data.stored import Stored
 from export.errors import DataError
 from export.images.decode import BrokenImage, describe_broken, read_area, read_image
-from export.images.folders import File
+from export.images.folders import File, Listing
 from export.images.preprocess import Preprocess
 from export.images.read import content_of
 from export.runtime.environment import usable_cores
@@ -179,10 +179,13 @@ def from_files(root: Path, files: Sequence[File], *, skip_broken: bool) -> FileI
     return FileImages(root, paths, labels, skip_broken)
 
 
-def from_shards(listing: ShardListing, rows: Rows, *, skip_broken: bool) -> ShardImages:
-    """Return rows of shards as an image set; nothing is opened."""
-    labels = torch.from_numpy(rows.labels)
-    return ShardImages(listing.root, rows.names, labels, skip_broken, rows=rows, places=listing.places)
+def images_of(listing: Listing | ShardListing, rows: Sequence[File] | Rows, *, skip_broken: bool = False) -> FileImages:
+    """Return images that a folder or its shards list as an image set; nothing is opened."""
+    if isinstance(rows, Rows):
+        assert isinstance(listing, ShardListing)
+        labels = torch.from_numpy(rows.labels)
+        return ShardImages(listing.root, rows.names, labels, skip_broken, rows=rows, places=listing.places)
+    return from_files(listing.root, rows, skip_broken=skip_broken)
 
 
 def labelled(images: ImageSet) -> ImageSet:

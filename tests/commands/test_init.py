@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from photographs import write_classes, write_photo
+from photographs import write_classes, write_imagenet_layout, write_photo
 from torchvision.models import mobilenet_v2
 
 from compress.commands.init import look_at, write_draft
+from compress.commands.shards import write_shards
 from compress.errors import CompressError
 from compress.models.architectures import build
 from compress.models.recognize import fingerprint, recognize
@@ -114,3 +115,18 @@ def test_an_onnx_file_becomes_a_recipe_of_its_own_size(tmp_path: Path) -> None:
     write_classes(tmp_path / "two", classes=("cat", "dog"))
     with pytest.raises(CompressError, match=r"has 3 classes, .* has 2, and a whole network keeps its classifier"):
         next(write_draft(weights, tmp_path / "two", tmp_path / "b.yaml", arch=None, latency_ms=None, trust_code=False))
+
+
+def test_shards_become_the_recipe_of_their_folder(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_imagenet_layout(tmp_path / "data")
+    write_shards("data", Path("shards"), size_mb=1)
+    texts = []
+    for name in ("data", "shards"):
+        out = tmp_path / name / "mine.yaml"
+        list(write_draft(str(checkpoint), Path(name), out, arch=None, latency_ms=None, trust_code=False))
+        texts.append(out.read_text())
+        out.unlink()
+    assert texts[0] == texts[1].replace("shards", "data")
