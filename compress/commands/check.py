@@ -7,7 +7,15 @@ from pathlib import Path
 
 from compress.data.teachers import foreign
 from compress.errors import ModelError
-from compress.models.digest import LIBRARIES, check_library, existing_file, files_of, is_named, local_modules
+from compress.models.digest import (
+    LIBRARIES,
+    check_library,
+    class_names,
+    existing_file,
+    files_of,
+    is_named,
+    local_modules,
+)
 from compress.models.known import OWN, check_listed, libraries, suggestion
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import StudentStage
@@ -20,6 +28,12 @@ def mistakes(recipe: Recipe) -> list[str]:
     checks: dict[str, Callable[[], object]] = {}
     if recipe.data.dataset == "imagefolder" and recipe.data.path is not None:
         checks["data.path"] = partial(check_folder, Path(recipe.data.path))
+    if recipe.data.unlabelled is not None:
+        checks["data.unlabelled"] = partial(check_folder, Path(recipe.data.unlabelled))
+    named = {f"teacher.{index}.classes": one.classes for index, one in enumerate(recipe.teacher)}
+    for place, file in ({"data.classes": recipe.data.classes} | named).items():
+        if file is not None:
+            checks[place] = partial(class_names, Path(file))
     for place, arch, weights in _networks(recipe):
         checks[f"{place}.arch"] = partial(check_network, arch)
         if weights is not None:

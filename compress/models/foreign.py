@@ -5,10 +5,12 @@ import json
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -198,13 +200,22 @@ def _refuse_code(archive: zipfile.ZipFile, file: Path) -> None:
             except (pickle.UnpicklingError, RuntimeError, EOFError):
                 bad.append(name)
         elif "/models/" in name:
-            shapes = re.findall(r'"expr_str":\s*"((?:[^"\\]|\\.)*)"', archive.read(name).decode())
-            bad += [shape for shape in shapes if not SYMBOLS.fullmatch(shape)]
+            shapes = _values(json.loads(archive.read(name)), "expr_str")
+            bad += [shape for shape in shapes if not (isinstance(shape, str) and SYMBOLS.fullmatch(shape))]
+    bad += [name for name in names if names.count(name) > 1]  # of which torch might read the other
     if bad or not configs:
         raise ModelError(
             f"{file}: needs code to be read ({bad[0] if bad else 'an old format'}), which was not run; save it with torch.export.save "
             f"of torch {torch.__version__.partition('+')[0]}, weights being plain tensors"
         )
+
+
+def _values(document: Any, key: str) -> Iterator[Any]:
+    """Yield what stands under a key anywhere in a document of JSON."""
+    if isinstance(document, dict):
+        yield from (value for name, value in document.items() if name == key)
+    for part in document.values() if isinstance(document, dict) else document if isinstance(document, list) else ():
+        yield from _values(part, key)
 
 
 def _static(file: Path, shape: list[int | str | None]) -> onnx.ModelProto:

@@ -174,13 +174,14 @@ def test_several_teachers_answer_with_softmaxs_geometric_mean(saved: Path, image
         assert torch.allclose(both(images).softmax(1), expected, atol=1e-5)
 
 
-def test_an_archive_whose_shapes_are_code_is_refused(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", [b'"expr_str"', b'"expr\\u005fstr"'])
+def test_an_archive_whose_shapes_are_code_is_refused(key: bytes, saved: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.pt2"
     with zipfile.ZipFile(saved / "network.pt2") as read, zipfile.ZipFile(bad, "w") as written:
         for name in read.namelist():
             content = read.read(name)
             if "/models/" in name:
-                content = content.replace(b'"expr_str": "Symbol(', b'"expr_str": "print(')
+                content = content.replace(b'"expr_str": "Symbol(', key + b': "print(')
             written.writestr(name, content)
     with pytest.raises(ModelError, match="needs code to be read"):
         build(f"exported:{bad}", num_classes=10)
