@@ -44,7 +44,7 @@ MEET = $(if $(filter-out 1,$(NODES)),--nnodes=$(NODES) --rdzv-backend=c10d --rdz
 LAUNCH = $(if $(filter-out 1,$(RANKS) $(NODES)),$(BIN)/torchrun $(MEET) --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
 EXIT_CODES = 1: a target is missed, 2: something to correct above, 70: a crash, 130: interrupted
 
-.PHONY: help setup init compress test check bench report search names zoo overhead latency recovery gate trials elsewhere fuzz clean
+.PHONY: help setup init compress test acceptance check bench report search names zoo overhead latency recovery gate trials elsewhere fuzz clean
 
 help: ## list the targets and their variables
 	@awk -F ' ## ' '/^[a-z]+:.* ## / { split($$1, target, ":"); printf "  make %-9s %s\n", target[1], $$2 }' $(MAKEFILE_LIST)
@@ -59,14 +59,17 @@ compress: $(READY) ## run a recipe (RECIPE= DATA= WEIGHTS= OUT= SET="path=value 
 		$(foreach item,$(value SET),--set $(call quoted,item)) $(ARGS) \
 		|| { code=$$?; echo "compress: exit code $$code ($(EXIT_CODES))" >&2; exit $$code; }
 
-test: $(READY) ## run all tests (ARGS="-k words")
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+test: $(READY) ## run all tests but the longest (ARGS="-k words")
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not acceptance' $(ARGS)
+
+acceptance: $(READY) ## run the longest tests
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m acceptance $(ARGS)
 
 check: $(READY) ## format, lint, types, and the quick tests
 	@$(BIN)/ruff format --check
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow'
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not acceptance'
 
 bench: $(READY) ## time a bundle's files in ONNX Runtime (BUNDLE=runs/quickstart/bundle ARGS=...)
 	@$(BIN)/python -m export.bench $(call quoted,BUNDLE) $(ARGS)

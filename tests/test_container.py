@@ -64,7 +64,7 @@ def test_both_images_end_as_a_user_without_a_home() -> None:
     assert "HOME=/nonexistent" in targets[0]
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 @pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="only root may become another user")
 def test_the_steps_in_a_clean_folder_give_a_command_for_a_user_without_a_home(
     tmp_path_factory: pytest.TempPathFactory,

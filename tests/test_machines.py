@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.acceptance
 RECIPE = """
 name: two
 device: cpu

@@ -16,6 +16,7 @@ TARGETS = {
     "init",
     "compress",
     "test",
+    "acceptance",
     "check",
     "bench",
     "report",

@@ -554,7 +554,7 @@ def test_a_search_shares_stages_chooses_on_its_own_images_and_publishes_what_val
     assert "trained anew on all training images" in (root / "index.html").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_commands_that_are_killed_with_their_runs_or_without_leave_every_trial_done_once(tmp_path: Path) -> None:
     rng = random.Random(0)
     path = written(

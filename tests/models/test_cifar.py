@@ -249,7 +249,7 @@ def test_a_pruning_recipe_runs_on_a_stand_in_for_cifar(tmp_path: Path, monkeypat
     assert 0.46 < metrics["distill"]["macs_m"] / metrics["source"]["macs_m"] <= 0.474
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_a_distillation_recipe_runs_to_its_qat_on_a_stand_in_for_cifar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,7 @@ def chosen(folder: Path) -> tuple[dict[str, Any], list[Any], list[str]]:
     return found, trials, json.loads((qat / "cpu_avx2" / "architecture.json").read_text())["keep_float"]
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_other_validation_images_change_no_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "other").mkdir()
@@ -109,7 +109,7 @@ def with_an_outlier_channel(weights: dict[str, Tensor], images: Tensor) -> dict[
     return dict(model.state_dict())
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_both_stages_take_the_best_calibration_and_not_the_first_that_holds(tmp_path: Path) -> None:
     """Every calibration holds within 50 points; min-max, which comes first, is ruined by an outlier."""
     run_recipe(recipe(tmp_path), trust_code=True, until="source", verbose=False, command="compress run")
