@@ -533,7 +533,7 @@ def test_ranges_can_be_learned_and_layers_kept_in_float(copied: Path) -> None:
 
 def test_an_export_limit_that_is_exceeded_fails_the_run_and_names_the_layer(copied: Path) -> None:
     changes = ["qat.keep_float=[stem.*]", "export.limits={max_float_layers: 0}"]
-    assert run(copied, *changes) == 1
+    assert run(copied, *changes, until="export") == 1  # a bench may find the calibrated file the better one
     (sentence,) = report(copied)["failures"]
     assert "stem.0" in sentence
 

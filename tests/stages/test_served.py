@@ -1,7 +1,7 @@
 """The chain to the bundle where something goes wrong: the best file is served, and what falls short is said, not lost."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ data: {dataset: digits, image_size: 16}
 model: {arch: "NETWORKS:small", weights: WEIGHTS}
 stages:
   - {stage: source}
-  - {stage: ptq, calibration_images: 128, methods: [minmax], neural_compressor: false, max_drop: 0.02}
-  - {stage: export, verify_images: 64}
+  - {stage: ptq, calibration_images: 64, methods: [minmax], neural_compressor: false, max_drop: 0.02}
+  - {stage: export, verify_images: 32}
   - {stage: bench, batches: [1], threads: [1], providers: [cpu], seconds: 0.1, blocks: 6}
 """.replace("NETWORKS", str(Path(__file__).parents[1] / "networks.py"))
 
@@ -40,6 +40,14 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     recipe = read_recipe(path, [f"out={folder}"])
     run_recipe(recipe, trust_code=True, until="source", verbose=False, command="compress run")
     return load_file(next(folder.glob("served/00-source-*/weights.safetensors")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def brief() -> Iterator[None]:
+    """Time each trial for a tenth of what a run does."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("compress.scoring.LATENCY_SECONDS", 0.05)
+        yield
 
 
 class Outcome:
@@ -106,20 +114,9 @@ def test_what_overflows_half_precision_stays_in_float32_and_all_else_is_measured
     assert (fallen_short.root / "bundle" / "student_fp16.onnx").exists()
 
 
-def test_a_file_whose_answers_are_not_finite_is_left_out_with_the_reason(
-    learned: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("compress.stages.export.is_finite", lambda *_: False)
-    found = Outcome(learned, tmp_path)
-    assert found.code == 0
-    assert any(warning.startswith("student_fp16 is left out: ") for warning in found.report["warnings"])
-    assert {row["name"] for row in found.report["deployed"]} == {"teacher_fp32", "student_fp32", "student_ptq_int8"}
-    assert not list((found.root / "bundle").rglob("student_fp16*"))
-
-
 @pytest.fixture(scope="module")
 def rivalled(learned: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """Our own ranges are a tenth of what they should be, so ONNX Runtime's file wins."""
+    """Our own ranges are a tenth of what they should be, so ONNX Runtime's file wins; and FP16 gives no numbers."""
 
     def tight_(prepared: nn.Module, histograms: Mapping[str, Histogram], method: Method) -> None:
         for histogram in histograms.values():
@@ -128,6 +125,7 @@ def rivalled(learned: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactor
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("compress.stages.ptq.set_ranges_", tight_)
+        patched.setattr("compress.stages.export.is_finite", lambda *_: False)
         return Outcome(learned, tmp_path_factory.mktemp("rivalled"))
 
 
@@ -146,7 +144,13 @@ def test_another_quantizer_s_file_is_chosen_and_goes_to_the_bundle(rivalled: Out
 
 def test_it_is_held_against_itself_for_it_has_no_fake_quantized_twin(rivalled: Outcome) -> None:
     verified = rivalled.report["verify"]["student_ptq_int8"]
-    assert verified["images"] == 64
+    assert verified["images"] == 32
     assert verified["agreement"] > 0.95
     assert len(verified["tensors"]) > 7
     assert "the same file without the optimizer" in rivalled.page
+
+
+def test_a_file_whose_answers_are_not_finite_is_left_out_with_the_reason(rivalled: Outcome) -> None:
+    assert any(warning.startswith("student_fp16 is left out: ") for warning in rivalled.report["warnings"])
+    assert {row["name"] for row in rivalled.report["deployed"]} == {"teacher_fp32", "student_fp32", "student_ptq_int8"}
+    assert not list((rivalled.root / "bundle").rglob("student_fp16*"))
