@@ -402,7 +402,8 @@ def test_the_first_seed_draws_the_split_and_trains_the_teacher_of_all(
                 "seconds": 3.0,
             }
         )
-        return {"stages": stages, "deployed": [], "recipe": recipe.model_dump(), "environment": {"target": "cpu_avx2"}}
+        rest: dict[str, Any] = {"deployed": [], "recommendation": None, "environment": {"target": "cpu_avx2"}}
+        return {"stages": stages, "recipe": recipe.model_dump(), **rest}
 
     monkeypatch.setattr(trial, "_run", run)
     path = written(
