@@ -47,7 +47,7 @@ EXIT_CODES = 1: a target is missed, 2: something to correct above, 70: a crash, 
 .PHONY: help setup init compress test acceptance check bench report search names zoo overhead latency recovery gate trials elsewhere fuzz clean
 
 help: ## list the targets and their variables
-	@awk -F ' ## ' '/^[a-z]+:.* ## / { split($$1, target, ":"); printf "  make %-9s %s\n", target[1], $$2 }' $(MAKEFILE_LIST)
+	@awk -F ' ## ' '/^[a-z]+:.* ## / { split($$1, target, ":"); printf "  make %-10s %s\n", target[1], $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv and install the tested versions (PYTHON=python3.12)
 
