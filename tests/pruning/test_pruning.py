@@ -17,6 +17,7 @@ from planning import cuts_to, options_of
 from torch import nn
 from torch.nn import functional as F
 from torch_pruning.dependency import index_mapping
+from torchvision.models.convnext import LayerNorm2d
 
 from compress.errors import CompressError, ModelError
 from compress.models.architectures import build
@@ -289,21 +290,22 @@ def distinct(model: nn.Module, images: torch.Tensor) -> nn.Module:
 
 
 class Affine(nn.Module):
-    """A scale and a shift of the last dimension as bare parameters, in the place of a layer norm, whose statistics would tell a cut."""
+    """A scale and a shift of one dimension as bare parameters, in the place of a layer norm, whose statistics would tell a cut."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, dim: int) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.dim = dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.weight + self.bias
+        return (x.movedim(self.dim, -1) * self.weight + self.bias).movedim(-1, self.dim)
 
 
 def without_statistics(model: nn.Module) -> nn.Module:
-    """Return the network with an affine map in the place of each layer norm over the last dimension."""
+    """Return the network with an affine map in the place of each layer norm over the last dimension, or the channels of torchvision's."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.LayerNorm):
-            model.set_submodule(name, Affine(module.normalized_shape[0]))
+            model.set_submodule(name, Affine(module.normalized_shape[0], 1 if isinstance(module, LayerNorm2d) else -1))
     return model
 
 
