@@ -12,12 +12,12 @@ COPY recipes recipes
 RUN HOME=/tmp pip install --no-cache-dir --no-compile -c constraints.txt ".[shards]"
 
 FROM base AS cpu
-WORKDIR /work
+WORKDIR /srv
 USER 10001:10001
 ENTRYPOINT ["compress"]
 
 FROM base AS cuda
 RUN pip uninstall -y onnxruntime && HOME=/tmp pip install --no-cache-dir --no-compile -c constraints.txt onnxruntime-gpu
-WORKDIR /work
+WORKDIR /srv
 USER 10001:10001
 ENTRYPOINT ["compress"]
