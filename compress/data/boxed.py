@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from compress.data.augment import Augmentation
-from compress.data.dataset import Dataset, in_memory
-from compress.data.digest import NATIVE_SIZE, DataSettings, dataset_digest, given
+from compress.data.dataset import Dataset
+from compress.data.digest import DataSettings
 from compress.data.images import ArrayImages, FileImages
-from compress.data.scenes import CLASSES, SCENES, Scenes, draw_scenes
-from compress.data.split import parts_of
+from compress.data.planar import Planar
+from compress.data.scenes import CLASSES, Scenes
 from compress.data.stored import Stored
 from compress.data.views import Boxes
 from export.errors import DataError
@@ -24,7 +24,6 @@ from export.images.annotations import BoxListing, table_of
 from export.images.decode import BrokenImage
 from export.images.preprocess import Preprocess
 
-Lazy = FileImages | ArrayImages
 Frame = Stored | None  # says how large the stored images are
 
 
@@ -83,71 +82,30 @@ class PlacedBoxes:
         return torch.tensor(found)
 
 
-def open_boxes(settings: DataSettings, augmentation: Augmentation) -> Dataset:
-    """Open a data set by name, as `open_dataset` does one of labels; evaluation sees whole images, stretched to the square.
-
-    Without a validation set of its own a fraction of the images is held out by seed; `limit_per_class` is how many images are trained on.
-    Raises `DataError` for data that are missing or unreadable or have no boxes, and for changes that would move an image but not its boxes.
-    """
-    moved = [name for name in ("randaugment", "mixup", "cutmix") if getattr(augmentation, name)]
-    if moved:
-        raise DataError(f"data.augment.{moved[0]}: changes an image and not its boxes; use crop, flip and distort")
-    files = given(settings)
-    if settings.unlabelled is not None:
-        raise DataError("data.unlabelled: goes with images that have one label each: leave it out")
-    size = settings.image_size or NATIVE_SIZE[settings.name]
-    preprocess = Preprocess(size, size, settings.mean, settings.std, stretch=True)
-    if isinstance(files.listing, BoxListing):
-        lazy, classes = _of_folder(files.listing, settings), files.listing.classes
-    elif settings.name in SCENES:
-        lazy, classes = _of_scenes(settings, size), CLASSES[1:]
-    else:
-        raise DataError(
-            f"{settings.name}: has labels and no boxes; take {', '.join(SCENES)}, or DATA=/path/to/a/folder"
-        )
-    images = in_memory(*lazy, preprocess, augmentation.whole_area(size))
-    if not all(map(len, images)):
-        raise DataError(f"{settings.name}: none of its images can be read; repair them or give other ones")
-    return Dataset(
-        settings.name,
-        *images,
-        classes=classes,
-        preprocess=preprocess,
-        digest=dataset_digest(settings, files),
-        files=files.digests,
-        held_out=lazy[1],
-    )
-
-
-def _of_folder(listing: BoxListing, settings: DataSettings) -> tuple[Lazy, Lazy]:
-    train, out = parts_of(len(listing.train), settings, has_validation=listing.val is not None)
-    judged = [listing.train[index] for index in out] if listing.val is None or settings.tuning else list(listing.val)
-    return _files(listing, [listing.train[index] for index in train], settings), _files(listing, judged, settings)
-
-
-def _files(listing: BoxListing, files: list[tuple[str, str]], settings: DataSettings) -> FileImages:
+def _files(
+    listing: BoxListing, files: Sequence[tuple[str, str]], settings: DataSettings, _preprocess: Preprocess
+) -> FileImages:
     paths = np.array([path.encode() for path, _ in files], dtype=np.bytes_)
     images = FileImages(listing.root, paths, torch.zeros(len(files), dtype=torch.int64), settings.skip_broken)
     placed = PlacedBoxes(torch.from_numpy(listing.truths(files)), images)
     return FileImages(listing.root, paths, images.labels, settings.skip_broken, images.broken, placed)
 
 
-def _of_scenes(settings: DataSettings, size: int) -> tuple[Lazy, Lazy]:
-    drawn = draw_scenes(SCENES[settings.name], "train", size=size, seed=settings.seed)
-    train, out = parts_of(len(drawn.images), settings, has_validation=True)
-    if settings.tuning:
-        return _arrays(drawn, train, size), _arrays(drawn, out, size)
-    judged = draw_scenes(SCENES[settings.name], "val", size=size, seed=settings.seed)
-    return _arrays(drawn, train, size), _arrays(judged, np.arange(len(judged.images)), size)
-
-
-def _arrays(scenes: Scenes, chosen: np.ndarray, size: int) -> ArrayImages:
-    each = [scenes.boxes[index] for index in chosen]
+def _arrays(scenes: Scenes, chosen: np.ndarray, preprocess: Preprocess) -> ArrayImages:
+    each, size = [scenes.boxes[index] for index in chosen], preprocess.image_size
     table = [
         np.column_stack([one[:, 4:] - 1, one[:, :4] / size, np.zeros(len(one))]).astype(np.float32) for one in each
     ]
     labels = torch.zeros(len(chosen), dtype=torch.int64)
     return ArrayImages(scenes.images[chosen], labels, placed=PlacedBoxes(torch.from_numpy(table_of(table))))
+
+
+def _stretched(settings: DataSettings, size: int) -> Preprocess:
+    """Evaluation sees whole images, stretched to the square."""
+    return Preprocess(size, size, settings.mean, settings.std, stretch=True)
+
+
+open_boxes = Planar("boxes", BoxListing, CLASSES[1:], _stretched, _files, _arrays).open
 
 
 def write_boxes(dataset: Dataset, folder: Path) -> int:

@@ -1,6 +1,7 @@
 """Truths that lie at places of an image, and so move with its view: masks."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -150,7 +151,7 @@ class Masks:
         return cut_nearest(stored.images(chosen, boxes.top.device)[:, 0], boxes, size)
 
 
-def mask_files(root: Path, pairs: list[Pair], *, classes: int, preprocess: Preprocess) -> MaskFiles:
+def mask_files(root: Path, pairs: Sequence[Pair], *, classes: int, preprocess: Preprocess) -> MaskFiles:
     """Return the masks of the listed images; nothing is opened."""
     paths = np.array([[os.fsencode(path) for path in pair] for pair in pairs], dtype=np.bytes_).reshape(-1, 2)
     return MaskFiles(root, paths, classes, preprocess)

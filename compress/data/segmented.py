@@ -2,91 +2,43 @@
 
 import io
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from compress.data.augment import Augmentation
-from compress.data.dataset import Dataset, in_memory
-from compress.data.digest import NATIVE_SIZE, DataSettings, dataset_digest, given
+from compress.data.dataset import Dataset, Lazy
+from compress.data.digest import DataSettings
 from compress.data.images import ArrayImages, FileImages
 from compress.data.placed import ArrayMasks, mask_files
+from compress.data.planar import Planar
 from compress.data.scenes import CLASSES as SCENE_CLASSES
-from compress.data.scenes import SCENES, Scenes, draw_scenes
-from compress.data.split import parts_of
+from compress.data.scenes import Scenes
 from export.errors import DataError
 from export.images.decode import BrokenImage
 from export.images.masks import CLASSES, IMAGES, MASKS, MaskListing, Pair
 from export.images.preprocess import Preprocess
 
-Lazy = FileImages | ArrayImages
 
-
-def open_masks(settings: DataSettings, augmentation: Augmentation) -> Dataset:
-    """Open a data set by name, as `open_dataset` does one of labels.
-
-    Without a validation set of its own a fraction of the images is held out by seed; `limit_per_class` is how many images are trained on.
-    Raises `DataError` for data that are missing or unreadable or have no masks, and for changes that would move an image but not its mask.
-    """
-    moved = [name for name in ("randaugment", "mixup", "cutmix") if getattr(augmentation, name)]
-    if moved:
-        raise DataError(f"data.augment.{moved[0]}: changes an image and not its mask; use crop, flip and distort")
-    files = given(settings)
-    if settings.unlabelled is not None:
-        raise DataError("data.unlabelled: goes with images that have one label each: leave it out")
-    size = settings.image_size or NATIVE_SIZE[settings.name]
-    preprocess = Preprocess(
-        size, round(size * settings.resize), settings.mean, settings.std, ignore_index=settings.ignore_index
-    )
-    if isinstance(files.listing, MaskListing):
-        lazy, classes = _of_folder(files.listing, settings, preprocess), files.listing.classes
-    elif settings.name in SCENES:
-        lazy, classes = _of_scenes(settings, preprocess), SCENE_CLASSES
-    else:
-        raise DataError(
-            f"{settings.name}: has labels and no masks; take {', '.join(SCENES)}, or DATA=/path/to/a/folder"
-        )
-    images = in_memory(*lazy, preprocess, augmentation.whole_area(size))
-    if not all(map(len, images)):
-        raise DataError(f"{settings.name}: none of its images can be read; repair them or give other ones")
-    return Dataset(
-        settings.name,
-        *images,
-        classes=classes,
-        preprocess=preprocess,
-        digest=dataset_digest(settings, files),
-        files=files.digests,
-        held_out=lazy[1],
-    )
-
-
-def _of_folder(listing: MaskListing, settings: DataSettings, preprocess: Preprocess) -> tuple[Lazy, Lazy]:
-    train, out = parts_of(len(listing.train), settings, has_validation=listing.val is not None)
-    judged = [listing.train[index] for index in out] if listing.val is None or settings.tuning else list(listing.val)
-    trained = [listing.train[index] for index in train]
-    return _files(listing, trained, settings, preprocess), _files(listing, judged, settings, preprocess)
-
-
-def _files(listing: MaskListing, pairs: list[Pair], settings: DataSettings, preprocess: Preprocess) -> FileImages:
+def _files(listing: MaskListing, pairs: Sequence[Pair], settings: DataSettings, preprocess: Preprocess) -> FileImages:
     masks = mask_files(listing.root, pairs, classes=len(listing.classes), preprocess=preprocess)
     labels = torch.zeros(len(pairs), dtype=torch.int64)
     return FileImages(listing.root, masks.paths[:, 0], labels, settings.skip_broken, placed=masks)
 
 
-def _of_scenes(settings: DataSettings, preprocess: Preprocess) -> tuple[Lazy, Lazy]:
-    drawn = draw_scenes(SCENES[settings.name], "train", size=preprocess.resize_to, seed=settings.seed)
-    train, out = parts_of(len(drawn.images), settings, has_validation=True)
-    if settings.tuning:
-        return _arrays(drawn, train, preprocess), _arrays(drawn, out, preprocess)
-    judged = draw_scenes(SCENES[settings.name], "val", size=preprocess.resize_to, seed=settings.seed)
-    return _arrays(drawn, train, preprocess), _arrays(judged, np.arange(len(judged.images)), preprocess)
-
-
 def _arrays(scenes: Scenes, chosen: np.ndarray, preprocess: Preprocess) -> ArrayImages:
     labels = torch.zeros(len(chosen), dtype=torch.int64)
     return ArrayImages(scenes.images[chosen], labels, placed=ArrayMasks(scenes.masks[chosen], preprocess))
+
+
+def _centred(settings: DataSettings, size: int) -> Preprocess:
+    resized = round(size * settings.resize)
+    return Preprocess(size, resized, settings.mean, settings.std, ignore_index=settings.ignore_index)
+
+
+open_masks = Planar("masks", MaskListing, SCENE_CLASSES, _centred, _files, _arrays).open
 
 
 def write_masks(dataset: Dataset, folder: Path) -> int:

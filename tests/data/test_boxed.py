@@ -120,7 +120,7 @@ def test_a_folder_is_opened_whole_and_stretched(tmp_path: Path) -> None:
     ids=["randaugment", "mixup", "cutmix"],
 )
 def test_changes_that_would_leave_the_boxes_behind_are_refused(changed: Augmentation, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"changes an image and not its boxes"):
+    with pytest.raises(DataError, match=r"changes images and not their boxes"):
         open_boxes(settings(tmp_path), changed)
 
 

@@ -1,0 +1,87 @@
+"""Open a data set whose truths lie in the images' plane, masks or boxes: what moves an image moves them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from compress.data.augment import Augmentation
+from compress.data.dataset import Dataset, Lazy, in_memory
+from compress.data.digest import NATIVE_SIZE, DataSettings, dataset_digest, given
+from compress.data.images import ArrayImages, FileImages
+from compress.data.scenes import SCENES, Part, Scenes, draw_scenes
+from compress.data.split import parts_of
+from export.errors import DataError
+from export.images.annotations import BoxListing
+from export.images.masks import MaskListing
+from export.images.preprocess import Preprocess
+
+Listing = TypeVar("Listing", MaskListing, BoxListing)
+
+
+@dataclass(frozen=True)
+class Planar(Generic[Listing]):
+    """What data sets of one kind of truth do their own way; `truths` is that kind's name, `scene_classes` are the classes of drawn scenes."""
+
+    truths: str
+    listing: type[Listing]
+    scene_classes: tuple[str, ...]
+    preprocess: Callable[[DataSettings, int], Preprocess]
+    from_files: Callable[[Listing, Sequence[tuple[str, str]], DataSettings, Preprocess], FileImages]
+    from_scenes: Callable[[Scenes, np.ndarray, Preprocess], ArrayImages]
+
+    def open(self, settings: DataSettings, augmentation: Augmentation) -> Dataset:
+        """Open a data set by name, as `open_dataset` does one of labels.
+
+        Without a validation set of its own a fraction of the images is held out by seed; `limit_per_class` is how many images are trained
+        on. Raises DataError for data that are missing or unreadable or have no such truths, and for changes that would not move them.
+        """
+        still = [name for name in ("randaugment", "mixup", "cutmix") if getattr(augmentation, name)]
+        if still:
+            raise DataError(
+                f"data.augment.{still[0]}: changes images and not their {self.truths}; use crop, flip and distort"
+            )
+        files = given(settings)
+        if settings.unlabelled is not None:
+            raise DataError("data.unlabelled: goes with images that have one label each: leave it out")
+        size = settings.image_size or NATIVE_SIZE[settings.name]
+        preprocess = self.preprocess(settings, size)
+        if isinstance(files.listing, self.listing):
+            lazy, classes = self._of_folder(files.listing, settings, preprocess), files.listing.classes
+        elif settings.name in SCENES:
+            lazy, classes = self._of_scenes(settings, preprocess), self.scene_classes
+        else:
+            raise DataError(
+                f"{settings.name}: has labels and no {self.truths}; take {', '.join(SCENES)}, or DATA=/path/to/a/folder"
+            )
+        images = in_memory(*lazy, preprocess, augmentation.whole_area(size))
+        if not all(map(len, images)):
+            raise DataError(f"{settings.name}: none of its images can be read; repair them or give other ones")
+        return Dataset(
+            settings.name,
+            *images,
+            classes=classes,
+            preprocess=preprocess,
+            digest=dataset_digest(settings, files),
+            files=files.digests,
+            held_out=lazy[1],
+        )
+
+    def _of_folder(self, listing: Listing, settings: DataSettings, preprocess: Preprocess) -> tuple[Lazy, Lazy]:
+        train, out = parts_of(len(listing.train), settings, has_validation=listing.val is not None)
+        judged = [listing.train[index] for index in out] if listing.val is None or settings.tuning else listing.val
+        trained = [listing.train[index] for index in train]
+        return (
+            self.from_files(listing, trained, settings, preprocess),
+            self.from_files(listing, judged, settings, preprocess),
+        )
+
+    def _of_scenes(self, settings: DataSettings, preprocess: Preprocess) -> tuple[Lazy, Lazy]:
+        def draw(part: Part) -> Scenes:
+            return draw_scenes(SCENES[settings.name], part, size=preprocess.resize_to, seed=settings.seed)
+
+        drawn = draw("train")
+        train, out = parts_of(len(drawn.images), settings, has_validation=True)
+        judged, chosen = (drawn, out) if settings.tuning else ((held := draw("val")), np.arange(len(held.images)))
+        return self.from_scenes(drawn, train, preprocess), self.from_scenes(judged, chosen, preprocess)
