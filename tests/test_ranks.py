@@ -110,7 +110,7 @@ def test_a_rank_killed_while_the_others_work_ends_all(recipe_path: Path, number:
     assert text.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_rank_whose_machine_stands_still_ends_the_others(recipe_path: Path, number: int) -> None:
     """Its connections stay open, as those of a machine without power do."""
@@ -120,7 +120,7 @@ def test_a_rank_whose_machine_stands_still_ends_the_others(recipe_path: Path, nu
     assert text.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_a_rank_that_is_busy_for_long_is_not_taken_for_dead(recipe_path: Path) -> None:
     said = ended(command("if rank == 0: time.sleep(8)", recipe_path, SILENT_TICKS=4))
     assert said == [(0, ""), (0, "")]

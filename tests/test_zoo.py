@@ -10,7 +10,7 @@ from chain import KEEP_MACS, examine
 from zoo import BEGIN, DOCUMENT, END
 
 LARGEST = 64  # pixels: those that need 224 take a minute each
-BUDGET = 40  # processor seconds after which no further network starts
+BUDGET = 20  # processor seconds after which no further network starts
 
 
 def documented() -> dict[str, int]:

@@ -71,7 +71,7 @@ def test_every_loss_of_a_recipe_has_its_row_and_every_field_its_argument() -> No
     sections = {
         section.model_fields["name"].annotation.__args__[0]: section for section in get_args(get_args(LossTerm)[0])
     }
-    assert sections.keys() == LOSSES.keys() | {"cross_entropy", "dice"}
+    assert sections.keys() == LOSSES.keys() | {"cross_entropy", "dice", "boxes"}
     own = {
         name: section.model_fields.keys() - FeatureTerm.model_fields.keys() - LogitTerm.model_fields.keys()
         for name, section in sections.items()
@@ -484,7 +484,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_two_processes_keep_one_student_and_one_set_of_adapters(tmp_path: Path) -> None:
     spawn(_rank, (str(tmp_path),), nprocs=2)
     for student in ("plain", "fake-quantized"):

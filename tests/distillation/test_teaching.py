@@ -266,7 +266,7 @@ def _rank(rank: int, out: str, store: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_two_ranks_answer_half_each_and_the_whole_is_the_same(opened: tuple[Run, Path, Path], tmp_path: Path) -> None:
     run, source, log = opened
     taught(run, source, log)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from compress.cli import app
+from compress.data.teachers import FOREIGN
 from compress.distillation.step import weight_of
 from compress.errors import ModelError
 from compress.models.architectures import LIBRARIES, build
@@ -115,7 +116,7 @@ def test_an_unknown_network_names_the_nearest() -> None:
 
 
 def test_the_digest_knows_every_library() -> None:
-    assert set(KNOWN) == set(LIBRARIES)
+    assert {*KNOWN, *FOREIGN} == set(LIBRARIES)
 
 
 # Protocols
@@ -241,6 +242,7 @@ def run(short: Recipe, until: str) -> dict[str, Mapping[str, float]]:
     return {row["stage"]: row["metrics"] for row in report["stages"]}
 
 
+@pytest.mark.acceptance
 def test_a_pruning_recipe_runs_on_a_stand_in_for_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path, 10, 4, monkeypatch)
     overrides = one_epoch("source.fit", "prune.sparsity.fit", "distill.fit")

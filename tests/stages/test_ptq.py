@@ -339,7 +339,7 @@ def ptq_of(weights: dict[str, Tensor], folder: Path, **settings: str) -> tuple[d
     return found, stage
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_tuning_puts_exactly_the_planted_bad_layer_back_to_float(learned: dict[str, Tensor], tmp_path: Path) -> None:
     found, stage = ptq_of(with_a_layer_that_does_not_quantize(learned), tmp_path)
     own = found["targets"]["cpu_avx2"]

@@ -372,7 +372,7 @@ def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path, monkeypatch: py
     assert "install" in str(caught.value)
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_a_compiled_training_is_the_same_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Fit(epochs=3, batch_size=16, lr=0.01)
     eager = fit(plain_network(), STEP, settings, loop(tmp_path / "eager"))

@@ -123,7 +123,7 @@ def test_nine_images_on_two_ranks_are_nine_images_on_one(
             assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_the_score_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
     """Twelve batches on three ranks, then the same network on one: equal to the last bit."""
     file = write(tmp_path / "recipe")
@@ -134,7 +134,7 @@ def test_the_score_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> Non
     assert made(file, tmp_path / "one", "source", *given)[1].metrics == made(file, tmp_path / "three", "source", "source.fit.epochs=1")[1].metrics  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_a_rank_killed_in_its_training_ends_the_other_and_the_run_goes_on(tmp_path: Path) -> None:
     file, changes = write(tmp_path / "recipe"), ["--set", "source.fit.epochs=2000"]
     arguments = [str(file), "--out", str(tmp_path), "--until", "source", "--trust-code"]

@@ -231,7 +231,7 @@ cli.main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_all_ranks_compute_in_what_rank_0_finds_faster(tmp_path: Path) -> None:
     recipe = tmp_path / "ranks.yaml"
     recipe.write_text(
