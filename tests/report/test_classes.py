@@ -14,6 +14,7 @@ from reports import FILES, build_report, save_report, shown
 
 from compress.report import summary, tables
 from compress.report.card import card
+from compress.report.classes import at_chance
 from compress.report.comparison.read import read_subjects
 from compress.report.html import render
 from compress.report.shape import Report
@@ -21,7 +22,7 @@ from compress.report.verdict import judge
 from export.onnx_file.model_file import Value
 from export.runtime.accuracy import Score
 from export.tasks.paired import chance
-from export.tasks.task import FileClasses
+from export.tasks.task import Classes, FileClasses
 
 DEFECTS = ("ok", "defect")
 BELTS = np.repeat([0, 1], [380, 20])
@@ -101,6 +102,18 @@ def test_a_teacher_that_always_gives_the_largest_class_is_at_chance_whatever_its
     report = report_on(tmp_path, answers(BELTS, teacher_fp32=belts(0, 20)), DEFECTS, {"max_drop": 0.02})
     assert report["verdict"] == "fail"
     assert "380 of 400 validation images are right, 380 would be if it ignored them (p = 1.0)" in report["failures"][0]
+
+
+def test_a_detector_that_finds_more_than_there_is_is_not_at_chance() -> None:
+    """As on photographs of blood: 1,586 boxes for 1,137 cells, nearly all in one class; by classes alone it would be at chance."""
+    found: FileClasses = {"correct": [42, 873, 87], "answered": [59, 1439, 88], "mistakes": None}
+    classes: Classes = {
+        "names": ["platelet", "red", "white"],
+        "images": [83, 967, 87],
+        "files": {"teacher_fp32": found},
+    }
+    assert at_chance(classes, ["teacher_fp32"])
+    assert at_chance({**classes, "counted": "objects"}, ["teacher_fp32"]) == {}
 
 
 def test_a_teacher_at_the_largest_class_s_share_that_still_knows_the_classes_is_a_warning(tmp_path: Path) -> None:
