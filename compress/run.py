@@ -1,6 +1,6 @@
 """One execution of a recipe: where, on what, with which data and teacher. Stages ask it; it decides nothing about compression."""
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,6 @@ from compress.artifact import Metrics, key_of, lineage, read_meta
 from compress.data.augment import Augmentation
 from compress.data.batches import Batch, eval_batches, steps_per_epoch, train_batches, view_batches
 from compress.data.dataset import Dataset, relabelled
-from compress.data.images import ImageSet
 from compress.data.named import NAMED
 from compress.data.split import sampled
 from compress.errors import CompressError
@@ -32,6 +31,7 @@ from compress.recipe.arguments import data_settings, fits, teachers_of
 from compress.recipe.schema import Model, Recipe
 from compress.recipe.stages import Fit, StudentStage
 from compress.tasks import TASKS, Task, evaluate
+from compress.tasks.predictions import predictions
 from compress.training.loop import Loop, Network, Step, fit, place_
 from export.command.files import writing
 from export.images.preprocess import Preprocess
@@ -271,10 +271,9 @@ class Run:
         if not file.exists():
             network, names = self._labeller(images.preprocess, given)
             place_(network, self.device).eval()
-            parts = [_answers(network, part, images.preprocess, self) for part in (images.train, images.val)]
-            classes = names or tuple(f"class_{index:04d}" for index in range(parts[0][1].shape[1]))
-            train, val = (
-                _table(part, *found) for part, found in zip((images.train, images.held_out), parts, strict=True)
+            data = recipe.data
+            classes, train, val = predictions(
+                images, network, names, batch_size=data.eval_batch_size, workers=data.workers, device=self.device
             )
             file.parent.mkdir(parents=True, exist_ok=True)
             with writing(file) as partial:
@@ -334,24 +333,6 @@ class Run:
 
 def _seen(preprocess: Preprocess) -> Seen:
     return Seen((preprocess.image_size,) * 2, preprocess.mean, preprocess.std)
-
-
-@torch.no_grad()
-def _answers(
-    network: nn.Module, images: ImageSet, preprocess: Preprocess, run: Run
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return which images can be read, by number (m,), and a network's outputs for them (m, classes)."""
-    data = run.recipe.data
-    batches = eval_batches(images, preprocess, batch_size=data.eval_batch_size, device=run.device, workers=data.workers)
-    found = [(batch.targets.cpu().numpy(), network(batch.images).float().cpu().numpy()) for batch in batches]
-    return np.concatenate([numbers for numbers, _ in found]), np.concatenate([outputs for _, outputs in found])
-
-
-def _table(images: Sized, numbers: NDArray[np.int64], outputs: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Return the likeliest class of every image by number, 0 of those that cannot be read, which are left out wherever they are met."""
-    table = np.zeros(max(len(images), int(numbers.max()) + 1), np.int64)
-    table[numbers] = outputs.argmax(axis=1)
-    return table
 
 
 def float_ancestor(directory: Path) -> Path:

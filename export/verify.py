@@ -32,7 +32,7 @@ from export.proof.saturation import modules, saturation_possible
 from export.proof.submodels import IMAGES, Piece, exposed, pieces, quantized_tensors
 from export.runtime.intervals import clopper_pearson
 from export.runtime.session import RUNTIME_ERRORS, first_line, open_session
-from export.tasks import TASKS, task_named
+from export.tasks import stated_task
 from export.tasks.task import Array, Metric, OutputTask
 
 Floats = NDArray[np.float32]
@@ -305,12 +305,6 @@ def batches_of(path: Path, examples: Examples | None, images: int) -> Iterator[t
         yield generator.standard_normal((images, *shape), dtype=np.float32), None
         return
     yield from examples.spread(images).batches()
-
-
-def stated_task(path: Path) -> OutputTask:
-    """Return the task that a file says it is for; a file from elsewhere says nothing and is taken for a classifier."""
-    stated = {entry.key: entry.value for entry in parse(path).metadata_props}.get("task")
-    return TASKS["classification"] if stated is None else task_named(stated)
 
 
 def int8_files(bundle: Bundle) -> dict[str, Path]:

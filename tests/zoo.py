@@ -7,6 +7,7 @@ end to its time and memory.
 import argparse
 import json
 import resource
+import signal
 import sys
 import textwrap
 import time
@@ -85,16 +86,17 @@ def row_of(family: str, arch: str) -> dict[str, Any]:
 
 
 def in_a_process(family: str, arch: str) -> dict[str, Any]:
-    """Return the row of one family, made by a process of its own, which may not take all time and memory."""
+    """Return the row of one family, made by a process of its own with an end to its processor time and memory."""
     receiving, sending = Pipe(duplex=False)
     child = get_context("fork").Process(target=_send_row, args=(sending, family, arch))
     child.start()
     sending.close()
     try:
-        row: dict[str, Any] = receiving.recv() if receiving.poll(SECONDS) else {"crash": f"took more than {SECONDS} s"}
+        row: dict[str, Any] = receiving.recv()
     except EOFError:
         child.join()
-        row = {"crash": f"its process ended with {child.exitcode}"}
+        late = child.exitcode == -signal.SIGXCPU
+        row = {"crash": f"took more than {SECONDS} s" if late else f"its process ended with {child.exitcode}"}
     child.kill()
     child.join()
     return {"family": family, "arch": arch, **row}
@@ -103,6 +105,7 @@ def in_a_process(family: str, arch: str) -> dict[str, Any]:
 def _send_row(sending: Connection, family: str, arch: str) -> None:
     limit = GIGABYTES * 2**30
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 60))
     sending.send(row_of(family, arch))
 
 

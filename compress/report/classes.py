@@ -35,18 +35,15 @@ def worst_first(classes: Classes, file: str) -> list[ClassLine]:
     return sorted((line for line in lines if line.images), key=lambda line: (-line.drop, line.student / line.images))
 
 
-def _one_each(classes: Classes) -> bool:
-    """Tell whether a file gives one answer for each of what is counted; a detector answers as often as it likes."""
-    return classes.get("counted") != "objects"
-
-
 def at_chance(classes: Classes, files: Iterable[str]) -> dict[str, str]:
     """Return a sentence for each of the files that tells the classes no better than chance does; those that were not scored are left out.
 
-    Of files that answer as often as they like none is said: a guess at a box is right by no chance that could be computed here.
+    None is returned where a file predicts any number of objects: how many of its boxes would be right by chance cannot be computed.
     """
-    found = {}
-    for name in [name for name in files if name in classes["files"] and _one_each(classes)]:
+    found: dict[str, str] = {}
+    if classes.get("any_number"):
+        return found
+    for name in [name for name in files if name in classes["files"]]:
         expected, probability = chance(classes["images"], classes["files"][name])
         if probability > MAX_CHANCE:
             repair = (
@@ -67,7 +64,7 @@ def doubts(classes: Classes, file: str, targets: Mapping[str, float | None]) -> 
     names, images, lines = classes["names"], classes["images"], worst_first(classes, file)
     total, largest = sum(images), max(range(len(images)), key=images.__getitem__)
     right, knows = sum(classes["files"][TEACHER]["correct"]), not at_chance(classes, [TEACHER])
-    counted, one_each = classes.get("counted", "images"), _one_each(classes)
+    counted, one_each = classes.get("counted", "images"), not classes.get("any_number")
     if one_each and knows and clopper_pearson(right, total)[0] <= images[largest] / total:
         yield (
             f'{TEACHER} is right on {percent(right / total)} of {total:,} validation {counted}, always answering "{names[largest]}" '

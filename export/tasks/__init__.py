@@ -1,6 +1,9 @@
 """The tasks that networks are made for: what their outputs mean wherever they run. To add one, write its file and its row here."""
 
+from pathlib import Path
+
 from export.errors import BundleError
+from export.onnx_file.model_file import parse
 from export.tasks.classification import CLASSIFICATION
 from export.tasks.detection import DETECTION
 from export.tasks.segmentation import SEGMENTATION
@@ -22,3 +25,9 @@ def task_named(name: str) -> OutputTask:
             f"task: must be one of {', '.join(TASKS)}, got {name!r:.50}: take a newer version of this project"
         )
     return TASKS[name]
+
+
+def stated_task(file: Path) -> OutputTask:
+    """Return the task that an ONNX file's metadata names; a file from elsewhere names none and is taken for a classifier."""
+    stated = {entry.key: entry.value for entry in parse(file).metadata_props}.get("task")
+    return CLASSIFICATION if stated is None else task_named(stated)

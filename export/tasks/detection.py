@@ -105,7 +105,12 @@ def by_class(rows: Mapping[str, Array], labels: Sequence[str], _confused: Collec
             scores=[float(precision[label].mean()) if label in precision else None for label in range(len(labels))],
         )
     return Classes(
-        names=list(labels), images=_count(true[true != NONE], labels), files=files, counted="objects", measure="AP"
+        names=list(labels),
+        images=_count(true[true != NONE], labels),
+        files=files,
+        counted="objects",
+        measure="AP",
+        any_number=True,
     )
 
 

@@ -66,6 +66,9 @@ class Classes(TypedDict):
     files: dict[str, FileClasses]
     measure: NotRequired[str]  # what those scores are: IoU, AP
     counted: NotRequired[str]  # what has a class, where that is not the image: pixels, objects
+    any_number: NotRequired[
+        bool
+    ]  # a file gives as many predictions as it likes, so that none can be expected by chance
 
 
 @dataclass(frozen=True)
