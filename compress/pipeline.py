@@ -125,7 +125,7 @@ def _keys(recipe: Recipe) -> Iterator[str]:
             "seed": recipe.seed,
             "data": dataset_digest(settings, given(settings)),
             "augment": recipe.data.augment.model_dump(mode="json"),
-            **({"balance": True} if recipe.data.balance else {}),
+            **({} if recipe.data.balance == "none" else {"balance": recipe.data.balance}),
             **({} if recipe.data.classes is None else {"classes": class_names(Path(recipe.data.classes))}),
             **(
                 {"teacher": teachers_digest(teachers_of(recipe))}

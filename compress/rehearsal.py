@@ -93,6 +93,7 @@ def _rehearse(run: Run, chain: Recipe, sections: Sequence[StageSection], tried: 
     stages = [section.stage for section in sections]
     networks = _networks(run, chain, sections)
     (_, teacher), (arch, student) = networks[0], networks[-1]
+    _ = run.learned  # whose loss may take no weights
     for _, network in networks:
         run.check_logits(network)
     for section in sections:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,18 @@ class Run:
     def task(self) -> Task:
         """What the network is for."""
         return TASKS[self.recipe.task]
+
+    @cached_property
+    def learned(self) -> Task:
+        """The task as training sees it: the loss weighs classes where the recipe wants that. Raises CompressError where it takes no weights."""
+        if self.recipe.data.balance != "class_weights":
+            return self.task
+        if self.task.class_weights is None:
+            raise CompressError(
+                f"data.balance: the loss of {self.task.output.name} takes no class_weights: leave it out"
+            )
+        weights = self.task.class_weights(self.dataset.train, len(self.dataset.classes)).to(self.device)
+        return replace(self.task, loss=partial(self.task.loss, weights=weights))
 
     @property
     def int8_targets(self) -> tuple[Target, ...]:
@@ -170,7 +182,7 @@ class Run:
             ranks=self.ranks,
             workers=self.recipe.data.workers,
             device=self.device,
-            balance=self.recipe.data.balance,
+            balance=self.recipe.data.balance == "sampler",
         )
 
     def log(self, out: Path, stage: str) -> StageLog:

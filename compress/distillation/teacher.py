@@ -66,11 +66,11 @@ def distil(
     before_step: Callable[[nn.Module, float], None] | None = None,
 ) -> nn.Module:
     """Train the student under the teacher of the artifact `src` and return it."""
-    run = run.with_unlabelled()
+    task, run = run.learned, run.with_unlabelled()
     teaching = teach(run, src, terms, settings, log)
     images = example_images(run.image_size, run.device)
     learner, step = distillation(
-        terms, run.task, student=student, teacher=teaching.teacher, images=images, seed=run.recipe.seed
+        terms, task, student=student, teacher=teaching.teacher, images=images, seed=run.recipe.seed
     )
     learner = run.fit(
         learner, step, settings, out=out, log=log, phase=phase, views=teaching.views, before_step=before_step

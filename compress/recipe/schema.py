@@ -12,7 +12,7 @@ from compress.data.teachers import foreign
 from compress.recipe.losses import LABELLED
 from compress.recipe.order import first_mistake
 from compress.recipe.section import Arch, Channels, Drop, Name, PathText, Section, Size, refuse_tag
-from compress.recipe.stages import DistillStage, QatStage, SourceStage, StageSection
+from compress.recipe.stages import DistillStage, PruneStage, QatStage, SourceStage, StageSection
 from export.tasks import TASKS
 
 
@@ -81,8 +81,8 @@ class Data(Section):
     """What a mask holds where a pixel is neither learned from nor judged; null is 255."""
     classes: PathText | None = None
     """A text file with the names of the network's classes in their order, one a line, for `task: unlabelled`, where no folder names them; null: what the teacher calls them, else their numbers."""
-    balance: bool = False
-    """Draw training images with replacement so that every class comes as often, however many images it has; an epoch is as long as ever."""
+    balance: Literal["none", "sampler", "class_weights"] = "none"
+    """For classes of unequal size: `sampler` draws training images with replacement so that every class comes as often (an epoch is as long as ever); `class_weights` weighs losses against labels by the inverse of each class's frequency (docs/losses.md)."""
     unlabelled: PathText | None = None
     """A folder of further images, at any depth, that need no label: only distillation, `qat` and calibration see them. Those that are trained on or judged by already are left out, by content."""
     workers: Annotated[int, Field(ge=0)] | None = None
@@ -276,6 +276,22 @@ class Recipe(Section):
                         raise ValueError(
                             f"data.unlabelled: {term.name} in {section.stage} needs every image's label: take kd or dist"
                         )
+        return self
+
+    @model_validator(mode="after")
+    def _class_weights_have_a_loss(self) -> "Recipe":
+        if self.data.balance == "class_weights" and not any(
+            (isinstance(section, SourceStage) and section.fit is not None)
+            or (isinstance(section, PruneStage) and section.sparsity is not None)
+            or (
+                isinstance(section, DistillStage | QatStage) and "cross_entropy" in [term.name for term in section.loss]
+            )
+            for chain in self.chains().values()
+            for section in chain.stages
+        ):
+            raise ValueError(
+                "data.balance: class_weights weighs cross_entropy, and nothing here learns by it: add that loss, or take sampler"
+            )
         return self
 
     def _teacher_is_another(self, source: StageSection) -> "Recipe":

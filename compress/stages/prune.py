@@ -211,7 +211,7 @@ def _learn_sparsity(
         num_heads={},
         channel_groups={},
     )
-    step = supervised_step(run.task, label_smoothing=0.0)
+    step = supervised_step(run.learned, label_smoothing=0.0)
     return run.fit(
         model, step, cfg.sparsity.fit, out=out, log=log, phase="sparsity", after_backward=regularizer.regularize
     )

@@ -1,21 +1,25 @@
 """Classification: one label for each image, cross-entropy with it."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from compress.data.dataset import open_dataset
-from compress.data.images import UNLABELLED
+from compress.data.images import UNLABELLED, ImageSet
 from compress.data.validation import write_validation
-from compress.tasks.task import Task
+from compress.tasks.task import Task, inverse_frequency
 from export.tasks.classification import CLASSIFICATION as OUTPUT
 
 
-def cross_entropy_loss(outputs: Tensor, truths: Tensor, *, label_smoothing: float) -> Tensor:
+def cross_entropy_loss(
+    outputs: Tensor, truths: Tensor, *, label_smoothing: float, weights: Tensor | None = None
+) -> Tensor:
     """Return the cross-entropy of logits (batch, classes) with labels (batch,), the mean over those that are labelled, or probabilities (batch, classes)."""
     if truths.ndim > 1:
-        return F.cross_entropy(outputs.float(), truths, label_smoothing=label_smoothing)
+        return F.cross_entropy(outputs.float(), truths, weights, label_smoothing=label_smoothing)
+    # Not divided by the sum of a batch's weights, as torch's mean is: a rare class would lose its weight in a batch of its own.
     total = F.cross_entropy(
-        outputs.float(), truths, ignore_index=UNLABELLED, label_smoothing=label_smoothing, reduction="sum"
+        outputs.float(), truths, weights, ignore_index=UNLABELLED, label_smoothing=label_smoothing, reduction="sum"
     )
     return total / (truths != UNLABELLED).sum().clamp(min=1)
 
@@ -30,4 +34,17 @@ def truth_rows(_outputs: Tensor, truths: Tensor) -> Tensor:
     return truths
 
 
-CLASSIFICATION = Task(OUTPUT, open_dataset, write_validation, cross_entropy_loss, rows=rows, truth_rows=truth_rows)
+def class_weights(images: ImageSet, classes: int) -> Tensor:
+    """Return the weight of each class by the number of its images, whose mean over the labelled images is 1."""
+    return inverse_frequency(torch.bincount(images.labels[images.labels != UNLABELLED], minlength=classes))
+
+
+CLASSIFICATION = Task(
+    OUTPUT,
+    open_dataset,
+    write_validation,
+    cross_entropy_loss,
+    rows=rows,
+    truth_rows=truth_rows,
+    class_weights=class_weights,
+)

@@ -1,20 +1,28 @@
 """Segmentation: one class for each pixel, cross-entropy with it, the pixels that are not judged left out."""
 
+from contextlib import suppress
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress.data.images import ImageSet
 from compress.data.segmented import open_masks, write_masks
-from compress.tasks.task import Task
+from compress.tasks.task import Task, inverse_frequency
+from export.images.decode import BrokenImage
 from export.images.preprocess import IGNORED
 from export.tasks.segmentation import SEGMENTATION as OUTPUT
 
 
-def cross_entropy_loss(outputs: Tensor, truths: Tensor, *, label_smoothing: float) -> Tensor:
+def cross_entropy_loss(
+    outputs: Tensor, truths: Tensor, *, label_smoothing: float, weights: Tensor | None = None
+) -> Tensor:
     """Return the mean cross-entropy of logits (batch, classes, height, width) over the judged pixels of masks (batch, height, width)."""
     judged = (truths != IGNORED).sum()
-    return F.cross_entropy(
-        outputs.float(), truths.long(), ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum"
-    ) / judged.clamp(min=1)
+    total = F.cross_entropy(
+        outputs.float(), truths.long(), weights, ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum"
+    )
+    return total / judged.clamp(min=1)
 
 
 def rows(outputs: Tensor, truths: Tensor) -> Tensor:
@@ -28,4 +36,16 @@ def truth_rows(_outputs: Tensor, truths: Tensor) -> Tensor:
     return truths[truths != IGNORED].long()
 
 
-SEGMENTATION = Task(OUTPUT, open_masks, write_masks, cross_entropy_loss, rows=rows, truth_rows=truth_rows)
+def class_weights(images: ImageSet, classes: int) -> Tensor:
+    """Return the weight of each class by the number of its pixels, whose mean over the judged pixels is 1."""
+    assert images.placed is not None
+    counts = torch.zeros(IGNORED + 1, dtype=torch.int64)
+    for index in range(len(images)):
+        with suppress(BrokenImage):  # which training reports
+            counts += torch.bincount(images.placed.still(torch.tensor([index])).flatten(), minlength=len(counts))
+    return inverse_frequency(counts[:classes])
+
+
+SEGMENTATION = Task(
+    OUTPUT, open_masks, write_masks, cross_entropy_loss, rows=rows, truth_rows=truth_rows, class_weights=class_weights
+)

@@ -13,6 +13,7 @@ from compress.data.augment import Augmentation
 from compress.data.batches import Batch
 from compress.data.dataset import Dataset
 from compress.data.digest import DataSettings
+from compress.data.images import ImageSet
 from compress.quant.layers import deployed_once
 from compress.ranks import gather
 from export.tasks.task import OutputTask
@@ -28,7 +29,7 @@ class Task:
     write: Callable[[Dataset, Path], int]
     """Write the validation images and their truths as a folder that the other half reads; returns how many."""
     loss: Callable[..., Tensor]
-    """(outputs, truths, label_smoothing=) to (): what plain training minimizes, a mean over images."""
+    """(outputs, truths, label_smoothing=) to (): what plain training minimizes, a mean over images; with `class_weights` also (…, weights=)."""
     rows: Callable[[Tensor, Tensor], Tensor]
     """(outputs, truths) to logits (rows, classes), on which every loss between logits works."""
     truth_rows: Callable[[Tensor, Tensor], Tensor]
@@ -37,6 +38,14 @@ class Task:
     """(student's outputs, teacher's) to (): how far apart they put what the teacher is sure of; None where answers have no places."""
     smooths: bool = True
     """Whether the loss takes a label smoothing above 0."""
+    class_weights: Callable[[ImageSet, int], Tensor] | None = None
+    """(training images, number of classes) to the weights (classes,) that make up for unequal classes; None where the loss takes none."""
+
+
+def inverse_frequency(counts: Tensor) -> Tensor:
+    """Return a weight for each class in inverse proportion to its count, (classes,), whose mean over all that is counted is 1."""
+    there = counts > 0
+    return torch.where(there, counts.sum() / (there.sum() * counts.clamp(min=1)), 1.0)
 
 
 @torch.inference_mode()

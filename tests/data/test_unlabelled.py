@@ -147,7 +147,7 @@ def test_training_on_labels_that_are_not_there_is_refused(digits: Path, tmp_path
 
 
 def test_a_balanced_epoch_shows_every_class_as_often_and_repeats(digits: Path, tmp_path: Path) -> None:
-    run = opened(digits, tmp_path, "data.balance=true", f"data.unlabelled={digits}/loose")
+    run = opened(digits, tmp_path, "data.balance=sampler", f"data.unlabelled={digits}/loose")
     labels = torch.tensor([0] * 90 + [1] * 10)
     drawn = labels[torch.multinomial(balanced(labels), 20_000, replacement=True)].float().mean()
     assert drawn == pytest.approx(0.5, abs=0.02)
