@@ -1,4 +1,4 @@
-"""The stages: plain functions from one directory to another."""
+"""The stages: plain functions from one directory to another; `source`, the first, gets None as its `src`."""
 
 from collections.abc import Callable
 

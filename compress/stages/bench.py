@@ -1,4 +1,4 @@
-"""Accuracy and latency of every file, in ONNX Runtime."""
+"""Score and time every file in ONNX Runtime."""
 
 import json
 import tempfile
@@ -20,13 +20,12 @@ from export.runtime.environment import environment
 from export.runtime.rows import metric_json
 
 EXAMPLES = "examples.npz"
-DRAWN = 4  # images of the report with their answers
-WHOLE = 8  # images that are timed from their bytes to the answer
+DRAWN = 4  # images that the report shows with their predictions
+WHOLE = 8  # images that are timed from their bytes to the prediction
 
 
-def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
-    """Score all files on the whole validation set, then time them against each other."""
-    assert src is not None
+def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
+    """Score all files on the whole validation set, then time them in turns."""
     exported = newest(src, "export")
     assert exported is not None
     files = files_in(exported)
@@ -58,7 +57,7 @@ def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
         else []
     )
     if broken := sorted(run.dataset.val.broken):
-        notes.append(f"validation images that cannot be read are in no score: {len(broken):,}, {broken[0]} first")
+        notes.append(f"validation images that cannot be read count in no score: {len(broken):,}, first {broken[0]}")
     write_json(
         out / "bench.json",
         {
@@ -81,7 +80,7 @@ def apply(cfg: BenchStage, src: Path | None, out: Path, run: Run) -> Metrics:
 
 
 def _write_examples(path: Path, files: Sequence[Path], exported: Path, run: Run) -> None:
-    """Write what the report draws: some golden images, their truths, and each file's answers by its name."""
+    """Write what the report draws: some golden images, their truths, and each file's predictions."""
     if run.task.output.draw is None:
         return
     with np.load(exported / "golden.npz") as golden:
@@ -93,19 +92,21 @@ def _write_examples(path: Path, files: Sequence[Path], exported: Path, run: Run)
 
 
 def _end_to_end(files: Sequence[Path], run: Run, *, seconds: float) -> dict[str, EndToEnd]:
-    """Time the files on validation images at their own size."""
+    """Time the files on validation images of their original sizes, decoding included."""
     images, task = run.dataset.held_out, run.task.output
     with tempfile.TemporaryDirectory() as folder:
         paths = list[Path]()
         for index in range(len(images)):
-            path = images.root / images.name(index) if isinstance(images, FileImages) else Path(folder, f"{index}.bmp")
             try:
                 images.whole(index)
             except BrokenImage:
                 continue
-            if not isinstance(images, FileImages):
-                path.write_bytes(images.file(index))
-            if len(paths := [*paths, path]) == WHOLE:
+            if isinstance(images, FileImages):
+                paths.append(images.root / images.name(index))
+            else:
+                paths.append(Path(folder, f"{index}.bmp"))
+                paths[-1].write_bytes(images.file(index))
+            if len(paths) == WHOLE:
                 break
         return {
             file.stem: end_to_end(file, paths, run.dataset.preprocess, task, seconds=seconds / len(files))

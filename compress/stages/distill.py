@@ -1,4 +1,4 @@
-"""Recover accuracy: the student learns from the teacher on the same views."""
+"""Recover accuracy: the student learns from the teacher, which sees the same augmented views."""
 
 from pathlib import Path
 
@@ -9,9 +9,8 @@ from compress.recipe.stages import DistillStage
 from compress.run import Run
 
 
-def apply(cfg: DistillStage, src: Path | None, out: Path, run: Run) -> Metrics:
+def apply(cfg: DistillStage, src: Path, out: Path, run: Run) -> Metrics:
     """Train the student under the recipe's losses and measure it."""
-    assert src is not None
     with run.log(out, "distill") as log:
         student = distil(run, run.load(src), cfg.loss, cfg.fit, src=src, out=out, log=log, phase="distill")
     if run.rank == 0:

@@ -1,4 +1,4 @@
-"""Write the ONNX files, then prove them: what the optimizer makes of each INT8 file, and how it answers beside the trained network."""
+"""Write the ONNX files; audit what the optimizer makes of each, and verify INT8 files against the trained network."""
 
 import itertools
 import shutil
@@ -26,9 +26,8 @@ from export.proof.half import is_finite
 from export.verify import Verification, verify
 
 
-def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
-    """Export every file, audit all of them, verify the trained INT8 ones, hold the deployed one to the recipe's limits."""
-    assert src is not None
+def apply(cfg: ExportStage, src: Path, out: Path, run: Run) -> Metrics:
+    """Write and audit every file, verify the INT8 ones, and check those that may be served against the recipe's limits."""
     trained = _trained(src, run)
     with run.log(out, "export") as log:
         for name in _write_files(src, out, run, trained):
@@ -45,7 +44,7 @@ def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
             model = with_uint8_input(onnx.load(files[name]), run.dataset.preprocess.to_json())
             save_model(run.task.output.finish(model), out / f"{UINT8}.onnx")
             log.note(f"{UINT8}.onnx")
-        # TensorRT's file is float on the CPU by nature; its own optimizer is not here to be asked.
+        # ONNX Runtime's CPU optimizer leaves TensorRT's file in float, and TensorRT itself is not here.
         judged = {name, *{PTQ, QAT} & files.keys()} if run.target.name != "tensorrt" else set()
         over = {file: _over(cfg.limits, file, audits[file], parity.get(file)) for file in sorted(judged)}
         _note(log, name, audits[name], parity.get(name), over.get(name, []))
@@ -69,7 +68,7 @@ def apply(cfg: ExportStage, src: Path | None, out: Path, run: Run) -> Metrics:
 
 
 def _write_golden_images(path: Path, run: Run, *, limit: int) -> None:
-    """Write validation images, spread over the set, as a decoder leaves them: `images`, uint8 (n, size, size, 3), and `truths`."""
+    """Write validation images, spread over the set: `images`, uint8 (n, size, size, 3) as decoded, and `truths`."""
     images, truths = zip(*as_numpy(run.validation(limit=limit)), strict=True)
     mean, std = (np.array(part, np.float32) for part in (run.dataset.preprocess.mean, run.dataset.preprocess.std))
     pixels = (np.concatenate(images).transpose(0, 2, 3, 1) * std + mean) * 255  # (n, size, size, 3)
@@ -77,7 +76,7 @@ def _write_golden_images(path: Path, run: Run, *, limit: int) -> None:
 
 
 def _trained(src: Path, run: Run) -> dict[str, fx.GraphModule]:
-    """Return the fake-quantized networks by the names of their files; none where quantization-aware training did not run."""
+    """Return the fake-quantized networks by file name; empty where quantization-aware training did not run."""
     qat = newest(src, "qat")
     folders = {name_for(QAT, target, run.target): qat / target.name for target in run.int8_targets if qat is not None}
     return {
@@ -86,7 +85,7 @@ def _trained(src: Path, run: Run) -> dict[str, fx.GraphModule]:
 
 
 def _write_files(src: Path, out: Path, run: Run, trained: Mapping[str, fx.GraphModule]) -> Iterator[str]:
-    """Write the files and yield the name of each once it is there."""
+    """Write each file and yield its name."""
     student = float_ancestor(src)
     for name, artifact, model in (
         (TEACHER, lineage(src)[0], run.load_source(src)),
@@ -109,7 +108,7 @@ def _write_files(src: Path, out: Path, run: Run, trained: Mapping[str, fx.GraphM
 def _reasons(
     files: Mapping[str, Path], trained: Mapping[str, fx.GraphModule], src: Path, run: Run
 ) -> dict[str, dict[str, str]]:
-    """Return why operations of each INT8 file run in float, as far as its network says so."""
+    """Return for each INT8 file why some operations stay in float on purpose, as its fake-quantized network knows."""
     found = {}
     for target in run.int8_targets:
         names = [name for kind in (PTQ, QAT) if (name := name_for(kind, target, run.target)) in files]
@@ -123,21 +122,21 @@ def _reasons(
 
 
 def _write_float16(cfg: ExportStage, out: Path, run: Run) -> str:
-    """Write the FP16 file, unless its answers are not finite even so; return what is to be said of it, nothing where all is in float16."""
+    """Write the FP16 file unless its outputs are not finite; return a note, empty where everything is in float16."""
     path = out / f"{FP16}.onnx"
     kept = write_float16(out / f"{FP32}.onnx", path, run)
     seen = itertools.chain(run.calibration(RANGE_IMAGES), run.validation(limit=cfg.golden_images))
     if not is_finite(path, (images for images, _ in as_numpy(seen))):
         path.unlink()
-        return f"{FP16} is left out: its answers are not finite, with {len(kept)} modules in float32 already"
-    return f"{FP16}: in float32, as their values leave half precision: {', '.join(kept)}" if kept else ""
+        return f"{FP16} is left out: its outputs are not finite, although {len(kept)} modules stay in float32"
+    return f"{FP16}: in float32, as their values exceed half precision: {', '.join(kept)}" if kept else ""
 
 
 def _sign(path: Path, key: str) -> None:
-    """Have the file say what made it: the key of the last network's stage stands for its settings, its data and all before it."""
+    """Add the artifact key of the last network's stage to the file's metadata: it covers settings, data and all stages before."""
     model = onnx.load(path)
-    said = {entry.key: entry.value for entry in model.metadata_props}
-    onnx.helper.set_model_props(model, said | {"recipe_digest": key})
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, metadata | {"recipe_digest": key})
     save_model(model, path)
 
 
@@ -150,7 +149,7 @@ def _metric(artifact: Path, name: str) -> float:
 def _verify(
     cfg: ExportStage, files: Mapping[str, Path], run: Run, trained: Mapping[str, fx.GraphModule]
 ) -> dict[str, Verification]:
-    """Compare each trained INT8 file with its fake-quantized network, and each calibrated one with itself unoptimized: any may be served."""
+    """Compare each trained INT8 file with its fake-quantized network, each calibrated one with itself unoptimized."""
     names = [name_for(kind, target, run.target) for target in run.int8_targets for kind in (QAT, PTQ)]
     return {
         name: verify(
@@ -165,7 +164,7 @@ def _verify(
 
 
 def _over(limits: AuditLimits, name: str, found: Audit, parity: Verification | None) -> list[str]:
-    """Return a sentence for each limit that a file is over."""
+    """Return a sentence for each limit that a file exceeds."""
     over = over_limits(
         found,
         max_float_layers=limits.max_float_layers,
@@ -175,7 +174,7 @@ def _over(limits: AuditLimits, name: str, found: Audit, parity: Verification | N
     if limits.min_agreement is not None and parity is not None and parity.agreement < limits.min_agreement:
         over.append(
             f"min_agreement: wanted at least {limits.min_agreement:.2%}, measured {parity.agreement:.2%} on {parity.images} images; "
-            f"the first tensor that diverges is {parity.first_divergence or 'none of the quantized ones'}"
+            f"the first quantized tensor that diverges: {parity.first_divergence or 'none'}"
         )
     return [f"{name}: {sentence}" for sentence in over]
 
@@ -190,8 +189,8 @@ def _note(log: StageLog, name: str, found: Audit, parity: Verification | None, o
     if parity is not None:
         low, high = parity.agreement_ci95
         log.note(
-            f"answers as {'the trained network' if name == QAT else 'itself unoptimized'} on {parity.agreement:.2%} of {parity.images} images "
-            f"(95 % interval {low:.2%} to {high:.2%})"
+            f"agrees with {'the trained network' if name == QAT else 'itself unoptimized'} on {parity.agreement:.2%} "
+            f"of {parity.images} images (95 % interval {low:.2%} to {high:.2%})"
         )
         for layer in parity.saturation:
             log.note(f"{layer.layer}: saturates on this machine")

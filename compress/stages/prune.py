@@ -1,9 +1,9 @@
-"""Remove whole channels: score, plan, cut, solve for what they gave, check, measure."""
+"""Remove whole channels: score, plan, cut, reconstruct the remaining weights, check, measure."""
 
 import copy
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,12 +32,11 @@ from compress.recipe.stages import PruneStage
 from compress.run import Run
 from compress.scoring import served
 
-TABLE = "latency-table"  # below `out`, for all runs
+TABLE = "latency-table"  # in the recipe's `out`, shared by all runs
 
 
-def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:
+def apply(cfg: PruneStage, src: Path, out: Path, run: Run) -> Metrics:
     """Cut the network to its budget in one or several steps."""
-    assert src is not None
     model, goal = run.load(src), goal_of(cfg)
     images = example_images(run.image_size, run.device)
     layers, before = measure_layers(model, images), run.measure(model)
@@ -78,33 +77,22 @@ def apply(cfg: PruneStage, src: Path | None, out: Path, run: Run) -> Metrics:
     return metrics
 
 
+@dataclass
 class _Planner:
-    """Decides each step's cuts, on rank 0 alone: what it costs to time a network is spent once for all steps."""
+    """Decides each step's cuts, on rank 0 alone; the latency table is measured once for all steps."""
 
-    def __init__(
-        self,
-        cfg: PruneStage,
-        goal: Goal,
-        before: Metrics,
-        smallest: dict[str, int],
-        out: Path,
-        log: StageLog,
-        run: Run,
-    ) -> None:
-        self.cfg, self.goal, self.before, self.smallest, self.out, self.log, self.run = (
-            cfg,
-            goal,
-            before,
-            smallest,
-            out,
-            log,
-            run,
-        )
-        self.latency: Latency | None = None
-        self.attempts: list[Attempt] = []
+    cfg: PruneStage
+    goal: Goal
+    before: Metrics
+    smallest: dict[str, int]
+    out: Path
+    log: StageLog
+    run: Run
+    latency: Latency | None = None
+    attempts: list[Attempt] = field(default_factory=list)
 
     def cuts(self, model: nn.Module, images: torch.Tensor, number: int) -> list[Cut]:
-        """Score the network and return the cuts that meet the budget of a step."""
+        """Score the channels and return the cuts that meet the budget of step `number`."""
         torch.manual_seed(self.run.recipe.seed)
         if self.cfg.criterion in NEEDS_GRADIENTS:
             _accumulate_gradients_(model, self.cfg, self.run)
@@ -130,7 +118,7 @@ class _Planner:
         return choose(options, cost, budget)
 
     def metrics(self) -> Metrics:
-        """Return what the last step's time was, predicted and measured."""
+        """Return the latency before pruning and after the last step, predicted and measured; empty for other budgets."""
         if self.latency is None:
             return {}
         write_json(self.out / "latency.json", self.latency.to_json(self.attempts))
@@ -144,7 +132,7 @@ class _Planner:
 
     def _within_time(self, model: nn.Module, images: torch.Tensor, options: Options, number: int) -> list[Cut]:
         how = served(self.cfg.conditions, self.run)
-        if how.image_size != self.run.image_size:  # times are those of the maps that will be served
+        if how.image_size != self.run.image_size:  # latency is measured at the size that will be served
             options = replace(options, layers=measure_layers(model, example_images(how.image_size, self.run.device)))
         if self.latency is None:
             self.latency = open_latency(
@@ -171,7 +159,7 @@ def _excluded(model: nn.Module, cfg: PruneStage) -> tuple[str, ...]:
 def _reconstructed(
     model: nn.Module, whole: nn.Module, kept: dict[str, torch.Tensor], cfg: PruneStage, log: StageLog, run: Run
 ) -> nn.Module:
-    """Return the network with its weights solved against the one that was whole; rank 0 solves for all."""
+    """Return the cut network, its weights solved against the uncut one `whole`; rank 0 solves for all ranks."""
     assert cfg.reconstruct != "none"
     if run.rank == 0:
         started = time.monotonic()
@@ -179,13 +167,14 @@ def _reconstructed(
         images = torch.cat([batch.images for batch in batches])
         views = torch.cat([batch.images for batch in run.views(cfg.reconstruct_images)])
         model, method, used = reconstruct(model.eval(), whole.eval(), kept, images, cfg.reconstruct, views=views)
-        log.note(f"reconstructed ({method}) from {used:,} images without labels in {time.monotonic() - started:.0f} s")
+        seconds = time.monotonic() - started
+        log.note(f"weights reconstructed ({method}) from {used:,} images, without labels, in {seconds:.0f} s")
     run.share_(model)
     return model
 
 
 def _accumulate_gradients_(model: nn.Module, cfg: PruneStage, run: Run) -> None:
-    """Leave the loss's mean gradient over `score_images` training images in the parameters."""
+    """Accumulate the loss's mean gradient over `score_images` training images in the parameters."""
     model.eval().zero_grad()
     images = min(cfg.score_images, len(run.dataset.train))
     for batch in run.calibration(images):
@@ -196,7 +185,7 @@ def _accumulate_gradients_(model: nn.Module, cfg: PruneStage, run: Run) -> None:
 def _learn_sparsity(
     model: nn.Module, cfg: PruneStage, images: torch.Tensor, out: Path, log: StageLog, run: Run
 ) -> nn.Module:
-    """Train with DepGraph's group regularizer (Fang et al. 2023, eq. 7), so that what will be cut is close to zero."""
+    """Train with DepGraph's group regularizer (Fang et al. 2023, eq. 7), which drives weights of unimportant channels to zero."""
     assert cfg.sparsity is not None
     regularizer = tp.pruner.GroupNormPruner(
         model,
@@ -218,7 +207,7 @@ def _learn_sparsity(
 
 
 def _check(goal: Goal, before: Metrics, after: Metrics) -> None:
-    """Hold the network to its plan: what was cut costs what was planned."""
+    """Assert that the cut network costs no more than the budget."""
     metric = METRICS[goal.cost]
     full, cost = before.get(metric, after.get("latency_before_ms")), after[metric]
     assert full is not None

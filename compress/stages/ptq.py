@@ -1,6 +1,6 @@
-"""INT8 without training: every engine and method on each target's grid, then tuning until the accuracy holds. The network passes unchanged.
+"""INT8 without training: every engine and method on each target's grid, then tuning until the accuracy holds.
 
-Files are reported on the validation images; what is chosen of them all, is chosen on the tuning images.
+Files are chosen on the tuning images and reported on the validation images. The network itself stays as it is.
 """
 
 import shutil
@@ -57,7 +57,7 @@ Files = dict[Name, Path]
 
 @dataclass(frozen=True)
 class Student:
-    """The float network, and what all targets share."""
+    """The float student, and what all targets share."""
 
     cfg: PtqStage
     run: Run
@@ -73,7 +73,7 @@ class Student:
         return (batch.images for batch in self.run.calibration(self.cfg.calibration_images))
 
     def prepared(self, target: Target, keep_float: Sequence[str] = ()) -> torch.fx.GraphModule:
-        """Return the network fake-quantized on the run's device, its ranges not set yet."""
+        """Return the network fake-quantized on the run's device, without ranges."""
         model = load_float(self.src, trust_code=self.run.trust_code)
         placed = place_(
             prepare(model, target, example_images(self.run.image_size), keep_float=keep_float), self.run.device
@@ -86,9 +86,8 @@ class Student:
         export_network(deploy(prepared), path, self.run, score=self.score, target=target)
 
 
-def apply(cfg: PtqStage, src: Path | None, out: Path, run: Run) -> Metrics:
-    """Measure, tune, and keep each target's best INT8 file; the metrics are the float network's, and the chosen trial's."""
-    assert src is not None
+def apply(cfg: PtqStage, src: Path, out: Path, run: Run) -> Metrics:
+    """Measure, tune, and keep each target's best INT8 file; return the float student's metrics and the chosen trial's."""
     metrics = read_meta(src).metrics
     if run.rank != 0:
         return metrics
@@ -103,8 +102,8 @@ def apply(cfg: PtqStage, src: Path | None, out: Path, run: Run) -> Metrics:
         reported = score_file(fp32, run, run.validation(limit=cfg.score_images), optimize=True)
         baseline = tuning_score(fp32, run, optimize=True)
         log.note(
-            f"float student in ONNX Runtime: {run.task.output.metric.title} {_percent(reported.score)} on {reported.images} validation images, "
-            f"{_percent(baseline.score)} on the {baseline.images} training images that tuning chooses by"
+            f"float student in ONNX Runtime: {run.task.output.metric.title} {_percent(reported.score)} "
+            f"on {reported.images} validation images, {_percent(baseline.score)} on {baseline.images} tuning images"
         )
         student = Student(cfg, run, src, fp32, score, reported, baseline, log)
         found = {target.name: _on_target(student, target, work / target.name, out) for target in run.int8_targets}
@@ -158,7 +157,7 @@ def _on_target(student: Student, target: Target, work: Path, out: Path) -> Row:
         groups = [group.group for group in damage]
         results += until_one_holds(fallback_trials(best, groups, student.cfg.max_trials - len(own)), judge)
     chosen = choose(results)
-    # An INT8 file is left even where fp16 was chosen: its name says INT8, and a later stage compares with it.
+    # Keep an INT8 file even where fp16 was chosen: the file's name says INT8, and later stages compare with it.
     int8 = [result for result in results if result.trial.number_format == "int8"]
     (out / target.name).mkdir(exist_ok=True)
     shutil.copyfile(file_of(int8[choose(int8)].trial, work), out / target.name / f"{PTQ}.onnx")
@@ -179,7 +178,7 @@ def _on_target(student: Student, target: Target, work: Path, out: Path) -> Row:
 
 
 def _by_onnxruntime(student: Student, target: Target, work: Path, keep_float: Collection[str]) -> Files:
-    """Build a file by each method of ONNX Runtime's own quantizer; what follows the layers in `keep_float` stays float there, too."""
+    """Build a file by each method of ONNX Runtime's own quantizer; what reads a layer in `keep_float` stays float, too."""
     batches = [images.cpu().contiguous().numpy() for images in student.calibration()]
     files: Files = {}
     for method in student.cfg.methods:
@@ -190,7 +189,7 @@ def _by_onnxruntime(student: Student, target: Target, work: Path, keep_float: Co
 
 
 def _score(student: Student, target: Target, files: Files) -> dict[Name, Score]:
-    """Run the same validation images through every file in ONNX Runtime, as the target would where this machine can."""
+    """Score every file in ONNX Runtime on the same validation images; unoptimized where this machine is not the target."""
     images = student.run.validation(limit=student.cfg.score_images)
     named = {path.stem: path for path in files.values()}
     found = score_files(named, as_numpy(images), student.run.task.output, optimize=runs_here(target))
@@ -198,7 +197,7 @@ def _score(student: Student, target: Target, files: Files) -> dict[Name, Score]:
 
 
 def _row(student: Student, target: Target, name: Name, path: Path, found: Score, off_grid: str | None) -> Row:
-    """Return what is reported of a file that was scored in ONNX Runtime; one that is `off_grid` is no candidate."""
+    """Return the report's row of a file that was scored in ONNX Runtime; `off_grid` says why it cannot be chosen."""
     engine, method = name
     layers = audit(path) if runs_here(target) else None
     return {
@@ -214,7 +213,7 @@ def _row(student: Student, target: Target, name: Name, path: Path, found: Score,
 
 
 def _by_neural_compressor(student: Student, target: Target, work: Path) -> tuple[Files, list[Row]]:
-    """Build neural-compressor's files; also return what there is to report of those that cannot be written, scored in PyTorch."""
+    """Build neural-compressor's files; also return the report's rows of those that cannot be written, scored in PyTorch."""
     files: Files = {}
     failed: list[Row] = []
     metadata = metadata_of(student.run, score=student.score, target=target)
@@ -242,7 +241,7 @@ def _by_neural_compressor(student: Student, target: Target, work: Path) -> tuple
 
 
 def _judge(student: Student, target: Target, files: Files, work: Path) -> Callable[[Trial], TrialResult]:
-    """Return what builds a trial's file, or finds it among the methods' `files`, and judges it on the tuning images."""
+    """Return a function that judges a trial on the tuning images, with a file from `files` or one it builds."""
     cfg, run = student.cfg, student.run
 
     def build(trial: Trial, path: Path) -> None:
@@ -272,7 +271,7 @@ def _method(cfg: PtqStage, trial: Trial) -> Method:
 
 @torch.no_grad()
 def _score_in_torch(model: nn.Module, cfg: PtqStage, run: Run) -> Score:
-    """Run every validation image through a network on the CPU."""
+    """Score a network on validation images on the CPU."""
     batches = [
         (model(batch.images.cpu()).float().numpy(), batch.targets.cpu().numpy())
         for batch in run.validation(limit=cfg.score_images)
@@ -292,9 +291,9 @@ def _method_line(target: Target, row: Row) -> str:
 def _verdict(cfg: PtqStage, target: Target, results: Sequence[TrialResult], chosen: int) -> str:
     best, allowed = results[chosen], f"{_points(cfg.max_drop)} points"
     if best.met:
-        return f"{target.name}: {best.trial} holds within {allowed} after {len(results)} trials"
+        return f"{target.name}: {best.trial} loses at most {allowed}; {len(results)} trials made"
     return (
-        f"{target.name}: none of {len(results)} trials holds within {allowed}; "
+        f"{target.name}: all {len(results)} trials lose more than {allowed}; "
         f"the best, {best.trial}, loses {_points(best.drop)}"
     )
 

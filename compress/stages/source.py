@@ -1,4 +1,4 @@
-"""The teacher: weights given, or trained here. Its metrics are the baseline of everything after it."""
+"""The teacher: weights given, or trained here. Later stages are compared with its metrics."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from compress.recipe.stages import SourceStage
 from compress.run import Run
 
 
-def apply(cfg: SourceStage, src: Path | None, out: Path, run: Run) -> Metrics:
+def apply(cfg: SourceStage, _src: None, out: Path, run: Run) -> Metrics:
     """Build the network, load or train its weights, measure it."""
     given = run.recipe.model
     if given is None:
-        return _given(out, run)
+        return _measure_given(out, run)
     architecture, model = run.start(given)
     with run.log(out, "source") as log:
         if cfg.fit is not None and (given.weights is None or cfg.fine_tune):
@@ -29,8 +29,8 @@ def apply(cfg: SourceStage, src: Path | None, out: Path, run: Run) -> Metrics:
     return run.measure(model)
 
 
-def _given(out: Path, run: Run) -> Metrics:
-    """Measure a teacher that is no network of this run: its predictions, and the cost of the network that they come from."""
+def _measure_given(out: Path, run: Run) -> Metrics:
+    """Measure the recipe's `teacher`, which this run neither trains nor saves."""
     with run.log(out, "source") as log:
         log.note(f"teacher {', '.join(one.network for one in run.recipe.teacher)}, used as it is")
     if run.rank == 0:

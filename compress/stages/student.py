@@ -1,4 +1,4 @@
-"""Start another network in the place of the pruned teacher; a later stage teaches it."""
+"""Start another network as the student, in place of the pruned teacher; a later stage trains it."""
 
 from pathlib import Path
 
@@ -8,9 +8,8 @@ from compress.recipe.stages import StudentStage
 from compress.run import Run
 
 
-def apply(cfg: StudentStage, src: Path | None, out: Path, run: Run) -> Metrics:
-    """Build the network, load its weights if there are any, measure it."""
-    assert src is not None
+def apply(cfg: StudentStage, _src: Path, out: Path, run: Run) -> Metrics:
+    """Build the network, load its weights if the recipe names some, measure it."""
     architecture, model = run.start(cfg)
     if run.rank == 0:
         save_network(model, architecture, out)

@@ -58,7 +58,7 @@ def test_broken_images_are_counted_and_every_class_is_reported(tmp_path: Path) -
         "targets.max_drop=null",
     )
     assert code == 0
-    assert "validation images that cannot be read are in no score: 1, val/dog/5.png first" in report["warnings"]
+    assert "validation images that cannot be read count in no score: 1, first val/dog/5.png" in report["warnings"]
     assert "source: training images that cannot be read were left out: 1" in report["warnings"]
     classes = report["classes"]
     assert classes is not None

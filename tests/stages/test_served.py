@@ -105,7 +105,7 @@ def test_what_overflows_half_precision_stays_in_float32_and_all_else_is_measured
     (note,) = [warning for warning in fallen_short.report["warnings"] if "student_fp16" in warning]
     assert (
         note
-        == "student_fp16: in float32, as their values leave half precision: block2.conv1, block2.relu, block2.conv2"
+        == "student_fp16: in float32, as their values exceed half precision: block2.conv1, block2.relu, block2.conv2"
     )
     assert precision(onnx.load(path)) == "fp16"
     agreement = {row["name"]: row["agreement"] for row in fallen_short.report["deployed"]}
