@@ -1,4 +1,4 @@
-"""Compile a network for its training, and measure what that costs and gains."""
+"""Measure what compiling a network costs and gains in training."""
 
 import time
 from collections.abc import Callable
@@ -16,9 +16,9 @@ WARM_UP, TIMED = 2, 5  # steps
 def compare(
     trial: Callable[[nn.Module], None], eager: nn.Module, compiled: nn.Module, *, device: torch.device, steps: int
 ) -> str:
-    """Run training steps through both, the compiled one for the first time, and say after how many steps of `steps` compiling pays.
+    """Time training steps of both networks and say after how many of the `steps` compiling pays.
 
-    Raises CompressError where torch cannot compile the network here.
+    `compiled` runs for the first time here. Raises CompressError where torch cannot compile it on this machine.
     """
     for _ in range(WARM_UP):
         trial(eager)
@@ -28,8 +28,8 @@ def compare(
     except TorchDynamoException as error:
         reason = str(error).strip().partition("\n")[0]
         raise CompressError(
-            f"fit.compile: torch cannot compile this network here ({reason}); set fit.compile: false, or see that a C++ compiler "
-            "(g++) and Python's headers are installed"
+            f"fit.compile: torch cannot compile this network here ({reason}); set fit.compile: false, "
+            "or install a C++ compiler (g++) and Python's headers"
         ) from error
     compiled_s = median(_time(trial, compiled, device) for _ in range(TIMED))
     return describe(eager_s, compiled_s, first_s - WARM_UP * compiled_s, steps)
@@ -53,6 +53,6 @@ def _time(trial: Callable[[nn.Module], None], network: nn.Module, device: torch.
 
 
 def wait(device: torch.device) -> None:
-    """Return when the device has done all it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

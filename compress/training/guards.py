@@ -1,4 +1,4 @@
-"""What a training checks while it runs: memory, finite numbers, and whether it has reached its end early."""
+"""What a training checks while it runs: memory, finite numbers, and whether to stop early."""
 
 import math
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory")  # a plain 
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether the device or the machine had no memory left."""
+    """Tell whether the error means that the device or the machine ran out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in CPU_OUT_OF_MEMORY)
 
 
 def not_finite(measurements: Mapping[str, float]) -> str | None:
-    """Return the first measurement that is not finite, in words."""
+    """Return a phrase for the first measurement that is not finite, None where all are."""
     return next((f"the {name} is {value}" for name, value in measurements.items() if not math.isfinite(value)), None)
 
 
@@ -29,17 +29,17 @@ def record_(progress: Progress, score: float, stop: Stop | None) -> None:
 
 
 def stop_reason(stop: Stop | None, progress: Progress, score: float, *, metric: str) -> str | None:
-    """Return why the training ends after this epoch, None where it goes on."""
+    """Return why the training stops after this epoch, None where it continues."""
     if stop is None:
         return None
     if stop.score is not None and score >= stop.score:
         return f"{metric} {score:.4f} has reached {stop.score:g}"
     if stop.patience is not None and progress.epoch - progress.best_epoch >= stop.patience:
         return (
-            f"{metric} has not risen by more than {stop.min_delta:g} over {progress.best:.4f}, of epoch {progress.best_epoch}, "
-            f"for {stop.patience} epochs"
+            f"{metric} has not risen by more than {stop.min_delta:g} over epoch {progress.best_epoch}'s "
+            f"{progress.best:.4f} for {stop.patience} epochs"
         )
     minutes, epoch = progress.seconds / 60, progress.seconds / 60 / progress.epoch
     if stop.max_minutes is not None and minutes + epoch > stop.max_minutes:
-        return f"{minutes:.1f} minutes are gone and an epoch takes {epoch:.1f}: the next would end after max_minutes, {stop.max_minutes:g}"
+        return f"it took {minutes:.1f} minutes, {epoch:.1f} an epoch: another would exceed max_minutes, {stop.max_minutes:g}"
     return None

@@ -1,4 +1,4 @@
-"""The training loop. Plain training, distillation and quantization-aware training differ by the step they pass in, never by a copy of it."""
+"""The one training loop. Plain training, distillation and quantization-aware training each pass in their own step."""
 
 import bisect
 import gc
@@ -29,41 +29,37 @@ from compress.training.guards import is_out_of_memory, not_finite, record_, stop
 from compress.training.speed import AUTOCAST, Pace, thread_limit
 from compress.training.sync_batchnorm import synchronized
 
-Step = Callable[[nn.Module, Batch, float], dict[str, Tensor]]  # (model, batch, part of the training that is done)
+Step = Callable[[nn.Module, Batch, float], dict[str, Tensor]]  # (model, batch, fraction of the training done)
 Network = TypeVar("Network", bound=nn.Module)
 Result = TypeVar("Result")
 CHECKPOINT_EVERY_S = 20.0
-CHECK_EVERY_STEPS = 100  # whether the loss is still finite
-MAX_RETURNS = 3  # to the last good epoch
+CHECK_EVERY_STEPS = 100  # that the loss is finite
+MAX_ROLLBACKS = 3
 
 
 @dataclass(frozen=True)
 class Loop:
-    """What surrounds the step."""
+    """What a training takes from the run: data, evaluation, log, device, ranks."""
 
     batches: Callable[[int], Iterator[Batch]]  # epoch -> this rank's batches, a pure function of the epoch
     steps_per_epoch: int
     evaluate: Callable[[nn.Module], Mapping[str, float]]
-    metric: str  # what `evaluate` calls "score", for readers
+    metric: str  # title of what `evaluate` returns as "score"
     log: StageLog
     checkpoint: Path
-    summary: Path  # JSON: how far the training came and what happened to it
+    summary: Path  # JSON: the training's progress and events
     device: torch.device
     ranks: int
     seed: int
     phase: str
-    group: dist.ProcessGroup | None = (
-        None  # of several ranks, what they share gradients through; None is the default one
-    )
-    before_step: Callable[[nn.Module, float], None] | None = (
-        None  # (model in training mode, part of the training that is done)
-    )
+    group: dist.ProcessGroup | None = None  # in which ranks share gradients; None is torch's default group
+    before_step: Callable[[nn.Module, float], None] | None = None  # (model, fraction of the training done)
     after_backward: Callable[[nn.Module], None] | None = None
-    left_out: Callable[[], int] = lambda: 0  # how many training images could not be read so far
+    left_out: Callable[[], int] = lambda: 0  # number of training images that could not be read so far
 
 
 def learning_rate(settings: Fit, step: int, steps_per_epoch: int) -> float:
-    """Return the rate of a step: linear warm-up, then a factor at each milestone or a cosine to zero (Loshchilov & Hutter 2017, eq. 5)."""
+    """Return a step's rate: linear warm-up, then `gamma` at each milestone or a cosine to 0 (Loshchilov & Hutter 2017, eq. 5)."""
     warm_up, total = settings.warmup_epochs * steps_per_epoch, settings.epochs * steps_per_epoch
     if step < warm_up:
         return settings.lr * min((step + 1) / warm_up, 1.0)
@@ -73,7 +69,7 @@ def learning_rate(settings: Fit, step: int, steps_per_epoch: int) -> float:
 
 
 def make_optimizer(model: nn.Module, settings: Fit) -> torch.optim.Optimizer:
-    """Return the optimizer; biases, batch-norms and other vectors have no weight decay unless the settings say so."""
+    """Return the optimizer; biases, batch-norms and other vectors have no weight decay unless `decay_vectors` is set."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
@@ -89,33 +85,34 @@ def make_optimizer(model: nn.Module, settings: Fit) -> torch.optim.Optimizer:
 
 
 def place_(model: Network, device: torch.device) -> Network:
-    """Move a network to its device in channels_last: up to eight times faster convolutions on a CPU, tensor cores on a GPU."""
+    """Move a network to the device in channels_last: convolutions up to 8 times faster on a CPU, tensor cores on a GPU."""
     return model.to(device).to(memory_format=torch.channels_last)
 
 
 def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     """Train `model` and return it in eval mode on its device, or its moving average where the settings ask for one.
 
-    `step` returns one dictionary of measurements whose "loss" is minimized. Every view, dropout and shuffle is a function of (seed, epoch),
-    so a run that was killed goes on from its checkpoint to the same bits. Raises CompressError when the loss is not finite whatever the rate,
-    and when memory does not suffice for one image.
+    `step` returns a dictionary of measurements whose "loss" is minimized. Every view, dropout and shuffle is a function
+    of (seed, epoch), so a run that was killed continues from its checkpoint to the same bits. Raises CompressError where
+    the loss stays not finite after MAX_ROLLBACKS rollbacks, and where memory does not suffice for one image.
     """
     model = place_(model, loop.device)
     progress = Progress(micro_batches=settings.micro_batches)
     state = State(model, make_optimizer(model, settings), _average(model, settings), progress)
     state.resume_(loop.checkpoint)
     progress, stopped = state.progress, None
+    training = _Training(step, settings, loop, state)
     loop.log.start(epochs=settings.epochs, batches=loop.steps_per_epoch, done=progress.epoch, phase=loop.phase)
     saved_at = time.monotonic()
     started = saved_at - progress.seconds
     synchronizing = synchronized(model, loop.group) if settings.sync_batchnorm and loop.ranks > 1 else nullcontext()
     with thread_limit() as threads, synchronizing:
-        pace = _pace(step, settings, loop, state, threads)
+        pace = training.pace(threads)
         if pace.begin_() and loop.log.enabled:
             state.save(loop.checkpoint)
-        wrapped = _wrap(step, settings, loop, state)
+        wrapped = training.wrap()
         while progress.epoch < settings.epochs and stopped is None:
-            measurements = _good_epoch(wrapped, step, settings, loop, state)
+            measurements = training.good_epoch(wrapped)
             loop.log.epoch(measurements)
             progress.seconds = time.monotonic() - started
             score = measurements["score"]
@@ -128,11 +125,9 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
                 state.save(loop.checkpoint)
                 saved_at = time.monotonic()
     if stopped is not None:
-        _tell(
-            f"stopped after epoch {progress.epoch} of {settings.epochs}, whose network is kept: {stopped}", loop, state
-        )
+        training.tell(f"stopped after epoch {progress.epoch} of {settings.epochs}, whose network is kept: {stopped}")
     if left_out := loop.left_out():
-        _tell(f"training images that cannot be read were left out: {left_out:,}", loop, state)
+        training.tell(f"training images that cannot be read were left out: {left_out:,}")
     if loop.log.enabled:
         write_json(
             loop.summary, {"phase": loop.phase, "epochs": settings.epochs, "stopped": stopped, **asdict(progress)}
@@ -140,131 +135,183 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     return cast(Network, state.result).eval()
 
 
-def _good_epoch(wrapped: nn.Module, step: Step, settings: Fit, loop: Loop, state: State) -> dict[str, float]:
-    """Train and evaluate one epoch; where a number is not finite, go back to its start, halve the rate and train it again."""
-    good = state.snapshot()
-    while True:
-        measurements = _within_memory(lambda: _epoch(wrapped, step, settings, loop, state), good, settings, loop, state)
-        if math.isfinite(measurements["loss"]):
-            measurements |= _evaluate(loop, state)
-        broken = not_finite(measurements)
-        if not any(gather(broken is not None)):
-            return measurements
-        place, progress = f"{broken or 'a loss is not finite'} in epoch {state.progress.epoch + 1}", state.progress
-        if progress.returns == MAX_RETURNS:
-            raise CompressError(
-                f"{loop.phase}: {place}, also at 1/{2**MAX_RETURNS} of the rate; lower fit.lr or set fit.clip_norm"
-            )
-        progress.returns += 1
-        _tell(f"{place}: back to its start and on at half the rate ({progress.returns} of {MAX_RETURNS})", loop, state)
-        state.restore_(good)
-        loop.log.epoch_again()
+@dataclass(frozen=True)
+class _Training:
+    """A training's parts. `wrapped` is the network that the step calls: itself, distributed or compiled."""
 
+    step: Step
+    settings: Fit
+    loop: Loop
+    state: State
 
-def _evaluate(loop: Loop, state: State) -> Mapping[str, float]:
-    try:
-        return loop.evaluate(state.result)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise CompressError(f"{loop.phase}: out of memory in the evaluation; lower data.eval_batch_size") from error
+    def good_epoch(self, wrapped: nn.Module) -> dict[str, float]:
+        """Train and evaluate one epoch; after a measurement that is not finite, roll back and repeat it at half the rate."""
+        loop, progress, good = self.loop, self.state.progress, self.state.snapshot()
+        while True:
+            measurements = self.within_memory(lambda: self.epoch(wrapped), good)
+            if math.isfinite(measurements["loss"]):
+                measurements |= self.evaluate()
+            broken = not_finite(measurements)
+            if not any(gather(broken is not None)):
+                return measurements
+            place = f"{broken or 'a loss is not finite'} in epoch {progress.epoch + 1}"
+            if progress.returns == MAX_ROLLBACKS:
+                raise CompressError(
+                    f"{loop.phase}: {place}, also at 1/{2**MAX_ROLLBACKS} of the rate; lower fit.lr or set fit.clip_norm"
+                )
+            progress.returns += 1
+            self.tell(f"{place}: rolled back to its start, at half the rate ({progress.returns} of {MAX_ROLLBACKS})")
+            self.state.restore_(good)
+            loop.log.epoch_again()
 
-
-def _within_memory(attempt: Callable[[], Result], good: Snapshot, settings: Fit, loop: Loop, state: State) -> Result:
-    """Return what the attempt returns; where memory runs out, go back to the snapshot and attempt it with micro-batches of half the size."""
-    while True:
+    def evaluate(self) -> Mapping[str, float]:
+        """Return the validation measurements of what the training would give now."""
         try:
-            return attempt()
+            return self.loop.evaluate(self.state.result)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        # Not inside `except`, where the error still holds the step's tensors.
-        progress = state.progress
-        images = math.ceil(settings.batch_size / loop.ranks / progress.micro_batches)
-        place = f"out of memory in epoch {progress.epoch + 1} with {images} {'image' if images == 1 else 'images'} at a time"
-        if images == 1:
-            raise CompressError(f"{loop.phase}: {place}; take smaller images (data.image_size) or a smaller network")
-        if loop.ranks > 1:  # the others wait for this rank's gradient
-            raise CompressError(f"{loop.phase}: {place}; set fit.micro_batches: {2 * progress.micro_batches}")
-        progress.micro_batches *= 2
-        _tell(
-            f"{place}: its start again, each batch in {progress.micro_batches} micro-batches from here on", loop, state
+            raise CompressError(
+                f"{self.loop.phase}: out of memory in the evaluation; lower data.eval_batch_size"
+            ) from error
+
+    def within_memory(self, attempt: Callable[[], Result], good: Snapshot) -> Result:
+        """Return `attempt()`; where memory runs out, restore the snapshot and try again with half the micro-batch size."""
+        loop, progress = self.loop, self.state.progress
+        while True:
+            try:
+                return attempt()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Not inside `except`, where the error still holds the step's tensors.
+            images = math.ceil(self.settings.batch_size / loop.ranks / progress.micro_batches)
+            place = f"out of memory in epoch {progress.epoch + 1} with {images} {'image' if images == 1 else 'images'} at a time"
+            if images == 1:
+                raise CompressError(
+                    f"{loop.phase}: {place}; take smaller images (data.image_size) or a smaller network"
+                )
+            if loop.ranks > 1:  # the others wait for this rank's gradient
+                raise CompressError(f"{loop.phase}: {place}; set fit.micro_batches: {2 * progress.micro_batches}")
+            progress.micro_batches *= 2
+            self.tell(f"{place}: restarted, from now on with {progress.micro_batches} micro-batches for each batch")
+            self.state.restore_(good)
+            gc.collect()
+            torch.cuda.empty_cache()
+            loop.log.epoch_again()
+
+    def tell(self, text: str) -> None:
+        """Write an event into the log and the report."""
+        self.state.progress.events.append(text)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Write a line into the log."""
+        loop = self.loop
+        loop.log.note(f"{loop.phase}: {text}" if loop.phase != loop.log.stage else text)
+
+    def epoch(self, wrapped: nn.Module) -> dict[str, float]:
+        """Train one epoch, or until its loss is not finite; return the step's mean measurements, the rate and the speed."""
+        loop, epoch = self.loop, self.state.progress.epoch
+        torch.manual_seed(hash((loop.seed, epoch, rank()) if rank() else (loop.seed, epoch)) % 2**63)  # dropout
+        sums: dict[str, Tensor] = {}
+        images, started = 0, time.perf_counter()
+        self.state.model.train()
+        for index, batch in enumerate(loop.batches(epoch), start=1):
+            measured = self.train_step(wrapped, batch, index - 1)
+            for name, value in measured.items():
+                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value
+            images += batch.total
+            loop.log.batch(images=batch.total, loss=measured["loss"] * loop.ranks)
+            if index % CHECK_EVERY_STEPS == 0:  # reading it waits for the GPU
+                broken = not math.isfinite(sums["loss"])
+                if any(gather(broken)):
+                    break
+        of_all = zip(*gather([float(value) for value in sums.values()]), strict=True)
+        means = {name: sum(parts) / loop.steps_per_epoch for name, parts in zip(sums, of_all, strict=True)}
+        rate = self.state.optimizer.param_groups[0]["lr"]
+        return means | {"lr": rate, "images_per_s": images / (time.perf_counter() - started)}
+
+    def train_step(self, wrapped: nn.Module, batch: Batch, index: int) -> dict[str, Tensor]:
+        """Train on the epoch's batch number `index`; return the step's measurements, which add up over ranks."""
+        loop, settings, state = self.loop, self.settings, self.state
+        model, progress, dtype = state.model, state.progress, AUTOCAST[state.progress.precision]
+        index += progress.epoch * loop.steps_per_epoch
+        done = index / (settings.epochs * loop.steps_per_epoch)
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(settings, index, loop.steps_per_epoch) / 2**progress.returns
+        if loop.before_step:
+            loop.before_step(model, done)
+        measured: dict[str, Tensor] = {}
+        parts = list(batch.split(math.ceil(len(batch.images) / progress.micro_batches)))
+        for number, part in enumerate(parts, start=1):
+            share = len(part.images) / batch.total
+            with _synchronized(wrapped, number == len(parts)):
+                with torch.autocast(loop.device.type, dtype, enabled=dtype is not None):
+                    found = self.step(wrapped, part, done)
+                loss = found["loss"] * (share * loop.ranks)  # DDP averages gradients over ranks, whatever their shares
+                loss.backward()
+            for name, value in found.items():
+                measured[name] = measured.get(name, 0) + value.detach() * share
+        if loop.after_backward:
+            loop.after_backward(model)
+        if settings.clip_norm:
+            nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.average:
+            state.average.update_parameters(model)
+        return measured
+
+    def wrap(self) -> nn.Module:
+        """Return the network that the step calls: the model itself, distributed or compiled around the same parameters."""
+        loop, eager = self.loop, self.state.model
+        if loop.ranks > 1:
+            devices = [loop.device.index] if loop.device.type == "cuda" else None
+            eager = DistributedDataParallel(eager, device_ids=devices, process_group=loop.group)
+        if not self.settings.compile:
+            return eager
+        compiled: nn.Module = torch.compile(eager)  # type: ignore[assignment]
+        left = (self.settings.epochs - self.state.progress.epoch) * loop.steps_per_epoch
+        with self.rehearsal() as run_step:
+            loop.log.note(compilation.compare(run_step, eager, compiled, device=loop.device, steps=left))
+        return compiled
+
+    def pace(self, threads: int) -> Pace:
+        """Return the object that finds the fastest precision and number of threads, at most `threads`."""
+
+        @contextmanager
+        def rehearsal() -> Iterator[Callable[[], None]]:
+            with self.rehearsal() as run_step:
+                yield lambda: run_step(self.state.model)
+
+        loop = self.loop
+        return Pace(
+            self.state.progress,
+            self.settings,
+            loop.device,
+            loop.steps_per_epoch,
+            threads,
+            rehearsal,
+            note=self.note,
+            tell=self.tell,
         )
-        state.restore_(good)
-        gc.collect()
-        torch.cuda.empty_cache()
-        loop.log.epoch_again()
 
+    @contextmanager
+    def rehearsal(self) -> Iterator[Callable[[nn.Module], None]]:
+        """Give a function that trains a network for one step; restore everything at the end."""
+        good, batch = self.state.snapshot(), next(self.loop.batches(self.state.progress.epoch))
+        self.state.model.train()
 
-def _tell(text: str, loop: Loop, state: State) -> None:
-    """Note what happened, for the log and for the report."""
-    state.progress.events.append(text)
-    _note(text, loop)
+        def run_step(network: nn.Module) -> None:
+            self.within_memory(lambda: self.train_step(network, batch, 0), good)
 
-
-def _note(text: str, loop: Loop) -> None:
-    loop.log.note(f"{loop.phase}: {text}" if loop.phase != loop.log.stage else text)
-
-
-def _epoch(wrapped: nn.Module, step: Step, settings: Fit, loop: Loop, state: State) -> dict[str, float]:
-    """Train one epoch; return the means of the step's measurements, the rate and the speed. Ends early once the loss is not finite."""
-    epoch = state.progress.epoch
-    torch.manual_seed(hash((loop.seed, epoch, rank()) if rank() else (loop.seed, epoch)) % 2**63)  # dropout
-    sums: dict[str, Tensor] = {}
-    images, started = 0, time.perf_counter()
-    state.model.train()
-    for index, batch in enumerate(loop.batches(epoch), start=1):
-        measured = _train_step(wrapped, batch, step, settings, loop, state, index - 1)
-        for name, value in measured.items():
-            sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value
-        images += batch.total
-        loop.log.batch(images=batch.total, loss=measured["loss"] * loop.ranks)
-        if index % CHECK_EVERY_STEPS == 0:  # reading it waits for the GPU
-            broken = not math.isfinite(sums["loss"])
-            if any(gather(broken)):
-                break
-    of_all = zip(*gather([float(value) for value in sums.values()]), strict=True)
-    means = {name: sum(parts) / loop.steps_per_epoch for name, parts in zip(sums, of_all, strict=True)}
-    rate = state.optimizer.param_groups[0]["lr"]
-    return means | {"lr": rate, "images_per_s": images / (time.perf_counter() - started)}
-
-
-def _train_step(
-    wrapped: nn.Module, batch: Batch, step: Step, settings: Fit, loop: Loop, state: State, index: int
-) -> dict[str, Tensor]:
-    """Train on one batch, the epoch's number `index`; return the step's measurements: of several ranks, this one's part of their sum."""
-    model, progress, dtype = state.model, state.progress, AUTOCAST[state.progress.precision]
-    index += progress.epoch * loop.steps_per_epoch
-    done = index / (settings.epochs * loop.steps_per_epoch)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(settings, index, loop.steps_per_epoch) / 2**progress.returns
-    if loop.before_step:
-        loop.before_step(model, done)
-    measured: dict[str, Tensor] = {}
-    parts = list(batch.split(math.ceil(len(batch.images) / progress.micro_batches)))
-    for number, part in enumerate(parts, start=1):
-        share = len(part.images) / batch.total
-        with _synchronized(wrapped, number == len(parts)):
-            with torch.autocast(loop.device.type, dtype, enabled=dtype is not None):
-                found = step(wrapped, part, done)
-            (
-                found["loss"] * (share * loop.ranks)
-            ).backward()  # the ranks' gradients are averaged, whatever their shares
-        for name, value in found.items():
-            measured[name] = measured.get(name, 0) + value.detach() * share
-    if loop.after_backward:
-        loop.after_backward(model)
-    if settings.clip_norm:
-        nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    if state.average:
-        state.average.update_parameters(model)
-    return measured
+        yield run_step
+        self.state.restore_(good)
 
 
 def _synchronized(wrapped: nn.Module, last: bool) -> AbstractContextManager[object]:
-    """Return the context in which gradients are shared between ranks with a batch's last part only."""
+    """Return the context in which ranks share gradients after a batch's last micro-batch only."""
     distributed = getattr(wrapped, "_orig_mod", wrapped)  # inside torch.compile's
     return distributed.no_sync() if isinstance(distributed, DistributedDataParallel) and not last else nullcontext()
 
@@ -273,51 +320,3 @@ def _average(model: nn.Module, settings: Fit) -> AveragedModel | None:
     if not settings.ema_decay:
         return None
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True)
-
-
-def _wrap(step: Step, settings: Fit, loop: Loop, state: State) -> nn.Module:
-    """Return what the step calls: the model itself, distributed or compiled around the same parameters."""
-    eager = state.model
-    if loop.ranks > 1:
-        devices = [loop.device.index] if loop.device.type == "cuda" else None
-        eager = DistributedDataParallel(eager, device_ids=devices, process_group=loop.group)
-    if not settings.compile:
-        return eager
-    compiled: nn.Module = torch.compile(eager)  # type: ignore[assignment]
-    left = (settings.epochs - state.progress.epoch) * loop.steps_per_epoch
-    with _rehearsal(step, settings, loop, state) as run_step:
-        loop.log.note(compilation.compare(run_step, eager, compiled, device=loop.device, steps=left))
-    return compiled
-
-
-def _pace(step: Step, settings: Fit, loop: Loop, state: State, threads: int) -> Pace:
-    """Return what finds out how this training runs fastest, with so many threads at most."""
-
-    @contextmanager
-    def rehearsal() -> Iterator[Callable[[], None]]:
-        with _rehearsal(step, settings, loop, state) as run_step:
-            yield lambda: run_step(state.model)
-
-    return Pace(
-        state.progress,
-        settings,
-        loop.device,
-        loop.steps_per_epoch,
-        threads,
-        rehearsal,
-        note=lambda text: _note(text, loop),
-        tell=lambda text: _tell(text, loop, state),
-    )
-
-
-@contextmanager
-def _rehearsal(step: Step, settings: Fit, loop: Loop, state: State) -> Iterator[Callable[[nn.Module], None]]:
-    """Give what trains a network for one step; at the end all is as it was."""
-    good, batch = state.snapshot(), next(loop.batches(state.progress.epoch))
-    state.model.train()
-
-    def run_step(network: nn.Module) -> None:
-        _within_memory(lambda: _train_step(network, batch, step, settings, loop, state, 0), good, settings, loop, state)
-
-    yield run_step
-    state.restore_(good)

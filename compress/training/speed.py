@@ -1,6 +1,6 @@
-"""What a training on a CPU runs fastest with, by timing a few steps: bfloat16 or float32, and how many threads.
+"""Find the fastest precision (bfloat16 or float32) and number of threads of a training on a CPU by timing a few steps.
 
-Both change results by rounding only. The checkpoint holds them, so a resumed training goes on to the same bits.
+Both change results by rounding only. The checkpoint holds them, so a resumed training continues to the same bits.
 """
 
 import time
@@ -22,14 +22,14 @@ Precision = Literal["fp32", "bf16"]
 Choice = TypeVar("Choice", bound=int | str)
 AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 FAST_BF16 = {"avx512_bf16", "amx_bf16"}
-TURNS = 3  # that are timed, after one that is not
-GAIN = 0.9  # of the usual choice's time, which another must stay below
-PAYS_STEPS = 200  # that a training goes on after a timing, which takes eight or a few more
-SLOWER = 0.75  # of the speed that was
+TURNS = 3  # timed steps of each choice, after one that is not timed
+GAIN = 0.9  # another choice must take less than this fraction of the usual one's time
+PAYS_STEPS = 200  # timing, which takes eight steps or a few more, pays only if at least this many steps follow
+SLOWER = 0.75  # threads are timed again when an epoch falls below this fraction of the best speed
 
 
 def precisions(settings: Fit, device: torch.device) -> tuple[Precision, ...]:
-    """Return what a training may compute in, the usual first; more than one where only timing tells."""
+    """Return the precisions to choose from, the usual first; more than one where only timing can decide."""
     if settings.precision != "auto":
         return (settings.precision,)
     if device.type == "cuda":
@@ -39,7 +39,7 @@ def precisions(settings: Fit, device: torch.device) -> tuple[Precision, ...]:
 
 @contextmanager
 def thread_limit() -> Iterator[int]:
-    """Give the number of threads that every rank has (OMP_NUM_THREADS, or its cores), and go back to it at the end."""
+    """Give the smallest number of threads of any rank (OMP_NUM_THREADS, or its cores); restore this rank's at the end."""
     own = torch.get_num_threads()
     try:
         yield min(gather(own))
@@ -49,7 +49,7 @@ def thread_limit() -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Pace:
-    """What one training runs with: written into its progress, chosen by steps that leave no trace."""
+    """A training's precision and threads, kept in its progress and chosen by timing steps that are undone."""
 
     progress: Progress
     settings: Fit
@@ -61,18 +61,16 @@ class Pace:
     tell: Callable[[str], None]  # for the log and the report
 
     def begin_(self) -> bool:
-        """Choose for a fresh training, by timing where that tells and pays; a resumed one goes on as its checkpoint says.
+        """Choose for a new training, by timing where that pays; a resumed one keeps its checkpoint's choice.
 
-        Return whether anything was timed: what clocks decided can be decided once only, so the checkpoint must be written.
+        Return whether anything was timed. Timing again could choose otherwise, so the checkpoint must be saved now.
         """
         progress, choices = self.progress, first_decides(lambda: precisions(self.settings, self.device))
         resumed, progress.precision = bool(progress.precision), progress.precision or choices[0]
         if self.device.type != "cpu":
             return False
         if resumed and progress.threads > self.limit:
-            self.tell(
-                f"goes on with {self.limit} of the {progress.threads} threads it had: the last digits will differ"
-            )
+            self.tell(f"resumed with {self.limit} of its {progress.threads} threads: the last digits will differ")
         progress.threads = min(progress.threads or self.limit, self.limit)
         torch.set_num_threads(progress.threads)
         if resumed or not self._pays:
@@ -80,8 +78,8 @@ class Pace:
         self._choose_threads_()
         if len(choices) > 1:
             with self.rehearsal() as run_step:
-                # In CPU seconds, which do not grow with what else the machine does. They do with threads that wait for one another: so
-                # not before there are only as many as are of use.
+                # CPU seconds do not grow with the machine's other work, but they do with threads that wait for one
+                # another, so the threads are chosen first.
                 one_step = partial(self._run_in, run_step)
                 progress.precision, seconds = fastest(choices, one_step, time.process_time)
             took = ", ".join(f"{1e3 * span:.3g} ms in {name}" for name, span in seconds.items())
@@ -89,12 +87,12 @@ class Pace:
         return len(choices) > 1 or self.limit > 1
 
     def after_epoch_(self, images_per_s: float) -> None:
-        """Time the threads anew where an epoch was slower than it had been, or where some of them have lain idle for a while."""
+        """Time the threads again after PAYS_STEPS steps if the epoch was slower than before, or if some are unused."""
         progress = self.progress
         rested = (progress.epoch - progress.timed_epoch) * self.steps_per_epoch >= PAYS_STEPS
         slower = images_per_s < SLOWER * progress.images_per_s
         progress.images_per_s = max(progress.images_per_s, images_per_s)
-        movable = self.device.type == "cpu" and not self.settings.compile  # whose code is made for a number of threads
+        movable = self.device.type == "cpu" and not self.settings.compile  # compiled code has a fixed number of threads
         if first_decides(lambda: movable and rested and self._pays and (slower or progress.threads < self.limit)):
             self._choose_threads_()
 
@@ -115,11 +113,11 @@ class Pace:
         progress.timed_epoch, progress.images_per_s = progress.epoch, 0.0
         if progress.threads != before:
             say = self.tell if progress.epoch else self.note  # at the start nothing has changed
-            say(f"{progress.threads} of {self.limit} threads from epoch {progress.epoch + 1} on: faster here and now")
+            say(f"{progress.threads} of {self.limit} threads from epoch {progress.epoch + 1} on: faster at the moment")
 
 
 def count_threads(limit: int, usual: int, run_step: Callable[[], None]) -> int:
-    """Return how many threads are fastest: `limit`, or half of it as long as halving gains; `usual` wins a draw."""
+    """Return the fastest number of threads: halve `limit` as long as that gains; `usual` wins a draw."""
 
     def run_with(threads: int) -> None:
         torch.set_num_threads(threads)
@@ -137,7 +135,7 @@ def count_threads(limit: int, usual: int, run_step: Callable[[], None]) -> int:
 def fastest(
     choices: Sequence[Choice], trial: Callable[[Choice], None], clock: Callable[[], float]
 ) -> tuple[Choice, dict[Choice, float]]:
-    """Run the choices in turns; return the fastest, or the first where none gains enough on it, and each one's seconds on rank 0."""
+    """Time the choices in turns; return the fastest, or the first if none gains enough on it, and rank 0's seconds of each."""
     spans: dict[Choice, list[float]] = {choice: [] for choice in choices}
     for _ in range(1 + TURNS):
         for choice in choices:

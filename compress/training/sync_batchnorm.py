@@ -1,4 +1,4 @@
-"""Batch-norm over the images of all ranks, while a network trains."""
+"""Batch-norm statistics over the images of all ranks while a network trains."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @contextmanager
 def synchronized(model: nn.Module, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Let the model's batch-norms share their statistics over the group; afterwards they are what they were.
+    """Let the model's batch-norms share their statistics over the group; undo it at the end.
 
-    Their class alone changes: torch's own conversion makes new modules, which would lose what ours know beside (the kernels of `qat`).
+    Only their class changes: torch's own conversion makes new modules, which lose the attributes of `qat`'s batch-norms.
     """
     norms = {module: type(module) for module in model.modules() if isinstance(module, _BatchNorm)}
     for norm, kind in norms.items():

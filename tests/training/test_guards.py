@@ -92,7 +92,7 @@ def test_after_a_loss_that_is_not_finite_the_epoch_is_trained_again_at_half_the_
     monkeypatch.setattr(train, "learning_rate", lambda *given: whole(*given) * (0.5 if given[1] >= 4 else 1.0))
     assert equal(guarded, fit(network(), STEP, settings, loop(tmp_path / "expected")))
     log = (tmp_path / "guarded" / "log.jsonl").read_text()
-    assert " in epoch 2: back to its start and on at half the rate (1 of 3)" in log
+    assert " in epoch 2: rolled back to its start, at half the rate (1 of 3)" in log
     assert log.count('"epoch": 2') == 1
     assert summary(tmp_path / "guarded")["returns"] == 1
 
@@ -166,8 +166,8 @@ def test_running_out_of_memory_changes_nothing_but_the_size_of_the_parts(tmp_pat
     assert equal(ran_out, fit(network(), STEP, split, loop(tmp_path / "split")))
     events = summary(tmp_path / "ran-out")["events"]
     assert events == [
-        "out of memory in epoch 1 with 16 images at a time: its start again, each batch in 2 micro-batches from here on",
-        "out of memory in epoch 1 with 8 images at a time: its start again, each batch in 4 micro-batches from here on",
+        "out of memory in epoch 1 with 16 images at a time: restarted, from now on with 2 micro-batches for each batch",
+        "out of memory in epoch 1 with 8 images at a time: restarted, from now on with 4 micro-batches for each batch",
     ]
 
 
@@ -196,7 +196,7 @@ def test_an_evaluation_that_does_not_fit_is_an_error_with_a_repair(tmp_path: Pat
 def test_several_ranks_are_told_to_split_their_batches(tmp_path: Path) -> None:
     ranks = replace(loop(tmp_path), ranks=2)
     with pytest.raises(CompressError, match=r"with 8 images at a time; set fit\.micro_batches: 2"):
-        train._within_memory(_out_of_memory, {}, Fit(epochs=1, batch_size=16), ranks, _state())
+        train._Training(STEP, Fit(epochs=1, batch_size=16), ranks, _state()).within_memory(_out_of_memory, {})
 
 
 def _out_of_memory() -> None:
@@ -240,7 +240,7 @@ def test_ranks_share_gradients_once_for_all_micro_batches(tmp_path: Path) -> Non
         wrapped.register_comm_hook(None, hook)
         batch = next(batches(0))
         expected = torch.autograd.grad(STEP(state.model, batch, 0.0)["loss"], list(state.model.parameters()))
-        train._train_step(wrapped, batch, STEP, Fit(epochs=1, batch_size=16), loop(tmp_path), state, 0)
+        train._Training(STEP, Fit(epochs=1, batch_size=16), loop(tmp_path), state).train_step(wrapped, batch, 0)
     finally:
         dist.destroy_process_group()
     assert len(shared) == 1
@@ -254,16 +254,16 @@ def test_ranks_share_gradients_once_for_all_micro_batches(tmp_path: Path) -> Non
     ("stop", "epochs", "reason"),
     [
         (None, 8, None),
-        (Stop(patience=2), 6, "score has not risen by more than 0 over 0.7000, of epoch 4, for 2 epochs"),
+        (Stop(patience=2), 6, "score has not risen by more than 0 over epoch 4's 0.7000 for 2 epochs"),
         (
             Stop(patience=2, min_delta=0.15),
             4,
-            "score has not risen by more than 0.15 over 0.6000, of epoch 2, for 2 epochs",
+            "score has not risen by more than 0.15 over epoch 2's 0.6000 for 2 epochs",
         ),
-        (Stop(patience=3), 7, "score has not risen by more than 0 over 0.7000, of epoch 4, for 3 epochs"),
-        (Stop(patience=4), 8, "score has not risen by more than 0 over 0.7000, of epoch 4, for 4 epochs"),
+        (Stop(patience=3), 7, "score has not risen by more than 0 over epoch 4's 0.7000 for 3 epochs"),
+        (Stop(patience=4), 8, "score has not risen by more than 0 over epoch 4's 0.7000 for 4 epochs"),
         (Stop(score=0.6), 2, "score 0.6000 has reached 0.6"),
-        (Stop(score=0.9, patience=2), 6, "score has not risen by more than 0 over 0.7000, of epoch 4, for 2 epochs"),
+        (Stop(score=0.9, patience=2), 6, "score has not risen by more than 0 over epoch 4's 0.7000 for 2 epochs"),
     ],
 )
 def test_a_training_ends_when_its_score_says_so(
@@ -288,7 +288,7 @@ def test_no_epoch_is_begun_that_would_end_too_late(tmp_path: Path, monkeypatch: 
 
     fit(network(), STEP, settings, replace(loop(tmp_path), evaluate=evaluate))
     assert summary(tmp_path)["epoch"] == 3
-    assert "3.0 minutes are gone and an epoch takes 1.0" in str(summary(tmp_path)["stopped"])
+    assert "it took 3.0 minutes, 1.0 an epoch" in str(summary(tmp_path)["stopped"])
 
 
 def test_the_last_epochs_network_is_kept(tmp_path: Path) -> None:

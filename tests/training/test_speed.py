@@ -283,9 +283,7 @@ def test_a_resumed_run_goes_on_with_its_threads_and_says_where_it_cannot(
     assert summary(tmp_path / "same")["events"] == []
     torch.set_num_threads(1)
     fit(network(), STEP, SETTINGS, loop(tmp_path / "fewer"))
-    assert summary(tmp_path / "fewer")["events"] == [
-        "goes on with 1 of the 2 threads it had: the last digits will differ"
-    ]
+    assert summary(tmp_path / "fewer")["events"] == ["resumed with 1 of its 2 threads: the last digits will differ"]
 
 
 def pace(progress: Progress, told: list[str], *, limit: int = 2, compile_: bool = False) -> Pace:
@@ -334,7 +332,7 @@ def test_a_change_of_threads_is_told(monkeypatch: pytest.MonkeyPatch, two_thread
     progress = Progress(epoch=7, threads=2, precision="fp32", images_per_s=100)
     pace(progress, told).after_epoch_(60)
     assert (progress.threads, torch.get_num_threads()) == (1, 1)
-    assert told == ["1 of 2 threads from epoch 8 on: faster here and now"]
+    assert told == ["1 of 2 threads from epoch 8 on: faster at the moment"]
 
 
 def test_a_gpu_is_left_alone(monkeypatch: pytest.MonkeyPatch, two_threads: None) -> None:
