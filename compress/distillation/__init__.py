@@ -1,1 +1,1 @@
-"""Distillation: the losses (`logits`, `features`), how features are read (`taps`) and adapted, the training step, and the teacher."""
+"""Distillation: losses (`logits`, `features`), reading and adapting features, the training step, the teacher."""

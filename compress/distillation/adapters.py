@@ -1,4 +1,4 @@
-"""Small networks that bring a student's features to its teacher's shapes. They train with the student and are not kept."""
+"""Small networks that bring a student's features to its teacher's shapes. They train with the student and are dropped."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LARGEST_MIDDLE = 512  # channels in which Knowledge Review fuses, at most (the authors' code)
+LARGEST_MIDDLE = 512  # most channels in Knowledge Review's fusion (the authors' code)
 
 
 class Widen(nn.Module):
@@ -26,7 +26,7 @@ class Widen(nn.Module):
 
 
 class Match(Widen):
-    """The same for the layers whose widths differ; the others' features pass as they are."""
+    """As Widen, for the layers whose widths differ only; the other features stay as they are."""
 
     def __init__(self, student: Sequence[torch.Size], teacher: Sequence[torch.Size]) -> None:
         """Take the shapes (batch, channels, height, width) of both networks' features."""
@@ -37,7 +37,7 @@ class Match(Widen):
 
 
 class Review(nn.Module):
-    """Attention-based fusion from the last layer back to the first (Chen et al. 2021, sections 3.2 and 3.3)."""
+    """Attention-based fusion from the last layer to the first (Chen et al. 2021, sections 3.2 and 3.3)."""
 
     def __init__(self, student: Sequence[torch.Size], teacher: Sequence[torch.Size]) -> None:
         """Take the shapes (batch, channels, height, width) of both networks' features, in forward order."""
@@ -60,7 +60,7 @@ class Review(nn.Module):
 
 
 class _Fusion(nn.Module):
-    """Fuse one layer with what the deeper layers gave, by an attention map for each of the two."""
+    """Fuse one layer's features with those of the deeper layers, weighted by an attention map each."""
 
     def __init__(self, inputs: int, middle: int, outputs: int, size: tuple[int, int], *, first: bool) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class _Fusion(nn.Module):
             nn.init.kaiming_uniform_(layers[0].weight, a=1)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, below: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the layer's features in the teacher's shape, and what the layer before it is fused with."""
+        """Return the features in the teacher's shape, and the fused features that the layer before needs."""
         x = self.enter(x)
         if below is not None:
             below = F.interpolate(below, x.shape[2:])

@@ -1,8 +1,8 @@
-"""Losses between one layer's features in the student and in the teacher. Each is a pure function that returns one number in float32.
+"""Losses between one layer's features in student and teacher. Each is a pure function that returns one float32 number.
 
-Features are (batch, channels, height, width) or (batch, channels). Where student and teacher differ in size, the larger map is averaged
-down to the smaller one; where they differ in channels, only losses that compare images or positions (`at`, `sp`, `rkd`, `pkt`) take them as
-they are; `fitnet` and `review` read the student through an adapter, `cwd` and `pkd` only where its width is another one.
+Features are (batch, channels, height, width) or (batch, channels). If the sizes differ, the larger map is averaged down
+to the smaller one. `at`, `sp`, `rkd` and `pkt` compare images or positions, so the channels may differ; `fitnet` and
+`review` always adapt the student's features, `cwd` and `pkd` where the channels differ.
 """
 
 import torch
@@ -13,7 +13,7 @@ SMALL = 1e-7
 
 
 def fitnet_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return mean (r(s) - t)², where the adapter r has made `student` of it (Romero et al. 2015, FitNets: Hints for Thin Deep Nets, eq. 3).
+    """Return mean (r(s) - t)²; `student` is r(s), after the adapter (Romero et al. 2015, FitNets: Hints for Thin Deep Nets, eq. 3).
 
     The paper halves the sum over all values; the mean keeps a weight valid for any layer.
     """
@@ -23,14 +23,14 @@ def fitnet_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def at_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Return mean (Q_s/‖Q_s‖ - Q_t/‖Q_t‖)², Q = vec(Σ_c A_c²) (Zagoruyko & Komodakis 2017, Paying More Attention to Attention, eq. 2).
 
-    The mean over batch and positions is the authors' code's; their factor β/2 is the weight.
+    The mean over batch and positions is as in the authors' code; their factor β/2 is the recipe's weight.
     """
     maps = [features.square().sum(1).flatten(1) for features in _same_size(student.float(), teacher.float())]
     return F.mse_loss(F.normalize(maps[0], dim=1), F.normalize(maps[1], dim=1))
 
 
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return ‖G_s - G_t‖²_F / batch², G = rows of QQᵀ over their norm (Tung & Mori 2019, Similarity-Preserving Knowledge Distillation, eq. 3)."""
+    """Return ‖G_s - G_t‖²_F / batch², G = QQᵀ with each row divided by its norm (Tung & Mori 2019, Similarity-Preserving Knowledge Distillation, eq. 3)."""
     similar = [F.normalize(flat @ flat.T, dim=1) for flat in (student.float().flatten(1), teacher.float().flatten(1))]
     return F.mse_loss(similar[0], similar[1])
 
@@ -38,8 +38,8 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def rkd_loss(student: Tensor, teacher: Tensor, *, distance: float, angle: float) -> Tensor:
     """Return `distance` · RKD-D + `angle` · RKD-A (Park et al. 2019, Relational Knowledge Distillation, sections 3.2.1 and 3.2.2).
 
-    RKD-D is the Huber loss between the images' distances over their mean, RKD-A between the cosines of the angles of every three images,
-    each the mean over all pairs or triples of the batch. Maps are averaged over their positions first.
+    RKD-D is the Huber loss between the distances of all pairs of images, divided by their mean; RKD-A between the cosines
+    of the angles of all triples. Both are means over the batch. Maps are averaged over their positions first.
     """
     (s_distances, s_cosines), (t_distances, t_cosines) = (_relations(_embedded(f)) for f in (student, teacher))
     return distance * F.smooth_l1_loss(s_distances, t_distances) + angle * F.smooth_l1_loss(s_cosines, t_cosines)
@@ -49,8 +49,8 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Return mean p_{j|i} log(p_{j|i} / q_{j|i}) over all pairs (Passalis & Tefas 2018, Learning Deep Representations with Probabilistic
     Knowledge Transfer, section 3), p the teacher's, q the student's.
 
-    p_{j|i} = K(x_i, x_j) / Σ_k K(x_i, x_k) with K = (cos + 1) / 2. The paper leaves i = j out; the authors' code and mdistiller, whose weight
-    is the default here, do not, and neither does this. Maps are averaged over their positions first.
+    p_{j|i} = K(x_i, x_j) / Σ_k K(x_i, x_k) with K = (cos + 1) / 2. Pairs i = j count, unlike in the paper, as in the authors'
+    code and in mdistiller, from which the default weight is. Maps are averaged over their positions first.
     """  # noqa: D205
     q, p = (_neighbours(_embedded(features)) for features in (student, teacher))
     return (p * ((p + SMALL) / (q + SMALL)).log()).mean()
@@ -59,7 +59,7 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def review_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the hierarchical context loss of one fused map (Chen et al. 2021, Distilling Knowledge via Knowledge Review, section 3.3).
 
-    (MSE + Σ_l 2^-k MSE of both averaged to l × l) / (1 + Σ_l 2^-k) for l = 4, 2, 1 below the map's size, k = 1, 2, … in turn.
+    (MSE + Σ_l 2^-k MSE of both averaged to l × l) / (1 + Σ_l 2^-k), for those l of 4, 2, 1 below the map's size, k = 1, 2, …
     """
     s, t = student.float(), teacher.float()
     loss, weight, total = F.mse_loss(s, t), 1.0, 1.0
@@ -74,7 +74,7 @@ def review_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
     """Return T² · mean over channels of KL(φ(t/T) ‖ φ(s/T)) (Shu 2021, Channel-wise Knowledge Distillation for Dense Prediction, eq. 4 and 5).
 
-    φ is the softmax over a channel's positions; the mean over images is the authors' code's.
+    φ is the softmax over a channel's positions. The mean over images is as in the authors' code.
     """
     s, t = ((maps / temperature).flatten(0, 1).flatten(1) for maps in _same_size(student.float(), teacher.float()))
     apart = F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction="batchmean", log_target=True)  # rows are channels
@@ -84,7 +84,7 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
 def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Return mean (n(s) - n(t))² / 2, which is 1 - Pearson's correlation (Cao 2022, PKD, eq. 3 and 4).
 
-    n gives each channel mean 0 and deviation 1 over the batch's positions.
+    n normalizes each channel to mean 0 and deviation 1 over all positions of the batch.
     """
     s, t = (_normalized(maps) for maps in _same_size(student.float(), teacher.float()))
     return F.mse_loss(s, t) / 2
@@ -97,7 +97,7 @@ def _normalized(maps: Tensor) -> Tensor:
 
 
 def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Average the larger of two maps (batch, channels, height, width) down to the smaller one's height and width."""
+    """Average two maps (batch, channels, height, width) down to the smaller height and width."""
     if student.shape[2:] == teacher.shape[2:]:
         return student, teacher
     size = tuple(min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True))
@@ -110,10 +110,10 @@ def _embedded(features: Tensor) -> Tensor:
 
 
 def _relations(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the points' distances over their mean (n, n), and the cosine of the angle at j between i and k as [j, i, k] (n, n, n)."""
+    """Return the distances divided by their mean (n, n), and as [j, i, k] the cosine of the angle at j (n, n, n)."""
     differences = points.unsqueeze(0) - points.unsqueeze(1)  # (n, n, channels)
     distances = differences.norm(dim=2)
-    # Two images with one embedding have no direction; to divide by their distance would blow the gradient up.
+    # Two images with equal embeddings have no direction; dividing by their distance would make the gradient explode.
     apart = distances > SMALL
     directions = differences / distances.clamp(min=SMALL).unsqueeze(2) * apart.unsqueeze(2)
     mean = distances.sum() / max(len(points) * (len(points) - 1), 1)
@@ -121,7 +121,7 @@ def _relations(points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _neighbours(points: Tensor) -> Tensor:
-    """Return for each point (row) the probability of each point, itself included, as its neighbour, (n, n)."""
+    """Return each point's (row's) neighbour probabilities over all points, itself included, (n, n)."""
     unit: Tensor = points / (points.norm(dim=1, keepdim=True) + SMALL)
     kernel = (unit @ unit.T + 1) / 2
     return kernel / kernel.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""A teacher's logits on disk: one memory-mapped file for each view of the training images, so they may be larger than memory."""
+"""A teacher's logits on disk: one memory-mapped file for each view of the training images, so memory need not hold them."""
 
 import fcntl
 import math
@@ -21,7 +21,7 @@ Records = NDArray[np.void]
 
 @dataclass(frozen=True)
 class Layout:
-    """How an image's logits are kept: all of them in float16, or the `top_k` largest and what the rest sum to."""
+    """How an image's logits are stored in float16: all, or the `top_k` largest and the log-sum-exp of the rest."""
 
     images: int
     classes: int
@@ -52,7 +52,7 @@ class Layout:
         return records
 
     def unpack(self, records: Records) -> Tensor:
-        """Return records (n,) as logits (n, classes); what is not kept shares the rest of the probability evenly."""
+        """Return records (n,) as logits (n, classes); classes beyond `top_k` share the remaining probability evenly."""
         logits = torch.from_numpy(records["logits"].astype(np.float32))
         if self.top_k is None:
             return logits
@@ -63,46 +63,46 @@ class Layout:
 
 
 class LogitCache:
-    """One teacher's answers in a folder that is named after all they depend on; a view is there once its file has its name."""
+    """One teacher's logits in a folder named by their cache key. A view is written under a temporary name, then renamed."""
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.folder, self.layout = folder, layout
         self._view = cache(self._open)
 
     def has(self, view: int) -> bool:
-        """Tell whether a view is there whole."""
+        """Tell whether a view is stored and complete."""
         path = self._path(view)
         return path.is_file() and path.stat().st_size == self.layout.bytes_per_view
 
     def logits(self, views: Views) -> Tensor:
-        """Return what the teacher said about a batch, float32 (n, classes) on the CPU."""
+        """Return the teacher's logits for a batch, float32 (n, classes) on the CPU."""
         return self.layout.unpack(self._view(views.view)[views.indices.numpy()])
 
     def begin(self, view: int) -> None:
-        """Make room for a view; every rank then writes its part."""
+        """Create a view's file at full size; every rank then writes its part."""
         with self._partial(view).open("wb") as file:
             file.truncate(self.layout.bytes_per_view)
 
     @contextmanager
     def writing(self, view: int) -> Iterator[Records]:
-        """Give the records (images,) of a view that has begun, and flush them."""
+        """Give the writable records (images,) of a view that `begin` created; flush them at the end."""
         records = np.memmap(self._partial(view), self.layout.record, "r+")
         yield records
         records.flush()
 
     def finish(self, view: int) -> None:
-        """Give a view that all ranks have written its name."""
+        """Give a view its final name once all ranks have written their parts."""
         put(self._partial(view), self._path(view))
 
     def clear(self) -> None:
-        """Forget every view."""
+        """Delete every view."""
         self._view.cache_clear()
         for path in self.folder.glob("view-*"):
             path.unlink()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Be the only one to write here; another run that does is waited for."""
+        """Hold the folder's lock, which only one run has at a time; wait for it if needed."""
         with (self.folder / ".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield

@@ -1,8 +1,8 @@
 """Losses between a student's logits, its teacher's, and the targets. Each is a pure function that returns a mean over the batch.
 
-Logits are (batch, classes) and any float type; everything is computed in float32. Targets are labels (batch,) or, after mixup or CutMix,
-class probabilities (batch, classes). `dkd_loss` and `nkd_loss` are written for one target class: of mixed targets they take the most
-probable one, as the authors' code of NKD does.
+Logits are (batch, classes) of any float type; everything is computed in float32. Targets are labels (batch,) or, after
+mixup or CutMix, class probabilities (batch, classes). `dkd_loss` and `nkd_loss` need one target class and take the most
+probable one of mixed targets, as in NKD's code.
 """
 
 import torch
@@ -13,8 +13,8 @@ from torch.nn import functional as F
 def standardized(logits: Tensor) -> Tensor:
     """Return (z - mean(z)) / std(z) for each row (Sun et al. 2024, Logit Standardization in Knowledge Distillation, algorithm 1).
 
-    The temperature of the loss that follows is the paper's base temperature. The deviation is the sample's (classes - 1), as in the authors'
-    code, whose weights it goes with. A row of equal logits becomes zeros.
+    The loss's temperature is then the paper's base temperature. The deviation divides by classes - 1, as in the authors'
+    code, for which their weights were tuned. A row of equal logits becomes zeros.
     """
     deviation, mean = torch.std_mean(logits.float(), 1, keepdim=True)
     return (logits.float() - mean) / (deviation + 1e-7)
@@ -39,7 +39,7 @@ def dkd_loss(
 ) -> Tensor:
     """Return T² · (α TCKD + β NCKD) (Zhao et al. 2022, Decoupled Knowledge Distillation, eq. 7).
 
-    TCKD = KL of (p_target, 1 - p_target), NCKD = KL of the other classes' distribution among themselves; KD is TCKD + (1 - p_target) NCKD.
+    TCKD = KL of (p_target, 1 - p_target), NCKD = KL of the softmax over the other classes; KD is TCKD + (1 - p_target) NCKD.
     """
     labels = _labels(targets)
     s, t = student.float() / temperature, teacher.float() / temperature
@@ -51,9 +51,9 @@ def dkd_loss(
 def dist_loss(student: Tensor, teacher: Tensor, *, beta: float, gamma: float, temperature: float) -> Tensor:
     """Return T² · (β inter + γ intra) (Huang et al. 2022, Knowledge Distillation from A Stronger Teacher, section 3).
 
-    With p = softmax(z/T): inter = mean over images of 1 - ρ(p_s[i, :], p_t[i, :]), intra = mean over classes of 1 - ρ(p_s[:, j], p_t[:, j]),
-    ρ being Pearson's correlation. T² is the authors' code's, and so is the 1e-8 in ρ: with many classes a class's probabilities vary so
-    little that it counts.
+    With p = softmax(z/T): inter = mean over images of 1 - ρ(p_s[i, :], p_t[i, :]), intra = mean over classes of
+    1 - ρ(p_s[:, j], p_t[:, j]), ρ = Pearson's correlation. T² and the 1e-8 in ρ are from the authors' code; with many
+    classes the 1e-8 matters, as each class's probabilities hardly vary.
     """
     s, t = (student.float() / temperature).softmax(1), (teacher.float() / temperature).softmax(1)
     return (beta * _decorrelation(s, t) + gamma * _decorrelation(s.T, t.T)) * temperature**2
@@ -63,8 +63,8 @@ def nkd_loss(student: Tensor, teacher: Tensor, targets: Tensor, *, gamma: float,
     """Return -T_t log S_t - γ λ² Σ_{i≠t} N(T_i) log N(S_i) (Yang et al. 2023, From Knowledge Distillation to Self-Knowledge Distillation:
     A Unified Approach with Normalized Loss and Customized Soft Labels, the NKD loss).
 
-    T and S are softmax(z), t the target class, N(·) the softmax of the other classes' z/λ; `temperature` is λ. Like a cross-entropy it does
-    not end at zero: its first part pulls the student's target class up as far as the teacher is sure of it.
+    T and S are softmax(z), t the target class, N(·) the softmax of the other classes' z/λ; `temperature` is λ. Its minimum
+    is not 0: the first term is a cross-entropy with the target class, weighted by the teacher's confidence.
     """  # noqa: D205
     labels = _labels(targets)
     at_target = labels.unsqueeze(1)
@@ -76,15 +76,15 @@ def nkd_loss(student: Tensor, teacher: Tensor, targets: Tensor, *, gamma: float,
 
 
 def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean over classes of 1 - 2 Σ p y / (Σ p² + Σ y²) (Milletari 2016, V-Net, section 3), sums over the batch's rows.
+    """Return the mean over classes of 1 - 2 Σ p y / (Σ p² + Σ y²), sums over rows (Milletari 2016, V-Net, section 3).
 
-    Classes that no row has are left out: a network could only lose there by numbers that cross-entropy sees anyway.
+    Classes that no row has are left out; cross-entropy already penalizes their probabilities.
     """
     probabilities = logits.float().softmax(1)
     true = targets.float() if targets.dim() == 2 else F.one_hot(targets, logits.shape[1]).float()
     both, sizes = (probabilities * true).sum(0), (probabilities.square() + true.square()).sum(0)  # (classes,)
-    there = true.sum(0) > 0
-    return (1 - 2 * both / sizes.clamp(min=1e-7))[there].mean() if there.any() else 0 * both.sum()
+    present = true.sum(0) > 0
+    return (1 - 2 * both / sizes.clamp(min=1e-7))[present].mean() if present.any() else 0 * both.sum()
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def _decorrelation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _labels(targets: Tensor) -> Tensor:
-    """Return the most probable class of mixed targets, and labels as they are."""
+    """Return labels (batch,): of mixed targets the most probable class."""
     return targets.argmax(1) if targets.dim() == 2 else targets
 
 
@@ -111,6 +111,6 @@ def _target_or_not(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _others(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return every row without its label's entry, (batch, classes - 1)."""
+    """Return the logits without each row's label, (batch, classes - 1)."""
     index = torch.arange(logits.shape[1] - 1, device=logits.device).expand(len(logits), -1)
     return logits.gather(1, index + (index >= labels.unsqueeze(1)))

@@ -1,7 +1,8 @@
-"""Distillation: the student learns from a weighted sum of losses, some against the labels, some against the teacher.
+"""The distillation step: a weighted sum of losses, some against the labels, some against the teacher.
 
-`distillation` gives what `train.fit` trains (the student with its adapters) and the step that does it. The teacher is a callable that answers a
-batch with logits and features: the network itself (`online_teacher`), or what it said before (`compress.distillation.teacher`).
+`distillation` returns the network that `training.loop.fit` trains (the student with its adapters) and its step. A teacher
+is a function from a batch to logits and features: the network itself (`online_teacher`) or a cache of its logits
+(`compress.distillation.teacher`).
 """
 
 import itertools
@@ -21,7 +22,7 @@ from compress.recipe.losses import BoxesTerm, CrossEntropyTerm, DiceTerm, Featur
 from compress.tasks import Task
 from compress.training.loop import Step
 
-# The factor of a loss's weight after a part `done` of the training, in [0, 1).
+# The factor of a loss's weight after a fraction `done` of the training, in [0, 1).
 SCHEDULES: Mapping[str, Callable[[float], float]] = {
     "constant": lambda _: 1.0,
     "linear_up": lambda done: done,
@@ -30,25 +31,25 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
 }
 
 
-class TeacherAnswer(NamedTuple):
-    """What the teacher says about a batch: logits (batch, classes), and features by module path."""
+class TeacherOutput(NamedTuple):
+    """The teacher's logits (batch, classes) for a batch, and its features by module path."""
 
     logits: Tensor
     features: Mapping[str, Tensor]
 
 
-class StudentAnswer(NamedTuple):
-    """What the student says about a batch: logits (batch, classes), and for each feature loss the adapted features of its layers."""
+class StudentOutput(NamedTuple):
+    """The student's logits (batch, classes) for a batch, and for each feature loss the adapted features of its layers."""
 
     logits: Tensor
     features: Sequence[Sequence[Tensor]]
 
 
 class Loss(NamedTuple):
-    """What computes one of a recipe's losses: a function of the student's and the teacher's logits, or of one layer's features."""
+    """A recipe's loss: a function of student's and teacher's logits, or of one layer's features."""
 
-    function: Callable[..., Tensor]  # (student's, teacher's, and where it is `labelled` the targets) -> ()
-    fields: tuple[str, ...] = ()  # of the recipe's section, which the function takes by name
+    function: Callable[..., Tensor]  # (student's, teacher's; if `labelled` also the targets) -> ()
+    fields: tuple[str, ...] = ()  # of the recipe's section, passed to the function by name
     labelled: bool = False
     adapter: Callable[[Sequence[torch.Size], Sequence[torch.Size]], nn.Module] | None = None
     maps_only: bool = False  # cannot compare features (n, channels)
@@ -69,34 +70,34 @@ LOSSES: Mapping[str, Loss] = {
     "pkd": Loss(features.pkd_loss, adapter=Match, maps_only=True),
     "review": Loss(features.review_loss, adapter=Review, maps_only=True),
 }
-Teacher = Callable[[Batch], TeacherAnswer]
+Teacher = Callable[[Batch], TeacherOutput]
 
 
 class Learner(nn.Module):
-    """A student with the adapters that train beside it; `student` alone is kept.
+    """A student with its adapters, which are dropped after training.
 
-    In training mode it returns a StudentAnswer, in eval mode the student's logits, as networks with auxiliary heads do.
+    In training mode it returns a StudentOutput, in eval mode the student's logits, as networks with auxiliary heads do.
     """
 
     def __init__(
         self, student: nn.Module, tapped: Tapped, adapters: Sequence[nn.Module], layers: Sequence[Sequence[str]]
     ) -> None:
-        """Take the student, how its features are read, and for each feature loss an adapter (list → list) and the layers it takes."""
+        """Take the student, its tap, and for each feature loss an adapter (list → list) and the layers that it reads."""
         super().__init__()
         self.student, self.adapters = student, nn.ModuleList(adapters)
         self._tapped, self._layers = tapped, tuple(layers)
 
-    def forward(self, images: Tensor) -> StudentAnswer | Tensor:
-        """Return the answer to images (batch, 3, height, width)."""
+    def forward(self, images: Tensor) -> StudentOutput | Tensor:
+        """Run the student on images (batch, 3, height, width)."""
         if not self.training:
             return self.student(images)  # type: ignore[no-any-return]
         output, found = self._tapped(images)
         chosen = zip(self.adapters, self._layers, strict=True)
-        return StudentAnswer(output, [adapter([found[path] for path in paths]) for adapter, paths in chosen])
+        return StudentOutput(output, [adapter([found[path] for path in paths]) for adapter, paths in chosen])
 
 
 def supervised_step(task: Task, *, label_smoothing: float) -> Step:
-    """Return the step of plain training on the targets."""
+    """Return the step of plain training on the labels."""
 
     def step(model: nn.Module, batch: Batch, _done: float) -> dict[str, Tensor]:
         return {"loss": task.loss(model(batch.images), batch.targets, label_smoothing=label_smoothing)}
@@ -105,42 +106,43 @@ def supervised_step(task: Task, *, label_smoothing: float) -> Step:
 
 
 def online_teacher(network: nn.Module, terms: Sequence[LossTerm]) -> Teacher:
-    """Return the teacher that runs on every batch, on the very view that the student sees: in eval mode, without gradients.
+    """Return a teacher that runs on every batch, on the same views as the student, in eval mode, without gradients.
 
-    Raises ModelError where a loss names a layer that it does not have.
+    Raises ModelError where a loss names a layer that the network does not have.
     """
     tapped = tap(network.eval(), _once(_teacher_layers(term) for term in _of_features(terms)))
 
     @torch.no_grad()
-    def answer(batch: Batch) -> TeacherAnswer:
-        with torch.autocast("cpu", enabled=False):  # a CPU's bf16 answers otherwise too often (docs/training.md)
-            return TeacherAnswer(*tapped(batch.images))
+    def answer(batch: Batch) -> TeacherOutput:
+        with torch.autocast("cpu", enabled=False):  # bf16 on a CPU changes too many predictions (docs/training.md)
+            return TeacherOutput(*tapped(batch.images))
 
     return answer
 
 
-def no_teacher(_batch: Batch) -> TeacherAnswer:
-    """Answer nothing: the dummy teacher of losses that use only the labels."""
-    return TeacherAnswer(torch.empty(0), {})
+def no_teacher(_batch: Batch) -> TeacherOutput:
+    """Return nothing: the dummy teacher for losses that use only the labels."""
+    return TeacherOutput(torch.empty(0), {})
 
 
 def needs_teacher(terms: Sequence[LossTerm]) -> bool:
-    """Tell whether a loss is against the teacher."""
+    """Tell whether any loss compares with the teacher."""
     return any(not isinstance(term, CrossEntropyTerm | DiceTerm) for term in terms)
 
 
 def needs_features(terms: Sequence[LossTerm]) -> bool:
-    """Tell whether a loss is against the teacher's features, so that its logits are not enough."""
+    """Tell whether any loss compares with the teacher's features, so that its logits are not enough."""
     return bool(_of_features(terms))
 
 
 def distillation(
     terms: Sequence[LossTerm], task: Task, *, student: nn.Module, teacher: Teacher, images: Tensor, seed: int
 ) -> tuple[Learner, Step]:
-    """Return the learner to train and its step; `learner.student` is the student.
+    """Return the learner to train and its step.
 
-    `images` (1, 3, s, s), on the student's device, tells the features' shapes; `seed` starts the adapters. Raises ModelError for a layer that
-    the student does not have, and CompressError where a loss cannot use what a layer returns.
+    `images` (1, 3, s, s), on the student's device, are run once to find the features' shapes; `seed` initializes the
+    adapters. Raises ModelError for a layer that the student does not have, and CompressError where a loss cannot use a
+    layer's output.
     """
     feature_terms = _of_features(terms)
     tapped, adapters = tap(student, _once(term.layers for term in feature_terms)), []
@@ -158,45 +160,44 @@ def distillation(
 
 
 def check_layers(terms: Sequence[LossTerm], *, student: nn.Module, teacher: nn.Module) -> None:
-    """Raise ModelError where a loss names a layer that the network does not have."""
+    """Raise ModelError where a loss names a layer that student or teacher does not have."""
     for term in _of_features(terms):
         tap(student, term.layers)
         tap(teacher, _teacher_layers(term))
 
 
 def check_task(terms: Sequence[LossTerm], task: Task) -> None:
-    """Raise CompressError for a loss that the task's answers have no sense for."""
-    name = task.output.name
+    """Raise CompressError for a loss that the task cannot use."""
     for term in terms:
         if isinstance(term, BoxesTerm) and task.places is None:
-            raise CompressError(f"loss boxes: {name} answers without boxes: leave it out")
+            raise CompressError(f"loss boxes: {task.output.name} predicts no boxes: leave it out")
         if isinstance(term, CrossEntropyTerm):
             check_smoothing(term.label_smoothing, task)
 
 
 def check_smoothing(label_smoothing: float, task: Task) -> None:
-    """Raise CompressError where the task's own loss takes no label smoothing."""
+    """Raise CompressError where label smoothing is set and the task's loss allows none."""
     if label_smoothing and not task.smooths:
         raise CompressError(
-            f"label_smoothing: the loss of {task.output.name} takes none, got {label_smoothing:g}: leave it out"
+            f"label_smoothing: the loss of {task.output.name} allows none, got {label_smoothing:g}: leave it out"
         )
 
 
 def weight_of(term: LossTerm, done: float) -> float:
-    """Return a term's weight after a part `done` of the training, in [0, 1)."""
+    """Return a term's weight after a fraction `done` of the training, in [0, 1)."""
     warmed_up = min(done / term.warmup, 1.0) if term.warmup else 1.0
     return term.weight * warmed_up * SCHEDULES[term.schedule](done)
 
 
 def _step(terms: Sequence[LossTerm], task: Task, teacher: Teacher) -> Step:
-    """Return the step: one dictionary with the weighted sum as "loss" and every loss's own value."""
+    """Return the step. Its measurements are the weighted sum as "loss" and each loss's unweighted value."""
     ask = teacher if needs_teacher(terms) else no_teacher
     names = [term.name for term in terms]
     labels = [f"{name}_{n}" if (n := names[: index + 1].count(name)) > 1 else name for index, name in enumerate(names)]
 
     def step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
         taught = ask(batch)
-        answer: StudentAnswer = model(batch.images)
+        answer: StudentOutput = model(batch.images)
         adapted = iter(answer.features)
         with torch.autocast(batch.images.device.type, enabled=False):  # products inside losses stay in float32
             values = [_value(term, task, answer.logits, adapted, taught, batch.targets) for term in terms]
@@ -212,10 +213,10 @@ def _value(
     task: Task,
     outputs: Tensor,
     adapted: Iterator[Sequence[Tensor]],
-    taught: TeacherAnswer,
+    taught: TeacherOutput,
     truths: Tensor,
 ) -> Tensor:
-    """Return one loss's value without its weight; `adapted` has the student's features of the feature losses in turn."""
+    """Return one loss's unweighted value; `adapted` yields the student's features for each feature loss in turn."""
     if isinstance(term, CrossEntropyTerm):
         return task.loss(outputs, truths, label_smoothing=term.label_smoothing)
     if isinstance(term, DiceTerm):
@@ -234,7 +235,7 @@ def _value(
 
 
 def _adapter(term: FeatureTerm, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> nn.Module:
-    """Return what brings the student's features to the shapes that the term's loss compares."""
+    """Return the adapter that brings the student's features to the shapes that the term's loss compares."""
     adapter = LOSSES[term.name].adapter
     mine = [_shape(term, "student", path, student) for path in term.layers]
     its = [_shape(term, "teacher", path, teacher) for path in _teacher_layers(term)]
@@ -271,5 +272,5 @@ def _teacher_layers(term: FeatureTerm) -> tuple[str, ...]:
 
 
 def _once(paths: Iterable[Sequence[str]]) -> tuple[str, ...]:
-    """Return every path once, in order."""
+    """Return all paths in order, without duplicates."""
     return tuple(dict.fromkeys(itertools.chain.from_iterable(paths)))

@@ -1,4 +1,4 @@
-"""Read what the modules at given paths return while a network runs, in a plain module and in a fake-quantized graph."""
+"""Read the outputs of modules by path while a network runs, in a plain module or a fake-quantized graph."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,18 +15,19 @@ Tapped = Callable[[Tensor], tuple[Tensor, Features]]
 
 
 def tap(network: nn.Module, paths: Sequence[str]) -> Tapped:
-    """Return what runs the network on images and returns its output and what the modules at `paths` returned.
+    """Return a function that runs the network on images and returns its output and those of the modules at `paths`.
 
-    In a graph made by `quant.prepare` it is the module's result as the next layer reads it, behind its quantizer. Raises ModelError for a
-    path that the network does not have.
+    In a graph made by `quant.prepare` a module's output is read behind its quantizer, as the next layer reads it. Raises
+    ModelError for a path that the network does not have.
     """
     return _Graph(network, paths) if isinstance(network, fx.GraphModule) and paths else _Modules(network, paths)
 
 
 class _Modules:
-    """A plain network with a hook on some modules, which keeps what they return while it runs here and nothing otherwise.
+    """A plain network with hooks on some modules, which keep the modules' outputs during `__call__` only.
 
-    The hooks stay: torch.compile cannot follow one that comes and goes. A copy of the network (a moving average) has hooks of its own.
+    The hooks are never removed, as torch.compile could not follow that. A copy of the network (a moving average) has its
+    own hooks.
     """
 
     def __init__(self, network: nn.Module, paths: Sequence[str]) -> None:
@@ -47,11 +48,11 @@ class _Modules:
 
     def _keep(self, path: str, _module: nn.Module, _inputs: object, output: object) -> None:
         if self.listening and isinstance(output, Tensor):
-            self.found[path] = output.clone()  # a ReLU behind it may write over it in place
+            self.found[path] = output.clone()  # an in-place ReLU may follow
 
 
 class _Graph:
-    """A graph that also returns the features, made of the same layers as the network's own."""
+    """A copy of the network's graph, with the same layers, that also returns the features."""
 
     def __init__(self, network: fx.GraphModule, paths: Sequence[str]) -> None:
         graph = fx.Graph()
@@ -61,7 +62,7 @@ class _Graph:
         for path in paths:
             source = copies[_result_of(network, path)]
             with graph.inserting_after(source):
-                features[path] = graph.call_function(torch.clone, (source,))  # an addition may write over it in place
+                features[path] = graph.call_function(torch.clone, (source,))  # an in-place addition may follow
         graph.output((output, features))
         self.view = fx.GraphModule(network, graph)
 
@@ -71,7 +72,7 @@ class _Graph:
 
 
 def _result_of(network: fx.GraphModule, path: str) -> fx.Node:
-    """Return the node that holds what the module at `path` returned: the last one traced inside it, behind its quantizer."""
+    """Return the node of the module's output: the last one traced inside the module at `path`, behind its quantizer."""
     scopes = {node: [name for name, _ in node.meta.get("nn_module_stack", {}).values()] for node in network.graph.nodes}
     inside = [node for node, names in scopes.items() if path in names]
     if not inside:

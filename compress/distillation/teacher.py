@@ -1,7 +1,7 @@
-"""Who teaches a training: the teacher itself on every batch, or what it said before about the same views, read from a cache.
+"""The teacher of a training: the network itself on every batch, or its cached logits for the same augmented views.
 
-The cache's folder is named after everything the answers depend on (the teacher's weights, the data, the augmentation, the seed), so that every
-stage, student and search below one `out` folder shares it, and nothing else can.
+The cache's folder is named by a key over everything that the logits depend on (the teacher's weights, the data, the
+augmentation, the seed), so all stages, students and searches of one `out` folder share it.
 """
 
 import shutil
@@ -20,7 +20,7 @@ from compress.data.batches import Batch, Views, view_batches
 from compress.distillation.logit_cache import Layout, LogitCache
 from compress.distillation.step import (
     Teacher,
-    TeacherAnswer,
+    TeacherOutput,
     distillation,
     needs_features,
     needs_teacher,
@@ -38,16 +38,16 @@ from compress.recipe.stages import Fit
 from compress.run import Run
 from export.command.files import sha256
 
-FORMAT = 1  # of the cached views; a change of how views are drawn must change it
-PROBE_IMAGES = 32  # answered anew each time a cache is opened, and compared
-# Of the probe, root mean square, in standard deviations of the logits: float16 and another GPU stay far below.
+FORMAT = 1  # of the cached views; raise it when views are drawn in another way
+PROBE_IMAGES = 32  # whose logits are computed again and compared each time a cache is opened
+# Largest RMS difference of the probe, in standard deviations of the logits: float16 and another GPU stay far below.
 MAX_DISTANCE = 0.05
-PATIENCE_S = 30.0  # of answering, above which every view is told
+PATIENCE_S = 30.0  # expected to take longer, the cache logs each view as a note, else as a detail
 
 
 @dataclass(frozen=True)
 class Teaching:
-    """A teacher, and the number of views that it knows; None where it answers any."""
+    """A teacher, and the number of views that it has logits for; None if it takes any image."""
 
     teacher: Teacher
     views: int | None
@@ -65,7 +65,7 @@ def distil(
     phase: str,
     before_step: Callable[[nn.Module, float], None] | None = None,
 ) -> nn.Module:
-    """Train the student under the teacher of the artifact `src` and return it."""
+    """Train the student with the teacher of the artifact `src` and return it."""
     task, run = run.learned, run.with_unlabelled()
     teaching = teach(run, src, terms, settings, log)
     images = example_images(run.image_size, run.device)
@@ -79,9 +79,9 @@ def distil(
 
 
 def teach(run: Run, src: Path, terms: Sequence[LossTerm], settings: Fit, log: StageLog) -> Teaching:
-    """Return the teacher as the recipe wants it; a cached one answers all views that the training will show before it starts.
+    """Return the recipe's teacher; compute a cached one's logits for all views of the training first.
 
-    Raises CompressError where the disk has no room for its answers.
+    Raises CompressError where the disk has no room for the logits.
     """
     if not needs_teacher(terms):
         return Teaching(no_teacher, None)
@@ -90,22 +90,22 @@ def teach(run: Run, src: Path, terms: Sequence[LossTerm], settings: Fit, log: St
     if asked.mode == "online" or needs_features(terms) or len(shape) > 1:  # maps and anchors would fill the disk
         return Teaching(online_teacher(run.teacher(src), terms), None)
     views = min(asked.views, settings.epochs)
-    cache = _CachedTeacher.about(run, src, log).answered(views)
+    cache = _CachedTeacher.about(run, src, log).filled(views)
 
-    def answer(batch: Batch) -> TeacherAnswer:
-        return TeacherAnswer(cache.logits(_views(batch)).to(batch.images.device, non_blocking=True), {})
+    def answer(batch: Batch) -> TeacherOutput:
+        return TeacherOutput(cache.logits(_views(batch)).to(batch.images.device, non_blocking=True), {})
 
     return Teaching(answer, views)
 
 
 def _views(batch: Batch) -> Views:
-    assert batch.views is not None, "a training batch says what it shows"
+    assert batch.views is not None, "a training batch names its views"
     return batch.views
 
 
 @dataclass(frozen=True)
 class _CachedTeacher:
-    """A teacher and the cache of its logits, whose missing views it is asked for: each rank its part of the images."""
+    """A teacher and the cache of its logits; each rank computes a part of the missing ones."""
 
     run: Run
     network: nn.Module
@@ -124,8 +124,8 @@ class _CachedTeacher:
             write_json(cache.folder / "about.json", facts)
         return cls(run, run.teacher(src), cache, log)
 
-    def answered(self, views: int) -> LogitCache:
-        """Return the cache with the first `views` views in it, the missing ones answered now."""
+    def filled(self, views: int) -> LogitCache:
+        """Compute what is missing of the first `views` views and return the cache."""
         with self.cache.lock() if self.run.rank == 0 else nullcontext():
             missing = first_decides(lambda: self.missing(views))
             if missing:
@@ -135,67 +135,65 @@ class _CachedTeacher:
                 for done, view in enumerate(missing, start=1):
                     self.fill(view)
                     left_s = (time.monotonic() - started) / done * (len(missing) - done)
-                    tell(f"teacher: view {view + 1} of {views} answered, {left_s:,.0f} s left")
+                    tell(f"teacher: logits of view {view + 1} of {views} done, {left_s:,.0f} s left")
         return self.cache
 
     def missing(self, views: int) -> list[int]:
-        """Return the views that are not there, which are all where the teacher now says something else than it did."""
+        """Return the missing views; all of them if the cached logits are not the teacher's."""
         if self.cache.has(0) and not self.replays():
-            self.log.note("teacher: its answers on disk are not what it says now; they are made again")
+            self.log.note("teacher: the cached logits are not what the network computes now; they are made again")
             self.cache.clear()
         return [view for view in range(views) if not self.cache.has(view)]
 
     def replays(self) -> bool:
-        """Tell whether the teacher still says about a few images what the cache holds: the last guard against stale answers."""
+        """Tell whether the teacher computes the cached logits again for a few images: a last guard against stale ones."""
         layout = self.cache.layout
         for batch in self.batches(0, torch.arange(min(PROBE_IMAGES, layout.images))):
-            said = layout.unpack(layout.pack(self.ask(batch)))
-            distance = (said - self.cache.logits(_views(batch))).square().mean().sqrt()
-            return bool(distance <= MAX_DISTANCE * said.std())  # NaN, a hole in the file, is no answer either
+            logits = layout.unpack(layout.pack(self.logits(batch)))
+            distance = (logits - self.cache.logits(_views(batch))).square().mean().sqrt()
+            return bool(distance <= MAX_DISTANCE * logits.std())  # False also for NaN, an image that was never read
         return True
 
     def announce(self, missing: Sequence[int], views: int) -> float:
-        """Say what the answers will cost in bytes and seconds, and return the seconds; raise CompressError where there is no room."""
+        """Log the logits' expected bytes and seconds, return the seconds; raise CompressError where there is no room."""
         layout, folder = self.cache.layout, self.cache.folder
         size, free = len(missing) * layout.bytes_per_view, shutil.disk_usage(folder).free
         if size > free:
             raise CompressError(
-                f"{folder}: the teacher's answers need {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free: "
+                f"{folder}: the teacher's logits need {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free: "
                 "free some space, set teaching.top_k or fewer teaching.views, or teaching.mode: online"
             )
         batch_size = min(self.run.recipe.data.eval_batch_size, layout.images)
         batch = next(self.batches(missing[0], torch.arange(batch_size)))
-        self.ask(batch)  # the first call is slower
+        self.logits(batch)  # the first call is slower
         started = time.monotonic()
-        self.ask(batch)
+        self.logits(batch)
         speed = self.run.ranks * len(batch.targets) / (time.monotonic() - started)
         expected_s = len(missing) * layout.images / speed
         self.log.note(
-            f"teacher: answers {views} views of {layout.images:,} images once for all, {len(missing)} of them now: "
+            f"teacher: logits for {views} views of {layout.images:,} images, computed once; {len(missing)} views missing: "
             f"{size / 1e6:,.1f} MB, about {expected_s:,.0f} s"
         )
         return expected_s
 
     def fill(self, view: int) -> None:
-        """Answer one view, each rank a part of it; it is there only when all have written theirs."""
+        """Compute one view's logits, a part on each rank; rank 0 gives it its name when all parts are written."""
         rank, layout = self.run.rank, self.cache.layout
         if rank == 0:
             self.cache.begin(view)
         barrier()
         part = torch.arange(layout.images).tensor_split(self.run.ranks)[rank]
         with self.cache.writing(view) as records:
-            records["logits"][part.numpy()] = (
-                np.nan
-            )  # an image that cannot be read now must not pass for answered later
+            records["logits"][part.numpy()] = np.nan  # marks images that cannot be read now
             for batch in self.batches(view, part):
-                records[_views(batch).indices.numpy()] = layout.pack(self.ask(batch))
+                records[_views(batch).indices.numpy()] = layout.pack(self.logits(batch))
         barrier()
         if rank == 0:
             self.cache.finish(view)
         barrier()
 
     def batches(self, view: int, indices: torch.Tensor) -> Iterator[Batch]:
-        """Yield training images by index under one view, broken ones left out."""
+        """Yield one view's training images by index, without broken ones."""
         data = self.run.recipe.data
         found = view_batches(
             self.run.dataset,
@@ -209,8 +207,8 @@ class _CachedTeacher:
         return (batch for batch in found if len(batch.targets))
 
     @torch.no_grad()
-    def ask(self, batch: Batch) -> torch.Tensor:
-        """Return the network's logits (n, classes), float32 on the CPU."""
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Run the network; return logits (n, classes), float32 on the CPU."""
         device = self.run.device.type
         bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
@@ -219,7 +217,7 @@ class _CachedTeacher:
 
 
 def _facts(run: Run, source: Path) -> dict[str, object]:
-    """Return all that the answers depend on."""
+    """Return everything that the cached logits depend on: their cache key."""
     return {
         "format": FORMAT,
         "teacher": teachers_digest(teachers_of(run.recipe))

@@ -1,4 +1,4 @@
-"""Classification: one label for each image, cross-entropy with it."""
+"""Classification: one label for each image, trained by cross-entropy."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ from export.tasks.classification import CLASSIFICATION as OUTPUT
 def cross_entropy_loss(
     outputs: Tensor, truths: Tensor, *, label_smoothing: float, weights: Tensor | None = None
 ) -> Tensor:
-    """Return the cross-entropy of logits (batch, classes) with labels (batch,), the mean over those that are labelled, or probabilities (batch, classes)."""
+    """Return the mean cross-entropy of logits (batch, classes) with labels (batch,), or with probabilities (batch, classes).
+
+    Images without a label do not count.
+    """
     if truths.ndim > 1:
         return F.cross_entropy(outputs.float(), truths, weights, label_smoothing=label_smoothing)
     # Not divided by the sum of a batch's weights, as torch's mean is: a rare class would lose its weight in a batch of its own.
@@ -25,7 +28,7 @@ def cross_entropy_loss(
 
 
 def rows(outputs: Tensor, _truths: Tensor) -> Tensor:
-    """Return the logits: there is one row for each image."""
+    """Return the logits, one row for each image."""
     return outputs
 
 

@@ -1,4 +1,4 @@
-"""Detection: boxes with a class. The supervised losses are torchvision's own, on the anchors that the outputs bring along."""
+"""Detection: boxes with a class. The supervised losses are torchvision's, on the anchors that the network outputs."""
 
 from types import SimpleNamespace
 
@@ -18,15 +18,15 @@ from export.tasks.detection import DETECTION as OUTPUT
 from export.tasks.detection import SURE
 
 PIXELS = 1000.0  # torchvision's losses are written for lengths in pixels
-NEAR = 0.3  # overlap with an object, from which an anchor is worth what a teacher says about it
-EVERY = 8  # of all other anchors one of so many is, too
+NEAR = 0.3  # an anchor that overlaps an object (IoU) by at least this is distilled
+EVERY = 8  # of all anchors, one in this many is distilled as well
 Targets = list[dict[str, Tensor]]
 
 
 def detection_loss(outputs: Tensor, truths: Tensor, *, label_smoothing: float) -> Tensor:
-    """Return torchvision's loss of outputs (batch, anchors, columns): the sum of its parts, by the kind of head.
+    """Return torchvision's loss for the network's kind of head, summed over its parts.
 
-    Truths are (batch, boxes, 6). `label_smoothing` has no meaning here; recipes that ask for it are refused.
+    Outputs are (batch, anchors, columns), truths (batch, boxes, 6). `label_smoothing` must be 0.
     """
     assert not label_smoothing
     values = outputs.float()
@@ -54,13 +54,13 @@ def detection_loss(outputs: Tensor, truths: Tensor, *, label_smoothing: float) -
 
 
 def _target(boxes: Tensor) -> dict[str, Tensor]:
-    """Return one image's truths as torchvision wants them; labels count from 1, crowds are left out."""
+    """Return one image's truths as torchvision wants them, without crowds; labels count from 1."""
     real = boxes[(boxes[:, 0] >= 0) & (boxes[:, 5] == 0)]
     return {"boxes": real[:, 1:5] * PIXELS, "labels": real[:, 0].long() + 1}
 
 
 def _matched(matcher: Matcher, boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Return the index of the box that each anchor is to find (anchors,), negative where it is to find none."""
+    """Return the index of each anchor's box (anchors,), negative for background."""
     if not len(boxes):
         return torch.full((len(anchors),), Matcher.BELOW_LOW_THRESHOLD, device=anchors.device)
     found: Tensor = matcher(box_iou(boxes, anchors))
@@ -68,7 +68,7 @@ def _matched(matcher: Matcher, boxes: Tensor, anchors: Tensor) -> Tensor:
 
 
 def _centred(targets: Targets, found: dict[str, Tensor], anchors: list[Tensor]) -> Tensor:
-    """Return FCOS's loss; its anchors' levels are told apart by their widths."""
+    """Return FCOS's loss. Anchors of one width belong to one level."""
     logits = found["cls_logits"]
     heads = found | {"bbox_ctrness": logits[..., :1]}
     heads["cls_logits"] = torch.cat([torch.full_like(logits[..., :1], -100.0), logits[..., 1:]], dim=2)
@@ -83,16 +83,16 @@ def _centred(targets: Targets, found: dict[str, Tensor], anchors: list[Tensor]) 
 
 
 def rows(outputs: Tensor, truths: Tensor) -> Tensor:
-    """Return logits of the anchors near objects and of some others: (anchors, classes + 1), or where each class stands alone (…, 2)."""
+    """Return the logits of the chosen anchors: (anchors, classes + 1) for a softmax, (anchors · classes, 2) for sigmoids."""
     logits = outputs[..., : -MOVES - READS][_chosen(outputs, truths)]
     if int(outputs[0, 0, -READS]) == SOFTMAX:
         return logits
-    alone = logits[:, 1:].reshape(-1)  # the softmax of (0, z) is the sigmoid of z
-    return torch.stack([torch.zeros_like(alone), alone], dim=1)
+    single = logits[:, 1:].reshape(-1)  # the softmax of (0, z) is the sigmoid of z
+    return torch.stack([torch.zeros_like(single), single], dim=1)
 
 
 def truth_rows(outputs: Tensor, truths: Tensor) -> Tensor:
-    """Return the class of each of those rows, background 0; where each class stands alone, whether it is the row's."""
+    """Return the truth of each of those rows: the class, 0 for background; for sigmoids 1 where the row's class is right."""
     labels = torch.cat([_labels(image, boxes) for image, boxes in zip(outputs, truths, strict=True)])
     labels = labels[_chosen(outputs, truths).flatten()]
     if int(outputs[0, 0, -READS]) == SOFTMAX:
@@ -102,20 +102,19 @@ def truth_rows(outputs: Tensor, truths: Tensor) -> Tensor:
 
 
 def _chosen(outputs: Tensor, truths: Tensor) -> Tensor:
-    """Return which anchors are worth distilling (batch, anchors)."""
+    """Return a mask of the anchors to distil (batch, anchors): those near objects, and every EVERY-th."""
     near = torch.stack([_overlaps(image, boxes)[0] >= NEAR for image, boxes in zip(outputs, truths, strict=True)])
     near[:, ::EVERY] = True
     return near
 
 
 def _overlaps(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each anchor's largest overlap with a truth, 0 without one, and that truth's label, counted from 1."""
+    """Return each anchor's largest IoU with a box and that box's label, from 1; both are 0 where there is no box."""
     target = _target(boxes)
     anchors = box_convert(image[:, 1 - READS :].detach().float() * PIXELS, "cxcywh", "xyxy")
     if not len(target["boxes"]):
-        return torch.zeros(len(image), device=image.device), torch.zeros(
-            len(image), dtype=torch.int64, device=image.device
-        )
+        none = torch.zeros(len(image), device=image.device)
+        return none, none.long()
     best, which = box_iou(target["boxes"], anchors).max(dim=0)
     return best, target["labels"][which]
 
@@ -126,7 +125,10 @@ def _labels(image: Tensor, boxes: Tensor) -> Tensor:
 
 
 def places(outputs: Tensor, taught: Tensor) -> Tensor:
-    """Return how far apart the moves of student and teacher are (smooth L1, summed over four), a mean over the anchors where the teacher is sure."""
+    """Return the smooth L1 distance between student's and teacher's box moves, summed over the four.
+
+    It is the mean over the anchors where the teacher's class probability is at least SURE.
+    """
     logits, kind = taught[..., : -MOVES - READS].float(), int(taught[0, 0, -READS])
     known = logits.softmax(dim=2)[..., 1:] if kind == SOFTMAX else logits[..., 1:].sigmoid()
     known = (known * logits[..., :1].sigmoid()).sqrt() if kind == CENTRED else known

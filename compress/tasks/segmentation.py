@@ -1,4 +1,4 @@
-"""Segmentation: one class for each pixel, cross-entropy with it, the pixels that are not judged left out."""
+"""Segmentation: one class for each pixel, trained by cross-entropy; pixels marked IGNORED do not count."""
 
 from contextlib import suppress
 
@@ -17,7 +17,7 @@ from export.tasks.segmentation import SEGMENTATION as OUTPUT
 def cross_entropy_loss(
     outputs: Tensor, truths: Tensor, *, label_smoothing: float, weights: Tensor | None = None
 ) -> Tensor:
-    """Return the mean cross-entropy of logits (batch, classes, height, width) over the judged pixels of masks (batch, height, width)."""
+    """Return the mean cross-entropy of logits (batch, classes, height, width) with masks (batch, height, width)."""
     judged = (truths != IGNORED).sum()
     total = F.cross_entropy(
         outputs.float(), truths.long(), weights, ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum"
@@ -26,13 +26,13 @@ def cross_entropy_loss(
 
 
 def rows(outputs: Tensor, truths: Tensor) -> Tensor:
-    """Return the logits of every judged pixel, (pixels, classes)."""
+    """Return the logits of every pixel that counts, (pixels, classes)."""
     by_pixel: Tensor = outputs.movedim(1, -1)[truths != IGNORED]
     return by_pixel
 
 
 def truth_rows(_outputs: Tensor, truths: Tensor) -> Tensor:
-    """Return the class of every judged pixel, (pixels,)."""
+    """Return the class of every pixel that counts, (pixels,)."""
     return truths[truths != IGNORED].long()
 
 

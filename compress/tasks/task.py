@@ -1,4 +1,4 @@
-"""What training needs to know of what a network is for; what its outputs mean wherever it runs is the other half, `export.tasks`."""
+"""What training needs to know of a task. The other half, `export.tasks`, says what a network's outputs mean."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -21,36 +21,36 @@ from export.tasks.task import OutputTask
 
 @dataclass(frozen=True)
 class Task:
-    """One task."""
+    """How networks are trained for one task."""
 
     output: OutputTask
     open: Callable[[DataSettings, Augmentation], Dataset]
-    """The images with their truths; a network has one output for each of the set's `classes`."""
+    """Open the images with their truths; a network has one output for each of the data set's `classes`."""
     write: Callable[[Dataset, Path], int]
-    """Write the validation images and their truths as a folder that the other half reads; returns how many."""
+    """Write the validation images and their truths as a folder that `export.tasks` reads; return the number of images."""
     loss: Callable[..., Tensor]
-    """(outputs, truths, label_smoothing=) to (): what plain training minimizes, a mean over images; with `class_weights` also (…, weights=)."""
+    """(outputs, truths, label_smoothing=) to (): the loss of plain training, a mean over images; weights= takes `class_weights`."""
     rows: Callable[[Tensor, Tensor], Tensor]
-    """(outputs, truths) to logits (rows, classes), on which every loss between logits works."""
+    """(outputs, truths) to logits (rows, classes), which losses between logits compare."""
     truth_rows: Callable[[Tensor, Tensor], Tensor]
     """(outputs, truths) to one truth for each of those rows."""
     places: Callable[[Tensor, Tensor], Tensor] | None = None
-    """(student's outputs, teacher's) to (): how far apart they put what the teacher is sure of; None where answers have no places."""
+    """(student's outputs, teacher's) to (): distance of their boxes where the teacher is sure; None without boxes."""
     smooths: bool = True
-    """Whether the loss takes a label smoothing above 0."""
+    """Whether the loss allows label smoothing."""
     class_weights: Callable[[ImageSet, int], Tensor] | None = None
-    """(training images, number of classes) to the weights (classes,) that make up for unequal classes; None where the loss takes none."""
+    """(training images, number of classes) to weights (classes,) that balance the classes; None where the loss takes none."""
 
 
 def inverse_frequency(counts: Tensor) -> Tensor:
-    """Return a weight for each class in inverse proportion to its count, (classes,), whose mean over all that is counted is 1."""
-    there = counts > 0
-    return torch.where(there, counts.sum() / (there.sum() * counts.clamp(min=1)), 1.0)
+    """Return each class's weight (classes,), inverse to its count; the mean weight over all that is counted is 1."""
+    present = counts > 0
+    return torch.where(present, counts.sum() / (present.sum() * counts.clamp(min=1)), 1.0)
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task) -> dict[str, float]:
-    """Return the task's score and loss over the batches of all ranks; the model's mode is left as it was found."""
+    """Return the task's score and loss over the batches of all ranks; restore the model's mode."""
     training = model.training
     model.eval()
     rows, losses = [], []
@@ -59,11 +59,11 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task) -> dict[str
             outputs = model(batch.images).float()
             loss = task.loss(outputs, batch.targets, label_smoothing=0.0)
             losses.append((float(loss), len(outputs)))
-            answers = task.output.decode(outputs.cpu().numpy())
-            rows.append(task.output.statistics(answers, batch.targets.cpu().numpy(), outputs.shape[1:]))
+            predictions = task.output.decode(outputs.cpu().numpy())
+            rows.append(task.output.statistics(predictions, batch.targets.cpu().numpy(), outputs.shape[1:]))
     model.train(training)
     of_all = [part for rank in gather(rows) for part in rank]
     found = [part for rank in gather(losses) for part in rank]
-    # Exactly rounded, so that it does not matter which rank had which batch.
+    # fsum rounds exactly, so it does not matter which rank had which batch.
     total, images = math.fsum(loss * images for loss, images in found), sum(images for _, images in found)
     return {"score": task.output.total(np.concatenate(of_all)), "val_loss": total / images}

@@ -1,4 +1,4 @@
-"""Classification of images without labels: what the teacher predicts of them is their truth."""
+"""Classification of images without labels: the teacher's predictions serve as labels."""
 
 from dataclasses import replace
 

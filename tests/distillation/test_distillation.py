@@ -21,8 +21,8 @@ from compress.distillation.features import sp_loss
 from compress.distillation.step import (
     LOSSES,
     Learner,
-    StudentAnswer,
-    TeacherAnswer,
+    StudentOutput,
+    TeacherOutput,
     check_layers,
     distillation,
     online_teacher,
@@ -212,7 +212,7 @@ def test_the_teacher_stays_in_eval_mode_and_gets_no_gradient() -> None:
 def test_logits_from_a_file_can_take_the_teachers_place() -> None:
     stored = network()(IMAGES[:8]).detach()
     learner, step = distillation(
-        KD_ONLY, TASK, student=network(seed=1), teacher=lambda _: TeacherAnswer(stored, {}), images=EXAMPLE, seed=0
+        KD_ONLY, TASK, student=network(seed=1), teacher=lambda _: TeacherOutput(stored, {}), images=EXAMPLE, seed=0
     )
     online, online_step = lesson({"name": "kd"}, student=network(seed=1))
     assert torch.equal(step(learner.train(), BATCH, 0.0)["loss"], online_step(online.train(), BATCH, 0.0)["loss"])
@@ -387,7 +387,7 @@ def test_the_learner_is_the_student_in_eval_mode(student: str) -> None:
     learner, _ = lesson({"name": "review", "layers": LAYERS}, student=STUDENTS[student]())
     learner.eval()
     assert torch.equal(learner(IMAGES), learner.student(IMAGES))
-    assert isinstance(learner.train()(IMAGES), StudentAnswer)
+    assert isinstance(learner.train()(IMAGES), StudentOutput)
 
 
 @pytest.mark.parametrize("student", ["plain", "fake-quantized"])

@@ -62,7 +62,7 @@ def taught(run: Run, source: Path, log: Path, fit: Fit = FIT) -> Teaching:
 def notes(log: Path) -> list[str]:
     """What was said, but for the progress."""
     said = [json.loads(line)["note"] for line in (log / "log.jsonl").read_text().splitlines()]
-    return [note for note in said if " answered, " not in note]
+    return [note for note in said if " done, " not in note]
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_more_views_are_added_to_those_that_are_there(opened: tuple[Run, Path, P
     run, source, log = opened
     taught(run, source, log, FIT.model_copy(update={"epochs": 1}))
     taught(run, source, log)
-    assert "answers 2 views of 400 images once for all, 1 of them now" in notes(log)[-1]
+    assert "logits for 2 views of 400 images, computed once; 1 views missing" in notes(log)[-1]
 
 
 def test_the_cost_is_told_before_it_starts(opened: tuple[Run, Path, Path]) -> None:
@@ -154,7 +154,7 @@ def test_the_cost_is_told_before_it_starts(opened: tuple[Run, Path, Path]) -> No
     taught(run, source, log)
     size = 2 * 400 * 10 * 2 / 1e6
     assert notes(log)[0].startswith(
-        f"teacher: answers 2 views of 400 images once for all, 2 of them now: {size:.1f} MB, about"
+        f"teacher: logits for 2 views of 400 images, computed once; 2 views missing: {size:.1f} MB, about"
     )
 
 
@@ -163,7 +163,7 @@ def test_no_room_is_one_sentence_before_anything_runs(
 ) -> None:
     run, source, log = opened
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    with pytest.raises(CompressError, match=r"the teacher's answers need .* teaching.mode: online"):
+    with pytest.raises(CompressError, match=r"the teacher's logits need .* teaching.mode: online"):
         taught(run, source, log)
 
 
@@ -209,7 +209,7 @@ def test_answers_that_are_stale_all_the_same_are_found_and_made_again(opened: tu
         content = bytearray(path.read_bytes())
         path.write_bytes(bytes(content[20:] + content[:20]))  # every image has its neighbour's
     cached, network = taught(run, source, log), run.teacher(source)
-    assert "teacher: its answers on disk are not what it says now; they are made again" in notes(log)
+    assert "teacher: the cached logits are not what the network computes now; they are made again" in notes(log)
     batch = next(run.training(FIT, 0, 0))
     with torch.no_grad():
         torch.testing.assert_close(cached.teacher(batch).logits, network(batch.images), rtol=2e-3, atol=2e-3)

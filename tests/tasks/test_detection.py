@@ -175,9 +175,9 @@ def test_places_are_compared_where_the_teacher_is_sure(network: tuple[Any, Detec
 
 def test_losses_that_mean_nothing_here_are_refused() -> None:
     check_task([BoxesTerm(name="boxes"), CrossEntropyTerm(name="cross_entropy")], TASK)
-    with pytest.raises(CompressError, match="loss boxes: classification answers without boxes"):
+    with pytest.raises(CompressError, match="loss boxes: classification predicts no boxes"):
         check_task([BoxesTerm(name="boxes")], CLASSIFICATION)
-    with pytest.raises(CompressError, match=r"label_smoothing: the loss of detection takes none, got 0\.1"):
+    with pytest.raises(CompressError, match=r"label_smoothing: the loss of detection allows none, got 0\.1"):
         check_task([CrossEntropyTerm(name="cross_entropy", label_smoothing=0.1)], TASK)
 
 
