@@ -20,7 +20,7 @@ def cross_entropy_loss(
     """
     if truths.ndim > 1:
         return F.cross_entropy(outputs.float(), truths, weights, label_smoothing=label_smoothing)
-    # Not divided by the sum of a batch's weights, as torch's mean is: a rare class would lose its weight in a batch of its own.
+    # torch's mean divides by the batch's sum of weights, so a batch of one rare class would lose that class's weight.
     total = F.cross_entropy(
         outputs.float(), truths, weights, ignore_index=UNLABELLED, label_smoothing=label_smoothing, reduction="sum"
     )
@@ -38,7 +38,7 @@ def truth_rows(_outputs: Tensor, truths: Tensor) -> Tensor:
 
 
 def class_weights(images: ImageSet, classes: int) -> Tensor:
-    """Return the weight of each class by the number of its images, whose mean over the labelled images is 1."""
+    """Return each class's weight, inverse to its number of images; the mean over the labelled images is 1."""
     return inverse_frequency(torch.bincount(images.labels[images.labels != UNLABELLED], minlength=classes))
 
 

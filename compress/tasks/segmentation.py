@@ -37,11 +37,11 @@ def truth_rows(_outputs: Tensor, truths: Tensor) -> Tensor:
 
 
 def class_weights(images: ImageSet, classes: int) -> Tensor:
-    """Return the weight of each class by the number of its pixels, whose mean over the judged pixels is 1."""
+    """Return each class's weight, inverse to its number of pixels; the mean over the pixels that count is 1."""
     assert images.placed is not None
     counts = torch.zeros(IGNORED + 1, dtype=torch.int64)
     for index in range(len(images)):
-        with suppress(BrokenImage):  # which training reports
+        with suppress(BrokenImage):  # training reports it
             counts += torch.bincount(images.placed.still(torch.tensor([index])).flatten(), minlength=len(counts))
     return inverse_frequency(counts[:classes])
 
