@@ -56,10 +56,13 @@ class Run:
         None  # of several ranks, what they share gradients through; None is the default one
     )
     tell: Tell | None = None  # what else takes each epoch's measurements
+    opened: Callable[[], Dataset] | None = None  # returns the images where another run has opened them
 
     @cached_property
     def dataset(self) -> Dataset:
         """The images, opened when the first stage needs them."""
+        if self.opened is not None:
+            return self.opened()
         found = self.task.open(data_settings(self.recipe), self.augmentation)
         if found.classes:
             return found
@@ -68,9 +71,7 @@ class Run:
 
     def of(self, chain: Recipe) -> "Run":
         """Return the run of one of the recipe's chains, on the same images."""
-        other = replace(self, recipe=chain)
-        vars(other)["dataset"] = self.dataset  # where cached_property keeps it
-        return other
+        return replace(self, recipe=chain, opened=lambda: self.dataset)
 
     @property
     def task(self) -> Task:
@@ -118,9 +119,7 @@ class Run:
 
     def with_unlabelled(self) -> "Run":
         """Return the run of a teacher's student, whose training images need no label."""
-        other = replace(self)
-        vars(other)["dataset"] = self.dataset.with_unlabelled
-        return other
+        return replace(self, opened=lambda: self.dataset.with_unlabelled)
 
     def calibration(self, images: int, *, labelled: bool = False) -> Iterator[Batch]:
         """Return unaugmented training batches, spread over the set, for ranges and statistics; `labelled` leaves out those without a label."""
