@@ -21,6 +21,7 @@ from compress.pruning.costs import Floats, Layer, WidthCost, full_widths, is_out
 from compress.pruning.criteria import score, score_slices
 from compress.pruning.graph import GRAPH_ERRORS, channel_graph
 from compress.pruning.heads import Attention, attention_at, cut_heads_, find_attentions
+from compress.pruning.surgeon import surgeon_scores
 
 Scope = Literal["global", "local", "isomorphic"]
 
@@ -137,7 +138,14 @@ class Options:
         return cuts + [Cut(branch.path, ()) for branch in self.branches]
 
 
-def find_groups(model: nn.Module, images: Tensor, criterion: str, *, exclude: Sequence[str]) -> list[ChannelGroup]:
+def find_groups(
+    model: nn.Module,
+    images: Tensor,
+    criterion: str,
+    *,
+    exclude: Sequence[str],
+    moments: Mapping[nn.Module, Tensor] | None = None,
+) -> list[ChannelGroup]:
     """Return every group that may be cut, with its channels' scores.
 
     `images` is one input (1, 3, s, s). Left out: groups that reach an output of a module named by `exclude` (shell patterns), a wall of
@@ -152,7 +160,9 @@ def find_groups(model: nn.Module, images: Tensor, criterion: str, *, exclude: Se
     for group in graph.get_all_groups(ignored_layers=kept):
         if graph.reaches_wall(group) or any(len(item.idxs) % len(group[0].idxs) for item in group.items):
             continue
-        scores = score(group, criterion)
+        scores = None if moments is None else surgeon_scores(group, moments)
+        if scores is None:
+            scores = score(group, criterion)
         if scores is not None:
             groups.append(_describe(group, names, scores))
     for attention in find_attentions(model, images):

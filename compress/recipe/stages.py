@@ -160,7 +160,7 @@ class PruneStage(Section):
 
     stage: Literal["prune"]
     """This stage."""
-    criterion: Literal["l1", "l2", "taylor", "fpgm", "bn_scale", "random"] = "l2"
+    criterion: Literal["l1", "l2", "taylor", "fpgm", "bn_scale", "random", "obs"] = "l2"
     """How a channel's importance is scored."""
     scope: Literal["global", "local", "isomorphic"] = "global"
     """Channels compete over the whole network, inside their own layer group, or among groups of the same structure."""
@@ -189,7 +189,7 @@ class PruneStage(Section):
     min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Every layer keeps at least this fraction of its channels."""
     score_images: PositiveInt = 256
-    """Training images that criteria with gradients (taylor) average over."""
+    """Training images that `taylor` takes its gradients from, and `obs` the second moments of the layers' inputs."""
     sparsity: Sparsity | None = None
     """Optional sparsity learning before the cut."""
     exclude: tuple[str, ...] = ()
