@@ -1,8 +1,10 @@
 """The error that is left without a channel, against least squares solved anew for every choice."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from compress.errors import CompressError
 from compress.pruning.plan import find_groups
 from compress.pruning.surgeon import RIDGE, second_moments
 
@@ -44,3 +46,23 @@ def test_the_first_channel_to_go_leaves_the_least_error_by_least_squares() -> No
     least = int(scores.argmin())
     assert least == min(range(6), key=by_hand.__getitem__)
     assert abs(float(scores.min()) - min(by_hand)) < 1e-3 * min(by_hand)
+
+
+def test_one_of_two_equal_channels_is_worth_nothing_and_the_other_what_both_give() -> None:
+    model = network()
+    with torch.no_grad():
+        model.get_parameter("0.weight")[4] = model.get_parameter("0.weight")[1]
+        model.get_parameter("0.bias")[4] = model.get_parameter("0.bias")[1]
+    groups = find_groups(model, images()[:1], "obs", exclude=("5",), moments=second_moments(model, images()))
+    scores = next(group.scores for group in groups if group.root == "0")
+    twins = scores[[1, 4]].sort().values
+    assert float(twins[0]) == float(scores.min())
+    assert float(twins[0]) < 0.2 * float(twins[1])
+
+
+def test_inputs_that_are_not_finite_are_refused() -> None:
+    model = network()
+    with torch.no_grad():
+        model.get_parameter("0.bias")[0] = float("nan")
+    with pytest.raises(CompressError, match=r"^2: its inputs are not finite"):
+        second_moments(model, images())
