@@ -1,4 +1,4 @@
-"""Translate a recipe's sections into the plain arguments that algorithms take. Imports no torch."""
+"""Translate a recipe's sections into the plain arguments of the algorithms. Imports no torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from compress.recipe.stages import DistillStage, Fit, PruneStage, QatStage, Sour
 
 
 def data_settings(recipe: Recipe) -> DataSettings:
-    """Return what decides a recipe's images, their split and their preprocessing."""
+    """Return the settings of a recipe's images, their split and their preprocessing."""
     data = recipe.data
     return DataSettings(
         task=recipe.task,
@@ -33,7 +33,7 @@ def data_settings(recipe: Recipe) -> DataSettings:
 
 
 def teachers_of(recipe: Recipe) -> tuple[GivenTeacher, ...]:
-    """Return the teachers that a recipe names beside its own network."""
+    """Return the teachers that a recipe names besides its own network."""
     return tuple(
         GivenTeacher(
             one.network,
@@ -59,7 +59,7 @@ def goal_of(cfg: PruneStage) -> Goal:
 
 
 def fits(recipe: Recipe) -> Iterator[Fit]:
-    """Yield how each training of the recipe runs."""
+    """Yield the settings of each training of the recipe."""
     for chain in recipe.chains().values():
         for section in chain.stages:
             if isinstance(section, SourceStage | DistillStage | QatStage) and section.fit is not None:
@@ -71,24 +71,24 @@ def fits(recipe: Recipe) -> Iterator[Fit]:
 
 
 def qat_fit(cfg: QatStage, recipe: Recipe) -> Fit:
-    """Return how quantization-aware training runs: as the recipe says, or a tenth of the last float training at a hundredth of its rate, with a cosine.
+    """Return the settings of quantization-aware training.
 
-    Krishnamoorthi 2018 (Quantizing deep convolutional networks, section 4) and NVIDIA's QAT guide (2021) start from these.
+    The default is a tenth of the last float training's epochs at a hundredth of its rate, with a cosine schedule, as
+    Krishnamoorthi 2018 (Quantizing deep convolutional networks, section 4) and NVIDIA's QAT guide (2021) advise.
     """
     if cfg.fit is not None:
         return cfg.fit
     trained = [
         section.fit for section in recipe.stages if isinstance(section, SourceStage | DistillStage) and section.fit
     ]
-    last = trained[-1]
-    return last.model_copy(
+    return trained[-1].model_copy(
         update={
-            "epochs": max(1, round(last.epochs / 10)),
-            "lr": last.lr / 100,
+            "epochs": max(1, round(trained[-1].epochs / 10)),
+            "lr": trained[-1].lr / 100,
             "warmup_epochs": 0.0,
             "schedule": "cosine",
             "milestones": (),
-            "decay_vectors": False,  # learned ranges are vectors, too
+            "decay_vectors": False,  # or weight decay would shrink learned ranges, which are vectors
             "stop": None,
         }
     )

@@ -26,14 +26,14 @@ class _Place:
 
 
 def explain(error: ValidationError, section: type[Section]) -> list[str]:
-    """Return a line for each mistake in a section as a whole, such as `stages.2.fit.epochs: must be > 0, got 0`."""
+    """Return a line for each mistake in a section, such as `stages.2.fit.epochs: must be > 0, got 0`."""
     schema = section.model_json_schema()
     mistakes = error.errors(include_url=False)
     return [_line(mistake, schema) for mistake in mistakes if not _is_echo(mistake)]
 
 
 def unknown(name: str, known: Iterable[str]) -> str:
-    """Return what to say of an unknown name: the nearest known one, and all of them."""
+    """Return a phrase for an unknown name: the nearest known one, and all of them."""
     names = list(known)
     near = did_you_mean(name, names)
     return f"{near} (known: {', '.join(names)})" if near else f"known: {', '.join(names)}"
@@ -53,7 +53,7 @@ def _line(mistake: ErrorDetails, schema: Schema) -> str:
     place = _place(mistake["loc"], schema)
     value, limits = mistake["input"], mistake.get("ctx", {})
     match mistake["type"]:
-        case "value_error":  # a section's own check; its sentence starts with the path from there
+        case "value_error":  # a section's own check, whose message starts with the path inside the section
             return ".".join(filter(None, [place.path, str(limits["error"])]))
         case "extra_forbidden":
             section = _place(mistake["loc"][:-1], schema).schema
@@ -112,7 +112,7 @@ def _hint(kind: str, value: object, place: _Place) -> str:
 
 
 def _is_echo(mistake: ErrorDetails) -> bool:
-    """Tell whether the mistake only repeats another: a list whose faulty entries pydantic leaves out of the count."""
+    """Tell whether "too short" is only due to faulty entries, which pydantic does not count and reports by themselves."""
     limits = mistake.get("ctx", {})
     return mistake["type"] == "too_short" and len(mistake["input"]) >= limits["min_length"]
 
@@ -122,14 +122,14 @@ def _tag(place: _Place) -> str:
 
 
 def _place(loc: Sequence[str | int], schema: Schema) -> _Place:
-    """Find pydantic's location in the JSON Schema, and leave out the union tags that pydantic adds to it."""
+    """Find pydantic's location in the JSON Schema; leave out the union tags that pydantic adds."""
     path: list[str] = []
     node, description = schema, ""
     for part in loc:
         if (ref := node.get("discriminator", {}).get("mapping", {}).get(part)) is not None:
             node = _follow({"$ref": ref}, schema)
             continue
-        if "oneOf" in node:  # tags are JSON's names of types, where these tell a union's forms apart
+        if "oneOf" in node:  # a union told apart by JSON type, whose name is the tag
             node = next(form for form in (_follow(one, schema) for one in node["oneOf"]) if form["type"] == part)
             continue
         path.append(str(part) if str(part).isprintable() else repr(part))
@@ -137,10 +137,8 @@ def _place(loc: Sequence[str | int], schema: Schema) -> _Place:
             fixed = node.get("prefixItems", [])
             node = fixed[part] if part < len(fixed) else node.get("items", {})
         else:
-            named: Schema = next(
-                iter(node.get("patternProperties", {}).values()), {}
-            )  # a mapping whose keys a person chooses
-            node = node.get("properties", {}).get(part, named)
+            chosen: Schema = next(iter(node.get("patternProperties", {}).values()), {})  # of a key that the user chose
+            node = node.get("properties", {}).get(part, chosen)
         description = node.get("description", "").rstrip(".")
         node = _follow(node, schema)
     return _Place(".".join(path), node, description)

@@ -1,4 +1,4 @@
-"""The losses that a recipe can ask for: one section for each, told apart by `name`. docs/losses.md has their formulas."""
+"""The losses that a recipe can ask for: one section each, chosen by `name`. docs/losses.md has their formulas."""
 
 from typing import Annotated, Literal
 
@@ -20,7 +20,7 @@ class Term(Section):
     weight: Positive = 1.0
     """Factor in the sum of losses."""
     schedule: Schedule = "constant"
-    """How the weight changes over the training: not at all, linearly from zero, linearly to zero, or to zero by half a cosine."""
+    """How the weight changes over the training: constant, linearly from 0, linearly to 0, or by half a cosine to 0."""
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Fraction of the training over which the weight first rises linearly from zero (DKD's authors: 20 of 240 epochs)."""
 
@@ -35,7 +35,7 @@ class CrossEntropyTerm(Term):
 
 
 class DiceTerm(Term):
-    """Overlap of the predictions with the labels, each class counting the same (Milletari 2016); for segmentation, beside cross-entropy."""
+    """Overlap of predictions and labels, with equal weight for each class (Milletari 2016); for segmentation, besides cross-entropy."""
 
     name: Literal["dice"]
     """This loss."""
@@ -45,7 +45,7 @@ class LogitTerm(Term):
     """The fields of every loss between the two networks' logits."""
 
     standardize: bool = False
-    """Give both networks' logits mean 0 and deviation 1 for each image first (Sun 2024, which weighs kd by 9 at temperature 2)."""
+    """First give each image's logits mean 0 and deviation 1, in both networks (Sun 2024, with weight 9 for kd at temperature 2)."""
 
 
 class KDTerm(LogitTerm):
@@ -65,12 +65,12 @@ class MSETerm(LogitTerm):
 
 
 class DKDTerm(LogitTerm):
-    """Decoupled knowledge distillation (Zhao 2022); of mixed targets the most probable class counts."""
+    """Decoupled knowledge distillation (Zhao 2022); the target class of a mixed image is its most probable one."""
 
     name: Literal["dkd"]
     """This loss."""
     alpha: NotNegative = 1.0
-    """Weight of the target class against the rest."""
+    """Weight of the target class against all others."""
     beta: NotNegative = 8.0
     """Weight of the other classes among themselves (the authors take 8 for CIFAR-100, 0.5 for ImageNet)."""
     temperature: Temperature = 4.0
@@ -91,7 +91,7 @@ class DISTTerm(LogitTerm):
 
 
 class NKDTerm(LogitTerm):
-    """Normalized knowledge distillation (Yang 2023); of mixed targets the most probable class counts."""
+    """Normalized knowledge distillation (Yang 2023); the target class of a mixed image is its most probable one."""
 
     name: Literal["nkd"]
     """This loss."""
@@ -119,14 +119,14 @@ class FeatureTerm(Term):
 
 
 class BoxesTerm(Term):
-    """The places of boxes where the teacher is sure of an object (detection)."""
+    """Distance of the student's boxes from the teacher's, where the teacher is sure of an object (detection)."""
 
     name: Literal["boxes"]
     """This loss."""
 
 
 class FitNetTerm(FeatureTerm):
-    """The squared difference of the features, the student's through a 1 × 1 convolution (Romero 2015)."""
+    """The squared difference of the features, the student's after a 1 × 1 convolution (Romero 2015)."""
 
     name: Literal["fitnet"]
     """This loss."""
@@ -173,7 +173,7 @@ class PKTTerm(FeatureTerm):
 
 
 class CWDTerm(FeatureTerm):
-    """Where in the image each channel is strong (Shu 2021); for class maps, as of a segmentation network's `classifier`."""
+    """Where in the image each channel is strong (Shu 2021); for class maps, such as those of a segmentation network's `classifier`."""
 
     name: Literal["cwd"]
     """This loss."""
@@ -184,7 +184,7 @@ class CWDTerm(FeatureTerm):
 
 
 class PKDTerm(FeatureTerm):
-    """Correlation of the features, channel by channel (Cao 2022): no scale that could differ; for pyramids."""
+    """Correlation of the features, channel by channel (Cao 2022), whatever their scale; for feature pyramids."""
 
     name: Literal["pkd"]
     """This loss."""
@@ -193,12 +193,12 @@ class PKDTerm(FeatureTerm):
 
 
 class ReviewTerm(FeatureTerm):
-    """Knowledge review: earlier layers, fused with all later ones, against the teacher's (Chen 2021)."""
+    """Knowledge review: each layer, fused with all later ones, is compared with the teacher's (Chen 2021)."""
 
     name: Literal["review"]
     """This loss."""
     layers: Annotated[tuple[str, ...], Field(min_length=2)]
-    """Module paths in the student, at least two, in forward order: each is fused with those after it."""
+    """Module paths in the student, at least two, in forward order; each is fused with the later ones."""
 
 
 AnyLogitTerm = KDTerm | MSETerm | DKDTerm | DISTTerm | NKDTerm
@@ -206,5 +206,5 @@ AnyFeatureTerm = FitNetTerm | ATTerm | SPTerm | RKDTerm | PKTTerm | CWDTerm | PK
 LossTerm = Annotated[
     CrossEntropyTerm | DiceTerm | BoxesTerm | AnyLogitTerm | AnyFeatureTerm, Field(discriminator="name")
 ]
-LABELLED = ("dkd", "nkd")  # tell the label's class from the others in every image
+LABELLED = ("dkd", "nkd")  # need every image's label
 KD_ONLY: tuple[LossTerm, ...] = (KDTerm(name="kd"),)

@@ -1,4 +1,4 @@
-"""In which order stages make sense: what each takes and gives, and what one needs of the others."""
+"""Which orders of stages are allowed: what each takes and gives, and which stages it needs before or behind it."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -14,9 +14,9 @@ from compress.recipe.stages import (
 )
 
 Kind = Literal["nothing", "float", "fakequant", "onnx"]
-Mistake = tuple[int, str]  # the stage's place in its chain, and what is wrong with it
+Mistake = tuple[int, str]  # index of the stage in its chain, and the message
 
-# What each stage takes and gives; the order of a recipe's stages is judged by this and by nothing else.
+# What each stage takes and gives; these tables alone decide the order of stages.
 TAKES: dict[str, frozenset[Kind]] = {
     "source": frozenset({"nothing"}),
     "student": frozenset({"float"}),
@@ -56,7 +56,7 @@ def _out_of_order(stages: Sequence[StageSection]) -> Mistake | None:
 def _qat_unjustified(stages: Sequence[StageSection]) -> Mistake | None:
     names = [section.stage for section in stages]
     if "qat" in names and "ptq" not in names[: names.index("qat")]:
-        return names.index("qat"), ": qat needs a ptq stage before it, to show what training gains: add `- stage: ptq`"
+        return names.index("qat"), ": qat needs a ptq stage before it, to be compared with: add `- stage: ptq`"
     return None
 
 
@@ -64,7 +64,7 @@ def _qat_of_unknown_length(stages: Sequence[StageSection]) -> Mistake | None:
     trained = any(isinstance(section, SourceStage | DistillStage) and section.fit for section in stages)
     for index, section in enumerate(stages):
         if isinstance(section, QatStage) and section.fit is None and not trained:
-            return index, ".fit: no float training here to derive it from: say how, or add a distill stage"
+            return index, ".fit: missing, and no float training to derive it from: set it, or add a distill stage"
     return None
 
 
@@ -76,7 +76,7 @@ def _student_untaught(stages: Sequence[StageSection]) -> Mistake | None:
         if index != 1:
             return (
                 index,
-                f": student starts another network, so what {names[index - 1]} made is lost; put it behind source",
+                f": student starts another network, which discards the work of {names[index - 1]}: move it behind source",
             )
         if not section.is_trained and "distill" not in names[index:]:
             return index, ": its classifier starts untrained: add a distill stage behind it, or give weights"
@@ -87,11 +87,11 @@ def _limits_of_nothing(stages: Sequence[StageSection]) -> Mistake | None:
     if {"ptq", "qat"}.isdisjoint(section.stage for section in stages):
         for index, section in enumerate(stages):
             if isinstance(section, ExportStage) and section.limits != AuditLimits():
-                return index, ".limits: speaks of the INT8 file, and there is none: add `- stage: ptq`, or leave it out"
+                return index, ".limits: limits an INT8 file, and there is none: add `- stage: ptq`, or leave it out"
     return None
 
 
 def first_mistake(stages: Sequence[StageSection]) -> Mistake | None:
-    """Return the first thing that makes no sense in a chain of stages, None where all does."""
+    """Return the first mistake in a chain of stages, None where there is none."""
     judges = (_out_of_order, _qat_unjustified, _qat_of_unknown_length, _student_untaught, _limits_of_nothing)
     return next(filter(None, (judge(stages) for judge in judges)), None)

@@ -24,20 +24,19 @@ def read_recipe(
     weights: str | None = None,
     out: str | None = None,
 ) -> Recipe:
-    """Read a recipe, with overrides such as `stages.qat.fit.epochs=2` and the shorthands applied before it is judged.
+    """Read a recipe, apply overrides such as `stages.qat.fit.epochs=2` and the shorthands, and validate it.
 
-    A stage is addressed by its position (`stages.3`) or its name (`stages.qat`, or just `qat`). The shorthands stand for
-    `data.path`, `model.weights` and `out`; a folder given to a recipe of embedded digits also makes it an imagefolder, and so
-    does a path in the file where no data set is named.
-    Raises RecipeError with a line for each mistake.
+    A stage is addressed by its position (`stages.3`) or its name (`stages.qat`, or just `qat`). `data`, `weights` and
+    `out` override `data.path`, `model.weights` and `out`. A path also sets `data.dataset: imagefolder` where the recipe
+    names no data set, or, given as `data`, an embedded one. Raises RecipeError with a line for each mistake.
     """
     try:
         raw = strict_yaml.load(_text(path))
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
     if not isinstance(raw, dict):
-        what = "is empty" if raw is None else f"must be a mapping of keys to values, got {show(raw)}"
-        raise RecipeError(f"{path}: {what}; a recipe starts with `name:`, `model:` and `stages:`")
+        fault = "is empty" if raw is None else f"must be a mapping of keys to values, got {show(raw)}"
+        raise RecipeError(f"{path}: {fault}; a recipe starts with `name:`, `model:` and `stages:`")
     for override in overrides:
         try:
             _override(raw, override)
@@ -47,19 +46,20 @@ def read_recipe(
         _apply_shorthands(raw, data=data, weights=weights, out=out)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
-    return _judge(raw, path)
+    # Strict validation refuses "64", 64.0 and true for a whole number; only its JSON form accepts lists for tuples.
+    try:
+        return Recipe.model_validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{path}: {line}" for line in explain(error, Recipe))) from error
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe, every default spelled out, as YAML that reads back to an equal one."""
+    """Write the recipe with all defaults as YAML, which reads back to an equal one."""
     path.write_text(strict_yaml.dump(recipe.model_dump(mode="json")), encoding="utf-8")
 
 
 def _text(path: Path) -> str:
-    """Return the file's text.
-
-    Raises RecipeError for a missing, unreadable, large or binary file.
-    """
+    """Return the file's text; raise RecipeError where it is missing, unreadable, too large or binary."""
     if not path.exists():
         siblings = sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         folder = f"in {path.parent}: {unknown(path.name, siblings)}" if siblings else f"{path.parent} holds no recipes"
@@ -72,19 +72,11 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise RecipeError(f"cannot be read ({error.strerror}); check its permissions") from error
     if len(content) > MAX_BYTES:
-        raise RecipeError(f"larger than {MAX_BYTES:,} bytes; that is no recipe")
+        raise RecipeError(f"larger than {MAX_BYTES:,} bytes, so it is not a recipe")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-
-
-def _judge(raw: dict[str, Any], path: Path) -> Recipe:
-    # Strict validation refuses "64", 64.0 and true for a whole number; its JSON form alone takes lists for tuples.
-    try:
-        return Recipe.model_validate_json(json.dumps(raw), strict=True)
-    except ValidationError as error:
-        raise RecipeError("\n".join(f"{path}: {line}" for line in explain(error, Recipe))) from error
 
 
 def _apply_shorthands(raw: dict[str, Any], *, data: str | None, weights: str | None, out: str | None) -> None:
@@ -96,7 +88,7 @@ def _apply_shorthands(raw: dict[str, Any], *, data: str | None, weights: str | N
         _put(raw, ["model", "weights"], str(Path(weights).expanduser()))
     if out is not None:
         raw["out"] = str(Path(out).expanduser())
-    if raw.get("teacher") is not None:  # one stands for a list of one, and a name for its section
+    if raw.get("teacher") is not None:  # a single teacher becomes a list, a plain name becomes a section
         each = raw["teacher"] if isinstance(raw["teacher"], list) else [raw["teacher"]]
         raw["teacher"] = [{"network": one} if isinstance(one, str) else one for one in each]
     if isinstance(raw.get("data"), dict) and raw["data"].get("path") is not None:
@@ -104,7 +96,7 @@ def _apply_shorthands(raw: dict[str, Any], *, data: str | None, weights: str | N
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
-    """Put `path.to.key=value` into the recipe as read; what the key may be is judged with the rest."""
+    """Set `path.to.key=value` in the raw recipe; keys are validated later, with the rest."""
     path, equals, value = override.partition("=")
     if not equals or not all(parts := path.strip().split(".")):
         raise RecipeError("must be path.to.key=value")
@@ -112,7 +104,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 
 def _locate(raw: dict[str, Any], parts: list[str]) -> list[str]:
-    """Return the path with a stage's name replaced by its position; a student's stages are named `students.NAME.STAGE`."""
+    """Return the path with a stage's name replaced by its position; `students.NAME.STAGE` names a student's stage."""
     start, holder, students = list[str](), raw, raw.get("students")
     if parts[0] == "students" and len(parts) > 2 and isinstance(students, dict):
         start, parts, holder = parts[:2], parts[2:], students.get(parts[1]) or {}
@@ -139,23 +131,23 @@ def _locate(raw: dict[str, Any], parts: list[str]) -> list[str]:
         places = " or ".join(
             ".".join([*start, "stages", str(index)]) for index, name in enumerate(names) if name == named[0]
         )
-        raise RecipeError(f"the recipe has {named[0]} more than once; say {places}")
+        raise RecipeError(f"the recipe has {named[0]} more than once; name {places}")
     return [*start, "stages", str(names.index(named[0])), *named[1:]]
 
 
 def _put(raw: dict[str, Any], parts: Sequence[str], value: object) -> None:
-    """Set a value deep in the recipe as read, with the sections on the way made where they are missing."""
+    """Set a value deep in the raw recipe; make the missing sections on its path."""
     node: Any = raw
     for depth, part in enumerate(parts):
         here, last = ".".join(parts[:depth]), depth == len(parts) - 1
         if isinstance(node, list):
             if not part.isdecimal() or int(part) >= len(node):
-                raise RecipeError(f"{here} has the entries 0 to {len(node) - 1}, got {part}")
+                raise RecipeError(f"{here} has entries 0 to {len(node) - 1}, got {part}")
             key: Any = int(part)
         elif isinstance(node, dict):
             key = part
         else:
-            raise RecipeError(f"{here} is {show(node)} and has no {part}; set {here} whole")
+            raise RecipeError(f"{here} is {show(node)} and has no {part}; set {here} itself")
         if last:
             node[key] = value
         else:

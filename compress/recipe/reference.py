@@ -9,7 +9,7 @@ LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiv
 
 
 def reference() -> str:
-    """Return a Markdown table for the recipe and for each of its sections, in the order of use."""
+    """Return a Markdown table for the recipe and for each of its sections, in order of first use."""
     schema = Recipe.model_json_schema()
     tables = [_table("Recipe", schema)]
     tables += [_table(name, schema["$defs"][name]) for name in _sections(schema, schema["$defs"])]
@@ -17,7 +17,7 @@ def reference() -> str:
 
 
 def _sections(node: Any, definitions: dict[str, Schema]) -> dict[str, None]:
-    """Return the names of the sections that a schema leads to, each once, as a reader meets them."""
+    """Return the names of the sections that a schema refers to, in order of first use."""
     names: dict[str, None] = {}
     if isinstance(node, dict):
         if "$ref" in node:
@@ -43,7 +43,7 @@ def _table(name: str, schema: Schema) -> str:
 
 
 def _kind(field: Schema) -> str:
-    """Return what a field takes, in words, with its limits."""
+    """Return a phrase for the values that a field takes, with its limits."""
     if "$ref" in field:
         return f"[{_name(field)}](#{_name(field).lower()})"
     if "const" in field:

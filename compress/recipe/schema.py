@@ -1,15 +1,16 @@
 """The recipe: one frozen object that says everything a run does.
 
-Only the shape lives here. `compress.recipe.read` reads it from YAML; stages translate its sections into plain arguments.
-Imports no torch: `compress check` ends in under a second.
+`compress.recipe.read` reads it from YAML; `compress.recipe.arguments` translates its sections into plain arguments.
+Imports no torch, so `compress check` takes less than a second.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from compress.data.teachers import foreign
-from compress.recipe.losses import LABELLED
+from compress.recipe.losses import LABELLED, LossTerm
 from compress.recipe.order import first_mistake
 from compress.recipe.section import Arch, Channels, Drop, Name, PathText, Section, Size, refuse_tag
 from compress.recipe.stages import DistillStage, PruneStage, QatStage, SourceStage, StageSection
@@ -17,7 +18,7 @@ from export.tasks import TASKS
 
 
 def known_task(name: str) -> str:
-    """Return the name of a task that networks can be made for."""
+    """Return the name of a known task; raise ValueError for another."""
     if name not in TASKS:
         raise ValueError(f"task: must be one of {', '.join(TASKS)}, got {name!r}")
     return name
@@ -30,15 +31,15 @@ class Augment(Section):
     """Random changes of the training images; teacher and student always see the same view."""
 
     crop: Literal["none", "pad", "random_resized"] = "none"
-    """How training images are cropped: not at all, shifted inside a padded border, or by a random area and aspect ratio."""
+    """How training images are cropped: not at all, at a random place of the padded image, or to a random area and aspect ratio."""
     pad: Annotated[float, Field(gt=0, le=0.5)] = 0.125
     """The border that `crop: pad` adds on each side, as a fraction of the image size."""
     min_area: Annotated[float, Field(gt=0, le=1)] = 0.25
     """The smallest area that `crop: random_resized` keeps, as a fraction of the image."""
     flip: bool = False
-    """Mirror every second image left to right."""
+    """Mirror images left to right with probability 1/2."""
     distort: bool = False
-    """Change brightness, contrast, saturation and hue by chance, as SSD does: nothing moves, so boxes and masks stay right."""
+    """Change brightness, contrast, saturation and hue at random, as SSD does; boxes and masks stay valid."""
     randaugment: Annotated[int, Field(ge=0, le=30)] = 0
     """The magnitude of RandAugment's two operations (0 switches it off; 9 is the paper's usual value)."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
@@ -56,11 +57,11 @@ class Data(Section):
     dataset: Literal[
         "digits", "imagefolder", "cifar10", "cifar100", "fashion_mnist", "imagenette", "scenes", "scenes_hard"
     ] = "digits"
-    """The data set; `digits` is embedded in scikit-learn, `scenes` are made of them (for segmentation and detection), `imagefolder` reads `path` (and is meant where only `path` is given), the others download to `path`."""
+    """The data set: scikit-learn's `digits`, `scenes` composed of them (for segmentation and detection), `imagefolder`, which reads `path` and is the default where `path` is set, or one that is downloaded to `path`."""
     path: PathText | None = None
     """The folder that holds the data set: images, or shards of them (docs/images.md)."""
     image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
-    """Height and width in pixels that the network sees; null takes the data set's own (digits 32, imagefolder 224)."""
+    """Height and width of the network's input in pixels; null takes the data set's own (digits 32, imagefolder 224)."""
     resize: Annotated[float, Field(ge=1, le=2)] = 1.0
     """Evaluation resizes the shorter side to `image_size * resize`, then crops the centre (ImageNet's usual value is 1.143)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -70,23 +71,23 @@ class Data(Section):
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Fraction of each class that is held out for validation, by seed, where the data set has no validation set."""
     judge_by: Literal["validation", "tuning"] = "validation"
-    """Which images judge: the validation images, or `tuning`: `val_fraction` of each class of the training images, held out; the validation images then stay unseen, as while `compress search` chooses."""
+    """The images that scores are measured on: the validation images, or `tuning`, which holds out `val_fraction` of each class of the training images and leaves the validation images unused, as `compress search` does while it chooses."""
     split_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    """Draws the images that are held out, and those of `limit_per_class`; null takes `seed`."""
+    """Seed for the images that are held out and those of `limit_per_class`; null takes `seed`."""
     limit_per_class: PositiveInt | None = None
-    """Use at most this many training images of each class (the first ones, after a shuffle by seed)."""
+    """Use at most this many training images of each class, drawn by seed."""
     skip_broken: bool = False
-    """Leave out unreadable images, and count and name them in the log, instead of stopping at the first."""
+    """Leave out unreadable images and list them in the log, instead of stopping at the first."""
     ignore_index: Annotated[int, Field(ge=0, lt=2**16)] | None = None
-    """What a mask holds where a pixel is neither learned from nor judged; null is 255."""
+    """The value of mask pixels that count neither in training nor in scores; null is 255."""
     classes: PathText | None = None
-    """A text file with the names of the network's classes in their order, one a line, for `task: unlabelled`, where no folder names them; null: what the teacher calls them, else their numbers."""
+    """For `task: unlabelled`: a text file with the names of the network's classes, in order, one a line; null takes the teacher's names, else numbers."""
     balance: Literal["none", "sampler", "class_weights"] = "none"
-    """For classes of unequal size: `sampler` draws training images with replacement so that every class comes as often (an epoch is as long as ever); `class_weights` weighs losses against labels by the inverse of each class's frequency (docs/losses.md)."""
+    """For classes of unequal size: `sampler` draws training images with replacement, all classes equally often (an epoch keeps its length); `class_weights` weighs cross-entropy by the inverse of each class's frequency (docs/losses.md)."""
     unlabelled: PathText | None = None
-    """A folder of further images, at any depth, that need no label: only distillation, `qat` and calibration see them. Those that are trained on or judged by already are left out, by content."""
+    """A folder of further images, at any depth, without labels, for distillation, `qat` and calibration. Copies of training or validation images (by content) are left out."""
     workers: Annotated[int, Field(ge=0)] | None = None
-    """Loader processes; null chooses: none for small images in memory, one for each core otherwise."""
+    """Loader processes; null takes none for small images in memory, else one for each core."""
     eval_batch_size: PositiveInt = 128
     """Images in a batch of validation or calibration."""
     augment: Augment = Augment()
@@ -95,10 +96,10 @@ class Data(Section):
     @model_validator(mode="after")
     def _makes_sense(self) -> "Data":
         if self.dataset == "imagefolder" and self.path is None:
-            raise ValueError("path: an imagefolder needs its folder: give DATA=/path/to/images, or set data.path")
+            raise ValueError("path: an imagefolder needs a folder: give DATA=/path/to/images, or set data.path")
         if self.dataset in EMBEDDED and self.path is not None:
             raise ValueError(
-                f"path: {self.dataset} are embedded and have no folder, got {self.path!r}: set data.dataset: imagefolder to read it"
+                f"path: {self.dataset} are built in and have no folder, got {self.path!r}: set data.dataset: imagefolder to read it"
             )
         if min(self.std) <= 0:
             raise ValueError(f"std: must be > 0 in every channel, got {self.std}")
@@ -111,9 +112,9 @@ class Model(Section):
     arch: Arch
     """`torchvision:NAME`, `timm:NAME`, `cifar:NAME` (32-pixel networks of the papers), `onnx:FILE`, `hf:FOLDER` or `exported:FILE.pt2` with their own weights, `fpn:BACKBONE` or `smp:DECODER/ENCODER` for segmentation, a detector as `ssd:`, `ssdlite:`, `retinanet:` or `fcos:BACKBONE`, or `file.py:factory` (a person's own; needs --trust-code)."""
     weights: PathText | None = None
-    """A state dict (.safetensors, .pt, .pth or .ckpt; in torch's files other entries are left aside), or the library's named weights as `torchvision:IMAGENET1K_V2` or `timm:TAG`; null trains here."""
+    """A state dict (.safetensors, .pt, .pth or .ckpt, whose other entries are ignored), or the library's named weights as `torchvision:IMAGENET1K_V2` or `timm:TAG`; null trains here."""
     reset_head: bool = False
-    """Start the classifier anew and keep all other weights, where these were trained on other classes."""
+    """Initialize a new classifier and keep all other weights, for weights trained on other classes."""
 
     @model_validator(mode="after")
     def _arch_is_no_weights(self) -> "Model":
@@ -122,38 +123,38 @@ class Model(Section):
 
 
 class Teacher(Section):
-    """Another network that teaches, in whatever form it is saved."""
+    """Another network as the teacher."""
 
     network: Arch
-    """`onnx:FILE` (any framework's, run by ONNX Runtime), `hf:FOLDER` (of transformers' save_pretrained), `exported:FILE.pt2` (of torch.export.save), or named as `model.arch` is."""
+    """`onnx:FILE` (of any framework, run by ONNX Runtime), `hf:FOLDER` (of transformers' save_pretrained), `exported:FILE.pt2` (of torch.export.save), or any `model.arch`."""
     weights: PathText | None = None
-    """The weights of a network that does not bring its own, as `model.weights`."""
+    """The weights of a network whose file has none, as in `model.weights`."""
     image_size: Size | None = None
-    """Height and width in pixels that it takes, to which the student's view is resized; null is the student's size."""
+    """Height and width of its input in pixels, to which the student's views are resized; null takes the student's size."""
     mean: Channels | None = None
-    """The mean that it wants subtracted, for pixels in [0, 1]; null is `data.mean`."""
+    """The mean that is subtracted from its input, for pixels in [0, 1]; null takes `data.mean`."""
     std: Channels | None = None
-    """The standard deviation that it wants divided by, for pixels in [0, 1]; null is `data.std`."""
+    """The standard deviation that divides its input, for pixels in [0, 1]; null takes `data.std`."""
     classes: PathText | None = None
-    """A text file with the names of its outputs in their order, one a line, of which the data's classes may be some; null: they are the data's classes in order, or what `hf:` calls them."""
+    """A text file with the names of its outputs, in order, one a line; the data's classes may be a subset. Null takes the names in an `hf:` folder, else the data's classes in order."""
 
     @model_validator(mode="after")
     def _network_is_no_weights(self) -> "Teacher":
         refuse_tag(self.network)
         if foreign(self.network) is None and self.weights is None:
-            raise ValueError(f"weights: {self.network} starts from random ones, which teach nothing: give its weights")
+            raise ValueError(f"weights: missing; {self.network} would teach with random ones: give its weights")
         return self
 
 
 class Teaching(Section):
-    """How students get the teacher's predictions while they train."""
+    """How students get the teacher's logits while they train."""
 
     mode: Literal["cached", "online"] = "cached"
-    """`cached` runs the teacher once on each view and keeps its logits below `out` for every stage, student and trial; `online` runs it on every batch. Losses on features are always online, and so are teachers that answer with maps or anchors."""
+    """`cached` runs the teacher once on each view and keeps its logits in `out` for every stage, student and trial; `online` runs it on every batch, as losses on features, segmentation and detection always do."""
     views: PositiveInt = 8
-    """Augmented views of each training image (crop, flip, colours, mixing partner) that the cache holds; epochs cycle through them."""
+    """Number of augmented views (crop, flip, colours, mixing partner) of each training image in the cache; epochs cycle through them."""
     top_k: PositiveInt | None = None
-    """Keep only the k largest logits of an image, and spread the rest of the probability evenly; null keeps all, at two bytes each."""
+    """Cache only the k largest logits of an image, and spread the remaining probability evenly; null caches all, at two bytes each."""
 
 
 class Targets(Section):
@@ -164,9 +165,9 @@ class Targets(Section):
     max_class_drop: Drop | None = None
     """Largest loss of recall in any class from the teacher to the deployed file, as a fraction (0.01 is one point)."""
     min_speedup: Annotated[float, Field(gt=0)] | None = None
-    """Smallest speed-up of the deployed file over the teacher's FP32: CPU with one thread (or the target's own provider), batch 1, the largest image size timed."""
+    """Smallest speed-up of the deployed file over the teacher's FP32 file: one CPU thread (or the target's own provider), batch 1, the largest image size timed."""
     min_int8_speedup: Annotated[float, Field(gt=0)] | None = None
-    """Smallest speed-up of the INT8 file over the same student in FP32, under the same conditions."""
+    """Smallest speed-up of the INT8 file over the student's FP32 file, under the same conditions."""
     max_size_ratio: Annotated[float, Field(gt=0)] | None = None
     """Largest size of the deployed file, as a fraction of the teacher's FP32 file."""
     max_macs_ratio: Annotated[float, Field(gt=0)] | None = None
@@ -179,9 +180,9 @@ class Student(Section):
     """One of several students of the same teacher."""
 
     stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
-    """The stages that follow the recipe's own, which all students share."""
+    """This student's stages, after the recipe's own `stages`, which all students share."""
     targets: Targets | None = None
-    """What this student must reach; null takes the recipe's."""
+    """What this student must reach; null takes the recipe's `targets`."""
 
 
 class Recipe(Section):
@@ -190,38 +191,38 @@ class Recipe(Section):
     schema_version: Literal[1] = 1
     """The version of this format."""
     name: Name
-    """The run's name, and its folder under `out`: lower-case letters, digits, `-` and `_`, the first a letter or digit, at most 64."""
+    """The run's name, and its folder in `out`: at most 64 lower-case letters, digits, `-` and `_`, beginning with a letter or digit."""
     task: Annotated[str, AfterValidator(known_task)] = "classification"
     """What the network is for."""
     target: Literal["auto", "cuda"] | Int8Target = "auto"
-    """Where the student will run; auto reads this machine's instruction sets; cuda is FP16 (it has no INT8 convolution)."""
+    """Where the student will run: auto takes this machine's CPU; cuda is FP16, as ONNX Runtime has no INT8 convolution there."""
     further_targets: tuple[Int8Target, ...] = ()
-    """Further kinds of machines: each gets an INT8 file, calibrated and trained on its own grid."""
+    """Further kinds of machines; each gets an INT8 file, calibrated and trained on its own grid."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Drives every random choice."""
+    """Seed of every random choice."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where training runs."""
     out: PathText = "runs"
     """The folder that holds the runs."""
     log_to: tuple[Literal["mlflow", "trackio", "wandb"], ...] = ()
-    """Where epochs, report and bundle are sent, too (docs/tracking.md); each finds its server by its own environment variables."""
+    """Experiment trackers that also get epochs, report and bundle (docs/tracking.md); each reads its own environment variables."""
     data: Data = Data()
     """The images."""
     model: Model | None = None
-    """The network that is compressed, and the teacher where there is no other; null where `teacher` teaches a `student`."""
+    """The network to compress, which is also the teacher unless `teacher` is set; null where a `student` stage starts another network."""
     teacher: tuple[Teacher, ...] = ()
-    """Another network that teaches instead: one, or several whose mean prediction teaches; each by its `network` alone or with fields."""
+    """Another network as the teacher, or several, whose mean prediction is taught; each as its `network` alone or as a section."""
     teaching: Teaching = Teaching()
-    """How students get the teacher's predictions."""
+    """How students get the teacher's logits."""
     stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
     """The stages, in order."""
     students: dict[Name, Student] = Field(default={})
-    """Several students by name (spelled as a run's name): each continues from the shared stages, and one report compares them."""
+    """Several students by name (spelled like `name`): each continues from the shared stages, and one report compares them."""
     targets: Targets = Targets()
-    """What must be reached."""
+    """What the run must reach."""
 
     def chains(self) -> dict[str, "Recipe"]:
-        """Return each student's recipe by name: the shared stages and its own. A recipe without students is its own only chain, named ""."""
+        """Return each student's recipe (the shared stages and its own) by name; without students, this recipe as ""."""
         return {
             name: self.model_copy(
                 update={
@@ -234,9 +235,16 @@ class Recipe(Section):
         } or {"": self}
 
     def place(self, student: str, index: int) -> str:
-        """Return where a stage of a student's chain stands in the recipe, such as `students.a.stages.0`."""
+        """Return the path of a stage of a student's chain in the recipe, such as `students.a.stages.0`."""
         own = index - len(self.stages)
         return f"stages.{index}" if own < 0 else f"students.{student}.stages.{own}"
+
+    def _losses(self) -> Iterator[tuple[str, LossTerm]]:
+        """Yield each loss of a distill or qat stage, with the stage's name."""
+        for chain in self.chains().values():
+            for section in chain.stages:
+                if isinstance(section, DistillStage | QatStage):
+                    yield from ((section.stage, term) for term in section.loss)
 
     @model_validator(mode="after")
     def _chains_make_sense(self) -> "Recipe":
@@ -259,54 +267,47 @@ class Recipe(Section):
         given = self.model.weights is not None or foreign(self.model.arch) is not None
         if source.fit is None and (source.fine_tune or not given):
             raise ValueError(
-                "stages.0.fit: without model.weights the teacher is trained here: say how, or give WEIGHTS=file"
+                "stages.0.fit: missing; without model.weights the teacher is trained here: set it, or give WEIGHTS=file"
             )
         if self.model.reset_head and not source.fine_tune:
-            raise ValueError("model.reset_head: leaves the classifier untrained: also set stages.0.fine_tune: true")
+            raise ValueError("model.reset_head: the new classifier is untrained: also set stages.0.fine_tune: true")
         return self
 
     @model_validator(mode="after")
     def _unlabelled_images_have_a_use(self) -> "Recipe":
-        if self.data.unlabelled is None:
-            return self
-        for chain in self.chains().values():
-            for section in chain.stages:
-                for term in section.loss if isinstance(section, DistillStage | QatStage) else ():
-                    if term.name in LABELLED:
-                        raise ValueError(
-                            f"data.unlabelled: {term.name} in {section.stage} needs every image's label: take kd or dist"
-                        )
+        for stage, term in self._losses() if self.data.unlabelled is not None else ():
+            if term.name in LABELLED:
+                raise ValueError(f"data.unlabelled: {term.name} in {stage} needs every image's label: use kd or dist")
         return self
 
     @model_validator(mode="after")
     def _class_weights_have_a_loss(self) -> "Recipe":
-        if self.data.balance == "class_weights" and not any(
+        if self.data.balance != "class_weights" or "cross_entropy" in [term.name for _, term in self._losses()]:
+            return self
+        if not any(
             (isinstance(section, SourceStage) and section.fit is not None)
             or (isinstance(section, PruneStage) and section.sparsity is not None)
-            or (
-                isinstance(section, DistillStage | QatStage) and "cross_entropy" in [term.name for term in section.loss]
-            )
             for chain in self.chains().values()
             for section in chain.stages
         ):
             raise ValueError(
-                "data.balance: class_weights weighs cross_entropy, and nothing here learns by it: add that loss, or take sampler"
+                "data.balance: class_weights weighs cross_entropy, which no stage uses: add that loss, or use sampler"
             )
         return self
 
     def _teacher_is_another(self, source: StageSection) -> "Recipe":
         if not self.teacher:
-            raise ValueError("model: name the network to compress, or a teacher: whose student a student stage starts")
+            raise ValueError("model: missing: name the network to compress, or set teacher and add a student stage")
         if isinstance(source, SourceStage) and source.fit is not None:
-            raise ValueError("stages.0.fit: a given teacher is not trained: leave it out, or name the network as model")
+            raise ValueError("stages.0.fit: a `teacher` is not trained: leave it out, or name the network as model")
         for name, chain in self.chains().items():
             if isinstance(source, SourceStage) and [section.stage for section in chain.stages[1:2]] not in (
                 [],
                 ["student"],
             ):
                 raise ValueError(
-                    f"{self.place(name, 1)}: {chain.stages[1].stage} needs the network itself, and a teacher only answers: name the "
-                    "network as model, or put a student stage here"
+                    f"{self.place(name, 1)}: {chain.stages[1].stage} needs a network, and `teacher` only gives predictions: "
+                    "name the network as model, or put a student stage here"
                 )
         return self
 
@@ -316,8 +317,8 @@ class Recipe(Section):
         quantizing = [name for name in ("ptq", "qat") if name in stages]
         if self.target == "cuda" and quantizing:
             raise ValueError(
-                f"target: cuda runs FP16, ONNX Runtime's CUDA provider has no INT8 convolution: leave out {' and '.join(quantizing)}, "
-                "or name the target that INT8 is for (tensorrt, cpu_avx2, cpu_vnni, cpu_arm)"
+                f"target: cuda runs FP16, as ONNX Runtime's CUDA provider has no INT8 convolution: leave out {' and '.join(quantizing)}, "
+                "or set another target (tensorrt, cpu_avx2, cpu_vnni, cpu_arm)"
             )
         return self
 
@@ -339,12 +340,10 @@ class Recipe(Section):
     def _cache_holds_what_losses_need(self) -> "Recipe":
         if self.teaching.top_k is None or self.teaching.mode == "online":
             return self
-        for chain in self.chains().values():
-            for section in chain.stages:
-                for term in section.loss if isinstance(section, DistillStage | QatStage) else ():
-                    if term.name == "mse" or getattr(term, "standardize", False):
-                        what = "mse" if term.name == "mse" else f"{term.name} with standardize"
-                        raise ValueError(
-                            f"teaching.top_k: {what} in {section.stage} needs every logit: leave top_k out, or set teaching.mode: online"
-                        )
+        for stage, term in self._losses():
+            if term.name == "mse" or getattr(term, "standardize", False):
+                loss = "mse" if term.name == "mse" else f"{term.name} with standardize"
+                raise ValueError(
+                    f"teaching.top_k: {loss} in {stage} needs all logits: leave top_k out, or set teaching.mode: online"
+                )
         return self

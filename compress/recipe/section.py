@@ -1,13 +1,13 @@
-"""What every section of a recipe is made of."""
+"""The base class and the field types of a recipe's sections."""
 
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Drop = Annotated[float, Field(ge=0, le=0.5)]  # of top-1 or recall, as a fraction: who writes 1 means a point
+Drop = Annotated[float, Field(ge=0, le=0.5)]  # loss of a score, as a fraction; 1 is refused, as it means one point
 NAME = r"^[a-z0-9][a-z0-9_\-]{0,63}$"
-Name = Annotated[str, Field(pattern=NAME)]  # of what becomes a folder
+Name = Annotated[str, Field(pattern=NAME)]  # becomes a folder's name
 Size = Annotated[int, Field(ge=8, le=1024)]
 Channels = tuple[float, float, float]
 PathText = Annotated[str, Field(min_length=1)]
@@ -26,7 +26,7 @@ class Section(BaseModel):
 
 
 def refuse_tag(arch: str) -> None:
-    """Raise ValueError for a network named with the tag of pretrained weights, which `arch` alone does not load."""
+    """Raise ValueError where `arch` contains a tag of pretrained weights, which it does not load."""
     library, _, name = arch.partition(":")
     name, dot, tag = name.partition(".")
     if library == "timm" and dot:

@@ -1,4 +1,4 @@
-"""The recipes that come with this package: of the clone that it runs from, or installed beside it."""
+"""The recipes that come with this package, in its source tree or installed beside it."""
 
 import shutil
 import sys
@@ -15,7 +15,7 @@ PLACES = (
 
 
 def listing() -> Iterator[str]:
-    """Yield each recipe's name and the first sentence of its header, which says what it is for."""
+    """Yield each recipe's name and purpose, the first sentence of its header comment."""
     found = _files()
     width = max(len(name) for name in found)
     for name, path in found.items():
@@ -24,7 +24,7 @@ def listing() -> Iterator[str]:
 
 
 def copy(name: str, to: Path | None) -> Path:
-    """Copy a recipe and return where it lies; raise RecipeError for an unknown name, and where a file is in the way."""
+    """Copy a recipe and return the new path; raise RecipeError for an unknown name or an existing file."""
     found = _files()
     if name not in found:
         raise RecipeError(f"{name}: no such recipe; {unknown(name, list(found))}")
@@ -38,6 +38,6 @@ def _files() -> dict[str, Path]:
     """Return the recipes by their paths without suffix, in order."""
     root = next((place for place in PLACES if place.is_dir()), None)
     if root is None:
-        raise RecipeError(f"recipes: are neither in {PLACES[0]} nor in {PLACES[1]}: install the package anew")
+        raise RecipeError(f"recipes: found neither in {PLACES[0]} nor in {PLACES[1]}: reinstall the package")
     paths = [path.relative_to(root) for path in sorted(root.rglob("*.yaml"))]
     return {str(path.with_suffix("")): root / path for path in paths if path.parts[0] not in ("search", "studies")}

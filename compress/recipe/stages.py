@@ -1,7 +1,4 @@
-"""The stages of a recipe: one section for each, and the sections of a training.
-
-Imports no torch.
-"""
+"""The sections of a recipe's stages and trainings. Imports no torch."""
 
 from typing import Annotated, Literal
 
@@ -15,16 +12,16 @@ GOALS = ("keep_macs", "keep_params", "keep_latency", "max_latency_ms")
 
 
 class Stop(Section):
-    """When a training ends before its last epoch: the first condition that holds after an epoch ends it."""
+    """Conditions that end a training early; after each epoch, any one that holds ends it."""
 
     patience: PositiveInt | None = None
     """Epochs in a row without a rise of the validation score by more than `min_delta`."""
     min_delta: Fraction = 0.0
     """The smallest rise that counts for `patience`; 0.001 is a tenth of a point."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
-    """Minutes of training, those before a kill included; no epoch begins that would end later."""
+    """Longest training in minutes, over all resumed runs; an epoch that would end later does not start."""
     score: Fraction | None = None
-    """The validation score that is enough. The end is then chosen on the images that judge, so the last score flatters a little."""
+    """The validation score that is enough. As validation images then choose the end, the last score is slightly optimistic."""
 
     @model_validator(mode="after")
     def _some_condition(self) -> "Stop":
@@ -32,13 +29,13 @@ class Stop(Section):
             raise ValueError("patience: give at least one of patience, max_minutes and score, or leave `stop` out")
         if self.min_delta and self.patience is None:
             raise ValueError(
-                f"min_delta: is what `patience` waits for: set patience, too, got min_delta {self.min_delta}"
+                f"min_delta: has no effect without patience: set patience, too, got min_delta {self.min_delta}"
             )
         return self
 
 
 class Fit(Section):
-    """One training run."""
+    """The settings of one training."""
 
     epochs: PositiveInt
     """Passes over the training images."""
@@ -49,11 +46,11 @@ class Fit(Section):
     lr: Annotated[float, Field(gt=0)] = 0.05
     """The peak learning rate, after the warm-up."""
     schedule: Literal["cosine", "step"] = "cosine"
-    """How the rate falls after the warm-up: by half a cosine to zero, or by `gamma` at each of `milestones`."""
+    """How the rate falls after the warm-up: by half a cosine to 0, or by the factor `gamma` at each of `milestones`."""
     milestones: tuple[PositiveInt, ...] = ()
     """Epochs after which `schedule: step` multiplies the rate by `gamma`."""
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """The factor of `schedule: step`."""
+    """The rate's factor at each of `milestones`."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD's momentum."""
     nesterov: bool = True
@@ -69,13 +66,13 @@ class Fit(Section):
     clip_norm: Annotated[float, Field(ge=0)] = 0.0
     """The largest norm of the gradient (0 switches clipping off)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast type; auto is bf16 on a GPU that has it, the faster by timing on a CPU that has it, else fp32; in qat fp32."""
+    """Autocast type. auto is bf16 on a GPU that has it, the faster of both on a CPU that has it, else fp32; in qat it is fp32."""
     compile: bool = False
     """Run the training step through torch.compile; the log says what it costs and gains."""
     micro_batches: PositiveInt = 1
-    """Number of micro-batches that each batch is split into; doubled when memory runs out, except under torchrun."""
+    """Number of parts that each batch is split into to save memory; doubled when memory runs out, except under torchrun."""
     sync_batchnorm: bool = False
-    """Under torchrun on GPUs, batch-norm takes the statistics of all ranks' images; false takes each rank's own."""
+    """Under torchrun on GPUs, compute batch-norm's statistics over all ranks' images; false computes them on each rank."""
     stop: Stop | None = None
     """Conditions that end the training before its last epoch."""
 
@@ -89,7 +86,7 @@ class Fit(Section):
     def _steps_are_reached(self) -> "Fit":
         shown = list(self.milestones)
         if (self.schedule == "step") != bool(shown):
-            raise ValueError(f"milestones: schedule step needs them and cosine has none, got {shown}")
+            raise ValueError(f"milestones: schedule step needs some and cosine takes none, got {shown}")
         if shown != sorted(set(shown)) or (shown and shown[-1] >= self.epochs):
             raise ValueError(f"milestones: must rise and be < epochs ({self.epochs}), got {shown}")
         return self
@@ -109,20 +106,20 @@ class SourceStage(Section):
 
 
 class StudentStage(Section):
-    """Another network, usually a smaller one, as the student in place of the pruned teacher."""
+    """Another network, usually smaller, as the student in place of the pruned teacher."""
 
     stage: Literal["student"]
     """This stage."""
     arch: Arch
-    """The network, named as `model.arch` is."""
+    """The network, as in `model.arch`."""
     weights: PathText | None = None
-    """Weights to start from, named as `model.weights` are; null starts from random ones."""
+    """Weights to start from, as in `model.weights`; null starts from random ones."""
     reset_head: bool = False
-    """Start the classifier anew and keep all other weights, where these were trained on other classes."""
+    """Initialize a new classifier and keep all other weights, for weights trained on other classes."""
 
     @property
     def is_trained(self) -> bool:
-        """Whether the network knows its classes before anything taught it."""
+        """Whether the given weights include a trained classifier."""
         return self.weights is not None and not self.reset_head
 
     @model_validator(mode="after")
@@ -132,16 +129,16 @@ class StudentStage(Section):
 
 
 class Sparsity(Section):
-    """A training phase before the cut that pushes whole groups towards zero (DepGraph's group regularizer)."""
+    """A training phase before the cut that drives whole groups of channels to zero (DepGraph's group regularizer)."""
 
     fit: Fit
-    """How long and how fast."""
+    """The training's settings."""
     strength: Annotated[float, Field(gt=0)] = 1e-4
     """Factor of the group penalty's gradient."""
 
 
 class Conditions(Section):
-    """What a latency is measured under; `null` takes what the target serves."""
+    """The conditions of a latency measurement; null takes those under which the target serves."""
 
     threads: Annotated[int, Field(ge=0)] = 1
     """CPU threads; 0 is all of them."""
@@ -150,9 +147,9 @@ class Conditions(Section):
     image_size: PositiveInt | None = None
     """Height and width in pixels; null takes the recipe's own."""
     precision: Literal["int8", "fp16", "fp32"] | None = None
-    """The file's numbers; null takes fp16 for `target: cuda`, else int8 where a ptq or qat stage follows, else fp32."""
+    """Number format of the file; null takes fp16 for `target: cuda`, else int8 where a ptq or qat stage follows, else fp32."""
     provider: Literal["cpu", "cuda"] | None = None
-    """Where it runs; null takes the target's."""
+    """ONNX Runtime's execution provider; null takes the target's."""
 
 
 class PruneStage(Section):
@@ -163,37 +160,37 @@ class PruneStage(Section):
     criterion: Literal["l1", "l2", "taylor", "fpgm", "bn_scale", "random", "obs"] = "l2"
     """How a channel's importance is scored."""
     scope: Literal["global", "local", "isomorphic"] = "global"
-    """Channels compete over the whole network, inside their own layer group, or among groups of the same structure."""
+    """Which channels compete: all of the network, those of one layer group, or those of groups with the same structure."""
     keep_macs: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The fraction of multiply-accumulates that stays."""
+    """The fraction of multiply-accumulates to keep."""
     keep_params: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The fraction of parameters that stays."""
+    """The fraction of parameters to keep."""
     keep_latency: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The fraction of the network's time that stays, both timed in ONNX Runtime on this machine under `conditions`."""
+    """The fraction of the network's latency to keep, measured in ONNX Runtime on this machine under `conditions`."""
     max_latency_ms: Annotated[float, Field(gt=0)] | None = None
-    """The most milliseconds that the network may take, timed in the same way."""
+    """The network's largest latency in ms, measured in the same way."""
     conditions: Conditions = Conditions()
-    """What `keep_latency` and `max_latency_ms` are measured under."""
+    """The conditions of `keep_latency` and `max_latency_ms`."""
     blocks: bool = False
-    """Under `keep_latency` or `max_latency_ms`, whole residual blocks may go too, where that loses less importance for the same time."""
+    """With `keep_latency` or `max_latency_ms`, also remove whole residual blocks where that loses less importance for the same time."""
     steps: PositiveInt = 1
     """Number of cuts; channels are scored again before each, and `recover` trains in between."""
     recover: Fit | None = None
-    """Distillation between the cuts of an iterative plan."""
+    """Distillation between the cuts; null has none."""
     reconstruct: Literal["least_squares", "batch_norm", "none"] = "least_squares"
-    """Recovery after each cut, without training or labels: solve each layer's weights for what its removed inputs gave, only measure batch-norm's statistics anew, or nothing."""
+    """Recovery after each cut, without training or labels: solve each layer's weights so that its outputs stay close to those before the cut, only measure batch-norm's statistics again, or nothing."""
     reconstruct_images: PositiveInt = 512
-    """Training images for `reconstruct`; a quarter more judge whether it helps. Fewer are used where large images would not fit into memory."""
+    """Training images for `reconstruct`; a quarter more decide whether it helps. Fewer are used where large images would not fit into memory."""
     round_to: PositiveInt = 8
-    """Widths stay multiples of this; 8 is what the fast INT8 and FP32 kernels need."""
+    """Widths stay multiples of this; the fast INT8 and FP32 kernels need 8."""
     min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Every layer keeps at least this fraction of its channels."""
     score_images: PositiveInt = 256
     """Training images that `taylor` takes its gradients from, and `obs` the second moments of the layers' inputs."""
     sparsity: Sparsity | None = None
-    """Optional sparsity learning before the cut."""
+    """Sparsity learning before the cut; null has none."""
     exclude: tuple[str, ...] = ()
-    """Module paths (shell patterns such as `layer4.*`) whose outputs are never cut; the classifier never is."""
+    """Module paths (shell patterns such as `layer4.*`) whose outputs are never cut; the classifier's never are."""
 
     @model_validator(mode="after")
     def _one_goal(self) -> "PruneStage":
@@ -205,34 +202,34 @@ class PruneStage(Section):
 
 
 class DistillStage(Section):
-    """Recover accuracy under the teacher."""
+    """Recover accuracy by learning from the teacher."""
 
     stage: Literal["distill"]
     """This stage."""
     fit: Fit
-    """How long and how fast."""
+    """The training's settings."""
     loss: Annotated[tuple[LossTerm, ...], Field(min_length=1)] = KD_ONLY
-    """A weighted sum of losses."""
+    """The losses; their weighted sum is minimized."""
 
 
 class PtqStage(Section):
-    """INT8 without training, by every method; then tuning until the accuracy holds. The network itself is not changed."""
+    """INT8 without training, by every method; then tuning until the accuracy holds. The network itself stays as it is."""
 
     stage: Literal["ptq"]
     """This stage."""
     calibration_images: PositiveInt = 512
     """Training images that set the activations' ranges."""
     methods: Annotated[tuple[CalibrationMethod, ...], Field(min_length=1)] = ("minmax", "percentile", "entropy")
-    """How ranges are chosen: all are measured, by this pipeline and by ONNX Runtime's quantizer."""
+    """How ranges are chosen; each method is measured, in this pipeline's quantizer and in ONNX Runtime's."""
     neural_compressor: bool = True
-    """Also measure neural-compressor's own static quantization. Of all files that lose little enough the fastest is kept, of those that
-    time does not tell apart the one whose logits diverge least from the float student's (KL)."""
+    """Also measure neural-compressor's static quantization. Of all files that hold `max_drop` the fastest is kept; of equally fast ones,
+    the one whose logits diverge least from the float student's (KL)."""
     max_drop: Drop = 0.01
-    """The loss of score from the float student that tuning may leave, on 2,000 training images; 0.01 is one point."""
+    """Largest loss of score against the float student, on 2,000 training images; 0.01 is one point."""
     max_trials: PositiveInt = 12
     """The most files that tuning builds and scores, besides those of other quantizers."""
     score_images: PositiveInt | None = None
-    """Validation images that each method is reported on; null takes all. Nothing is chosen by them."""
+    """Validation images for each method's reported score; null takes all. They choose nothing."""
 
 
 class QatStage(Section):
@@ -241,46 +238,46 @@ class QatStage(Section):
     stage: Literal["qat"]
     """This stage."""
     fit: Fit | None = None
-    """How long and how fast; null takes the last float training's, with a tenth of its epochs and a hundredth of its rate."""
+    """The training's settings; null takes the last float training's, with a tenth of its epochs and a hundredth of its rate."""
     loss: Annotated[tuple[LossTerm, ...], Field(min_length=1)] = KD_ONLY
-    """A weighted sum of losses."""
+    """The losses; their weighted sum is minimized."""
     ranges: Literal["moving_average", "lsq"] = "moving_average"
     """How the grid's scales are found: a moving average of each batch's minimum and maximum, or learned with the weights (LSQ)."""
     calibration: CalibrationMethod | None = None
-    """How the activations' first ranges are chosen; null takes the method that the ptq stage found best."""
+    """How the activations' initial ranges are chosen; null takes the method that the ptq stage found best."""
     calibration_images: PositiveInt = 512
-    """Training images that set the activations' first ranges."""
+    """Training images that set the activations' initial ranges."""
     freeze_ranges_at: Fraction = 0.5
-    """Fraction of the training after which moving ranges stay as they are (learned ones continue)."""
+    """Fraction of the training after which moving-average ranges stay fixed (learned ones continue)."""
     freeze_batchnorm_at: Fraction = 0.25
     """Fraction of the training after which batch-norm uses its running statistics."""
     reestimate_batchnorm_images: Annotated[int, Field(ge=0)] = 0
-    """Training images that measure batch-norm's statistics anew after the training (0 keeps the running ones)."""
+    """Training images that measure batch-norm's statistics again after the training (0 keeps the running ones)."""
     keep_float: tuple[str, ...] = ()
     """Module paths (shell patterns such as `features.0.*`) that stay in float on purpose."""
     skip_if_ptq_drop_below: Drop | None = None
-    """Do not train where the ptq stage's file lost less score than this against the float student, on the images that tuning chose by; 0.01 is one point."""
+    """Skip the training if the ptq stage's file loses less score than this against the float student, on the tuning images; 0.01 is one point."""
     max_drop: Drop | None = None
-    """After training, put the worst layers back to float until no more than this is lost against the float student, on the same images."""
+    """After training, put the worst layers back to float until the loss of score against the float student is at most this, on the tuning images."""
 
     @model_validator(mode="after")
     def _ranges_do_not_decay(self) -> "QatStage":
         if self.ranges == "lsq" and self.fit is not None and self.fit.decay_vectors:
-            raise ValueError("fit.decay_vectors: would shrink the ranges that lsq learns: leave it out")
+            raise ValueError("fit.decay_vectors: it would shrink the ranges that lsq learns: leave it out")
         return self
 
 
 class AuditLimits(Section):
-    """Limits on the optimized graph of the INT8 file that is served; exceeding one fails the run and names the layers."""
+    """Limits on the optimized graph of the INT8 file that is served; a run that exceeds one fails and names the layers."""
 
     max_float_layers: Annotated[int, Field(ge=0)] | None = None
     """The most convolutions and matrix products that run in float."""
     max_float_fraction: Fraction | None = 0.2
-    """The largest fraction of an INT8 file's multiply-accumulates that run in float; with more it is not called INT8. 1 allows all."""
+    """The largest fraction of an INT8 file's multiply-accumulates that run in float; 1 allows all."""
     max_leftover_qdq: Annotated[int, Field(ge=0)] | None = None
     """The most QuantizeLinear and DequantizeLinear nodes that the optimizer leaves, besides the one at each end."""
     min_agreement: Fraction | None = None
-    """The smallest fraction of images on which file and trained fake-quantized network predict the same class."""
+    """The smallest fraction of images on which the file and the fake-quantized network predict the same class."""
 
 
 class ExportStage(Section):
@@ -289,11 +286,11 @@ class ExportStage(Section):
     stage: Literal["export"]
     """This stage."""
     verify_images: PositiveInt = 1000
-    """Validation images on which the INT8 file is compared with the trained network, tensor by tensor on some of them."""
+    """Validation images on which the INT8 file is compared with the trained network, on some of them tensor by tensor."""
     uint8_input: bool = True
-    """Also write the INT8 file with uint8 pixels (batch, height, width, 3) as input and the normalization inside; its output is the mask, uint8 (batch, height, width), or of one image the boxes, decoded and suppressed."""
+    """Also write the INT8 file with uint8 pixels (batch, height, width, 3) as input and the normalization inside. It outputs masks, uint8 (batch, height, width), for segmentation, and for detection one image's boxes after non-maximum suppression."""
     golden_images: Annotated[int, Field(ge=1, le=64)] = 8
-    """Validation images in the bundle, with each file's outputs, for comparison wherever it is served."""
+    """Validation images in the bundle, with each file's outputs, to check a server against."""
     limits: AuditLimits = AuditLimits()
     """Limits on the optimized graph."""
 
@@ -310,11 +307,11 @@ class BenchStage(Section):
     image_sizes: tuple[PositiveInt, ...] = ()
     """Further image sizes to time, besides the recipe's own."""
     providers: Annotated[tuple[Literal["cpu", "cuda"], ...], Field(min_length=1)] = ("cpu", "cuda")
-    """Where to time; a provider that this machine lacks is left out and the report says so."""
+    """Execution providers to time; one that this machine lacks is left out, and the report says so."""
     seconds: Annotated[float, Field(gt=0)] = 1.0
     """Seconds of timing for each file at each setting."""
     blocks: Annotated[int, Field(ge=6)] = 10
-    """Interleaved blocks, which medians and intervals come from; a 95 % interval needs at least six."""
+    """Interleaved blocks, from which medians and intervals are computed; a 95 % interval needs at least six."""
 
 
 StageSection = Annotated[

@@ -1,6 +1,6 @@
 """YAML without its traps: plain values only, every key once, no tags, no anchors.
 
-PyYAML speaks YAML 1.1, where `1e-3` is a string, `no` is False, `1:30` is ninety, and the last of two equal keys wins in silence.
+In PyYAML's YAML 1.1 `1e-3` is a string, `no` is False, `1:30` is 90, and the last of two equal keys wins silently.
 """
 
 import re
@@ -11,7 +11,7 @@ import yaml
 from compress.errors import RecipeError
 
 MAX_DEPTH = 32  # a recipe needs 6; each level costs the parser a few Python frames
-# Longer numbers stay text, which the schema refuses: they would end as infinity, or as more digits than int() takes.
+# Longer numbers stay text, which the schema refuses: they would become infinity, or exceed the digits that int() takes.
 PLAIN_VALUES = (
     ("tag:yaml.org,2002:bool", r"true|false", "tf"),
     ("tag:yaml.org,2002:null", r"null|~|", ["n", "~", ""]),
@@ -25,7 +25,7 @@ PLAIN_VALUES = (
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that knows the four plain values and refuses what a recipe never needs."""
+    """A SafeLoader that reads PLAIN_VALUES and text, and refuses anchors, tags, deep nesting and repeated keys."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (typeshed's declaration)
     depth = 0
@@ -34,9 +34,9 @@ class _Loader(yaml.SafeLoader):
         """Compose a node; refuse anchors, aliases, tags and depth."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "anchor", None) is not None:
-            _refuse("anchors and aliases (& and *) are not read; write the value out", event.start_mark)
+            _refuse("anchors and aliases (& and *) are not supported; repeat the value", event.start_mark)
         if getattr(event, "tag", None) is not None:
-            _refuse(f"the tag {event.tag} is not read; write the plain value", event.start_mark)
+            _refuse(f"the tag {event.tag} is not supported; write the plain value", event.start_mark)
         if self.depth == MAX_DEPTH:
             _refuse(f"nested more than {MAX_DEPTH} levels deep", event.start_mark)
         self.depth += 1
@@ -60,7 +60,7 @@ class _Dumper(yaml.SafeDumper):
     """A SafeDumper that quotes text which either YAML 1.1 or this module's loader would read as something else."""
 
     def ignore_aliases(self, _: Any) -> bool:
-        """Write every value out."""
+        """Repeat equal values instead of writing aliases."""
         return True
 
 
@@ -72,7 +72,7 @@ for _tag, _pattern, _first in PLAIN_VALUES:
 def load(text: str) -> Any:
     """Return the YAML document as dicts, lists, str, int, float, bool and None; an empty one is None.
 
-    Raises RecipeError, one sentence with line and column.
+    Raises RecipeError with line and column.
     """
     try:
         return yaml.load(text, _Loader)
@@ -99,9 +99,9 @@ def _sentence(error: yaml.MarkedYAMLError) -> str:
     if "'\\t'" in problem:
         problem = "a tab cannot indent; use spaces"
     elif "mapping values are not allowed" in problem:
-        problem = "a colon where none can be: check the indentation, and put text that holds ': ' in quotes"
+        problem = "a colon is not allowed here: check the indentation, and quote text that contains ': '"
     elif "but found another document" in problem:
-        problem = "a second document starts; a recipe is one"
+        problem = "a second document starts; a recipe is a single one"
     elif error.context:
         problem = f"{problem} {error.context}"
     mark = error.problem_mark or error.context_mark

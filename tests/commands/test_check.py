@@ -126,7 +126,7 @@ def test_a_target_that_nothing_measures_is_refused(tmp_path: Path, overrides: li
     ("override", "sentence"),
     [
         ("targets.min_int8_speedup=2", "targets.min_int8_speedup: there is no INT8 file: add `- stage: ptq`"),
-        ("export.limits.max_float_layers=0", "stages.1.limits: speaks of the INT8 file, and there is none: add `- stage: ptq`"),
+        ("export.limits.max_float_layers=0", "stages.1.limits: limits an INT8 file, and there is none: add `- stage: ptq`"),
     ],
 )  # fmt: skip
 def test_limits_of_an_int8_file_that_is_not_made_are_refused(tmp_path: Path, override: str, sentence: str) -> None:

@@ -213,7 +213,7 @@ def test_the_loader_logs_a_broken_image_once(on_disk: Path, caplog: pytest.LogCa
 
 
 def test_a_training_batch_without_one_image_is_refused(on_disk: Path) -> None:
-    with pytest.raises(DataError, match="not one image of a batch can be read"):
+    with pytest.raises(DataError, match="no image of a batch can be read"):
         seen(opened("imagefolder", on_disk, skip_broken=True), 0, batch_size=1)
 
 
@@ -239,7 +239,7 @@ def test_an_archive_is_not_a_folder(tmp_path: Path) -> None:
 
 
 def test_no_folder_at_all_is_refused() -> None:
-    with pytest.raises(DataError, match="needs its folder: give DATA="):
+    with pytest.raises(DataError, match="needs a folder: give DATA="):
         opened("imagefolder")
 
 
@@ -285,7 +285,7 @@ def test_a_single_class_is_refused(tmp_path: Path) -> None:
 def test_a_class_of_one_image_cannot_be_split(tmp_path: Path) -> None:
     write_classes(tmp_path)
     write_photo(tmp_path / "yak" / "only.png")
-    with pytest.raises(DataError, match="class 'yak': has 1 image, too few to hold one out"):
+    with pytest.raises(DataError, match="class 'yak': has 1 image, and one must be held out"):
         opened("imagefolder", tmp_path)
 
 

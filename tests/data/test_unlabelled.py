@@ -110,7 +110,7 @@ def test_a_loss_on_labels_leaves_images_without_one_out() -> None:
 
 def test_a_loss_that_needs_every_label_is_refused(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        RecipeError, match=r"data\.unlabelled: dkd in distill needs every image's label: take kd or dist"
+        RecipeError, match=r"data\.unlabelled: dkd in distill needs every image's label: use kd or dist"
     ):
         recipe(digits, tmp_path, f"data.path={digits}/labelled", "data.unlabelled=x", "distill.loss=[{name: dkd}]")
 

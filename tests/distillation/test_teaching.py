@@ -278,6 +278,6 @@ def test_two_ranks_answer_half_each_and_the_whole_is_the_same(opened: tuple[Run,
 
 
 def test_top_k_is_refused_for_losses_that_need_every_logit(tmp_path: Path) -> None:
-    with pytest.raises(CompressError, match=r"teaching.top_k: mse in distill needs every logit"):
+    with pytest.raises(CompressError, match=r"teaching.top_k: mse in distill needs all logits"):
         recipe(tmp_path, "teaching.top_k=3", "distill.loss=[{name: mse}]")
     assert isinstance(recipe(tmp_path, "teaching.top_k=3"), Recipe)

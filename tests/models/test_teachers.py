@@ -211,7 +211,7 @@ def test_a_file_for_other_channels_is_refused(tmp_path: Path, images: Tensor) ->
 def test_pruning_a_teacher_that_only_answers_is_refused_in_one_sentence(tmp_path: Path, saved: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.replace(f'{{stage: student, arch: "{NETWORKS}:small"}}', "{stage: prune, keep_macs: 0.5}"))
-    with pytest.raises(RecipeError, match=r"stages\.1: prune needs the network itself, and a teacher only answers"):
+    with pytest.raises(RecipeError, match=r"stages\.1: prune needs a network, and `teacher` only gives predictions"):
         read_recipe(path, [f"teacher=onnx:{saved}/network.onnx"])
 
 

@@ -125,12 +125,12 @@ def test_plain_values_mean_what_yaml_1_2_says(text: str, value: object) -> None:
     [
         ("name: a\nseed: 1\nname: b", "line 3, column 1: name is given twice, first in line 1; keep one"),
         ("a: {b: 1, b: 2}", "line 1, column 11: b is given twice, first in line 1; keep one"),
-        ("a: &x 1", "line 1, column 4: anchors and aliases (& and *) are not read; write the value out"),
-        ("a: *x", "line 1, column 4: anchors and aliases (& and *) are not read; write the value out"),
+        ("a: &x 1", "line 1, column 4: anchors and aliases (& and *) are not supported; repeat the value"),
+        ("a: *x", "line 1, column 4: anchors and aliases (& and *) are not supported; repeat the value"),
         ("a: !!python/object/apply:os.system [id]", "line 1, column 4: the tag tag:yaml.org,2002:python/object/apply:os.system"),
-        ("a: !!float x", "line 1, column 4: the tag tag:yaml.org,2002:float is not read"),
+        ("a: !!float x", "line 1, column 4: the tag tag:yaml.org,2002:float is not supported"),
         ("a:\n\t- 1", "line 2, column 1: a tab cannot indent; use spaces"),
-        ("a: 1\n b: 2", "line 2, column 3: a colon where none can be"),
+        ("a: 1\n b: 2", "line 2, column 3: a colon is not allowed here"),
         ("a: [1,\nb", "line 2, column 2: expected ',' or ']', but got '<stream end>' while parsing a flow sequence"),
         ("a: 1\n---\nb: 1", "line 2, column 1: a second document starts"),
         ("1: a", "line 1, column 1: a key must be text"),
@@ -311,7 +311,7 @@ def test_an_override_takes_lists_and_later_ones_win(recipe_path: Path) -> None:
         ("qta.fit=1", "--set qta.fit=1: unknown path qta.fit; did you mean qat?"),
         ("distill.fit.epochs=1", "--set distill.fit.epochs=1: the recipe has no such stage; known: "),
         ("stages.distill.fit.epochs=1", "--set stages.distill.fit.epochs=1: the recipe has no such stage; known: source, prune, ptq, qat"),
-        ("stages.9.fit=1", "--set stages.9.fit=1: stages has the entries 0 to 3, got 9"),
+        ("stages.9.fit=1", "--set stages.9.fit=1: stages has entries 0 to 3, got 9"),
         ("name.first=1", "--set name.first=1: name is 'tiny' and has no first; set name whole"),
         ("seed", "--set seed: must be path.to.key=value"),
         ("a..b=1", "--set a..b=1: must be path.to.key=value"),
@@ -326,7 +326,7 @@ def test_a_wrong_override_is_told_like_a_wrong_recipe(recipe_path: Path, overrid
 def test_a_stage_that_comes_twice_is_addressed_by_position(tmp_path: Path) -> None:
     twice = HEAD + SOURCE + "- {stage: distill, fit: {epochs: 1}}\n" * 2
     (line,) = mistakes(tmp_path / "a.yaml", twice, "distill.fit.epochs=2")
-    assert line.endswith("the recipe has distill more than once; say stages.1 or stages.2")
+    assert line.endswith("the recipe has distill more than once; name stages.1 or stages.2")
 
 
 def test_data_turns_embedded_digits_into_an_imagefolder(recipe_path: Path) -> None:
@@ -384,8 +384,8 @@ PTQ, QAT = "- {stage: ptq}\n", "- {stage: qat}\n"
     ("text", "words"),
     [
         (SOURCE + QAT, "stages.1: qat needs a ptq stage before it"),
-        ("stages:\n- {stage: source}\n" + PTQ + QAT, "stages.2.fit: no float training here to derive it from"),
-        (SOURCE + PTQ + "target: cuda\n", "target: cuda runs FP16, ONNX Runtime's CUDA provider has no INT8 convolution: leave out ptq"),
+        ("stages:\n- {stage: source}\n" + PTQ + QAT, "stages.2.fit: missing, and no float training to derive it from"),
+        (SOURCE + PTQ + "target: cuda\n", "target: cuda runs FP16, as ONNX Runtime's CUDA provider has no INT8 convolution: leave out ptq"),
         (SOURCE + "further_targets: [cuda]\n", "further_targets.0: "),
     ],
 )  # fmt: skip
@@ -420,4 +420,4 @@ def test_learned_ranges_do_not_decay(tmp_path: Path) -> None:
         tmp_path / "a.yaml",
         HEAD + SOURCE + PTQ + "- {stage: qat, ranges: lsq, fit: {epochs: 1, decay_vectors: true}}\n",
     )
-    assert line == "stages.2.fit.decay_vectors: would shrink the ranges that lsq learns: leave it out"
+    assert line == "stages.2.fit.decay_vectors: it would shrink the ranges that lsq learns: leave it out"

@@ -91,8 +91,8 @@ def test_the_rate_falls_by_steps_as_torchs_own_schedule(warmup: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"schedule": "step"}, r"milestones: schedule step needs them and cosine has none, got \[\]"),
-        ({"milestones": [3]}, r"milestones: schedule step needs them and cosine has none, got \[3\]"),
+        ({"schedule": "step"}, r"milestones: schedule step needs some and cosine takes none, got \[\]"),
+        ({"milestones": [3]}, r"milestones: schedule step needs some and cosine takes none, got \[3\]"),
         ({"schedule": "step", "milestones": [3, 9]}, r"milestones: must rise and be < epochs \(9\), got \[3, 9\]"),
         ({"schedule": "step", "milestones": [5, 3]}, r"must rise and be < epochs \(9\), got \[5, 3\]"),
     ],
