@@ -1,4 +1,4 @@
-"""Images on their way to the network: found, split, decoded under guard, augmented, batched.
+"""Images on their way to the network: found, split, decoded, augmented, batched.
 
-`digest`, `folders`, `decode` and `preprocess` import no torch, and neither does this package itself.
+`digest`, `shards`, `shard_files`, `split` and `teachers` import no torch, and neither does this file.
 """

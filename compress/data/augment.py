@@ -1,4 +1,4 @@
-"""Random changes of training images, as a recipe states them."""
+"""Random changes of training images, as a recipe sets them."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ DISTORT = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05}
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images change at random; `pad` and `min_area` are fractions of the image's side and area, mixup and cutmix alphas."""
+    """Random changes of training images: `pad` and `min_area` are fractions of side and area, `mixup` and `cutmix` alphas."""
 
     crop: Literal["none", "pad", "random_resized"]
     pad: float
@@ -25,7 +25,7 @@ class Augmentation:
 
     @property
     def changes_colours(self) -> bool:
-        """Tell whether images change one by one after they are cropped."""
+        """Tell whether pixel values change, image by image, after the crop."""
         return self.distort or self.randaugment > 0
 
     def border(self, image_size: int) -> int:
@@ -33,15 +33,15 @@ class Augmentation:
         return max(round(image_size * self.pad), 1)
 
     def whole_area(self, image_size: int) -> int:
-        """Return the pixels that random crops need of a whole image, 0 where it is not cropped so.
+        """Return the pixels that a whole image must keep for random crops, 0 for other crops.
 
-        The smallest crop then still has `image_size` pixels on its shorter side.
+        The shorter side of the smallest crop then still has `image_size` pixels.
         """
         return math.ceil(image_size**2 / (self.min_area * ASPECT_RATIOS[0])) if self.crop == "random_resized" else 0
 
 
 def colours(augmentation: Augmentation) -> v2.Transform:
-    """Return what changes an image that is cropped already, uint8 (3, height, width)."""
+    """Return the transform of pixel values of a cropped image, uint8 (3, height, width)."""
     changes: list[v2.Transform] = [v2.ColorJitter(**DISTORT)] if augmentation.distort else []
     changes += [v2.RandAugment(magnitude=augmentation.randaugment)] if augmentation.randaugment else []
     # torchvision's operations are twice as fast on Pillow's images.

@@ -1,7 +1,7 @@
 """Batches for training and evaluation, on the device, normalized.
 
-Every training view is a function of (seed, view, image) alone: the number of loader processes, ranks or resumes changes nothing, and neither
-does the batch an image stands in. So a view can be shown again, and what a teacher said about it can be kept. Pixels stay uint8 until they
+Every training view is a function of (seed, view, image) alone, whatever the batch and the number of loader processes,
+ranks or resumes. So a view can be shown again, and a teacher's logits for it can be cached. Pixels are uint8 until they
 are on the device.
 """
 
@@ -26,17 +26,17 @@ from export.images.read import spread
 
 
 class Views(NamedTuple):
-    """Which images a batch shows, int64 (n,) on the CPU, and under which view of the data."""
+    """A batch's image numbers, int64 (n,) on the CPU, and the number of their view."""
 
     indices: Tensor
     view: int
 
 
 class Batch(NamedTuple):
-    """Images float32 (n, 3, image_size, image_size), channels_last, normalized; targets (n, ...): labels int64 (n,), mixed ones float32 (n, classes), masks.
+    """Images float32 (n, 3, image_size, image_size), channels_last, normalized, with targets (n, ...).
 
-    `views` says what a training batch shows; batches of unchanged images have none. `among` is the size of the
-    batch that several ranks share.
+    Targets are labels int64 (n,), mixed ones float32 (n, classes), masks or boxes. Only training batches have `views`.
+    `among` is the number of images over all ranks.
     """
 
     images: Tensor
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Images in the whole batch, of which a rank has its share."""
+        """Number of images in the batch over all ranks."""
         return self.among or len(self.images)
 
     def split(self, size: int) -> "Iterator[Batch]":
@@ -58,7 +58,7 @@ class Batch(NamedTuple):
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """Return the number of batches in an epoch: the ragged last one is dropped unless it is the only one."""
+    """Return the number of batches in an epoch; a smaller last one is dropped unless it is the only one."""
     return max(num_images // batch_size, 1)
 
 
@@ -76,12 +76,13 @@ def train_batches(
     device: torch.device,
     balance: bool = False,
 ) -> Iterator[Batch]:
-    """Yield this rank's share of an epoch's batches, shuffled by the epoch, or with `balance` drawn so that all classes come as often; `batch_size` counts the images of all ranks together.
+    """Yield this rank's share of an epoch's batches, shuffled by seed and epoch; `batch_size` counts the images of all ranks.
 
-    Raises `DataError` for a broken image that is not to be skipped, and for fewer images in a batch than ranks.
+    With `balance` images are drawn with replacement, all classes equally often. Raises DataError for a broken image that
+    is not to be skipped, and for fewer images in a batch than ranks.
     """
     if balance and dataset.train.placed is not None:
-        raise DataError("data.balance: goes with images that have one label each: leave it out")
+        raise DataError("data.balance: needs images with one label each: leave it out")
     weights = balanced(dataset.train.labels) if balance else None
     shares = _shares(len(dataset.train), batch_size, seed=seed, epoch=epoch, rank=rank, ranks=ranks, weights=weights)
     for batch in view_batches(
@@ -89,7 +90,7 @@ def train_batches(
     ):
         if not len(batch.targets):
             raise DataError(
-                f"{dataset.name}: not one image of a batch can be read; check the folder, or raise the batch size"
+                f"{dataset.name}: no image of a batch can be read; check the folder, or raise the batch size"
             )
         skips = isinstance(dataset.train, FileImages) and dataset.train.skip_broken
         yield batch._replace(among=sum(gather(len(batch.targets))) if skips else min(batch_size, len(dataset.train)))
@@ -105,7 +106,7 @@ def view_batches(
     workers: int | None,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """Yield the training images of each share (indices) under one view; broken images that are to be skipped are missing in it."""
+    """Yield the training images of each share (indices) under one view, without broken images that are to be skipped."""
     images, size = dataset.train, dataset.preprocess.image_size
     mixes = draw_mixes(augmentation, len(images), image_size=size, seed=_derived_seed(seed, view, "mix"))
     shown = shares if mixes is None else [torch.cat([share, mixes.partner[share]]) for share in shares]
@@ -125,7 +126,7 @@ def view_batches(
 
 
 def _mixed(batch: Batch, shown: Tensor, share: Tensor, mixes: Mixes, *, classes: int) -> tuple[Batch, Tensor]:
-    """Mix the share's images with their partners, which stand behind them; an image whose partner is broken stays itself."""
+    """Mix the share's images with their partners, which follow them in the batch; without a readable partner, with none."""
     row = {index: place for place, index in reversed(list(enumerate(shown.tolist())))}
     own = [index for index in share.tolist() if index in row]
     rows = torch.tensor([row[index] for index in own], device=batch.images.device)
@@ -149,9 +150,9 @@ def eval_batches(
     ranks: int = 1,
     only: Tensor | None = None,
 ) -> Iterator[Batch]:
-    """Yield all images in order and without chance, or a rank's share of the batches.
+    """Yield all images unchanged and in order, or a rank's share of the batches.
 
-    `only` takes these, `limit` so many, spread over the set, and so is every part of them.
+    `only` gives the images' numbers; `limit` takes n images in an order whose every prefix is spread over the set.
     """
     chosen = torch.arange(len(images)) if limit is None else torch.from_numpy(spread(len(images), limit))
     chosen = chosen if only is None else only
@@ -170,7 +171,10 @@ def _derived_seed(*parts: int | str) -> int:
 
 
 def balanced(labels: Tensor) -> Tensor:
-    """Return the weight of each image (n,) by which all classes are drawn as often; those without a label keep their own fraction of the images."""
+    """Return each image's weight (n,), with which all classes are drawn equally often.
+
+    Images without a label are drawn as often as without weights.
+    """
     known = labels != UNLABELLED
     counts = torch.bincount(labels[known]).clamp(min=1)
     weights = torch.ones(len(labels))
@@ -199,14 +203,14 @@ def _normalized(raw: Raw, preprocess: Preprocess) -> Batch:
     if not len(raw.indices):
         return Batch(raw.pixels, raw.truths)
     mean, std = (_channels(part, device) for part in (preprocess.mean, preprocess.std))
-    images = raw.pixels.float().div_(255).sub_(mean).div_(std)  # three times as fast before the layout changes as after
+    images = raw.pixels.float().div_(255).sub_(mean).div_(std)  # three times slower in channels_last
     return Batch(images.contiguous(memory_format=torch.channels_last), raw.truths)
 
 
 @cache
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return a number for each channel (3, 1, 1), copied to the device once: each copy would wait for all that it has still to do."""
-    with torch.inference_mode(False):  # an evaluation may be the first to ask
+    """Return one number per channel (3, 1, 1), copied to the device once, as each copy waits for the device's queued work."""
+    with torch.inference_mode(False):  # the first call may come from an evaluation
         return torch.tensor(values, device=device).view(3, 1, 1)
 
 

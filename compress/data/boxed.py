@@ -1,7 +1,6 @@
 """Open a data set of images with boxes, move the boxes with an image's view, and write its validation images."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,24 +13,23 @@ from torch import Tensor
 
 from compress.data.dataset import Dataset
 from compress.data.digest import DataSettings
-from compress.data.images import ArrayImages, FileImages
+from compress.data.images import ArrayImages, FileImages, readable
 from compress.data.planar import Planar
 from compress.data.scenes import CLASSES, Scenes
 from compress.data.stored import Stored
+from compress.data.validation import new_folder
 from compress.data.views import Boxes
-from export.errors import DataError
 from export.images.annotations import BoxListing, table_of
-from export.images.decode import BrokenImage
 from export.images.preprocess import Preprocess
 
-Frame = Stored | None  # says how large the stored images are
+Frame = Stored | None  # the stored images, for their sizes
 
 
 @dataclass(frozen=True)
 class PlacedBoxes:
-    """The boxes of a set of images, float32 (n, most of one image, 6): class (-1 for none), corners as fractions of the image, crowd.
+    """Boxes float32 (n, most of one image, 6): class (-1 for none), corners as fractions of the image, crowd.
 
-    `frames` are the images as evaluation sees them and whole, once they are in memory; `files` are where they lie until then.
+    `frames` are the evaluation images and the whole ones, once they are in memory; before that, `files` are.
     """
 
     boxes: Tensor
@@ -39,22 +37,22 @@ class PlacedBoxes:
     frames: tuple[Frame, Frame] = (None, None)
 
     def begin(self, _area: int) -> "PlacedBoxes":
-        """Boxes are in memory already."""
+        """Return self: boxes are in memory already."""
         return self
 
     def put_(self, _index: int, _size: tuple[int, int], _kept: tuple[int, int]) -> None:
-        """Fractions of an image do not depend on its size."""
+        """Do nothing: fractions of an image do not depend on its size."""
 
     def filled(self, good: np.ndarray, still: Stored, whole: Stored | None) -> "PlacedBoxes":
         """Return the boxes of the images that were not broken."""
         return PlacedBoxes(self.boxes[torch.from_numpy(good)], None, (still, whole))
 
     def still(self, chosen: Tensor) -> Tensor:
-        """Return the boxes (m, most, 6) of whole images, which evaluation stretches to the square."""
+        """Return the boxes (m, most, 6) in evaluation images, which are whole images stretched to a square."""
         return self.boxes[chosen]
 
     def seen(self, chosen: Tensor, boxes: Boxes, size: int, *, whole: bool) -> Tensor:
-        """Return the boxes as the view shows them, on the view's device; those whose centre it leaves out are none."""
+        """Return the boxes in the view, on its device; boxes whose centre lies outside get class -1."""
         frame = self._sizes(chosen, size, whole=whole).to(boxes.top.device)  # (m, 2): height, width
         found = self.boxes[chosen].to(boxes.top.device, copy=True)
         start, length = torch.stack([boxes.left, boxes.top], 1), torch.stack([boxes.width, boxes.height], 1)
@@ -69,14 +67,14 @@ class PlacedBoxes:
         return found
 
     def _sizes(self, chosen: Tensor, size: int, *, whole: bool) -> Tensor:
-        """Return the heights and widths that the view counts its pixels in."""
+        """Return the heights and widths (m, 2) of the images that the view's boxes were drawn in."""
         if (stored := self.frames[whole]) is not None:
             return stored.kept[chosen]
         if not whole or self.files is None:
             return torch.full((len(chosen), 2), size)
         found = []
         for index in chosen.tolist():
-            with Image.open(self.files.root / self.files.name(index)) as image:  # which was decoded already: it is one
+            with Image.open(self.files.root / self.files.name(index)) as image:  # safe: it was decoded before
                 upright = self.files.whole(index) if image.getexif() else image
                 found.append((upright.height, upright.width))
         return torch.tensor(found)
@@ -101,7 +99,7 @@ def _arrays(scenes: Scenes, chosen: np.ndarray, preprocess: Preprocess) -> Array
 
 
 def _stretched(settings: DataSettings, size: int) -> Preprocess:
-    """Evaluation sees whole images, stretched to the square."""
+    """Return the preprocessing of whole images, stretched to a square."""
     return Preprocess(size, size, settings.mean, settings.std, stretch=True)
 
 
@@ -109,45 +107,27 @@ open_boxes = Planar("boxes", BoxListing, CLASSES[1:], _stretched, _files, _array
 
 
 def write_boxes(dataset: Dataset, folder: Path) -> int:
-    """Write the validation images and their boxes as a folder in COCO's format, and return how many.
+    """Write the validation images and their boxes as a folder in COCO's format; return the number of images.
 
-    Files are copied as they are. Raises DataError for a folder that is there already.
+    Files are copied as they are. Raises DataError where the folder exists.
     """
-    if folder.exists():
-        raise DataError(f"{folder}: is there already; name a new folder")
     images, placed = dataset.held_out, dataset.held_out.placed
     assert isinstance(placed, PlacedBoxes)
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / "val").mkdir(parents=True)
     listed, drawn = list[dict[str, Any]](), list[dict[str, Any]]()
-    for index in range(len(images)):
-        try:
-            image = images.whole(index)
-        except BrokenImage as error:
-            assert isinstance(images, FileImages)
-            images.report_broken({index: str(error)})  # which raises unless they are to be left out
-            continue
-        suffix = ".bmp" if isinstance(images, ArrayImages) else Path(images.name(index)).suffix
-        file = aside / "val" / f"{index:06d}{suffix}"
-        content = (
-            images.file(index) if isinstance(images, ArrayImages) else (images.root / images.name(index)).read_bytes()
-        )
-        file.write_bytes(content)
-        listed.append({"id": index, "file_name": file.name, "width": image.width, "height": image.height})
-        for label, left, top, right, bottom, crowd in placed.boxes[index].double().tolist():
-            if label >= 0:
-                box = [
-                    left * image.width,
-                    top * image.height,
-                    (right - left) * image.width,
-                    (bottom - top) * image.height,
-                ]
-                entry = {"id": len(drawn) + 1, "image_id": index, "category_id": int(label) + 1, "bbox": box}
-                drawn.append(entry | {"area": box[2] * box[3], "iscrowd": int(crowd)})
-    categories = [{"id": place, "name": name} for place, name in enumerate(dataset.classes, 1)]
-    (aside / "annotations").mkdir()
-    document = {"images": listed, "annotations": drawn, "categories": categories}
-    (aside / "annotations" / "instances_val.json").write_text(json.dumps(document))
-    aside.rename(folder)
+    with new_folder(folder) as partial:
+        (partial / "val").mkdir()
+        for index, image in readable(images):
+            file = partial / "val" / f"{index:06d}{images.suffix(index)}"
+            file.write_bytes(images.content(index))
+            wide, high = image.size
+            listed.append({"id": index, "file_name": file.name, "width": wide, "height": high})
+            for label, left, top, right, bottom, crowd in placed.boxes[index].double().tolist():
+                if label >= 0:
+                    box = [left * wide, top * high, (right - left) * wide, (bottom - top) * high]
+                    entry = {"id": len(drawn) + 1, "image_id": index, "category_id": int(label) + 1, "bbox": box}
+                    drawn.append(entry | {"area": box[2] * box[3], "iscrowd": int(crowd)})
+        categories = [{"id": place, "name": name} for place, name in enumerate(dataset.classes, 1)]
+        document = {"images": listed, "annotations": drawn, "categories": categories}
+        (partial / "annotations").mkdir()
+        (partial / "annotations" / "instances_val.json").write_text(json.dumps(document))
     return len(listed)

@@ -1,7 +1,7 @@
 """Open a data set: its images, split, classes and preprocessing."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,10 +31,10 @@ from compress.data.images import (
     largest_area,
 )  # fmt: skip
 from compress.data.named import NAMED, Arrays, NamedSet
-from compress.data.shards import ShardListing
+from compress.data.shards import Rows, ShardListing
 from compress.data.split import held_out, limited, parts_of
 from export.errors import DataError
-from export.images.folders import Listing
+from export.images.folders import File, Listing
 from export.images.preprocess import Preprocess
 from export.images.read import digest
 
@@ -44,10 +44,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images to train on, images to judge by, and what turns them into the network's input.
+    """Training images, validation images, and the preprocessing that makes them the network's input.
 
-    `files` are the digests of the files that a person gave, by their paths; `held_out` are the validation images undecoded. `everything` are
-    the training images and, behind them, those without a label (-1), where there are any, with the digest of all of it.
+    `files` are the digests of a folder's files by path; `held_out` are the validation images, not decoded. Where there
+    are images without a label (-1), `everything` is the training images followed by them, with the digest of all.
     """
 
     name: str
@@ -62,34 +62,35 @@ class Dataset:
 
     @property
     def with_unlabelled(self) -> "Dataset":
-        """The data set as a teacher's student sees it, whose training images are labelled or not."""
+        """The data set whose training images include those without a label, as a teacher's student sees it."""
         if self.everything is None:
             return self
         images, digest = self.everything
         return replace(self, train=images, everything=None, digest=digest)
 
     def validation_digests(self) -> list[str]:
-        """Return the digest of every validation image that is not known to be broken: of its file, or the one that `write_validation` makes."""
+        """Return the digest of every validation image, as a file, that is not known to be broken."""
         images = self.held_out
         if isinstance(images, ArrayImages):
-            return [digest(images.file(index)) for index in range(len(images))]
+            return [digest(images.content(index)) for index in range(len(images))]
         names = [(index, name) for index in range(len(images)) if (name := images.name(index)) not in images.broken]
         return [self.files.get(name) or digest(images.content(index)) for index, name in names]
 
 
 def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
-    """Open a data set by name; decode it into memory where it fits, so that every broken image is found now.
+    """Open a data set by name; decode it into memory where it fits, so that broken images are found now.
 
-    What `augmentation` crops from is kept of training images.
-
-    Without a validation set of its own, a fraction of each class is held out by seed. `limit_per_class` limits training only.
-    Raises `DataError` for data that are missing, unreadable or cannot be split.
+    Without a validation set of its own, a fraction of each class is held out by seed. `limit_per_class` limits training
+    only. Whole training images are kept where `augmentation` crops from them. Raises DataError for data that are missing,
+    unreadable or cannot be split.
     """
     name, files = settings.name, given(settings)
     size = settings.image_size or NATIVE_SIZE[name]
     preprocess = Preprocess(size, round(size * settings.resize), settings.mean, settings.std)
     if name not in NAMED and files.listing is None:
-        raise DataError(f"{name}: has no label for each image; it is for another task than {settings.task}")
+        raise DataError(
+            f"{name}: has no label per image, so it is not for {settings.task}: set another task or data set"
+        )
     found = files.listing or NAMED[name](settings.path)
     assert isinstance(found, Listing | ShardListing | NamedSet), "the task lists folders of its own kind"
     labels = _train_labels(found)
@@ -124,10 +125,10 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
 
 
 def open_unlabelled(settings: DataSettings, augmentation: Augmentation) -> Dataset:
-    """Open a folder of images without classes; until a teacher labels them (`relabelled`) each has its number as its label.
+    """Open a folder of images without labels; each gets its number as label until a teacher labels them (`relabelled`).
 
-    Without a validation set of its own a fraction of the images is held out by seed; `limit_per_class` is how many images are trained on.
-    Raises `DataError` for data that are missing or unreadable.
+    Without a validation set of its own, a fraction of the images is held out by seed. `limit_per_class` limits the number
+    of training images. Raises DataError for data that are missing or unreadable.
     """
     files = given(settings)
     if not isinstance(files.listing, Listing):
@@ -151,7 +152,7 @@ def open_unlabelled(settings: DataSettings, augmentation: Augmentation) -> Datas
 
 
 def relabelled(dataset: Dataset, classes: tuple[str, ...], train: Tensor, val: Tensor) -> Dataset:
-    """Return a data set of `open_unlabelled` with a teacher's labels, int64 (n,) each, of all its training and validation images."""
+    """Return a data set of `open_unlabelled` with a teacher's labels for its training and validation images, int64 (n,)."""
     assert isinstance(dataset.held_out, FileImages), "a folder's"
     return replace(
         dataset,
@@ -163,22 +164,21 @@ def relabelled(dataset: Dataset, classes: tuple[str, ...], train: Tensor, val: T
 
 
 def _more(settings: DataSettings, lazy: tuple[Lazy, Lazy], files: Given) -> FileImages | None:
-    """Return the training images and those of the folder of unlabelled ones whose content neither they nor validation have; None without one."""
+    """Return the training images and the unlabelled ones that are not copies of training or validation images.
+
+    None where the recipe has no unlabelled images.
+    """
     if settings.unlabelled is None:
         return None
     train, val = lazy
     if not isinstance(files.listing, Listing) or not isinstance(train, FileImages) or not isinstance(val, FileImages):
-        raise DataError(
-            f"data.unlabelled: goes with folders of labelled images, not with {settings.name}: leave it out"
-        )
+        raise DataError(f"data.unlabelled: needs labelled images in a folder, got {settings.name}: leave it out")
     known = {files.digests.get(images.name(index)) for images in (train, val) for index in range(len(images))}
     paths = [path for path, digest in given_unlabelled(settings).items() if digest not in known]
     if not paths:
-        raise DataError(
-            f"{settings.unlabelled}: holds only images that are trained on or judged by already: leave it out"
-        )
+        raise DataError(f"{settings.unlabelled}: holds only copies of training or validation images: leave it out")
     log.info("%s: %d images without a label", settings.unlabelled, len(paths))
-    # An absolute path joined to a root is itself.
+    # Unlabelled paths are absolute: joined to the root, they stay as they are.
     return from_files(
         train.root,
         [
@@ -196,22 +196,20 @@ def _train_labels(found: Listing | ShardListing | NamedSet) -> np.ndarray:
 def _pick(
     found: Listing | ShardListing | NamedSet, train: np.ndarray, val: np.ndarray | None, *, skip_broken: bool
 ) -> tuple[Lazy, Lazy]:
-    """Return the training images chosen, and the data set's own validation images or those held out."""
-    if isinstance(found, ShardListing):
-        held_out = found.train[np.empty(0, np.int64) if val is None else val] if found.val is None else found.val
-        return (
-            images_of(found, found.train[train], skip_broken=skip_broken),
-            images_of(found, held_out, skip_broken=skip_broken),
-        )
-    if isinstance(found, Listing):
-        files = [[found.train[index] for index in chosen] for chosen in (train, () if val is None else val)]
-        train_files, val_files = files[0], found.val if found.val is not None else files[1]
-        return (
-            images_of(found, train_files, skip_broken=skip_broken),
-            images_of(found, val_files, skip_broken=skip_broken),
-        )
-    held = found.train if found.val is None else found.val
-    return _arrays(found.train, train), _arrays(held, np.arange(len(held.labels)) if val is None else val)
+    """Return the chosen training images, and as validation images `val` of them, or the data set's own where that is None."""
+    if isinstance(found, NamedSet):
+        held = found.train if found.val is None else found.val
+        return _arrays(found.train, train), _arrays(held, np.arange(len(held.labels)) if val is None else val)
+    held_out = found.val if val is None else _rows(found, val)
+    assert held_out is not None
+    return (
+        images_of(found, _rows(found, train), skip_broken=skip_broken),
+        images_of(found, held_out, skip_broken=skip_broken),
+    )
+
+
+def _rows(found: Listing | ShardListing, chosen: np.ndarray) -> Sequence[File] | Rows:
+    return found.train[chosen] if isinstance(found, ShardListing) else [found.train[index] for index in chosen]
 
 
 def _arrays(arrays: Arrays, chosen: np.ndarray) -> ArrayImages:
@@ -219,7 +217,7 @@ def _arrays(arrays: Arrays, chosen: np.ndarray) -> ArrayImages:
 
 
 def in_memory(train: Lazy, val: Lazy, preprocess: Preprocess, whole_area: int) -> tuple[ImageSet, ImageSet]:
-    """Return the images decoded where all of them fit, as they are where they do not; `whole_area` is the most that a whole one needs."""
+    """Return the images, decoded if all fit into MEMORY_BYTES; whole training images take at most `whole_area` pixels."""
     still = 3 * (len(train) + len(val)) * preprocess.image_size**2
     area = largest_area(train, at_most=whole_area) if still <= MEMORY_BYTES else 0
     if still + 3 * len(train) * area > MEMORY_BYTES:
@@ -228,7 +226,7 @@ def in_memory(train: Lazy, val: Lazy, preprocess: Preprocess, whole_area: int) -
 
 
 def _check(train: ImageSet, val: ImageSet, classes: tuple[str, ...]) -> None:
-    """Raise `DataError` where leaving out broken images left out too much; log classes that validation cannot judge."""
+    """Raise DataError where broken images leave a class or the validation set empty; log classes without validation images."""
     untrained, unjudged = (
         [name for label, name in enumerate(classes) if label not in present]
         for present in (set(train.labels.tolist()), set(val.labels.tolist()))

@@ -1,4 +1,4 @@
-"""Name a data set by its content, without decoding an image and without torch."""
+"""A data set's digest, from the content of its files; decodes no image and imports no torch."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from export.images.folders import TRAIN, Listing, check_folder, count, first, im
 from export.images.masks import MaskListing
 from export.tasks import TASKS
 
-# Height and width of each data set's images when the recipe leaves it open; multiples of 32, which most networks halve five times.
+# Default height and width of each data set's images; multiples of 32, as most networks halve the size five times.
 NATIVE_SIZE = {
     "digits": 32,
     "imagefolder": 224,
@@ -30,24 +30,24 @@ NATIVE_SIZE = {
     "scenes": 96,
     "scenes_hard": 96,
 }
-# The folder that a download leaves, where it is one.
+# The folders that downloads make.
 DOWNLOADED = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "imagenette": "imagenette2-320"}
 FASHION_MNIST = tuple(
     f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 )
-FILES = "images.json"  # in a source's artifact: the files that it was made with
-# A stage's key has the task and, where it learns from them, the unlabelled images; the index decides where it is set.
+FILES = "images.json"  # in a source's artifact: digests of the files that it was made from
+# Not in every digest: the artifact key covers the task and the unlabelled images, and `ignore_index` counts where it is set.
 UNDECIDING = ("task", "ignore_index", "unlabelled")
-PATIENCE_S = 2  # before the reading of files is worth a line
-VERSION = 3  # of how images become tensors; a change of it makes every cached stage run again
+PATIENCE_S = 2  # progress is shown when reading files takes longer
+VERSION = 3  # raise it when images become other tensors: every cached stage then runs again
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """All that decides which images there are, how they are split, and what evaluation makes of them.
+    """The settings that decide a data set's images, their split and their preprocessing.
 
-    With `tuning` the images that judge are held out of the training images, whatever the data set brings for validation.
-    `memory` is a folder where the digests of files are remembered; it decides nothing.
+    With `tuning` the validation images are held out of the training images, even if the data set has a validation set.
+    `memory` is the folder where file digests are cached; it changes no result.
     """
 
     name: str
@@ -69,16 +69,16 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Given:
-    """What a person's folder holds: its listing, where it is an `imagefolder`, and the digest of every file that can be read, by its path."""
+    """The listing of a data set's folder (None unless an `imagefolder`), and the digest of every readable file by path."""
 
     listing: Listing | ShardListing | MaskListing | BoxListing | None
     digests: dict[str, str]
 
 
 def given(settings: DataSettings) -> Given:
-    """Read the digests of a data set's files; sets that are downloaded have none, since whoever downloads them checks them.
+    """List a data set's files with their digests; downloaded data sets have none, as the download is checked.
 
-    Raises `DataError` where the folder cannot be used.
+    Raises DataError where the folder cannot be used.
     """
     if settings.name == "imagefolder":
         root = folder_of(settings.path)
@@ -87,13 +87,13 @@ def given(settings: DataSettings) -> Given:
         listing = TASKS[settings.task].listing(root)
         refuse_untrainable(listing)
         return Given(listing, _digests(listing.root, listing.names(), settings.memory))
-    if settings.name == "fashion_mnist" and settings.path is not None:  # other sets come in its format, too
+    if settings.name == "fashion_mnist" and settings.path is not None:  # may be another data set in its format
         return Given(None, _digests(settings.path, FASHION_MNIST, settings.memory))
     return Given(None, {})
 
 
 def given_unlabelled(settings: DataSettings) -> dict[str, str]:
-    """Return the digest of every image below the folder of unlabelled ones, by its absolute path. Raises `DataError` where there is none."""
+    """Return the digest of every unlabelled image by absolute path. Raises DataError where the folder holds none."""
     if settings.unlabelled is None:
         return {}
     check_folder(settings.unlabelled)
@@ -105,12 +105,12 @@ def given_unlabelled(settings: DataSettings) -> dict[str, str]:
 
 
 def unlabelled_digest(settings: DataSettings) -> str:
-    """Return a sha256 over the content of the unlabelled images, wherever they lie."""
+    """Return a sha256 over the content of the unlabelled images, without their paths."""
     return hashlib.sha256(json.dumps(sorted(given_unlabelled(settings).values())).encode()).hexdigest()
 
 
 def shards_in(root: Path, memory: Path) -> Given | None:
-    """Return what a folder of shards holds, None where it is none."""
+    """Return the listing and digests of a folder of shards, None for another folder."""
     if not (files := shard_files(root)):
         return None
     digests = _digests(root, files, memory)
@@ -120,9 +120,9 @@ def shards_in(root: Path, memory: Path) -> Given | None:
 
 
 def dataset_digest(settings: DataSettings, found: Given) -> str:
-    """Return a sha256 over all that decides the pixels and the split: the settings, and of a folder every image's path, class and content.
+    """Return a sha256 over everything that decides pixels and split: the settings, and each file's path, class and content.
 
-    Where the folder lies does not matter.
+    The folder's own path does not count.
     """
     listing = found.listing
     decisive = {name: value for name, value in asdict(settings).items() if name not in UNDECIDING}
@@ -140,18 +140,18 @@ def dataset_digest(settings: DataSettings, found: Given) -> str:
         "files": found.digests,
     }
     if not settings.tuning:
-        del content["tuning"]  # as every key was made before there was a choice
+        del content["tuning"]  # keys made before the setting existed stay valid
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Say which files are others than before, by their digests; nothing where none is."""
+    """Return a phrase for the files that changed, are new or are gone, by their digests; empty where all are the same."""
     groups = {
         "changed": [name for name, digest in now.items() if before.get(name, digest) != digest],
         "new": sorted(now.keys() - before.keys()),
         "gone": sorted(before.keys() - now.keys()),
     }
-    return "; ".join(f"{count(names, 'file')} {what} ({first(names)})" for what, names in groups.items() if names)
+    return "; ".join(f"{count(names, 'file')} {change} ({first(names)})" for change, names in groups.items() if names)
 
 
 def _digests(root: Path, names: Sequence[str], memory: Path) -> dict[str, str]:
@@ -165,7 +165,7 @@ def _digests(root: Path, names: Sequence[str], memory: Path) -> dict[str, str]:
 
 
 def _reporter(root: Path, total: int) -> Callable[[int], None]:
-    """Return what says on stderr how far the reading of the files is, where it takes more than seconds."""
+    """Return a function that shows on stderr how many files are read, once that takes longer than PATIENCE_S."""
     live = sys.stderr.isatty()
     started_s = shown_s = time.monotonic()
 
@@ -176,8 +176,8 @@ def _reporter(root: Path, total: int) -> Callable[[int], None]:
         if spent_s < PATIENCE_S or not (due or finished) or rank() != 0:
             return
         shown_s = now_s
-        state = f"after {clock(spent_s)}" if finished else f"so far, {clock(spent_s / done * (total - done))} left"
-        line = f"{root}: the content of {done:,} of {total:,} files is known {state}"
+        state = f"in {clock(spent_s)}" if finished else f"so far, {clock(spent_s / done * (total - done))} left"
+        line = f"{root}: {done:,} of {total:,} files read {state}"
         sys.stderr.write(f"\r\033[K{line}" if live else f"{line}\n")
         sys.stderr.write("\n" if live and finished else "")
         sys.stderr.flush()
@@ -186,17 +186,17 @@ def _reporter(root: Path, total: int) -> Callable[[int], None]:
 
 
 def cache_folder(path: Path | None) -> Path:
-    """Return where downloads lie: the path given, else the user's cache."""
+    """Return the folder for downloads: the given path, else the user's cache."""
     if path is not None:
         return path
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
-    except RuntimeError as error:  # as in a container that runs as a user whom it does not know
+    except RuntimeError as error:  # in a container whose user has no entry in /etc/passwd
         raise DataError("there is no home folder to download to; give one: DATA=/path/to/a/folder") from error
 
 
 def to_download(settings: DataSettings) -> Path | None:
-    """Return the folder that a run would download the data set to; None where it lies there already, or needs no download."""
+    """Return the folder that a run would download the data set to, None where no download is needed."""
     if settings.name not in DOWNLOADED:
         return None
     root = cache_folder(settings.path)
@@ -204,26 +204,26 @@ def to_download(settings: DataSettings) -> Path | None:
 
 
 def folder_of(path: Path | None) -> Path:
-    """Return the folder of an `imagefolder`; raise `DataError` where none was given."""
+    """Return the folder of an `imagefolder`; raise DataError where none is given."""
     if path is None:
-        raise DataError("imagefolder: needs its folder: give DATA=/path/to/images, or set data.path")
+        raise DataError("imagefolder: needs a folder: give DATA=/path/to/images, or set data.path")
     return path
 
 
 def training_folder(root: Path) -> Listing:
-    """List a folder of class folders to train on. Raises `DataError` where it brings no training images or fewer than two classes."""
+    """List a folder of class folders. Raises DataError where it has no training images or fewer than two classes."""
     listing = list_folder(root)
     refuse_untrainable(listing)
     return listing
 
 
 def refuse_untrainable(listing: Listing | ShardListing | MaskListing | BoxListing) -> None:
-    """Raise `DataError` where a folder brings no training images, or one class folder."""
+    """Raise DataError where a folder has no training images, or only one class folder."""
     if not listing.train:
         raise DataError(
             f"{listing.root}: has a validation split but no {TRAIN}/; training images belong in {listing.place(TRAIN)}"
         )
     if isinstance(listing, Listing | ShardListing) and len(listing.classes) == 1:
         raise DataError(
-            f"{listing.root}: has one class folder ({listing.classes[0]}); give each class a folder of its own, two classes at least"
+            f"{listing.root}: has one class folder ({listing.classes[0]}); give each of at least two classes a folder"
         )

@@ -1,10 +1,10 @@
-"""Images with their labels: decoded in memory where they fit, files that are decoded when asked for where they do not."""
+"""Images with their labels: decoded in memory if they fit, else files that are decoded on access."""
 
 import io
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,15 +24,15 @@ from export.images.preprocess import Preprocess
 from export.images.read import content_of
 from export.runtime.environment import usable_cores
 
-MEMORY_BYTES = 1_500_000_000  # a data set whose decoded images fit is decoded once
+MEMORY_BYTES = 1_500_000_000  # data sets up to this size, decoded, are decoded once
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class MemoryImages:
-    """Decoded images: as evaluation sees them, and where they are trained on with random crops, also whole; `labels` int64 (n,).
+    """Decoded images as evaluation sees them, for training with random crops also whole; `labels` int64 (n,).
 
-    `broken` names the files that were left out, with the reason. Truths that lie at places of the images are `placed`; their labels are 0.
+    `broken` has the files that were left out, with the reason. Masks and boxes are `placed`; their images' labels are 0.
     """
 
     still: Stored
@@ -46,14 +46,16 @@ class MemoryImages:
 
     @property
     def place(self) -> str:
-        """Say where the images are while they are trained on."""
+        """Where the images are during training, in words."""
         if self.whole is None:
             return "in memory"
         shrunk = int((self.whole.kept != self.whole.sizes).any(dim=1).sum())
-        return "in memory, whole" + (f", {shrunk:,} of them shrunk to what random crops need" if shrunk else "")
+        return "in memory, whole" + (
+            f", {shrunk:,} of them shrunk to the size that random crops need" if shrunk else ""
+        )
 
     def stored(self, *, whole: bool) -> Stored:
-        """Return the images whole, or as evaluation sees them."""
+        """Return the whole images, or those that evaluation sees."""
         found = self.whole if whole else self.still
         assert found is not None, "opened for an augmentation without random crops"
         return found
@@ -61,9 +63,9 @@ class MemoryImages:
 
 @dataclass(frozen=True)
 class FileImages:
-    """Image files that are decoded when asked for; `labels` int64 (n,) counts those that turn out broken, too.
+    """Image files that are decoded on access; `labels` int64 (n,) include those of broken files.
 
-    Paths are one numpy array of bytes: a million Python strings would be copied into every loader process.
+    Paths are a numpy array of bytes, as a million Python strings would be copied into every loader process.
     """
 
     root: Path
@@ -78,27 +80,31 @@ class FileImages:
 
     @property
     def place(self) -> str:
-        """Say where the images are while they are trained on."""
-        return "in their files, decoded anew for each view"
+        """Where the images are during training, in words."""
+        return "in files, decoded for each view"
 
     def name(self, index: int) -> str:
         """Return the file's path relative to the root."""
         return os.fsdecode(self.paths[index])
 
     def whole(self, index: int) -> Image.Image:
-        """Return one decoded RGB image; raise `BrokenImage` where that fails."""
+        """Return one decoded RGB image; raise BrokenImage where that fails."""
         return read_image(self.root / self.name(index), upright=True)
 
     def content(self, index: int) -> bytes:
         """Return the file's bytes; raise DataError where they cannot be read."""
         return content_of(self.root / self.name(index))
 
+    def suffix(self, index: int) -> str:
+        """Return the suffix for a copy of the file."""
+        return Path(self.name(index)).suffix or ".jpg"  # shards' rows have none; images are read by content
+
     def area(self, index: int) -> int:
         """Return an image's height times its width in pixels, 0 where its header cannot be read."""
         return read_area(self.root / self.name(index))
 
     def report_broken(self, found: dict[int, str]) -> None:
-        """Log newly found broken images (by index, with the reason) where they are to be skipped; raise `DataError` where they are not."""
+        """Log newly found broken images (reasons by index) if they are to be skipped, else raise DataError."""
         new = {self.name(index): reason for index, reason in found.items() if self.name(index) not in self.broken}
         if not new:
             return
@@ -110,22 +116,22 @@ class FileImages:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardImages(FileImages):
-    """Images in shards, read at their places when asked for."""
+    """Images in shards, read on access."""
 
     rows: Rows
     places: tuple[str, ...]
 
     @property
     def place(self) -> str:
-        """Say where the images are while they are trained on."""
-        return "in their shards, decoded anew for each view"
+        """Where the images are during training, in words."""
+        return "in shards, decoded for each view"
 
     def whole(self, index: int) -> Image.Image:
-        """Return one decoded RGB image; raise `BrokenImage` where that fails."""
+        """Return one decoded RGB image; raise BrokenImage where that fails."""
         return read_image(io.BytesIO(self.content(index)), upright=True)
 
     def content(self, index: int) -> bytes:
-        """Return the bytes of an image's file; raise `BrokenImage` where they cannot be read."""
+        """Return the image file's bytes; raise BrokenImage where they cannot be read."""
         rows = self.rows
         return read_bytes(self.places[rows.shards[index]], int(rows.offsets[index]), int(rows.lengths[index]))
 
@@ -136,7 +142,7 @@ class ShardImages(FileImages):
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images of a named data set at their own size, uint8 (n, height, width, 3), each resized when asked for; `labels` int64 (n,)."""
+    """Images of a named data set at their own size, uint8 (n, height, width, 3), resized on access; `labels` int64 (n,)."""
 
     arrays: np.ndarray
     labels: Tensor
@@ -148,18 +154,22 @@ class ArrayImages:
 
     @property
     def place(self) -> str:
-        """Say where the images are while they are trained on."""
-        return "in memory at their own size, resized anew for each view"
+        """Where the images are during training, in words."""
+        return "in memory at their own size, resized for each view"
 
     def whole(self, index: int) -> Image.Image:
         """Return one RGB image."""
         return Image.fromarray(self.arrays[index])
 
-    def file(self, index: int) -> bytes:
-        """Return one image as a BMP file, whose bytes are the same whichever library writes it."""
+    def content(self, index: int) -> bytes:
+        """Return the bytes of one image as a BMP file, which are the same from any library."""
         stream = io.BytesIO()
         self.whole(index).save(stream, "BMP")
         return stream.getvalue()
+
+    def suffix(self, _: int) -> str:
+        """Return the suffix for a file of `content`."""
+        return ".bmp"
 
     def area(self, _: int) -> int:
         """Return an image's height times its width in pixels; all are of one size."""
@@ -167,20 +177,20 @@ class ArrayImages:
         return int(height * width)
 
 
-UNLABELLED = -1  # in the place of a label
+UNLABELLED = -1  # the label of an image without one
 ImageSet = MemoryImages | FileImages | ArrayImages
 REPAIR = "repair or remove them, or set data.skip_broken: true to leave them out"
 
 
 def from_files(root: Path, files: Sequence[File], *, skip_broken: bool) -> FileImages:
-    """Return the listed files as an image set; nothing is opened."""
+    """Return the listed files as an image set, without opening them."""
     paths = np.array([os.fsencode(path) for path, _ in files], dtype=np.bytes_)
     labels = torch.tensor([label for _, label in files], dtype=torch.int64)
     return FileImages(root, paths, labels, skip_broken)
 
 
 def images_of(listing: Listing | ShardListing, rows: Sequence[File] | Rows, *, skip_broken: bool = False) -> FileImages:
-    """Return images that a folder or its shards list as an image set; nothing is opened."""
+    """Return images listed in a folder or its shards as an image set, without opening them."""
     if isinstance(rows, Rows):
         assert isinstance(listing, ShardListing)
         labels = torch.from_numpy(rows.labels)
@@ -189,7 +199,7 @@ def images_of(listing: Listing | ShardListing, rows: Sequence[File] | Rows, *, s
 
 
 def labelled(images: ImageSet) -> ImageSet:
-    """Return the images that have a label, which stand before those that have none."""
+    """Return the images that have a label; those without one come after them."""
     n = int((images.labels != UNLABELLED).sum())
     if isinstance(images, MemoryImages):
         whole = images.whole and images.whole.first(n)
@@ -198,8 +208,18 @@ def labelled(images: ImageSet) -> ImageSet:
     return replace(images, paths=images.paths[:n], labels=images.labels[:n])
 
 
+def readable(images: FileImages | ArrayImages) -> Iterator[tuple[int, Image.Image]]:
+    """Yield each readable image with its index; raise DataError for broken ones, unless they are to be skipped."""
+    for index in range(len(images)):
+        try:
+            yield index, images.whole(index)
+        except BrokenImage as error:
+            assert isinstance(images, FileImages)
+            images.report_broken({index: str(error)})
+
+
 def largest_area(images: FileImages | ArrayImages, *, at_most: int) -> int:
-    """Return the area of the largest of the images in pixels, by their headers, but at most so many."""
+    """Return the largest image's area in pixels, from the headers, limited to `at_most`."""
     largest = 0
     for index in range(len(images)):
         if largest == at_most:
@@ -209,9 +229,9 @@ def largest_area(images: FileImages | ArrayImages, *, at_most: int) -> int:
 
 
 def decode_all(images: FileImages | ArrayImages, preprocess: Preprocess, *, area: int) -> MemoryImages:
-    """Decode every image into memory, on all cores; also whole, shrunk to at most `area` pixels, where that is not 0.
+    """Decode every image into memory, on all cores; with `area` > 0 also whole, shrunk to at most `area` pixels.
 
-    Raises `DataError` that counts and names the broken files, unless they are to be skipped: then they are logged and left out.
+    Broken files are logged and left out if they are to be skipped; else DataError names them.
     """
     n, size, placed = len(images), preprocess.image_size, images.placed
     still, whole = np.empty((n, 3, size**2), np.uint8), np.zeros((n, 3, area), np.uint8)
@@ -237,7 +257,7 @@ def decode_all(images: FileImages | ArrayImages, preprocess: Preprocess, *, area
                 whole[index, :, : height * width] = flat(np.asarray(image))
 
     cores = usable_cores()
-    with ThreadPoolExecutor(cores) as threads:  # Pillow decodes and resizes outside Python's lock
+    with ThreadPoolExecutor(cores) as threads:  # Pillow releases Python's lock
         list(threads.map(decode, (range(first, n, cores) for first in range(cores))))
     if isinstance(images, FileImages):
         images.report_broken(broken)
@@ -251,7 +271,7 @@ def decode_all(images: FileImages | ArrayImages, preprocess: Preprocess, *, area
 
 
 def _shrunk(size: tuple[int, int], area: int) -> tuple[int, int]:
-    """Return the height and width that an image of this width and height is stored with, in at most `area` pixels."""
+    """Return the height and width that shrink an image of this (width, height) to at most `area` pixels (0: no limit)."""
     width, height = size
     factor = min(1.0, math.sqrt(area / (height * width))) if area else 1.0
     return max(int(height * factor), 1), max(int(width * factor), 1)

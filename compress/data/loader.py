@@ -1,4 +1,4 @@
-"""Make batches image by image, in loader processes where that pays: files, and images in memory whose colours change."""
+"""Make batches image by image, in loader processes where that pays: from files, or from memory if pixel values change."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Raw(NamedTuple):
-    """Pixels 0..255 (n, 3, image_size, image_size) and truths (n, ...), both on the device; which images they are, int64 (n,), on the CPU."""
+    """Pixels 0..255 (n, 3, image_size, image_size) and truths (n, ...) on the device, image numbers int64 (n,) on the CPU."""
 
     pixels: Tensor
     truths: Tensor
@@ -30,11 +30,11 @@ class Raw(NamedTuple):
 
 
 View = Callable[[int], tuple[Tensor, Tensor]]
-"""Gives an image's pixels uint8 (3, image_size, image_size) and its truth (...); raises `BrokenImage`."""
+"""(image number) to its pixels uint8 (3, image_size, image_size) and its truth (...); raises BrokenImage."""
 
 
 def random_view(images: ImageSet, draws: Draws, preprocess: Preprocess, *, seed: int) -> View:
-    """Return the view of each image by its draws, with its colours by the seed and the image alone."""
+    """Return an augmented view: boxes by the draws, pixel values changed by (seed, image)."""
     transform, size = colours(draws.augmentation), preprocess.image_size
     seeds = torch.randint(2**62, (len(images),), generator=torch.Generator().manual_seed(seed))
     whole = draws.augmentation.crop == "random_resized"
@@ -58,7 +58,7 @@ def random_view(images: ImageSet, draws: Draws, preprocess: Preprocess, *, seed:
 
 
 def still_view(images: FileImages | ArrayImages, preprocess: Preprocess) -> View:
-    """Return the view that evaluation sees."""
+    """Return the view of evaluation, without random changes."""
 
     def view(index: int) -> tuple[Tensor, Tensor]:
         one, placed = torch.tensor([index]), images.placed
@@ -74,7 +74,7 @@ class _Loaded(NamedTuple):
 
 
 class _Reader(TorchDataset[_Loaded]):
-    """Makes one batch from its images' indices; runs in the loader processes."""
+    """Makes a batch from image numbers, in a loader process."""
 
     def __init__(self, images: ImageSet, view: View) -> None:
         self.images = images
@@ -97,22 +97,22 @@ class _Reader(TorchDataset[_Loaded]):
 def loaded(
     images: ImageSet, view: View, shares: Sequence[Tensor], *, workers: int | None, device: torch.device
 ) -> Iterator[Raw]:
-    """Yield the shares' batches in their order; `workers` None chooses the number of processes.
+    """Yield the shares' batches in order; with `workers` None the number of processes is chosen.
 
-    Leaves out broken images that are to be skipped, be it all of a batch. Raises `DataError` for the others.
+    Broken images that are to be skipped are left out, so a batch can be empty. Raises DataError for other broken images.
     """
     processes = min(_num_workers(images, device) if workers is None else workers, len(shares))
     loader = DataLoader(
         _Reader(images, view),
-        batch_size=None,  # each key is a batch already
+        batch_size=None,  # each entry of the sampler is a batch
         sampler=[share.tolist() for share in shares],
         num_workers=processes,
-        multiprocessing_context="fork" if processes else None,  # views are closures, which no other start can carry
+        multiprocessing_context="fork" if processes else None,  # views are closures, which cannot be pickled
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # keeps the loader from drawing its own seed out of the training's
+        generator=torch.Generator(),  # or the loader would draw its seed from the training's generator
     )
     with warnings.catch_warnings():
-        # Python 3.12 warns of any fork beside threads; the loader's processes call nothing that waits on them.
+        # Python 3.12 warns of any fork of a process with threads; the loader's processes wait for none of them.
         warnings.simplefilter("ignore", DeprecationWarning)
         batches = iter(loader)
     for (pixels, truths, indices), broken in batches:
@@ -122,7 +122,7 @@ def loaded(
 
 
 def _num_workers(images: ImageSet, device: torch.device) -> int:
-    """Choose loader processes: each core this rank can use, none where images are in memory and the cores are training."""
+    """Return the number of loader processes: one per core of this rank, none if images are in memory and the CPU trains."""
     if isinstance(images, MemoryImages) and device.type == "cpu":
         return 0
     return max(usable_cores() // local_ranks(), 1)

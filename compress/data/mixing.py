@@ -1,7 +1,7 @@
-"""Mixup and CutMix, image by image: who is mixed with whom, and how much, is drawn once for a whole view of the data.
+"""Mixup and CutMix. Each image's partner and share are drawn for a whole view of the data.
 
-Libraries mix within a batch. Here an image's partner and share depend on (seed, view, image) alone, so that a mixed image comes again in another
-batch, and what the teacher said about it can be kept.
+Libraries mix within a batch. Here partner and share depend on (seed, view, image) alone, so a mixed image is the same in
+any batch, and the teacher's logits for it can be cached.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from compress.data.augment import Augmentation
 
 @dataclass(frozen=True)
 class Mixes:
-    """For each of n images: its partner (n,), its own share (n,), and the patch (n, 4) that is the partner's instead: top, left, bottom, right."""
+    """For each of n images: its partner (n,), its own share (n,), and the partner's patch (n, 4): top, left, bottom, right."""
 
     partner: Tensor
-    share: Tensor  # 1 where a patch decides
-    patch: Tensor  # empty where the share decides
+    share: Tensor  # of mixup, 1 for CutMix
+    patch: Tensor  # of CutMix, empty for mixup
 
     def __getitem__(self, indices: Tensor) -> "Mixes":
         return Mixes(self.partner[indices], self.share[indices], self.patch[indices])
@@ -49,15 +49,15 @@ def draw_mixes(augmentation: Augmentation, n: int, *, image_size: int, seed: int
 def mix(
     images: Tensor, labels: Tensor, other_images: Tensor, other_labels: Tensor, mixes: Mixes, *, classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Return images (n, 3, s, s) mixed with their partners' as `mixes` says, and targets (n, classes)."""
+    """Return images (n, 3, s, s) mixed with their partners, and targets (n, classes)."""
     own = _own_part(mixes, images.shape[-1], images.device)  # (n, 1, s, s)
-    # An image without a label (-1) adds nothing to a loss on labels.
+    # The target of an image without a label (-1) is all zeros, which adds nothing to a loss on labels.
     targets, others = (one_hot(one + 1, classes + 1)[:, 1:].float() for one in (labels, other_labels))
     return torch.lerp(other_images, images, own), torch.lerp(others, targets, own.mean((1, 2, 3))[:, None])
 
 
 def _own_part(mixes: Mixes, side: int, device: torch.device) -> Tensor:
-    """Return how much of each pixel is the image's own (n, 1, side, side)."""
+    """Return the image's own share of each pixel (n, 1, side, side)."""
     pixel = torch.arange(side, device=device)
     top, left, bottom, right = mixes.patch.to(device)[:, :, None].unbind(1)  # each (n, 1)
     rows, columns = (pixel >= top) & (pixel < bottom), (pixel >= left) & (pixel < right)  # (n, side)

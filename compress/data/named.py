@@ -1,4 +1,4 @@
-"""Data sets known by name: embedded in scikit-learn, packaged by Debian, or downloaded by torchvision."""
+"""Data sets by name: built into scikit-learn, packaged by Debian, or downloaded by torchvision."""
 
 import gzip
 import warnings
@@ -37,7 +37,7 @@ class Arrays:
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A data set in memory; `val` is None where it brings no validation set."""
+    """A data set in memory; `val` is None where it has no validation set."""
 
     classes: tuple[str, ...]
     train: Arrays
@@ -45,7 +45,7 @@ class NamedSet:
 
 
 def digits(_: Path | None) -> NamedSet:
-    """Return scikit-learn's 1,797 handwritten digits, 8 x 8, their 17 grey levels spread over 0..255."""
+    """Return scikit-learn's 1,797 handwritten digits, 8 × 8, with their 17 grey levels scaled to 0..255."""
     bunch = load_digits()
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
     return NamedSet(tuple(str(digit) for digit in range(10)), Arrays(_rgb(grey), bunch.target), None)
@@ -93,7 +93,7 @@ NAMED: dict[str, Callable[[Path | None], NamedSet | Listing]] = {
 def _cifar(name: str, kind: Callable[..., downloads.CIFAR10], path: Path | None) -> NamedSet:
     root = cache_folder(path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy warns of the archive's old pickles, which torchvision checks by digest
+        warnings.simplefilter("ignore")  # numpy warns of the old pickles, whose digest torchvision checks
         train, val = (_download(name, root, partial(kind, root, train=part, download=True)) for part in (True, False))
     arrays = [Arrays(part.data, np.asarray(part.targets)) for part in (train, val)]
     return NamedSet(tuple(train.classes), *arrays)
@@ -107,7 +107,7 @@ def _download(name: str, root: Path, fetch: Callable[[], T]) -> T:
         reason = " ".join(str(error).split())
         raise DataError(
             f"{name}: could not be downloaded to {root} ({reason}); "
-            "download it where there is a network and give that folder: DATA=/path/to/it"
+            "download it on a machine with network access and give its folder: DATA=/path/to/it"
         ) from error
 
 
@@ -117,7 +117,7 @@ def _idx(folder: Path, part: str) -> Arrays:
     labels = _bytes(folder / f"{part}-labels-idx1-ubyte.gz", header=8)
     if images.size != labels.size * 28 * 28:
         raise DataError(
-            f"{folder}: {part} holds {images.size:,} pixels for {labels.size:,} labels; fetch the files anew"
+            f"{folder}: {part} holds {images.size:,} pixels for {labels.size:,} labels; download the files again"
         )
     return Arrays(_rgb(images.reshape(-1, 28, 28)), labels)
 
@@ -126,7 +126,7 @@ def _bytes(file: Path, *, header: int) -> np.ndarray:
     try:
         return np.frombuffer(gzip.decompress(file.read_bytes()), dtype=np.uint8, offset=header)
     except (OSError, EOFError) as error:
-        raise DataError(f"{file}: cannot be read ({error}); fetch the file anew") from error
+        raise DataError(f"{file}: cannot be read ({error}); download it again") from error
 
 
 def _rgb(grey: np.ndarray) -> np.ndarray:

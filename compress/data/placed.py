@@ -1,5 +1,6 @@
-"""Truths that lie at places of an image, and so move with its view: masks."""
+"""Truths that move with an image's view: the interface of masks and boxes, and masks."""
 
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,31 +19,31 @@ from export.images.preprocess import Preprocess
 
 
 class Fill(Protocol):
-    """Takes each image's truth into memory while the images are decoded."""
+    """Reads each image's truth into memory while the images are decoded."""
 
     def put_(self, index: int, size: tuple[int, int], kept: tuple[int, int]) -> None:
-        """Read the truth of an image of this width and height, which is stored with the height and width `kept`; raises BrokenImage."""
+        """Read the truth of an image of this (width, height), stored at (height, width) `kept`; raises BrokenImage."""
 
     def filled(self, good: np.ndarray, still: Stored, whole: Stored | None) -> "Placed":
-        """Return the truths of the images that were not broken, as those are stored."""
+        """Return the truths of the images that were not broken, at the sizes at which those are stored."""
 
 
 class Placed(Protocol):
     """The truths of a set of images, by their indices."""
 
     def begin(self, area: int) -> Fill:
-        """Return what takes the truths into memory, beside images that are kept whole where `area` is not 0."""
+        """Return the object that reads the truths into memory; with `area` > 0 also those of whole images."""
 
     def still(self, chosen: Tensor) -> Tensor:
-        """Return the truths (m, ...) of the chosen images as evaluation sees them."""
+        """Return the truths (m, ...) of the chosen images in evaluation's view."""
 
     def seen(self, chosen: Tensor, boxes: Boxes, size: int, *, whole: bool) -> Tensor:
-        """Return them as the boxes show the images: boxes in what evaluation sees of an image, or in the whole one."""
+        """Return the truths in an augmented view, whose `boxes` are cut from the whole images or from evaluation's."""
 
 
 @dataclass(frozen=True)
 class MaskFiles:
-    """Mask files that are read when asked for; `paths` are of the images and of the masks, bytes (n, 2)."""
+    """Mask files that are read on access; `paths` of the images and of the masks are bytes (n, 2)."""
 
     root: Path
     paths: np.ndarray
@@ -50,23 +51,26 @@ class MaskFiles:
     preprocess: Preprocess
 
     def begin(self, area: int) -> "MaskFill":
-        """Return what reads the masks into memory."""
+        """Return the object that reads the masks into memory."""
         return MaskFill(self, len(self.paths), area)
 
-    def name(self, index: int) -> str:
-        """Return the mask file's path relative to the root."""
-        return os.fsdecode(self.paths[index, 1])
+    def _path(self, index: int) -> Path:
+        return self.root / os.fsdecode(self.paths[index, 1])
+
+    def content(self, index: int) -> bytes:
+        """Return the bytes of one mask's file."""
+        return self._path(index).read_bytes()
 
     def read(self, index: int, size: tuple[int, int]) -> Image.Image:
-        """Return one mask; raise BrokenImage where it is none of an image of this width and height."""
-        return read_mask(self.root / self.name(index), size, classes=self.classes, ignore=self.preprocess.ignore_index)
+        """Return one mask; raise BrokenImage where it is not the mask of an image of this (width, height)."""
+        return read_mask(self._path(index), size, classes=self.classes, ignore=self.preprocess.ignore_index)
 
     def still(self, chosen: Tensor) -> Tensor:
         """Return the masks uint8 (m, size, size)."""
         return torch.stack([torch.from_numpy(self.preprocess.mask(self._whole(index))) for index in chosen.tolist()])
 
     def seen(self, chosen: Tensor, boxes: Boxes, size: int, *, whole: bool) -> Tensor:
-        """Return what the boxes show of the masks, uint8 (m, size, size)."""
+        """Return the masks' boxes, resized, uint8 (m, size, size)."""
         masks = [self._whole(index) for index in chosen.tolist()]
         pixels = [np.asarray(mask) if whole else self.preprocess.mask(mask) for mask in masks]
         parts = [
@@ -76,7 +80,7 @@ class MaskFiles:
         return torch.cat(parts)
 
     def _whole(self, index: int) -> Image.Image:
-        with Image.open(self.root / os.fsdecode(self.paths[index, 0])) as image:  # which was decoded already: it is one
+        with Image.open(self.root / os.fsdecode(self.paths[index, 0])) as image:  # safe: it was decoded before
             size = image.size
         return self.read(index, size)
 
@@ -89,8 +93,14 @@ class ArrayMasks:
     preprocess: Preprocess
 
     def begin(self, area: int) -> "MaskFill":
-        """Return what takes the masks in the sizes of the images."""
+        """Return the object that resizes the masks as the images."""
         return MaskFill(self, len(self.arrays), area)
+
+    def content(self, index: int) -> bytes:
+        """Return the bytes of one mask as a PNG file."""
+        stream = io.BytesIO()
+        Image.fromarray(self.arrays[index]).save(stream, "PNG")
+        return stream.getvalue()
 
     def read(self, index: int, _size: tuple[int, int]) -> Image.Image:
         """Return one mask."""
@@ -102,13 +112,13 @@ class ArrayMasks:
         return torch.from_numpy(np.stack(masks))
 
     def seen(self, chosen: Tensor, boxes: Boxes, size: int, *, whole: bool) -> Tensor:
-        """Return what the boxes show of the masks, uint8 (m, size, size)."""
+        """Return the masks' boxes, resized, uint8 (m, size, size)."""
         masks = torch.from_numpy(self.arrays[chosen.numpy()]) if whole else self.still(chosen)
         return cut_nearest(masks, boxes, size)
 
 
 class MaskFill:
-    """Masks on their way into memory, as evaluation sees them and, where `area` is not 0, whole."""
+    """Reads masks into memory, in evaluation's view and, with `area` > 0, whole."""
 
     def __init__(self, source: MaskFiles | ArrayMasks, n: int, area: int) -> None:
         side = source.preprocess.image_size
@@ -131,13 +141,13 @@ class MaskFill:
 
 @dataclass(frozen=True)
 class Masks:
-    """Masks in memory in the sizes of their images."""
+    """Masks in memory at their images' sizes."""
 
     stored: Stored
     whole: Stored | None
 
     def begin(self, area: int) -> Fill:
-        """Masks are in memory already."""
+        """Raise AssertionError: masks are in memory already."""
         raise AssertionError(f"masks are read once, not again with {area} pixels")
 
     def still(self, chosen: Tensor) -> Tensor:
@@ -145,13 +155,13 @@ class Masks:
         return self.stored.images(chosen, torch.device("cpu"))[:, 0]
 
     def seen(self, chosen: Tensor, boxes: Boxes, size: int, *, whole: bool) -> Tensor:
-        """Return what the boxes show of the masks, uint8 (m, size, size), on the boxes' device."""
+        """Return the masks' boxes, resized, uint8 (m, size, size), on the boxes' device."""
         stored = self.whole if whole else self.stored
         assert stored is not None, "opened for an augmentation without random crops"
         return cut_nearest(stored.images(chosen, boxes.top.device)[:, 0], boxes, size)
 
 
 def mask_files(root: Path, pairs: Sequence[Pair], *, classes: int, preprocess: Preprocess) -> MaskFiles:
-    """Return the masks of the listed images; nothing is opened."""
+    """Return the masks of the listed images, without opening them."""
     paths = np.array([[os.fsencode(path) for path in pair] for pair in pairs], dtype=np.bytes_).reshape(-1, 2)
     return MaskFiles(root, paths, classes, preprocess)

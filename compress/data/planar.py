@@ -1,4 +1,4 @@
-"""Open a data set whose truths lie in the images' plane, masks or boxes: what moves an image moves them."""
+"""Open a data set whose truths are masks or boxes, which move with the images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ Listing = TypeVar("Listing", MaskListing, BoxListing)
 
 @dataclass(frozen=True)
 class Planar(Generic[Listing]):
-    """What data sets of one kind of truth do their own way; `truths` is that kind's name, `scene_classes` are the classes of drawn scenes."""
+    """What differs between data sets with masks and with boxes; `truths` is the kind's name for messages."""
 
     truths: str
     listing: type[Listing]
@@ -32,19 +32,20 @@ class Planar(Generic[Listing]):
     from_scenes: Callable[[Scenes, np.ndarray, Preprocess], ArrayImages]
 
     def open(self, settings: DataSettings, augmentation: Augmentation) -> Dataset:
-        """Open a data set by name, as `open_dataset` does one of labels.
+        """Open a data set by name, as `open_dataset` does for labels.
 
-        Without a validation set of its own a fraction of the images is held out by seed; `limit_per_class` is how many images are trained
-        on. Raises DataError for data that are missing or unreadable or have no such truths, and for changes that would not move them.
+        Without a validation set of its own, a fraction of the images is held out by seed. `limit_per_class` limits the
+        number of training images. Raises DataError for data that are missing, unreadable or without such truths, and for
+        random changes that would not move the truths.
         """
         still = [name for name in ("randaugment", "mixup", "cutmix") if getattr(augmentation, name)]
         if still:
             raise DataError(
-                f"data.augment.{still[0]}: changes images and not their {self.truths}; use crop, flip and distort"
+                f"data.augment.{still[0]}: changes images but not their {self.truths}; use crop, flip and distort"
             )
         files = given(settings)
         if settings.unlabelled is not None:
-            raise DataError("data.unlabelled: goes with images that have one label each: leave it out")
+            raise DataError("data.unlabelled: needs images with one label each: leave it out")
         size = settings.image_size or NATIVE_SIZE[settings.name]
         preprocess = self.preprocess(settings, size)
         if isinstance(files.listing, self.listing):
@@ -53,7 +54,7 @@ class Planar(Generic[Listing]):
             lazy, classes = self._of_scenes(settings, preprocess), self.scene_classes
         else:
             raise DataError(
-                f"{settings.name}: has labels and no {self.truths}; take {', '.join(SCENES)}, or DATA=/path/to/a/folder"
+                f"{settings.name}: has labels but no {self.truths}; use {', '.join(SCENES)}, or DATA=/path/to/a/folder"
             )
         images = in_memory(*lazy, preprocess, augmentation.whole_area(size))
         if not all(map(len, images)):

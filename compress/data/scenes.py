@@ -1,6 +1,6 @@
-"""Scenes made of scikit-learn's handwritten digits: pasted at random places and sizes on textured backgrounds, with masks and boxes, by seed.
+"""Scenes of scikit-learn's handwritten digits on textured backgrounds, at random places and sizes, with masks and boxes.
 
-They stand in for photographs where there is no download. The digits of training scenes are other ones than those of validation.
+They replace photographs where nothing can be downloaded. Training and validation scenes show different digits.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from export.images.preprocess import IGNORED
 
 Part = Literal["train", "val"]
 CLASSES = ("background", *(str(digit) for digit in range(10)))
-INK = 0.35  # of full ink, from which a pixel is the digit's
-FAINT = 0.15  # below which it is the background's; between them it is IGNORED
-VALIDATION = 5  # every fifth digit is drawn in validation scenes only
+INK = 0.35  # a pixel with more ink than this belongs to the digit
+FAINT = 0.15  # one with less belongs to the background; between the two it is IGNORED
+VALIDATION = 5  # every fifth digit is for validation scenes only
 
 
 class Scene(NamedTuple):
-    """An image uint8 (size, size, 3), its mask uint8 (size, size), and the boxes of its digits, float32 (n, 5): left, top, right, bottom, class.
+    """An image uint8 (size, size, 3), its mask uint8 (size, size), and its digits' boxes float32 (n, 5).
 
-    Boxes are in pixels and include the last one; their classes are those of the mask, the background being 0.
+    A box is left, top, right, bottom (in pixels, right and bottom exclusive) and the class in the mask; background is 0.
     """
 
     image: NDArray[np.uint8]
@@ -33,7 +33,7 @@ class Scene(NamedTuple):
 
 
 class Scenes(NamedTuple):
-    """Many scenes: images uint8 (n, size, size, 3), masks uint8 (n, size, size), and the boxes of each."""
+    """Images uint8 (n, size, size, 3), masks uint8 (n, size, size), and each image's boxes."""
 
     images: NDArray[np.uint8]
     masks: NDArray[np.uint8]
@@ -42,7 +42,7 @@ class Scenes(NamedTuple):
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How hard scenes are: how many digits, their sizes as fractions of the canvas, how they stand out, and how much is noise."""
+    """Number of digits, their sizes as fractions of the image, contrast, noise, and the number of scenes of each part."""
 
     digits: tuple[int, int]
     sizes: tuple[float, float]
@@ -59,7 +59,7 @@ SCENES = {
 
 
 def draw_scenes(difficulty: Difficulty, part: Part, *, size: int, seed: int) -> Scenes:
-    """Draw the scenes of one part of a data set, each by (seed, part, its number)."""
+    """Draw the scenes of one part of a data set; each is a function of (seed, part, number)."""
     number = difficulty.train if part == "train" else difficulty.val
     drawn = [scene(difficulty, part, size=size, seed=(seed, ("train", "val").index(part), n)) for n in range(number)]
     return Scenes(
@@ -70,7 +70,7 @@ def draw_scenes(difficulty: Difficulty, part: Part, *, size: int, seed: int) -> 
 
 
 def scene(difficulty: Difficulty, part: Part, *, size: int, seed: tuple[int, ...]) -> Scene:
-    """Draw one scene: a background of two colours in a soft pattern, then digits in colours of their own, none over more than a third of another."""
+    """Draw one scene: a soft two-coloured background, then coloured digits that hide at most a third of one another."""
     random = np.random.default_rng(seed)
     canvas, mask = _background(random, size), np.zeros((size, size), np.uint8)
     boxes = list[tuple[float, ...]]()
@@ -99,7 +99,7 @@ def scene(difficulty: Difficulty, part: Part, *, size: int, seed: tuple[int, ...
 
 @cache
 def _digits(part: Part) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return a part's digits, ink from 0 to 1 (n, 8, 8), and what they are (n,)."""
+    """Return a part's digits, ink from 0 to 1 (n, 8, 8), and their labels (n,)."""
     bunch = load_digits()
     held_out = np.arange(len(bunch.target)) % VALIDATION == 0
     chosen = held_out if part == "val" else ~held_out
@@ -107,7 +107,7 @@ def _digits(part: Part) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 
 
 def _background(random: np.random.Generator, size: int) -> NDArray[np.float64]:
-    """Return a pattern float (size, size, 3) from 0 to 1: two colours, mixed by smooth noise of a random grain."""
+    """Return a pattern (size, size, 3) from 0 to 1: two colours, mixed by smooth noise of random grain."""
     grain = int(random.integers(2, 9))
     coarse = random.random((grain, grain)).astype(np.float32)
     soft = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC), np.float64).clip(0, 1)
@@ -121,7 +121,7 @@ def _scaled(ink: NDArray[np.float64], side: int) -> NDArray[np.float64]:
 
 
 def _covers(box: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    """Tell whether the first box would hide more than a third of the second."""
+    """Tell whether the first box hides more than a third of the second."""
     width, height = (min(box[2 + axis], other[2 + axis]) - max(box[axis], other[axis]) for axis in (0, 1))
     area = (other[2] - other[0]) * (other[3] - other[1])
     return width > 0 and height > 0 and bool(width * height > area / 3)

@@ -1,4 +1,4 @@
-"""Read what one shard holds: a tar as webdataset writes it, an Arrow stream or a Parquet file as Hugging Face's `datasets` do. Imports no torch."""
+"""List one shard's images: a webdataset tar, or an Arrow stream or Parquet file of Hugging Face's `datasets`. No torch."""
 
 import importlib
 import json
@@ -18,14 +18,14 @@ from export.errors import DataError
 from export.images.folders import SUFFIXES
 
 IMAGES = frozenset(suffix[1:].encode() for suffix in SUFFIXES)
-BLOCK = 512  # of a tar: headers and contents start at multiples of it
+BLOCK = 512  # bytes; a tar's headers and contents start at multiples of it
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow's
-ROWS = 256  # of a Parquet file that are in memory at a time
+ROWS = 256  # of a Parquet file, in memory at a time
 EXTRA = "pip install 'prune-distill-quantize[shards]'"
 
 
 class Found(NamedTuple):
-    """What one shard holds; labels are numbers or names, `classes` the names that it gives to numbers."""
+    """One shard's images; labels are numbers or names, `classes` the shard's names for the numbers."""
 
     names: list[bytes]
     offsets: NDArray[np.int64]
@@ -35,15 +35,15 @@ class Found(NamedTuple):
 
 
 def scan_shard(file: Path) -> Found:
-    """Return what a shard holds. Raises DataError where it is empty, damaged, or not labelled."""
+    """List a shard's images. Raises DataError where it is empty, damaged, or not labelled."""
     found = _scan_tar(file) if file.suffix == ".tar" else _scan_arrow(file)
     if not found.names:
-        raise DataError(f"{file}: is empty: it holds no image; remove it or write it anew")
+        raise DataError(f"{file}: is empty, or holds no image; remove it or write it again")
     return found
 
 
 def _scan_tar(file: Path) -> Found:
-    """Return a tar's images; a label is in KEY.cls, is `label` in KEY.json, or where neither exists is the folder's name."""
+    """List a tar's images; the label is KEY.cls, else `label` in KEY.json, or without any of these the folder's name."""
     images, labels = dict[bytes, tuple[int, int]](), dict[bytes, bytes]()
     with file.open("rb") as stream:
         data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if file.stat().st_size else b""
@@ -51,7 +51,7 @@ def _scan_tar(file: Path) -> Found:
             suffix = name[name.rfind(b".") + 1 :].lower()
             if suffix in IMAGES and not name.startswith(b".", name.rfind(b"/") + 1):
                 if name in images:
-                    raise DataError(f"{file}: holds {os.fsdecode(name)} twice; write it anew, each key once")
+                    raise DataError(f"{file}: holds {os.fsdecode(name)} twice; write it again with each key once")
                 images[name] = start, size
             elif suffix == b"cls":
                 labels[_key(name)] = data[start : start + size].strip()
@@ -71,19 +71,19 @@ def _scan_tar(file: Path) -> Found:
 
 
 def _key(name: bytes) -> bytes:
-    """Return the key of a sample, as webdataset groups its files: up to the first dot of the file's name."""
+    """Return a sample's key as in webdataset: the path up to the first dot of the file's name."""
     return name[: name.find(b".", name.rfind(b"/") + 1)]
 
 
 def _label_in(text: bytes) -> bytes:
     try:
         return str(json.loads(text)["label"]).encode()
-    except (ValueError, LookupError, TypeError):  # a file about something else
+    except (ValueError, LookupError, TypeError):  # a .json without a label
         return b""
 
 
 def _numbers(texts: list[bytes]) -> NDArray[Any]:
-    """Return labels as numbers where all are, as names otherwise."""
+    """Return labels as numbers if all are, else as names."""
     try:
         return np.array(list(map(int, texts)), np.int64)
     except ValueError:
@@ -91,9 +91,9 @@ def _numbers(texts: list[bytes]) -> NDArray[Any]:
 
 
 def _members(file: Path, data: bytes | mmap.mmap) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the name of every file in a tar, where it starts, and how long it is; GNU's and POSIX's long names are read.
+    """Yield name, start and length (bytes) of every file in a tar, GNU's and POSIX's long names included.
 
-    By hand, for tarfile takes ten times as long. Raises DataError for a file that is no tar, or ends before the tar does.
+    Ten times faster than tarfile. Raises DataError for a file that is no tar, or is truncated.
     """
     place, long_name = 0, b""
     while place < len(data):
@@ -105,10 +105,10 @@ def _members(file: Path, data: bytes | mmap.mmap) -> Iterator[tuple[bytes, int, 
         except ValueError:
             size = -1
         if size < 0 or header[257:262] != b"ustar":
-            raise DataError(f"{file}: is damaged or no tar (byte {place:,}); fetch or write it anew")
+            raise DataError(f"{file}: is damaged or no tar (byte {place:,}); download or write it again")
         start, kind = place + BLOCK, header[156:157]
         place = start + -(-size // BLOCK) * BLOCK
-        if place >= len(data):  # the block of zeros is not there either
+        if place >= len(data):  # so the block of zeros is missing, too
             break
         if kind == b"L":
             long_name = data[start : start + size].rstrip(b"\0")
@@ -123,11 +123,11 @@ def _members(file: Path, data: bytes | mmap.mmap) -> Iterator[tuple[bytes, int, 
             if kind in b"0\0":
                 yield name, start, size
     if data:
-        raise DataError(f"{file}: is truncated: it ends before its end mark; fetch or write it anew")
+        raise DataError(f"{file}: is truncated: its end mark is missing; download or write it again")
 
 
 def _scan_arrow(file: Path) -> Found:
-    """Return the images of an Arrow stream that holds their files' bytes, by where these lie in it."""
+    """List the images of an Arrow stream, with the places of their files' bytes in it."""
     arrow, size = _pyarrow(file), file.stat().st_size
     offsets, lengths, labels = list[NDArray[np.int64]](), list[NDArray[np.int64]](), list[NDArray[np.int64]]()
     try:
@@ -141,35 +141,37 @@ def _scan_arrow(file: Path) -> Found:
                 _, ends, data = content.buffers()
                 width = np.int64 if arrow.types.is_large_binary(content.type) else np.int32
                 bounds = np.frombuffer(ends, width)[: len(content) + 1].astype(np.int64) + (data.address - origin)
-                if content.null_count or not 0 <= bounds[0] <= bounds[-1] <= size:  # elsewhere: it was unpacked
-                    raise DataError(f"{file}: does not hold its images as plain bytes; save it anew with save_to_disk")
+                if (
+                    content.null_count or not 0 <= bounds[0] <= bounds[-1] <= size
+                ):  # outside the file if it is compressed
+                    raise DataError(f"{file}: does not hold its images as plain bytes; save it again with save_to_disk")
                 offsets.append(bounds[:-1])
                 lengths.append(np.diff(bounds))
                 labels.append(np.asarray(batch.column(label), np.int64))
             ended = source.tell() == size and source.read_at(8, size - 8) == END_OF_STREAM
     except (arrow.ArrowInvalid, OSError, KeyError) as error:
-        raise DataError(f"{file}: is damaged, or no Arrow stream of images ({error}); save it anew") from error
+        raise DataError(f"{file}: is damaged, or no Arrow stream of images ({error}); save it again") from error
     if not ended:
-        raise DataError(f"{file}: is truncated: it ends before its end mark; fetch or write it anew")
+        raise DataError(f"{file}: is truncated: its end mark is missing; download or write it again")
     found = [np.concatenate(part) if part else np.empty(0, np.int64) for part in (offsets, lengths, labels)]
     return Found([b"%09d" % row for row in range(len(found[0]))], found[0], found[1], found[2], classes)
 
 
 def _columns(file: Path, schema: Any) -> tuple[str, str, tuple[str, ...]]:
-    """Return the names of the columns of images and labels, and the classes' names, as `datasets` notes them in the schema."""
+    """Return the names of the image and the label column, and the classes' names, from `datasets`' note in the schema."""
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     images = [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
     labels = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
     if len(images) != 1 or len(labels) != 1:
         raise DataError(
             f"{file}: needs one Image and one ClassLabel column, has {len(images)} and {len(labels)} among "
-            f"{', '.join(schema.names)}; keep or cast these with `datasets` and save it anew"
+            f"{', '.join(schema.names)}; select or cast the columns with `datasets` and save it again"
         )
     return images[0], labels[0], tuple(features[labels[0]].get("names") or ())
 
 
 def seekable(file: Path, memory: Path, digest: str) -> Path:
-    """Return a shard in which an image's bytes lie in one piece: a Parquet file's copy as an Arrow stream, made once in `memory`."""
+    """Return a shard with each image's bytes in one piece; a Parquet file is copied to an Arrow stream in `memory`, once."""
     if file.suffix != ".parquet":
         return file
     arrow, copy = _pyarrow(file), memory / f"{digest}.arrow"
@@ -181,7 +183,7 @@ def seekable(file: Path, memory: Path, digest: str) -> Path:
                 for batch in table.iter_batches(batch_size=ROWS):
                     rows.write_batch(batch)
         except arrow.ArrowInvalid as error:
-            raise DataError(f"{file}: is damaged or no Parquet file ({error}); fetch or write it anew") from error
+            raise DataError(f"{file}: is damaged or no Parquet file ({error}); download or write it again") from error
     return copy
 
 

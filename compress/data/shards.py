@@ -1,6 +1,7 @@
-"""List shards by the place of each image in them, and read an image from its place.
+"""Index the images of shards by their place in them, and read an image by its place.
 
-With such an index any image is one read: views, cached logits and resumed runs see shards as they see files. Imports no torch.
+With the index any image takes a single read, so shards work as files do for views, cached logits and resumed runs.
+Imports no torch.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ PART = re.compile(rf"(?:^|[/_.-])({'|'.join((TRAIN, *VAL_NAMES))})(?=[/_.-])")
 
 @dataclass(frozen=True)
 class Rows:
-    """Where n images lie: each one's name, its shard, the first of its bytes there, and how many; with its label."""
+    """The places of n images: name, shard, offset and length in bytes; and the label."""
 
     names: NDArray[np.bytes_]
     shards: NDArray[np.int32]
@@ -48,9 +49,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class ShardListing:
-    """The images of a folder of shards, in the order in which they lie there; `places` are the shards' paths or URLs.
+    """The images of a folder of shards, in their order there; `places` are the shards' paths or URLs.
 
-    `val` is None where no shard is named as a validation set.
+    `val` is None where no shard's name marks a validation set.
     """
 
     root: Path
@@ -60,14 +61,14 @@ class ShardListing:
     val: Rows | None
 
     def place(self, part: str) -> str:
-        """Say where the images of a part of the data belong."""
+        """Return a pattern for the shards of a part of the data, for messages."""
         return f"{self.root / part}-*.tar"
 
 
 def shard_files(root: Path) -> list[str]:
-    """Return the paths of a folder's shards, in it and in folders of its parts, and of what names their classes; none where it has others.
+    """Return the paths of a folder's shards, in it or in folders of its parts, and of its classes.txt.
 
-    Of shards that lie behind URLs it is their index.
+    For shards behind URLs it is their index; for any other folder the list is empty.
     """
     if not root.is_dir():
         return []
@@ -81,22 +82,22 @@ def shard_files(root: Path) -> list[str]:
 
 
 def _shards_of(folder: Path) -> list[Path]:
-    """Return the shards in a folder; `datasets` caches what it computed beside them."""
+    """Return the shards in a folder, without the files that `datasets` caches there."""
     found = (path for path in folder.iterdir() if path.suffix in SHARDS and not path.name.startswith((".", "cache-")))
     return sorted(found)
 
 
 def list_shards(root: Path, digests: Mapping[str, str], memory: Path) -> ShardListing:
-    """List the shards with these digests, by the index beside them or in `memory`, where one is written if neither fits.
+    """List the shards with these digests, from the index beside them or in `memory`; write one there if neither fits.
 
-    Raises DataError for shards that are empty or truncated, and for images that have no label or share a name.
+    Raises DataError for shards that are empty or truncated, and for images without a label or with the same name.
     """
     kept = memory / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
     for file in (root / INDEX, kept):
         if (index := _load(file)) and (INDEX in digests or (_digests(index) == digests and _is_here(root, index))):
             return _listing(root, index)
     if INDEX in digests:
-        raise DataError(f"{root / INDEX}: is no index of this version; make it anew with compress shards URL DIR")
+        raise DataError(f"{root / INDEX}: is no index of this version; make it again with compress shards URL DIR")
     files = [name for name in digests if name != CLASSES]
     seen = [seekable(root / name, memory, digests[name]) for name in files]
     index = index_of(root, digests, [os.path.relpath(file, root) for file in seen], [scan_shard(file) for file in seen])
@@ -106,7 +107,7 @@ def list_shards(root: Path, digests: Mapping[str, str], memory: Path) -> ShardLi
 
 
 def save_index(file: Path, index: Mapping[str, NDArray[Any]]) -> None:
-    """Write an index, whole or not at all."""
+    """Write an index, complete or not at all."""
     with writing(file) as stream:
         np.savez(stream, allow_pickle=False, **index)
 
@@ -114,7 +115,7 @@ def save_index(file: Path, index: Mapping[str, NDArray[Any]]) -> None:
 def index_of(
     root: Path, digests: Mapping[str, str], places: Sequence[str], found: Sequence[Found]
 ) -> dict[str, NDArray[Any]]:
-    """Return the index of shards: what each of them holds, where it lies (its path from `root`, or URL), and the digest of every file."""
+    """Return the index of shards: their images, their places (paths from `root`, or URLs), and every file's digest."""
     classes, labels = _classes(root, found)
     files = [name for name in digests if name != CLASSES]
     names = [b"%s/%s" % (os.fsencode(file), name) for file, one in zip(files, found, strict=True) for name in one.names]
@@ -141,7 +142,7 @@ def _is_here(root: Path, index: Mapping[str, NDArray[Any]]) -> bool:
 
 
 def _load(file: Path) -> dict[str, NDArray[Any]] | None:
-    """Return an index, None where there is none of this version."""
+    """Return the index in a file, None where there is none of this version."""
     try:
         with np.load(file, allow_pickle=False) as archive:
             index = dict(archive)
@@ -163,14 +164,14 @@ def _listing(root: Path, index: Mapping[str, NDArray[Any]]) -> ShardListing:
 
 
 def _classes(root: Path, found: Sequence[Found]) -> tuple[list[str], NDArray[np.int64]]:
-    """Return the classes' names and every image's class: by the names in the shards, by classes.txt, else by number."""
+    """Return the classes' names and every image's class; names are the shards', else those in classes.txt, else numbers."""
     labels = np.concatenate([one.labels for one in found])
     if labels.dtype.kind != "i":
         found_names, labels = np.unique(labels, return_inverse=True)
         return found_names.tolist(), labels
     own = {one.classes for one in found if one.classes}
     if len(own) > 1:
-        raise DataError(f"{root}: its shards name their classes differently; give shards of one data set")
+        raise DataError(f"{root}: its shards have different class names; give shards of one data set")
     listed = (root / CLASSES).read_text(encoding="utf-8").split("\n") if (root / CLASSES).is_file() else []
     names = list(*own) or [line for line in map(str.strip, listed) if line] or list(map(str, range(labels.max() + 1)))
     if not 0 <= labels.min() <= labels.max() < len(names):
@@ -178,12 +179,12 @@ def _classes(root: Path, found: Sequence[Found]) -> tuple[list[str], NDArray[np.
             f"{root}: labels must be from 0 to {len(names) - 1}, one for each class, got {labels.min()} to {labels.max()}"
         )
     if len(set(names)) < len(names) or not all(map(is_label, names)):
-        raise DataError(f"{root / CLASSES}: must name a class a line, each once, in the order of the labels")
+        raise DataError(f"{root / CLASSES}: must name one class a line, each once, in the order of the labels")
     return names, labels
 
 
 class _Open:
-    """A file that is closed once nobody holds it: a thread may still read what another pushed out of the cache."""
+    """An open file, closed when no thread uses it any more: the cache may drop it while another thread reads."""
 
     def __init__(self, place: str) -> None:
         self.number = os.open(place, os.O_RDONLY)
@@ -193,13 +194,13 @@ class _Open:
             os.close(self.number)
 
 
-@lru_cache(maxsize=256)  # of the 1,024 files that a process may usually have open
+@lru_cache(maxsize=256)  # a process may usually have 1,024 files open
 def _opened(place: str) -> _Open:
     return _Open(place)
 
 
 def read_bytes(place: str, offset: int, length: int) -> bytes:
-    """Return an image's bytes out of its shard, a path or a URL. Raises BrokenImage where they cannot be read."""
+    """Return an image's bytes from its shard, a path or URL. Raises BrokenImage where they cannot be read."""
     try:
         if "://" in place:
             system, path = importlib.import_module("fsspec").core.url_to_fs(place)
@@ -208,6 +209,6 @@ def read_bytes(place: str, offset: int, length: int) -> bytes:
             found = os.pread(_opened(place).number, length, offset)
     except (OSError, ImportError) as error:
         raise BrokenImage(getattr(error, "strerror", None) or str(error)) from error
-    if len(found) != length:  # it ends before, or its server gives whole files
-        raise BrokenImage(f"its shard gave {len(found):,} bytes where {length:,} were asked for")
+    if len(found) != length:  # the file is too short, or its server ignores ranges
+        raise BrokenImage(f"its shard returned {len(found):,} bytes instead of {length:,}")
     return found

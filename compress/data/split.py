@@ -1,4 +1,4 @@
-"""Choose images of each class by seed: those to train on, and those held out for validation."""
+"""Split images by class and seed: training images, and those held out for validation or tuning."""
 
 import numpy as np
 
@@ -7,29 +7,30 @@ from export.errors import DataError
 
 
 def held_out(labels: np.ndarray, classes: tuple[str, ...], *, fraction: float, seed: int) -> np.ndarray:
-    """Return the indices, in order, of the images held out: the fraction of each class, one at least, and one at least stays.
+    """Return the sorted indices of the held-out images: a fraction of each class, at least one and at most all but one.
 
-    Raises `DataError` for a class of a single image.
+    Raises DataError for a class of a single image.
     """
     chosen = []
     for label, members in enumerate(_shuffled(labels, len(classes), seed)):
         if len(members) < 2:
             raise DataError(
-                f"class {classes[label]!r}: has {len(members)} image, too few to hold one out for validation; add images or a val/ folder"
+                f"class {classes[label]!r}: has {len(members)} image, and one must be held out for validation; "
+                "add images or a val/ folder"
             )
         chosen.append(members[: min(max(round(len(members) * fraction), 1), len(members) - 1)])
     return np.sort(np.concatenate(chosen))
 
 
 def limited(labels: np.ndarray, num_classes: int, *, per_class: int, seed: int) -> np.ndarray:
-    """Return the indices, in order, of so many images of each class."""
+    """Return the sorted indices of at most `per_class` images of each class."""
     return np.sort(np.concatenate([members[:per_class] for members in _shuffled(labels, num_classes, seed)]))
 
 
 def parts_of(n: int, settings: DataSettings, *, has_validation: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return which of n training images without a class are trained on, and which are held out of them to judge by."""
+    """Split n images without classes; return the indices to train on, and those held out for validation."""
     strata, train, out = np.zeros(n, np.int64), np.arange(n), np.empty(0, np.int64)
-    for _ in range((not has_validation) + settings.tuning):  # a tuning split leaves validation unseen
+    for _ in range((not has_validation) + settings.tuning):  # a tuning split comes after the validation split
         chosen = held_out(strata[train], ("images",), fraction=settings.val_fraction, seed=settings.seed)
         out, train = train[chosen], np.delete(train, chosen)
     if settings.limit_per_class is not None:
@@ -38,14 +39,14 @@ def parts_of(n: int, settings: DataSettings, *, has_validation: bool) -> tuple[n
 
 
 def sampled(labels: np.ndarray, num_classes: int, *, images: int, seed: int) -> np.ndarray:
-    """Return the indices, in order, of about so many images, of each class in proportion and one at least."""
+    """Return the sorted indices of about `images` images, the same fraction of each class and at least one."""
     fraction = min(images / len(labels), 1.0)
     members = _shuffled(labels, num_classes, seed)
     return np.sort(np.concatenate([own[: max(round(len(own) * fraction), 1)] for own in members]))
 
 
 def _shuffled(labels: np.ndarray, num_classes: int, seed: int) -> list[np.ndarray]:
-    """Return each class's indices in an order of its own, so that another class's images change nothing."""
+    """Return each class's indices, shuffled by (seed, class), so that other classes' images do not matter."""
     return [
         np.random.default_rng((seed, label)).permutation(np.flatnonzero(labels == label))
         for label in range(num_classes)

@@ -1,4 +1,4 @@
-"""Images and masks of any size in memory, one row of bytes each."""
+"""Images and masks of different sizes in memory, one row of bytes each."""
 
 from dataclasses import dataclass, field
 
@@ -10,9 +10,9 @@ from compress.data.views import Boxes, Draws
 
 @dataclass(frozen=True)
 class Stored:
-    """Images of any size in memory: `pixels` uint8 (n, channels, area), of each its rows one after the other, and then nothing.
+    """Images of different sizes: `pixels` uint8 (n, channels, area), each image's rows one after the other, then padding.
 
-    `sizes` (n, 2) are the images' own heights and widths, `kept` (n, 2) those that they are stored with.
+    `sizes` (n, 2) are the images' original heights and widths, `kept` (n, 2) those that they are stored with.
     """
 
     pixels: Tensor
@@ -21,17 +21,17 @@ class Stored:
     _on_device: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def first(self, n: int) -> "Stored":
-        """Return the first n images, on the same bytes."""
+        """Return the first n images, without copying."""
         return Stored(self.pixels[:n], self.sizes[:n], self.kept[:n])
 
     def boxes(self, draws: Draws, chosen: Tensor) -> Boxes:
-        """Return the boxes of the chosen images (m,) in the pixels that are stored."""
+        """Return the boxes of the chosen images (m,) in stored pixels."""
         return draws.boxes(chosen, self.sizes[chosen]).scaled(self.kept[chosen] / self.sizes[chosen])
 
     def images(self, chosen: Tensor, device: torch.device) -> Tensor:
-        """Return the chosen images (m,) on the device, (m, channels, height, width) of the largest of them, each in the top left corner.
+        """Return the chosen images (m,) on the device as (m, channels, height, width), padded to the largest at bottom and right.
 
-        The first call copies all of them there, and they stay.
+        The first call copies all images to the device, where they stay.
         """
         if device not in self._on_device:
             self._on_device[device] = self.pixels.to(device)

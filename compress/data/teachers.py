@@ -1,14 +1,14 @@
-"""Networks that other programs saved, as a recipe names them: as teachers, with how they see images."""
+"""Teachers that a recipe names, which other programs may have saved, and the preprocessing that they need."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-FOREIGN = ("onnx", "hf", "exported")  # kinds of files that hold a network with its weights
+FOREIGN = ("onnx", "hf", "exported")  # kinds of files that contain a network with its weights
 
 
 @dataclass(frozen=True)
 class GivenTeacher:
-    """One teacher as a recipe names it; None is as the student has it."""
+    """One teacher of a recipe; where a setting is None, it takes the student's."""
 
     network: str
     weights: str | None
@@ -19,6 +19,6 @@ class GivenTeacher:
 
 
 def foreign(arch: str) -> tuple[str, str] | None:
-    """Return the kind and the path of a network that a file holds whole; None for others."""
+    """Return kind and path of a network whose file contains it completely, None for other networks."""
     kind, _, path = arch.partition(":")
     return (kind, path) if kind in FOREIGN else None

@@ -1,7 +1,7 @@
-"""Crop, resize and mirror training images, each by its own box, as torchvision's RandomCrop, RandomResizedCrop and RandomHorizontalFlip do.
+"""Crop, resize and mirror training images as torchvision's RandomCrop, RandomResizedCrop and RandomHorizontalFlip do.
 
-A view's chances are drawn for all images at once; an image's box is a function of them and of its size. So images in memory and
-images that are read from files when asked for are shown in the same views.
+A view's random numbers are drawn for all images at once; an image's box is a function of them and of its size. So images
+in memory and images in files have the same views.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate, pad
 from compress.data.augment import ASPECT_RATIOS, Augmentation
 from export.images.preprocess import IGNORED
 
-ATTEMPTS = 10  # boxes drawn for random_resized before the middle of the image is taken, as torchvision does
+ATTEMPTS = 10  # boxes that random_resized draws before it takes the image's middle, as in torchvision
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Boxes:
         return Boxes(*(part.to(device) for part in self._parts))
 
     def scaled(self, factors: Tensor) -> "Boxes":
-        """Return the boxes in images that were resized by the factors (n, 2) of height and width, in whole pixels, one at least."""
+        """Return the boxes in images resized by the factors (n, 2) of height and width, in whole pixels, at least one."""
         down, across = factors.unbind(1)
         bottom = ((self.top + self.height) * down).round().clamp(min=1)
         right = ((self.left + self.width) * across).round().clamp(min=1)
@@ -50,7 +50,7 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Draws:
-    """What chance decides in one view of n images: whether each is mirrored, and numbers from 0 to 1 for its box."""
+    """The random numbers of one view of n images: whether each is mirrored, and numbers from 0 to 1 for its box."""
 
     augmentation: Augmentation
     mirrored: Tensor  # bool (n,)
@@ -59,7 +59,7 @@ class Draws:
     ratio: Tensor  # the same
 
     def boxes(self, chosen: Tensor, sizes: Tensor) -> Boxes:
-        """Return the boxes of the chosen images (m,), whose heights and widths are `sizes` (m, 2)."""
+        """Return the boxes of the chosen images (m,), of the heights and widths `sizes` (m, 2)."""
         heights, widths = sizes.float().unbind(1)
         place, mirrored = self.place[chosen], self.mirrored[chosen]
         if self.augmentation.crop == "random_resized":
@@ -73,9 +73,9 @@ class Draws:
         return Boxes(top, left, heights, widths, mirrored)
 
     def _random_sizes(self, chosen: Tensor, heights: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return heights and widths by area and aspect ratio (torchvision's RandomResizedCrop): the first of ten that fits, and whether one does.
+        """Return the height and width of each image's first box that fits (torchvision's RandomResizedCrop), and whether one does.
 
-        Where none does: the largest box in the middle whose aspect ratio is allowed.
+        Where none fits, they are those of the largest central box with an allowed aspect ratio.
         """
         least, (narrow, wide) = self.augmentation.min_area, ASPECT_RATIOS
         area = (heights * widths)[:, None] * (least + (1 - least) * self.area[chosen])  # (m, attempts)
@@ -91,7 +91,7 @@ class Draws:
 
 
 def draw(augmentation: Augmentation, n: int, *, seed: int) -> Draws:
-    """Draw what one view of n images needs."""
+    """Draw the random numbers of one view of n images."""
     generator = torch.Generator().manual_seed(seed)
     attempts = ATTEMPTS if augmentation.crop == "random_resized" else 0
     return Draws(
@@ -102,12 +102,12 @@ def draw(augmentation: Augmentation, n: int, *, seed: int) -> Draws:
 
 
 def cut(pixels: Tensor, boxes: Boxes, image_size: int) -> Tensor:
-    """Return each image's box resized, as torchvision does: uint8 (n, 3, height, width) to (n, 3, image_size, image_size), values 0..255."""
+    """Return each image's box, resized as in torchvision: uint8 (n, 3, height, width) to (n, 3, image_size, image_size), 0..255."""
     return (cut_each if pixels.device.type == "cpu" else cut_all)(pixels, boxes, image_size)
 
 
 def cut_each(pixels: Tensor, boxes: Boxes, image_size: int) -> Tensor:
-    """Do it image by image, in bytes: on a CPU 4 to 15 times as fast as the product."""
+    """Cut image by image, in uint8: on a CPU 4 to 15 times faster than `cut_all`."""
     edges = torch.stack([boxes.top, boxes.left, boxes.top + boxes.height, boxes.left + boxes.width]).int()  # (4, n)
     beyond = max(-int(edges.min()), int(edges[2].max()) - pixels.shape[2], int(edges[3].max()) - pixels.shape[3], 0)
     padded = pad(pixels, [beyond] * 4)
@@ -121,20 +121,20 @@ def cut_each(pixels: Tensor, boxes: Boxes, image_size: int) -> Tensor:
 
 
 def cut_all(pixels: Tensor, boxes: Boxes, image_size: int) -> Tensor:
-    """Do it for all images at once, in float32, as `rows @ image @ columns`: a bilinear resize is linear in an image's rows and columns."""
+    """Cut all images at once, in float32: a bilinear resize is the product `rows @ image @ columns`."""
     height, width = pixels.shape[-2:]
     rows = _resampling(boxes.top, boxes.height, height, image_size)  # (n, image_size, height)
     columns = _resampling(boxes.left, boxes.width, width, image_size)
     columns = torch.where(boxes.mirrored[:, None, None], columns.flip(1), columns)
-    with torch.autocast(pixels.device.type, enabled=False):  # which would keep no more than 8 bits of a pixel
+    with torch.autocast(pixels.device.type, enabled=False):  # bf16 would round pixels to 8 bits of precision
         return rows[:, None] @ pixels.float() @ columns[:, None].mT
 
 
 def _resampling(start: Tensor, length: Tensor, side: int, image_size: int) -> Tensor:
     """Return the matrices (n, image_size, side) of a bilinear resize with antialias, as Pillow computes it.
 
-    Output i lies at start + (i + 1/2) * scale; its weights are a triangle around that, as wide as the scale where that is above 1, over the
-    box's own pixels, and sum to 1 (to 0 where the box lies outside the image).
+    Output i lies at start + (i + 1/2) * scale. Its weights are a triangle around that point, of half width max(scale, 1),
+    over the box's own pixels; they sum to 1 (to 0 where the box lies outside the image).
     """
     start, length = start[:, None, None], length[:, None, None]
     scale = length / image_size
@@ -146,9 +146,9 @@ def _resampling(start: Tensor, length: Tensor, side: int, image_size: int) -> Te
 
 
 def cut_nearest(masks: Tensor, boxes: Boxes, image_size: int) -> Tensor:
-    """Return each mask's box resized by the nearest pixel, uint8 (n, height, width) to (n, image_size, image_size), IGNORED outside of it.
+    """Return each mask's box, resized by the nearest pixel: uint8 (n, height, width) to (n, image_size, image_size).
 
-    Output i lies at start + (i + 1/2) * scale, as in the images' cut.
+    Output i lies at start + (i + 1/2) * scale, as in `cut`; outside the mask it is IGNORED.
     """
     n, height, width = masks.shape
     rows, rows_inside = _nearest(boxes.top, boxes.height, height, image_size)  # (n, image_size) each
@@ -162,7 +162,7 @@ def cut_nearest(masks: Tensor, boxes: Boxes, image_size: int) -> Tensor:
 
 
 def _nearest(start: Tensor, length: Tensor, side: int, image_size: int) -> tuple[Tensor, Tensor]:
-    """Return the pixel that each output shows (n, image_size), and whether it is inside the image."""
+    """Return each output's pixel (n, image_size), and whether it is inside the image."""
     steps = torch.arange(image_size, device=start.device) + 0.5
     pixel = (start[:, None] + steps * (length[:, None] / image_size)).floor().long()
     return pixel.clamp(0, side - 1), (pixel >= 0) & (pixel < side)

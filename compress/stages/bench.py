@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from compress.artifact import Metrics, write_json
-from compress.data.images import FileImages
 from compress.recipe.stages import BenchStage
 from compress.run import Run, as_numpy, newest
 from export.bench import bench
@@ -101,11 +100,8 @@ def _end_to_end(files: Sequence[Path], run: Run, *, seconds: float) -> dict[str,
                 images.whole(index)
             except BrokenImage:
                 continue
-            if isinstance(images, FileImages):
-                paths.append(images.root / images.name(index))
-            else:
-                paths.append(Path(folder, f"{index}.bmp"))
-                paths[-1].write_bytes(images.file(index))
+            paths.append(Path(folder, f"{index}{images.suffix(index)}"))
+            paths[-1].write_bytes(images.content(index))
             if len(paths) == WHOLE:
                 break
         return {

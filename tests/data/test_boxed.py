@@ -95,7 +95,7 @@ def test_validation_images_are_written_and_read_again(tmp_path: Path) -> None:
     for mine, its in zip(batch.targets.numpy(), truths, strict=True):
         assert np.allclose(mine[mine[:, 0] >= 0], its[its[:, 0] >= 0], atol=1e-6)
     assert sorted(again.digests()) == sorted(data.validation_digests())
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="exists already"):
         write_boxes(data, folder)
 
 
@@ -120,7 +120,7 @@ def test_a_folder_is_opened_whole_and_stretched(tmp_path: Path) -> None:
     ids=["randaugment", "mixup", "cutmix"],
 )
 def test_changes_that_would_leave_the_boxes_behind_are_refused(changed: Augmentation, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"changes images and not their boxes"):
+    with pytest.raises(DataError, match=r"changes images but not their boxes"):
         open_boxes(settings(tmp_path), changed)
 
 

@@ -440,7 +440,7 @@ def test_an_image_set_says_where_its_images_are(tmp_path: Path, request: pytest.
     assert opened("imagefolder", root).train.place == "in memory, whole"
     assert opened("imagefolder", root).val.place == "in memory"
     request.getfixturevalue("no_memory")
-    assert opened("imagefolder", root).train.place == "in their files, decoded anew for each view"
+    assert opened("imagefolder", root).train.place == "in files, decoded for each view"
 
 
 def test_photographs_are_kept_whole_with_the_pixels_that_their_crops_need(tmp_path: Path) -> None:

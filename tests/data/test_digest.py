@@ -102,7 +102,7 @@ def test_long_reading_says_how_long_it_took(
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(digest_module, "PATIENCE_S", 0)
     named(root)
-    assert capsys.readouterr().err == f"{root}: the content of 8 of 8 files is known after 0:00\n"
+    assert capsys.readouterr().err == f"{root}: 8 of 8 files read in 0:00\n"
 
 
 def test_reading_that_is_interrupted_goes_on_from_there(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

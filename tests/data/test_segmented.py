@@ -169,10 +169,10 @@ def test_other_layouts_and_changes_that_masks_would_not_share_are_refused(root: 
     (tmp_path / "images").mkdir()
     with pytest.raises(DataError, match="has no masks/: put images into images/train/"):
         list_masks(tmp_path)
-    with pytest.raises(DataError, match="digits: has labels and no masks; take scenes"):
+    with pytest.raises(DataError, match="digits: has labels but no masks; use scenes"):
         opened(None, name="digits", memory=tmp_path)
     settings = SETTINGS | {"task": "segmentation", "memory": tmp_path}
-    with pytest.raises(DataError, match=r"data\.augment\.mixup: changes images and not their masks"):
+    with pytest.raises(DataError, match=r"data\.augment\.mixup: changes images but not their masks"):
         open_masks(DataSettings("scenes", None, **settings), replace(augmentation(), mixup=0.2))
     with pytest.raises(DataError, match="its 3 classes are not the 2 of the bundle"):
         mask_examples(root, opened(root).preprocess, ("a", "b"))

@@ -232,7 +232,7 @@ def test_loader_processes_read_from_a_server_and_believe_no_whole_file(
         ]
         assert all(torch.equal(a.images, b.images) for a, b in zip(*pairs, strict=True))
     monkeypatch.setattr(Ranges, "honest", False)
-    with pytest.raises(DataError, match=r"its shard gave [\d,]+ bytes where [\d,]+ were asked for"):
+    with pytest.raises(DataError, match=r"its shard returned [\d,]+ bytes instead of [\d,]+"):
         list(eval_batches(remote.val, remote.preprocess, batch_size=2, device=CPU, workers=0))
 
 

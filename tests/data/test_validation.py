@@ -97,5 +97,5 @@ def test_classes_that_no_folder_can_be_named_after_are_numbered(
 
 def test_a_folder_that_is_there_is_never_written_into(tmp_path: Path) -> None:
     opened = open_dataset(data_settings(read_recipe(recipe_of(tmp_path) / "recipe.yaml")), STILL)
-    with pytest.raises(DataError, match="is there already; name a new folder"):
+    with pytest.raises(DataError, match="exists already; name a new folder"):
         write_validation(opened, tmp_path)
