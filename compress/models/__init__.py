@@ -1,1 +1,1 @@
-"""Networks by name, their weights, and what they cost; `digest` imports no torch, and neither does this package itself."""
+"""Networks by name, their weights and their costs. `digest` and `known` import no torch, and neither does this file."""

@@ -1,4 +1,4 @@
-"""Build a network from its name: torchvision's, timm's, one for CIFAR, or a person's own file."""
+"""Build a network from its name: torchvision's, timm's, one for CIFAR, or the user's own file."""
 
 import hashlib
 import importlib.util
@@ -21,8 +21,8 @@ from compress.models.foreign import exported, hugging_face, rebuilt
 from compress.models.known import check_name, suggestion
 from compress.models.segmenters import build_pyramid, build_smp
 
-# These two classify by auxiliary heads, too, unless told not to, and warn unless told how to start. transform_input is what their published
-# weights expect: it turns ImageNet's normalization into theirs.
+# These two have auxiliary heads by default, and warn unless told how to initialize. Their published weights expect
+# transform_input, which turns ImageNet's normalization into theirs.
 _NO_AUXILIARY_HEADS: dict[str, bool] = {"aux_logits": False, "init_weights": True, "transform_input": True}
 _EXTRA = {"googlenet": _NO_AUXILIARY_HEADS, "inception_v3": _NO_AUXILIARY_HEADS}
 
@@ -30,17 +30,17 @@ _EXTRA = {"googlenet": _NO_AUXILIARY_HEADS, "inception_v3": _NO_AUXILIARY_HEADS}
 def build(arch: str, *, num_classes: int, image_size: int | None = None, trust_code: bool = False) -> nn.Module:
     """Build `torchvision:NAME`, `timm:NAME`, `cifar:NAME` or `file.py:factory` with random weights, in eval mode.
 
-    `onnx:FILE`, `hf:FOLDER` and `exported:FILE.pt2` bring their own weights.
-    A library's network that takes images of one size only (ViT, Swin) is built for `image_size`, by default for its own.
-    A file's factory is called as `factory(num_classes)` and only with `trust_code`: loading it runs its code.
-    Raises `ModelError` for an unknown name, a size that does not fit, and for a file that cannot be used.
+    `onnx:FILE`, `hf:FOLDER` and `exported:FILE.pt2` contain their weights. A network for one image size only (ViT, Swin)
+    is built for `image_size`, by default for its own. A file's factory is called as `factory(num_classes)`, and only with
+    `trust_code`, as loading the file runs its code. Raises ModelError for an unknown name, a size that does not fit, or a
+    file that cannot be used.
     """
     source, name = foreign(arch) or (arch.rpartition(":")[0], arch.rpartition(":")[2])
     if source not in LIBRARIES:
         return _own(arch, num_classes, trust_code=trust_code).eval()
     if image_size is None or source not in SIZED or not SIZED[source][0](name):
         model = LIBRARIES[source](name, num_classes)
-        return (_answering(model) if foreign(arch) else model).eval()
+        return (_unnamed(model) if foreign(arch) else model).eval()
     try:
         return LIBRARIES[source](name, num_classes, **{SIZED[source][1]: image_size}).eval()
     except (ArithmeticError, AssertionError, RuntimeError, ValueError) as error:
@@ -58,7 +58,7 @@ def _torchvision(name: str, num_classes: int, **sized: int) -> nn.Module:
             name, weights=None, num_classes=num_classes, **_EXTRA.get(name, {}), **sized
         )
         return model
-    return _answering(torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes))
+    return _unnamed(torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes))
 
 
 def torchvision_names() -> tuple[str, ...]:
@@ -70,8 +70,8 @@ def _segmentation() -> tuple[str, ...]:
     return tuple(torchvision.models.list_models(module=torchvision.models.segmentation))
 
 
-def _answering(model: nn.Module) -> nn.Module:
-    """Have a network that names its outputs, as torchvision's segmentation (`out`) and transformers (`logits`) do, answer with that alone.
+def _unnamed(model: nn.Module) -> nn.Module:
+    """Make a network with named outputs return the logits alone: torchvision's segmentation `out`, transformers' `logits`.
 
     Its weights keep their names.
     """
@@ -111,7 +111,7 @@ LIBRARIES: dict[str, Callable[..., nn.Module]] = {
     "exported": exported,
     **{kind: partial(build_detector, kind) for kind in BUILDERS},
 }
-# Which networks of a library are made for one size of image, and their argument for it.
+# A library's test whether a network is built for one image size, and the argument for that size.
 SIZED: dict[str, tuple[Callable[[str], bool], str]] = {
     "torchvision": (lambda name: name.startswith("vit_"), "image_size"),
     "timm": (_timm_is_sized, "img_size"),
@@ -119,7 +119,7 @@ SIZED: dict[str, tuple[Callable[[str], bool], str]] = {
 
 
 def import_timm() -> ModuleType:
-    """Return timm; raise `ModelError` where it is not installed."""
+    """Return timm; raise ModelError where it is not installed."""
     try:
         import timm
     except ModuleNotFoundError as error:
@@ -143,11 +143,11 @@ def _own(arch: str, num_classes: int, *, trust_code: bool) -> nn.Module:
     model = factories[name](num_classes)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{arch}: must return a torch.nn.Module, returned {type(model).__name__}")
-    return _answering(model)
+    return _unnamed(model)
 
 
 def _refuse_namesakes(file: Path) -> None:
-    """Raise `ModelError` where Python would take a module that is loaded already for one beside a person's file."""
+    """Raise ModelError where the user's file imports a module beside it whose name another loaded module has."""
     for name, path in local_modules(file).items():
         loaded = getattr(sys.modules.get(name), "__file__", None)
         if loaded is not None and Path(loaded).resolve() != path:
@@ -155,14 +155,14 @@ def _refuse_namesakes(file: Path) -> None:
 
 
 def _import(file: Path) -> ModuleType:
-    """Run a person's file as a module of its own name, with its folder importable meanwhile."""
+    """Run the user's file as a module with a unique name, with its folder on sys.path meanwhile."""
     _refuse_namesakes(file)
     name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None, "a .py file has a spec"
     assert spec.loader is not None, "and a loader"
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and torch.fx look their module up there
+    sys.modules[name] = module  # dataclasses and torch.fx look up their module there
     sys.path.insert(0, str(file.resolve().parent))
     try:
         spec.loader.exec_module(module)

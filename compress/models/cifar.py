@@ -1,7 +1,7 @@
 """The residual networks for 32-pixel images that distillation and pruning papers compare on.
 
-Layers and names are those of CRD's code (HobbitLong/RepDistiller; Tian 2020), which mdistiller and DIST took over: so the teachers that
-they publish load here as they are.
+Layers and names are those of CRD's code (HobbitLong/RepDistiller; Tian 2020), which mdistiller and DIST also use, so their
+published teachers load unchanged.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class _Block(nn.Module):
-    """Two convolutions beside a shortcut, which is a 1 × 1 convolution where the shape changes (He 2016, option B)."""
+    """Two convolutions and a shortcut, which is a 1 × 1 convolution where the shape changes (He 2016, option B)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class _Block(nn.Module):
 
 
 class _WideBlock(nn.Module):
-    """Batch-norm and ReLU before each convolution (Zagoruyko 2016); where the width changes, the shortcut reads behind the first ReLU."""
+    """Batch-norm and ReLU before each convolution (Zagoruyko 2016); a shortcut with a convolution reads the first ReLU."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class _WideBlock(nn.Module):
 
 
 class _Stage(nn.Module):
-    """A stage of a wide network, under the name that published weights have."""
+    """A stage of a wide network; `layer` is its name in published weights."""
 
     def __init__(self, blocks: nn.Sequential) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ def _conv(inputs: int, outputs: int, stride: int) -> nn.Conv2d:
 
 
 def _initialize_(model: nn.Module) -> None:
-    """Start convolutions as He 2015 does, by the fan out."""
+    """Initialize convolutions as in He 2015, by the fan out."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

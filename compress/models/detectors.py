@@ -1,7 +1,8 @@
-"""Torchvision's one-stage detectors as plain networks: images in, one row for each anchor out, at a fixed size.
+"""Torchvision's one-stage detectors as plain networks: images in, one row per anchor out, at a fixed size.
 
-A row holds the logits (background first), the four numbers that move the anchor, and what `export.tasks.boxes` needs to read them. Modules keep
-torchvision's names, so its weights and those of whoever trained with it fit; preparing images, decoding and suppression are left to the caller.
+A row has the logits (background first), the four box moves, and the constants with which `export.tasks.boxes` decodes
+them. Modules keep torchvision's names, so weights trained with torchvision fit. Preprocessing, decoding and suppression
+are left to the caller.
 """
 
 from collections import OrderedDict
@@ -26,19 +27,21 @@ from torchvision.ops.misc import Conv2dNormActivation
 from compress.models.known import check_name
 from export.tasks.boxes import CENTRED, GIOU, SIGMOID, SOFTMAX
 
-RATIOS = ([2], [2, 3], [2, 3], [2])  # of SSD's boxes on a residual network, level by level
+RATIOS = ([2], [2, 3], [2, 3], [2])  # aspect ratios of SSD's anchors on a residual network, by level
 
 
 class Detector(nn.Module):
-    """A detector's backbone and heads; `forward` gives (n, anchors, classes + 1 + 4 + 5)."""
+    """A detector's backbone and heads; `forward` returns (n, anchors, classes + 1 + 4 + 5)."""
 
     def __init__(self, network: Any, kind: int) -> None:
-        """Take torchvision's network apart."""
+        """Take backbone, head and anchors of torchvision's network."""
         super().__init__()
         self.backbone: nn.Module = network.backbone
         self.head: nn.Module = network.head
         self.kind = kind
-        self._anchors = [network.anchor_generator]  # in a list: it has no weights, and is no module of this one
+        self._anchors = [
+            network.anchor_generator
+        ]  # in a list, so that it does not become a submodule; it has no weights
 
     def forward(self, images: Tensor) -> Tensor:
         """Return each anchor's row for images (n, 3, size, size)."""
@@ -51,7 +54,7 @@ class Detector(nn.Module):
         return torch.cat([logits, moves, constants.expand(images.shape[0], -1, -1)], dim=2)
 
     def constants(self, images: Tensor, levels: Sequence[tuple[int, ...]]) -> Tensor:
-        """Return what each anchor's numbers are read by (1, anchors, 5): kind, centre, width and height as fractions of the image."""
+        """Return each anchor's constants (1, anchors, 5): kind; centre, width and height as fractions of the image."""
         height, width = images.shape[2:]
         with torch.no_grad():
             blank = ImageList(torch.empty(1, 3, height, width), [(height, width)])
@@ -63,7 +66,7 @@ class Detector(nn.Module):
 
 
 class SteppedResNet(nn.Module):
-    """A residual network's maps at strides 8, 16 and 32, and one more at 64: what SSD looks at."""
+    """A residual network's maps at strides 8, 16 and 32, and one more at 64, for SSD's heads."""
 
     def __init__(self, network: Any) -> None:
         """Take torchvision's classifier without its head."""
@@ -120,14 +123,14 @@ def _fcos(backbone: str, classes: int) -> nn.Module:
 
 
 RESIDUAL, MOBILE = ("resnet18", "resnet34", "resnet50"), ("mobilenet_v3_small", "mobilenet_v3_large")
-# Kind of detector: what builds it, and the backbones that it takes.
+# Kind of detector: its builder, and the backbones that it takes.
 BUILDERS: Mapping[str, tuple[Callable[[str, int], nn.Module], Sequence[str]]] = {
     "ssd": (_ssd, RESIDUAL),
     "ssdlite": (_ssdlite, MOBILE),
     "retinanet": (_retinanet, RESIDUAL),
     "fcos": (_fcos, RESIDUAL),
 }
-# Torchvision's own, by their names there.
+# Torchvision's complete detectors by name.
 KINDS: Mapping[str, int] = {
     "ssdlite320_mobilenet_v3_large": SOFTMAX,
     "ssd300_vgg16": SOFTMAX,
@@ -138,13 +141,13 @@ KINDS: Mapping[str, int] = {
 
 
 def torchvision_detector(name: str, classes: int) -> nn.Module:
-    """Return one of torchvision's detectors with random weights, and one class more than asked for: its background."""
+    """Return one of torchvision's detectors with random weights and one more class, the background."""
     options: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": classes + 1}
     return Detector(detection.__dict__[name](**options), KINDS[name])
 
 
 def build_detector(kind: str, backbone: str, classes: int) -> nn.Module:
-    """Return a detector of this kind on one of torchvision's backbones, with random weights."""
+    """Return a detector of this kind with random weights on one of torchvision's backbones."""
     builder, backbones = BUILDERS[kind]
     check_name(kind, backbone, backbones)
     return builder(backbone, classes)

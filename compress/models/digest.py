@@ -1,4 +1,4 @@
-"""Name a teacher by its content, without torch."""
+"""Digests of networks by the content of their files, without torch."""
 
 import ast
 import hashlib
@@ -10,12 +10,12 @@ from compress.errors import ModelError
 from export.command.files import sha256
 from export.errors import nearest
 
-LIBRARIES = ("torchvision", "timm", "cifar", "fpn", "smp", "ssd", "ssdlite", "retinanet", "fcos")  # of networks
-WITH_WEIGHTS = ("torchvision", "timm")  # those that publish weights under names
+LIBRARIES = ("torchvision", "timm", "cifar", "fpn", "smp", "ssd", "ssdlite", "retinanet", "fcos")
+WITH_WEIGHTS = ("torchvision", "timm")  # libraries that publish named weights
 
 
 def teachers_digest(given: Sequence[GivenTeacher]) -> str:
-    """Return a sha256 over teachers: their networks' content, and how they see images and classes."""
+    """Return a sha256 over teachers: their networks' content, preprocessing and classes."""
     facts = [
         (
             source_digest(one.network, one.weights),
@@ -30,9 +30,9 @@ def teachers_digest(given: Sequence[GivenTeacher]) -> str:
 
 
 def source_digest(arch: str, weights: str | None) -> str:
-    """Return a sha256 over the architecture, the code of its file if it is a person's own, and the content of the weights file.
+    """Return a sha256 over the architecture, the code of its file if it is the user's own, and the weights' content.
 
-    Where a file lies does not matter. Raises `ModelError` where it is missing.
+    Paths do not count. Raises ModelError where a file is missing.
     """
     source, _, name = arch.rpartition(":")
     if foreign(arch) is not None:
@@ -43,10 +43,7 @@ def source_digest(arch: str, weights: str | None) -> str:
 
 
 def files_of(arch: str) -> list[Path]:
-    """Return the files that hold a network and its weights.
-
-    Raises `ModelError` where one is missing.
-    """
+    """Return the files that contain a network and its weights; raise ModelError where one is missing."""
     kind, path = foreign(arch) or ("", "")
     if kind == "hf":
         found = sorted(
@@ -61,12 +58,12 @@ def files_of(arch: str) -> list[Path]:
 
 
 def is_named(weights: str) -> bool:
-    """Return whether weights are a library's, `torchvision:NAME` or `timm:TAG`, rather than a file."""
+    """Tell whether weights are a library's, `torchvision:NAME` or `timm:TAG`, and not a file."""
     return weights.partition(":")[0] in WITH_WEIGHTS
 
 
 def check_library(arch: str, weights: str) -> None:
-    """Raise `ModelError` for a library's named weights where the network is not that library's."""
+    """Raise ModelError where named weights are of another library than the network."""
     library = weights.partition(":")[0]
     if arch.rpartition(":")[0] != library:
         raise ModelError(
@@ -75,7 +72,7 @@ def check_library(arch: str, weights: str) -> None:
 
 
 def existing_file(text: str, what: str) -> Path:
-    """Return the path of a file that exists; raise `ModelError`, naming a sibling that looks like it, where it does not."""
+    """Return the path of a file; raise ModelError, with a similar file's name, where it does not exist."""
     file = Path(text)
     if file.is_dir():
         raise ModelError(f"{file}: {what} is a folder; give the file inside it")
@@ -88,7 +85,7 @@ def existing_file(text: str, what: str) -> Path:
 
 
 def class_names(file: Path) -> tuple[str, ...]:
-    """Return the names of classes that a text file lists, one a line; raise `ModelError` where it is missing or repeats one."""
+    """Return the class names in a text file, one a line; raise ModelError where it is missing or repeats one."""
     lines = existing_file(str(file), "the list of classes").read_text(encoding="utf-8").splitlines()
     names = tuple(line.strip() for line in lines if line.strip())
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -97,9 +94,9 @@ def class_names(file: Path) -> tuple[str, ...]:
 
 
 def local_modules(file: Path) -> dict[str, Path]:
-    """Return by name the modules beside a person's file that it imports, directly or through each other; runs nothing.
+    """Return by name the modules beside the user's file that it imports, directly or indirectly, without running them.
 
-    Raises `ModelError` for one that is not Python.
+    Raises ModelError for one that is not Python.
     """
     root = file.resolve().parent
     found: dict[str, Path] = {}
@@ -116,7 +113,7 @@ def local_modules(file: Path) -> dict[str, Path]:
 
 
 def _imported(source: Path, package: str) -> Iterator[str]:
-    """Yield the full name of every module that a file of this package may import, and of the packages around it."""
+    """Yield the full names of all modules that a file of this package may import, and of their packages."""
     try:
         tree = ast.parse(source.read_bytes())
     except (OSError, SyntaxError, ValueError) as error:
@@ -128,13 +125,13 @@ def _imported(source: Path, package: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             around = package.split(".")[: 1 - node.level or None] if node.level and package else []
             base = [*around, *filter(None, [node.module])]
-            names = [".".join([*base, alias.name]) for alias in node.names]  # a module or what is in one
+            names = [".".join([*base, alias.name]) for alias in node.names]  # a module, or a name in one
         for parts in (name.split(".") for name in names):
             yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
 def _code(file: Path) -> bytes:
-    """Return a digest of a person's file and of the modules beside it that it imports."""
+    """Return a digest of the user's file and of the modules beside it that it imports."""
     modules = sorted(local_modules(file).items())
     parts = [_content(file), *(name.encode() + b"\0" + _content(path) for name, path in modules)]
     return hashlib.sha256(b"\0".join(parts)).digest()

@@ -1,4 +1,4 @@
-"""Networks that other programs saved: ONNX files, transformers' folders, torch.export's archives. None of their code runs."""
+"""Networks that other programs saved: ONNX files, transformers' folders, torch.export's archives. Runs no code of theirs."""
 
 import io
 import json
@@ -27,24 +27,24 @@ from export.onnx_file.model_file import parse
 from export.onnx_file.targets import CPU, CUDA
 from export.runtime.session import RUNTIME_ERRORS, first_line, open_session
 
-# What onnx2torch, torch.fx and ONNX Runtime raise where they meet what they cannot do.
+# Raised by onnx2torch, torch.fx and ONNX Runtime for what they do not support.
 CANNOT: tuple[type[Exception], ...] = (NotImplementedError, ValueError, KeyError, TypeError, *RUNTIME_ERRORS)
 AXES_AS_INPUT = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2")  # since opset 18
-FLOAT_ROUNDING = 1e-4  # of the largest logit, between ONNX Runtime's kernels and torch's
-# What may stand in an archive's shapes, which torch has sympy evaluate.
+FLOAT_ROUNDING = 1e-4  # largest difference of ONNX Runtime's and torch's kernels, as a fraction of the largest logit
+# The only text allowed in an archive's shapes, as torch has sympy evaluate them.
 SYMBOLS = re.compile(
     r"(?:Symbol|Integer|Add|Mul|Pow|Mod|FloorDiv|Max|Min|positive|nonnegative|integer|True|False|'[su]\d+'|[su]\d+|\d+|[-(),= ])*"
 )
 
 
 class OnnxFile(nn.Module):
-    """An ONNX file that answers images (n, channels, height, width) by ONNX Runtime, on the images' device; it cannot be trained or cut."""
+    """An ONNX file that ONNX Runtime runs, on the images' device; it cannot be trained or cut."""
 
     def __init__(self, file: Path) -> None:
-        """Open the file. Raises `ModelError` where it does not take one batch of images and give one tensor."""
+        """Open the file. Raises ModelError where its input is not one float tensor of images."""
         super().__init__()
         self.file = file
-        parse(file)  # refuses what is no ONNX file, or keeps weights in others
+        parse(file)  # refuses other files, and weights in separate files
         self._sessions = {CPU: open_session(file)}
         given, wanted = self._sessions[CPU].get_inputs(), self._sessions[CPU].get_outputs()
         if len(given) != 1 or len(given[0].shape) != 4 or given[0].type not in ("tensor(float)", "tensor(float16)"):
@@ -59,7 +59,7 @@ class OnnxFile(nn.Module):
         channels = self.shape[3 if self.last else 1]
         if isinstance(channels, int) and channels != images.shape[1]:
             raise ModelError(
-                f"{self.file}: takes images of {channels} channels, got {images.shape[1]}: give a network for such images"
+                f"{self.file}: takes images of {channels} channels, got {images.shape[1]}: give a network for these images"
             )
         provider = CUDA if images.device.type == "cuda" else CPU
         if provider not in self._sessions:
@@ -82,7 +82,7 @@ class OnnxFile(nn.Module):
 
 
 class _ChannelsLast(nn.Module):
-    """A network that takes images (n, height, width, channels), as Keras's do, given (n, channels, height, width)."""
+    """Runs a network that takes images (n, height, width, channels), as Keras's do, on (n, channels, height, width)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class _ChannelsLast(nn.Module):
 
 
 class _Fixed(nn.Module):
-    """A network of torch.export, which refuses to change its mode."""
+    """A network of torch.export, whose own `train` raises an error."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -107,19 +107,19 @@ class _Fixed(nn.Module):
         return output
 
     def train(self, _mode: bool = True) -> "_Fixed":
-        """Stay as it was exported."""
+        """Keep the mode in which it was exported."""
         return self
 
 
 def rebuilt(name: str, _num_classes: int = 0) -> nn.Module:
-    """Return an ONNX file as a torch network with its weights, without a softmax at its end, checked on noise to answer as the file does.
+    """Return an ONNX file as a torch network with its weights, without a softmax at its end.
 
-    Raises `ModelError` where onnx2torch lacks one of its operators or the answers differ.
+    Raises ModelError where onnx2torch lacks one of its operators, or where outputs differ from the file's on noise.
     """
     converter = _library("onnx2torch", "onnx")
     file = existing_file(name, "the ONNX file")
     black_box = OnnxFile(file)
-    advice = "so it cannot be cut or trained: name it as `teacher` and start another network with a student stage"
+    advice = "so it cannot be cut or trained: name it as `teacher` and add a student stage for another network"
     try:
         proto = _static(file, black_box.shape)
         ends_in_softmax = _without_softmax_(proto)
@@ -131,24 +131,24 @@ def rebuilt(name: str, _num_classes: int = 0) -> nn.Module:
         ) from error
     network = _ChannelsLast(network) if black_box.last else network
     for tensor in network.state_dict().values():
-        tensor.data = tensor.data.clone()  # off the file's read-only bytes
+        tensor.data = tensor.data.clone()  # the file's bytes are read-only
     _, channels, height, width = _channels_first(black_box.shape)
     images = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
     expected = black_box(images)
     try:
         with torch.no_grad():
-            answers = network(images)
-            answers = answers.softmax(1) if ends_in_softmax else answers
+            outputs = network(images)
+            outputs = outputs.softmax(1) if ends_in_softmax else outputs
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        raise ModelError(f"{file}: rebuilt, it does not take two images ({first_line(error)}), {advice}") from error
-    apart = float((answers - expected).abs().max())
-    if not apart <= FLOAT_ROUNDING * max(1.0, float(expected.abs().max())):
-        raise ModelError(f"{file}: rebuilt, it answers otherwise than the file, by up to {apart:.2g}, {advice}")
+        raise ModelError(f"{file}: rebuilt, it does not run on two images ({first_line(error)}), {advice}") from error
+    difference = float((outputs - expected).abs().max())
+    if not difference <= FLOAT_ROUNDING * max(1.0, float(expected.abs().max())):
+        raise ModelError(f"{file}: rebuilt, its outputs differ from the file's by up to {difference:.2g}, {advice}")
     return network
 
 
 def hugging_face(name: str, _num_classes: int = 0) -> nn.Module:
-    """Return an image classifier that transformers' save_pretrained wrote to a folder; raise `ModelError` where that is none."""
+    """Return the image classifier in a folder that transformers' save_pretrained wrote; raise ModelError for other folders."""
     transformers = _library("transformers", "transformers")
     transformers.utils.logging.disable_progress_bar()
     if not (Path(name) / "config.json").is_file():
@@ -165,7 +165,7 @@ def hugging_face(name: str, _num_classes: int = 0) -> nn.Module:
 
 
 def read_program(name: str) -> ExportedProgram:
-    """Read an archive of torch.export.save; raise `ModelError` where reading it could run code, and for other files."""
+    """Read an archive of torch.export.save; raise ModelError where reading it could run code, and for other files."""
     file = existing_file(name, "the archive")
     try:
         with zipfile.ZipFile(file) as archive:
@@ -173,12 +173,12 @@ def read_program(name: str) -> ExportedProgram:
         return torch.export.load(file)
     except (zipfile.BadZipFile, RuntimeError, ValueError, KeyError, AssertionError) as error:
         raise ModelError(
-            f"{file}: is not an archive of torch.export.save ({first_line(error)}); save it anew"
+            f"{file}: is not an archive of torch.export.save ({first_line(error)}); save it again"
         ) from error
 
 
 def exported(name: str, _num_classes: int = 0) -> nn.Module:
-    """Return the network of an archive of torch.export.save: of layers, which can be cut and trained, or else one that only answers."""
+    """Return the network in an archive of torch.export.save, as layers if it can be traced, else as a fixed program."""
     program = read_program(name)
     network: nn.Module = _Fixed(program.module())
     if program.example_inputs:
@@ -188,7 +188,7 @@ def exported(name: str, _num_classes: int = 0) -> nn.Module:
 
 
 def _refuse_code(archive: zipfile.ZipFile, file: Path) -> None:
-    """Raise `ModelError` for pickles that hold more than tensors, and for shapes that are more than sums and products."""
+    """Raise ModelError for pickles of more than tensors, and for shapes that are more than sums and products."""
     names = archive.namelist()
     configs = [json.loads(archive.read(name)) for name in names if name.endswith("_config.json")]
     entries = [entry for config in configs for entry in config.get("config", {}).values()]
@@ -202,16 +202,16 @@ def _refuse_code(archive: zipfile.ZipFile, file: Path) -> None:
         elif "/models/" in name:
             shapes = _values(json.loads(archive.read(name)), "expr_str")
             bad += [shape for shape in shapes if not (isinstance(shape, str) and SYMBOLS.fullmatch(shape))]
-    bad += [name for name in names if names.count(name) > 1]  # of which torch might read the other
+    bad += [name for name in names if names.count(name) > 1]  # torch might read the one that was not checked
     if bad or not configs:
         raise ModelError(
-            f"{file}: needs code to be read ({bad[0] if bad else 'an old format'}), which was not run; save it with torch.export.save "
-            f"of torch {torch.__version__.partition('+')[0]}, weights being plain tensors"
+            f"{file}: needs code to be read ({bad[0] if bad else 'an old format'}), which was not run; save it with plain "
+            f"tensors as weights, with torch.export.save of torch {torch.__version__.partition('+')[0]}"
         )
 
 
 def _values(document: Any, key: str) -> Iterator[Any]:
-    """Yield what stands under a key anywhere in a document of JSON."""
+    """Yield all values of a key, anywhere in a JSON document."""
     if isinstance(document, dict):
         yield from (value for name, value in document.items() if name == key)
     for part in document.values() if isinstance(document, dict) else document if isinstance(document, list) else ():
@@ -219,9 +219,9 @@ def _values(document: Any, key: str) -> Iterator[Any]:
 
 
 def _static(file: Path, shape: list[int | str | None]) -> onnx.ModelProto:
-    """Return the file's graph with all arithmetic on shapes done, for any number of images: onnx2torch does it on tensors, which nothing can trace.
+    """Return the file's graph for any number of images, with all arithmetic on shapes folded, as fx cannot trace it.
 
-    ONNX Runtime folds it for one image; a reshape to one image then keeps its input's first dimension. Batch-norms stay.
+    ONNX Runtime folds it for one image; reshapes to one image are then made to keep the batch size. Batch-norms stay.
     """
     proto = onnx.load(file)
     sizes = (1, *(size if isinstance(size, int) else 0 for size in shape[1:]))
@@ -244,9 +244,7 @@ def _static(file: Path, shape: list[int | str | None]) -> onnx.ModelProto:
     for node in static.graph.node:
         if node.op_type == "Reshape" and node.input[1] in known:
             wanted = numpy_helper.to_array(known[node.input[1]]).copy()
-            if (
-                len(wanted) == 2 and ranks.get(node.input[0]) == 4
-            ):  # names no number of channels, so that they can be cut
+            if len(wanted) == 2 and ranks.get(node.input[0]) == 4:  # a flatten names no channels, which may be cut
                 del node.input[1], node.attribute[:]
                 node.op_type = "Flatten"
                 continue
@@ -262,7 +260,7 @@ def _static(file: Path, shape: list[int | str | None]) -> onnx.ModelProto:
 
 
 def _without_softmax_(proto: onnx.ModelProto) -> bool:
-    """Take a softmax off the end, as Keras's classifiers have one, so that logits come out; tell whether there was one."""
+    """Remove a softmax at the end, as in Keras's classifiers, so that the output is logits; tell whether there was one."""
     (output, *_) = proto.graph.output
     last = next((node for node in proto.graph.node if output.name in node.output), None)
     if last is None or last.op_type != "Softmax":
@@ -273,7 +271,7 @@ def _without_softmax_(proto: onnx.ModelProto) -> bool:
 
 
 def _as_opset_17_(proto: onnx.ModelProto) -> None:
-    """Write what newer opsets say otherwise as opset 17 did, the last that onnx2torch knows; what differs in meaning, the check finds."""
+    """Write newer opsets' operators as in opset 17, the last that onnx2torch knows; `rebuilt` compares the outputs."""
     known = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     for entry in proto.opset_import:
         if entry.domain in ("", "ai.onnx"):
@@ -288,10 +286,10 @@ def _as_opset_17_(proto: onnx.ModelProto) -> None:
 
 
 class _Inlined(fx.Tracer):
-    """Record onnx2torch's own modules by what they do, so that only layers of torch.nn are left."""
+    """Traces through onnx2torch's own modules, so that only layers of torch.nn are left."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Tell whether a module stays one call."""
+        """Tell whether a module stays a single call."""
         return not type(m).__module__.startswith("onnx2torch") and super().is_leaf_module(m, module_qualified_name)
 
 
@@ -300,7 +298,7 @@ def _channels_last(shape: list[int | str | None]) -> bool:
 
 
 def _channels_first(shape: list[int | str | None]) -> tuple[int, ...]:
-    """Return an input's shape as (n, channels, height, width), what the file leaves open filled in."""
+    """Return an input's shape as (n, channels, height, width), with 1, 3, 224, 224 for sizes that the file leaves open."""
     batch, *rest = shape
     channels, *sides = [rest[2], rest[0], rest[1]] if _channels_last(shape) else rest
     return (

@@ -1,6 +1,6 @@
-"""Which networks the libraries have, without importing them: `networks.txt` lists the names of the versions that were tested.
+"""The libraries' networks by name, without importing the libraries: `networks.txt` lists those of the tested versions.
 
-`make names` renews it from those that are installed.
+`make names` renews the list from the installed libraries.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from compress.errors import ModelError
 from export.errors import did_you_mean
 
 LIST = Path(__file__).with_name("networks.txt")
-OWN = "-"  # in the place of a version: the networks are this package's own
+OWN = "-"  # the version of networks that are part of this package
 LACKS = {
     "torchvision": "torchvision has no network",
     "timm": "timm has no model",
@@ -25,7 +25,7 @@ LACKS = {
 
 @dataclass(frozen=True)
 class Library:
-    """The networks of one version of a library: `fingerprints` has their names, each with that of its parameters' names ("" where unknown)."""
+    """The networks of one version of a library: `fingerprints` of their parameters' names, by network ("" if unknown)."""
 
     version: str
     fingerprints: Mapping[str, str]
@@ -40,7 +40,7 @@ class Library:
 
 @cache
 def libraries() -> dict[str, Library]:
-    """Return the listed libraries that are installed in the version that is listed: of others nothing is known here."""
+    """Return the listed libraries that are installed in the listed version."""
     lines = [line.split() for line in LIST.read_text(encoding="utf-8").splitlines()]
     found = {
         name: Library(version, {entry.partition("=")[0]: entry.partition("=")[2] for entry in entries})
@@ -50,19 +50,19 @@ def libraries() -> dict[str, Library]:
 
 
 def check_listed(arch: str) -> None:
-    """Raise `ModelError` for a network that its library does not have, as far as the list tells."""
+    """Raise ModelError for a network that is not in the list of its library, if the library is listed."""
     library, _, name = arch.rpartition(":")
     if library in libraries():
         check_name(library, name, libraries()[library].fingerprints)
 
 
 def check_name(library: str, name: str, known: Iterable[str]) -> None:
-    """Raise `ModelError`, with the nearest names, for a network that is not among the library's."""
+    """Raise ModelError, with the nearest names, for a network that the library does not have."""
     if name not in (names := tuple(known)):
         raise ModelError(f"{library}:{name}: {LACKS[library]} of this name; {suggestion(name, names)}")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return a did-you-mean for a name that is not known."""
+    """Return a did-you-mean for an unknown name."""
     known = sorted(known)
     return did_you_mean(name, known, f"known are {', '.join(known[:8])}{', …' if len(known) > 8 else ''}", most=3)

@@ -1,4 +1,4 @@
-"""How a library prepares the images of its networks' published weights."""
+"""The preprocessing of networks' published weights."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from compress.models.foreign import OnnxFile, read_program
 
 
 class Published(NamedTuple):
-    """Image size in pixels, the resize's size over it, and (mean, std) of pixels in [0, 1]."""
+    """Image size in pixels, the resize's size divided by it, and (mean, std) of pixels in [0, 1]."""
 
     size: int
     resize: float
@@ -24,7 +24,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def published(arch: str) -> Published | None:
-    """Return a network's published preparation; None for networks of the CIFAR papers and a person's own."""
+    """Return a network's published preprocessing, None where there is none."""
     if (kind_path := foreign(arch)) is not None:
         return WITHIN[kind_path[0]](kind_path[1])
     library, _, name = arch.rpartition(":")
@@ -45,13 +45,13 @@ def published(arch: str) -> Published | None:
 
 
 def _of_onnx(path: str) -> Published | None:
-    """Return the size that an ONNX file takes; None where it takes any. Its normalization nothing tells."""
+    """Return an ONNX file's image size and ImageNet's normalization, as files do not state theirs; None for any size."""
     sides = [size for size in OnnxFile(Path(path)).shape[1:] if isinstance(size, int) and size > 4]
     return Published(sides[0], 1.0, IMAGENET) if len(sides) == 2 and sides[0] == sides[1] else None
 
 
 def _of_folder(path: str) -> Published | None:
-    """Return what transformers' processor does, as far as its folder says it."""
+    """Return the preprocessing in the settings of transformers' processor; None where they state no size."""
     folder = Path(path)
     (network, processor) = (
         json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
@@ -66,7 +66,7 @@ def _of_folder(path: str) -> Published | None:
 
 
 def _of_archive(path: str) -> Published | None:
-    """Return the size of the images that a program was exported with."""
+    """Return the image size that a program was exported with, None without example images."""
     images = read_program(path).example_inputs
     return Published(images[0][0].shape[-1], 1.0, IMAGENET) if images else None
 

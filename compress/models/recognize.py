@@ -10,27 +10,27 @@ from torch import Tensor
 from compress.models.architectures import build
 from compress.models.known import libraries
 
-COUNTER = "num_batches_tracked"  # which old files lack
-MOST = 12  # networks of equal names that are built and compared; the libraries list up to 40
+COUNTER = "num_batches_tracked"  # missing in old files
+MOST = 12  # matches to return; up to 40 networks have the same tensors' names
 
 
 class Match(NamedTuple):
-    """A network that a checkpoint fits, and for how many classes it was trained."""
+    """A network that a checkpoint fits, and the checkpoint's number of classes."""
 
     arch: str
     classes: int
 
 
 def fingerprint(names: Iterable[str]) -> str:
-    """Return eight digits of a sha256 over the names of a network's tensors: the same for every width and number of classes."""
+    """Return eight digits of a sha256 over the names of a network's tensors, whatever its widths and number of classes."""
     kept = sorted(name for name in names if not name.endswith(COUNTER))
     return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:8]
 
 
 def recognize(state: Mapping[str, Tensor]) -> list[Match]:
-    """Return the libraries' networks whose tensors have these names and shapes, but for the number of classes; the likeliest first.
+    """Return the networks with these names and shapes of tensors, whatever the number of classes; the likeliest first.
 
-    Networks that differ only in what has no weights (an activation, a padding) are all returned.
+    Networks that differ only in parts without weights (an activation, a padding) are all returned.
     """
     wanted = fingerprint(state)
     alike = [
@@ -45,7 +45,7 @@ def recognize(state: Mapping[str, Tensor]) -> list[Match]:
 
 
 def _classes(arch: str, state: Mapping[str, Tensor]) -> int | None:
-    """Return the number of classes that makes the network fit the state, None where none does."""
+    """Return the number of classes with which the network fits the state, None where none does."""
     built = 1000
     with torch.device("meta"):
         own = {name: tensor.shape for name, tensor in build(arch, num_classes=built).state_dict().items()}

@@ -1,4 +1,4 @@
-"""A network on disk: architecture and cuts as JSON, weights as safetensors. No pickles."""
+"""A saved network: architecture and cuts as JSON, weights as safetensors. No pickles."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -21,13 +21,13 @@ ARCHITECTURE, WEIGHTS = "architecture.json", "weights.safetensors"
 
 @dataclass(frozen=True)
 class Architecture:
-    """What rebuilds a network before its weights are loaded."""
+    """All that is needed to rebuild a network, apart from its weights."""
 
     arch: str
     num_classes: int
     image_size: int
     cuts: tuple[tuple[Cut, ...], ...] = ()  # one entry for each pruning step, in order
-    target: str | None = None  # the grid of a fake-quantized network, and what `prepare` was asked for
+    target: str | None = None  # of a fake-quantized network, as are the other arguments of `prepare`
     ranges: Ranges = "moving_average"
     keep_float: tuple[str, ...] = ()
 
@@ -42,17 +42,17 @@ def example_images(image_size: int, device: torch.device | str = "cpu") -> torch
 
 
 def save_network(model: nn.Module, architecture: Architecture, directory: Path) -> None:
-    """Write a network's two files."""
+    """Write architecture and weights."""
     write_json(directory / ARCHITECTURE, asdict(architecture))
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     save_file(tensors, directory / WEIGHTS)
 
 
 def read_architecture(directory: Path) -> Architecture:
-    """Read what `save_network` wrote."""
+    """Read the architecture that `save_network` wrote."""
     value = json.loads((directory / ARCHITECTURE).read_text())
     cuts = tuple(tuple(Cut(cut["root"], tuple(cut["remove"])) for cut in step) for step in value.pop("cuts"))
-    keep_float = tuple(value.pop("keep_float", ()))  # float networks of version 0.1.0 do not say
+    keep_float = tuple(value.pop("keep_float", ()))  # missing in float networks of version 0.1.0
     return Architecture(**value, cuts=cuts, keep_float=keep_float)
 
 
@@ -73,7 +73,7 @@ def load_float(directory: Path, *, trust_code: bool) -> nn.Module:
 
 
 def prepare_as(architecture: Architecture, model: nn.Module) -> fx.GraphModule:
-    """Return the float network fake-quantized as the architecture says, its ranges not set yet."""
+    """Return the float network fake-quantized with the architecture's settings, without ranges."""
     assert architecture.target is not None
     target = TARGETS[architecture.target]
     images = example_images(architecture.image_size)
@@ -81,7 +81,7 @@ def prepare_as(architecture: Architecture, model: nn.Module) -> fx.GraphModule:
 
 
 def load_prepared(directory: Path, *, trust_code: bool) -> fx.GraphModule:
-    """Return a fake-quantized network, in eval mode on the CPU, its ranges frozen."""
+    """Return a saved fake-quantized network, with its ranges, in eval mode on the CPU."""
     architecture = read_architecture(directory)
     model = prepare_as(architecture, rebuild(architecture, trust_code=trust_code))
     model.load_state_dict(versioned(model, load_file(directory / WEIGHTS)))

@@ -1,4 +1,4 @@
-"""Segmentation networks that torchvision has the parts of, and segmentation-models-pytorch's: images in, logits of the images' size out."""
+"""Segmentation networks: a pyramid of torchvision's parts, and segmentation-models-pytorch's. Logits have the images' size."""
 
 from collections.abc import Sequence
 
@@ -18,9 +18,9 @@ WIDTH = 128
 
 
 class SemanticPyramid(nn.Module):
-    """A feature pyramid on a residual network, summed at a quarter of the image's size (Kirillov 2019, Panoptic Feature Pyramid Networks, 3.1).
+    """A feature pyramid on a residual network, summed at 1/4 of the image size (Kirillov 2019, Panoptic Feature Pyramid Networks, 3.1).
 
-    The paper brings each level up by steps of convolutions; here one convolution for each level does, which costs a CPU less.
+    The paper upsamples each level by several convolutions; here a single one per level saves time on a CPU.
     """
 
     def __init__(self, network: nn.Module, classes: int) -> None:
@@ -41,7 +41,7 @@ class SemanticPyramid(nn.Module):
 
 
 def _width(block: nn.Module) -> int:
-    """Return how many channels a residual block ends with."""
+    """Return the number of a residual block's output channels."""
     last = getattr(block, "bn3", None) or block.bn2
     assert isinstance(last, nn.BatchNorm2d)
     return last.num_features
@@ -52,15 +52,16 @@ def _resized(maps: Tensor, like: Tensor) -> Tensor:
 
 
 def build_pyramid(backbone: str, classes: int) -> nn.Module:
-    """Return a semantic pyramid on one of torchvision's residual networks, with random weights."""
+    """Return a semantic pyramid with random weights on one of torchvision's residual networks."""
     check_name("fpn", backbone, RESIDUAL)
     return SemanticPyramid(torchvision.models.get_model(backbone, weights=None), classes)
 
 
 def build_smp(name: str, classes: int) -> nn.Module:
-    """Return segmentation-models-pytorch's `DECODER/ENCODER`, such as `unet/resnet18` or `fpn/tu-mobilenetv3_large_100`, with random weights.
+    """Return segmentation-models-pytorch's `DECODER/ENCODER`, such as `unet/resnet18`, with random weights.
 
-    Encoders are its own or, after `tu-`, timm's. Raises ModelError where the package is missing, has no such network, or refuses the encoder.
+    `tu-` before an encoder's name means timm's. Raises ModelError where the package is missing, has no such network, or
+    refuses the encoder.
     """
     try:
         import segmentation_models_pytorch as smp

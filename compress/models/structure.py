@@ -1,4 +1,4 @@
-"""What a network is made of: its cost, and which of its layers is the classifier."""
+"""A network's cost, its classifier, and checks of its output."""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -12,19 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from compress.errors import ModelError
 from compress.pruning.costs import COSTS, Layer, WidthCost, full_widths
 
-# Image sizes at which `classifier` tries a network, which does not say what it takes.
+# Image sizes that `classifier` tries, as a network does not state its own.
 PROBES = (224, 32, 64, 128, 256, 299, 384)
 aten = torch.ops.aten
-WEIGHTED = (
-    aten.convolution,
-    aten.addmm,
-    aten.mm,
-)  # what convolutions and linear layers, called as modules or not, come down to
+WEIGHTED = (aten.convolution, aten.addmm, aten.mm)  # the operators of convolutions and linear layers
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a network costs: parameters, and multiply-accumulates of its convolutions and linear layers for one image."""
+    """Parameters of a network, and multiply-accumulates of its convolutions and linear layers for one image."""
 
     params: int
     macs: int
@@ -33,8 +29,8 @@ class Counts:
 def count(model: nn.Module, image_size: int) -> Counts:
     """Count parameters, and multiply-accumulates for one image (3, image_size, image_size).
 
-    Attention counts by its projections: products of activations have no weights to prune and are left out, as are biases.
-    Raises `ModelError` where the network does not take images of this size.
+    Products of activations, as in attention, have no weights to prune and do not count; neither do biases. Raises
+    ModelError where the network does not take images of this size.
     """
     with FlopCounterMode(display=False) as counter:
         _run(model, image_size)
@@ -46,7 +42,7 @@ def count(model: nn.Module, image_size: int) -> Counts:
 def width_cost(
     model: nn.Module, layers: Sequence[Layer], cost: Literal["macs", "params"], image_size: int
 ) -> WidthCost:
-    """Return the millions of multiply-accumulates or parameters as a function of the layers' widths, with what no layer holds: attention."""
+    """Return the network's cost in millions as a function of the layers' widths; costs outside of layers are constant."""
     whole = getattr(count(model, image_size), cost) / 1e6
     within = COSTS[cost](layers, 0.0)(*full_widths(layers))
     return COSTS[cost](layers, whole - within)
@@ -55,7 +51,7 @@ def width_cost(
 def classifier(model: nn.Module) -> str:
     """Return the module path of the classifier: the convolution or linear layer that runs last.
 
-    Raises `ModelError` where the network runs at none of the usual image sizes, or has no such layer.
+    Raises ModelError where the network runs at none of the usual image sizes, or has no such layer.
     """
     ran: list[nn.Module] = []
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
@@ -81,7 +77,7 @@ def classifier(model: nn.Module) -> str:
 
 
 def check_output(model: nn.Module, *, image_size: int, shape: tuple[int | None, ...]) -> None:
-    """Raise `ModelError` unless the network turns (n, 3, image_size, image_size) into logits (n, *shape)."""
+    """Raise ModelError unless the network turns (n, 3, image_size, image_size) into logits (n, *shape)."""
     output = _run(model, image_size)
     sizes = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
     if len(sizes) != len(shape) or any(wanted not in (None, size) for wanted, size in zip(shape, sizes, strict=True)):
@@ -93,54 +89,50 @@ def check_output(model: nn.Module, *, image_size: int, shape: tuple[int | None, 
 
 
 def check_logits(model: nn.Module, images: Tensor) -> None:
-    """Raise `ModelError` where the network answers images (n, 3, size, size) with probabilities: rows from zero up that sum to one.
+    """Raise ModelError where outputs for images (n, 3, size, size) are probabilities: not negative, with sum 1.
 
-    A loss takes the softmax of the outputs again, and INT8 rounds small probabilities to zero.
+    A loss would take their softmax again, and INT8 rounds small probabilities to 0.
     """
-    outputs = _answer(model, images)
+    outputs = _outputs(model, images)
     if not isinstance(outputs, Tensor) or not bool((outputs >= 0).all()):
         return
     sums = outputs.sum(1)
     if torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
         raise ModelError(
             f"{type(model).__name__}: returns probabilities, as after a softmax (each row sums to one on {len(images)} images), "
-            "but every loss and INT8 need logits: return what the softmax is given"
+            "but losses and INT8 need logits: leave the softmax out"
         )
 
 
 def _run(model: nn.Module, image_size: int) -> object:
     """Return the network's output for one black image."""
     first = next(model.parameters(), torch.empty(0))
-    return _answer(model, torch.zeros((1, 3, image_size, image_size), dtype=first.dtype, device=first.device))
+    return _outputs(model, torch.zeros((1, 3, image_size, image_size), dtype=first.dtype, device=first.device))
 
 
-def _answer(model: nn.Module, images: Tensor) -> object:
-    """Return the network's output in eval mode; leave every module's mode as it was."""
+def _outputs(model: nn.Module, images: Tensor) -> object:
+    """Return the network's output in eval mode; restore every module's mode."""
     image_size = images.shape[-1]
     images = (
         images.detach().requires_grad_()
-    )  # keeps nn.MultiheadAttention off its fused path, which shows no projections
+    )  # or nn.MultiheadAttention fuses its projections, which are then not counted
     training = {module: module.training for module in model.modules()}
     try:
         with torch.enable_grad():
             return model.eval()(images)
-    except (
-        RuntimeError,
-        ValueError,
-        AssertionError,
-    ) as error:  # what layers and vision transformers raise on a wrong size
+    except (RuntimeError, ValueError, AssertionError) as error:  # raised by layers and transformers for a wrong size
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelError(
             f"{type(model).__name__}: does not take images of {image_size} x {image_size}: {reason}"
         ) from error
     finally:
-        model.train()  # LeViT and its kind forget here what they remembered of this pass, which cannot be copied
+        model.train()  # LeViT and similar networks drop the tensors cached in this pass, which cannot be copied
         for module, mode in training.items():
             module.training = mode
 
 
 def versioned(model: nn.Module, state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """Return the state with the versions of the model's modules, which files of plain tensors lack and MNASNet asks for."""
+    """Add the versions of the model's modules to a state: files of plain tensors lack them, and MNASNet needs them."""
     tensors = OrderedDict(state)
     tensors._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
     return tensors

@@ -1,4 +1,4 @@
-"""Another network than the student's own origin as its teacher: any kind of file, several as one, each with its own size, normalization and classes."""
+"""Given teachers: from any kind of file, one or several, each with its own image size, normalization and classes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from compress.models.foreign import OnnxFile, rebuilt
 from compress.models.weights import load_weights_
 from export.images.folders import first
 
-SMALLEST = 1e-12  # a probability whose logarithm is taken: float32 holds softmax's zeros
-# What answers by itself, without being a torch network that can be built; all others are, by `build`.
+SMALLEST = 1e-12  # smallest probability before the logarithm, as a softmax in float32 has zeros
+# Kinds of files that are run as they are; all others are built as torch networks by `build`.
 BLACK_BOXES: Mapping[str, Callable[[str], nn.Module]] = {
     "onnx": lambda name: OnnxFile(existing_file(name, "the teacher's file"))
 }
@@ -24,7 +24,7 @@ BLACK_BOXES: Mapping[str, Callable[[str], nn.Module]] = {
 
 @dataclass(frozen=True)
 class Seen:
-    """How a network sees images: (height, width) in pixels, and mean and standard deviation of each channel, for pixels in [0, 1]."""
+    """A network's preprocessing: (height, width) in pixels; mean and deviation of each channel, for pixels in [0, 1]."""
 
     size: tuple[int, int]
     mean: tuple[float, ...]
@@ -32,14 +32,14 @@ class Seen:
 
 
 class Member(nn.Module):
-    """One teacher: takes the student's images as it sees them itself, answers with logits of the student's classes."""
+    """One teacher: turns the student's images into its own preprocessing, returns logits of the student's classes."""
 
     def __init__(self, network: nn.Module, own: Seen, student: Seen, order: Sequence[int] | None) -> None:
-        """Take a network, how it and the student see images, and which of its outputs are the student's classes (None: all, in order)."""
+        """Take a network, its and the student's preprocessing, and the output for each class (None: all, in order)."""
         super().__init__()
         self.network, self.order, self.probabilities = network, order, False
         self.size = None if own.size == student.size else own.size
-        # (pixels - m') / s' of what the student sees, (pixels - m) / s, is one product and one sum.
+        # From (pixels - m) / s, the student's, to (pixels - m') / s' is one product and one sum.
         scale = torch.tensor(student.std) / torch.tensor(own.std)
         shift = (torch.tensor(student.mean) - torch.tensor(own.mean)) / torch.tensor(own.std)
         same = (own.mean, own.std) == (student.mean, student.std)
@@ -53,7 +53,7 @@ class Member(nn.Module):
         if self.scale is not None:
             images = images * self.scale + self.shift
         if self.size is not None:
-            larger = self.size[0] >= images.shape[2] and self.size[1] >= images.shape[3]  # where antialias does nothing
+            larger = self.size[0] >= images.shape[2] and self.size[1] >= images.shape[3]  # then antialias has no effect
             images = F.interpolate(images, self.size, mode="bilinear", antialias=not larger)
         outputs: Tensor = self.network(images)
         outputs = outputs.clamp(min=SMALLEST).log() if self.probabilities else outputs
@@ -61,9 +61,9 @@ class Member(nn.Module):
 
 
 class Teacher(nn.Module):
-    """One teacher or several. Several answer with the mean of their log-probabilities, softmax's geometric mean (Hinton 2015, section 2).
+    """One teacher or several, whose logits are the mean of their log-probabilities (Hinton 2015, section 2).
 
-    The mean of logits, unlike that of probabilities, is the same ensemble at every temperature, so one cached number serves all losses.
+    Unlike a mean of probabilities it is the same ensemble at every temperature, so one cached number serves all losses.
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
@@ -86,7 +86,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def note_probabilities_(self, images: Tensor) -> None:
-        """Have every member that answers these images with probabilities (as networks that end in a softmax do) answer with their logarithms."""
+        """Make members that return probabilities for these images (networks with a final softmax) return their logarithms."""
         for member in self.members:
             assert isinstance(member, Member)
             outputs = member(images)
@@ -103,10 +103,10 @@ def teacher_of(
     trust_code: bool,
     whole: bool = False,
 ) -> Teacher:
-    """Return the teachers of a student in eval mode on the CPU, for the student's `classes` (None: their own, in their order).
+    """Return a student's teachers in eval mode on the CPU, with outputs for `classes` (None: their own, in order).
 
-    `whole` rebuilds ONNX files as torch networks, which can be counted and written again. Raises `ModelError` where one cannot be made, or
-    lacks a class.
+    `whole` rebuilds ONNX files as torch networks, whose cost can be counted and which can be exported. Raises ModelError
+    where a teacher cannot be built, or lacks a class.
     """
     return Teacher([_member(one, classes, student, trust_code=trust_code, whole=whole) for one in given]).eval()
 
@@ -128,27 +128,27 @@ def _member(
 
 
 def own_names(given: GivenTeacher) -> tuple[str, ...] | None:
-    """Return the names of a teacher's outputs that its `classes` file lists; None without one."""
+    """Return the names of a teacher's outputs from its `classes` file, None without one."""
     return None if given.classes is None else class_names(given.classes)
 
 
 def _order(given: GivenTeacher, network: nn.Module, classes: tuple[str, ...] | None) -> list[int] | None:
-    """Return which of a teacher's outputs is each class; None where they are the classes in order."""
+    """Return the number of the teacher's output for each class, None where outputs are the classes in order."""
     names = own_names(given) or names_within(network)
     if classes is None or names is None or names == classes:
         return None
     lacking = [name for name in classes if name not in names]
     if given.classes is None and lacking:
-        return None  # what a library calls its classes need not be what the folders are called
+        return None  # a library's class names may differ from the folders' names
     if lacking:
         raise ModelError(
             f"teacher {given.network}: {given.classes} has {len(names):,} classes and lacks {len(lacking):,} of the data's {len(classes):,}: "
-            f"{first(lacking)}; name them as the data do"
+            f"{first(lacking)}; use the data's names"
         )
     return [names.index(name) for name in classes]
 
 
 def names_within(network: nn.Module) -> tuple[str, ...] | None:
-    """Return what a transformers network calls its classes."""
+    """Return a transformers network's names of its classes, None for other networks."""
     labels = getattr(getattr(network, "config", None), "id2label", None)
     return tuple(labels[index] for index in range(len(labels))) if labels else None

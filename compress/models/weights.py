@@ -1,4 +1,4 @@
-"""Read weights without running their code, and fit them into a network or say why they do not fit."""
+"""Read weights without running code in their files, and load them into a network or say why they do not fit."""
 
 import pickle
 import re
@@ -21,7 +21,7 @@ from compress.models.known import suggestion
 from compress.models.structure import classifier, versioned
 
 State = dict[str, Tensor]
-# Where training scripts put the state dict inside a checkpoint, the first that is there; averages only where there is nothing else.
+# Keys under which training scripts save the state dict; the first one found is taken, so averages only where nothing else is.
 WRAPPERS = (
     "state_dict",
     "model_state_dict",
@@ -34,17 +34,10 @@ WRAPPERS = (
     "ema",
 )
 TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
-PREFIXES = (
-    "module.",
-    "_orig_mod.",
-    "model.",
-    "net.",
-    "network.",
-    "backbone.",
-)  # of parallel, compiled and wrapped models
-# Heads that only training uses, which `build` leaves out; the counter of torch's weight averaging; losses with weights.
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")  # of parallel, compiled, wrapped models
+# Heads only for training, which `build` leaves out; the counter of torch's weight averaging; losses with weights.
 TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.", "aux_classifier.", "n_averaged", "criterion.", "loss.", "loss_fn.")
-# Libraries whose objects lie beside weights as settings and scores. Stand-ins are read in their place: no code of theirs runs.
+# Libraries whose objects checkpoints contain as settings and scores. They are replaced by dummies, so no code of theirs runs.
 SETTINGS = (
     "argparse",
     "collections",
@@ -56,9 +49,9 @@ SETTINGS = (
     "pytorch_lightning",
     "typing",
 )
-PLAIN = (bool, dict, float, int, list, str, tuple)  # what settings are made of
+PLAIN = (bool, dict, float, int, list, str, tuple)  # types that settings consist of
 DENSENET_OLD = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")  # norm.1.weight, now norm1.weight
-# What torch.load raises on damaged files, beside pickle's own error.
+# Raised by torch.load on damaged files, besides pickle's own error.
 DAMAGE = (
     RuntimeError,
     OSError,
@@ -74,18 +67,18 @@ NAMED = 8  # keys that an error names; the rest are counted
 
 
 class _Setting:
-    """What is read in the place of an object that is no weight."""
+    """A dummy for an object that is not a weight."""
 
     def __new__(cls, *_: object) -> "_Setting":
-        """Take and forget whatever the real one would be made of."""
+        """Ignore the arguments."""
         return super().__new__(cls)
 
     def __setstate__(self, _: object) -> None:
-        """Forget the state, too."""
+        """Ignore the state."""
 
 
 class _Mapping:
-    """The same for an object that is filled by keys, which torch lets plain dicts alone be."""
+    """A dummy for an object whose items are set by key, which torch allows for plain dicts only."""
 
     def __new__(cls, *_: object) -> dict[str, object]:  # type: ignore[misc]
         """Return a plain dict."""
@@ -93,10 +86,10 @@ class _Mapping:
 
 
 def load_weights_(model: nn.Module, arch: str, weights: str, *, reset_head: bool) -> None:
-    """Load a file (.safetensors, or torch's .pt, .pth, .ckpt) or a library's weights (`torchvision:IMAGENET1K_V2`, `timm:TAG`) into the model, in place.
+    """Load a file (.safetensors, .pt, .pth, .ckpt) or a library's weights (`torchvision:TAG`, `timm:TAG`) into the model.
 
-    With `reset_head` the classifier keeps its random start. Raises `ModelError` for a file that cannot be read, needs code to be read, holds
-    a value that is not finite or no float, or does not fit: then missing, unexpected and misshapen keys are listed.
+    With `reset_head` the classifier keeps its random weights. Raises ModelError for a file that cannot be read, needs code
+    to be read, or has values that are not finite or not float; and, with the keys, for one that does not fit.
     """
     state = _named(arch, weights) if is_named(weights) else _read(existing_file(weights, "the weights file"))
     state = _known_names(state, model.state_dict().keys())
@@ -110,7 +103,7 @@ def load_weights_(model: nn.Module, arch: str, weights: str, *, reset_head: bool
 
 
 def read_state(weights: str) -> State:
-    """Return the tensors of a file by name, without a wrapper's prefix and what only training uses. Raises `ModelError` as loading does."""
+    """Return a file's tensors by name, without wrappers' prefixes and tensors only for training; raise ModelError as loading does."""
     state = _read(existing_file(weights, "the weights file"))
     while prefix := next((one for one in PREFIXES if all(name.startswith(one) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -118,11 +111,10 @@ def read_state(weights: str) -> State:
 
 
 def _fit_(model: nn.Module, state: State, complaint: str) -> None:
-    """Copy the state into the model; raise `ModelError` with the complaint and the keys unless it fits whole."""
+    """Copy the state into the model; raise ModelError with the complaint and the keys where any does not fit."""
     misshapen = _misshapen(model, state)
-    counters = {
-        key: own for key, own in model.state_dict().items() if key.endswith("num_batches_tracked")
-    }  # newer than some files
+    # Old files have no counters.
+    counters = {key: own for key, own in model.state_dict().items() if key.endswith("num_batches_tracked")}
     fitting = counters | {key: value for key, value in state.items() if key not in misshapen}
     found = model.load_state_dict(versioned(model, fitting), strict=False)
     parts = (
@@ -135,7 +127,7 @@ def _fit_(model: nn.Module, state: State, complaint: str) -> None:
 
 
 def _misshapen(model: nn.Module, state: State) -> dict[str, str]:
-    """Return the keys whose shape is not the model's own, each with both shapes."""
+    """Return the keys whose shape differs from the model's, each with a phrase of both shapes."""
     return {
         key: f"{key} {tuple(state[key].shape)}, needs {tuple(own.shape)}"
         for key, own in model.state_dict().items()
@@ -144,7 +136,7 @@ def _misshapen(model: nn.Module, state: State) -> dict[str, str]:
 
 
 def _refuse_other_classes(model: nn.Module, state: State, weights: str) -> None:
-    """Raise `ModelError` where the number of classes alone is in the way."""
+    """Raise ModelError where the state differs from the model only in the number of classes."""
     own, misshapen = model.state_dict(), list(_misshapen(model, state))
     if not misshapen or not state.keys() <= own.keys():
         return
@@ -153,7 +145,7 @@ def _refuse_other_classes(model: nn.Module, state: State, weights: str) -> None:
         classes, wanted = len(state[misshapen[0]]), len(own[misshapen[0]])
         raise ModelError(
             f"{weights}: has {classes:,} classes, the data have {wanted:,}; give weights of this data set, or set "
-            "model.reset_head: true and stages.0.fine_tune: true to train the classifier anew"
+            "model.reset_head: true and stages.0.fine_tune: true to train a new classifier"
         )
 
 
@@ -165,11 +157,11 @@ def _listed(kind: str, keys: Sequence[str]) -> str:
 
 
 def _refuse_integers(model: nn.Module, state: State, weights: str) -> None:
-    """Raise `ModelError` where whole numbers stand for the network's floats: copied as they are, they would mean nothing."""
+    """Raise ModelError for integers where the network has floats, as in quantized weights."""
     floats = [key for key, own in model.state_dict().items() if own.is_floating_point() and key in state]
     bad = {key: state[key].dtype for key in floats if not state[key].is_floating_point()}
     if bad:
-        names = _listed("no floats", [f"{key} {str(dtype).removeprefix('torch.')}" for key, dtype in bad.items()])
+        names = _listed("not float", [f"{key} {str(dtype).removeprefix('torch.')}" for key, dtype in bad.items()])
         raise ModelError(f"{weights}: {names}; give the float weights, from before they were quantized or converted")
 
 
@@ -182,7 +174,7 @@ def _refuse_not_finite(state: State, weights: str) -> None:
 
 
 def _known_names(state: State, known: Iterable[str]) -> State:
-    """Return the state under the model's own names: of a wrapped model the part behind the prefix, without what only training uses."""
+    """Return the state under the model's names, without wrappers' prefixes and tensors only for training."""
     names = set(known)
     state = {key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY) or key in names}
     while names.isdisjoint(state):
@@ -198,7 +190,9 @@ def _read(file: Path) -> State:
         try:
             return load_file(file)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: is not a whole safetensors file ({error}); fetch or save it anew") from error
+            raise ModelError(
+                f"{file}: is not a complete safetensors file ({error}); download or save it again"
+            ) from error
     if file.suffix not in TORCH_FILES:
         known = f"{', '.join(TORCH_FILES[:-1])} or {TORCH_FILES[-1]}"
         raise ModelError(f"{file}: {file.suffix or 'no suffix'} is not known; give a .safetensors, {known} file")
@@ -206,12 +200,12 @@ def _read(file: Path) -> State:
 
 
 def _unpickled(file: Path) -> object:
-    """Read a torch file as data only; torch refuses every pickle that would run code."""
+    """Read a torch file as data only; torch refuses pickles that would run code."""
     stand_ins: dict[str, type] = {f"builtins.{kind.__name__}": kind for kind in PLAIN}
     while True:
         try:
             with warnings.catch_warnings(), safe_globals([(kind, name) for name, kind in stand_ins.items()]):
-                warnings.simplefilter("ignore")  # torch warns of old pickle protocols before it judges the content
+                warnings.simplefilter("ignore")  # torch warns of old pickle protocols before it reads the content
                 content: object = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             code = re.search(r"GLOBAL (\S+)", str(error))
@@ -222,21 +216,21 @@ def _unpickled(file: Path) -> object:
             reason = str(error).partition("\n")[0] or type(error).__name__
             if "TorchScript" in reason:
                 raise ModelError(
-                    f"{file}: is a TorchScript program, not weights, and was not run; where you trust it, save "
-                    "torch.jit.load(file).state_dict() by torch.save and give that"
+                    f"{file}: is a TorchScript program, not weights, and was not run; if you trust it, save "
+                    "torch.jit.load(file).state_dict() with torch.save and give that file"
                 ) from error
             if "weights_only" in reason:
-                reason = "of a kind that only code could read"
-            raise ModelError(f"{file}: is not a whole torch file ({reason}); fetch or save it anew") from error
+                reason = "its kind needs code to be read"
+            raise ModelError(f"{file}: is not a complete torch file ({reason}); download or save it again") from error
         else:
             return content
 
 
 def _needs_code(said: str) -> str:
-    """Return what is wrong with a file that torch refused, from torch's words."""
+    """Turn torch's message for a file that it refused into a clear one."""
     code = re.search(r"GLOBAL (\S+)|^(?:Can only|Trying to call)[^<]*<\w+ '?([\w.]+)", said, re.MULTILINE)
     if code is None:
-        return "is not a torch file; fetch or save it anew"
+        return "is not a torch file; download or save it again"
     return (
         f"needs code to be read ({code[1] or code[2]}), which could do anything and was not run; "
         "save model.state_dict() alone, best as .safetensors"
@@ -248,7 +242,7 @@ def _unwrapped(content: object, file: Path) -> State:
     while isinstance(content, dict):
         inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), None)
         if inner is None:
-            # Only here: beside the weights lie other tensors, too, such as an accuracy.
+            # Only at the innermost level: outer ones contain other tensors, too, such as an accuracy.
             tensors = {
                 key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)
             }
@@ -274,8 +268,8 @@ def _torchvision(name: str, tag: str) -> State:
         return dict(known[tag].get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu"))
     except (OSError, RuntimeError) as error:
         raise ModelError(
-            f"torchvision:{tag}: could not be downloaded ({error}); fetch {known[tag].url} where there is a network "
-            "and give the file: WEIGHTS=/path/to/it"
+            f"torchvision:{tag}: could not be downloaded ({error}); download {known[tag].url} on a machine with network "
+            "access and give the file: WEIGHTS=/path/to/it"
         ) from error
 
 
@@ -288,7 +282,7 @@ def _timm(name: str, tag: str) -> State:
         state: State = timm.create_model(f"{name}.{tag}", pretrained=True).state_dict()
     except (OSError, RuntimeError) as error:
         raise ModelError(
-            f"timm:{tag}: could not be downloaded ({error}); fetch model.safetensors of https://huggingface.co/timm/{name}.{tag} "
-            "where there is a network and give the file: WEIGHTS=/path/to/it"
+            f"timm:{tag}: could not be downloaded ({error}); download model.safetensors of https://huggingface.co/timm/{name}.{tag} "
+            "on a machine with network access and give the file: WEIGHTS=/path/to/it"
         ) from error
     return state

@@ -253,7 +253,7 @@ def test_a_torchscript_program_is_called_what_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.uint8])
 def test_whole_numbers_in_place_of_weights_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     converted = state() | {"conv.weight": torch.ones(8, 3, 3, 3, dtype=dtype)}
-    with pytest.raises(ModelError, match=rf"1 no floats \(conv\.weight {str(dtype)[6:]}\); give the float weights"):
+    with pytest.raises(ModelError, match=rf"1 not float \(conv\.weight {str(dtype)[6:]}\); give the float weights"):
         load(saved(tmp_path / "net.pth", converted))
 
 
@@ -272,7 +272,7 @@ def test_truncated_safetensors_are_refused(tmp_path: Path, kept: int) -> None:
     file = tmp_path / "net.safetensors"
     save_file(state(), file)
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(ModelError, match=r"net\.safetensors: is not a whole safetensors file"):
+    with pytest.raises(ModelError, match=r"net\.safetensors: is not a complete safetensors file"):
         load(str(file))
 
 
@@ -280,7 +280,7 @@ def test_truncated_safetensors_are_refused(tmp_path: Path, kept: int) -> None:
 def test_a_safetensors_header_that_claims_gigabytes_is_refused(tmp_path: Path, claimed: int) -> None:
     file = tmp_path / "net.safetensors"
     file.write_bytes(claimed.to_bytes(8, "little") + b'{"conv.weight": {}}')
-    with pytest.raises(ModelError, match=r"net\.safetensors: is not a whole safetensors file"):
+    with pytest.raises(ModelError, match=r"net\.safetensors: is not a complete safetensors file"):
         load(str(file))
 
 
@@ -363,7 +363,7 @@ def test_a_refused_download_names_the_file_to_bring(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
     model = build("torchvision:squeezenet1_1", num_classes=10)
-    with pytest.raises(ModelError, match=r"not known\); fetch https://download\.pytorch\.org/\S+ .*WEIGHTS="):
+    with pytest.raises(ModelError, match=r"not known\); download https://download\.pytorch\.org/\S+ .*WEIGHTS="):
         load_weights_(model, "torchvision:squeezenet1_1", "torchvision:IMAGENET1K_V1", reset_head=False)
 
 
@@ -375,7 +375,7 @@ def test_a_refused_timm_download_names_the_file_to_bring(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("timm.create_model", refuse)
     with pytest.raises(
-        ModelError, match=r"fetch model\.safetensors of https://huggingface\.co/timm/resnet10t\.c3_in1k"
+        ModelError, match=r"download model\.safetensors of https://huggingface\.co/timm/resnet10t\.c3_in1k"
     ):
         load_weights_(model, "timm:resnet10t", "timm:c3_in1k", reset_head=False)
 

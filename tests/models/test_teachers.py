@@ -159,7 +159,7 @@ def test_classes_in_another_order_are_put_in_the_students(saved: Path, tmp_path:
         taught(given(f"onnx:{saved}/network.onnx", classes=listed)),
     )
     assert torch.equal(turned(images), plain(images).flip(1))
-    with pytest.raises(ModelError, match=r"has 10 classes and lacks 1 of the data's 2: cat; name them"):
+    with pytest.raises(ModelError, match=r"has 10 classes and lacks 1 of the data's 2: cat; use the data"):
         taught(given(f"onnx:{saved}/network.onnx", classes=listed), classes=("1", "cat"))
 
 
@@ -204,7 +204,7 @@ def test_a_file_for_other_channels_is_refused(tmp_path: Path, images: Tensor) ->
     graph = helper.make_graph([helper.make_node("Relu", ["images"], ["answers"])], "graph", shapes[:1], shapes[1:])
     file = tmp_path / "grey.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), file)
-    with pytest.raises(ModelError, match="takes images of 1 channels, got 3: give a network for such images"):
+    with pytest.raises(ModelError, match="takes images of 1 channels, got 3: give a network for these images"):
         taught(given(f"onnx:{file}"))(images)
 
 

@@ -312,7 +312,7 @@ def test_an_override_takes_lists_and_later_ones_win(recipe_path: Path) -> None:
         ("distill.fit.epochs=1", "--set distill.fit.epochs=1: the recipe has no such stage; known: "),
         ("stages.distill.fit.epochs=1", "--set stages.distill.fit.epochs=1: the recipe has no such stage; known: source, prune, ptq, qat"),
         ("stages.9.fit=1", "--set stages.9.fit=1: stages has entries 0 to 3, got 9"),
-        ("name.first=1", "--set name.first=1: name is 'tiny' and has no first; set name whole"),
+        ("name.first=1", "--set name.first=1: name is 'tiny' and has no first; set name itself"),
         ("seed", "--set seed: must be path.to.key=value"),
         ("a..b=1", "--set a..b=1: must be path.to.key=value"),
         ("seed=[1", "--set seed=[1: line 1, column 3: expected ',' or ']'"),
@@ -341,7 +341,7 @@ def test_a_path_alone_is_an_imagefolder(recipe_path: Path) -> None:
 
 def test_a_path_for_embedded_digits_is_refused(recipe_path: Path) -> None:
     with pytest.raises(
-        RecipeError, match=r"data\.path: digits are embedded .* got '/data': set data.dataset: imagefolder"
+        RecipeError, match=r"data\.path: digits are built in .* got '/data': set data.dataset: imagefolder"
     ):
         read_recipe(recipe_path, ["data.dataset=digits", "data.path=/data"])
 
