@@ -1,4 +1,4 @@
-"""A stage's finished directory: its files, and `meta.json`, which is written last and alone says that the rest can be trusted."""
+"""A finished stage's directory: its files, and `meta.json`, which is written last and shows that the rest is complete."""
 
 import fcntl
 import hashlib
@@ -16,7 +16,7 @@ from compress.errors import ArtifactError
 from export.command.files import put_folder, sha256, writing
 
 META, MEMORY = "meta.json", ".digests.json"
-# What a stage says while it runs: with clocks in it, and no part of what it makes.
+# A stage's logs: they contain times, so they do not count in the artifact's digest.
 TOLD = ("log.jsonl", "training-", "tensorboard/")
 SCHEMA_VERSION = 2
 Metrics = dict[str, float | int | None]
@@ -24,7 +24,7 @@ Metrics = dict[str, float | int | None]
 
 @dataclass(frozen=True)
 class Meta:
-    """What `meta.json` holds: `parent_digest` is the parent's `digest`, `files` has each file's sha256."""
+    """The content of `meta.json`: `parent_digest` is the parent's `digest`, `files` has each file's sha256."""
 
     stage: str
     key: str
@@ -40,16 +40,16 @@ class Meta:
 
     @property
     def digest(self) -> str:
-        """A sha256 over all that the stage made: its metrics and files, its settings, and what it was made from."""
+        """A sha256 over the stage's metrics, files and settings, and over its parent's digest."""
         made = {name: sha for name, sha in self.files.items() if not name.startswith(TOLD)}
         content = {**asdict(self), "files": made, "seconds": None}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def students_of(root: Path, what: str) -> str:
-    """Return what to say of a run that has no `what` of its own, because each of its students has one; empty where it has none."""
-    found = [str(path.parent) for path in sorted(root.glob(f"students/*/{what}"))]
-    return f"{root}: each of its students has its own {what}: give {' or '.join(found)}" if found else ""
+def students_of(root: Path, name: str) -> str:
+    """Return the message for a run without the file or folder `name` where its students have it, empty where they do not."""
+    found = [str(path.parent) for path in sorted(root.glob(f"students/*/{name}"))]
+    return f"{root}: each of its students has its own {name}: give {' or '.join(found)}" if found else ""
 
 
 def key_of(parts: Mapping[str, object]) -> str:
@@ -58,12 +58,12 @@ def key_of(parts: Mapping[str, object]) -> str:
 
 
 def is_complete(directory: Path) -> bool:
-    """Tell whether the directory is a finished artifact, in every bit as its stage left it."""
+    """Tell whether the directory is a finished artifact, whose files are as its stage wrote them."""
     return damage(directory) is None
 
 
 def damage(directory: Path) -> str | None:
-    """Return what keeps a directory from being a finished artifact, None where it is one."""
+    """Return why a directory is no finished, unchanged artifact, None where it is one."""
     try:
         meta = read_meta(directory)
         found = digests_of(directory, meta.files, memory=directory / MEMORY)
@@ -78,10 +78,7 @@ def damage(directory: Path) -> str | None:
 
 
 def read_meta(directory: Path) -> Meta:
-    """Read a finished artifact's meta.json.
-
-    Raises ArtifactError where there is none, it is damaged, or another version wrote it.
-    """
+    """Read a finished artifact's meta.json; raise ArtifactError where it is missing, damaged or of another version."""
     try:
         content = json.loads((directory / META).read_text(encoding="utf-8"))
         if content.get("schema_version") != SCHEMA_VERSION:
@@ -96,7 +93,7 @@ def read_meta(directory: Path) -> Meta:
 
 
 def lineage(directory: Path) -> list[Path]:
-    """Return the artifact and its ancestors, oldest first; they stand side by side."""
+    """Return the artifact and its ancestors, oldest first; all are in one folder."""
     chain = [directory]
     while (parent := read_meta(chain[0]).parent) is not None:
         chain.insert(0, chain[0].parent / parent)
@@ -104,19 +101,19 @@ def lineage(directory: Path) -> list[Path]:
 
 
 def finish(work: Path, final: Path, meta: Meta) -> None:
-    """Turn a working directory into an artifact: flush its files, write meta.json last with their digests, rename."""
-    for torn in work.rglob(".*.partial"):  # of a process that was killed while it wrote
+    """Turn a working directory into an artifact: write meta.json with the files' digests, flush all to disk, rename."""
+    for torn in work.rglob(".*.partial"):  # left by a process that was killed while writing
         torn.unlink()
     names = sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file())
     made = replace(meta, files=digests_of(work, names, memory=work / MEMORY))
     write_json(work / META, asdict(made) | {"digest": made.digest})
-    if final.exists():  # a damaged artifact of the same key, or one that was made from another parent
+    if final.exists():  # a damaged artifact of the same key, or one of another parent
         shutil.rmtree(final)
     put_folder(work, final)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON, complete or not at all."""
     content = json.dumps(value, indent=1)
     with writing(path) as file:
         file.write(f"{content}\n".encode())
@@ -124,9 +121,9 @@ def write_json(path: Path, value: object) -> None:
 
 @contextmanager
 def exclusive(root: Path) -> Iterator[None]:
-    """Hold the run folder for this process alone; create it where it is missing.
+    """Lock the run folder for this process; create it if missing.
 
-    Raises ArtifactError where it cannot be written or another run holds it.
+    Raises ArtifactError where it cannot be written or another run has locked it.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -143,27 +140,27 @@ def exclusive(root: Path) -> Iterator[None]:
 
 @contextmanager
 def turn(directory: Path) -> Iterator[None]:
-    """Be the only run that makes this artifact; another one that does is waited for, and a killed one holds nothing up."""
+    """Lock this artifact while it is made; wait for another run that is making it. A killed run's lock is released."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # One byte of a common file stands for each name: nothing is left beside every artifact, and other artifacts are not held up.
+    # One byte of a common file is locked for each name, so there is no lock file per artifact.
     byte = int(key_of({"name": directory.name}), 16)
     with (directory.parent / ".turns").open("w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX, 1, byte)
         yield
 
 
-# The sha256 of files, remembered: a file is read again only where its size, its times or its inode are others.
-# A file system's clock ticks in milliseconds, some in seconds: within a tick a second write leaves every mark as it was.
+# The sha256 of files are cached: a file is read again only where its size, times or inode changed.
+# A file system's times have a resolution of milliseconds to seconds: two writes within it look like one.
 TICK_NS = 2_000_000_000
-THREADS, FILES = 16, 64  # that read at once, and what each takes
+THREADS, FILES = 16, 64  # number of threads, and of files that each takes at a time
 
 
 class Entry(NamedTuple):
-    """What is remembered of a file."""
+    """A file's cached sha256, and the marks by which a change is seen."""
 
     size: int
-    content_ns: int  # when it was written
-    inode_ns: int  # when it was written, renamed or given another owner or time: nobody can set this one
+    content_ns: int  # time of the last write
+    inode_ns: int  # time of the last write, rename, or change of owner or times; no program can set it
     inode: int
     sha256: str
 
@@ -171,9 +168,9 @@ class Entry(NamedTuple):
 def digests_of(
     root: Path, names: Iterable[str], *, memory: Path, progress: Callable[[int], None] = lambda _: None
 ) -> dict[str, str]:
-    """Return the sha256 of each file below `root`; `memory` is the JSON file that keeps them from call to call.
+    """Return the sha256 of each file in `root`; `memory` is the JSON file that caches them.
 
-    `progress` is told how many files are done. Raises OSError for a file that cannot be read.
+    `progress` gets the number of files done. Raises OSError for a file that cannot be read.
     """
     known = _remembered(memory)
     now = time.time_ns()
@@ -184,12 +181,12 @@ def digests_of(
     found: dict[str, Entry] = {}
     wanted = list(names)
     try:
-        with ThreadPoolExecutor(THREADS) as threads:  # which wait for the disk, and hash outside Python's lock
+        with ThreadPoolExecutor(THREADS) as threads:  # reading and hashing release Python's lock
             for part in threads.map(entries, [wanted[i : i + FILES] for i in range(0, len(wanted), FILES)]):
                 found |= part
                 progress(len(found))
     finally:
-        kept = found if len(found) == len(wanted) else known | found  # interrupted: the rest is left as it was
+        kept = found if len(found) == len(wanted) else known | found  # interrupted: keep the other entries
         lasting = {name: entry for name, entry in kept.items() if max(entry.content_ns, entry.inode_ns) < now - TICK_NS}
         if lasting != known:
             _remember(memory, lasting)
@@ -207,12 +204,12 @@ def _entry(file: Path, known: Entry | None) -> Entry:
 def _remembered(memory: Path) -> dict[str, Entry]:
     try:
         return {name: Entry(*entry) for name, entry in json.loads(memory.read_bytes()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):  # missing, or not what `_remember` writes
+    except (OSError, ValueError, TypeError, AttributeError):  # missing, or not written by `_remember`
         return {}
 
 
 def _remember(memory: Path, entries: Mapping[str, Entry]) -> None:
-    with suppress(OSError):  # a disk that cannot be written only costs time: every call reads every file
+    with suppress(OSError):  # without a cache every call reads every file, which only costs time
         memory.parent.mkdir(parents=True, exist_ok=True)
         with writing(memory) as file:
             file.write(json.dumps(entries).encode())

@@ -1,6 +1,7 @@
 """The command `compress`.
 
-Exit codes: 0 done, 1 a target missed, 2 the user's mistake, 70 a crash, 130 interrupted. Torch is imported by the commands that train, inside them.
+Exit codes: 0 done, 1 a target missed, 2 a user's mistake, 70 a crash, 130 interrupted. Only commands that need torch
+import it, inside their functions.
 """
 
 import errno
@@ -28,15 +29,15 @@ REPAIRS = {
     errno.EACCES: "check its permissions, or choose another folder with --out (OUT= under make)",
     errno.EPERM: "check its permissions, or choose another folder with --out (OUT= under make)",
     errno.EROFS: "choose another folder with --out (OUT= under make)",
-    errno.ENOSPC: "free some space, or choose another folder with --out (OUT= under make); the same command then goes on",
-    errno.EDQUOT: "free some of your quota, or choose another folder with --out (OUT= under make); the same command then goes on",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f); the same command then goes on",
-    errno.EMFILE: "raise the limit on open files (ulimit -n); the same command then goes on",
+    errno.ENOSPC: "free some space, or choose another folder with --out (OUT= under make); the same command then continues",
+    errno.EDQUOT: "free some of your quota, or choose another folder with --out (OUT= under make); the same command then continues",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f); the same command then continues",
+    errno.EMFILE: "raise the limit on open files (ulimit -n); the same command then continues",
 }
 
 
 class Commands(TyperGroup):
-    """The commands, with the mistakes of a user and of a machine told in one sentence."""
+    """The commands; mistakes of the user and faults of the machine end in one sentence."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; unexpected errors keep their traceback."""
@@ -50,7 +51,7 @@ class Commands(TyperGroup):
             place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
             _fail(f"{place}{os.strerror(number).lower()}; {REPAIRS[number]}")
         except KeyboardInterrupt:
-            _say("interrupted; the same command goes on from the last finished stage")
+            _say("interrupted; the same command continues")
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -59,7 +60,7 @@ app = typer.Typer(
     help="Turn a trained vision network into a small, fast, measured INT8 student.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,  # its tables cut names off where they are narrow
+    rich_markup_mode=None,  # rich's tables cut off names on narrow terminals
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -71,21 +72,17 @@ Set = Annotated[
 ]
 DataPath = Annotated[
     str | None,
-    typer.Option(
-        "--data", metavar="DIR", help="The images: sets data.path, and data.dataset from digits to imagefolder."
-    ),
+    typer.Option("--data", metavar="DIR", help="The images: sets data.path, and data.dataset to imagefolder."),
 ]
 Weights = Annotated[
     str | None,
-    typer.Option("--weights", metavar="FILE", help="The teacher's weights: short for --set model.weights=FILE."),
+    typer.Option("--weights", metavar="FILE", help="The teacher's weights: sets model.weights."),
 ]
-Out = Annotated[
-    str | None, typer.Option("--out", metavar="DIR", help="The folder of all runs: short for --set out=DIR.")
-]
+Out = Annotated[str | None, typer.Option("--out", metavar="DIR", help="The folder of all runs: sets out.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")]
-TrustCode = Annotated[bool, typer.Option("--trust-code", help="Let the recipe run a model's own file.py.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, print every table, and let libraries speak.")]
-Tables = Annotated[bool, typer.Option("-v", "--verbose", help="Print every table, not only what fits on one screen.")]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="Allow the recipe to run code: a model's file.py.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Print every table, details and libraries' messages.")]
+Tables = Annotated[bool, typer.Option("-v", "--verbose", help="Print every table, not only one screen.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -114,11 +111,11 @@ def run(
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     stages: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The folder of the stages, which runs may share; else the run's own."),
+        typer.Option(metavar="DIR", help="A folder of stages that runs share; by default each run has its own."),
     ] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Run the recipe's stages that are not there yet, write the report, and judge it against the targets."""
+    """Run the recipe's missing stages, write the report, and check it against the targets."""
     _quiet(verbose)
     settings: list[tuple[str, str | None]] = [("--set", override) for override in overrides or ()]
     settings += [("--data", data), ("--weights", weights), ("--out", out), ("--until", until)]
@@ -130,7 +127,7 @@ def run(
 
         code = run_recipe(resolved, trust_code=trust_code, until=until, verbose=verbose, command=command, stages=stages)
         if code:
-            tell_torchrun("a target is missed: the report above says which")
+            tell_torchrun("a target is missed: see the report above")
     raise typer.Exit(code)
 
 
@@ -138,9 +135,9 @@ def run(
 def stage(
     name: Annotated[str, typer.Argument(metavar="STAGE", help="One of the recipe's stages.")],
     recipe: RecipePath,
-    to: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to make.")],
+    to: Annotated[Path, typer.Option("--out", metavar="DIR", help="The new stage folder.")],
     src: Annotated[
-        Path | None, typer.Option("--src", metavar="DIR", help="The stage folder to start from; `source` takes none.")
+        Path | None, typer.Option("--src", metavar="DIR", help="The stage folder to start from; none for `source`.")
     ] = None,
     overrides: Set = None,
     data: DataPath = None,
@@ -164,7 +161,7 @@ def check(
     data: DataPath = None,
     weights: Weights = None,
 ) -> None:
-    """Judge recipes without running them, name every mistake, and say what was judged."""
+    """Check recipes without running them, and list every mistake and what was checked."""
     from compress.commands.check import checked, mistakes
 
     wrong: list[str] = []
@@ -193,7 +190,7 @@ def plan(
     weights: Weights = None,
     out: Out = None,
 ) -> None:
-    """Say which stages would run, which are there already, and why."""
+    """List the stages that would run and those that are cached, with the reasons."""
     resolved = read_recipe(recipe, overrides or (), data=data, weights=weights, out=out)
     from compress.data.digest import to_download
     from compress.pipeline import plan_recipe
@@ -204,9 +201,7 @@ def plan(
         _print(f"{'cached' if line.cached else 'runs':6}  {line.stage:7}  {line.directory}  ({line.reason})")
     folder = to_download(data_settings(resolved))
     if folder is not None:
-        _say(
-            f"{resolved.data.dataset}: is not in {folder}; a run downloads it there, or give its folder: DATA=/path/to/it"
-        )
+        _say(f"{resolved.data.dataset}: is not in {folder}; a run downloads it, or give its folder: DATA=/path/to/it")
 
 
 @app.command()
@@ -227,7 +222,7 @@ def report(
     run_folder: RunFolder,
     verbose: Tables = False,
 ) -> None:
-    """Draw a finished run's page again and print its report."""
+    """Write a finished run's page again and print its report."""
     _quiet(verbose=False)
     from compress.report.files import print_again
 
@@ -237,16 +232,16 @@ def report(
 @app.command()
 def clean(
     run_folder: RunFolder,
-    remove: Annotated[bool, typer.Option("--remove", help="Remove it; otherwise it is only listed.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove them; otherwise they are only listed.")] = False,
 ) -> None:
-    """List what no report of a run uses, stages of other settings and what killed runs left, and remove it where asked."""
+    """List a run's stages that no report uses, and leftovers of killed runs; with --remove, delete them."""
     from compress.commands import clean
 
     found = clean.remove(run_folder) if remove else clean.leftovers(run_folder)
-    for path, what, size in found:
-        _print(f"{size / 1e6:8,.1f} MB  {path}  ({what})")
+    for path, reason, size in found:
+        _print(f"{size / 1e6:8,.1f} MB  {path}  ({reason})")
     total = f"{sum(size for _, _, size in found) / 1e6:,.1f} MB"
-    done = f"removed {total}" if remove else f"{total} in all; nothing was removed: to remove it, add --remove"
+    done = f"removed {total}" if remove else f"{total} in all; nothing was removed: add --remove"
     _print(done if found else "nothing to remove")
 
 
@@ -264,18 +259,18 @@ def init(
         Path, typer.Option("--data", metavar="DIR", help="The images: train/CLASS/*, val/CLASS/*, or CLASS/*.")
     ],
     arch: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The network, where the checkpoint does not tell it.")
+        str | None, typer.Option(metavar="NAME", help="The network, if it is not recognized from the checkpoint.")
     ] = None,
     latency: Annotated[
         float | None,
-        typer.Option(metavar="MS", help="Prune to this time on this machine, instead of to half the work."),
+        typer.Option(metavar="MS", help="Prune to this latency on this machine, instead of to half the MACs."),
     ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The recipe to write.")] = Path(
         "recipe.yaml"
     ),
     trust_code: TrustCode = False,
 ) -> None:
-    """Write a recipe for your checkpoint and your images: it names the network, reads the folder, and says what a run will take."""
+    """Write a recipe for your checkpoint and images: recognize the network, read the folder, estimate a run's time."""
     _quiet(verbose=False)
     from compress.commands.init import write_draft
 
@@ -286,13 +281,13 @@ def init(
 @app.command()
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="The one to copy, such as resnet50_int8.")
+        str | None, typer.Argument(metavar="[NAME]", help="The recipe to copy, such as resnet50_int8.")
     ] = None,
     to: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FILE", help="Where to; NAME.yaml here otherwise.")
+        Path | None, typer.Option("-o", "--out", metavar="FILE", help="The new file; by default NAME.yaml here.")
     ] = None,
 ) -> None:
-    """List the recipes that come with this package and what each is for, or copy one."""
+    """List this package's recipes and their purposes, or copy one."""
     from compress.recipe import shipped
 
     if name is None:
@@ -307,7 +302,7 @@ def export_data(
     run_folder: RunFolder,
     to: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
 ) -> None:
-    """Write a run's validation images as a folder of class folders, such as the gate takes."""
+    """Write a run's validation images as a folder, for the gate."""
     from compress.run import open_run
 
     run = open_run(read_recipe(run_folder / "recipe.yaml"), trust_code=False, verbose=False)
@@ -320,7 +315,7 @@ def shards(
     to: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
     size_mb: Annotated[int, typer.Option("--size", min=1, metavar="MB", help="The size of a shard.")] = 500,
 ) -> None:
-    """Pack images into shards (tars) for large data sets, with their index; of a URL's shards write the index alone."""
+    """Pack images into shards (tars) with an index; for a URL's shards, write only the index."""
     from compress.commands.shards import write_shards
 
     _print(write_shards(data, to, size_mb=size_mb))
@@ -331,14 +326,14 @@ def publish(
     run_folder: RunFolder,
     to: Annotated[
         str,
-        typer.Option("--to", metavar="DIR", help="The folder to make, an older bundle to replace, or hf://USER/NAME."),
+        typer.Option("--to", metavar="DIR", help="A new folder, an older bundle to replace, or hf://USER/NAME."),
     ],
     key: Annotated[
         Path | None, typer.Option("--sign", metavar="KEY", help="Sign it with this private key (PEM, elliptic curve).")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Of hf://: list what would be sent.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="For hf://: list what would be sent.")] = False,
 ) -> None:
-    """Check a finished run's bundle and copy it, whole or not at all, to a folder or to Hugging Face's hub."""
+    """Check a finished run's bundle and copy it, complete or not at all, to a folder or to Hugging Face's hub."""
     from compress.report.bundling import publish
     from compress.report.hub import HUB, publish_to_hub
 
@@ -346,7 +341,7 @@ def publish(
         for line in publish_to_hub(run_folder, to, key=key, dry_run=dry_run):
             _print(line)
     elif dry_run:
-        _fail(f"--dry-run: is for {HUB}USER/NAME, got --to {to}; leave it out")
+        _fail(f"--dry-run: works with {HUB}USER/NAME only, got --to {to}; leave it out")
     else:
         publish(run_folder, Path(to), key=key)
         _print(to)
@@ -362,7 +357,7 @@ def compare(
     document: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers.")] = None,
     verbose: Tables = False,
 ) -> None:
-    """Set runs or bundles side by side: what each measured, and what differs in their recipes."""
+    """Compare runs or bundles: their measurements, and the differences of their recipes."""
     from compress.report.comparison.files import compare_folders
 
     compare_folders(folders, page=page, document=document, verbose=verbose)
@@ -373,18 +368,18 @@ def search(
     file: Annotated[Path, typer.Argument(metavar="SEARCH", help="The search's YAML file.")],
     data: DataPath = None,
     weights: Weights = None,
-    out: Annotated[str, typer.Option("--out", metavar="DIR", help="The folder that gets the search's.")] = "runs",
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="The folder for the search's own folder.")] = "runs",
     storage: Annotated[
-        str | None, typer.Option(metavar="URL", help="A database where workers meet, such as postgresql://HOST/NAME.")
+        str | None, typer.Option(metavar="URL", help="A database that workers share, such as postgresql://HOST/NAME.")
     ] = None,
     pick: Annotated[
-        str | None, typer.Option(metavar="LIMITS", help='Publish the best trial within, such as "latency < 5".')
+        str | None, typer.Option(metavar="LIMITS", help='Publish the best trial within limits, as "latency < 5".')
     ] = None,
-    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Where to publish it.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="The folder to publish it to.")] = None,
     trust_code: TrustCode = False,
     verbose: Verbose = False,
 ) -> None:
-    """Try a recipe's variants until a budget is spent, and show the best trade-offs; the same command elsewhere joins in."""
+    """Try variants of a recipe until a budget is spent, and show the best trade-offs; the same command adds a worker."""
     from compress.commands.search.trial import open_setup
 
     setup = open_setup(file, data=data, weights=weights, out=out, trust_code=trust_code)
@@ -402,7 +397,7 @@ def search(
 def doctor(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of all runs.")] = Path("runs"),
 ) -> None:
-    """Look at this machine: what is installed, what INT8 can gain here, and how to repair what is missing."""
+    """Check this machine: what is installed, what INT8 can gain here, and how to install what is missing."""
     from compress.commands.doctor import examine
 
     raise typer.Exit(examine(out))
@@ -410,7 +405,7 @@ def doctor(
 
 def main() -> None:
     """Run the command line."""
-    sys.exit(end(lambda: app(prog_name="compress"), repairs={}))  # `Commands` knows the repairs
+    sys.exit(end(lambda: app(prog_name="compress"), repairs={}))  # `Commands` has the repairs
 
 
 def _quiet(verbose: bool) -> None:
@@ -420,7 +415,7 @@ def _quiet(verbose: bool) -> None:
 
 
 def _command(recipe: Path, settings: list[tuple[str, str | None]], *, trust_code: bool) -> str:
-    """Return the command line that runs the same again, on as many processes."""
+    """Return the command line that repeats this run on the same number of processes."""
     words = ["compress", "run", str(recipe)]
     for option, value in settings:
         words += [option, value] if value is not None else []
@@ -432,7 +427,7 @@ def _command(recipe: Path, settings: list[tuple[str, str | None]], *, trust_code
 
 
 def _os_error(error: OSError | SafetensorError) -> int:
-    """Return the system's error number; safetensors only tells it in its text, as `(os error 28)`."""
+    """Return the system's error number; safetensors has it in its message only, as `(os error 28)`."""
     if isinstance(error, OSError):
         return error.errno or 0
     return int(str(error).partition("(os error ")[2].partition(")")[0] or 0)

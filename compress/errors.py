@@ -1,6 +1,6 @@
-"""What a user can cause beside `export.errors`, whose tree this is a branch of.
+"""Errors that a user can cause, a branch of the tree in `export.errors`.
 
-CompressError            a sentence that names the thing, the value and the repair; the command line prints it and exits with 2
+CompressError            one sentence with the thing, the value and the repair; the command line prints it and exits with 2
 ├── RecipeError          one or more mistakes in a recipe, one line each
 ├── ModelError           an architecture or its weights
 └── ArtifactError        a run folder: not writable, in use, damaged
@@ -20,7 +20,7 @@ FOREIGN = (sysconfig.get_path("stdlib"), str(PACKAGE), str(PACKAGE.with_name("ex
 
 
 class CompressError(UserError):
-    """Report a mistake of the user's; the message names the thing, its value and the repair."""
+    """Report a user's mistake; the message names the thing, its value and the repair."""
 
 
 class RecipeError(CompressError):
@@ -36,7 +36,7 @@ class ArtifactError(CompressError):
 
 
 def own_line(stack: str) -> str:
-    """Return ` (mine.py, line 12: if x.sum() > 0:)`, the innermost line of a person's own code in a stack as Python prints it; "" where none is."""
+    """Return ` (mine.py, line 12: if x.sum() > 0:)`, the innermost line of the user's code in a printed stack; "" without any."""
     own = [
         (file, line, code)
         for file, line, code in STACK_LINE.findall(stack)
@@ -45,21 +45,18 @@ def own_line(stack: str) -> str:
     return " ({}, line {}: {})".format(*own[-1]) if own else ""
 
 
-NAMED = 12  # layers that a refusal lists; the rest are counted
+NAMED = 12  # layers that a message lists; the others are counted
 
 
 def matching(field: str, patterns: Collection[str], names: Sequence[str]) -> set[str]:
-    """Return the names that one of the patterns matches.
-
-    Raises ModelError, which starts with the recipe's `field`, for a pattern that matches none.
-    """
+    """Return the names that match any of the patterns; raise ModelError, with the recipe's `field`, for one that none matches."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             within = f"{pattern}.*" if any(name.startswith(f"{pattern}.") for name in names) else None
             near = within or nearest(pattern, names)
             more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
             raise ModelError(
-                f"{field}: {pattern} names no layer; {f'did you mean {near}? ' if near else ''}"
+                f"{field}: {pattern} matches no layer; {f'did you mean {near}? ' if near else ''}"
                 f"(known: {', '.join(names[:NAMED])}{more})"
             )
     return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}

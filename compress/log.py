@@ -1,6 +1,6 @@
-"""What a stage says while it runs: one live line, `log.jsonl`, TensorBoard.
+"""A stage's log while it runs: a live line, `log.jsonl`, TensorBoard.
 
-Everything goes to stderr. On a terminal a stage is one line that is redrawn; elsewhere each epoch is a plain line.
+Lines go to stderr. On a terminal a stage has one live line; elsewhere each epoch prints a plain line.
 """
 
 import json
@@ -22,20 +22,20 @@ from rich.table import Column
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-REFRESH_S = 0.25  # reading a loss waits for the GPU, so it happens four times a second and not at every step
-SHOWN = {  # measurements that a line shows, and how
+REFRESH_S = 0.25  # reading a loss waits for the GPU, so it is read four times a second, not at every step
+SHOWN = {  # a line's measurements and their formats
     "loss": "loss {:.4g}",
     "score": "score {:.2%}",
     "images_per_s": "{:,.0f} images/s",
 }
 Tell = Callable[[str, int, Mapping[str, float]], None]
-"""Takes a phase, an epoch's number, and what was measured in it."""
+"""Takes a phase, an epoch's number, and its measurements."""
 
 
 def quiet_libraries(verbose: bool) -> None:
-    """Silence what libraries print below an error, unless verbose; call it before torch is imported.
+    """Silence libraries' messages below errors, unless verbose; call it before torch is imported.
 
-    Our own lines use neither `logging` nor `warnings`, so both can be switched off whole. `python -W` still wins.
+    Our own lines use neither `logging` nor `warnings`, so both can be switched off. `python -W` takes precedence.
     """
     if verbose:
         return
@@ -43,16 +43,16 @@ def quiet_libraries(verbose: bool) -> None:
     logging.disable(logging.WARNING)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    import onnxruntime  # slow to import, and needed by real runs only
+    import onnxruntime  # slow to import
 
     onnxruntime.set_default_logger_severity(3)
 
 
 class StageLog:
-    """The log of one stage; silent where `enabled` is false (ranks other than 0).
+    """The log of one stage; silent unless `enabled` (on rank 0).
 
-    `log.jsonl` holds {"epoch": 1, "epochs": 5, …measurements} for each epoch and {"note": …} for each note, written at
-    once; a reopened log goes on where it stopped. TensorBoard's events lie in `tensorboard/PHASE`; `tell` gets each epoch, too.
+    `log.jsonl` has {"epoch": 1, "epochs": 5, …measurements} for each epoch and {"note": …} for each note, written at
+    once; a reopened log continues. TensorBoard's events are in `tensorboard/PHASE`; `tell` also gets each epoch.
     """
 
     def __init__(
@@ -99,17 +99,17 @@ class StageLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the last line standing and close the files."""
+        """Stop the live line, which stays visible, and close the files."""
         if self._progress:
             self._progress.stop()
         if self._board:
             self._board.close()
 
     def start(self, *, epochs: int, batches: int, done: int = 0, phase: str | None = None) -> None:
-        """Begin a training of so many epochs of so many batches, of which a resume has `done` epochs behind it.
+        """Begin a training of `epochs` epochs of `batches` batches; after a resume, `done` epochs are finished.
 
-        A stage that trains more than once names each training's `phase`. Logged epochs after `done` come again, and
-        are dropped.
+        A stage that trains more than once names each training's `phase`. Logged epochs after `done` are dropped, as they
+        are trained again.
         """
         self._phase = phase or self.stage
         self._epochs, self._batches, self._epoch, self._first_epoch = epochs, batches, done, done
@@ -129,7 +129,7 @@ class StageLog:
         self._refresh()
 
     def batch(self, *, images: int, loss: SupportsFloat) -> None:
-        """Count one training step; `loss` may be a tensor, and is read only when the line is redrawn."""
+        """Count one training step; a tensor `loss` is read only when the line is redrawn."""
         if not self._progress:
             return
         self._batch += 1
@@ -141,7 +141,7 @@ class StageLog:
             self._refresh()
 
     def epoch(self, measurements: Mapping[str, float]) -> None:
-        """Record a finished epoch: its mean loss, learning rate, speed, and validation score as a fraction."""
+        """Record a finished epoch's measurements: mean loss, learning rate, speed, validation score."""
         self._epoch += 1
         self._batch = self._images = 0
         self._epoch_started_s = time.monotonic()
@@ -160,18 +160,18 @@ class StageLog:
             self._say(self._epoch_line(measurements))
 
     def epoch_again(self) -> None:
-        """Count the running epoch's steps anew: it is trained again."""
+        """Reset the current epoch's steps, as it is trained again."""
         self._batch = self._images = 0
         self._epoch_started_s = time.monotonic()
 
     def note(self, text: str) -> None:
-        """Print one line and keep it in the log."""
+        """Log and print one line."""
         if self.enabled:
             self._append({"note": text})
             self._say(f"{self.stage}: {text}")
 
     def note_detail(self, text: str) -> None:
-        """Keep one line in the log, and print it where verbose."""
+        """Log one line, and print it if verbose."""
         if self.enabled:
             self._append({"note": text})
             if self.verbose:
@@ -186,7 +186,7 @@ class StageLog:
             file.write(json.dumps(finite, ensure_ascii=False) + "\n")
 
     def _forget_after(self, done: int) -> None:
-        """Drop this phase's epochs after `done`, all later epochs, and a line torn by a kill; keep the notes."""
+        """Drop this phase's epochs after `done`, all later epochs, and a line cut off by a kill; keep the notes."""
         if not self._lines.exists():
             return
         kept: list[str] = []
@@ -194,7 +194,7 @@ class StageLog:
         for line in self._lines.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:  # only a line that a kill cut short
+            except json.JSONDecodeError:  # a line cut off by a kill
                 continue
             same_phase = entry.get("phase", self.stage) == self._phase
             repeated |= same_phase and entry.get("epoch", 0) > done
@@ -216,7 +216,7 @@ class StageLog:
         )
 
     def _epoch_line(self, measurements: Mapping[str, float]) -> str:
-        """Return one epoch as plain text, with every measurement where verbose."""
+        """Return one epoch as plain text, with all measurements if verbose."""
         spent_s = time.monotonic() - self._started_s
         left_s = spent_s / (self._epoch - self._first_epoch) * (self._epochs - self._epoch)
         more = [f"{name} {value:.4g}" for name, value in measurements.items() if self.verbose and name not in SHOWN]
@@ -227,7 +227,7 @@ class StageLog:
 
 
 def _format(measurements: Mapping[str, float]) -> str:
-    """Return the measurements that a line shows, in their order and units."""
+    """Return a line's measurements with their units."""
     return "  ".join(text.format(measurements[name]) for name, text in SHOWN.items() if name in measurements)
 
 

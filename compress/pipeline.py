@@ -1,6 +1,6 @@
-"""Run a recipe: for every stage find what is already there, make the rest, then report.
+"""Run a recipe: reuse the stages that are cached, make the others, then report.
 
-Stages meet on disk. A stage's key is a digest of its settings and of its parent's key, so whatever did not change is kept.
+A stage's key is a digest of its settings and of its parent's key, so unchanged stages are reused.
 """
 
 import json
@@ -34,13 +34,13 @@ from export.runtime.environment import environment, fingerprint, runtime
 if TYPE_CHECKING:
     from compress.run import Run
 
-# Bumped when a stage's code changes what it makes from the same settings.
+# Raised when a stage makes something else from the same settings.
 VERSIONS = {"source": 3, "student": 1, "prune": 7, "distill": 3, "ptq": 7, "qat": 8, "export": 11, "bench": 4}
 
 
 @dataclass(frozen=True)
 class PlanLine:
-    """One stage of a recipe: where its artifact stands, and whether it is there."""
+    """One stage of a recipe: its artifact's directory, and whether that is complete."""
 
     stage: str
     key: str
@@ -50,10 +50,9 @@ class PlanLine:
 
 
 def plan_recipe(recipe: Recipe, *, stages: Path | None = None) -> list[PlanLine]:
-    """Say for every stage of one chain whether it would run, and why. Imports no torch and runs none of the recipe's code.
+    """Return for every stage of one chain whether it would run, and why; import no torch and run no code of the recipe.
 
-    `stages` is the folder that they stand in, the run's own where it is None. Raises CompressError for data or weights that are
-    missing.
+    `stages` is the folder of the artifacts (None: the run's own). Raises CompressError for missing data or weights.
     """
     lines: list[PlanLine] = []
     for index, (section, key) in enumerate(zip(recipe.stages, _keys(recipe), strict=True)):
@@ -67,10 +66,10 @@ def plan_recipe(recipe: Recipe, *, stages: Path | None = None) -> list[PlanLine]
 def run_recipe(
     recipe: Recipe, *, trust_code: bool, until: str | None, verbose: bool, command: str, stages: Path | None = None
 ) -> int:
-    """Make what is missing, write the report and the bundle, print the tables; return 0, or 1 where a target is missed.
+    """Make missing stages, write the report and the bundle, print the tables; return 0, or 1 where a target is missed.
 
-    What is asked for only `until` a stage leaves the report of a run that went further as it is. `stages` is a folder that
-    several runs may share, also at once: a stage that one of them makes is waited for by the others.
+    With `until` a stage, the report of an earlier run that went further is kept. `stages` is a folder that several runs
+    may share, even at the same time: they wait for a stage that one of them is making.
     """
     chains = recipe.chains()
     plans = first_decides(lambda: {student: plan_recipe(chain, stages=stages) for student, chain in chains.items()})
@@ -96,7 +95,7 @@ def run_recipe(
 def run_stage(recipe: Recipe, stage: str, *, src: Path | None, out: Path, trust_code: bool, verbose: bool) -> int:
     """Run one stage of the recipe alone, from an artifact directory to a new one.
 
-    Raises ArtifactError where `out` exists or `src` is not what the stage takes.
+    Raises ArtifactError where `out` exists or `src` is of a kind that the stage does not take.
     """
     section = recipe.stages[_position(recipe, stage)]
     if out.exists():
@@ -104,7 +103,7 @@ def run_stage(recipe: Recipe, stage: str, *, src: Path | None, out: Path, trust_
     kind = "nothing" if src is None else read_meta(src).kind
     if kind not in TAKES[stage]:
         raise ArtifactError(
-            f"--src: {stage} takes {' or '.join(sorted(TAKES[stage]))}, but {src or 'no folder'} holds {kind}"
+            f"--src: {stage} takes {' or '.join(sorted(TAKES[stage]))}, but {src or 'no folder'} contains {kind}"
         )
     if fault := next(filter(None, map(damage, [] if src is None else lineage(src))), None):
         raise ArtifactError(f"--src: {fault}; run its recipe again")
@@ -150,7 +149,7 @@ def _keys(recipe: Recipe) -> Iterator[str]:
 
 
 def _outside(recipe: Recipe, section: StageSection) -> list[object]:
-    """Return what a stage's product depends on beside its section and its parent."""
+    """Return the inputs of a stage's key that are neither in its section nor in its parent's key."""
     found: list[object] = []
     if recipe.data.unlabelled is not None and section.stage != "source":
         found.append(unlabelled_digest(data_settings(recipe)))
@@ -159,11 +158,11 @@ def _outside(recipe: Recipe, section: StageSection) -> list[object]:
     if section.stage in ("distill", "qat") or (section.stage == "prune" and section.recover is not None):
         found.append(recipe.teaching.model_dump(mode="json"))
         found += [teachers_digest(teachers_of(recipe))] if recipe.teacher else []
-    if section.stage == "prune" and goal_of(section).cost == "latency":  # timed as it is served
+    if section.stage == "prune" and goal_of(section).cost == "latency":  # networks are timed as they will be served
         found += [resolve_target(recipe.target).name, any(other.stage in ("ptq", "qat") for other in recipe.stages)]
     if section.stage == "student":
         found.append(source_digest(section.arch, section.weights))
-    # What these measure is the runtime's, the last two's also the machine's.
+    # Their measurements depend on ONNX Runtime, those of the last two also on the machine.
     if section.stage in ("ptq", "export", "bench"):
         found.append(runtime()["onnxruntime"])
     if section.stage in ("export", "bench"):
@@ -173,17 +172,17 @@ def _outside(recipe: Recipe, section: StageSection) -> list[object]:
 
 @cache
 def _machine() -> str:
-    return fingerprint(environment())  # asks the GPU's driver, which takes a second
+    return fingerprint(environment())  # takes a second, as it asks the GPU's driver
 
 
 def _why(recipe: Recipe, index: int, section: StageSection, directory: Path, before: list[PlanLine]) -> str:
-    """Return why a stage must run: what changed against the newest artifact of the same place."""
+    """Return why a stage must run: what changed since the newest artifact of the same stage."""
     if index and not before[index - 1].cached:
         return f"{before[index - 1].stage} runs"
     if directory.exists():
         return damage(directory) or ""
     if (directory.parent / f".{directory.name}.partial").exists():
-        return "was interrupted; goes on"
+        return "was interrupted; continues"
     others = directory.parent.glob(f"{index:02d}-{section.stage}-*")
     for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
         with suppress(ArtifactError):
@@ -200,7 +199,7 @@ def _why(recipe: Recipe, index: int, section: StageSection, directory: Path, bef
 
 
 def _other_files(source: Path, recipe: Recipe) -> Iterator[str]:
-    """Yield which of the images are not those that a source was made with; nothing for another stage, which lists none."""
+    """Yield a phrase for the images that changed since a source stage was made; nothing for other stages."""
     if (source / FILES).is_file():
         before = json.loads((source / FILES).read_text(encoding="utf-8"))
         if found := changes(before, given(data_settings(recipe)).digests):
@@ -226,7 +225,7 @@ def _position(recipe: Recipe, stage: str) -> int:
 def _make_missing(
     recipe: Recipe, plans: Mapping[str, list[PlanLine]], *, trust_code: bool, verbose: bool, tell: Tell
 ) -> set[Path]:
-    """Make every chain's missing stages and return them; what students share is made once, by the whole recipe."""
+    """Make every chain's missing stages and return them; stages that students share are made once, by the recipe's run."""
     from compress.rehearsal import rehearse
     from compress.run import open_run
 
@@ -237,7 +236,7 @@ def _make_missing(
     for student, chain in recipe.chains().items():
         parent: Path | None = None
         for index, (line, section) in enumerate(zip(plans[student], chain.stages, strict=False)):
-            # Where an ancestor was made again, to the same bits, what was made from it stands.
+            # Checked again now: if an ancestor was made again to the same bits, its descendants are still valid.
             with turn(line.directory) if run.rank == 0 else nullcontext():
                 if (fault := first_decides(partial(damage, line.directory))) is not None:
                     if run.rank == 0 and line.directory.exists():
@@ -250,7 +249,7 @@ def _make_missing(
 
 
 def _make(section: StageSection, key: str, parent: Path | None, directory: Path, run: "Run") -> None:
-    """Run one stage in a working directory beside its place, then put it there."""
+    """Run one stage in a hidden directory beside its final one, then rename it."""
     from compress.stages import STAGES
 
     work = directory.parent / f".{directory.name}.partial"
@@ -260,9 +259,7 @@ def _make(section: StageSection, key: str, parent: Path | None, directory: Path,
         _open(work, parent_digest)
     barrier()
     if not work.is_dir():
-        raise ArtifactError(
-            f"{directory.parent}: not the folder that rank 0 sees; give one with --out that all machines share"
-        )
+        raise ArtifactError(f"{directory.parent}: is not rank 0's folder; give one that all machines share with --out")
     metrics = {}
     if run.rank == 0 or GIVES[section.stage] != "onnx":
         metrics = STAGES[section.stage](section, parent, work, run)
@@ -286,7 +283,7 @@ def _make(section: StageSection, key: str, parent: Path | None, directory: Path,
 
 
 def _open(work: Path, parent_digest: str | None) -> None:
-    """Make the working directory, or keep what an interrupted run left in it, if that came from the same parent."""
+    """Make the working directory, or keep an interrupted run's if it has the same parent."""
     origin = work / ".parent"
     if origin.exists() and origin.read_text() != str(parent_digest):
         shutil.rmtree(work)

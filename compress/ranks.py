@@ -1,7 +1,7 @@
-"""The processes of one run: torchrun starts several, each a rank. What they tell each other, and how all end when one does.
+"""The processes (ranks) of one run under torchrun: what they send each other, and how all end when one fails.
 
-Only where there are several is torch imported; a process of its own is rank 0 of 1. Decisions travel on the default group, which is
-gloo's and waits without using a core; gradients have a group of their own.
+A single process is rank 0 of 1 and imports no torch here. Decisions are sent through the default group, by gloo, which
+waits without using a core; gradients have their own group.
 """
 
 import json
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
-MEETING = timedelta(minutes=5)  # in which every rank must have started; torch's import from a slow disk takes a minute
-PATIENCE = timedelta(days=7)  # rank 0 exports and measures while the others wait; the watch ends what is dead
+MEETING = timedelta(minutes=5)  # for all ranks to start; importing torch from a slow disk takes a minute
+PATIENCE = timedelta(days=7)  # others wait while rank 0 exports and measures; `_Watch` ends them if it dies
 TICK_S = 1.0
-SILENT_TICKS = 30  # without a beat, after which a rank is dead: of the listener's own, so that no machine's sleep is taken for death
-LOST_TICKS = 5  # the same once a connection is lost
+SILENT_TICKS = 30  # a rank without a beat for this long is dead; counted in ticks, as a sleeping machine has none
+LOST_TICKS = 5  # the same after a lost connection
 FAILURE, NONE = "failure", "none"
 
 
 class Failure(NamedTuple):
-    """Why all ranks end: which rank says so and where it runs, with what exit code, in which words."""
+    """Why all ranks end: the rank that reports it, its host, the exit code and the message."""
 
     by: int
     host: str
@@ -47,7 +47,7 @@ def ranks() -> int:
 
 
 def rank() -> int:
-    """Return this process's number among them."""
+    """Return this process's number among all ranks."""
     return int(os.environ.get("RANK", "0")) if ranks() > 1 else 0
 
 
@@ -70,14 +70,14 @@ def barrier() -> None:
 
 
 def first_decides(decide: Callable[[], T]) -> T:
-    """Return on every rank what rank 0 decides; clocks, machines, file systems and last digits differ between ranks, decisions must not."""
+    """Return rank 0's decision on every rank, as clocks, machines, file systems and last digits differ between ranks."""
     if ranks() == 1:
         return decide()
     import torch.distributed as dist
 
-    said = [decide() if rank() == 0 else None]
-    dist.broadcast_object_list(said)
-    return said[0]  # type: ignore[return-value]
+    decision = [decide() if rank() == 0 else None]
+    dist.broadcast_object_list(decision)
+    return decision[0]  # type: ignore[return-value]
 
 
 def gather(value: T) -> list[T]:
@@ -92,17 +92,17 @@ def gather(value: T) -> list[T]:
 
 
 def tell_torchrun(text: str) -> None:
-    """Let torchrun's summary say why this rank ends with an exit code other than 0."""
+    """Give torchrun's summary the reason why this rank fails."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": text}), encoding="utf-8")
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Be one of the ranks: meet the others, wait for all of them at the end, and end them all where this one fails.
+    """Connect to the other ranks, wait for them at the end, and end all where one fails.
 
-    Where another rank fails or is dead, this process ends in its middle, with that rank's exit code. An error of this rank goes on; a
-    CompressError then says whose it is. Raises CompressError where the ranks do not meet.
+    Where another rank fails or dies, this process exits at once with that rank's exit code. This rank's own error is
+    raised; a UserError's message then names the rank. Raises CompressError where the ranks do not connect.
     """
     if ranks() == 1:
         yield
@@ -119,12 +119,12 @@ def joined() -> Iterator[None]:
         watch.fail(error)
         raise
     watch.stop()
-    dist.barrier()  # nobody listens any more, so rank 0 may take the store with it
+    dist.barrier()  # all watches have stopped, so rank 0 may end, and the store with it
     dist.destroy_process_group()
 
 
 def _meet() -> "Store":
-    """Return the ranks' common store once all of them are there."""
+    """Return the ranks' common store once all are connected."""
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
@@ -137,19 +137,19 @@ def _meet() -> "Store":
     except (ValueError, dist.DistError) as error:
         reason = str(error).partition("\n")[0]
         raise CompressError(
-            f"rank {rank()}: {ranks()} ranks did not meet ({reason}); start all of them with torchrun, within {MEETING.seconds} seconds"
+            f"rank {rank()}: {ranks()} ranks did not connect ({reason}); start all with torchrun within {MEETING.seconds} seconds"
         ) from error
     return store
 
 
 class _Watch:
-    """Threads that let the others hear this rank, and end it when one of them fails or is not heard any more.
+    """Threads that send this rank's heartbeat, and end the process when another rank fails or goes silent.
 
-    A rank that waits for another does so in C++, where no exception reaches it; so its process ends.
+    A rank that waits for another is in C++, where no exception reaches it, so its process must end.
     """
 
     def __init__(self, store: "Store") -> None:
-        """Take a connection of its own: another's waits would hold it up."""
+        """Take a connection that nothing else uses, as others' waits would block it."""
         self._store, self._stopped, self._lost = store, threading.Event(), threading.Event()
         self._ending = threading.Lock()
         self._turns = 0
@@ -158,26 +158,26 @@ class _Watch:
             thread.start()
 
     def stop(self) -> None:
-        """Listen no more."""
+        """Stop the threads."""
         self._stopped.set()
         for thread in self._threads:
             thread.join()
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others of this rank's error; end here where theirs came first, or is its cause."""
+        """Report this rank's error to the others; end here where another's came first, or caused it."""
         import torch.distributed as dist
 
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             self._lost.set()
-            time.sleep((LOST_TICKS + 3) * TICK_S)  # the thread finds out whose end it was, and ends this process
+            time.sleep((LOST_TICKS + 3) * TICK_S)  # the thread finds the dead rank, and ends this process
         mistake = isinstance(error, UserError)
-        said = str(error) if mistake else f"{type(error).__name__}: {error}".partition("\n")[0]
+        text = str(error) if mistake else f"{type(error).__name__}: {error}".partition("\n")[0]
         code = MISTAKE if mistake else INTERRUPTED if isinstance(error, KeyboardInterrupt) else CRASH
-        mine = Failure(rank(), socket.gethostname(), code, f"rank {rank()}: {said}")
+        mine = Failure(rank(), socket.gethostname(), code, f"rank {rank()}: {text}")
         try:
             if (first := self._claim(mine)) != mine:
                 self._end(first)
-        except dist.DistError:  # rank 0 is gone with the store, which the thread is about to say
+        except dist.DistError:  # rank 0 ended, and the store with it; the thread is about to report that
             time.sleep(3 * TICK_S)
         tell_torchrun(mine.text)
         _let_others_read()
@@ -205,7 +205,7 @@ class _Watch:
                 self._end_with_store()
 
     def _guard(self) -> None:
-        """End where the store does not answer any more: calls to a machine without power never come back."""
+        """End where the store no longer responds: calls to a machine without power never return."""
         seen = silent = 0
         while not self._stopped.wait(TICK_S):
             seen, silent = self._turns, silent + 1 if self._turns == seen else 0
@@ -213,24 +213,23 @@ class _Watch:
                 self._end_with_store()
 
     def _end_with_store(self) -> NoReturn:
-        """End where the store has gone, and rank 0 with it."""
+        """End because the store is gone, and rank 0 with it."""
         self._end(_death(0, os.environ["MASTER_ADDR"])._replace(by=1, host=""))
 
     def _follow(self, failure: Failure) -> None:
-        """End as the failure says; where it is this rank's own, only if that has not ended by itself."""
+        """End with the failure's exit code; if it is this rank's own, only after giving it time to end by itself."""
         if failure.by == rank():
             time.sleep(10 * TICK_S)
             os._exit(failure.code)
         self._end(failure)
 
     def _claim(self, failure: Failure) -> Failure:
-        """Return the first failure that any rank has claimed: this one, if none has."""
-        said = json.dumps(failure)
-        return Failure(*json.loads(self._store.compare_set(FAILURE, NONE, said)))
+        """Return the first failure that any rank reported: this one, if none was before."""
+        return Failure(*json.loads(self._store.compare_set(FAILURE, NONE, json.dumps(failure))))
 
     def _end(self, failure: Failure) -> NoReturn:
-        """End this process now; on each machine one rank says why, if none has."""
-        self._ending.acquire()  # for good: one thread is enough
+        """End this process now; on each machine one rank prints the reason."""
+        self._ending.acquire()  # never released: only one thread may do this
         if failure.by == rank() or (failure.host != socket.gethostname() and local_rank() == 0):
             shown = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # a live line hides the cursor
             sys.stderr.write(f"{shown}{failure.text}\n")
@@ -246,13 +245,13 @@ def _beat(number: int) -> str:
 
 def _death(number: int, host: str) -> Failure:
     text = (
-        f"rank {number} on {host} ended without a word: it was killed, perhaps for its memory, or its machine is gone; "
-        "the same command goes on from the last checkpoint"
+        f"rank {number} on {host} ended without a message: it was killed, perhaps for its memory, or its machine failed; "
+        "the same command continues from the last checkpoint"
     )
     return Failure(rank(), socket.gethostname(), CRASH, text)
 
 
 def _let_others_read() -> None:
-    """Wait where this rank may hold the store that the others are still to read."""
+    """Wait on rank 0, which may hold the store, until the others have read it."""
     if rank() == 0:
         time.sleep(3 * TICK_S)

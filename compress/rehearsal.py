@@ -1,4 +1,4 @@
-"""Try on untrained networks what later stages will do with the trained ones: a refusal comes in seconds, not after hours of training."""
+"""Prune, quantize and export untrained networks before training, so that a refusal takes seconds, not hours."""
 
 import copy
 import sys
@@ -44,15 +44,15 @@ from export.runtime.session import bind, open_session
 from export.tasks.paired import MAX_CHANCE, chance
 
 TRIED = ("prune", "ptq", "qat", "export")
-TEACHER_IMAGES = 1000  # that tell whether a teacher knows the classes
-TOLERANCE = 1e-2  # of the largest logit: kernels round differently, an answer to other values differs more
+TEACHER_IMAGES = 1000  # on which a teacher must be better than chance
+TOLERANCE = 1e-2  # largest difference from rounding, as a fraction of the largest logit; wrong values differ by more
 
 
 def rehearse(run: Run, missing: Mapping[str, Sequence[bool]]) -> None:
-    """Prune, fake-quantize and export untrained networks as the recipe's stages will, where one of those that are missing trains.
+    """Prune, fake-quantize and export untrained networks as the recipe's stages will, if a missing stage trains.
 
-    `missing` says of each chain's first stages whether they are; those behind are. Raises ModelError, which names the stage, where one cannot
-    take its network.
+    `missing` tells for each chain's first stages whether they are missing; all later ones are. Raises ModelError, which
+    names the stage, where a stage cannot take its network.
     """
     tried: set[tuple[str, str]] = set()
     for name, chain in run.recipe.chains().items():
@@ -69,7 +69,7 @@ def rehearse(run: Run, missing: Mapping[str, Sequence[bool]]) -> None:
 
 
 def _check_teacher(run: Run) -> None:
-    """Say how good the recipe's own teacher is on validation images; raise CompressError where it is no better than chance."""
+    """Print the given teacher's score on validation images; raise CompressError where it is no better than chance."""
     teacher, output = run.given_teacher(), run.task.output
     outputs, truths = [], []
     for batch in run.validation(limit=TEACHER_IMAGES):
@@ -78,18 +78,18 @@ def _check_teacher(run: Run) -> None:
         truths.append(batch.targets.cpu().numpy())
     found = score_of(output, outputs, truths)
     names = ", ".join(one.network for one in run.recipe.teacher)
-    said = f"teacher {names}: {output.metric.title} {found.score:.1%} on {found.images:,} validation images"
+    line = f"teacher {names}: {output.metric.title} {found.score:.1%} on {found.images:,} validation images"
     classes = output.by_class({"teacher": found.rows}, run.dataset.classes, ())
     if classes is not None and chance(classes["images"], classes["files"]["teacher"])[1] > MAX_CHANCE:
         raise CompressError(
-            f"{said}, no better than chance: check its image_size, mean and std, and the order of its classes"
+            f"{line}, no better than chance: check its image_size, mean and std, and the order of its classes"
         )
     if run.rank == 0:
-        sys.stderr.write(f"{said}\n")
+        sys.stderr.write(f"{line}\n")
 
 
 def _rehearse(run: Run, chain: Recipe, sections: Sequence[StageSection], tried: set[tuple[str, str]]) -> None:
-    """Rehearse one chain; what was `tried` on an architecture is not tried again."""
+    """Rehearse one chain; skip what was `tried` on an architecture before."""
     stages = [section.stage for section in sections]
     networks = _networks(run, chain, sections)
     (_, teacher), (arch, student) = networks[0], networks[-1]
@@ -128,7 +128,7 @@ def _trains(section: StageSection, recipe: Recipe) -> bool:
 
 
 def _networks(run: Run, chain: Recipe, sections: Sequence[StageSection]) -> list[tuple[str, nn.Module]]:
-    """Return the teacher and, where it is another network, the student, by architecture; a student still to start is given its weights."""
+    """Return the networks by architecture: the teacher, and the student if it is another one, with its weights if it is to start."""
 
     def untrained(arch: str) -> nn.Module:
         return rebuild(Architecture(arch, len(run.dataset.classes), run.image_size), trust_code=run.trust_code)
@@ -148,7 +148,7 @@ def _networks(run: Run, chain: Recipe, sections: Sequence[StageSection]) -> list
 
 @contextmanager
 def _refused_by(stages: str, advice: str = "") -> Iterator[None]:
-    """Let a refusal name the stages that would have come to it, the line of the person's own code, and the advice."""
+    """Raise a refusal as ModelError, with the stages that would raise it, the line of the user's code, and the advice."""
     try:
         yield
     except UserError as error:
@@ -157,7 +157,7 @@ def _refused_by(stages: str, advice: str = "") -> Iterator[None]:
 
 
 def _export(model: nn.Module, run: Run) -> None:
-    """Write the float file and hold its answers against the network's own."""
+    """Write the float file and compare its outputs with the network's."""
     images = _images(run)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "float.onnx"
@@ -167,16 +167,16 @@ def _export(model: nn.Module, run: Run) -> None:
             bind(session, images.numpy())()
         except BundleError as error:
             raise ModelError(
-                f"{type(model).__name__}: its ONNX file takes no other number of images than it was written with"
+                f"{type(model).__name__}: its ONNX file runs only on the number of images that it was exported with"
             ) from error
-        (answers,) = session.run(None, {INPUT: images.numpy()})
+        (outputs,) = session.run(None, {INPUT: images.numpy()})
     with torch.no_grad():
         expected = model(images).numpy()
-    difference, largest = float(np.abs(answers - expected).max()), float(np.abs(expected).max())
+    difference, largest = float(np.abs(outputs - expected).max()), float(np.abs(expected).max())
     if not difference <= TOLERANCE * largest:
         raise ModelError(
-            f"{type(model).__name__}: its ONNX file answers otherwise than it does in PyTorch, by up to {difference:.2g} where logits "
-            f"reach {largest:.2g}: something in its forward is no operator of torch (numpy, Python's numbers) or is random"
+            f"{type(model).__name__}: its ONNX file's outputs differ from PyTorch's by up to {difference:.2g}, of logits up to "
+            f"{largest:.2g}: its forward uses something other than torch's operators (numpy, Python's numbers), or is random"
         )
 
 
@@ -189,7 +189,7 @@ def _quantize(model: nn.Module, run: Run) -> None:
 
 
 def _refuse_unreachable(model: nn.Module, cfg: PruneStage, run: Run) -> None:
-    """Refuse a goal that even the network with as few channels as it may have misses."""
+    """Raise CompressError where even the network with the fewest allowed channels misses the goal."""
     images, goal = example_images(run.image_size), goal_of(cfg)
     groups = find_groups(model, images, "random", exclude=(classifier(model), *cfg.exclude))
     options = find_options(

@@ -1,4 +1,4 @@
-"""One execution of a recipe: where, on what, with which data and teacher. Stages ask it; it decides nothing about compression."""
+"""One execution of a recipe: its device, target, data and teacher, for the stages to use."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -43,7 +43,7 @@ TUNING_IMAGES = 2000
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage may ask for."""
+    """One execution of a recipe."""
 
     recipe: Recipe
     device: torch.device
@@ -52,15 +52,13 @@ class Run:
     target: Target
     trust_code: bool
     verbose: bool
-    group: dist.ProcessGroup | None = (
-        None  # of several ranks, what they share gradients through; None is the default one
-    )
-    tell: Tell | None = None  # what else takes each epoch's measurements
-    opened: Callable[[], Dataset] | None = None  # returns the images where another run has opened them
+    group: dist.ProcessGroup | None = None  # in which ranks share gradients; None is torch's default group
+    tell: Tell | None = None  # also gets each epoch's measurements
+    opened: Callable[[], Dataset] | None = None  # returns the images that another run has opened
 
     @cached_property
     def dataset(self) -> Dataset:
-        """The images, opened when the first stage needs them."""
+        """The images, opened on first use."""
         if self.opened is not None:
             return self.opened()
         found = self.task.open(data_settings(self.recipe), self.augmentation)
@@ -80,19 +78,19 @@ class Run:
 
     @cached_property
     def learned(self) -> Task:
-        """The task as training sees it: the loss weighs classes where the recipe wants that. Raises CompressError where it takes no weights."""
+        """The task with the training loss, which weighs classes if the recipe says so; CompressError where it cannot."""
         if self.recipe.data.balance != "class_weights":
             return self.task
         if self.task.class_weights is None:
             raise CompressError(
-                f"data.balance: the loss of {self.task.output.name} takes no class_weights: leave it out"
+                f"data.balance: the loss of {self.task.output.name} allows no class_weights: leave it out"
             )
         weights = self.task.class_weights(self.dataset.train, len(self.dataset.classes)).to(self.device)
         return replace(self.task, loss=partial(self.task.loss, weights=weights))
 
     @property
     def int8_targets(self) -> tuple[Target, ...]:
-        """The grids that get INT8 files, the recipe's own target first; none where that has no INT8."""
+        """The targets of INT8 files, the recipe's `target` first; empty where that has no INT8."""
         if self.target.precision != "int8":
             return ()
         further = (TARGETS[name] for name in self.recipe.further_targets)
@@ -100,11 +98,11 @@ class Run:
 
     @property
     def image_size(self) -> int:
-        """Height and width that the network sees, in pixels."""
+        """Height and width of the network's input in pixels."""
         return self.dataset.preprocess.image_size
 
     def validation(self, *, limit: int | None = None, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-        """Return the validation batches, in order, or a rank's share of them; `limit` takes so many images, spread over the set."""
+        """Return the validation batches in order, or a rank's share of them; `limit` takes n images, spread over the set."""
         data = self.recipe.data
         return eval_batches(
             self.dataset.val,
@@ -122,7 +120,7 @@ class Run:
         return replace(self, opened=lambda: self.dataset.with_unlabelled)
 
     def calibration(self, images: int, *, labelled: bool = False) -> Iterator[Batch]:
-        """Return unaugmented training batches, spread over the set, for ranges and statistics; `labelled` leaves out those without a label."""
+        """Return n unaugmented training images in batches, spread over the set; with `labelled`, only those with a label."""
         data = self.recipe.data
         return eval_batches(
             self.dataset.train if labelled else self.dataset.with_unlabelled.train,
@@ -134,9 +132,9 @@ class Run:
         )
 
     def tuning(self) -> Iterator[Batch]:
-        """Return the tuning split, what stages choose by so that the validation images only judge: unaugmented training images by seed."""
+        """Return the tuning split: unaugmented training images, drawn by seed, on which stages choose."""
         data, images = self.recipe.data, self.dataset.train
-        # Truths that are no classes are one stratum.
+        # Without classes all images are one stratum.
         strata = torch.zeros(len(images), dtype=torch.int64) if images.labels.is_floating_point() else images.labels
         chosen = sampled(strata.numpy(), len(self.dataset.classes), images=TUNING_IMAGES, seed=self.recipe.seed)
         return eval_batches(
@@ -149,7 +147,7 @@ class Run:
         )
 
     def views(self, images: int) -> Iterator[Batch]:
-        """Return augmented training batches as a training shows them, spread over the set and the same on every rank."""
+        """Return n augmented training images in batches, spread over the set, the same on every rank."""
         n = len(self.dataset.train)
         chosen = torch.arange(min(images, n)) * n // min(images, n)
         batches = view_batches(
@@ -165,11 +163,11 @@ class Run:
 
     @property
     def augmentation(self) -> Augmentation:
-        """How training images change."""
+        """The random changes of training images."""
         return Augmentation(**self.recipe.data.augment.model_dump())
 
     def training(self, settings: Fit, epoch: int, view: int) -> Iterator[Batch]:
-        """Return this rank's share of an epoch, its images under one view."""
+        """Return this rank's share of an epoch's batches, under one view."""
         return train_batches(
             self.dataset,
             batch_size=settings.batch_size,
@@ -185,7 +183,7 @@ class Run:
         )
 
     def log(self, out: Path, stage: str) -> StageLog:
-        """Return the log of a stage; silent on all ranks but the first."""
+        """Return the log of a stage, silent on all ranks but 0."""
         return StageLog(out, stage=stage, verbose=self.verbose, enabled=self.rank == 0, tell=self.tell)
 
     def fit(
@@ -201,7 +199,7 @@ class Run:
         before_step: Callable[[nn.Module, float], None] | None = None,
         after_backward: Callable[[nn.Module], None] | None = None,
     ) -> Network:
-        """Train by the one loop; a stage that trains twice names its phases. Epochs go round the `views`; None shows a new one each time."""
+        """Train in the one loop. `phase` names the training in logs; epochs cycle through `views` views (None: all new)."""
         loop = Loop(
             batches=lambda epoch: self.training(settings, epoch, epoch if views is None else epoch % views),
             steps_per_epoch=steps_per_epoch(len(self.dataset.train), settings.batch_size),
@@ -223,9 +221,9 @@ class Run:
         return fit(model, step, settings, loop)
 
     def start(self, given: Model | StudentStage) -> tuple[Architecture, nn.Module]:
-        """Return a network of the recipe as it starts, by the seed or by its weights, on the CPU.
+        """Return a network of the recipe with its initial weights, random by seed or given, on the CPU.
 
-        Raises ModelError where it cannot be built, loaded, or does not answer with logits of the data's classes.
+        Raises ModelError where it cannot be built or loaded, or does not return logits of the data's classes.
         """
         architecture = Architecture(given.arch, len(self.dataset.classes), self.image_size)
         torch.manual_seed(self.recipe.seed)
@@ -237,12 +235,12 @@ class Run:
         return architecture, model
 
     def check_output(self, model: nn.Module) -> None:
-        """Raise ModelError where a network does not answer with what the task needs for the data's classes."""
+        """Raise ModelError where a network's output has not the shape that the task needs for the data's classes."""
         shape = self.task.output.output_shape(len(self.dataset.classes), self.image_size)
         check_output(model, image_size=self.image_size, shape=shape)
 
     def check_logits(self, model: nn.Module) -> None:
-        """Raise ModelError where a network on the CPU answers a few training images with probabilities."""
+        """Raise ModelError where a network on the CPU returns probabilities for a few training images."""
         for batch in self.calibration(LOGIT_IMAGES):
             check_logits(model, batch.images.cpu())
 
@@ -251,13 +249,13 @@ class Run:
         return place_(load_float(directory, trust_code=self.trust_code), self.device)
 
     def teacher(self, directory: Path) -> nn.Module:
-        """Return the teacher: the recipe's, or the one that an artifact descends from; on the device, in eval mode, without gradients."""
+        """Return the recipe's `teacher`, else the source of an artifact; on the device, in eval mode, without gradients."""
         if self.recipe.teacher:
             return self.given_teacher()
         return place_(self.load_source(directory).requires_grad_(False), self.device)
 
     def given_teacher(self, *, whole: bool = False) -> nn.Module:
-        """Return the recipe's teacher, which is no stage's product, as `teacher` does; `whole` as a network that can be counted and written."""
+        """Return the recipe's `teacher` on the device; with `whole` as a torch network, which can be exported."""
         student = _seen(self.dataset.preprocess)
         found = teacher_of(
             teachers_of(self.recipe), self.dataset.classes, student, trust_code=self.trust_code, whole=whole
@@ -269,7 +267,7 @@ class Run:
         return found
 
     def _predicted(self, images: Dataset) -> tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.int64]]:
-        """Return the teacher's classes and what it predicts of training and validation images that nobody labelled; it is asked once."""
+        """Return the teacher's classes and its predictions, as labels, for training and validation images; they are cached."""
         recipe, model = self.recipe, self.recipe.model
         given = None if recipe.data.classes is None else class_names(Path(recipe.data.classes))
         facts: dict[str, object] = {
@@ -295,7 +293,7 @@ class Run:
     def _labeller(
         self, preprocess: Preprocess, given: tuple[str, ...] | None
     ) -> tuple[nn.Module, tuple[str, ...] | None]:
-        """Return the network whose predictions are the labels, on the CPU, and the names of its classes, None where nothing tells them."""
+        """Return the network whose predictions become labels, on the CPU, and its classes' names, None if unknown."""
         teachers, model = teachers_of(self.recipe), self.recipe.model
         if teachers:
             given = given or own_names(teachers[0])
@@ -304,7 +302,7 @@ class Run:
         assert model is not None
         if given is None and model.weights is not None:
             raise CompressError(
-                "data.classes: nobody labelled the images, so nothing tells the network's classes: list their names in a text file, one a line"
+                "data.classes: missing: without labels the class names are unknown: list them in a text file, one a line"
             )
         network = build(model.arch, num_classes=len(given or ()), trust_code=self.trust_code)
         if model.weights is not None:
@@ -312,27 +310,27 @@ class Run:
         return network, given or names_within(network)
 
     def load_source(self, directory: Path) -> nn.Module:
-        """Return the network that an artifact descends from, the baseline of every comparison, in eval mode on the CPU."""
+        """Return the source network of an artifact, the baseline of every comparison, in eval mode on the CPU."""
         if self.recipe.model is None:
             return self.given_teacher(whole=True).cpu()
         return load_float(lineage(directory)[0], trust_code=self.trust_code)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Return the metric and the loss on all validation images, each rank having run a part of them through rank 0's network."""
-        self.share_(model)  # statistics are of a rank's own images
+        """Return score and loss of rank 0's network on all validation images, of which each rank runs a part."""
+        self.share_(model)  # batch-norm's statistics differ between ranks
         return evaluate(model, self.validation(rank=self.rank, ranks=self.ranks), self.task)
 
     @torch.no_grad()
     def share_(self, model: nn.Module) -> None:
-        """Give the network rank 0's weights and statistics on every rank."""
-        barrier()  # rank 0 may have worked on it for longer than the group waits
+        """Copy rank 0's weights and statistics to every rank."""
+        barrier()  # rank 0 may have been busy for longer than the group's timeout
         for tensor in model.state_dict().values() if self.ranks > 1 else ():
-            plain = tensor.contiguous()  # ranks may hold them in different memory formats
+            plain = tensor.contiguous()  # ranks may have different memory formats
             dist.broadcast(plain, 0, group=self.group)
             tensor.copy_(plain)
 
     def measure(self, model: nn.Module) -> Metrics:
-        """Return the stage metrics of a float network: accuracy, parameters, multiply-accumulates, size."""
+        """Return a float network's stage metrics: score, loss, parameters, multiply-accumulates, size."""
         costs = count(model, self.image_size)
         return {
             **self.evaluate(model),
@@ -347,7 +345,7 @@ def _seen(preprocess: Preprocess) -> Seen:
 
 
 def float_ancestor(directory: Path) -> Path:
-    """Return the newest float network in an artifact's lineage: the student before quantization."""
+    """Return the newest float artifact in an artifact's lineage: the student before quantization."""
     return next(path for path in reversed(lineage(directory)) if read_meta(path).kind == "float")
 
 
@@ -357,18 +355,18 @@ def newest(directory: Path, stage: str) -> Path | None:
 
 
 def open_run(recipe: Recipe, *, trust_code: bool, verbose: bool) -> Run:
-    """Return the run on the recipe's device, of several ranks each on its own; rank 0 says what the target is.
+    """Return the run on the recipe's device, on this rank's own if there are several; rank 0 decides the target.
 
-    Raises CompressError where a rank finds no device for it, or another kind than the others.
+    Raises CompressError where a rank finds no device, or one of another kind than the others.
     """
     device = _device(recipe)
     if len(kinds := set(gather(device.type))) > 1:
         raise CompressError(
-            f"device: {recipe.device} is {' and '.join(sorted(kinds))} on different ranks; set device: cpu, or start the ranks where there are GPUs"
+            f"device: {recipe.device} is {' and '.join(sorted(kinds))} on different ranks; set device: cpu, or use machines with GPUs only"
         )
     if device.type == "cpu" and ranks() > 1 and any(fit.sync_batchnorm for fit in fits(recipe)):
         raise CompressError(
-            "fit.sync_batchnorm: torch can do it on GPUs only, and these ranks train on CPUs; leave it out"
+            "fit.sync_batchnorm: torch has it on GPUs only, and these ranks train on CPUs; leave it out"
         )
     target = first_decides(lambda: resolve_target(recipe.target))
     settings = data_settings(recipe)
@@ -378,7 +376,7 @@ def open_run(recipe: Recipe, *, trust_code: bool, verbose: bool) -> Run:
 
 
 def _group(device: torch.device) -> dist.ProcessGroup | None:
-    """Return what ranks share gradients through; a rank that lives and does not come ends there after torch's own limit, of minutes."""
+    """Return the ranks' group for gradients, with torch's own timeout of minutes; None for a single rank."""
     if ranks() == 1:
         return None
     group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo")
@@ -393,7 +391,7 @@ def _device(recipe: Recipe) -> torch.device:
         return torch.device("cpu")
     if local_rank() >= torch.cuda.device_count():
         raise CompressError(
-            f"device: {recipe.device}: this machine's rank {local_rank()} has no GPU, there are {torch.cuda.device_count()}; "
+            f"device: {recipe.device}: no GPU for rank {local_rank()} of this machine, which has {torch.cuda.device_count()}; "
             f"start torchrun with --nproc-per-node={torch.cuda.device_count()}"
         )
     device = torch.device("cuda", local_rank())

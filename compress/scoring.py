@@ -1,4 +1,4 @@
-"""A run's networks as ONNX files: written, scored, timed; and the layers whose quantization hurts most."""
+"""Write, score and time a run's ONNX files; rank layers by the damage of their quantization."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -28,18 +28,18 @@ from export.runtime.latency import Ratio, speedup, time_sessions
 from export.runtime.session import PROVIDERS, bind, open_session
 
 LATENCY_SECONDS, LATENCY_BLOCKS = 0.5, 6
-SENSITIVITY_IMAGES = 128  # each layer takes one pass over them
-RANGE_IMAGES = 64  # that say which values leave half precision
+SENSITIVITY_IMAGES = 128  # there is one pass over them for each layer
+RANGE_IMAGES = 64  # for finding values that exceed half precision
 
 
 def export_network(model: nn.Module, path: Path, run: Run, *, score: float, target: Target) -> None:
-    """Write `model`, in eval mode on the CPU, whose accuracy in torch is `score`."""
+    """Write `model`, which is on the CPU, with its `score` in torch as metadata."""
     model = model.eval().to(memory_format=torch.contiguous_format)
     to_onnx(model, path, image_size=run.image_size, metadata=metadata_of(run, score=score, target=target))
 
 
 def metadata_of(run: Run, *, score: float, target: Target) -> dict[str, str]:
-    """Return what a file says of itself."""
+    """Return a file's metadata."""
     return {
         "task": run.recipe.task,
         "classes": json.dumps(run.dataset.classes),
@@ -51,7 +51,7 @@ def metadata_of(run: Run, *, score: float, target: Target) -> dict[str, str]:
 
 
 def write_float16(fp32: Path, path: Path, run: Run) -> tuple[str, ...]:
-    """Write an FP32 file's half-precision twin; return the modules that stay in float32, for their values leave half precision."""
+    """Write an FP32 file as FP16; return the modules that stay in float32, as their values exceed half precision."""
     model = onnx.load(fp32)
     keep = overflowing(model, (images for images, _ in as_numpy(run.calibration(RANGE_IMAGES))))
     save_model(to_float16(model, keep), path)
@@ -60,7 +60,7 @@ def write_float16(fp32: Path, path: Path, run: Run) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Served:
-    """How a network would be served, as far as its time depends on it."""
+    """The conditions of serving on which a network's latency depends."""
 
     conditions: Conditions
     precision: str
@@ -68,7 +68,7 @@ class Served:
     target: Target
 
     def write(self, model: nn.Module, path: Path) -> None:
-        """Write a network on the CPU, with ranges from random images: its time does not depend on them.
+        """Write a network on the CPU, with ranges from random images, on which its latency does not depend.
 
         Raises ModelError or BundleError where it cannot be quantized or written.
         """
@@ -83,7 +83,7 @@ class Served:
 
 
 def served(asked: stages.Conditions, run: Run) -> Served:
-    """Return the conditions that a recipe asks for; what it leaves open is the target's.
+    """Return a recipe's conditions, with the target's where they are null.
 
     Raises CompressError where the target has no such precision.
     """
@@ -91,35 +91,38 @@ def served(asked: stages.Conditions, run: Run) -> Served:
     if run.int8_targets and any(section.stage in ("ptq", "qat") for section in run.recipe.stages):
         own = "int8"
     if asked.precision == "int8" and not run.int8_targets:
-        raise CompressError(f"prune.conditions.precision: {run.target.name} has no int8: take fp16, or leave it out")
+        raise CompressError(f"prune.conditions.precision: {run.target.name} has no int8: use fp16, or leave it out")
     provider = PROVIDERS[asked.provider] if asked.provider else TARGET_PROVIDERS.get(run.target.name, CPU)
     conditions = Conditions(provider, asked.threads, asked.batch)
     return Served(conditions, asked.precision or own, asked.image_size or run.image_size, run.target)
 
 
 def random_images(image_size: int) -> Tensor:
-    """Return noise (3, 3, s, s): another batch than the exporter's example has."""
+    """Return noise (3, 3, s, s), whose batch size differs from the exporter's example."""
     return torch.randn(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
 
 
 def runs_here(target: Target) -> bool:
-    """Tell whether this machine's integer kernels compute what the target's do; elsewhere a file is scored unoptimized, which is exact."""
+    """Tell whether this machine's integer kernels compute what the target's do; if not, files are scored unoptimized."""
     return target.name in RUNS[host_target().name]
 
 
 def score_file(path: Path, run: Run, batches: Iterator[Batch], *, optimize: bool) -> Score:
-    """Run the batches' images through a file."""
+    """Score a file on the batches."""
     return score_files({path.stem: path}, as_numpy(batches), run.task.output, optimize=optimize)[path.stem]
 
 
 def tuning_score(path: Path, run: Run, *, optimize: bool) -> Score:
-    """Run the tuning images through a file and keep what tells how far its outputs are from another's."""
+    """Score a file on the tuning images; keep the evidence for its divergence from another file."""
     batches = as_numpy(run.tuning())
     return score_files({path.stem: path}, batches, run.task.output, optimize=optimize, keep_evidence=True)[path.stem]
 
 
 def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], Ratio | None]:
-    """Return what tells how many times faster than `fp32` a file is: one image, one thread, in turns; None for another machine's files."""
+    """Return a function that times a file and `fp32` in turns (one image, one thread), and returns the speed-up.
+
+    It returns None for another machine's target.
+    """
     image = np.random.default_rng(0).standard_normal((1, 3, run.image_size, run.image_size), np.float32)
 
     def faster(path: Path) -> Ratio | None:
@@ -133,7 +136,7 @@ def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], Ratio 
 
 
 def worst_first(prepared: nn.Module, run: Run, *, images: int) -> tuple[Sensitivity, ...]:
-    """Return every layer's damage, measured on at most `images` calibration images."""
+    """Return every layer's sensitivity, the worst first, measured on at most `images` calibration images."""
     batches = list(run.calibration(min(SENSITIVITY_IMAGES, images), labelled=True))
     truths = torch.cat([batch.targets for batch in batches])
 

@@ -142,7 +142,7 @@ def test_an_interrupted_run_says_that_it_goes_on_and_ends_with_130(
     result = invoke("run", recipe_path)
     assert (result.exit_code, result.output) == (
         130,
-        "interrupted; the same command goes on from the last finished stage\n",
+        "interrupted; the same command continues\n",
     )
 
 

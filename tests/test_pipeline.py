@@ -396,7 +396,7 @@ def test_a_run_killed_in_a_stage_goes_on_from_the_last_finished_one(
         run(copied)
     plan = plan_recipe(recipe(copied))
     assert [line.cached for line in plan] == [True, True, True, True, False, False, False]
-    assert plan[4].reason == "was interrupted; goes on"
+    assert plan[4].reason == "was interrupted; continues"
     monkeypatch.setitem(STAGES, "qat", real)
     assert run(copied, until="qat") == 0
     assert is_complete(plan[4].directory)
@@ -432,7 +432,7 @@ def test_files_that_are_float_on_purpose_are_no_warning(finished: Path, tmp_path
 
 def test_a_stage_refuses_what_it_cannot_take(finished: Path, tmp_path: Path) -> None:
     source = next((finished / "small").glob("04-qat-*"))
-    with pytest.raises(ArtifactError, match=r"prune takes float, but .* holds fakequant"):
+    with pytest.raises(ArtifactError, match=r"prune takes float, but .* contains fakequant"):
         run_stage(recipe(tmp_path), "prune", src=source, out=tmp_path / "out", trust_code=True, verbose=False)
     with pytest.raises(ArtifactError, match="exists already"):
         run_stage(recipe(tmp_path), "prune", src=source, out=tmp_path, trust_code=True, verbose=False)

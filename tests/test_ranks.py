@@ -96,7 +96,7 @@ def test_a_rank_killed_while_the_others_wait_for_it_ends_all(recipe_path: Path, 
     code, text = said[1 - number]
     assert code == 70
     assert text.startswith(f"rank {number} on ")
-    assert "ended without a word" in text
+    assert "ended without a message" in text
     assert text.count("\n") == 1
 
 
@@ -135,7 +135,7 @@ def test_ranks_that_do_not_come_are_told_of(recipe_path: Path) -> None:
     second.kill()
     (code_, text), _ = ended([first, second])
     assert code_ == 2
-    assert text.startswith("rank 0: 2 ranks did not meet (")
+    assert text.startswith("rank 0: 2 ranks did not connect (")
     assert text.endswith("); start all of them with torchrun, within 3 seconds\n")
 
 
@@ -144,7 +144,7 @@ def test_ranks_that_do_not_come_are_told_of(recipe_path: Path) -> None:
     ("planted", "sentence", "told"),
     [
         ("if rank == 1: raise DataError('no images')", "rank 1: no images", 1),
-        ("ranks.barrier(); return 1 - rank", "a target is missed: the report above says which", 0),
+        ("ranks.barrier(); return 1 - rank", "a target is missed: see the report above", 0),
     ],
 )
 def test_torchruns_summary_has_the_sentence(

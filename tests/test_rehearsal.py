@@ -41,9 +41,9 @@ def line_of(code: str) -> str:
 REFUSED = [
     ("OnValues", ("distill", "ptq"), "ptq: OnValues: its forward cannot be one graph", "if x.max() > 10:"),
     ("OnValues", ("export",), "export: OnValues: cannot be written as ONNX", "if x.max() > 10:"),
-    ("OneByOne", ("export",), "export: OneByOne: its ONNX file takes no other number of images", None),
+    ("OneByOne", ("export",), "export: OneByOne: its ONNX file runs only on the number of images", None),
     ("OneByOne", ("ptq", "export"), "ptq: OneByOne: its forward cannot be one graph", None),
-    ("Noisy", ("export",), "export: Noisy: its ONNX file answers otherwise than it does in PyTorch", None),
+    ("Noisy", ("export",), "export: Noisy: its ONNX file's outputs differ from PyTorch's", None),
     ("Noisy", ("ptq", "export"), "ptq: Noisy: its graph gives other outputs than its forward", None),
     ("Bessel", ("export",), "export: Bessel: cannot be written as ONNX (No ONNX function found for", None),
     ("OnValues", ("ptq", "qat", "export"), "ptq and qat: OnValues: its forward cannot be", "if x.max() > 10:"),
@@ -74,10 +74,10 @@ def test_what_a_stage_cannot_take_is_refused_before_anything_trains(
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("qat.keep_float=[body.*]", "qat.keep_float: body.* names no layer; (known: first, second, head)"),
+        ("qat.keep_float=[body.*]", "qat.keep_float: body.* matches no layer; (known: first, second, head)"),
         (
             "prune.exclude=[frist]",
-            "prune.exclude: frist names no layer; did you mean first? (known: first, second, head)",
+            "prune.exclude: frist matches no layer; did you mean first? (known: first, second, head)",
         ),
     ],
 )

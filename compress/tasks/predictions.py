@@ -1,4 +1,4 @@
-"""What a network predicts of images that nobody labelled: these are their labels."""
+"""A network's predictions for images without labels, which become their labels."""
 
 from collections.abc import Sequence, Sized
 
@@ -23,9 +23,9 @@ def predictions(
     workers: int | None,
     device: torch.device,
 ) -> tuple[Sequence[str], Numbers, Numbers]:
-    """Return the classes' names, and the likeliest class of every training image (n,) and validation image (m,), by a network on the device.
+    """Return the classes' names, and the likeliest class of every training image (n,) and validation image (m,).
 
-    Classes without names are numbered. An image that cannot be read gets class 0: it is left out wherever it is met.
+    Classes without names are numbered. A broken image gets class 0, but is never used.
     """
     tables = []
     for views, stored in ((images.train, images.train), (images.val, images.held_out)):

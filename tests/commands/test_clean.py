@@ -85,7 +85,7 @@ def test_the_command_lists_and_removes_only_when_asked(tmp_path: Path) -> None:
     listed = CliRunner().invoke(app, ["clean", str(root)])
     assert listed.exit_code == 0
     assert f"{root / OLD}  (a stage that no report uses)" in listed.stdout
-    assert "nothing was removed: to remove it, add --remove" in listed.stdout
+    assert "nothing was removed: add --remove" in listed.stdout
     assert (root / OLD).exists()
     assert "removed 0.0 MB" in CliRunner().invoke(app, ["clean", str(root), "--remove"]).stdout
     assert not (root / OLD).exists()

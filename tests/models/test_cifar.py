@@ -194,7 +194,7 @@ def test_a_plan_says_in_one_sentence_that_cifar_is_not_there(tmp_path: Path) -> 
     absent = CliRunner().invoke(app, ["plan", file, "--data", str(tmp_path)])
     assert absent.exit_code == 0
     assert absent.stderr.splitlines() == [
-        f"cifar10: is not in {tmp_path}; a run downloads it there, or give its folder: DATA=/path/to/it"
+        f"cifar10: is not in {tmp_path}; a run downloads it, or give its folder: DATA=/path/to/it"
     ]
     (tmp_path / "cifar-10-batches-py").mkdir()
     assert CliRunner().invoke(app, ["plan", file, "--data", str(tmp_path)]).stderr == ""

@@ -150,7 +150,7 @@ def test_an_unreachable_budget_cuts_all_that_may_go() -> None:
     [("block9.*", "block"), ("block2", r"did you mean block2\.\*\?"), ("hed", r"did you mean head\?")],
 )
 def test_a_pattern_that_excludes_nothing_is_refused(pattern: str, hint: str) -> None:
-    with pytest.raises(ModelError, match=rf"prune\.exclude: {re.escape(pattern)} names no layer; .*{hint}"):
+    with pytest.raises(ModelError, match=rf"prune\.exclude: {re.escape(pattern)} matches no layer; .*{hint}"):
         find_groups(Residual(5), IMAGE, "l2", exclude=["head", pattern])
 
 

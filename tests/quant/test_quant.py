@@ -368,7 +368,7 @@ def test_a_network_that_runs_in_integers_throughout_has_nothing_to_excuse() -> N
 
 
 def test_a_pattern_that_names_no_layer_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"keep_float: features\.\* names no layer; .*\(known: stem\.0,"):
+    with pytest.raises(ModelError, match=r"keep_float: features\.\* matches no layer; .*\(known: stem\.0,"):
         prepare(Mobile(5), TARGETS["cpu_vnni"], EXAMPLE, keep_float=("features.*",))
 
 

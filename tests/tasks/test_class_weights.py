@@ -102,5 +102,5 @@ def test_weights_that_no_loss_takes_are_refused(skewed: Path, tmp_path: Path) ->
     with pytest.raises(RecipeError, match=r"data\.balance: class_weights weighs cross_entropy, which no stage uses"):
         recipe(skewed, tmp_path, "data.balance=class_weights", "model.weights=small.pt", "source.fit=null")
     scenes = ["data.balance=class_weights", "task=detection", "data.dataset=scenes", "data.path=null"]
-    with pytest.raises(CompressError, match=r"data\.balance: the loss of detection takes no class_weights: leave it"):
+    with pytest.raises(CompressError, match=r"data\.balance: the loss of detection allows no class_weights: leave it"):
         _ = open_run(recipe(skewed, tmp_path, *scenes), trust_code=True, verbose=False).learned

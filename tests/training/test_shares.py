@@ -146,7 +146,7 @@ def test_a_rank_killed_in_its_training_ends_the_other_and_the_run_goes_on(tmp_pa
     (code, text), (killed, _) = ended(processes)
     assert (code, killed) == (70, -signal.SIGKILL)
     assert text.splitlines()[-1].startswith("rank 1 on ")
-    assert text.count("ended without a word") == 1
+    assert text.count("ended without a message") == 1
     shutil.rmtree(next(tmp_path.glob("shares/.00-source-*")))
     together(file, tmp_path, until="source")
 
@@ -180,7 +180,7 @@ def test_synchronized_batch_norms_on_cpus_are_refused(tmp_path: Path, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("compress.run.gather", lambda value: [value])
     try:
-        with pytest.raises(CompressError, match=r"fit\.sync_batchnorm: torch can do it on GPUs only"):
+        with pytest.raises(CompressError, match=r"fit\.sync_batchnorm: torch has it on GPUs only"):
             open_run(recipe, trust_code=True, verbose=False)
     finally:
         dist.destroy_process_group()
