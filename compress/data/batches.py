@@ -35,7 +35,7 @@ class Views(NamedTuple):
 class Batch(NamedTuple):
     """Images float32 (n, 3, image_size, image_size), channels_last, normalized, with targets (n, ...).
 
-    Targets are labels int64 (n,), mixed ones float32 (n, classes), masks or boxes. Only training batches have `views`.
+    Targets are labels int64 (n,), mixed or several ones float32 (n, classes), masks or boxes. Only training batches have `views`.
     `among` is the number of images over all ranks.
     """
 
@@ -81,7 +81,7 @@ def train_batches(
     With `balance` images are drawn with replacement, all classes equally often. Raises DataError for a broken image that
     is not to be skipped, and for fewer images in a batch than ranks.
     """
-    if balance and dataset.train.placed is not None:
+    if balance and (dataset.train.placed is not None or dataset.train.labels.ndim > 1):
         raise DataError("data.balance: needs images with one label each: leave it out")
     weights = balanced(dataset.train.labels) if balance else None
     shares = _shares(len(dataset.train), batch_size, seed=seed, epoch=epoch, rank=rank, ranks=ranks, weights=weights)

@@ -17,6 +17,7 @@ from export.errors import DataError
 from export.images.annotations import BoxListing
 from export.images.folders import TRAIN, Listing, check_folder, count, first, images_in, list_folder
 from export.images.masks import MaskListing
+from export.images.tables import TableListing
 from export.tasks import TASKS
 
 # Default height and width of each data set's images; multiples of 32, as most networks halve the size five times.
@@ -29,6 +30,7 @@ NATIVE_SIZE = {
     "imagenette": 224,
     "scenes": 96,
     "scenes_hard": 96,
+    "scenes_plain": 32,
 }
 # The folders that downloads make.
 DOWNLOADED = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "imagenette": "imagenette2-320"}
@@ -71,7 +73,7 @@ class DataSettings:
 class Given:
     """The listing of a data set's folder (None unless an `imagefolder`), and the digest of every readable file by path."""
 
-    listing: Listing | ShardListing | MaskListing | BoxListing | None
+    listing: Listing | ShardListing | MaskListing | BoxListing | TableListing | None
     digests: dict[str, str]
 
 
@@ -217,7 +219,7 @@ def training_folder(root: Path) -> Listing:
     return listing
 
 
-def refuse_untrainable(listing: Listing | ShardListing | MaskListing | BoxListing) -> None:
+def refuse_untrainable(listing: Listing | ShardListing | MaskListing | BoxListing | TableListing) -> None:
     """Raise DataError where a folder has no training images, or only one class folder."""
     if not listing.train:
         raise DataError(

@@ -49,10 +49,13 @@ def draw_mixes(augmentation: Augmentation, n: int, *, image_size: int, seed: int
 def mix(
     images: Tensor, labels: Tensor, other_images: Tensor, other_labels: Tensor, mixes: Mixes, *, classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Return images (n, 3, s, s) mixed with their partners, and targets (n, classes)."""
+    """Return images (n, 3, s, s) mixed with their partners, and targets (n, classes); labels are (n,), or (n, classes) of 0 and 1."""
     own = _own_part(mixes, images.shape[-1], images.device)  # (n, 1, s, s)
     # The target of an image without a label (-1) is all zeros, which adds nothing to a loss on labels.
-    targets, others = (one_hot(one + 1, classes + 1)[:, 1:].float() for one in (labels, other_labels))
+    targets, others = (
+        one if one.is_floating_point() else one_hot(one + 1, classes + 1)[:, 1:].float()
+        for one in (labels, other_labels)
+    )
     return torch.lerp(other_images, images, own), torch.lerp(others, targets, own.mean((1, 2, 3))[:, None])
 
 

@@ -1,4 +1,4 @@
-"""Open a data set whose truths are masks or boxes, which move with the images."""
+"""Open a data set whose truths are masks or boxes, which move with the images, or several labels for each image."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ from export.errors import DataError
 from export.images.annotations import BoxListing
 from export.images.masks import MaskListing
 from export.images.preprocess import Preprocess
+from export.images.tables import TableListing
 
-Listing = TypeVar("Listing", MaskListing, BoxListing)
+Listing = TypeVar("Listing", MaskListing, BoxListing, TableListing)
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Planar(Generic[Listing]):
     preprocess: Callable[[DataSettings, int], Preprocess]
     from_files: Callable[[Listing, Sequence[tuple[str, str]], DataSettings, Preprocess], FileImages]
     from_scenes: Callable[[Scenes, np.ndarray, Preprocess], ArrayImages]
+    spoiled_by: tuple[str, ...] = ("randaugment", "mixup", "cutmix")
+    """Random changes of the images that would not move the truths."""
 
     def open(self, settings: DataSettings, augmentation: Augmentation) -> Dataset:
         """Open a data set by name, as `open_dataset` does for labels.
@@ -38,7 +41,7 @@ class Planar(Generic[Listing]):
         number of training images. Raises DataError for data that are missing, unreadable or without such truths, and for
         random changes that would not move the truths.
         """
-        still = [name for name in ("randaugment", "mixup", "cutmix") if getattr(augmentation, name)]
+        still = [name for name in self.spoiled_by if getattr(augmentation, name)]
         if still:
             raise DataError(
                 f"data.augment.{still[0]}: changes images but not their {self.truths}; use crop, flip and distort"

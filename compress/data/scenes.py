@@ -50,10 +50,12 @@ class Difficulty:
     noise: float
     train: int
     val: int
+    plain: bool = False  # a dark background of one colour
 
 
 SCENES = {
     "scenes": Difficulty((2, 4), (0.3, 0.5), (0.45, 0.9), 0.03, train=800, val=200),
+    "scenes_plain": Difficulty((1, 3), (0.4, 0.5), (0.6, 0.9), 0.02, train=2000, val=400, plain=True),
     "scenes_hard": Difficulty((3, 7), (0.18, 0.45), (0.2, 0.6), 0.08, train=800, val=200),
 }
 
@@ -70,9 +72,10 @@ def draw_scenes(difficulty: Difficulty, part: Part, *, size: int, seed: int) -> 
 
 
 def scene(difficulty: Difficulty, part: Part, *, size: int, seed: tuple[int, ...]) -> Scene:
-    """Draw one scene: a soft two-coloured background, then coloured digits that hide at most a third of one another."""
+    """Draw one scene: a plain or soft two-coloured background, then coloured digits that hide at most a third of one another."""
     random = np.random.default_rng(seed)
-    canvas, mask = _background(random, size), np.zeros((size, size), np.uint8)
+    canvas = np.full((size, size, 3), 0.1) if difficulty.plain else _background(random, size)
+    mask = np.zeros((size, size), np.uint8)
     boxes = list[tuple[float, ...]]()
     images, labels = _digits(part)
     for _ in range(int(random.integers(difficulty.digits[0], difficulty.digits[1] + 1))):

@@ -18,7 +18,7 @@ from compress.distillation import features, logits
 from compress.distillation.adapters import Match, Review, Widen
 from compress.distillation.taps import Tapped, tap
 from compress.errors import CompressError
-from compress.recipe.losses import BoxesTerm, CrossEntropyTerm, DiceTerm, FeatureTerm, LossTerm
+from compress.recipe.losses import BoxesTerm, CrossEntropyTerm, DiceTerm, FeatureTerm, LogitTerm, LossTerm
 from compress.tasks import Task
 from compress.training.loop import Step
 
@@ -70,6 +70,7 @@ LOSSES: Mapping[str, Loss] = {
     "pkd": Loss(features.pkd_loss, adapter=Match, maps_only=True),
     "review": Loss(features.review_loss, adapter=Review, maps_only=True),
 }
+EXCLUSIVE = ("dice", "dkd", "dist", "nkd")  # compare an image's classes, of which one is right
 Teacher = Callable[[Batch], TeacherOutput]
 
 
@@ -171,6 +172,12 @@ def check_task(terms: Sequence[LossTerm], task: Task) -> None:
     for term in terms:
         if isinstance(term, BoxesTerm) and task.places is None:
             raise CompressError(f"loss boxes: {task.output.name} predicts no boxes: leave it out")
+        standardized = isinstance(term, LogitTerm) and term.standardize
+        if not task.output.exclusive and (term.name in EXCLUSIVE or standardized):
+            what = f"{term.name} with standardize" if standardized else term.name
+            raise CompressError(
+                f"loss {what}: compares an image's classes with one another, and in {task.output.name} each stands alone: take kd or mse"
+            )
         if isinstance(term, CrossEntropyTerm):
             check_smoothing(term.label_smoothing, task)
 

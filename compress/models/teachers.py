@@ -61,7 +61,7 @@ class Member(nn.Module):
 
 
 class Teacher(nn.Module):
-    """One teacher or several, whose logits are the mean of their log-probabilities (Hinton 2015, section 2).
+    """One teacher or several, whose logits are the mean of theirs: probabilities' geometric mean (Hinton 2015, section 2).
 
     Unlike a mean of probabilities it is the same ensemble at every temperature, so one cached number serves all losses.
     """
@@ -82,7 +82,7 @@ class Teacher(nn.Module):
         if len(self.members) == 1:
             alone: Tensor = self.members[0](images)
             return alone
-        return torch.stack([F.log_softmax(member(images), dim=1) for member in self.members]).mean(dim=0)
+        return torch.stack([member(images) for member in self.members]).mean(dim=0)
 
     @torch.no_grad()
     def note_probabilities_(self, images: Tensor) -> None:

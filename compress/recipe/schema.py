@@ -48,16 +48,24 @@ class Augment(Section):
     """The alpha of CutMix's Beta distribution (0 switches it off); with mixup also on, each image draws one of the two."""
 
 
-EMBEDDED = ("digits", "scenes", "scenes_hard")
+EMBEDDED = ("digits", "scenes", "scenes_hard", "scenes_plain")
 
 
 class Data(Section):
     """The images, their split, and how they reach the network."""
 
     dataset: Literal[
-        "digits", "imagefolder", "cifar10", "cifar100", "fashion_mnist", "imagenette", "scenes", "scenes_hard"
+        "digits",
+        "imagefolder",
+        "cifar10",
+        "cifar100",
+        "fashion_mnist",
+        "imagenette",
+        "scenes",
+        "scenes_hard",
+        "scenes_plain",
     ] = "digits"
-    """The data set: scikit-learn's `digits`, `scenes` composed of them (for segmentation and detection), `imagefolder`, which reads `path` and is the default where `path` is set, or one that is downloaded to `path`."""
+    """The data set: scikit-learn's `digits`, `scenes` composed of them (for segmentation, detection and multilabel), `imagefolder`, which reads `path` and is the default where `path` is set, or one that is downloaded to `path`."""
     path: PathText | None = None
     """The folder that holds the data set: images, or shards of them (docs/images.md)."""
     image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
@@ -340,6 +348,10 @@ class Recipe(Section):
     def _cache_holds_what_losses_need(self) -> "Recipe":
         if self.teaching.top_k is None or self.teaching.mode == "online":
             return self
+        if not TASKS[self.task].exclusive:
+            raise ValueError(
+                f"teaching.top_k: spreads the rest over the other classes, and in {self.task} each stands alone: leave it out"
+            )
         for stage, term in self._losses():
             if term.name == "mse" or getattr(term, "standardize", False):
                 loss = "mse" if term.name == "mse" else f"{term.name} with standardize"

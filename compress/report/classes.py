@@ -38,12 +38,12 @@ def worst_first(classes: Classes, file: str) -> list[ClassLine]:
 def at_chance(classes: Classes, files: Iterable[str]) -> dict[str, str]:
     """Return a sentence for each of the files that tells the classes no better than chance does; those that were not scored are left out.
 
-    None is returned where a file predicts any number of objects: how many of its boxes would be right by chance cannot be computed.
+    Nothing is said where a file predicts any number of objects: how many of its boxes would be right by chance cannot be computed.
     """
     found: dict[str, str] = {}
-    if classes.get("any_number"):
-        return found
     for name in [name for name in files if name in classes["files"]]:
+        if classes.get("any_number") and "by_chance" not in classes["files"][name]:
+            continue
         expected, probability = chance(classes["images"], classes["files"][name])
         if probability > MAX_CHANCE:
             repair = (
@@ -52,11 +52,19 @@ def at_chance(classes: Classes, files: Iterable[str]) -> dict[str, str]:
                 else "the stages' score says where it was lost"
             )
             found[name] = (
-                f"{name} answers at chance: {sum(classes['files'][name]['correct']):,} of {sum(classes['images']):,} "
-                f"validation {classes.get('counted', 'images')} are right, {expected:,.0f} would be if it ignored them "
-                f"(p = {significant(probability, digits=2)}); {repair}"
+                f"{name} answers at chance: {_beside(expected, classes, name)} if it ignored the images (p = {significant(probability, digits=2)}); {repair}"
             )
     return found
+
+
+def _beside(expected: float, classes: Classes, name: str) -> str:
+    """Return what a file scores, and what it is expected to score by chance."""
+    found = classes["files"][name]
+    if "by_chance" in found:
+        scores = [score for score in found["scores"] if score is not None]
+        return f"its mean {classes['measure']} is {percent(sum(scores) / max(len(scores), 1))}, and would be {percent(expected)}"
+    right, counted = sum(found["correct"]), classes.get("counted", "images")
+    return f"{right:,} of {sum(classes['images']):,} validation {counted} are right, {expected:,.0f} would be"
 
 
 def doubts(classes: Classes, file: str, targets: Mapping[str, float | None]) -> Iterator[str]:

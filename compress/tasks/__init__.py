@@ -2,6 +2,7 @@
 
 from compress.tasks.classification import CLASSIFICATION
 from compress.tasks.detection import DETECTION
+from compress.tasks.multilabel import MULTILABEL
 from compress.tasks.segmentation import SEGMENTATION
 from compress.tasks.task import Task, evaluate
 from compress.tasks.unlabelled import UNLABELLED
@@ -10,6 +11,7 @@ TASKS: dict[str, Task] = {
     "classification": CLASSIFICATION,
     "segmentation": SEGMENTATION,
     "detection": DETECTION,
+    "multilabel": MULTILABEL,
     "unlabelled": UNLABELLED,
 }
 

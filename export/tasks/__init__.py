@@ -6,6 +6,7 @@ from export.errors import BundleError
 from export.onnx_file.model_file import parse
 from export.tasks.classification import CLASSIFICATION
 from export.tasks.detection import DETECTION
+from export.tasks.multilabel import MULTILABEL
 from export.tasks.segmentation import SEGMENTATION
 from export.tasks.task import OutputTask
 from export.tasks.unlabelled import UNLABELLED
@@ -14,6 +15,7 @@ TASKS: dict[str, OutputTask] = {
     "classification": CLASSIFICATION,
     "segmentation": SEGMENTATION,
     "detection": DETECTION,
+    "multilabel": MULTILABEL,
     "unlabelled": UNLABELLED,
 }
 

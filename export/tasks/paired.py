@@ -84,8 +84,10 @@ def chance(images: list[int], found: FileClasses) -> tuple[float, float]:
     """Return how many answers would be right if they met the images in random order, and the probability that as many are as there were.
 
     This is the null hypothesis of Cohen's kappa (1960): a file that always gives one answer, or that guesses, is at chance whatever its
-    score. One-sided, by the exact mean and variance of the permutation and the normal distribution.
+    score. One-sided, by the exact mean and variance of the permutation and the normal distribution. A task may bring its own (score, probability).
     """
+    if "by_chance" in found:
+        return found["by_chance"]
     total = sum(images)
     pairs = [
         (of_class * answered, of_class + answered) for of_class, answered in zip(images, found["answered"], strict=True)

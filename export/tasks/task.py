@@ -18,6 +18,7 @@ from export.images.folders import Listing
 from export.images.masks import MaskListing
 from export.images.preprocess import Preprocess
 from export.images.read import Examples
+from export.images.tables import TableListing
 
 Array = NDArray[Any]
 Shown = tuple[Sequence[str], Sequence[Sequence[str | float | None]]]
@@ -56,6 +57,9 @@ class FileClasses(TypedDict):
     answered: list[int]
     mistakes: list[tuple[int, int, int]] | None
     scores: NotRequired[list[float | None]]  # each class's own, where the whole set's is their mean
+    by_chance: NotRequired[
+        tuple[float, float]
+    ]  # the score of one that ignores the images, and how likely it is this good, where counts do not tell
 
 
 class Classes(TypedDict):
@@ -85,7 +89,7 @@ class OutputTask:
     """The truths that JSON holds, given the shape of one image's output; raises BundleError for what is none."""
     truths_json: Callable[[Array], Sequence[Any]]
     """Truths as JSON holds them, one value for each image."""
-    listing: Callable[[Path], Listing | MaskListing | BoxListing]
+    listing: Callable[[Path], Listing | MaskListing | BoxListing | TableListing]
     """The files of a folder with images and their truths; raises DataError where that is none."""
     examples: Callable[[Path, Preprocess, Sequence[str]], Examples]
     """The images of a folder or file with their truths; raises DataError where they do not fit the labels."""
@@ -113,6 +117,8 @@ class OutputTask:
     """One row's truth in words, by which a baseline knows that an image's truth is what it was."""
     show: Callable[[Array, Sequence[str], int], Shown]
     """One image's output, the labels and how many lines at most, to columns and lines for a person."""
+    exclusive: bool = True
+    """Whether one class of all is right, so that a softmax makes probabilities of logits; else each class stands alone, under a sigmoid."""
     labelled: bool = True
     """Whether the truths are people's; else they are the teacher's predictions."""
     draw: Callable[[Array, Array, Sequence[str]], Array] | None = None

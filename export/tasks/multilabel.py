@@ -1,0 +1,214 @@
+"""Multi-label: any number of labels for each image, each predicted by itself. A prediction is each class's probability, the sigmoid of its logit.
+
+A row is an image's truths and its probabilities, which is all that the average precision of any set of images needs. The score is the mean over
+classes of average precision, the area below precision over recall without interpolation (scikit-learn's average_precision_score, macro).
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from export.errors import BundleError
+from export.images.tables import list_table, table_examples
+from export.tasks.classification import as_they_are, check_output, output_shape
+from export.tasks.paired import ALPHA, detectable_gain, detectable_loss, resamples, two_sided
+from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
+
+THRESHOLD = 0.5  # the probability from which a label is given
+SHUFFLES = 199  # of the truths, that tell what a file scores which ignores the images
+
+
+def truths(values: Sequence[Any], output: tuple[int, ...]) -> Array:
+    """Return 1 for each label that an image has, else 0, float32 (n, classes)."""
+    found = np.zeros((len(values), output[0]), np.float32)
+    for row, labels in zip(found, values, strict=True):
+        if not isinstance(labels, list) or not all(type(one) is int and 0 <= one < output[0] for one in labels):
+            raise BundleError(
+                f"bundle.json: golden.truths: must be lists of integers below {output[0]}, got {labels!r:.100}",
+                defect="bad_content",
+            )
+        row[labels] = 1
+    return found
+
+
+def truths_json(truths: Array) -> Sequence[Sequence[int]]:
+    """Return the indices of each image's labels."""
+    return [np.flatnonzero(row).tolist() for row in truths]
+
+
+def decode(outputs: Array) -> Array:
+    """Return each class's probability (n, classes); what is no number has none."""
+    logits = np.nan_to_num(outputs.astype(np.float64), nan=-np.inf).clip(-500, 500)
+    return np.asarray(1 / (1 + np.exp(-logits)))
+
+
+def statistics(answers: Array, truths: Array, _output: tuple[int, ...]) -> Array:
+    """Return truths and probabilities side by side, (n, 2 classes)."""
+    return np.concatenate([truths, answers], axis=1).astype(np.float64)
+
+
+def _parts(rows: Array) -> tuple[Array, Array]:
+    true, found = np.split(rows, 2, axis=1)
+    return true, found
+
+
+class Ranking(NamedTuple):
+    """Images by each class's probability, the likeliest first, (n, classes): which image, whether it has the label, the last that is as likely."""
+
+    image: Array
+    right: Array
+    last: Array
+
+    def precision(self, weights: Array) -> Array:
+        """Return each class's average precision where images count as often as `weights` (n,) says; not a number without a label."""
+        times = weights[self.image]
+        hits = np.cumsum(self.right * times, axis=0)
+        at = np.take_along_axis(hits / np.maximum(np.cumsum(times, axis=0), 1), self.last, axis=0)
+        found: Array = (self.right * times * at).sum(axis=0) / np.where(hits[-1] > 0, hits[-1], np.nan)
+        return found
+
+
+def ranking(rows: Array) -> Ranking:
+    """Return the ranking of all images."""
+    true, found = _parts(rows)
+    image = np.argsort(-found, axis=0, kind="stable")
+    ordered = np.take_along_axis(found, image, axis=0)
+    ends = np.append(ordered[1:] != ordered[:-1], np.ones_like(ordered[:1], bool), axis=0)
+    places = np.where(ends, np.arange(len(rows))[:, None], len(rows))
+    last = np.minimum.accumulate(places[::-1], axis=0)[::-1]
+    return Ranking(image, np.take_along_axis(true, image, axis=0), last)
+
+
+def average_precision(rows: Array) -> Array:
+    """Return each class's average precision (classes,), not a number for one without a label."""
+    return ranking(rows).precision(np.ones(len(rows)))
+
+
+def total(rows: Array) -> float:
+    """Return the mean average precision of the classes that have a label, 0 where there is none."""
+    return _mean(average_precision(rows))
+
+
+def _mean(found: Array) -> float:
+    return float(np.nanmean(found)) if np.isfinite(found).any() else 0.0
+
+
+def by_chance(rows: Array) -> tuple[float, float]:
+    """Return the score that these probabilities have of shuffled truths, near the mean prevalence, and how often it is as good as theirs."""
+    known, random = ranking(rows), np.random.default_rng(0)
+    true, ones = _parts(rows)[0], np.ones(len(rows))
+    shuffled = [
+        known._replace(right=true[random.permutation(len(rows))][known.image, range(true.shape[1])])
+        for _ in range(SHUFFLES)
+    ]
+    scores = np.array([_mean(one.precision(ones)) for one in shuffled])
+    return float(scores.mean()), float((1 + np.sum(scores >= total(rows) - 1e-12)) / (1 + SHUFFLES))
+
+
+def further(rows: Array) -> Mapping[str, float | None]:
+    """Return F1 of all labels together, and the fraction of images whose labels are all right."""
+    true, given = _parts(rows)[0] > 0, _parts(rows)[1] >= THRESHOLD
+    named = true.sum() + given.sum()
+    return {
+        "F1": float(2 * (true & given).sum() / named) if named else None,
+        "all labels right": float((true == given).all(axis=1).mean()),
+    }
+
+
+def by_class(rows: Mapping[str, Array], labels: Sequence[str], _confused: Collection[str]) -> Classes:
+    """Return how many images of each class the files give its label, and how many labels they give."""
+    files = {}
+    for name, found in rows.items():
+        true, given = _parts(found)[0] > 0, _parts(found)[1] >= THRESHOLD
+        files[name] = FileClasses(
+            correct=(true & given).sum(axis=0).tolist(),
+            answered=given.sum(axis=0).tolist(),
+            mistakes=None,
+            scores=[None if np.isnan(one) else one for one in average_precision(found).tolist()],
+            by_chance=by_chance(found),
+        )
+    images = _parts(next(iter(rows.values())))[0].sum(axis=0).astype(int).tolist()
+    return Classes(names=list(labels), images=images, files=files, counted="labels", measure="AP", any_number=True)
+
+
+def agreement(answers: Array, others: Array) -> Array:
+    """Return the fraction of labels that both give or leave out alike, (n,)."""
+    return np.asarray(((answers >= THRESHOLD) == (others >= THRESHOLD)).mean(axis=1))
+
+
+def divergence(outputs: Array, reference: Array) -> Array:
+    """Return the mean over classes of the Kullback-Leibler divergence in nats of a label and no label from the reference's, (n,)."""
+    true, found = (np.clip(decode(part), 1e-9, 1 - 1e-9) for part in (reference, outputs))
+    apart = true * np.log(true / found) + (1 - true) * np.log((1 - true) / (1 - found))
+    return np.asarray(apart.mean(axis=1))
+
+
+def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
+    """Compare by resampling images (Efron 1979): the score, and the average precision of single classes."""
+    images = len(now)
+    weights = (np.bincount(drawn, minlength=images).astype(float) for drawn in resamples(images))
+    was, is_now = ranking(before), ranking(now)
+    gains = np.array([is_now.precision(one) - was.precision(one) for one in weights])  # (resamples, classes)
+    of_all, of_class = (
+        np.array([_mean(one) for one in gains]),
+        np.nan_to_num(gains),
+    )  # a class may be in none that was drawn
+    before_of, now_of = average_precision(before), average_precision(now)
+    loss = np.nan_to_num(before_of - now_of)
+    worse = sorted((index for index in range(len(labels)) if loss[index] > 0), key=lambda index: -loss[index])
+    # ALPHA is shared among all classes (Bonferroni).
+    surely = [index for index in worse if two_sided(of_class[:, index]) < ALPHA / len(labels)]
+    words = {index: f"{labels[index]} (AP {before_of[index]:.2%} to {now_of[index]:.2%})" for index in worse}
+    given = [_parts(rows)[1] >= THRESHOLD for rows in (before, now)]
+    changed, p_value = float((given[0] != given[1]).any(axis=1).mean()), two_sided(of_all)
+    return Comparison(
+        images=images,
+        before=total(before),
+        now=total(now),
+        p_value=p_value,
+        changed=changed,
+        detectable=detectable_gain(of_all) or detectable_loss(images, 0.0),
+        counts=f"{changed:.2%} of {images} images labelled in another way, p = {p_value:.2g}",
+        lost=tuple(words[index] for index in surely),
+        worse=tuple(words[index] for index in worse),
+    )
+
+
+def truth_text(row: Array, labels: Sequence[str]) -> str:
+    """Return the image's labels."""
+    return ", ".join(label for label, true in zip(labels, row, strict=False) if true) or "nothing"
+
+
+def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
+    """Return the labels that are given, with their probabilities, the likeliest first."""
+    found = decode(output[None])[0]
+    best = [index for index in np.argsort(-found, kind="stable")[:lines] if found[index] >= THRESHOLD]
+    return ("label", "probability"), [(labels[index], float(found[index])) for index in best]
+
+
+MULTILABEL = OutputTask(
+    name="multilabel",
+    metric=Metric("macro_ap", "mAP", "labels that both give or leave out", counts_images=False),
+    output_shape=output_shape,
+    check_output=check_output,
+    truths=truths,
+    truths_json=truths_json,
+    listing=list_table,
+    examples=table_examples,
+    decode=decode,
+    finish=lambda model: model,
+    statistics=statistics,
+    total=total,
+    further=further,
+    by_class=by_class,
+    agreement=agreement,
+    evidence=as_they_are,
+    divergence=divergence,
+    compare=compare,
+    truth_text=truth_text,
+    show=show,
+    exclusive=False,
+    meaning="a logit for each line of `labels.txt`, each for itself: its sigmoid is the label's probability",
+    reading=f"print([label for label, logit in zip(labels, outputs[0]) if logit >= 0])  # a probability of {THRESHOLD} or more",
+)
