@@ -1,7 +1,7 @@
-"""Tell along which dimension each tensor of a forward carries channels, from what autograd recorded.
+"""Find the channel dimension of each tensor of a forward from autograd's graph.
 
-A convolution writes them along dimension 1, a linear layer along the last; from there they are followed through permutations, reshapes and
-element-wise operators, and back into bare parameters (position embeddings, class tokens, layer scales), whose dimension their users tell.
+A convolution writes channels along dimension 1, a linear layer along the last. From there they are followed through permutations, reshapes
+and element-wise operators, and backwards from their users into bare parameters (position embeddings, class tokens, layer scales).
 """
 
 import math
@@ -12,9 +12,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 Axis = int | Literal["none"] | None
-"""Of a tensor: its channels' dimension, "none" where it carries no channels (its mean over them, a scale), None where that cannot be told."""
+"""A tensor's channel dimension; "none" if it has no channels (a mean over them, a scale), None if unknown."""
 
-# Operators that put values in another order along a dimension that they do not tell, or mix several.
+# Operators that reorder values along a dimension that autograd does not record, or mix several dimensions.
 OPAQUE = ("index", "gather", "repeat", "channelshuffle", "pixelshuffle", "pixelunshuffle", "unfold", "im2col", "bmm", "attention", "cumsum",
           "take", "scatter", "sort", "topk")  # fmt: skip
 REDUCTIONS = (
@@ -34,21 +34,21 @@ REDUCTIONS = (
 
 
 def shape_of(grad_fn: Any, output: int = 0) -> tuple[int, ...]:
-    """Return the shape of an operator's output: a gradient's input."""
+    """Return the shape of an operator's output, which is the gradient's input."""
     return tuple(int(size) for size in grad_fn._input_metadata[output].shape)
 
 
 @dataclass(frozen=True)
 class Axes:
-    """Where channels lie, by the grad_fn of each operator, and by bare parameter."""
+    """The channel dimension of each operator's output (by grad_fn) and of each bare parameter."""
 
     of: Mapping[Any, Axis]
     parameters: Mapping[Tensor, Axis]
-    misread: frozenset[Any]  # read channels along another dimension than they lie: a layer over tokens
+    misread: frozenset[Any]  # operators that read another dimension than the channels': a layer over tokens
 
 
 def channel_axes(ends: Sequence[Any], layers: Mapping[Any, nn.Module]) -> Axes:
-    """Return where channels lie in a forward with outputs of the grad_fns `ends`; `layers` gives the module whose output a grad_fn made."""
+    """Return the channel dimensions in a forward whose outputs have the grad_fns `ends`; `layers` maps grad_fns to their modules."""
     axes: dict[Any, Axis] = {}
     parameters: dict[Tensor, set[Axis]] = {}
     misread = set()
@@ -77,7 +77,7 @@ def channel_axes(ends: Sequence[Any], layers: Mapping[Any, nn.Module]) -> Axes:
 
 
 def _in_order(ends: Sequence[Any]) -> Iterator[Any]:
-    """Yield every operator behind those that it reads."""
+    """Yield every operator after those whose outputs it reads."""
     stack, seen = [(end, False) for end in ends], set()
     while stack:
         grad_fn, ready = stack.pop()
@@ -90,7 +90,7 @@ def _in_order(ends: Sequence[Any]) -> Iterator[Any]:
 
 
 def _reads(grad_fn: Any) -> int | None:
-    """Return the dimension along which an operator with weights reads channels; None for one without."""
+    """Return the dimension along which an operator with weights reads channels; None if it has no weights."""
     name = grad_fn.name().lower()
     if name.startswith(("addmm", "mm", "nativelayernorm")):
         return len(shape_of(grad_fn)) - 1
@@ -98,7 +98,7 @@ def _reads(grad_fn: Any) -> int | None:
 
 
 def _after(grad_fn: Any, axes: Mapping[Any, Axis]) -> Axis:
-    """Return where an operator's output has the channels that its inputs carry."""
+    """Return the channel dimension of an operator's output, from those of its inputs."""
     shape, found = shape_of(grad_fn), set[Axis]()
     for source, number in grad_fn.next_functions:
         if source in axes:
@@ -111,7 +111,7 @@ def _after(grad_fn: Any, axes: Mapping[Any, Axis]) -> Axis:
 
 
 def _moved(grad_fn: Any, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Axis:
-    """Return where dimension `axis` of one input of an operator is in its output."""
+    """Return where dimension `axis` of an operator's input is in its output."""
     name, dims = grad_fn.name().lower(), _dims(grad_fn, len(before))
     if any(word in name for word in OPAQUE):
         return None
@@ -135,12 +135,12 @@ def _moved(grad_fn: Any, axis: int, before: tuple[int, ...], after: tuple[int, .
         return None
     if name.startswith("cat") and len(before) == len(after):
         return axis
-    aligned = axis + len(after) - len(before)  # element-wise operators, pools, paddings: counted from the right
+    aligned = axis + len(after) - len(before)  # element-wise operators, pools, padding: aligned at the right
     return aligned if aligned >= 0 and after[aligned] == before[axis] else None
 
 
 def _back(grad_fn: Any, axis: Axis, axes: dict[Any, Axis], parameters: dict[Tensor, set[Axis]]) -> None:
-    """Follow a dimension from the output of an operator on parameters to the parameters."""
+    """Follow a dimension from the output of an operator on parameters back to the parameters."""
     shape = shape_of(grad_fn)
     if isinstance(axis, int) and shape[axis] == 1:
         axis = "none"  # the same for all channels
@@ -157,7 +157,7 @@ def _back(grad_fn: Any, axis: Axis, axes: dict[Any, Axis], parameters: dict[Tens
 
 
 def _carried(before: tuple[int, ...], after: tuple[int, ...], axis: int) -> int | None:
-    """Return where a reshape leaves a whole dimension; None where it takes it apart or joins it with others."""
+    """Return where a reshape puts a dimension; None if it splits it or merges it with others."""
     outside = math.prod(before[:axis])
     for position, size in enumerate(after):
         if size == before[axis] and math.prod(after[:position]) == outside:
@@ -166,7 +166,7 @@ def _carried(before: tuple[int, ...], after: tuple[int, ...], axis: int) -> int 
 
 
 def _dims(grad_fn: Any, rank: int) -> list[int]:
-    """Return the dimensions that an operator works along, as it saved them."""
+    """Return the dimensions that an operator saved as its arguments."""
     for name in ("_saved_dims", "_saved_dim"):
         if hasattr(grad_fn, name):
             found = getattr(grad_fn, name)
@@ -185,5 +185,5 @@ def _swapped(grad_fn: Any, rank: int) -> tuple[int, int]:
 
 
 def _wrapped(dim: int, rank: int) -> int:
-    """Return a dimension counted from the left; autograd gives negative ones as unsigned."""
+    """Return a dimension counted from the left; autograd saves negative ones as unsigned 64-bit."""
     return int(dim - 2**64 if dim >= 2**63 else dim) % max(rank, 1)

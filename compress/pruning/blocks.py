@@ -1,6 +1,6 @@
-"""The nodes that ONNX Runtime makes of a file, each with the layers whose widths decide its time, and a layer's node alone at other widths.
+"""The nodes of a file after ONNX Runtime's optimizer, with the layers whose widths decide each node's time; and single nodes at other widths.
 
-A node of the optimized graph is a layer with its quantizers, its activation and, in float, the addition behind it: what really runs.
+Such a node is what really runs: a layer fused with its quantizers, its activation and, in float, the addition after it.
 """
 
 import hashlib
@@ -23,16 +23,16 @@ from export.onnx_file.wiring import FLOAT, INTEGER, Wiring, origin, wire
 from export.proof.optimized import optimize
 from export.runtime.node_times import node_times
 
-WEIGHTS = {"QLinearConv": 3, "QGemm": 3, "QLinearMatMul": 3}  # where they stand among the inputs; else 1
+WEIGHTS = {"QLinearConv": 3, "QGemm": 3, "QLinearMatMul": 3}  # input index of the weights; else 1
 MATRICES = ("Gemm", "FusedGemm", "QGemm", "MatMul", "QLinearMatMul")
-NCHWC = 16  # channels that the blocked layout holds together, at most
-RUNS = 30  # of the whole file under the profiler
-VARIED = {"Concat", "QLinearConcat"}  # their widths are the sum of all inputs'
+NCHWC = 16  # most channels in a block of the blocked layout
+RUNS = 30  # profiled runs of the whole file
+VARIED = {"Concat", "QLinearConcat"}  # output width is the sum over all inputs
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What times are measured under; `threads` 0 is all cores."""
+    """The conditions under which times are measured; `threads` 0 is all cores."""
 
     provider: str
     threads: int
@@ -40,30 +40,28 @@ class Conditions:
 
     @property
     def clock(self) -> Callable[[], float]:
-        """What tells the time: of one thread on the CPU its own processor time, which other processes do not lengthen.
+        """The clock to time with: the thread's CPU time for one thread on a CPU, else the wall clock.
 
-        Beside ten busy processes on two cores the same file took 0.61 to 1.48 times its own time by the wall clock, 0.97 to 1.02 by this one.
+        Other processes disturb CPU time less: with ten busy processes on two cores the same file took 0.61 to 1.48 times its own time by the
+        wall clock, 0.97 to 1.02 times by this one.
         """
         return time.thread_time if (self.provider, self.threads) == (CPU, 1) else time.perf_counter
 
 
 @dataclass(frozen=True)
 class Block:
-    """One node of an optimized graph: its time in the whole file, and the layer that it is or those whose outputs it works on."""
+    """One node of an optimized graph: its time in the whole file, and its layer or the layers whose outputs it reads."""
 
     name: str
     ms: float
-    layer: int | None  # position among the layers
-    follows: tuple[int, ...]  # of a node that is no layer
+    layer: int | None  # index in the list of layers; None if the node is no layer
+    follows: tuple[int, ...]  # indices of the layers that it reads; empty if the node is a layer
     node: NodeProto
     constants: dict[str, TensorProto]
 
 
 def read_blocks(path: Path, layers: Sequence[Layer], conditions: Conditions) -> list[Block]:
-    """Return the nodes of a file as ONNX Runtime runs them.
-
-    Raises BundleError where the file cannot run.
-    """
+    """Return the nodes of a file as ONNX Runtime runs them; BundleError if it cannot run."""
     model = onnx.load(path)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = conditions.batch
     content = model.SerializeToString()
@@ -88,13 +86,13 @@ def read_blocks(path: Path, layers: Sequence[Layer], conditions: Conditions) -> 
 
 
 def _layer_of(node: ir.Node, file: Wiring, position: dict[str, int]) -> int | None:
-    """Return which layer a node is, None for another operator."""
+    """Return the index of a node's layer, or None if it is no layer."""
     found = origin(node, file) if node.op_type in (*INTEGER, *FLOAT) else None
     return None if found is None else position.get(module_of(str(found.name)))
 
 
 def signature(block: Block, layer: Layer, batch: int) -> str:
-    """Return a digest of what decides a layer's time at any width: equal for layers of the same shape, whatever their names."""
+    """Return a digest of all that decides a layer's time; equal for layers of the same shape, whatever their names."""
     attributes = sorted(attribute.SerializeToString(deterministic=True).hex() for attribute in block.node.attribute)
     inputs = [
         [block.constants[name].data_type, list(block.constants[name].dims)] if name in block.constants else bool(name)
@@ -105,9 +103,9 @@ def signature(block: Block, layer: Layer, batch: int) -> str:
 
 
 def alone(block: Block, layer: Layer, *, inputs: int, outputs: int, batch: int) -> bytes | None:
-    """Return the model of a layer's node alone at other widths, None where the node is not one that can be resized.
+    """Return a model with only a layer's node at other widths, or None if the node cannot be resized.
 
-    Weights are repeated or cut: time does not depend on them.
+    Weights are repeated or cut; time does not depend on their values.
     """
     node = NodeProto.FromString(block.node.SerializeToString())
     place = WEIGHTS.get(node.op_type, 1)
@@ -116,7 +114,7 @@ def alone(block: Block, layer: Layer, *, inputs: int, outputs: int, batch: int) 
         return None
     blocked = node.domain.endswith("nchwc")
     padded_in, padded_out = (_up(inputs), _up(outputs)) if blocked else (inputs, outputs)
-    if blocked and layer.inputs % NCHWC:  # images come as they are
+    if blocked and layer.inputs % NCHWC:  # the first layer reads unpadded images
         padded_in = inputs
     full_out = weights.dims[0]
     constants = []
@@ -153,7 +151,7 @@ def _weight_shape(
 
 
 def _element(block: Block, place: int) -> int:
-    """Return the type of a node's activations: that of the input's zero-point, or of the weights."""
+    """Return the type of a node's activations: the input zero-point's, else the weights'."""
     zero_point = block.constants.get(block.node.input[2]) if place == 3 else None
     return int((zero_point or block.constants[block.node.input[place]]).data_type)
 
@@ -183,7 +181,7 @@ def _model(
 
 
 def inputs_of(model: bytes) -> dict[str, NDArray[np.generic]]:
-    """Return values for a model's inputs as it declares them."""
+    """Return random values of the declared types and shapes for a model's inputs."""
     rng = np.random.default_rng(0)
     values = {}
     for value in onnx.load_model_from_string(model).graph.input:

@@ -1,7 +1,7 @@
-"""Residual blocks that can go whole: the identity takes their place.
+"""Find residual blocks that pruning can replace by the identity.
 
-A module is one where it gives back its input once all of its weights are zero: what is left is the shortcut. Its loss is that of all
-channels that nothing outside of it sees.
+A module is such a block if it returns its input when all of its weights are zero, so that only the shortcut is left. Removing it loses
+the importance of all channels inside.
 """
 
 import copy
@@ -15,7 +15,7 @@ from compress.pruning.plan import Branch, ChannelGroup
 
 @torch.no_grad()
 def find_branches(model: nn.Module, groups: Sequence[ChannelGroup], image_size: int) -> tuple[Branch, ...]:
-    """Return the innermost residual blocks of a network in eval mode, with the groups (by number) that lie inside of them."""
+    """Return the innermost residual blocks of a network in eval mode, with the indices of the groups inside each."""
     inside = {
         path: tuple(
             index for index, group in enumerate(groups) if all(_within(name, path) for name, *_ in group.touches)
@@ -46,7 +46,7 @@ def find_branches(model: nn.Module, groups: Sequence[ChannelGroup], image_size: 
 
 
 def _is_shortcut(module: nn.Module, value: torch.Tensor) -> bool:
-    """Tell whether a module without its weights gives back its input."""
+    """Tell whether a module with all weights zero returns its input."""
     empty = copy.deepcopy(module)
     for parameter in empty.parameters():
         parameter.zero_()

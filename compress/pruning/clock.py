@@ -1,4 +1,4 @@
-"""Time a student's file against that of the network before the cut: in turns, until the ratio is known closely, and only where a clock can be trusted."""
+"""Time a student's file against the unpruned network's, interleaved, until the ratio's interval is narrow; refuse a busy machine."""
 
 import time
 from collections.abc import Callable
@@ -13,29 +13,29 @@ from export.runtime.latency import Ratio, median_ratio, time_sessions
 from export.runtime.session import bind, open_session
 
 SECONDS, BLOCKS = 0.4, 12
-CLOSE = 1.01  # of the interval's ends: then the ratio is known closely enough
-REPEATS = 6  # each of the two files is opened first as often
-QUIET, SURE = 0.02, 0.06  # that a file may seem faster or slower than itself, and the ends of that ratio's interval
+CLOSE = 1.01  # stop once the interval's ends differ by less than this factor
+REPEATS = 6  # at most; even, so that each file is opened first equally often
+QUIET = 0.02  # the most by which a file may seem faster or slower than itself
 TRIES, WAIT_S = 5, 10.0
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Times files of `image_size` pixels against one of them."""
+    """Times files against a reference file, on images of `image_size` pixels."""
 
     reference: Path
     conditions: Conditions
     image_size: int
 
     def against(self, file: Path) -> tuple[Ratio, float, float]:
-        """Return how many times as long as the reference `file` takes, and both medians in ms."""
+        """Return the ratio of `file`'s time to the reference's, and the medians of the reference and the file in ms."""
         shape = (self.conditions.batch, 3, self.image_size, self.image_size)
         images = np.random.default_rng(0).standard_normal(shape, np.float32)
         files = {"reference": self.reference, "file": file}
         provider, threads = self.conditions.provider, self.conditions.threads
         reference, other = np.empty(0), np.empty(0)
         for seed in range(REPEATS):
-            # Opened anew and in turns: of two sessions of one file the first was slower by 1.5 %, whatever their order in the blocks.
+            # Reopen in alternating order: of two sessions of one file, the one opened first was 1.5 % slower.
             names = [*files] if seed % 2 else [*reversed(files)]
             runs = {name: bind(open_session(files[name], provider=provider, threads=threads), images) for name in names}
             timed = time_sessions(runs, seconds=SECONDS, blocks=BLOCKS, seed=seed, clock=self.conditions.clock)
@@ -47,9 +47,9 @@ class Clock:
         return ratio, float(np.median(reference)), float(np.median(other))
 
     def require_quiet(self, *, tell: Callable[[str], None], wait_s: float = WAIT_S) -> float:
-        """Time the reference against itself, and return its median in ms; wait a little where that differs.
+        """Time the reference against itself and return its median in ms; wait and retry while the two differ.
 
-        Raises CompressError where it still does.
+        Raises CompressError if they differ at every try.
         """
         for number in range(1, TRIES + 1):
             ratio, ms, _ = self.against(self.reference)
@@ -63,6 +63,6 @@ class Clock:
             )
             time.sleep(wait_s)
         raise CompressError(
-            f"prune: this machine is too busy to time anything, the same file takes {ratio.low:.2f} to {ratio.high:.2f} times its own time: "
+            f"prune: this machine is too busy to measure times, the same file takes {ratio.low:.2f} to {ratio.high:.2f} times its own time: "
             "end other processes and run again, or prune by keep_macs"
         )

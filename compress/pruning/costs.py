@@ -1,6 +1,6 @@
-"""What a network costs as a function of its layers' widths.
+"""A network's cost as a function of its layers' widths.
 
-Multiply-accumulates and parameters follow from the layers; milliseconds come from `compress.pruning.latency`, where blocks were timed.
+MACs and parameters follow from the layers; milliseconds are predicted from timings (`compress.pruning.predict`).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 Floats = NDArray[np.float64]
-WidthCost = Callable[[Floats, Floats], float]  # of the outputs and the inputs (layers,) that are left
+WidthCost = Callable[[Floats, Floats], float]  # from the remaining outputs and inputs (layers,)
 OUTPUT_CUTS = frozenset(pruner.prune_out_channels for pruner in tp.function.PrunerBox.values() if pruner is not None)
 
 
 def is_output_cut(handler: Callable[..., object]) -> bool:
-    """Tell whether Torch-Pruning's function removes a layer's outputs (else its inputs)."""
+    """Tell whether a Torch-Pruning handler removes a layer's outputs; otherwise it removes inputs."""
     return handler in OUTPUT_CUTS
 
 
@@ -34,7 +34,7 @@ class Layer:
     macs: int  # for one image
     weights: int  # parameters that scale with inputs * outputs
     vectors: int  # parameters that scale with outputs: biases, batch-norms
-    maps: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # height and width of what goes in and comes out
+    maps: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # spatial sizes of the input and the output
 
 
 def measure_layers(model: nn.Module, images: torch.Tensor) -> list[Layer]:
@@ -44,7 +44,7 @@ def measure_layers(model: nn.Module, images: torch.Tensor) -> list[Layer]:
 
     def record(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         layer = _layer(names[module], module, inputs[0], output)
-        before = found.get(layer.name)  # a detector's head runs on every level of its pyramid
+        before = found.get(layer.name)  # a detector's head runs once per pyramid level
         found[layer.name] = layer if before is None else replace(layer, macs=before.macs + layer.macs)
 
     kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
@@ -57,16 +57,16 @@ def measure_layers(model: nn.Module, images: torch.Tensor) -> list[Layer]:
 
 
 def macs(layers: Sequence[Layer], fixed: float = 0.0) -> WidthCost:
-    """Return the millions of multiply-accumulates as a function of the widths, `fixed` of them outside of the layers."""
+    """Return millions of MACs as a function of the widths; `fixed` of them lie outside of the layers."""
     return _product_cost(layers, [layer.macs for layer in layers], [0] * len(layers), fixed)
 
 
 def params(layers: Sequence[Layer], fixed: float = 0.0) -> WidthCost:
-    """Return the millions of parameters as a function of the widths, `fixed` of them outside of the layers."""
+    """Return millions of parameters as a function of the widths; `fixed` of them lie outside of the layers."""
     return _product_cost(layers, [layer.weights for layer in layers], [layer.vectors for layer in layers], fixed)
 
 
-COSTS = {"macs": macs, "params": params}  # what the layers alone tell; milliseconds are `LatencyModel.cost`
+COSTS = {"macs": macs, "params": params}  # for milliseconds see `LatencyModel.cost`
 
 
 def _product_cost(layers: Sequence[Layer], products: Sequence[int], vectors: Sequence[int], fixed: float) -> WidthCost:
@@ -82,7 +82,7 @@ def _product_cost(layers: Sequence[Layer], products: Sequence[int], vectors: Seq
 
 
 def full_widths(layers: Sequence[Layer]) -> tuple[Floats, Floats]:
-    """Return the layers' outputs and inputs (layers,) before a cut."""
+    """Return the layers' outputs and inputs (layers,) before pruning."""
     outputs = np.array([layer.outputs for layer in layers], dtype=float)
     return outputs, np.array([layer.inputs for layer in layers], dtype=float)
 
@@ -90,7 +90,7 @@ def full_widths(layers: Sequence[Layer]) -> tuple[Floats, Floats]:
 def _layer(name: str, module: nn.Module, before: torch.Tensor, after: torch.Tensor) -> Layer:
     kind = type(module).__name__
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-        # Every input pixel of a transposed convolution meets all weights, every output pixel of another.
+        # A transposed convolution applies all weights at each input pixel, any other at each output pixel.
         pixels = before if isinstance(module, nn.ConvTranspose2d) else after
         positions = pixels.shape[-2] * pixels.shape[-1]
         depthwise = module.groups > 1 and module.groups == module.in_channels

@@ -1,8 +1,7 @@
-"""Importance of channels: how much a group of coupled layers would lose without one of them.
+"""Importance of channels: how much a group of coupled layers loses without one of them.
 
-Every criterion looks at one layer's slices (channels, rest) and gives (channels,) scores. `score` adds them up over the layers that the
-dependency graph couples (Fang et al. 2023, DepGraph, eq. 6), takes the mean over layers, and divides by the group's mean so that groups of
-different size can compete.
+Every criterion scores one layer's slices (channels, rest) → (channels,). `score` sums over the layers that the dependency graph couples
+(Fang et al. 2023, DepGraph, eq. 6) and divides by the mean over channels, so that groups of different size can compete.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,13 +16,13 @@ from compress.pruning.costs import is_output_cut
 
 @dataclass(frozen=True)
 class Slices:
-    """One layer's part in a group: a row for each channel."""
+    """One layer's weights in a group, one row per channel."""
 
     module: nn.Module
     weight: Tensor  # (channels, rest)
     grad: Tensor | None  # (channels, rest)
     is_output: bool
-    roots: Tensor  # (channels,) the group's channel that each row belongs to
+    roots: Tensor  # (channels,) index of each row's channel in the group
 
 
 def score_l1(layer: Slices) -> Tensor | None:
@@ -43,7 +42,7 @@ def score_taylor(layer: Slices) -> Tensor | None:
 
 
 def score_fpgm(layer: Slices) -> Tensor | None:
-    """Sum of the distances to all other filters: small for filters that others can replace (He et al. 2019, FPGM, eq. 5)."""
+    """Sum of distances to all other filters, small if others can replace this one (He et al. 2019, FPGM, eq. 5)."""
     if not layer.is_output or isinstance(layer.module, nn.modules.batchnorm._BatchNorm):
         return None
     return torch.cdist(layer.weight, layer.weight).sum(1)
@@ -55,7 +54,7 @@ def score_bn_scale(layer: Slices) -> Tensor | None:
 
 
 def score_random(layer: Slices) -> Tensor | None:
-    """Uniform noise from torch's generator: the baseline that a criterion must beat."""
+    """Uniform noise: the baseline that a criterion must beat."""
     return torch.rand(len(layer.weight)).to(layer.weight.device)
 
 
@@ -73,13 +72,13 @@ NEEDS_MOMENTS = frozenset({"obs"})
 
 
 def score(group: Group, criterion: str) -> Tensor | None:
-    """Return the importance of every channel of a full group, float32 (channels,) with mean 1; None where no layer has a say."""
+    """Return the importance of every channel of a full group, float32 (channels,), mean 1; None if no layer has a score."""
     return score_slices(_slices(group), len(group[0].idxs), criterion)
 
 
 @torch.no_grad()
 def score_slices(layers: Iterable[Slices], channels: int, criterion: str) -> Tensor | None:
-    """Return the importance of channels by the layers that they are made of."""
+    """Return the importance of channels from their slices in the coupled layers; see `score`."""
     total = torch.zeros(channels)
     voters = 0
     for layer in layers:
@@ -93,7 +92,7 @@ def score_slices(layers: Iterable[Slices], channels: int, criterion: str) -> Ten
 
 
 def _slices(group: Group) -> Iterator[Slices]:
-    """Yield the layers with weights in a group, rows in the order of the group's indices."""
+    """Yield the slices of a group's layers with weights, rows in the order of the group's indices."""
     for item in group.items:
         module, output = item.dep.target.module, is_output_cut(item.dep.handler)
         weight = getattr(module, "weight", None)
@@ -106,9 +105,9 @@ def _slices(group: Group) -> Iterator[Slices]:
 
 
 def _rows(weight: Tensor, layer: nn.Module, output: bool) -> Tensor:
-    """Return (channels, rest) along the output or input dimension; a grouped convolution's inputs share rows.
+    """Return the weights as (channels, rest) by output or input; in a grouped convolution, inputs of several groups share a row.
 
-    A transposed convolution's weights are (in, out, k, k), a depthwise one's (channels, 1, k, k) as those of any other.
+    A transposed convolution's weights are (in, out, k, k), unless it is depthwise.
     """
     weight = weight.detach()
     if weight.dim() == 1:

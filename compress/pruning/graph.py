@@ -1,8 +1,8 @@
-"""Follow channels through a network: Torch-Pruning's dependency graph, with walls where channels are not carried one to one.
+"""Follow channels through a network: Torch-Pruning's dependency graph, with walls at operators that do not pass channels one to one.
 
-Torch-Pruning takes every operator that it does not know for an element-wise one. Behind a channel shuffle, a split, a window partition
-or a weight used without its module that would couple the wrong channels, divide by zero (ShuffleNetV2) or fill the memory (Swin). Such
-operators are walls here: nothing is followed beyond them, and a group of channels that reaches one keeps its width.
+Torch-Pruning treats every unknown operator as element-wise. After a channel shuffle, a split, a window partition or a weight used without
+its module, that couples the wrong channels, divides by zero (ShuffleNetV2) or fills the memory (Swin). Here such operators are walls:
+channels are not followed through them, and a group that reaches one keeps its width.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from torch_pruning import ops
 from compress.errors import CompressError
 from compress.pruning.axes import Axis, channel_axes, shape_of
 
-# What Torch-Pruning raises on operators that it does not know.
+# Exceptions that Torch-Pruning raises on unknown operators.
 GRAPH_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 MOVES = (
     ops.OPTYPE.CONCAT,
@@ -36,16 +36,16 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
         self.walls: set[Any] = set()
 
     def reaches_wall(self, group: Any) -> bool:
-        """Tell whether the channels of a group meet an operator that they cannot be followed through."""
+        """Tell whether a group's channels reach a wall."""
         return any(item.dep.target in self.walls for item in group.items)
 
     def _build_dependency(self, module2node: Any) -> None:
-        """Couple the layers, after the trace and before Torch-Pruning works out which index becomes which."""
+        """Correct the couplings after the trace, before Torch-Pruning maps indices between layers."""
         super()._build_dependency(module2node)
         nodes = list(module2node.values())
         layers = {node.grad_fn: node.module for node in nodes if not _is_operator(node) and not _is_parameter(node)}
         axes = channel_axes([node.grad_fn for node in nodes if not node.outputs], layers)
-        apart = set()  # carry no channels
+        apart = set()  # nodes that carry no channels
         for node in nodes:
             axis = axes.parameters.get(node.module) if _is_parameter(node) else axes.of.get(node.grad_fn)
             if _is_parameter(node):
@@ -60,14 +60,14 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
             node.dependencies = [dep for dep in node.dependencies if dep.target not in apart and node not in apart]
 
     def _follow_(self, node: Any, axis: int) -> None:
-        """Tell Torch-Pruning whether an operator moves channels, or only what lies beside them."""
+        """Tell Torch-Pruning whether an operator moves channels or only other dimensions."""
         if node.type == ops.OPTYPE.CONCAT and _dimension(node.grad_fn) == axis:
             node.module.concat_sizes = _joined_channels(node.grad_fn, axis)
         elif node.type != ops.OPTYPE.RESHAPE or shape_of(node.grad_fn)[axis] in node.grad_fn._saved_self_sym_sizes:
             node.type = ops.OPTYPE.ELEMENTWISE if node.type in MOVES else node.type
 
     def build_dependency(self, *args: Any, **kwargs: Any) -> "ChannelGraph":
-        """Build the graph; a concatenation that Torch-Pruning found no offsets for is a wall too."""
+        """Build the graph; a concatenation without offsets is a wall too."""
         super().build_dependency(*args, **kwargs)
         for node in self.module2node.values():
             if node.type == ops.OPTYPE.CONCAT and node.module.offsets is None:
@@ -76,16 +76,16 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
 
     def _wall_off_(self, node: Any) -> None:
         self.walls.add(node)
-        node.type = ops.OPTYPE.ELEMENTWISE  # else its indices would be mapped
+        node.type = ops.OPTYPE.ELEMENTWISE  # else Torch-Pruning would map its indices
         node.dependencies, node.inputs, node.outputs = [], [], []
 
 
 def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:
-    """Return the dependency graph of a model on one input (1, 3, s, s).
+    """Return the dependency graph of a model for one input (1, 3, s, s).
 
-    Raises CompressError where Torch-Pruning cannot build it.
+    Raises CompressError if Torch-Pruning cannot build it.
     """
-    # Fresh containers: Torch-Pruning's default ones are shared between calls and change.
+    # Pass fresh containers: Torch-Pruning's mutable defaults are shared between calls.
     training = model.training
     try:
         with torch.enable_grad():
@@ -98,7 +98,9 @@ def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:
             "leave out the prune stage, or choose another network"
         ) from error
     finally:
-        model.train().train(training)  # LeViT and its kind forget here what they remembered of this pass
+        model.train().train(
+            training
+        )  # the switch clears the position biases that LeViT and the like cache in this pass
 
 
 def _is_operator(node: Any) -> bool:
@@ -110,9 +112,9 @@ def _is_parameter(node: Any) -> bool:
 
 
 def _is_wall(node: Any, axis: Axis, module2node: Any) -> bool:
-    """Tell whether channels, along `axis` of a node's output, cannot be followed through the node."""
+    """Tell whether channels along `axis` of a node's output cannot be followed through the node."""
     if isinstance(node.module, nn.MultiheadAttention):
-        return True  # the heads fix attention's width
+        return True  # its width is fixed by the heads
     if isinstance(node.module, nn.Conv2d | nn.ConvTranspose2d):
         return _is_cut_wrongly(node.module)
     if not _is_operator(node):
@@ -123,9 +125,10 @@ def _is_wall(node: Any, axis: Axis, module2node: Any) -> bool:
 
 
 def _is_cut_wrongly(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
-    """Tell whether Torch-Pruning mistakes a grouped convolution: a transposed one's weights are (in, out / groups, k, k), and with several
-    outputs for each input (or inputs for each output) its groups are no channels.
-    """  # noqa: D205
+    """Tell whether Torch-Pruning would cut this grouped convolution wrongly.
+
+    It mistakes transposed ones, whose weights are (in, out / groups, k, k), and those with several outputs per input or inputs per output.
+    """
     widths = {layer.in_channels, layer.out_channels}
     return layer.groups > 1 and widths != {layer.groups} and (layer.transposed or layer.groups in widths)
 
@@ -136,19 +139,19 @@ def _dimension(join: Any) -> int:
 
 
 def _joined_channels(join: Any, axis: int) -> list[int] | None:
-    """Return how many channels each input of a concatenation has; None where an input needs no gradient."""
+    """Return the number of channels of each input of a concatenation; None if an input needs no gradient."""
     if any(source is None for source, _ in join.next_functions):
         return None
     return [shape_of(source, number)[axis] for source, number in join.next_functions]
 
 
 def _leaves(grad_fn: Any) -> Iterator[Tensor]:
-    """Yield the parameters that an operator reads itself."""
+    """Yield the parameters that an operator reads directly."""
     return (source.variable for source, _ in getattr(grad_fn, "next_functions", ()) if hasattr(source, "variable"))
 
 
 def _is_foreign(parameter: Tensor, module2node: Any) -> bool:
-    """Tell whether a parameter is no part of a module in the graph: it is used without its module being called."""
+    """Tell whether a parameter belongs to no module in the graph: it is used without a call of its module."""
     return not any(
         parameter is own
         for module in module2node

@@ -1,8 +1,8 @@
-"""Cut whole attention heads: which modules have heads that stand for themselves, and their removal.
+"""Find attention modules whose heads are independent, and cut whole heads.
 
-A head is a block of rows in each projection of the queries, keys and values, the same block of columns in the projection behind them, and an
-entry in what lies in the module once for each head (position biases, temperatures). Whether a module is built that way is tried on a copy:
-without a head it must answer as with that head's columns at zero.
+A head is a block of rows in each projection of queries, keys and values, the same block of columns in the output projection, and one entry
+of every per-head tensor (position biases, temperatures). A trial on a copy tells whether a module is built that way: without a head, its
+outputs must equal those with the head's columns set to zero.
 """
 
 import copy
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compress.pruning.criteria import Slices
 
-# What modules call the width of all heads together.
+# Attribute names for the width of all heads together.
 WIDTHS = ("attn_dim", "all_head_dim", "inner_dim")
 
 
@@ -25,13 +25,13 @@ class Attention:
 
     path: str
     module: nn.Module
-    inputs: tuple[str, ...]  # paths in the module of the projections of queries, keys and values
-    output: str  # of the projection behind the heads
+    inputs: tuple[str, ...]  # paths, inside the module, of the query, key and value projections
+    output: str  # path of the output projection
     heads: int
-    size: int  # of a head in the last projection's inputs
+    size: int  # inputs of the output projection per head
 
     def rows(self, projection: str, heads: Sequence[int]) -> list[int]:
-        """Return the outputs of a projection that belong to heads; it writes one part (or three: q, k, v) after the other."""
+        """Return the outputs of a projection that belong to `heads`; a joint projection writes q, k and v one after the other."""
         parts = _linear(self.module, projection).out_features // (self.heads * self.size)
         width = self.heads * self.size
         return [
@@ -39,11 +39,11 @@ class Attention:
         ]
 
     def columns(self, heads: Sequence[int]) -> list[int]:
-        """Return the inputs of the last projection that come from heads."""
+        """Return the inputs of the output projection that come from `heads`."""
         return [head * self.size + i for head in heads for i in range(self.size)]
 
     def slices(self) -> Iterator[Slices]:
-        """Yield what the heads consist of, for a criterion to score: a row for each output or input, and the head that it belongs to."""
+        """Yield the projections for a criterion to score, one row per output or input, with the head of each row."""
         everything = range(self.heads)
         for projection, output in [*((name, True) for name in self.inputs), (self.output, False)]:
             layer = _linear(self.module, projection)
@@ -58,7 +58,7 @@ class Attention:
 
 
 def find_attentions(model: nn.Module, images: Tensor) -> list[Attention]:
-    """Return the modules of which whole heads can be cut, in the order they run; `images` (1, 3, s, s) tell the sizes alone."""
+    """Return the modules whose heads can be cut, in the order they run; of `images` (1, 3, s, s) only the shape matters."""
     calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ def find_attentions(model: nn.Module, images: Tensor) -> list[Attention]:
 
 
 def attention_at(model: nn.Module, path: str) -> Attention:
-    """Return the module with heads at a path: of its linear layers the last reads all heads, the others write them."""
+    """Return the attention module at a path; the last of its linear layers is the output projection."""
     module = model.get_submodule(path)
     *inputs, output = _projections(module)
     heads = int(module.num_heads)  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ def attention_at(model: nn.Module, path: str) -> Attention:
 
 
 def _projections(module: nn.Module) -> list[str]:
-    """Return the names of the linear layers of a module with heads; none where their widths are no whole heads."""
+    """Return the names of an attention module's linear layers; none if their widths are not multiples of the heads."""
     heads = getattr(module, "num_heads", None)
     own = {name: part for name, part in module.named_children() if isinstance(part, nn.Linear)}
     if not isinstance(heads, int) or heads < 2 or len(own) < 2:
@@ -97,7 +97,7 @@ def _projections(module: nn.Module) -> list[str]:
 
 
 def cut_heads_(attention: Attention, heads: Sequence[int]) -> None:
-    """Remove heads in place."""
+    """Remove `heads` in place."""
     module, kept = attention.module, [head for head in range(attention.heads) if head not in heads]
     width = attention.heads * attention.size
     projections = {
@@ -127,14 +127,14 @@ def cut_heads_(attention: Attention, heads: Sequence[int]) -> None:
 
 @torch.no_grad()
 def _heads_are_alone(attention: Attention, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether the module answers without its first head as with that head's outputs at zero."""
+    """Tell whether cutting the first head gives the same outputs as setting its columns to zero."""
     masked, cut = copy.deepcopy(attention.module), copy.deepcopy(attention.module)
     _linear(masked, attention.output).weight[:, attention.columns([0])] = 0
     try:
         cut_heads_(replace(attention, module=cut), [0])
         expected, got = masked(*args, **kwargs), cut(*args, **kwargs)
     except (RuntimeError, ValueError, IndexError, AssertionError):
-        return False  # it counts its heads in another way
+        return False  # it uses its heads in some other way
     return all(
         one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-5)
         for one, other in zip(_tensors(expected), _tensors(got), strict=True)
@@ -152,7 +152,7 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
 
 
 def _keep_(owner: nn.Module, name: str, dim: int, rows: Sequence[int]) -> None:
-    """Keep some entries of a parameter or buffer along one dimension, and of its gradient."""
+    """Keep some entries along one dimension of a parameter (and its gradient) or buffer."""
     tensor = getattr(owner, name)
     kept = tensor.detach().index_select(dim, torch.tensor(rows, device=tensor.device))
     if name in owner._buffers:

@@ -1,7 +1,8 @@
-"""Choose one width for each group of channels: the most value within a budget, where a layer's time depends on the widths of both of its sides.
+"""Choose one width for each group of channels: the most value within a budget, where a layer's time depends on both of its widths.
 
-A mixed-integer program, solved by HiGHS: a binary for each group and width, a fraction for each pair of widths that two groups share layers
-at (MDP, Sun et al. 2025, eq. 5 to 8; the pairs are tied to the binaries as in the local polytope, so they come out whole by themselves).
+A mixed-integer program, solved by HiGHS: a binary variable for each group and width, and a continuous one for each pair of widths of two
+groups that share layers (MDP, Sun et al. 2025, eq. 5 to 8). The pair variables need not be integers: tied to the binaries as in the local
+polytope, they come out as 0 or 1.
 """
 
 import itertools
@@ -13,7 +14,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 Floats = NDArray[np.float64]
-GAP = 1e-3  # of the value, at which a solution is good enough
+GAP = 1e-3  # relative optimality gap at which the solver stops
 SECONDS = 30.0
 
 
@@ -25,10 +26,10 @@ def most_value(
     *,
     together: Sequence[Sequence[int]] = (),
 ) -> list[int] | None:
-    """Return which of its widths each group takes, None where no choice costs at most `budget`.
+    """Return the index of each group's width, or None if no choice costs at most `budget`.
 
-    `values` and `costs` (widths,) are each group's own; `pairs` (widths of the first, widths of the second) what two groups cost together.
-    Groups that are `together` take their last widths all or none.
+    `values` and `costs` (widths,) are one group's; `pairs` (widths of the first, widths of the second) is the joint cost of two groups.
+    Of the groups in one entry of `together`, either all take their last width or none does.
     """
     starts = np.cumsum([0, *map(len, values)])
     count = int(starts[-1])
@@ -40,7 +41,7 @@ def most_value(
     columns: list[int] = []
     entries: list[float] = []
     wanted: list[float] = []
-    for start, end in itertools.pairwise(starts):  # one width for each group
+    for start, end in itertools.pairwise(starts):  # exactly one width per group
         _add(rows, columns, entries, len(wanted), range(start, end), 1.0)
         wanted.append(1.0)
     for first, *others in together:
@@ -50,7 +51,7 @@ def most_value(
             wanted.append(0.0)
     for (first, second), start, table in zip(pairs, pair_starts, pairs.values(), strict=False):
         places = start + np.arange(table.size).reshape(table.shape)
-        for group, lines in ((first, places), (second, places.T)):  # a pair is taken where both of its widths are
+        for group, lines in ((first, places), (second, places.T)):  # a pair is chosen if both of its widths are
             for index, line in enumerate(lines):
                 _add(rows, columns, entries, len(wanted), line, 1.0)
                 _add(rows, columns, entries, len(wanted), [starts[group] + index], -1.0)
@@ -73,7 +74,7 @@ def most_value(
 
 
 def _add(rows: list[int], columns: list[int], entries: list[float], row: int, places: object, entry: float) -> None:
-    """Put one entry into some columns of a row."""
+    """Add one entry at each of some columns of a row."""
     for place in np.asarray(places).tolist():
         rows.append(row)
         columns.append(place)

@@ -1,4 +1,4 @@
-"""Prune to a measured latency: choose by the prediction, export the choice, time it, correct the prediction by what the clock says, choose again."""
+"""Prune to a measured latency: choose by prediction, export and time the choice, correct the budget, choose again."""
 
 import copy
 import time
@@ -18,18 +18,18 @@ from compress.pruning.predict import LatencyModel, choose_within, latency_model
 from compress.pruning.timings import Table, Timer, time_models
 
 ROUNDS = 6
-CLOSE = 0.97  # of the time that was asked for: what is not further below is close enough
-AIM = 0.985
+CLOSE = 0.97  # stop when a time is between this fraction of the wanted time and all of it
+AIM = 0.985  # fraction of the wanted time to aim at
 
 STUDENT = "student.onnx"
 
-Write = Callable[[nn.Module, Path], None]  # the file of a network on the CPU, as it will be served
+Write = Callable[[nn.Module, Path], None]  # export a network on the CPU as the file that will be served
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One choice: what the model predicted, and what the clock said."""
+    """One choice of cuts, with its predicted and measured time."""
 
     cuts: tuple[Cut, ...]
     predicted_ms: float
@@ -38,7 +38,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Latency:
-    """A network's file, its clock, and the model of its time."""
+    """Prunes one network to a time: its goal, clock and latency model."""
 
     goal: Goal
     clock: Clock
@@ -50,20 +50,20 @@ class Latency:
     tell: Tell
 
     def budget(self, step: int, steps: int) -> float:
-        """Return what the network may take after one of several steps, in ms."""
+        """Return the most that the network may take after step `step` of `steps`, in ms."""
         return self.goal.budget(self.whole_ms, step=step, steps=steps)
 
     def measured_ms(self, network: nn.Module) -> float:
-        """Export a network and time it: in turns with the reference, so that a fraction holds whatever the machine does meanwhile."""
+        """Export a network and time it interleaved with the reference, so that a fraction holds on a machine of varying speed."""
         file = self.folder / STUDENT
         self.write(network, file)
         ratio, _, ms = self.clock.against(file)
         return ratio.ratio * self.whole_ms if self.goal.is_fraction else ms
 
     def choose(self, network: nn.Module, images: Tensor, options: Options, asked_ms: float) -> list[Attempt]:
-        """Return the attempts, the last one to be taken: its network takes at most `asked_ms`, and little less where the widths allow.
+        """Return the attempts; the last takes at most `asked_ms`, and little less if the widths allow.
 
-        Raises CompressError where the narrowest network takes longer, with its time.
+        Raises CompressError if even the narrowest network takes longer.
         """
 
         def measure(cuts: Sequence[Cut]) -> float:
@@ -82,11 +82,11 @@ class Latency:
         )
 
     def predicted_ms(self, options: Options, cuts: Sequence[Cut]) -> float:
-        """Return the time of the network once cut, by the model."""
+        """Return the predicted time of the network after some cuts."""
         return self.model.cost(*options.widths(options.removed_by(cuts)))
 
     def to_json(self, attempts: Sequence[Attempt]) -> dict[str, Any]:
-        """Return what was asked for, predicted and measured, and where the time goes before and after, layer by layer."""
+        """Return the wanted, predicted and measured times, and the time of each layer before and after."""
         conditions = self.clock.conditions
         after = read_blocks(self.folder / STUDENT, self.model.layers, conditions)
         return {
@@ -116,9 +116,9 @@ def open_latency(
     tell: Tell,
     timer: Timer = time_models,
 ) -> Latency:
-    """Export the network before its cut into `folder`, time it, and fill the table of its layers' times in the folder `table`.
+    """Export the unpruned network into `folder`, time it, and fill the latency table in the folder `table`.
 
-    Raises CompressError on a machine that is too busy to time anything.
+    Raises CompressError if the machine is too busy to measure times.
     """
     folder.mkdir(exist_ok=True)
     reference = folder / "before.onnx"
@@ -143,12 +143,11 @@ def until_close(
     tell: Tell,
     refuse: Callable[[float], CompressError],
 ) -> list[Attempt]:
-    """Return the attempts, the best last: at most `asked_ms` by the clock, and close to it.
+    """Return the attempts with the best last: measured at most `asked_ms`, and close to it.
 
-    `choose` gives cuts for a budget of predicted milliseconds, None where none meet it; `predict` and `measure` tell the time of cuts.
-    Between two attempts on both sides of `asked_ms` lie those that share some cuts with each: predictions of similar times need not even
-    be in order, where few groups differ the times are. What `refuse` makes is raised with the time of the narrowest cuts where even that
-    is over `asked_ms`.
+    `choose` returns cuts for a budget of predicted milliseconds, or None; `predict` and `measure` return the milliseconds of cuts. Once
+    attempts lie on both sides of `asked_ms`, the next one mixes the cuts of the nearest two, since predictions that are close may be out of
+    order. Raises `refuse(milliseconds)` if the narrowest cuts take over `asked_ms`.
     """
     attempts: list[Attempt] = []
     budget = AIM * asked_ms
@@ -158,7 +157,7 @@ def until_close(
         attempts.append(Attempt(tuple(cuts), predict(cuts), measure(cuts)))
         predicted, measured = attempts[-1].predicted_ms, attempts[-1].measured_ms
         tell(
-            f"choice {number}: {predicted:.3f} ms predicted, {measured:.3f} ms measured, at most {asked_ms:.3f} ms asked for"
+            f"choice {number}: {predicted:.3f} ms predicted, {measured:.3f} ms measured, at most {asked_ms:.3f} ms wanted"
         )
         if found is None and measured > asked_ms:
             raise refuse(measured)
@@ -168,7 +167,7 @@ def until_close(
     within = [attempt for attempt in attempts if attempt.measured_ms <= asked_ms]
     if not within:
         raise CompressError(
-            f"prune: after {ROUNDS} choices the clock still says {measured:.3f} ms where {asked_ms:.3f} ms are asked for: "
+            f"prune: after {ROUNDS} choices the network still takes {measured:.3f} ms, more than the wanted {asked_ms:.3f} ms: "
             "end other processes and run again"
         )
     best = max(within, key=lambda attempt: attempt.measured_ms)
@@ -176,9 +175,9 @@ def until_close(
 
 
 def _between(attempts: Sequence[Attempt], asked_ms: float, predict: Callable[[Sequence[Cut]], float]) -> list[Cut]:
-    """Return cuts on the way from the nearest attempt below `asked_ms` to the nearest above; empty where there is no way between.
+    """Return cuts between the nearest attempts below and above `asked_ms`; empty if there are none.
 
-    One group after the other changes, each time the one that keeps the prediction nearest to a straight line.
+    Groups are switched one by one from the cuts below to those above, each time the one that keeps the prediction nearest to a straight line.
     """
     below = max((a for a in attempts if a.measured_ms <= asked_ms), key=lambda a: a.measured_ms, default=None)
     above = min((a for a in attempts if a.measured_ms > asked_ms), key=lambda a: a.measured_ms, default=None)
@@ -203,7 +202,7 @@ def _between(attempts: Sequence[Attempt], asked_ms: float, predict: Callable[[Se
 
 
 def _by_layer(model: LatencyModel, after: Sequence[Block], after_ms: float) -> list[dict[str, Any]]:
-    """Return each layer's milliseconds before and after, those of the nodes that follow it included; what follows none is named ""."""
+    """Return each layer's milliseconds before and after, with the nodes that follow it; nodes that follow none are named ""."""
     names = [layer.name for layer in model.layers]
     rows: dict[str, list[float]] = {}
     for column, nodes, scale in ((0, model.nodes, model.scale), (1, after, after_ms / sum(node.ms for node in after))):

@@ -1,7 +1,7 @@
-"""Least squares for one layer: its inputs as rows, and the correction of its weights that explains what is missing in its outputs.
+"""Least squares for one layer: its inputs as rows, and the weight correction that restores its missing output.
 
-Sources: He et al. 2017, Channel Pruning, eq. 4; Luo et al. 2017, ThiNet, eq. 6; Frantar & Alistarh 2022, OBC, whose closed form for a removed
-set this is where the reference is the network itself; Narshana et al. 2023 (OBSPA) carry it to coupled channels.
+Sources: He et al. 2017, Channel Pruning, eq. 4; Luo et al. 2017, ThiNet, eq. 6; Frantar & Alistarh 2022, OBC (the same closed form when the
+reference is the network itself); Narshana et al. 2023, OBSPA, for coupled channels.
 """
 
 import torch
@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SOLVED = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # as a part of the inputs' mean square
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # as fractions of the inputs' mean square
 
 
 def layer_rows(layer: SOLVED, inputs: Tensor, positions: Tensor, width: int) -> Tensor:
-    """Return what the layer sees at some positions of its output, (n * p, groups, inputs of a group * kernel).
+    """Return the layer's input patches for some positions of its output, (n * p, groups, inputs of a group * kernel).
 
-    `positions` (n, p) count along the output map, `width` wide, row by row; of a linear layer along all that is not the channel.
+    `positions` (n, p) count row by row in the output map of `width` columns; for a linear layer, over all dimensions but the channel's.
     """
     number = torch.arange(len(positions), device=inputs.device)[:, None]
     if isinstance(layer, nn.Linear):
@@ -45,7 +45,7 @@ def _padding(layer: nn.Conv2d | nn.ConvTranspose2d) -> tuple[int, ...]:
 def _sources(
     layer: nn.Conv2d | nn.ConvTranspose2d, outputs: Tensor, size: int, *, axis: int, before: int
 ) -> tuple[Tensor, Tensor]:
-    """Return along one axis which inputs an output (n, p) sees, (n, p, kernel), and which of them lie inside of the image."""
+    """Return which inputs along one axis the outputs (n, p) read, (n, p, kernel), and whether each lies inside the image."""
     stride = layer.stride[axis]
     offsets = torch.arange(layer.kernel_size[axis], device=outputs.device) * layer.dilation[axis]
     if isinstance(layer, nn.ConvTranspose2d):
@@ -66,7 +66,7 @@ def weight_matrix(layer: SOLVED) -> Tensor:
 
 
 def set_weight_matrix_(layer: SOLVED, matrix: Tensor) -> None:
-    """Write what `weight_matrix` read."""
+    """Write weights of `weight_matrix`'s shape back into the layer."""
     if isinstance(layer, nn.ConvTranspose2d):
         outputs, kernel = matrix.shape[1], layer.weight.shape[2:]
         matrix = matrix.reshape(layer.groups, outputs, -1, *kernel).transpose(1, 2)
@@ -74,11 +74,11 @@ def set_weight_matrix_(layer: SOLVED, matrix: Tensor) -> None:
 
 
 def solve(inputs: Tensor, missing: Tensor, held_out: Tensor, *, offset: bool) -> tuple[Tensor, Tensor] | None:
-    """Return the correction (groups, outputs, d) and offset (groups, outputs) that explain what is missing; None where they would not help.
+    """Return the weight correction (groups, outputs, d) and offset (groups, outputs), or None if they would not help.
 
-    Minimizes |missing - D·inputs - offset|² + δ|D|² over the rows (rows, groups, d) and (rows, groups, outputs). δ is the ridge that
-    leaves the least on the rows held out (rows,), which count in the end. Without `offset` that is zero. With fewer rows than inputs
-    the equal system of rows is solved: D = Rᵀ(XXᵀ + δI)⁻¹X instead of RᵀX(XᵀX + δI)⁻¹.
+    Minimizes |missing - D·inputs - offset|² + δ|D|² over `inputs` (rows, groups, d) and `missing` (rows, groups, outputs). The ridge δ is
+    chosen by the error on the held-out rows (`held_out` (rows,)); the final solution uses all rows. Without `offset` the offset is zero.
+    With fewer rows than inputs the dual form is solved: D = Rᵀ(XXᵀ + δI)⁻¹X instead of RᵀX(XᵀX + δI)⁻¹.
     """
     mean_input = inputs.mean(0) * float(offset)  # (groups, d)
     mean_missing = missing.mean(0) * float(offset)
@@ -112,7 +112,7 @@ def _moments(rows: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ridge(moments: Tensor, right: Tensor, ridge: float, *, inputs: int) -> Tensor | None:
-    """Return (moments + δI)⁻¹ right, δ as a part of the mean square of the inputs; None where the system is singular even so."""
+    """Return (moments + δI)⁻¹ right, where δ is `ridge` times the inputs' mean square; None if that is still singular."""
     damped = moments.double()
     square = damped.diagonal(dim1=1, dim2=2).sum(1) / inputs
     damped.diagonal(dim1=1, dim2=2).add_((ridge * square).clamp(min=1e-30)[:, None])

@@ -1,7 +1,7 @@
-"""Choose which channels go, cut them, and replay a cut from JSON.
+"""Choose which channels to remove, and remove them.
 
-Channels leave in blocks, so that widths stay multiples of `round_to`. Every block gets a rank, in which the scopes differ. `choose` cuts the
-least important blocks until the budget is met, then restores any that still fit; `compress.pruning.latency` weighs ranks against time.
+Channels are removed in blocks, so that widths stay multiples of `round_to`. Every block has a rank, which depends on the scope. `choose` cuts
+the blocks of lowest rank until the budget is met, then restores any that still fit; `compress.pruning.latency` weighs ranks against time.
 """
 
 import copy
@@ -28,7 +28,7 @@ Scope = Literal["global", "local", "isomorphic"]
 
 @dataclass(frozen=True)
 class Cut:
-    """Channels to remove at one root layer, with the coupled layers by the dependency graph; heads of one attention; or, with none, a residual block."""
+    """Output channels of one root layer to remove (and of all coupled layers), or heads of an attention; none means a whole residual block."""
 
     root: str
     remove: tuple[int, ...]
@@ -40,7 +40,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Width:
-    """One layer before and after."""
+    """One layer's channels before and after pruning."""
 
     name: str
     kind: str
@@ -56,27 +56,27 @@ class ChannelGroup:
 
     root: str
     channels: int
-    unit: int  # channels that leave at once: the number of groups of a grouped convolution, else 1
+    unit: int  # channels removed at once: the number of groups of a grouped convolution, else 1
     pattern: str  # equal for groups of the same structure
-    touches: tuple[tuple[str, bool, int], ...]  # (layer, is output, that layer's channels for one of the group's)
+    touches: tuple[tuple[str, bool, int], ...]  # (layer, is output, its channels per channel of the group)
     scores: Tensor  # (channels,)
-    width: int = 1  # what each of them is in the layers: a head's size
+    width: int = 1  # a head's size; 1 for channels
 
 
 @dataclass(frozen=True)
 class Block:
-    """Channels of one group that leave together, after its less important blocks."""
+    """Channels of one group that are removed together, after the group's less important blocks."""
 
     group: int
     channels: tuple[int, ...]
     score: float
-    place: float  # the fraction of its group that is gone once this block is
-    rank: float = 0.0  # by which blocks of all groups compete
+    place: float  # fraction of the group that is removed, including this block
+    rank: float = 0.0  # order in which blocks of all groups are removed
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A residual block that may go whole, and the groups that lie inside of it."""
+    """A residual block that can be removed whole, and the indices of the groups inside."""
 
     path: str
     groups: tuple[int, ...]
@@ -84,7 +84,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Options:
-    """All that may be cut from a network: its groups, the layers that they reach, the blocks, least important first, and residual blocks."""
+    """All that can be cut from a network: groups, layers, the groups' blocks by rank, and residual blocks."""
 
     groups: Sequence[ChannelGroup]
     layers: Sequence[Layer]
@@ -93,7 +93,7 @@ class Options:
 
     @cached_property
     def reach(self) -> tuple[Floats, Floats]:
-        """How many outputs and inputs each layer loses with one channel of each group, two of (groups, layers)."""
+        """Outputs and inputs that each layer loses with one channel of each group, both (groups, layers)."""
         position = {layer.name: index for index, layer in enumerate(self.layers)}
         outputs, inputs = np.zeros((2, len(self.groups), len(self.layers)))
         for row, group in enumerate(self.groups):
@@ -103,20 +103,20 @@ class Options:
         return outputs, inputs
 
     def widths(self, removed: Floats) -> tuple[Floats, Floats]:
-        """Return the layers' outputs and inputs (layers,) once so many channels of each group (groups,) are gone."""
+        """Return the layers' outputs and inputs (layers,) after removing `removed` (groups,) channels of each group."""
         full_outputs, full_inputs = full_widths(self.layers)
         outputs, inputs = self.reach
         return full_outputs - removed @ outputs, full_inputs - removed @ inputs
 
     def removed(self, blocks: Iterable[Block]) -> Floats:
-        """Return how many channels each group loses with some blocks, (groups,)."""
+        """Return the number of channels that each group loses with some blocks, (groups,)."""
         counts = np.zeros(len(self.groups))
         for block in blocks:
             counts[block.group] += len(block.channels)
         return counts
 
     def removed_by(self, cuts: Iterable[Cut]) -> Floats:
-        """Return how many channels each group loses with some cuts, (groups,)."""
+        """Return the number of channels that each group loses with some cuts, (groups,)."""
         gone = {cut.root: len(cut.remove) for cut in cuts}
         removed = np.array([gone.get(group.root, 0) for group in self.groups], dtype=float)
         for index in (index for branch in self.branches if branch.path in gone for index in branch.groups):
@@ -124,7 +124,7 @@ class Options:
         return removed
 
     def cuts(self, blocks: Iterable[Block]) -> list[Cut]:
-        """Return what removes some blocks."""
+        """Return the cuts that remove some blocks."""
         channels: dict[int, list[int]] = {}
         for block in blocks:
             channels.setdefault(block.group, []).extend(block.channels)
@@ -132,7 +132,7 @@ class Options:
 
     @property
     def narrowest(self) -> list[Cut]:
-        """Return what removes all that may go."""
+        """Return the cuts that remove everything that can be removed."""
         inside = {index for branch in self.branches for index in branch.groups}
         cuts = self.cuts(block for block in self.blocks if block.group not in inside)
         return cuts + [Cut(branch.path, ()) for branch in self.branches]
@@ -146,11 +146,11 @@ def find_groups(
     exclude: Sequence[str],
     moments: Mapping[nn.Module, Tensor] | None = None,
 ) -> list[ChannelGroup]:
-    """Return every group that may be cut, with its channels' scores.
+    """Return every group that can be cut, with its channels' scores.
 
-    `images` is one input (1, 3, s, s). Left out: groups that reach an output of a module named by `exclude` (shell patterns), a wall of
-    the graph (a split, a shuffle), or a layer that sees a part of their channels.
-    Raises CompressError where the network's channels cannot be followed, and for a pattern that names no layer.
+    `images` is one input (1, 3, s, s). Left out are groups that reach an output of a module named by `exclude` (shell patterns), a wall of
+    the graph (a split, a shuffle), or a layer that reads only some of their channels.
+    Raises CompressError if channels cannot be followed, or a pattern names no layer.
     """
     graph = channel_graph(model, images)
     names = {module: name for name, module in model.named_modules()}
@@ -180,13 +180,13 @@ def find_options(
     round_to: int,
     min_channels: Mapping[str, int],
 ) -> Options:
-    """Return the blocks that may leave the groups; `min_channels` gives each root's smallest width."""
+    """Return the blocks that can be removed; `min_channels` is each root's smallest width."""
     blocks = [block for index, group in enumerate(groups) for block in _blocks(index, group, round_to, min_channels)]
     return Options(groups, layers, _ranked(blocks, groups, scope))
 
 
 def choose(options: Options, cost: WidthCost, budget: float) -> list[Cut]:
-    """Return the cuts after which the network costs at most `budget`; all blocks where no fewer do."""
+    """Return the cuts after which the network costs at most `budget`; all blocks if the budget cannot be met."""
 
     def after(blocks: Sequence[Block]) -> float:
         return cost(*options.widths(options.removed(blocks)))
@@ -197,11 +197,11 @@ def choose(options: Options, cost: WidthCost, budget: float) -> list[Cut]:
         low, high = (low, middle) if after(options.blocks[:middle]) <= budget else (middle + 1, high)
     kept = list(options.blocks[:low])
     open_groups = {block.group for block in kept}
-    # The last block of a prefix can be far larger than the rest: the most important ones come back as long as the budget holds.
+    # The last block can be far larger than the others, so restore the most important ones that still fit.
     for block in reversed(options.blocks[:low]):
         without = [other for other in kept if other is not block]
         if block.group not in open_groups:
-            continue  # a group's less important blocks only come back after its more important ones
+            continue  # a group's less important blocks are restored only after its more important ones
         if after(without) <= budget:
             kept = without
         else:
@@ -229,7 +229,7 @@ def cut_(model: nn.Module, images: Tensor, cuts: Sequence[Cut]) -> None:
 
 
 def widths(before: Sequence[Layer], model: nn.Module) -> list[Width]:
-    """Return every convolution's and linear layer's channels before and after a cut; none are left of one that is gone."""
+    """Return every convolution's and linear layer's channels before and after; zero for a removed layer."""
     table, left = [], dict(model.named_modules())
     for layer in before:
         module, inputs, outputs = left.get(layer.name), 0, 0
@@ -244,7 +244,7 @@ def widths(before: Sequence[Layer], model: nn.Module) -> list[Width]:
 
 
 def smallest_widths(groups: Sequence[ChannelGroup], min_keep: float) -> dict[str, int]:
-    """Return each root's smallest width: at least `min_keep` of its channels, at least one."""
+    """Return each root's smallest width: the fraction `min_keep` of its channels, at least one."""
     return {group.root: max(1, math.ceil(group.channels * min_keep)) for group in groups}
 
 
@@ -264,7 +264,7 @@ def _describe(group: Any, names: Mapping[nn.Module, str], scores: Tensor) -> Cha
 
 
 def _runnable(groups: list[ChannelGroup], model: nn.Module, images: Tensor) -> list[ChannelGroup]:
-    """Return the groups without one unit of which the network still runs: a forward may take a head's size from another width."""
+    """Return the groups that the network can lose a unit of and still run; a forward may depend on some other width."""
     if not groups or _runs_without(groups, model, images):
         return groups
     middle = len(groups) // 2
@@ -292,7 +292,7 @@ def _heads(attention: Attention, scores: Tensor) -> ChannelGroup:
 
 
 def _ranked(blocks: Sequence[Block], groups: Sequence[ChannelGroup], scope: Scope) -> list[Block]:
-    """Return the blocks with their ranks, lowest first: the score, the place in their group, or that among groups of the same structure."""
+    """Return the blocks by rank: the score, the place in the group, or the place among all groups of the same structure."""
     if scope == "global":
         ranked = [replace(block, rank=block.score) for block in blocks]
     elif scope == "local":
@@ -310,7 +310,7 @@ def _ranked(blocks: Sequence[Block], groups: Sequence[ChannelGroup], scope: Scop
 
 
 def _blocks(index: int, group: ChannelGroup, round_to: int, min_channels: Mapping[str, int]) -> list[Block]:
-    """Return a group's removable blocks, least important first; what stays is a multiple of `round_to`."""
+    """Return a group's removable blocks, least important first; the remaining width is a multiple of `round_to`."""
     units = group.channels // group.unit
     scores = group.scores.view(group.unit, units).mean(0)  # (units,)
     order = torch.argsort(scores, stable=True).tolist()

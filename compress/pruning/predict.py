@@ -1,7 +1,7 @@
-"""Predict a network's time from its layers' widths, and choose the widths that keep the most importance within a time.
+"""Predict a network's time from its layers' widths, and choose the widths that lose the least importance within a time.
 
-The prediction sums the nodes that ONNX Runtime runs: a layer takes its time in the whole file, scaled by what the table says of its two
-widths; any other node scales with its width. The choice is a mixed-integer program over all groups of channels.
+The prediction is a sum over the nodes that ONNX Runtime runs: a layer's time in the whole file, times the table's fraction for its two
+widths; any other node's time scales with its width. The choice is a mixed-integer program over all groups of channels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,20 +22,20 @@ class LatencyModel:
 
     layers: Sequence[Layer]
     nodes: Sequence[Node]
-    fractions: Sequence[Mapping[Widths, float]]  # of each node that is a layer; empty for others
-    scale: float = 1.0  # of the whole file's time over the sum of its nodes'
-    timed: int = 0  # rows of the table that were measured for it
+    fractions: Sequence[Mapping[Widths, float]]  # for each node; empty if the node is no layer
+    scale: float = 1.0  # the whole file's time over the sum of its nodes' times
+    timed: int = 0  # rows of the table that were measured for this model
 
     def cost(self, outputs: Floats, inputs: Floats) -> float:
-        """Return the milliseconds at some widths (layers,)."""
+        """Return the milliseconds at the layers' widths (layers,)."""
         return self.scale * sum(self.node_ms(index, outputs, inputs) for index in range(len(self.nodes)))
 
     def node_ms(self, index: int, outputs: Floats, inputs: Floats) -> float:
-        """Return what one node takes at some widths (layers,), before the scale."""
+        """Return one node's unscaled milliseconds at the layers' widths (layers,)."""
         node, fractions = self.nodes[index], self.fractions[index]
         if node.layer is not None:
             if not outputs[node.layer]:
-                return 0.0  # its residual block is gone
+                return 0.0  # its residual block is removed
             return node.ms * interpolated(fractions, float(inputs[node.layer]), float(outputs[node.layer]))
         if not node.follows:
             return node.ms
@@ -44,12 +44,12 @@ class LatencyModel:
 
 
 def interpolated(fractions: Mapping[Widths, float], inputs: float, outputs: float) -> float:
-    """Return the fraction of time at some widths, on straight lines between the measured ones."""
+    """Return the fraction of the full-width time, interpolated linearly between measured widths."""
     if (inputs, outputs) in fractions:
         return fractions[inputs, outputs]  # type: ignore[index]
     columns = sorted({o for _, o in fractions})
     rows = sorted({i for i, _ in fractions})
-    if len(fractions) < len(rows) * len(columns):  # depthwise: both sides are one
+    if len(fractions) < len(rows) * len(columns):  # depthwise: inputs equal outputs
         return float(np.interp(outputs, columns, [fractions[o, o] for o in columns]))
     by_row = [float(np.interp(outputs, columns, [fractions[i, o] for o in columns])) for i in rows]
     return float(np.interp(inputs, rows, by_row))
@@ -65,7 +65,7 @@ def latency_model(
     tell: Callable[[str], None],
     timer: Timer = time_models,
 ) -> LatencyModel:
-    """Return the model of a network whose whole file takes `whole_ms`; what the table lacks is timed."""
+    """Return the latency model of a network whose whole file takes `whole_ms`; missing rows of the table are timed."""
     outputs, inputs = (np.flatnonzero(side.sum(0)) for side in options.reach)
     wanted = {
         index: Wanted(
@@ -86,11 +86,10 @@ def latency_model(
 
 @dataclass(frozen=True)
 class Ladder:
-    """The widths among which one group's is chosen: how many channels are gone at each, the importance lost for each of the group's channels, and the blocks.
+    """The widths that one group can take: channels removed, importance lost divided by the group's channels, blocks removed.
 
-    Half of a narrow group costs what half of a wide one does: counted by the channel, the first layers, narrow and slow, lost most of
-    theirs (docs/latency.md).
-    Where a group lies inside of a residual block, the last is none at all.
+    The division makes half of a narrow group cost as much as half of a wide one; without it the first layers, narrow and slow, lost most
+    of their channels (docs/latency.md). A group inside a residual block has width zero as its last.
     """
 
     removed: tuple[int, ...]
@@ -99,7 +98,7 @@ class Ladder:
 
 
 def ladders(options: Options) -> list[Ladder]:
-    """Return each group's ladder; of a wide one's blocks several leave at once, so that no more than LEVELS remain."""
+    """Return each group's ladder, with at most about LEVELS widths: a wide group loses several blocks per level."""
     found = []
     inside = {index for branch in options.branches for index in branch.groups}
     for group in range(len(options.groups)):
@@ -126,10 +125,10 @@ def ladders(options: Options) -> list[Ladder]:
 
 
 def choose_within(options: Options, model: LatencyModel, budget_ms: float) -> list[Cut] | None:
-    """Return the cuts that lose the least importance and leave a network of at most `budget_ms` by the model; None where none does.
+    """Return the cuts that lose the least importance with a predicted time of at most `budget_ms`, or None if there are none.
 
-    The time of a layer whose two sides belong to at most two groups is exact. That of one where more meet (behind a concatenation) is
-    straight in each of them.
+    A layer's time is as the model predicts where at most two groups decide its widths. Where more do (after a concatenation), it is taken
+    as a sum of one term per group.
     """
     steps = ladders(options)
     own: list[Floats] = [np.zeros(len(ladder.removed)) for ladder in steps]

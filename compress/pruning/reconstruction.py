@@ -1,8 +1,8 @@
-"""Recover a pruned network without training and without labels: every layer's weights are solved for what its removed inputs gave.
+"""Recover a pruned network without training or labels: solve each layer's weights so that they make up for its removed inputs.
 
-Layer after layer in the order of execution, on the inputs that the student solved so far gives it, towards the outputs of the network
-before the cut (He et al. 2017, Channel Pruning, sec. 3.2, whole-network form). The reference runs once and leaves its outputs at some
-positions; the student runs once over all images, and each layer is solved just before it runs.
+Layers are solved in the order they run: from the inputs that the student, solved so far, gives them, to the outputs of the unpruned
+network (He et al. 2017, Channel Pruning, sec. 3.2, whole-network form). The reference runs once, and its outputs are kept at some positions;
+the student runs once over all images, and each layer is solved just before it runs.
 """
 
 import copy
@@ -18,28 +18,28 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 from compress.pruning.least_squares import SOLVED, layer_rows, set_weight_matrix_, solve, weight_matrix
 
-ROWS = 16384  # positions of a layer's output that it is solved from
-CHUNK = 32  # images that the reference sees at a time
+ROWS = 16384  # output positions that a layer is solved from
+CHUNK = 32  # images per run of the reference
 MAX_BYTES = 4 * 2**30  # the student's activations of all images at one layer
-NEGLIGIBLE = 1e-10  # of the outputs' mean square: rounding
+NEGLIGIBLE = 1e-10  # fraction of the outputs' mean square that is only rounding
 HELD_OUT = 4  # every fourth image chooses the ridge
-JUDGED = 5  # every fifth image says which method is best
+JUDGED = 5  # every fifth image chooses the method
 Method = Literal["batch_norm", "least_squares"]
 Norm = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass
 class Sample:
-    """What the reference gave at some positions of a layer's output."""
+    """The reference's outputs at some positions of one layer."""
 
     positions: Tensor  # (images, p)
     width: int  # of the output map
-    targets: list[Tensor]  # (images * p, kept outputs) in parts
-    norm: str | None  # the batch-norm right behind, whose mean can take an offset
+    targets: list[Tensor]  # (images * p, kept outputs) in chunks
+    norm: str | None  # the batch-norm right after the layer, whose mean can take the offset
 
 
 def number_outputs(model: nn.Module) -> nn.Module:
-    """Return a copy whose weights are the numbers of their layers' outputs: after cuts, `kept_outputs` reads which are left."""
+    """Return a copy whose weights are their output's index, so that `kept_outputs` can read after pruning which are left."""
     numbered = copy.deepcopy(model)
     for layer in _layers(numbered).values():
         matrix = weight_matrix(layer)
@@ -49,7 +49,7 @@ def number_outputs(model: nn.Module) -> nn.Module:
 
 
 def kept_outputs(numbered: nn.Module) -> dict[str, Tensor]:
-    """Return for each layer which of the outputs that it had when it was numbered are left, (outputs,)."""
+    """Return the original indices of each layer's remaining outputs, (outputs,)."""
     return {name: weight_matrix(layer)[:, :, 0].flatten().long() for name, layer in _layers(numbered).items()}
 
 
@@ -63,16 +63,18 @@ def reconstruct(
     *,
     views: Tensor,
 ) -> tuple[nn.Module, str, int]:
-    """Return the student recovered as well as the method and the simpler ones can, which of them it is, and the images used.
+    """Return a copy of the student recovered by `method` or a simpler one, the name of that method, and the number of images used.
 
-    `reference` is the network before the cut and `kept` says which outputs of its layers the student, which stays as it is, still has;
-    both are in eval mode. Every fifth of the unlabelled images (n, 3, s, s) judges: the least squared distance to the reference's
-    outputs wins, so that no method makes a network worse. `views` are images as a training shows them, on which solved batch-norms
-    measure what they hold. Raises CompressError where a value is not finite.
+    `reference` is the unpruned network, `kept` the outputs of its layers that the student still has; both networks are in eval mode. Every
+    fifth of the unlabelled images (n, 3, s, s) chooses the method with the least squared distance to the reference's outputs, so that no
+    method makes the network worse. `views` are augmented views as training will show them; after least squares, batch-norms take their
+    statistics from these. Raises CompressError if a value is not finite.
     """
     order, norms, largest = _survey(reference, images[:1])
-    order = [name for name in order if name in kept]  # others went with their residual block
-    images = images[: max(JUDGED, MAX_BYTES // (8 * largest))]  # two activations of 4 bytes: a layer's and a shortcut's
+    order = [name for name in order if name in kept]  # the others were removed with their residual block
+    images = images[
+        : max(JUDGED, MAX_BYTES // (8 * largest))
+    ]  # two activations, a layer's and a shortcut's, of 4 bytes per value
     judged = torch.arange(len(images), device=images.device) % JUDGED == 0
     candidates = {"none": student}
     if len(images) > 1:
@@ -94,7 +96,7 @@ def reconstruct(
 
 @torch.no_grad()
 def solve_layers_(student: nn.Module, samples: dict[str, Sample], images: Tensor) -> None:
-    """Solve the layers in place while the student runs over all images, each just before it runs."""
+    """Run the student over all images, and solve each layer in place just before it runs."""
     layers, norms = {layer: name for name, layer in _layers(student).items() if name in samples}, _norms(student)
 
     def solve_(layer: SOLVED, inputs: tuple[Tensor, ...]) -> None:
@@ -102,7 +104,7 @@ def solve_layers_(student: nn.Module, samples: dict[str, Sample], images: Tensor
         _solve_(layers[layer], layer, None if sample.norm is None else norms[sample.norm], sample, inputs[0])
 
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # second moments do not bear TF32's ten bits
+    torch.set_float32_matmul_precision("highest")  # TF32's ten bits are too few for second moments
     try:
         _run_with(student, images, dict.fromkeys(layers, solve_))
     finally:
@@ -111,16 +113,16 @@ def solve_layers_(student: nn.Module, samples: dict[str, Sample], images: Tensor
 
 @torch.no_grad()
 def rebase_batchnorm_(student: nn.Module, images: Tensor) -> None:
-    """Let batch-norms hold the mean and variance of their inputs over the images (n, 3, s, s), and compute the same in eval mode as before.
+    """Set batch-norm statistics to the inputs' mean and variance over `images` (n, 3, s, s), without changing the function in eval mode.
 
-    In training mode they use the batch's: a training whose images are like these starts at the function that eval mode computes.
+    Training mode uses the batch's statistics, so training on such images starts at the function that eval mode computes.
     """
     _run_with(student, images, {norm: _own_statistics_ for norm in _norms(student).values() if norm.affine})
 
 
 @torch.no_grad()
 def estimate_batchnorm_(student: nn.Module, images: Tensor) -> None:
-    """Give every batch-norm the mean and variance of its inputs over the images (n, 3, s, s), in the order of execution."""
+    """Set every batch-norm's statistics to its inputs' mean and variance over `images` (n, 3, s, s), in the order they run."""
 
     def measure(norm: Norm, inputs: tuple[Tensor, ...]) -> None:
         norm.running_var, norm.running_mean = _statistics(inputs[0])
@@ -133,13 +135,13 @@ def _layers(model: nn.Module) -> dict[str, SOLVED]:
 
 
 def _norms(model: nn.Module) -> dict[str, Norm]:
-    """Return the batch-norms with running statistics by name."""
+    """Return the batch-norms that have running statistics, by name."""
     named = model.named_modules()
     return {name: module for name, module in named if isinstance(module, Norm) and module.running_mean is not None}
 
 
 def _run_with(model: nn.Module, images: Tensor, before: Mapping[nn.Module, Callable[..., None]]) -> None:
-    """Run a network once, each of the modules after what is done before it."""
+    """Run a network once, calling each module's hook in `before` just before the module runs."""
     handles = [module.register_forward_pre_hook(hook) for module, hook in before.items()]
     try:
         model(images)
@@ -149,17 +151,17 @@ def _run_with(model: nn.Module, images: Tensor, before: Mapping[nn.Module, Calla
 
 
 def _survey(model: nn.Module, image: Tensor) -> tuple[list[str], dict[str, str], int]:
-    """Return the layers that run once and share no weights, the batch-norm right behind each, and the most values that one takes and gives."""
+    """Return the layers that run once and share no weights, each one's batch-norm, and the most inputs plus outputs of a layer."""
     layers: dict[nn.Module, str] = {layer: name for name, layer in _layers(model).items()}
     norms: dict[nn.Module, str] = {norm: name for name, norm in _norms(model).items()}
     calls: dict[str, int] = {}
     behind: dict[str, str] = {}
-    outputs: dict[int, tuple[str, Tensor]] = {}  # by identity; a tensor that is kept here keeps its own
+    outputs: dict[int, tuple[str, Tensor]] = {}  # by id; keeping the tensor keeps its id unique
     largest = 1
 
     def note_layer(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal largest
-        if inputs:  # not by keyword
+        if inputs:  # the input was not passed by keyword
             calls[layers[module]] = calls.get(layers[module], 0) + 1
             outputs[id(output)] = (layers[module], output)
             largest = max(largest, inputs[0].numel() + output.numel())
@@ -212,14 +214,14 @@ def _sample(
 
 
 def sample_positions(images: int, size: int, generator: torch.Generator, *, rows: int = ROWS) -> Tensor:
-    """Return positions (images, p) below `size`, each drawn from its own equal part of the map."""
+    """Return random positions (images, p) below `size`, one from each of p equal parts of the map."""
     count = min(size, -(-rows // images))
     draws = (torch.arange(count) + torch.rand(images, count, generator=generator)) * (size / count)
     return draws.long().clamp(max=size - 1)
 
 
 def _solve_(name: str, layer: SOLVED, norm: Norm | None, sample: Sample, inputs: Tensor) -> None:
-    """Add the least-squares correction to a layer's weights, and the offset to its bias or to the mean of the batch-norm behind it."""
+    """Add the least-squares correction to a layer's weights, and the offset to its bias or its batch-norm's mean."""
     rows = layer_rows(layer, inputs, sample.positions, sample.width)  # (rows, groups, d)
     matrix = weight_matrix(layer)
     given = (rows.transpose(0, 1) @ matrix.transpose(1, 2)).transpose(0, 1)
@@ -229,7 +231,7 @@ def _solve_(name: str, layer: SOLVED, norm: Norm | None, sample: Sample, inputs:
     missing = targets - given
     if not bool(missing.isfinite().all()):
         raise CompressError(
-            f"{name}: its inputs or outputs are not finite, so its weights cannot be solved for: give weights and images that are"
+            f"{name}: its inputs or outputs are not finite, so its weights cannot be solved for: check the network's weights and the images"
         )
     if float(missing.square().mean()) <= NEGLIGIBLE * float(targets.square().mean()):
         return
@@ -247,7 +249,7 @@ def _solve_(name: str, layer: SOLVED, norm: Norm | None, sample: Sample, inputs:
 
 
 def _own_statistics_(norm: Norm, inputs: tuple[Tensor, ...]) -> None:
-    """Give a batch-norm the mean and variance of its inputs, and the scale and shift with which it still computes the same."""
+    """Set a batch-norm's statistics to its inputs', and adapt scale and shift so that it computes the same."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     variance, mean = _statistics(inputs[0])

@@ -1,7 +1,7 @@
-"""The table of what layers take at other widths, as a fraction of their time at full width: measured once for each machine, runtime and setting.
+"""The latency table: each layer's time at reduced widths as a fraction of its full-width time, for one machine, runtime and setting.
 
-One SQLite file that all runs below an `out` folder share. Rows are written as they are measured, so a killed run goes on where it stopped;
-two runs take turns, group by group, and each finds what the other has measured.
+All runs below an `out` folder share one SQLite file. Rows are written as they are measured, so a killed run can resume; two runs
+alternate, group by group, and each uses the other's rows.
 """
 
 import fcntl
@@ -25,25 +25,22 @@ from export.runtime.environment import environment, fingerprint, runtime
 from export.runtime.latency import time_sessions
 from export.runtime.session import RUNTIME_ERRORS, Run, open_session
 
-SECONDS, BLOCKS = 0.024, 6  # of timing for each width, interleaved with the others of its group
-OPENING_S = 0.008  # a session, beside its timing
-LEVELS, INPUT_LEVELS = 16, 5  # of outputs, where times go in steps; of inputs, where they go straight
-GROUP_BYTES = 256 * 2**20  # of weights that are timed in turns at once
-PATIENCE_S = 10.0  # between two lines of progress
+SECONDS, BLOCKS = 0.024, 6  # timing of each width, interleaved with the others of its group
+OPENING_S = 0.008  # to open a session
+LEVELS, INPUT_LEVELS = 16, 5  # widths timed: of outputs, where time rises in steps; of inputs, where it rises linearly
+GROUP_BYTES = 256 * 2**20  # weights of the models that are interleaved
+PATIENCE_S = 10.0  # between two progress messages
 SCHEMA = """CREATE TABLE IF NOT EXISTS times (setting TEXT, block TEXT, inputs INTEGER, outputs INTEGER, fraction REAL,
             PRIMARY KEY (setting, block, inputs, outputs))"""
 
 FAILURES: tuple[type[Exception], ...] = (BundleError, *RUNTIME_ERRORS)
-
 Widths = tuple[int, int]  # inputs and outputs
-
-
 Timer = Callable[[dict[Widths, bytes], Conditions], dict[Widths, float]]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A block, the layer that it is, and the widths at which its time is asked for."""
+    """A block, its layer, and the widths at which to time it."""
 
     block: Block
     layer: Layer
@@ -51,7 +48,7 @@ class Wanted:
 
 
 class Table:
-    """The times of this machine and ONNX Runtime under some conditions, in a folder, which is made."""
+    """The latency table for this machine, ONNX Runtime and conditions; creates its folder."""
 
     def __init__(self, folder: Path, conditions: Conditions) -> None:
         self.folder, self.conditions, self.path = folder, conditions, folder / "times.sqlite"
@@ -65,20 +62,20 @@ class Table:
             raise CompressError(f"{folder}: cannot be written ({error.strerror}): choose another OUT=") from error
 
     def read(self, block: str) -> dict[Widths, float]:
-        """Return what is known of a block."""
+        """Return the measured fractions of a block, named by its signature."""
         query = "SELECT inputs, outputs, fraction FROM times WHERE setting = ? AND block = ?"
         with closing(self._connect()) as file:
             return {(i, o): fraction for i, o, fraction in file.execute(query, (self.setting, block))}
 
     def write(self, block: str, fractions: dict[Widths, float]) -> None:
-        """Keep what was measured."""
+        """Store measured fractions of a block."""
         rows = [(self.setting, block, *widths, fraction) for widths, fraction in fractions.items()]
         with closing(self._connect()) as file, file:
             file.executemany("INSERT OR REPLACE INTO times VALUES (?, ?, ?, ?, ?)", rows)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Be the only one that measures; another run that does is waited for. The lock of a killed process is free."""
+        """Hold the lock for measuring, after waiting for other runs; a killed process releases it."""
         with (self.folder / ".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -94,13 +91,13 @@ class Table:
 
 
 def grid(full: int, levels: int, round_to: int) -> list[int]:
-    """Return about `levels` widths at equal distances, multiples of `round_to`, and the full one."""
+    """Return about `levels` evenly spaced multiples of `round_to`, and the full width."""
     step = -(-full // (levels * round_to)) * round_to
     return [*range(step, full, step), full]
 
 
 def widths_to_time(layer: Layer, *, round_to: int, cut_inputs: bool, cut_outputs: bool) -> tuple[Widths, ...]:
-    """Return the widths at which a layer is timed, whichever of its sides can be cut."""
+    """Return the widths at which to time a layer, varying only the sides that can be cut."""
     outputs = grid(layer.outputs, LEVELS, round_to) if cut_outputs else [layer.outputs]
     if layer.depthwise:
         return tuple((width, width) for width in outputs)
@@ -109,7 +106,7 @@ def widths_to_time(layer: Layer, *, round_to: int, cut_inputs: bool, cut_outputs
 
 
 def time_models(models: dict[Widths, bytes], conditions: Conditions) -> dict[Widths, float]:
-    """Return each model's time over that of the last one: the median of the ratios within interleaved blocks."""
+    """Return each model's time over the last model's: the median of the ratios within interleaved blocks."""
     runs = {str(widths): _bound(model, conditions) for widths, model in models.items()}
     timed = time_sessions(runs, seconds=SECONDS, blocks=BLOCKS, clock=conditions.clock)
     whole = timed[str(next(reversed(models)))].block_ms
@@ -119,7 +116,7 @@ def time_models(models: dict[Widths, bytes], conditions: Conditions) -> dict[Wid
 def fill(
     table: Table, wanted: Sequence[Wanted], *, tell: Callable[[str], None], timer: Timer = time_models
 ) -> tuple[list[dict[Widths, float]], int]:
-    """Return for each block the fraction of its full-width time that it takes at the wanted widths, and how many were timed for it now."""
+    """Return each block's fractions of its full-width time at the wanted widths, and how many of them were timed now."""
     keys = [signature(one.block, one.layer, table.conditions.batch) for one in wanted]
     groups = dict(zip(keys, wanted, strict=True))  # layers of one shape are timed once
     missing = {key: len(set(one.widths) - table.read(key).keys()) for key, one in groups.items()}
@@ -143,7 +140,7 @@ def fill(
 
 
 def _measure(one: Wanted, widths: Sequence[Widths], conditions: Conditions, timer: Timer) -> dict[Widths, float]:
-    """Return the fractions at some widths, timed in turns with the full one; of a node that cannot run alone its multiply-accumulates'."""
+    """Return the fractions at some widths, timed interleaved with the full one; fractions of MACs if the node cannot run alone."""
     layer, full = one.layer, (one.layer.inputs, one.layer.outputs)
     models: dict[Widths, bytes] = {}
     for i, o in (*(other for other in widths if other != full), full):
@@ -161,7 +158,7 @@ def _measure(one: Wanted, widths: Sequence[Widths], conditions: Conditions, time
 
 
 def _parts(one: Wanted) -> Iterator[list[Widths]]:
-    """Yield the widths in groups whose weights fit into memory together."""
+    """Yield the widths in groups of about GROUP_BYTES of weights."""
     whole = sum(len(tensor.raw_data) for tensor in one.block.constants.values())
     part: list[Widths] = []
     size = 0.0
@@ -176,7 +173,7 @@ def _parts(one: Wanted) -> Iterator[list[Widths]]:
 
 
 def _bound(model: bytes, conditions: Conditions) -> Run:
-    """Return a call that runs a model once, its buffers on the device."""
+    """Return a function that runs a model once, with its buffers on the device."""
     session = open_session(model, threads=conditions.threads, provider=conditions.provider)
     device = "cuda" if conditions.provider == CUDA else "cpu"
     binding = session.io_binding()

@@ -1,6 +1,6 @@
-"""Choose each activation quantizer's range from unaugmented batches: the extremes, a percentile, or the least Kullback-Leibler divergence.
+"""Calibrate each activation quantizer's range: extremes, a percentile, or least Kullback-Leibler divergence.
 
-One pass over the batches fills a histogram for each quantizer, and every method reads its range from it.
+One pass over unaugmented batches fills a histogram for each quantizer; every method reads its range from that.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,23 +17,20 @@ from compress.quant.prepare import set_phase_
 
 Method = Literal["minmax", "percentile", "entropy"]
 PERCENTILE = 99.99
-BINS = 2**14  # on each side of zero: after the last doubling at least half of them lie inside the extremes
+BINS = 2**14  # on each side of zero; after a doubling, at least half of them are in use
 ENTROPY_BINS, ENTROPY_STEP = 2048, 8  # Migacz 2017 tries every bin; eight bins are 0.4 % of the largest range
 SMALLEST_TOP = 2.0**-24
 
 
 class Histogram:
-    """Counts of a tensor's values over [-top, top], which doubles when a value lies outside: bins merge in pairs, and nothing is lost."""
+    """Counts of a tensor's values over [-top, top]; when a value lies outside, top doubles and bins merge in pairs."""
 
     def __init__(self) -> None:
-        self.top, self.low, self.high = SMALLEST_TOP, 0.0, 0.0  # zero always belongs to the range
+        self.top, self.low, self.high = SMALLEST_TOP, 0.0, 0.0  # every range contains zero
         self.counts: NDArray[np.int64] = np.zeros(2 * BINS, np.int64)
 
     def add_(self, values: Tensor) -> None:
-        """Count every value of a tensor.
-
-        Raises CompressError where one is not finite.
-        """
+        """Count every value of a tensor; CompressError if one is not finite."""
         if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
             values = values.permute(0, 2, 3, 1)  # the order in memory: twenty times faster to reduce
         flat = values.detach().float().reshape(-1)
@@ -47,21 +44,21 @@ class Histogram:
             self.top *= 2
             merged = self.counts.reshape(-1, 2).sum(1)
             self.counts = np.pad(merged, BINS // 2)
-        # bincount is exact where histc counts in float32, and faster; to scale by a power of two is exact too.
+        # bincount is exact and faster; histc counts in float32. Scaling by a power of two is exact.
         bins = flat.mul(BINS / self.top).floor_().add_(BINS).clamp_(max=2 * BINS - 1).to(torch.int32)
         self.counts += torch.bincount(bins, minlength=2 * BINS).cpu().numpy()
 
 
 def calibrate_(prepared: nn.Module, batches: Iterable[Tensor], method: Method) -> None:
-    """Set every quantizer's range from `batches`, each (n, 3, s, s); leave the model in eval mode, in phase "adapt"."""
+    """Set every quantizer's range from `batches`, each (n, 3, s, s); the model ends in eval mode, phase "adapt"."""
     set_ranges_(prepared, collect(prepared, batches), method)
 
 
 @torch.no_grad()
 def collect(prepared: nn.Module, batches: Iterable[Tensor]) -> dict[str, Histogram]:
-    """Return the histogram of what reaches each quantizer, by its name, with the activations in float.
+    """Return the histogram of each quantizer's input, by its module path, while nothing rounds activations.
 
-    Raises CompressError where there is no batch.
+    Raises CompressError if there is no batch.
     """
     named = {name: part for name, part in prepared.named_modules() if isinstance(part, ActivationQuantizer)}
     histograms = {name: Histogram() for name in named}
@@ -75,13 +72,13 @@ def collect(prepared: nn.Module, batches: Iterable[Tensor]) -> dict[str, Histogr
         for handle in handles:
             handle.remove()
     if not all(histogram.counts.any() for histogram in histograms.values()):
-        raise CompressError("calibration: not one image; raise calibration_images, or check the data folder")
+        raise CompressError("calibration: there are no images; raise calibration_images, or check the data folder")
     set_phase_(prepared, "adapt")
     return histograms
 
 
 def set_ranges_(prepared: nn.Module, histograms: Mapping[str, Histogram], method: Method) -> None:
-    """Set every quantizer's range as the method reads it from the quantizer's histogram."""
+    """Set every quantizer's range from its histogram."""
     for name, histogram in histograms.items():
         quantizer = prepared.get_submodule(name)
         assert isinstance(quantizer, ActivationQuantizer)
@@ -94,7 +91,7 @@ def minmax(histogram: Histogram, _symmetric: bool) -> tuple[float, float]:
 
 
 def percentile(histogram: Histogram, _symmetric: bool, percent: float = PERCENTILE) -> tuple[float, float]:
-    """Return the range that leaves the part 1 - percent / 100 of all values outside at each end, linear inside a bin."""
+    """Return the range that cuts off a fraction 1 - percent / 100 of the values at each end, linear inside a bin."""
     counts = histogram.counts
     cumulative = np.concatenate([[0], np.cumsum(counts)]) / counts.sum()  # at the edges of the bins
     edges = np.linspace(-histogram.top, histogram.top, 2 * BINS + 1)
@@ -104,7 +101,7 @@ def percentile(histogram: Histogram, _symmetric: bool, percent: float = PERCENTI
 
 
 def entropy(histogram: Histogram, symmetric: bool) -> tuple[float, float]:
-    """Return the range [-t, t], within the extremes, whose quantized distribution of |x| diverges least from the true one.
+    """Return the range [-t, t], cut to the extremes, whose quantized distribution of |x| has the least divergence.
 
     Migacz 2017 (8-bit inference with TensorRT), slides 38 to 40.
     """
@@ -113,7 +110,7 @@ def entropy(histogram: Histogram, symmetric: bool) -> tuple[float, float]:
         return 0.0, 0.0
     negative, positive = histogram.counts.reshape(2, BINS)
     used = int(np.ceil(largest / histogram.top * BINS))
-    width = -(-used // ENTROPY_BINS)  # fine bins in a coarse one
+    width = -(-used // ENTROPY_BINS)  # fine bins per coarse bin
     counts = np.add.reduceat((positive + negative[::-1])[:used], np.arange(0, used, width))
     one_sided = histogram.low == 0 and not symmetric
     kept = least_divergent(counts, levels=256 if one_sided else 128)
@@ -122,11 +119,10 @@ def entropy(histogram: Histogram, symmetric: bool) -> tuple[float, float]:
 
 
 def least_divergent(counts: NDArray[np.int64], *, levels: int, step: int = ENTROPY_STEP) -> int:
-    """Return how many of the first bins to keep so that, rounded to `levels`, they diverge least from all; what is cut joins the last."""
+    """Return how many bins to keep for the least divergence when rounded to `levels`; cut counts join the last bin."""
     values = counts.astype(np.float64)
-    values[0] = values[
-        1
-    ]  # zeros are exact on every grid; after a ReLU they would outweigh the rest (as in pytorch-quantization)
+    # Zeros are exact on every grid, and after a ReLU they would outweigh the rest (pytorch-quantization does the same).
+    values[0] = values[1]
     sizes = range(len(values), levels - 1, -step)
     return min(sizes, key=lambda size: _divergence(values, size, levels))
 

@@ -1,6 +1,6 @@
 """The deployed forms of the fake-quantized modules: int8 weights, int32 biases, and the operators QuantizeLinear and DequantizeLinear.
 
-Exported, they are those operators. Called, they do the integer kernels' arithmetic: sums of whole numbers, one multiplication, one rounding.
+When exported they become those operators. When called they do the integer kernels' arithmetic: integer sums, one multiplication, one rounding.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from export.onnx_file.targets import Target
 
 ONNX_VERSION = 18
 Norm = nn.modules.batchnorm._BatchNorm
-# A bias may fill half of int32; products have the other half.
+# A bias may use half of int32's range; the products have the other half.
 BIAS_LIMIT = 2**30
 
 
 def quantize_linear(values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Return the levels of `values`; in an export the ONNX operator QuantizeLinear."""
+    """Return the levels of `values`; during export, the ONNX operator QuantizeLinear."""
     if not torch.compiler.is_exporting():
         limits = torch.iinfo(zero_point.dtype)
         levels = (values / scale).round() + zero_point.float()
@@ -31,7 +31,7 @@ def quantize_linear(values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor
 
 
 def dequantize_linear(levels: Tensor, scale: Tensor, zero_point: Tensor, *, per_channel: bool = False) -> Tensor:
-    """Return the values of `levels`, per channel along the first dimension; in an export the ONNX operator DequantizeLinear."""
+    """Return the values of `levels`, with channels in the first dimension; during export, the ONNX operator DequantizeLinear."""
     if not torch.compiler.is_exporting():
         return (levels.float() - zero_point.float()) * scale
     attrs: dict[str, Any] = {"axis": 0} if per_channel else {}
@@ -69,7 +69,7 @@ class DeployedQuantizer(nn.Module):
 
 
 class DeployedSameRange(nn.Module):
-    """A Q/DQ pair on the grid that a quantizer's tensor was read on."""
+    """A Q/DQ pair on the grid with which a quantizer's levels are read."""
 
     scale: Tensor
     zero_point: Tensor
@@ -85,10 +85,10 @@ class DeployedSameRange(nn.Module):
 
 
 class FloatGuard(nn.Module):
-    """Keep a float operation behind a quantizer float, by clipping its input to the range that it has anyway.
+    """Keep a float operation after a quantizer in float, by clipping its input to the range that it has anyway.
 
-    ONNX Runtime quantizes the weights of a convolution that stands between a DequantizeLinear and a QuantizeLinear by itself
-    (WeightBiasQuantization, seen in 1.32), on the full grid, which saturates without VNNI.
+    Otherwise ONNX Runtime itself quantizes the weights of a convolution between a DequantizeLinear and a QuantizeLinear
+    (WeightBiasQuantization, seen in 1.32) on the full grid, which saturates without VNNI.
     """
 
     def __init__(self, source: DeployedQuantizer) -> None:
@@ -98,13 +98,13 @@ class FloatGuard(nn.Module):
         self.low, self.high = (limits.min - zero) * scale, (limits.max - zero) * scale
 
     def forward(self, values: Tensor) -> Tensor:
-        """Return `values` as they are."""
+        """Return `values`, which already lie in the range."""
         return values.clamp(self.low, self.high)
 
 
 @dataclass(frozen=True)
 class Folded:
-    """A layer's integers: levels (out, …) as floats, scale (out,) of the folded weights, bias (out,) in float."""
+    """A folded layer: weight levels (out, …) stored as floats, their scale (out,), float bias (out,)."""
 
     levels: Tensor
     scale: Tensor
@@ -112,7 +112,7 @@ class Folded:
 
 
 def affine_of(norm: Norm) -> tuple[Tensor, Tensor]:
-    """Return the factor and the shift of each channel that a batch-norm in eval mode is."""
+    """Return each channel's factor and shift of a batch-norm in eval mode."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     factor = torch.rsqrt(norm.running_var.float() + norm.eps)
@@ -123,7 +123,7 @@ def affine_of(norm: Norm) -> tuple[Tensor, Tensor]:
 
 
 def depthwise(norm: Norm, target: Target) -> Folded:
-    """Return a batch-norm that follows no layer as a 1x1 depthwise convolution, which is exact: each channel's weight is its scale."""
+    """Return a batch-norm that follows no layer as a 1x1 depthwise convolution; exact, as each weight is its channel's scale."""
     factor, shift = affine_of(norm)
     largest = target.weight_scale_divisor
     return Folded(largest * factor.sign().view(-1, 1, 1, 1), factor.abs() / largest, shift)
@@ -132,8 +132,8 @@ def depthwise(norm: Norm, target: Target) -> Folded:
 class DeployedWeights(nn.Module):
     """A convolution or linear layer whose weights are int8 in the file, behind a DequantizeLinear.
 
-    An int32 bias has scale(input) * scale(weight), the accumulator's own unit, so the runtime adds it without rounding again. Where the
-    target takes no int32 DequantizeLinear the bias is float.
+    An int32 bias has scale(input) * scale(weight), the accumulator's unit, so the runtime adds it without rounding. The bias is
+    float where the target has no int32 DequantizeLinear.
     """
 
     weight_levels: Tensor
@@ -153,22 +153,20 @@ class DeployedWeights(nn.Module):
         source: ActivationQuantizer,
         sink: ActivationQuantizer | None,
     ) -> None:
-        """Take a layer's stride and groups; None is a 1x1 depthwise convolution.
+        """Copy the layer's stride, padding and groups; `layer` None means a 1x1 depthwise convolution.
 
-        `source` wrote the layer's input, `sink` rounds its output; without one the output is float.
+        `source` quantizes the layer's input, `sink` its output; without a sink the output is float.
         """
         super().__init__()
         (input_scale, _), target = source.read_scale_and_zero_point(), source.target
-        # Dead channels: a scale that is too small for its own numbers, or for its bias to fit, takes coarser levels instead.
+        # Dead channels: raise a scale that is denormal, or so small that the bias would not fit.
         scale = torch.maximum(folded.scale, folded.bias.abs() / (input_scale * BIAS_LIMIT)).clamp(min=MIN_SCALE)
         levels = (folded.levels * per_channel(folded.scale / scale, folded.levels)).round().to(torch.int8)
-        self.convolution: tuple[Any, ...] | None = ((1, 1), (0, 0), (1, 1), len(scale))
-        self.sides: tuple[int, ...] | None = None  # zeros left, right, above and below, where they differ
-        if layer is not None:
-            self.convolution = None
+        self.convolution: tuple[Any, ...] | None = ((1, 1), (0, 0), (1, 1), len(scale)) if layer is None else None
+        self.sides: tuple[int, ...] | None = None  # zero padding left, right, top and bottom, where they differ
         if isinstance(layer, nn.Conv2d):
             self.convolution = (layer.stride, layer.padding, layer.dilation, layer.groups)
-            if str(layer.padding_mode) == "constant":  # `layers.pad_into_convolutions_`
+            if str(layer.padding_mode) == "constant":  # from `layers.pad_into_convolutions_`
                 self.sides = tuple(layer._reversed_padding_repeated_twice)
         self.integer_bias = target.integer_bias
         self.register_buffer("input_scale", input_scale.clone())
@@ -196,7 +194,7 @@ class DeployedWeights(nn.Module):
         return self._layer(values, weight, bias)
 
     def in_integers(self, values: Tensor) -> Tensor:
-        """Sum whole numbers (in float32, which holds them exactly up to 2^24), round to the output's grid if the kernel writes one."""
+        """Sum integers (in float32, exact up to 2^24), then round to the output's grid if there is one."""
         unit = self.weight_scale * self.input_scale
         bias = self.bias_levels.float() if self.integer_bias else self.bias / unit
         sums = self._layer((values / self.input_scale).round(), self.weight_levels.float(), bias)
@@ -224,5 +222,5 @@ class DeployedWeights(nn.Module):
             )
         if values.dim() == 2:
             return F.linear(values, weight, bias)
-        # Only a Gemm takes the bias along (QGemm), and only two dimensions make one; the reshapes copy nothing.
+        # Only a Gemm fuses the bias (QGemm), and only two dimensions export as Gemm; the reshapes copy nothing.
         return F.linear(values.reshape(-1, values.shape[-1]), weight, bias).reshape(*values.shape[:-1], len(weight))

@@ -1,8 +1,8 @@
-"""The modules that simulate INT8 while training.
+"""Modules that simulate INT8 in training.
 
-The numbers are those of Jacob et al. 2018 (Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference),
-eq. 1: real = scale * (level - zero_point), on the grid that `export.onnx_file.targets.Target` gives. Ranges are either measured (a moving average)
-or learned (`compress.quant.lsq`).
+Quantization is real = scale * (level - zero_point) (Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference, eq. 1), on the grid of an `export.onnx_file.targets.Target`. Ranges are measured (a moving average) or
+learned (`compress.quant.lsq`).
 """
 
 import math
@@ -17,7 +17,7 @@ from compress.quant.lsq import round_learned, scale_gradient
 from export.onnx_file.targets import Target
 
 Ranges = Literal["moving_average", "lsq"]
-# Measure the range of what passes in training mode and round nothing; measure and round; round on the range that is.
+# "observe" measures ranges in training mode and rounds nothing; "adapt" does both; "round" keeps the ranges.
 Phase = Literal["observe", "adapt", "round"]
 
 # Smallest scale: a constant-zero tensor or a dead channel must not divide by zero, and float16 scales must not underflow.
@@ -25,7 +25,7 @@ MIN_SCALE = 2.0**-24
 
 
 class _Round(torch.autograd.Function):
-    """Round to a grid; gradients pass straight through where the value lies on it (Bengio et al. 2013).
+    """Round to a grid; the gradient passes straight through except where values are clipped (Bengio et al. 2013).
 
     Plain tensor operations: on a CPU seven times faster than torch.fake_quantize_per_tensor_affine, and torch.compile fuses them.
     """
@@ -39,13 +39,13 @@ class _Round(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        """Return the gradient where the value was not clipped."""
+        """Return the gradient, zero for clipped values."""
         (inside,) = ctx.saved_tensors
         return gradient * inside, None, None, None
 
 
 class _RoundWeight(torch.autograd.Function):
-    """Round to the grid of max|w|, on which nothing is clipped, so that the gradient passes whole."""
+    """Round to the grid of max|w|; nothing is clipped, so the gradient passes unchanged."""
 
     @staticmethod
     def forward(_: FunctionCtx, weight: Tensor, scale: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class _RoundWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(_: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient as it is."""
+        """Return the gradient unchanged."""
         return gradient, None
 
 
@@ -72,7 +72,7 @@ class ActivationQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         self.target, self.cap, self.momentum, self.learned = target, cap, momentum, ranges == "lsq"
-        self.group: str | None = None  # the layer that `quantize_only_` switches this quantizer with
+        self.group: str | None = None  # the layer with which `quantize_only_` switches this quantizer
         self.phase: Phase = "adapt"
         for name, start in (("low", math.inf), ("high", -math.inf)):
             if self.learned:
@@ -82,7 +82,7 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def quantizing(self) -> bool:
-        """Whether it rounds what passes."""
+        """Whether this quantizer rounds its input."""
         return self.phase != "observe"
 
     @torch.no_grad()
@@ -99,30 +99,30 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_range_(self, low: float | Tensor, high: float | Tensor) -> None:
-        """Make the range [low, high], widened to hold zero."""
+        """Set the range to [low, high], widened to contain zero."""
         self.low.copy_(torch.as_tensor(low).clamp(max=0.0))
         self.high.copy_(torch.as_tensor(high).clamp(min=0.0))
 
     def scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
-        """Return the scale (float32 scalar) and the zero-point (int32 scalar) of the present range."""
+        """Return the scale (float32 scalar) and the zero-point (int32 scalar) of the current range."""
         low, high = self._range()
         scale = self._scale(low, high)
         return scale.detach(), self._zero_point(low, scale)
 
     def read_scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
-        """Return the scale and zero-point that readers give the levels: those they were written with."""
+        """Return the scale and zero-point with which the levels are read: here, as they were written."""
         return self.scale_and_zero_point()
 
     def forward(self, values: Tensor) -> Tensor:
         """Return `values` rounded to the grid, of the same shape."""
-        # Between calibration and the end of the training, a learned range is the optimizer's alone.
+        # After calibration only the optimizer moves a learned range.
         if self.training and (self.phase == "observe" or (self.phase == "adapt" and not self.learned)):
             self.observe_(values)
         if not self.quantizing:
             return values
         values, (low, high) = values.float(), self._range()
         if self.learned:
-            # One step serves the features of one image (Esser 2020, section 2.2), whatever the batch.
+            # N counts the features of one image, whatever the batch (Esser 2020, section 2.2).
             features = values.numel() // max(1, len(values))
             low, high = (scale_gradient(end, features, self._levels) for end in (low, high))
         scale = self._scale(low, high)
@@ -137,15 +137,15 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def _levels(self) -> int:
-        """The steps that the range is divided into."""
+        """The number of steps in the range."""
         target = self.target
         return target.activation_max - (0 if target.symmetric_activations else target.activation_min)
 
     def _range(self) -> tuple[Tensor, Tensor]:
-        """Return the ends of the range: an end at zero stays there, and with ReLU6 the upper one stays a hair inside 6."""
+        """Return the ends of the range: one on each side of zero, and with ReLU6 the upper one just below 6."""
         low, high = torch.where(self.low < 0, self.low, 0.0), torch.where(self.high > 0, self.high, 0.0)
         if math.isfinite(self.cap):
-            # The hair lets ONNX Runtime drop the Clip (ClipQuantFusion); the gradient passes, so that a learned range can leave the bound.
+            # Just below 6, ONNX Runtime drops the Clip (ClipQuantFusion); the gradient passes, so a learned range can shrink again.
             high = high - (high.detach() - self.cap * (1 - 1e-6)).clamp(min=0.0)
         return low, high
 
@@ -162,28 +162,28 @@ class ActivationQuantizer(nn.Module):
 
 
 class HardSigmoidQuantizer(ActivationQuantizer):
-    """Compute relu6(x + 3) / 6 by rounding alone: x is written with scale 6/254 and zero 127, and read with scale 1/254 and zero 0.
+    """Compute relu6(x + 3) / 6 by requantizing: write x with scale 6/254 and zero-point 127, read it with 1/254 and 0.
 
-    The grid clips on both sides, which is the function; behind a convolution it costs nothing, as the convolution writes that grid. Its
+    The grid's clipping on both sides is the function. After a convolution it is free, as the convolution writes that grid. The
     largest level reads as 255/254.
     """
 
-    STEPS = 254  # of the function's slope from -3 to 3
+    STEPS = 254  # on the slope from -3 to 3
 
     def __init__(self, target: Target) -> None:
-        assert not target.symmetric_activations  # two zero-points are what it lives on
+        assert not target.symmetric_activations  # it needs two different zero-points
         super().__init__(target)
         self.low.fill_(-3.0)
         self.high.fill_(3.0 + 6.0 / self.STEPS)
 
     def observe_(self, values: Tensor) -> None:
-        """Leave the range alone: it is the function."""
+        """Do nothing: the range is fixed by the function."""
 
     def set_range_(self, low: float | Tensor, high: float | Tensor) -> None:
-        """Leave the range alone: it is the function."""
+        """Do nothing: the range is fixed by the function."""
 
     def read_scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
-        """Return the scale and zero-point under which the levels are the function's values."""
+        """Return the scale and zero-point with which the levels read as the function's values."""
         scale, zero_point = self.scale_and_zero_point()
         return scale / 6, torch.full_like(zero_point, self.target.activation_min)
 
@@ -195,11 +195,11 @@ class HardSigmoidQuantizer(ActivationQuantizer):
         if self.training:
             return rounded / 6 + 0.5
         (written, zero_point), (read, read_zero) = self.scale_and_zero_point(), self.read_scale_and_zero_point()
-        return ((rounded / written).round() + (zero_point - read_zero)) * read  # as the file says it, to the bit
+        return ((rounded / written).round() + (zero_point - read_zero)) * read  # to the bit as in the file
 
 
 class SameRange(nn.Module):
-    """Mark a tensor that already lies on its producer's grid (after a max-pool, a reshape); a no-op until it is deployed."""
+    """Mark a tensor that lies on its producer's grid (after a max-pool or reshape); a no-op until deployed."""
 
     def forward(self, values: Tensor) -> Tensor:
         """Return `values` as they are."""
@@ -207,19 +207,19 @@ class SameRange(nn.Module):
 
 
 class JoinRange(SameRange):
-    """Mark a tensor whose one reader is a concatenation: it is written on the grid behind that, so that values only move when they are joined.
+    """Mark a tensor that only a concatenation reads: write it on the concatenation's output grid, so that joining only copies.
 
-    A no-op until it is deployed: what is rounded behind a concatenation is what would be rounded before it.
+    A no-op until deployed: rounding after the concatenation gives the same values.
     """
 
     def __init__(self, quantizer: ActivationQuantizer) -> None:
-        """Take the quantizer behind the concatenation."""
+        """Take the quantizer after the concatenation."""
         super().__init__()
-        self._behind = (quantizer,)  # in a tuple: it is no module of this one
+        self._behind = (quantizer,)  # in a tuple, so that it is not registered as a submodule
 
     @property
     def quantizer(self) -> ActivationQuantizer:
-        """The quantizer behind the concatenation."""
+        """The quantizer after the concatenation."""
         return self._behind[0]
 
 
@@ -235,20 +235,20 @@ def weight_scale(weight: Tensor, target: Target) -> Tensor:
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, target: Target) -> Tensor:
-    """Return the levels of each output channel's weights at `scale` (out,), float of the weight's shape.
+    """Return the weights' levels at each output channel's `scale` (out,), as floats of the weight's shape.
 
-    The grid is clipped to its symmetric part, so that a negative batch-norm scale may turn the sign of a whole channel.
+    The grid is symmetric, so that a negative batch-norm scale can flip the sign of a whole channel.
     """
     largest = target.weight_scale_divisor
     return (weight.detach().float() / per_channel(scale, weight)).round().clamp(-largest, largest)
 
 
 def fake_quantize_weight(weight: Tensor, target: Target) -> Tensor:
-    """Return `weight` rounded to each output channel's grid of max|w|; gradients pass straight through."""
+    """Return `weight` rounded to each output channel's grid; gradients pass straight through."""
     rounded: Tensor = _RoundWeight.apply(weight.float(), per_channel(weight_scale(weight, target), weight))
     return rounded
 
 
 def per_channel(scale: Tensor, weight: Tensor) -> Tensor:
-    """Return (out,) scales as (out, 1, …), one dimension for each of the weight's."""
+    """Reshape (out,) scales to (out, 1, …), with the weight's number of dimensions."""
     return scale.view(-1, *[1] * (weight.dim() - 1))

@@ -1,8 +1,8 @@
-"""Convolutions and linear layers with fake-quantized weights, and the batch-norms behind them.
+"""Convolutions and linear layers with fake-quantized weights, and the batch-norms after them.
 
-In training they sum in float, and batch-norm is a layer of its own. In eval mode they compute what is deployed, to the bit: sums of whole
-numbers, batch-norm folded, one rounding. A tie that falls the other way in one layer makes a fifth of the levels differ forty layers
-later, so nothing less makes the accuracy that is measured here the accuracy of the file.
+In training they compute in float, and batch-norm is a layer of its own. In eval mode they compute what the file computes, to the bit:
+integer sums, batch-norm folded, one rounding. Anything less exact would measure another accuracy than the file's: one tie rounded the
+other way in one layer makes a fifth of the levels differ forty layers later.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ from export.onnx_file.targets import Target
 
 @dataclass(eq=False)
 class Kernel:
-    """What one integer kernel computes: a layer with the batch-norm behind it, or a batch-norm alone, from grid to grid."""
+    """One integer kernel: a layer with the batch-norm after it, or a batch-norm alone, from input grid to output grid."""
 
     source: ActivationQuantizer  # wrote the input
     layer: "QuantConv2d | QuantLinear | None"
@@ -40,20 +40,20 @@ class Kernel:
 
     @property
     def start(self) -> "QuantLayer | QuantNorm":
-        """The module that stands for it."""
+        """The module that the deployed kernel replaces."""
         start = self.layer or self.norm
         assert start is not None
         return start
 
     @property
     def exact(self) -> bool:
-        """Whether it answers as deployed: nothing in it trains, and all of it rounds."""
+        """Whether to compute as deployed: no part is in training mode, and all parts round."""
         rounding = [part for part in (self.source, self.layer, self.sink) if part is not None]
         training = [part for part in (*rounding, self.norm) if part is not None and part.training]
         return not training and all(part.quantizing for part in rounding)
 
     def deployed(self) -> DeployedWeights:
-        """Return its form in the file."""
+        """Return the deployed layer."""
         if self.kept is not None:
             return self.kept
         if self.layer is not None:
@@ -64,7 +64,7 @@ class Kernel:
 
 @contextmanager
 def deployed_once(model: nn.Module) -> Iterator[None]:
-    """Give every kernel its deployed form once for all forward passes inside, in which weights and ranges stay as they are."""
+    """Build every deployed kernel once for all forward passes inside; weights and ranges must not change there."""
     kernels = [part.kernel for part in model.modules() if isinstance(part, QuantLayer | QuantNorm) and part.kernel]
     exact = [kernel for kernel in kernels if kernel.exact]
     for kernel in exact:
@@ -79,8 +79,8 @@ def deployed_once(model: nn.Module) -> Iterator[None]:
 class QuantLayer(nn.Module):
     """What a convolution and a linear layer with fake-quantized weights share.
 
-    The batch-norm behind it stays a module of its own while training. Any positive scale for each output channel makes rounding commute
-    with the fold (round(γ/σ·w) = γ/σ·round(w) on the folded grid), so the trained grid is the deployed one without folding in the loop.
+    The batch-norm after it stays a module of its own in training. A positive scale per output channel commutes with rounding
+    (round(γ/σ·w) = γ/σ·round(w) on the folded grid), so the deployed grid is the trained one without folding at every step.
     """
 
     weight: Tensor
@@ -90,9 +90,9 @@ class QuantLayer(nn.Module):
     kernel: Kernel | None  # set where integers reach the layer
 
     def quantize_(self, target: Target, ranges: Ranges) -> None:
-        """Make a plain layer whose class was just changed one that quantizes."""
+        """Initialize the quantization state of a plain layer whose class was just changed."""
         self.target, self.quantizing, self.kernel = target, True, None
-        # LSQ's own start, 2·mean|w|/√Q (Esser 2020), cuts off more than max|w| only on grids of few bits: at 8 bits it would be 3.6 max|w|.
+        # Not LSQ's own start, 2·mean|w|/√Q (Esser 2020): that is meant for few bits, and at 8 bits gives a range of 3.6 max|w|.
         start = nn.Parameter(largest_weights(self.weight, target)) if ranges == "lsq" else None
         self.register_parameter("weight_range", start)
 
@@ -103,16 +103,15 @@ class QuantLayer(nn.Module):
         return (self.weight_range.detach() / self.target.weight_scale_divisor).clamp(min=MIN_SCALE)
 
     def rounded_weight(self) -> Tensor:
-        """Return the weights on their grid, or as they are while quantization is switched off."""
+        """Return the weights on their grid, or unrounded while quantization is off."""
         if not self.quantizing:
             return self.weight
         if self.weight_range is None:
             return fake_quantize_weight(self.weight, self.target)
         largest, weight = self.target.weight_scale_divisor, self.weight.float()
         learned = scale_gradient(self.weight_range, weight[0].numel(), largest).clamp(min=MIN_SCALE * largest)
-        end = per_channel(
-            learned, weight
-        )  # not largest times the step, which may miss max|w|, where ranges start, by the last bit
+        # Not `largest` times the step: that can miss max|w|, where ranges start, by the last bit.
+        end = per_channel(learned, weight)
         return round_learned(weight, end / largest, -end, end, -largest, largest)
 
 
@@ -120,7 +119,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     """A convolution with fake-quantized weights."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Convolve (n, in, h, w) with the rounded weights; as deployed, with the batch-norm behind it."""
+        """Convolve (n, in, h, w) with the rounded weights; when exact, apply the batch-norm after it too."""
         if self.kernel is not None and self.kernel.exact:
             return self.kernel.deployed().in_integers(images)
         convolved: Tensor = self._conv_forward(images, self.rounded_weight(), self.bias)
@@ -131,19 +130,19 @@ class QuantLinear(QuantLayer, nn.Linear):
     """A linear layer with fake-quantized weights."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """Multiply (…, in) with the rounded weights; as deployed, with the batch-norm behind it."""
+        """Multiply (…, in) by the rounded weights; when exact, apply the batch-norm after it too."""
         if self.kernel is not None and self.kernel.exact:
             return self.kernel.deployed().in_integers(features)
         return F.linear(features, self.rounded_weight(), self.bias)
 
 
 class QuantNorm(nn.modules.batchnorm._BatchNorm):
-    """What the batch-norms of both shapes share."""
+    """The forward that batch-norms of both shapes share."""
 
     kernel: Kernel | None  # of the layer before it, or its own
 
     def forward(self, values: Tensor) -> Tensor:
-        """Normalize (n, channels, …), unless the layer before has done it."""
+        """Normalize (n, channels, …), unless the layer before it has done so."""
         if self.kernel is None or not self.kernel.exact:
             return super().forward(values)
         return values if self.kernel.layer is not None else self.kernel.deployed().in_integers(values)
@@ -158,9 +157,9 @@ class QuantNorm2d(QuantNorm, nn.BatchNorm2d):
 
 
 def fold(layer: QuantConv2d | QuantLinear, norm: QuantNorm | None) -> Folded:
-    """Return the levels that were trained, with a batch-norm behind them in the scale, the sign and the bias.
+    """Return the trained levels, with the batch-norm after the layer folded into scale, sign and bias.
 
-    The levels are those of the unfolded weights, so no rounding happens twice and none can turn out differently.
+    The levels are those of the unfolded weights, so nothing is rounded a second time.
     """
     scale = layer.weight_scale()
     levels = quantize_weight(layer.weight, scale, layer.target)

@@ -1,8 +1,8 @@
 """Learned step sizes: the gradients of Esser et al. 2020 (Learned Step Size Quantization), with LSQ+'s asymmetric ranges (Bhalgat 2020).
 
-What is learned is a range in the tensor's own units, h = Q·s for Q steps of size s. The two are the same method: SGD on h with the
-gradient Q²·g·∂L/∂h moves h/Q exactly as SGD on s with g·∂L/∂s does, g = 1/√(N·Q) (eq. 5 ff.). But Adam moves every parameter by about its
-rate, whatever its gradient: 0.001 is 5 % of a step of 0.02, and 0.02 % of its range of 5.
+The parameter is the range h = Q·s, in the tensor's own units, instead of the step s. With SGD both are the same method: the gradient
+Q²·g·∂L/∂h moves h/Q exactly as g·∂L/∂s moves s, g = 1/√(N·Q) (eq. 5 ff.). Adam moves every parameter by about its rate, whatever the
+gradient: 0.001 is 5 % of a step of 0.02, but only 0.02 % of a range of 5.
 """
 
 from typing import Any
@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 class _RoundLearned(torch.autograd.Function):
-    """Round to a grid, with gradients for the values, the step and the two ends.
+    """Round to a grid, with gradients for the values, the step and the two ends of the range.
 
-    ∂v̂/∂s is round(v/s) - v/s between the ends (eq. 3). A value at an end or beyond it is that end, though it may be rounded to the same level
-    from half a step inside: its gradient goes to the end whole, and none to the value (eq. 5). Where an end is Q·s, autograd makes that
-    ∂v̂/∂s = Q, eq. 3's other two cases; where it is an asymmetric range's own parameter, it is LSQ+'s offset.
+    Between the ends ∂v̂/∂s is round(v/s) - v/s (eq. 3). At an end or beyond it, the whole gradient goes to the end and none to the value
+    (eq. 5). Where the end is Q·s, autograd turns that into ∂v̂/∂s = Q, the other two cases of eq. 3; where the end is a parameter of its own
+    (asymmetric ranges), it is LSQ+'s offset.
     """
 
     @staticmethod
@@ -39,7 +39,7 @@ class _RoundLearned(torch.autograd.Function):
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """Pass a value, scale its gradient."""
+    """Return the value unchanged and scale its gradient."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
@@ -56,13 +56,13 @@ class _ScaleGradient(torch.autograd.Function):
 def round_learned(
     values: Tensor, step: Tensor, low: Tensor, high: Tensor, lowest: Tensor | int, highest: Tensor | int
 ) -> Tensor:
-    """Round to step * [lowest, highest]; values at `low` and `high` (step's shape), or beyond, send their gradient there."""
+    """Round to step * [lowest, highest]; at or beyond `low` and `high` (step's shape) the gradient goes to that end."""
     ends = (torch.as_tensor(end, device=values.device) for end in (lowest, highest))
     rounded: Tensor = _RoundLearned.apply(values, step, low, high, *ends)
     return rounded
 
 
 def scale_gradient(learned_range: Tensor, values: int, steps: int) -> Tensor:
-    """Return the range of `steps` steps as it is, its gradient times Q²·g, g = 1/√(N·Q), for N `values` that share it."""
+    """Return the range unchanged, with its gradient times Q²·g, g = 1/√(N·Q), for Q `steps` and N `values` that share it."""
     scaled: Tensor = _ScaleGradient.apply(learned_range, steps**2 / (values * steps) ** 0.5)
     return scaled

@@ -1,6 +1,6 @@
-"""neural-compressor's static quantization (PT2E: torch.export, torchao's X86InductorQuantizer): a baseline beside our own.
+"""neural-compressor's static quantization (PT2E: torch.export, torchao's X86InductorQuantizer), to compare ours with.
 
-Its weights always take the whole range from -128 to 127, whatever the target: where a CPU has no VNNI they saturate.
+Its weights use all levels from -128 to 127 whatever the target, so they saturate on a CPU without VNNI.
 """
 
 import contextlib
@@ -19,28 +19,27 @@ from torch import Tensor, nn
 from compress.errors import ModelError
 from export.onnx_file.targets import Target
 
-# Its names for the observers: a moving average of the extremes, and a histogram whose range has the least squared error.
+# Its observers: "minmax" is a moving average of the extremes, "kl" the histogram range with the least squared error.
 Algorithm = Literal["minmax", "kl"]
 ALGORITHMS: tuple[Algorithm, ...] = ("minmax", "kl")
 
 
 def off_grid(target: Target) -> str | None:
-    """Return why its files are not for the target, None where they are."""
+    """Return why its files do not fit the target, or None if they do."""
     return "its weights take levels from -128 to 127, off this target's grid" if target.weight_max < 127 else None
 
 
 def quantize(model: nn.Module, batches: Iterable[Tensor], *, target: Target, algorithm: Algorithm) -> nn.Module:
-    """Return the float `model` statically quantized, with ranges from `batches`, each (n, 3, s, s) on the CPU; `model` stays as it is.
+    """Return a statically quantized copy of the float `model`; ranges come from `batches`, each (n, 3, s, s) on the CPU.
 
-    Raises ModelError where it cannot be exported or quantized.
+    Raises ModelError if the model cannot be exported or quantized.
     """
     batches = iter(batches)
     first = next(batches)
-    # Where torch.export fails it prints the graph so far.
+    # When torch.export fails, it prints the partial graph.
     with quiet(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
-        os.environ["LOG_LEVEL_INC"] = (
-            "6"  # off: else its import opens a log below HOME, and fails where that cannot be written
-        )
+        # Its import would open a log file below HOME, and fail where that is read-only; 6 is off.
+        os.environ["LOG_LEVEL_INC"] = "6"
         from neural_compressor.torch.export import export
         from neural_compressor.torch.quantization import StaticQuantConfig, convert, prepare
 
@@ -49,7 +48,7 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], *, target: Target, alg
             act_sym=target.symmetric_activations,
             act_algo=algorithm,
         )
-        example = torch.zeros(2, *first.shape[1:])  # torch.export would specialise a batch of 1
+        example = torch.zeros(2, *first.shape[1:])  # torch.export would make a batch of 1 a constant
         try:
             exported = export(
                 copy.deepcopy(model).eval(),
@@ -60,7 +59,7 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], *, target: Target, alg
             for batch in itertools.chain([first], batches):
                 prepared(batch)
             quantized: nn.Module = convert(prepared)
-        # Its `export` turns every failure into a RuntimeError; torchao's annotation of partitions asserts and raises ValueError.
+        # Its `export` raises RuntimeError for every failure; torchao's annotation raises AssertionError and ValueError.
         except (RuntimeError, ValueError, AssertionError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ModelError(f"neural-compressor cannot quantize {type(model).__name__} ({reason})") from error
@@ -69,7 +68,7 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], *, target: Target, alg
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence neural-compressor, which logs every step to its own handler and warns of accelerators that are not there."""
+    """Silence neural-compressor, which logs every step to its own handler and warns about missing accelerators."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,4 +1,4 @@
-"""Turn a float network into one that trains for INT8 (`prepare`), steer its phases, and turn that into its deployed form (`deploy`)."""
+"""Turn a float network into one that trains for INT8 (`prepare`), switch its phases, and convert it for export (`deploy`)."""
 
 import copy
 from collections import Counter
@@ -30,10 +30,10 @@ from export.onnx_file.targets import Target
 
 PLAIN = (nn.Conv2d, nn.Linear)
 QUANTIZED_NORMS: dict[type, type[QuantNorm]] = {nn.BatchNorm1d: QuantNorm1d, nn.BatchNorm2d: QuantNorm2d}
-# ONNX Runtime runs a softmax between Q/DQ pairs as QLinearSoftmax: four times slower (0.25 for 0.065 ms on 3 x 197 x 197 in 1.32, one
-# thread), and up to 6 % of its levels are off by one.
+# ONNX Runtime runs a softmax between Q/DQ pairs as QLinearSoftmax, which is four times slower (0.25 instead of 0.065 ms on 3 x 197 x 197
+# in 1.32, one thread), with up to 6 % of its levels off by one.
 RUNTIME_ROUNDS = (torch.ops.aten.softmax.int,)
-# Shapes and sizes: they compute nothing from the tensors.
+# Markers and sizes, which compute nothing.
 SILENT = (SameRange, JoinRange, "size")
 
 
@@ -45,16 +45,14 @@ def prepare(
     ranges: Ranges = "moving_average",
     keep_float: Collection[str] = (),
 ) -> fx.GraphModule:
-    """Return a copy of the float model with fake-quantized weights and activations; module paths stay as they are.
+    """Return a copy of the float model with fake-quantized weights and activations; module paths do not change.
 
-    `images` (n, channels, h, w) tell the sizes; their values do not matter.
-
-    `ranges` says how scales are found: measured, or learned with the weights (LSQ). `keep_float` holds shell patterns of the layers' paths
-    that stay plain, as heads whose outputs are joined to the network's own do. A layer that runs again becomes a layer of its own, with the
-    same weights. Raises ModelError where the network cannot be traced, or has no layer that a pattern names.
+    Of `images` (n, channels, h, w) only the shape matters. `ranges`: scales are measured, or learned with the weights (LSQ). `keep_float`:
+    shell patterns of layer paths that stay float; `heads` stay float anyway. A layer that runs twice gets a copy for the second run.
+    Raises ModelError if the network cannot be traced, or no layer matches a pattern.
     """
     graph = traced(model, images)
-    _part_shared_layers_(graph)
+    _split_shared_layers_(graph)
     kept = {*matching("qat.keep_float", keep_float, groups(graph)), *heads(graph)}
     for name, module in graph.named_modules():
         if type(module) in PLAIN and name not in kept:
@@ -70,16 +68,17 @@ def prepare(
 
 
 def groups(graph: fx.GraphModule) -> tuple[str, ...]:
-    """Return the paths of a traced network's layers that can be quantized, or are, in the order they run."""
+    """Return the paths of a traced network's layers that can be or are quantized, in the order they run."""
     return tuple(str(node.target) for node in graph.graph.nodes if called(graph, node) in (*PLAIN, *LAYERS))
 
 
 def heads(graph: fx.GraphModule) -> tuple[str, ...]:
-    """Return the paths of the layers whose outputs leave the network as they are, or moved and joined: a U-Net's or a detector's last convolutions.
+    """Return the paths of convolutions at the network's output, and of layers that are only moved and joined on the way there.
 
-    No integer kernel reads them, and their grid would be the answer's; a linear layer's integer kernel gives floats, too, so it stays one.
+    Such are the last convolutions of a U-Net or a detector. No integer kernel reads them, and quantizing them would round the predictions. A
+    linear layer that is the output itself is none of them: its integer kernel can write floats.
     """
-    # Whether a node's values leave the network by moves and joins alone, and whether there is a join among them.
+    # ends: only moves and joins lie between the node and the output. joined: at least one of them is a join.
     ends = {node: node.op == "output" for node in graph.graph.nodes}
     joined = dict.fromkeys(ends, False)
     for node in reversed(graph.graph.nodes):
@@ -98,13 +97,13 @@ def quantizers(model: nn.Module) -> Iterator[ActivationQuantizer]:
 
 
 def set_phase_(model: nn.Module, phase: Phase) -> None:
-    """Switch a prepared model's activation quantizers."""
+    """Set the phase of a prepared model's activation quantizers."""
     for quantizer in quantizers(model):
         quantizer.phase = phase
 
 
 def quantize_only_(prepared: nn.Module, names: Collection[str] | None) -> None:
-    """Let only the named layers round their weights, and the activations computed from them up to the next layer; None is all."""
+    """Round only the named layers' weights, and their activations up to the next layer; None means all layers."""
     for name, module in prepared.named_modules():
         if isinstance(module, QuantLayer):
             module.quantizing = names is None or name in names
@@ -113,7 +112,7 @@ def quantize_only_(prepared: nn.Module, names: Collection[str] | None) -> None:
 
 
 def freeze_batchnorm_(model: nn.Module) -> None:
-    """Let batch-norms use their running statistics from now on, also in training mode; scale and shift keep learning."""
+    """Make batch-norms use their running statistics in training too; scale and shift keep learning."""
     for module in model.modules():
         if isinstance(module, NORMS):
             module.eval()
@@ -121,7 +120,7 @@ def freeze_batchnorm_(model: nn.Module) -> None:
 
 @torch.no_grad()
 def reestimate_batchnorm_(prepared: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Measure batch-norms' statistics anew, as the plain mean over `batches`, with the rounding that is deployed; leave eval mode."""
+    """Recompute batch-norm statistics as the plain mean over `batches`, with deployed rounding; the model ends in eval mode."""
     prepared.eval()
     norms = [module for module in prepared.modules() if isinstance(module, NORMS)]
     momenta = [norm.momentum for norm in norms]
@@ -156,7 +155,7 @@ def deploy(prepared: fx.GraphModule) -> fx.GraphModule:
         elif isinstance(module, QuantLayer | QuantNorm) and module.kernel is not None:
             if module is module.kernel.start:
                 graph.set_submodule(str(node.target), module.kernel.deployed())
-            else:  # the layer before has taken the batch-norm along
+            else:  # the layer before it has fused the batch-norm
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 graph.graph.erase_node(node)
         elif before in source and (type(module) in PLAIN or called(graph, node) in RUNTIME_ROUNDS):
@@ -170,7 +169,7 @@ def deploy(prepared: fx.GraphModule) -> fx.GraphModule:
 
 
 def float_on_purpose(prepared: fx.GraphModule) -> dict[str, str]:
-    """Return why each operation that runs in float does, by its module's path or its node's name."""
+    """Return the reason why each float operation is float, by its module path or node name."""
     reasons: dict[str, str] = {}
     for node in prepared.graph.nodes:
         what = called(prepared, node)
@@ -198,7 +197,7 @@ def _reason(graph: fx.GraphModule, node: fx.Node) -> str:
 
 
 def _taken_along(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Tell whether a batch-norm or a clip belongs to the integer operation before it."""
+    """Tell whether the integer operation before a batch-norm or clip fuses it."""
     before = node.all_input_nodes[0]
     if called(graph, node) in CLIPS and called(graph, before) in NORMS:
         return runs_in_integers(graph, before) or _taken_along(graph, before)
@@ -208,7 +207,7 @@ def _taken_along(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _link_kernels_(graph: fx.GraphModule) -> None:
-    """Tell every layer, and every batch-norm that runs in integers by itself, what its integer kernel computes at once."""
+    """Give its kernel to every layer, and to every batch-norm that runs in integers by itself."""
     for node in graph.graph.nodes:
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, QuantConv2d | QuantLinear):
@@ -224,7 +223,7 @@ def _link_kernels_(graph: fx.GraphModule) -> None:
 
 
 def _source(graph: fx.GraphModule, node: fx.Node) -> ActivationQuantizer:
-    """Return the quantizer that wrote a node's input."""
+    """Return the quantizer of a node's input."""
     before = node.all_input_nodes[0]
     if not is_quantizer(graph, before):
         return _source(graph, before)
@@ -234,7 +233,7 @@ def _source(graph: fx.GraphModule, node: fx.Node) -> ActivationQuantizer:
 
 
 def _sink(graph: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None:
-    """Return the quantizer that alone reads a node's output, through a clip that its grid contains."""
+    """Return the quantizer that is the only reader of a node's output, possibly after a clip."""
     users = list(node.users)
     if len(users) == 1 and called(graph, users[0]) in CLIPS:
         return _sink(graph, users[0])
@@ -249,8 +248,8 @@ def _sink(graph: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None:
     return None
 
 
-def _part_shared_layers_(graph: fx.GraphModule) -> None:
-    """Give each further run of a layer a copy: its inputs have another grid, and an int32 bias can only have one (a detector's shared heads)."""
+def _split_shared_layers_(graph: fx.GraphModule) -> None:
+    """Give each further run of a layer a copy (a detector's shared heads): its input has another grid, hence its bias another scale."""
     runs: Counter[str] = Counter()
     alone = heads(graph)
     for node in graph.graph.nodes:

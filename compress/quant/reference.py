@@ -1,4 +1,4 @@
-"""What a fake-quantized network answers, tensor by tensor, for `export.verify` to compare an ONNX file with."""
+"""Outputs of a fake-quantized network, tensor by tensor: the reference for `export.verify`."""
 
 from collections.abc import Callable, Mapping
 
@@ -14,7 +14,7 @@ Arrays = Mapping[str, NDArray[np.float32]]
 
 
 def reference_of(model: nn.Module) -> Callable[[NDArray[np.float32]], Arrays]:
-    """Return a call from images (n, 3, s, s) to the logits and every quantizer's output, the latter by its module path."""
+    """Return a function from images (n, 3, s, s) to the network's output and each quantizer's, by its module path."""
 
     @torch.inference_mode()
     def reference(images: NDArray[np.float32]) -> Arrays:

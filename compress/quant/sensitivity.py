@@ -1,4 +1,4 @@
-"""How much each layer's quantization hurts: with only that layer's weights and activations rounded, how far the answers move."""
+"""How much each layer's quantization hurts: round only its weights and activations, and compare the outputs with float."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from compress.quant.prepare import quantize_only_
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The damage of one group: a layer's path, the mean KL of its logits from the float network's in nats, the score it loses."""
+    """Damage by one group: the layer's path, mean KL to the float network's logits in nats, drop in score."""
 
     group: str
     kl: float
@@ -28,9 +28,9 @@ def sensitivity(
     rows: Callable[[Tensor], Tensor],
     score: Callable[[Tensor], float],
 ) -> tuple[Sensitivity, ...]:
-    """Measure every group of a calibrated model on images and return them, worst first; all quantize again afterwards.
+    """Measure every group of a calibrated model and return them, worst first; afterwards all quantize again.
 
-    `rows` gives logits (n, classes) of outputs, `score` what outputs of all images are worth.
+    `rows` turns outputs into logits (n, classes); `score` scores the outputs of all images.
     """
     prepared.eval()
     names = [name for name, module in prepared.named_modules() if isinstance(module, QuantLayer)]

@@ -1,4 +1,4 @@
-"""Ways to a small file, tried one after the other until the accuracy holds: `build` and `score` are the caller's."""
+"""Try ways to build a small file, cheapest first, until one keeps the accuracy; the caller brings `build` and `score`."""
 
 import dataclasses
 import json
@@ -11,12 +11,12 @@ from compress.artifact import key_of, write_json
 from export.runtime.accuracy import Score
 from export.runtime.latency import Ratio
 
-Engine = Literal["compress", "onnxruntime", "neural-compressor"]  # whose quantizer
+Engine = Literal["compress", "onnxruntime", "neural-compressor"]  # which library quantizes
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to build a file; fp16 is calibrated by "none"."""
+    """One way to build a file; for fp16, `calibration` is "none"."""
 
     number_format: Literal["int8", "fp16"]
     calibration: str
@@ -33,15 +33,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What a trial's file reached against the float network, on the same images; `kl` is its mean divergence in nats from that one's answers."""
+    """A trial's file compared with the float network on the same images; `kl` is the mean over images, in nats."""
 
     trial: Trial
     score: float
     drop: float
     agreement: float
     kl: float
-    latency_ratio: float | None  # the float file's time / its time
-    latency_ci95: tuple[float, float] | None  # its interval
+    latency_ratio: float | None  # the float file's time over this file's
+    latency_ci95: tuple[float, float] | None  # of latency_ratio
     met: bool
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class TrialResult:
 
 
 def fallback_trials(method: str, worst_first: Sequence[str], max_trials: int) -> tuple[Trial, ...]:
-    """Return int8 with the worst 1, 2, 4, 8 … groups in float, then fp16, which keeps its place when trials are few."""
+    """Return int8 trials with the worst 1, 2, 4, 8 … groups in float, then fp16, which is last even when trials are few."""
     if max_trials < 1:
         return ()
     counts = [2**power for power in range(len(worst_first)) if 2**power < len(worst_first)]
@@ -76,9 +76,9 @@ def judge_of(
     faster: Callable[[Path], Ratio | None] = lambda _: None,
     tell: Callable[[TrialResult], None] = lambda _: None,
 ) -> Callable[[Trial], TrialResult]:
-    """Return what builds a trial's file, scores it, and says whether it loses at most `max_drop` of the baseline's score.
+    """Return a function that builds a trial's file, scores it, and tells whether it loses at most `max_drop` of score.
 
-    The file stays at `file_of(trial, folder)`; one whose result is already there is not built again.
+    The file stays at `file_of(trial, folder)`; a trial whose result is there already is not built again.
     """
 
     def judge(trial: Trial) -> TrialResult:
@@ -96,7 +96,7 @@ def judge_of(
                 kl=found.divergence(baseline),
                 latency_ratio=speed.ratio if speed else None,
                 latency_ci95=(speed.low, speed.high) if speed else None,
-                met=drop <= max_drop + 1e-9,  # a difference of fractions is not exact
+                met=drop <= max_drop + 1e-9,  # differences of floats are not exact
             )
             write_json(path.with_suffix(".json"), result.to_json())
         tell(result)
@@ -106,7 +106,7 @@ def judge_of(
 
 
 def until_one_holds(trials: Sequence[Trial], judge: Callable[[Trial], TrialResult]) -> tuple[TrialResult, ...]:
-    """Judge the trials in order, the cheapest to run first, up to the first that holds."""
+    """Judge the trials in order up to the first that meets `max_drop`."""
     results: list[TrialResult] = []
     for trial in trials:
         results.append(judge(trial))
@@ -116,11 +116,11 @@ def until_one_holds(trials: Sequence[Trial], judge: Callable[[Trial], TrialResul
 
 
 def choose(results: Sequence[TrialResult]) -> int:
-    """Return the index of the best file: of those that hold, if any does, the fastest beyond doubt, else the one that diverges least.
+    """Return the index of the best file among those that meet `max_drop`, or among all if none does.
 
-    Files of one engine take the same time; its own best is the one whose answers diverge least from the float network's. Where training
-    images choose, that finds what is best on others more surely than their score or agreement (docs/decisions.md). Without times
-    this pipeline's own best goes first: a file with more layers in float diverges less, and is slower.
+    Files of one engine are equally fast, so each engine's best is the one with the lowest KL: on training images, KL predicts the score
+    on other images better than score or agreement do (docs/decisions.md). Between engines the fastest wins; if intervals overlap, the
+    lowest KL among the fastest. Without times this project's own file wins: a file with more float layers has a lower KL, but is slower.
     """
     held = [index for index, result in enumerate(results) if result.met] or list(range(len(results)))
     by_engine: dict[Engine, int] = {}
@@ -135,7 +135,7 @@ def choose(results: Sequence[TrialResult]) -> int:
 
 
 def file_of(trial: Trial, folder: Path) -> Path:
-    """Return where a judge leaves a trial's file."""
+    """Return the path of a trial's file."""
     return folder / f"{key_of(asdict(trial))}.onnx"
 
 

@@ -155,7 +155,7 @@ def test_every_method_has_its_function() -> None:
 
 
 def test_calibration_without_images_is_refused(prepared: fx.GraphModule) -> None:
-    with pytest.raises(CompressError, match="not one image"):
+    with pytest.raises(CompressError, match="there are no images"):
         calibrate_(prepared, iter(()), "minmax")
 
 

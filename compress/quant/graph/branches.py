@@ -1,8 +1,8 @@
-"""Merge parallel branches into the one convolution that they add up to (Ding et al. 2021, RepVGG, section 3.3).
+"""Merge parallel branches that are added into one convolution (Ding et al. 2021, RepVGG, section 3.3).
 
-Networks of this kind train with a 3x3, a 1x1 and an identity branch side by side, each with its batch-norm, and are meant to run as plain
-convolutions. Quantized as they train they would pay for every branch and round each of them. Done on the graph, two branches at a time,
-this knows no library and no block, and holds after pruning too.
+Such networks train with a 3x3, a 1x1 and an identity branch side by side, each with its batch-norm, and are meant to run as plain
+convolutions; quantized unmerged, every branch would cost time and be rounded. Merging two branches at a time on the graph works
+for any library's blocks, and after pruning.
 """
 
 import copy
@@ -27,7 +27,7 @@ class _Branch:
 
 
 def merge_branches_(graph: fx.GraphModule) -> None:
-    """Replace every sum of two branches of one tensor by one convolution with a bias, at the path of the larger one."""
+    """Replace every sum of two branches from one tensor by one convolution with a bias, at the larger kernel's path."""
     for node in list(graph.graph.nodes):
         if node.target not in ADDS or len(node.args) != 2 or node.kwargs:
             continue
@@ -53,7 +53,7 @@ def merge_branches_(graph: fx.GraphModule) -> None:
 
 
 def _branch(graph: fx.GraphModule, term: fx.Node) -> _Branch | None:
-    """Return the convolution and batch-norm, or the batch-norm alone, that make a term; None where anyone else reads in between."""
+    """Return the convolution with its batch-norm, or the lone batch-norm, that a term comes from; None if others read it."""
     norm = _called(graph, term, nn.BatchNorm2d)
     below = term if norm is None else term.all_input_nodes[0]
     convolution = _called(graph, below, nn.Conv2d)
@@ -75,14 +75,14 @@ def _kernel_area(branch: _Branch) -> int:
 
 
 def _is_centred(layer: nn.Conv2d) -> bool:
-    """Tell whether the kernel's middle lies on the pixel that a 1x1 convolution of the same stride reads."""
+    """Tell whether the kernel is centred on the pixel that a 1x1 convolution of the same stride reads."""
     if layer.dilation != (1, 1) or layer.padding_mode != "zeros":
         return False
     return all(size % 2 and pad == size // 2 for size, pad in zip(layer.kernel_size, layer.padding, strict=True))
 
 
 def _as_large(layer: nn.Conv2d | nn.BatchNorm2d, large: nn.Conv2d) -> nn.Conv2d | None:
-    """Return the smaller branch as a convolution that differs from the larger one in its kernel's size alone; None where it is not one."""
+    """Return the smaller branch as a convolution like the larger one except for its kernel size, or None."""
     if isinstance(layer, nn.BatchNorm2d):
         if large.in_channels != large.out_channels or large.stride != (1, 1):
             return None
@@ -95,7 +95,7 @@ def _as_large(layer: nn.Conv2d | nn.BatchNorm2d, large: nn.Conv2d) -> nn.Conv2d 
 
 @torch.no_grad()
 def _sum(large: nn.Conv2d, small: nn.Conv2d) -> nn.Conv2d:
-    """Return the convolution that gives the sum of both."""
+    """Return one convolution that computes the sum of both."""
     total = copy.deepcopy(large)
     rows, columns = ((size - inner) // 2 for size, inner in zip(large.kernel_size, small.kernel_size, strict=True))
     total.weight.add_(F.pad(small.weight, (columns, columns, rows, rows)))

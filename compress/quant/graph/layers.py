@@ -17,16 +17,16 @@ Call = tuple[Callable[..., Any], Arguments, Options]
 
 @dataclass
 class Lifted:
-    """A graph in the making: its nodes, and the layers, parameters and constants that they name."""
+    """A graph under construction: its nodes, and the layers, parameters and constants that they name."""
 
     graph: fx.Graph
     attributes: dict[str, Any] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)  # of the module's own tensors, by identity
     layers: dict[tuple[object, ...], str] = field(default_factory=dict)
-    scope: Mapping[str, Any] = field(default_factory=dict)  # the modules around the operator at hand
+    scope: Mapping[str, Any] = field(default_factory=dict)  # the modules around the current operator
 
     def constant(self, name: str, tensor: Tensor) -> Tensor:
-        """Return one of the module's own tensors, whose name is kept."""
+        """Return one of the module's own tensors, and remember its name."""
         self.names[id(tensor)] = name
         return tensor
 
@@ -39,7 +39,7 @@ class Lifted:
     def call_layer(
         self, path: str, layer: nn.Module, values: fx.Node, key: tuple[object, ...], stack: str | None
     ) -> fx.Node:
-        """Record a call of a layer from a stack of Python's; one with the same `key` is the same layer, called again."""
+        """Record a layer's call with its Python `stack`; the same `key` means the same layer, called again."""
         if key not in self.layers:
             self.layers[key] = self._free(path)
             self.attributes[self.layers[key]] = layer
@@ -48,7 +48,7 @@ class Lifted:
         return node
 
     def readable(self, argument: Any) -> Any:
-        """Return an argument with a node in the place of each tensor."""
+        """Return an argument with each tensor replaced by a node."""
         if isinstance(argument, Tensor):
             name = self.names.setdefault(id(argument), self._free(f"{self.here}.constant".lstrip(".")))
             self.attributes[name] = argument
@@ -61,11 +61,11 @@ class Lifted:
 
     @property
     def here(self) -> str:
-        """The path of the module that the operator at hand belongs to."""
+        """The path of the module that the current operator belongs to."""
         return [path for path, _ in self.scope.values()][-1] if self.scope else ""
 
     def path_of(self, weight: Tensor) -> str:
-        """Return where a layer with this weight belongs: where the weight lies, or in the module that computed it."""
+        """Return the path for a layer with this weight: the weight's own, or that of the module that computed it."""
         name = self.names.get(id(weight))
         return (
             self.here if name is None else name.removesuffix("running_mean").removesuffix("weight").rstrip("._") or name
@@ -80,7 +80,7 @@ class Lifted:
 
 
 def layer_of(lifted: Lifted, packet: object, args: Arguments, kwargs: Options, node: fx.Node) -> fx.Node | None:
-    """Return the call of the layer that an operator with constant weights is, None where it is none."""
+    """Return an operator with constant weights as the call of a layer, or None."""
     make = LAYERS.get(packet)
     names = [argument.name for argument in node.target._schema.arguments] if make else []  # type: ignore[union-attr]
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
@@ -97,7 +97,7 @@ def layer_of(lifted: Lifted, packet: object, args: Arguments, kwargs: Options, n
 
 
 def _with_weights(layer: nn.Module, **tensors: Tensor | None) -> nn.Module:
-    """Return a layer whose parameters and buffers are the tensors."""
+    """Return the layer with copies of the tensors as its parameters and buffers."""
     for name, tensor in tensors.items():
         if tensor is not None and name in layer._buffers:
             layer._buffers[name] = tensor.detach().clone()
@@ -181,12 +181,12 @@ LAYERS: Mapping[object, Callable[[Options, int], nn.Module | None]] = {
 
 
 def _as(function: Callable[..., Any]) -> Callable[[Arguments, Options], Call]:
-    """The same arguments in the same order."""
+    """Call `function` with the operator's own arguments."""
     return lambda args, kwargs: (function, args, kwargs)
 
 
 def _binary(function: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[[Arguments, Options], Call]:
-    """Python's operator, where the operator has no option of its own such as `alpha`."""
+    """Call Python's `function` on two arguments, `otherwise` where there are options such as `alpha`."""
     return lambda args, kwargs: (function if len(args) == 2 and not kwargs else otherwise, args, kwargs)
 
 
@@ -246,7 +246,7 @@ def _same_type(node: fx.Node) -> bool:
     return bool(node.meta["val"].dtype == node.all_input_nodes[0].meta["val"].dtype)
 
 
-# Operators that leave the values as they are, in eval mode.
+# Operators that do not change values in eval mode.
 IDENTITIES: Mapping[object, Callable[[fx.Node], bool]] = {
     **dict.fromkeys(
         (aten.dropout, aten.dropout_, aten.feature_dropout, aten.feature_dropout_, aten.alpha_dropout, aten.alpha_dropout_,
@@ -256,7 +256,7 @@ IDENTITIES: Mapping[object, Callable[[fx.Node], bool]] = {
 
 
 def pad_into_convolutions_(graph: fx.GraphModule) -> None:
-    """Let each convolution pad for itself what was padded with zeros for it alone; sides may differ, as in ONNX."""
+    """Move zero padding that only one convolution reads into that convolution; sides may differ, as in ONNX."""
     for node in list(graph.graph.nodes):
         users = list(node.users)
         if getattr(node.target, "overloadpacket", None) not in (aten.pad, aten.constant_pad_nd) or len(users) != 1:
@@ -277,7 +277,7 @@ def pad_into_convolutions_(graph: fx.GraphModule) -> None:
         left, right, top, bottom = (side + own for side, own in zip(sides, (columns, columns, rows, rows), strict=True))
         if (left, top) == (right, bottom):
             layer.padding = (top, left)
-        else:  # as nn.Conv2d itself pads where its padding is not of zeros
+        else:  # nn.Conv2d's own path for padding that is not zeros
             layer.padding, layer.padding_mode = (0, 0), "constant"  # type: ignore[assignment]
             layer._reversed_padding_repeated_twice = [left, right, top, bottom]
         node.replace_all_uses_with(node.args[0])

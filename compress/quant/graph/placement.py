@@ -1,8 +1,8 @@
-"""Decide which operations run in integers, and put a quantizer wherever ONNX Runtime wants a Q/DQ pair for that.
+"""Decide which operations run in integers, and place a quantizer wherever ONNX Runtime needs a Q/DQ pair for that.
 
-A tensor may lie on a grid where an integer kernel writes it (a convolution, an addition of two such tensors, the input); it is wanted there
-where an integer kernel reads it. Only where both hold does an operation without weights run in integers; all else stays float, since a
-Q/DQ pair that no kernel takes up costs time and accuracy. The network's output stays float.
+A tensor can lie on a grid if an integer kernel writes it (a convolution, an addition of two such tensors) or it is the input, and it should
+if an integer kernel reads it. An operation without weights runs in integers only if both hold; all else stays float, because a Q/DQ pair
+that no kernel fuses costs time and accuracy. The network's output stays float.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from compress.quant.fake_quant import ActivationQuantizer, HardSigmoidQuantizer, JoinRange, Ranges, SameRange
-from compress.quant.graph.trace import called
+from compress.quant.graph.trace import averages_pixels, called
 from compress.quant.layers import QuantConv2d, QuantLinear, QuantNorm1d, QuantNorm2d
 from export.onnx_file.targets import Target
 
@@ -28,12 +28,12 @@ JOINS = (torch.cat,)  # QLinearConcat
 RANGES = (ActivationQuantizer, JoinRange)
 # QLinearGlobalAveragePool and QLinearAveragePool.
 ADAPTIVE_POOLS, POOLS, MEANS = (F.adaptive_avg_pool2d,), (F.avg_pool2d,), (torch.mean,)
-# Measured in ONNX Runtime 1.32, one thread, AVX-512 VNNI, two 1x1 convolutions of 64 channels at 56 px with the function between them
-# (least of 15 rounds; 0.24 ms without it, signal-to-noise against float behind both):
+# Measured in ONNX Runtime 1.32, one thread, AVX-512 VNNI: two 1x1 convolutions of 64 channels at 56 px with the function between them
+# (least of 15 rounds; 0.24 ms without the function; SNR against float after the second convolution):
 #   hard swish: float 0.65 ms, 32.7 dB; HardSigmoid then QLinearMul 0.53; QLinearLeakyRelu as a table of requantization, then QLinearMul
 #   0.52, 32.6 dB; HardSigmoidQuantizer then QLinearMul 0.42, 32.6 dB
 #   SiLU: float 0.52 ms, 32.6 dB; QLinearSigmoid then QLinearMul 0.43, 32.6 dB
-# A batch-norm that follows no layer, then ReLU and a convolution of 256 channels at 28 px: as a 1x1 depthwise QLinearConv 0.31 ms,
+# A batch-norm that follows no layer, then ReLU and a convolution of 256 channels at 28 px: as 1x1 depthwise QLinearConv 0.31 ms,
 # 29.5 dB; float 0.53, 29.5 dB; QLinearMul and QLinearAdd 0.40, 28.5 dB.
 # One tensor in: QLinearSigmoid and QLinearLeakyRelu are tables of 256 entries.
 TABLES = (torch.sigmoid, F.leaky_relu)
@@ -42,20 +42,20 @@ KEEP_RANGE = (F.max_pool2d, F.channel_shuffle, torch.flatten, torch.reshape, tor
               operator.getitem, torch.ops.aten.slice.Tensor, torch.ops.aten.select.int,
               torch.ops.aten.upsample_nearest2d.vec)  # fmt: skip
 TUPLES = (torch.chunk, torch.split)
-NO_OPS = TUPLES  # leave no operator that a Q/DQ pair could stand behind
+NO_OPS = TUPLES  # export to no operator that a Q/DQ pair could follow
 
 
 @dataclass(frozen=True)
 class Chain:
-    """An operation with the batch-norm and the clip that its integer kernel takes along."""
+    """An operation with the batch-norm and the clip that its integer kernel fuses."""
 
     start: fx.Node
     end: fx.Node
-    cap: float  # a ReLU6's bound
+    cap: float  # upper bound of a ReLU6, else infinite
 
 
 def place_quantizers_(graph: fx.GraphModule, target: Target, ranges: Ranges) -> None:
-    """Insert the activation quantizers that make every possible operation an integer one on this target."""
+    """Insert activation quantizers so that every operation that can run in integers on this target does."""
     _place_hard_sigmoids(graph, target)
     chains = {chain.end: chain for chain in _chains(graph)}
     on_grid = _on_grid(graph, chains)
@@ -66,7 +66,7 @@ def place_quantizers_(graph: fx.GraphModule, target: Target, ranges: Ranges) -> 
                 _insert_after(graph, node, SameRange(), f"same_range_{node.name}", list(node.users))
         elif node in wanted or (node in chains and _needs_grid_behind(graph, chains[node])):
             chain = chains.get(node, Chain(node, node, math.inf))
-            # A float operation's other readers keep the float; a kernel that writes integers writes nothing else.
+            # An integer kernel has only integers for its readers; a float operation's other readers keep the float.
             readers = list(node.users) if node in chains and node in on_grid else list(wanted[node])
             quantizer = ActivationQuantizer(target, cap=chain.cap, ranges=ranges)
             quantizer.group = _group(graph, chain.start)
@@ -80,9 +80,9 @@ def place_quantizers_(graph: fx.GraphModule, target: Target, ranges: Ranges) -> 
 
 
 def _join_ranges_(graph: fx.GraphModule, join: fx.Node) -> None:
-    """Have a concatenation's inputs written on the grid behind it, where nothing else reads them.
+    """Write a concatenation's inputs on its output grid, where nothing else reads them.
 
-    A kernel takes a clip along only where its grid ends there, so all inputs must be clipped alike.
+    A kernel fuses a clip only if its grid ends at the bound, so all inputs must be clipped alike.
     """
     behind = graph.get_submodule(str(user.target)) if (user := only_user(graph, join, RANGES)) else None
     owner = behind.quantizer if isinstance(behind, JoinRange) else behind
@@ -100,7 +100,7 @@ def _join_ranges_(graph: fx.GraphModule, join: fx.Node) -> None:
 
 
 def _caps(graph: fx.GraphModule, node: fx.Node) -> set[float | None]:
-    """Return the bounds of the clips that wrote a concatenation's inputs, None for one that no clip wrote."""
+    """Return the clip bounds of a concatenation's inputs, None for an input without a clip."""
     found = set[float | None]()
     for source in node.all_input_nodes:
         while is_quantized(graph, source) or keeps_range(graph, source):
@@ -110,14 +110,14 @@ def _caps(graph: fx.GraphModule, node: fx.Node) -> set[float | None]:
 
 
 def is_quantized(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Tell whether a tensor lies on a quantizer's grid, be it behind pools and reshapes that keep it."""
+    """Tell whether a tensor lies on a quantizer's grid, also after pools and reshapes that keep the grid."""
     while called(graph, node) in NO_OPS:
         node = node.all_input_nodes[0]
     return called(graph, node) in (SameRange, JoinRange) or is_quantizer(graph, node)
 
 
 def layer_above(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """Return the nearest quantized layer at or above a node, along first inputs."""
+    """Return the nearest quantized layer at or before a node, following first inputs."""
     while called(graph, node) not in LAYERS:
         if not node.all_input_nodes:
             return None
@@ -128,27 +128,26 @@ def layer_above(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 def keeps_range(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Tell whether a node only moves, repeats or drops values.
 
-    So does an adaptive pool in the size that it was made for (VGG's 7 x 7); in others its averages stay inside its input's range.
+    An adaptive pool counts (VGG's 7 x 7): at its usual input size it copies, and otherwise its averages stay inside the input's range.
     """
     what = called(graph, node)
     return what in KEEP_RANGE or what in TUPLES or (what in ADAPTIVE_POOLS and not _pools_to_one(node))
 
 
 def is_kernel(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Tell whether a node that is no layer has an integer kernel, given grids on all its inputs and behind it."""
+    """Tell whether a node that is no layer has an integer kernel, given grids on its inputs and output."""
     what = called(graph, node)
     if what in PAIRS:
         return sum(isinstance(argument, fx.Node) for argument in node.args) == 2
     if what in MEANS:
-        axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        return isinstance(axes, tuple | list) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]
+        return averages_pixels(node)
     if what in ADAPTIVE_POOLS:
         return _pools_to_one(node)
     return what in POOLS or what in JOINS or what in TABLES or what in CLIPS or what is QuantNorm2d
 
 
 def runs_in_integers(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Tell whether a node of a prepared network that is no layer was given the grids that its integer kernel needs."""
+    """Tell whether a node that is no layer runs in integers in a prepared network: all grids are there."""
     if not is_kernel(graph, node) or not all(is_quantized(graph, source) for source in node.all_input_nodes):
         return False
     end = only_user(graph, node, CLIPS) or node
@@ -166,7 +165,7 @@ def _pools_to_one(node: fx.Node) -> bool:
 
 
 def _place_hard_sigmoids(graph: fx.GraphModule, target: Target) -> None:
-    """Put the quantizer that is a hard sigmoid in the place of each one, where the target's zero-points allow it."""
+    """Replace each hard sigmoid by its quantizer, if the target has zero-points."""
     for node in list(graph.graph.nodes):
         if called(graph, node) in HARD_SIGMOIDS and not target.symmetric_activations:
             name, quantizer = f"quantizer_{node.name}", HardSigmoidQuantizer(target)
@@ -180,7 +179,7 @@ def _place_hard_sigmoids(graph: fx.GraphModule, target: Target) -> None:
 
 
 def _chains(graph: fx.GraphModule) -> Iterator[Chain]:
-    """Yield every operation that writes a range of its own, with what its kernel takes along: batch-norm (layers only), then one clip."""
+    """Yield every operation with an output range of its own, and what its kernel fuses: batch-norm (layers only), one clip."""
     inside: set[fx.Node] = set()
     for node in graph.graph.nodes:
         layer = called(graph, node) in LAYERS
@@ -196,20 +195,20 @@ def _chains(graph: fx.GraphModule) -> Iterator[Chain]:
 
 
 def _between(start: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
-    """Yield the nodes of a chain behind its start."""
+    """Yield the nodes of a chain after its start."""
     while end is not start:
         yield end
         end = end.all_input_nodes[0]
 
 
 def only_user(graph: fx.GraphModule, node: fx.Node, kinds: object) -> fx.Node | None:
-    """Return the one node that reads a node's output, if it is of those kinds."""
+    """Return the only reader of a node's output, if it calls one of `kinds`."""
     users = list(node.users)
     return users[0] if len(users) == 1 and called(graph, users[0]) in kinds else None  # type: ignore[operator]
 
 
 def _on_grid(graph: fx.GraphModule, chains: dict[fx.Node, Chain]) -> set[fx.Node]:
-    """Return the tensors that could lie on a grid because all that makes them does."""
+    """Return the tensors that can lie on a grid because all inputs of their operation can."""
     on_grid: set[fx.Node] = set()
     for node in graph.graph.nodes:
         what, chain = called(graph, node), chains.get(node)
@@ -227,7 +226,7 @@ def _on_grid(graph: fx.GraphModule, chains: dict[fx.Node, Chain]) -> set[fx.Node
 def _wanted(
     graph: fx.GraphModule, chains: dict[fx.Node, Chain], on_grid: set[fx.Node]
 ) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """Return the tensors that integer operations read, each with those readers."""
+    """Return the tensors that integer operations read, each with these readers."""
     starts = {chain.start: chain for chain in chains.values()}
     wanted: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for node in reversed(graph.graph.nodes):
@@ -243,7 +242,7 @@ def _wanted(
 
 
 def _needs_grid_behind(graph: fx.GraphModule, chain: Chain) -> bool:
-    """Tell whether a convolution's kernel needs a grid behind it that no reader asked for: not at the output, not before a hard sigmoid."""
+    """Tell whether a convolution needs an output grid that no reader asks for; not at the output, nor before a hard sigmoid."""
     users = [called(graph, user) for user in chain.end.users]
     at_the_end = any(user.op == "output" for user in chain.end.users)
     return called(graph, chain.start) is QuantConv2d and not at_the_end and users != [HardSigmoidQuantizer]

@@ -1,4 +1,4 @@
-"""Rewrite a traced network in operations that have integer kernels: same function, other nodes."""
+"""Rewrite a traced network in operations that have integer kernels; it computes the same function."""
 
 import operator
 from collections.abc import Callable
@@ -14,7 +14,7 @@ SIXTHS: dict[object, float] = {operator.truediv: 6.0, operator.mul: 1 / 6}
 
 
 def traced(model: nn.Module, images: Tensor) -> fx.GraphModule:
-    """Return the model as one graph whose activations are made of what integer kernels compute."""
+    """Return the model as one graph, with SiLU and hard swish split into operations that have integer kernels."""
     graph = trace(model, images)
     for node in list(graph.graph.nodes):
         if node.target is F.silu:
@@ -28,7 +28,7 @@ def traced(model: nn.Module, images: Tensor) -> fx.GraphModule:
 
 
 def _gate(graph: fx.GraphModule, node: fx.Node, function: Callable[[Tensor], Tensor]) -> None:
-    """Put x * function(x) in the place of the node, for x its input."""
+    """Replace the node by x * function(x), where x is its input."""
     values = node.all_input_nodes[0]
     with graph.graph.inserting_before(node):
         gate = graph.graph.call_function(function, (values,))
@@ -37,7 +37,7 @@ def _gate(graph: fx.GraphModule, node: fx.Node, function: Callable[[Tensor], Ten
 
 
 def _recognize_hard_sigmoids(graph: fx.GraphModule) -> None:
-    """Write relu6(x + 3) / 6, as older networks spell it, as one hard sigmoid, and x * relu6(x + 3) / 6 as a product with it."""
+    """Replace relu6(x + 3) / 6, as older networks spell it, by a hard sigmoid, also as a factor in x * relu6(x + 3) / 6."""
     for node in list(graph.graph.nodes):
         sixfold = _combined_with(node, SIXTHS)
         if sixfold is None:
@@ -58,14 +58,14 @@ def _recognize_hard_sigmoids(graph: fx.GraphModule) -> None:
 
 
 def _clipped_shift(node: fx.Node) -> fx.Node | None:
-    """Return x where a node is relu6(x + 3), and None elsewhere."""
+    """Return x if the node is relu6(x + 3), else None."""
     if node.target is not F.relu6:
         return None
     return _combined_with(node.all_input_nodes[0], THREES)
 
 
 def _combined_with(node: fx.Node, constants: dict[object, float]) -> fx.Node | None:
-    """Return the tensor that a node combines with the constant that stands by its operation, or None."""
+    """Return the tensor that a node combines with its operation's entry in `constants`, or None."""
     if len(node.args) != 2 or node.target not in constants or node.op == "call_module":
         return None
     left, right = node.args

@@ -1,12 +1,11 @@
-"""Turn a module into one graph of layers and functions that the rest of quantization can reason about, however its forward is written.
+"""Turn a module, however its forward is written, into one graph of torch.nn layers and functions.
 
-torch.export runs the forward once on stand-ins for tensors and records the operators it reaches; control flow on shapes, subclasses of layers
-and weights that a forward computes are resolved by then. Here operators with weights become layers of torch.nn again, at the paths where their
-weights lie, so that batch-norms train, patterns name layers, and saved weights keep their names. What depends on no image is computed once:
+torch.export runs the forward once on fake tensors and records its operators; that resolves control flow on shapes, subclasses of layers
+and weights that a forward computes. Here, operators with weights become layers of torch.nn again, at the paths of their weights, so that
+batch-norms train, patterns can name layers, and saved weights keep their names. Whatever depends on no image is computed once:
 standardized weights, position biases, attention masks.
 
-What only training has is gone: dropouts, stochastic depth (quantization-aware training fine-tunes for a few epochs and does without),
-parallel branches that add up to one convolution.
+The graph has no dropout or stochastic depth (QAT runs a few epochs without them), and parallel branches are merged into one convolution.
 """
 
 import copy
@@ -28,27 +27,29 @@ from compress.quant.graph.branches import merge_branches_
 from compress.quant.graph.layers import FUNCTIONS, IDENTITIES, Lifted, layer_of, pad_into_convolutions_
 
 aten = torch.ops.aten
-# Operators around a graph of their own, and where it stands among their arguments.
+# Operators that run a graph of their own, and its position among their arguments.
 SCOPES: dict[object, int] = {
     torch.ops.higher_order.wrap_with_autocast: 4,
     torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
 }
-# Take no more of their input than its type.
+# Operators that read only the type of their input.
 BLANKS = (aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)
 
 
 def trace(model: nn.Module, images: Tensor) -> fx.GraphModule:
-    """Return the model in eval mode as a graph that gives the same outputs; `images` (n, channels, h, w) fix all sizes but the batch's.
+    """Return the model in eval mode as a graph with the same outputs; `images` (n, channels, h, w) fix every size but n.
 
-    Raises ModelError where the forward depends on values and cannot be one graph.
+    Raises ModelError if the forward branches on values and cannot be one graph.
     """
     model = copy.deepcopy(model).eval().cpu()
-    batch = images[:1].cpu().expand(2, *images.shape[1:]).contiguous()  # a batch of one would be taken for a constant
+    batch = (
+        images[:1].cpu().expand(2, *images.shape[1:]).contiguous()
+    )  # torch.export would make a batch of 1 a constant
     graph = _lift(_export(model, batch), type(model).__name__)
     pad_into_convolutions_(graph)
     for node in list(graph.graph.nodes):
-        if _is_global_mean(node):
-            # Pool and flatten apart: the pool has an integer kernel, and its Q/DQ pair must stand right behind it.
+        if node.target is torch.mean and averages_pixels(node) and not node.kwargs.get("keepdim", False):
+            # Split into pool and flatten: the pool has an integer kernel, whose Q/DQ pair must follow it directly.
             with graph.graph.inserting_before(node):
                 pooled = graph.graph.call_function(F.adaptive_avg_pool2d, (node.args[0], 1))
                 node.replace_all_uses_with(graph.graph.call_function(torch.flatten, (pooled, 1)), propagate_meta=True)
@@ -61,7 +62,7 @@ def trace(model: nn.Module, images: Tensor) -> fx.GraphModule:
 
 
 def called(graph: fx.GraphModule, node: fx.Node) -> object:
-    """Return what a node calls: a module's class, a function, or a method's name; "size" for arithmetic on the batch's size."""
+    """Return what a node calls: a module's class, a function, or a method's name; "size" for arithmetic on the batch size."""
     if node.meta.get("is_size"):
         return "size"
     if node.op == "call_module":
@@ -69,8 +70,14 @@ def called(graph: fx.GraphModule, node: fx.Node) -> object:
     return node.target if node.op in ("call_function", "call_method") else None
 
 
+def averages_pixels(node: fx.Node) -> bool:
+    """Tell whether a mean is over height and width."""
+    axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return isinstance(axes, list | tuple) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]
+
+
 def name_of(node: fx.Node) -> str:
-    """Return the path of the layer or of torch.nn's module that a node comes from, else the node's own name."""
+    """Return the path of the layer or torch.nn module that a node comes from, else the node's own name."""
     if node.op == "call_module":
         return str(node.target)
     path, kind = next(reversed(node.meta.get("nn_module_stack", {}).values()), ("", ""))
@@ -79,7 +86,7 @@ def name_of(node: fx.Node) -> str:
 
 def _export(model: nn.Module, batch: Tensor) -> ExportedProgram:
     try:
-        # Where it fails it prints the graph so far.
+        # When it fails, it prints the partial graph.
         with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             return torch.export.export(model, (batch,), dynamic_shapes=({0: Dim("batch")},), strict=False)
@@ -96,7 +103,7 @@ def _reason(error: Exception) -> str:
 
 
 def _lift(program: ExportedProgram, name: str) -> fx.GraphModule:
-    """Return the program's graph in terms of torch.nn's layers and functions."""
+    """Return the program's graph as torch.nn layers and functions."""
     lifted, known = Lifted(fx.Graph()), program.graph_signature
     owned = {**known.inputs_to_parameters, **known.inputs_to_buffers, **known.inputs_to_lifted_tensor_constants}
     tensors = {**program.state_dict, **program.constants}
@@ -115,8 +122,8 @@ def _lift(program: ExportedProgram, name: str) -> fx.GraphModule:
 
 
 def _run(lifted: Lifted, program: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
-    """Carry a recorded graph out on values, and record it anew where they depend on the images; return its outputs."""
-    rest, done = iter(inputs), dict[fx.Node, Any]()  # a new node, or the value of what depends on no image
+    """Run a recorded graph, computing what depends on no image and recording the rest anew; return its outputs."""
+    rest, done = iter(inputs), dict[fx.Node, Any]()  # a new node, or a value that depends on no image
     for node in program.graph.nodes:
         if node.op == "placeholder":
             done[node] = next(rest)
@@ -124,7 +131,7 @@ def _run(lifted: Lifted, program: fx.GraphModule, inputs: Sequence[Any]) -> list
             done[node] = program.get_submodule(str(node.target))
         elif node.op == "output":
             return list(fx.map_arg(node.args[0], lambda argument: done[argument]))
-        elif node.target in SCOPES:  # what stands in `with torch.autocast(...)` or `with torch.no_grad()`
+        elif node.target in SCOPES:  # the body of `with torch.autocast(...)` or `with torch.no_grad()`
             inner, *given = fx.map_arg(node.args[SCOPES[node.target] :], lambda argument: done[argument])
             done[node] = _run(lifted, inner, given)
         else:
@@ -133,7 +140,7 @@ def _run(lifted: Lifted, program: fx.GraphModule, inputs: Sequence[Any]) -> list
 
 
 def _step(lifted: Lifted, node: fx.Node, done: dict[fx.Node, Any]) -> Any:
-    """Return one operator's result: computed where it depends on no image, else what stands for it in the new graph."""
+    """Return one operator's value if it depends on no image, else its node in the new graph."""
     given: Any = fx.map_arg((node.args, node.kwargs), lambda argument: done[argument])
     args, kwargs = given
     if isinstance(args[0], list) and node.target is operator.getitem:
@@ -145,16 +152,16 @@ def _step(lifted: Lifted, node: fx.Node, done: dict[fx.Node, Any]) -> Any:
         args = (torch.empty(0, dtype=node.all_input_nodes[0].meta["val"].dtype), *args[1:])
     elif any(on_images):
         new = _record(lifted, node, args, kwargs)
-        if _writes_into_input(node):  # who reads the tensor from here on reads what was written into it
+        if _writes_into_input(node):  # later readers of the tensor must see what was written
             written = done[node.all_input_nodes[0]]
             done.update({source: new for source in done if done[source] is written})
         return new
     assert callable(node.target)
-    return node.target(*args, **kwargs)  # in place where the operator is: nothing else owns what was computed here
+    return node.target(*args, **kwargs)  # in-place operators may write: nothing else owns these values
 
 
 def _record(lifted: Lifted, node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """Return the input that an operator only passes on, or the call of a layer or a function."""
+    """Return the new node of a layer or function, or the input itself if the operator only passes it on."""
     lifted.scope = node.meta.get("nn_module_stack", {})
     operation: Any = _out_of_place(node.target) if _writes_into_input(node) else node.target
     packet = getattr(operation, "overloadpacket", None)
@@ -174,7 +181,7 @@ def _writes_into_input(node: fx.Node) -> bool:
 
 
 def _out_of_place(operation: Any) -> torch._ops.OpOverload:
-    """Return the operator that computes the same and writes it elsewhere."""
+    """Return the out-of-place form of an in-place operator."""
     packet = getattr(aten, operation._schema.name.removeprefix("aten::").removesuffix("_"), None)
     found = getattr(packet, operation._overloadname, None)
     if found is None:
@@ -190,17 +197,9 @@ def _is_check(node: fx.Node) -> bool:
     return "assert" in str(node.target) or "sym_constrain" in str(node.target)
 
 
-def _is_global_mean(node: fx.Node) -> bool:
-    """Tell whether a node is the mean over height and width that drops both dimensions."""
-    if node.target is not torch.mean or node.kwargs.get("keepdim", False) or len(node.args) != 2:
-        return False
-    axes = node.args[1]
-    return isinstance(axes, list | tuple) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]
-
-
 @torch.no_grad()
 def _check(graph: fx.GraphModule, model: nn.Module, batch: Tensor) -> None:
-    """Raise ModelError where the graph does not answer as its module."""
+    """Raise ModelError if the graph's outputs differ from its module's."""
     images = torch.randn(batch.shape, generator=torch.Generator().manual_seed(0))
     expected, got = model(images), graph(images)
     if isinstance(expected, Tensor):
