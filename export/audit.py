@@ -1,6 +1,6 @@
-"""What really runs: the graph after ONNX Runtime has optimized it, not the one in the file.
+"""Audit what really runs: the graph after ONNX Runtime's optimizer, not the one in the file.
 
-`python -m export.audit FILE_OR_BUNDLE` prints it; limits given on the command line make it exit with 1 where the file is over one.
+`python -m export.audit FILE_OR_BUNDLE` prints it, and exits with 1 if the file exceeds a limit given on the command line.
 """
 
 import argparse
@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import onnx_ir as ir
-from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from export.bundle.read import read_bundle
 from export.bundle.sandbox import require_sound, vet
 from export.command.files import json_text, write_text
 from export.command.main import run
 from export.command.table import table
-from export.errors import BundleError
+from export.errors import BundleError, first
 from export.onnx_file.macs import macs
 from export.onnx_file.model_file import parse, precision
 from export.onnx_file.names import ADDED, module_of
@@ -35,20 +35,20 @@ class Audit(TypedDict):
     providers: dict[str, dict[str, int]]
     integer_layers: list[str]
     float_layers: list[str]
-    float_fraction: float | None  # of the multiply-accumulates; None where the shapes do not tell
-    leftover_qdq: list[str]  # besides the Q at the input and the DQ at the output
+    float_fraction: float | None  # of the MACs; None if shapes are unknown
+    leftover_qdq: list[str]  # except the Q at the input and the DQ at the output
     float_biases: list[str]  # of layers with integer weights
-    quantized_by_runtime: list[str]  # float in the file; one scale for all channels, on the full range
+    quantized_by_runtime: list[str]  # float in the file, quantized with one scale for all channels on the full range
     float_initializer_mb: float
     copies: list[str]  # between the memories of two providers
-    float_operators: dict[str, str]  # what computes in float and is no layer
+    float_operators: dict[str, str]  # float operators that are not layers, by module
     reasons: dict[str, str]
 
 
 def audit(path: Path, provider: str = "cpu") -> Audit:
-    """Optimize the file as `provider` (a key of PROVIDERS) would, and describe what came out.
+    """Optimize the file for `provider` (a key of PROVIDERS), and describe the result.
 
-    Raises BundleError for what is no ONNX model, and for a provider that is not here.
+    Raises BundleError if the file is not an ONNX model or the provider is not available.
     """
     if provider not in PROVIDERS:
         raise BundleError(f"provider: must be one of {', '.join(PROVIDERS)}, got {provider!r}")
@@ -71,7 +71,7 @@ def audit(path: Path, provider: str = "cpu") -> Audit:
     reasons: dict[str, str] = {}
     if any(node.op_type == Q for node in file.nodes.values()):
         for name, reason in why(file, [layers[name] for name in in_float], floats, leftover):
-            reasons.setdefault(name, reason)  # of a module with several operators the first is the cause
+            reasons.setdefault(name, reason)  # in a module with several operators, the first is the cause
     return Audit(
         provider=provider,
         operators=dict(sorted(Counter(node.op_type for node in runs.nodes.values()).items())),
@@ -90,27 +90,27 @@ def audit(path: Path, provider: str = "cpu") -> Audit:
 
 
 def float_fraction(counts: dict[str, int] | None, in_integers: set[str]) -> float | None:
-    """Return the part of the multiply-accumulates that does not run in integers."""
+    """Return the fraction of the MACs that does not run in integers."""
     if not counts or not sum(counts.values()):
         return None
     return 1 - sum(counts[name] for name in in_integers) / sum(counts.values())
 
 
 def in_float(found: Audit) -> float:
-    """Return the fraction of the multiply-accumulates that run in float; of the layers, where the shapes do not tell those."""
+    """Return the fraction of the MACs that run in float, or of the layers if shapes are unknown."""
     if found["float_fraction"] is not None:
         return found["float_fraction"]
     return len(found["float_layers"]) / max(len(found["float_layers"]) + len(found["integer_layers"]), 1)
 
 
 def has_float_bias(layer: ir.Node) -> bool:
-    """Tell whether a layer with integer weights adds a bias that lies in the file as float."""
+    """Tell whether a layer with integer weights has a float bias."""
     bias = layer.inputs[2] if len(layer.inputs) > 2 and is_quantized(layer) else None
     return bias is not None and bias.is_initializer() and bias.dtype in FLOATS
 
 
 def by_provider(times: list[NodeTime]) -> dict[str, dict[str, int]]:
-    """Return how many nodes of each operator each provider really ran."""
+    """Return the number of nodes of each operator that each provider ran."""
     counts = Counter((node.provider, node.operator) for node in times)
     found: dict[str, dict[str, int]] = {}
     for (provider, operator), count in sorted(counts.items()):
@@ -121,11 +121,11 @@ def by_provider(times: list[NodeTime]) -> dict[str, dict[str, int]]:
 def why(
     file: Wiring, layers: list[ir.Node | None], operators: list[ir.Node], leftover: list[ir.Node]
 ) -> Iterator[tuple[str, str]]:
-    """Yield for each float layer, float operator and leftover Q/DQ node what keeps it from running in integers."""
+    """Yield the reason why each float layer, float operator and leftover Q/DQ node does not run in integers."""
     for node in [*layers, *(origin(node, file) for node in operators)]:
         if node is not None:
             yield module_of(node.name), _why_float(node)
-    neighbours: dict[str, dict[str, None]] = {}  # the optimizer doubles a node that two others read
+    neighbours: dict[str, dict[str, None]] = {}  # the optimizer duplicates a node with two readers
     for node in leftover:
         around = _past_moves(node, ir.Node.successors if node.op_type == DQ else ir.Node.predecessors)
         labels = [f"{_label(origin(other, file), other.name)} ({other.op_type})" for other in around]
@@ -157,16 +157,14 @@ def _why_float(node: ir.Node) -> str:
     if other is not None or not below:
         return f"its output goes in float to {other.name if other else 'the end of the graph'}"
     if clip:
-        return (
-            f"{clip} stands before its grid, which reaches further than {clip} lets through, so that it is not dropped"
-        )
+        return f"{clip} comes before its quantizer, whose grid is wider than {clip}'s range, so it is not dropped"
     return f"ONNX Runtime has no integer kernel for this {node.op_type}"
 
 
 def over_limits(
     found: Audit, *, max_float_layers: int | None, max_float_fraction: float | None, max_leftover_qdq: int | None
 ) -> list[str]:
-    """Return a sentence for each limit (None is none) that the file is over, with the names and the repair."""
+    """Return a sentence for each limit (None is no limit) that the file exceeds, with names and repair."""
     over: list[str] = []
     if max_float_layers is not None and len(found["float_layers"]) > max_float_layers:
         over.append(
@@ -187,15 +185,14 @@ def over_limits(
     if max_leftover_qdq is not None and len(found["leftover_qdq"]) > max_leftover_qdq:
         over.append(
             f"max_leftover_qdq: at most {max_leftover_qdq} Q/DQ nodes may stay between the ends, got {len(found['leftover_qdq'])}: "
-            f"{_named(found, found['leftover_qdq'])}; quantize what stands around them, remove the pair, or raise the limit"
+            f"{_named(found, found['leftover_qdq'])}; quantize their neighbours, remove the pair, or raise the limit"
         )
     return over
 
 
 def _named(found: Audit, names: list[str]) -> str:
-    """Return the first names with their reasons, short enough for a line."""
-    shown = [f"{name} ({found['reasons'][name]})" if name in found["reasons"] else name for name in names[:5]]
-    return ", ".join([*shown, *([f"and {len(names) - 5} more"] if len(names) > 5 else [])])
+    """Return the first names with their reasons."""
+    return first([f"{name} ({found['reasons'][name]})" if name in found["reasons"] else name for name in names])
 
 
 def _label(node: ir.Node | None, name: str | None) -> str:
@@ -243,7 +240,7 @@ def _with_reason(found: Audit, name: str, kind: str = "") -> str:
 
 
 def slowest(path: Path, provider: str, *, rows: int = 15) -> str:
-    """Return a table of the nodes that take most of the time: one thread, one image, the median of nine runs after the first."""
+    """Return a table of the slowest nodes: one thread, one image, the median of nine runs after a warm-up."""
     times = sorted(
         node_times(parse(path).SerializeToString(), provider=PROVIDERS[provider], runs=10),
         key=lambda node: -node.milliseconds,
@@ -253,11 +250,11 @@ def slowest(path: Path, provider: str, *, rows: int = 15) -> str:
         (node.name, node.operator, node.provider, node.milliseconds, f"{node.milliseconds / total:.1%}")
         for node in times[:rows]
     ]
-    return table(("node", "operator", "provider", "ms", "part"), cells)
+    return table(("node", "operator", "provider", "ms", "fraction"), cells)
 
 
 def print_audits(arguments: argparse.Namespace) -> int:
-    """Print each file's audit; return 1 where one is over a limit."""
+    """Print each file's audit; return 1 if a file exceeds a limit."""
     over: list[str] = []
     path: Path = arguments.path
     files = read_bundle(path, inspect=vet).files if path.is_dir() else {path.stem: require_sound(path)}
@@ -285,13 +282,13 @@ def print_audits(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Say what ONNX Runtime makes of a file, or of each file of a bundle, on this machine."""
+    """Show the graph that ONNX Runtime runs for a file, or for each file of a bundle, on this machine."""
     parser = argparse.ArgumentParser(prog="python -m export.audit", description=main.__doc__)
     parser.add_argument("path", type=Path, metavar="FILE_OR_BUNDLE")
     parser.add_argument("--provider", choices=PROVIDERS, default="cpu")
-    parser.add_argument("--max-float-layers", type=int, metavar="N", help="exit with 1 where more layers run in float")
+    parser.add_argument("--max-float-layers", type=int, metavar="N", help="exit with 1 if more layers run in float")
     parser.add_argument(
-        "--max-float-fraction", type=float, metavar="PART", help="the same for the part of the work, 0 to 1"
+        "--max-float-fraction", type=float, metavar="FRACTION", help="the same for the fraction of the MACs, 0 to 1"
     )
     parser.add_argument("--max-leftover-qdq", type=int, metavar="N", help="the same for Q/DQ nodes inside the graph")
     parser.add_argument("--times", action="store_true", help="also list the slowest nodes")

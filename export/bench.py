@@ -1,6 +1,6 @@
-"""Time the files of a bundle against each other in ONNX Runtime, and score them where images are given.
+"""Time the files of a bundle against each other in ONNX Runtime, and score them if images are given.
 
-`python -m export.bench BUNDLE` does it, without torch, on the machine that will serve.
+`python -m export.bench BUNDLE` runs it, without torch, on the machine that will serve.
 """
 
 import argparse
@@ -23,16 +23,17 @@ from export.command.main import run
 from export.command.table import table
 from export.errors import BundleError
 from export.onnx_file.model_file import ModelFile, inspect
+from export.onnx_file.roles import FP32
 from export.onnx_file.targets import CPU, TARGET_PROVIDERS, host_target
 from export.runtime.accuracy import accuracy, score_files
 from export.runtime.cuda_options import describe, fastest
 from export.runtime.environment import environment
 from export.runtime.latency import MIN_BLOCKS, Timing, speedup, time_sessions
 from export.runtime.memory import peak_memory_mb
-from export.runtime.rows import STUDENT, AccuracyRow, BenchJson, Setting, TimingRow, metric_json, timing_row
+from export.runtime.rows import AccuracyRow, BenchJson, Setting, TimingRow, metric_json, timing_row
 from export.runtime.session import PROVIDERS, Run, available_providers, bind, open_session, resize_input
 
-SLOW = 3.0  # a float16 file that is slower than float32 by this factor runs on emulated kernels: one row says it all
+SLOW = 3.0  # a float16 file slower than float32 by this factor runs on emulated kernels; one timing of it is enough
 
 
 Progress = Callable[[str], None]
@@ -40,7 +41,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Bench:
-    """The rows in the order they were measured, and what their reader must know."""
+    """The rows in the order they were measured, and warnings about them."""
 
     timings: list[TimingRow] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -59,11 +60,11 @@ def bench(
     target: str | None = None,
     progress: Progress = lambda _: None,
 ) -> Bench:
-    """Time `files` (name to ONNX file) at every setting, all files of a setting in turns, each for about `seconds`.
+    """Time `files` (name to ONNX file) at every setting, interleaved within a setting, each for about `seconds`.
 
-    `image_sizes` are timed besides the files' own. Left out with a warning: a provider that this machine lacks, an
-    image size that a network cannot take, and emulated float16 but for the headline setting. A machine other than
-    `target` is a warning too.
+    `image_sizes` are timed in addition to the files' own. Left out with a warning: a provider that this machine lacks, an
+    image size that a network cannot take, and emulated float16 except at the headline setting. A machine other than
+    `target` gives a warning too.
     Raises BundleError for a file that cannot be read or run at its own size.
     """
     facts = {name: inspect(path) for name, path in files.items()}
@@ -109,11 +110,11 @@ def bench(
 def settings(
     providers: Sequence[str], threads: Sequence[int], batches: Sequence[int], sizes: Sequence[int]
 ) -> Iterator[Setting]:
-    """Yield the settings to time where their provider is here, the headline's first; CUDA has no threads to vary."""
+    """Yield the settings to time whose provider is available, the headline's first; threads vary only on the CPU."""
     for provider in (PROVIDERS[name] for name in providers):
         if provider not in available_providers():
             continue
-        # 0 is all cores: the largest count.
+        # 0 is all cores, the largest count.
         counts = sorted(set(threads), key=lambda count: count or sys.maxsize) if provider == CPU else [1]
         yield from (
             Setting(provider, count, batch, size)
@@ -124,7 +125,7 @@ def settings(
 
 
 def own_size(facts: Mapping[str, ModelFile]) -> int:
-    """Return the image size that the files were made for."""
+    """Return the image size of the files; BundleError if they differ."""
     sizes = {fact.image_size for fact in facts.values()}
     if len(sizes) != 1:
         raise BundleError(f"image size: must be the same in all files, got {sorted(sizes)}: time the files of one run")
@@ -134,7 +135,7 @@ def own_size(facts: Mapping[str, ModelFile]) -> int:
 def at_sizes(
     files: Mapping[str, Path], sizes: Sequence[int], *, own: int, folder: Path
 ) -> tuple[dict[int, Mapping[str, Path]], list[str]]:
-    """Return the files at each size and their own, smallest first, and a sentence for each size that one cannot take."""
+    """Return the files at each size and their own, smallest first, and a warning for each size that a file cannot take."""
     sized: dict[int, Mapping[str, Path]] = {}
     warnings: list[str] = []
     for size in sorted({own, *sizes}):
@@ -146,7 +147,7 @@ def at_sizes(
 
 
 def at_size(path: Path, size: int, folder: Path) -> Path:
-    """Write `path` with its input resized into `folder` and return where."""
+    """Write a copy of `path` with its input resized into `folder`, and return its path."""
     resized = folder / f"{path.stem}-{size}{path.suffix}"
     resized.write_bytes(resize_input(path.read_bytes(), size))
     return resized
@@ -155,9 +156,9 @@ def at_size(path: Path, size: int, folder: Path) -> Path:
 def prepare(
     files: Mapping[str, Path], setting: Setting, *, seconds: float, seed: int, progress: Progress
 ) -> tuple[dict[str, Run], dict[str, dict[str, str]], list[str]]:
-    """Open all files at one setting; return the call that runs each, its provider options, and warnings.
+    """Open all files at one setting; return a function that runs each, its provider options, and warnings.
 
-    All get the same images: noise of unit variance, as normalized photographs have.
+    All get the same images: noise with unit variance, like normalized photographs.
     """
     shape = (setting.batch, 3, setting.image_size, setting.image_size)
     images = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
@@ -175,18 +176,18 @@ def prepare(
 
 
 def is_slow(timed: Mapping[str, Timing], name: str) -> bool:
-    """Whether a float16 file is surely so much slower than the student's float32 that its kernels must be emulated."""
-    return STUDENT in timed and speedup(timed[STUDENT], timed[name]).high < 1 / SLOW
+    """Tell whether a float16 file is certainly so much slower than the float32 student that its kernels must be emulated."""
+    return FP32 in timed and speedup(timed[FP32], timed[name]).high < 1 / SLOW
 
 
 def target_warnings(target: str | None) -> list[str]:
-    """Say when the files were made for another kind of machine, or for a provider that is not here."""
+    """Return a warning if the files were made for another kind of machine, or for a provider that is not available."""
     if target is None or target == host_target().name:
         return []
     if (provider := TARGET_PROVIDERS.get(target)) is not None:
         missing = provider not in available_providers()
         return [
-            f"the files are made for {target}, and {provider} is not on this machine: their speed there is not measured"
+            f"the files are made for {target}, but this machine has no {provider}: their speed there is not measured"
         ] * missing
     return [
         f"the INT8 files are made for {target} and this machine is {host_target().name}: "
@@ -195,9 +196,9 @@ def target_warnings(target: str | None) -> list[str]:
 
 
 def provider_warnings(providers: Sequence[str], facts: Mapping[str, ModelFile]) -> list[str]:
-    """Say which providers are missing, and what INT8 means on CUDA."""
+    """Return warnings on missing providers, and on INT8 with CUDA."""
     missing = [name for name in providers if PROVIDERS[name] not in available_providers()]
-    warnings = [f"{PROVIDERS[name]} is not on this machine: not timed" for name in missing]
+    warnings = [f"this machine has no {PROVIDERS[name]}: not timed" for name in missing]
     if "cuda" in set(providers) - set(missing) and any(fact.precision == "int8" for fact in facts.values()):
         warnings.append(
             "ONNX Runtime's CUDA provider has no INT8 convolution: INT8 files compute in float there, serve FP16"
@@ -206,14 +207,14 @@ def provider_warnings(providers: Sequence[str], facts: Mapping[str, ModelFile]) 
 
 
 def measure(bundle: Bundle, arguments: argparse.Namespace) -> BenchJson:
-    """Return the accuracy (where there are data) and the timings of a bundle's files."""
+    """Return the accuracy (if there are data) and the timings of a bundle's files."""
     scored: dict[str, AccuracyRow] = {}
     notes: tuple[str, ...] = ()
     if arguments.data:
         examples = bundle.examples(arguments.data)
         notes = examples.notes
         scores = score_files(bundle.files, examples.batches(), bundle.task, progress=print_live)
-        scored = accuracy(scores, reference=STUDENT if STUDENT in scores else min(scores))
+        scored = accuracy(scores, reference=FP32 if FP32 in scores else min(scores))
     found = bench(
         bundle.files,
         batches=arguments.batches,
@@ -277,14 +278,14 @@ def cells(row: TimingRow, scored: AccuracyRow | None) -> list[str | float | None
 
 
 def print_live(line: str) -> None:
-    """Show the latest line of progress in place, on a terminal only."""
+    """Show a line of progress in place, only on a terminal."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\033[K{line[: get_terminal_size().columns - 1]}")
         sys.stderr.flush()
 
 
 def numbers(text: str) -> list[int]:
-    """Read `1,8` as whole numbers, none below zero; argparse makes a sentence of the ValueError."""
+    """Parse `1,8` as integers >= 0; argparse turns the ValueError into a message."""
     found = [int(part) for part in text.split(",")]
     if min(found) < 0:
         raise ValueError(text)
@@ -292,7 +293,7 @@ def numbers(text: str) -> list[int]:
 
 
 def print_bench(arguments: argparse.Namespace) -> int:
-    """Print what was measured."""
+    """Measure, and print the tables."""
     found = measure(read_bundle(arguments.bundle, inspect=vet), arguments)
     if arguments.json:
         write_text(arguments.json, json_text(found))
@@ -301,16 +302,18 @@ def print_bench(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Time a bundle's files against each other on this machine, and score them where images are given."""
+    """Time a bundle's files against each other on this machine, and score them if images are given."""
     parser = argparse.ArgumentParser(prog="python -m export.bench", description=main.__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--threads", type=numbers, default=[1, 0], metavar="1,0", help="CPU threads; 0 is all cores")
-    parser.add_argument("--batches", type=numbers, default=[1, 8], metavar="1,8", help="images in a run")
+    parser.add_argument("--batches", type=numbers, default=[1, 8], metavar="1,8", help="images per run")
     parser.add_argument(
-        "--image-sizes", type=numbers, default=[], metavar="224", help="pixels, besides the bundle's own size"
+        "--image-sizes", type=numbers, default=[], metavar="224", help="pixels, in addition to the bundle's own size"
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each file at each setting")
-    parser.add_argument("--blocks", type=at_least(MIN_BLOCKS), default=10, help="turns that the time is cut into")
+    parser.add_argument(
+        "--blocks", type=at_least(MIN_BLOCKS), default=10, help="interleaved blocks that the time is divided into"
+    )
     parser.add_argument("--data", type=Path, help="a folder of class folders, or an .npz file with images and labels")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return run(parser, print_bench)

@@ -1,6 +1,6 @@
 """Measure one file of a bundle under loads like MLPerf's: one image at a time, eight, all at once, and at random.
 
-`python -m export.loadgen BUNDLE` does it, without torch, with MLCommons' LoadGen. What it shows is no MLPerf result.
+`python -m export.loadgen BUNDLE` runs it, without torch, with MLCommons' LoadGen. The results are not MLPerf results.
 """
 
 import argparse
@@ -25,15 +25,15 @@ from export.serving.workers import capacity
 SCENARIOS = ("single_stream", "multi_stream", "offline", "server")
 NOTICE = (
     "MLPerf-style load, not an MLPerf result: MLCommons' LoadGen makes the queries, "
-    "but none of MLPerf's rules on data, accuracy, duration and review is kept"
+    "but MLPerf's rules on data, accuracy, duration and review are not kept"
 )
 INSTALL = "this needs MLCommons' LoadGen: python -m pip install mlcommons-loadgen"
-WARM_UP = 0.1  # of a scenario's time
-EASY = 0.5  # of what the machine does at most: queues stay short
+WARM_UP = 0.1  # fraction of a scenario's time
+EASY = 0.5  # Server's default rate as a fraction of the capacity, so that queues stay short
 
 
 class LoadJson(TypedDict):
-    """The whole report; `notice` comes first and says what it is not."""
+    """The whole report; `notice`, first, says that it is not an MLPerf result."""
 
     notice: str
     loadgen: str
@@ -50,11 +50,11 @@ class LoadJson(TypedDict):
 
 
 def measure(bundle: Bundle, arguments: argparse.Namespace) -> LoadJson:
-    """Run the asked scenarios one after the other.
+    """Run the requested scenarios one after the other.
 
-    Raises BundleError for a file that cannot run, and for a rate that the machine cannot follow.
+    Raises BundleError if the file cannot run, and for a rate above the machine's capacity.
     """
-    from export.serving.scenarios import loadgen_version, run_scenario
+    from export.serving.scenarios import Load, loadgen_version, run_scenario
 
     path = bundle.file(arguments.file)
     session = open_session(path, threads=arguments.threads)
@@ -63,21 +63,9 @@ def measure(bundle: Bundle, arguments: argparse.Namespace) -> LoadJson:
     most = capacity(session, images, batch=batch, workers=workers, seconds=arguments.seconds * WARM_UP)
     qps = arguments.qps or EASY * most
     if qps > most:
-        raise BundleError(f"--qps: this machine answers {most:.4g} images a second, got {qps:g}: ask for less")
-    rows = [
-        run_scenario(
-            scenario,
-            session,
-            images,
-            batch=batch,
-            workers=workers,
-            seconds=arguments.seconds,
-            images_per_second=most,
-            qps=qps,
-            seed=arguments.seed,
-        )
-        for scenario in arguments.scenario or SCENARIOS
-    ]
+        raise BundleError(f"--qps: this machine processes {most:.4g} images per second, got {qps:g}: give a lower rate")
+    load = Load(batch, workers, arguments.seconds, images_per_second=most, qps=qps, seed=arguments.seed)
+    rows = [run_scenario(scenario, session, images, load) for scenario in arguments.scenario or SCENARIOS]
     return LoadJson(
         notice=NOTICE,
         loadgen=loadgen_version(),
@@ -95,21 +83,21 @@ def measure(bundle: Bundle, arguments: argparse.Namespace) -> LoadJson:
 
 
 def as_text(found: LoadJson) -> str:
-    """Return what it is not, the conditions, and the table."""
+    """Return the notice, the conditions, and the table."""
     header = (
         "MLPerf-style", "queries", "images each", "asked/s", "images/s", "mean ms", "p50 ms", "p90 ms", "p95 ms", "p99 ms", "p99.9 ms",
     )  # fmt: skip
     conditions = (
-        f"{found['file']}: {found['threads'] or 'all'} CPU threads a run, {found['workers']} runs at once, "
-        f"up to {found['batch']} images a run, {found['seconds']:g} s each"
+        f"{found['file']}: {found['threads'] or 'all'} CPU threads per run, {found['workers']} runs at once, "
+        f"up to {found['batch']} images per run, {found['seconds']:g} s each"
     )
     rows = [list(row.values()) for row in found["scenarios"]]
     return f"{found['notice']}.\n{conditions}\n\n{table(header, rows)}"
 
 
 def print_loads(arguments: argparse.Namespace) -> int:
-    """Print what was measured under each load."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # LoadGen waits where Python sees no Ctrl-C
+    """Measure under each load, and print the table."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while LoadGen waits, Python does not see Ctrl-C
     if find_spec("mlperf_loadgen") is None:
         raise BundleError(INSTALL)
     found = measure(read_bundle(arguments.bundle, inspect=vet), arguments)
@@ -120,19 +108,19 @@ def print_loads(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Measure one file of a bundle under loads like MLPerf's, which is no MLPerf result."""
+    """Measure one file of a bundle under loads like MLPerf's; the results are not MLPerf results."""
     parser = argparse.ArgumentParser(prog="python -m export.loadgen", description=main.__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--scenario", choices=SCENARIOS, action="append", help="may be repeated; all four without it")
-    parser.add_argument("--file", metavar="NAME", help="another file of the bundle than the one to serve")
+    parser.add_argument("--scenario", choices=SCENARIOS, action="append", help="may be repeated; default: all four")
+    parser.add_argument("--file", metavar="NAME", help="a file of the bundle, by default the one to serve")
     parser.add_argument(
-        "--seconds", type=positive, default=10.0, help="the least time of a scenario; 64 queries at least"
+        "--seconds", type=positive, default=10.0, help="least time of a scenario, which has at least 64 queries"
     )
-    parser.add_argument("--threads", type=at_least(0), default=1, help="CPU threads of a run; 0 is all cores")
+    parser.add_argument("--threads", type=at_least(0), default=1, help="CPU threads per run; 0 is all cores")
     parser.add_argument("--workers", type=at_least(1), default=1, help="runs at once")
-    parser.add_argument("--batch", type=at_least(1), default=8, help="the most images in a run")
+    parser.add_argument("--batch", type=at_least(1), default=8, help="most images per run")
     parser.add_argument(
-        "--qps", type=positive, help="Server's images a second; half of what the machine does without it"
+        "--qps", type=positive, help="Server's images per second, by default half of the machine's capacity"
     )
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")

@@ -1,7 +1,7 @@
-"""Say what a bundle's model sees in an image.
+"""Print a bundle's predictions for images.
 
-`python -m export.predict BUNDLE image.jpg` prints the likeliest labels with their probabilities, the boxes or the areas, without torch;
-`--json` gives them to programs, `--draw FOLDER` draws boxes and masks on the images.
+`python -m export.predict BUNDLE image.jpg` prints the likeliest labels with their probabilities, the boxes, or the classes' areas, without
+torch; `--json` prints JSON, `--draw FOLDER` draws boxes and masks on the images.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_sess
 from export.tasks.task import Array, OutputTask
 
 TOP = 5
-ALL = 1000  # lines that --json has at most
+ALL = 1000  # most lines with --json
 
 
 def predict(session: onnxruntime.InferenceSession, bundle: Bundle, path: Path) -> Array:
-    """Return the network's output for one image, without the batch's dimension.
+    """Return the network's output for one image, without the batch dimension.
 
-    Raises DataError for a file that is no whole image, BundleError for a network that cannot run and for outputs that are not finite.
+    Raises DataError for a broken image, BundleError if the network cannot run or its output is not finite.
     """
     images = bundle.preprocess.normalize(read_pixels(path, bundle.preprocess)[None])  # (1, 3, size, size)
     (given,) = session.get_inputs()
@@ -40,13 +40,13 @@ def predict(session: onnxruntime.InferenceSession, bundle: Bundle, path: Path) -
     except RUNTIME_ERRORS as error:
         raise BundleError(f"{path}: the network cannot run on it ({first_line(error)}): export it again") from error
     if not np.isfinite(outputs).all():
-        raise BundleError(f"{path}: the network gives no finite numbers for it: export it again")
+        raise BundleError(f"{path}: the network's output for it is not finite: export it again")
     found: Array = outputs[0]
     return found
 
 
 def draw(output: Array, task: OutputTask, labels: list[str], preprocess: Preprocess, path: Path, folder: Path) -> None:
-    """Write the image, or what the network sees of it where that is not all, with the answer on it as folder/NAME.png."""
+    """Write the image, or its crop if the network sees only that, with the prediction drawn on it, as folder/NAME.png."""
     from PIL import Image
 
     assert task.draw is not None
@@ -57,12 +57,12 @@ def draw(output: Array, task: OutputTask, labels: list[str], preprocess: Preproc
 
 
 def print_predictions(arguments: argparse.Namespace) -> int:
-    """Print what is seen in every image that can be read; return 2 where one cannot."""
+    """Print the predictions for every image that can be read; return 2 if one cannot."""
     code = 0
     bundle = read_bundle(arguments.bundle, inspect=vet)
     task, labels = bundle.task, list(bundle.labels)
     if arguments.draw and task.draw is None:
-        raise BundleError(f"--draw: there is nothing to draw of {task.name}: leave it out")
+        raise BundleError(f"--draw: there is nothing to draw for {task.name}: leave it out")
     session = open_session(bundle.file(arguments.file))
     for path in arguments.images:
         try:
@@ -75,20 +75,20 @@ def print_predictions(arguments: argparse.Namespace) -> int:
                 sys.stdout.write(f"{json.dumps({'image': str(path), 'found': found})}\n")
             else:
                 sys.stdout.write(f"{path}\n{table(columns, rows)}\n")
-        except UserError as error:  # the other images are still worth an answer
+        except UserError as error:  # go on with the other images
             sys.stderr.write(f"{error}\n")
             code = MISTAKE
     return code
 
 
 def main() -> int:
-    """Print what the network sees in images: labels with probabilities, boxes with scores, areas of classes."""
+    """Print the network's predictions for images: labels with probabilities, boxes with scores, or areas of classes."""
     parser = argparse.ArgumentParser(prog="python -m export.predict", description=main.__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("images", type=Path, nargs="+", metavar="image", help="JPEG, PNG, WebP or BMP")
-    parser.add_argument("--file", metavar="NAME", help="another file of the bundle than the one to serve")
-    parser.add_argument("--top", type=at_least(1), help=f"lines of an image at most ({TOP}; with --json all)")
-    parser.add_argument("--json", action="store_true", help="one JSON object for each image, one a line")
+    parser.add_argument("--file", metavar="NAME", help="a file of the bundle, by default the one to serve")
+    parser.add_argument("--top", type=at_least(1), help=f"most lines per image (default {TOP}; with --json all)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per image, one per line")
     parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write the images with boxes or masks on them")
     return run(parser, print_predictions)
 

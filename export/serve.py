@@ -1,7 +1,7 @@
-"""Serve one file of a bundle over HTTP in the Open Inference Protocol (v2), for trying a bundle and for tests.
+"""Serve one file of a bundle over HTTP by the Open Inference Protocol (v2), to try a bundle and for tests.
 
-`python -m export.serve BUNDLE` does it, without torch, on KServe's Python SDK. It listens on this machine alone unless told otherwise, and
-has neither encryption nor authentication: what faces a network is Triton, KServe or OpenVINO Model Server with the same files.
+`python -m export.serve BUNDLE` runs it, without torch, on KServe's Python SDK. By default it listens only on this machine, and it has
+neither encryption nor authentication: on a network, use Triton, KServe or OpenVINO Model Server with the same files.
 """
 
 import argparse
@@ -22,27 +22,29 @@ from export.runtime.session import open_session
 
 INSTALL = (
     "serving needs KServe's Python SDK: python -m pip install kserve, "
-    "in an environment of its own (docs/serving.md), for it wants an older protobuf"
+    "in a separate environment (docs/serving.md), because it needs an older protobuf"
 )
-KEEP_ALIVE = 65  # seconds that an idle connection stays open: KServe's own choice, longer than most proxies'
+KEEP_ALIVE = 65  # seconds that an idle connection stays open: KServe's value, longer than most proxies'
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """Listen until a signal comes; print where once requests are taken.
+    """Print the address and serve until a signal comes.
 
-    Raises BundleError for a file that ONNX Runtime cannot load and for an address that is not free.
+    Raises BundleError if ONNX Runtime cannot load the file or the address is not free.
     """
     if find_spec("kserve") is None:
         raise BundleError(INSTALL)
     bundle = read_bundle(arguments.bundle, inspect=vet)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)  # also later: uvicorn finishes the running requests, then raises the signal again
+        signal.signal(
+            number, leave
+        )  # used again at the end: uvicorn finishes running requests, then re-raises the signal
     if not NAME.fullmatch(bundle.name):
         raise BundleError(f"bundle.json: name: must be lower-case letters, digits, - and _, got {bundle.name!r}")
     path = bundle.file(arguments.file)
     session = open_session(path, threads=arguments.threads)
     listener = listen(arguments.host, arguments.port)
-    # Here, for KServe's import takes seconds and is not there everywhere.
+    # Imported here, because KServe takes seconds to import and may not be installed.
     import uvicorn
 
     from export.serving.open_inference import SessionModel, application
@@ -52,14 +54,14 @@ def serve(arguments: argparse.Namespace) -> int:
     server = uvicorn.Server(config)
     host, port = listener.getsockname()[:2]
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    sys.stdout.write(f"{path.name} answers at http://{where}/v2/models/{bundle.name}; Ctrl-C stops it\n")
+    sys.stdout.write(f"{path.name} is served at http://{where}/v2/models/{bundle.name}; Ctrl-C stops it\n")
     sys.stdout.flush()
     server.run(sockets=[listener])
     return 0
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that takes connections; with port 0 the system chooses a free one."""
+    """Return a listening socket; with port 0 the system chooses a free one."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
@@ -67,20 +69,20 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def leave(*_: object) -> NoReturn:
-    """End the process as asked, without a traceback."""
+    """Exit without a traceback."""
     sys.exit(0)
 
 
 def main() -> int:
-    """Serve one file of a bundle over HTTP in the Open Inference Protocol (v2), on this machine unless told otherwise."""
-    # KServe reads sys.argv on its own when it is imported: what it took for an abbreviation of its options would be ambiguous.
+    """Serve one file of a bundle over HTTP by the Open Inference Protocol (v2), by default only on this machine."""
+    # KServe parses sys.argv itself when it is imported, and could take abbreviations for its own options.
     parser = argparse.ArgumentParser(prog="python -m export.serve", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--file", metavar="NAME", help="another file of the bundle than the one to serve")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets the network in")
-    parser.add_argument("--port", type=at_least(0), default=8080, help="0 is any free one")
-    parser.add_argument("--threads", type=at_least(0), default=1, help="CPU threads of a run; 0 is all cores")
-    parser.add_argument("--max-batch", type=at_least(1), default=8, help="the most images in a request")
+    parser.add_argument("--file", metavar="NAME", help="a file of the bundle, by default the one to serve")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 accepts the network")
+    parser.add_argument("--port", type=at_least(0), default=8080, help="0 chooses a free one")
+    parser.add_argument("--threads", type=at_least(0), default=1, help="CPU threads per run; 0 is all cores")
+    parser.add_argument("--max-batch", type=at_least(1), default=8, help="most images per request")
     return run(parser, serve)
 
 

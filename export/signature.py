@@ -1,6 +1,6 @@
-"""Sign a bundle with a private key, and verify it with the public one, offline, by OpenSSF Model Signing.
+"""Sign a bundle with a private key, and verify it offline with the public key, by OpenSSF Model Signing.
 
-`python -m export.signature BUNDLE --key PUBLIC.pem` verifies; `compress publish --sign PRIVATE.pem` signs. The keys are PEM files of an
+`python -m export.signature BUNDLE --key PUBLIC.pem` verifies; `compress publish --sign PRIVATE.pem` signs. Keys are PEM files of an
 elliptic curve: `openssl ecparam -name prime256v1 -genkey -noout -out private.pem`, `openssl ec -in private.pem -pubout -out public.pem`.
 """
 
@@ -17,31 +17,33 @@ from export.errors import BundleError
 
 
 def sign(folder: Path, key: Path) -> None:
-    """Write the signature of every file in `folder` into it.
+    """Sign every file in `folder`, and write the signature into it.
 
-    Raises BundleError for a key that cannot sign, and where model-signing is not installed.
+    Raises BundleError if the key cannot sign or model-signing is not installed.
     """
     model_signing, _ = library()
     try:
         signer = model_signing.signing.Config().use_elliptic_key_signer(private_key=key)
         signer.set_hashing_config(hashing(model_signing)).sign(folder, folder / SIGNATURE)
-    except (OSError, TypeError, ValueError, AttributeError) as error:  # of a key with a password, or of another kind
+    except (OSError, TypeError, ValueError, AttributeError) as error:  # a key with a password, or of another kind
         raise BundleError(
             f"{key}: cannot sign ({error}): give the PEM file of an elliptic curve's private key without a password"
         ) from error
 
 
 def verify(folder: Path, key: Path) -> None:
-    """Hold every file in `folder` against its signature.
+    """Check every file in `folder` against the signature.
 
-    Raises BundleError, naming the files, where one was changed, added or removed, for a signature of another key, and where
-    model-signing is not installed.
+    Raises BundleError, naming the files, if any was changed, added or removed; also if another key signed, or model-signing is
+    not installed.
     """
     model_signing, invalid_signature = library()
     try:
         verifier = model_signing.verifying.Config().use_elliptic_key_verifier(public_key=key)
     except (OSError, ValueError, AttributeError) as error:
-        raise BundleError(f"{key}: is no public key of an elliptic curve in PEM ({error}): give another") from error
+        raise BundleError(
+            f"{key}: is not a PEM file of an elliptic curve's public key ({error}): give another"
+        ) from error
     if (folder / SIGNATURE).is_symlink() or not (folder / SIGNATURE).is_file():
         raise BundleError(f"{SIGNATURE}: is missing: the bundle is not signed; publish it with --sign")
     try:
@@ -50,17 +52,17 @@ def verify(folder: Path, key: Path) -> None:
         raise BundleError(f"{SIGNATURE}: was not made with the key of {key}: get the bundle again") from error
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         digests = r": Expected \\*'Digest\(.*?\)\\*', Actual \\*'Digest\(.*?\)\\*'"
-        said = re.sub(digests, "", str(error)).replace("\\'", "'")  # the names are enough
+        said = re.sub(digests, "", str(error)).replace("\\'", "'")  # keep only the names
         raise BundleError(f"{SIGNATURE}: does not fit this bundle ({said}): get the bundle again") from error
 
 
 def hashing(model_signing: Any) -> Any:
-    """Return what is signed: all files but the signature, also those that git would ignore."""
+    """Return the setting of what to sign: all files but the signature, including those that git would ignore."""
     return model_signing.hashing.Config().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False)
 
 
 def library() -> tuple[Any, type[Exception]]:
-    """Return model-signing and the error of a false signature."""
+    """Return model-signing and its exception for an invalid signature."""
     try:
         return import_module("model_signing"), import_module("cryptography.exceptions").InvalidSignature
     except ImportError as error:
@@ -70,15 +72,15 @@ def library() -> tuple[Any, type[Exception]]:
 
 
 def print_signed(arguments: argparse.Namespace) -> int:
-    """Say that the bundle is the signed one."""
-    verify(arguments.bundle, arguments.key)  # first: nothing of a file is read before it is known
+    """Verify the bundle, and print that it is the signed one."""
+    verify(arguments.bundle, arguments.key)  # first, so that no file is parsed before it is verified
     bundle = read_bundle(arguments.bundle)
     sys.stdout.write(f"{arguments.bundle}: {bundle.name}, every file is the signed one\n")
     return 0
 
 
 def main() -> int:
-    """Verify a bundle's digests and its signature; exit with 2 where a file is not the signed one."""
+    """Verify a bundle's digests and its signature; exit with 2 if a file is not the signed one."""
     parser = argparse.ArgumentParser(prog="python -m export.signature", description=main.__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--key", type=Path, required=True, metavar="PUBLIC.pem", help="the signer's public key")

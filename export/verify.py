@@ -1,8 +1,8 @@
 """Compare an INT8 file, as ONNX Runtime runs it, with the fake-quantized network that it was made from.
 
-By its answers; and tensor by tensor, end to end and each layer alone on the reference's inputs, so that a layer is blamed for its own
-error only. Without the network (`python -m export.verify BUNDLE_OR_FILE`) the reference is the file itself, unoptimized: its Q/DQ
-graph in float.
+Compared are predictions, and every tensor: end to end, and each layer alone on the reference's inputs, so that a layer is blamed only
+for its own error. Without the network (`python -m export.verify BUNDLE_OR_FILE`) the reference is the unoptimized file: its Q/DQ graph
+in float.
 """
 
 import argparse
@@ -37,24 +37,24 @@ from export.tasks.task import Array, Metric, OutputTask
 
 Floats = NDArray[np.float32]
 Reference = Callable[[Floats], Mapping[str, Floats]]
-"""Images (n, 3, s, s) to `logits` and, by quantizer module path, the float values of the quantized tensors."""
+"""Images (n, 3, s, s) to `logits` and the float values of quantized tensors, by the quantizer's module path."""
 
-CHUNK = 8  # images at once: ResNet-50's tensors at 224 pixels take 44 MB for each
+CHUNK = 8  # images per run; the tensors of a ResNet-50 at 224 pixels take 44 MB per image
 
 
 @dataclass(frozen=True)
 class Saturation:
-    """A layer that this machine's kernels compute wrongly: sums of two products left 16 bits."""
+    """A layer that this machine's kernels compute wrongly, because sums of two products exceed 16 bits."""
 
     layer: str
     max_lsb: int
     weight_sum: int
-    values: float  # the part of its outputs that moved by more than rounding
+    values: float  # fraction of its outputs that differ by more than rounding
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One quantized tensor's distance from the reference: end to end, and its layers alone on the reference's inputs."""
+    """One quantized tensor's distance from the reference: end to end, and for its layers alone on the reference's inputs."""
 
     name: str
     layers: tuple[str, ...]
@@ -62,13 +62,13 @@ class Tensor:
     local: Distance
 
     def to_json(self) -> dict[str, object]:
-        """Return the tensor as JSON holds it."""
+        """Return the tensor as a JSON value."""
         return {"name": self.name, "layers": self.layers, **self.accumulated.to_json(), "local": self.local.to_json()}
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How a file answers beside its reference, and where the two part."""
+    """How a file's predictions and tensors compare with its reference."""
 
     images: int
     tensor_images: int
@@ -82,7 +82,7 @@ class Verification:
     saturation_possible: tuple[str, ...]
 
     def to_json(self) -> dict[str, object]:
-        """Return the verification as JSON holds it."""
+        """Return the verification as a JSON value."""
         plain = {key: value for key, value in vars(self).items() if key != "tensors"}
         return {
             **plain,
@@ -93,17 +93,17 @@ class Verification:
 
 @dataclass
 class Probe:
-    """A piece of the graph, open for running, and what was measured on it."""
+    """A piece of the graph with open sessions, and its measured distances."""
 
     piece: Piece
     as_run: onnxruntime.InferenceSession
-    unoptimized: onnxruntime.InferenceSession | None  # only where saturation is possible
+    unoptimized: onnxruntime.InferenceSession | None  # only if saturation is possible
     accumulated: Distance = field(default_factory=Distance)
     local: Distance = field(default_factory=Distance)
     unoptimized_local: Distance = field(default_factory=Distance)  # of `as_run` from `unoptimized`
 
     def measure_(self, images: Floats, expected: Mapping[str, Floats], got: dict[str, Floats]) -> None:
-        """Run the piece on the outputs of the pieces before it (`got`, to which it adds its own) and on the reference's."""
+        """Run the piece on the previous pieces' outputs (`got`, to which it adds its own) and on the reference's."""
         name, scale = self.piece.name, self.piece.scale
         alone = self._run(self.as_run, images, expected)
         if expected[name].shape != alone.shape:
@@ -133,10 +133,10 @@ def verify(
     task: OutputTask,
     tensor_images: int = 64,
 ) -> Verification:
-    """Compare the file with `reference` (None: with itself, unoptimized) on all images, tensor by tensor on the first `tensor_images`.
+    """Compare the file with `reference` (None: the file unoptimized) on all images, and tensors on the first `tensor_images`.
 
-    Raises BundleError for a file that is not INT8 or cannot run, for no images, and for a reference without logits or on
-    another number of classes.
+    Raises BundleError if the file is not INT8 or cannot run, if there are no images, and if the reference has no logits or other
+    shapes.
     """
     file = wire(parse(path))
     if not quantized_tensors(file):
@@ -147,17 +147,17 @@ def verify(
     possible = saturation_possible(file)
     session = open_session(path)
     probes: list[Probe] = []
-    expected_answers, answers = list[Array](), list[Array]()
+    expected_predictions, predictions = list[Array](), list[Array]()
     expected_rows, rows = list[Array](), list[Array]()
     seen = 0
     for images, targets in in_chunks(batches):
         expected = reference(images)
         logits = _run(session, images, path.name)
-        answers.append(task.decode(logits))
-        expected_answers.append(task.decode(_logits(expected)))
+        predictions.append(task.decode(logits))
+        expected_predictions.append(task.decode(_logits(expected)))
         if targets is not None:
-            rows.append(task.statistics(answers[-1], targets, logits.shape[1:]))
-            expected_rows.append(task.statistics(expected_answers[-1], targets, logits.shape[1:]))
+            rows.append(task.statistics(predictions[-1], targets, logits.shape[1:]))
+            expected_rows.append(task.statistics(expected_predictions[-1], targets, logits.shape[1:]))
         if seen < tensor_images:
             probes = probes or open_probes(file, expected, possible)
             few = slice(0, tensor_images - seen)
@@ -166,12 +166,12 @@ def verify(
     if not seen:
         raise BundleError(f"{path.name}: no images to verify it on: give at least one")
     scores = [task.total(np.concatenate(found)) if found else None for found in (expected_rows, rows)]
-    both = np.concatenate(expected_answers), np.concatenate(answers)
+    both = np.concatenate(expected_predictions), np.concatenate(predictions)
     return summarize(task, possible, probes, both, (scores[0], scores[1]), min(seen, tensor_images))
 
 
 def file_reference(file: Wiring) -> Reference:
-    """Return the file's own Q/DQ graph as a reference: run as it stands, so that every product and sum is in float."""
+    """Return the file's unoptimized Q/DQ graph as a reference, with every product and sum in float."""
     model, outputs = exposed(file)
     session = open_session(model, optimize=False)
     names = dict.fromkeys([value.name for value in session.get_outputs()])
@@ -184,7 +184,7 @@ def file_reference(file: Wiring) -> Reference:
 
 
 def in_chunks(batches: Iterable[tuple[Floats, Array | None]]) -> Iterator[tuple[Floats, Array | None]]:
-    """Yield the batches in parts of at most CHUNK images."""
+    """Yield the batches in chunks of at most CHUNK images."""
     for images, truths in batches:
         for start in range(0, len(images), CHUNK):
             part = slice(start, start + CHUNK)
@@ -192,7 +192,7 @@ def in_chunks(batches: Iterable[tuple[Floats, Array | None]]) -> Iterator[tuple[
 
 
 def open_probes(file: Wiring, known: Mapping[str, Floats], possible: Mapping[str, int]) -> list[Probe]:
-    """Open every piece of the file between the tensors that the reference knows; unoptimized too where saturation is `possible`."""
+    """Open every piece of the file between tensors that the reference has; also unoptimized if saturation is `possible`."""
     probes = []
     for piece in pieces(file, known):
         suspect = not possible.keys().isdisjoint(piece.layers)
@@ -202,7 +202,7 @@ def open_probes(file: Wiring, known: Mapping[str, Floats], possible: Mapping[str
 
 
 def measure_(probes: list[Probe], images: Floats, expected: Mapping[str, Floats], logits: Floats) -> None:
-    """Measure every piece on one chunk of images, in the file's order; the whole file answered `logits`."""
+    """Measure every piece on one chunk of images, in the file's order; `logits` are the whole file's."""
     got: dict[str, Floats] = {LOGITS: logits}
     for probe in probes:
         probe.measure_(images, expected, got)
@@ -212,13 +212,13 @@ def summarize(
     task: OutputTask,
     possible: dict[str, int],
     probes: list[Probe],
-    answers: tuple[Array, Array],
+    predictions: tuple[Array, Array],
     scores: tuple[float | None, float | None],
     tensor_images: int,
 ) -> Verification:
-    """Put the counts together; answers and scores are the reference's and the file's."""
+    """Return the verification from its parts; predictions and scores are (the reference's, the file's)."""
     tensors = tuple(Tensor(probe.piece.name, probe.piece.modules, probe.accumulated, probe.local) for probe in probes)
-    images, same = len(answers[0]), float(np.sum(task.agreement(*answers)))
+    images, same = len(predictions[0]), float(np.sum(task.agreement(*predictions)))
     return Verification(
         images=images,
         tensor_images=tensor_images,
@@ -252,7 +252,7 @@ def _run(session: onnxruntime.InferenceSession, images: Floats, name: str) -> Fl
 def _logits(expected: Mapping[str, Floats]) -> Floats:
     if LOGITS not in expected:
         raise BundleError(
-            f"the reference gives no {LOGITS!r}, only {', '.join(list(expected)[:5])}: add the network's output"
+            f"the reference has no {LOGITS!r}, only {', '.join(list(expected)[:5])}: add the network's output"
         )
     return expected[LOGITS]
 
@@ -274,16 +274,16 @@ def as_text(found: Verification, metric: Metric) -> str:
     ]
     header = ("tensor", "layers", "max LSB", "differing", "SNR dB", "alone: max LSB", "differing")
     lines = [
-        f"same answer on {found.agreement:.2%} of {found.images} images (95 % interval {low:.2%} to {high:.2%})",
+        f"agreement {found.agreement:.2%} on {found.images} images (95 % interval {low:.2%} to {high:.2%})",
         *(
-            [f"{metric.title} {found.score:.2%}, of the reference {found.score_reference:.2%}"]
+            [f"{metric.title} {found.score:.2%}, the reference's {found.score_reference:.2%}"]
             if found.score is not None
             else []
         ),
         table(header, rows),
         f"first tensor that diverges: {found.first_divergence or 'none'}",
         *(
-            f"{layer.layer}: saturates on this machine: {layer.values:.2%} of its values are off, by up to {layer.max_lsb} levels: "
+            f"{layer.layer}: saturates on this machine: {layer.values:.2%} of its values are wrong, by up to {layer.max_lsb} levels: "
             "export for cpu_avx2 (7-bit weights)"
             for layer in found.saturation
         ),
@@ -297,7 +297,7 @@ def as_text(found: Verification, metric: Metric) -> str:
 
 
 def batches_of(path: Path, examples: Examples | None, images: int) -> Iterator[tuple[Floats, Array | None]]:
-    """Yield so many of the examples, spread over them, or noise of unit variance where there are none."""
+    """Yield `images` of the examples, evenly spaced, or noise of unit variance if there are none."""
     if examples is None:
         file = parse(path)
         shape = [dim.dim_value for dim in file.graph.input[0].type.tensor_type.shape.dim][1:]
@@ -311,7 +311,7 @@ def int8_files(bundle: Bundle) -> dict[str, Path]:
     """Return the INT8 files of a bundle that take normalized floats."""
     found = {name: file for name, file in bundle.files.items() if _is_int8_of_floats(file)}
     if not found:
-        raise BundleError(f"{bundle.path}: holds no INT8 file: run a recipe with a ptq or qat stage")
+        raise BundleError(f"{bundle.path}: has no INT8 file: run a recipe with a ptq or qat stage")
     return found
 
 
@@ -321,7 +321,7 @@ def _is_int8_of_floats(file: Path) -> bool:
 
 
 def print_verifications(arguments: argparse.Namespace) -> int:
-    """Print how each file compares with its reference; return 1 where one parts from it."""
+    """Print how each file compares with its reference; return 1 if one diverges."""
     found: dict[str, Verification] = {}
     path: Path = arguments.path
     folder = path if path.is_dir() else path.parent
@@ -338,23 +338,23 @@ def print_verifications(arguments: argparse.Namespace) -> int:
     if arguments.json:
         content = {name: verification.to_json() for name, verification in found.items()}
         write_text(arguments.json, json_text(content))
-    parted = any(
+    diverged = any(
         verification.first_divergence or verification.agreement < arguments.min_agreement
         for verification in found.values()
     )
-    return int(parted)
+    return int(diverged)
 
 
 def main() -> int:
-    """Compare an INT8 file, or each of a bundle, with its own Q/DQ graph in float, on this machine; exit with 1 where they part."""
+    """Compare an INT8 file, or each of a bundle, with its own Q/DQ graph in float, on this machine; exit with 1 if they diverge."""
     parser = argparse.ArgumentParser(prog="python -m export.verify", description=main.__doc__)
     parser.add_argument("path", type=Path, metavar="BUNDLE_OR_FILE")
     parser.add_argument(
-        "--data", type=Path, help="a folder of class folders, or an .npz file; a bundle is needed to read it"
+        "--data", type=Path, help="a folder of class folders, or an .npz file; needs the bundle's preprocessing"
     )
-    parser.add_argument("--images", type=int, default=256, help="how many to compare on, spread over the data")
-    parser.add_argument("--tensor-images", type=int, default=64, help="of these, how many tensor by tensor")
-    parser.add_argument("--min-agreement", type=float, default=0.0, metavar="PART", help="exit with 1 below it")
+    parser.add_argument("--images", type=int, default=256, help="images to compare on, evenly spaced over the data")
+    parser.add_argument("--tensor-images", type=int, default=64, help="how many of them to compare tensor by tensor")
+    parser.add_argument("--min-agreement", type=float, default=0.0, metavar="FRACTION", help="exit with 1 below it")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return run(parser, print_verifications)
 

@@ -96,7 +96,7 @@ def test_a_relu_before_a_grid_that_reaches_below_zero_is_named(tmp_path: Path) -
     model = changed(quantized_network(), {"quantizer_conv1.zero": np.array(128, np.uint8)})
     found = audited(model, tmp_path)
     assert found["float_layers"] == ["conv1"]
-    assert found["reasons"]["conv1"].startswith("relu/Relu stands before its grid")
+    assert found["reasons"]["conv1"].startswith("relu/Relu comes before its quantizer")
 
 
 def test_a_useless_pair_between_float_layers_is_found(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_resized_network_answers_at_the_new_size_like_one_made_for_it() -> Non
 
 @pytest.mark.parametrize("size", [8, 24, 32])
 def test_a_network_with_its_size_baked_in_cannot_be_resized(size: int) -> None:
-    with pytest.raises(BundleError, match=f"image size {size}: the network has its own size baked in"):
+    with pytest.raises(BundleError, match=f"image size {size}: the network's size is fixed"):
         resize_input(classifier(pooled=False).SerializeToString(), size)
 
 
@@ -220,13 +220,13 @@ def test_a_size_that_a_network_cannot_take_is_left_out_with_a_warning(tmp_path: 
     stiff = {"student_fp32": save(classifier(pooled=False), tmp_path / "stiff.onnx")}
     found = bench(stiff, batches=(1,), threads=(1,), image_sizes=(24,), providers=("cpu",), seconds=0.01, blocks=6)
     assert [row["image_size"] for row in found.timings] == [16]
-    assert found.warnings == ["image size 24: the network has its own size baked in, time it at that size; left out"]
+    assert found.warnings == ["image size 24: the network's size is fixed, time it at that size; left out"]
 
 
 @pytest.mark.skipif(CUDA in available_providers(), reason="CUDA is here")
 def test_a_missing_provider_is_a_warning(student: dict[str, Path]) -> None:
     found = bench(student, batches=(1,), threads=(1,), providers=("cpu", "cuda"), seconds=0.01, blocks=6)
-    assert found.warnings == ["CUDAExecutionProvider is not on this machine: not timed"]
+    assert found.warnings == ["this machine has no CUDAExecutionProvider: not timed"]
 
 
 def test_another_target_than_this_machine_is_a_warning(student: dict[str, Path]) -> None:
@@ -306,7 +306,7 @@ def test_the_command_needs_no_torch_and_scores_and_times(tmp_path: Path) -> None
     found: BenchJson = json.loads((tmp_path / "out.json").read_text())
     assert set(found) == {"metric", "accuracy", "timings", "environment", "warnings"}
     assert found["accuracy"]["student_fp32"]["images"] == 2
-    assert "2 of 6 images are those that the network was judged by; the other 4 are left out" in done.stdout
+    assert "2 of 6 images are the network's validation images; the other 4 are left out" in done.stdout
     assert [row["name"] for row in found["timings"]] == ["teacher_fp32", "student_fp32", "student_fp16"]
     assert "CPU, 1 thread, batch 1, 16 px" in done.stdout
 

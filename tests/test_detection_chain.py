@@ -16,7 +16,7 @@ from compress.artifact import read_meta
 from compress.pipeline import run_recipe
 from compress.recipe.read import read_recipe
 from export import audit, predict, verify
-from export.bundle.golden import answer, npy_header
+from export.bundle.golden import npy_header, outputs_of
 from export.bundle.read import read_bundle
 from export.gate.__main__ import main as gate_main
 from export.runtime.session import open_session
@@ -158,7 +158,7 @@ def test_a_bundle_keeps_its_golden_boxes_and_serves_several_outputs(root: Path) 
 def test_the_page_shows_examples_and_what_an_image_takes_from_file_to_answer(root: Path) -> None:
     page = (root / "report" / "index.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 16
-    assert "From file to answer" in page
+    assert "From file to prediction" in page
     assert "detections that both have: same class, overlap of 0.9, scores within 0.02" in page
     assert "AP of each class" in page
     assert "Confusion matrix" not in page  # a detector's mistakes are no other class
@@ -231,7 +231,7 @@ def forget(bundle: Path, column: int) -> None:
             tensor.CopyFrom(numpy_helper.from_array(bias, tensor.name))
     path.unlink()
     onnx.save(model, path)
-    outputs = answer(path, read.golden.inputs)
+    outputs = outputs_of(path, read.golden.inputs)
     golden = bundle / "golden" / f"{read.served}.npy"
     golden.write_bytes(npy_header(outputs.dtype, outputs.shape) + outputs.tobytes())
     seal(bundle)

@@ -83,4 +83,4 @@ def test_a_rate_beyond_the_machine_is_one_sentence(bundle: Path) -> None:
     with start("export.loadgen", str(bundle), "--seconds", "0.1", "--qps", "1e12") as run:
         text, errors = run.communicate(timeout=60)
     assert (run.returncode, text, errors.count("\n")) == (2, "", 1)
-    assert errors.startswith("--qps: this machine answers ")
+    assert errors.startswith("--qps: this machine processes ")

@@ -234,8 +234,8 @@ def test_part_of_a_finished_run_leaves_its_report_its_bundle_and_its_recipe(
     before = contents()
     assert run(copied, "seed=1", "source.fit.epochs=1", "targets.max_size_ratio=0.0001", until="source") == 0
     said = capsys.readouterr()
-    assert "PARTIAL stopped after source, before the targets are judged" in said.out
-    assert "its report and bundle are of a run that went further, and stay as they are" in said.err
+    assert "PARTIAL stopped after source, so the targets were not judged" in said.out
+    assert "its report and bundle come from a run with more stages and were not replaced" in said.err
     assert contents() == before
 
 
@@ -439,7 +439,7 @@ def test_a_stage_refuses_what_it_cannot_take(finished: Path, tmp_path: Path) -> 
 
 
 def test_an_unreachable_keep_macs_is_one_sentence_and_leaves_nothing_to_trust(copied: Path) -> None:
-    with pytest.raises(CompressError, match=r"keep_macs: .* cannot be reached, the narrowest plan keeps"):
+    with pytest.raises(CompressError, match=r"keep_macs: .* cannot be reached, the narrowest network has"):
         run(copied, "prune.keep_macs=0.001", until="prune")
     assert not plan_recipe(recipe(copied, "prune.keep_macs=0.001"))[1].cached
 

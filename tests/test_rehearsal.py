@@ -109,8 +109,8 @@ def test_nothing_is_tried_where_nothing_will_train(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("goal", "said"),
     [
-        ("keep_macs: 0.01", "keep_macs: 0.01 of the present macs cannot be reached, the narrowest plan keeps 0."),
-        ("max_latency_ms: 0.00001", "max_latency_ms: 1e-05 ms cannot be reached, the narrowest plan keeps 0."),
+        ("keep_macs: 0.01", "keep_macs: 0.01 of the macs cannot be reached, the narrowest network has 0."),
+        ("max_latency_ms: 0.00001", "max_latency_ms: 1e-05 ms cannot be reached, the narrowest network has 0."),
     ],
 )
 def test_a_goal_that_no_plan_reaches_is_refused_before_the_teacher_trains(

@@ -1,4 +1,4 @@
-"""Judge a recipe as far as that goes without torch: the networks that it names, and the files that must be there."""
+"""Check a recipe without torch: the networks that it names, and the files that must exist."""
 
 import ast
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ from export.images.folders import check_folder
 
 
 def mistakes(recipe: Recipe) -> list[str]:
-    """Return a line for each mistake that no key or value shows by itself, with its place in the recipe."""
+    """Return a line, with its place in the recipe, for each mistake that the schema cannot find."""
     checks: dict[str, Callable[[], object]] = {}
     if recipe.data.dataset == "imagefolder" and recipe.data.path is not None:
         checks["data.path"] = partial(check_folder, Path(recipe.data.path))
@@ -42,16 +42,16 @@ def mistakes(recipe: Recipe) -> list[str]:
 
 
 def checked() -> str:
-    """Return what was judged, and what is left to a run."""
+    """Return a line on what was checked, and what only a run checks."""
     listed = [name if library.version == OWN else f"{name} {library.version}" for name, library in libraries().items()]
     return (
         f"checked: keys and values, the order of stages, targets, names of networks ({', '.join(listed)}), files; "
-        "a run checks layers' names and the networks themselves before it trains"
+        "a run also checks layer names and the networks themselves before it trains"
     )
 
 
 def check_network(arch: str) -> None:
-    """Raise `ModelError` for a network that its library does not have, and for a file that cannot define it; runs nothing."""
+    """Raise ModelError if a library does not have the network, or a file cannot define it; runs no code of the file."""
     source, _, name = arch.rpartition(":")
     if foreign(arch) is not None:
         files_of(arch)
@@ -60,14 +60,14 @@ def check_network(arch: str) -> None:
         check_listed(arch)
         return
     file = existing_file(source, "the model's file")
-    local_modules(file)  # refuses what is not Python
+    local_modules(file)  # refuses a file that is not Python
     names = set(_names(file))
     if name not in names and "*" not in names:
         raise ModelError(f"{arch}: {file} defines no {name}; {suggestion(name, names)}")
 
 
 def check_weights(arch: str, weights: str) -> None:
-    """Raise `ModelError` for weights of another library than the network's, and for a file that is not there."""
+    """Raise ModelError if named weights are of another library than the network, or a weights file does not exist."""
     if is_named(weights):
         check_library(arch, weights)
     else:
@@ -95,7 +95,7 @@ def _networks(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:
 
 
 def _names(file: Path) -> Iterator[str]:
-    """Yield every name that a Python file gives to something; `*` where it takes all of another module's."""
+    """Yield every name that a Python file defines or imports; `*` for a star import."""
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name

@@ -1,4 +1,4 @@
-"""Find and remove what no report of a run's folder uses: stages of other settings, what killed runs left behind."""
+"""Find and remove files in a run's folder that no report uses: stages of other settings, remains of killed runs."""
 
 import json
 import re
@@ -11,11 +11,11 @@ from compress.artifact import exclusive
 from compress.errors import ArtifactError
 
 STAGE = r"\d\d-[a-z]+-[0-9a-f]{12}"
-# By what a name matches: what it is. Nothing else in the folder is touched.
+# Name pattern to description. Nothing else in the folder is touched.
 LEFTOVERS = {
     re.compile(STAGE): "a stage that no report uses",
-    re.compile(rf"\.{STAGE}\.partial"): "a stage that was interrupted; the run that made it would go on from here",
-    re.compile(r"\.bundle-.+|\..+\.\d+\.partial"): "what a killed run was writing",
+    re.compile(rf"\.{STAGE}\.partial"): "an interrupted stage; its run would resume from here",
+    re.compile(r"\.bundle-.+|\..+\.\d+\.partial"): "a file that a killed run was writing",
 }
 
 
@@ -28,15 +28,15 @@ class Leftover(NamedTuple):
 
 
 def leftovers(root: Path) -> list[Leftover]:
-    """Return what no report in a run's folder uses.
+    """Return the files and folders that no report in a run's folder uses.
 
-    Raises ArtifactError where there is no report, which alone tells what is used, or one that cannot be read.
+    Raises ArtifactError if there is no report, which alone tells what is used, or if one cannot be read.
     """
     places = [root, *sorted((root / "students").glob("*/"))]
     reports = [place / "report.json" for place in places if (place / "report.json").exists()]
     if not reports:
         raise ArtifactError(
-            f"{root}: holds no report, so nothing tells which stages are used; run the recipe to its end, or remove the folder"
+            f"{root}: has no report to tell which stages are used; run the recipe to its end, or remove the folder"
         )
     used = {path.resolve() for report in reports for path in _stages(report)}
     return [
@@ -49,11 +49,8 @@ def leftovers(root: Path) -> list[Leftover]:
 
 
 def remove(root: Path) -> list[Leftover]:
-    """Remove what no report in a run's folder uses, and return it.
-
-    Raises ArtifactError where a run is writing there.
-    """
-    leftovers(root)  # refuses what is no run's folder before a lock is left in it
+    """Remove and return the files and folders that no report in a run's folder uses; ArtifactError if a run is writing there."""
+    leftovers(root)  # refuses a folder without a run before a lock file is written there
     with exclusive(root):
         found = leftovers(root)
         for leftover in found:
@@ -65,7 +62,7 @@ def remove(root: Path) -> list[Leftover]:
 
 
 def _stages(report: Path) -> Iterator[Path]:
-    """Yield the folders of the stages that a report tells of."""
+    """Yield the folders of a report's stages."""
     try:
         for row in json.loads(report.read_text(encoding="utf-8"))["stages"]:
             yield report.parent / row["directory"]

@@ -1,4 +1,4 @@
-"""Look at this machine: what is installed, what INT8 can gain here, and the repair of what is missing."""
+"""Examine this machine: what is installed, what INT8 can gain here, and how to repair what is missing."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ from export.onnx_file.targets import CUDA, Target, host_instruction_sets, host_t
 
 Status = Literal["ok", "warn", "missing"]
 COLOURS = {"ok": "green", "warn": "yellow", "missing": "red"}
-# One distribution provides what another asks for; both at once overwrite each other's files.
+# Alternatives to a required distribution; installing both would overwrite files.
 STANDS_FOR = {"onnxruntime": "onnxruntime-gpu"}
 LITTLE_MEMORY_GB = 3.5  # a ResNet-50 recipe at 64 px needs about 2.5
 LITTLE_DISK_GB = 2.0  # a ResNet-50 run with its checkpoints takes about 1
@@ -28,7 +28,7 @@ LITTLE_DISK_GB = 2.0  # a ResNet-50 run with its checkpoints takes about 1
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination; a repair is there unless all is well."""
+    """One line of the examination; `repair` is set unless the status is ok."""
 
     name: str
     status: Status
@@ -37,7 +37,7 @@ class Finding:
 
 
 def examine(out: Path) -> int:
-    """Print every finding; return 0, or 2 where something that a run needs is missing."""
+    """Print every finding; return 0, or 2 if something that a run needs is missing."""
     installed = [python(sys.version_info[:2]), *packages(own_distribution().requires or (), version_of)]
     found = list(installed)
     if all(finding.status != "missing" for finding in installed):
@@ -60,7 +60,7 @@ def python(version: tuple[int, int]) -> Finding:
 
 
 def packages(requirements: Sequence[str], version_of: Callable[[str], str | None]) -> Iterator[Finding]:
-    """Judge the installed packages against the distribution's own requirements, the extras left out."""
+    """Check the installed packages against the distribution's requirements, without extras."""
     for requirement in map(Requirement, requirements):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -76,7 +76,7 @@ def packages(requirements: Sequence[str], version_of: Callable[[str], str | None
 
 
 def version_of(name: str) -> str | None:
-    """Return an installed distribution's version."""
+    """Return an installed distribution's version, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -84,7 +84,7 @@ def version_of(name: str) -> str | None:
 
 
 def machine(out: Path) -> list[Finding]:
-    """Judge the hardware; every package must be there."""
+    """Examine the hardware; every package must be installed."""
     from export.runtime.environment import cpu_model, gpu, memory_gb, usable_cores
     from export.runtime.session import available_providers
 
@@ -100,19 +100,21 @@ def machine(out: Path) -> list[Finding]:
 
 
 def cpu(model: str, target: Target, flags: Collection[str]) -> Finding:
-    """Say what INT8 can gain on this processor, and on which target's grid."""
+    """Tell what INT8 can gain on this processor, and its target."""
     value = f"{model}: target {target.name}"
     if target.name == "cpu_arm":
         if "asimddp" in flags or not flags:
             return Finding("CPU", "ok", f"{value}, dot product: INT8 up to about 4x the arithmetic of FP32")
-        return Finding("CPU", "warn", f"{value}, no dot product", "expect little from INT8 here; pruning still pays")
+        return Finding(
+            "CPU", "warn", f"{value}, no dot product", "expect little speed-up from INT8 here; pruning still helps"
+        )
     if target.name == "cpu_vnni":
         return Finding("CPU", "ok", f"{value}, VNNI: INT8 up to about 4x the arithmetic of FP32, full-range weights")
     if "avx2" in flags:
         return Finding(
             "CPU", "ok", f"{value}, AVX2 without VNNI: INT8 about 1.9x the arithmetic of FP32, 7-bit weights"
         )
-    return Finding("CPU", "warn", f"{value}, no AVX2", "expect no gain from INT8 here; pruning still pays")
+    return Finding("CPU", "warn", f"{value}, no AVX2", "expect no speed-up from INT8 here; pruning still helps")
 
 
 def memory(total_gb: float | None) -> Finding:
@@ -125,7 +127,7 @@ def memory(total_gb: float | None) -> Finding:
 
 
 def accelerator(card: str | None, cuda_build: str | None, usable: bool) -> Finding:
-    """Judge whether torch can train on the GPU that is there."""
+    """Check whether torch can train on this machine's GPU."""
     build = f"torch built for CUDA {cuda_build}" if cuda_build else "torch built for the CPU"
     if card is None:
         return Finding("GPU", "ok", f"none ({build}): training runs on the CPU")
@@ -136,7 +138,7 @@ def accelerator(card: str | None, cuda_build: str | None, usable: bool) -> Findi
 
 
 def providers(names: Collection[str], card: str | None) -> Finding:
-    """Judge whether ONNX Runtime reaches the GPU that is there."""
+    """Check whether ONNX Runtime can use this machine's GPU."""
     value = ", ".join(names)
     if card is None or CUDA in names:
         return Finding("ONNX Runtime", "ok", value)
@@ -147,7 +149,7 @@ def providers(names: Collection[str], card: str | None) -> Finding:
 
 
 def disk(out: Path) -> Finding:
-    """Judge the place of the runs: the folder, or the nearest parent that exists."""
+    """Check the folder of the runs, or its nearest parent that exists."""
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         return Finding(
@@ -162,7 +164,7 @@ def disk(out: Path) -> Finding:
 
 
 def _torch_cuda() -> tuple[str | None, bool]:
-    """Return torch's CUDA version and whether it can use a GPU; an old driver is a finding, not a warning."""
+    """Return torch's CUDA version and whether it can use a GPU; the warning about an old driver becomes a finding."""
     import torch
 
     with warnings.catch_warnings():

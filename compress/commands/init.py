@@ -1,4 +1,4 @@
-"""Write a recipe for a checkpoint and a folder of images: what the files tell, what was assumed, and what a run will take."""
+"""Write a recipe for a checkpoint and a folder of images, from what the files tell and stated assumptions."""
 
 import resource
 import statistics
@@ -31,38 +31,38 @@ from export.images.read import spread
 from export.onnx_file.targets import host_target
 from export.tasks import TASKS
 
-SEEN = Path("runs", ".images")  # where the run that follows looks for what shards hold
-LOOKED_AT = 200  # images that are opened, spread over the folder
-JUDGED = 128  # images that tell candidates apart
-STEP = 16  # images in the step that is timed
+SEEN = Path("runs", ".images")  # the cache of shard contents that a later run uses
+LOOKED_AT = 200  # images opened, spread over the folder
+JUDGED = 128  # images to score candidates on
+STEP = 16  # images in the timed step
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-BYTES = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # pixels from 0 to 255, as some of Keras's networks take them
+BYTES = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # pixels from 0 to 255, as some Keras networks take them
 NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-VIEWS = 60_000  # augmented views that distillation takes: 8 epochs of 7,500 images
+VIEWS = 60_000  # augmented views for distillation: 8 epochs of 7,500 images
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What a folder of images holds: how many of each class, and of those opened the heights and widths, and what is broken."""
+    """The images of a folder, and what opening some of them showed: their sizes, and the broken ones with the reason."""
 
     listing: Listing | ShardListing
-    sides: list[int]  # the shorter one of each
+    sides: list[int]  # the shorter side of each opened image
     broken: dict[str, str]
 
     @property
     def train(self) -> int:
-        """How many images there are to train on."""
+        """The number of training images."""
         return len(self.listing.train) if self.listing.val is not None else round(0.8 * len(self.listing.train))
 
     def images(self, *, judged: bool = False) -> FileImages:
-        """Return those to train on, or those that judge where there are any."""
+        """Return the training images, or the validation images if `judged` and there are any."""
         rows = self.listing.val if self.listing.val and (judged or not self.listing.train) else self.listing.train
         return images_of(self.listing, rows)
 
 
 @dataclass(frozen=True)
 class Network:
-    """The teacher, how its images are prepared, and the fraction of `JUDGED` images that it labels right (None where its classes are others)."""
+    """The teacher, its preprocessing, and its accuracy on JUDGED images (None if its classes are not the folder's)."""
 
     arch: str
     classes: int
@@ -71,15 +71,15 @@ class Network:
     mean: Sequence[float]
     std: Sequence[float]
     score: float | None
-    others: tuple[str, ...] = ()  # that the checkpoint fits as well
+    others: tuple[str, ...] = ()  # further networks that the checkpoint fits
 
 
 def write_draft(
     weights: str, data: Path, out: Path, *, arch: str | None, latency_ms: float | None, trust_code: bool
 ) -> Iterator[str]:
-    """Write a commented recipe to `out`; yield line by line what was found, assumed and estimated.
+    """Write a commented recipe to `out`, and yield lines on what was found, assumed and estimated.
 
-    Raises `CompressError` where `out` exists, nothing known fits the checkpoint, or the folder cannot be read.
+    Raises CompressError if `out` exists, no known network fits the checkpoint, or the folder cannot be read.
     """
     if out.exists():
         raise CompressError(f"{out}: exists already: give another file with -o, or remove it")
@@ -104,13 +104,13 @@ def write_draft(
     speed = step_speed(model, network.size)
     text = draft(weights, data, out.stem, folder, network, latency_ms=latency_ms, trust_code=trust_code)
     out.write_text(text, encoding="utf-8")
-    read_recipe(out)  # what is written here can be read
+    read_recipe(out)  # check that it can be read
     yield from _estimated(folder, network, model, speed)
     yield f"wrote {out}; run it with: compress run {out}{' --trust-code' if trust_code else ''}"
 
 
 def refuse_other_tasks(data: Path, weights: str) -> None:
-    """Raise CompressError, with the command to take, where a folder's images have other truths than labels."""
+    """Raise CompressError, with the command to use instead, if the folder is a data set for another task than classification."""
     for task in TASKS.values():
         if task.listing is list_folder or not task.labelled:
             continue
@@ -119,19 +119,19 @@ def refuse_other_tasks(data: Path, weights: str) -> None:
         except DataError:
             continue
         raise CompressError(
-            f"{data}: holds images for {task.name}, and init writes recipes for images with labels: run `compress run "
+            f"{data}: is a data set for {task.name}, but init writes recipes for classification only: run `compress run "
             f"recipes/{task.name}_int8.yaml --data {data} --weights {weights} --set model.arch=NAME` with your network's name"
         )
 
 
 def brought_by(weights: str) -> str | None:
-    """Return the architecture of a file or folder that brings its network along; None for a checkpoint."""
+    """Return the architecture of a file or folder that contains a whole network; None for a checkpoint."""
     kind = "hf" if Path(weights).is_dir() else {".onnx": "onnx", ".pt2": "exported"}.get(Path(weights).suffix)
     return f"{kind}:{weights}" if kind else None
 
 
 def _whole(arch: str) -> Match:
-    """Return such a network with its number of classes, which its predictions tell."""
+    """Return a whole network with its number of classes, taken from its output."""
     known = published(arch)
     with torch.inference_mode():
         outputs = build(arch, num_classes=0)(torch.zeros(2, 3, *(known.size if known else 224,) * 2))
@@ -158,7 +158,7 @@ def look_at(data: Path) -> Folder:
 
 
 def _given(arch: str, state: dict[str, Tensor]) -> Match:
-    """Return a named network with the number of classes of the checkpoint, which its last layer tells."""
+    """Return a named network with the checkpoint's number of classes, taken from its last layer."""
     classes = [
         tensor.shape[0]
         for name, tensor in state.items()
@@ -168,7 +168,7 @@ def _given(arch: str, state: dict[str, Tensor]) -> Match:
 
 
 def choose(matches: Sequence[Match], weights: str, folder: Folder, *, trust_code: bool) -> Network:
-    """Return the network and preparation that label most of some validation images right; without that, the first and its library's own."""
+    """Return the network and preprocessing with the best accuracy on some images; the first ones if the classes are others."""
     tried = list[Network]()
     for match in matches:
         same = match.classes == len(folder.listing.classes)
@@ -179,13 +179,13 @@ def choose(matches: Sequence[Match], weights: str, folder: Folder, *, trust_code
             score = _score(model, prepared, folder) if same else None
             tried.append(Network(match.arch, match.classes, prepared.size, prepared.resize, *prepared.normalize, score))
             if score is None or score > 0.5:
-                break  # the library's own preparation does
+                break  # good enough, try no other preprocessing
     best = max(tried, key=lambda network: network.score or 0)
     return replace(best, others=tuple(match.arch for match in matches if match.arch != best.arch))
 
 
 def _preparations(arch: str, folder: Folder) -> Iterator[Published]:
-    """Yield the preparation that the network's library publishes, then other normalizations at the images' own size."""
+    """Yield the preprocessing that the network's library publishes, then other normalizations at the images' size."""
     known = published(arch)
     if known is not None:
         yield known
@@ -200,7 +200,7 @@ def _preparations(arch: str, folder: Folder) -> Iterator[Published]:
 
 
 def _score(model: nn.Module, prepared: Published, folder: Folder) -> float:
-    """Return the fraction of some validation images that the network labels right."""
+    """Return the network's accuracy on some validation images."""
     judging = folder.images(judged=True)
     preprocess = Preprocess(prepared.size, round(prepared.size * prepared.resize), *prepared.normalize)
     right, seen = 0, 0
@@ -217,7 +217,7 @@ def _score(model: nn.Module, prepared: Published, folder: Folder) -> float:
 
 
 def step_speed(model: nn.Module, size: int) -> float:
-    """Return how many images a second one training step with a teacher takes here: the network forward twice and backward once."""
+    """Return the images per second of a training step with a teacher: the network twice forward and once backward."""
     model = model.train().to(memory_format=torch.channels_last)
     images = torch.randn(STEP, 3, size, size).to(memory_format=torch.channels_last)
     times = []
@@ -257,11 +257,11 @@ def draft(
         "  dataset: imagefolder",
         f"  {quoted[0]}",
         f"  image_size: {network.size}",
-        f"  resize: {network.resize:.4g}  # the shorter side is resized to this times image_size, then the centre is cropped",
+        f"  resize: {network.resize:.4g}  # resize the shorter side to this times image_size, then crop the centre",
         f"  mean: [{', '.join(f'{value:g}' for value in network.mean)}]",
         f"  std: [{', '.join(f'{value:g}' for value in network.std)}]",
         *(["  skip_broken: true  # some images cannot be read"] if folder.broken else []),
-        f"  augment: {{crop: {'random_resized' if network.size > 64 else 'pad'}, flip: true}}  # flip: false where left and right differ",
+        f"  augment: {{crop: {'random_resized' if network.size > 64 else 'pad'}, flip: true}}  # flip: false if mirrored images are not valid",
         "model:",
         *([f"  {whole[0]}"] if foreign(network.arch) else [f"  arch: {network.arch}", f"  {quoted[1]}"]),
         *(["  reset_head: true  # the weights are for other classes"] if source else []),
@@ -270,7 +270,7 @@ def draft(
         *(fine_tune if source else []),
         "  - stage: prune",
         f"    {goal}",
-        "  - stage: distill  # at the rate of a network that is already trained",
+        "  - stage: distill  # low rate: the network is trained already",
         f"    fit: {{epochs: {distill}, batch_size: 32, lr: 0.01, warmup_epochs: 0.5, clip_norm: 1.0}}",
         "    loss:",
         "      - {name: kd, temperature: 2.0}",
@@ -292,8 +292,8 @@ def _name(text: str) -> str:
 
 
 def _told(weights: str, folder: Folder, network: Network) -> Iterator[str]:
-    """Yield what was found."""
-    fits = f"; {', '.join(network.others)} would fit, too" if network.others else ""
+    """Yield lines on what was found."""
+    fits = f"; {', '.join(network.others)} would fit too" if network.others else ""
     yield f"weights  {weights}: {network.arch} for {network.classes:,} classes{fits}"
     listing = folder.listing
     counts = np.bincount(folder.images().labels.numpy(), minlength=len(listing.classes))
@@ -303,7 +303,7 @@ def _told(weights: str, folder: Folder, network: Network) -> Iterator[str]:
         f"{counts.min():,} to {counts.max():,} a class, shorter sides {min(folder.sides)} to {max(folder.sides)} pixels"
     )
     if counts.max() > 10 * counts.min():
-        yield "         the classes are far from equal: read the report's table of classes, and set targets.max_class_drop"
+        yield "         the classes are imbalanced: read the report's table of classes, and set targets.max_class_drop"
     if folder.broken:
         yield f"         {describe_broken(folder.broken, len(folder.sides) + len(folder.broken))}: left out (skip_broken)"
     normalize = "/".join(f"{value:g}" for value in network.mean)
@@ -311,18 +311,16 @@ def _told(weights: str, folder: Folder, network: Network) -> Iterator[str]:
         f": {network.score:.1%} of {JUDGED} images are labelled right" if network.score is not None else ""
     )
     if network.score is None:
-        yield f"         the weights know {network.classes:,} classes, the folder has {len(listing.classes):,}: the classifier starts anew"
+        yield f"         the weights are for {network.classes:,} classes, the folder has {len(listing.classes):,}: the classifier is trained anew"
     elif network.score < 3 / len(listing.classes):
         yield "         that is little more than chance: check the order of the classes, mean and std, or name the network with --arch"
 
 
 def _estimated(folder: Folder, network: Network, model: nn.Module, speed: float) -> Iterator[str]:
-    """Yield what a run will take."""
+    """Yield a line on the time, memory and disk space that a run will take."""
     minutes = sum(epochs(folder, network)) * folder.train / speed / 60
     weights = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e9
-    peak = (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    )  # in GB where the system counts in KB, as Linux does
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # GB; Linux counts in KB
     yield (
         f"takes    about {minutes:,.0f} minutes of training here ({speed:,.0f} images/s with the teacher), {peak:.1f} GB of memory "
         f"or more, {10 * weights:.1f} GB of disk; INT8 for {host_target().name}"
@@ -330,6 +328,6 @@ def _estimated(folder: Folder, network: Network, model: nn.Module, speed: float)
 
 
 def epochs(folder: Folder, network: Network) -> tuple[int, int, int]:
-    """Return the epochs of the source's training (0 where its classes are the folder's), of distillation and of training for INT8."""
+    """Return the epochs for the source (0 if its classes are the folder's), for distillation and for QAT."""
     distill = min(max(round(VIEWS / folder.train), 2), 30)
     return (distill if network.score is None else 0), distill, max(1, distill // 4)

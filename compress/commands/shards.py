@@ -1,4 +1,4 @@
-"""Write a data set's images into shards with an index, or index the shards behind a URL where they are."""
+"""Write a data set's images into shards with an index, or index the shards at a URL in place."""
 
 import importlib
 import io
@@ -26,13 +26,13 @@ from export.images.folders import Listing
 
 
 def write_shards(data: str, out: Path, *, size_mb: int) -> str:
-    """Write the images of a folder, or of shards, into tars of about so many megabytes, and say what was written.
+    """Write the images of a folder, or of shards, into tars of about `size_mb` megabytes, and return a summary line.
 
-    The tars are webdataset's; images are copied byte by byte and in order, so a run on them is the run on their folder. Of a URL's
-    tars only the index is written. Raises DataError where `out` exists or images cannot be read.
+    The tars have webdataset's format; images are copied unchanged and in order, so that a run on them equals a run on the folder.
+    For a URL, only an index of its tars is written. Raises DataError if `out` exists or images cannot be read.
     """
     if out.exists():
-        raise DataError(f"{out}: is there already; name a new folder")
+        raise DataError(f"{out}: exists already; name a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         aside, memory = Path(folder, "new"), Path(folder, "memory")
@@ -62,7 +62,7 @@ def _copy(data: str, aside: Path, memory: Path, size_mb: int) -> None:
 
 
 def _write_tars(start: Path, images: FileImages, size_mb: int) -> None:
-    """Write START-000000.tar and so on: NUMBER.SUFFIX and NUMBER.cls of each image, the same bytes each time."""
+    """Write START-000000.tar and so on, with NUMBER.SUFFIX and NUMBER.cls for each image; reproducible to the byte."""
     with ExitStack() as files:
         tar, shards = None, 0
         for index, label in enumerate(images.labels.tolist()):
@@ -70,7 +70,7 @@ def _write_tars(start: Path, images: FileImages, size_mb: int) -> None:
             try:
                 content = images.content(index)
             except BrokenImage as error:
-                raise DataError(f"{images.root}: {name}: cannot be read ({error}); fetch its shard anew") from error
+                raise DataError(f"{images.root}: {name}: cannot be read ({error}); fetch its shard again") from error
             if tar is None or tar.offset + len(content) > size_mb * 1_000_000:
                 files.close()
                 place = f"{start}-{shards:06d}.tar"
@@ -82,12 +82,12 @@ def _write_tars(start: Path, images: FileImages, size_mb: int) -> None:
 
 
 def _index_urls(data: str, aside: Path, memory: Path, _: int) -> None:
-    """Read the tars of a URL once, one after the other, and write their index alone."""
+    """Read a URL's tars once, one after the other, and write only their index."""
     try:
         system, folder = importlib.import_module("fsspec").core.url_to_fs(data)
         names = sorted(system.glob(f"{folder.rstrip('/')}/*.tar"))
         if not names:
-            raise DataError(f"{data}: holds no .tar; give the URL of the folder that does")
+            raise DataError(f"{data}: has no .tar files; give the URL of the folder that has them")
         digests, seen = dict[str, str](), []
         for name in [*names, *system.glob(f"{folder.rstrip('/')}/{CLASSES}")]:
             file = memory / name.rpartition("/")[2]
@@ -96,7 +96,7 @@ def _index_urls(data: str, aside: Path, memory: Path, _: int) -> None:
             if file.name != CLASSES:
                 seen.append(scan_shard(file))
                 file.unlink()
-    except (OSError, ImportError, ValueError) as error:  # the last two of a protocol that it does not know
+    except (OSError, ImportError, ValueError) as error:  # ImportError and ValueError: an unknown protocol
         raise DataError(f"{data}: cannot be read ({error}); check the address and the network") from error
     index = index_of(memory, digests, [system.unstrip_protocol(name) for name in names], seen)
     save_index(aside / INDEX, index)

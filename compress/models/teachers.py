@@ -13,7 +13,7 @@ from compress.models.architectures import build
 from compress.models.digest import class_names, existing_file
 from compress.models.foreign import OnnxFile, rebuilt
 from compress.models.weights import load_weights_
-from export.images.folders import first
+from export.errors import first
 
 SMALLEST = 1e-12  # smallest probability before the logarithm, as a softmax in float32 has zeros
 # Kinds of files that are run as they are; all others are built as torch networks by `build`.

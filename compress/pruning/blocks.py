@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from compress.pruning.costs import Layer
 from export.onnx_file.names import ADDED, module_of
 from export.onnx_file.targets import CPU
-from export.onnx_file.wiring import FLOAT, INTEGER, Wiring, origin, wire
+from export.onnx_file.wiring import FLOAT, INTEGER, origin, wire
 from export.proof.optimized import optimize
 from export.runtime.node_times import node_times
 
@@ -74,7 +73,9 @@ def read_blocks(path: Path, layers: Sequence[Layer], conditions: Conditions) -> 
     made_by: dict[str, tuple[int, ...]] = {}  # the layers whose outputs a tensor holds
     blocks = []
     for node in graph.node:
-        layer = _layer_of(runs.nodes[node.name], file, position)
+        found = runs.nodes[node.name]
+        written = origin(found, file) if found.op_type in (*INTEGER, *FLOAT) else None
+        layer = None if written is None else position.get(module_of(str(written.name)))
         data = [name for name in node.input if name in made_by]
         sources = data if node.op_type in VARIED else data[:1]
         follows = tuple(dict.fromkeys(index for name in sources for index in made_by[name]))
@@ -83,12 +84,6 @@ def read_blocks(path: Path, layers: Sequence[Layer], conditions: Conditions) -> 
         took = ms.get(ADDED.sub("", node.name), 0.0)
         blocks.append(Block(node.name, took, layer, () if layer is not None else follows, node, constants))
     return blocks
-
-
-def _layer_of(node: ir.Node, file: Wiring, position: dict[str, int]) -> int | None:
-    """Return the index of a node's layer, or None if it is no layer."""
-    found = origin(node, file) if node.op_type in (*INTEGER, *FLOAT) else None
-    return None if found is None else position.get(module_of(str(found.name)))
 
 
 def signature(block: Block, layer: Layer, batch: int) -> str:

@@ -1,4 +1,4 @@
-"""Gather what a run's bundle is made of, and publish a finished one."""
+"""Gather the contents of a run's bundle, and publish a finished one."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from export.signature import sign
 
 
 def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Report) -> Contents:
-    """Return what the bundle `name` of the run in `root` is made of; `exported` is its export stage's folder."""
+    """Return the contents of the bundle `name` for the run in `root`; `exported` is its export stage's folder."""
     files, target = files_in(exported), resolve_target(recipe.target)
     preprocess = json.loads((exported / "preprocess.json").read_text())
     labels = (exported / "labels.txt").read_text(encoding="utf-8").splitlines()
@@ -36,7 +36,7 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
         images, truths = golden["images"], golden["truths"]
     serving = serving_of(report, files, target, image_size=preprocess["image_size"])
     facts = inspect(files[serving.served])
-    # Whether a stage was kept from an earlier run is no fact of the bundle: run again, it has the same bytes.
+    # Leave out whether a stage was reused, so that running again makes the same bytes.
     report = {**report, "stages": [{**row, "cached": False} for row in report["stages"]]}
     readme = card(
         report,
@@ -77,7 +77,7 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
 def metrics_of(
     report: Report, files: Mapping[str, Path], audits: Mapping[str, Mapping[str, object]]
 ) -> dict[str, dict[str, object]]:
-    """Return for each file what it scored, and for an INT8 file which layers stay in float: any other is a defect."""
+    """Return each file's score and, for an INT8 file, its float layers; any other float layer would be a defect."""
     rows = {row["name"]: row for row in report["deployed"]}
     scored = {name: {key: rows[name][key] for key in ("score", "agreement")} for name in files if name in rows}
     in_float = {
@@ -89,13 +89,13 @@ def metrics_of(
 
 
 def serving_of(report: Report, files: Mapping[str, Path], target: Target, *, image_size: int) -> Serving:
-    """Return the file for each kind of machine, and the threads and batches of its best throughput in the bench.
+    """Return the file to serve on each kind of machine, with the threads and the batch of its best throughput in the bench.
 
-    The file for the recipe's target is the recommended one, else the one that was made for it.
+    On the recipe's target that is the recommended file, else the one made for it.
     """
     kind: Kind = {"cuda": "cuda", "tensorrt": "tensorrt"}.get(target.name, "cpu")  # type: ignore[assignment]
     recommended = report["recommendation"] and report["recommendation"]["file"]
-    half = FP16 if FP16 in files else FP32  # which is left out where it has no finite answers
+    half = FP16 if FP16 in files else FP32  # FP16 is missing if its outputs were not finite
     symmetric = [name_for(made, TARGETS["tensorrt"], target) for made in (QAT, PTQ)]
     chosen: dict[Kind, str] = {
         "cpu": FP32,
@@ -107,12 +107,12 @@ def serving_of(report: Report, files: Mapping[str, Path], target: Target, *, ima
     on_cpu = [row for row in timed if (row["name"], row["provider"]) == (chosen["cpu"], CPU)]
     fastest = max(on_cpu, key=lambda row: row["throughput_ips"] or 0, default=None)
     batches = [row["batch"] for row in timed if row["name"] == chosen[kind]]
-    # The bench runs one session of a file, so one instance is what its numbers hold for.
+    # The bench ran one session per file, so its numbers hold for one instance.
     return Serving(chosen, kind, fastest and fastest["threads"], instances=1, max_batch_size=max(batches, default=1))
 
 
 def notice(recipe: Recipe, name: str) -> str:
-    """Return whose terms hold for which part of the bundle."""
+    """Return the NOTICE text: whose terms hold for which part of the bundle."""
     named = [(one.network, one.weights) for one in recipe.teacher]
     named = [*([] if recipe.model is None else [(recipe.model.arch, recipe.model.weights)]), *named]
     origins = "; ".join(
@@ -129,13 +129,15 @@ validation images of: {recipe.data.dataset}. For weights and images the terms of
 
 
 def publish(run: Path, to: Path, *, key: Path | None) -> None:
-    """Copy a finished run's bundle to `to` in one step, signed where a private key is given; only an older bundle is replaced.
+    """Copy a finished run's bundle to `to` in one step, signed if a private key is given; replaces only another bundle.
 
-    Raises ArtifactError where the run has no bundle, BundleError where it is damaged or cannot be signed or written.
+    Raises ArtifactError if the run has no bundle, BundleError if it is damaged or cannot be signed or written.
     """
     source = run / "bundle"
     if not source.is_dir():
-        raise ArtifactError(students_of(run, "bundle") or f"{run}: holds no bundle; run its recipe to the export stage")
+        raise ArtifactError(
+            students_of(run, "bundle") or f"{run}: has no bundle; run its recipe up to the export stage"
+        )
     read_bundle(source)
 
     def fill(folder: Path) -> None:

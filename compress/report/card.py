@@ -1,4 +1,4 @@
-"""The model card: Markdown with the front-matter that Hugging Face reads, every number from the report, what is unknown left out."""
+"""The model card: Markdown with Hugging Face's front matter; every number is from the report, unknown ones are left out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,13 +13,13 @@ from compress.report.tables import files, recalls, stages
 from compress.report.verdict import mostly_float, target_of
 from export.tasks import TASKS
 
-CLASSES = 10  # of more, those that lose most
+CLASSES = 10  # at most; those that lose most
 STAGE_TAGS = {"prune": "pruning", "distill": "knowledge-distillation", "qat": "quantization-aware-training"}
 
 
 def card(report: Report, *, name: str, served: str, classes: int, golden: int, tensors: Mapping[str, Any]) -> str:
     """Return the card; `tensors` are the model's `input` and `output` as bundle.json has them."""
-    environment = Environment(  # Markdown, not HTML: what strangers wrote is escaped by `plain`
+    environment = Environment(  # Markdown, not HTML: `plain` escapes untrusted text
         loader=PackageLoader("compress.report", "templates"),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -49,14 +49,14 @@ def card(report: Report, *, name: str, served: str, classes: int, golden: int, t
 
 
 def _without(table: Table, *columns: str) -> Table:
-    """Return a table without some columns: those that change from run to run, where the bundle must not."""
+    """Return a table without some columns: those that change from run to run, so that the bundle does not."""
     kept = [index for index, column in enumerate(table.columns) if column not in columns]
     rows = [[row[index] for index in kept] for row in table.rows]
     return table._replace(columns=tuple(table.columns[index] for index in kept), rows=rows)
 
 
 def front_matter(report: Report, name: str, served: str) -> Json:
-    """Return the metadata of Hugging Face's model cards; the result is the served file's."""
+    """Return the metadata for Hugging Face, with the served file's score as the result."""
     row = next((row for row in report["deployed"] if row["name"] == served), None)
     tags = [
         "onnx",
@@ -84,7 +84,7 @@ def front_matter(report: Report, name: str, served: str) -> Json:
 
 
 def notes(report: Report, rows: Sequence[DeployedRow]) -> str:
-    """Return the conditions of the files' numbers."""
+    """Return the conditions under which the files were measured."""
     if not rows:
         return "The files were not timed."
     where = report["environment"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 LABEL_HEIGHT = 14.0
-CHARACTER_WIDTH = 7.6  # a little more than the text needs on a phone, where it is drawn larger; so labels never touch
+CHARACTER_WIDTH = 7.6  # a little more than needed on a phone, where text is larger, so that labels never touch
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def linear_axis(values: Sequence[float], start: float, end: float) -> Axis:
 
 
 def log_axis(values: Sequence[float], start: float, end: float) -> Axis:
-    """Return a logarithmic axis a little wider than the values, with the coarsest round ticks that are enough."""
+    """Return a logarithmic axis a little wider than the values, with the coarsest round ticks that suffice."""
     low, high = min(values) / 1.2, max(values) * 1.2
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: tuple[float, ...] = ()
@@ -81,9 +81,9 @@ class Box(NamedTuple):
 
 
 def place_labels(points: Sequence[tuple[str, str, float, float]], frame: Box) -> list[Point]:
-    """Put the label of each (name, label, x, y) where it meets no other label, no point and no edge of the frame.
+    """Place the label of each (name, label, x, y) clear of other labels, points and the frame's edges.
 
-    Right and left of the point are tried first, then above and below; where nothing is free, the fewest meetings win.
+    Right and left of the point are tried first, then above and below; if nothing is free, the place with the fewest overlaps wins.
     """
     taken = [Box(x - 6, y - 6, x + 6, y + 6) for _, _, x, y in points]
     placed = []
@@ -115,7 +115,7 @@ def _conflicts(box: Box, taken: Sequence[Box], frame: Box) -> int:
 
 
 class Step(NamedTuple):
-    """One stage of a waterfall, in percent of the track: a bar to its value, and the change since the stage before."""
+    """One stage of a waterfall, in percent of the track: a bar up to its value, and the change from the previous stage."""
 
     value: float
     at: float
@@ -125,7 +125,7 @@ class Step(NamedTuple):
 
 
 def waterfall(values: Sequence[float], *, from_zero: bool) -> list[Step]:
-    """Return the steps of a waterfall over the values; the track starts at zero, or a little below the smallest."""
+    """Return the steps of a waterfall; the track starts at zero, or a little below the smallest value."""
     spread = (max(values) - min(values)) or abs(max(values)) * 0.05 or 1.0
     low = 0.0 if from_zero else min(values) - 0.2 * spread
     high = max(values) if from_zero else max(values) + 0.1 * spread
@@ -139,7 +139,7 @@ def waterfall(values: Sequence[float], *, from_zero: bool) -> list[Step]:
 
 
 def polylines(epochs: Sequence[int], values: Sequence[float | None], x: Axis, y: Axis) -> list[str]:
-    """Return SVG point lists, broken where a value is missing."""
+    """Return SVG point lists, split where a value is missing."""
     runs: list[list[str]] = [[]]
     for epoch, value in zip(epochs, values, strict=True):
         if value is None:

@@ -1,21 +1,22 @@
-"""What the files answer class by class, and what makes a verdict on them mean less than it says."""
+"""The files' predictions class by class, and reasons to doubt a verdict on them."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from compress.report.numbers import loss, percent, significant
+from export.errors import first
 from export.onnx_file.roles import TEACHER
 from export.runtime.intervals import clopper_pearson
 from export.tasks.paired import MAX_CHANCE, chance
 from export.tasks.task import Classes
 
-NOTABLE = 0.05  # a class is lost where a file as good as the teacher would miss all of its images less often than this
-NAMED = 3
+NOTABLE = 0.05  # a class is lost if a file as good as the teacher would miss all of its images with a lower probability
+NAMED = 3  # classes that a sentence lists by name
 
 
 class ClassLine(NamedTuple):
-    """One class: its images, and how many of them the teacher and the deployed file answer rightly."""
+    """One class: its images, and how many of them the teacher and the deployed file predict right."""
 
     name: str
     images: int
@@ -24,21 +25,21 @@ class ClassLine(NamedTuple):
 
     @property
     def drop(self) -> float:
-        """The recall that the deployed file loses against the teacher."""
+        """The teacher's recall minus the deployed file's."""
         return (self.teacher - self.student) / self.images
 
 
 def worst_first(classes: Classes, file: str) -> list[ClassLine]:
-    """Return the classes that have images, those with the largest loss of recall from the teacher to the file first."""
+    """Return the classes that have images, the largest drop of recall from the teacher to the file first."""
     teacher, student = (classes["files"][name]["correct"] for name in (TEACHER, file))
     lines = map(ClassLine, classes["names"], classes["images"], teacher, student)
     return sorted((line for line in lines if line.images), key=lambda line: (-line.drop, line.student / line.images))
 
 
 def at_chance(classes: Classes, files: Iterable[str]) -> dict[str, str]:
-    """Return a sentence for each of the files that tells the classes no better than chance does; those that were not scored are left out.
+    """Return a sentence for each file that predicts no better than chance; files that were not scored are left out.
 
-    Nothing is said where a file predicts any number of objects: how many of its boxes would be right by chance cannot be computed.
+    So are files that predict any number of objects, as the number of boxes that are right by chance cannot be computed.
     """
     found: dict[str, str] = {}
     for name in [name for name in files if name in classes["files"]]:
@@ -49,10 +50,10 @@ def at_chance(classes: Classes, files: Iterable[str]) -> dict[str, str]:
             repair = (
                 "check its weights, the order of its classes, data.mean and data.std, or train it longer"
                 if name == TEACHER
-                else "the stages' score says where it was lost"
+                else "the stages' scores tell where the accuracy was lost"
             )
             found[name] = (
-                f"{name} answers at chance: {_beside(expected, classes, name)} if it ignored the images (p = {significant(probability, digits=2)}); {repair}"
+                f"{name} predicts at chance: {_beside(expected, classes, name)} by guessing (p = {significant(probability, digits=2)}); {repair}"
             )
     return found
 
@@ -68,29 +69,29 @@ def _beside(expected: float, classes: Classes, name: str) -> str:
 
 
 def doubts(classes: Classes, file: str, targets: Mapping[str, float | None]) -> Iterator[str]:
-    """Yield a sentence for everything that makes the deployed file's numbers mean less than they say."""
+    """Yield a sentence for each reason to doubt the deployed file's numbers."""
     names, images, lines = classes["names"], classes["images"], worst_first(classes, file)
     total, largest = sum(images), max(range(len(images)), key=images.__getitem__)
     right, knows = sum(classes["files"][TEACHER]["correct"]), not at_chance(classes, [TEACHER])
     counted, one_each = classes.get("counted", "images"), not classes.get("any_number")
     if one_each and knows and clopper_pearson(right, total)[0] <= images[largest] / total:
         yield (
-            f'{TEACHER} is right on {percent(right / total)} of {total:,} validation {counted}, always answering "{names[largest]}" '
+            f'{TEACHER} is right on {percent(right / total)} of {total:,} validation {counted}, always predicting "{names[largest]}" '
             f"on {percent(images[largest] / total)}: the score says little here, see balanced accuracy and set targets.max_class_drop"
         )
     for name, found in classes["files"].items():
         if one_each and max(found["answered"]) == total:
-            yield f'{name} answers "{names[found["answered"].index(total)]}" to all {total:,} validation {counted}'
+            yield f'{name} predicts "{names[found["answered"].index(total)]}" for all {total:,} validation {counted}'
     lost = [
         f'"{line.name}" (0 of {line.images:,}, the teacher {line.teacher:,})'
         for line in lines
         if line.student == 0 < line.teacher and (1 - line.teacher / line.images) ** line.images < NOTABLE
     ]
     if knows and lost:
-        yield f"{file} gives no right answer for {_count(lost)} that the teacher knows: {_first(lost)}"
+        yield f"{file} never predicts {_count(lost)} right that the teacher does: {first(lost, NAMED)}"
     missing = [f'"{name}"' for name, count in zip(names, images, strict=True) if not count]
     if missing:
-        yield f"{_count(missing)} without a validation image, so without a score: {_first(missing)}"
+        yield f"{_count(missing)} without a validation image, so without a score: {first(missing, NAMED)}"
     smallest = min(lines, key=lambda line: line.images)
     for target, count, where in (
         ("max_drop", total if one_each else math.inf, ""),
@@ -99,14 +100,10 @@ def doubts(classes: Classes, file: str, targets: Mapping[str, float | None]) -> 
         wanted = targets[target]
         if wanted is not None and 1 / count > wanted:
             yield (
-                f"targets.{target}: one of the {count:,} validation {counted}{where} is {loss(1 / count)}, more than the {loss(wanted)} "
-                "that may be lost: a single one decides"
+                f"targets.{target}: one of the {count:,} validation {counted}{where} is worth {loss(1 / count)}, more than the allowed "
+                f"{loss(wanted)}: a single one decides"
             )
 
 
 def _count(found: list[str]) -> str:
     return f"{len(found):,} {'class' if len(found) == 1 else 'classes'}"
-
-
-def _first(found: list[str]) -> str:
-    return ", ".join(found[:NAMED]) + (f" and {len(found) - NAMED:,} more" if len(found) > NAMED else "")

@@ -1,4 +1,4 @@
-"""Gather a run's report from the `meta.json` of its stages and from what its last ptq, export and bench stages measured."""
+"""Gather a run's report from its stages' `meta.json` and the measurements of its last ptq, export and bench stages."""
 
 import json
 import os
@@ -21,9 +21,9 @@ from export.tasks import TASKS
 
 
 def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[Path], command: str) -> Report:
-    """Return the report of the finished stages in `artifacts`, in their order, for the folder `root`; targets are judged at the recipe's end.
+    """Return the report of the finished stages in `artifacts`, with paths relative to `root`; targets are judged only if all stages ran.
 
-    `made` are those that this run made, the others it kept; `command` reproduces the run.
+    `made` are the artifacts that this run made; it reused the others. `command` reproduces the run.
     """
     bench: Json = _last(artifacts, "bench.json") or {"accuracy": {}, "timings": [], "warnings": []}
     settings = data_settings(recipe)
@@ -49,10 +49,10 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[
         failures=[],
         warnings=[*_trainings(artifacts), *bench["warnings"], *(_last(artifacts, "notes.json") or [])],
     )
-    report["recommendation"] = recommend(report)  # what is judged is the INT8 file that is served
+    report["recommendation"] = recommend(report)  # first: targets judge the INT8 file that is recommended
     report["limits"] = (_last(artifacts, "limits.json") or {}).get(audited_name(report), [])
     report["verdict"], report["failures"] = judge(report)
-    if wrong := mismatches(report):  # whatever the targets say of such numbers
+    if wrong := mismatches(report):  # fails whatever the targets say
         report["verdict"], report["failures"] = "fail", [*wrong, *report["failures"]]
     report["warnings"] += [] if has_targets(report) else guesses(report).values()
     if judged := judged_classes(report):
@@ -75,7 +75,7 @@ def _stage_row(path: Path, root: Path, cached: bool) -> StageRow:
 
 
 def _trainings(artifacts: Sequence[Path]) -> list[str]:
-    """Return what happened to trainings that the recipe did not say: early ends, returns to an epoch's start, images left out."""
+    """Return unplanned events of the trainings: early ends, rollbacks, images left out."""
     found = [
         json.loads(path.read_text(encoding="utf-8"))
         for stage in artifacts
@@ -89,6 +89,6 @@ def _trainings(artifacts: Sequence[Path]) -> list[str]:
 
 
 def _last(artifacts: Sequence[Path], name: str) -> Any:
-    """Return the newest artifact's file of this name, None where no stage wrote one."""
+    """Return the last artifact's JSON file of this name, or None if no stage wrote one."""
     found = [path / name for path in artifacts if (path / name).exists()]
     return json.loads(found[-1].read_text(encoding="utf-8")) if found else None

@@ -1,4 +1,4 @@
-"""The installed distribution that this package came in: its version, its requirements, its license."""
+"""The installed distribution of this package: version, requirements, license."""
 
 from functools import cache
 from importlib.metadata import Distribution, distributions
@@ -8,12 +8,12 @@ from compress.errors import CompressError
 
 @cache
 def own_distribution() -> Distribution:
-    """Return the distribution that holds the package `compress`: in an index that name is another project's.
+    """Return the distribution that contains the package `compress`, since on the index that name is another project's.
 
-    What a build leaves in the clone (`*.egg-info`) is no installed one: it has no RECORD, and no license. Raises CompressError
-    where there is none.
+    An `*.egg-info` that a build leaves in the clone does not count: it has no RECORD and no license. Raises CompressError if
+    there is no distribution.
     """
     for found in distributions():
         if "compress" in (found.read_text("top_level.txt") or "").split() and found.read_text("RECORD") is not None:
             return found
-    raise CompressError("compress: is not installed, only on the path: make setup, or pip install -e . in the clone")
+    raise CompressError("compress: is on the path but not installed: run make setup, or pip install -e . in the clone")

@@ -1,4 +1,4 @@
-"""Write what a finished run leaves beside its stages: the recipe, the report and its page, the bundle."""
+"""Write a finished run's files beside its stages: recipe, report, page and bundle."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ def run_root(recipe: Recipe) -> Path:
 
 
 def report_root(recipe: Recipe, student: str) -> Path:
-    """Return the folder that a student's report and bundle go to; a recipe without students has them in its own."""
+    """Return the folder of a student's report and bundle; without students it is the run's own."""
     return run_root(recipe) / "students" / student if student else run_root(recipe)
 
 
@@ -28,7 +28,7 @@ def report_run(
 ) -> int:
     """Write the report and the bundle of every chain's `artifacts`, print the tables, and return the exit code.
 
-    `made` are those that this run made. Part of a recipe leaves the reports of a run that went further as they are.
+    `made` are the artifacts that this run made. A run of only some stages does not replace the report of a run with more.
     """
     from compress.report.collect import collect
     from compress.report.screen import screen
@@ -36,7 +36,7 @@ def report_run(
 
     chains, root = recipe.chains(), run_root(recipe)
     is_kept = any(_is_part(chains[name], paths, report_root(recipe, name)) for name, paths in artifacts.items())
-    if not is_kept:  # here and not before: a run that is refused leaves the last report's recipe
+    if not is_kept:  # only now: a refused run must not replace the last report's recipe
         write_recipe(recipe, root / "recipe.yaml")
     reports = {}
     for student, chain in chains.items():
@@ -47,14 +47,14 @@ def report_run(
         if verbose or is_kept or len(chains) == 1:
             print_report(report, screen(), verbose=verbose, page=None if is_kept else place / "report" / "index.html")
     if is_kept:
-        sys.stderr.write(f"{root}: its report and bundle are of a run that went further, and stay as they are\n")
+        sys.stderr.write(f"{root}: its report and bundle come from a run with more stages and were not replaced\n")
     elif len(chains) > 1:
         _compare(recipe, reports, verbose=verbose)
     return max(1 if report["verdict"] == "fail" else 0 for report in reports.values())
 
 
 def print_again(root: Path, *, verbose: bool) -> None:
-    """Draw the page of a finished run again from its files, and print the report."""
+    """Render the page of a finished run again from its files, and print the report."""
     from compress.report.screen import screen
     from compress.report.terminal import print_report
 
@@ -63,18 +63,18 @@ def print_again(root: Path, *, verbose: bool) -> None:
 
 
 def render_report(root: Path) -> Path:
-    """Write the HTML of a finished run again from its files and return its path."""
+    """Write a finished run's HTML page from its files, and return its path."""
     from compress.report.html import render
 
     try:
         report = json.loads((root / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(
-            students_of(root, "report.json") or f"{root}: holds no readable report.json ({error}); run the recipe first"
+            students_of(root, "report.json") or f"{root}: has no readable report.json ({error}); run the recipe first"
         ) from error
     if report.get("schema_version") != REPORT_VERSION:
         raise ArtifactError(
-            f"{root}: its report.json is of another version; run the recipe again, what is finished is kept"
+            f"{root}: its report.json is of another version; run the recipe again, finished stages are reused"
         )
     page = root / "report" / "index.html"
     page.parent.mkdir(exist_ok=True)
@@ -83,7 +83,7 @@ def render_report(root: Path) -> Path:
 
 
 def _is_part(chain: Recipe, artifacts: Sequence[Path], root: Path) -> bool:
-    """Tell whether these are fewer stages than the chain has, and than the report in `root` tells of."""
+    """Tell whether these are fewer stages than the chain has and than the report in `root` covers."""
     try:
         reported = len(json.loads((root / "report.json").read_text(encoding="utf-8"))["stages"])
     except (OSError, ValueError, LookupError, TypeError):
@@ -101,7 +101,9 @@ def _write(chain: Recipe, artifacts: Sequence[Path], report: Report, root: Path)
     render_report(root)
     exported = [path for path in artifacts if read_meta(path).stage == "export"]
     if exported:
-        name = chain.name if root == run_root(chain) else f"{chain.name}-{root.name}"[:64]  # of a student: its own
+        name = (
+            chain.name if root == run_root(chain) else f"{chain.name}-{root.name}"[:64]
+        )  # a student's bundle has a name of its own
         write_bundle(root / "bundle", contents(chain, name, root, exported[-1], report))
 
 

@@ -1,4 +1,4 @@
-"""What recovery without training and quantization-aware training gain, as far as the totals of the same images tell."""
+"""Sentences on what recovery without training, and quantization-aware training, gained on the same images."""
 
 from compress.report.numbers import duration, loss, percent, points, significant
 from compress.report.shape import DeployedRow, Json, Report
@@ -11,7 +11,7 @@ SIGNIFICANT = 0.05
 
 
 def sentences(report: Report, digits: int) -> list[str]:
-    """Return what the report says of its gains, in the order of the stages."""
+    """Return the sentences on gains, in the order of the stages."""
     found = (
         within_time(report),
         recovered(report, digits),
@@ -23,7 +23,7 @@ def sentences(report: Report, digits: int) -> list[str]:
 
 
 def within_time(report: Report) -> str | None:
-    """Return what the cut to a latency predicted and measured, and what its table cost, where the prune stage was held to one."""
+    """Return predicted and measured latency after pruning and the table's cost, if the prune stage had a latency goal."""
     metrics = stage_metrics(report, "prune") or {}
     names = ("latency_before_ms", "latency_predicted_ms", "latency_ms", "latency_table_s")
     before, predicted, after, table_s = (metrics.get(name) for name in names)
@@ -36,7 +36,7 @@ def within_time(report: Report) -> str | None:
 
 
 def recovered(report: Report, digits: int) -> str | None:
-    """Return what the cut lost and what came back without training, where the prune stage measured it."""
+    """Return what pruning lost and what was recovered without training, if the prune stage measured it."""
     metrics = stage_metrics(report, "prune") or {}
     teacher, cut, after = report["stages"][0]["metrics"].get("score"), metrics.get("score_as_cut"), metrics.get("score")
     if teacher is None or cut is None or after is None:
@@ -48,7 +48,7 @@ def recovered(report: Report, digits: int) -> str | None:
 
 
 def training_gain(report: Report, digits: int) -> str | None:
-    """Return what training gains, where both INT8 files were scored, or else what PyTorch measured before and after it."""
+    """Return what training gained, from both INT8 files if they were scored, else as PyTorch measured it."""
     if not was_trained(report):
         return None
     ptq, qat = any_row(report, PTQ), any_row(report, QAT)
@@ -65,19 +65,19 @@ def training_gain(report: Report, digits: int) -> str | None:
 
 
 def skipped(report: Report) -> str | None:
-    """Return why quantization-aware training was skipped, where it was."""
+    """Return why quantization-aware training was skipped, if it was."""
     if was_trained(report):
         return None
     enough = (stage_section(report, "qat") or {}).get("skip_if_ptq_drop_below")
     found = report["ptq"]["targets"].get(target_of(report)) if report["ptq"] else None
     drop = found["trials"][found["chosen"]]["drop"] if found and found["chosen"] is not None else None
-    lost = "" if drop is None else f" {loss(drop)} against the float student on the images that tuning chose by,"
+    lost = "" if drop is None else f" {loss(drop)} against the float student on the tuning split,"
     limit = "" if enough is None else f" ({loss(enough)})"
     return f"Quantization-aware training was skipped: calibration alone loses{lost} less than qat.skip_if_ptq_drop_below{limit}."
 
 
 def left_in_float(report: Report) -> str | None:
-    """Return how many layers the qat stage leaves in float for accuracy, where any."""
+    """Return how many layers the qat stage left in float for accuracy, if any."""
     count = (stage_metrics(report, "qat") or {}).get("float_groups")
     if not count:
         return None
@@ -87,12 +87,12 @@ def left_in_float(report: Report) -> str | None:
 
 
 def was_trained(report: Report) -> bool:
-    """Tell whether the INT8 file was trained: a qat stage says so itself."""
+    """Tell whether the qat stage trained, or there is none."""
     return (stage_metrics(report, "qat") or {}).get("trained") != 0
 
 
 def stage_metrics(report: Report, stage: str) -> dict[str, float | None] | None:
-    """Return the numbers of the last stage of this kind."""
+    """Return the metrics of the last stage of this kind."""
     return next((row["metrics"] for row in reversed(report["stages"]) if row["stage"] == stage), None)
 
 
@@ -107,26 +107,26 @@ def _gain(report: Report, ptq: DeployedRow, qat: DeployedRow, before: float, aft
     if not images or images != qat["images"] or not TASKS[report["recipe"]["task"]].metric.counts_images:
         return [f"{shown}: {points(after - before)}."]
     more = round(after * images) - round(before * images)
-    net = f"{abs(more):,} {'more' if more > 0 else 'fewer'} right {'answer' if abs(more) == 1 else 'answers'}"
+    net = f"{abs(more):,} {'more' if more > 0 else 'fewer'} right {'prediction' if abs(more) == 1 else 'predictions'}"
     sentences = [f"{shown} on the same {images:,} images: {points(after - before)}{f', {net}' if more else ''}."]
     agreements = [row["agreement"] for row in (ptq, qat) if row["agreement"] is not None]
     if len(agreements) == 2:
-        # Where both answer as the float student they answer alike, so their discordant images are among the others.
+        # Where both agree with the float student they agree with each other, so discordant images are among the rest.
         most = min(images, sum(images - round(agreement * images) for agreement in agreements))
         both = " and ".join(percent(agreement, digits) for agreement in agreements)
         chance = f": {_chance(abs(more), most)}" if 0 < abs(more) <= most else ""
         sentences.append(
-            f"They answer as the float student on {both} of them, so as each other on all but {most:,} at most{chance}."
+            f"They agree with the float student on {both} of them, so with each other on all but at most {most:,}{chance}."
         )
     return sentences
 
 
 def _chance(difference: int, most: int) -> str:
-    """Return whether chance explains a net difference, when all that is known of the discordant images is their largest number."""
-    largest = most - (most - difference) % 2  # as odd as the difference; more discordant images make p larger
+    """Return whether chance explains a net difference, knowing only the largest possible number of discordant images."""
+    largest = most - (most - difference) % 2  # same parity as the difference; more discordant images make p larger
     low, high = mcnemar(0, difference), mcnemar((largest - difference) // 2, (largest + difference) // 2)
     if low > SIGNIFICANT:
-        return f"chance alone can make this difference (exact sign test, p ≥ {significant(low, digits=2)})"
+        return f"chance alone can explain this difference (exact sign test, p ≥ {significant(low, digits=2)})"
     if high <= SIGNIFICANT:
-        return f"more than chance makes (exact sign test, p ≤ {significant(high, digits=2)})"
+        return f"more than chance explains (exact sign test, p ≤ {significant(high, digits=2)})"
     return f"the totals do not tell whether that is more than chance (exact sign test, p between {significant(low, digits=2)} and {significant(high, digits=2)})"

@@ -1,4 +1,4 @@
-"""The report as one self-contained page: inline styles and drawings, no script, nothing loaded."""
+"""The report as one self-contained page: inline styles and drawings, no scripts, nothing loaded."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -18,23 +18,23 @@ from compress.report.table import Section, Strong, Table, bar, count
 from compress.report.tables import sections
 from compress.report.verdict import deployed_name, guesses
 
-WIDTH = 440  # of a chart in its own pixels; close to a phone's, so that its text stays readable there
-FRAME = charts.Box(56, 8, WIDTH - 6, 236)  # of a cloud's points
+WIDTH = 440  # of a chart in its own pixels; near a phone's, so that text stays readable there
+FRAME = charts.Box(56, 8, WIDTH - 6, 236)  # of a scatter plot's points
 CURVES = {"loss": "loss", "score": "{}", "lr": "learning rate"}
 WATERFALLS = {"score": ("", ""), "params_m": ("Parameters", "M"), "macs_m": ("MACs", "M"), "size_mb": ("Size", "MB")}
 LATENCY = "median latency, ms (log scale)"
 
 
 class Page(NamedTuple):
-    """What a page shows; a cell or heading that is a key of `colours` gets a dot, one of `links` leads there.
+    """Content of a page; a cell or heading that is a key of `colours` gets a dot, one of `links` a link.
 
-    Texts are those of strangers: the template escapes all of them but the drawings.
+    Texts are untrusted: the template escapes all but the drawings.
     """
 
     kind: str
     title: str
     lead: str
-    cards: Sequence[Sequence[str]]  # title, value, what it is compared with, note
+    cards: Sequence[Sequence[str]]  # title, value, the value compared with, note
     warnings: Sequence[str]
     sections: Sequence[tuple[Section, Sequence[Markup]]]
     colours: Mapping[str, str]
@@ -47,9 +47,9 @@ class Page(NamedTuple):
 
 
 def render(report: Report, root: Path) -> str:
-    """Return the page; curves and widths are read from the run's folder `root`."""
+    """Return the report's HTML; curves and widths are read from the run's folder `root`."""
     recipe, judged = report["recipe"], deployed_name(report)
-    # A file for another target is timed here too, but this machine's picture of it would mislead.
+    # Leave out files for other targets: their times on this machine would mislead.
     drawn = [[row for row in rows if row["name"] in summary.TITLES] for rows in summary.headline_rows(report)]
     drawings = {
         "Stage by stage": list(_waterfalls(report)),
@@ -84,14 +84,14 @@ def render(report: Report, root: Path) -> str:
 
 
 def render_page(page: Page) -> str:
-    """Return a page's HTML, without the sections that are empty."""
+    """Return a page's HTML, without empty sections."""
     shown = [(section, drawn) for section, drawn in page.sections if section.tables or drawn]
     return template("page.html.j2").render(page=page._replace(sections=shown))
 
 
 @cache
 def template(name: str) -> Template:
-    """Return a page's template: it escapes every text, and a name it does not know is an error."""
+    """Return a template that escapes every text; an unknown variable is an error."""
     environment = Environment(
         loader=PackageLoader("compress.report", "templates"),
         autoescape=True,
@@ -105,13 +105,13 @@ def template(name: str) -> Template:
 
 
 def draw(chart: str, *values: object) -> Markup:
-    """Return one of the drawings in charts.html.j2."""
+    """Return a drawing by a macro in charts.html.j2."""
     drawing: Markup = getattr(template("charts.html.j2").module, chart)(*values)
     return drawing
 
 
 def cloud(conditions: str, x_title: str, points: Sequence[tuple[str, str, float, float]]) -> Markup:
-    """Return accuracy against time or speed: points are (colour, label, x, score)."""
+    """Return a scatter plot of accuracy against time or speed; points are (colour, label, x, score)."""
     x = charts.log_axis([x for _, _, x, _ in points], FRAME.left, FRAME.right)
     y = charts.linear_axis([100 * score for *_, score in points], FRAME.bottom - 14, FRAME.top + 14)
     places = [(name, label, x.at(value), y.at(100 * score)) for name, label, value, score in points]
@@ -124,7 +124,7 @@ def _cloud(rows: Sequence[DeployedRow]) -> Markup:
 
 
 def _distribution(rows: Sequence[DeployedRow]) -> Markup:
-    """Return the files' latencies: percentiles, and the medians of their blocks."""
+    """Return a drawing of the files' latencies: percentiles, and the medians of blocks."""
     percentiles = [(row["p50_ms"], row["p90_ms"], row["p99_ms"]) for row in rows]
     blocks = [row.get("block_ms", []) for row in rows]
     x = charts.log_axis([ms for found in (*percentiles, *blocks) for ms in found], 8, WIDTH - 8)
@@ -142,7 +142,7 @@ def _distribution(rows: Sequence[DeployedRow]) -> Markup:
 
 
 def _waterfalls(report: Report) -> Iterator[Markup]:
-    """Yield each metric over the stages that measured it."""
+    """Yield a drawing of each metric over the stages that measured it."""
     digits = summary.decimals(report)
     for metric, (title, unit) in WATERFALLS.items():
         pairs = [(stage["stage"], stage["metrics"].get(metric)) for stage in report["stages"]]
@@ -165,24 +165,24 @@ def _waterfalls(report: Report) -> Iterator[Markup]:
 def _widths(root: Path, report: Report) -> list[Table]:
     """Return each layer's output channels in the teacher and in the student."""
     rows = [(name, count(was), count(now), bar(now / was)) for name, (was, now) in series.widths(root, report).items()]
-    note = "Output channels of each layer in the teacher and in the student; the bar is the fraction that stays."
+    note = "Output channels of each layer in the teacher and in the student; the bar is the fraction kept."
     return [Table("", ("Layer", "Teacher", "Student", ""), rows, text=(0, 3), note=note)] if rows else []
 
 
 def _layer_times(root: Path, report: Report) -> list[Table]:
-    """Return what each layer takes before and after the cut."""
+    """Return each layer's time before and after pruning."""
     layers = series.layer_times(root, report)
     most = max((max(layer["before_ms"], layer["after_ms"]) for layer in layers), default=0.0)
     rows = []
     for layer in layers:
         cells = [(numbers.significant(ms), bar(ms / most)) for ms in (layer["before_ms"], layer["after_ms"])]
         rows.append((layer["name"] or "all else", *cells[0], *cells[1]))
-    note = "Milliseconds of each layer in ONNX Runtime, its activation and additions included, before the cut and after it."
+    note = "Milliseconds of each layer in ONNX Runtime, with its activation and additions, before and after pruning."
     return [Table("", ("Layer", "Before", "", "After", ""), rows, text=(0, 2, 4), note=note)] if rows else []
 
 
 def _curves(root: Path, report: Report) -> Iterator[Markup]:
-    """Yield the curves of each training's measurements."""
+    """Yield a drawing of each training's loss, score and learning rate."""
     for title, epochs in series.trainings(root, report):
         xs = [entry["epoch"] for entry in epochs]
         for name, words in CURVES.items():
@@ -201,7 +201,7 @@ def _curves(root: Path, report: Report) -> Iterator[Markup]:
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield nested JSON as dotted names and texts."""
+    """Yield nested JSON as (dotted name, text)."""
     if isinstance(values, dict) and values:
         for key, value in values.items():
             yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))

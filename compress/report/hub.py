@@ -1,4 +1,4 @@
-"""Publish a finished run's bundle to a repository of Hugging Face's hub; its README.md is the model card there."""
+"""Publish a finished run's bundle to a repository on Hugging Face's hub, where its README.md is the model card."""
 
 import importlib
 from pathlib import Path
@@ -11,16 +11,16 @@ HUB = "hf://"
 
 
 def publish_to_hub(run: Path, to: str, *, key: Path | None, dry_run: bool) -> list[str]:
-    """Replace what `hf://USER/NAME` holds by the run's bundle, and return lines that say so; a dry run asks no server.
+    """Replace the content of `hf://USER/NAME` by the run's bundle, and return lines for the user; a dry run contacts no server.
 
-    Raises ArtifactError and BundleError as `publish` does, and ArtifactError for another name and a hub that refuses or is not there.
+    Raises ArtifactError and BundleError as `publish` does, and ArtifactError for a wrong name or if the hub refuses or cannot be reached.
     """
-    hub = importlib.import_module("huggingface_hub")  # which timm brings
+    hub = importlib.import_module("huggingface_hub")  # a dependency of timm
     repository = to.removeprefix(HUB)
     try:
         hub.utils.validate_repo_id(repository)
         if repository.count("/") != 1:
-            raise ValueError("names no user or no model")
+            raise ValueError("needs a user and a model")
     except ValueError as error:
         raise ArtifactError(f"--to {to}: {error}; give hf://USER/NAME") from error
     with TemporaryDirectory() as folder:
@@ -29,13 +29,13 @@ def publish_to_hub(run: Path, to: str, *, key: Path | None, dry_run: bool) -> li
         files = sorted(path for path in bundle.rglob("*") if path.is_file())
         if dry_run:
             sizes = (f"{path.stat().st_size:>13,}  {path.relative_to(bundle)}" for path in files)
-            return [*sizes, f"{to}: would hold these {len(files)} files; nothing was sent"]
+            return [*sizes, f"{to}: would get these {len(files)} files; nothing was sent"]
         try:
             api = hub.HfApi()
             api.create_repo(repository, exist_ok=True)
             said = f"The bundle of {run.name}"
             api.upload_folder(repo_id=repository, folder_path=bundle, commit_message=said, delete_patterns=["*"])
-        except Exception as error:  # the hub's client raises its own errors, httpx's and the system's
+        except Exception as error:  # the client raises its own errors, httpx's and OSError
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise ArtifactError(f"{to}: {reason}; check the name, the network and `hf auth whoami`") from error
     return [f"{to}: {len(files)} files"]

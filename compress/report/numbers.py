@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them: few digits, with their unit; a dash for what is unknown."""
+"""Format numbers for readers: few digits, with a unit; a dash if unknown."""
 
 UNKNOWN = "–"
 GAP = "\u00a0"  # keeps a number and its unit on one line
@@ -21,13 +21,13 @@ def loss(drop: float) -> str:
 
 
 def change(before: float, after: float) -> str:
-    """Return a step as −58 %; nothing where it is below half a percent."""
+    """Return a relative change as −58 %; empty below half a percent."""
     percents = round(100 * (after / before - 1)) if before else 0
     return f"{percents:+}{GAP}%".replace("-", "−") if percents else ""
 
 
 def significant(value: float | None, unit: str = "", digits: int = 3) -> str:
-    """Return a number with so many significant digits and its unit, such as 0.412 ms, 17.9 ms or 1,204 ms."""
+    """Return a number with `digits` significant digits and its unit, such as 0.412 ms, 17.9 ms or 1,204 ms."""
     if value is None:
         return UNKNOWN
     size = len(str(int(abs(value)))) if abs(value) >= 1 else 0
@@ -54,10 +54,10 @@ def duration(seconds: float | None) -> str:
 
 
 def tick(value: float) -> str:
-    """Return an axis label without needless zeros."""
+    """Return an axis label without trailing zeros."""
     return f"{value:,.10g}"
 
 
 def heading(title: str) -> str:
-    """Return a metric's title as a heading starts: Top-1, mIoU."""
+    """Return a metric's title in the case of a heading: Top-1, mIoU."""
     return title[:1].upper() + title[1:] if title.islower() else title

@@ -1,4 +1,4 @@
-"""Draw a few validation images with their truths and what teacher and deployed file answered."""
+"""Draw a few validation images with their ground truth and the predictions of teacher and deployed file."""
 
 import base64
 import io
@@ -13,12 +13,12 @@ from compress.report import summary
 from compress.report.shape import Report
 from export.tasks import TASKS
 
-SIDE = 256  # pixels of a drawing
+SIDE = 256  # pixels of a picture
 EXAMPLES = "examples.npz"
 
 
 def examples(root: Path, report: Report) -> Iterator[Sequence[tuple[str, str]]]:
-    """Yield each image's pictures: what it shows, and its JPEG as a data URI."""
+    """Yield each image's pictures as (title, JPEG as a data URI)."""
     folders = [root / stage["directory"] for stage in report["stages"] if stage["stage"] == "bench"]
     if not folders or not (folders[-1] / EXAMPLES).exists():
         return
@@ -42,5 +42,7 @@ def examples(root: Path, report: Report) -> Iterator[Sequence[tuple[str, str]]]:
 
 def _jpeg(pixels: NDArray[np.uint8]) -> str:
     content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "JPEG", quality=85, subsampling=0)  # boxes are thin lines of colour
+    Image.fromarray(pixels).save(
+        content, "JPEG", quality=85, subsampling=0
+    )  # subsampling would blur the boxes' thin coloured lines
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

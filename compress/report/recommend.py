@@ -1,4 +1,4 @@
-"""Say which file to serve on the target, and why, from measured rows alone; where the target was not measured, say that instead."""
+"""Recommend a file to serve on the target, and why, from measurements alone; if the target was not measured, say so."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,16 +12,16 @@ from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER
 from export.onnx_file.targets import CPU, TARGET_PROVIDERS, TARGETS
 from export.runtime.rows import Speedup
 
-DEFAULT_MAX_SCORE_DROP = 0.01  # where the recipe sets no target of its own
+DEFAULT_MAX_SCORE_DROP = 0.01  # if the recipe sets no targets.max_drop
 SLOW_INT8 = (
     "in small networks and depthwise layers quantizing and dequantizing costs more than the integer kernels save"
 )
 
 
 class Bar(NamedTuple):
-    """What a file may lose: score of the file that it is compared with, that file in words, and the largest drop.
+    """How much a file may lose: the reference's score, its name in words, and the largest drop allowed.
 
-    `unfit` are files that their classes speak against, with the reason.
+    `unfit` are files ruled out by their scores in single classes, with the reason.
     """
 
     score: float | None
@@ -32,9 +32,9 @@ class Bar(NamedTuple):
 
 
 def recommend(report: Report) -> Recommendation | None:
-    """Return the file to serve on the recipe's target and a sentence why; None where no student was timed.
+    """Return the file to serve on the recipe's target and a sentence why; None if no student was timed.
 
-    Speed is that of the headline: one thread on a CPU, batch 1, the largest image.
+    Speed is the headline's: one thread on a CPU, batch 1, the largest image.
     """
     name = deployed_name(report)
     if name is None:
@@ -49,17 +49,17 @@ def recommend(report: Report) -> Recommendation | None:
         return Recommendation(file=None, sentence=f"No file is recommended: {FP32} was not timed on {where}.")
     classes = report["classes"]
     if classes and at_chance(classes, [TEACHER]):
-        return Recommendation(file=None, sentence=f"No file is recommended: {TEACHER} answers at chance.")
+        return Recommendation(file=None, sentence=f"No file is recommended: {TEACHER} predicts at chance.")
     bar = _bar(report, rows)
     file, reason = _choose(rows, bar, on_gpu=TARGETS[target].precision == "fp16")
-    if file in bar.unfit:  # what is left where no other file serves
+    if file in bar.unfit:  # the fallback, where no other file serves
         return Recommendation(file=None, sentence=f"No file is recommended: {bar.unfit[file]}.")
     said = "".join(f"; {part}" for part in (_maker(report, file), mostly_float(report, file)) if part)
     return Recommendation(file=file, sentence=f"Serve {file} on {target}: {reason}{said}.")
 
 
 def _choose(rows: dict[str, DeployedRow | None], bar: Bar, *, on_gpu: bool) -> tuple[str, str]:
-    """Return the file and the reason: the fastest precision whose speed-up is beyond doubt and whose accuracy holds."""
+    """Return the file and the reason: the fastest precision with a certain speed-up and enough accuracy."""
     fp16 = rows[FP16]
     fp16_problem = (_fp16_gpu_problem if on_gpu else _problem)(fp16, bar) if fp16 else None
     fp16_serves = fp16 is not None and fp16_problem is None
@@ -72,7 +72,7 @@ def _choose(rows: dict[str, DeployedRow | None], bar: Bar, *, on_gpu: bool) -> t
     good = [row for row in int8 if not problems[row["name"]]]
     if good:
         fastest = [row for row in good if not any(_is_faster(other, row) for other in good)]
-        best = max(fastest, key=lambda row: row["score"] or 0.0)  # of equals the first, which is the trained one
+        best = max(fastest, key=lambda row: row["score"] or 0.0)  # of equal ones the first, the trained file
         passed_over = problems[int8[0]["name"]]
         return best["name"], f"{_praise(best, bar)}{f'; {passed_over}' if passed_over else ''}{bar.note}"
     why = next((str(problem) for problem in problems.values()), "no INT8 file was made")
@@ -82,7 +82,7 @@ def _choose(rows: dict[str, DeployedRow | None], bar: Bar, *, on_gpu: bool) -> t
 
 
 def _bar(report: Report, rows: dict[str, DeployedRow | None]) -> Bar:
-    """Return what a file may lose against the teacher, or against the float student where even that loses more."""
+    """Return how much a file may lose against the teacher, or against the float student if even that loses more."""
     wanted = report["targets"]["max_drop"]
     max_drop = DEFAULT_MAX_SCORE_DROP if wanted is None else wanted
     teacher, student = (row["score"] if row else None for row in (rows[TEACHER], rows[FP32]))
@@ -96,7 +96,7 @@ def _bar(report: Report, rows: dict[str, DeployedRow | None]) -> Bar:
 
 
 def _unfit(report: Report) -> dict[str, str]:
-    """Return why files are not to be served whatever their score: they guess, or lose more of a class than targets.max_class_drop allows."""
+    """Return the files not to serve whatever their score: they guess, or lose more of a class than targets.max_class_drop."""
     classes, wanted = report["classes"], report["targets"]["max_class_drop"]
     if not classes:
         return {}
@@ -107,11 +107,11 @@ def _unfit(report: Report) -> dict[str, str]:
             if worst.drop > wanted + TOLERANCE:
                 lost = f'{loss(worst.drop)} of recall on class "{worst.name}"'
                 found[name] = f"{name} loses {lost}, {loss(wanted)} are allowed"
-    return found | {name: f"{name} answers at chance" for name in at_chance(classes, classes["files"])}
+    return found | {name: f"{name} predicts at chance" for name in at_chance(classes, classes["files"])}
 
 
 def _problem(row: DeployedRow, bar: Bar) -> str | None:
-    """Return what speaks against a file: accuracy, or a speed-up over FP32 that is not beyond doubt."""
+    """Return what speaks against a file: its accuracy, or a speed-up over FP32 that is not certain."""
     speed, name = row["speedup_vs_student_fp32"], row["name"]
     if problem := _accuracy_problem(row, bar):
         return problem
@@ -120,11 +120,11 @@ def _problem(row: DeployedRow, bar: Bar) -> str | None:
     if speed["ci95"][0] > 1:
         return None
     why = f": {SLOW_INT8}" if row["precision"] == "int8" else ""
-    return f"{_title(row)} is {_interval(speed)} of FP32 here{why}"
+    return f"{row['precision'].upper()} is {_interval(speed)} of FP32 here{why}"
 
 
 def _fp16_gpu_problem(row: DeployedRow, bar: Bar) -> str | None:
-    """Return what speaks against FP16 on a GPU, where half the memory at equal speed is reason enough for it."""
+    """Return what speaks against FP16 on a GPU, where half the memory at equal speed is reason enough to serve it."""
     speed = row["speedup_vs_student_fp32"]
     if problem := _accuracy_problem(row, bar):
         return problem
@@ -143,7 +143,7 @@ def _accuracy_problem(row: DeployedRow, bar: Bar) -> str | None:
 
 
 def _no_faster(row: DeployedRow, fp16: DeployedRow | None) -> str | None:
-    """Return that INT8 is not beyond doubt faster than an FP16 file that serves, where it is not."""
+    """Return a sentence if INT8 is not certainly faster than an FP16 file that serves."""
     own, other = row["speedup_vs_student_fp32"], fp16 and fp16["speedup_vs_student_fp32"]
     if not own or not other or fp16 is None or _is_faster(row, fp16):
         return None
@@ -151,13 +151,13 @@ def _no_faster(row: DeployedRow, fp16: DeployedRow | None) -> str | None:
 
 
 def _is_faster(row: DeployedRow, other: DeployedRow) -> bool:
-    """Tell whether a file is faster than another beyond doubt, both against FP32."""
+    """Tell whether the intervals of two files' speed-ups over FP32 are disjoint, and the first is faster."""
     own, others = row["speedup_vs_student_fp32"], other["speedup_vs_student_fp32"]
     return bool(own and others and own["ci95"][0] > others["ci95"][1])
 
 
 def _maker(report: Report, file: str) -> str | None:
-    """Return whose quantizer made the calibrated file, None where it is this pipeline's."""
+    """Return whose quantizer made the calibrated file, None if this project's."""
     found = report["ptq"]["targets"].get(target_of(report)) if file == PTQ and report["ptq"] else None
     engine = found["trials"][found["chosen"]].get("engine", "compress") if found else "compress"
     return None if engine == "compress" else f"made by {ENGINES[engine]}'s quantizer"
@@ -174,7 +174,7 @@ def _praise(row: DeployedRow, bar: Bar) -> str:
 
 
 def _elsewhere(report: Report, name: str, target: str) -> str:
-    """Return what is known where these times are not the target's."""
+    """Return the sentence for times that were not measured on the target."""
     host = report["environment"]["target"]
     here = "no such provider was timed here" if target in TARGET_PROVIDERS else f"this machine is {host}"
     row, student = headline_row(report, name), headline_row(report, FP32)
@@ -190,10 +190,6 @@ def _is_measured_on(report: Report, target: str, provider: str) -> bool:
     if provider == CPU and target != report["environment"]["target"]:
         return False
     return any(row["provider"] == provider for row in report["deployed"])
-
-
-def _title(row: DeployedRow) -> str:
-    return row["precision"].upper()
 
 
 def _interval(speed: Speedup) -> str:

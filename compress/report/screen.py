@@ -1,4 +1,4 @@
-"""Print tables so that nothing of them is lost: in a narrow terminal columns fold or come below, in a pipe nothing is folded."""
+"""Print tables without losing anything: in a narrow terminal, columns fold or move below; in a pipe, nothing is folded."""
 
 import math
 import os
@@ -11,14 +11,14 @@ from rich.text import Text
 
 from compress.report.table import Strong, Table
 
-LINES = 40  # of a screen, 80 columns wide
+LINES = 40  # of one screen
 UNBOUNDED = 10_000  # columns
-FOLDED, NAME = 12, 16  # columns that a text and a row's name may be folded to
+FOLDED, NAME = 12, 16  # narrowest widths of a text column and of the row names
 MARKS = {"✓": "green", "✗": "red"}
 
 
 def screen() -> Console:
-    """Return the console of standard output: as wide as its terminal, or as COLUMNS says; a pipe has no width."""
+    """Return the console of standard output: as wide as the terminal or COLUMNS; unbounded in a pipe."""
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = UNBOUNDED
@@ -26,12 +26,12 @@ def screen() -> Console:
 
 
 def say(console: Console, text: str, style: str = "", first: str = "") -> None:
-    """Print a text after its `first` words, which alone are styled where there are any; brackets in it are text, never markup."""
+    """Print `first` in the style, then the text; without `first`, the text is styled. Brackets are text, never markup."""
     console.print(Text.assemble((first, style), text) if first else Text(text, style), soft_wrap=True)
 
 
 def print_what_fits(console: Console, draw: Callable[[Console, int], None], notes: int) -> None:
-    """Print what `draw` draws with as many of its `notes` as leave it on one screen."""
+    """Call `draw` with the largest number of `notes` that still fits one screen."""
 
     def lines(kept: int) -> int:
         trial = Console(file=StringIO(), width=console.width)
@@ -43,7 +43,7 @@ def print_what_fits(console: Console, draw: Callable[[Console, int], None], note
 
 
 def show(console: Console, table: Table, *, few: int | None = None) -> None:
-    """Print the first `few` rows; columns that find no room beside the others come below, under the rows' names again."""
+    """Print the first `few` rows; columns that do not fit are printed below, with the row names repeated."""
     columns = list(range(len(table.columns) - table.more))
     if table.title:
         cut = f" · {few} of {len(table.rows):,}" if few and few < len(table.rows) else ""
@@ -63,7 +63,7 @@ def _print(console: Console, table: Table, columns: list[int], few: int | None) 
     widths = {column: _natural(table, column) for column in columns}
     least = {column: _least(table, column) for column in columns}
     while sum(widths.values()) > room and (wide := [column for column in columns if widths[column] > least[column]]):
-        widths[max(wide[1:] or wide, key=widths.__getitem__)] -= 1  # the rows' names last
+        widths[max(wide[1:] or wide, key=widths.__getitem__)] -= 1  # narrow the row names last
     for column in columns:
         justify = "left" if column in table.text else "right"
         grid.add_column(Text(table.columns[column]), justify=justify, overflow="fold", width=max(widths[column], 1))  # type: ignore[arg-type]
@@ -75,7 +75,7 @@ def _print(console: Console, table: Table, columns: list[int], few: int | None) 
 
 
 def _fitting(table: Table, columns: list[int], width: int) -> list[int]:
-    """Return as many of the columns as fit at their narrowest, one beside the names at least."""
+    """Return the first columns that fit at their narrowest; at least the names and one more."""
     taken, room = 0, width
     for column in columns:
         room -= _least(table, column) + (1 if taken else 0)
@@ -90,7 +90,7 @@ def _natural(table: Table, column: int) -> int:
 
 
 def _least(table: Table, column: int) -> int:
-    """Return how narrow a column may become: texts and headings fold, numbers never do."""
+    """Return a column's narrowest width: texts and headings fold, numbers never do."""
     if column in table.text:
         return min(_natural(table, column), NAME if column == 0 else FOLDED)
     words = max(map(len, table.columns[column].split()), default=0)

@@ -1,4 +1,4 @@
-"""Read what the page draws and `report.json` does not hold: training curves, channel widths and layers' times."""
+"""Read what the page shows beyond `report.json`: training curves, channel widths and layer times."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from compress.report.shape import Report
 
 
 def trainings(root: Path, report: Report) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield each training's title and its epochs as the log has them; a stage that trains in phases gives one for each."""
+    """Yield the title and the logged epochs of each training; a stage that trains in phases yields one per phase."""
     for stage in report["stages"]:
         log = root / stage["directory"] / "log.jsonl"
         phases: dict[str, list[dict[str, Any]]] = {}
@@ -21,7 +21,7 @@ def trainings(root: Path, report: Report) -> Iterator[tuple[str, list[dict[str, 
 
 
 def widths(root: Path, report: Report) -> dict[str, tuple[int, int]]:
-    """Return the channels of each convolution and linear layer before and after all cuts, by the pruning plans."""
+    """Return the output channels of each convolution and linear layer before and after all pruning, from the plans."""
     found: dict[str, tuple[int, int]] = {}
     for stage in report["stages"]:
         path = root / stage["directory"] / "plan.json"
@@ -33,7 +33,7 @@ def widths(root: Path, report: Report) -> dict[str, tuple[int, int]]:
 
 
 def layer_times(root: Path, report: Report) -> list[dict[str, Any]]:
-    """Return each layer's milliseconds before and after the last cut to a latency, slowest first; none where no cut was held to one."""
+    """Return each layer's milliseconds before and after the last pruning to a latency, slowest first; empty if there was none."""
     paths = [root / stage["directory"] / "latency.json" for stage in reversed(report["stages"])]
     path = next((path for path in paths if path.exists()), None)
     layers = json.loads(path.read_text(encoding="utf-8"))["layers"] if path else []

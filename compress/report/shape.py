@@ -1,8 +1,8 @@
-"""The shape of `report.json`. Accuracies are fractions, what is unknown is None."""
+"""The shape of `report.json`. Accuracies are fractions; unknown values are None."""
 
 from typing import Any, Literal, NotRequired
 
-from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from export.audit import Audit
 from export.runtime.end_to_end import EndToEnd
@@ -15,7 +15,7 @@ REPORT_VERSION: Literal[3] = 3
 
 
 class StageRow(TypedDict):
-    """One stage: what it measured, how long it took, and whether it was kept from an earlier run."""
+    """One stage: its metrics, how long it took, and whether it was reused from an earlier run."""
 
     stage: str
     key: str
@@ -26,11 +26,11 @@ class StageRow(TypedDict):
 
 
 class DeployedRow(TimingRow, AccuracyRow):
-    """One file, timed at one setting in ONNX Runtime, with its accuracy there, which is the same in all of its rows."""
+    """One file timed at one setting in ONNX Runtime, with its accuracy there, the same in all of the file's rows."""
 
 
 class MethodRow(TypedDict):
-    """One way of calibrating INT8 without training, None where it failed; agreement is with the float student's answers."""
+    """One method of calibrating INT8 without training, with None if it failed; agreement is with the float student."""
 
     engine: str
     method: str
@@ -43,7 +43,7 @@ class MethodRow(TypedDict):
 
 
 class GroupRow(TypedDict):
-    """What quantizing one group of layers alone does to the float student's answers."""
+    """Damage to the float student's outputs by quantizing one group of layers alone."""
 
     group: str
     kl: float
@@ -51,13 +51,13 @@ class GroupRow(TypedDict):
 
 
 class TrialRow(TypedDict):
-    """One file that tuning built: how, what it loses against the float student, how many times faster than it (FP32) it is.
+    """One file that tuning built: how, its score and drop against the float student, and the student's time over its own.
 
-    `kl` is the mean divergence in nats of its answers from that one's.
+    `kl` is the mean divergence of its outputs from the student's, in nats.
     """
 
     number_format: str
-    engine: NotRequired[str]  # whose quantizer; a report.json of before has this pipeline's alone
+    engine: NotRequired[str]  # which quantizer; missing in older reports, which had only this project's
     calibration: str
     keep_float: list[str]
     score: float
@@ -69,9 +69,9 @@ class TrialRow(TypedDict):
 
 
 class PtqTarget(TypedDict):
-    """INT8 without training on one target's grid; `chosen` is an index of the trials, whose numbers are of the tuning images.
+    """INT8 without training on one target's grid; `chosen` is an index into `trials`, which are scored on tuning images.
 
-    `score` is the chosen file's on the validation images, `calibration` the best method, from which qat starts.
+    `score` is the chosen file's on validation images, `calibration` the best method, from which qat starts.
     """
 
     methods: list[MethodRow]
@@ -83,7 +83,7 @@ class PtqTarget(TypedDict):
 
 
 class Ptq(TypedDict):
-    """The ptq stage's ptq.json: methods are reported on `images` of validation, trials are chosen by `tuning_images` of training."""
+    """The ptq stage's ptq.json: methods are scored on `images` validation images, trials on `tuning_images` training images."""
 
     images: int
     float_score: float
@@ -92,7 +92,7 @@ class Ptq(TypedDict):
 
 
 class Distance(TypedDict):
-    """How far one tensor of the file lies from the reference's, in levels of its grid (LSB) and in decibels."""
+    """Distance of one tensor of the file from the reference's, in levels of its grid (LSB) and in decibels."""
 
     max_lsb: int
     mean_lsb: float
@@ -101,14 +101,14 @@ class Distance(TypedDict):
 
 
 class TensorRow(Distance):
-    """One tensor end to end; `local` is what its own layers add, run on the reference's inputs."""
+    """One tensor's distance end to end; `local` is that of its own layers alone, run on the reference's inputs."""
 
     name: str
     local: Distance
 
 
 class SaturationRow(TypedDict):
-    """One layer whose 16-bit sums overflow on the machine that verified it."""
+    """One layer whose 16-bit sums overflow on the verifying machine."""
 
     layer: str
     max_lsb: int
@@ -117,7 +117,7 @@ class SaturationRow(TypedDict):
 
 
 class VerifyRow(TypedDict):
-    """One INT8 file in ONNX Runtime against its reference, tensor by tensor on the first `tensor_images` images."""
+    """One INT8 file in ONNX Runtime compared with its reference; tensors on the first `tensor_images` images."""
 
     images: int
     tensor_images: int
@@ -132,17 +132,17 @@ class VerifyRow(TypedDict):
 
 
 class Recommendation(TypedDict):
-    """The file to serve on the target, None where the target was not measured, and why."""
+    """The file to serve on the target, None if the target was not measured, and the reason."""
 
     file: str | None
     sentence: str
 
 
 class Report(TypedDict):
-    """Everything a run measured, and whether that is what its recipe wanted.
+    """Everything a run measured, and whether it meets the recipe's targets.
 
-    `ptq`, `audit` and `verify` are None where no stage wrote them; audit and verify are by file. `limits` has a sentence for each of
-    the export stage's limits that the deployed file is over. `metric` is what every `score` is of. `data_digest` names the images.
+    `ptq`, `audit` and `verify` are None if no stage wrote them; audit and verify are by file. `limits` has a sentence for each of
+    the export stage's limits that the deployed file exceeds. Every `score` is of `metric`. `data_digest` identifies the images.
     """
 
     schema_version: Literal[3]
@@ -153,7 +153,7 @@ class Report(TypedDict):
     data_digest: str
     stages: list[StageRow]
     deployed: list[DeployedRow]
-    end_to_end: NotRequired[dict[str, EndToEnd]]  # a report.json of before has none
+    end_to_end: NotRequired[dict[str, EndToEnd]]  # missing in older reports
     classes: Classes | None
     ptq: Ptq | None
     audit: dict[str, Audit] | None

@@ -1,6 +1,6 @@
-"""Send what a run logs to where people look, beside TensorBoard: MLflow, trackio, Weights & Biases.
+"""Send a run's log to experiment trackers beside TensorBoard: MLflow, trackio, Weights & Biases.
 
-Each finds its server by its own environment variables, and is imported where a recipe asks for it. Imports no torch.
+Each finds its server by its own environment variables, and is imported only if the recipe names it. Imports no torch.
 """
 
 import importlib
@@ -18,17 +18,17 @@ from typing import Any
 from compress.errors import CompressError
 
 PROJECT, IDENTITY = "compress", ".logged-as"
-PATIENCE = {  # else a server that is gone holds a run up for minutes
+PATIENCE = {  # otherwise an unreachable server blocks a run for minutes
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "WANDB_INIT_TIMEOUT": "30",
 }
-LEFT = ("report.json", "report", "bundle")  # in a finished run's folder
+LEFT = ("report.json", "report", "bundle")  # sent from a finished run's folder
 
 
 @dataclass(frozen=True)
 class Sink:
-    """A run on a server: takes an epoch's numbers, and by the names they get there the files and folders of a finished run."""
+    """A run on a server: sends an epoch's numbers, and a finished run's files and folders, keyed by their names there."""
 
     numbers: Callable[[Mapping[str, float], int], None]
     files: Callable[[Mapping[str, Path]], None]
@@ -40,7 +40,7 @@ def _mlflow(mlflow: Any, name: str, key: str, parameters: Mapping[str, str]) -> 
         mlflow.set_experiment(PROJECT)
     found = mlflow.search_runs(filter_string=f"tags.compress = '{key}'", output_format="list", max_results=1)
     mlflow.start_run(found[0].info.run_id if found else None, run_name=name, tags={"compress": key})
-    mlflow.log_params({} if found else parameters)  # which cannot be changed
+    mlflow.log_params({} if found else parameters)  # a resumed run's parameters cannot be changed
 
     def files(paths: Mapping[str, Path]) -> None:
         for name, path in paths.items():
@@ -81,7 +81,7 @@ SINKS: dict[str, Callable[[Any, str, str, Mapping[str, str]], Sink]] = {
 
 
 class Sinks:
-    """The open sinks of a run. One that fails is told of once and left; the run goes on, and its own log has all."""
+    """The open sinks of a run. One that fails is reported once and dropped; the run goes on, and its own log is complete."""
 
     def __init__(self) -> None:
         self.open: dict[str, Sink] = {}
@@ -92,7 +92,7 @@ class Sinks:
         self.each(lambda sink: sink.numbers(numbers, epoch))
 
     def finish(self, folders: Mapping[str, Path]) -> None:
-        """Send the numbers, report and bundle of each student; of a run without students by the name ""."""
+        """Send the numbers, report and bundle of each student; a run without students has the single name ""."""
         numbers, paths = dict[str, float](), dict[str, Path]()
         if not self.open:
             return
@@ -106,11 +106,11 @@ class Sinks:
         self.each(lambda sink: sink.files(paths))
 
     def each(self, send: Callable[[Sink], None]) -> None:
-        """Do the same with every sink that is left."""
+        """Call `send` with every sink that is still open."""
         for name, sink in list(self.open.items()):
             try:
                 send(sink)
-            except Exception as error:  # noqa: BLE001 (no server's fault ends a training)
+            except Exception as error:  # noqa: BLE001 (a server's failure must not end a training)
                 del self.open[name]
                 sys.stderr.write(f"log_to: {name}: {_short(error)}; the run goes on without it\n")
 
@@ -121,9 +121,9 @@ def _short(error: Exception) -> str:
 
 @contextmanager
 def opened(names: Sequence[str], name: str, folder: Path, settings: Mapping[str, Any]) -> Iterator[Sinks]:
-    """Give the sinks of the run in a folder, which goes on where it stopped when it is run again.
+    """Open the sinks of the run in a folder; a run that is resumed continues its log on the server.
 
-    Raises CompressError where a library is missing or its server cannot be reached.
+    Raises CompressError if a library is missing or its server cannot be reached.
     """
     sinks, identity = Sinks(), folder / IDENTITY
     if names:
@@ -137,7 +137,7 @@ def opened(names: Sequence[str], name: str, folder: Path, settings: Mapping[str,
             library, parameters = importlib.import_module(sink), dict(_flat("", settings))
             try:
                 sinks.open[sink] = SINKS[sink](library, name, identity.read_text(), parameters)
-            except Exception as error:  # each library has errors of its own for a server that is gone
+            except Exception as error:  # each library has its own errors for an unreachable server
                 raise CompressError(f"log_to: {sink}: {_short(error)}; start its server, or leave it out") from error
         yield sinks
     finally:
@@ -145,7 +145,7 @@ def opened(names: Sequence[str], name: str, folder: Path, settings: Mapping[str,
 
 
 def _flat(path: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Yield a recipe's fields by their paths; a stage is named, not numbered."""
+    """Yield a recipe's fields as (dotted path, text); a stage's number is followed by its name."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _flat(f"{path}.{name}" if path else str(name), inner)

@@ -1,4 +1,4 @@
-"""What the page and the terminal both say: the headline, the targets, the verdict, the conditions of a timing."""
+"""What page and terminal share: headline, targets, verdict, the conditions of a timing."""
 
 from collections.abc import Iterable, Iterator
 
@@ -44,17 +44,17 @@ TARGET_TITLES = {
 
 
 def metric(report: Report) -> Metric:
-    """Return what the report's scores are."""
+    """Return the metric of the report's scores."""
     return TASKS[report["recipe"]["task"]].metric
 
 
 def counted(report: Report) -> str:
-    """Return what is right or wrong, class by class: images, pixels, objects."""
+    """Return what class scores count: images, pixels or objects."""
     return report["classes"].get("counted", "images") if report["classes"] else "images"
 
 
 def headline(report: Report) -> Table:
-    """Return the deployed file's numbers beside the teacher's; without a bench stage, what the stages measured."""
+    """Return the deployed file's numbers beside the teacher's; without a bench stage, the stages' metrics."""
     provider = headline_provider(report)
     teacher, student = (headline_row(report, name, provider) for name in (TEACHER, deployed_name(report)))
     timed = student if teacher else None
@@ -119,16 +119,16 @@ def verdict_text(report: Report) -> str:
     """Return the verdict in a few words."""
     rows, over, wrong = targets(report).rows, len(report["limits"]), len(mismatches(report))
     missed = sum(row[0] == mark(False) for row in rows)
-    parts = [f"{file} answers at chance" for file in guesses(report)]
+    parts = [f"{file} predicts at chance" for file in guesses(report)]
     if parts and rows and TEACHER in guesses(report):
         parts.insert(0, "nothing to judge")
     if missed or not parts or not rows:
         judged = "all targets met" if rows else "no targets set"
         if len(report["stages"]) < len(report["recipe"]["stages"]):
-            judged = f"stopped after {report['stages'][-1]['stage']}, before the targets are judged"
+            judged = f"stopped after {report['stages'][-1]['stage']}, so the targets were not judged"
         parts += [f"{missed} of {len(rows)} targets missed" if missed else judged]
     parts += [f"{over} export {'limit' if over == 1 else 'limits'} exceeded"] if over else []
-    parts += [f"{wrong} {'file scores' if wrong == 1 else 'files score'} otherwise than measured"] if wrong else []
+    parts += [f"{wrong} {'file does' if wrong == 1 else 'files do'} not score as measured"] if wrong else []
     return ", ".join(parts)
 
 
@@ -144,26 +144,26 @@ def saturations(report: Report) -> Iterator[str]:
 
 
 def network(report: Report) -> str:
-    """Return the network that was compressed, or the teachers that are its baseline."""
+    """Return the network that was compressed, or else its teachers."""
     recipe = report["recipe"]
     arch: str = recipe["model"]["arch"] if recipe["model"] else ", ".join(one["network"] for one in recipe["teacher"])
     return arch
 
 
 def title(name: str) -> str:
-    """Return a file's title; those for further targets are named after their own, such as Student INT8 (PTQ), tensorrt."""
+    """Return a file's title; for a further target that is, for example, Student INT8 (PTQ), tensorrt."""
     own = next((own for own in (PTQ, QAT) if name.startswith(f"{own}_")), None)
     return f"{TITLES[own]}, {name.removeprefix(f'{own}_')}" if own else TITLES.get(name, name)
 
 
 def colour(name: str) -> str:
-    """Return a file's colour as CSS; a name from elsewhere never gets into the style."""
+    """Return a file's colour as CSS; an unknown name never gets into the style."""
     known = next((known for known in TITLES if name == known or name.startswith(f"{known}_")), None)
     return f"var(--{known})" if known else "var(--muted)"
 
 
 def order(name: str) -> tuple[int, str]:
-    """Return a file's place in the tables; those for further targets come last."""
+    """Return a file's sort key in tables; files for further targets come last."""
     return (list(TITLES).index(name) if name in TITLES else len(TITLES), name)
 
 
@@ -176,7 +176,7 @@ def conditions(row: DeployedRow) -> str:
 
 
 def ordered(rows: Iterable[DeployedRow]) -> list[DeployedRow]:
-    """Return the rows with those of equal conditions together, the files in their usual order."""
+    """Return the rows grouped by conditions, with files in their usual order."""
     return sorted(
         rows,
         key=lambda row: (
@@ -202,6 +202,6 @@ def headline_rows(report: Report) -> list[list[DeployedRow]]:
 
 
 def decimals(report: Report) -> int:
-    """Return how many decimals of a percentage mean something for the number of validation images."""
+    """Return how many decimals of a percentage are meaningful for the number of validation images."""
     images = max((row["images"] for row in report["deployed"]), default=0)
     return 1 if 0 < images < 1000 else 2

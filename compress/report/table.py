@@ -1,4 +1,4 @@
-"""A table as plain data, which the terminal, the page and the model card draw."""
+"""A table as plain data, drawn by the terminal, the page and the model card."""
 
 import html
 from collections.abc import Iterable, Sequence
@@ -10,15 +10,15 @@ BAR = 16  # characters
 
 
 class Strong(str):
-    """A cell that stands out."""
+    """A cell in bold."""
 
     __slots__ = ()
 
 
 class Table(NamedTuple):
-    """Cells in words under their columns; the columns at the indexes `text` are words, the others numbers.
+    """Cells as strings; the columns at the indexes `text` are words, the others numbers.
 
-    A cell that begins with ✓ or ✗ says whether a limit is met. The page alone shows the last `more` columns.
+    A cell that begins with ✓ or ✗ tells whether a limit is met. The last `more` columns are only on the page.
     """
 
     title: str
@@ -30,7 +30,7 @@ class Table(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Tables under one heading: `lead` stands above them, `after` below, and the page opens `folded` ones on a click."""
+    """Tables under one heading: `lead` is above them, `after` below; the page hides `folded` tables behind a click."""
 
     title: str
     tables: Sequence[Table]
@@ -40,17 +40,17 @@ class Section(NamedTuple):
 
 
 def strong(cells: Iterable[str]) -> list[str]:
-    """Return a row that stands out."""
+    """Return a row in bold."""
     return [Strong(cell) for cell in cells]
 
 
 def mark(is_met: bool | None, text: str = "") -> str:
-    """Return the sign of a limit that is met or missed before a text; None is no limit."""
+    """Return a text after ✓ or ✗ for a limit that is met or missed; None means no limit."""
     return text if is_met is None else f"{'✓' if is_met else '✗'} {text}".rstrip()
 
 
 def bar(fraction: float) -> str:
-    """Return a bar of blocks; nothing for zero."""
+    """Return a bar of block characters; empty for zero."""
     return "█" * max(1, round(BAR * fraction)) if fraction > 0 else ""
 
 
@@ -60,7 +60,7 @@ def count(number: int | None) -> str:
 
 
 def markdown(table: Table, few: int | None = None) -> str:
-    """Return the first rows as a Markdown table, without the columns that no row knows anything of; texts come from strangers."""
+    """Return the first `few` rows as a Markdown table without columns that are empty in all rows; cells are untrusted and escaped."""
     if not table.rows:
         return ""
     known = [index for index in range(len(table.columns)) if {row[index] for row in table.rows} - {UNKNOWN, ""}]
@@ -69,5 +69,5 @@ def markdown(table: Table, few: int | None = None) -> str:
 
 
 def plain(text: str) -> str:
-    """Return a text that is nothing but text in a cell of Markdown."""
+    """Return a text escaped for a cell of a Markdown table."""
     return html.escape(" ".join(text.split()).replace("|", "\\|"), quote=False)

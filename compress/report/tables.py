@@ -1,4 +1,4 @@
-"""The report's tables: stages, deployed files, classes; `sections` gathers them with those on INT8."""
+"""The report's tables: stages, deployed files, classes; `sections` adds those on INT8."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -11,13 +11,13 @@ from compress.report.table import Section, Table, count
 from compress.report.verdict import any_row, judged_classes
 from export.onnx_file.roles import TEACHER
 
-MATRIX_CLASSES = 20  # of more, only the most confused pairs are shown
+MATRIX_CLASSES = 20  # with more classes, only the most confused pairs are shown
 PAIRS = 20
-ELSEWHERE = "A file that is named after another target was scored and timed on this machine too; on its own it can predict, and run, otherwise."
+ELSEWHERE = "A file named after another target was scored and timed on this machine; on its own target, score and time can differ."
 
 
 def sections(report: Report) -> list[Section]:
-    """Return all that was measured, in the order of the page."""
+    """Return everything that was measured, in the order of the page."""
     return [
         Section("Stage by stage", [stages(report)]),
         deployed(report),
@@ -27,7 +27,7 @@ def sections(report: Report) -> list[Section]:
 
 
 def stages(report: Report) -> Table:
-    """Return what each stage measured, and whether it was kept from an earlier run."""
+    """Return each stage's metrics, and whether it was reused from an earlier run."""
     digits = summary.decimals(report)
     rows = [
         (
@@ -62,18 +62,18 @@ def deployed(report: Report) -> Section:
 
 
 def end_to_end(report: Report) -> list[Table]:
-    """Return what an image takes from its bytes to the answer."""
+    """Return the time of one image from its bytes to the prediction."""
     rows = [
         (name, *map(significant, (*(parts := (row["read_ms"], row["network_ms"], row["answer_ms"])), sum(parts))))
         for name, row in report.get("end_to_end", {}).items()
     ]
-    columns = ("File", "Read ms", "Network ms", "Answer ms", "Together")
-    note = "Medians: read and prepare an image file at its own size, run the network, make its output an answer."
-    return [Table("From file to answer: one image, one thread", columns, rows, note=note)] if rows else []
+    columns = ("File", "Read ms", "Network ms", "Prediction ms", "Total")
+    note = "Medians: read and preprocess an image file of its own size, run the network, turn its output into a prediction."
+    return [Table("From file to prediction: one image, one thread", columns, rows, note=note)] if rows else []
 
 
 def files(report: Report, rows: Sequence[DeployedRow]) -> Table:
-    """Return files that were timed under the same conditions."""
+    """Return the table of files that were timed under the same conditions."""
     digits = summary.decimals(report)
     metric = heading(report["metric"]["title"])
     columns = ("File", metric, "Agree", "MB", "p50 ms", "p99 ms", "vs teacher", "95 %", "vs FP32")
@@ -96,7 +96,7 @@ def files(report: Report, rows: Sequence[DeployedRow]) -> Table:
 
 
 def accuracy(report: Report) -> list[Table]:
-    """Return every file's score and what else its task reports."""
+    """Return every file's score and its task's further metrics."""
     if judged_classes(report) is None:
         return []
     names = sorted({row["name"] for row in report["deployed"]}, key=summary.order)
@@ -112,7 +112,7 @@ def accuracy(report: Report) -> list[Table]:
 
 
 def class_scores(report: Report) -> list[Table]:
-    """Return every file's own score of each class, where its task has one."""
+    """Return every file's score of each class, if its task has one."""
     classes, digits = report["classes"], summary.decimals(report)
     if classes is None or "measure" not in classes:
         return []
@@ -126,7 +126,7 @@ def class_scores(report: Report) -> list[Table]:
 
 
 def recalls(report: Report) -> list[Table]:
-    """Return the recall of teacher and deployed file in each class, the worst loss first, those without images last."""
+    """Return the recall of teacher and deployed file in each class, largest drop first, classes without images last."""
     judged = judged_classes(report)
     if judged is None:
         return []
@@ -150,7 +150,7 @@ def recalls(report: Report) -> list[Table]:
 
 
 def confusion(report: Report) -> list[Table]:
-    """Return what the deployed file takes for what: a matrix, or of many classes the most confused pairs."""
+    """Return the deployed file's confusion matrix, or with many classes the most confused pairs."""
     judged = judged_classes(report)
     if judged is None or judged[0]["files"][judged[1]]["mistakes"] is None:
         return []
@@ -179,5 +179,5 @@ def confusion(report: Report) -> list[Table]:
         (name, *(count(counts[truth, answer]) if counts.get((truth, answer)) else "·" for answer in range(len(names))))
         for truth, name in enumerate(names)
     ]
-    note = "A row for each class, a column for each prediction: what lies off the diagonal is a mistake."
+    note = "A row for each class, a column for each prediction: mistakes lie off the diagonal."
     return [Table(f"Confusion matrix of {file}", ("", *names), rows, note=note)]

@@ -1,4 +1,4 @@
-"""The tables on INT8: without training, against its reference, as ONNX Runtime's optimizer left it."""
+"""The tables on INT8: calibration without training, comparison with the reference, audit of the optimized file."""
 
 from collections.abc import Iterable, Iterator
 
@@ -18,7 +18,7 @@ TOP_GROUPS = 10
 
 
 def sections(report: Report, digits: int) -> list[Section]:
-    """Return how INT8 was made and proved; a section without tables is one whose stage did not run."""
+    """Return how INT8 was made and proved; a section is empty if its stage did not run."""
     audits = sorted(
         ((name, row) for name, row in (report["audit"] or {}).items() if is_int8(name)),
         key=lambda item: _order(item[0]),
@@ -34,7 +34,7 @@ def sections(report: Report, digits: int) -> list[Section]:
         Section(
             "What runs in integers",
             [audit(report, audits), *(in_float(name, row) for name, row in audits[:1])] if audits else [],
-            lead="The graph as ONNX Runtime's optimizer leaves it, which is what runs; not the file.",
+            lead="The graph after ONNX Runtime's optimizer: what really runs, not what the file contains.",
             folded=[in_float(name, row) for name, row in audits[1:]],
         ),
     ]
@@ -49,7 +49,7 @@ def _targets(report: Report, digits: int) -> Iterator[list[Table]]:
 
 
 def methods(report: Report, target: str, found: PtqTarget, digits: int) -> Table:
-    """Return the float student, every method, and the trained file."""
+    """Return the scores of the float student, every calibration method, and the trained file."""
     assert report["ptq"] is not None
     rows: list[list[str]] = [["float student", "", "ONNX Runtime", percent(report["ptq"]["float_score"], digits)]]
     rows[0] += [""] * 3
@@ -71,7 +71,7 @@ def methods(report: Report, target: str, found: PtqTarget, digits: int) -> Table
 
 
 def _trained(report: Report, target: str, digits: int) -> tuple[list[list[str]], list[str]]:
-    """Return the row of the qat stage's file, as ONNX Runtime scored it, else as PyTorch did, and a note; nothing without the stage."""
+    """Return the row of the qat stage's file, scored in ONNX Runtime or else in PyTorch, and notes; both empty without qat."""
     metrics = stage_metrics(report, "qat")
     if metrics is None or report["ptq"] is None:
         return [], []
@@ -96,7 +96,7 @@ def _trained(report: Report, target: str, digits: int) -> tuple[list[list[str]],
 
 
 def trials(report: Report, target: str, found: PtqTarget, digits: int) -> Table:
-    """Return the files that tuning built, the chosen one in bold."""
+    """Return the files that tuning built, with the chosen one in bold."""
     assert report["ptq"] is not None
     rows = []
     for index, trial in enumerate(found["trials"]):
@@ -133,7 +133,7 @@ def trials(report: Report, target: str, found: PtqTarget, digits: int) -> Table:
 
 
 def groups(target: str, found: PtqTarget) -> Iterator[Table]:
-    """Yield the layers whose quantization alone moves the predictions most, none where none was measured."""
+    """Yield the table of the layers whose quantization alone changes predictions most, if measured."""
     ranked = sorted(found["sensitivity"], key=lambda row: -row["kl"])[:TOP_GROUPS]
     largest = max((row["kl"] for row in ranked), default=0.0) or 1.0
     rows = [
@@ -145,7 +145,7 @@ def groups(target: str, found: PtqTarget) -> Iterator[Table]:
         )
         for row in ranked
     ]
-    note = "Each quantized alone: how far the predictions move from the float student's (KL), and the score it costs."
+    note = "Each layer quantized alone: how far predictions move from the float student's (KL), and the points lost."
     if rows:
         yield Table(
             f"Most sensitive layers · {target}", ("Layer", "", "KL", "Points lost"), rows, text=(0, 1), note=note
@@ -153,7 +153,7 @@ def groups(target: str, found: PtqTarget) -> Iterator[Table]:
 
 
 def parity(report: Report, name: str, row: VerifyRow) -> Table:
-    """Return how an INT8 file predicts beside its reference."""
+    """Return how closely an INT8 file predicts as its reference."""
     low, high = (percent(bound) for bound in row["agreement_ci95"])
     is_network = name.startswith(QAT)
     reference = "the fake-quantized network" if is_network else "the same file without the optimizer"
@@ -192,7 +192,7 @@ def parity(report: Report, name: str, row: VerifyRow) -> Table:
 
 
 def tensors(name: str, row: VerifyRow) -> Table:
-    """Return every tensor's distance from the reference, the worst first."""
+    """Return every tensor's distance from the reference, worst first."""
 
     def worst_first(tensor: TensorRow) -> tuple[float, int]:
         unknown = 0.0 if tensor["differing"] else float("inf")  # identical, unless the reference is all zeros
@@ -218,7 +218,7 @@ def tensors(name: str, row: VerifyRow) -> Table:
 
 
 def audit(report: Report, audits: Iterable[tuple[str, Audit]]) -> Table:
-    """Return each INT8 file as the optimizer left it, held to the export stage's limits."""
+    """Return the audit of each INT8 file, and whether it keeps the export stage's limits."""
     rows = []
     for name, row in audits:
         floats, left, fraction = len(row["float_layers"]), len(row["leftover_qdq"]), row["float_fraction"]
@@ -247,7 +247,7 @@ LIMITS = ("max_float_layers", "max_float_fraction", "max_leftover_qdq")
 
 
 def in_float(name: str, row: Audit) -> Table:
-    """Return what of a file computes in float, by name, with the reasons; and how many operators of each kind there are."""
+    """Return a file's float layers and operators by name with reasons, and the number of operators of each kind."""
     reasons = row["reasons"]
     operators = sorted(row["operators"].items(), key=lambda item: (-item[1], item[0]))
     found = [
@@ -271,7 +271,7 @@ def _judged(report: Report, name: str, key: str, value: float | None, shown: str
 
 
 def _limit(report: Report, name: str | None, key: str) -> float | None:
-    """Return one of the export stage's limits, which speak of the deployed file alone."""
+    """Return one of the export stage's limits; None unless the file is the deployed one."""
     section = stage_section(report, "export")
     if section is None or name is None or name != audited_name(report):
         return None

@@ -1,4 +1,4 @@
-"""The report in the terminal: on one screen of 80 columns and 40 lines what decides, with -v everything."""
+"""The report in the terminal: the essentials on one screen of 80 columns and 40 lines, everything with -v."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ STYLES = {"pass": "bold green", "fail": "bold red", "partial": "bold"}
 
 
 def print_report(report: Report, console: Console, *, verbose: bool = False, page: Path | None = None) -> None:
-    """Print the headline, the files under its conditions, the warnings, the verdict, and where the page is; every table where verbose."""
+    """Print the headline, the files under its conditions, warnings, verdict and the page's path; every table if verbose."""
     warnings = [*summary.saturations(report), *report["warnings"]]
 
     def draw(console: Console, notes: int) -> None:
@@ -37,7 +37,7 @@ def print_report(report: Report, console: Console, *, verbose: bool = False, pag
 
 
 def print_tables(report: Report, console: Console, *, verbose: bool) -> None:
-    """Print the files under the headline's conditions, or what the stages measured where none was timed; every table where verbose."""
+    """Print the files under the headline's conditions, or the stages if none was timed; every table if verbose."""
     timed = summary.headline_rows(report)
     if not verbose:
         show(console, files(report, timed[0]) if timed else stages(report))
@@ -50,7 +50,7 @@ def print_tables(report: Report, console: Console, *, verbose: bool) -> None:
 
 
 def print_verdict(report: Report, console: Console, notes: int, *, name: str = "") -> None:
-    """Print the verdict, at most so many of the failures, and the targets that are met."""
+    """Print the verdict, at most `notes` failures, and the targets that are met."""
     first = f"\n{name}{': ' if name else ''}{report['verdict'].upper()} "
     say(console, summary.verdict_text(report), STYLES[report["verdict"]], first)
     for failure in report["failures"][:notes]:

@@ -11,21 +11,21 @@ from export.onnx_file.targets import CPU, TARGET_PROVIDERS, TARGETS, provider_ti
 from export.runtime.rows import Speedup
 from export.tasks.task import Classes
 
-MOST_FLOAT = 0.2  # of its multiply-accumulates: a file with more of them in float is not called INT8
-TOLERANCE = 1e-9  # a target that is met exactly is met, whatever the last bit says
+MOST_FLOAT = 0.2  # a file with a larger fraction of its MACs in float is not called INT8
+TOLERANCE = 1e-9  # rounding must not fail a target that is met exactly
 
 
 class Measurement(NamedTuple):
-    """What a target is compared with, and under which conditions it was measured; None where it was not."""
+    """A measured value to compare with a target (None if not measured), and its conditions."""
 
     value: float | None
     conditions: str
 
 
 def judge(report: Report) -> tuple[Verdict, list[str]]:
-    """Return the verdict, and a sentence for each target that is missed or was not measured and each limit that is exceeded.
+    """Return the verdict, and a sentence for each target that is missed or not measured and each limit that is exceeded.
 
-    Where there are targets, a teacher or deployed file that answers at chance fails them all: nothing it reaches means anything.
+    If there are targets, a teacher or deployed file that predicts at chance fails the run.
     """
     measured = measure(report)
     failures = list(guesses(report).values()) if has_targets(report) else []
@@ -44,27 +44,27 @@ def has_targets(report: Report) -> bool:
 
 
 def guesses(report: Report) -> dict[str, str]:
-    """Return a sentence for the teacher or else the deployed file, by name, where it answers at chance."""
+    """Return a sentence, by file name, if the teacher or else the deployed file predicts at chance."""
     classes, name = report["classes"], deployed_name(report)
     found = [at_chance(classes, [file]) for file in (TEACHER, name) if file] if classes else []
     return next(filter(None, found), {})
 
 
 def judged_classes(report: Report) -> tuple[Classes, str] | None:
-    """Return the classes and the deployed file, None where it was not scored beside the teacher."""
+    """Return the classes and the deployed file's name; None if it was not scored along with the teacher."""
     classes, name = report["classes"], deployed_name(report)
     return (classes, name) if classes and name and {TEACHER, name} <= classes["files"].keys() else None
 
 
 def is_met(target: str, wanted: float, value: float | None) -> bool:
-    """Tell whether a value reaches its target; one that was not measured does not."""
+    """Tell whether a value meets its target; one that was not measured does not."""
     if value is None:
         return False
     return value >= wanted - TOLERANCE if limit(target) == "at least" else value <= wanted + TOLERANCE
 
 
 def measure(report: Report) -> dict[str, Measurement]:
-    """Return for each target what the run measured."""
+    """Return the run's measurement for each target."""
     name = deployed_name(report)
     teacher, student = any_row(report, TEACHER), any_row(report, name)
     provider = TARGET_PROVIDERS.get(target_of(report), CPU)
@@ -84,13 +84,13 @@ def measure(report: Report) -> dict[str, Measurement]:
 
 
 def target_of(report: Report) -> str:
-    """Return the recipe's target; auto is the machine that the run was made on."""
+    """Return the recipe's target; auto means the machine of the run."""
     target: str = report["recipe"]["target"]
     return report["environment"]["target"] if target == "auto" else target
 
 
 def deployed_name(report: Report) -> str | None:
-    """Return the file that the targets are about, None without a bench that timed it; of INT8 files it is the recommended one."""
+    """Return the file that the targets judge: the recommended INT8 file, else the one made for the target; None if not timed."""
     names = {row["name"] for row in report["deployed"]}
     served = report["recommendation"] and report["recommendation"]["file"]
     if served in (QAT, PTQ):
@@ -99,13 +99,13 @@ def deployed_name(report: Report) -> str | None:
 
 
 def audited_name(report: Report) -> str | None:
-    """Return the file that the export stage's limits are about: the deployed one, without a bench the one that would be."""
+    """Return the file that the export stage's limits judge: the deployed one, or without a bench the one to be deployed."""
     audits = report["audit"]
     return deployed_name(report) or (deployed(audits, TARGETS[target_of(report)]) if audits else None)
 
 
 def mostly_float(report: Report, name: str | None) -> str | None:
-    """Return how many layers of an INT8 file run in float where more of its work than MOST_FLOAT is done, else None."""
+    """Return how many layers of an INT8 file are float, if they do more than MOST_FLOAT of its work, else None."""
     found = (report["audit"] or {}).get(name or "")
     if (
         found is None
@@ -119,13 +119,13 @@ def mostly_float(report: Report, name: str | None) -> str | None:
 
 
 def headline_provider(report: Report) -> str:
-    """Return where the headline's times come from: the target's provider, or the CPU where that was not timed."""
+    """Return the provider of the headline's times: the target's, or the CPU if that was not timed."""
     wanted = TARGET_PROVIDERS.get(target_of(report), CPU)
     return wanted if any(row["provider"] == wanted for row in report["deployed"]) else CPU
 
 
 def is_headline(row: DeployedRow) -> bool:
-    """Tell whether a file was timed as the targets speak of it: at batch 1, on a CPU with one thread."""
+    """Tell whether a row has the headline's conditions: batch 1, and on a CPU one thread."""
     return row["batch"] == 1 and (row["threads"] == 1 or row["provider"] != CPU)
 
 
@@ -138,14 +138,14 @@ def headline_row(report: Report, name: str | None, provider: str = CPU) -> Deplo
 
 
 def first_and_last(report: Report, metric: str) -> tuple[float | None, float | None]:
-    """Return a stage metric of the teacher, and of the last stage that measured it."""
+    """Return a stage metric of the first stage, and of the last stage that measured it."""
     values = [stage["metrics"].get(metric) for stage in report["stages"]]
     measured = [value for value in values if value is not None]
     return (values[0], measured[-1]) if measured else (None, None)
 
 
 def any_row(report: Report, name: str | None) -> DeployedRow | None:
-    """Return one of a file's rows: size and accuracy are the same in all of them."""
+    """Return any row of a file; size and accuracy are the same in all."""
     return next((row for row in report["deployed"] if row["name"] == name), None)
 
 
@@ -187,7 +187,7 @@ def _size_ratio(teacher: DeployedRow | None, student: DeployedRow | None) -> Mea
 
 
 def _macs_ratio(report: Report) -> Measurement:
-    """Compare the last stage that counted MACs with the source."""
+    """Return the MACs of the last stage that counted them over the source's."""
     before, after = first_and_last(report, "macs_m")
     if not before or after is None:
         return Measurement(None, "multiply-accumulates of one image")
@@ -195,7 +195,7 @@ def _macs_ratio(report: Report) -> Measurement:
 
 
 def show(target: str, value: float | None) -> str:
-    """Return a target's value in its unit: points of score, times faster, milliseconds, or a fraction."""
+    """Return a target's value in its unit: points, times faster, milliseconds, or a fraction."""
     if value is None:
         return "not measured"
     if target.endswith("_drop"):

@@ -1,9 +1,8 @@
-"""Golden inputs and outputs: real images, what the network sees of them, and what every file answered where the bundle was made.
+"""Golden inputs and outputs: real images, the network's inputs for them, and every file's outputs where the bundle was made.
 
-Equal to the last bit on every machine: the inputs, since normalizing is a chain of single IEEE operations. Equal to the
-last bit in the ONNX Runtime and on the processor that bundle.json's `golden.made_with` names, one thread, one image at a time: the outputs.
-Elsewhere kernels add up in another order, and what lies between two levels of a grid rounds to either; so each file has
-a tolerance.
+The inputs are equal to the last bit on every machine, since normalizing is a chain of single IEEE operations. The outputs are
+equal to the last bit only with the ONNX Runtime and processor of bundle.json's `golden.made_with`, on one thread, one image at
+a time. Elsewhere kernels sum in another order, and ties between levels may round the other way; so each file has a tolerance.
 """
 
 import math
@@ -24,30 +23,30 @@ from export.tasks.task import OutputTask
 
 FOLDER, IMAGES, INPUTS = "golden", "images", "inputs"
 MAX_GOLDEN = 64  # images
-# The largest difference of an output's value, in standard deviations of all expected ones. Seen on 1,000 photographs and 897 digits in
-# ONNX Runtime 1.15 to 1.32 on x86-64, aarch64 and WebAssembly, and in OpenVINO: fp32 1e-6, fp16 0.05 (Arm), int8 0.13.
+# The largest allowed difference of an output value, in standard deviations of all expected values. Largest seen on 1,000 photographs and
+# 897 digits in ONNX Runtime 1.15 to 1.32 on x86-64, aarch64 and WebAssembly, and in OpenVINO: fp32 1e-6, fp16 0.05 (Arm), int8 0.13.
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "int8": 0.25}
 
 
 @dataclass(frozen=True)
 class Golden:
-    """The golden arrays; `outputs` and `tolerance` (largest difference of a value) are by file, `made_with` is the outputs' runtime."""
+    """The golden arrays; `outputs` and `tolerance` (largest difference of a value) are by file, `made_with` is their runtime."""
 
     images: NDArray[np.uint8]  # (n, size, size, 3), RGB, resized and cropped
-    inputs: NDArray[np.float32]  # (n, 3, size, size), the same normalized
+    inputs: NDArray[np.float32]  # (n, 3, size, size), the images normalized
     truths: NDArray[Any]  # (n, ...)
     outputs: dict[str, NDArray[np.float32]]  # (n, ...) each
     tolerance: dict[str, float]
-    made_with: Json  # empty in bundles that were made before it was kept
+    made_with: Json  # empty in older bundles
 
     def differing(self, name: str, outputs: NDArray[np.generic]) -> list[int]:
-        """Return the images whose `outputs` (n, ...) are not the expected ones of the file `name` within its tolerance."""
+        """Return the indices of images whose `outputs` (n, ...) differ from those of the file `name` by more than its tolerance."""
         apart = np.abs(outputs.astype(np.float64) - self.outputs[name]).reshape(len(outputs), -1).max(axis=1)  # (n,)
-        return [int(index) for index in np.flatnonzero(~(apart <= self.tolerance[name]))]  # NaN is different
+        return [int(index) for index in np.flatnonzero(~(apart <= self.tolerance[name]))]  # NaN differs
 
 
-def answer(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the outputs (n, ...) of `inputs` (n, 3, size, size), one image at a time on one thread of the CPU."""
+def outputs_of(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return a file's outputs (n, ...) for `inputs` (n, 3, size, size), one image at a time on one CPU thread."""
     session = open_session(path, threads=1)
     (given,) = session.get_inputs()
     images = inputs.astype(DTYPES[given.type], copy=False)
@@ -62,19 +61,19 @@ def make_golden(
 ) -> Golden:
     """Return the golden arrays of `files` (name to path and precision), run on this machine.
 
-    Raises BundleError where a file answers with infinity or no number.
+    Raises BundleError if an output is not finite.
     """
-    outputs = {name: answer(path, inputs) for name, (path, _) in files.items()}
+    outputs = {name: outputs_of(path, inputs) for name, (path, _) in files.items()}
     for name, logits in outputs.items():
         if not np.isfinite(logits).all():
-            raise BundleError(f"{name}: answers a golden image with numbers that are not finite: export it again")
+            raise BundleError(f"{name}: its outputs for a golden image are not finite: export it again")
     tolerance = {name: TOLERANCE[kind] * float(outputs[name].std()) for name, (_, kind) in files.items()}
     rounded = {name: float(f"{value:.3g}") for name, value in tolerance.items()}
     return Golden(images, inputs, truths, outputs, rounded, runtime())
 
 
 def write_arrays(folder: Path, golden: Golden) -> None:
-    """Write the arrays, each as a .npy file."""
+    """Write each array as a .npy file."""
     (folder / FOLDER).mkdir()
     arrays: dict[str, NDArray[Any]] = {IMAGES: golden.images, INPUTS: golden.inputs, **golden.outputs}
     for name, array in arrays.items():
@@ -82,10 +81,10 @@ def write_arrays(folder: Path, golden: Golden) -> None:
 
 
 def read_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[np.generic]:
-    """Return the array of a .npy file that must have just this type and shape.
+    """Return the array of a .npy file that must have exactly this type and shape.
 
-    Nothing is parsed: of what numpy's own reader takes, much raises errors of many kinds, and some fills the memory.
-    Raises BundleError for any other file, before anything is allocated that it is not long enough for.
+    Nothing is parsed: with damaged files, numpy's reader raises many kinds of errors, or fills the memory.
+    Raises BundleError for any other file, before allocating more than the file's size.
     """
     header, size = npy_header(dtype, shape), np.dtype(dtype).itemsize * math.prod(shape)
     if path.stat().st_size != len(header) + size or not (data := path.read_bytes()).startswith(header):
@@ -97,10 +96,10 @@ def read_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[
 
 
 def npy_header(dtype: DTypeLike, shape: tuple[int, ...]) -> bytes:
-    """Return what stands before the values in version 1.0 of numpy's format, the same for every version of numpy."""
+    """Return the header of numpy's format version 1.0, the same with every version of numpy."""
     kind = np.dtype(dtype).newbyteorder("<").str
     text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}"
-    padded = text.ljust(-(-(len(text) + 11) // 64) * 64 - 11) + "\n"  # ten bytes of magic and length stand before it
+    padded = text.ljust(-(-(len(text) + 11) // 64) * 64 - 11) + "\n"  # after ten bytes of magic and length
     return b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded.encode()
 
 
@@ -113,7 +112,7 @@ def read_golden(
     image_size: int,
     output: tuple[int, ...],
 ) -> Golden:
-    """Return the golden arrays, whose shapes the manifest and the models leave no choice in."""
+    """Return the golden arrays, whose shapes follow from the manifest and the models."""
     listed, where = get(manifest, "bundle.json", "golden", dict), "bundle.json: golden"
     names = list(get(manifest, "bundle.json", "files", dict))
     values, tolerance = get(listed, where, "truths", list), get(listed, where, "tolerance", dict)
@@ -143,9 +142,9 @@ def read_golden(
 
 
 def check_inputs(golden: Golden, preprocess: Preprocess) -> None:
-    """Raise BundleError where the golden images, normalized as the bundle says, are not the golden inputs."""
+    """Raise BundleError if normalizing the golden images as preprocess.json says does not give the golden inputs."""
     if not np.array_equal(preprocess.normalize(golden.images), golden.inputs):
         raise BundleError(
-            f"preprocess.json: mean and std: give other inputs than {FOLDER}/{INPUTS}.npy: get the bundle again",
+            f"preprocess.json: mean and std: do not give the inputs in {FOLDER}/{INPUTS}.npy: get the bundle again",
             defect="preprocess_differs",
         )

@@ -1,4 +1,4 @@
-"""Read the files of a folder that may come from anybody, and nothing outside it."""
+"""Read files of an untrusted folder, and nothing outside it."""
 
 import json
 import re
@@ -20,7 +20,7 @@ Kind = TypeVar("Kind")
 
 
 def contained(folder: Path, name: str) -> Path:
-    """Return the regular file `name` in `folder`; raise BundleError for a path that leaves it and for links."""
+    """Return the regular file `name` in `folder`; raise BundleError for links and for a path outside the folder."""
     parts = name.split("/")
     if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in parts):
         raise BundleError(f"{brief(name)}: must be a file inside the bundle", defect="outside_path")
@@ -29,7 +29,7 @@ def contained(folder: Path, name: str) -> Path:
         for part in parts:
             path = path / part
             if path.is_symlink():
-                raise BundleError(f"{name}: must be a file of its own, not a link: get the bundle again", defect="link")
+                raise BundleError(f"{name}: must be a regular file, not a link: get the bundle again", defect="link")
         if not path.is_file():
             raise BundleError(f"{name}: is missing: get the bundle again", defect="missing_file")
     except OSError as error:
@@ -39,7 +39,7 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def check_size(folder: Path, name: str, *, at_most: int) -> Path:
-    """Return the file's path where it has at most so many bytes."""
+    """Return the file's path; raise BundleError if it has more than `at_most` bytes."""
     path = contained(folder, name)
     if path.stat().st_size > at_most:
         raise BundleError(f"{name}: must be at most {at_most} bytes, got {path.stat().st_size}", defect="too_large")
@@ -57,7 +57,7 @@ def read_text(folder: Path, name: str) -> str:
 
 
 def read_json(folder: Path, name: str) -> Json:
-    """Return the JSON object in a small file; a key that is there twice or a NaN is refused: programs differ about them."""
+    """Return the JSON object in a small file; refuse duplicate keys and NaN, which programs read differently."""
     try:
         document = json.loads(read_text(folder, name), object_pairs_hook=_unique_keys, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
@@ -68,7 +68,7 @@ def read_json(folder: Path, name: str) -> Json:
 
 
 def get(document: Mapping[str, object], where: str, key: str, kind: type[Kind]) -> Kind:
-    """Return a value of the wanted type; true and false are no numbers."""
+    """Return the value of a key; raise BundleError if it has another type (true and false are not numbers)."""
     value = document.get(key)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise BundleError(f"{where}: {key}: must be {kind.__name__}, got {brief(value)}", defect="bad_content")
@@ -82,7 +82,7 @@ def read_sums(folder: Path) -> dict[str, str]:
         found = SUMS_LINE.fullmatch(line)
         if not found or found[2] in digests or len(digests) == MAX_FILES:
             raise BundleError(
-                f"{SUMS}: must hold one digest and one name a line, once each, at most {MAX_FILES}, got {brief(line)}",
+                f"{SUMS}: must have one digest and one name per line, each name once, at most {MAX_FILES} lines, got {brief(line)}",
                 defect="bad_content",
             )
         digests[found[2]] = found[1]
@@ -90,16 +90,16 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def check_digest(folder: Path, name: str, digest: str) -> None:
-    """Compare a file with its line in SHA256SUMS."""
+    """Raise BundleError if a file does not have its digest from SHA256SUMS."""
     if sha256(check_size(folder, name, at_most=MAX_FILE_BYTES)) != digest:
         sentence = f"{name}: is not the file the bundle was made with (SHA-256 differs): get the bundle again"
         raise BundleError(sentence, defect="changed_file")
 
 
 def brief(value: object) -> str:
-    """Return a foreign value as Python writes it, short enough for a sentence."""
+    """Return an untrusted value's repr, shortened for a message."""
     if isinstance(value, int) and abs(value) >= 10**30:
-        return "a number of more than 30 digits"  # Python refuses to write one of more than 4,300
+        return "a number of more than 30 digits"  # Python refuses to format more than 4,300 digits
     if isinstance(value, dict | list):
         return f"{type(value).__name__} of {len(value)}"
     text = repr(value)
@@ -109,9 +109,9 @@ def brief(value: object) -> str:
 def _unique_keys(pairs: list[tuple[str, object]]) -> Mapping[str, object]:
     document = dict(pairs)
     if len(document) != len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key occurs twice")
     return document
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")

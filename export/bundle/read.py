@@ -1,21 +1,21 @@
-"""A bundle: one folder with everything a server needs to run the model, and the digests that prove it whole.
+"""A bundle: one folder with everything a server needs to run the model, and digests that prove it is complete and unchanged.
 
 bundle.json         what the model is, which file to serve (`served`), and each file's precision, digest and metrics
 preprocess.json     how an image becomes the network's input
-labels.txt          one class name a line, in the order of the outputs
-validation.txt      the digest of each image that the network was judged by, one a line: 64 bits of the SHA-256 of its file, or of
-                    the one that `compress export-data` writes where it came without (missing in older bundles)
+labels.txt          one class name per line, in the order of the outputs
+validation.txt      the digest of each validation image, one per line: 64 bits of the SHA-256 of its file, or of the file that
+                    `compress export-data` writes for an image without one (missing in older bundles)
 NAME.onnx           the model files
 golden/images.npy   uint8 (n, size, size, 3): real validation images, resized and cropped
-golden/inputs.npy   float32 (n, 3, size, size): the same normalized, to the last bit
-golden/NAME.npy     float32 (n, classes): what NAME.onnx answered where the bundle was made; `golden` in bundle.json has the
-                    images' labels and, for each file, the largest difference that another machine's logits may show
-serving/            folders and requests for servers, made of the files above
-README.md           the model card; recipe.yaml, environment.json, report.json, report/index.html, LICENSE, NOTICE: where it is from
+golden/inputs.npy   float32 (n, 3, size, size): the same images normalized, to the last bit
+golden/NAME.npy     float32 (n, classes): the outputs of NAME.onnx where the bundle was made; `golden` in bundle.json has the
+                    images' labels and, for each file, the largest difference allowed on another machine
+serving/            folders and requests for servers, made from the files above
+README.md           the model card; recipe.yaml, environment.json, report.json, report/index.html, LICENSE, NOTICE: its origin
 SHA256SUMS          the digest of every other file; `sha256sum -c SHA256SUMS` passes
-model.sig           a signature over all files, where the bundle was signed; no digest covers it
+model.sig           a signature over all files, if the bundle was signed; no digest covers it
 
-A reader needs the first seven lines and SHA256SUMS. The same inputs give the same bytes.
+A reader needs the files in the first seven lines and SHA256SUMS. The same inputs give the same bytes.
 """
 
 import re
@@ -50,21 +50,21 @@ SIGNATURE = "model.sig"
 SCHEMA_VERSION = 3
 MAX_MODELS = 100
 NAME = re.compile(r"[a-z0-9][a-z0-9_\-]{0,63}")
-MAX_INDEX = 65_535  # of a mask file's pixel
-LARGEST = 1e6  # a mean or a standard deviation of pixels in [0, 1]; float32 holds its square and its inverse
+MAX_INDEX = 65_535  # largest pixel value of a mask file
+LARGEST = 1e6  # for the mean and standard deviation of pixels in [0, 1]; float32 can hold its square and inverse
 
 Kind = TypeVar("Kind")
 Given = ParamSpec("Given")
 Report = Callable[[BundleError], None]
 Inspect = Callable[[Sequence[Path]], Sequence[ModelFile | BundleError]]
-"""Returns for each model file its facts, or what is wrong with it."""
+"""Returns each model file's facts, or the error."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was found whole; `files` are the models by name, `served` is the name of the one to serve.
+    """A checked bundle; `files` are the models by name, `served` is the name of the one to serve.
 
-    `validation` are the digests of the images that the network was judged by; none in older bundles.
+    `validation` has the digests of the validation images; empty in older bundles.
     """
 
     path: Path
@@ -80,19 +80,19 @@ class Bundle:
     validation: tuple[str, ...]
 
     def examples(self, data: Path) -> Examples:
-        """Return the labelled images of `data` to score the files on. Raises DataError for data that do not fit the bundle."""
+        """Return the labelled images of `data` to score the files on; DataError if they do not fit the bundle."""
         found = self.task.examples(data, self.preprocess, self.labels)
         return found.judged(self.validation) if self.validation else found
 
     def file(self, name: str | None) -> Path:
-        """Return the file `name`, or the one to serve; raise BundleError for a name that the bundle lacks."""
+        """Return the path of the file `name`, or of the one to serve; raise BundleError for an unknown name."""
         if name is not None and name not in self.files:
             raise BundleError(f"--file: the bundle has {', '.join(self.files)}, got {name!r}: name one of them")
         return self.files[name or self.served]
 
 
 def entry(path: Path, facts: ModelFile) -> Json:
-    """Return what bundle.json says of one model file, before its metrics."""
+    """Return bundle.json's entry for one model file, without metrics."""
     return {
         "file": path.name,
         "precision": facts.precision,
@@ -104,7 +104,7 @@ def entry(path: Path, facts: ModelFile) -> Json:
 
 
 def inspect_here(paths: Sequence[Path]) -> list[ModelFile | BundleError]:
-    """Inspect files that this project wrote, in this process; for any other file there is `export.bundle.sandbox.vet`."""
+    """Inspect trusted files in this process; use `export.bundle.sandbox.vet` for untrusted ones."""
     found: list[ModelFile | BundleError] = []
     for path in paths:
         facts = tried(found.append, inspect, path)
@@ -115,22 +115,22 @@ def inspect_here(paths: Sequence[Path]) -> list[ModelFile | BundleError]:
 def read_bundle(path: Path, *, inspect: Inspect = inspect_here) -> Bundle:
     """Return the bundle in the folder `path` after checking every digest, every name and every model file's facts.
 
-    Reads nothing outside the folder and follows no link in it. Give `export.bundle.sandbox.vet` as `inspect` where the bundle
-    may come from elsewhere. Raises BundleError, naming the file, for the first thing amiss.
+    Reads nothing outside the folder and follows no links. Pass `export.bundle.sandbox.vet` as `inspect` if the bundle is
+    untrusted. Raises BundleError, naming the file, for the first problem.
     """
 
     def refuse(error: BundleError) -> None:
         raise error
 
     bundle = examine(path, amiss=refuse, inspect=inspect)
-    assert bundle is not None, "what keeps a bundle from being read is amiss"
+    assert bundle is not None, "a problem that prevents reading was raised"
     return bundle
 
 
 def examine(path: Path, *, amiss: Report, inspect: Inspect) -> Bundle | None:
-    """Return what is sound of a bundle, None where that is too little; everything amiss goes to `amiss`, which may raise."""
+    """Return the bundle as far as it is sound, or None if too little is; every problem goes to `amiss`, which may raise."""
     if not path.is_dir():
-        amiss(BundleError(f"{path}: is no folder: give the bundle that a run left in runs/NAME/bundle"))
+        amiss(BundleError(f"{path}: is not a folder: give a run's bundle, runs/NAME/bundle"))
         return None
     digests = tried(amiss, read_sums, path)
     if digests is not None:
@@ -185,7 +185,7 @@ def examine(path: Path, *, amiss: Report, inspect: Inspect) -> Bundle | None:
 
 
 def tried(amiss: Report, read: Callable[Given, Kind], *args: Given.args, **kwargs: Given.kwargs) -> Kind | None:
-    """Return what `read` returns; its BundleError goes to `amiss`."""
+    """Return the result of `read`; if it raises BundleError, pass that to `amiss` and return None."""
     try:
         return read(*args, **kwargs)
     except BundleError as error:
@@ -217,13 +217,13 @@ def served_of(manifest: Json) -> str:
 
 
 def check_listed(digests: Mapping[str, str], *names: str) -> None:
-    """Raise BundleError for a file that no digest covers."""
+    """Raise BundleError for a file that is not in SHA256SUMS."""
     if missing := [name for name in names if name not in digests]:
         raise BundleError(f"{SUMS}: lists no {', '.join(missing)}: get the bundle again", defect="unlisted_file")
 
 
 def check_entry(name: str, listed: Json, expected: Json) -> None:
-    """Compare what bundle.json says of one model with what its file says."""
+    """Raise BundleError if bundle.json's entry for a model differs from the file's facts."""
     if wrong := [key for key in expected if listed.get(key) != expected[key]]:
         key = wrong[0]
         raise BundleError(
@@ -234,7 +234,7 @@ def check_entry(name: str, listed: Json, expected: Json) -> None:
 
 
 def check_ends(manifest: Json, file: str, facts: ModelFile) -> None:
-    """Compare what bundle.json says of every model's input and output with one of them."""
+    """Raise BundleError if bundle.json's input and output differ from a model's."""
     for key, value in (("input", facts.input), ("output", facts.output)):
         stated = get(manifest, MANIFEST, key, dict)
         if stated != (found := {"name": value.name, "shape": list(value.shape), "dtype": value.dtype}):
@@ -245,7 +245,7 @@ def check_ends(manifest: Json, file: str, facts: ModelFile) -> None:
 
 
 def check_image_size(file: str, facts: ModelFile, preprocess: Preprocess) -> None:
-    """Compare the size that images are cropped to with the model's input."""
+    """Raise BundleError if images are cropped to another size than the model's input."""
     if facts.image_size != preprocess.image_size:
         raise BundleError(
             f"{PREPROCESS}: image_size: {file} takes {facts.image_size}, got {preprocess.image_size}: get the bundle again",
@@ -254,7 +254,7 @@ def check_image_size(file: str, facts: ModelFile, preprocess: Preprocess) -> Non
 
 
 def read_manifest(folder: Path) -> Json:
-    """Return bundle.json after a look at what every reader needs."""
+    """Return bundle.json after checking the fields that every reader needs."""
     manifest = read_json(folder, MANIFEST)
     if (version := get(manifest, MANIFEST, "schema_version", int)) != SCHEMA_VERSION:
         raise BundleError(
@@ -275,14 +275,14 @@ def read_labels(folder: Path) -> tuple[str, ...]:
     labels = read_text(folder, LABELS).removesuffix("\n").split("\n")
     if bad := [label for label in labels if not is_label(label)]:
         raise BundleError(
-            f"{LABELS}: must be one printable name a line, got {brief(bad[0])}: get the bundle again",
+            f"{LABELS}: must be one printable name per line, got {brief(bad[0])}: get the bundle again",
             defect="bad_content",
         )
     return tuple(labels)
 
 
 def read_validation(folder: Path, digests: Mapping[str, str] | None) -> tuple[str, ...]:
-    """Return validation.txt's lines; an older bundle has none."""
+    """Return validation.txt's lines; empty for an older bundle."""
     if not (folder / VALIDATION).exists() and VALIDATION not in (digests or ()):
         return ()
     if digests is not None:
@@ -290,19 +290,19 @@ def read_validation(folder: Path, digests: Mapping[str, str] | None) -> tuple[st
     lines = read_text(folder, VALIDATION).splitlines()
     if bad := [line for line in lines if not re.fullmatch("[0-9a-f]{16}", line)]:
         raise BundleError(
-            f"{VALIDATION}: must be 16 hexadecimal digits a line, got {brief(bad[0])}: get the bundle again",
+            f"{VALIDATION}: must be 16 hexadecimal digits per line, got {brief(bad[0])}: get the bundle again",
             defect="bad_content",
         )
     return tuple(lines)
 
 
 def read_preprocess(folder: Path) -> Preprocess:
-    """Return preprocess.json's numbers, checked."""
+    """Return preprocess.json's content, checked."""
     return preprocess_of(read_json(folder, PREPROCESS))
 
 
 def preprocess_of(document: Mapping[str, object]) -> Preprocess:
-    """Return the numbers of preprocess.json's content, checked."""
+    """Return the content of a preprocess.json, checked."""
     size, resize_to = get(document, PREPROCESS, "image_size", int), get(document, PREPROCESS, "resize_to", int)
     if not 0 < size <= resize_to <= MAX_IMAGE_SIZE:
         raise BundleError(
@@ -341,5 +341,5 @@ def preprocess_of(document: Mapping[str, object]) -> Preprocess:
 
 
 def is_number(value: object) -> bool:
-    """Whether JSON holds a number here; to Python true is one too."""
+    """Tell whether a JSON value is a number; in Python, True is an int too."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,14 +1,13 @@
-"""Open ONNX files that may come from anybody in a process of their own first, with limits.
+"""Open untrusted ONNX files first in a separate process with limits.
 
 The child parses each file, checks it, loads it in ONNX Runtime with all optimizations, runs it once on a black image, and
-prints what it found as JSON. A crash, a hang or an endless demand for memory ends the child and becomes one sentence in the
-parent, which opens only what was found sound.
+prints its findings as JSON. A crash, a hang or running out of memory ends only the child and becomes one sentence in the
+parent, which opens only files that were found sound.
 
-On Linux the child's address space and CPU time are limited, and it can write into no file (`resource`); elsewhere only its
-time is. This guards against files that break their reader, by accident or on purpose. It is no wall against a file that
-takes the child over: the child is the same user on the same machine, with its files and its network. Where that is to be
-feared, run the whole command in a container or a virtual machine. It also does not guard against one who changes the file
-between the look and the use.
+On Linux the child's address space and CPU time are limited, and it cannot write to files (`resource`); elsewhere only its
+time is limited. This protects against files that break their reader, by accident or on purpose. It does not protect against
+a file that takes over the child, which has the same user, files and network. If that is a threat, run the whole command in a
+container or a virtual machine. Nor does it protect against changes of a file between the check and its use.
 """
 
 import argparse
@@ -29,31 +28,31 @@ from export.errors import BundleError, Defect
 from export.onnx_file.model_file import ModelFile, Value, facts_of, parse
 from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
 
-OUT_OF_MEMORY = ("alloc", "MemoryError", "length_error")  # in what the libraries say
+OUT_OF_MEMORY = ("alloc", "MemoryError", "length_error")  # words in the libraries' messages
 TOO_SLOW = (-signal.SIGALRM, -signal.SIGXCPU) if sys.platform != "win32" else ()
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the child may take; the numbers that honest files need are in docs/security.md."""
+    """The child's limits; docs/security.md has the numbers that sound files need."""
 
-    memory_mb: int = 2048  # of address space, besides `memory_per_byte` for each byte of the largest file
+    memory_mb: int = 2048  # of address space, plus `memory_per_byte` for each byte of the largest file
     memory_per_byte: int = 8
     cpu_seconds: int = 60  # for each file
     seconds: int = 240  # for each file
 
 
 Found = ModelFile | BundleError | None
-"""What one look at a file gives: its facts (None where nobody asked for them), or what is wrong with it."""
+"""The result for one file: its facts (None if not wanted), or the error."""
 
 
 def vet(paths: Sequence[Path], limits: Limits = Limits()) -> list[ModelFile | BundleError]:
-    """Return for each model file of a bundle its facts, or what is wrong with it."""
+    """Return the facts of each model file of a bundle, or its error."""
     return [found or _nonsense(path) for path, found in zip(paths, _look_guarded(paths, limits), strict=True)]
 
 
 def require_sound(path: Path, limits: Limits = Limits()) -> Path:
-    """Return the path of any ONNX file, of a bundle or not; raise BundleError where it is not sound."""
+    """Return the path of an ONNX file, which need not fit a bundle; raise BundleError if it is not sound."""
     (found,) = _look_guarded([path], limits, "--any")
     if isinstance(found, BundleError):
         raise found
@@ -61,7 +60,7 @@ def require_sound(path: Path, limits: Limits = Limits()) -> Path:
 
 
 def _look_guarded(paths: Sequence[Path], limits: Limits, *options: str) -> list[Found]:
-    """Return what the child found; where a file ends it, another one looks at the rest."""
+    """Return the child's findings; if a file ends the child, another child continues with the rest."""
     found: list[Found] = []
     while len(found) < len(paths):
         left = paths[len(found) :]
@@ -75,17 +74,16 @@ def _look_guarded(paths: Sequence[Path], limits: Limits, *options: str) -> list[
 def _ask_child(
     paths: Sequence[Path], limits: Limits, options: Sequence[str]
 ) -> tuple[list[str], "subprocess.CompletedProcess[str] | None"]:
-    """Return the child's lines, one for each file that it finished, and how it ended: None where it had to be stopped."""
+    """Return the child's lines, one per finished file, and its completed process, or None if it had to be stopped."""
     root = str(Path(__file__).parents[2])
     search = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    # -P: Python would else look for modules in the folder it is called from, which may be the bundle.
+    # -P: otherwise Python would import modules from the current folder, which may be the bundle.
     command = [
         sys.executable,
         "-P",
         "-m",
         "export.bundle.sandbox",
-        "--limits",
-        json.dumps(asdict(limits)),
+        f"--limits={json.dumps(asdict(limits))}",
         *options,
         "--",
     ]
@@ -107,7 +105,7 @@ def _ask_child(
 
 
 def _read_answer(line: str, path: Path) -> Found:
-    """Return what one line of the child says."""
+    """Return the result in one line of the child's output."""
     try:
         answer = json.loads(line)
         if answer is None:
@@ -122,13 +120,11 @@ def _read_answer(line: str, path: Path) -> Found:
 
 
 def _nonsense(path: Path) -> BundleError:
-    return BundleError(
-        f"{path.name}: the process that looked at it answered nonsense: do not trust it", defect="crashed"
-    )
+    return BundleError(f"{path.name}: the process that checked it printed nonsense: do not trust it", defect="crashed")
 
 
 def _why(ended: "subprocess.CompletedProcess[str] | None", path: Path, limits: Limits) -> BundleError:
-    """Return the sentence about the file that the child did not survive."""
+    """Return the error for the file that ended the child."""
     again = "export it again, or do not trust it"
     if ended is None or ended.returncode in TOO_SLOW:
         sentence = f"{path.name}: takes more than {limits.cpu_seconds} s to load and run once: {again}"
@@ -151,7 +147,7 @@ def _memory(paths: Sequence[Path], limits: Limits) -> int:
 
 
 def look(path: Path, limits: Limits, *, of_bundle: bool) -> Found:
-    """Parse, check, load and run a file in this process; a bundle's model must also have one image in and one answer out."""
+    """Parse, check, load and run a file in this process; a bundle's model must also have one image input and one output."""
     try:
         model = parse(path)
         facts = facts_of(model, path) if of_bundle else None
@@ -175,7 +171,7 @@ def look(path: Path, limits: Limits, *, of_bundle: bool) -> Found:
 
 
 def run_once(path: Path) -> None:
-    """Run a file on one black image; sizes that vary are 1."""
+    """Run a file on one black image, with dynamic sizes set to 1."""
     session = open_session(path, threads=1)
     if strange := [given for given in session.get_inputs() if given.type not in DTYPES]:
         sentence = f"{path.name}: {strange[0].name}: must be one of {', '.join(DTYPES)}, got {strange[0].type}"
@@ -187,7 +183,7 @@ def run_once(path: Path) -> None:
 
 
 def confine(paths: Sequence[Path], limits: Limits) -> None:
-    """Limit this process's memory and forbid it to write into files; does nothing where the system is not Linux."""
+    """Limit this process's memory and forbid writing to files; does nothing if the system is not Linux."""
     if sys.platform != "linux":
         return
     import resource
@@ -200,7 +196,7 @@ def confine(paths: Sequence[Path], limits: Limits) -> None:
 
 
 def start_clock(limits: Limits) -> None:
-    """End this process when one file takes too long; a signal that nobody handles ends it inside a library too."""
+    """Start the time limits for one file; the unhandled signal ends the process even inside a library."""
     if sys.platform != "win32":
         import resource
 
@@ -212,11 +208,11 @@ def start_clock(limits: Limits) -> None:
 
 
 def main() -> None:
-    """Print the facts of each file, or what is wrong with it, as one line of JSON."""
+    """Print each file's facts or error as one line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m export.bundle.sandbox", description=main.__doc__)
     parser.add_argument("paths", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--limits", type=json.loads, default="{}", help="Limits as JSON")
-    parser.add_argument("--any", action="store_true", help="take any model, not only a bundle's")
+    parser.add_argument("--any", action="store_true", help="accept any model, not only a bundle's")
     arguments = parser.parse_args()
     limits = Limits(**arguments.limits)
     confine(arguments.paths, limits)

@@ -1,4 +1,4 @@
-"""Write a bundle beside its place, read it back, and put it there in one step."""
+"""Write a bundle to a temporary folder, read it back, and move it into place in one step."""
 
 import shutil
 import tempfile
@@ -34,11 +34,10 @@ from export.tasks import task_named
 
 @dataclass(frozen=True)
 class Contents:
-    """What a bundle is made of.
+    """The contents of a bundle to write.
 
-    `files` are the models by name; `metrics` has for a file what it does not say itself: score, agreement. `images`
-    (n, size, size, 3) and `truths` (n, ...) are the golden ones, `validation` the digests of the images that the network was
-    judged by. `documents` are further files by their path.
+    `files` are the models by name; `metrics` has each file's score and agreement. `images` (n, size, size, 3) and `truths`
+    (n, ...) are the golden ones, `validation` has the digests of the validation images. `documents` are further files by path.
     """
 
     name: str
@@ -57,20 +56,20 @@ class Contents:
 
 
 def write_bundle(out: Path, contents: Contents) -> None:
-    """Write the bundle beside `out`, read it back, and put it in place in one step; only an older bundle is replaced.
+    """Write the bundle to `out` in one step, after reading it back; replace only another bundle.
 
-    Raises BundleError for content that no reader would accept and for a place that cannot be written.
+    Raises BundleError for content that no reader would accept, and if the place cannot be written.
     """
     in_one_step(out, lambda folder: fill(folder, contents))
 
 
 def in_one_step(out: Path, fill: Callable[[Path], None]) -> None:
-    """Have `fill` write a bundle into an empty folder beside `out`, read it back, and rename it.
+    """Let `fill` write a bundle into an empty folder beside `out`, read it back, and rename it.
 
-    Raises BundleError where `out` is anything but an older bundle, and for a place that cannot be written.
+    Raises BundleError if `out` exists and is not a bundle, and if the place cannot be written.
     """
     if not is_replaceable(out):
-        raise BundleError(f"{out}: exists and is no bundle: move it away or name another place")
+        raise BundleError(f"{out}: exists and is not a bundle: move it away or name another place")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
@@ -86,7 +85,7 @@ def in_one_step(out: Path, fill: Callable[[Path], None]) -> None:
 
 
 def is_replaceable(out: Path) -> bool:
-    """Whether `out` is free, an empty folder, or an older bundle."""
+    """Tell whether `out` does not exist, is an empty folder, or is a bundle."""
     if out.is_symlink() or not out.is_dir():
         return not out.exists() and not out.is_symlink()
     return (out / MANIFEST).is_file() or not any(out.iterdir())
@@ -119,7 +118,7 @@ def fill(folder: Path, contents: Contents) -> None:
 
 
 def copy_models(folder: Path, files: Mapping[str, Path]) -> dict[str, ModelFile]:
-    """Copy the model files and return their facts; all must take and give the same."""
+    """Copy the model files and return their facts; all must have the same input and output."""
     facts: dict[str, ModelFile] = {}
     for name, source in files.items():
         if not NAME.fullmatch(name) or name in (IMAGES, INPUTS):
@@ -162,7 +161,7 @@ def manifest(folder: Path, contents: Contents, facts: Mapping[str, ModelFile], g
 
 
 def write_serving(folder: Path, contents: Contents, facts: Mapping[str, ModelFile], golden: Golden) -> None:
-    """Write the folder serving/ from what is in the bundle already."""
+    """Write the folder serving/ from the files already in the bundle."""
     served = facts[contents.serving.served]
     image, logits = golden.inputs[0].astype(served.input.dtype), golden.outputs[contents.serving.served][0]
     write_repositories(folder, contents.name, facts, contents.serving, sample=image.tobytes())
@@ -171,7 +170,7 @@ def write_serving(folder: Path, contents: Contents, facts: Mapping[str, ModelFil
 
 
 def put_in_place(new: Path, out: Path, *, old: Path) -> None:
-    """Move `new` to `out`; a bundle already there moves to `old` first, and back if that fails."""
+    """Move `new` to `out`; a bundle already there is moved to `old` first, and back if that fails."""
     replaced = out.exists()
     if replaced:
         out.rename(old)

@@ -1,6 +1,6 @@
-"""Check a bundle that may come from anybody: whole, sound, in agreement with itself, and what it promises to be.
+"""Check an untrusted bundle: complete, sound, consistent, and as its documents say.
 
-`python -m export.check BUNDLE` names everything amiss at once; exit code 0: nothing, 3: a broken bundle.
+`python -m export.check BUNDLE` lists all problems at once; exit code 0: none, 3: a broken bundle.
 """
 
 import argparse
@@ -22,18 +22,18 @@ BROKEN = 3  # exit code
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing amiss: its name for programs, its sentence for people."""
+    """One problem: its name for programs, its sentence for people."""
 
     defect: Defect
     sentence: str
 
 
 def check_bundle(path: Path) -> tuple[Bundle | None, list[Finding]]:
-    """Return the bundle and nothing amiss, or None and everything amiss.
+    """Return the bundle and no findings, or None and all findings; a broken bundle raises nothing.
 
-    Model files are opened in a guarded process first. Raises nothing for a broken bundle.
+    Model files are opened in the sandbox first.
     """
-    amiss: dict[str, BundleError] = {}  # by sentence: one cause can be met twice
+    amiss: dict[str, BundleError] = {}  # by sentence, since one cause can show up twice
 
     def note(error: BundleError) -> None:
         amiss.setdefault(str(error), error)
@@ -53,7 +53,7 @@ def check_bundle(path: Path) -> tuple[Bundle | None, list[Finding]]:
 
 
 def astray(folder: Path) -> Iterator[BundleError]:
-    """Yield every link, what lies in a bundle without a digest, and what a server would take for the bundle's and is not."""
+    """Yield every link, every file without a digest, and every file that a server would use but that differs from the bundle's."""
     digests = read_sums(folder)
     known = {*digests, SUMS, SIGNATURE}
     for place, folders, files in os.walk(folder):
@@ -61,7 +61,7 @@ def astray(folder: Path) -> Iterator[BundleError]:
             path = Path(place, name)
             relative = path.relative_to(folder).as_posix()
             if path.is_symlink():
-                sentence = f"{relative}: must be a file of its own, not a link: get the bundle again"
+                sentence = f"{relative}: must be a regular file, not a link: get the bundle again"
                 yield BundleError(sentence, defect="link")
             elif name in files and relative not in known:
                 yield BundleError(f"{SUMS}: lists no {relative}: remove it", defect="unlisted_file")
@@ -69,15 +69,17 @@ def astray(folder: Path) -> Iterator[BundleError]:
     for name, digest in digests.items():
         last = PurePosixPath(name).name
         if last.startswith("model.") and last != "model.py" and digest not in models:
-            yield BundleError(f"{name}: is none of the bundle's model files: get the bundle again", defect="other_copy")
+            yield BundleError(
+                f"{name}: is not one of the bundle's model files: get the bundle again", defect="other_copy"
+            )
         if last == LABELS and digest != digests.get(LABELS):
-            yield BundleError(f"{name}: is another list than {LABELS}: get the bundle again", defect="other_copy")
+            yield BundleError(f"{name}: differs from {LABELS}: get the bundle again", defect="other_copy")
 
 
 def as_text(path: Path, findings: list[Finding]) -> str:
-    """Return a line for each finding, or one that says that there is none."""
+    """Return a line for each finding, or one if there are none."""
     if not findings:
-        return f"{path}: nothing amiss\n"
+        return f"{path}: no problems found\n"
     return "".join(f"{finding.defect}: {finding.sentence}\n" for finding in findings)
 
 
@@ -89,7 +91,7 @@ def print_findings(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Name everything that is amiss with a bundle; exit with 3 where there is anything."""
+    """List all problems of a bundle; exit with 3 if there are any."""
     parser = argparse.ArgumentParser(prog="python -m export.check", description=main.__doc__)
     parser.add_argument("bundle", type=Path)
     return run(parser, print_findings)

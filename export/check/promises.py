@@ -1,7 +1,7 @@
-"""Compare what a bundle's model files are with what its documents promise: labels, preprocessing, target, grid, float layers, answers.
+"""Compare a bundle's model files with its documents: labels, preprocessing, target, grid, float layers, golden outputs.
 
-Digests tell that a file is the one that was meant. Where somebody swaps a file and makes the digests anew, this tells: every
-ONNX file carries the facts of its own export, and the golden answers were taken when the bundle was made.
+Digests detect a changed file. If somebody swaps a file and updates the digests, this detects it: every ONNX file contains the
+facts of its own export, and the golden outputs were recorded when the bundle was made.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from export.audit import Audit, audit
-from export.bundle.golden import FOLDER, TOLERANCE, answer
+from export.bundle.golden import FOLDER, TOLERANCE, outputs_of
 from export.bundle.inside import Json, brief, get, read_json
 from export.bundle.read import LABELS, MANIFEST, PREPROCESS, Bundle
 from export.errors import BundleError
@@ -23,8 +23,8 @@ from export.onnx_file.targets import TARGETS, Target, host_target
 from export.onnx_file.wiring import Wiring, is_quantized, weights, wire
 from export.runtime.environment import runtime
 
-ROUNDED = 1.01  # a bundle's tolerances have three digits
-# The same float network on the same images in torch and in ONNX Runtime; ties and half-precision training differ by less.
+ROUNDED = 1.01  # a bundle's tolerances are rounded to three digits
+# Between torch and ONNX Runtime for the same float network and images; ties and half-precision training make smaller differences.
 MAX_SCORE_DIFFERENCE = 0.02
 X86 = ("cpu_avx2", "cpu_vnni")
 
@@ -32,7 +32,7 @@ Broken = Iterator[BundleError]
 
 
 def broken_promises(bundle: Bundle, name: str) -> Broken:
-    """Yield everything in which a model file, which was found sound, is not what the bundle says."""
+    """Yield every difference between a sound model file and the bundle's documents."""
     path = bundle.files[name]
     file, precision = wire(parse(path)), inspect(path).precision
     listed: Json = get(get(bundle.manifest, MANIFEST, "files", dict), MANIFEST, name, dict)
@@ -46,29 +46,29 @@ def broken_promises(bundle: Bundle, name: str) -> Broken:
     if target is not None:
         yield from other_target(bundle, path, metadata, target)
     if precision == "int8" and target is not None:
-        # Another CPU's kernels leave other layers in float; there the file is taken as it is.
+        # Another CPU's kernels leave other layers in float, so the optimized graph is checked only on the target's kind of CPU.
         optimized = audit(path) if runs_as(target) else None
         yield from off_grid(path, file, target, optimized)
         yield from unpromised_float_layers(path, file, optimized, listed)
-    # What saturates on one CPU and not on another has no one right answer.
+    # If sums saturate on only one kind of CPU, outputs differ between machines and cannot be checked.
     if precision != "int8" or target in (None, TARGETS["cpu_avx2"], host_target()):
-        yield from other_answers(bundle, name, precision)
+        yield from other_outputs(bundle, name, precision)
 
 
 def target_of(bundle: Bundle, name: str) -> Target | None:
-    """Return the target that a file was made for: the one in its name, else the bundle's."""
+    """Return the target of a file: the one in its name, else the bundle's."""
     named = [target for target in TARGETS if name.endswith(f"_{target}")]
     return TARGETS.get(named[0] if named else bundle.target or "")
 
 
 def runs_as(target: Target) -> bool:
-    """Whether this machine's CPU leaves the same layers in float as the target's."""
+    """Tell whether this machine's CPU leaves the same layers in float as the target's."""
     on_arm = platform.machine() in ("aarch64", "arm64")
     return target.name == "cpu_arm" if on_arm else target.name in X86
 
 
 def stated(metadata: Mapping[str, str], key: str, path: Path) -> object:
-    """Return what a file's metadata say as JSON, None where they say nothing."""
+    """Return a JSON value from a file's metadata, or None."""
     try:
         return json.loads(metadata.get(key, "null"))
     except (ValueError, RecursionError) as error:
@@ -78,7 +78,7 @@ def stated(metadata: Mapping[str, str], key: str, path: Path) -> object:
 
 
 def other_recipe(bundle: Bundle, path: Path, metadata: Mapping[str, str]) -> Broken:
-    """Yield where a file is of another run than the bundle: other settings, data or weights made it."""
+    """Yield an error if the file is from another run than the bundle."""
     made, stated = metadata.get("recipe_digest"), bundle.manifest.get("recipe_digest")
     if made is not None and made != stated:
         yield BundleError(
@@ -88,7 +88,7 @@ def other_recipe(bundle: Bundle, path: Path, metadata: Mapping[str, str]) -> Bro
 
 
 def other_classes(bundle: Bundle, path: Path, metadata: Mapping[str, str]) -> Broken:
-    """Yield where labels.txt is not the list of classes that the network was trained with."""
+    """Yield an error if labels.txt differs from the classes that the network was trained with."""
     classes = stated(metadata, "classes", path)
     if not isinstance(classes, list) or classes == list(bundle.labels):
         return
@@ -103,7 +103,7 @@ def other_classes(bundle: Bundle, path: Path, metadata: Mapping[str, str]) -> Br
 
 
 def other_preprocessing(bundle: Bundle, path: Path, metadata: Mapping[str, str]) -> Broken:
-    """Yield the first number or word of preprocess.json that is not the one that the network was trained with."""
+    """Yield an error for the first value of preprocess.json that differs from the network's training."""
     trained = stated(metadata, "preprocess", path)
     if not isinstance(trained, dict):
         return
@@ -118,7 +118,7 @@ def other_preprocessing(bundle: Bundle, path: Path, metadata: Mapping[str, str])
 
 
 def other_accuracy(path: Path, metadata: Mapping[str, str], listed: Json) -> Broken:
-    """Yield where bundle.json gives a float file another accuracy than it was exported with."""
+    """Yield an error if bundle.json has another score for a float file than its export measured."""
     exported, measured = stated(metadata, "score_torch", path), listed.get("score")
     if not isinstance(exported, float | int) or not isinstance(measured, float | int):
         return
@@ -131,9 +131,9 @@ def other_accuracy(path: Path, metadata: Mapping[str, str], listed: Json) -> Bro
 
 
 def other_target(bundle: Bundle, path: Path, metadata: Mapping[str, str], target: Target) -> Broken:
-    """Yield where a file was exported for another machine than the bundle says."""
+    """Yield an error if a file was exported for another target than the bundle's."""
     exported = metadata.get("target")
-    # A calibrated file takes its metadata from the float one, which is made for the run's first target.
+    # A calibrated file copies its metadata from the float file, which has the run's first target.
     if exported is not None and exported not in (target.name, bundle.target):
         yield BundleError(
             f"{MANIFEST}: target: {path.name} was exported for {brief(exported)}, got {target.name}: get the bundle again",
@@ -142,7 +142,7 @@ def other_target(bundle: Bundle, path: Path, metadata: Mapping[str, str], target
 
 
 def off_grid(path: Path, file: Wiring, target: Target, optimized: Audit | None) -> Broken:
-    """Yield the layers whose integer weights are off the target's grid, in the file or once ONNX Runtime optimized it."""
+    """Yield errors for layers whose integer weights are off the target's grid, in the file or after optimization."""
     grid = f"{target.name}'s grid [{target.weight_min}, {target.weight_max}]"
     wide: dict[str, int] = {}
     for layer in file.layers():
@@ -165,7 +165,7 @@ def off_grid(path: Path, file: Wiring, target: Target, optimized: Audit | None) 
 
 
 def unpromised_float_layers(path: Path, file: Wiring, optimized: Audit | None, listed: Json) -> Broken:
-    """Yield the layers that compute in float though bundle.json's `float_layers` does not name them."""
+    """Yield an error for layers that compute in float but are not in bundle.json's `float_layers`."""
     in_file = {module_of(layer.name) for layer in file.layers() if not is_quantized(layer)}
     in_float = in_file if optimized is None else in_file.union(optimized["float_layers"])
     promised = listed.get("float_layers", [])
@@ -178,8 +178,8 @@ def unpromised_float_layers(path: Path, file: Wiring, optimized: Audit | None, l
         )
 
 
-def other_answers(bundle: Bundle, name: str, precision: str) -> Broken:
-    """Yield where a file answers the golden inputs otherwise than when the bundle was made."""
+def other_outputs(bundle: Bundle, name: str, precision: str) -> Broken:
+    """Yield an error if a file's outputs for the golden inputs differ from the golden ones."""
     golden, file = bundle.golden, f"{FOLDER}/{name}.npy"
     most = TOLERANCE[precision] * float(golden.outputs[name].std()) * ROUNDED
     if not golden.tolerance[name] <= most:
@@ -188,16 +188,16 @@ def other_answers(bundle: Bundle, name: str, precision: str) -> Broken:
             "get the bundle again",
             defect="wrong_facts",
         )
-    answers, expected = answer(bundle.files[name], golden.inputs), golden.outputs[name]
-    if answers.shape != expected.shape:
+    outputs, expected = outputs_of(bundle.files[name], golden.inputs), golden.outputs[name]
+    if outputs.shape != expected.shape:
         yield BundleError(
-            f"{name}.onnx: answers {answers.shape} where {file} has {expected.shape}: get the bundle again",
+            f"{name}.onnx: its outputs have the shape {outputs.shape}, {file} has {expected.shape}: get the bundle again",
             defect="golden_differs",
         )
-    elif different := golden.differing(name, answers):
+    elif different := golden.differing(name, outputs):
         yield BundleError(
-            f"{name}.onnx: answers {len(different)} of {len(golden.inputs)} golden inputs otherwise than {file}, "
-            f"image {different[0]} first (made with ONNX Runtime {brief(golden.made_with.get('onnxruntime'))}, here "
+            f"{name}.onnx: its outputs for {len(different)} of {len(golden.inputs)} golden inputs differ from {file}, "
+            f"first image {different[0]} (made with ONNX Runtime {brief(golden.made_with.get('onnxruntime'))}, here "
             f"{runtime()['onnxruntime']}): get the bundle again",
             defect="golden_differs",
         )

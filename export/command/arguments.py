@@ -1,4 +1,4 @@
-"""What the commands on a bundle ask for in the same words."""
+"""Types for argparse that the commands share."""
 
 import math
 from argparse import ArgumentTypeError
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """Return a reader of whole numbers from `lowest` on, for argparse."""
+    """Return a parser for integers >= `lowest`, for argparse."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < lowest:
@@ -17,7 +17,7 @@ def at_least(lowest: int) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """Read a number above zero, for argparse."""
+    """Parse a number above zero, for argparse."""
     try:
         value = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, renamed. And their digests."""
+"""Write files atomically: under a temporary name, synced to the disk, then renamed. And their digests."""
 
 import hashlib
 import json
@@ -16,20 +16,20 @@ def sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 with Unix line ends everywhere, into a folder that is made where it is missing."""
+    """Write UTF-8 with Unix line ends on every system; create the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text.encode())
 
 
 def json_text(document: object) -> str:
-    """Return JSON as people read it."""
+    """Return indented JSON."""
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[IO[bytes]]:
-    """Give a file to write beside `path`, which takes its place once it is whole: a reader sees the old one or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two processes may write at once
+    """Open a temporary file that replaces `path` once it is complete: readers see the old file or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")  # the process id, as two processes may write at once
     with aside.open("wb") as file:
         yield file
     sync(aside)
@@ -37,21 +37,21 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def put(aside: Path, path: Path) -> None:
-    """Rename a file or folder that is on the disk, and have the new name on the disk as well."""
+    """Rename a file or folder, and sync its new name to the disk."""
     aside.rename(path)
     sync(path.parent)
 
 
 def put_folder(aside: Path, path: Path) -> None:
-    """Rename a folder once all that it holds is on the disk."""
+    """Sync a folder and all that is in it to the disk, then rename it."""
     for inside in [*aside.rglob("*"), aside]:
         sync(inside)
     put(aside, path)
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file or folder to the disk."""
-    if os.name == "nt":  # which syncs no folder, and a file only where it was opened for writing
+    """Sync a file or folder to the disk."""
+    if os.name == "nt":  # cannot sync folders, or files opened for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

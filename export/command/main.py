@@ -1,7 +1,7 @@
-"""How every command ends: what it says fits the terminal it is said to, and whatever happens becomes an exit code.
+"""Run a command: adapt its output to the terminal, and turn every outcome into an exit code.
 
-0 is done, 1 a limit or target missed, 2 a mistake that a person can correct (one sentence), 3 a broken bundle (`check`, `gate`),
-70 a crash (with its traceback), 130 an interruption.
+0: done; 1: a limit or target missed; 2: a mistake that the user can correct (one sentence); 3: a broken bundle (`check`, `gate`);
+70: a crash (with a traceback); 130: interrupted.
 """
 
 import argparse
@@ -38,14 +38,14 @@ PLAIN = {
 
 
 def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]) -> int:
-    """Read the command line, run the command and return its exit code; argparse ends the process with 2 by itself."""
+    """Parse the command line, run the command and return its exit code; argparse itself exits with 2."""
     return end(lambda: command(parser.parse_args()))
 
 
 def end(command: Callable[[], int], repairs: Mapping[int, str] = REPAIRS) -> int:
-    """Run a command to its exit code: a mistake is told in one sentence, a crash keeps its traceback.
+    """Run a command and return its exit code: a mistake prints one sentence, a crash its traceback.
 
-    `repairs` are the system's errors that count as mistakes, by their numbers, with what to do about them.
+    `repairs` are the system errors that count as mistakes, by number, with their repair.
     """
     sys.stdout, sys.stderr = fitting(sys.stdout), fitting(sys.stderr)
     try:
@@ -60,7 +60,7 @@ def end(command: Callable[[], int], repairs: Mapping[int, str] = REPAIRS) -> int
             place = f"{error.filename}: " if error.filename else ""
             return _said(f"{place}{os.strerror(number).lower()}; {repairs[number]}", MISTAKE)
         traceback.print_exc()
-        return _said("this is a fault of the program, not of yours", CRASH)
+        return _said("this is a fault of the program, not your mistake", CRASH)
     return code
 
 
@@ -70,10 +70,10 @@ def _said(sentence: str, code: int) -> int:
 
 
 class _Pipe(io.FileIO):
-    """A stream whose reader may leave: what nobody reads is dropped, and the command ends as it would have."""
+    """A stream whose reader may go away: further output is dropped, and the command ends as usual."""
 
     def write(self, data: "ReadableBuffer") -> int | None:  # type: ignore[override]  # typeshed's IO blocks
-        """Write the bytes, or count them as written where the reader is gone."""
+        """Write the bytes, or pretend to if the reader is gone."""
         try:
             return super().write(data)
         except BrokenPipeError:
@@ -81,7 +81,7 @@ class _Pipe(io.FileIO):
 
 
 def fitting(stream: TextIO) -> TextIO:
-    """Return the process's own stream so that a closed pipe and an encoding without our signs lose nothing; any other as it is."""
+    """Return the process's own stream made safe against a closed pipe and a poor encoding; any other stream unchanged."""
     if not isinstance(stream, io.TextIOWrapper) or stream not in (sys.__stdout__, sys.__stderr__):
         return stream
     stream.flush()
@@ -95,8 +95,8 @@ def fitting(stream: TextIO) -> TextIO:
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """Spell out what an encoding lacks: our own signs by others, anything else by its number."""
-    assert isinstance(error, UnicodeEncodeError), "registered for writing alone"
+    """Replace characters that an encoding lacks: known signs by ASCII, others by their code."""
+    assert isinstance(error, UnicodeEncodeError), "registered only for writing"
     signs = error.object[error.start : error.end]
     return "".join(PLAIN.get(sign, sign.encode("ascii", "backslashreplace").decode()) for sign in signs), error.end
 

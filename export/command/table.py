@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> str:
-    """Return rows under a header; text to the left, numbers to the right, a dash for what is unknown."""
+    """Return rows under a header: text left-aligned, numbers right-aligned, a dash for None."""
     cells = [list(header), *([cell(value) for value in row] for row in rows)]
     columns = list(zip(*cells, strict=True))
     widths = [max(map(len, column)) for column in columns]

@@ -1,1 +1,1 @@
-"""The gate: a bundle against its baseline, and a verdict that fails a build. `python -m export.gate` runs it."""
+"""The gate: judge a bundle against its baseline, and fail the build if it is worse. Run by `python -m export.gate`."""

@@ -1,4 +1,4 @@
-"""`python -m export.gate BUNDLE`: fail a build whose bundle is worse than the one that was accepted."""
+"""`python -m export.gate BUNDLE`: fail a build whose bundle is worse than the accepted one."""
 
 import argparse
 import os
@@ -17,12 +17,12 @@ EXITS = "exit code 0: pass, 1: regression, 2: this run cannot tell, 3: broken bu
 
 
 def main() -> int:
-    """Judge a bundle against the baseline of this machine, or against an older bundle, or accept it as the baseline."""
+    """Judge a bundle against this machine's baseline or an older bundle, or accept it as the baseline."""
     return run(parser(), judge_or_accept)
 
 
 def judge_or_accept(arguments: argparse.Namespace) -> int:
-    """Print the verdict, or where the baseline was written, and return the exit code."""
+    """Print the verdict, or the path of the new baseline, and return the exit code."""
     limits = Limits(
         max_latency_ratio=None if arguments.no_latency else arguments.max_latency_ratio,
         min_score_ratio=None if arguments.no_accuracy else arguments.min_score_ratio,
@@ -75,36 +75,38 @@ def parser() -> argparse.ArgumentParser:
         "--baseline",
         type=Path,
         metavar="FILE_OR_FOLDER",
-        help=f"a folder holds one for each machine (default {BASELINES})",
+        help=f"a baseline, or a folder with one for each machine (default {BASELINES})",
     )
     found.add_argument("--update-baseline", action="store_true", help="record the bundle as this machine's baseline")
     found.add_argument("--against", type=Path, metavar="OLD_BUNDLE", help="time the new file beside this bundle's")
     found.add_argument(
-        "--data", type=Path, help="a folder of class folders, or an .npz file (default: the one that was recorded)"
+        "--data",
+        type=Path,
+        help="a folder of class folders, or an .npz file (default: the data that the baseline names)",
     )
     found.add_argument("--max-latency-ratio", type=float, default=Limits.max_latency_ratio, metavar="1.05")
-    found.add_argument("--no-latency", action="store_true", help="do not judge latency: the machine is shared")
+    found.add_argument("--no-latency", action="store_true", help="do not judge latency, as on a shared machine")
     found.add_argument("--min-score-ratio", type=float, default=Limits.min_score_ratio, metavar="0.995")
-    found.add_argument("--no-accuracy", action="store_true", help="do not judge accuracy: no images are here")
+    found.add_argument("--no-accuracy", action="store_true", help="do not judge accuracy, if there are no images")
     found.add_argument(
         "--max-size-ratio",
         type=float,
         default=Limits.max_size_ratio,
         metavar="1.01",
-        help="also of multiply-accumulates",
+        help="for file size and for multiply-accumulates",
     )
-    found.add_argument("--seconds", type=float, default=Plan.seconds, help="time for each file in a look")
-    found.add_argument("--blocks", type=int, default=Plan.blocks, help="turns that a look is cut into")
+    found.add_argument("--seconds", type=float, default=Plan.seconds, help="time for each file in each look")
+    found.add_argument("--blocks", type=int, default=Plan.blocks, help="interleaved blocks in each look")
     found.add_argument(
         "--looks",
         type=int,
         default=Plan.looks,
-        help="how often to add blocks while the answer is open",
+        help="at most; looks are added until the result is clear",
     )
     found.add_argument(
-        "--threads", type=int, default=Plan.threads, help="as a baseline with times was recorded, if there is one"
+        "--threads", type=int, default=Plan.threads, help="CPU threads; without --against, as the baseline was timed"
     )
-    found.add_argument("--batch", type=int, default=Plan.batch, help="the same")
+    found.add_argument("--batch", type=int, default=Plan.batch, help="images per run; likewise")
     found.add_argument("--junit", type=Path, help="also write the checks as JUnit XML")
     found.add_argument(
         "--benchmark-json", type=Path, help="also write numbers for github-action-benchmark (customSmallerIsBetter)"
@@ -114,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def write_outputs(verdict: Verdict, arguments: argparse.Namespace) -> None:
-    """Write the files that were asked for, and the summary page of a GitHub job."""
+    """Write the requested files, and the summary page of a GitHub job."""
     for path, text in (
         (arguments.junit, as_junit),
         (arguments.benchmark_json, as_benchmark),

@@ -1,16 +1,16 @@
-"""Did the new file lose accuracy? Both on the same images, image by image."""
+"""Did the new file lose accuracy? Compare both files on the same images, image by image."""
 
+from export.errors import first
 from export.gate.answers import Answers, pair
 from export.gate.checks import Check, Status
-from export.gate.hard import named
 from export.tasks.paired import ALPHA, POWER
 from export.tasks.task import Comparison, Metric
 
 
 def accuracy_checks(was: Answers, now: Answers, limit: float, *, same_file: bool) -> tuple[list[Check], list[str]]:
-    """Return the checks on images, score and single classes, and what else to print.
+    """Return the checks on images, score and single classes, and notes to print.
 
-    `same_file`: the file has the digest of the baseline's, so that nothing explains that it answers better.
+    `same_file`: the file has the baseline file's digest, so that nothing explains a better score.
     """
     images, found = images_check(was, now), pair(was, now)
     if found is None:
@@ -20,7 +20,7 @@ def accuracy_checks(was: Answers, now: Answers, limit: float, *, same_file: bool
 
 
 def images_check(was: Answers, now: Answers) -> Check:
-    """The baseline's images must all be there, each with its truth; more of them are not compared."""
+    """Check that all of the baseline's images are there, each with its truth; further images are not compared."""
     gone = len(was.rows.keys() - now.rows.keys())
     moved = sum(was.rows[digest][0] != now.rows[digest][0] for digest in was.rows.keys() & now.rows.keys())
     parts = [
@@ -34,8 +34,8 @@ def images_check(was: Answers, now: Answers) -> Check:
 
 
 def score_check(found: Comparison, limit: float, metric: Metric, *, same_file: bool) -> Check:
-    """Fail for a loss beyond the limit that the test does not take for chance; if it may be chance, nobody can tell."""
-    # Of nothing right before, 1 is all that can be kept.
+    """Fail for a significant loss beyond the limit; if it is not significant, the check is inconclusive."""
+    # If nothing was right before, nothing can be lost.
     ratio, sure = found.now / found.before if found.before else 1.0, found.p_value < ALPHA
     status: Status = "pass"
     detail = found.counts
@@ -44,25 +44,25 @@ def score_check(found: Comparison, limit: float, metric: Metric, *, same_file: b
     elif ratio < limit:
         status, detail = "inconclusive", f"beyond the limit, but it may be chance: {found.counts}: give more images"
     elif sure and found.now > found.before and same_file:
-        status, detail = "unexplained", f"the same file answers better than it did: {found.counts}: find out why"
+        status, detail = "unexplained", f"the same file scores better than before: {found.counts}: find out why"
     return Check(metric.title, status, f"{found.before:.2%}", f"{found.now:.2%}", f"{limit:.3f} times", detail)
 
 
 def classes_check(found: Comparison) -> Check:
-    """Fail for a class that lost for sure, which the whole may hide; otherwise name the classes that lost most."""
-    detail = named(list(found.lost or found.worse))
+    """Fail for a significant loss in a single class, which the total may hide; otherwise name the classes that lost most."""
+    detail = first(list(found.lost or found.worse))
     return Check("single classes", "fail" if found.lost else "pass", limit="none lost", detail=detail)
 
 
 def power_note(found: Comparison, limit: float) -> str:
-    """Say how small a loss would have been seen, and whether that is small enough for the limit."""
+    """Return a sentence on the smallest loss that would be detected, and whether the limit allows it."""
     allowed = (1 - limit) * found.before
     enough = (
         ""
         if found.detectable <= allowed
-        else f", more than the limit lets through ({100 * allowed:.2f} points): more images show smaller losses"
+        else f", more than the limit allows ({100 * allowed:.2f} points): use more images to detect smaller losses"
     )
     return (
-        f"on these {found.images} images a loss of {100 * found.detectable:.2f} points is seen in {POWER:.0%} of the cases{enough}; "
-        f"{found.changed:.2%} of the answers changed"
+        f"on these {found.images} images a loss of {100 * found.detectable:.2f} points is detected in {POWER:.0%} of cases{enough}; "
+        f"{found.changed:.2%} of the predictions changed"
     )

@@ -1,4 +1,4 @@
-"""A file's answer to each image, kept by the image's digest so that another file's answers can be paired with them later."""
+"""A file's prediction for each image, by the image's digest, so that another file's can be paired with it later."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from export.tasks.task import Array, Comparison, OutputTask
 
 @dataclass(frozen=True)
 class Answers:
-    """For each image, by digest, its truth in words and the task's row of numbers; `notes` on the images are not kept."""
+    """For each image, by digest, its truth in words and the task's row of statistics; `notes` are not recorded."""
 
     task: OutputTask
     labels: tuple[str, ...]
@@ -22,15 +22,15 @@ class Answers:
 
     @property
     def score(self) -> float:
-        """The task's score of all images."""
+        """The task's score on all images."""
         return self.task.total(self.table(list(self.rows)))
 
     def table(self, digests: list[str]) -> Array:
-        """Return these images' rows (n, k)."""
+        """Return the rows (n, k) of some images."""
         return np.array([self.rows[digest][1] for digest in digests])
 
     def to_json(self) -> dict[str, list[Any]]:
-        """Return for each image, by digest, its truth and its row."""
+        """Return each image's truth and row, by digest."""
         return {digest: [truth, *row] for digest, (truth, row) in self.rows.items()}
 
 
@@ -40,13 +40,13 @@ def answers_from_json(task: OutputTask, labels: tuple[str, ...], document: dict[
 
 
 def pair(before: Answers, now: Answers) -> Comparison | None:
-    """Compare both on the images that both have; None where there are none."""
+    """Compare both on their common images; None if there are none."""
     both = [digest for digest in before.rows if digest in now.rows]
     return now.task.compare(before.table(both), now.table(both), now.labels) if both else None
 
 
 def ask(bundle: Bundle, file: str, data: Path) -> Answers:
-    """Run one file of the bundle on every image of `data`; an image that lies there twice counts once.
+    """Run one file of the bundle on every image of `data`; duplicate images count once.
 
     Raises BundleError for data that do not fit the bundle.
     """

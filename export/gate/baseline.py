@@ -1,4 +1,4 @@
-"""What a bundle was when it was accepted: a JSON file in git, one for each machine, named by the machine's fingerprint."""
+"""Record of an accepted bundle: a JSON file in git, one for each machine, named by the machine's fingerprint."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ SCHEMA_VERSION = 2
 
 @dataclass(frozen=True)
 class Baseline:
-    """One accepted bundle on one machine; `data` is where its images lay, as it was given."""
+    """One accepted bundle on one machine; `data` is the path of its images."""
 
     bundle: str
     task: str
@@ -33,12 +33,12 @@ class Baseline:
 
     @property
     def runtime(self) -> str | None:
-        """The version of ONNX Runtime that it was recorded with."""
+        """The version of ONNX Runtime that recorded it."""
         return runtime_of(self.environment)
 
     @property
     def fingerprint(self) -> str:
-        """The machine that it was recorded on."""
+        """The machine that recorded it."""
         return fingerprint(self.environment)
 
 
@@ -49,9 +49,9 @@ def runtime_of(environment: dict[str, Any]) -> str | None:
 
 
 def find_baseline(place: Path, machine: str) -> Path:
-    """Return the file itself, or in a folder this machine's file, else the first of another machine.
+    """Return `place` itself if it is a file, else this machine's file in the folder, else the first of another machine.
 
-    Raises BundleError where there is none.
+    Raises BundleError if there is none.
     """
     if not place.is_dir():
         if not place.is_file():
@@ -60,36 +60,33 @@ def find_baseline(place: Path, machine: str) -> Path:
     own = place / f"{machine}.json"
     found = [own] if own.is_file() else sorted(place.glob("*.json"))
     if not found:
-        raise BundleError(f"{place}: holds no baseline: record one with --update-baseline")
+        raise BundleError(f"{place}: has no baseline: record one with --update-baseline")
     return found[0]
 
 
 def read_baseline(path: Path) -> Baseline:
-    """Read a baseline file. Raises BundleError for one that is not what `write_baseline` writes."""
+    """Read a baseline file; BundleError if `write_baseline` did not write it."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema_version"] == SCHEMA_VERSION:
             return _from_json(document)
         reason = f"schema_version: must be {SCHEMA_VERSION}, got {document['schema_version']!r}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        reason = f"is no baseline ({type(error).__name__}: {error})"
+        reason = f"is not a baseline ({type(error).__name__}: {error})"
     raise BundleError(f"{path}: {reason}: record it with --update-baseline")
 
 
 def _from_json(document: dict[str, Any]) -> Baseline:
     classes = tuple(document["classes"])
     answers, latency, environment = document["answers"], document["latency"], document["environment"]
-    (
-        fingerprint(environment),
-        runtime_of(environment),
-        document["files"][document["served"]],
-    )  # raise where they are missing
+    # Raise KeyError if one of them is missing.
+    _ = fingerprint(environment), runtime_of(environment), document["files"][document["served"]]
     return Baseline(
         bundle=document["bundle"],
         task=document["task"],
         served=document["served"],
         classes=classes,
-        preprocess={"upright": False, **document["preprocess"]},  # which older baselines do not hold
+        preprocess={"upright": False, **document["preprocess"]},  # missing in older baselines
         files={name: Facts(**facts) for name, facts in document["files"].items()},
         environment=environment,
         data=document["data"],
@@ -99,7 +96,7 @@ def _from_json(document: dict[str, Any]) -> Baseline:
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:
-    """Write the file aside and put it in place in one step; the same baseline gives the same bytes, one image a line."""
+    """Write the file in one step; the same baseline gives the same bytes, with one line per image."""
     document = {
         "schema_version": SCHEMA_VERSION,
         "bundle": baseline.bundle,

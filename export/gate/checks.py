@@ -1,4 +1,4 @@
-"""What the gate judged, and the exit code that follows from it."""
+"""The gate's checks, its verdict, and the exit code that follows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,21 +7,21 @@ from typing import Literal
 from export.errors import BundleError
 
 Status = Literal["pass", "skipped", "unexplained", "inconclusive", "fail", "broken"]
-# The worst decides: 0 pass, 1 regression, 2 cannot tell, 3 broken bundle.
+# The worst status decides: 0 pass, 1 regression, 2 cannot tell, 3 broken bundle.
 EXIT_CODES: dict[Status, int] = {"pass": 0, "skipped": 0, "unexplained": 2, "inconclusive": 2, "fail": 1, "broken": 3}
 SEVERITY: tuple[Status, ...] = ("pass", "skipped", "unexplained", "inconclusive", "fail", "broken")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much worse than the baseline is let through; None does not judge."""
+    """How much worse than the baseline a bundle may be; None means not judged."""
 
     max_latency_ratio: float | None = 1.05  # of the time, new over old
     min_score_ratio: float | None = 0.995  # of the score, new over old
     max_size_ratio: float = 1.01  # of a file's bytes, and of its multiply-accumulates
 
     def __post_init__(self) -> None:
-        """Refuse what no gate can mean."""
+        """Raise BundleError for impossible limits."""
         if self.max_latency_ratio is not None and not self.max_latency_ratio > 1:
             raise BundleError(f"max_latency_ratio: must be > 1, got {self.max_latency_ratio}")
         if self.min_score_ratio is not None and not 0 <= self.min_score_ratio <= 1:
@@ -44,7 +44,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that is drawn over time; smaller is better."""
+    """A number to plot over time; smaller is better."""
 
     name: str
     unit: str
@@ -54,7 +54,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All checks of one bundle, in the order they were made."""
+    """All checks of one bundle, in order."""
 
     title: str
     checks: tuple[Check, ...]
@@ -64,7 +64,7 @@ class Verdict:
 
     @property
     def status(self) -> Status:
-        """The worst status of all checks; nothing judged is inconclusive."""
+        """The worst status of all checks; inconclusive if nothing was judged."""
         found = [check.status for check in self.checks if check.status != "skipped"]
         return max(found, key=SEVERITY.index, default="inconclusive")
 
@@ -74,5 +74,5 @@ class Verdict:
         return EXIT_CODES[self.status]
 
     def not_passed(self) -> Sequence[Check]:
-        """Return the checks that a reader must look at."""
+        """Return the checks that did not pass."""
         return [check for check in self.checks if EXIT_CODES[check.status]]

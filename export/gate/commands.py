@@ -1,4 +1,4 @@
-"""What the command line and the pytest plugin both do: judge a bundle, or accept it."""
+"""Judge a bundle, or accept it: shared by the command line and the pytest plugin."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,9 +27,9 @@ def judge(
     plan: Plan,
     progress: Progress = lambda _: None,
 ) -> Verdict:
-    """Judge the bundle against a baseline (a file, or a folder of them) or an old bundle; of both, the old bundle's speed counts.
+    """Judge the bundle against a baseline (a file, or a folder of them) or an old bundle; with both, speed is judged against the latter.
 
-    Raises BundleError for what is wrong with anything but the bundle.
+    Raises BundleError for any problem that is not the bundle's.
     """
     old = None if against is None else open_old(against)
     if baseline is not None:
@@ -40,28 +40,28 @@ def judge(
         raise BundleError("nothing to judge against: give a baseline or an old bundle")
     if old is not None and old.now.files.get(was.served) != was.files[was.served]:
         raise BundleError(
-            f"{against}: its {was.served} is not the one of the baseline: give the bundle that was recorded, or no baseline"
+            f"{against}: its {was.served} is not the baseline's: give the bundle that was recorded, or no baseline"
         )
     return gate(bundle, was, old=old, data=data, limits=limits, plan=plan, progress=progress)
 
 
 def open_old(path: Path) -> Subject:
-    """Open the old bundle; that it is broken says nothing about the new one."""
+    """Open the old bundle; if it is broken, that is not the new bundle's verdict."""
     try:
         return open_subject(path)
     except BrokenBundleError as error:
-        raise BundleError(f"{path}: is no whole bundle to judge against ({error})") from error
+        raise BundleError(f"{path}: is not a sound bundle to judge against ({error})") from error
 
 
 def update(
     bundle: Path, baseline: Path, *, data: Path | None, limits: Limits, plan: Plan, progress: Progress = lambda _: None
 ) -> tuple[Path, tuple[str, ...]]:
-    """Write the bundle as the baseline of this machine; return where, and notes on the images. A folder gets a file named by the machine.
+    """Record the bundle as this machine's baseline; return the path, in a folder named by the machine, and notes on the images.
 
-    Raises BrokenBundleError for a broken bundle, BundleError for a machine that is unfit and data that do not fit.
+    Raises BrokenBundleError for a broken bundle, BundleError for a machine unfit for timing and for data that do not fit.
     """
     if data is None and limits.min_score_ratio is not None:
-        raise BundleError("no images to record answers on: give --data, or leave accuracy out (--no-accuracy)")
+        raise BundleError("no images to record predictions on: give --data, or leave accuracy out (--no-accuracy)")
     accepted = accept(open_subject(bundle), data, limits, plan, progress)
     path = baseline if baseline.suffix == ".json" else baseline / f"{accepted.fingerprint}.json"
     write_baseline(path, accepted)

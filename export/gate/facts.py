@@ -1,4 +1,4 @@
-"""What is the same in every run on one file: its size, its work, and the graph that ONNX Runtime makes of it."""
+"""Facts of a file that no run changes: its size, its MACs, and the graph that ONNX Runtime optimizes it to."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,22 +14,22 @@ from export.proof.saturation import modules, saturation_possible
 
 @dataclass(frozen=True)
 class Facts:
-    """One file; operators and layers are those of the optimized graph, layers named by module."""
+    """Facts of one file; operators and layers are from the optimized graph, layers named by module."""
 
     sha256: str
     bytes: int
     precision: str
     opset: int
     ir_version: int
-    macs: int | None  # None where the shapes do not tell
+    macs: int | None  # None if shapes are unknown
     operators: dict[str, int]
     integer_layers: list[str]
     float_layers: list[str]
     leftover_qdq: list[str]
-    can_saturate: list[str]  # INT8 layers that lose sums on a CPU without VNNI
+    can_saturate: list[str]  # INT8 layers whose sums can saturate on a CPU without VNNI
 
     def to_json(self) -> dict[str, object]:
-        """Return the facts as JSON holds them."""
+        """Return the facts as JSON values."""
         return asdict(self)
 
 
@@ -53,7 +53,7 @@ def facts(path: Path) -> Facts:
 
 
 def same_work(was: Facts, now: Facts, *, operators: bool) -> bool:
-    """Tell whether two files should take the same time: equal work in equal precision, and the same `operators` where these compare."""
+    """Tell whether two files should take the same time: equal MACs, equal precision and, if `operators`, equal operators."""
     return (was.macs, was.precision) == (now.macs, now.precision) and not (operators and was.operators != now.operators)
 
 

@@ -1,8 +1,9 @@
-"""The checks that never flake: what the files are, not how they run today."""
+"""The checks that never flake: they compare facts of the files, not measurements."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from export.errors import first
 from export.gate.baseline import Baseline
 from export.gate.checks import Check, Limits
 from export.gate.facts import Facts
@@ -12,7 +13,7 @@ Json = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Now:
-    """The bundle under judgement, as far as it needs no measuring."""
+    """The facts of the bundle under judgement."""
 
     served: str
     classes: tuple[str, ...]
@@ -22,7 +23,7 @@ class Now:
 
 @dataclass(frozen=True)
 class Property:
-    """What is compared of every file: how a row shows it, and the sentence on a file that got worse (empty: it did not)."""
+    """A property compared for every file: how to show it, and a sentence if a file got worse, else an empty string."""
 
     name: str
     limit: str
@@ -33,7 +34,7 @@ class Property:
 def hard_checks(was: Baseline, now: Now, limits: Limits, *, same_graph: bool) -> Iterator[Check]:
     """Yield one check for each property over all files of the baseline.
 
-    `same_graph`: both graphs were optimized by one ONNX Runtime on one machine, so that their operators compare.
+    `same_graph`: both were optimized by the same ONNX Runtime on the same machine, so their operators are comparable.
     """
     yield same("classes", differing_lines(was.classes, now.classes), "labels.txt")
     yield same("preprocessing", differing_keys(was.preprocess, now.preprocess), "preprocess.json")
@@ -50,7 +51,7 @@ def hard_checks(was: Baseline, now: Now, limits: Limits, *, same_graph: bool) ->
 
 
 def properties(limits: Limits) -> Sequence[Property]:
-    """Return what is compared, in the order of the report."""
+    """Return the properties to compare, in the order of the report."""
 
     def grown(old: int | None, new: int | None) -> str:
         if old is None or new is None:
@@ -76,45 +77,45 @@ def shown_macs(one: Facts) -> str:
 
 
 def shown_layers(one: Facts) -> str:
-    """Return how many layers run in integers, of how many."""
+    """Return the number of integer layers of all layers."""
     return f"{len(one.integer_layers)} of {len(one.integer_layers) + len(one.float_layers)}"
 
 
 def other_precision(old: Facts, new: Facts) -> str:
-    """Say that the file computes in another precision."""
+    """Return a sentence if the precision differs."""
     return "" if old.precision == new.precision else f"was {old.precision}, is {new.precision}"
 
 
 def newer(old: Facts, new: Facts) -> str:
-    """Say that older servers cannot read the file any more."""
+    """Return a sentence if older servers can no longer read the file."""
     if new.opset <= old.opset and new.ir_version <= old.ir_version:
         return ""
     return f"was opset {old.opset}, IR {old.ir_version}, is opset {new.opset}, IR {new.ir_version}: older servers cannot read it"
 
 
 def lost_integers(old: Facts, new: Facts) -> str:
-    """Name the layers that ran in integers and run in float now; of layers with other names, those that are too many."""
+    """Name the layers that were integer and are float now; if names differ, the float layers that are new."""
     lost = [name for name in new.float_layers if name in old.integer_layers]
     if not lost and len(new.float_layers) > len(old.float_layers):
         lost = [name for name in new.float_layers if name not in old.float_layers] or new.float_layers
-    return f"{named(lost)} run in float now" if lost else ""
+    return f"{first(lost)} run in float now" if lost else ""
 
 
 def more_qdq(old: Facts, new: Facts) -> str:
-    """Name the Q/DQ nodes that ONNX Runtime could not fuse and could."""
+    """Name the Q/DQ nodes that ONNX Runtime fused before and does not now, if there are more in all."""
     found = [name for name in new.leftover_qdq if name not in old.leftover_qdq]
-    return f"{named(found)} stay in the optimized graph now" if len(new.leftover_qdq) > len(old.leftover_qdq) else ""
+    return f"{first(found)} stay in the optimized graph now" if len(new.leftover_qdq) > len(old.leftover_qdq) else ""
 
 
 def more_saturation(old: Facts, new: Facts) -> str:
-    """Name the layers that can lose sums and could not."""
+    """Name the layers that can saturate now and could not before, if there are more in all."""
     found = [name for name in new.can_saturate if name not in old.can_saturate]
     more = len(new.can_saturate) > len(old.can_saturate)
-    return f"{named(found)} can saturate on a CPU without VNNI now" if more else ""
+    return f"{first(found)} can saturate on a CPU without VNNI now" if more else ""
 
 
 def more_operators(old: Facts, new: Facts) -> str:
-    """Say which operators the optimized graph has more of; fewer is no regression."""
+    """Return the changed operator counts if any grew; fewer operators are no regression."""
     changes = {kind: new.operators.get(kind, 0) - old.operators.get(kind, 0) for kind in old.operators | new.operators}
     if all(change <= 0 for change in changes.values()):
         return ""
@@ -122,7 +123,7 @@ def more_operators(old: Facts, new: Facts) -> str:
 
 
 def files_check(was: Baseline, now: Now) -> Check:
-    """Every file of the baseline must be there, and the same one be served."""
+    """Check that every file of the baseline is there, and the same file is served."""
     gone, come = sorted(was.files.keys() - now.files.keys()), sorted(now.files.keys() - was.files.keys())
     parts = [f"{name} is gone" for name in gone]
     if now.served != was.served:
@@ -132,14 +133,14 @@ def files_check(was: Baseline, now: Now) -> Check:
 
 
 def same(name: str, differences: Sequence[str], file: str) -> Check:
-    """Return the check of what must be the same."""
+    """Return the check that a file's content is the same."""
     if not differences:
         return Check(name, "pass", limit="the same")
-    return Check(name, "fail", limit="the same", detail=f"{file}: {named(differences)}")
+    return Check(name, "fail", limit="the same", detail=f"{file}: {first(differences)}")
 
 
 def differing_lines(was: Sequence[str], now: Sequence[str]) -> list[str]:
-    """Say where two lists of classes part."""
+    """Return the differences between two lists of classes."""
     if len(was) == len(now):
         pairs = enumerate(zip(was, now, strict=True), 1)
         return [f"line {line} was {old!r}, is {new!r}" for line, (old, new) in pairs if old != new]
@@ -148,11 +149,6 @@ def differing_lines(was: Sequence[str], now: Sequence[str]) -> list[str]:
 
 
 def differing_keys(was: Json, now: Json) -> list[str]:
-    """Say which values two tables hold differently."""
+    """Return the keys whose values differ."""
     keys = sorted(was.keys() | now.keys())
     return [f"{key} was {was.get(key)}, is {now.get(key)}" for key in keys if was.get(key) != now.get(key)]
-
-
-def named(parts: Sequence[str], most: int = 5) -> str:
-    """Return the first few, and how many more there are."""
-    return ", ".join([*parts[:most], *([f"and {len(parts) - most} more"] if len(parts) > most else [])])

@@ -1,4 +1,4 @@
-"""Is the new file slower? Two files alive in one process take turns; first a file against itself, to see whether the machine can tell."""
+"""Is the new file slower? Time two files interleaved in one process, after a file against itself, to see if the machine is fit."""
 
 import math
 import time
@@ -15,15 +15,15 @@ from export.runtime.latency import MIN_BLOCKS, Floats, Ratio, Timing, change, me
 from export.runtime.session import Run, bind, open_session
 
 Opener = Callable[[], Run]
-"""Opens a session anew and returns the call that runs it once."""
+"""Opens a new session and returns a function that runs it once."""
 NEW, AGAIN, OTHER = "new", "again", "other"
-LOOKS_FOR_ALARM = 2  # one may owe its speed to where the memory of its sessions lies
-ALONE = Ratio(1.0, 1.0, 1.0)  # what a ratio is over, where nothing earlier was recorded
+LOOKS_FOR_ALARM = 2  # a single look may be slow only because of where its sessions' memory lies
+ALONE = Ratio(1.0, 1.0, 1.0)  # the earlier ratio, if none was recorded
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to measure. A look adds blocks of freshly opened sessions; there are more looks while the answer is open."""
+    """How long to measure. Each look adds blocks of newly opened sessions; looks are added until the result is clear."""
 
     seconds: float = 1.0  # for each file in each look
     blocks: int = 20
@@ -34,7 +34,7 @@ class Plan:
     clock: Callable[[], float] = time.perf_counter
 
     def __post_init__(self) -> None:
-        """Refuse what measures nothing."""
+        """Raise BundleError for a plan that cannot measure."""
         for name, least in (("blocks", MIN_BLOCKS), ("looks", 1), ("threads", 0), ("batch", 1)):
             if getattr(self, name) < least:
                 raise BundleError(f"{name}: must be >= {least}, got {getattr(self, name)}")
@@ -43,31 +43,31 @@ class Plan:
 
     @property
     def confidence(self) -> float:
-        """Of the interval after each look: all looks together are wrong in 5 % of the cases at most (Bonferroni)."""
+        """Confidence of the interval after each look, so that all looks together are wrong in at most 5 % of cases (Bonferroni)."""
         return 1 - 0.05 / self.looks
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Times of a bundle's served file beside its float file, for a later gate that has neither."""
+    """Times of a bundle's served file and its float file, for a later gate that has neither."""
 
     reference: str
     threads: int
     batch: int
-    ratios: list[float]  # served over reference, one a block
+    ratios: list[float]  # served over reference, one per block
     served_ms: float
     reference_ms: float
 
 
 def opener(path: Path, preprocess: Preprocess, plan: Plan) -> Opener:
-    """Return what opens the file for images of noise, the same for every file."""
+    """Return the opener of a file, with images of noise that are the same for every file."""
     size = preprocess.image_size
     images = np.random.default_rng(plan.seed).standard_normal((plan.batch, 3, size, size), dtype=np.float32)
     return lambda: bind(open_session(path, threads=plan.threads), images)
 
 
 def looks(openers: Mapping[str, Opener], plan: Plan) -> Iterator[dict[str, Timing]]:
-    """Yield all timings so far after each look; sessions are opened anew, since where their memory lies is part of their speed."""
+    """Yield all timings so far after each look; each look opens new sessions, since their memory's place affects speed."""
     so_far = {name: Timing(()) for name in openers}
     for look in range(plan.looks):
         sessions = {name: open_() for name, open_ in openers.items()}
@@ -79,17 +79,17 @@ def looks(openers: Mapping[str, Opener], plan: Plan) -> Iterator[dict[str, Timin
 
 
 def over(timed: Mapping[str, Timing], other: str) -> Floats:
-    """Return how many times as long as `other` the new file takes, in each block."""
+    """Return the new file's time over `other`'s, per block."""
     return timed[NEW].block_ms / timed[other].block_ms
 
 
 def fits(found: Ratio, limit: float) -> bool:
-    """Tell whether the whole interval lies within the limit to both sides."""
+    """Tell whether the whole interval lies within the limit in both directions."""
     return 1 / limit <= found.low and found.high <= limit
 
 
 def self_test(new: Opener, plan: Plan, limit: float) -> Check:
-    """Time the new file against itself; a machine on which it seems to differ by more than the limit is unfit."""
+    """Time the new file against itself; a machine where they seem to differ by more than the limit is unfit."""
     found = Ratio(1.0, 0.0, np.inf)
     for timed in looks({NEW: new, AGAIN: new}, plan):
         found = median_ratio(over(timed, AGAIN), confidence=plan.confidence)
@@ -100,15 +100,15 @@ def self_test(new: Opener, plan: Plan, limit: float) -> Check:
         "inconclusive",
         now=interval(found),
         limit=f"{1 / limit:.3f} to {limit:.3f}",
-        detail=f"unfit for timing: the file against itself seems {interval(found)} times as slow, a limit of {limit:g} "
-        "cannot be seen here; use a quiet machine, raise the limit or leave latency out",
+        detail=f"unfit for timing: the file seems {interval(found)} times as slow as itself, so a limit of {limit:g} "
+        "cannot be judged; use a quiet machine, raise the limit or leave latency out",
     )
 
 
 def compare(
     new: Opener, other: Opener, plan: Plan, limit: float, *, then: Ratio = ALONE
 ) -> tuple[Ratio, dict[str, Timing]]:
-    """Time `new` beside `other` until it is surely within or surely beyond the limit; over what the ratio was `then`."""
+    """Time `new` and `other` until the ratio, over the earlier ratio `then`, is certainly within or beyond the limit."""
     found, timed = Ratio(1.0, 0.0, np.inf), dict[str, Timing]()
     for look, timed in enumerate(looks({NEW: new, OTHER: other}, plan), 1):
         found = change(median_ratio(over(timed, OTHER), confidence=plan.confidence), then)
@@ -120,13 +120,13 @@ def compare(
 
 
 def judge(found: Ratio, limit: float, *, was: str, now: str, explained: str | None) -> Check:
-    """Return the verdict on the ratio new over old; `explained` says why the new file may be faster, None if nothing does."""
+    """Return the check of the ratio new over old; `explained` is why the new file may be faster, None if nothing is."""
 
     def row(status: Status, detail: str) -> Check:
         return Check("latency", status, was, now, f"{limit:.3f}", f"{interval(found)} times the baseline's: {detail}")
 
     if found.low > limit:
-        return row("fail", "slower than the limit lets through")
+        return row("fail", "slower than the limit allows")
     if found.high > limit:
         return row("inconclusive", "the interval straddles the limit: measure longer (--seconds, --blocks, --looks)")
     if found.high >= 1 / limit:
@@ -135,12 +135,12 @@ def judge(found: Ratio, limit: float, *, was: str, now: str, explained: str | No
         return row("pass", f"faster: {explained}")
     return row(
         "unexplained",
-        "faster, though the work and the operators are the same: find out why, then take it with --update-baseline",
+        "faster, though the work and the operators are the same: find out why, then accept it with --update-baseline",
     )
 
 
 def record(served: Opener, reference: Opener, plan: Plan, *, name: str) -> Recorded:
-    """Time the served file beside the float file in all looks."""
+    """Time the served file and the float file in all looks."""
     *_, timed = looks({NEW: served, OTHER: reference}, plan)
     return Recorded(
         reference=name,

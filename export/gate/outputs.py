@@ -11,7 +11,7 @@ HEADER = ("check", "verdict", "baseline", "now", "limit")
 CONCLUSIONS: dict[Status, str] = {
     "pass": "pass: nothing is worse than the baseline",
     "skipped": "pass: nothing is worse than the baseline",
-    "unexplained": "unexplained: better than the baseline, and nothing says why",
+    "unexplained": "unexplained: better than the baseline without a reason",
     "inconclusive": "inconclusive: this run cannot tell",
     "fail": "fail: worse than the baseline",
     "broken": "broken: not a bundle that can be served",
@@ -19,7 +19,7 @@ CONCLUSIONS: dict[Status, str] = {
 
 
 def as_text(verdict: Verdict) -> str:
-    """Return a table, a line for each check that has more to say, the notes, and the conclusion."""
+    """Return a table, a line for each check with details, the notes, and the conclusion."""
     return "\n".join([
         verdict.title,
         table(HEADER, [cells(check) for check in verdict.checks]),
@@ -31,7 +31,7 @@ def as_text(verdict: Verdict) -> str:
 
 
 def as_markdown(verdict: Verdict) -> str:
-    """Return the verdict for a job's summary page: the conclusion, what did not pass, and all checks folded away."""
+    """Return the verdict for a job's summary page: the conclusion, the checks that did not pass, and all checks folded away."""
     rows = [HEADER, ("---",) * len(HEADER), *(cells(check) for check in verdict.checks)]
     lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
     return "\n".join([
@@ -52,7 +52,7 @@ def as_markdown(verdict: Verdict) -> str:
 
 
 def as_junit(verdict: Verdict) -> str:
-    """Return a test suite with a case for each check: a regression is a failure, what cannot be told is an error."""
+    """Return a test suite with a case for each check: a regression is a failure, an inconclusive check an error."""
     suite = ElementTree.Element("testsuite", name=f"compression gate: {printable(verdict.title)}")
     counts = {"failure": 0, "error": 0, "skipped": 0}
     for check in verdict.checks:
@@ -70,14 +70,14 @@ def as_junit(verdict: Verdict) -> str:
 
 
 def junit_kind(check: Check) -> str | None:
-    """Return the element that JUnit wants for a check, None for one that passed."""
+    """Return JUnit's element for a check, None if it passed."""
     if check.status == "skipped":
         return "skipped"
     return {0: None, 1: "failure"}.get(EXIT_CODES[check.status], "error")
 
 
 def as_benchmark(verdict: Verdict) -> str:
-    """Return the numbers as github-action-benchmark reads them with `tool: customSmallerIsBetter`."""
+    """Return the numbers in github-action-benchmark's format `customSmallerIsBetter`."""
     extra = f"{verdict.environment['cpu']}, {verdict.environment['cores']} cores"
     return json_text([
         {"name": f"{verdict.title}: {one.name}", "unit": one.unit, "value": one.value, "range": one.spread, "extra": extra}
@@ -86,12 +86,12 @@ def as_benchmark(verdict: Verdict) -> str:
 
 
 def as_json(verdict: Verdict) -> str:
-    """Return everything."""
+    """Return the whole verdict as JSON."""
     return json_text({"status": verdict.status, "exit_code": verdict.exit_code, **asdict(verdict)})
 
 
 def conclusion(verdict: Verdict) -> str:
-    """Return the verdict in one line, with the names of the checks that decide it."""
+    """Return the verdict in one line, with the names of the deciding checks."""
     names = ", ".join(check.name for check in verdict.not_passed())
     return f"{CONCLUSIONS[verdict.status]}{f' ({names})' if names else ''}"
 
@@ -102,5 +102,5 @@ def cells(check: Check) -> tuple[str, ...]:
 
 
 def printable(text: str) -> str:
-    """Return the text without what XML cannot hold: a name in a file from elsewhere may have any characters."""
+    """Return the text without characters that XML cannot hold; names in untrusted files may have any."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)

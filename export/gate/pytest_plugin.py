@@ -1,7 +1,6 @@
-"""The gate as a pytest plugin: `@pytest.mark.compression` on a test judges the bundle before the test's own body runs.
+"""The gate as a pytest plugin: a test with `@pytest.mark.compression` judges the bundle before its body runs.
 
-pytest loads this file in every suite of an environment that has the package, so it imports nothing but pytest until a marked
-test runs.
+pytest loads this file for every suite in the environment, so it imports only pytest until a marked test runs.
 """
 
 from collections.abc import Generator
@@ -33,13 +32,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known."""
+    """Register the marker."""
     config.addinivalue_line("markers", DESCRIPTION)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """Judge the bundle of a marked test; a verdict other than pass fails the test before its body runs."""
+    """Judge the bundle before a marked test; any verdict but pass fails the test."""
     marker = pyfuncitem.get_closest_marker(MARKER)
     if marker is not None:
         run_gate(pyfuncitem.config, marker)
@@ -71,7 +70,7 @@ def run_gate(config: pytest.Config, marker: pytest.Mark) -> None:
 
 
 def limits_of(marker: pytest.Mark) -> "Limits":
-    """Return the marker's limits. Fails the test for a name that no limit has."""
+    """Return the marker's limits; fail the test for an unknown name."""
     from dataclasses import fields
 
     from export.gate.checks import Limits

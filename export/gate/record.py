@@ -1,4 +1,4 @@
-"""Accept a bundle: write down what it is, what it answers and how fast it is on this machine."""
+"""Accept a bundle: record its facts, its predictions and its speed on this machine."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,29 +9,29 @@ from export.gate.baseline import Baseline
 from export.gate.checks import Limits
 from export.gate.latency import Plan, opener, record, self_test
 from export.gate.subject import Subject
+from export.onnx_file.roles import FP32, TEACHER
 from export.runtime.environment import environment
-from export.runtime.rows import STUDENT, TEACHER
 
 
 def reference_of(subject: Subject) -> str | None:
-    """Return the float file that the served file's time is divided by, None where there is none beside it."""
-    names = [name for name in (STUDENT, TEACHER) if name in subject.bundle.files and name != subject.now.served]
+    """Return the float file whose time divides the served file's, or None if the bundle has none."""
+    names = [name for name in (FP32, TEACHER) if name in subject.bundle.files and name != subject.now.served]
     return names[0] if names else None
 
 
 def accept(
     subject: Subject, data: Path | None, limits: Limits, plan: Plan, progress: Callable[[str], None] = lambda _: None
 ) -> Baseline:
-    """Return the bundle as the baseline of this machine; without `data`, or a limit on latency, without answers or times.
+    """Return the bundle as this machine's baseline, with predictions if there are `data`, and times if latency has a limit.
 
-    Raises BundleError for a machine that is unfit for timing, and for a bundle without a float file to divide times by.
+    Raises BundleError for a machine unfit for timing, and for a bundle without a float file to compare times with.
     """
     latency = None
     if limits.max_latency_ratio is not None:
         reference = reference_of(subject)
         if reference is None:
             raise BundleError(
-                f"{subject.bundle.path}: holds no float file to divide times by: record it with --no-latency and judge it "
+                f"{subject.bundle.path}: has no float file to compare times with: record it with --no-latency and judge it "
                 "with --against"
             )
         served = opener(subject.served, subject.bundle.preprocess, plan)

@@ -1,4 +1,4 @@
-"""Judge a bundle against what was accepted: first what never flakes, then accuracy, then speed."""
+"""Judge a bundle against its baseline: first the checks that never flake, then accuracy, then speed."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,10 +32,10 @@ def gate(
     plan: Plan,
     progress: Progress = lambda _: None,
 ) -> Verdict:
-    """Judge the bundle in `path` against `was`, its speed against the bundle `old` where that is here.
+    """Judge the bundle in `path` against `was`, and its speed against the bundle `old` if given.
 
-    `data` are labelled images; None takes those that the baseline names. Raises BundleError for what is wrong with anything but
-    the bundle; what is wrong with that is the verdict.
+    `data` are labelled images, by default those that the baseline names. A broken bundle gets a verdict; BundleError is raised
+    for any other problem.
     """
     here = environment()
     try:
@@ -66,10 +66,10 @@ def gate(
 def judge_accuracy(
     subject: Subject, was: Baseline, data: Path | None, limit: float
 ) -> tuple[list[Check], list[str], list[Metric]]:
-    """Answer the images and compare; return checks, notes and metrics."""
+    """Score the images and compare; return checks, notes and metrics."""
     place = data or (Path(was.data) if was.data else None)
     if was.answers is None or place is None or (data is None and not place.exists()):
-        reason = "the baseline holds no answers" if was.answers is None else f"its images are not here ({was.data})"
+        reason = "the baseline has no predictions" if was.answers is None else f"its images are not here ({was.data})"
         title = subject.bundle.task.metric.title
         return [Check(title, "inconclusive", detail=f"{reason}: give --data, or leave accuracy out")], [], []
     answers = ask(subject.bundle, was.served, place)
@@ -85,7 +85,7 @@ def judge_accuracy(
 def judge_beside(
     subject: Subject, old: Subject, served: str, limit: float, plan: Plan, why: str | None
 ) -> tuple[list[Check], list[Metric]]:
-    """Time the new file beside the old one."""
+    """Time the new file and the old one interleaved."""
     new = opener(subject.bundle.files[served], subject.bundle.preprocess, plan)
     fit = self_test(new, plan, limit)
     if fit.status != "pass":
@@ -98,16 +98,18 @@ def judge_beside(
 def judge_ratio(
     subject: Subject, was: Baseline, limit: float, plan: Plan, why: str | None, *, same_graph: bool
 ) -> tuple[list[Check], list[Metric]]:
-    """Time the file beside its float file, and compare the ratio with the baseline's: times of two days do not compare."""
+    """Time the file and its float file, and compare their ratio with the baseline's; times of different days are not comparable."""
     then = was.latency
     if then is None:
         return [
-            Check("latency", "inconclusive", detail="the baseline holds no times: give --against, or leave latency out")
+            Check("latency", "inconclusive", detail="the baseline has no times: give --against, or leave latency out")
         ], []
     if then.reference not in subject.now.files or not same_work(
         was.files[then.reference], subject.now.files[then.reference], operators=same_graph
     ):
-        detail = f"{then.reference}, which times are divided by, does other work than the baseline's: give --against OLD_BUNDLE"
+        detail = (
+            f"{then.reference}, the reference for times, does other work than the baseline's: give --against OLD_BUNDLE"
+        )
         return [Check("latency", "inconclusive", detail=detail)], []
     plan = replace(plan, threads=then.threads, batch=then.batch)
     new, float_file = (
@@ -130,7 +132,7 @@ def judge_ratio(
 def faster_because(
     was: Baseline, subject: Subject, here: Environment, *, same_graph: bool, old: Subject | None
 ) -> str | None:
-    """Return what may make the served file faster than it was, None if nothing does."""
+    """Return a possible reason why the served file is faster than before, or None."""
     before, now = was.files[was.served], subject.now.files[was.served]
     if not same_work(before, now, operators=same_graph):
         return "the file does other work"
@@ -140,7 +142,7 @@ def faster_because(
 
 
 def machine_note(was: Baseline, here: Environment) -> str:
-    """Say that the baseline is another machine's."""
+    """Return a note that the baseline is from another machine."""
     return (
         f"the baseline is from another machine ({was.environment['cpu']}; here {here['cpu']}): only the ratio to the float file is "
         "compared; record one here with --update-baseline"
@@ -148,13 +150,13 @@ def machine_note(was: Baseline, here: Environment) -> str:
 
 
 def size_metrics(subject: Subject) -> list[Metric]:
-    """Return what the served file weighs and works."""
+    """Return the served file's size and MACs."""
     facts = subject.now.files[subject.now.served]
     work = [] if facts.macs is None else [Metric("multiply-accumulates", "M", facts.macs / 1e6)]
     return [Metric("size", "MB", facts.bytes / 1e6), *work]
 
 
 def latency_metric(timing: Timing) -> Metric:
-    """Return the median of all runs, and how far the blocks' medians lie apart."""
+    """Return the median of all runs, with the spread of the blocks' medians."""
     low, high = np.percentile(timing.block_ms, [5, 95])
     return Metric("latency", "ms", timing.percentile(50), f"± {(high - low) / 2:.3f}")

@@ -1,10 +1,10 @@
-"""Open the bundle under judgement: whole, loadable, and answering as it did where it was made."""
+"""Open the bundle under judgement, after checking that it is complete, loads, and reproduces its golden outputs."""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from export.bundle.golden import answer
+from export.bundle.golden import outputs_of
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import vet
 from export.errors import BundleError
@@ -14,12 +14,12 @@ from export.gate.hard import Now
 
 
 class BrokenBundleError(BundleError):
-    """Report a bundle that need not be measured."""
+    """Report a broken bundle, which need not be measured."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A bundle that was found whole, its files' facts, and the checks that say so."""
+    """A sound bundle, its files' facts, and the checks that it passed."""
 
     bundle: Bundle
     now: Now
@@ -32,13 +32,13 @@ class Subject:
 
 
 def open_subject(path: Path) -> Subject:
-    """Read every digest, let ONNX Runtime optimize every file, run the golden inputs.
+    """Check every digest, let ONNX Runtime optimize every file, and run the golden inputs.
 
-    Model files are opened in a guarded process first. Raises BrokenBundleError where any of it fails.
+    Model files are opened in the sandbox first. Raises BrokenBundleError if any of it fails.
     """
     try:
         bundle = read_bundle(path, inspect=vet)
-        preprocess = json.loads(json.dumps(asdict(bundle.preprocess)))  # as a baseline holds it
+        preprocess = json.loads(json.dumps(asdict(bundle.preprocess)))  # as in a baseline
         now = Now(bundle.served, bundle.labels, preprocess, all_facts(bundle.files))
         check_golden(bundle)
     except BundleError as error:
@@ -51,10 +51,10 @@ def open_subject(path: Path) -> Subject:
 
 
 def check_golden(bundle: Bundle) -> None:
-    """Run the golden inputs through every file. Raises BundleError where one answers otherwise than where the bundle was made."""
+    """Run the golden inputs through every file; BundleError if outputs differ from the golden ones."""
     for name, path in bundle.files.items():
-        if differing := bundle.golden.differing(name, answer(path, bundle.golden.inputs)):
+        if differing := bundle.golden.differing(name, outputs_of(path, bundle.golden.inputs)):
             raise BundleError(
-                f"{name}: golden outputs: {len(differing)} of {len(bundle.golden.truths)} images get other outputs than where "
-                f"the bundle was made (image {differing[0]} first): made for another kind of machine, or the runtime is wrong"
+                f"{name}: golden outputs: {len(differing)} of {len(bundle.golden.truths)} images have other outputs than where "
+                f"the bundle was made (first image {differing[0]}): the bundle is for another kind of machine, or the runtime is wrong"
             )

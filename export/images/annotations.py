@@ -1,6 +1,6 @@
-"""Find images with the boxes drawn on them: COCO's JSON, YOLO's text files, Pascal VOC's XML. docs/detection.md holds the rules.
+"""Find images with their boxes in COCO's JSON, YOLO's text files or Pascal VOC's XML; the rules are in docs/detection.md.
 
-Boxes become fractions of the image, whatever the format counts in, so that resizing an image leaves them alone.
+Boxes become fractions of the image in every format, so that resizing an image does not change them.
 """
 
 import json
@@ -14,22 +14,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from export.errors import DataError
+from export.errors import DataError, first
 from export.images.decode import require_pillow
-from export.images.folders import SUFFIXES, TRAIN, VAL_NAMES, check_folder, first, is_label
+from export.images.folders import SUFFIXES, TRAIN, VAL_NAMES, check_folder, is_label
 from export.images.preprocess import Preprocess
 from export.images.read import Examples, content_of, match, read_pixels
 
 Boxes = NDArray[np.float32]
-"""An image's truths (m, 6): class, left, top, right and bottom as fractions of the image, and 1 for a crowd that no one has counted."""
+"""An image's truths (m, 6): class, left, top, right and bottom as fractions of the image, and 1 for a crowd of uncounted objects."""
 NO_BOX = (-1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-OUTSIDE = 0.02  # of an image's side, by which a box that was drawn by hand may leave it
+OUTSIDE = 0.02  # fraction of an image's side by which a box drawn by hand may exceed it
 COCO, YOLO, VOC = "annotations", "labels", "Annotations"
 MAX_XML = 1_000_000  # bytes of one image's file
 
 
 class BoxFile(NamedTuple):
-    """An image's path relative to the data set's root, the file that its boxes are from, and the boxes."""
+    """An image's path relative to the root, the file with its boxes, and the boxes."""
 
     path: str
     source: str
@@ -38,9 +38,9 @@ class BoxFile(NamedTuple):
 
 @dataclass(frozen=True)
 class BoxListing:
-    """The images of a folder data set, each with the file that its boxes are from, in the order of their paths, and all `boxes` by image.
+    """The images of a data set in the order of their paths, each with the file of its boxes, and all `boxes` by image.
 
-    `val` is None where the folder brings no validation set.
+    `val` is None if the folder has no validation set.
     """
 
     root: Path
@@ -50,7 +50,7 @@ class BoxListing:
     boxes: Mapping[str, Boxes]
 
     def place(self, part: str) -> str:
-        """Say where the images of a part of the data belong."""
+        """Return where the images of a split belong."""
         return f"the JSON, list or folder that is named {part}"
 
     def names(self) -> list[str]:
@@ -58,7 +58,7 @@ class BoxListing:
         return sorted({name for pair in self.train + (self.val or ()) for name in pair})
 
     def truths(self, files: Sequence[tuple[str, str]]) -> Boxes:
-        """Return the boxes of the listed files (n, most of one image, 6)."""
+        """Return the boxes of the listed files (n, most boxes of an image, 6)."""
         return table_of([self.boxes[path] for path, _ in files])
 
 
@@ -72,13 +72,13 @@ def list_boxes(root: Path) -> BoxListing:
     if _yolo_splits(root):
         return _yolo(root)
     raise DataError(
-        f"{root}: holds no boxes in a known layout: give COCO's {COCO}/*.json, YOLO's images/ and {YOLO}/, or Pascal VOC's "
+        f"{root}: has no boxes in a known layout: give COCO's {COCO}/*.json, YOLO's images/ and {YOLO}/, or Pascal VOC's "
         f"JPEGImages/ and {VOC}/"
     )
 
 
 def table_of(each: Sequence[Boxes]) -> Boxes:
-    """Return all images' boxes (n, most of one image, 6), rows without a box at the end."""
+    """Return all images' boxes (n, most boxes of an image, 6), padded with rows without a box."""
     table = np.tile(np.array(NO_BOX, np.float32), (len(each), max([1, *map(len, each)]), 1))
     for row, boxes in zip(table, each, strict=True):
         row[: len(boxes)] = boxes
@@ -86,7 +86,7 @@ def table_of(each: Sequence[Boxes]) -> Boxes:
 
 
 def box_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
-    """Find the images of a folder (of its validation split, where it has one) with their boxes; classes match `labels` by name.
+    """Find the images of a folder (of its validation split, if it has one) with their boxes; classes match `labels` by name.
 
     Raises DataError for data that do not fit.
     """
@@ -108,16 +108,18 @@ def box_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> E
 
 
 def checked(where: str, corners: Sequence[float], size: tuple[float, float]) -> tuple[float, ...] | None:
-    """Return a box in pixels (left, top, right, bottom) as fractions of an image of this width and height; None where it has no area.
+    """Return a box in pixels (left, top, right, bottom) as fractions of the image's `size` (width, height); None if it has no area.
 
-    Raises DataError for what is no number, and for a box that leaves the image.
+    Raises DataError for numbers that are not finite, and for a box that exceeds the image.
     """
     if not np.isfinite(corners).all():
-        raise DataError(f"{where}: the box {_brief(corners)} is not all numbers: draw it anew or remove it")
+        raise DataError(
+            f"{where}: the box {_brief(corners)} has values that are not finite: draw it again or remove it"
+        )
     found = np.array(corners, np.float64) / (*size, *size)
     if found.min() < -OUTSIDE or found.max() > 1 + OUTSIDE:
         raise DataError(
-            f"{where}: the box {_brief(corners)} leaves the image of {size[0]:g} x {size[1]:g} pixels: draw it anew or remove it"
+            f"{where}: the box {_brief(corners)} leaves the image of {size[0]:g} x {size[1]:g} pixels: draw it again or remove it"
         )
     left, top, right, bottom = np.clip(found, 0, 1).tolist()
     return (left, top, right, bottom) if left < right and top < bottom else None
@@ -132,7 +134,7 @@ def _table(rows: Sequence[tuple[float, ...]]) -> Boxes:
 
 
 def _split(name: str) -> str | None:
-    """Return which split a file or folder is named after: train, val, or None."""
+    """Return the split that a file or folder is named after: train, val, or None."""
     words = re.split(r"[^a-z]+", name.lower())
     if TRAIN in words:
         return TRAIN
@@ -140,18 +142,18 @@ def _split(name: str) -> str | None:
 
 
 def _listing(root: Path, classes: Sequence[str], parts: Mapping[str, list[BoxFile]]) -> BoxListing:
-    """Return a listing of the splits found; validation images are those of `val`, else of `test`."""
+    """Return a listing of the splits found; validation images are from `val`, else from `test`."""
     if not 1 <= len(classes) == len(set(classes)) or not all(map(is_label, classes)):
         raise DataError(
             f"{root}: must name its classes, each once and on one line, got {first(list(classes)) or 'none'}"
         )
     for name, files in parts.items():
         if not files:
-            raise DataError(f"{root}: its {name} split lists no image: add some or remove the split")
+            raise DataError(f"{root}: its {name} split has no images: add some or remove the split")
     val = next((parts[name] for name in ("val", "test") if name in parts), None)
     train = parts.get(TRAIN, parts.get("all", []))
     if train and not any(len(file.boxes) for file in train):
-        raise DataError(f"{root}: not one of its {len(train):,} training images has a box: check the annotations")
+        raise DataError(f"{root}: none of its {len(train):,} training images has a box: check the annotations")
     pairs = [
         None if part is None else tuple(sorted((file.path, file.source) for file in part)) for part in (train, val)
     ]
@@ -175,7 +177,7 @@ def _coco(root: Path, files: Sequence[Path]) -> BoxListing:
         for split in documents
         for entry in _objects(documents[split], "annotations", parts[split])
     }
-    ids = [one for one in sorted(names) if one in used] or sorted(names)  # gaps in COCO's ids are no classes
+    ids = [one for one in sorted(names) if one in used] or sorted(names)  # skip gaps in COCO's ids
     places = {one: place for place, one in enumerate(ids)}
     found = {split: list(_coco_files(root, parts[split], document, places)) for split, document in documents.items()}
     return _listing(root, [names[one] for one in ids], found)
@@ -185,7 +187,7 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         document = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: cannot be read as JSON ({error}): fetch it anew") from error
+        raise DataError(f"{file}: cannot be read as JSON ({error}): fetch it again") from error
     if not isinstance(document, dict):
         raise DataError(
             f"{file}: must be COCO's object of images, annotations and categories, got a {type(document).__name__}"
@@ -196,15 +198,15 @@ def _json(file: Path) -> dict[str, Any]:
 def _objects(document: Mapping[str, Any], key: str, file: Path) -> list[dict[str, Any]]:
     found = document.get(key)
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-        raise DataError(f"{file}: {key}: must be a list of objects, as COCO's are: export the annotations again")
+        raise DataError(f"{file}: {key}: must be a list of objects, as in COCO: export the annotations again")
     return found
 
 
 def _coco_files(root: Path, file: Path, document: Mapping[str, Any], places: Mapping[int, int]) -> Iterator[BoxFile]:
-    """Yield one annotation file's images, those without a box too."""
+    """Yield one annotation file's images, including those without a box."""
     images = _objects(document, "images", file)
     if not images:
-        raise DataError(f"{file}: images: lists none: export the annotations again, with their images")
+        raise DataError(f"{file}: images: is empty: export the annotations again, with their images")
     rows: dict[Any, list[tuple[float, ...]]] = {entry.get("id"): [] for entry in images}
     sizes = {entry.get("id"): (entry.get("width"), entry.get("height")) for entry in images}
     for entry in _objects(document, "annotations", file):
@@ -227,7 +229,7 @@ def _coco_files(root: Path, file: Path, document: Mapping[str, Any], places: Map
 
 
 def _image_folders(root: Path, file: Path) -> list[Path]:
-    """Return where an annotation file's images may lie, the nearest first."""
+    """Return the folders where an annotation file's images may be, nearest first."""
     split = file.stem.rpartition("_")[2]
     return [file.parent, root / "images" / split, root / split, root / "images", root]
 
@@ -238,7 +240,7 @@ def _within(root: Path, folders: Sequence[Path], name: str, source: Path) -> str
         if name and path.is_file() and path.resolve().is_relative_to(root.resolve()):
             return str(path.relative_to(root))
     raise DataError(
-        f"{source}: names the image {name!r:.80}, which is not there: put it into {folders[-2]}, or remove its entry"
+        f"{source}: names the image {name!r:.80}, which does not exist: put it into {folders[-2]}, or remove its entry"
     )
 
 
@@ -246,7 +248,7 @@ def _within(root: Path, folders: Sequence[Path], name: str, source: Path) -> str
 
 
 def _yolo_splits(root: Path) -> dict[str, tuple[Path, Path]]:
-    """Return the splits' folders of images and of labels: images/train beside labels/train, train/images beside train/labels, or one of each."""
+    """Return each split's folders of images and labels: images/train and labels/train, train/images and train/labels, or images and labels."""
     pairs = [(path, root / YOLO / path.name) for path in root.glob("images/*/")]
     pairs += [(path, path.with_name(YOLO)) for path in root.glob("*/images/")]
     found = {}
@@ -283,12 +285,12 @@ def _yolo_classes(root: Path) -> list[str]:
                 if line.strip()
             ]
     raise DataError(
-        f"{root}: does not name its classes: write them into classes.txt, one a line in the order of their indices"
+        f"{root}: does not name its classes: write them into classes.txt, one per line in the order of their indices"
     )
 
 
 def _yolo_files(root: Path, images: Path, labels: Path, classes: int) -> Iterator[BoxFile]:
-    """Yield one split's images; one without a label file has no box."""
+    """Yield one split's images; an image without a label file has no box."""
     for image in sorted(path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES):
         file = labels / image.relative_to(images).with_suffix(".txt")
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
@@ -346,7 +348,7 @@ def _ids(path: Path) -> list[str]:
 
 
 def _voc_objects(file: Path) -> list[tuple[str, tuple[float, ...], float]]:
-    """Return an image's objects: class, box, and 1 for those marked difficult, which no one is judged by."""
+    """Return an image's objects: class, box, and 1 if marked difficult, which are not judged."""
     try:
         content = file.read_bytes()
         if len(content) > MAX_XML or b"<!DOCTYPE" in content or b"<!ENTITY" in content:
@@ -362,7 +364,7 @@ def _voc_objects(file: Path) -> list[tuple[str, tuple[float, ...], float]]:
             for one in tree.iter("object")
         ]
     except (OSError, ElementTree.ParseError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read as Pascal VOC's XML ({error}): mend or remove it") from error
+        raise DataError(f"{file}: cannot be read as Pascal VOC's XML ({error}): repair or remove it") from error
     if min(size) <= 0:
         raise DataError(
             f"{file}: size: must be the image's width and height, got {size[0]:g} x {size[1]:g}: write it there"

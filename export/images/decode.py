@@ -1,4 +1,4 @@
-"""Open an image file under guard: named formats, a cap on its pixels, nothing truncated, 8 bits a channel, upright."""
+"""Open an image file safely: known formats only, a limit on its pixels, nothing truncated, 8 bits per channel, upright."""
 
 import struct
 import zlib
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.errors import DataError
+from export.errors import DataError, first
 
 if TYPE_CHECKING:
     from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte decoded
-# What Pillow's decoders raise on damaged files.
+# Exceptions that Pillow's decoders raise on damaged files.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error)
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 TURNS = {
@@ -29,24 +29,24 @@ TURNS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-NAMED = 3  # broken files that an error names; the rest are counted
+NAMED = 3  # broken files that an error lists; the rest are counted
 
 
 class BrokenImage(Exception):
-    """Report why one file is not an image that can be used; callers count and name them."""
+    """Report why a file is not a usable image; callers count and list such files."""
 
 
 def require_pillow(path: Path) -> None:
-    """Raise DataError where the library that decodes images is missing."""
+    """Raise DataError if Pillow is not installed."""
     if find_spec("PIL") is None:
         raise DataError(f"{path}: reading images needs Pillow: pip install pillow")
 
 
 def read_image(path: Path | BytesIO, *, upright: bool) -> "Image.Image":
-    """Return the pixels of a file, on the disk or in memory, as RGB, fully decoded; the header alone decides whether decoding starts.
+    """Return a file's pixels, from disk or memory, as RGB, fully decoded; the header's size is checked before decoding.
 
-    `upright` turns it as its EXIF orientation says; of 16 bits of grey the upper 8 are taken, as Pillow does with colours.
-    Raises `BrokenImage` for a file that is missing, truncated, of another format, or above `MAX_PIXELS`.
+    `upright` applies the EXIF orientation; 16-bit grey is cut to its upper 8 bits, as Pillow does with colours.
+    Raises BrokenImage for a file that is missing, truncated, of another format, or above MAX_PIXELS.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -59,14 +59,14 @@ def read_image(path: Path | BytesIO, *, upright: bool) -> "Image.Image":
             return rgb if turn is None else rgb.transpose(Image.Transpose[turn])
     except UnidentifiedImageError:
         raise BrokenImage(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # a warning where warnings are errors
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the warning, if warnings are errors
         raise BrokenImage(f"more than {MAX_PIXELS:,} pixels") from None
     except DAMAGE as error:
         raise BrokenImage(getattr(error, "strerror", None) or str(error)) from None
 
 
 def read_area(path: Path | BytesIO) -> int:
-    """Return an image's height times its width in pixels by its header, 0 for a file without one."""
+    """Return an image's number of pixels from its header, 0 if it has none."""
     from PIL import Image
 
     try:
@@ -77,14 +77,13 @@ def read_area(path: Path | BytesIO) -> int:
 
 
 def describe_broken(broken: Mapping[str, str], total: int) -> str:
-    """Return one sentence that counts the broken files and names the first few, with the reason for each."""
-    named = [f"{name} ({broken[name]})" for name in sorted(broken)[:NAMED]]
-    more = f" and {len(broken) - NAMED:,} more" if len(broken) > NAMED else ""
-    return f"{len(broken):,} of {total:,} images cannot be read: {', '.join(named)}{more}"
+    """Return a sentence that counts the broken files and lists the first few with their reasons."""
+    named = first([f"{name} ({broken[name]})" for name in sorted(broken)], NAMED)
+    return f"{len(broken):,} of {total:,} images cannot be read: {named}"
 
 
 def _rgb(image: "Image.Image") -> "Image.Image":
-    if image.mode.startswith("I"):  # a PNG of 16 bits of grey, which Pillow's own conversion clips to white
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip to white
         from PIL import Image
 
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -94,7 +93,7 @@ def _rgb(image: "Image.Image") -> "Image.Image":
 
 
 def _orientation(image: "Image.Image") -> int:
-    """Return how the decoded file says it is stored, 1 (upright) where it says nothing that can be read."""
+    """Return the EXIF orientation, 1 (upright) if there is none that can be read."""
     try:
         found = image.getexif().get(ORIENTATION, 1)
     except DAMAGE:

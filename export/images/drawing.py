@@ -1,4 +1,4 @@
-"""Draw on images what is seen in them: boxes with words, masks as colours. Needs Pillow."""
+"""Draw predictions on images: labelled boxes, and masks as colours. Needs Pillow."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from export.images.preprocess import IGNORED
 
 Pixels = NDArray[np.uint8]
-# One for each class, in turn; the first is a segmentation's background in most data.
+# One for each class, repeated; the first is the background in most segmentation data.
 COLOURS = np.array(
     [
         *((90, 98, 106), (10, 125, 94), (47, 111, 183), (217, 138, 0), (162, 63, 160), (194, 65, 12), (53, 163, 201), (122, 139, 18)),
@@ -17,7 +17,7 @@ COLOURS = np.array(
     ],
     np.uint8,
 )  # fmt: skip
-OPAQUE = 0.55  # of a mask's colours
+OPAQUE = 0.55  # opacity of a mask's colours
 
 
 def colours(classes: NDArray[np.integer]) -> Pixels:
@@ -27,7 +27,7 @@ def colours(classes: NDArray[np.integer]) -> Pixels:
 
 
 def with_mask(pixels: Pixels, mask: NDArray[np.uint8]) -> Pixels:
-    """Return an image (height, width, 3) under the colours of a mask of any size; what is IGNORED stays as it is."""
+    """Return an image (height, width, 3) under the colours of a mask of any size; IGNORED pixels are not painted."""
     from PIL import Image
 
     height, width = pixels.shape[:2]
@@ -37,7 +37,7 @@ def with_mask(pixels: Pixels, mask: NDArray[np.uint8]) -> Pixels:
 
 
 def with_boxes(pixels: Pixels, boxes: NDArray[np.floating], classes: Sequence[int], words: Sequence[str]) -> Pixels:
-    """Return an image (height, width, 3) with boxes (n, 4), left, top, right and bottom as fractions of it, each in its class's colour."""
+    """Return an image (height, width, 3) with `boxes` (n, 4) in their classes' colours; left, top, right, bottom as fractions."""
     from PIL import Image, ImageDraw
 
     image = Image.fromarray(pixels)

@@ -1,23 +1,22 @@
-"""Find the images of a folder, their classes and their split; nothing is opened here. docs/images.md holds the rules."""
+"""Find the images of a folder, their classes and their split, without opening any; the rules are in docs/images.md."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.errors import DataError, nearest
+from export.errors import DataError, first, nearest
 
-# Suffixes that name an image. Some are formats the decoder refuses: better an error than a photograph silently left out.
+# Suffixes of images. The decoder refuses some of these formats: better an error than a photograph silently left out.
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif", ".jp2"),
     *(".ppm", ".pgm", ".tga"),
 )
-SHARDS = (".tar", ".arrow", ".parquet")  # that training reads
+SHARDS = (".tar", ".arrow", ".parquet")  # only training reads these
 TRAIN, VAL_NAMES = "train", ("val", "valid", "validation", "test")
-# What archives, network drives and file systems leave beside the images; hidden names are left out as well.
+# Folders that archives, network drives and file systems add; hidden names are ignored too.
 IGNORED = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
 ANNOTATIONS = "val_annotations.txt"
-NAMED = 5  # classes that an error names; the rest are counted
 
 File = tuple[str, int]
 """A path relative to the data set's root, and its class."""
@@ -27,7 +26,7 @@ File = tuple[str, int]
 class Listing:
     """The files of a folder data set, in the order of their paths.
 
-    `val` is None where the folder brings no validation set, `train` is empty where it brings nothing else.
+    `val` is None if the folder has no validation set, `train` is empty if it has nothing else.
     """
 
     root: Path
@@ -36,7 +35,7 @@ class Listing:
     val: tuple[File, ...] | None
 
     def place(self, part: str) -> str:
-        """Say where the images of a part of the data belong."""
+        """Return where the images of a split belong."""
         return f"{self.root / part}/<class>/"
 
     def names(self) -> list[str]:
@@ -45,9 +44,9 @@ class Listing:
 
 
 def list_folder(root: Path) -> Listing:
-    """List an ImageNet layout (train/ with val/, valid/, validation/ or test/), Tiny-ImageNet's own, or one folder of class folders.
+    """List an ImageNet layout (train/ with val/, valid/, validation/ or test/), Tiny-ImageNet's layout, or one folder of class folders.
 
-    Raises DataError for a missing folder, a class without images, a class in validation that training lacks, and other layouts.
+    Raises DataError for a missing folder, a class without images, a class that only validation has, and other layouts.
     """
     check_folder(root)
     parts = _splits(root)
@@ -74,7 +73,7 @@ def list_folder(root: Path) -> Listing:
 
 
 def image_splits(root: Path) -> tuple[list[str], list[str] | None]:
-    """Return the images below a folder, whatever their folders are called, and those of its validation split, where it brings one."""
+    """Return the training images below a folder, whatever its subfolders are called, and those of its validation split, if any."""
     check_folder(root)
     parts = {name.lower(): root / name for name in _subfolders(root) if name.lower() in (TRAIN, *VAL_NAMES)}
     held_out = next((parts[name] for name in VAL_NAMES if name in parts), None)
@@ -84,12 +83,12 @@ def image_splits(root: Path) -> tuple[list[str], list[str] | None]:
 
 
 def check_folder(root: Path) -> None:
-    """Raise DataError unless `root` is a folder; name a sibling that looks like it."""
+    """Raise DataError unless `root` is a folder, suggesting a similar name."""
     if root.is_dir():
         return
     if root.exists():
         raise DataError(
-            f"{root}: is a file, not a folder; unpack it and give the folder that holds train/ or the class folders"
+            f"{root}: is a file, not a folder; unpack it and give the folder with train/ or the class folders"
         )
     ancestor = next(parent for parent in root.absolute().parents if parent.is_dir())
     wanted = root.absolute().relative_to(ancestor).parts[0]
@@ -99,19 +98,14 @@ def check_folder(root: Path) -> None:
 
 
 def is_label(text: str) -> bool:
-    """Whether a class name stays one line wherever it is written."""
+    """Tell whether a class name is one printable line."""
     return text.isprintable() and text == text.strip() != ""
 
 
 def count(names: Sequence[str], noun: str) -> str:
-    """Return how many names there are, with the noun in its number."""
+    """Return the number of names with the noun in singular or plural."""
     plural = "es" if noun.endswith("s") else "s"
     return f"{len(names):,} {noun}{'' if len(names) == 1 else plural}"
-
-
-def first(names: list[str]) -> str:
-    """Return the first names, and how many more there are."""
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED:,} more" if len(names) > NAMED else "")
 
 
 def _is_ignored(name: str) -> bool:
@@ -127,9 +121,9 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _splits(root: Path) -> dict[str, Path]:
-    """Return the folders of a split by their names in small letters.
+    """Return the split folders by their lower-case names.
 
-    A class may be called train or test, too: beside other folders, these are a split only where one of them holds folders.
+    A class may be called train or test too: beside other folders, they are a split only if one of them has subfolders.
     """
     folders = _subfolders(root)
     found = {name.lower(): root / name for name in folders if name.lower() in (TRAIN, *VAL_NAMES)}
@@ -139,11 +133,11 @@ def _splits(root: Path) -> dict[str, Path]:
 
 
 def _refuse_other_layouts(root: Path) -> None:
-    """Raise DataError where the data set lies one folder deeper, and where folders are a split under other names."""
+    """Raise DataError if the data set is one folder deeper, or the folders are a split under other names."""
     folders = _subfolders(root)
     for name in folders:
         if (root / name / TRAIN).is_dir():
-            raise DataError(f"{root}: holds no {TRAIN}/ itself, but {root / name} does; give that folder")
+            raise DataError(f"{root}: has no {TRAIN}/, but {root / name} has; give that folder")
     like = [[name for name in folders if word in name.lower()] for word in ("train", "test", "val")]
     if like[0] and (like[1] or like[2]) and all(_subfolders(root / name) for name in folders):
         raise DataError(
@@ -156,12 +150,12 @@ def _classes(folder: Path) -> tuple[str, ...]:
     if not classes:
         if any(path.suffix in SHARDS for path in folder.iterdir()):
             raise DataError(
-                f"{folder}: holds shards, which are read by training alone; here give a folder of class folders "
+                f"{folder}: has shards, which only training can read; here give a folder of class folders "
                 "(`compress export-data RUN DIR` writes a run's validation images as one)"
             )
         loose = len(images_in(folder, folder))
         raise DataError(
-            f"{folder}: has {loose:,} images and no class folder; give each class a folder of its own with its images"
+            f"{folder}: has {loose:,} images and no class folder; put each class's images into a folder of its own"
         )
     if odd := [name for name in classes if not is_label(name)]:
         raise DataError(f"{folder}: class folder {odd[0]!r}: must be one printable line; rename it")
@@ -184,9 +178,9 @@ def _files(root: Path, folder: Path, classes: tuple[str, ...]) -> tuple[File, ..
 
 
 def images_in(root: Path, folder: Path) -> list[str]:
-    """Return the images under a class folder, at any depth (Tiny-ImageNet keeps them in images/), sorted.
+    """Return the images below a class folder, at any depth (Tiny-ImageNet keeps them in images/), sorted.
 
-    Links are followed, but not to a folder above, and no folder is listed twice.
+    Links are followed, except to a parent folder, and no folder is listed twice.
     """
 
     def refuse(error: OSError) -> None:
@@ -215,7 +209,7 @@ def _unreadable(error: OSError, folder: Path) -> DataError:
 
 
 def _annotated(root: Path, folder: Path, classes: tuple[str, ...]) -> tuple[File, ...]:
-    """Read Tiny-ImageNet's validation set: one line `file<TAB>class<TAB>box` for each image in images/."""
+    """Read Tiny-ImageNet's validation set: a line `file<TAB>class<TAB>box` for each image in images/."""
     labels = {name: label for label, name in enumerate(classes)}
     rows = [
         line.split("\t")
@@ -225,13 +219,13 @@ def _annotated(root: Path, folder: Path, classes: tuple[str, ...]) -> tuple[File
     odd = next((row for row in rows if len(row) < 2 or Path(row[0]).name != row[0]), None)
     if odd is not None:
         raise DataError(
-            f"{folder / ANNOTATIONS}: {odd[0]!r} is not `file<TAB>class`; copy the file anew from Tiny-ImageNet"
+            f"{folder / ANNOTATIONS}: {odd[0]!r} is not `file<TAB>class`; copy the file again from Tiny-ImageNet"
         )
     _refuse_unknown(folder, tuple(sorted({row[1] for row in rows})), classes)
     inside = os.path.relpath(folder / "images", root)
     files = tuple(sorted((f"{inside}/{row[0]}", labels[row[1]]) for row in rows))
     if not files:
-        raise DataError(f"{folder / ANNOTATIONS}: names no image; copy the file anew from Tiny-ImageNet")
+        raise DataError(f"{folder / ANNOTATIONS}: names no images; copy the file again from Tiny-ImageNet")
     return files
 
 

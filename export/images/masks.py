@@ -1,4 +1,4 @@
-"""Find images with their masks, one class index for each pixel, and read them. docs/segmentation.md holds the rules."""
+"""Find images with their masks, one class index per pixel, and read them; the rules are in docs/segmentation.md."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from export.errors import DataError
+from export.errors import DataError, first
 from export.images.decode import DAMAGE, MAX_PIXELS, BrokenImage, require_pillow
-from export.images.folders import SUFFIXES, TRAIN, VAL_NAMES, check_folder, first, images_in, is_label
+from export.images.folders import SUFFIXES, TRAIN, VAL_NAMES, check_folder, images_in, is_label
 from export.images.preprocess import IGNORED, Preprocess
 from export.images.read import Examples, content_of, read_pixels
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 Pair = tuple[str, str]
 """The paths of an image and of its mask, relative to the data set's root."""
 CLASSES, IMAGES, MASKS = "classes.txt", "images", "masks"
-VOC = (  # Everingham 2010; its objects' rims are 255
+VOC = (  # Everingham 2010; the outlines of its objects are 255
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
     "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-CITYSCAPES = (  # Cordts 2016: the classes that are judged, by their training indices
+CITYSCAPES = (  # Cordts 2016: the evaluated classes, by their training indices
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky", "person",
     "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
 )  # fmt: skip
-GREY = ("1", "L", "P")  # Pillow's modes of one number up to 255 for each pixel; a palette's colours are for people
+GREY = ("1", "L", "P")  # Pillow's modes with one number up to 255 per pixel; a palette's colours do not matter
 WIDE = ("I", "I;16", "I;16B", "I;16L")
 
 
 @dataclass(frozen=True)
 class MaskListing:
-    """The images of a folder data set with their masks, in the order of their paths; `val` is None where it brings no validation set."""
+    """The images of a data set with their masks, in the order of their paths; `val` is None if there is no validation set."""
 
     root: Path
     classes: tuple[str, ...]
@@ -42,7 +42,7 @@ class MaskListing:
     val: tuple[Pair, ...] | None
 
     def place(self, part: str) -> str:
-        """Say where the images of a part of the data belong."""
+        """Return where the images of a split belong."""
         return f"{self.root / IMAGES / part}/, their masks in {self.root / MASKS / part}/"
 
     def names(self) -> list[str]:
@@ -51,9 +51,9 @@ class MaskListing:
 
 
 def list_masks(root: Path) -> MaskListing:
-    """List a folder of images/ and masks/, with or without train/ and val/ in both, and a class a line in classes.txt; or Pascal VOC, or Cityscapes.
+    """List images/ and masks/, with or without train/ and val/ in both, and classes.txt with one class per line; or VOC, or Cityscapes.
 
-    A mask has its image's path with another suffix. Raises DataError for other layouts, and for images without masks.
+    A mask has its image's path, but for the suffix. Raises DataError for other layouts, and for images without masks.
     """
     check_folder(root)
     for mark, listed in LAYOUTS.items():
@@ -74,7 +74,7 @@ def list_masks(root: Path) -> MaskListing:
 
 
 def _voc(root: Path) -> MaskListing:
-    """List Pascal VOC: JPEGImages/, SegmentationClass/, and the names of each part in ImageSets/Segmentation/."""
+    """List Pascal VOC: JPEGImages/, SegmentationClass/, and the names of each split in ImageSets/Segmentation/."""
     parts = dict[str, tuple[Pair, ...] | None]()
     for part in (TRAIN, "val"):
         file = root / "ImageSets" / "Segmentation" / f"{part}.txt"
@@ -82,7 +82,7 @@ def _voc(root: Path) -> MaskListing:
         pairs = [(f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png") for name in names]
         if missing := [path for pair in pairs for path in pair if not (root / path).is_file()]:
             raise DataError(
-                f"{file}: names {len(missing):,} files that are not there: {first(missing)}: unpack it again"
+                f"{file}: names {len(missing):,} files that do not exist: {first(missing)}: unpack it again"
             )
         parts[part] = tuple(pairs) or None
     train = parts[TRAIN]
@@ -93,7 +93,7 @@ def _voc(root: Path) -> MaskListing:
 
 
 def _cityscapes(root: Path) -> MaskListing:
-    """List Cityscapes: leftImg8bit/PART/CITY/*_leftImg8bit.png, their masks gtFine/PART/CITY/*_gtFine_labelTrainIds.png."""
+    """List Cityscapes: images leftImg8bit/SPLIT/CITY/*_leftImg8bit.png, masks gtFine/SPLIT/CITY/*_gtFine_labelTrainIds.png."""
 
     def pairs(part: str) -> tuple[Pair, ...]:
         folder = root / "leftImg8bit" / part
@@ -102,7 +102,7 @@ def _cityscapes(root: Path) -> MaskListing:
         masks = [name.replace("_leftImg8bit", "_gtFine_labelTrainIds") for name in masks]
         if missing := [mask for mask in masks if not (root / mask).is_file()]:
             raise DataError(
-                f"{root}: {len(missing):,} masks are not there: {first(missing)}: make them with cityscapesscripts' csCreateTrainIdLabelImgs"
+                f"{root}: {len(missing):,} masks do not exist: {first(missing)}: make them with cityscapesscripts' csCreateTrainIdLabelImgs"
             )
         return tuple(zip(images, masks, strict=True))
 
@@ -110,22 +110,22 @@ def _cityscapes(root: Path) -> MaskListing:
 
 
 LAYOUTS: Mapping[str, Callable[[Path], MaskListing]] = {"SegmentationClass": _voc, "leftImg8bit": _cityscapes}
-"""The layouts of public sets, by the folder that tells them."""
+"""The layouts of public data sets, by the folder that identifies them."""
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Return the classes' names, one a line in the order of their indices."""
+    """Return the classes' names from a file with one per line in the order of their indices."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}): save it as UTF-8 text, one class a line") from error
+        raise DataError(f"{path}: cannot be read ({error}): save it as UTF-8 text, one class per line") from error
     if not 2 <= len(lines) <= IGNORED or len(set(lines)) < len(lines) or not all(map(is_label, lines)):
-        raise DataError(f"{path}: must name 2 to {IGNORED} different classes, one a line, got {len(lines)} lines")
+        raise DataError(f"{path}: must name 2 to {IGNORED} different classes, one per line, got {len(lines)} lines")
     return tuple(lines)
 
 
 def _pairs(root: Path, folder: Path) -> tuple[Pair, ...]:
-    """Return every image of a folder with the mask of the same path."""
+    """Return every image of a folder with its mask, which has the same path."""
     images = images_in(root, folder)
     masks = {str(Path(name).with_suffix("")): name for name in images_in(root, root / MASKS)}
     wanted = {name: masks.get(MASKS + str(Path(name).with_suffix(""))[len(IMAGES) :]) for name in images}
@@ -135,14 +135,14 @@ def _pairs(root: Path, folder: Path) -> tuple[Pair, ...]:
             "add their masks, or remove them"
         )
     if not images:
-        raise DataError(f"{folder}: holds no image ({', '.join(SUFFIXES[:6])} …): add some")
+        raise DataError(f"{folder}: has no images ({', '.join(SUFFIXES[:6])} …): add some")
     return tuple((name, mask) for name, mask in wanted.items() if mask is not None)
 
 
 def read_mask(path: Path, size: tuple[int, int], *, classes: int, ignore: int | None) -> "Image.Image":
-    """Return a mask as one byte a pixel: a class, or IGNORED where the file holds that or `ignore`.
+    """Return a mask as one byte per pixel: a class, or IGNORED where the file has `ignore` (255 if that is None).
 
-    Raises BrokenImage for what is no mask of an image of this width and height.
+    Raises BrokenImage if it is not a mask for an image of this `size` (width, height).
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -152,11 +152,11 @@ def read_mask(path: Path, size: tuple[int, int], *, classes: int, ignore: int | 
                 raise BrokenImage(f"its mask has more than {MAX_PIXELS:,} pixels")
             if image.mode not in (*GREY, *WIDE):
                 raise BrokenImage(
-                    f"its mask is {image.mode}: it must hold one class index for each pixel, as a grey or palette PNG does"
+                    f"its mask is {image.mode}: it must have one class index per pixel, as a grey or palette PNG has"
                 )
             indices = np.asarray(image).astype(np.int64)
     except UnidentifiedImageError:
-        raise BrokenImage("its mask is no PNG") from None
+        raise BrokenImage("its mask is not a PNG") from None
     except DAMAGE as error:
         raise BrokenImage(f"its mask: {getattr(error, 'strerror', None) or error}") from None
     height, width = indices.shape
@@ -166,14 +166,14 @@ def read_mask(path: Path, size: tuple[int, int], *, classes: int, ignore: int | 
     beyond = indices[(indices >= classes) & (indices != IGNORED)]
     if len(beyond):
         raise BrokenImage(
-            f"its mask holds the class {beyond.max()}, but there are {classes} (0 to {classes - 1}); where that is no class, "
+            f"its mask has the class {beyond.max()}, but there are {classes} (0 to {classes - 1}); if that is not a class, "
             f"set data.ignore_index: {beyond.max()}"
         )
     return Image.fromarray(indices.astype(np.uint8))
 
 
 def mask_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
-    """Find the images of a folder (of its validation split, where it has one) with their masks.
+    """Find the images of a folder (of its validation split, if it has one) with their masks.
 
     Raises DataError for other classes than a bundle's `labels`, and for masks that cannot be used.
     """
@@ -182,7 +182,7 @@ def mask_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> 
     if listing.classes != tuple(labels):
         raise DataError(
             f"{data / CLASSES}: its {len(listing.classes)} classes are not the {len(labels)} of the bundle: "
-            "name them as in labels.txt and in its order"
+            "name them as in labels.txt, in the same order"
         )
     pairs = listing.train if listing.val is None else listing.val
     return Examples(
@@ -208,4 +208,4 @@ def _truth(listing: MaskListing, pair: Pair, preprocess: Preprocess) -> NDArray[
 
 
 Reader = Callable[[int, tuple[int, int]], "Image.Image"]
-"""Gives the mask of the image with this index, whose width and height are given; raises BrokenImage."""
+"""Returns the mask of the image with this index and this (width, height); raises BrokenImage."""

@@ -1,4 +1,4 @@
-"""What happens to a decoded image before the network sees it, in training's evaluation and wherever the bundle runs."""
+"""Preprocess a decoded image for the network, in evaluation and wherever the bundle runs."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,16 +11,16 @@ from export.images.decode import MAX_PIXELS, BrokenImage
 if TYPE_CHECKING:
     from PIL import Image
 
-UPRIGHT, AS_STORED = "EXIF", "as stored"  # what preprocess.json says of `upright`
-IGNORED = 255  # in a mask, once read: a pixel that is neither learned from nor judged
+UPRIGHT, AS_STORED = "EXIF", "as stored"  # values of `orientation` in preprocess.json
+IGNORED = 255  # in a mask, once read: a pixel that is used neither for training nor for scoring
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize the shorter side and crop the centre, or `stretch` the whole image to the square, scale to [0, 1], normalize each channel (red, green, blue).
+    """Resize the shorter side and crop the centre, or `stretch` to a square; scale to [0, 1]; normalize each RGB channel.
 
-    `upright` turns photographs as their EXIF orientation says; networks trained before that was done have seen them as stored.
-    `ignore_index` is what mask files hold where nothing is judged, 255 where that is None.
+    `upright` applies the EXIF orientation; networks trained by older versions have seen images as stored. `ignore_index` is the
+    value of ignored pixels in mask files, 255 if None.
     """
 
     image_size: int
@@ -32,16 +32,16 @@ class Preprocess:
     stretch: bool = False
 
     def pixels(self, image: "Image.Image") -> NDArray[np.uint8]:
-        """Return the centre of the resized RGB image, (size, size, 3); longer side and crop round down.
+        """Return the centre of the resized RGB image, (size, size, 3); the longer side and the crop's place are rounded down.
 
-        Raises `BrokenImage` for an image so narrow that resizing its shorter side makes it huge.
+        Raises BrokenImage for an image so narrow that resizing its shorter side would make it huge.
         """
         from PIL import Image
 
         return self._centre(image, Image.Resampling.BILINEAR)
 
     def mask(self, image: "Image.Image") -> NDArray[np.uint8]:
-        """Return the same pixels of a mask, (size, size): each the nearest one's class."""
+        """Return the same pixels of a mask, (size, size), resized to the nearest pixel's class."""
         from PIL import Image
 
         return self._centre(image, Image.Resampling.NEAREST)
@@ -67,7 +67,7 @@ class Preprocess:
         return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
     def to_json(self) -> dict[str, object]:
-        """Return every fact that another program needs to feed the network the same numbers."""
+        """Return all that another program needs to compute the same inputs."""
         return {
             "image_size": self.image_size,
             "resize_to": self.resize_to,

@@ -1,4 +1,4 @@
-"""Find labelled images and turn them into what the network sees, by the bundle's preprocess.json."""
+"""Find labelled images and preprocess them by the bundle's preprocess.json."""
 
 import hashlib
 import warnings
@@ -13,22 +13,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.errors import DataError
+from export.errors import DataError, first
 from export.images.decode import BrokenImage, read_image, require_pillow
-from export.images.folders import count, first, list_folder
+from export.images.folders import count, list_folder
 from export.images.preprocess import Preprocess
 
 Labelled = tuple[NDArray[np.float32], NDArray[Any]]
-"""Images as the network takes them, (batch, 3, size, size), and their truths, (batch, ...)."""
+"""Network inputs (batch, 3, size, size) and their truths (batch, ...)."""
 Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled images of a folder or an archive, each decoded when it is asked for by its index; `chosen` are those to take.
+    """Labelled images of a folder or an archive, decoded on demand; `chosen` are the indices to use.
 
-    `pixels` gives what the preprocessing leaves of one, (size, size, 3), `content` the bytes that tell it from others (of the
-    file, or of an archive's pixels). `notes` is what to say beside a score.
+    `pixels` returns an image after resizing and cropping, (size, size, 3), `content` the bytes that identify it (the file's, or
+    the pixels' in an archive). `notes` are sentences to print with a score.
     """
 
     preprocess: Preprocess
@@ -42,48 +42,48 @@ class Examples:
         return len(self.chosen)
 
     def spread(self, limit: int) -> "Examples":
-        """Return at most so many of the images, evenly spaced over them."""
+        """Return at most `limit` of the images, evenly spaced."""
         return replace(self, chosen=self.chosen[spread(len(self), limit)])
 
     def judged(self, validation: Sequence[str]) -> "Examples":
-        """Return those of the images whose digests are among `validation`, or all where none is, with a note on the others."""
+        """Return the images whose digests are in `validation`, or all if none is, with a note on the others."""
         left, kept = Counter(validation), list[int]()
         for index in self.chosen:
-            with suppress(DataError):  # what cannot be read is none of them
+            with suppress(DataError):  # an unreadable image is not among them
                 if left[one := digest(self.content(index))] > 0:
                     left[one] -= 1
                     kept.append(index)
         if not kept:
             note = (
-                f"none of the {len(self):,} images is one of the {len(validation):,} that the network was judged by: all are "
-                "scored, and a score on images that it was trained on says nothing"
+                f"none of the {len(self):,} images is one of the network's {len(validation):,} validation images: all are "
+                "scored, and the score means nothing if it was trained on them"
             )
             return replace(self, notes=(*self.notes, note))
         notes = list(self.notes)
         if others := len(self) - len(kept):
             notes.append(
-                f"{len(kept):,} of {len(self):,} images are those that the network was judged by; the other {others:,} are "
+                f"{len(kept):,} of {len(self):,} images are the network's validation images; the other {others:,} are "
                 "left out: it may have been trained on them"
             )
         if missing := left.total():
-            notes.append(f"{missing:,} of the {len(validation):,} images that the network was judged by are not here")
+            notes.append(f"{missing:,} of the network's {len(validation):,} validation images are not here")
         return replace(self, chosen=np.array(kept), notes=tuple(notes))
 
     def digests(self) -> list[str]:
-        """Return the digest of each image, which preprocessing leaves alone."""
+        """Return the digest of each image before preprocessing."""
         return [digest(self.content(index)) for index in self.chosen]
 
     def batches(self, *, batch_size: int = 32) -> Iterator[Labelled]:
-        """Yield the images in order. Raises DataError for a broken one."""
+        """Yield the images in order; DataError for a broken one."""
         for start in range(0, len(self), batch_size):
             part = self.chosen[start : start + batch_size]
             yield self.preprocess.normalize(np.stack([self.pixels(index) for index in part])), self.truths[part]
 
 
 def find_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
-    """Find the images of a folder (of its validation split, where it has one) or of an .npz file, whose classes are a bundle's `labels`.
+    """Find the images of a folder (of its validation split, if it has one) or an .npz file, with a bundle's `labels` as classes.
 
-    The .npz file holds `images`, uint8 (n, height, width, 3), and `labels`, integers (n,).
+    The .npz file has `images`, uint8 (n, height, width, 3), and `labels`, integers (n,).
     Raises DataError for data that do not fit.
     """
     require_pillow(data)
@@ -91,7 +91,7 @@ def find_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> 
 
 
 def folder_examples(folder: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
-    """Find the images of a folder; its class folders match `labels` by name, or where none does, by their order."""
+    """Find the images of a folder; its class folders match `labels` by name or, if none does, by order."""
     listing = list_folder(folder)
     files = listing.train if listing.val is None else listing.val
     places, notes = match(folder, listing.classes, labels)
@@ -106,9 +106,9 @@ def folder_examples(folder: Path, preprocess: Preprocess, labels: Sequence[str])
 
 
 def match(folder: Path, classes: Sequence[str], labels: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
-    """Return each class folder's place among the labels, and a note where that is not by its name.
+    """Return each class folder's index in the labels, and a note if they are matched by order.
 
-    Raises DataError where some folders are labels and some are not, and where none is and their numbers differ.
+    Raises DataError if only some folders are labels, or none is and their numbers differ.
     """
     unknown = [name for name in classes if name not in labels]
     if not unknown:
@@ -125,7 +125,7 @@ def match(folder: Path, classes: Sequence[str], labels: Sequence[str]) -> tuple[
         )
     pairs = [f"{name} is {label}" for name, label in zip(classes, labels, strict=True)]
     return list(range(len(labels))), (
-        f"{folder}: no class folder is a label, so they are taken in order: {first(pairs)}",
+        f"{folder}: no class folder is a label, so they are matched in order: {first(pairs)}",
     )
 
 
@@ -156,26 +156,26 @@ def archive_examples(path: Path, preprocess: Preprocess, labels: Sequence[str]) 
 
 
 def read_pixels(path: Path, preprocess: Preprocess) -> Pixels:
-    """Return what preprocessing leaves of an image file, (size, size, 3). Raises DataError for a broken one."""
+    """Return an image file resized and cropped, (size, size, 3); DataError if it is broken."""
     require_pillow(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged metadata
+            warnings.simplefilter("ignore")  # about damaged metadata
             return preprocess.pixels(read_image(path, upright=preprocess.upright))
     except BrokenImage as error:
-        raise DataError(f"{path}: cannot be read as an image ({error}): mend or remove it") from error
+        raise DataError(f"{path}: cannot be read as an image ({error}): repair or remove it") from error
 
 
 def content_of(path: Path) -> bytes:
-    """Return a file's bytes; raise DataError where they cannot be read."""
+    """Return a file's bytes; DataError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): mend or remove it") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}): repair or remove it") from error
 
 
 def spread(n: int, limit: int) -> NDArray[np.int64]:
-    """Return the indices of at most `limit` of n things, evenly spaced, in an order whose every beginning is spread over them, too.
+    """Return at most `limit` of n indices, evenly spaced, in an order in which every prefix is evenly spread too.
 
     The order is that of the golden ratio's multiples modulo 1 (a Kronecker sequence).
     """
@@ -185,5 +185,5 @@ def spread(n: int, limit: int) -> NDArray[np.int64]:
 
 
 def digest(content: bytes) -> str:
-    """Return 64 bits of the SHA-256: two of 100,000 images share them once in four thousand million."""
+    """Return 64 bits of the SHA-256; the chance of a collision among 100,000 images is 1 in 4 thousand million."""
     return hashlib.sha256(content).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Changes to an ONNX graph that keep its meaning: names, versions, metadata, float16, the pools that integer kernels want."""
+"""Rewrite an ONNX graph without changing its function: names, versions, metadata, float16, pools with integer kernels."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,15 +14,13 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from export.onnx_file.names import name_nodes_
 
 INPUT, OUTPUT = "input", "logits"
-IR_VERSION = 9  # ONNX Runtime 1.15, which servers in the field still run, reads opset <= 19 and IR <= 9
+IR_VERSION = 9  # ONNX Runtime 1.15, which servers still use, reads opset <= 19 and IR <= 9
 
 
 def finish(model: ir.Model, *, opset: int, metadata: Mapping[str, str]) -> ModelProto:
-    """Return the exported model ready to be served: right versions, nodes named after their modules, no stack traces or paths.
+    """Return the exported model ready to serve: right versions, nodes named after their modules, no stack traces or paths.
 
-    Global averages become pools, which have integer kernels.
-
-    Raises ValueError where the exporter did not honour the opset.
+    Global averages become pools, which have integer kernels. Raises ValueError if the exporter wrote another opset.
     """
     if model.opset_imports.get("") != opset:
         raise ValueError(f"the exporter wrote opset {model.opset_imports}, not {opset}")
@@ -37,7 +35,7 @@ def finish(model: ir.Model, *, opset: int, metadata: Mapping[str, str]) -> Model
 
 
 def strip_(model: ModelProto) -> None:
-    """Remove what no runtime needs: stack traces, module paths, intermediate shapes, unused constants and operator domains."""
+    """Remove everything that no runtime needs: stack traces, module paths, intermediate shapes, unused constants and domains."""
     used = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
     kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
     del model.graph.initializer[:]
@@ -72,15 +70,12 @@ def global_average_pools_(graph: ir.Graph) -> None:
 
 
 def to_float16(model: ModelProto, keep: Collection[str] = ()) -> ModelProto:
-    """Return the model with float16 weights and arithmetic, but for the nodes in `keep`.
-
-    Input and output stay float32, so callers need no change.
-    """
+    """Return the model with float16 weights and arithmetic, except for the nodes in `keep`; input and output stay float32."""
     halved: ModelProto = convert_float_to_float16(
         ModelProto.FromString(model.SerializeToString()), keep_io_types=True, node_block_list=list(keep)
     )
     OnnxModel(halved).topological_sort()  # the converter appends the input's cast at the end
-    if keep:  # between two nodes in float32 the converter goes through float16
+    if keep:  # between two float32 nodes the converter casts to float16 and back
         joined = ir.from_proto(halved)
         for node in joined.graph:
             made = node.inputs[0].producer() if _casts_to(node, ir.DataType.FLOAT) and node.inputs[0] else None
@@ -98,7 +93,7 @@ def save_model(model: ModelProto, path: Path) -> None:
 
 
 def weight_levels(model: ModelProto) -> dict[str, np.ndarray]:
-    """Return every int8 weight tensor by name, to read back the grid that a file really holds."""
+    """Return every int8 weight tensor by name, to check the grid that a file really has."""
     return {
         tensor.name: numpy_helper.to_array(tensor)
         for tensor in model.graph.initializer

@@ -1,4 +1,4 @@
-"""Count the multiply-accumulates of an ONNX file's convolutions and matrix products from its shapes, for one image."""
+"""Count the MACs of an ONNX file's convolutions and matrix products for one image, from its shapes."""
 
 from math import prod
 
@@ -9,20 +9,20 @@ from export.onnx_file.wiring import LAYERS, Wiring
 
 
 def macs(file: Wiring) -> dict[str, int] | None:
-    """Return the multiply-accumulates of each layer by node name, None where shape inference cannot tell all shapes."""
+    """Return the MACs of each layer by node name, or None if shape inference cannot find all shapes."""
     single = file.model.clone()
     for given in single.graph.inputs:
         if given.shape and not isinstance(given.shape[0], int):
             given.shape = ir.Shape([1, *given.shape[1:]])
     for wanted in single.graph.outputs:
-        wanted.shape = None  # says "batch" still
+        wanted.shape = None  # still has a dynamic batch
     ShapeInferencePass(check_type=False, strict_mode=False)(single)
     counts = {str(node.name): _macs(node) for node in single.graph if node.op_type in LAYERS}
     return None if None in counts.values() else {name: count or 0 for name, count in counts.items()}
 
 
 def _macs(layer: ir.Node) -> int | None:
-    """Return every output's multiply-accumulates: one for each weight that it sees."""
+    """Return a layer's MACs: one for each output and weight that it is multiplied with."""
     given, weights, wanted = (_shape(value) for value in (layer.inputs[0], layer.inputs[1], layer.outputs[0]))
     if not given or not weights or not wanted:
         return None
@@ -30,10 +30,10 @@ def _macs(layer: ir.Node) -> int | None:
         return prod(wanted) * prod(weights[1:])
     if layer.op_type == "ConvTranspose":
         return prod(given) * prod(weights[1:])
-    # Gemm may read its first factor (rows, inner) transposed; the product's rows tell which of the two is inner.
+    # Gemm's first factor is (rows, inner), or (inner, rows) with transA.
     return prod(wanted) * given[0 if layer.attributes.get_int("transA", 0) else -1]
 
 
 def _shape(value: ir.Value | None) -> tuple[int, ...]:
-    """Return a tensor's shape, nothing where a size is not known."""
+    """Return a tensor's shape, empty if a size is unknown."""
     return value.shape.numpy() if value and value.shape and value.shape.is_static() else ()

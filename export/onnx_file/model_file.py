@@ -1,4 +1,4 @@
-"""What an ONNX file says about itself: one image input, one output, the precision it computes in. Reads, never runs."""
+"""Read an ONNX file's facts without running it: its image input, its output, the precision it computes in."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +19,7 @@ MAX_NODES = 100_000
 MAX_RANK = 16  # dimensions of a tensor
 MAX_IMAGE_SIZE = 4096
 MAX_OUTPUTS = 2**28
-# The types that tensors may have, and how many bits a value takes.
+# Allowed tensor types, and the bits of one value.
 BITS: dict[int, int] = {
     TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16, TensorProto.DOUBLE: 64, TensorProto.BOOL: 8,
     TensorProto.INT4: 4, TensorProto.INT8: 8, TensorProto.INT16: 16, TensorProto.INT32: 32, TensorProto.INT64: 64,
@@ -29,7 +29,7 @@ BITS: dict[int, int] = {
 
 @dataclass(frozen=True)
 class Value:
-    """An input or output; a size that varies is None."""
+    """An input or output; a dynamic size is None."""
 
     name: str
     shape: tuple[int | None, ...]
@@ -55,21 +55,21 @@ class ModelFile:
         return size
 
     def to_json(self) -> dict[str, object]:
-        """Return the facts as JSON holds them."""
+        """Return the facts as JSON values."""
         return asdict(self)
 
 
 def inspect(path: Path) -> ModelFile:
     """Read the facts of `path` without running it or opening any other file.
 
-    Raises BundleError for what is no ONNX model, for one that keeps weights in other files, and for one that does not
-    take one batch of square images and give one output.
+    Raises BundleError if it is not an ONNX model, keeps weights in other files, or does not have one input for square
+    images and one output.
     """
     return facts_of(parse(path), path)
 
 
 def facts_of(model: ModelProto, path: Path) -> ModelFile:
-    """Return the facts of `model`, which `path` holds; raises BundleError as `inspect` does."""
+    """Return the facts of `model`, read from `path`; raises BundleError as `inspect` does."""
     if len(model.graph.input) != 1 or len(model.graph.output) != 1:
         counts = f"{len(model.graph.input)} inputs and {len(model.graph.output)} outputs"
         raise BundleError(
@@ -86,7 +86,7 @@ def facts_of(model: ModelProto, path: Path) -> ModelFile:
     sizes = [size or 0 for size in wanted.shape[1:]]
     if not wanted.shape or min(sizes, default=1) < 1 or prod(sizes) > MAX_OUTPUTS:
         raise BundleError(
-            f"{path.name}: {wanted.name}: must be of one size, at most {MAX_OUTPUTS} values for an image, "
+            f"{path.name}: {wanted.name}: must have fixed sizes, at most {MAX_OUTPUTS} values per image, "
             f"got {wanted.shape}: export it again",
             defect="wrong_shape",
         )
@@ -102,10 +102,10 @@ def facts_of(model: ModelProto, path: Path) -> ModelFile:
 
 
 def parse(path: Path) -> ModelProto:
-    """Return the model in `path`, its own bytes only.
+    """Return the model in `path`, reading no other file.
 
-    Raises BundleError for what is no ONNX model, for one that keeps weights in other files (their paths may lead
-    anywhere), and for one whose tensors claim another size than they have.
+    Raises BundleError if it is not an ONNX model, keeps weights in other files (their paths may lead anywhere), or has
+    tensors that claim another size than they have.
     """
     if not path.is_file():
         raise BundleError(f"{path}: no such file", defect="missing_file")
@@ -116,7 +116,7 @@ def parse(path: Path) -> ModelProto:
             defect="too_large" if size else "not_onnx",
         )
     try:
-        # Said, because onnx would else read JSON or text where the file's name ends so.
+        # format="protobuf", because onnx would read JSON or text if the file's name ends so.
         model = onnx.load_model(path, format="protobuf", load_external_data=False)
         if not model.graph.node:
             raise BundleError(f"{path.name}: is not an ONNX model (no graph in it): export it again", defect="not_onnx")
@@ -137,9 +137,9 @@ def parse(path: Path) -> ModelProto:
 
 
 def check_tensor(tensor: TensorProto, file: str) -> None:
-    """Raise BundleError for a tensor that lies elsewhere, or whose shape claims more or less than it holds.
+    """Raise BundleError for a tensor in another file, or with more or fewer values than its shape claims.
 
-    A few bytes can claim terabytes; whoever believes them allocates first.
+    A few bytes can claim terabytes, which a trusting reader would allocate first.
     """
     name = tensor.name or "a tensor"
     if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
@@ -157,7 +157,7 @@ def check_tensor(tensor: TensorProto, file: str) -> None:
         held, wanted = len(getattr(tensor, helper.tensor_dtype_to_field(tensor.data_type))), ceil(claimed / packed)
     if len(tensor.dims) > MAX_RANK or min(tensor.dims, default=0) < 0 or held != wanted:
         raise BundleError(
-            f"{file}: {name}: claims the shape {tuple(tensor.dims[:MAX_RANK])}, which is not what it holds: export it again",
+            f"{file}: {name}: claims the shape {tuple(tensor.dims[:MAX_RANK])}, which does not match its data: export it again",
             defect="too_large" if wanted > held else "not_onnx",
         )
 
@@ -180,25 +180,25 @@ def tensors(graph: GraphProto) -> Iterator[TensorProto]:
 
 
 def is_text(message: Message) -> bool:
-    """Whether every string in a message is text; for what is not UTF-8 protobuf gives bytes, which no reader expects."""
+    """Tell whether every string in a message is UTF-8; for others protobuf returns bytes, which no reader expects."""
     for field, value in message.ListFields():
         values = [value] if isinstance(value, str | bytes | Message | int | float) else value
         if field.type == field.TYPE_STRING and any(isinstance(one, bytes) for one in values):
             return False
         if field.type == field.TYPE_MESSAGE:
-            for one in values:  # of a tensor the name only: listing its fields copies its values
+            for one in values:  # only the name of a tensor: listing its fields would copy its values
                 if not (isinstance(one.name, str) if isinstance(one, TensorProto) else is_text(one)):
                     return False
     return True
 
 
 def function_graph(nodes: list[NodeProto]) -> GraphProto:
-    """Return a model-local function's nodes as a graph, so that its tensors are found like any other's."""
+    """Return a model-local function's nodes as a graph, so that `tensors` finds its tensors."""
     return GraphProto(node=nodes)
 
 
 def value(info: ValueInfoProto) -> Value:
-    """Return name, shape and numpy's name of the element type of an input or output."""
+    """Return the name, shape and numpy dtype of an input or output."""
     tensor = info.type.tensor_type
     if tensor.elem_type not in DTYPES:
         raise BundleError(

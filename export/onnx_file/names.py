@@ -1,4 +1,4 @@
-"""Name a graph's nodes after the modules they come from, so that an audit can say `layer1.0.conv1` and not `node_Conv_96`."""
+"""Name a graph's nodes after their modules, so that an audit can say `layer1.0.conv1` instead of `node_Conv_96`."""
 
 import ast
 import re
@@ -8,15 +8,15 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 SCOPES, RULE = "pkg.torch.onnx.name_scopes", "pkg.onnxscript.rewriter.rule_name"
-# What ONNX Runtime adds to a name when it replaces or doubles the node: a counter, the layout of its float convolutions, and before
-# the name that it computes float16 in float32.
+# Additions by ONNX Runtime when it replaces or duplicates a node: suffixes for a counter or the layout of float convolutions, and a
+# prefix for float16 computed in float32.
 ADDED = re.compile(r"^InsertedPrecisionFreeCast_|(_nchwc|_token_\d+|_nhwc|/duplicated)+$")
 
 
 def name_nodes_(graph: ir.Graph) -> None:
-    """Name every node `<module path>/<OpType>`, numbered where that is taken, and its outputs after it.
+    """Name every node `<module path>/<OpType>`, with a number if that is taken, and its outputs after it.
 
-    Reads the exporter's metadata. A node that no module holds is `<OpType>` alone; the graph's own inputs and outputs
+    The paths are in the exporter's metadata. A node outside of all modules is `<OpType>`; the graph's inputs and outputs
     keep their names.
     """
     names = unique(f"{_module(node)}/{node.op_type}".lstrip("/") for node in graph)
@@ -43,15 +43,15 @@ def unique(names: Iterable[str]) -> list[str]:
 
 
 def module_of(node_name: str | None) -> str:
-    """Return the module path in a node's name, also of one that ONNX Runtime replaced; another name as it is."""
+    """Return the module path in a node's name, also after ONNX Runtime replaced the node; other names unchanged."""
     name = node_name or ""
     return ADDED.sub("", name).rpartition("/")[0] or name
 
 
 def _module(node: ir.Node) -> str:
-    """Return the path of the innermost module whose forward made the node, empty where it is the network's own."""
+    """Return the path of the innermost module whose forward made the node, empty for the network itself."""
     if "BatchNorm" in node.metadata_props.get(RULE, ""):
-        # Folded into the convolution: the note names the batch-norm, the weights still name the convolution.
+        # Folded into the convolution: the metadata name the batch-norm, but the weights still name the convolution.
         assert node.inputs[1] is not None
         return str(node.inputs[1].name).rpartition(".")[0]
     scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))  # outer modules first, then the operation itself

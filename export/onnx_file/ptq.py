@@ -1,4 +1,4 @@
-"""Post-training quantization by ONNX Runtime's own static quantizer, on the target's grid: a baseline for every other way to INT8."""
+"""Post-training quantization by ONNX Runtime's static quantizer, on the target's grid: the baseline for INT8."""
 
 import contextlib
 import io
@@ -24,12 +24,12 @@ METHODS = {
     "percentile": CalibrationMethod.Percentile,
 }
 PERCENTILE = 99.99
-SLICE = 8  # images whose activations are all in memory at a time: 3 GB for a ResNet-50 at 224
+SLICE = 8  # images per round, whose activations are all in memory: 3 GB for a ResNet-50 at 224
 MIN_SCALE = 2.0**-24  # a dead channel must not divide by zero
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Feed calibration images to ONNX Runtime, a slice for each of its rounds."""
+    """Feed calibration images to ONNX Runtime, one slice per round."""
 
     def __init__(self, batches: Iterable[NDArray[np.float32]]) -> None:
         self.slices = [batch[start : start + SLICE] for batch in batches for start in range(0, len(batch), SLICE)]
@@ -39,11 +39,11 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
         return len(self.slices)
 
     def set_range(self, start_index: int, end_index: int) -> None:
-        """Say which slices the next round takes."""
+        """Select the slices of the next round."""
         self.round = iter(self.slices[start_index:end_index])
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-        """Return the next slice of the round, None at its end."""
+        """Return the next slice of the round, or None at its end."""
         images = next(self.round, None)
         return None if images is None else {INPUT: images}
 
@@ -59,10 +59,10 @@ def quantize(
 ) -> None:
     """Quantize an FP32 file on the target's grid with ranges from `batches`, each (n, 3, s, s), and write it to `path`.
 
-    The layers with the module paths in `keep_float` stay float, and so does all that follows them.
-    Raises ValueError where a weight came out off the grid.
+    Layers with module paths in `keep_float` stay float, and so does everything after them.
+    Raises ValueError if a weight is off the grid.
     """
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # its calibrators print
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # calibrators print
         prepared, quantized = Path(folder, "prepared.onnx"), Path(folder, "quantized.onnx")
         quant_pre_process(str(float_file), str(prepared), skip_symbolic_shape=True)
         quantize_static(
@@ -80,7 +80,7 @@ def quantize(
                 "QuantizeBias": target.integer_bias,
                 "TensorQuantOverrides": _weight_grids(onnx.load(prepared), target),
                 "CalibPercentile": PERCENTILE,
-                "CalibStridedMinMax": 1,  # one slice in a round, whatever the method
+                "CalibStridedMinMax": 1,  # one slice per round for every method
             },
         )
         model = onnx.load(quantized)
@@ -94,7 +94,7 @@ def quantize(
 
 
 def _from(model: ModelProto, layers: Collection[str]) -> list[str]:
-    """Return the names of the layers' nodes and of all nodes behind them."""
+    """Return the names of the layers' nodes and of all nodes after them."""
     names, reached = list[str](), set[str]()
     for node in model.graph.node:
         if module_of(node.name) in layers or reached & set(node.input):
@@ -104,9 +104,9 @@ def _from(model: ModelProto, layers: Collection[str]) -> list[str]:
 
 
 def _weight_grids(model: ModelProto, target: Target) -> dict[str, list[dict[str, object]]]:
-    """Return the scale of each output channel of every weight, max|w| / levels, as ONNX Runtime takes them.
+    """Return the scale of each output channel of every weight, max|w| / levels, in ONNX Runtime's format.
 
-    Its own `reduce_range` gives levels from -64 to 64: one more than seven bits hold.
+    Its own `reduce_range` would give levels from -64 to 64, one more than seven bits hold.
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     grids: dict[str, list[dict[str, object]]] = {}
@@ -124,7 +124,7 @@ def _weight_grids(model: ModelProto, target: Target) -> dict[str, list[dict[str,
 
 
 def _output_axis(node: NodeProto, rank: int) -> int:
-    """Return the dimension of a layer's weight that counts its outputs."""
+    """Return the output dimension of a layer's weight."""
     transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
     return 0 if node.op_type == "Conv" or transposed else rank - 1
 
@@ -138,4 +138,4 @@ def _check_grid(model: ModelProto, target: Target) -> None:
             )
     biases = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT32}
     if biases and not target.integer_bias:
-        raise ValueError(f"{min(biases)}: an int32 bias, which {target.name} does not take")
+        raise ValueError(f"{min(biases)}: an int32 bias, which {target.name} does not support")

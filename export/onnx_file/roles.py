@@ -1,4 +1,4 @@
-"""The ONNX files of a run: their names, in the order that tables show them."""
+"""The ONNX files of a run: their names, in the order of the tables."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -11,7 +11,7 @@ ORDER = (TEACHER, FP32, FP16, PTQ, QAT)
 
 
 def name_for(name: str, target: Target, primary: Target) -> str:
-    """Return the name of an INT8 file; those for further targets carry the target's name."""
+    """Return the name of an INT8 file; for a further target it ends in the target's name."""
     return name if target == primary else f"{name}_{target.name}"
 
 
@@ -21,13 +21,13 @@ def is_int8(name: str) -> bool:
 
 
 def files_in(directory: Path) -> dict[str, Path]:
-    """Return the comparable ONNX files of an export by name; the one with uint8 input takes other images and is not among them."""
+    """Return the ONNX files of an export by name, without the one with uint8 input, whose images differ."""
     names = [path.stem for path in directory.glob("*.onnx") if path.stem != UINT8]
     ranked = sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
     return {name: directory / f"{name}.onnx" for name in ranked}
 
 
 def deployed(names: Collection[str], target: Target) -> str:
-    """Return the file to serve on the target: trained INT8, else calibrated INT8, else FP32; FP16 where the target has no INT8."""
+    """Return the file to serve on the target: trained INT8, else calibrated INT8, else FP32; FP16 if the target has no INT8."""
     order = (FP16, FP32) if target.precision == "fp16" else (QAT, PTQ, FP32)
     return next(name for name in order if name in names)

@@ -1,7 +1,6 @@
-"""Where INT8 will run, and the number grid that is right there.
+"""The kinds of machines that INT8 will run on, and the number grid for each.
 
-One frozen row for each target. Training, post-training quantization and export all read the same row, so the grid that was trained is
-the grid that is deployed.
+Training, post-training quantization and export all read a target's one row, so the trained grid is the deployed grid.
 """
 
 import platform
@@ -12,7 +11,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Target:
-    """The numerics of one kind of machine; where `precision` is fp16 the INT8 fields say nothing."""
+    """The numerics of one kind of machine; if `precision` is fp16, the INT8 fields are unused."""
 
     name: str
     precision: Literal["int8", "fp16"]
@@ -21,7 +20,7 @@ class Target:
     weight_min: int
     weight_max: int
     symmetric_activations: bool
-    integer_bias: bool  # int32 in the file; else float
+    integer_bias: bool  # int32 in the file, else float
     why: str
 
     @property
@@ -31,7 +30,7 @@ class Target:
 
     @property
     def weight_scale_divisor(self) -> int:
-        """The largest weight level that has a mirror image; a channel's scale is max|w| divided by it."""
+        """The largest weight level whose negative is on the grid too; a channel's scale is max|w| divided by it."""
         return min(-self.weight_min, self.weight_max)
 
 
@@ -48,14 +47,13 @@ TARGETS = {
         "ONNX Runtime's CUDA provider has no INT8 convolution: FP16 is the file for it"),
 }  # fmt: skip
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"  # of ONNX Runtime
-TARGET_PROVIDERS = {"cuda": CUDA, "tensorrt": TENSORRT}  # of targets that are no CPU
-# By machine the targets whose files its integer kernels compute as the target's own do.
+TARGET_PROVIDERS = {"cuda": CUDA, "tensorrt": TENSORRT}  # of targets that are not CPUs
+# For each machine, the targets whose files its integer kernels compute with the same results.
 RUNS = {"cpu_avx2": ("cpu_avx2",), "cpu_vnni": ("cpu_vnni", "cpu_avx2"), "cpu_arm": ("cpu_arm",)}
-INT8_TARGETS = {name: target for name, target in TARGETS.items() if target.precision == "int8"}
 
 
 def host_instruction_sets() -> frozenset[str]:
-    """Return the CPU's feature flags as the kernel names them, empty where the system does not tell."""
+    """Return the CPU's feature flags as Linux names them, empty if unknown."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return frozenset()
@@ -66,7 +64,7 @@ def host_instruction_sets() -> frozenset[str]:
 
 
 def host_target() -> Target:
-    """Return the target that this machine is; without a sign of VNNI the 7-bit grid, which is exact everywhere."""
+    """Return this machine's target; without VNNI flags, the 7-bit grid, which is exact everywhere."""
     if platform.machine() in ("aarch64", "arm64"):
         return TARGETS["cpu_arm"]
     if host_instruction_sets() & {"avx512_vnni", "avx_vnni", "avxvnni"}:

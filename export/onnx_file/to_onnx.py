@@ -1,7 +1,4 @@
-"""Write a torch module as one ONNX file that servers in the field can read.
-
-The only file of `export` that imports torch.
-"""
+"""Write a torch module as one ONNX file that older servers can read. The only file of `export` that imports torch."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -16,19 +13,19 @@ from export.errors import BundleError
 from export.onnx_file.graph import INPUT, OUTPUT, finish, save_model
 
 OPSET = 18
-SUMMARY = re.compile(r"^<class '.+?'>: (.+)$", re.MULTILINE)  # of each exception that an OnnxExporterError came from
+SUMMARY = re.compile(r"^<class '.+?'>: (.+)$", re.MULTILINE)  # each exception that caused an OnnxExporterError
 
 
 def to_onnx(model: nn.Module, path: Path, *, image_size: int, metadata: Mapping[str, str]) -> None:
     """Export `model` (in eval mode, on the CPU) with input (batch, 3, image_size, image_size), the batch dynamic.
 
-    The file has opset 18 and IR 9, holds its own weights, and carries `metadata`; its nodes are named after their
-    modules, and it has passed ONNX's checker. Raises BundleError where torch cannot write it.
+    The file has opset 18 and IR 9, contains its weights and `metadata`, names its nodes after their modules, and passes
+    ONNX's checker. Raises BundleError if torch cannot write it.
     """
-    # Batch 2: torch.export would specialise a batch of 1.
+    # Batch 2: torch.export would make a batch of 1 a constant.
     images = torch.zeros(2, 3, image_size, image_size)
     try:
-        # Where it fails it prints the graph so far, of each of its tries.
+        # When it fails, it prints the partial graph of each try.
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             program = torch.onnx.export(
                 with_named_calls(model) if isinstance(model, fx.GraphModule) else model,
@@ -45,14 +42,14 @@ def to_onnx(model: nn.Module, path: Path, *, image_size: int, metadata: Mapping[
         reason = next(iter(SUMMARY.findall(str(error))), "torch does not say why")
         raise BundleError(
             f"{type(model).__name__}: cannot be written as ONNX ({reason}): "
-            "its forward must not branch on values, and use operators that ONNX has"
+            "its forward must not branch on values, and must use operators that ONNX has"
         ) from error
     assert program is not None
     save_model(finish(program.model, opset=OPSET, metadata=metadata), path)
 
 
 class _Call(nn.Module):
-    """A function or method as a module, so that what it exports to carries its name."""
+    """A function or method as a module, so that its ONNX nodes carry its name."""
 
     def __init__(self, target: Callable[..., object] | str) -> None:
         super().__init__()
@@ -65,9 +62,9 @@ class _Call(nn.Module):
 
 
 def with_named_calls(model: fx.GraphModule) -> fx.GraphModule:
-    """Return the traced network, its modules shared, with every function called as a module of its node's name.
+    """Return the traced network, sharing its modules, with every function wrapped as a module of its node's name.
 
-    All functions of a traced network stand in its one forward: without this an addition would be `Add_3`, not `add_3/Add`.
+    Without this, an addition would be `Add_3` instead of `add_3/Add`, as a traced network calls all functions in one forward.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(model.graph, {}))
@@ -76,6 +73,6 @@ def with_named_calls(model: fx.GraphModule) -> fx.GraphModule:
         if node.op in ("call_function", "call_method") and not hasattr(named, node.name):
             named.add_submodule(node.name, _Call(node.target))
             node.op, node.target = "call_module", node.name
-            node.meta.pop("nn_module_stack", None)  # else the exporter takes the block around it
+            node.meta.pop("nn_module_stack", None)  # else the exporter uses the enclosing block's name
     named.recompile()
     return named

@@ -1,4 +1,4 @@
-"""Give a model another way in: pixels as a decoder leaves them, normalized inside the graph."""
+"""Give a model a uint8 input: decoded pixels, normalized inside the graph."""
 
 import json
 from collections.abc import Mapping
@@ -16,17 +16,17 @@ PIXELS = "pixels"
 def with_uint8_input(model: ModelProto, preprocess: Mapping[str, Any]) -> ModelProto:
     """Return the model with the input `pixels`, RGB 0..255, uint8 (batch, height, width, 3), and the same logits.
 
-    `preprocess` is preprocess.json's content. Its normalization moves into the graph, in the float32 operations of
-    `export.images.preprocess.Preprocess.normalize`, so the bits are the same; the file's `preprocess` metadata then say so.
+    `preprocess` is preprocess.json's content. Its normalization moves into the graph as the same float32 operations as in
+    `export.images.preprocess.Preprocess.normalize`, so the bits are the same; the file's `preprocess` metadata are updated.
     Raises BundleError for a model whose input is not float32 (batch, 3, image_size, image_size).
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     size = _image_size(model, preprocess)
     given = model.graph.input[0]
-    # Rows are normalized as vectors of 3 x size and transposed at the end, where ONNX Runtime drops the transpose with
-    # its own to channels-last (ResNet-18 at 224, one thread: 0.08 ms of 10.6). Transposed first, its optimizer moves the
-    # transpose behind the arithmetic, which then runs on vectors of 3: 1.3 ms. A QuantizeLinear moved before the
-    # transpose gains nothing in ONNX Runtime, and OpenVINO then runs the first convolution in float.
+    # Normalize rows as vectors of 3 x size and transpose last: ONNX Runtime cancels this transpose against its own to channels-last
+    # (ResNet-18 at 224, one thread: 0.08 ms of 10.6). If transposed first, its optimizer moves the transpose after the arithmetic,
+    # which then runs on vectors of 3: 1.3 ms. A QuantizeLinear before the transpose gains nothing in ONNX Runtime, and makes OpenVINO
+    # run the first convolution in float.
     constants = {
         "rows": np.array([0, size, 3 * size]),
         "images": np.array([0, size, size, 3]),
@@ -65,7 +65,7 @@ def with_uint8_input(model: ModelProto, preprocess: Mapping[str, Any]) -> ModelP
 
 
 def _image_size(model: ModelProto, preprocess: Mapping[str, Any]) -> int:
-    """Return the side of the model's one input, which must be the side that images are cropped to."""
+    """Return the side of the model's input, after checking that it is the side that images are cropped to."""
     size: int = preprocess["image_size"]
     values = [value.type.tensor_type for value in model.graph.input]
     kinds = [(value.elem_type, [dim.dim_value for dim in value.shape.dim[1:]]) for value in values]
@@ -76,7 +76,7 @@ def _image_size(model: ModelProto, preprocess: Mapping[str, Any]) -> int:
 
 
 def _without_normalization(preprocess: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is left to do before a file that normalizes by itself: resize and crop."""
+    """Return the preprocessing left for a file that normalizes by itself: resize and crop."""
     inside = {"scale": 1 / 255, "mean": preprocess["mean"], "std": preprocess["std"]}
     nothing = {"scale": 1.0, "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
     return {**preprocess, **nothing, "input": PIXELS, "layout": "NHWC", "dtype": "uint8", "normalized_inside": inside}

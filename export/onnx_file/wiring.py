@@ -1,4 +1,4 @@
-"""An ONNX graph whose nodes all have names, and what of it is a layer, a Q/DQ node or a constant."""
+"""An ONNX graph whose nodes all have names, and helpers to find its layers, Q/DQ nodes and constants."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from export.onnx_file.names import ADDED, unique
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-# What ONNX Runtime makes of them.
+# ONNX Runtime's replacements for them, in integers and in float.
 INTEGER = (
     "QLinearConv",
     "QGemm",
@@ -38,12 +38,12 @@ class Wiring:
         return [node for node in self.nodes.values() if node.op_type in LAYERS]
 
     def to_bytes(self) -> bytes:
-        """Return the model as a file holds it."""
+        """Return the model's serialized bytes."""
         return bytes(ir.to_proto(self.model).SerializeToString())
 
 
 def wire(model: ModelProto) -> Wiring:
-    """Return a copy of `model` in which a node without a name of its own is named after its output."""
+    """Return a copy of `model` in which a node without a name is named after its output."""
     copy = ir.from_proto(ModelProto.FromString(model.SerializeToString()))
     LiftConstantsToInitializersPass(size_limit=0)(copy)
     for node, name in zip(
@@ -55,20 +55,20 @@ def wire(model: ModelProto) -> Wiring:
 
 
 def maker(value: ir.Value | None) -> str:
-    """Return the operator that makes a value, empty where none does."""
+    """Return the operator that computes a value, or an empty string."""
     node = value.producer() if value else None
     return node.op_type if node else ""
 
 
 def constant(value: ir.Value | None) -> NDArray[Any]:
-    """Return the content of a value that is a constant of the file."""
+    """Return the content of a constant value."""
     tensor = value.const_value if value else None
-    assert tensor is not None, "asked of constants alone"
+    assert tensor is not None, "the value is not a constant"
     return tensor.numpy()
 
 
 def weights(layer: ir.Node) -> ir.TensorProtocol | None:
-    """Return a layer's weights as the file holds them, None where another tensor takes their place."""
+    """Return a layer's weights as stored in the file, or None if they are computed."""
     value = layer.inputs[1]
     if value and (node := value.producer()) and node.op_type == DQ:
         value = node.inputs[0]
@@ -76,15 +76,15 @@ def weights(layer: ir.Node) -> ir.TensorProtocol | None:
 
 
 def is_quantized(layer: ir.Node) -> bool:
-    """Tell whether both factors of a layer come out of a DequantizeLinear."""
+    """Tell whether both factors of a layer come from a DequantizeLinear."""
     return all(maker(value) == DQ for value in layer.inputs[:2])
 
 
 def origin(node: ir.Node, file: Wiring) -> ir.Node | None:
-    """Return the node of the file that a node of its optimized graph stands for, None for one that the optimizer added.
+    """Return the file's node for a node of its optimized graph, or None for a node that the optimizer added.
 
-    The optimizer keeps a node's name and adds to it. A fused float layer is named after its last output, so from there
-    the search goes up to the layer.
+    The optimizer extends a node's name. A fused float layer is named after its last output, so the search goes up from
+    there to the layer.
     """
     name, output = ADDED.sub("", str(node.name)), ADDED.sub("", str(node.outputs[0].name))
     made = (value.producer() for value in (file.values.get(name), file.values.get(output)) if value)

@@ -1,13 +1,13 @@
-"""How far a tensor is from its reference: in levels of its grid, and as a signal-to-noise ratio."""
+"""Distance of a tensor from its reference: in levels of its grid, and as a signal-to-noise ratio."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-# A layer alone rounds the same sum in two ways, which moves ties by one level and no further. Measured on every tensor of
-# MobileNetV2 and EfficientNet-B0 (random weights, 64 pixels, cpu_vnni) and of the tests' networks: no value moved by two, at most
-# 0.53 % by one, and 3.1 % behind an addition whose scales are 1:2, where every other sum is a tie.
+# For a layer alone, file and reference can differ by one level at ties, but not by more. Measured on every tensor of MobileNetV2 and
+# EfficientNet-B0 (random weights, 64 pixels, cpu_vnni) and of the tests' networks: no value differed by two levels, at most 0.53 % by
+# one, and 3.1 % after an addition with scales 1:2, where every other sum is a tie.
 FAR = 2
 MAX_FAR = 1e-4
 MAX_DIFFERING = 0.1
@@ -15,7 +15,7 @@ MAX_DIFFERING = 0.1
 
 @dataclass
 class Distance:
-    """How far one tensor is from its reference, summed over batches."""
+    """Distance of one tensor from its reference, accumulated over batches."""
 
     values: int = 0
     max_lsb: int = 0
@@ -26,7 +26,7 @@ class Distance:
     noise: float = 0.0
 
     def add_(self, expected: NDArray[np.float32], got: NDArray[np.float32], scale: float | None) -> None:
-        """Count one batch; a tensor without a grid is measured in 1/255 of the range that the reference spans."""
+        """Count one batch; for a tensor without a grid, a level is 1/255 of the reference's range."""
         unit = scale or float(np.ptp(expected)) / 255 or 1.0
         error = expected.astype(np.float64) - got
         levels = np.rint(np.abs(error) / unit)
@@ -40,16 +40,16 @@ class Distance:
 
     @property
     def diverges(self) -> bool:
-        """Whether this is more than rounding, for a layer that was fed with its reference's inputs."""
+        """Whether the distance is more than rounding, for a layer that got its reference's inputs."""
         return self.far > MAX_FAR * self.values or self.differing > MAX_DIFFERING * self.values
 
     @property
     def snr_db(self) -> float | None:
-        """10 log10 of the reference's energy over the error's; None where there is no error or no signal."""
+        """10 log10 of the reference's energy over the error's; None if either is zero."""
         return 10 * float(np.log10(self.signal / self.noise)) if self.noise and self.signal else None
 
     def to_json(self) -> dict[str, object]:
-        """Return what is reported."""
+        """Return the reported numbers."""
         return {
             "max_lsb": self.max_lsb,
             "mean_lsb": self.sum_lsb / self.values,

@@ -1,4 +1,4 @@
-"""Which nodes of a float file make values that half precision does not hold, on real images; and whether a file answers with numbers."""
+"""Find nodes of a float file whose values overflow half precision on real images, and check that a file's outputs are finite."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,14 +10,14 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from export.runtime.session import open_session
 
-LARGEST = 65504 / 2  # half of float16's largest: other images reach further than those that were seen
-SLICE = 8  # images at once
+LARGEST = 65504 / 2  # half of float16's largest, as a margin for other images
+SLICE = 8  # images per run
 
 Floats = NDArray[np.float32]
 
 
 def overflowing(model: ModelProto, images: Iterable[Floats]) -> list[str]:
-    """Return the nodes, in order, that read or make a value or constant beyond LARGEST on `images`, each (n, 3, s, s)."""
+    """Return the names of nodes, in order, with an input, output or constant beyond LARGEST on `images`, each (n, 3, s, s)."""
     probe = onnx.shape_inference.infer_shapes(model)
     constants = {tensor.name: tensor for tensor in probe.graph.initializer}
     values = [*probe.graph.input, *probe.graph.value_info, *probe.graph.output]
@@ -39,14 +39,14 @@ def overflowing(model: ModelProto, images: Iterable[Floats]) -> list[str]:
 
 
 def is_finite(path: Path, images: Iterable[Floats]) -> bool:
-    """Tell whether the file answers all images, each (n, 3, s, s), with finite numbers."""
+    """Tell whether the file's outputs for all `images`, each (n, 3, s, s), are finite."""
     session = open_session(path)
     name = session.get_inputs()[0].name
     return all(np.isfinite(values).all() for part in sliced(images) for values in session.run(None, {name: part}))
 
 
 def sliced(images: Iterable[Floats]) -> Iterator[Floats]:
-    """Yield the images a few at a time."""
+    """Yield the images in slices of SLICE."""
     for batch in images:
         for start in range(0, len(batch), SLICE):
             yield batch[start : start + SLICE]

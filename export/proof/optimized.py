@@ -1,4 +1,4 @@
-"""The graph that ONNX Runtime runs after its optimizer, and what of it is still in float."""
+"""The graph that ONNX Runtime runs after its optimizer, and its operations that are still float."""
 
 import tempfile
 from collections.abc import Callable, Iterable
@@ -11,16 +11,16 @@ from export.onnx_file.wiring import DQ, FLOAT, INTEGER, Q, Wiring, wire
 from export.runtime.session import open_session
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-# They move values and compute nothing; ONNX Runtime runs them on integers and floats alike.
+# Operators that only move values; ONNX Runtime runs them on integers and floats alike.
 MOVES = frozenset({
     "Cast", "Constant", "Flatten", "Gather", "Identity", "MemcpyFromHost", "MemcpyToHost", "ReorderInput", "ReorderOutput",
     "Reshape", "Shape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
 })  # fmt: skip
-NO_FLOATS = (Q, "Shape", "Size", "ArgMax", "ConvInteger", "MatMulInteger")  # none come out of these, whatever goes in
+NO_FLOATS = (Q, "Shape", "Size", "ArgMax", "ConvInteger", "MatMulInteger")  # operators whose outputs are never float
 
 
 def optimize(model: bytes, provider: str) -> Wiring:
-    """Return the graph that `provider` runs of a model."""
+    """Return the graph that `provider` runs for a model."""
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder, "optimized.onnx")
         open_session(model, provider=provider, optimized_file=optimized)
@@ -28,9 +28,9 @@ def optimize(model: bytes, provider: str) -> Wiring:
 
 
 def leftover_qdq(runs: Wiring) -> list[ir.Node]:
-    """Return the Q/DQ nodes of an optimized graph, less one Q that the input and one DQ that the output needs.
+    """Return the Q/DQ nodes of an optimized graph, except one Q for the input and one DQ for the output.
 
-    Between those and the graph's ends stands no layer and nothing on a grid.
+    Those two are exempt only if there is no layer and nothing on a grid between them and the graph's ends.
     """
     pairs = [node for node in runs.nodes.values() if node.op_type in (Q, DQ)]
     entry = next((node for node in pairs if node.op_type == Q and not _meets_grid(node, ir.Node.predecessors)), None)
@@ -41,7 +41,7 @@ def leftover_qdq(runs: Wiring) -> list[ir.Node]:
 def float_operators(runs: Wiring) -> list[ir.Node]:
     """Return the nodes of an optimized graph that compute in float and are neither layers nor Q/DQ.
 
-    ONNX's own inference does not know the operators that ONNX Runtime fuses, so what is float is followed from the inputs on.
+    Types are followed from the inputs on, because ONNX's type inference does not know ONNX Runtime's fused operators.
     """
     skip = {*MOVES, *INTEGER, *FLOAT, Q, DQ}
     floats = {value for value in runs.values.values() if value.producer() is None and value.dtype in FLOATS}
@@ -62,7 +62,7 @@ def _gives_float(node: ir.Node, floats: set[ir.Value]) -> bool:
 
 
 def _meets_grid(node: ir.Node, neighbours: Callable[[ir.Node], Iterable[ir.Node]]) -> bool:
-    """Tell whether a layer, a Q/DQ node or an integer operator lies anywhere in one direction from a node."""
+    """Tell whether a layer, a Q/DQ node or an integer operator is reachable from a node in one direction."""
     todo, seen = list(neighbours(node)), set[ir.Node]()
     while todo:
         other = todo.pop()

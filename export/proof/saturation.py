@@ -1,8 +1,8 @@
-"""Which layers lose sums on a CPU without VNNI, whose U8 x S8 product adds two products into 16 bits: vpmaddubsw saturates.
+"""Find layers whose 16-bit sums can saturate on a CPU without VNNI: vpmaddubsw adds two U8 x S8 products in 16 bits.
 
-ONNX Runtime's integer convolution and matrix product read both factors in pairs of neighbours along the inner dimension: input
-channels of one tap, taps row by row (its convolutions run channels last); in a matrix product, rows of the weights. Depthwise
-convolutions widen to 16 bits first and are exact.
+ONNX Runtime's integer kernels multiply pairs of neighbours along the inner dimension: in a convolution, input channels of one kernel
+position, then positions row by row (it runs channels last); in a matrix product, rows of the weights. Depthwise convolutions widen to
+16 bits first and are exact.
 """
 
 import numpy as np
@@ -15,13 +15,13 @@ from export.onnx_file.wiring import INTEGER, Wiring, origin
 from export.proof.optimized import optimize
 
 INT16 = np.iinfo(np.int16)
-HIGHEST = 255  # activation level; int8 activations are shifted to uint8 before the product
+HIGHEST = 255  # largest activation level; int8 activations are shifted to uint8 before the product
 
 
 def saturation_possible(file: Wiring) -> dict[str, int]:
-    """Return the `weight_sum` of every layer, by node name, whose weights let a pair's sum leave 16 bits.
+    """Return the `weight_sum` of every layer, by node name, whose pair sums can exceed 16 bits.
 
-    The weights are those that ONNX Runtime runs: it also quantizes float weights by itself, on the full range.
+    Uses the weights of the optimized graph, because ONNX Runtime quantizes some float weights itself, on the full range.
     """
     runs = optimize(file.to_bytes(), CPU)
     found: dict[str, int] = {}
@@ -34,7 +34,7 @@ def saturation_possible(file: Wiring) -> dict[str, int]:
 
 
 def inner_order(node: ir.Node) -> NDArray[np.int8] | None:
-    """Return an integer layer's weights as (out, inner), inner as the kernel reads it; None for weights that are not int8 or meet in no pairs."""
+    """Return an integer layer's weights as (out, inner), in the kernel's order; None if they are not int8 or not paired."""
     value = node.inputs[3 if node.op_type in ("QLinearConv", "QGemm", "QLinearMatMul") else 1]
     if value is None or value.const_value is None or value.dtype != ir.DataType.INT8:
         return None
@@ -48,14 +48,14 @@ def inner_order(node: ir.Node) -> NDArray[np.int8] | None:
 
 
 def weight_sum(weights: NDArray[np.int8]) -> int:
-    """Return the largest |w_i| + |w_j| over the pairs that meet (last dimension) and have one sign: only those add up."""
+    """Return the largest |w_i| + |w_j| over pairs of neighbours (last dimension) that have the same sign."""
     pairs = _pairs(weights)
     positive, negative = np.maximum(pairs, 0).sum(axis=-1), np.minimum(pairs, 0).sum(axis=-1)
     return int(max(positive.max(), -negative.min()))
 
 
 def can_saturate(weights: NDArray[np.int8]) -> bool:
-    """Tell whether the highest activations drive any pair's sum beyond 16 bits, to either side."""
+    """Tell whether the highest activations can push any pair's sum out of 16 bits."""
     pairs = _pairs(weights)
     highest, lowest = np.maximum(pairs, 0).sum(axis=-1).max(), np.minimum(pairs, 0).sum(axis=-1).min()
     return bool(HIGHEST * highest > INT16.max or HIGHEST * lowest < INT16.min)
@@ -67,6 +67,6 @@ def modules(layers: dict[str, int]) -> tuple[str, ...]:
 
 
 def _pairs(values: NDArray[np.generic]) -> NDArray[np.int32]:
-    """Return (…, inner) as (…, pairs, 2); an odd end meets zero."""
+    """Return (…, inner) as (…, pairs, 2), padded with a zero if inner is odd."""
     padded = np.pad(values.astype(np.int32), [(0, 0)] * (values.ndim - 1) + [(0, values.shape[-1] % 2)])
     return padded.reshape(*padded.shape[:-1], -1, 2)

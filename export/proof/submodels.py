@@ -1,4 +1,4 @@
-"""Cut a Q/DQ graph into pieces, one for each quantized tensor, that can be fed and checked alone."""
+"""Cut a Q/DQ graph into pieces, one for each quantized tensor, that can be run and checked alone."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from export.onnx_file.wiring import DQ, LAYERS, Q, Wiring, constant
 
 @dataclass(frozen=True)
 class Piece:
-    """What computes one tensor from the quantized tensors before it; all of its inputs and its output are float32."""
+    """A model that computes one tensor from the quantized tensors before it; inputs and output are float32."""
 
-    name: str  # of the tensor: its quantizer's module path, `logits` for the graph's output
-    layers: tuple[str, ...]  # node names of the convolutions and matrix products in it
-    scale: float | None  # one level; None for the graph's output, which has no grid
-    inputs: tuple[str, ...]  # names of the tensors it reads, `IMAGES` for the graph's own input
+    name: str  # the tensor's: its quantizer's module path, or `logits` for the graph's output
+    layers: tuple[str, ...]  # node names of its convolutions and matrix products
+    scale: float | None  # size of a level; None for the graph's output, which has no grid
+    inputs: tuple[str, ...]  # names of the tensors it reads, IMAGES for the graph's input
     model: bytes
 
     @property
@@ -32,9 +32,9 @@ FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
 
 def quantized_tensors(file: Wiring) -> dict[str, ir.Node]:
-    """Return the QuantizeLinear nodes of activations by the name of their tensor, in the file's order.
+    """Return the QuantizeLinear nodes of activations by tensor name, in the file's order.
 
-    That is the quantizer's module path, in a file of ONNX Runtime's own quantizer the float tensor's name.
+    The name is the quantizer's module path, or the float tensor's name in a file by ONNX Runtime's quantizer.
     """
     found: dict[str, ir.Node] = {}
     for node in file.nodes.values():
@@ -46,7 +46,7 @@ def quantized_tensors(file: Wiring) -> dict[str, ir.Node]:
 
 
 def exposed(file: Wiring) -> tuple[bytes, dict[str, str]]:
-    """Return the model with every quantized tensor's float value among its outputs, and the outputs' names by tensor."""
+    """Return the model with the float value of every quantized tensor as an output, and the outputs' names by tensor."""
     model = file.model.clone()
     outputs = {name: str(_reader(node).outputs[0].name) for name, node in quantized_tensors(file).items()}
     values = ir.convenience.create_value_mapping(model.graph)
@@ -58,7 +58,7 @@ def exposed(file: Wiring) -> tuple[bytes, dict[str, str]]:
 
 
 def pieces(file: Wiring, known: Collection[str]) -> list[Piece]:
-    """Return the pieces between the quantized tensors that are `known` by name, in the file's order; the graph's output is last."""
+    """Return the pieces between the quantized tensors named in `known`, in the file's order, the graph's output last."""
     model = file.model.clone()
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
     nodes = {node.name: node for node in model.graph}
@@ -67,10 +67,10 @@ def pieces(file: Wiring, known: Collection[str]) -> list[Piece]:
     own = {name: node.inputs for name, node in tensors.items()}
     given: dict[str, list[ir.Value | None]] = {}
     for name, node in tensors.items():
-        above = node.inputs[0]  # which may feed another quantizer
+        above = node.inputs[0]  # may feed another quantizer too
         start = ir.Value(name=f"{name}:given", type=FLOAT, shape=above.shape if above else None)
         model.graph.inputs.append(start)
-        # What is given was read: a hard sigmoid is a pair that writes with one scale and reads with another.
+        # Given values are as read by the DQ; a hard sigmoid's pair writes with one scale and reads with another.
         given[name] = [start, *_reader(node).inputs[1:]]
         _read(node, given[name])
     starts = {str(inputs[0].name): name for name, inputs in given.items() if inputs[0]}
@@ -106,5 +106,5 @@ def _read(node: ir.Node, inputs: Sequence[ir.Value | None]) -> None:
 
 
 def _reader(quantize: ir.Node) -> ir.Node:
-    """Return the first DequantizeLinear that reads a QuantizeLinear node's levels."""
+    """Return the first DequantizeLinear after a QuantizeLinear node."""
     return next(below for below in quantize.successors() if below.op_type == DQ)

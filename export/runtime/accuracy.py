@@ -1,4 +1,4 @@
-"""Score ONNX files in ONNX Runtime, image by image, so that two files can be compared on the same ones."""
+"""Score ONNX files in ONNX Runtime image by image, so that files can be compared on the same images."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from export.tasks.task import Array, OutputTask
 
 @dataclass(frozen=True)
 class Score:
-    """What one file answered, for each image the task's row of numbers, and of the outputs, where it was kept, the evidence."""
+    """One file's predictions, the task's row of statistics for each image, and optionally the outputs' evidence."""
 
     task: OutputTask
     answers: Array  # (n, ...)
@@ -25,7 +25,7 @@ class Score:
 
     @property
     def images(self) -> int:
-        """How many images were scored."""
+        """The number of images."""
         return len(self.rows)
 
     @property
@@ -34,18 +34,18 @@ class Score:
         return self.task.total(self.rows)
 
     def agreement(self, other: "Score") -> float:
-        """Return how far both answer alike, from 0 to 1."""
+        """Return the agreement of both files' predictions, from 0 to 1."""
         return float(np.mean(self.task.agreement(self.answers, other.answers)))
 
     def divergence(self, reference: "Score") -> float:
-        """Return how far the kept evidence is from the reference's, by the task's own measure; 0 is equal."""
+        """Return the mean divergence of the evidence from the reference's, by the task's measure; 0 is equal."""
         assert self.evidence is not None
         assert reference.evidence is not None
         return float(np.mean(self.task.divergence(self.evidence, reference.evidence)))
 
 
 def score_of(task: OutputTask, outputs: Iterable[Array], truths: Iterable[Array]) -> Score:
-    """Return the score of outputs that were computed elsewhere, batch by batch."""
+    """Score outputs that were computed elsewhere, batch by batch."""
     answers, rows = [], []
     for part, true in zip(outputs, truths, strict=True):
         answers.append(task.decode(part))
@@ -64,9 +64,9 @@ def score_files(
     keep_evidence: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Score]:
-    """Run every batch through every file, its graph optimized or as it is; each batch is decoded once.
+    """Score every file on all batches, reading each batch once.
 
-    Raises BundleError where there is no image or a file cannot run.
+    Raises BundleError if there are no images or a file cannot run.
     """
     sessions = {
         name: open_session(path, provider=provider, threads=threads, optimize=optimize) for name, path in files.items()
@@ -104,7 +104,7 @@ def score_files(
 
 
 def accuracy(scores: Mapping[str, Score], *, reference: str) -> dict[str, AccuracyRow]:
-    """Return each file's score, what else its task reports, and its agreement with the `reference` file."""
+    """Return each file's score, further metrics, and agreement with the `reference` file."""
     return {
         name: AccuracyRow(
             score=found.score,

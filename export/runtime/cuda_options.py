@@ -11,20 +11,20 @@ from export.onnx_file.targets import CUDA
 from export.runtime.latency import time_sessions
 from export.runtime.session import Run, bind, open_session
 
-# Each is tried on top of what has won so far. The defaults: NCHW, no graph, an exhaustive search for algorithms, TF32.
+# Each is added to the best options so far. The defaults: NCHW, no graph, exhaustive search for algorithms, TF32.
 TRIALS: tuple[dict[str, str], ...] = (
     {"prefer_nhwc": "1"},
     {"enable_cuda_graph": "1"},
     {"cudnn_conv_algo_search": "HEURISTIC"},
     {"use_tf32": "0"},
 )
-FASTER = 0.98  # a change must save 2 %, else the simpler options stay
+FASTER = 0.98  # an option must save 2 % of the time to be kept
 
 
 def fastest(model: Path, images: NDArray[np.float32], *, seconds: float) -> tuple[Run, dict[str, str], list[str]]:
-    """Return the call that runs `model` fastest on `images`, its options, and a sentence for each trial that failed.
+    """Return a function that runs `model` fastest on `images`, its options, and a sentence for each trial that failed.
 
-    Each trial is timed in turns with the best so far, for `seconds`. Raises BundleError where the defaults do not load.
+    Each trial is timed for `seconds`, interleaved with the best so far. Raises BundleError if the default options do not load.
     """
     options: dict[str, str] = {}
     best = bind(open_session(model, provider=CUDA), images)
@@ -43,5 +43,5 @@ def fastest(model: Path, images: NDArray[np.float32], *, seconds: float) -> tupl
 
 
 def describe(options: Mapping[str, str]) -> str:
-    """Return options as one writes them."""
+    """Return options as name=value, or "the defaults"."""
     return ", ".join(f"{name}={value}" for name, value in options.items()) or "the defaults"

@@ -1,4 +1,4 @@
-"""Time a file from an image's bytes to the answer: decode and prepare the image, run the network, make its output an answer."""
+"""Time a file from an image's bytes to the prediction: read and preprocess, run the network, decode its output."""
 
 import time
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class EndToEnd(TypedDict):
 def end_to_end(
     model: Path, images: Sequence[Path], preprocess: Preprocess, task: OutputTask, *, seconds: float
 ) -> EndToEnd:
-    """Time one file on the images in turns for so many seconds, and on each twice at least."""
+    """Time one file on the images in turn for `seconds`, at least twice on each."""
     session = open_session(model, threads=1)
     (given,) = session.get_inputs()
     clock, times = time.perf_counter, list[tuple[float, float, float]]()

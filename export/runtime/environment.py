@@ -1,4 +1,4 @@
-"""Say what machine and which versions a number was measured on."""
+"""Describe the machine and the versions that a number was measured with."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ import onnxruntime
 
 from export.onnx_file.targets import host_instruction_sets, host_target
 
-# What decides which integer and half-precision kernels run, as Linux spells it on x86-64 and Arm.
+# CPU flags that decide which integer and half-precision kernels run, as Linux names them on x86-64 and Arm.
 INSTRUCTION_SETS = (
     "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_int8",
     "amx_bf16", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2", "sme",
@@ -24,7 +24,7 @@ HARDWARE = ("machine", "cpu", "cores", "instruction_sets", "gpu")
 
 
 def environment() -> dict[str, object]:
-    """Return hardware, system and versions as JSON holds them; what the machine does not tell is None."""
+    """Return hardware, system and versions as JSON values; unknown ones are None."""
     here = runtime()
     return {
         "machine": platform.machine(),
@@ -43,7 +43,7 @@ def environment() -> dict[str, object]:
 
 
 def runtime() -> dict[str, object]:
-    """Return what decides how a file's numbers are rounded: the ONNX Runtime that is loaded, the processor, its instruction sets."""
+    """Return all that affects how outputs are rounded: ONNX Runtime's version, the processor, its instruction sets."""
     found = host_instruction_sets()
     return {
         "onnxruntime": onnxruntime.__version__,
@@ -53,21 +53,21 @@ def runtime() -> dict[str, object]:
 
 
 def fingerprint(env: dict[str, object]) -> str:
-    """Return a short name of the hardware alone: equal for two environments whose times may be compared."""
+    """Return a short name of the hardware; times of environments with the same name may be compared."""
     digest = hashlib.sha256(json.dumps([env[key] for key in HARDWARE]).encode()).hexdigest()
     words = re.findall(r"[a-z0-9]+", str(env["cpu"] or env["machine"]).lower())
     return "-".join([*words[:4], f"{env['cores']}c", digest[:8]])
 
 
 def cpu_model() -> str | None:
-    """Return the processor's name as Linux or the platform tells it."""
+    """Return the processor's name from Linux or the platform, or None."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     return found[1].strip() if found else platform.processor() or None
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -80,7 +80,7 @@ def memory_gb() -> float | None:
 
 
 def gpu(field: str) -> str | None:
-    """Return one of nvidia-smi's fields for the first GPU, None without one."""
+    """Return one of nvidia-smi's fields for the first GPU, or None if there is no GPU."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None

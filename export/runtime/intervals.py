@@ -1,4 +1,4 @@
-"""Exact confidence intervals: of a fraction that was counted, and of a median."""
+"""Exact confidence intervals of a binomial proportion and of a median."""
 
 import math
 
@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 
 def clopper_pearson(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the exact interval of a binomial proportion (Clopper & Pearson 1934): its ends are where a tail weighs (1 - confidence) / 2.
+    """Return the exact interval of a binomial proportion (Clopper & Pearson 1934): each end has a tail of (1 - confidence) / 2.
 
-    The ends are beta quantiles; found by bisecting the tail itself, to the last bit, so that no scipy is needed.
+    The ends are beta quantiles, found here by bisection to the last bit, so that scipy is not needed.
     """
     tail = (1 - confidence) / 2
     low = 0.0 if successes == 0 else _bisect(successes, trials, tail)
@@ -19,13 +19,13 @@ def clopper_pearson(successes: int, trials: int, *, confidence: float = 0.95) ->
 
 
 def median_interval(values: NDArray[np.float64], *, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the interval of the median of what `values` (n,) were drawn from, however that is distributed.
+    """Return the interval of the median of the distribution of `values` (n,), whatever that distribution is.
 
-    From the d-th smallest to the d-th largest value it lies with the probability that neither side got fewer than d of n fair coins; the
-    confidence in between is had by interpolation (Hettmansperger & Sheather 1986). Infinite where n is too small: 95 % needs six values.
+    The median lies between the d-th smallest and d-th largest value with the probability that n fair coins show at least d heads and d
+    tails; other confidences are interpolated (Hettmansperger & Sheather 1986). Infinite if n is too small: 95 % needs six values.
     """
     ordered, n = np.sort(values), len(values)
-    covered = [1.0]  # by [d-th smallest, d-th largest]; d = 0 stands for everything
+    covered = [1.0]  # probability of [d-th smallest, d-th largest]; d = 0 is the whole line
     for count in range(n // 2):
         covered.append(covered[-1] - 2 * math.comb(n, count) / 2**n)
     if n < 2 or covered[1] < confidence:
@@ -40,7 +40,7 @@ def median_interval(values: NDArray[np.float64], *, confidence: float = 0.95) ->
 
 
 def _bisect(successes: int, trials: int, tail: float) -> float:
-    """Return the p at which `successes` or more of `trials` have probability `tail`; it grows with p."""
+    """Return the p for which the probability of at least `successes` in `trials`, which grows with p, is `tail`."""
     logs = np.log(np.arange(1, trials + 1))
     factorials = np.concatenate([[0.0], np.cumsum(logs)])
     counts = np.arange(successes, trials + 1)

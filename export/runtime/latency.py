@@ -1,8 +1,8 @@
-"""Time several files against each other so that the machine's moods cancel.
+"""Time several files interleaved, so that changes in the machine's speed cancel.
 
-All are alive in one process and take turns in blocks. The order in a block is random, and the next block reverses it.
-Ratios are taken within a block, so what slows a whole block down slows both sides. Timed one after the other, a file
-measured 0.64 to 1.67 times as fast as itself; in turns, 0.945 to 1.029.
+All files are open in one process and alternate in blocks. The order in a block is random, and the next block reverses it.
+Ratios are taken within a block, so that a slow block affects both sides. Timed one after the other, a file
+measured 0.64 to 1.67 times as fast as itself; interleaved, 0.945 to 1.029 times.
 """
 
 import gc
@@ -19,9 +19,9 @@ from export.runtime.intervals import median_interval
 
 Floats = NDArray[np.float64]
 MIN_BLOCKS = (
-    6  # fewer medians have no interval of 95 %: the smallest and the largest of five hold the true one in 93.8 %
+    6  # the smallest and largest of five medians contain the true one in only 93.8 % of cases, too few for 95 %
 )
-MAX_RUNS = 2_000  # in one block: enough for any percentile, and a bound on memory
+MAX_RUNS = 2_000  # per block: enough for any percentile, and a bound on memory
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Timing:
 
     @property
     def runs(self) -> int:
-        """How many runs were timed."""
+        """The number of timed runs."""
         return sum(map(len, self.blocks))
 
     def percentile(self, percent: float) -> float:
@@ -47,7 +47,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of two times with its interval: 95 % where nothing else is said."""
+    """A ratio of two times with its interval, 95 % unless stated otherwise."""
 
     ratio: float
     low: float
@@ -62,9 +62,9 @@ def time_sessions(
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Run every session for about `seconds` (and once per block at least), in `blocks` blocks of alternating order.
+    """Run every session for about `seconds` (at least once per block), in `blocks` blocks of alternating order.
 
-    A tenth of the time more goes to the warm-up, which also tells how many runs fill a session's share of a block.
+    The warm-up takes another tenth of the time, and tells how many runs fill a session's share of a block.
     """
     with no_garbage_collection():
         share = seconds / blocks
@@ -77,7 +77,7 @@ def time_sessions(
 
 
 def orders(names: list[str], blocks: int, seed: int) -> Iterator[list[str]]:
-    """Yield one order per block: a random one, then its reverse, so that every name comes early as often as late."""
+    """Yield one order per block: a random one, then its reverse, so that every name is early as often as late."""
     rng = np.random.default_rng(seed)
     order = names
     for block in range(blocks):
@@ -86,7 +86,7 @@ def orders(names: list[str], blocks: int, seed: int) -> Iterator[list[str]]:
 
 
 def runs_within(share: float, run: Callable[[], object], *, warmup: float, clock: Callable[[], float]) -> int:
-    """Warm up for `warmup` seconds (two runs at least) and return how many runs fill `share` seconds."""
+    """Warm up for `warmup` seconds (at least two runs) and return how many runs fill `share` seconds."""
     durations: list[float] = []
     while len(durations) < 2 or sum(durations) < warmup:
         start = clock()
@@ -96,7 +96,7 @@ def runs_within(share: float, run: Callable[[], object], *, warmup: float, clock
 
 
 def time_block(run: Callable[[], object], count: int, clock: Callable[[], float]) -> Floats:
-    """Return the milliseconds of `count` runs; before more than two, one untimed run brings the caches back."""
+    """Return the milliseconds of `count` runs; if there are more than two, an untimed run fills the caches first."""
     if count > 2:
         run()
     ticks = np.empty(count + 1)
@@ -108,18 +108,18 @@ def time_block(run: Callable[[], object], count: int, clock: Callable[[], float]
 
 
 def speedup(reference: Timing, other: Timing) -> Ratio:
-    """Return how many times faster than `reference` the `other` is; both timings must come from one call of `time_sessions`."""
+    """Return how many times faster `other` is than `reference`; both must come from one call of `time_sessions`."""
     return median_ratio(reference.block_ms / other.block_ms)
 
 
 def median_ratio(ratios: Floats, *, confidence: float = 0.95) -> Ratio:
-    """Return the median of `ratios`, one a block, with its exact interval."""
+    """Return the median of `ratios`, one per block, with its exact interval."""
     low, high = np.exp(median_interval(np.log(ratios), confidence=confidence))
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
 def change(now: Ratio, then: Ratio) -> Ratio:
-    """Return `now` over `then`; on the log scale the distances to the ends add up as squares (MOVER, Zou & Donner 2008)."""
+    """Return `now` over `then`, adding squared distances to the ends on the log scale (MOVER, Zou & Donner 2008)."""
     lower = math.hypot(math.log(now.ratio / now.low), math.log(then.high / then.ratio)) if now.low else math.inf
     upper = math.hypot(math.log(now.high / now.ratio), math.log(then.ratio / then.low)) if then.low else math.inf
     ratio = now.ratio / then.ratio
@@ -128,7 +128,7 @@ def change(now: Ratio, then: Ratio) -> Ratio:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Collect once, then leave the collector off inside the block, as timeit does."""
+    """Collect garbage once, then keep the collector off inside the block, as timeit does."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -1,4 +1,4 @@
-"""Measure how much memory one file needs, in a process of its own."""
+"""Measure the memory that one file needs, in a separate process."""
 
 import argparse
 import os
@@ -12,19 +12,11 @@ PROC_STATUS = Path("/proc/self/status")
 def peak_memory_mb(model: Path, *, batch: int, image_size: int, threads: int = 1) -> float | None:
     """Return the peak memory, in MB, that loading and running `model` on the CPU adds to ONNX Runtime's own.
 
-    None where the system does not tell (anything but Linux) or the run fails.
+    None if the system is not Linux or the run fails.
     """
     if not PROC_STATUS.exists():
         return None
-    arguments = [
-        str(model.resolve()),
-        "--batch",
-        str(batch),
-        "--image-size",
-        str(image_size),
-        "--threads",
-        str(threads),
-    ]
+    arguments = [str(model.resolve()), f"--batch={batch}", f"--image-size={image_size}", f"--threads={threads}"]
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-m", "export.runtime.memory", *arguments],
@@ -39,7 +31,7 @@ def peak_memory_mb(model: Path, *, batch: int, image_size: int, threads: int = 1
 def peak_bytes() -> int:
     """Return this process's peak resident memory.
 
-    VmHWM begins anew with each program; getrusage's ru_maxrss inherits the peak of the process that started this one.
+    VmHWM, unlike getrusage's ru_maxrss, does not inherit the peak of the parent process.
     """
     for line in PROC_STATUS.read_text().splitlines():
         if line.startswith("VmHWM:"):

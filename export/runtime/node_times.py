@@ -1,4 +1,4 @@
-"""Where each node of a file runs and for how long, by ONNX Runtime's own profiler."""
+"""Where each node of a file runs and for how long, by ONNX Runtime's profiler."""
 
 import json
 import tempfile
@@ -15,7 +15,7 @@ from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_sess
 
 @dataclass(frozen=True)
 class NodeTime:
-    """One node of the optimized graph, in the order of its runs."""
+    """One node of the optimized graph."""
 
     name: str
     operator: str
@@ -24,9 +24,9 @@ class NodeTime:
 
 
 def node_times(model: bytes, *, provider: str = CPU, threads: int = 1, runs: int = 1) -> list[NodeTime]:
-    """Run `model` on one black image `runs` times and return what its nodes took; the first run warms up where there are more.
+    """Run `model` on one black image `runs` times and return its nodes' times; of several runs the first is a warm-up.
 
-    Raises BundleError for a network that cannot run.
+    Raises BundleError if the network cannot run.
     """
     with tempfile.TemporaryDirectory() as folder:
         session = open_session(model, provider=provider, threads=threads, profile_prefix=Path(folder, "profile"))

@@ -1,22 +1,21 @@
-"""What bench.json holds: accuracy for each file, and a row of timings for each file at each setting."""
+"""The content of bench.json: accuracy for each file, and a row of timings for each file at each setting."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired
 
-from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from export.onnx_file.model_file import ModelFile
+from export.onnx_file.roles import FP32, TEACHER
 from export.onnx_file.targets import CPU
 from export.runtime.latency import Timing, speedup
 from export.tasks.task import Metric
 
-TEACHER, STUDENT = "teacher_fp32", "student_fp32"
-
 
 class AccuracyRow(TypedDict):
-    """One file on all images: its score, what else its task reports by name, and how far it answers as the float student does."""
+    """One file on all images: its score, its task's further metrics by name, and its agreement with the float student."""
 
     score: float
     further: dict[str, float | None]
@@ -33,7 +32,7 @@ class Speedup(TypedDict):
 
 
 class TimingRow(TypedDict):
-    """One file at one setting; MB are 10^6 bytes, and peak memory is what one thread's run adds to ONNX Runtime's own."""
+    """One file at one setting; MB are 10^6 bytes, and peak memory is what a run on one thread adds to ONNX Runtime's own."""
 
     name: str
     file: str
@@ -47,7 +46,7 @@ class TimingRow(TypedDict):
     p99_ms: float
     throughput_ips: float
     runs: int
-    block_ms: NotRequired[list[float]]  # of each block the median; a report.json of before has none
+    block_ms: NotRequired[list[float]]  # each block's median; missing in older reports
     size_mb: float
     peak_memory_mb: float | None
     provider_options: dict[str, str]
@@ -56,14 +55,14 @@ class TimingRow(TypedDict):
 
 
 class MetricJson(TypedDict):
-    """What `score` means: the metric's name in files and its title for readers."""
+    """The metric of every `score`: its name in files and its title for readers."""
 
     name: str
     title: str
 
 
 def metric_json(metric: Metric) -> MetricJson:
-    """Return a task's metric as JSON holds it."""
+    """Return a task's metric as JSON."""
     return MetricJson(name=metric.name, title=metric.title)
 
 
@@ -79,7 +78,7 @@ class BenchJson(TypedDict):
 
 @dataclass(frozen=True)
 class Setting:
-    """The conditions that files are compared under; `threads` 0 is all cores."""
+    """The conditions under which files are compared; `threads` 0 is all cores."""
 
     provider: str
     threads: int
@@ -88,7 +87,7 @@ class Setting:
 
     @property
     def is_headline(self) -> bool:
-        """Whether these are the conditions that targets speak of, whatever the image size."""
+        """Whether these are the headline's conditions, for any image size."""
         return self.provider == CPU and self.batch == 1 and self.threads == 1
 
     def __str__(self) -> str:
@@ -107,7 +106,7 @@ def timing_row(
     provider_options: dict[str, str],
     peak_memory_mb: float | None,
 ) -> TimingRow:
-    """Return the row of one of the files that were `timed` together."""
+    """Return the row of one file among those `timed` together."""
     timing = timed[name]
     p50, p90, p99 = (timing.percentile(percent) for percent in (50, 90, 99))
     return TimingRow(
@@ -128,12 +127,12 @@ def timing_row(
         peak_memory_mb=peak_memory_mb,
         provider_options=provider_options,
         speedup=speedup_row(TEACHER, name, timed),
-        speedup_vs_student_fp32=speedup_row(STUDENT, name, timed),
+        speedup_vs_student_fp32=speedup_row(FP32, name, timed),
     )
 
 
 def speedup_row(reference: str, name: str, timed: Mapping[str, Timing]) -> Speedup | None:
-    """Return the speed-up of `name` over `reference`, None where the reference was not timed."""
+    """Return the speed-up of `name` over `reference`, or None if the reference was not timed."""
     if reference not in timed:
         return None
     found = speedup(timed[reference], timed[name])

@@ -1,4 +1,4 @@
-"""Open ONNX Runtime sessions, bind their inputs and outputs, and fit a network to another image size."""
+"""Open ONNX Runtime sessions, bind their inputs and outputs, and change a network's image size."""
 
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -15,7 +15,7 @@ from export.onnx_file.targets import CPU, CUDA
 
 PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
-# ONNX Runtime's exceptions share no base class of their own; pybind turns the rest into RuntimeError.
+# ONNX Runtime's exceptions have no common base class; pybind turns the rest into RuntimeError.
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     native.EPFail,
     native.Fail,
@@ -41,15 +41,15 @@ def open_session(
     optimized_file: Path | None = None,
     profile_prefix: Path | None = None,
 ) -> onnxruntime.InferenceSession:
-    """Open `model` on `provider` with `threads` intra-op threads (0 is all cores), the graph optimized wholly or as it is.
+    """Open `model` on `provider` with `threads` intra-op threads (0 is all cores), fully optimized or not at all.
 
-    The graph that will run is written to `optimized_file`, times of each node to a file that starts with `profile_prefix`.
-    Raises BundleError where the file or the provider cannot be loaded; never falls back to another provider.
+    Writes the graph that will run to `optimized_file`, and node times to a file that starts with `profile_prefix`.
+    Raises BundleError if the file or the provider cannot be loaded; never falls back to another provider.
     """
     name = model.name if isinstance(model, Path) else "the model"
     if provider not in available_providers():
         raise BundleError(
-            f"{provider}: not here, ONNX Runtime offers {', '.join(available_providers())}: install onnxruntime-gpu"
+            f"{provider}: not available, ONNX Runtime has {', '.join(available_providers())}: install onnxruntime-gpu"
         )
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
@@ -61,7 +61,7 @@ def open_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    # Workers spin while a run lasts, but not after it: files timed in turn would steal each other's cores.
+    # Stop workers from spinning after a run: interleaved files would take each other's cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     source = str(model) if isinstance(model, Path) else model
     try:
@@ -73,13 +73,15 @@ def open_session(
             f"{name}: ONNX Runtime cannot load it ({first_line(error)}): export it again", defect="cannot_run"
         ) from error
     if session.get_providers()[0] != provider:
-        raise BundleError(f"{provider}: did not start: install the CUDA and cuDNN that onnxruntime-gpu asks for")
+        raise BundleError(
+            f"{provider}: did not start: install the CUDA and cuDNN versions that onnxruntime-gpu requires"
+        )
     return session
 
 
 @cache
 def available_providers() -> tuple[str, ...]:
-    """Return the providers that this ONNX Runtime offers; with CUDA among them its libraries are loaded first."""
+    """Return the providers of this ONNX Runtime, after loading CUDA's libraries if CUDA is one of them."""
     providers = tuple(onnxruntime.get_available_providers())
     if CUDA in providers:
         onnxruntime.preload_dlls()
@@ -87,9 +89,9 @@ def available_providers() -> tuple[str, ...]:
 
 
 def bind(session: onnxruntime.InferenceSession, images: NDArray[np.generic]) -> Run:
-    """Return a call that runs `session` on `images` once, with input and output buffers that stay on the device.
+    """Return a function that runs `session` on `images` once, with buffers that stay on the device, and waits for it.
 
-    The call returns when the device is done. Raises BundleError where the network cannot run on this shape.
+    Raises BundleError if the network cannot run on this shape.
     """
     device = "cuda" if session.get_providers()[0] == CUDA else "cpu"
     (given,), (wanted,) = session.get_inputs(), session.get_outputs()
@@ -112,10 +114,7 @@ def bind(session: onnxruntime.InferenceSession, images: NDArray[np.generic]) -> 
 
 
 def resize_input(model: bytes, size: int) -> bytes:
-    """Return the fully convolutional `model` with an input of `size` x `size` pixels.
-
-    Raises BundleError where the network has its size baked in.
-    """
+    """Return the fully convolutional `model` with an input of `size` x `size` pixels; BundleError if its size is fixed."""
     proto = onnx.load_model_from_string(model)
     (value,) = proto.graph.input
     for dim in value.type.tensor_type.shape.dim[2:]:
@@ -125,10 +124,10 @@ def resize_input(model: bytes, size: int) -> bytes:
     try:
         bind(open_session(resized, threads=1), np.zeros((1, 3, size, size), np.float32))
     except BundleError as error:
-        raise BundleError(f"image size {size}: the network has its own size baked in, time it at that size") from error
+        raise BundleError(f"image size {size}: the network's size is fixed, time it at that size") from error
     return resized
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error of ONNX Runtime's, short enough for a sentence."""
+    """Return the first line of an ONNX Runtime error, at most 200 characters."""
     return str(error).strip().partition("\n")[0][:200]

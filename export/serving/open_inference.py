@@ -1,7 +1,7 @@
-"""One ONNX session behind the Open Inference Protocol (v2): KServe's endpoints and codecs, with nothing left to a client's good will.
+"""Serve one ONNX session by the Open Inference Protocol (v2), with KServe's endpoints and codecs and strict checks.
 
-KServe's Python SDK speaks the protocol, in JSON and with binary tensor data. What it leaves open is closed here: a request that
-does not fit the network is a 4xx with one sentence, bodies have a limit, and no client loads or unloads models.
+KServe's Python SDK implements the protocol, in JSON and with binary tensor data. Added here: a request that does not fit the
+network gets a 4xx with one sentence, the body's size is limited, and clients cannot load or unload models.
 """
 
 import asyncio
@@ -32,9 +32,9 @@ from export.serving.triton import DATATYPES
 
 BYTES_PER_NUMBER = 32  # JSON writes a float32 with at most 24 characters, and a separator
 HEADER_BYTES = 2**16
-# What KServe's decoding raises for a body that is no request.
+# Exceptions of KServe's decoding for an invalid body.
 DECODING_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
-# A model's version in the path is not implemented: there is one version, and no other to be found.
+# KServe raises NotImplementedError for a model version in the path: not found, as there is only one version.
 STATUS = {
     InvalidInput: HTTPStatus.BAD_REQUEST,
     ModelNotFound: HTTPStatus.NOT_FOUND,
@@ -43,7 +43,7 @@ STATUS = {
 
 
 class SessionModel(Model):  # type: ignore[misc] # KServe is not typed
-    """The network as KServe sees a model."""
+    """The network as a KServe model."""
 
     def __init__(self, name: str, session: onnxruntime.InferenceSession, facts: ModelFile, *, max_batch: int) -> None:
         super().__init__(name)
@@ -59,7 +59,7 @@ class SessionModel(Model):  # type: ignore[misc] # KServe is not typed
         return [tensor(self.facts.output.name, self.facts.output.dtype, self.facts.output.shape)]
 
     async def predict(self, payload: InferRequest, _: Mapping[str, str] | None = None) -> InferResponse:
-        """Run the network in a thread, so that health checks are answered meanwhile."""
+        """Run the network in a thread, so that health checks get answers meanwhile."""
         images = self.images(payload)
         (logits,) = await asyncio.to_thread(self.session.run, None, {self.facts.input.name: images})
         if not np.isfinite(logits).all():
@@ -75,7 +75,7 @@ class SessionModel(Model):  # type: ignore[misc] # KServe is not typed
         )
 
     def images(self, payload: InferRequest) -> NDArray[np.generic]:
-        """Return the request's one tensor; raise InvalidInput for what the network does not take."""
+        """Return the request's tensor; raise InvalidInput if it does not fit the network."""
         (known,) = self.get_input_types()
         if [given.name for given in payload.inputs] != [known["name"]]:
             raise InvalidInput(f"inputs: must be one tensor, {known['name']}")
@@ -95,17 +95,17 @@ class SessionModel(Model):  # type: ignore[misc] # KServe is not typed
         return images
 
     def takes(self, shape: object) -> bool:
-        """Whether the shape is that of 1 to `max_batch` images."""
+        """Tell whether the shape is that of 1 to `max_batch` images."""
         if not isinstance(shape, list) or not all(type(size) is int for size in shape):
             return False
         return tuple(shape[1:]) == self.facts.input.shape[1:] and 1 <= shape[0] <= self.max_batch
 
 
 class StrictDataPlane(DataPlane):  # type: ignore[misc]
-    """KServe's decoding; half of what it raises for a broken request would be answered 500, and is answered 400 here."""
+    """KServe's decoding, but with status 400 for all broken requests; KServe itself answers half of them with 500."""
 
     def metadata(self) -> dict[str, object]:
-        """Name what is offered besides the protocol itself."""
+        """Return the metadata, with the supported extensions."""
         return {**super().metadata(), "extensions": ["binary_tensor_data"]}
 
     def decode(
@@ -115,7 +115,7 @@ class StrictDataPlane(DataPlane):  # type: ignore[misc]
         protocol_version: str,
         model_name: str | None = None,
     ) -> tuple[InferRequest, dict[str, object]]:
-        """Decode a request; KServe checks the fields of a JSON body, and those of a binary one are checked here by the same schema."""
+        """Decode a request; KServe checks the fields of a JSON body, and here those of a binary body are checked too."""
         try:
             request, attributes = super().decode(body, headers, protocol_version, model_name)
             wanted = [{"name": one.name, "parameters": one.parameters} for one in request.request_outputs or ()]
@@ -125,19 +125,19 @@ class StrictDataPlane(DataPlane):  # type: ignore[misc]
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from error
         except DECODING_ERRORS as error:
-            raise InvalidInput(f"the body is no inference request ({type(error).__name__}: {error})") from error
+            raise InvalidInput(f"the body is not an inference request ({type(error).__name__}: {error})") from error
         return request, attributes
 
 
 class FixedModels(ModelRepositoryExtension):  # type: ignore[misc]
-    """A repository whose models no client changes."""
+    """A repository whose models clients cannot change."""
 
     async def load(self, model_name: str) -> NoReturn:
-        """Refuse."""
+        """Refuse with status 403."""
         raise HTTPException(HTTPStatus.FORBIDDEN, f"{model_name}: models are not loaded over the network")
 
     async def unload(self, model_name: str) -> NoReturn:
-        """Refuse."""
+        """Refuse with status 403."""
         raise HTTPException(HTTPStatus.FORBIDDEN, f"{model_name}: models are not unloaded over the network")
 
 
@@ -155,7 +155,7 @@ def application(model: SessionModel) -> FastAPI:
 
 
 async def refuse(_: Request, error: Exception) -> JSONResponse:
-    """Answer a request that cannot be served, in the protocol's form and without an echo of what came."""
+    """Return the protocol's error response, without echoing the request."""
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         status, sentence = int(HTTPStatus.BAD_REQUEST), f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
@@ -167,5 +167,5 @@ async def refuse(_: Request, error: Exception) -> JSONResponse:
 
 
 def tensor(name: str, dtype: str, shape: tuple[int | None, ...]) -> dict[str, object]:
-    """Return a tensor's metadata in the protocol's words."""
+    """Return a tensor's metadata in the protocol's form."""
     return {"name": name, "datatype": DATATYPES[dtype], "shape": [-1 if size is None else size for size in shape]}

@@ -1,4 +1,4 @@
-"""Write what a client of the Open Inference Protocol (v2) sends and gets, and how KServe starts the server."""
+"""Write an example request and response of the Open Inference Protocol (v2), and KServe's configuration."""
 
 import json
 import re
@@ -16,7 +16,7 @@ Floats = NDArray[np.floating[Any]]
 
 
 def write_requests(folder: Path, name: str, facts: ModelFile, image: Floats, logits: Floats) -> None:
-    """Write request.json with one input (3, size, size), and response.json with what the model answers, (classes,)."""
+    """Write request.json with one input (3, size, size), and response.json with the model's output (classes,)."""
     given, wanted = facts.input, facts.output
     request = {"id": "golden", "inputs": [tensor(given.name, given.dtype, image)], "outputs": [{"name": wanted.name}]}
     answer = [tensor(wanted.name, wanted.dtype, logits)]
@@ -26,7 +26,7 @@ def write_requests(folder: Path, name: str, facts: ModelFile, image: Floats, log
 
 
 def tensor(name: str, dtype: str, values: Floats) -> dict[str, object]:
-    """Return one image's values as the protocol's JSON holds them: a batch of one, each number as short as float32 needs."""
+    """Return one image's values in the protocol's JSON: a batch of one, each number with only the digits float32 needs."""
     data = [float(str(value)) for value in values.ravel()]
     return {"name": name, "datatype": DATATYPES[dtype], "shape": [1, *values.shape], "data": data}
 
@@ -42,7 +42,7 @@ def write_kserve(folder: Path, name: str, serving: Serving) -> None:
         folder / "serving" / "kserve.yaml",
         f"""\
 # Copy the folder triton/ to a store that the cluster reads, and name it in storageUri (pvc://, s3://, gs://, https://).
-# Requests: POST /v2/models/{name}/infer with request.json; response.json is the answer.
+# Requests: POST /v2/models/{name}/infer with request.json; the response is response.json.
 apiVersion: serving.kserve.io/v1beta1
 kind: InferenceService
 metadata:
@@ -60,6 +60,6 @@ spec:
 
 
 def dns_name(name: str) -> str:
-    """Return the name as Kubernetes allows it: letters, digits and hyphens, a letter first, no hyphen last."""
+    """Return the name in the form that Kubernetes allows: letters, digits and hyphens, a letter first, no hyphen last."""
     plain = name.replace("_", "-").strip("-")
     return plain if re.match("[a-z]", plain) else f"model-{plain}"[:63].strip("-")

@@ -1,12 +1,12 @@
-"""Put a session under MLPerf's four kinds of load with MLCommons' LoadGen, which makes the queries and measures.
+"""Run a session under MLPerf's four kinds of load with MLCommons' LoadGen, which makes the queries and measures.
 
-SingleStream   the next image comes when the last is answered
+SingleStream   the next image arrives when the last is done
 MultiStream    the same with eight images at once
-Offline        all images wait from the start
-Server         images come at random (Poisson) at a given rate
+Offline        all images are queued at the start
+Server         images arrive at random (Poisson) at a given rate
 
-LoadGen is the program that MLPerf's results are made with. The loads here are only like MLPerf's: no rule of its about data, accuracy,
-lengths and review is kept.
+LoadGen is the program behind MLPerf's results. The loads here are only like MLPerf's: its rules on data, accuracy, lengths and
+review are not kept.
 """
 
 import json
@@ -37,7 +37,7 @@ RECORD = ":::MLLOG "
 
 @dataclass(frozen=True)
 class ScenarioRow:
-    """One scenario; latencies are those of a query, None where all images wait from the start."""
+    """One scenario; latencies are per query, None for Offline."""
 
     scenario: str
     queries: int
@@ -52,38 +52,37 @@ class ScenarioRow:
     p99_9_ms: float | None
 
 
-def run_scenario(
-    scenario: str,
-    session: onnxruntime.InferenceSession,
-    images: NDArray[np.generic],
-    *,
-    batch: int,
-    workers: int,
-    seconds: float,
-    images_per_second: float,
-    qps: float,
-    seed: int,
-) -> ScenarioRow:
-    """Load `session` for `seconds` at least and return what LoadGen measured.
+@dataclass(frozen=True)
+class Load:
+    """How to load a session; `images_per_second` is the most to expect, `qps` is Server's rate, `seconds` the least duration."""
 
-    `images_per_second` is what can be expected at most; `qps` is Server's rate.
-    Raises BundleError where a run failed.
-    """
-    pool = Workers(session, images, batch=batch, complete=complete)
-    settings = settings_of(scenario, seconds=seconds, images_per_second=images_per_second, qps=qps, seed=seed)
+    batch: int
+    workers: int
+    seconds: float
+    images_per_second: float
+    qps: float
+    seed: int
+
+
+def run_scenario(
+    scenario: str, session: onnxruntime.InferenceSession, images: NDArray[np.generic], load: Load
+) -> ScenarioRow:
+    """Load the session and return LoadGen's measurements; BundleError if a run failed."""
+    pool = Workers(session, images, batch=load.batch, complete=complete)
+    settings = settings_of(scenario, load)
     with tempfile.TemporaryDirectory() as folder:
         system = mlperf_loadgen.ConstructSUT(pool.issue, lambda: None)
         library = mlperf_loadgen.ConstructQSL(len(images), len(images), lambda _: None, lambda _: None)
-        with pool.running(workers):
+        with pool.running(load.workers):
             mlperf_loadgen.StartTestWithLogSettings(system, library, settings, logs(folder), f"{folder}/none.config")
         mlperf_loadgen.DestroyQSL(library)
         mlperf_loadgen.DestroySUT(system)
         found = read_log(Path(folder, "mlperf_log_detail.txt"))
-    return row_of(scenario, found, qps=qps)
+    return row_of(scenario, found, qps=load.qps)
 
 
 def complete(samples: Sequence[Sample], logits: Logits) -> None:
-    """Tell LoadGen that samples are answered, and where their logits lie until this call returns."""
+    """Tell LoadGen that samples are done, and where their logits are in memory until this call returns."""
     size = logits[0].nbytes
     mlperf_loadgen.QuerySamplesComplete(
         [
@@ -93,22 +92,20 @@ def complete(samples: Sequence[Sample], logits: Logits) -> None:
     )
 
 
-def settings_of(
-    scenario: str, *, seconds: float, images_per_second: float, qps: float, seed: int
-) -> "mlperf_loadgen.TestSettings":
-    """Return LoadGen's settings; what is not set here is its default."""
+def settings_of(scenario: str, load: Load) -> "mlperf_loadgen.TestSettings":
+    """Return LoadGen's settings, with defaults for all that is not set here."""
     settings = mlperf_loadgen.TestSettings()
     settings.scenario = SCENARIOS[scenario]
     settings.mode = mlperf_loadgen.TestMode.PerformanceOnly
-    settings.min_duration_ms = round(seconds * 1e3)
+    settings.min_duration_ms = round(load.seconds * 1e3)
     settings.min_query_count = MIN_QUERIES
     settings.multi_stream_samples_per_query = STREAMS
-    # How many queries LoadGen prepares: it ends early when they run out.
-    settings.offline_expected_qps = images_per_second
-    settings.single_stream_expected_latency_ns = round(1e9 / images_per_second)
-    settings.multi_stream_expected_latency_ns = round(1e9 / images_per_second * STREAMS)
-    settings.server_target_qps = qps
-    settings.qsl_rng_seed = settings.sample_index_rng_seed = settings.schedule_rng_seed = seed
+    # LoadGen prepares queries by these, and ends early when they run out.
+    settings.offline_expected_qps = load.images_per_second
+    settings.single_stream_expected_latency_ns = round(1e9 / load.images_per_second)
+    settings.multi_stream_expected_latency_ns = round(1e9 / load.images_per_second * STREAMS)
+    settings.server_target_qps = load.qps
+    settings.qsl_rng_seed = settings.sample_index_rng_seed = settings.schedule_rng_seed = load.seed
     return settings
 
 
@@ -122,14 +119,14 @@ def logs(folder: str) -> "mlperf_loadgen.LogSettings":
 
 
 def read_log(path: Path) -> dict[str, float]:
-    """Return the numbers of LoadGen's detailed log by their keys."""
+    """Return the numbers in LoadGen's detailed log by key."""
     lines = path.read_text().splitlines()
     records = [json.loads(line.removeprefix(RECORD)) for line in lines if line.startswith(RECORD)]
     return {record["key"]: record["value"] for record in records}
 
 
 def row_of(scenario: str, found: Mapping[str, float], *, qps: float) -> ScenarioRow:
-    """Return one scenario's row from LoadGen's numbers; those in nanoseconds become milliseconds."""
+    """Return one scenario's row from LoadGen's numbers, with nanoseconds as milliseconds."""
     each = "per_query_" if scenario == "multi_stream" else ""
     mean_ms = found["result_mean_query_latency_ns" if each else "result_mean_latency_ns"] / 1e6
     p50, p90, p95, p99, p99_9 = (found[f"result_{p}_percentile_{each}latency_ns"] / 1e6 for p in PERCENTILES)
@@ -138,13 +135,13 @@ def row_of(scenario: str, found: Mapping[str, float], *, qps: float) -> Scenario
         case "single_stream":
             rate = found["result_qps_with_loadgen_overhead"]
         case "multi_stream":
-            rate = images_per_query / mean_ms * 1e3  # the next query comes when the last is answered
+            rate = images_per_query / mean_ms * 1e3  # the next query arrives when the last is done
         case "offline":
             rate = found["result_samples_per_second"]
         case _:
             rate = found["result_completed_samples_per_sec"]
     queries, asked = int(found["result_query_count"]), qps if scenario == "server" else None
-    if scenario == "offline":  # all wait from the start: a latency says nothing
+    if scenario == "offline":  # all images are queued at the start, so latencies mean nothing
         return ScenarioRow(scenario, queries, images_per_query, asked, rate, None, None, None, None, None, None)
     return ScenarioRow(scenario, queries, images_per_query, asked, rate, mean_ms, p50, p90, p95, p99, p99_9)
 

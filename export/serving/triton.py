@@ -2,10 +2,10 @@
 
 serving/triton/NAME/config.pbtxt         for Triton's ONNX Runtime backend; the same folder serves OpenVINO Model Server
                     configs/KIND.pbtxt   the same for `--model-config-name=KIND`: cpu, cuda, tensorrt
-                    labels.txt           Triton's classification extension answers with these
+                    labels.txt           the labels for Triton's classification extension
                     warmup/golden        the first golden input, raw
-                    1/model.onnx         what config.pbtxt serves; 1/model.cuda, 1/model.tensorrt: other files for the other kinds
-serving/triton-answers/NAME/             where the bundle has it: uint8 image in, the answer itself out (a mask; boxes, scores, labels)
+                    1/model.onnx         the file that config.pbtxt serves; 1/model.cuda, 1/model.tensorrt: files for other kinds
+serving/triton-answers/NAME/             if the bundle has it: uint8 image in, prediction out (a mask; boxes, scores, labels)
 serving/triton-python/NAME/              for Triton's Python backend: config.pbtxt, labels.txt, warmup/golden, 1/model.py, 1/model.onnx
 """
 
@@ -32,9 +32,9 @@ SAMPLE = "golden"
 
 @dataclass(frozen=True)
 class Serving:
-    """What a server runs, as it was benchmarked: the file for each kind of machine, the kind to start with, threads, batches.
+    """A server's settings, as benchmarked: the file for each kind of machine, the kind to serve, threads, batches.
 
-    `threads` are of one session on the CPU, 0 is all cores. None, where nothing was benchmarked, leaves the choice to the server.
+    `threads` is for one session on the CPU, 0 is all cores; None, if nothing was benchmarked, is the server's default.
     """
 
     files: dict[Kind, str]
@@ -72,7 +72,7 @@ def write_repositories(
 
 
 def filename(serving: Serving, kind: Kind) -> str:
-    """Return the name of a kind's model file; OpenVINO Model Server takes any file that ends in .onnx, so there is one."""
+    """Return the name of a kind's model file; only one ends in .onnx, because OpenVINO Model Server takes any such file."""
     return "model.onnx" if serving.files[kind] == serving.served else f"model.{kind}"
 
 
@@ -96,9 +96,9 @@ def python_config(name: str, facts: ModelFile, serving: Serving) -> str:
 
 
 def answering_repository(name: str, file: Path, *, unlike: ModelFile) -> dict[str, bytes]:
-    """Return the files, by their paths in a bundle, of a repository that serves a model with any number of outputs as it is.
+    """Return the files, by path in a bundle, of a repository that serves a model with any number of outputs.
 
-    There are none where its outputs are those of the bundle's own files.
+    Empty if its outputs are those of the bundle's own files.
     """
     model = onnx.load(file)
     if [one.name for one in model.graph.output] == [unlike.output.name]:
@@ -118,12 +118,12 @@ def answering_repository(name: str, file: Path, *, unlike: ModelFile) -> dict[st
 
 
 def _dims(value: onnx.ValueInfoProto) -> str:
-    """Return a tensor's sizes, -1 for one that varies."""
+    """Return a tensor's sizes, -1 for a dynamic one."""
     return ", ".join(str(dim.dim_value or -1) for dim in value.type.tensor_type.shape.dim)
 
 
 def common(name: str, facts: ModelFile, serving: Serving) -> str:
-    """Return what all configurations share: tensors, batching, the warm-up."""
+    """Return the part that all configurations share: tensors, batching, warm-up."""
     given, wanted = facts.input, facts.output
     dims, classes = (", ".join(map(str, value.shape[1:])) for value in (given, wanted))
     kinds = {value: f"TYPE_{DATATYPES[value.dtype]}" for value in (given, wanted)}
@@ -151,17 +151,17 @@ output [
 
 
 def instances(serving: Serving, kind: str) -> str:
-    """Return how many sessions run, and where."""
+    """Return the number of sessions, and where they run."""
     return f"instance_group [\n  {{ count: {serving.instances} kind: {kind} }}\n]\n"
 
 
 def parameter(key: str, value: str) -> str:
-    """Return one of the backend's own settings."""
+    """Return one setting of the backend."""
     return f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
 
 
 def tensorrt(precision: str) -> str:
-    """Return the request for the TensorRT execution provider; INT8 reads the ranges that are in the file."""
+    """Return the setting for the TensorRT execution provider; INT8 uses the ranges in the file."""
     return f"""\
 optimization {{
   execution_accelerators {{
@@ -174,7 +174,7 @@ optimization {{
 
 
 def share(source: Path, path: Path) -> None:
-    """Have `path` be the same file on the disk as `source` where the file system can, else a copy."""
+    """Make `path` a hard link to `source` if the file system can, else a copy."""
     try:
         os.link(source, path)
     except OSError:

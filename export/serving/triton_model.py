@@ -1,6 +1,6 @@
 """Serve model.onnx with ONNX Runtime from Triton's Python backend, for Triton images that lack the ONNX Runtime backend.
 
-A copy of this file stands beside model.onnx in the repository; Triton's images bring `triton_python_backend_utils`.
+A copy of this file is beside model.onnx in the repository; Triton's images contain `triton_python_backend_utils`.
 """
 
 import json
@@ -13,10 +13,10 @@ import triton_python_backend_utils as triton  # type: ignore[import-not-found]
 
 
 class TritonPythonModel:
-    """What Triton makes one of for each instance."""
+    """The model class, of which Triton creates one object per instance."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the session with the threads that config.pbtxt names."""
+        """Open the session with the threads from config.pbtxt."""
         parameters = json.loads(args["model_config"])["parameters"]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = int(parameters["intra_op_thread_count"]["string_value"])
@@ -26,7 +26,7 @@ class TritonPythonModel:
         self.input, self.output = self.session.get_inputs()[0].name, self.session.get_outputs()[0].name
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Run what the dynamic batcher gathered as one batch and give each request its share."""
+        """Run the requests from the dynamic batcher as one batch, and return each request's part."""
         images = [triton.get_input_tensor_by_name(request, self.input).as_numpy() for request in requests]
         (logits,) = self.session.run(None, {self.input: np.concatenate(images)})  # (batch, classes)
         shares = np.split(logits, np.cumsum([len(image) for image in images])[:-1])

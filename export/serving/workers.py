@@ -1,4 +1,4 @@
-"""Answer samples from a queue with one ONNX session: what a load generator measures."""
+"""Process samples from a queue with one ONNX session, for a load generator to measure."""
 
 import time
 from collections import deque
@@ -19,7 +19,7 @@ Logits = NDArray[np.generic]
 
 
 class Sample(Protocol):
-    """A request for one image; `index` is the image's, `id` is the request's own."""
+    """A request for one image; `index` is the image's, `id` the request's."""
 
     @property
     def id(self) -> int: ...  # noqa: D102
@@ -31,10 +31,10 @@ Complete = Callable[[Sequence[Sample], Logits], None]
 
 
 class Workers:
-    """Threads that each take what waits, at most `batch` samples, run it, and hand the logits to `complete`.
+    """Threads that each take up to `batch` waiting samples, run them, and pass the logits to `complete`.
 
-    They share the session, whose runs hold no lock of Python's. A run that fails is completed with zeros, for who waits for it
-    would wait for ever; `failure` then says what happened.
+    They share the session, whose runs release Python's lock. A failed run is completed with zeros, since the generator would
+    otherwise wait for ever; `failure` has the reason.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Workers:
 
     @contextmanager
     def running(self, count: int) -> Iterator[None]:
-        """Have `count` threads at work while the block runs; raise BundleError after it where a run failed."""
+        """Run `count` threads while the block runs; raise BundleError afterwards if a run failed."""
         threads = [Thread(target=self.work, daemon=True) for _ in range(count)]
         for thread in threads:
             thread.start()
@@ -70,7 +70,7 @@ class Workers:
             self.changed.notify_all()
 
     def work(self) -> None:
-        """Run what waits until nothing comes any more."""
+        """Run waiting samples until the queue is closed and empty."""
         while taken := self.take():
             try:
                 logits = self.run(taken)
@@ -79,7 +79,7 @@ class Workers:
             self.complete(taken, logits)
 
     def take(self) -> list[Sample]:
-        """Wait for samples and return them, none when the queue is closed."""
+        """Wait for samples and return them; empty when the queue is closed."""
         with self.changed:
             self.changed.wait_for(lambda: self.waiting or self.closed)
             return [self.waiting.popleft() for _ in range(min(self.batch, len(self.waiting)))]
@@ -93,7 +93,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """A sample of our own."""
+    """A sample for measuring capacity."""
 
     id: int
     index: int
@@ -102,9 +102,9 @@ class WarmUp:
 def capacity(
     session: onnxruntime.InferenceSession, images: NDArray[np.generic], *, batch: int, workers: int, seconds: float
 ) -> float:
-    """Return how many samples a second the workers answer when enough of them always wait, measured for about `seconds`.
+    """Return the samples per second of the workers with a full queue, measured for about `seconds`.
 
-    Raises BundleError where the network cannot run on a batch.
+    Raises BundleError if the network cannot run on a batch.
     """
     samples = [WarmUp(index, index % len(images)) for index in range(batch * workers)]
     ticks = [time.perf_counter()]
@@ -114,4 +114,4 @@ def capacity(
         with pool.running(workers):
             pass
         ticks.append(time.perf_counter())
-    return len(samples) / float(np.median(np.diff(ticks[1:])))  # without the first round, which allocates
+    return len(samples) / float(np.median(np.diff(ticks[1:])))  # without the first round, which allocates memory

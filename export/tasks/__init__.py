@@ -1,4 +1,4 @@
-"""The tasks that networks are made for: what their outputs mean wherever they run. To add one, write its file and its row here."""
+"""The tasks of networks: how their outputs are decoded and scored. To add a task, write its file and add its row here."""
 
 from pathlib import Path
 
@@ -21,10 +21,10 @@ TASKS: dict[str, OutputTask] = {
 
 
 def task_named(name: str) -> OutputTask:
-    """Return the task of this name. Raises BundleError for one that this version does not know."""
+    """Return the task of this name; BundleError if this version does not know it."""
     if name not in TASKS:
         raise BundleError(
-            f"task: must be one of {', '.join(TASKS)}, got {name!r:.50}: take a newer version of this project"
+            f"task: must be one of {', '.join(TASKS)}, got {name!r:.50}: use a newer version of this project"
         )
     return TASKS[name]
 

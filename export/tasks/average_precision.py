@@ -1,7 +1,6 @@
-"""COCO's mean average precision from one row of numbers for each image, so that it can be resampled, paired and kept.
+"""COCO's mean average precision from one row of statistics per image, which can be resampled, paired and stored.
 
-The matching and the interpolation are those of pycocotools' COCOeval (Lin 2014), all areas, at most 100 detections of an image: tests hold
-both to each other.
+Matching and interpolation follow pycocotools' COCOeval (Lin 2014), all areas, at most 100 detections per image; tests compare the two.
 """
 
 from typing import NamedTuple
@@ -11,15 +10,15 @@ import numpy as np
 from export.tasks.boxes import BOX, DETECTIONS, LABEL, NONE, SCORE, overlap
 from export.tasks.task import Array
 
-THRESHOLDS = np.linspace(0.5, 0.95, 10)  # overlaps from which a detection is right
+THRESHOLDS = np.linspace(0.5, 0.95, 10)  # least overlaps of a right detection
 RECALLS = np.linspace(0, 1, 101)
-TRUTH, CORNERS, CROWD = 0, slice(1, 5), 5  # columns of a truth: label, box, and whether it is many objects at once
-# A row is DETECTIONS times (label, score, two bits for each threshold: right, left out of account), then the labels of the truths.
+TRUTH, CORNERS, CROWD = 0, slice(1, 5), 5  # columns of a truth: label, box, and whether it is a crowd of objects
+# A row is DETECTIONS times (label, score, and bits: right, then ignored, at each threshold), then the labels of the truths.
 PER_DETECTION = 3
 
 
 def statistics(answers: Array, truths: Array) -> Array:
-    """Return one row for each image of detections (n, DETECTIONS, 6) and truths (n, boxes, 6)."""
+    """Return one row per image from detections (n, DETECTIONS, 6) and truths (n, boxes, 6)."""
     rows = np.full((len(answers), DETECTIONS * PER_DETECTION + truths.shape[1]), float(NONE))
     for row, found, true in zip(rows, answers, truths, strict=True):
         table = row[: DETECTIONS * PER_DETECTION].reshape(DETECTIONS, PER_DETECTION)
@@ -33,7 +32,7 @@ def statistics(answers: Array, truths: Array) -> Array:
 
 
 def _matched(boxes: Array, true: Array) -> Array:
-    """Return the bits of one class's detections (m, 4), the likeliest first: each takes the best truth that is left, a crowd last."""
+    """Return the bits of one class's detections (m, 4), in order of score: each takes the best free truth, a crowd last."""
     crowds = true[:, CROWD] > 0
     overlaps = overlap(boxes, true[:, CORNERS], crowds=crowds)
     free = np.ones((len(THRESHOLDS), len(true)), bool)
@@ -44,7 +43,7 @@ def _matched(boxes: Array, true: Array) -> Array:
         for kind, shift in ((~crowds, 0), (crowds, len(THRESHOLDS))):
             fits = near & free & kind
             hit = fits.any(axis=1)
-            # Of equally good ones COCOeval takes the last.
+            # COCOeval takes the last of equally good truths.
             best = len(true) - 1 - np.where(fits, overlaps[index], -1.0)[:, ::-1].argmax(axis=1)
             if not shift:
                 free[np.flatnonzero(hit), best[hit]] = False
@@ -54,18 +53,18 @@ def _matched(boxes: Array, true: Array) -> Array:
 
 
 class Curve(NamedTuple):
-    """One class: its detections in all images, the likeliest first, and its truths in each image."""
+    """One class: its detections in all images in order of score, and its number of truths in each image."""
 
     label: int
     right: Array  # (m, thresholds)
-    counted: Array  # (m, thresholds): false for what met a crowd
+    counted: Array  # (m, thresholds): 0 for detections that match a crowd
     image: Array  # (m,)
     truths: Array  # (images,)
 
     def precision(self, weights: Array) -> Array:
-        """Return the mean of the best precision at or beyond 101 recalls, for each threshold; images count as often as `weights` says.
+        """Return for each threshold the mean, over 101 recalls, of the best precision at that recall or more; `weights` count images.
 
-        Not a number where no image that counts has a truth.
+        NaN if no image with a weight has a truth.
         """
         total = float(self.truths @ weights)
         if not total:
@@ -74,14 +73,14 @@ class Curve(NamedTuple):
         hits = np.cumsum(self.right * times, axis=0)
         precision = hits / (np.cumsum(self.counted * times, axis=0) + np.spacing(1))
         precision = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
-        precision = np.concatenate([precision, np.zeros((1, len(THRESHOLDS)))])  # of recalls that are never reached
+        precision = np.concatenate([precision, np.zeros((1, len(THRESHOLDS)))])  # for recalls that are not reached
         found = [np.searchsorted(recall, RECALLS, side="left") for recall in (hits / total).T]
         means: Array = np.take_along_axis(precision, np.stack(found, axis=1), axis=0).mean(axis=0)
         return means
 
 
 def curves(rows: Array) -> list[Curve]:
-    """Return each class that has a truth."""
+    """Return the curve of each class that has a truth."""
     table, truths = split(rows)
     image, place = np.nonzero(table[..., 0] != NONE)
     label, score, bits = table[image, place].T
@@ -96,17 +95,17 @@ def curves(rows: Array) -> list[Curve]:
 
 
 def split(rows: Array) -> tuple[Array, Array]:
-    """Return a row's detections (n, DETECTIONS, label and score and bits), and the labels of its truths (n, boxes)."""
+    """Return the detections in rows (n, DETECTIONS, (label, score, bits)), and the labels of their truths (n, boxes)."""
     first = DETECTIONS * PER_DETECTION
     return rows[:, :first].reshape(len(rows), DETECTIONS, PER_DETECTION), rows[:, first:]
 
 
 def average_precision(rows: Array) -> dict[int, Array]:
-    """Return each class's average precision at each threshold (10,), of the classes that have a truth."""
+    """Return the average precision at each threshold (10,) of each class that has a truth."""
     return {curve.label: curve.precision(np.ones(len(rows))) for curve in curves(rows)}
 
 
 def mean_average_precision(rows: Array, *, thresholds: slice = slice(None)) -> float:
-    """Return the mean over classes and thresholds, 0 where there is nothing to find."""
+    """Return the mean over classes and thresholds, 0 if there are no truths."""
     found = average_precision(rows)
     return float(np.mean([values[thresholds] for values in found.values()])) if found else 0.0

@@ -1,8 +1,8 @@
-"""What a detector's outputs mean: boxes with a class and a score, decoded from anchors, the same object once.
+"""Decode a detector's outputs: boxes with a class and a score, without duplicates.
 
-An output row belongs to one anchor: logits (background first, then the classes), four numbers that move the anchor, and five constants that
-say how: the kind of head, and the anchor's centre, width and height. All lengths are fractions of the network's input, so that whoever has
-the outputs needs nothing else, and a file with other anchors is read in the same way.
+An output row belongs to one anchor: logits (background first, then the classes), four numbers that move the anchor, and five constants:
+the kind of head, and the anchor's centre, width and height. All lengths are fractions of the network's input. So outputs can be decoded
+without further data, and files with other anchors in the same way.
 """
 
 from typing import NamedTuple
@@ -11,23 +11,22 @@ import numpy as np
 
 from export.tasks.task import Array
 
-# Kinds of heads: SSD's; RetinaNet's, that of its second version, whose training alone differs; FCOS's, whose background column holds the
-# centre-ness.
+# Kinds of heads: SSD; RetinaNet; its second version, which differs only in training; FCOS, whose background column is the centre-ness.
 SOFTMAX, SIGMOID, GIOU, CENTRED = 0, 1, 2, 3
-MOVES, READS = 4, 5  # columns behind the logits
-# What the moves are divided by: x and y, width and height. SSD's variances (Liu 2016) are 1 / 10 and 1 / 5.
+MOVES, READS = 4, 5  # numbers of columns after the logits: moves, constants
+# Divisors of the moves: for x and y, for width and height. SSD's variances (Liu 2016) are 1 / 10 and 1 / 5.
 WEIGHTS = {SOFTMAX: (10.0, 5.0), SIGMOID: (1.0, 1.0), GIOU: (1.0, 1.0)}
-LARGEST_GROWTH = np.log(1000 / 16)  # torchvision's bound on what a box may grow by
+LARGEST_GROWTH = np.log(1000 / 16)  # torchvision's bound on a box's growth
 LEAST_SCORE = 0.01
-MOST_OVERLAP = 0.5  # of two boxes of one class, above which the less likely one is the same object
-CANDIDATES = 400  # boxes of an image that suppression looks at, the likeliest
-DETECTIONS = 100  # boxes that are left of an image at most, as COCO counts them
+MOST_OVERLAP = 0.5  # of two boxes of one class; above it the one with the lower score is a duplicate
+CANDIDATES = 400  # boxes per image, by score, that suppression considers
+DETECTIONS = 100  # most boxes per image after suppression, as in COCO
 NONE = -1  # the label of a row without a box
 LABEL, SCORE, BOX = 0, 1, slice(2, 6)  # columns of a detection; boxes are left, top, right, bottom
 
 
 class Heads(NamedTuple):
-    """Outputs (n, anchors, columns) taken apart."""
+    """Outputs (n, anchors, columns) split into their parts."""
 
     kind: int
     logits: Array  # (n, anchors, classes + 1)
@@ -36,7 +35,7 @@ class Heads(NamedTuple):
 
 
 def heads(outputs: Array) -> Heads:
-    """Take outputs apart, in float64."""
+    """Split outputs into their parts, in float64."""
     values = outputs.astype(np.float64)
     kind = int(np.rint(values[0, 0, -READS])) if values.size else SOFTMAX
     return Heads(kind, values[..., : -MOVES - READS], values[..., -MOVES - READS : -READS], values[..., 1 - READS :])
@@ -52,7 +51,7 @@ def probabilities(found: Heads) -> Array:
 
 
 def boxes(found: Heads) -> Array:
-    """Return the boxes (n, anchors, 4), inside the image."""
+    """Return the boxes (n, anchors, 4), clipped to the image."""
     centre, size, first, second = (
         found.anchors[..., :2],
         found.anchors[..., 2:],
@@ -70,9 +69,9 @@ def boxes(found: Heads) -> Array:
 
 
 def decode(outputs: Array) -> Array:
-    """Return each image's detections (n, DETECTIONS, 6): label, score and box, the likeliest first; rows without one have label NONE.
+    """Return each image's detections (n, DETECTIONS, 6) by score: label, score and box; label NONE in rows without one.
 
-    What is no number is no detection.
+    NaN is never a detection.
     """
     found = heads(outputs)
     scores, places = np.nan_to_num(probabilities(found)), np.nan_to_num(boxes(found))
@@ -85,9 +84,10 @@ def decode(outputs: Array) -> Array:
 
 
 def detections(scores: Array, places: Array) -> Array:
-    """Return one image's detections (m, 6) of its probabilities (anchors, classes) and boxes (anchors, 4).
+    """Return one image's detections (m, 6) from its probabilities (anchors, classes) and boxes (anchors, 4).
 
-    Greedy: of two boxes of one class that overlap by more than MOST_OVERLAP the likelier one stays (torchvision's batched_nms).
+    Greedy: of two boxes of one class that overlap by more than MOST_OVERLAP, the one with the higher score stays (as torchvision's
+    batched_nms).
     """
     anchor, label = np.nonzero(scores > LEAST_SCORE)
     order = np.argsort(-scores[anchor, label], kind="stable")[:CANDIDATES]
@@ -104,7 +104,7 @@ def detections(scores: Array, places: Array) -> Array:
 
 
 def overlap(boxes: Array, others: Array, *, crowds: Array | None = None) -> Array:
-    """Return the intersection over union (m, k) of boxes (m, 4) and others (k, 4); over the box's own area where the other is a crowd."""
+    """Return the intersection over union (m, k) of boxes (m, 4) and others (k, 4); for a crowd, over the box's own area."""
     low = np.maximum(boxes[:, None, :2], others[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
     shared = np.prod(np.clip(high - low, 0, None), axis=2)

@@ -1,4 +1,4 @@
-"""Classification: one label for each image. Answers are the likeliest classes, at most five, the first of them is the answer."""
+"""Classification: one label per image. Predictions are the likeliest classes, at most five, the best first."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +16,7 @@ TOP = 5  # with no more classes than these, every label would be among them
 TRUTH, ANSWER = (
     0,
     1,
-)  # columns of the rows; with more than five classes a third says whether the label is among the likeliest
+)  # columns of the rows; with more than five classes, a third tells whether the label is in the top five
 
 
 def output_shape(classes: int, _image_size: int) -> tuple[int, ...]:
@@ -25,10 +25,10 @@ def output_shape(classes: int, _image_size: int) -> tuple[int, ...]:
 
 
 def check_output(file: str, shape: tuple[int | None, ...], labels: Sequence[str]) -> None:
-    """Compare the number of labels with the model's output."""
+    """Raise BundleError if the number of labels does not fit the model's output."""
     if shape[1:] != (len(labels),):
         raise BundleError(
-            f"labels.txt: {file} answers {shape}, got {len(labels)} labels: get the bundle again",
+            f"labels.txt: {file} has the output {shape}, got {len(labels)} labels: get the bundle again",
             defect="missing_class",
         )
 
@@ -44,23 +44,23 @@ def truths(values: Sequence[Any], output: tuple[int, ...]) -> Array:
 
 
 def truths_json(truths: Array) -> Sequence[int]:
-    """Return the labels as JSON holds them."""
+    """Return the labels as JSON values."""
     return truths.tolist()  # type: ignore[no-any-return]
 
 
 def as_they_are(outputs: Array) -> Array:
-    """Return the outputs: a few numbers for each image."""
+    """Return the outputs, which are few numbers per image."""
     return outputs
 
 
 def decode(outputs: Array) -> Array:
-    """Return the likeliest classes (n, at most 5), equal ones in their order, as for arg-max; what is no number comes first, as there."""
+    """Return the likeliest classes (n, at most 5); ties in order and NaN first, as in argmax."""
     order = np.where(np.isnan(outputs), -np.inf, -outputs.astype(np.float64))
     return np.argsort(order, axis=1, kind="stable")[:, : TOP if outputs.shape[1] > TOP else 1]
 
 
 def statistics(answers: Array, labels: Array, _output: tuple[int, ...]) -> Array:
-    """Return label, answer and, for more than five classes, whether the label is among the likeliest, integers (n, 2 or 3)."""
+    """Return label, prediction and, for more than five classes, whether the label is in the top five, integers (n, 2 or 3)."""
     rows = [labels, answers[:, 0]]
     if answers.shape[1] == TOP:
         rows.append((answers == labels[:, None]).any(axis=1))
@@ -68,12 +68,12 @@ def statistics(answers: Array, labels: Array, _output: tuple[int, ...]) -> Array
 
 
 def total(rows: Array) -> float:
-    """Return the fraction of images that are answered with their label."""
+    """Return the fraction of images whose prediction is their label."""
     return float(np.mean(rows[:, TRUTH] == rows[:, ANSWER]))
 
 
 def further(rows: Array) -> Mapping[str, float | None]:
-    """Return top-5, None for five classes or fewer, and balanced accuracy: the mean recall of the classes that have images."""
+    """Return top-5 (None for up to five classes), and balanced accuracy: the mean recall of the classes that have images."""
     images = np.bincount(rows[:, TRUTH])
     correct = np.bincount(rows[rows[:, TRUTH] == rows[:, ANSWER], TRUTH], minlength=len(images))
     return {
@@ -83,7 +83,7 @@ def further(rows: Array) -> Mapping[str, float | None]:
 
 
 def by_class(rows: Mapping[str, Array], labels: Sequence[str], confused: Collection[str]) -> Classes:
-    """Return what the files answer class by class, and the mistakes of the files in `confused`."""
+    """Return the files' predictions class by class, with the mistakes of the files in `confused`."""
 
     def count(classes: Array) -> list[int]:
         return np.bincount(classes, minlength=len(labels)).tolist()  # type: ignore[no-any-return]
@@ -108,7 +108,7 @@ def _mistakes(rows: Array) -> list[tuple[int, int, int]]:
 
 
 def agreement(answers: Array, others: Array) -> Array:
-    """Return 1 where both answer with the same class, else 0, (n,)."""
+    """Return 1 where both predict the same class, else 0, (n,)."""
     same: Array = (answers[:, 0] == others[:, 0]).astype(np.float64)
     return same
 
@@ -121,7 +121,7 @@ def divergence(outputs: Array, reference: Array) -> Array:
 
 
 def log_probabilities(logits: Array) -> Array:
-    """Return the logarithm of the softmax (n, classes); what is not finite counts as a number far outside of any logit's range."""
+    """Return the logarithm of the softmax (n, classes); infinite logits count as ±10,000, NaN as 0."""
     finite = np.nan_to_num(logits.astype(np.float64), nan=0.0, posinf=1e4, neginf=-1e4)
     shifted: Array = finite - finite.max(axis=1, keepdims=True)
     found: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -129,7 +129,7 @@ def log_probabilities(logits: Array) -> Array:
 
 
 def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
-    """Compare image by image, by McNemar's exact test; single classes as well."""
+    """Compare by McNemar's exact test, over all images and for single classes."""
     before, now = before.astype(np.int64), now.astype(np.int64)
     was, is_right = (rows[:, TRUTH] == rows[:, ANSWER] for rows in (before, now))
     lost, gained = (Counter(now[mask, TRUTH].tolist()) for mask in (was & ~is_right, ~was & is_right))
@@ -139,7 +139,7 @@ def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
     worse = sorted(
         (index for index, (down, up) in classes.items() if down > up), key=lambda index: gained[index] - lost[index]
     )
-    # ALPHA is shared among all classes that changed (Bonferroni).
+    # ALPHA is divided among all classes that changed (Bonferroni).
     surely = [index for index in worse if mcnemar(*classes[index]) < ALPHA / max(1, len(classes))]
     words = {index: f"{labels[index]} ({lost[index]} lost, {gained[index]} gained)" for index in worse}
     return Comparison(
@@ -168,7 +168,7 @@ def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
 
 
 def softmax(logits: Array) -> Array:
-    """Return exp(logits) divided by their sum; the largest is taken off first, so that none overflows."""
+    """Return the softmax, subtracting the largest logit first to avoid overflow."""
     powers = np.exp(logits - logits.max())
     shares: Array = powers / powers.sum()
     return shares

@@ -1,7 +1,7 @@
-"""Detection: boxes with a class and a score. An answer is an image's boxes (n, DETECTIONS, 6), the score COCO's mean average precision.
+"""Detection: boxes with a class and a score. Predictions are boxes (n, DETECTIONS, 6), the score is COCO's mean average precision.
 
-A row keeps each detection's label, score, and at which overlaps it is right, and the labels of the truths: all that the score of any set of
-images needs.
+An image's row has each detection's label, score, and the overlaps at which it is right, and the labels of the truths: enough to score
+any set of images.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -26,17 +26,15 @@ from export.tasks.paired import ALPHA, detectable_gain, detectable_loss, resampl
 from export.tasks.suppression import with_suppression
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
 
-SURE = (
-    0.3  # the score from which a detection is shown, counted class by class, and has to be found by another file, too
-)
+SURE = 0.3  # least score of a detection that is shown, counted by class, and compared between files
 SAME_PLACE, SAME_SCORE = (
     0.9,
     0.02,
-)  # overlap at least, difference of scores at most, of two files' detections that agree
+)  # two detections agree with at least this overlap and at most this difference of scores
 ALIKE = f"detections that both have: same class, overlap of {SAME_PLACE}, scores within {SAME_SCORE}"
-EVERY = 7  # anchors: one of so many tells how far two files' outputs are apart
-MOST_TRUTHS = 1000  # boxes of a golden image
-DRAWN = 500  # resamples of a comparison, each of which sorts nothing anew and still adds up every detection
+EVERY = 7  # every seventh anchor is used for the divergence of two files
+MOST_TRUTHS = 1000  # boxes in a golden image
+DRAWN = 500  # resamples of a comparison; each sums over every detection, so fewer than elsewhere
 
 
 def output_shape(classes: int, _image_size: int) -> tuple[int | None, ...]:
@@ -45,11 +43,11 @@ def output_shape(classes: int, _image_size: int) -> tuple[int | None, ...]:
 
 
 def check_output(file: str, shape: tuple[int | None, ...], labels: Sequence[str]) -> None:
-    """Compare the model's output with the number of labels."""
+    """Raise BundleError if the model's output does not fit the number of labels."""
     wanted = output_shape(len(labels), 0)[1]
     if len(shape) != 3 or shape[2] != wanted:
         raise BundleError(
-            f"labels.txt: {file} answers {shape}, which are no anchors (batch, anchors, {wanted}) of {len(labels)} classes: "
+            f"labels.txt: {file} has the output {shape}, expected (batch, anchors, {wanted}) for {len(labels)} classes: "
             "get the bundle again",
             defect="missing_class",
         )
@@ -61,7 +59,7 @@ def truths_json(truths: Array) -> Sequence[Sequence[Sequence[float]]]:
 
 
 def truths(values: Sequence[Any], output: tuple[int, ...]) -> Array:
-    """Return boxes (n, most of one image, 6), rows without a box at the end."""
+    """Return boxes (n, most boxes of an image, 6), padded with rows without a box."""
     classes = output[-1] - 1 - MOVES - READS
     for boxes in values:
         if not isinstance(boxes, list) or len(boxes) > MOST_TRUTHS or not all(_is_box(box, classes) for box in boxes):
@@ -84,7 +82,7 @@ def row_of(answers: Array, truths: Array, _output: tuple[int, ...]) -> Array:
 
 
 def further(rows: Array) -> Mapping[str, float | None]:
-    """Return the mean average precision at overlaps of 0.5 and 0.75 alone."""
+    """Return the mean average precision at an overlap of 0.5, and at 0.75."""
     return {
         "mAP50": mean_average_precision(rows, thresholds=slice(0, 1)),
         "mAP75": mean_average_precision(rows, thresholds=slice(5, 6)),
@@ -92,7 +90,7 @@ def further(rows: Array) -> Mapping[str, float | None]:
 
 
 def by_class(rows: Mapping[str, Array], labels: Sequence[str], _confused: Collection[str]) -> Classes:
-    """Return how many objects of each class the files find with a score of SURE, and how many they answer."""
+    """Return, for each class, how many objects a file finds with a score of SURE or more, and how many it predicts."""
     files = {}
     for name, found in rows.items():
         (table, true), precision = split(found), average_precision(found)
@@ -119,7 +117,7 @@ def _count(classes: Array, labels: Sequence[str]) -> list[int]:
 
 
 def agreement(answers: Array, others: Array) -> Array:
-    """Return the fraction of both files' sure detections that the other has, too, (n,): of that class, in that place, with that score."""
+    """Return the fraction of both files' sure detections that the other has too (n,): same class, place and score."""
     return np.array([_alike(mine, its) for mine, its in zip(answers, others, strict=True)])
 
 
@@ -136,7 +134,7 @@ def _alike(mine: Array, its: Array) -> float:
 
 
 def evidence(outputs: Array) -> Array:
-    """Return the outputs of some of the anchors, evenly spaced."""
+    """Return the outputs of every EVERY-th anchor."""
     return outputs[:, ::EVERY]
 
 
@@ -166,7 +164,7 @@ def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
     of_all = np.nan_to_num(np.nanmean(gains, axis=1)) if names else np.zeros(1)
     was, is_now = ({name: values.mean() for name, values in average_precision(rows).items()} for rows in (before, now))
     worse = sorted((name for name in names if is_now[name] < was[name]), key=lambda name: is_now[name] - was[name])
-    # ALPHA is shared among all classes (Bonferroni).
+    # ALPHA is divided among all classes (Bonferroni).
     surely = [name for name in worse if two_sided(np.nan_to_num(gains[:, names.index(name)])) < ALPHA / len(names)]
     words = {name: f"{labels[name]} (AP {was[name]:.2%} to {is_now[name]:.2%})" for name in worse}
     p_value = two_sided(of_all)
@@ -186,7 +184,7 @@ def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
 
 
 def _outcome(rows: Array) -> Array:
-    """Return how many of each image's sure detections are right at an overlap of 0.5, and how many are wrong, (n, 2)."""
+    """Return each image's numbers of right and wrong sure detections at an overlap of 0.5, (n, 2)."""
     table, _ = split(rows)
     sure = (table[..., 0] != NONE) & (table[..., 1] >= SURE)
     right = table[..., 2].astype(np.int64) & 1 > 0
@@ -194,21 +192,21 @@ def _outcome(rows: Array) -> Array:
 
 
 def truth_text(row: Array, labels: Sequence[str]) -> str:
-    """Return how many objects of each class are in the image."""
+    """Return the number of objects of each class in the image, in words."""
     _, true = split(row[None])
     counts = _count(true[true != NONE], labels)
     return ", ".join(f"{label} {number}" for label, number in zip(labels, counts, strict=True) if number) or "nothing"
 
 
 def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
-    """Return the likeliest boxes with their scores; lengths are fractions of the image."""
+    """Return the boxes with the highest scores; lengths are fractions of the image."""
     found = [one for one in decode(output[None])[0] if one[LABEL] != NONE and one[SCORE] >= SURE][:lines]
     columns = ("label", "score", "left", "top", "right", "bottom")
     return columns, [(labels[int(one[LABEL])], *map(float, one[1:])) for one in found]
 
 
 def draw(image: Array, answer: Array, labels: Sequence[str]) -> Array:
-    """Return the image with the boxes that are sure, their labels and scores."""
+    """Return the image with its sure boxes, their labels and scores."""
     found = answer[(answer[:, LABEL] != NONE) & (answer[:, SCORE] >= SURE)][::-1]  # the likeliest on top
     words = [f"{labels[int(label)]} {score:.0%}" for label, score in found[:, : SCORE + 1]]
     return with_boxes(image, found[:, BOX], found[:, LABEL].astype(int).tolist(), words)
@@ -244,7 +242,7 @@ DETECTION = OutputTask(
     show=show,
     draw=draw,
     draw_truth=draw_truth,
-    meaning="a row for each anchor: logits (background first, then the lines of `labels.txt`), four moves, five numbers that read them",
+    meaning="a row for each anchor: logits (background first, then the lines of `labels.txt`), four moves, five constants to decode them",
     reading="""\
 from export.tasks.boxes import decode  # of the package that wrote this; numpy alone
 

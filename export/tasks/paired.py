@@ -1,4 +1,4 @@
-"""Was anything lost? Two files on the same images: tests of the difference, and how small a loss would have been seen."""
+"""Compare two files on the same images: tests of the difference, and the smallest loss that they would detect."""
 
 import math
 from collections.abc import Callable
@@ -8,16 +8,16 @@ import numpy as np
 
 from export.tasks.task import Array, Comparison, FileClasses
 
-ALPHA = 0.05  # two-sided: of gates on equal files one in forty takes chance for a loss
+ALPHA = 0.05  # two-sided: for equal files, one gate in forty takes chance for a loss
 POWER = 0.8
 RESAMPLES = 2000
-MAX_CHANCE = 0.01  # answers that chance alone makes as good more often than this are no better than chance
+MAX_CHANCE = 0.01  # predictions that guessing equals with a higher probability are no better than chance
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Return the two-sided exact p-value of McNemar's test (1947): of the images that changed sides, half went each way by chance."""
+    """Return the two-sided exact p-value of McNemar's test (1947): by chance, half of the changed images go each way."""
     changed = lost + gained
-    ways = tail = 1  # to lose 0, 1, … of them; each from the one before, for each alone is a product of thousands
+    ways = tail = 1  # number of ways to lose 0, 1, … of them, each computed from the one before
     for count in range(min(lost, gained)):
         ways = ways * (changed - count) // (count + 1)
         tail += ways
@@ -25,10 +25,10 @@ def mcnemar(lost: int, gained: int) -> float:
 
 
 def detectable_loss(images: int, discordance: float, *, power: float = POWER) -> float:
-    """Return the smallest loss (a fraction of the images) that McNemar's test finds with this power.
+    """Return the smallest loss (a fraction of the images) that McNemar's test detects with this power.
 
-    `discordance` is the fraction of images that one file answers right and the other wrong. Connor (1987) gives the images
-    that a loss needs; solved for the loss by bisection. No fewer flips than make the exact test significant will do.
+    `discordance` is the fraction of images that only one file predicts right. Connor (1987) gives the number of images for a
+    loss; this solves for the loss by bisection, with at least the number of flips that the exact test needs.
     """
     sure, often = NormalDist().inv_cdf(1 - ALPHA / 2), NormalDist().inv_cdf(power)
 
@@ -45,10 +45,7 @@ def detectable_loss(images: int, discordance: float, *, power: float = POWER) ->
 
 
 def compare_by_bootstrap(before: Array, now: Array, total: Callable[[Array], float]) -> Comparison:
-    """Compare two files' rows (n, k) of the same images by resampling images (Efron 1979), whatever the score is a function of.
-
-    The p-value is two-sided: twice the share of resamples in which the difference has the other sign; an equal file's is 1.
-    """
+    """Compare two files' rows (n, k) of the same images by resampling images (Efron 1979), for any score `total`."""
     drawn = resamples(len(now))
     gains = np.array([total(now[chosen]) - total(before[chosen]) for chosen in drawn])
     changed = float(np.mean(np.any(before != now, axis=1)))
@@ -60,31 +57,31 @@ def compare_by_bootstrap(before: Array, now: Array, total: Callable[[Array], flo
         p_value=p_value,
         changed=changed,
         detectable=max(detectable_gain(gains), detectable_loss(len(now), 0.0)),
-        counts=f"{changed:.2%} of {len(now)} images answered in another way, p = {p_value:.2g}",
+        counts=f"{changed:.2%} of {len(now)} images predicted differently, p = {p_value:.2g}",
     )
 
 
 def resamples(images: int) -> Array:
-    """Return which images each resample draws, (RESAMPLES, images), the same ones each time."""
+    """Return the indices of the images in each resample, (RESAMPLES, images), always the same."""
     return np.random.default_rng(0).integers(0, images, (RESAMPLES, images))
 
 
 def two_sided(gains: Array) -> float:
-    """Return the p-value of resampled differences: twice the share with the other sign; equal files' is 1."""
+    """Return the two-sided p-value of resampled differences: twice the fraction with the other sign; 1 for equal files."""
     return float(min(1.0, 2 * (1 + min(np.sum(gains >= 0), np.sum(gains <= 0))) / (1 + len(gains))))
 
 
 def detectable_gain(gains: Array) -> float:
-    """Return the smallest difference that such resamples show with the usual power."""
+    """Return the smallest difference that such resamples detect with probability POWER."""
     sure, often = NormalDist().inv_cdf(1 - ALPHA / 2), NormalDist().inv_cdf(POWER)
     return float((sure + often) * np.std(gains))
 
 
 def chance(images: list[int], found: FileClasses) -> tuple[float, float]:
-    """Return how many answers would be right if they met the images in random order, and the probability that as many are as there were.
+    """Return how many predictions would be right if randomly permuted over the images, and the p-value of the actual number.
 
-    This is the null hypothesis of Cohen's kappa (1960): a file that always gives one answer, or that guesses, is at chance whatever its
-    score. One-sided, by the exact mean and variance of the permutation and the normal distribution. A task may bring its own (score, probability).
+    The null hypothesis is that of Cohen's kappa (1960): a file that always predicts one class, or guesses, is at chance whatever its
+    score. One-sided, by the permutation's exact mean and variance and the normal distribution. A task may bring its own (score, p-value).
     """
     if "by_chance" in found:
         return found["by_chance"]

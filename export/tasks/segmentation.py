@@ -1,8 +1,8 @@
-"""Segmentation: one class for each pixel. Outputs are logits (n, classes, height, width), answers their arg-max (n, height, width).
+"""Segmentation: one class per pixel. Outputs are logits (n, classes, height, width), predictions their argmax (n, height, width).
 
-A row is an image's confusion matrix: how many pixels of each true class (rows) got each class (columns), flattened. Rows add up, so the score is
-that of the set: mIoU, the mean over classes of intersection over union of all pixels (Everingham 2010, The Pascal VOC Challenge, section 4.3).
-Pixels whose truth is IGNORED are in no row.
+An image's row is its flattened confusion matrix in pixels: true classes in rows, predicted classes in columns. Rows add up, so the score
+is that of the whole set: mIoU, the mean over classes of intersection over union of all pixels (Everingham 2010, The Pascal VOC Challenge,
+section 4.3). Pixels whose truth is IGNORED are not counted.
 """
 
 import math
@@ -20,19 +20,19 @@ from export.tasks.classification import log_probabilities
 from export.tasks.paired import ALPHA, detectable_gain, detectable_loss, resamples, two_sided
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
 
-EVERY = 8  # of rows and columns: the pixels that tell how far two files' outputs are apart
+EVERY = 8  # every eighth row and column is used for the divergence of two files
 
 
 def output_shape(classes: int, image_size: int) -> tuple[int, ...]:
-    """Return the shape of one image's logits: as many pixels as it has."""
+    """Return the shape of one image's logits, which has the image's size."""
     return classes, image_size, image_size
 
 
 def check_output(file: str, shape: tuple[int | None, ...], labels: Sequence[str]) -> None:
-    """Compare the model's output with the number of labels."""
+    """Raise BundleError if the model's output does not fit the number of labels."""
     if len(shape) != 4 or shape[1] != len(labels):
         raise BundleError(
-            f"labels.txt: {file} answers {shape}, which are no maps of {len(labels)} classes (batch, {len(labels)}, height, width): "
+            f"labels.txt: {file} has the output {shape}, expected (batch, {len(labels)}, height, width) for {len(labels)} classes: "
             "get the bundle again",
             defect="missing_class",
         )
@@ -57,7 +57,7 @@ def truths(values: Sequence[Any], output: tuple[int, ...]) -> Array:
 
 
 def _mask(value: object, output: tuple[int, ...]) -> Array:
-    """Return the mask that runs of pixels describe; nothing is allocated for more pixels than the output has."""
+    """Return the mask that runs of pixels describe, without allocating more pixels than the output has."""
     classes, height, width = output
     try:
         runs = [tuple(map(int, run.split("x"))) for run in str(value)[: 16 * height * width].split(" ")]
@@ -75,12 +75,12 @@ def _mask(value: object, output: tuple[int, ...]) -> Array:
 
 def decode(outputs: Array) -> Array:
     """Return the likeliest class of each pixel, uint8 (n, height, width)."""
-    answers: Array = outputs.argmax(axis=1).astype(np.uint8)
-    return answers
+    found: Array = outputs.argmax(axis=1).astype(np.uint8)
+    return found
 
 
 def finish(model: ModelProto) -> ModelProto:
-    """Return the model with the output `mask`, uint8 (batch, height, width), in place of its logits: of equal ones the first class, as `decode`."""
+    """Return the model with the output `mask`, uint8 (batch, height, width), instead of logits; ties as in `decode`."""
     (logits,) = model.graph.output
     batch, _, height, width = (dim.dim_param or dim.dim_value for dim in logits.type.tensor_type.shape.dim)
     finished: ModelProto = ModelProto.FromString(model.SerializeToString())
@@ -107,26 +107,26 @@ def statistics(answers: Array, truths: Array, output: tuple[int, ...]) -> Array:
 
 
 def _sums(rows: Array) -> tuple[Array, Array, Array]:
-    """Return right, true and answered pixels of each class, (..., classes) each, of confusion matrices (..., classes²)."""
+    """Return right, true and predicted pixels of each class, (..., classes) each, from confusion matrices (..., classes²)."""
     classes = math.isqrt(rows.shape[-1])
     confusion = rows.reshape(*rows.shape[:-1], classes, classes)
     return np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(-1), confusion.sum(-2)
 
 
 def ious(right: Array, true: Array, answered: Array) -> Array:
-    """Return intersection over union of each class; not a number where it has no pixel, neither true nor answered."""
+    """Return each class's intersection over union; NaN if it has no pixels, true or predicted."""
     union = true + answered - right
     return np.where(union > 0, right / np.maximum(union, 1), np.nan)
 
 
 def total(rows: Array) -> float:
-    """Return mIoU: the mean over the classes that have a pixel; 0 where nothing is judged."""
+    """Return mIoU: the mean over the classes that have pixels; 0 if there are none."""
     found = ious(*_sums(rows.sum(axis=0)))
     return float(np.nanmean(found)) if np.isfinite(found).any() else 0.0
 
 
 def further(rows: Array) -> Mapping[str, float | None]:
-    """Return the fraction of pixels that are right, and the mean recall of the classes that have pixels."""
+    """Return the fraction of right pixels, and the mean recall of the classes that have pixels."""
     right, true, _ = _sums(rows.sum(axis=0))
     there = true > 0
     return {
@@ -136,7 +136,7 @@ def further(rows: Array) -> Mapping[str, float | None]:
 
 
 def by_class(rows: Mapping[str, Array], labels: Sequence[str], confused: Collection[str]) -> Classes:
-    """Return what the files answer class by class, in pixels, and the mistakes of the files in `confused`."""
+    """Return the files' predictions class by class, in pixels, with the mistakes of the files in `confused`."""
     sums = {name: found.sum(axis=0) for name, found in rows.items()}
     parts = {name: _sums(found) for name, found in sums.items()}
     return Classes(
@@ -162,13 +162,13 @@ def _mistakes(confusion: Array, classes: int) -> list[tuple[int, int, int]]:
 
 
 def agreement(answers: Array, others: Array) -> Array:
-    """Return the fraction of pixels that both give the same class, (n,)."""
+    """Return the fraction of pixels for which both predict the same class, (n,)."""
     same: Array = (answers == others).mean(axis=(1, 2))
     return same
 
 
 def evidence(outputs: Array) -> Array:
-    """Return the outputs at some of the pixels, evenly spaced."""
+    """Return the outputs at every EVERY-th row and column."""
     return outputs[:, :, EVERY // 2 :: EVERY, EVERY // 2 :: EVERY]
 
 
@@ -188,12 +188,12 @@ def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
     sums = [[weights @ part.astype(np.float64) for part in _sums(rows)] for rows in (before, now)]
     was, is_now = (ious(*parts) for parts in sums)  # (resamples, classes)
     gains = np.nanmean(is_now, axis=1) - np.nanmean(was, axis=1)
-    of_class = np.nan_to_num(is_now - was)  # a class may be missing in what was drawn
+    of_class = np.nan_to_num(is_now - was)  # a resample may lack a class
     changed = float(np.mean(np.any(before != now, axis=1)))
     before_of, now_of = (ious(*_sums(rows.sum(axis=0))) for rows in (before, now))
     loss = before_of - now_of
     worse = sorted((index for index in range(len(labels)) if loss[index] > 0), key=lambda index: -loss[index])
-    # ALPHA is shared among all classes (Bonferroni).
+    # ALPHA is divided among all classes (Bonferroni).
     surely = [index for index in worse if two_sided(of_class[:, index]) < ALPHA / len(labels)]
     words = {index: f"{labels[index]} (IoU {before_of[index]:.2%} to {now_of[index]:.2%})" for index in worse}
     p_value = two_sided(gains)
@@ -204,20 +204,20 @@ def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
         p_value=p_value,
         changed=changed,
         detectable=detectable_gain(gains) or detectable_loss(images, 0.0),
-        counts=f"{changed:.2%} of {images} images outlined in another way, p = {p_value:.2g}",
+        counts=f"{changed:.2%} of {images} images segmented differently, p = {p_value:.2g}",
         lost=tuple(words[index] for index in surely),
         worse=tuple(words[index] for index in worse),
     )
 
 
 def truth_text(row: Array, labels: Sequence[str]) -> str:
-    """Return the pixels of each class that is in the mask."""
+    """Return the number of pixels of each class in the mask, in words."""
     true = _sums(row)[1]
     return ", ".join(f"{label} {int(pixels)}" for label, pixels in zip(labels, true, strict=True) if pixels)
 
 
 def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
-    """Return the classes that cover most of the image, with their fractions of it."""
+    """Return the classes that cover most of the image, with the fractions that they cover."""
     areas = np.bincount(decode(output[None]).ravel(), minlength=len(labels)) / output[0].size
     best = [index for index in np.argsort(-areas, kind="stable")[:lines] if areas[index]]
     return ("label", "area"), [(labels[index], float(areas[index])) for index in best]
@@ -230,7 +230,7 @@ def draw(image: Array, mask: Array, _labels: Sequence[str]) -> Array:
 
 SEGMENTATION = OutputTask(
     name="segmentation",
-    metric=Metric("miou", "mIoU", "pixels that both give the same class", counts_images=False),
+    metric=Metric("miou", "mIoU", "pixels for which both predict the same class", counts_images=False),
     output_shape=output_shape,
     check_output=check_output,
     truths=truths,

@@ -1,7 +1,7 @@
-"""Give a detector another way out: boxes, scores and labels, decoded and suppressed inside the graph, one image at a time.
+"""Give a detector other outputs: boxes, scores and labels, decoded and suppressed inside the graph, for one image.
 
-How many boxes are left depends on the image, and ONNX's NonMaxSuppression keeps all images' in one list: a batch could not be taken apart, so
-this form takes one.
+The number of boxes depends on the image, and ONNX's NonMaxSuppression returns one list for the whole batch, which could not be split
+by image; hence one image at a time.
 """
 
 import numpy as np
@@ -24,9 +24,9 @@ from export.tasks.boxes import (
 )
 
 OPSET = 18
-INSIDE = "detections/"  # before the names of what is added
+INSIDE = "detections/"  # prefix of the names of added nodes
 BOXES, SCORES, LABELS = "boxes", "scores", "labels"
-# Column ranges are constants `a_b`; in the softmax the first column is the background.
+# Each gives `known`, the classes' probabilities; the first column of the logits is the background or the centre-ness.
 SOFT = "chances = Softmax <axis = -1> (logits) known = Slice (chances, one, classes, last)"
 EACH = "chances = Sigmoid (logits) known = Slice (chances, one, classes, last)"
 CENTRE = "chances = Sigmoid (logits) own = Slice (chances, one, classes, last) inside = Slice (chances, zero, one, last) both = Mul (own, inside) known = Sqrt (both)"
@@ -40,8 +40,8 @@ REACHED = "before = Mul (first, size) low = Sub (centre, before) after = Mul (se
 def with_suppression(model: ModelProto) -> ModelProto:
     """Return the model for one image whose outputs are `boxes` (n, 4) as fractions of the image, `scores` (n,) and `labels` (n,).
 
-    They are those of `export.tasks.boxes.decode` where no more than its CANDIDATES boxes reach LEAST_SCORE. Raises BundleError for outputs
-    that are no detector's.
+    They equal those of `export.tasks.boxes.decode` if at most CANDIDATES boxes reach LEAST_SCORE. Raises BundleError for a model that is
+    not a detector.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
@@ -59,7 +59,7 @@ def with_suppression(model: ModelProto) -> ModelProto:
 
 
 def _kind(model: ModelProto) -> int:
-    """Return the kind of head, which the outputs say."""
+    """Return the kind of head, which is a constant in the outputs."""
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     given = session.get_inputs()[0]
     dtype = helper.tensor_dtype_to_np_dtype(model.graph.input[0].type.tensor_type.elem_type)
@@ -68,7 +68,7 @@ def _kind(model: ModelProto) -> int:
 
 
 def _behind(kind: int, anchors: int, columns: int, ir_version: int) -> ModelProto:
-    """Return the graph that follows the outputs."""
+    """Return the graph to append to the outputs."""
     classes = columns - MOVES - READS
     ends = {"moves": classes, "middle_moves": classes + 2, "constants": classes + MOVES, "places": classes + MOVES + 1}
     place, growth = WEIGHTS.get(kind, (1.0, 1.0))

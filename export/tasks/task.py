@@ -1,7 +1,7 @@
-"""What a network is for, wherever it runs: what its outputs mean, how good they are, and how two networks' answers compare.
+"""The interface of a task: how outputs are decoded and scored, and how two files' predictions are compared.
 
-A score is a fraction from 0 to 1, and more is better; a task whose natural measure is an error scores one minus it. Everything that is known
-of an answer is one row of numbers for each image, so that scores add up, files pair image by image, and a baseline keeps them.
+A score is a fraction from 0 to 1, and more is better; a task with an error scores one minus the error. All that scoring needs of a
+prediction is one row of statistics per image, so that scores add up, files pair image by image, and a baseline can store them.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any, NotRequired
 
 from numpy.typing import NDArray
 from onnx import ModelProto
-from typing_extensions import TypedDict  # pydantic reads a report by these; typing's it takes from Python 3.12 on
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from export.images.annotations import BoxListing
 from export.images.folders import Listing
@@ -27,105 +27,101 @@ Shown = tuple[Sequence[str], Sequence[Sequence[str | float | None]]]
 
 @dataclass(frozen=True)
 class Metric:
-    """What a score is called: in files, and by readers."""
+    """The name of a score, in files and for readers."""
 
     name: str  # top1
     title: str  # top-1
-    alike: str = "images that both answer alike"  # whose fraction is the agreement of two files
+    alike: str = "images that both predict alike"  # the agreement of two files is their fraction
     counts_images: bool = True  # the score is the fraction of images that are right
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two files on the same images; scores before and now."""
+    """Two files compared on the same images, with their scores before and now."""
 
     images: int
     before: float
     now: float
-    p_value: float  # how likely files that are equally good differ by this much or more
-    changed: float  # the fraction of images that are answered in another way
-    detectable: float  # the smallest loss of score that this many images show in four of five cases
+    p_value: float  # probability that equally good files differ by this much or more
+    changed: float  # fraction of images with another prediction
+    detectable: float  # the smallest loss that this many images detect in four of five cases
     counts: str  # the evidence, in words
-    lost: tuple[str, ...] = ()  # parts of the set (classes) that lost for sure, which the whole may hide
-    worse: tuple[str, ...] = ()  # parts that lost, be it by chance, the worst first
+    lost: tuple[str, ...] = ()  # classes with a significant loss, which the total may hide
+    worse: tuple[str, ...] = ()  # classes that lost, maybe by chance, the worst first
 
 
 class FileClasses(TypedDict):
-    """One file's right answers and all its answers, by class; mistakes are rows of (class, answered class, images)."""
+    """One file's right predictions and all its predictions, by class; mistakes are rows of (class, predicted class, images)."""
 
     correct: list[int]
     answered: list[int]
     mistakes: list[tuple[int, int, int]] | None
-    scores: NotRequired[list[float | None]]  # each class's own, where the whole set's is their mean
-    by_chance: NotRequired[
-        tuple[float, float]
-    ]  # the score of one that ignores the images, and how likely it is this good, where counts do not tell
+    scores: NotRequired[list[float | None]]  # each class's score, if the total is their mean
+    by_chance: NotRequired[tuple[float, float]]  # expected score without the images, and p-value, if counts cannot tell
 
 
 class Classes(TypedDict):
-    """How many images each class has, and what every file answers; the mistakes are kept for a few files."""
+    """Each class's number of images, and every file's predictions; mistakes are kept for a few files."""
 
     names: list[str]
     images: list[int]
     files: dict[str, FileClasses]
-    measure: NotRequired[str]  # what those scores are: IoU, AP
-    counted: NotRequired[str]  # what has a class, where that is not the image: pixels, objects
-    any_number: NotRequired[
-        bool
-    ]  # a file gives as many predictions as it likes, so that none can be expected by chance
+    measure: NotRequired[str]  # the name of the classes' scores: IoU, AP
+    counted: NotRequired[str]  # what the classes count, if not images: pixels, objects
+    any_number: NotRequired[bool]  # a file may predict any number of objects, so chance cannot be computed
 
 
 @dataclass(frozen=True)
 class OutputTask:
-    """One task; arrays have one row for each image."""
+    """One task; arrays have one row per image."""
 
     name: str
     metric: Metric
     output_shape: Callable[[int, int], tuple[int | None, ...]]
-    """(classes, image size) to the shape of one image's output; None where the network decides."""
+    """(classes, image size) to the shape of one image's output; None for a size that depends on the network."""
     check_output: Callable[[str, tuple[int | None, ...], Sequence[str]], None]
-    """(file, shape of its output, labels): raises BundleError where they do not fit."""
+    """(file, shape of its output, labels): raises BundleError if they do not fit."""
     truths: Callable[[Sequence[Any], tuple[int, ...]], Array]
-    """The truths that JSON holds, given the shape of one image's output; raises BundleError for what is none."""
+    """(truths as JSON values, shape of one image's output) to truths; raises BundleError for invalid ones."""
     truths_json: Callable[[Array], Sequence[Any]]
-    """Truths as JSON holds them, one value for each image."""
+    """Truths to JSON values, one per image."""
     listing: Callable[[Path], Listing | MaskListing | BoxListing | TableListing]
-    """The files of a folder with images and their truths; raises DataError where that is none."""
+    """A folder to its images and truths; raises DataError if it is not a data set for this task."""
     examples: Callable[[Path, Preprocess, Sequence[str]], Examples]
-    """The images of a folder or file with their truths; raises DataError where they do not fit the labels."""
+    """(folder or file, preprocessing, labels) to images with truths; raises DataError if they do not fit the labels."""
     decode: Callable[[Array], Array]
-    """Outputs to answers."""
+    """Outputs to predictions."""
     finish: Callable[[ModelProto], ModelProto]
-    """A model to one that decodes inside its graph, for callers without this package."""
+    """A model to one that decodes inside the graph, for callers without this package."""
     statistics: Callable[[Array, Array, tuple[int, ...]], Array]
-    """(answers, truths, shape of one image's output) to rows (n, k)."""
+    """(predictions, truths, shape of one image's output) to rows (n, k)."""
     total: Callable[[Array], float]
     """Rows (n, k), n > 0, to the score."""
     further: Callable[[Array], Mapping[str, float | None]]
-    """Rows to what else is reported of them, by name."""
+    """Rows to further metrics by name."""
     by_class: Callable[[Mapping[str, Array], Sequence[str], Collection[str]], Classes | None]
-    """(rows by file, labels, files whose mistakes are kept) to what is known class by class; None where there are no classes."""
+    """(rows by file, labels, files whose mistakes are kept) to results by class; None if there are no classes."""
     agreement: Callable[[Array, Array], Array]
-    """Two files' answers to (n,) in [0, 1]."""
+    """Two files' predictions to their agreement (n,) in [0, 1]."""
     evidence: Callable[[Array], Array]
-    """Outputs to what is kept of them for `divergence`, little enough for thousands of images."""
+    """Outputs to the part to keep for `divergence`, small enough for thousands of images."""
     divergence: Callable[[Array, Array], Array]
-    """(evidence, evidence of a reference) to (n,): how far they are apart, 0 for equal ones; needs no truths."""
+    """(evidence, a reference's evidence) to their divergence (n,), 0 if equal; needs no truths."""
     compare: Callable[[Array, Array, Sequence[str]], Comparison]
-    """(rows before, rows now, labels), n > 0."""
+    """(rows before, rows now, labels), n > 0, to their comparison."""
     truth_text: Callable[[Array, Sequence[str]], str]
-    """One row's truth in words, by which a baseline knows that an image's truth is what it was."""
+    """(one row, labels) to its truth in words, by which a baseline detects a changed truth."""
     show: Callable[[Array, Sequence[str], int], Shown]
-    """One image's output, the labels and how many lines at most, to columns and lines for a person."""
+    """(one image's output, labels, most lines) to columns and lines to print."""
     exclusive: bool = True
-    """Whether one class of all is right, so that a softmax makes probabilities of logits; else each class stands alone, under a sigmoid."""
+    """Whether exactly one class is right (softmax); otherwise each class is judged alone (sigmoid)."""
     labelled: bool = True
-    """Whether the truths are people's; else they are the teacher's predictions."""
+    """Whether truths are labels by people; otherwise they are the teacher's predictions."""
     draw: Callable[[Array, Array, Sequence[str]], Array] | None = None
-    """(an image uint8 (height, width, 3), its answer, labels) to the image with the answer drawn on it; None where that shows nothing."""
+    """(image uint8 (height, width, 3), its prediction, labels) to the image with the prediction drawn; None if there is nothing to draw."""
     draw_truth: Callable[[Array, Array, Sequence[str]], Array] | None = None
-    """The same of its truth."""
+    """The same for its truth."""
     meaning: str = "a logit for each line of `labels.txt`"
-    """What one image's output is, for a model card."""
+    """One image's output in words, for the model card."""
     reading: str = "print([labels[index] for index in outputs.argmax(axis=1)])"
-    """Lines of Python that make an answer of `outputs` and `labels`."""
+    """Lines of Python for the model card that turn `outputs` and `labels` into a prediction."""

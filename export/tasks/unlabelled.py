@@ -1,4 +1,4 @@
-"""Classification of images that nobody has labelled: the truth is what the teacher predicts, the score how often a file predicts the same."""
+"""Classification of unlabelled images: the truth is the teacher's prediction, the score is the agreement with it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +8,14 @@ from export.images.folders import Listing, image_splits
 from export.tasks.classification import CLASSIFICATION
 from export.tasks.task import Metric
 
-UNKNOWN = -1  # the label of an image that no teacher has seen yet
+UNKNOWN = -1  # the label of an image before the teacher predicts it
 
 
 def list_images(root: Path) -> Listing:
-    """List the images of a folder, at any depth, with the split that it brings. Raises DataError where there are none."""
+    """List the images of a folder, at any depth, with its split if it has one; DataError if there are none."""
     train, val = image_splits(root)
     if not train or val == []:
-        raise DataError(f"{root}: holds no images to {'train on' if not train else 'judge by'}; add some")
+        raise DataError(f"{root}: has no images to {'train on' if not train else 'validate on'}; add some")
     found = None if val is None else tuple((path, UNKNOWN) for path in val)
     return Listing(root, (), tuple((path, UNKNOWN) for path in train), found)
 

@@ -110,7 +110,7 @@ def test_a_new_bundle_replaces_the_old_one_whole(bundle: Path, tmp_path: Path) -
 def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
-    with pytest.raises(BundleError, match="exists and is no bundle"):
+    with pytest.raises(BundleError, match="exists and is not a bundle"):
         write_small_bundle(tmp_path / "home", small_files(tmp_path))
     assert (tmp_path / "home" / "thesis.txt").exists()
 
@@ -185,7 +185,7 @@ def test_a_missing_file_is_named(bundle: Path, name: str) -> None:
 def test_a_link_is_refused_even_to_the_same_bytes(bundle: Path, name: str) -> None:
     (bundle / name).rename(bundle.parent / "elsewhere")
     (bundle / name).symlink_to(bundle.parent / "elsewhere")
-    with pytest.raises(BundleError, match=f"{name}: must be a file of its own"):
+    with pytest.raises(BundleError, match=f"{name}: must be a regular file"):
         read_bundle(bundle)
 
 
@@ -195,7 +195,7 @@ def test_a_linked_folder_on_the_way_is_refused(bundle: Path) -> None:
     (bundle / "sub").symlink_to(bundle.parent / "outside")
     sums = (bundle / "SHA256SUMS").read_text().replace("student_fp32.onnx", "sub/m.onnx")
     (bundle / "SHA256SUMS").write_text(sums)
-    with pytest.raises(BundleError, match=r"sub/m\.onnx: must be a file of its own"):
+    with pytest.raises(BundleError, match=r"sub/m\.onnx: must be a regular file"):
         read_bundle(bundle)
 
 
@@ -434,7 +434,7 @@ def test_a_file_that_answers_no_numbers_is_not_bundled(tmp_path: Path) -> None:
     model = classifier()
     for tensor in model.graph.initializer:
         tensor.CopyFrom(numpy_helper.from_array(np.full(tuple(tensor.dims), np.nan, np.float32), tensor.name))
-    with pytest.raises(BundleError, match="student_fp32: answers a golden image with numbers that are not finite"):
+    with pytest.raises(BundleError, match="student_fp32: its outputs for a golden image are not finite"):
         write_small_bundle(tmp_path / "out", {"student_fp32": save(model, tmp_path / "nan.onnx")})
 
 
@@ -473,7 +473,7 @@ def test_a_line_that_is_no_digest_is_refused(judged: Path) -> None:
     (judged / "validation.txt").write_text("0123456789ABCDEF\n")
     seal_sums(judged)
     with pytest.raises(
-        BundleError, match=r"validation\.txt: must be 16 hexadecimal digits a line, got '0123456789ABCDEF'"
+        BundleError, match=r"validation\.txt: must be 16 hexadecimal digits per line, got '0123456789ABCDEF'"
     ):
         read_bundle(judged)
 

@@ -334,7 +334,7 @@ def run_check(folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_names_the_defects_and_exits_with_3(bundle: Path) -> None:
     whole = run_check(bundle)
-    assert (whole.returncode, whole.stdout, whole.stderr) == (0, f"{bundle}: nothing amiss\n", "")
+    assert (whole.returncode, whole.stdout, whole.stderr) == (0, f"{bundle}: no problems found\n", "")
     (bundle / "labels.txt").write_text("dog\ncat\n")
     seal(bundle)
     broken = run_check(bundle)

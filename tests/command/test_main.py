@@ -61,7 +61,7 @@ def test_a_crash_keeps_its_traceback_and_is_no_missed_target(
     assert end(fails(error)) == 70
     told = capsys.readouterr().err
     assert "Traceback" in told
-    assert told.endswith("this is a fault of the program, not of yours\n")
+    assert told.endswith("this is a fault of the program, not your mistake\n")
 
 
 def test_a_crash_of_the_pipeline_is_70_too(tmp_path: Path) -> None:

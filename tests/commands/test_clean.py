@@ -62,7 +62,7 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
 def test_without_a_report_that_tells_what_is_used_nothing_is_removed(tmp_path: Path, content: str | None) -> None:
     root = run_folder(tmp_path / "run")
     (root / "report.json").unlink() if content is None else (root / "report.json").write_text(content)
-    with pytest.raises(ArtifactError, match="holds no report" if content is None else "cannot be read"):
+    with pytest.raises(ArtifactError, match="has no report" if content is None else "cannot be read"):
         remove(root)
     assert (root / OLD).exists()
 
@@ -75,7 +75,7 @@ def test_nothing_is_removed_below_a_run_that_is_writing(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_s_is_left_as_it_is(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="holds no report"):
+    with pytest.raises(ArtifactError, match="has no report"):
         remove(tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
 

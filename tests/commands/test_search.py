@@ -116,9 +116,9 @@ def test_every_choice_of_a_shipped_search_is_a_legal_recipe(path: Path, tmp_path
         ({"space": {"prune.keep_macs": {"low": 0.1, "high": 0.9}}, "sampler": "grid"}, "a range with a step"),
         ({"objectives": ["score", "speed"]}, "objectives: nothing measures speed; did you mean speedup?"),
         ({"objectives": ["score", "latency"]}, "no stage measures latency: add `- stage: bench`"),
-        ({"constraints": ["macs under 5"]}, "'macs under 5' is no limit; write one as `latency < 5`"),
+        ({"constraints": ["macs under 5"]}, "'macs under 5' is not a limit; write it as `latency < 5`"),
         ({"budget": {}}, "budget: give trials, hours or patience"),
-        ({"mode": "no_training", "space": {"distill.fit.lr": [0.1, 0.2]}}, "mode no_training leaves out what it changes"),
+        ({"mode": "no_training", "space": {"distill.fit.lr": [0.1, 0.2]}}, "mode no_training leaves out the stage that it changes"),
         ({"recipes": ["b.yaml"]}, "b.yaml: no such file; "),
     ],
 )  # fmt: skip
@@ -206,7 +206,7 @@ def test_a_constraint_keeps_a_trial_off_the_front_and_pick_names_the_best_within
     assert [row.point["prune.keep_macs"] for row in best(board.rows(), search)] == ["0.6", "0.4", "0.2"]
     assert {row.point["prune.criterion"] for row in best(board.rows(), search)} == {"l2"}
     assert pick(setup, [board], "macs < 50").point == {"prune.keep_macs": "0.4", "prune.criterion": "l2"}
-    with pytest.raises(CompressError, match=r"no trial of 6 has macs < 5; the closest has 20\.0"):
+    with pytest.raises(CompressError, match=r"none of 6 trials has macs < 5; the closest has 20\.0"):
         pick(setup, [board], "macs < 5")
 
 
@@ -518,7 +518,7 @@ def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
         with start():
             assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
-            with pytest.raises(CompressError, match="each of 2 GPUs has its worker"), start():
+            with pytest.raises(CompressError, match="all 2 GPUs are in use"), start():
                 pass
             with start("4"):
                 pass

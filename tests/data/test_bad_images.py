@@ -245,7 +245,7 @@ def test_no_folder_at_all_is_refused() -> None:
 
 def test_the_folder_above_the_data_set_is_refused_with_the_right_one(tmp_path: Path) -> None:
     write_imagenet_layout(tmp_path / "tin20")
-    with pytest.raises(DataError, match=r"/tin20 does; give that folder"):
+    with pytest.raises(DataError, match=r"/tin20 has; give that folder"):
         opened("imagefolder", tmp_path)
 
 
@@ -273,7 +273,9 @@ def test_validation_without_training_is_refused(tmp_path: Path) -> None:
 def test_validation_images_without_class_folders_are_refused(tmp_path: Path) -> None:
     write_classes(tmp_path / "train")
     write_photo(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG")
-    with pytest.raises(DataError, match="val: has 1 images and no class folder; give each class a folder of its own"):
+    with pytest.raises(
+        DataError, match="val: has 1 images and no class folder; put each class's images into a folder of its own"
+    ):
         opened("imagefolder", tmp_path)
 
 

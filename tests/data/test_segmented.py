@@ -136,8 +136,8 @@ def test_the_written_validation_images_are_read_back_with_their_masks(root: Path
     ("mask", "said"),
     [
         (np.zeros((9, 24), np.uint8), "its mask has 24 x 9 pixels, the image 24 x 20"),
-        (np.full((20, 24), 7, np.uint8), r"holds the class 7, but there are 3 \(0 to 2\).*data.ignore_index: 7"),
-        (np.zeros((20, 24, 3), np.uint8), "its mask is RGB: it must hold one class index for each pixel"),
+        (np.full((20, 24), 7, np.uint8), r"has the class 7, but there are 3 \(0 to 2\).*data.ignore_index: 7"),
+        (np.zeros((20, 24, 3), np.uint8), "its mask is RGB: it must have one class index per pixel"),
         (None, "1 of 2 images have no mask of the same name in masks/: images/train/0.png"),
     ],
 )
@@ -194,7 +194,7 @@ def test_pascal_vocs_layout_is_read_as_it_is_unpacked(tmp_path: Path) -> None:
     assert data.classes[15] == "person"
     assert (data.val.placed.still(torch.tensor([0])) == 15).all()  # type: ignore[union-attr]
     (tmp_path / "SegmentationClass" / "2007_2.png").unlink()
-    with pytest.raises(DataError, match=r"train\.txt: names 1 files that are not there: SegmentationClass/2007_2\.png"):
+    with pytest.raises(DataError, match=r"train\.txt: names 1 files that do not exist: SegmentationClass/2007_2\.png"):
         list_masks(tmp_path)
 
 
@@ -207,5 +207,5 @@ def test_cityscapes_layout_is_read_by_its_training_indices(tmp_path: Path) -> No
     data = opened(tmp_path)
     assert (len(data.train), len(data.val), data.classes[13]) == (1, 1, "car")
     file.unlink()
-    with pytest.raises(DataError, match=r"1 masks are not there: gtFine/val/bern.*csCreateTrainIdLabelImgs"):
+    with pytest.raises(DataError, match=r"1 masks do not exist: gtFine/val/bern.*csCreateTrainIdLabelImgs"):
         list_masks(tmp_path)

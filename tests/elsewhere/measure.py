@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from elsewhere.files import PROGRAMS, agreement, is_there, run, run_here, score, write_digits, write_pixel_form
 from export.bundle.read import read_preprocess
 from export.images.read import find_examples
-from export.onnx_file.targets import INT8_TARGETS
+from export.onnx_file.targets import TARGETS
 
 
 def write_bundle_inputs(bundle: Path, data: Path, folder: Path) -> NDArray[np.int64]:
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
         for kind in (Residual, Mobile):
             folder = Path(root, kind.__name__)
             folder.mkdir()
-            labels, _ = write_digits(kind, folder, targets=tuple(INT8_TARGETS))
+            labels, _ = write_digits(kind, folder, targets=tuple(name for name in TARGETS if name != "cuda"))
             sys.stdout.write("\n".join([f"\n{kind.__name__}", *tabulate(folder, labels)]) + "\n")
 
 

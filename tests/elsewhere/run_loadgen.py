@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 from numpy.typing import NDArray
 
-from export.serving.scenarios import SCENARIOS, run_scenario
+from export.serving.scenarios import SCENARIOS, Load, run_scenario
 
 
 class Sleeper:
@@ -36,12 +36,7 @@ def main(milliseconds: float, batch: int) -> None:
             scenario,
             Sleeper(milliseconds / 1e3),
             np.zeros((8, 3, 4, 4), np.float32),
-            batch=batch,
-            workers=1,
-            seconds=1.0,
-            images_per_second=rate * batch,
-            qps=rate / 5,
-            seed=1,
+            Load(batch, workers=1, seconds=1.0, images_per_second=rate * batch, qps=rate / 5, seed=1),
         )
         for scenario in SCENARIOS
     ]

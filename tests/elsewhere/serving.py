@@ -71,7 +71,7 @@ def served(bundle: Path, *arguments: str) -> Iterator[Server]:
             assert process.stdout is not None
             assert process.stderr is not None
             line = process.stdout.readline()
-            assert " answers at http://127.0.0.1:" in line, line + process.stderr.read()
+            assert " is served at http://127.0.0.1:" in line, line + process.stderr.read()
             yield Server(process, int(line.partition("127.0.0.1:")[2].partition("/")[0]))
         finally:
             process.terminate()

@@ -182,8 +182,8 @@ def change_golden_outputs(bundle: Path) -> None:
     ("damage", "words"),
     [
         (flip_a_byte, "student_int8.onnx: is not the file the bundle was made with"),
-        (link_out, "labels.txt: must be a file of its own, not a link"),
-        (change_golden_outputs, "student_int8: golden outputs: 4 of 4 images get other outputs"),
+        (link_out, "labels.txt: must be a regular file, not a link"),
+        (change_golden_outputs, "student_int8: golden outputs: 4 of 4 images have other outputs"),
     ],
 )
 def test_a_broken_bundle_is_3_and_says_what(
@@ -346,7 +346,7 @@ def test_beside_the_old_bundle_times_compare_directly(place: Path, speeds: Speed
 
 def test_an_old_bundle_that_is_not_the_baselines_is_refused(place: Path, tmp_path: Path) -> None:
     old = rebuilt(tmp_path, **padded(tmp_path))
-    with pytest.raises(BundleError, match="its student_int8 is not the one of the baseline"):
+    with pytest.raises(BundleError, match="its student_int8 is not the baseline's"):
         judge(place / "bundle", place / "baselines", against=old, data=None, limits=NO_LATENCY, plan=Plan())
 
 

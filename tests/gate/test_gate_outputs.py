@@ -205,8 +205,8 @@ def test_the_command_records_judges_and_writes_its_files(place: Path, tmp_path: 
         (("--baseline", "nowhere.json"), 2, "nowhere.json: no such baseline"),
         (("--max-latency-ratio", "1"), 2, "max_latency_ratio: must be > 1, got 1.0"),
         (("--blocks", "2"), 2, "blocks: must be >= 6, got 2"),
-        (("--update-baseline",), 2, "no images to record answers on: give --data"),
-        (("--against", "nowhere"), 2, "nowhere: is no whole bundle to judge against"),
+        (("--update-baseline",), 2, "no images to record predictions on: give --data"),
+        (("--against", "nowhere"), 2, "nowhere: is not a sound bundle to judge against"),
     ],
 )
 def test_a_wrong_command_is_a_sentence(words: tuple[str, ...], code: int, sentence: str, place: Path) -> None:

@@ -154,7 +154,7 @@ def test_the_note_says_when_the_images_are_too_few_for_the_limit() -> None:
     few, many = (power_note(compared(*of_counts(count, 0, 0)), 0.99) for count in (300, 30_000))
     smallest = math.ceil(1e4 * detectable_loss(300, 0)) / 1e2
     assert f"a loss of {smallest:.1f}"[:14] in few
-    assert "more than the limit lets through (1.00 points)" in few
+    assert "more than the limit allows (1.00 points)" in few
     assert "more than the limit" not in many
 
 

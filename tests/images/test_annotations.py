@@ -35,16 +35,16 @@ def test_the_same_boxes_are_read_from_each_format(write: Callable[[Path], None],
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda d: d.update(images=[]), "images: lists none"),
+        (lambda d: d.update(images=[]), "images: is empty"),
         (lambda d: d.pop("categories"), "categories: must be a list of objects"),
-        (lambda d: d["annotations"][0].update(bbox=[8, 6, float("nan"), 3]), "is not all numbers"),
+        (lambda d: d["annotations"][0].update(bbox=[8, 6, float("nan"), 3]), "has values that are not finite"),
         (lambda d: d["annotations"][0].update(bbox=[70, 6, 30, 30]), r"\(70, 6, 100, 36\) leaves the image of 80 x 60"),
         (lambda d: d["annotations"][0].update(bbox=[8, 6]), "needs bbox as four numbers"),
         (lambda d: d["annotations"][0].update(image_id=1), "image_id: no entry has the id 1"),
         (lambda d: d["annotations"][0].update(category_id=5), "category_id: no entry has the id 5"),
-        (lambda d: d["images"][0].update(file_name="gone.png"), "names the image 'gone.png', which is not there"),
-        (lambda d: d["images"][0].update(file_name="../../../etc/hostname"), "which is not there"),
-        (lambda d: d.update(annotations=[]), "not one of its 2 training images has a box"),
+        (lambda d: d["images"][0].update(file_name="gone.png"), "names the image 'gone.png', which does not exist"),
+        (lambda d: d["images"][0].update(file_name="../../../etc/hostname"), "which does not exist"),
+        (lambda d: d.update(annotations=[]), "none of its 2 training images has a box"),
     ],
 )
 def test_coco_files_that_cannot_be_used_are_refused(
@@ -61,7 +61,7 @@ def test_coco_files_that_cannot_be_used_are_refused(
         ("0 0.5 0.5 0.2", r"line 1: must be `class x y width height`, got 4 numbers"),
         ("cat 0.5 0.5 0.2 0.2", r"must be `class x y width height`, got 'cat"),
         ("2 0.5 0.5 0.2 0.2", r"names the class 2, but there are 2 \(0 to 1\)"),
-        ("0 0.5 0.5 nan 0.2", "is not all numbers"),
+        ("0 0.5 0.5 nan 0.2", "has values that are not finite"),
         ("0 0.9 0.5 0.4 0.2", "leaves the image of 1 x 1"),
     ],
 )
@@ -74,7 +74,7 @@ def test_yolo_lines_that_cannot_be_used_are_refused(line: str, complaint: str, t
 @pytest.mark.parametrize(
     ("box", "complaint"),
     [
-        ("<xmin>1</xmin><ymin>1</ymin><xmax>9</xmax>", "object 1: the box .* is not all numbers"),
+        ("<xmin>1</xmin><ymin>1</ymin><xmax>9</xmax>", "object 1: the box .* has values that are not finite"),
         ("<xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>400</ymax>", "leaves the image of 80 x 60"),
         ("<xmin>left</xmin>", "cannot be read as Pascal VOC's XML"),
     ],
@@ -100,5 +100,5 @@ def test_a_box_without_an_area_is_left_out(tmp_path: Path) -> None:
 
 def test_a_folder_without_boxes_says_what_it_needs(tmp_path: Path) -> None:
     image(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"holds no boxes in a known layout: give COCO's annotations/\*\.json"):
+    with pytest.raises(DataError, match=r"has no boxes in a known layout: give COCO's annotations/\*\.json"):
         list_boxes(tmp_path)

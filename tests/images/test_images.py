@@ -39,7 +39,7 @@ def test_class_folders_none_of_which_is_a_label_are_taken_in_order_and_that_is_s
     images, labels = next(examples.batches())
     assert labels.tolist() == images.mean(axis=(2, 3)).argmax(axis=1).tolist() == [0, 0, 1, 1, 2, 2]
     assert (
-        "no class folder is a label, so they are taken in order: n01 is cat, n02 is dog, n03 is gnu"
+        "no class folder is a label, so they are matched in order: n01 is cat, n02 is dog, n03 is gnu"
         in examples.notes[0]
     )
 
@@ -133,8 +133,8 @@ def test_only_images_that_the_network_was_judged_by_are_scored_and_the_others_ar
     judged = found(tmp_path).judged([*known, "0" * 16])
     assert labels_of(judged) == [0, 2]
     assert judged.notes == (
-        "2 of 7 images are those that the network was judged by; the other 5 are left out: it may have been trained on them",
-        "1 of the 3 images that the network was judged by are not here",
+        "2 of 7 images are the network's validation images; the other 5 are left out: it may have been trained on them",
+        "1 of the network's 3 validation images are not here",
     )
 
 
@@ -149,7 +149,7 @@ def test_where_no_image_was_judged_by_all_are_scored_and_that_is_said(tmp_path: 
     class_folders(tmp_path, ["cat"])
     judged = found(tmp_path).judged(["0" * 16])
     assert (len(judged), len(judged.notes)) == (2, 1)
-    assert "none of the 2 images is one of the 1 that the network was judged by: all are scored" in judged.notes[0]
+    assert "none of the 2 images is one of the network's 1 validation images: all are scored" in judged.notes[0]
 
 
 def test_an_archives_images_are_known_by_their_pixels(tmp_path: Path) -> None:

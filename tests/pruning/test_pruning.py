@@ -447,10 +447,10 @@ def test_what_no_layer_holds_is_part_of_the_cost() -> None:
 
 def test_a_goal_that_cannot_be_reached_names_the_least() -> None:
     fraction, time = Goal("keep_macs", "macs", 0.3), Goal("max_latency_ms", "latency", 2.0, is_fraction=False)
-    assert "prune: keep_macs: 0.3 of the present macs cannot be reached, the narrowest plan keeps 0.62" in (
+    assert "prune: keep_macs: 0.3 of the macs cannot be reached, the narrowest network has 0.62" in (
         fraction.refusal(200.0, 124.0)
     )
-    assert "prune: max_latency_ms: 2 ms cannot be reached, the narrowest plan keeps 2.5: raise" in time.refusal(
+    assert "prune: max_latency_ms: 2 ms cannot be reached, the narrowest network has 2.5: raise" in time.refusal(
         9.0, 2.5
     )
 

@@ -167,7 +167,7 @@ def test_a_published_bundle_is_the_runs_and_shares_its_models(finished: Path, tm
 def test_publishing_replaces_nothing_but_a_bundle(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
-    with pytest.raises(BundleError, match="exists and is no bundle"):
+    with pytest.raises(BundleError, match="exists and is not a bundle"):
         publish(finished, tmp_path / "home", key=None)
 
 
@@ -180,7 +180,7 @@ def test_a_damaged_bundle_is_not_published(finished: Path, tmp_path: Path) -> No
 
 
 def test_a_run_without_a_bundle_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="holds no bundle; run its recipe to the export stage"):
+    with pytest.raises(ArtifactError, match="has no bundle; run its recipe up to the export stage"):
         publish(tmp_path, tmp_path / "out", key=None)
 
 
@@ -207,7 +207,7 @@ def test_a_dry_run_lists_what_the_hub_would_hold_and_asks_no_server(
     *files, end = result.output.splitlines()
     listed = {name: int(size.replace(",", "")) for size, name in map(str.split, files)}
     assert listed == {name: len(content) for name, content in contents(finished / "bundle").items()}
-    assert end == f"hf://user/small: would hold these {len(files)} files; nothing was sent"
+    assert end == f"hf://user/small: would get these {len(files)} files; nothing was sent"
 
 
 def test_the_hub_gets_the_bundle_in_one_commit(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def test_other_machines_are_ranked_by_the_ratio_each_measured_within_itself(pair
     assert comparison.speed_by == "speedup"
     assert leader(comparison, "Fastest") == ("small",)
     assert comparison.warnings[0] == "The machines differ (large: AMD EPYC 7B13; small: Old Atom)."
-    assert "do not compare: only the ratios" in comparison.warnings[1]
+    assert "are not comparable, only ratios" in comparison.warnings[1]
 
 
 def test_on_other_machines_with_other_teachers_no_time_is_ranked(pair: tuple[Report, Report]) -> None:
@@ -171,7 +171,7 @@ def test_another_number_of_images_is_told(pair: tuple[Report, Report]) -> None:
 def test_another_content_under_the_same_settings_is_told_by_the_digest(pair: tuple[Report, Report]) -> None:
     pair[1]["data_digest"] = "f" * 64
     comparison = compared(*pair)
-    assert "the folders' content is not the same" in comparison.warnings[0]
+    assert "the folders' contents differ" in comparison.warnings[0]
     assert leader(comparison, "Most accurate") is None
 
 
@@ -208,7 +208,7 @@ def test_without_a_setting_that_all_timed_no_time_is_ranked(pair: tuple[Report, 
     assert (comparison.conditions, comparison.speed_by) == (None, None)
     assert [one.image_size for one in comparison.candidates] == [32, 224]
     assert comparison.warnings == (
-        "The runs were not timed under one setting (large: 32 px, target cpu_avx2; small: 224 px, target cpu_avx2): no times are ranked.",
+        "The runs were timed under different settings (large: 32 px, target cpu_avx2; small: 224 px, target cpu_avx2): times are not ranked.",
     )
 
 

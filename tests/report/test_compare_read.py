@@ -77,7 +77,7 @@ def test_a_bundle_without_its_report_is_refused(
 ) -> None:
     write_small_bundle(tmp_path / "bundle", small_files(tmp_path))
     result = invoke(tmp_path / "bundle", save_report(pair[0], tmp_path / "run"))
-    said = f"{tmp_path}/bundle/report.json: is missing, and a comparison reads it: get the bundle again\n"
+    said = f"{tmp_path}/bundle/report.json: is not in SHA256SUMS, but a comparison reads it: get the bundle again\n"
     assert (result.exit_code, result.output) == (2, said)
 
 
@@ -108,13 +108,13 @@ def test_a_bundle_whose_facts_were_changed_is_refused(tmp_path: Path, pair: tupl
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "holds no finished run and no bundle"),
+        (None, "is neither a finished run nor a bundle"),
         ("{", "must be JSON"),
         ("[]", "is a report of version None, this tool reads 3; run the recipe again"),
         ('{"schema_version": 1}', "is a report of version 1, this tool reads 3"),
         ('{"schema_version": 3}', "metric: field required; run the recipe again"),
-        ('{"schema_version": 3, "a": NaN}', "NaN is no finite number"),
-        ('{"schema_version": 3, "a": 1e999}', "1e999 is no finite number"),
+        ('{"schema_version": 3, "a": NaN}', "NaN is not a finite number"),
+        ('{"schema_version": 3, "a": 1e999}', "1e999 is not a finite number"),
         ("[" * 100_000, "must be JSON"),
     ],
 )
@@ -136,7 +136,7 @@ def test_one_folder_and_the_same_folder_twice_are_one_sentence(
     invoke: Callable[..., Result], tmp_path: Path, pair: tuple[Report, Report]
 ) -> None:
     run = save_report(pair[0], tmp_path / "run")
-    assert invoke(run).output == "takes two or more runs or bundles to compare, got 1\n"
+    assert invoke(run).output == "needs two or more runs or bundles to compare, got 1\n"
     assert invoke(run, f"{run}/.").output == "a run cannot be compared with itself: name each folder once\n"
 
 

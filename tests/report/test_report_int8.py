@@ -193,19 +193,19 @@ def test_the_gain_of_training_is_told_in_images_and_against_chance(tmp_path: Pat
     assert text is not None
     assert text.replace("\u00a0", " ") == (
         "INT8 by calibration alone (PTQ) 97.22 %, by training (QAT) 97.78 % on the same 360 images: +0.56 points, "
-        "2 more right answers. They answer as the float student on 98.33 % and 99.44 % of them, "
-        "so as each other on all but 8 at most: chance alone can make this difference (exact sign test, p ≥ 0.50)."
+        "2 more right predictions. They agree with the float student on 98.33 % and 99.44 % of them, "
+        "so with each other on all but at most 8: chance alone can explain this difference (exact sign test, p ≥ 0.50)."
     )
 
 
 @pytest.mark.parametrize(
     ("ptq", "qat", "ptq_agreement", "qat_agreement", "said"),
     [
-        (0.90, 0.98, 0.90, 1.0, "more than chance makes (exact sign test, p ≤ 4.2e-07)"),
+        (0.90, 0.98, 0.90, 1.0, "more than chance explains (exact sign test, p ≤ 4.2e-07)"),
         (0.95, 0.98, 0.80, 0.90, "the totals do not tell"),
-        (0.98, 0.95, 0.95, 1.0, "11 fewer right answers"),
+        (0.98, 0.95, 0.95, 1.0, "11 fewer right predictions"),
         (0.97778, 0.97778, 0.95, 1.0, "±0.00"),
-        (0.97778, 0.98056, 1.0, 1.0, "on all but 0 at most."),
+        (0.97778, 0.98056, 1.0, 1.0, "on all but at most 0."),
     ],
 )
 def test_a_gain_is_judged_by_what_the_totals_allow(
@@ -273,7 +273,7 @@ def test_skipped_training_is_told_with_its_reason(tmp_path: Path) -> None:
     report = with_metrics(report, "qat", trained=0.0)
     said = (
         "Quantization-aware training was skipped: calibration alone loses 0.83 points against the float student "
-        "on the images that tuning chose by, less than qat.skip_if_ptq_drop_below (1.00 points)."
+        "on the tuning split, less than qat.skip_if_ptq_drop_below (1.00 points)."
     )
     for text in (page_of(report, tmp_path), text_of(report, verbose=True)):
         assert said in text
@@ -456,7 +456,7 @@ def test_a_further_target_s_file_is_in_the_tables_and_never_the_headline(tmp_pat
     report = with_row(report, "student_int8_cpu_arm", score=1.0, p50_ms=0.5)
     page = page_of(report, tmp_path)
     assert "student_int8_cpu_arm" in page
-    assert "A file that is named after another target" in page
+    assert "A file named after another target" in page
     assert summary.headline(report).rows[0][1] == "97.8\u00a0%"
 
 

@@ -41,7 +41,7 @@ def run(folder: Path, *overrides: str) -> tuple[int, Report]:
 def test_an_untrained_teacher_fails_targets_that_its_student_meets(tmp_path: Path) -> None:
     code, report = run(tmp_path, "source.fit.lr=1e-9")
     assert code == 1
-    assert report["failures"][0].startswith("teacher_fp32 answers at chance: ")
+    assert report["failures"][0].startswith("teacher_fp32 predicts at chance: ")
     assert len(report["failures"]) == 1  # the target itself is met
 
 

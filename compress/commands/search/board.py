@@ -1,7 +1,7 @@
-"""The trials of a search, in Optuna's storage, where all workers meet: who takes which, and what each gave.
+"""The trials of a search in Optuna's storage, which all workers share: which are taken, and their results.
 
-A worker holds a trial's lock file while it runs it. A trial that runs and whose lock is free was left by a killed worker: whoever comes
-takes it up again. The lock goes to the run's own process, too, so that nobody takes up what still runs.
+A worker holds a trial's lock file while it runs the trial. A running trial whose lock is free was left by a killed worker, and the next
+worker resumes it. The run's own process inherits the lock, so that no one resumes a trial that still runs.
 """
 
 import fcntl
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GivenUp = Literal["ended", "refused", "crashed"]
 GIVEN_UP: tuple[GivenUp, ...] = ("ended", "refused", "crashed")
-MOST_STARTUP = 10  # random trials before TPE models anything
+MOST_STARTUP = 10  # random trials before TPE starts to model
 
 
 class Taken(NamedTuple):
@@ -38,11 +38,11 @@ class Taken(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One trial: what it measured for each seed, by measure; or why it gave nothing."""
+    """One trial: its measures for each seed, or the reason why it has none."""
 
     number: int
     point: Point
-    state: Literal["done", "running", "ended", "refused", "crashed"]  # ended early
+    state: Literal["done", "running", "ended", "refused", "crashed"]  # "ended" means early
     measured: Mapping[str, Sequence[float]]
     error: str
     is_allowed: bool
@@ -55,12 +55,12 @@ class Row:
 
 
 def losses(row: Row, search: Search) -> Losses:
-    """Return a finished trial's objectives so that less is better."""
+    """Return a finished trial's objectives, with signs so that less is better."""
     return tuple((-1 if MEASURES[name].is_gain else 1) * (row.mean(name) or 0.0) for name in search.objectives)
 
 
 def best(rows: Sequence[Row], search: Search) -> list[Row]:
-    """Return the front: finished trials within all constraints that no other dominates, the best in the first objective first."""
+    """Return the Pareto front of the finished trials within all constraints, the best in the first objective first."""
     done = [row for row in rows if row.state == "done" and row.is_allowed]
     found = [done[index] for index in front([losses(row, search) for row in done])]
     return sorted(found, key=lambda row: losses(row, search))
@@ -73,7 +73,7 @@ def progress(rows: Sequence[Row], search: Search) -> list[float]:
 
 
 def idle(rows: Sequence[Row], search: Search) -> int:
-    """Return how many trials have ended since the last one that gained hypervolume, also early or refused."""
+    """Return the number of trials, also ended early or refused, since the last that gained hypervolume."""
     done = [row.number for row in rows if row.state == "done"]
     gained = [0.0, *progress(rows, search)]
     last = max((n for n, own, before in zip(done, gained[1:], gained, strict=False) if own > before), default=-1)
@@ -81,10 +81,10 @@ def idle(rows: Sequence[Row], search: Search) -> int:
 
 
 class Board:
-    """The trials of one search; `points` are those to try where no sampler chooses."""
+    """The trials of one search; `points` are the points to try if no sampler chooses."""
 
     def __init__(self, search: Search, folder: Path, *, name: str, storage: str | None) -> None:
-        """Open the search or join it; raise CompressError where the storage cannot be reached."""
+        """Open the search or join it; raise CompressError if the storage cannot be reached."""
         self.search, self.folder, self.name = search, folder, name
         self.points: Sequence[Point] | None = None
         (folder / "trials").mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ class Board:
             self._study = _open(search, folder, name, storage)
 
     def hold(self, content: Mapping[str, Any]) -> None:
-        """Remember what the trials are made of, and where; raise CompressError where the search was started with something else."""
+        """Store the trials' settings and folder; raise CompressError if the search was started with others."""
         mark = self.folder / ".search"
         with self.alone():
             if not mark.exists():
@@ -109,7 +109,7 @@ class Board:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep all other workers from the board for a moment."""
+        """Lock the board against all other workers."""
         with (self.folder / ".board").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -121,17 +121,17 @@ class Board:
 
     @property
     def clocks(self) -> dict[str, float]:
-        """What time, in ms, stands for each teacher."""
+        """The reference time of each teacher, in ms."""
         return dict(self._study.user_attrs.get("clocks", {}))
 
     def set_clock(self, teacher: str, ms: float | None) -> None:
-        """Give a teacher the time that stands for it, if it was measured and has none."""
+        """Set a teacher's reference time, if it was measured and has none yet."""
         with self.alone():
             if ms is not None and teacher not in self.clocks:
                 self._study.set_user_attr("clocks", {**self.clocks, teacher: ms})
 
     def take(self, *, may_start: bool) -> Taken | None:
-        """Return a trial that a killed worker left, or a new one where the budget has one; None where there is neither."""
+        """Return a trial that a killed worker left, or a new one if the budget allows, or else None."""
         import optuna
 
         with self.alone():
@@ -149,11 +149,11 @@ class Board:
             return self._taken(new, lock)
 
     def is_over(self) -> bool:
-        """Tell whether no trial runs any more."""
+        """Tell whether no trial is running."""
         return all(row.state != "running" for row in self.rows())
 
     def finish(self, taken: Taken, measured: Mapping[str, Sequence[float]]) -> None:
-        """Keep what a trial measured and let it go."""
+        """Store a trial's measures and end it."""
         trial = taken.trial
         means = {name: sum(values) / len(values) for name, values in measured.items()}
         trial.set_user_attr("measured", dict(measured))
@@ -162,7 +162,7 @@ class Board:
         self._study.tell(trial, [means[name] for name in self.search.objectives])
 
     def give_up(self, taken: Taken, error: str, why: GivenUp) -> None:
-        """Keep why a trial gave nothing: it had no hope or was refused, which is final, or crashed, which another trial makes up for."""
+        """Store why a trial has no measures. Ended early and refused are final; for a crashed one, another trial is started."""
         import optuna
 
         taken.trial.set_user_attr(why, error)
@@ -170,7 +170,7 @@ class Board:
         self._study.tell(taken.trial, state=state)
 
     def importance(self) -> dict[str, dict[str, float]]:
-        """Return for each objective each axis's share in what makes a trial good, by Optuna's PED-ANOVA; nothing where too few trials tell."""
+        """Return each axis's importance for each objective, by Optuna's PED-ANOVA; empty if there are too few trials."""
         import optuna
 
         def loss(index: int, sign: int) -> Callable[["optuna.trial.FrozenTrial"], float]:
@@ -179,14 +179,14 @@ class Board:
         found = {}
         for index, name in enumerate(self.search.objectives):
             with warnings.catch_warnings(), suppress(ValueError, RuntimeError, UserWarning):
-                warnings.simplefilter("error")  # too few trials, which Optuna else calls equally important axes
+                warnings.simplefilter("error")  # with too few trials, Optuna warns and calls all axes equally important
                 warnings.filterwarnings("ignore", ".*to achieve low `target` values")
                 target = loss(index, -1 if MEASURES[name].is_gain else 1)
                 found[name] = optuna.importance.get_param_importances(self._study, target=target)
         return found
 
     def _propose(self, known: Sequence["optuna.trial.FrozenTrial"]) -> bool:
-        """Tell whether one more trial is wanted; a grid's next combination is queued."""
+        """Tell whether one more trial is wanted; queue a grid's next combination."""
         budget = self.search.budget
         if self.points is None:
             is_spent = budget.trials is not None and len(known) >= budget.trials
@@ -202,7 +202,7 @@ class Board:
         return Taken(trial, {axis.name: _suggest(trial, axis) for axis in axes(self.search)}, lock)
 
     def _lock(self, number: int) -> IO[str] | None:
-        """Return a trial's lock, None where another worker holds it."""
+        """Return a trial's lock, or None if another worker holds it."""
         file = (self.folder / "trials" / f".{self.name}-{number:03d}.lock").open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -225,7 +225,7 @@ def _suggest(trial: "optuna.Trial", axis: Axis) -> str | float:
 def _row(trial: "optuna.trial.FrozenTrial", own: Sequence[Axis]) -> Row:
     attrs, params = trial.user_attrs, trial.params
     ended: GivenUp = next((why for why in GIVEN_UP if why in attrs), "crashed")
-    drawn = [axis for axis in own if axis.name in params]  # a trial that was just taken may lack some
+    drawn = [axis for axis in own if axis.name in params]  # a trial that was just taken may still lack some
     return Row(
         number=trial.number,
         point={axis.name: axis.span.rounded(params[axis.name]) if axis.span else params[axis.name] for axis in drawn},
@@ -238,7 +238,7 @@ def _row(trial: "optuna.trial.FrozenTrial", own: Sequence[Axis]) -> Row:
 
 
 def _sampler(search: Search, trials: int) -> "optuna.samplers.BaseSampler":
-    """Return the sampler of the next trial: a new one each time, so that a continued search draws on instead of anew."""
+    """Return a new sampler for the next trial, seeded by the number of trials, so that a resumed search does not repeat draws."""
     import optuna
 
     seed = search.seed * 100_003 + trials
@@ -268,11 +268,11 @@ def _database(url: str) -> "optuna.storages.BaseStorage":
     shown = url.partition("://")[0]
     try:
         shown = make_url(url).render_as_string(hide_password=True)
-        # A connection that idles through an hour's trial may be gone at its end: each is closed after use.
+        # Close each connection after use: one that idles through an hour's trial may be dropped.
         return optuna.storages.RDBStorage(url, engine_kwargs={"poolclass": NullPool})
     except (ImportError, SQLAlchemyError) as error:
         said = str(getattr(error, "orig", None) or error).partition("\n")[0]
         repair = "install the driver" if isinstance(error, ImportError) else "start it"
         raise CompressError(
-            f"STORAGE={shown}: cannot be reached ({said}); {repair}, or leave it out: workers that share OUT need none"
+            f"STORAGE={shown}: cannot be reached ({said}); {repair}, or leave it out: workers that share OUT do not need it"
         ) from error

@@ -1,4 +1,4 @@
-"""Which points no other dominates, and how much of the space they cover. Losses throughout: less is better."""
+"""Pareto front and hypervolume of points. All coordinates are losses: less is better."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ Losses = tuple[float, ...]
 
 
 def front(points: Sequence[Losses]) -> list[int]:
-    """Return the indices of the points that no other is at least as good as everywhere and better somewhere; of equal ones the first."""
+    """Return the indices of the points that no other dominates; of equal points only the first."""
 
     def beats(other: Losses, own: Losses) -> bool:
         return other != own and all(a <= b for a, b in zip(other, own, strict=True))
@@ -15,7 +15,7 @@ def front(points: Sequence[Losses]) -> list[int]:
 
 
 def hypervolume(points: Sequence[Losses], worst: Losses) -> float:
-    """Return the volume between the points' front and `worst`: slices along the last axis, each a problem of one axis less."""
+    """Return the volume between the points' front and `worst`, by slices along the last axis, each with one dimension less."""
     inside = sorted((p for p in points if all(a < b for a, b in zip(p, worst, strict=True))), key=lambda p: p[-1])
     if not inside:
         return 0.0
@@ -28,7 +28,7 @@ def hypervolume(points: Sequence[Losses], worst: Losses) -> float:
 
 
 def covered(points: Sequence[Losses], are_allowed: Sequence[bool]) -> list[float]:
-    """Return after each point the fraction of the box around all of them, a tenth wider, that the allowed ones cover."""
+    """Return, after each point, the hypervolume of the allowed ones as a fraction of the box around all, made a tenth wider."""
     columns = list(zip(*points, strict=True))
     spans = [(min(column), 1.1 * ((max(column) - min(column)) or 1.0)) for column in columns]
     scaled = [tuple((x - low) / span for x, (low, span) in zip(point, spans, strict=True)) for point in points]

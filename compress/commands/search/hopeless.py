@@ -1,4 +1,4 @@
-"""Which trials end early: by Optuna's percentile pruner, on the scores while distilling, among students that cost no more."""
+"""End hopeless trials early: Optuna's percentile pruner on distillation scores, among students of at most the same cost."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -12,13 +12,13 @@ from compress.recipe.schema import Model, Recipe
 from compress.recipe.stages import StudentStage
 from export.errors import UserError
 
-KEPT = 75.0  # percent
+KEPT = 75.0  # percent of trials that go on
 LEAST = 4  # finished trials to compare with
-UNJUDGED = 3  # the first third of the epochs
+UNJUDGED = 3  # never end a trial in the first third of its epochs
 
 
 class Course(NamedTuple):
-    """A student's distillation: of which network, what it costs in millions, its score after each epoch so far."""
+    """A student's distillation: its network, its MACs and parameters in millions, its score after each epoch so far."""
 
     arch: str
     epochs: int
@@ -27,13 +27,13 @@ class Course(NamedTuple):
     scores: Sequence[float]
 
     def is_no_dearer(self, other: "Course") -> bool:
-        """Tell whether this is a student of the same network, distilled as long, with no more of anything."""
+        """Tell whether this student has the same network and number of epochs, and no more MACs or parameters."""
         is_alike = (self.arch, self.epochs) == (other.arch, other.epochs)
         return is_alike and self.macs_m <= other.macs_m and self.params_m <= other.params_m
 
 
 def is_hopeless(own: Course, finished: Iterable[Course]) -> bool:
-    """Tell whether a student's best score so far is in the lowest quarter of what those which cost no more had after as many epochs."""
+    """Tell whether a student's best score is in the lowest quarter, at this epoch, of finished students that cost no more."""
     import optuna
 
     def trial(course: Course) -> optuna.trial.FrozenTrial:
@@ -46,18 +46,18 @@ def is_hopeless(own: Course, finished: Iterable[Course]) -> bool:
 
 
 def follow_distillation(recipe: Recipe, stages: Path) -> Callable[[], Course | None]:
-    """Return what reads how far a run's first distillation is in the folder of stages; None before its first epoch."""
+    """Return a function that reads the progress of a run's first distillation from its stages; None before the first epoch."""
     names = [section.stage for section in recipe.stages]
     index = names.index("distill") if "distill" in names else 0
     archs = [one.arch for one in (recipe.model, *recipe.stages[:index]) if isinstance(one, Model | StudentStage)]
-    found: list[Path] = []  # the folder before it, and its own
+    found: list[Path] = []  # the folders of the stage before distillation and of distillation
 
     def read() -> Course | None:
-        if not any(
-            stages.glob(f"*{index:02d}-distill-*")
-        ):  # by then the run knows the images: planning reads them no second time
-            return None
-        with suppress(UserError, OSError, ValueError):  # not there yet, moved, or a line half written: soon
+        if not any(stages.glob(f"*{index:02d}-distill-*")):
+            return None  # planning waits for the run, which reads the images first and caches their digest
+        with suppress(
+            UserError, OSError, ValueError
+        ):  # not there yet, just moved, or a line half written: try again later
             if not found:
                 found.extend(line.directory for line in plan_recipe(recipe, stages=stages)[index - 1 : index + 1])
             before, place = found

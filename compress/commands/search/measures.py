@@ -1,4 +1,4 @@
-"""What a search can look for: measures of a finished run, read from its report, and limits on them."""
+"""Measures of a finished run, read from its report, as a search's objectives and constraints."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from export.onnx_file.roles import TEACHER
 
 
 class Measure(NamedTuple):
-    """One measure: its title and unit (a fraction is shown in percent), whether more is better, how it is read, the stage it needs."""
+    """One measure: title, unit (fractions are shown in percent), whether more is better, how to read it, the stage it needs."""
 
     title: str
     unit: str
@@ -34,22 +34,22 @@ class Limit(NamedTuple):
     bound: float
 
     def excess(self, value: float) -> float:
-        """Return by how much a value misses the limit: > 0 where it does, whatever the last bit says."""
+        """Return by how much a value exceeds the limit: > 0 if it does; on a strict limit's bound, a tiny positive number."""
         over = value - self.bound if self.sign[0] == "<" else self.bound - value
         return over if over or self.sign.endswith("=") else 1e-12
 
     def is_met(self, value: float | None) -> bool:
-        """Tell whether a value is within; one that was not measured is not."""
+        """Tell whether a value meets the limit; one that was not measured does not."""
         return value is not None and self.excess(value) <= 0
 
 
 def limits(text: str) -> list[Limit]:
-    """Return the limits of a text such as `latency < 5, score > 0.97`; raise ValueError for what is none."""
+    """Return the limits in a text such as `latency < 5, score > 0.97`; raise ValueError if it has another form."""
     found = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*", part)
         if match is None or match[3].count(".") > 1:
-            raise ValueError(f"constraints: {part.strip()!r} is no limit; write one as `latency < 5`")
+            raise ValueError(f"constraints: {part.strip()!r} is not a limit; write it as `latency < 5`")
         if match[1] not in MEASURES:
             raise ValueError(f"constraints: nothing measures {match[1]}; {unknown(match[1], MEASURES)}")
         found.append(Limit(match[1], match[2], float(match[3])))
@@ -57,10 +57,10 @@ def limits(text: str) -> list[Limit]:
 
 
 def measure(report: Report, clocks: Mapping[str, float]) -> dict[str, float]:
-    """Return all that a run measured, by the measures' names.
+    """Return all of a run's measures by name.
 
-    Latencies of different hours are compared through the teacher, which every bench times in turns with the student: `clocks` has
-    the time, in ms, that stands for each teacher.
+    Latencies are scaled so that each teacher takes its reference time in `clocks` (ms): every bench times teacher and student
+    interleaved, so this makes runs of different hours comparable.
     """
     found = {name: value for name, one in MEASURES.items() if (value := one.read(report)) is not None}
     if "latency" in found and (own := teacher_ms(report)):
@@ -69,13 +69,13 @@ def measure(report: Report, clocks: Mapping[str, float]) -> dict[str, float]:
 
 
 def teacher_of(report: Report) -> str:
-    """Return what tells teachers of different speed."""
+    """Return a key for the teacher: its network and image size."""
     row = _timed(report, TEACHER)
     return f"{network(report)}, {row and row['image_size']} px"
 
 
 def teacher_ms(report: Report) -> float | None:
-    """Return the teacher's median latency where it was timed."""
+    """Return the teacher's median latency, or None if it was not timed."""
     row = _timed(report, TEACHER)
     return row and row["p50_ms"]
 

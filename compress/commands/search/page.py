@@ -1,4 +1,4 @@
-"""The page of a search: the front with every trial, what was gained over time, and which axis mattered. No script, nothing loaded."""
+"""The page of a search: the front with every trial, the gain over time, and which axes matter. No script, nothing loaded."""
 
 import json
 import os
@@ -21,7 +21,7 @@ TOP, BOTTOM = 30.0, 240.0  # of their axes
 
 
 class Trial(NamedTuple):
-    """One trial on the page: its words, its run's page, and what it is: front, inside or outside of the constraints, or its state."""
+    """One trial on the page: text, link to its run's page, and kind: front, inside or outside of the constraints, or its state."""
 
     row: Row
     text: str
@@ -30,7 +30,7 @@ class Trial(NamedTuple):
 
 
 class Scatter(NamedTuple):
-    """Trials in a drawing, each with its place, a line through some, and a way of each to its place."""
+    """A scatter plot: a dot for each trial, a line through some of them, and optionally a curve that leads to each dot."""
 
     title: str
     x: charts.Axis
@@ -43,7 +43,7 @@ class Scatter(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """One upright axis of the parallel coordinates, with the texts at its places."""
+    """One vertical axis of the parallel coordinates, with its labels and their places."""
 
     title: str
     at: float
@@ -51,7 +51,7 @@ class Scale(NamedTuple):
 
 
 def pick_name(search: Search, number: str) -> str:
-    """Return the name of the run of a trial that was picked."""
+    """Return the run name of a picked trial."""
     return f"{search.name[:48]}-pick-{number}"
 
 
@@ -72,13 +72,13 @@ def write_page(setup: Setup, boards: Sequence[Board]) -> Path:
         where=where,
         means=means,
     )
-    aside = page.with_name(f".page-{os.getpid()}")  # other workers write it, too
+    aside = page.with_name(f".page-{os.getpid()}")  # other workers write the page too
     aside.write_text(text, encoding="utf-8")
     return aside.rename(page)
 
 
 def _shown(setup: Setup, board: Board) -> dict[str, object]:
-    """Return what the page shows of one board."""
+    """Return one board's content for the page."""
     rows = board.rows()
     place = {row.number: n for n, row in enumerate(best(rows, setup.search))}  # the best in the first objective first
     trials = [_trial(setup, board, row, is_best=row.number in place) for row in rows]
@@ -104,7 +104,7 @@ def _trial(setup: Setup, board: Board, row: Row, *, is_best: bool) -> Trial:
 
 
 def _front(done: Sequence[Trial], setup: Setup) -> Scatter:
-    """Return the trials by the first objective against the second, or against their numbers where there is none."""
+    """Return the trials by the first objective against the second, or against trial numbers if there is only one."""
     first, second = (*setup.search.objectives, None)[:2]
     xs = [_number(trial.row, second) if second else float(trial.row.number) for trial in done]
     ys = [_number(trial.row, str(first)) for trial in done]
@@ -126,7 +126,7 @@ def _covered(done: Sequence[Trial], setup: Setup) -> Scatter:
 
 
 def _courses(trials: Sequence[Trial]) -> list[Scatter]:
-    """Return the scores of all trials while they distilled, if any did."""
+    """Return the distillation scores of all trials, if any distilled."""
     ways = [(trial, trial.row.course.scores) for trial in trials if trial.row.course]
     if not ways:
         return []
@@ -139,7 +139,7 @@ def _courses(trials: Sequence[Trial]) -> list[Scatter]:
 
 
 def _parallel(done: Sequence[Trial], setup: Setup) -> tuple[list[Scale], list[tuple[str, Trial]]]:
-    """Return an upright axis for each axis of the space and each objective, and a line through them for each trial."""
+    """Return parallel coordinates: a vertical axis for each axis of the space and each objective, a line for each trial."""
     own = axes(setup.search)
     columns = [_upright(axis, [trial.row.point[axis.name] for trial in done]) for axis in own]
     columns += [
@@ -156,7 +156,7 @@ def _parallel(done: Sequence[Trial], setup: Setup) -> tuple[list[Scale], list[tu
 
 
 def _upright(axis: Axis, values: Sequence[str | float]) -> tuple[str, list[tuple[float, str]], list[float]]:
-    """Return an axis's title, its texts with their places, and the place of each value."""
+    """Return a vertical axis's title, its labels with their places, and the place of each value."""
     if axis.choices:
         step = (BOTTOM - TOP) / max(len(axis.choices) - 1, 1)
         at: Mapping[str, float] = {label: round(BOTTOM - n * step, 1) for n, label in enumerate(axis.choices)}
@@ -167,7 +167,7 @@ def _upright(axis: Axis, values: Sequence[str | float]) -> tuple[str, list[tuple
 
 
 def _axis(values: Sequence[float], start: float, end: float) -> charts.Axis:
-    """Return a logarithmic axis where the values span more than a factor of three."""
+    """Return an axis, logarithmic if the values span more than a factor of three."""
     is_wide = min(values) > 0 and max(values) / min(values) > 3
     return (charts.log_axis if is_wide else charts.linear_axis)(values, start, end)
 

@@ -1,4 +1,4 @@
-"""Take a trial, run it, tell the board; again until the budget is spent. Then name what was found."""
+"""Take a trial, run it and record its result, until the budget is spent; then show the front."""
 
 import fcntl
 import math
@@ -27,13 +27,13 @@ from compress.report.bundling import publish
 from compress.report.screen import screen
 
 POLL_S = 1.0
-MOST_CRASHES = 3  # in a row, after which the machine is to blame and not the plan
+MOST_CRASHES = 3  # in a row; then the machine is at fault, not the trials
 MODES: dict[Mode, list[Mode]] = {"full": ["full"], "no_training": ["no_training", "full"]}  # of each board
 
 
 @contextmanager
 def own_gpu() -> Iterator[None]:
-    """Keep one of several GPUs to this worker's runs; raise CompressError where other workers of this machine hold them all."""
+    """Reserve one of several GPUs for this worker's runs; raise CompressError if this machine's other workers hold them all."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = given.split(",") if given else sorted(path.name[6:] for path in Path("/dev").glob("nvidia[0-9]*"))
     if len(gpus) < 2:
@@ -48,22 +48,22 @@ def own_gpu() -> Iterator[None]:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
             yield
             return
-    raise CompressError(f"each of {len(gpus)} GPUs has its worker; to share one set CUDA_VISIBLE_DEVICES to it")
+    raise CompressError(
+        f"all {len(gpus)} GPUs are in use by other workers; to share one, set CUDA_VISIBLE_DEVICES to it"
+    )
 
 
 @own_gpu()
 def run_search(setup: Setup, *, storage: str | None) -> Path:
-    """Run a search to its budget's end, together with whoever else runs the same command, and return its page.
+    """Run a search until its budget is spent, together with other workers of the same command, and return its page.
 
-    Raises CompressError where it cannot be run.
+    Raises CompressError if it cannot be run.
     """
     boards, console = open_boards(setup, storage=storage), Console(stderr=True)
     for board, mode in zip(boards, MODES[setup.search.mode], strict=True):
         if board is not boards[0]:
             board.points = [row.point for row in best(boards[0].rows(), setup.search)]
-        with Live(
-            console=console, auto_refresh=False, transient=True
-        ) as live:  # where nobody watches, a line for each trial
+        with Live(console=console, auto_refresh=False, transient=True) as live:
 
             def told(row: Row, board: Board = board, live: Live = live) -> None:
                 write_page(setup, boards)
@@ -79,9 +79,9 @@ def run_search(setup: Setup, *, storage: str | None) -> Path:
 
 
 def open_boards(setup: Setup, *, storage: str | None) -> list[Board]:
-    """Open or join the search: its board, and that of the trained where it ranks without training.
+    """Open or join the search's board, and a second one for trained trials if the first ranks without training.
 
-    Raises CompressError where it was started with another recipe or space.
+    Raises CompressError if the search was started with another recipe or space.
     """
     search = setup.search
     names = [search.name] if search.mode == "full" else [search.name, f"{search.name}-trained"]
@@ -99,9 +99,9 @@ def work(
     told: Callable[[Row], None] = lambda _: None,
     poll_s: float = POLL_S,
 ) -> None:
-    """Take trials and run them until none is left and nobody runs one; `run` returns each measure by seed, `told` hears of each end.
+    """Take and run trials until none is left or running; `run` returns each measure by seed, `told` is called after each trial.
 
-    Raises CompressError where several runs in a row crash, or no trial's recipe can be run.
+    Raises CompressError if several runs in a row crash, or no trial's recipe can be run.
     """
     hours = board.search.budget.hours
     started_s, crashes = time.monotonic(), 0
@@ -132,13 +132,13 @@ def work(
 
 
 def publish_pick(setup: Setup, boards: Sequence[Board], text: str, *, to: Path | None, verbose: bool) -> int:
-    """Run the best trial within the limits whole, on all training images, judge it once by the validation images, and publish it.
+    """Run the best trial within the limits on all training images, score it once on the validation images, and publish it.
 
-    Returns the run's exit code. Raises CompressError where no trial is within them or validation has judged already.
+    Returns the run's exit code. Raises CompressError if no trial is within the limits, or validation images scored the trials.
     """
     search = setup.search
     if search.judge_by == "validation":
-        raise CompressError("--pick: the validation images scored every trial, so none are left to judge a pick; "
+        raise CompressError("--pick: the validation images scored every trial, so they cannot judge a pick; "
                             "set judge_by: tuning, and give the search another name")  # fmt: skip
     row = pick(setup, boards, text)
     recipe = setup.recipe(row.point, mode="full", further=["data.judge_by=validation"])
@@ -155,9 +155,9 @@ def publish_pick(setup: Setup, boards: Sequence[Board], text: str, *, to: Path |
 
 
 def pick(setup: Setup, boards: Sequence[Board], text: str) -> Row:
-    """Return the best trial within the limits of a text such as `latency < 5`: the first objective decides, then the others.
+    """Return the best trial, by the objectives in order, within the limits in a text such as `latency < 5`.
 
-    Raises CompressError where none is within them.
+    Raises CompressError if there is none.
     """
     try:
         wanted = limits(text)
@@ -169,5 +169,5 @@ def pick(setup: Setup, boards: Sequence[Board], text: str) -> Row:
         limit = wanted[0]
         near = min(done, key=lambda row: limit.excess(row.mean(limit.measure) or math.inf), default=None)
         closest = f"; the closest has {MEASURES[limit.measure].show(near.mean(limit.measure))}" if near else ""
-        raise CompressError(f"--pick: no trial of {len(done)} has {text}{closest}")
+        raise CompressError(f"--pick: none of {len(done)} trials has {text}{closest}")
     return min(met, key=lambda row: losses(row, setup.search))

@@ -1,4 +1,4 @@
-"""What a search found, in the terminal and in a table of every stage and file."""
+"""Show a search's front in the terminal, and write a table of all scores."""
 
 import json
 import statistics
@@ -14,21 +14,21 @@ from compress.commands.search.measures import MEASURES
 from compress.commands.search.trial import Setup, trial_name
 from export.onnx_file.roles import ORDER
 
-SEEN = 12  # trials of the front that the terminal shows
+SEEN = 12  # most trials of the front in the terminal while the search runs
 
 
 def where(row: Row) -> str:
-    """Return in what a trial differs from others."""
+    """Return a trial's point in words."""
     return ", ".join(f"{name} {value}" for name, value in row.point.items())
 
 
 def means(row: Row, names: Sequence[str]) -> list[str]:
-    """Return a trial's measures, as means over its seeds, with their range where there are several."""
+    """Return a trial's measures as means over its seeds, with the range if there are several."""
     return [_mean(name, row.measured.get(name, ())) for name in names]
 
 
 def front_table(board: Board, *, is_over: bool) -> Table | Text:
-    """Return the board's front as it stands."""
+    """Return the board's current front."""
     search, rows = board.search, board.rows()
     found, ended = best(rows, search), sum(row.state != "running" for row in rows)
     title = f"{board.name}: {len(found)} on the front of {ended} trials" + ("" if is_over else ", going on")
@@ -43,7 +43,7 @@ def front_table(board: Board, *, is_over: bool) -> Table | Text:
 
 
 def write_scores(setup: Setup, board: Board) -> None:
-    """Write every score of every trial's stages and files, mean and range over its seeds, as Markdown."""
+    """Write the scores of every trial's stages and files, as mean and range over its seeds, as Markdown."""
     done = [row for row in board.rows() if row.state == "done"]
     files = {
         where(row): [folder(setup, board, row, seed) / "report.json" for seed in setup.search.seeds] for row in done
@@ -61,7 +61,7 @@ def folder(setup: Setup, board: Board, row: Row, seed: int) -> Path:
 
 
 def _scores(report: Mapping[str, Any]) -> dict[str, float]:
-    """Return every score of a run by name: float stages in PyTorch, files and methods where they were scored."""
+    """Return every score of a run by name: stages in PyTorch, files, and calibration methods."""
     found = {
         f"{row['stage']} (PyTorch)": row["metrics"].get("score")
         for row in report["stages"]
@@ -77,7 +77,7 @@ def _scores(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _table(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> Iterator[str]:
-    """Yield a Markdown table; what all trials share stands once."""
+    """Yield a Markdown table; a score that all trials share has one row."""
     yield "| what | score, mean | range over seeds | seeds |\n|---|---|---|---|"
     for name in dict.fromkeys(name for trial in scores.values() for one in trial for name in one):
         values = {point: [one[name] for one in trial if name in one] for point, trial in scores.items()}

@@ -1,4 +1,4 @@
-"""What a search is: its YAML file, and the axes along which its trials differ."""
+"""A search's YAML file, and the axes of its space."""
 
 import itertools
 import json
@@ -16,11 +16,11 @@ from compress.recipe.explain import explain, unknown
 from compress.recipe.section import Name, Section
 
 VariantName = Annotated[str, Field(pattern=r"^[^/\x00-\x1f]{1,64}$")]
-Point = Mapping[str, str | float]  # where a trial stands: a choice's label or a number for each axis
+Point = Mapping[str, str | float]  # a trial's place: a choice's label or a number for each axis
 
 
 class Range(Section):
-    """All numbers from `low` to `high`, whole ones where both are; a grid needs a `step`, `log` draws evenly over magnitudes."""
+    """Numbers from `low` to `high`, integers if both are; a grid needs a `step`, `log` draws on a logarithmic scale."""
 
     low: int | float
     high: int | float
@@ -37,29 +37,29 @@ class Range(Section):
 
     @property
     def is_whole(self) -> bool:
-        """Whether only whole numbers are meant."""
+        """Whether the range has only integers."""
         return all(isinstance(end, int) for end in (self.low, self.high, self.step or 1))
 
     def rounded(self, value: float) -> float:
-        """Return a drawn number as it is tried: whole, or with four digits."""
+        """Return a drawn number as an integer, or with four significant digits."""
         return round(value) if self.is_whole else min(max(float(f"{value:.4g}"), self.low), self.high)
 
     def values(self) -> list[float]:
-        """Return what the step gives, or both ends."""
+        """Return all values of the step, or both ends without a step."""
         if self.step is None:
             return [self.low, self.high]
         steps = int((self.high - self.low) / self.step + 1e-9)
         return [self.rounded(self.low + index * self.step) for index in range(steps + 1)]
 
 
-Values = Annotated[  # the tags are JSON's names of the two types, which `explain` leaves out of a place
+Values = Annotated[  # tagged with JSON's names of the two types, which `explain` leaves out of a path
     Annotated[Range, Tag("object")] | Annotated[tuple[Any, ...], Tag("array")],
     Discriminator(lambda given: "object" if isinstance(given, dict | Range) else "array"),
 ]
 
 
 class Budget(Section):
-    """What ends a search, whichever comes first; `patience` counts trials in a row without gain in hypervolume."""
+    """Limits of a search; the first one reached ends it. `patience` counts trials in a row without gain in hypervolume."""
 
     trials: PositiveInt | None = None
     hours: Annotated[float, Field(gt=0)] | None = None
@@ -67,7 +67,7 @@ class Budget(Section):
 
 
 class Search(Section):
-    """What is tried, what is measured, and when it ends; docs/search.md says what each field means."""
+    """What to try, what to measure, and when to end; docs/search.md explains each field."""
 
     name: Name
     recipes: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -105,7 +105,7 @@ class Search(Section):
 
 @dataclass(frozen=True)
 class Axis:
-    """One thing in which trials differ: choices by label, each with the changes it means, or a range of one path."""
+    """One axis of the space: choices by label, each with its changes to the recipe, or a range of one path."""
 
     name: str
     choices: Mapping[str, tuple[str, ...]]
@@ -116,12 +116,12 @@ class Axis:
         return [*self.choices] if self.span is None else [*self.span.values()]
 
     def changes(self, value: str | float) -> tuple[str, ...]:
-        """Return what a choice or number means for the recipe, as --set takes it."""
+        """Return the changes to the recipe for a choice or number, in the form of --set."""
         return self.choices[str(value)] if self.span is None else (f"{self.name}={value}",)
 
 
 def axes(search: Search) -> list[Axis]:
-    """Return the axes of a search: its recipes where there are several, its variants, its space."""
+    """Return the axes of a search: its recipes if there are several, its variants, its space."""
     found = [Axis("recipe", {Path(name).stem: () for name in search.recipes})] if len(search.recipes) > 1 else []
     found += [Axis("variant", search.variants)] if search.variants else []
     for path, values in search.space.items():
@@ -133,7 +133,7 @@ def axes(search: Search) -> list[Axis]:
 
 
 def _label(value: object) -> str:
-    """Return a value in few words: losses as `cross_entropy + kd {temperature: 2.0}`."""
+    """Return a short label for a value; losses as `cross_entropy + kd {temperature: 2.0}`."""
     if isinstance(value, tuple | list) and value and all(isinstance(one, dict) and "name" in one for one in value):
         rests = [{name: more for name, more in one.items() if name != "name"} for one in value]
         parts = [f"{one['name']} {_label(rest) if rest else ''}" for one, rest in zip(value, rests, strict=True)]
@@ -151,7 +151,7 @@ def grid(search: Search) -> list[Point]:
 
 
 def probes(search: Search) -> Iterator[tuple[str, list[Point]]]:
-    """Yield for each axis points that differ in it alone, every choice or both ends, to be tried as recipes."""
+    """Yield for each axis the points that vary only it (every choice or both ends), to check them as recipes."""
     own = axes(search)
     first: dict[str, str | float] = {axis.name: axis.values()[0] for axis in own}
     for axis in own:
@@ -159,10 +159,12 @@ def probes(search: Search) -> Iterator[tuple[str, list[Point]]]:
 
 
 def read_search(path: Path) -> Search:
-    """Read a search's YAML; raise CompressError with what is wrong."""
+    """Read a search's YAML; raise CompressError if it is wrong."""
     try:
         raw = strict_yaml.load(path.read_text(encoding="utf-8"))
-        return Search.model_validate_json(json.dumps(raw), strict=True)  # only JSON's strictness takes lists for tuples
+        return Search.model_validate_json(
+            json.dumps(raw), strict=True
+        )  # strict validation accepts lists for tuples only from JSON
     except OSError as error:
         raise CompressError(f"{path}: cannot be read ({error.strerror}); give a search's .yaml") from error
     except RecipeError as error:

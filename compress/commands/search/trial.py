@@ -1,4 +1,4 @@
-"""One trial: a point of the space as a recipe, run as an ordinary run, and what its report measured."""
+"""Run one trial: a point of the space as a recipe, in an ordinary run, measured by its report."""
 
 import json
 import subprocess
@@ -34,12 +34,12 @@ class Hopeless(CompressError):
 
 
 class Crashed(CompressError):
-    """Report a trial whose run ended without a word of its own."""
+    """Report a trial whose run crashed."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One search as it was started: its file, its folder, and what goes to every run."""
+    """One search as it was started: its file, its folder, and the options of every run."""
 
     path: Path
     search: Search
@@ -50,22 +50,22 @@ class Setup:
 
     @property
     def wanted(self) -> list[str]:
-        """The measures that the search cannot do without."""
+        """The measures that every trial must have."""
         limited = [limit.measure for text in self.search.constraints for limit in limits(text)]
         return list(dict.fromkeys((*self.search.objectives, *limited)))
 
     @property
     def may_end_early(self) -> bool:
-        """Whether a low score makes a trial worthless."""
+        """Whether a trial with a low score may be ended early."""
         return self.search.end_early and not {"score", "drop"}.isdisjoint(self.search.objectives)
 
     @property
     def files(self) -> dict[str, Path]:
-        """The recipes by their axis's labels."""
+        """The recipe files by label."""
         return {Path(name).stem: self.path.parent / name for name in self.search.recipes}
 
     def content(self) -> dict[str, object]:
-        """Return what the trials are made of, read anew: all but the budget."""
+        """Return everything that defines the trials, read again from the files: all but the budget."""
         found = self.search.model_dump(mode="json", exclude={"budget"})
         for name, file in self.files.items():
             recipe = read_recipe(file, self.search.set, data=self.data, weights=self.weights)
@@ -73,19 +73,19 @@ class Setup:
         return found
 
     def recipe(self, point: Point, *, mode: Mode, further: Sequence[str] = ()) -> Recipe:
-        """Return a trial's recipe, with its first seed unless `further` changes say another; raise RecipeError where it makes none."""
+        """Return a trial's recipe, with the first seed unless `further` changes set another; raise RecipeError if it is invalid."""
         search, seed = self.search, self.search.seeds[0]
         file = self.files.get(str(point.get("recipe")), next(iter(self.files.values())))
         changes = [*search.set, f"seed={seed}", f"data.split_seed={seed}", f"data.judge_by={search.judge_by}"]
         changes += [change for axis in axes(search) for change in axis.changes(point[axis.name])]
         recipe = read_recipe(file, [*changes, *further], data=self.data, weights=self.weights)
         if recipe.students:
-            raise RecipeError(f"{file}: has students; a search tries one student at a time, give its stages alone")
+            raise RecipeError(f"{file}: has students; a search tries one student at a time, so give its stages instead")
         return _without_training(recipe) if mode == "no_training" else recipe
 
 
 def open_setup(path: Path, *, data: str | None, weights: str | None, out: str, trust_code: bool) -> Setup:
-    """Read a search and judge every choice of it as a recipe, so that no trial starts in vain."""
+    """Read a search, and check every choice as a recipe, so that no trial fails for it later."""
     search = read_search(path)
     setup = Setup(path, search, Path(out).expanduser() / search.name, data, weights, trust_code)
     for axis, points in probes(search):
@@ -94,7 +94,9 @@ def open_setup(path: Path, *, data: str | None, weights: str | None, out: str, t
         except RecipeError as error:
             raise CompressError(f"{path}: {axis}: {error}") from error
         if len(recipes) > 1 and axis not in ("recipe", "variant") and all(recipe == recipes[0] for recipe in recipes):
-            raise CompressError(f"{path}: space.{axis}: mode {search.mode} leaves out what it changes; take it out")
+            raise CompressError(
+                f"{path}: space.{axis}: mode {search.mode} leaves out the stage that it changes; remove it"
+            )
         for name in setup.wanted:
             stage = MEASURES[name].stage
             if stage and not all(stage in [section.stage for section in recipe.stages] for recipe in recipes):
@@ -105,9 +107,9 @@ def open_setup(path: Path, *, data: str | None, weights: str | None, out: str, t
 
 
 def run_trial(setup: Setup, board: Board, taken: Taken, mode: Mode) -> dict[str, list[float]]:
-    """Run a trial once for each seed, as ordinary runs that share their stages, and return each measure by seed.
+    """Run a trial once for each seed, as ordinary runs that share stages, and return each measure by seed.
 
-    Raises Refused, Hopeless or Crashed, with the last line that the run wrote, and CompressError where the recipe changed under the search.
+    Raises Refused, Hopeless or Crashed, with the last line of the run's output, and CompressError if the recipe changed meanwhile.
     """
     board.hold(setup.content())
     found: list[dict[str, float]] = []
@@ -120,9 +122,8 @@ def run_trial(setup: Setup, board: Board, taken: Taken, mode: Mode) -> dict[str,
             raise Refused(str(error)) from error
         recipe = recipe.model_copy(update={"name": name, "out": str(setup.folder / "trials")})
         report = _run(setup, board, recipe, taken)
-        if recipe.model is not None and not (
-            recipe.model.weights or foreign(recipe.model.arch)
-        ):  # the first seed's teacher teaches all: the spread is the student's
+        # All seeds share the first seed's teacher, so that the spread over seeds is the student's.
+        if recipe.model is not None and not (recipe.model.weights or foreign(recipe.model.arch)):
             source = setup.folder / "trials" / name / report["stages"][0]["directory"]
             teacher = [f"model.weights={json.dumps(str((source / 'weights.safetensors').resolve()))}"]
         board.set_clock(teacher_of(report), teacher_ms(report))
@@ -133,19 +134,19 @@ def run_trial(setup: Setup, board: Board, taken: Taken, mode: Mode) -> dict[str,
 
 
 def trial_name(search: Search, board: str, number: int, seed: int) -> str:
-    """Return the name of a trial's run, which is also its folder's."""
+    """Return the name of a trial's run, which is also its folder name."""
     several = f"-s{seed}" if len(search.seeds) > 1 else ""
     return f"{board[:48]}-{number:03d}{several}"
 
 
 def _run(setup: Setup, board: Board, recipe: Recipe, taken: Taken) -> Report:
-    """Run a recipe in a process of its own, with what it prints in a log beside its folder, and return its report."""
+    """Run a recipe in its own process, with its output in a log beside its folder, and return its report."""
     place = Path(recipe.out) / recipe.name
     file, log_file = place.with_suffix(".yaml"), place.with_suffix(".log")
     write_recipe(recipe, file)
     made = _report(place)
     if made is not None and made["recipe"] == recipe.model_dump(mode="json"):
-        return made  # a killed worker's run came to its end
+        return made  # the run of a killed worker finished
     (place / "report.json").unlink(missing_ok=True)
     command = [sys.executable, "-m", "compress.cli", "run", str(file), "--stages", str(setup.folder / "stages")]
     command += ["--trust-code"] if setup.trust_code else []
@@ -158,14 +159,14 @@ def _run(setup: Setup, board: Board, recipe: Recipe, taken: Taken) -> Report:
         said = (log_file.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
         if code == MISTAKE:
             raise Refused(said)
-        raise Crashed(f"{recipe.name} ended with exit code {code}: {said}; all it said is in {log_file}")
+        raise Crashed(f"{recipe.name} ended with exit code {code}: {said}; its output is in {log_file}")
     return made
 
 
 def _watch(process: subprocess.Popen[bytes], setup: Setup, board: Board, recipe: Recipe, taken: Taken) -> int:
-    """Wait for a run's end and return its exit code; end it and raise Hopeless where its scores while distilling have no hope.
+    """Wait for a run and return its exit code; if its distillation scores are hopeless, terminate it and raise Hopeless.
 
-    How the first seed's distillation went is kept with the trial, for those to come.
+    The first seed's scores are stored with the trial, for comparison with later trials.
     """
     is_first = recipe.seed == setup.search.seeds[0]
     follow = follow_distillation(recipe, setup.folder / "stages") if is_first else lambda: None
@@ -197,7 +198,7 @@ def _report(place: Path) -> Report | None:
 
 
 def _without_training(recipe: Recipe) -> Recipe:
-    """Return a recipe that only cuts, solves, calibrates and measures; raise RecipeError where that is no recipe."""
+    """Return a recipe that only prunes, reconstructs, calibrates and measures; raise RecipeError if that is invalid."""
     kept = [
         section.model_copy(update={"recover": None, "sparsity": None}) if isinstance(section, PruneStage) else section
         for section in recipe.stages

@@ -92,14 +92,10 @@ def _export(model: nn.Module, batch: Tensor) -> ExportedProgram:
             return torch.export.export(model, (batch,), dynamic_shapes=({0: Dim("batch")},), strict=False)
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__}: its forward cannot be one graph{own_line(''.join(format_exception(error)))}: {_reason(error)}; "
+            f"{type(model).__name__}: its forward cannot be one graph{own_line(''.join(format_exception(error)))}: "
+            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; "
             "write it without branches on the values of tensors and loops over the images"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
 
 
 def _lift(program: ExportedProgram, name: str) -> fx.GraphModule:
@@ -145,8 +141,8 @@ def _step(lifted: Lifted, node: fx.Node, done: dict[fx.Node, Any]) -> Any:
     args, kwargs = given
     if isinstance(args[0], list) and node.target is operator.getitem:
         return args[0][args[1]]
-    if _is_check(node):
-        return None
+    if "assert" in str(node.target) or "sym_constrain" in str(node.target):
+        return None  # checks something, computes nothing
     on_images = [isinstance(done[source], fx.Node) for source in node.all_input_nodes]
     if getattr(node.target, "overloadpacket", None) in BLANKS and not any(on_images[1:]):
         args = (torch.empty(0, dtype=node.all_input_nodes[0].meta["val"].dtype), *args[1:])
@@ -190,11 +186,6 @@ def _out_of_place(operation: Any) -> torch._ops.OpOverload:
         )
     assert isinstance(found, torch._ops.OpOverload)
     return found
-
-
-def _is_check(node: fx.Node) -> bool:
-    """Tell whether a node asserts something and computes nothing."""
-    return "assert" in str(node.target) or "sym_constrain" in str(node.target)
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""Runs and bundles side by side."""
+"""Compare runs and bundles."""

@@ -1,4 +1,4 @@
-"""One run in a comparison: what its report, or a bundle's manifest, says of the file that is deployed."""
+"""One run in a comparison: its deployed file's numbers, from the report or a bundle's manifest."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from export.onnx_file.targets import CPU
 from export.runtime.intervals import clopper_pearson
 from export.runtime.rows import Speedup
 
-MAX_IMAGES = 10_000_000  # more would be a mistake in the file, and the interval's sums would fill the memory
+MAX_IMAGES = 10_000_000  # more would be a damaged file, and computing the interval would fill the memory
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is compared: a report, the opset of the deployed file where a bundle tells it, and the page to link to."""
+    """A report to compare, the deployed file's opset if a bundle has it, and the page to link to."""
 
     report: Report
     opset: int | None = None
@@ -33,7 +33,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher's FP32 file; candidates `of` the same source stage share it."""
+    """The teacher's FP32 file, shared by the candidates `of` that have the same source stage."""
 
     key: str
     arch: str
@@ -46,10 +46,11 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One run; all but the training is about the file that is deployed. Unknown is None.
+    """One run by its deployed file; unknown values are None.
 
-    `recommended` is the file that the report would serve, which may be another one. `training_seconds` are those of the stages that train, without the teacher's own. `agreement` is with its own float student.
-    `is_efficient` says that no other candidate is both as accurate and as fast, and better in one of them.
+    `recommended` is the file that the report recommends, which may be another. `training_seconds` is the time of the training stages
+    without the source. `agreement` is with its own float student. `is_efficient` tells whether no other candidate is at least as
+    accurate and as fast, and better in one.
     """
 
     name: str
@@ -81,7 +82,7 @@ class Candidate:
 
 
 class Conditions(NamedTuple):
-    """What all runs were timed under: batch 1, and one thread on a CPU."""
+    """Conditions under which all runs were timed: batch 1, and one thread on a CPU."""
 
     provider: str
     image_size: int
@@ -89,7 +90,7 @@ class Conditions(NamedTuple):
 
 
 def common_conditions(reports: Sequence[Report]) -> Conditions | None:
-    """Return the conditions that all timed runs share: the headline's provider where all have the same, and the largest image."""
+    """Return the conditions that all timed runs share: the headline's provider if all have the same, and the largest image."""
     timed = [report for report in reports if _settings(report)]
     if not timed:
         return None
@@ -103,7 +104,7 @@ def common_conditions(reports: Sequence[Report]) -> Conditions | None:
 
 
 def candidate(name: str, subject: Subject, conditions: Conditions | None) -> Candidate:
-    """Return what a run measured, its times under these conditions or, without them, under its own headline's."""
+    """Return a run's numbers, with times under the common conditions or, without them, under its own headline's."""
     report = subject.report
     file, where = deployed_name(report), conditions or common_conditions([report])
     row, timed = any_row(report, file), _timing(report, file, where)
@@ -153,7 +154,7 @@ def _timing(report: Report, name: str | None, where: Conditions | None) -> Deplo
 
 
 def _teacher(report: Report, where: Conditions | None) -> Teacher:
-    """Return the teacher as deployed, or as its stage left it; its key is the source stage's."""
+    """Return the teacher's numbers as deployed, or else as its stage measured them; its key is the source stage's."""
     row, timed = any_row(report, TEACHER), _timing(report, TEACHER, where)
     params_m, macs_m, score = (first_and_last(report, metric)[0] for metric in ("params_m", "macs_m", "score"))
     arch = summary.network(report)
@@ -162,7 +163,7 @@ def _teacher(report: Report, where: Conditions | None) -> Teacher:
 
 
 def _training_seconds(report: Report) -> float:
-    """Return what the stages after the source that train took."""
+    """Return the seconds of the training stages after the source."""
     pairs = list(zip(report["stages"], report["recipe"]["stages"], strict=False))
     return sum(stage["seconds"] for stage, section in pairs[1:] if "fit" in section)
 
@@ -170,6 +171,6 @@ def _training_seconds(report: Report) -> float:
 def _interval(score: float, images: int) -> tuple[float, float] | None:
     """Return the exact 95 % interval of a score that was counted on `images` images."""
     right = round(score * images) if 0 < images <= MAX_IMAGES and 0 <= score <= 1 else None
-    if right is None or abs(score * images - right) > 0.01:  # a mean over pixels or boxes counts no images
+    if right is None or abs(score * images - right) > 0.01:  # a mean over pixels or boxes is not a count of images
         return None
     return clopper_pearson(right, images)

@@ -1,4 +1,4 @@
-"""Set runs side by side: what each measured, what differs in their recipes, and how far the comparison is fair."""
+"""Compare runs: their numbers, the differences of their recipes, and how fair the comparison is."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from compress.report.comparison.recipes import Difference, differences
 
 @dataclass(frozen=True)
 class Best:
-    """Who leads in one respect; several where they are equal. `note` says how sure that is."""
+    """The leader in one respect, or several that are equal. `note` tells how sure that is."""
 
     title: str
     names: tuple[str, ...]
@@ -21,9 +21,9 @@ class Best:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side; `conditions` are those of every time in it, None where the runs share none.
+    """Runs side by side; `conditions` hold for all times, None if the runs share none.
 
-    `speed_by` says what may be ranked: the times themselves, only their ratios to each run's own teacher, or nothing.
+    `speed_by` tells what may be ranked: times, only speed-ups over each run's own teacher, or nothing.
     """
 
     candidates: tuple[Candidate, ...]
@@ -38,7 +38,7 @@ class Comparison:
 
 
 def compare(subjects: Mapping[str, Subject]) -> Comparison:
-    """Compare runs by name, in this order."""
+    """Compare runs, named by the keys of `subjects`, in their order."""
     reports = {name: subject.report for name, subject in subjects.items()}
     conditions = common_conditions(list(reports.values()))
     found = [candidate(name, subject, conditions) for name, subject in subjects.items()]
@@ -60,7 +60,7 @@ def compare(subjects: Mapping[str, Subject]) -> Comparison:
 
 
 def leaders(candidates: Sequence[Candidate], value: Callable[[Candidate], float | None]) -> tuple[str, ...]:
-    """Return the names with the largest value; none where fewer than two are known, or all are equal."""
+    """Return the names with the largest value; none if fewer than two are known or all are equal."""
     known = {one.name: number for one in candidates if (number := value(one)) is not None}
     if len(known) < 2 or len(set(known.values())) == 1:
         return ()
@@ -68,19 +68,19 @@ def leaders(candidates: Sequence[Candidate], value: Callable[[Candidate], float 
 
 
 def speed(one: Candidate, speed_by: SpeedBy | None) -> float | None:
-    """Return what a candidate's speed is ranked by: more is faster."""
+    """Return the number that ranks a candidate's speed; more is faster."""
     if speed_by == "latency":
         return None if not one.p50_ms else 1 / one.p50_ms
     return one.speedup["ratio"] if one.speedup and speed_by == "speedup" else None
 
 
 def score(one: Candidate, fairness: Fairness) -> float | None:
-    """Return what a candidate's accuracy is ranked by; nothing where the images are others."""
+    """Return the score that ranks a candidate's accuracy; None if the images differ."""
     return one.score if fairness.same_images else None
 
 
 def _is_efficient(one: Candidate, everyone: Sequence[Candidate], fairness: Fairness) -> bool | None:
-    """Tell whether nobody is at least as accurate and as fast and better in one of both (Pareto); None where that is unknown."""
+    """Tell whether no other candidate is at least as accurate and as fast, and better in one (Pareto); None if unknown."""
     places = {other.name: (score(other, fairness), speed(other, fairness.speed_by)) for other in everyone}
     known = {name: (right, fast) for name, (right, fast) in places.items() if right is not None and fast is not None}
     if one.name not in known or len(known) < 2:
@@ -90,14 +90,14 @@ def _is_efficient(one: Candidate, everyone: Sequence[Candidate], fairness: Fairn
 
 
 def _teachers(found: Sequence[Candidate]) -> tuple[Teacher, ...]:
-    """Return each teacher once; the candidates that one source stage taught share it."""
+    """Return each teacher once, with the candidates that share its source stage."""
     unique = {one.teacher.key: one.teacher for one in reversed(found)}
     names = {key: tuple(one.name for one in found if one.teacher.key == key) for key in unique}
     return tuple(replace(teacher, of=names[key]) for key, teacher in reversed(unique.items()))
 
 
 def _best(found: Sequence[Candidate], fairness: Fairness, digits: int) -> Iterator[Best]:
-    """Yield who is the most accurate, the fastest, the smallest; a title is left out where nobody can be named."""
+    """Yield the most accurate, the fastest and the smallest; a title is left out if no leader is known."""
     by_name = {one.name: one for one in found}
     if names := leaders(found, lambda one: score(one, fairness)):
         sure = _apart(names, {one.name: one.score_ci95 for one in found if one.score is not None})
@@ -113,7 +113,7 @@ def _best(found: Sequence[Candidate], fairness: Fairness, digits: int) -> Iterat
 
 
 def _apart(names: Sequence[str], intervals: Mapping[str, Sequence[float] | None]) -> str:
-    """Return whether the leaders' intervals lie above those of all others."""
+    """Return in words whether the leaders' intervals lie above all others."""
     ours = [intervals[name] for name in names]
     others = [interval for name, interval in intervals.items() if name not in names]
     if not others or not all(ours) or not all(others):

@@ -1,4 +1,4 @@
-"""How far a comparison is fair: other images, other machines, other teachers, each in a sentence."""
+"""Judge how fair a comparison is: different images, machines or teachers, each in a sentence."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +12,13 @@ from export.runtime.environment import HARDWARE
 
 SpeedBy = Literal["latency", "speedup"]
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
-# Settings that decide what is shown to the network when it is scored; `path` decides by its content, which the digest covers.
+# Settings that decide which images are scored, and how they look; the digest covers the content of `path`.
 IMAGES = ("dataset", "image_size", "resize", "mean", "std", "val_fraction", "skip_broken")
-DRIFT = 1.05  # the same teacher on the same machine: more than 5 % apart says that the machine was not equally free
+DRIFT = 1.05  # if the same teacher's times on one machine differ by more, the machine was busier in one run
 
 
 class Fairness(NamedTuple):
-    """What may be ranked, and a sentence for each thing that stands against it."""
+    """What may be ranked, and a sentence for each reason against ranking."""
 
     same_images: bool
     same_teacher: bool
@@ -27,13 +27,13 @@ class Fairness(NamedTuple):
 
 
 def judge_fairness(found: Sequence[Candidate], reports: Mapping[str, Report], *, are_alike: bool) -> Fairness:
-    """Return what may be ranked; `are_alike` says that all times were taken under the same conditions."""
+    """Return what may be ranked; `are_alike` tells whether all times share their conditions."""
     images, teachers = _other_images(found, reports), {_teacher(one) for one in found}
     timed = [one for one in found if one.p50_ms]
     speed_by, against_speed = _speed(timed, reports, are_alike=are_alike, same_teacher=len(teachers) == 1)
     warnings = [*images, *_other_split(reports), *_scored_elsewhere(found), *against_speed]
     if len(teachers) > 1:
-        whose = "a speed-up and a loss are against each run's own"
+        whose = "speed-ups and losses are against each run's own"
         warnings.append(f"The teachers differ ({_grouped(found, _teacher)}): {whose}.")
     return Fairness(not images, len(teachers) == 1, speed_by, tuple(warnings))
 
@@ -41,11 +41,11 @@ def judge_fairness(found: Sequence[Candidate], reports: Mapping[str, Report], *,
 def _speed(
     timed: Sequence[Candidate], reports: Mapping[str, Report], *, are_alike: bool, same_teacher: bool
 ) -> tuple[SpeedBy | None, list[str]]:
-    """Return what speed is ranked by, and what stands against comparing the times themselves."""
+    """Return what speed is ranked by, and the reasons against comparing times directly."""
     if len(timed) < 2:
         return None, []
     if not are_alike:
-        return None, [f"The runs were not timed under one setting ({_grouped(timed, _setting)}): no times are ranked."]
+        return None, [f"The runs were timed under different settings ({_settings(timed)}): times are not ranked."]
     machine = _other_machines([one.name for one in timed], reports)
     if machine:
         ranked = (
@@ -53,15 +53,16 @@ def _speed(
             if same_teacher
             else "the teachers differ too, so no time is ranked"
         )
-        within = "only the ratios that each measured within itself are comparable"
-        machine.append(f"Times in ms of different machines or runtimes do not compare: {within}; {ranked}.")
+        machine.append(
+            f"Times in ms of different machines or runtimes are not comparable, only ratios within one run are; {ranked}."
+        )
         return ("speedup" if same_teacher else None), machine
     drift = _drift(timed) if same_teacher else []
     return ("speedup" if drift else "latency"), drift
 
 
 def _other_images(found: Sequence[Candidate], reports: Mapping[str, Report]) -> list[str]:
-    """Return why score is not of the same images."""
+    """Return why scores are of different images."""
     problems = []
     for key in IMAGES:
         values = {name: json.dumps(report["recipe"]["data"].get(key)) for name, report in reports.items()}
@@ -72,34 +73,34 @@ def _other_images(found: Sequence[Candidate], reports: Mapping[str, Report]) -> 
         problems.append(_groups(counts))
     digests = {report["data_digest"] for report in reports.values()}
     if not problems and len(digests) > 1 and len({_split(report) for report in reports.values()}) == 1:
-        problems.append("the folders' content is not the same")
-    return [f"Score is not of the same images ({'; '.join(problems)}): it is not ranked."] if problems else []
+        problems.append("the folders' contents differ")
+    return [f"Scores are of different images ({'; '.join(problems)}): they are not ranked."] if problems else []
 
 
 def _other_split(reports: Mapping[str, Report]) -> list[str]:
-    """Return that the validation images may be drawn otherwise: equally hard on average, not the same."""
+    """Return a sentence if validation images may be other draws of the same data: equally hard on average, but different."""
     seeds = {name: f"seed {report['recipe']['seed']}" for name, report in reports.items()}
     if len(set(seeds.values())) < 2:
         return []
     return [
-        f"The seeds differ ({_groups(seeds)}): where validation images are held out by seed, score is of other images of the same kind; "
-        "its intervals still tell."
+        f"The seeds differ ({_groups(seeds)}): if validation images are held out by seed, scores are of other images of the same kind; "
+        "compare their intervals."
     ]
 
 
 def _split(report: Report) -> str:
-    """Return what else the digest covers: it changes with the seed and the limit, the folder's content aside."""
+    """Return the settings that the digest depends on beside the folder's content."""
     recipe = report["recipe"]
     return json.dumps([recipe["seed"], recipe["data"].get("limit_per_class")])
 
 
 def _scored_elsewhere(found: Sequence[Candidate]) -> list[str]:
     places = {one.name: one.scored_in for one in found if one.scored_in}
-    return [f"Score was measured in {_groups(places)}."] if len(set(places.values())) > 1 else []
+    return [f"Scores were measured in different runtimes ({_groups(places)})."] if len(set(places.values())) > 1 else []
 
 
 def _other_machines(names: Sequence[str], reports: Mapping[str, Report]) -> list[str]:
-    """Return a sentence for the hardware and one for the runtime, where they are not the same."""
+    """Return a sentence if the hardware differs, and one for each runtime that does."""
     environments = {name: reports[name]["environment"] for name in names}
     found = []
     hardware = {name: json.dumps([env.get(key) for key in HARDWARE]) for name, env in environments.items()}
@@ -115,23 +116,23 @@ def _other_machines(names: Sequence[str], reports: Mapping[str, Report]) -> list
 
 
 def _drift(timed: Sequence[Candidate]) -> list[str]:
-    """Return that the same teacher was not equally fast each time, where it was not."""
+    """Return a sentence if the same teacher's times differ."""
     known = {one.name: one.teacher.p50_ms for one in timed if one.teacher.p50_ms}
     if len(known) < 2 or max(known.values()) <= DRIFT * min(known.values()):
         return []
     times = _groups({name: significant(p50_ms, "ms") for name, p50_ms in known.items()})
     return [
-        f"The same teacher was not equally fast each time ({times}): the machine was not equally free. "
-        "The speed-up over the teacher, which is timed beside each file, ranks them."
+        f"The same teacher's times differ ({times}): the machine was busier in some runs. "
+        "The speed-up over the teacher, which is timed along with each file, ranks them."
     ]
 
 
-def _setting(one: Candidate) -> str:
-    return f"{one.image_size} px, target {one.target}"
+def _settings(timed: Sequence[Candidate]) -> str:
+    return _grouped(timed, lambda one: f"{one.image_size} px, target {one.target}")
 
 
 def _teacher(one: Candidate) -> str:
-    """Return the teacher's network and cost: equal where a speed-up is over the same thing."""
+    """Return the teacher's network and MACs, which are equal if speed-ups are over the same teacher."""
     return ", ".join([one.teacher.arch, *([significant(one.teacher.macs_m, "M MACs")] if one.teacher.macs_m else [])])
 
 

@@ -1,4 +1,4 @@
-"""Compare the runs and bundles in some folders: in the terminal, and in files where they are asked for."""
+"""Compare the runs and bundles in some folders: in the terminal, and optionally as a page and as JSON."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -21,7 +21,7 @@ def compare_folders(
     verbose: bool,
     ends: Sequence[Callable[[Console, int], None]] = (),
 ) -> None:
-    """Write the comparison as a page, which links to each run's own, and as JSON; then print it, and what `ends` print."""
+    """Write the comparison as a page, which links to each run's own, and as JSON; print it, and call `ends`."""
     subjects = read_subjects(folders)
     if page:
         for (name, subject), folder in zip(list(subjects.items()), folders, strict=True):

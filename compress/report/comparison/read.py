@@ -1,4 +1,4 @@
-"""Read what a run or a bundle measured from its folder. No model is opened, no torch is imported."""
+"""Read a run's or bundle's report from its folder, without opening a model or importing torch."""
 
 import json
 import math
@@ -24,13 +24,13 @@ REPORT = "report.json"
 
 
 class _Model(TypedDict):
-    """What a comparison reads of a recipe's model."""
+    """The fields of a recipe's model that a comparison reads."""
 
     arch: str
 
 
 class _Recipe(TypedDict):
-    """What a comparison reads of a recipe."""
+    """The fields of a recipe that a comparison reads."""
 
     name: str
     target: str
@@ -41,19 +41,19 @@ class _Recipe(TypedDict):
 
 
 class _Environment(TypedDict):
-    """What a comparison reads of an environment."""
+    """The fields of an environment that a comparison reads."""
 
     target: NotRequired[str | None]
     versions: NotRequired[Json]
 
 
 def read_subjects(folders: Sequence[Path]) -> dict[str, Subject]:
-    """Return what each folder's run or bundle measured, by the shortest names that tell them apart.
+    """Return each folder's report, by the shortest names that are unique.
 
-    Raises ArtifactError or BundleError, in one sentence, for a folder that holds neither or whose report cannot be read.
+    Raises ArtifactError or BundleError for a folder that is no run or bundle or whose report cannot be read.
     """
     if len(folders) < 2:
-        raise ArtifactError(f"takes two or more runs or bundles to compare, got {len(folders)}")
+        raise ArtifactError(f"needs two or more runs or bundles to compare, got {len(folders)}")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ArtifactError("a run cannot be compared with itself: name each folder once")
     subjects = [_read(folder) for folder in folders]
@@ -61,13 +61,13 @@ def read_subjects(folders: Sequence[Path]) -> dict[str, Subject]:
 
 
 def page_of(folder: Path) -> Path | None:
-    """Return the report's page in a run or bundle."""
+    """Return the path of a run's or bundle's report page, if there is one."""
     page = folder / "report" / "index.html"
     return page if page.is_file() else None
 
 
 def _names(folders: Sequence[Path], subjects: Sequence[Subject]) -> list[str]:
-    """Return the recipes' names, else the folders' (the students of a recipe), else their whole paths."""
+    """Return the recipes' names if unique, else the folders' names (students of one recipe), else the paths."""
     recipes = [str(subject.report["recipe"]["name"]) for subject in subjects]
     places = [folder.resolve() for folder in folders]
     short = [place.parent.name if place.name == "bundle" else place.name for place in places]
@@ -83,16 +83,16 @@ def _read(folder: Path) -> Subject:
         return Subject(report, _opset(folder / "bundle", report))
     raise ArtifactError(
         students_of(folder, REPORT)
-        or f"{folder}: holds no finished run and no bundle (no {REPORT}, no {MANIFEST}); give a run's folder, such as runs/quickstart, or its bundle"
+        or f"{folder}: is neither a finished run nor a bundle (no {REPORT}, no {MANIFEST}); give a run's folder, such as runs/quickstart, or its bundle"
     )
 
 
 def _read_bundle(folder: Path) -> Subject:
-    """Return a bundle's report; of what is read, the digests are checked."""
+    """Return a bundle's report, after checking the digests of the files read."""
     digests = read_sums(folder)
     for name in (MANIFEST, REPORT):
         if name not in digests:
-            raise BundleError(f"{folder / name}: is missing, and a comparison reads it: get the bundle again")
+            raise BundleError(f"{folder / name}: is not in SHA256SUMS, but a comparison reads it: get the bundle again")
         if digests[name] != sha256(contained(folder, name)):
             raise BundleError(
                 f"{folder / name}: is not the file the bundle was made with (SHA-256 differs): get the bundle again"
@@ -102,7 +102,7 @@ def _read_bundle(folder: Path) -> Subject:
 
 
 def _opset(bundle: Path, report: Report) -> int | None:
-    """Return the opset of the deployed file, None where no bundle tells it."""
+    """Return the opset of the deployed file, None if no bundle has it."""
     if not (bundle / MANIFEST).is_file():
         return None
     files = read_json(bundle, MANIFEST).get("files")
@@ -123,7 +123,7 @@ def _text(path: Path) -> str:
 
 
 def _parse(text: str, where: str) -> Report:
-    """Return a report.json's report after checking the type of all that a comparison reads; numbers that are not finite are refused."""
+    """Return the report in a report.json, after checking the types that a comparison reads; numbers must be finite."""
     try:
         document = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
@@ -131,7 +131,7 @@ def _parse(text: str, where: str) -> Report:
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version != REPORT_VERSION:
         raise ArtifactError(
-            f"{where}: is a report of version {version}, this tool reads {REPORT_VERSION}; run the recipe again, what is finished is kept"
+            f"{where}: is a report of version {version}, this tool reads {REPORT_VERSION}; run the recipe again, finished stages are reused"
         )
     try:
         report = TypeAdapter(Report).validate_python(document)
@@ -153,5 +153,5 @@ def _parse(text: str, where: str) -> Report:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is no finite number")
+        raise ValueError(f"{text} is not a finite number")
     return number

@@ -1,4 +1,4 @@
-"""What differs between recipes, as dotted paths; stages go by their name, as `--set` takes them, and so do losses."""
+"""Find the settings that differ between recipes, as dotted paths with stages (as in `--set`) and losses by name."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,27 +8,27 @@ from typing import Any, Final
 from compress.report.shape import Json
 
 ABSENT: Final = "–"
-LEFT_OUT = ("name", "out")  # these say where a run lies, not what it is
-FEW = 3  # names that are worth spelling out where the rest can be called the others
+LEFT_OUT = ("name", "out")  # where a run is stored, not what it does
+FEW = 3  # a larger majority is called "all others" instead of listed
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One setting and its value in each recipe, a dash where a recipe has no such setting."""
+    """One setting and its value in each recipe, a dash if a recipe does not have it."""
 
     path: str
     values: tuple[str, ...]
 
 
 def differences(recipes: Sequence[Json]) -> Iterator[Difference]:
-    """Yield what is not the same in all recipes."""
+    """Yield the settings that are not the same in all recipes."""
     known = {index: _by_name(recipe) for index, recipe in enumerate(recipes)}
     for path, values in _walk("", known):
         yield Difference(path, tuple(values.get(index, ABSENT) for index in range(len(recipes))))
 
 
 def _by_name(recipe: Json) -> Json:
-    """Return the recipe with its stages and its losses by name, in place of their positions."""
+    """Return the recipe with stages and losses keyed by name instead of position."""
     kept = {key: value for key, value in recipe.items() if key not in (*LEFT_OUT, "stages")}
     stages = recipe["stages"]
     order = " → ".join(str(section.get("stage")) for section in stages)
@@ -43,7 +43,7 @@ def _losses(section: Json) -> Json:
 
 
 def _named(sections: Sequence[Json], key: str) -> dict[str, Json]:
-    """Return sections by their name; the second `kd` is kd_2."""
+    """Return sections by name; a second `kd` is kd_2."""
     found: dict[str, Json] = {}
     for section in sections:
         name = str(section.get(key))
@@ -53,12 +53,12 @@ def _named(sections: Sequence[Json], key: str) -> dict[str, Json]:
 
 
 def _walk(path: str, sections: Mapping[int, Json]) -> Iterator[tuple[str, dict[int, str]]]:
-    """Yield the paths below `path` where the sections differ, with the value of each that has one."""
+    """Yield the paths below `path` where the sections differ, with the values of those that have one."""
     for key in dict.fromkeys(key for section in sections.values() for key in section):
         below = f"{path}.{key}" if path else key
         values = {index: section[key] for index, section in sections.items() if key in section}
         are_sections = all(isinstance(value, Mapping) for value in values.values())
-        # A stage that some have not is told by the order of the stages.
+        # A stage that some recipes lack already shows in the order of the stages.
         if are_sections and (len(values) == len(sections) or all("stage" in value for value in values.values())):
             yield from _walk(below, values)
         elif len(values) < len(sections) or any(value != next(iter(values.values())) for value in values.values()):
@@ -66,7 +66,7 @@ def _walk(path: str, sections: Mapping[int, Json]) -> Iterator[tuple[str, dict[i
 
 
 def _text(value: Any) -> str:
-    """Return a value as YAML's flow style has it."""
+    """Return a value in YAML's flow style."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
@@ -80,7 +80,7 @@ def _text(value: Any) -> str:
 
 
 def by_value(names: Sequence[str], values: Sequence[str]) -> list[tuple[str, str]]:
-    """Return each value once, in order, with the names that have it; a large majority is `all others`, and comes last."""
+    """Return each value once, in order, with its names; a large majority is called `all others` and comes last."""
     groups: dict[str, list[str]] = {}
     for name, value in zip(names, values, strict=True):
         groups.setdefault(value, []).append(name)

@@ -1,4 +1,4 @@
-"""The comparison as tables, in the terminal and on a page: up to four runs are columns, more are rows."""
+"""Show a comparison as tables in the terminal and on a page: up to four runs are columns, more are rows."""
 
 import os
 import urllib.parse
@@ -21,18 +21,18 @@ from compress.report.table import Section, Strong, Table, count
 from export.onnx_file.roles import TEACHER
 from export.runtime.rows import Speedup
 
-COLOURS = 8  # of the style's --series-1 and so on; then they start again
+COLOURS = 8  # --series-1 to --series-8 in the style sheet, then repeated
 MOST_COLUMNS = 4
 LABEL_LENGTH = 26
-FAILURES = 6  # of each run, if they fit
+FAILURES = 6  # at most, for each run
 NOTE = (
-    "Intervals of score are exact (Clopper and Pearson), each run by itself. "
-    "A best trade-off: no other run is both as accurate and as fast, and better in one of them."
+    "The scores' intervals are exact (Clopper and Pearson), for each run by itself. "
+    "Best trade-off: no other run is at least as accurate and as fast, and better in one."
 )
 
 
 class Line(NamedTuple):
-    """One measurement of all candidates: a title, a short one with its unit, and the texts; those that lead stand out."""
+    """One measurement of all candidates: a title, a short title, and the cells, with leaders in bold."""
 
     title: str
     short: str
@@ -40,7 +40,7 @@ class Line(NamedTuple):
 
 
 def lines(comparison: Comparison) -> list[Line]:
-    """Return every line that at least one candidate knows."""
+    """Return every line that has a value for at least one candidate."""
     leads = {best.title: best.names for best in comparison.best}
     digits = comparison.decimals
     ranked = {"latency": ("Fastest", ""), "speedup": ("", "Fastest"), None: ("", "")}[comparison.speed_by]
@@ -75,19 +75,11 @@ def lines(comparison: Comparison) -> list[Line]:
     return [line for line in found if set(line.cells) != {UNKNOWN}]
 
 
-DECIDING = (
-    "Verdict",
-    "To serve",
-    "Size",
-    "MACs",
-    "p50",
-    "vs teacher",
-    "Trade-off",
-)  # and the score, the first to look at
+DECIDING = ("Verdict", "To serve", "Size", "MACs", "p50", "vs teacher", "Trade-off")  # and the score
 
 
 def measured(comparison: Comparison, *, is_short: bool = False) -> Table:
-    """Return the candidates side by side, or one in each row; of what all have in common the note tells."""
+    """Return the candidates as columns, or as rows with a note of what all have in common."""
     names, found = [one.name for one in comparison.candidates], lines(comparison)
     if is_short:
         found = [line for line in found if line.short in (*DECIDING, comparison.metric)]
@@ -100,7 +92,7 @@ def measured(comparison: Comparison, *, is_short: bool = False) -> Table:
 
 
 def differences(comparison: Comparison) -> Table:
-    """Return the settings that differ, with a column for each candidate or, of many, a row for each value."""
+    """Return the settings that differ, with a column per candidate or, for many candidates, a row per value."""
     names, found = [one.name for one in comparison.candidates], comparison.differences
     if not found:
         return Table("Recipes", ("",), [("The recipes do not differ.",)])
@@ -118,9 +110,9 @@ def print_comparison(
     verbose: bool = False,
     ends: Sequence[Callable[[Console, int], None]] = (),
 ) -> None:
-    """Print who leads, the measurements that decide and what stands against the comparison; all of them where verbose.
+    """Print the leaders, the deciding measurements and the warnings; everything if verbose.
 
-    `ends` print what comes last, with as many notes as they are told.
+    `ends` are called last, each with the number of notes that it may print.
     """
     total = max(len(comparison.warnings), FAILURES)
 
@@ -180,7 +172,7 @@ def link_to(target: Path, page: Path) -> str:
 
 
 def _cloud(comparison: Comparison) -> Markup | None:
-    """Return accuracy against speed of all candidates and their teachers; none where no speed may be ranked."""
+    """Return a scatter plot of accuracy against speed with the teachers; None if speed may not be ranked."""
     by_ratio = comparison.speed_by == "speedup"
     points: list[tuple[str, str, float, float]] = []
     for teacher in comparison.teachers:
