@@ -13,9 +13,9 @@ from compress.artifact import digests_of
 from compress.data.shards import ShardListing, list_shards, shard_files
 from compress.log import clock
 from compress.ranks import rank
-from export.errors import DataError
+from export.errors import DataError, first
 from export.images.annotations import BoxListing
-from export.images.folders import TRAIN, Listing, check_folder, count, first, images_in, list_folder
+from export.images.folders import TRAIN, Listing, check_folder, count, images_in, list_folder
 from export.images.masks import MaskListing
 from export.images.tables import TableListing
 from export.tasks import TASKS

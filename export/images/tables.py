@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from export.errors import DataError
+from export.errors import DataError, first
 from export.images.decode import require_pillow
-from export.images.folders import TRAIN, VAL_NAMES, check_folder, count, first, images_in, is_label
+from export.images.folders import TRAIN, VAL_NAMES, check_folder, count, images_in, is_label
 from export.images.preprocess import Preprocess
 from export.images.read import Examples, content_of, match, read_pixels
 

@@ -103,8 +103,8 @@ def test_what_ignores_the_images_is_at_chance_near_the_prevalence() -> None:
     assert by_chance(constant)[1] == 1
     told = at_chance(found, files)
     assert set(told) == {"student_fp32", "student_int8"}
-    assert "answers at chance: its mean AP is 28.58" in told["student_int8"]
-    assert "if it ignored the images (p = 1.0)" in told["student_int8"]
+    assert "predicts at chance: its mean AP is 28.58" in told["student_int8"]
+    assert "by guessing (p = 1.0)" in told["student_int8"]
 
 
 def test_equal_files_are_no_loss_and_a_lost_class_is_named() -> None:
