@@ -64,7 +64,7 @@ def rehearse(run: Run, missing: Mapping[str, Sequence[bool]]) -> None:
                 _check_teacher(run)
                 tried.add(("teacher", "score"))
             if run.rank == 0 and stages:
-                sys.stderr.write(f"{', '.join(stages)}: tried on the untrained network\n")
+                sys.stderr.write(f"{', '.join(stages)}: rehearsed on the untrained network\n")
             _rehearse(run, chain, sections, tried)
 
 

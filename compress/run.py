@@ -1,6 +1,6 @@
 """One execution of a recipe: its device, target, data and teacher, for the stages to use."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -150,12 +150,16 @@ class Run:
         """Return n augmented training images in batches, spread over the set, the same on every rank."""
         n = len(self.dataset.train)
         chosen = torch.arange(min(images, n)) * n // min(images, n)
+        return self.view(0, chosen.split(32))
+
+    def view(self, number: int, shares: Sequence[torch.Tensor]) -> Iterator[Batch]:
+        """Return the training images of each share (indices) under one augmented view, without broken ones."""
         batches = view_batches(
             self.dataset,
-            chosen.split(32),
+            shares,
             augmentation=self.augmentation,
             seed=self.recipe.seed,
-            view=0,
+            view=number,
             workers=self.recipe.data.workers,
             device=self.device,
         )

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from compress.data.augment import Augmentation
 from compress.data.digest import (
-    NATIVE_SIZE,
     DataSettings,
     Given,
     dataset_digest,
@@ -32,7 +31,7 @@ from compress.data.images import (
 )  # fmt: skip
 from compress.data.named import NAMED, Arrays, NamedSet
 from compress.data.shards import Rows, ShardListing
-from compress.data.split import held_out, limited, parts_of
+from compress.data.split import held_out, limited, split
 from export.errors import DataError
 from export.images.folders import File, Listing
 from export.images.preprocess import Preprocess
@@ -85,8 +84,7 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     unreadable or cannot be split.
     """
     name, files = settings.name, given(settings)
-    size = settings.image_size or NATIVE_SIZE[name]
-    preprocess = Preprocess(size, round(size * settings.resize), settings.mean, settings.std)
+    preprocess = _centred(settings)
     if name not in NAMED and files.listing is None:
         raise DataError(
             f"{name}: has no label per image, so it is not for {settings.task}: set another task or data set"
@@ -107,7 +105,7 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
         train = train[chosen]
     lazy = _pick(found, train, val, skip_broken=settings.skip_broken)
     more = _more(settings, lazy, files)
-    everything, val_images = in_memory(more or lazy[0], lazy[1], preprocess, augmentation.whole_area(size))
+    everything, val_images = in_memory(more or lazy[0], lazy[1], preprocess, augmentation.whole_area(settings.side))
     train_images = everything if more is None else labelled(everything)
     _check(train_images, val_images, found.classes)
     own = dataset_digest(settings, files)
@@ -135,20 +133,20 @@ def open_unlabelled(settings: DataSettings, augmentation: Augmentation) -> Datas
         raise DataError(
             f"{settings.name}: has labels: leave out `task: unlabelled`, or give a folder of images (DATA=)"
         )
-    size = settings.image_size or NATIVE_SIZE[settings.name]
-    preprocess = Preprocess(size, round(size * settings.resize), settings.mean, settings.std)
-    listing = files.listing
-    train, out = parts_of(len(listing.train), settings, has_validation=listing.val is not None)
-    judged = [listing.train[index] for index in out] if listing.val is None or settings.tuning else list(listing.val)
-    lazy = [
+    preprocess, listing = _centred(settings), files.listing
+    train, val = (
         from_files(listing.root, [(path, n) for n, (path, _) in enumerate(chosen)], skip_broken=settings.skip_broken)
-        for chosen in ([listing.train[index] for index in train], judged)
-    ]
-    images = in_memory(lazy[0], lazy[1], preprocess, augmentation.whole_area(size))
+        for chosen in split(listing.train, listing.val, settings)
+    )
+    images = in_memory(train, val, preprocess, augmentation.whole_area(settings.side))
     if not all(map(len, images)):
         raise DataError(f"{settings.name}: none of its images can be read; repair them or give other ones")
     digest = dataset_digest(settings, files)
-    return Dataset(settings.name, *images, (), preprocess, digest, files.digests, lazy[1])
+    return Dataset(settings.name, *images, (), preprocess, digest, files.digests, val)
+
+
+def _centred(settings: DataSettings) -> Preprocess:
+    return Preprocess(settings.side, round(settings.side * settings.resize), settings.mean, settings.std)
 
 
 def relabelled(dataset: Dataset, classes: tuple[str, ...], train: Tensor, val: Tensor) -> Dataset:

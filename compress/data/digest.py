@@ -68,6 +68,11 @@ class DataSettings:
     memory: Path
     unlabelled: Path | None = None
 
+    @property
+    def side(self) -> int:
+        """Height and width of the network's input in pixels."""
+        return self.image_size or NATIVE_SIZE[self.name]
+
 
 @dataclass(frozen=True)
 class Given:
@@ -132,7 +137,7 @@ def dataset_digest(settings: DataSettings, found: Given) -> str:
         **decisive,
         **({} if settings.ignore_index is None else {"ignore_index": settings.ignore_index}),
         "version": VERSION,
-        "image_size": settings.image_size or NATIVE_SIZE[settings.name],
+        "image_size": settings.side,
         "path": None,
         "memory": None,
         "classes": listing and listing.classes,

@@ -8,10 +8,10 @@ import numpy as np
 
 from compress.data.augment import Augmentation
 from compress.data.dataset import Dataset, Lazy, in_memory
-from compress.data.digest import NATIVE_SIZE, DataSettings, dataset_digest, given
+from compress.data.digest import DataSettings, dataset_digest, given
 from compress.data.images import ArrayImages, FileImages
 from compress.data.scenes import SCENES, Part, Scenes, draw_scenes
-from compress.data.split import parts_of
+from compress.data.split import parts_of, split
 from export.errors import DataError
 from export.images.annotations import BoxListing
 from export.images.masks import MaskListing
@@ -49,17 +49,21 @@ class Planar(Generic[Listing]):
         files = given(settings)
         if settings.unlabelled is not None:
             raise DataError("data.unlabelled: needs images with one label each: leave it out")
-        size = settings.image_size or NATIVE_SIZE[settings.name]
-        preprocess = self.preprocess(settings, size)
-        if isinstance(files.listing, self.listing):
-            lazy, classes = self._of_folder(files.listing, settings, preprocess), files.listing.classes
+        preprocess = self.preprocess(settings, settings.side)
+        if isinstance(listing := files.listing, self.listing):
+            train, val = (
+                self.from_files(listing, chosen, settings, preprocess)
+                for chosen in split(listing.train, listing.val, settings)
+            )
+            lazy: tuple[Lazy, Lazy] = train, val
+            classes = listing.classes
         elif settings.name in SCENES:
             lazy, classes = self._of_scenes(settings, preprocess), self.scene_classes
         else:
             raise DataError(
                 f"{settings.name}: has labels but no {self.truths}; use {', '.join(SCENES)}, or DATA=/path/to/a/folder"
             )
-        images = in_memory(*lazy, preprocess, augmentation.whole_area(size))
+        images = in_memory(*lazy, preprocess, augmentation.whole_area(settings.side))
         if not all(map(len, images)):
             raise DataError(f"{settings.name}: none of its images can be read; repair them or give other ones")
         return Dataset(
@@ -70,15 +74,6 @@ class Planar(Generic[Listing]):
             digest=dataset_digest(settings, files),
             files=files.digests,
             held_out=lazy[1],
-        )
-
-    def _of_folder(self, listing: Listing, settings: DataSettings, preprocess: Preprocess) -> tuple[Lazy, Lazy]:
-        train, out = parts_of(len(listing.train), settings, has_validation=listing.val is not None)
-        judged = [listing.train[index] for index in out] if listing.val is None or settings.tuning else listing.val
-        trained = [listing.train[index] for index in train]
-        return (
-            self.from_files(listing, trained, settings, preprocess),
-            self.from_files(listing, judged, settings, preprocess),
         )
 
     def _of_scenes(self, settings: DataSettings, preprocess: Preprocess) -> tuple[Lazy, Lazy]:

@@ -1,9 +1,14 @@
 """Split images by class and seed: training images, and those held out for validation or tuning."""
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import numpy as np
 
 from compress.data.digest import DataSettings
 from export.errors import DataError
+
+T = TypeVar("T")
 
 
 def held_out(labels: np.ndarray, classes: tuple[str, ...], *, fraction: float, seed: int) -> np.ndarray:
@@ -36,6 +41,13 @@ def parts_of(n: int, settings: DataSettings, *, has_validation: bool) -> tuple[n
     if settings.limit_per_class is not None:
         train = train[limited(strata[train], 1, per_class=settings.limit_per_class, seed=settings.seed)]
     return train, out
+
+
+def split(train: Sequence[T], val: Sequence[T] | None, settings: DataSettings) -> tuple[list[T], list[T]]:
+    """Split files without classes; return those to train on, and those held out, or `val` unless the settings say tuning."""
+    kept, out = parts_of(len(train), settings, has_validation=val is not None)
+    held = [train[index] for index in out] if val is None or settings.tuning else list(val)
+    return [train[index] for index in kept], held
 
 
 def sampled(labels: np.ndarray, num_classes: int, *, images: int, seed: int) -> np.ndarray:

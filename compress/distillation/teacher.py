@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from compress.artifact import key_of, lineage, write_json
-from compress.data.batches import Batch, Views, view_batches
+from compress.data.batches import Batch, Views
 from compress.distillation.logit_cache import Layout, LogitCache
 from compress.distillation.step import (
     Teacher,
@@ -194,17 +194,7 @@ class _CachedTeacher:
 
     def batches(self, view: int, indices: torch.Tensor) -> Iterator[Batch]:
         """Yield one view's training images by index, without broken ones."""
-        data = self.run.recipe.data
-        found = view_batches(
-            self.run.dataset,
-            torch.split(indices, data.eval_batch_size),
-            augmentation=self.run.augmentation,
-            seed=self.run.recipe.seed,
-            view=view,
-            workers=data.workers,
-            device=self.run.device,
-        )
-        return (batch for batch in found if len(batch.targets))
+        return self.run.view(view, indices.split(self.run.recipe.data.eval_batch_size))
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:

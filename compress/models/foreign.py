@@ -49,7 +49,9 @@ class OnnxFile(nn.Module):
         given, wanted = self._sessions[CPU].get_inputs(), self._sessions[CPU].get_outputs()
         if len(given) != 1 or len(given[0].shape) != 4 or given[0].type not in ("tensor(float)", "tensor(float16)"):
             found = ", ".join(f"{one.name} {one.type} {one.shape}" for one in given)
-            raise ModelError(f"{file}: must take one float tensor of images, takes {found}; export it so")
+            raise ModelError(
+                f"{file}: must take one float tensor of images, takes {found}; export it with such an input"
+            )
         self.shape, self.float16 = given[0].shape, given[0].type == "tensor(float16)"
         self.names = given[0].name, wanted[0].name
         self.last = _channels_last(self.shape)

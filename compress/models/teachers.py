@@ -1,6 +1,6 @@
 """Given teachers: from any kind of file, one or several, each with its own image size, normalization and classes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,6 @@ from compress.models.weights import load_weights_
 from export.errors import first
 
 SMALLEST = 1e-12  # smallest probability before the logarithm, as a softmax in float32 has zeros
-# Kinds of files that are run as they are; all others are built as torch networks by `build`.
-BLACK_BOXES: Mapping[str, Callable[[str], nn.Module]] = {
-    "onnx": lambda name: OnnxFile(existing_file(name, "the teacher's file"))
-}
 
 
 @dataclass(frozen=True)
@@ -115,10 +111,8 @@ def _member(
     given: GivenTeacher, classes: tuple[str, ...] | None, student: Seen, *, trust_code: bool, whole: bool
 ) -> Member:
     kind, path = foreign(given.network) or ("", "")
-    if kind in BLACK_BOXES and not whole:
-        network = BLACK_BOXES[kind](path)
-    elif kind == "onnx":
-        network = rebuilt(path)
+    if kind == "onnx":
+        network = rebuilt(path) if whole else OnnxFile(existing_file(path, "the teacher's file"))
     else:
         network = build(given.network, num_classes=len(own_names(given) or classes or ()), trust_code=trust_code)
     if given.weights is not None:

@@ -41,7 +41,7 @@ MAX_ROLLBACKS = 3
 class Loop:
     """What a training takes from the run: data, evaluation, log, device, ranks."""
 
-    batches: Callable[[int], Iterator[Batch]]  # epoch -> this rank's batches, a pure function of the epoch
+    batches: Callable[[int], Iterator[Batch]]  # (epoch) to this rank's batches, the same each time
     steps_per_epoch: int
     evaluate: Callable[[nn.Module], Mapping[str, float]]
     metric: str  # title of what `evaluate` returns as "score"

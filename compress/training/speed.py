@@ -56,7 +56,7 @@ class Pace:
     device: torch.device
     steps_per_epoch: int
     limit: int  # of threads
-    rehearsal: Callable[[], AbstractContextManager[Callable[[], None]]]  # gives what runs one step
+    rehearsal: Callable[[], AbstractContextManager[Callable[[], None]]]  # gives a function that runs one step
     note: Callable[[str], None]  # for the log
     tell: Callable[[str], None]  # for the log and the report
 
