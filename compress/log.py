@@ -68,7 +68,7 @@ class StageLog:
         self.stage = stage
         self.verbose = verbose
         self.enabled = enabled
-        self._out = out
+        self.out = out
         self._lines = out / "log.jsonl"
         self._tell = tell
         self._console = console or Console(stderr=True)
@@ -123,7 +123,7 @@ class StageLog:
             self._board.close()
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(self._out / "tensorboard" / self._phase), purge_step=done + 1)
+        self._board = SummaryWriter(str(self.out / "tensorboard" / self._phase), purge_step=done + 1)
         if self._progress:
             self._progress.reset(self._bar, total=epochs * batches, completed=done * batches)
         self._refresh()

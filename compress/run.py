@@ -196,22 +196,21 @@ class Run:
         step: Step,
         settings: Fit,
         *,
-        out: Path,
         log: StageLog,
         phase: str,
         views: int | None = None,
         before_step: Callable[[nn.Module, float], None] | None = None,
         after_backward: Callable[[nn.Module], None] | None = None,
     ) -> Network:
-        """Train in the one loop. `phase` names the training in logs; epochs cycle through `views` views (None: all new)."""
+        """Train in the one loop. `phase` names the training's files; epochs cycle through `views` views (None: all new)."""
         loop = Loop(
             batches=lambda epoch: self.training(settings, epoch, epoch if views is None else epoch % views),
             steps_per_epoch=steps_per_epoch(len(self.dataset.train), settings.batch_size),
             evaluate=self.evaluate,
             metric=self.task.output.metric.title,
             log=log,
-            checkpoint=out / f"checkpoint-{phase}.pt",
-            summary=out / f"training-{phase}.json",
+            checkpoint=log.out / f"checkpoint-{phase}.pt",
+            summary=log.out / f"training-{phase}.json",
             device=self.device,
             ranks=self.ranks,
             seed=self.recipe.seed,

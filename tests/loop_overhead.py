@@ -199,12 +199,12 @@ def measure(data: Path, source: str, image_size: int, options: argparse.Namespac
     by_hand = partial(minimal_loop, run, settings, plain, ready, seconds)
     before = by_hand()
     model = build(options.arch, num_classes=len(run.dataset.classes), trust_code=False)
-    with tempfile.TemporaryDirectory() as folder, timed_optimizer(clock):
-        out = Path(folder)
-        with StageLog(out, stage="source") as log:
-            run.fit(
-                model, step, settings, out=out, log=log, phase="source", after_backward=lambda _: clock.end("model")
-            )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        timed_optimizer(clock),
+        StageLog(Path(folder), stage="source") as log,
+    ):
+        run.fit(model, step, settings, log=log, phase="source", after_backward=lambda _: clock.end("model"))
     after = by_hand()
     epochs, steps_s = settings.epochs - 1, clock.seconds("steps")
     steps = len(clock.spans["model"])

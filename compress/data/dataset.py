@@ -91,7 +91,7 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
         )
     found = files.listing or NAMED[name](settings.path)
     assert isinstance(found, Listing | ShardListing | NamedSet), "the task lists folders of its own kind"
-    labels = _train_labels(found)
+    labels = np.array([label for _, label in found.train]) if isinstance(found, Listing) else found.train.labels
     val = None
     if found.val is None:
         val = held_out(labels, found.classes, fraction=settings.val_fraction, seed=settings.seed)
@@ -185,10 +185,6 @@ def _more(settings: DataSettings, lazy: tuple[Lazy, Lazy], files: Given) -> File
         ],
         skip_broken=settings.skip_broken,
     )
-
-
-def _train_labels(found: Listing | ShardListing | NamedSet) -> np.ndarray:
-    return np.array([label for _, label in found.train]) if isinstance(found, Listing) else found.train.labels
 
 
 def _pick(

@@ -88,10 +88,11 @@ def given(settings: DataSettings) -> Given:
     Raises DataError where the folder cannot be used.
     """
     if settings.name == "imagefolder":
-        root = folder_of(settings.path)
-        if (shards := shards_in(root, settings.memory)) is not None:
+        if settings.path is None:
+            raise DataError("imagefolder: needs a folder: give DATA=/path/to/images, or set data.path")
+        if (shards := shards_in(settings.path, settings.memory)) is not None:
             return shards
-        listing = TASKS[settings.task].listing(root)
+        listing = TASKS[settings.task].listing(settings.path)
         refuse_untrainable(listing)
         return Given(listing, _digests(listing.root, listing.names(), settings.memory))
     if settings.name == "fashion_mnist" and settings.path is not None:  # may be another data set in its format
@@ -208,13 +209,6 @@ def to_download(settings: DataSettings) -> Path | None:
         return None
     root = cache_folder(settings.path)
     return None if (root / DOWNLOADED[settings.name]).is_dir() else root
-
-
-def folder_of(path: Path | None) -> Path:
-    """Return the folder of an `imagefolder`; raise DataError where none is given."""
-    if path is None:
-        raise DataError("imagefolder: needs a folder: give DATA=/path/to/images, or set data.path")
-    return path
 
 
 def training_folder(root: Path) -> Listing:

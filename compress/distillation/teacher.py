@@ -60,7 +60,6 @@ def distil(
     settings: Fit,
     *,
     src: Path,
-    out: Path,
     log: StageLog,
     phase: str,
     before_step: Callable[[nn.Module, float], None] | None = None,
@@ -72,10 +71,7 @@ def distil(
     learner, step = distillation(
         terms, task, student=student, teacher=teaching.teacher, images=images, seed=run.recipe.seed
     )
-    learner = run.fit(
-        learner, step, settings, out=out, log=log, phase=phase, views=teaching.views, before_step=before_step
-    )
-    return learner.student
+    return run.fit(learner, step, settings, log=log, phase=phase, views=teaching.views, before_step=before_step).student
 
 
 def teach(run: Run, src: Path, terms: Sequence[LossTerm], settings: Fit, log: StageLog) -> Teaching:

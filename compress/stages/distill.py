@@ -12,7 +12,7 @@ from compress.run import Run
 def apply(cfg: DistillStage, src: Path, out: Path, run: Run) -> Metrics:
     """Train the student under the recipe's losses and measure it."""
     with run.log(out, "distill") as log:
-        student = distil(run, run.load(src), cfg.loss, cfg.fit, src=src, out=out, log=log, phase="distill")
+        student = distil(run, run.load(src), cfg.loss, cfg.fit, src=src, log=log, phase="distill")
     if run.rank == 0:
         save_network(student, read_architecture(src), out)
     return run.measure(student)

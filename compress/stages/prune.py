@@ -45,7 +45,7 @@ def apply(cfg: PruneStage, src: Path, out: Path, run: Run) -> Metrics:
     steps: list[tuple[Cut, ...]] = []
     with run.log(out, "prune") as log:
         if cfg.sparsity is not None:
-            model = _learn_sparsity(model, cfg, images, out, log, run)
+            model = _learn_sparsity(model, cfg, images, log, run)
         whole, numbered, as_cut = copy.deepcopy(model), number_outputs(model), {}
         planned = _Planner(cfg, goal, before, smallest, out, log, run)
         for number in range(1, cfg.steps + 1):
@@ -59,7 +59,7 @@ def apply(cfg: PruneStage, src: Path, out: Path, run: Run) -> Metrics:
                 model = _reconstructed(model, whole, kept_outputs(numbered), cfg, log, run)
             if cfg.recover is not None and number < cfg.steps:
                 phase = f"recover-{number}"
-                model = distil(run, model, KD_ONLY, cfg.recover, src=src, out=out, log=log, phase=phase)
+                model = distil(run, model, KD_ONLY, cfg.recover, src=src, log=log, phase=phase)
                 whole, numbered = copy.deepcopy(model), number_outputs(model)
         table = widths(layers, model)
         metrics = run.measure(model) | as_cut | first_decides(planned.metrics)
@@ -187,9 +187,7 @@ def _accumulate_gradients_(model: nn.Module, cfg: PruneStage, run: Run) -> None:
         (loss * len(batch.targets) / images).backward()
 
 
-def _learn_sparsity(
-    model: nn.Module, cfg: PruneStage, images: torch.Tensor, out: Path, log: StageLog, run: Run
-) -> nn.Module:
+def _learn_sparsity(model: nn.Module, cfg: PruneStage, images: torch.Tensor, log: StageLog, run: Run) -> nn.Module:
     """Train with DepGraph's group regularizer (Fang et al. 2023, eq. 7), which drives weights of unimportant channels to zero."""
     assert cfg.sparsity is not None
     regularizer = tp.pruner.GroupNormPruner(
@@ -206,9 +204,7 @@ def _learn_sparsity(
         channel_groups={},
     )
     step = supervised_step(run.learned, label_smoothing=0.0)
-    return run.fit(
-        model, step, cfg.sparsity.fit, out=out, log=log, phase="sparsity", after_backward=regularizer.regularize
-    )
+    return run.fit(model, step, cfg.sparsity.fit, log=log, phase="sparsity", after_backward=regularizer.regularize)
 
 
 def _check(goal: Goal, before: Metrics, after: Metrics) -> None:

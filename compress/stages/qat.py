@@ -36,7 +36,7 @@ def apply(cfg: QatStage, src: Path, out: Path, run: Run) -> Metrics:
         for target in reversed(run.int8_targets):  # the stage's own metrics are those of the recipe's target, the last
             found = calibrated[target.name]
             method = cfg.calibration or found["calibration"]
-            result = _skip(cfg, log, target, found) or _Qat(cfg, method, src, out, run, log, target).train()
+            result = _skip(cfg, log, target, found) or _Qat(cfg, method, src, run, log, target).train()
             metrics |= {f"{name}_{target.name}": result[name] for name in ("score", "trained")} | result
     return metrics
 
@@ -65,7 +65,6 @@ class _Qat:
     cfg: QatStage
     method: Method
     src: Path
-    out: Path
     run: Run
     log: StageLog
     target: Target
@@ -90,17 +89,7 @@ class _Qat:
         settings = qat_fit(cfg, run.recipe)
         settings = settings.model_copy(update={"precision": "fp32"}) if settings.precision == "auto" else settings
         phase = "qat" if target == run.target else f"qat-{target.name}"
-        model = distil(
-            run,
-            model,
-            cfg.loss,
-            settings,
-            src=self.src,
-            out=self.out,
-            log=self.log,
-            phase=phase,
-            before_step=before_step,
-        )
+        model = distil(run, model, cfg.loss, settings, src=self.src, log=self.log, phase=phase, before_step=before_step)
         set_phase_(model, "round")
         if cfg.reestimate_batchnorm_images:
             reestimate_batchnorm_(model, (batch.images for batch in run.calibration(cfg.reestimate_batchnorm_images)))
@@ -109,7 +98,7 @@ class _Qat:
             held, architecture = self._with_float(trial, model, architecture)
             model = place_(held, run.device)
         if run.rank == 0:
-            folder = self.out / target.name
+            folder = self.log.out / target.name
             folder.mkdir(exist_ok=True)
             save_network(model, architecture, folder)
         kept = len(architecture.keep_float)
@@ -138,7 +127,7 @@ class _Qat:
         run, target, max_drop = self.run, self.target, self.cfg.max_drop
         assert max_drop is not None
         damage = worst_first(model, run, images=self.cfg.calibration_images)
-        work = self.out / f"trials-{target.name}"
+        work = self.log.out / f"trials-{target.name}"
         work.mkdir(exist_ok=True)
         fp32 = work / "float.onnx"
         export_network(self._student(), fp32, run, score=float("nan"), target=target)
@@ -159,6 +148,6 @@ class _Qat:
         )
         fallbacks = fallback_trials("trained", [group.group for group in damage], MAX_TRIALS)[:-1]
         results = until_one_holds((Trial("int8", "trained"), *fallbacks), judge)
-        write_json(self.out / f"trials-{target.name}.json", [result.to_json() for result in results])
+        write_json(self.log.out / f"trials-{target.name}.json", [result.to_json() for result in results])
         shutil.rmtree(work)
         return results[choose(results)].trial

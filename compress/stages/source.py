@@ -19,7 +19,7 @@ def apply(cfg: SourceStage, _src: None, out: Path, run: Run) -> Metrics:
     with run.log(out, "source") as log:
         if cfg.fit is not None and (given.weights is None or cfg.fine_tune):
             step = supervised_step(run.learned, label_smoothing=cfg.label_smoothing)
-            model = run.fit(model, step, cfg.fit, out=out, log=log, phase="source")
+            model = run.fit(model, step, cfg.fit, log=log, phase="source")
         else:
             log.note(f"weights from {given.weights or given.arch}, used as they are")
     model = model.to(run.device).eval()
