@@ -106,7 +106,7 @@ def apply(cfg: PtqStage, src: Path, out: Path, run: Run) -> Metrics:
             f"on {reported.images} validation images, {_percent(baseline.score)} on {baseline.images} tuning images"
         )
         student = Student(cfg, run, src, fp32, score, reported, baseline, log)
-        found = {target.name: _on_target(student, target, work / target.name, out) for target in run.int8_targets}
+        found = {target.name: _on_target(student, target) for target in run.int8_targets}
     write_json(
         out / "ptq.json",
         {
@@ -126,16 +126,18 @@ def apply(cfg: PtqStage, src: Path, out: Path, run: Run) -> Metrics:
     }
 
 
-def _on_target(student: Student, target: Target, work: Path, out: Path) -> Row:
-    """Measure and tune on one target; leave the best INT8 file as `out/<target>/student_ptq_int8.onnx`."""
+def _on_target(student: Student, target: Target) -> Row:
+    """Measure and tune on one target; leave the best INT8 file as `<target>/student_ptq_int8.onnx`; return the report."""
+    work, out = student.fp32.parent / target.name, student.log.out / target.name
     work.mkdir(exist_ok=True)
+    out.mkdir(exist_ok=True)
     prepared = student.prepared(target)
     histograms = collect(prepared, student.calibration())
     files: Files = {}
     for method in student.cfg.methods:
         set_ranges_(prepared, histograms, method)
-        files["compress", method] = work / f"compress-{method}.onnx"
-        student.export(prepared, files["compress", method], target)
+        path = files["compress", method] = work / f"compress-{method}.onnx"
+        student.export(prepared, path, target)
     files |= _by_onnxruntime(student, target, work, heads(prepared))
     others, failed = _by_neural_compressor(student, target, work)
     files |= others
@@ -159,8 +161,7 @@ def _on_target(student: Student, target: Target, work: Path, out: Path) -> Row:
     chosen = choose(results)
     # Keep an INT8 file even where fp16 was chosen: the file's name says INT8, and later stages compare with it.
     int8 = [result for result in results if result.trial.number_format == "int8"]
-    (out / target.name).mkdir(exist_ok=True)
-    shutil.copyfile(file_of(int8[choose(int8)].trial, work), out / target.name / f"{PTQ}.onnx")
+    shutil.copyfile(file_of(int8[choose(int8)].trial, work), out / f"{PTQ}.onnx")
     student.log.note(_verdict(student.cfg, target, results, chosen))
     trial = results[chosen].trial
     reported = None if trial.keep_float else scores.get((trial.engine, trial.calibration))
@@ -182,8 +183,7 @@ def _by_onnxruntime(student: Student, target: Target, work: Path, keep_float: Co
     batches = [images.cpu().contiguous().numpy() for images in student.calibration()]
     files: Files = {}
     for method in student.cfg.methods:
-        files["onnxruntime", method] = work / f"onnxruntime-{method}.onnx"
-        path = files["onnxruntime", method]
+        path = files["onnxruntime", method] = work / f"onnxruntime-{method}.onnx"
         ptq.quantize(student.fp32, path, batches, target=target, method=method, keep_float=keep_float)
     return files
 
