@@ -47,7 +47,7 @@ class Meta:
 
 
 def students_of(root: Path, name: str) -> str:
-    """Return the message for a run without the file or folder `name` where its students have it, empty where they do not."""
+    """Return the message for a run whose students, but not itself, have the file or folder `name`; else empty."""
     found = [str(path.parent) for path in sorted(root.glob(f"students/*/{name}"))]
     return f"{root}: each of its students has its own {name}: give {' or '.join(found)}" if found else ""
 

@@ -36,7 +36,7 @@ class ArtifactError(CompressError):
 
 
 def own_line(stack: str) -> str:
-    """Return ` (mine.py, line 12: if x.sum() > 0:)`, the innermost line of the user's code in a printed stack; "" without any."""
+    """Return ` (mine.py, line 12: if x.sum() > 0:)`, the innermost line of the user's code in a stack, or ""."""
     own = [
         (file, line, code)
         for file, line, code in STACK_LINE.findall(stack)

@@ -128,7 +128,7 @@ def _trains(section: StageSection, recipe: Recipe) -> bool:
 
 
 def _networks(run: Run, chain: Recipe, sections: Sequence[StageSection]) -> list[tuple[str, nn.Module]]:
-    """Return the networks by architecture: the teacher, and the student if it is another one, with its weights if it is to start."""
+    """Return teacher and student, if it is another network, by architecture; a student to start has its weights."""
 
     def untrained(arch: str) -> nn.Module:
         return rebuild(Architecture(arch, len(run.dataset.classes), run.image_size), trust_code=run.trust_code)
@@ -176,7 +176,7 @@ def _export(model: nn.Module, run: Run) -> None:
     if not difference <= TOLERANCE * largest:
         raise ModelError(
             f"{type(model).__name__}: its ONNX file's outputs differ from PyTorch's by up to {difference:.2g}, of logits up to "
-            f"{largest:.2g}: its forward uses something other than torch's operators (numpy, Python's numbers), or is random"
+            f"{largest:.2g}: its forward uses more than torch's operators (numpy, Python's numbers), or is random"
         )
 
 

@@ -102,7 +102,7 @@ class Run:
         return self.dataset.preprocess.image_size
 
     def validation(self, *, limit: int | None = None, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-        """Return the validation batches in order, or a rank's share of them; `limit` takes n images, spread over the set."""
+        """Return the validation batches in order, or a rank's share; `limit` takes n images, spread over the set."""
         data = self.recipe.data
         return eval_batches(
             self.dataset.val,
@@ -120,7 +120,7 @@ class Run:
         return replace(self, opened=lambda: self.dataset.with_unlabelled)
 
     def calibration(self, images: int, *, labelled: bool = False) -> Iterator[Batch]:
-        """Return n unaugmented training images in batches, spread over the set; with `labelled`, only those with a label."""
+        """Return n unaugmented training images in batches, spread over the set; `labelled` excludes others."""
         data = self.recipe.data
         return eval_batches(
             self.dataset.train if labelled else self.dataset.with_unlabelled.train,
@@ -270,7 +270,7 @@ class Run:
         return found
 
     def _predicted(self, images: Dataset) -> tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.int64]]:
-        """Return the teacher's classes and its predictions, as labels, for training and validation images; they are cached."""
+        """Return the teacher's classes and its predictions for training and validation images, from a cache."""
         recipe, model = self.recipe, self.recipe.model
         given = None if recipe.data.classes is None else class_names(Path(recipe.data.classes))
         facts: dict[str, object] = {

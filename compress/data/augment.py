@@ -12,7 +12,7 @@ DISTORT = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05}
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of training images: `pad` and `min_area` are fractions of side and area, `mixup` and `cutmix` alphas."""
+    """Random changes of training images; `pad` and `min_area` are fractions of side and area, the mixes alphas."""
 
     crop: Literal["none", "pad", "random_resized"]
     pad: float

@@ -76,7 +76,7 @@ def train_batches(
     device: torch.device,
     balance: bool = False,
 ) -> Iterator[Batch]:
-    """Yield this rank's share of an epoch's batches, shuffled by seed and epoch; `batch_size` counts the images of all ranks.
+    """Yield this rank's share of an epoch's batches, shuffled by seed and epoch; `batch_size` is over all ranks.
 
     With `balance` images are drawn with replacement, all classes equally often. Raises DataError for a broken image that
     is not to be skipped, and for fewer images in a batch than ranks.
@@ -209,7 +209,7 @@ def _normalized(raw: Raw, preprocess: Preprocess) -> Batch:
 
 @cache
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return one number per channel (3, 1, 1), copied to the device once, as each copy waits for the device's queued work."""
+    """Return one number per channel (3, 1, 1), copied to the device once, as a copy waits for its queued work."""
     with torch.inference_mode(False):  # the first call may come from an evaluation
         return torch.tensor(values, device=device).view(3, 1, 1)
 

@@ -190,7 +190,7 @@ def _more(settings: DataSettings, lazy: tuple[Lazy, Lazy], files: Given) -> File
 def _pick(
     found: Listing | ShardListing | NamedSet, train: np.ndarray, val: np.ndarray | None, *, skip_broken: bool
 ) -> tuple[Lazy, Lazy]:
-    """Return the chosen training images, and as validation images `val` of them, or the data set's own where that is None."""
+    """Return the chosen training images, and validation images: `val` of the same set, or its own for None."""
     if isinstance(found, NamedSet):
         held = found.train if found.val is None else found.val
         return _arrays(found.train, train), _arrays(held, np.arange(len(held.labels)) if val is None else val)
@@ -220,7 +220,7 @@ def in_memory(train: Lazy, val: Lazy, preprocess: Preprocess, whole_area: int) -
 
 
 def _check(train: ImageSet, val: ImageSet, classes: tuple[str, ...]) -> None:
-    """Raise DataError where broken images leave a class or the validation set empty; log classes without validation images."""
+    """Raise DataError where broken images empty a class or the validation set; log classes without validation."""
     untrained, unjudged = (
         [name for label, name in enumerate(classes) if label not in present]
         for present in (set(train.labels.tolist()), set(val.labels.tolist()))

@@ -38,7 +38,7 @@ FASHION_MNIST = tuple(
     f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 )
 FILES = "images.json"  # in a source's artifact: digests of the files that it was made from
-# Not in every digest: the artifact key covers the task and the unlabelled images, and `ignore_index` counts where it is set.
+# The artifact key covers the task and the unlabelled images; `ignore_index` counts only where it is set.
 UNDECIDING = ("task", "ignore_index", "unlabelled")
 PATIENCE_S = 2  # progress is shown when reading files takes longer
 VERSION = 3  # raise it when images become other tensors: every cached stage then runs again

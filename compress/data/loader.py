@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Raw(NamedTuple):
-    """Pixels 0..255 (n, 3, image_size, image_size) and truths (n, ...) on the device, image numbers int64 (n,) on the CPU."""
+    """Pixels 0..255 (n, 3, size, size) and truths (n, ...) on the device, image numbers int64 (n,) on the CPU."""
 
     pixels: Tensor
     truths: Tensor

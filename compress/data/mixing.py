@@ -16,7 +16,7 @@ from compress.data.augment import Augmentation
 
 @dataclass(frozen=True)
 class Mixes:
-    """For each of n images: its partner (n,), its own share (n,), and the partner's patch (n, 4): top, left, bottom, right."""
+    """Each image's partner (n,), own share (n,), and the partner's patch (n, 4): top, left, bottom, right."""
 
     partner: Tensor
     share: Tensor  # of mixup, 1 for CutMix
@@ -27,7 +27,7 @@ class Mixes:
 
 
 def draw_mixes(augmentation: Augmentation, n: int, *, image_size: int, seed: int) -> Mixes | None:
-    """Draw mixup (Zhang 2018), CutMix (Yun 2019, section 3.1), or for each image one of the two; None where neither is on."""
+    """Draw mixup (Zhang 2018) or CutMix (Yun 2019, section 3.1) for each image; None where both are off."""
     if not augmentation.mixup and not augmentation.cutmix:
         return None
     random = np.random.default_rng(seed)

@@ -171,7 +171,7 @@ def _columns(file: Path, schema: Any) -> tuple[str, str, tuple[str, ...]]:
 
 
 def seekable(file: Path, memory: Path, digest: str) -> Path:
-    """Return a shard with each image's bytes in one piece; a Parquet file is copied to an Arrow stream in `memory`, once."""
+    """Return a shard with each image's bytes in one piece; a Parquet file is copied, once, to Arrow in `memory`."""
     if file.suffix != ".parquet":
         return file
     arrow, copy = _pyarrow(file), memory / f"{digest}.arrow"

@@ -44,7 +44,7 @@ def parts_of(n: int, settings: DataSettings, *, has_validation: bool) -> tuple[n
 
 
 def split(train: Sequence[T], val: Sequence[T] | None, settings: DataSettings) -> tuple[list[T], list[T]]:
-    """Split files without classes; return those to train on, and those held out, or `val` unless the settings say tuning."""
+    """Split files without classes; return training files, and those held out, or `val` if it is given and not tuning."""
     kept, out = parts_of(len(train), settings, has_validation=val is not None)
     held = [train[index] for index in out] if val is None or settings.tuning else list(val)
     return [train[index] for index in kept], held

@@ -29,7 +29,7 @@ class Stored:
         return draws.boxes(chosen, self.sizes[chosen]).scaled(self.kept[chosen] / self.sizes[chosen])
 
     def images(self, chosen: Tensor, device: torch.device) -> Tensor:
-        """Return the chosen images (m,) on the device as (m, channels, height, width), padded to the largest at bottom and right.
+        """Return the chosen images (m,) on the device (m, channels, height, width), padded at bottom and right.
 
         The first call copies all images to the device, where they stay.
         """

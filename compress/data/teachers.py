@@ -1,4 +1,4 @@
-"""Teachers that a recipe names, which other programs may have saved, and the preprocessing that they need."""
+"""Teachers as a recipe names them, with their preprocessing; other programs may have saved them."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -73,7 +73,7 @@ class Draws:
         return Boxes(top, left, heights, widths, mirrored)
 
     def _random_sizes(self, chosen: Tensor, heights: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the height and width of each image's first box that fits (torchvision's RandomResizedCrop), and whether one does.
+        """Return the size of each image's first box that fits, as RandomResizedCrop, and whether one does.
 
         Where none fits, they are those of the largest central box with an allowed aspect ratio.
         """
@@ -102,7 +102,7 @@ def draw(augmentation: Augmentation, n: int, *, seed: int) -> Draws:
 
 
 def cut(pixels: Tensor, boxes: Boxes, image_size: int) -> Tensor:
-    """Return each image's box, resized as in torchvision: uint8 (n, 3, height, width) to (n, 3, image_size, image_size), 0..255."""
+    """Resize each image's box as torchvision does: uint8 (n, 3, height, width) to (n, 3, image_size, image_size)."""
     return (cut_each if pixels.device.type == "cpu" else cut_all)(pixels, boxes, image_size)
 
 

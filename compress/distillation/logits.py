@@ -1,4 +1,4 @@
-"""Losses between a student's logits, its teacher's, and the targets. Each is a pure function that returns a mean over the batch.
+"""Losses between student's and teacher's logits and the targets. Each is a pure function, a mean over the batch.
 
 Logits are (batch, classes) of any float type; everything is computed in float32. Targets are labels (batch,) or, after
 mixup or CutMix, class probabilities (batch, classes). `dkd_loss` and `nkd_loss` need one target class and take the most
@@ -93,7 +93,7 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _decorrelation(a: Tensor, b: Tensor) -> Tensor:
-    """Return the mean over rows of 1 - Pearson's correlation, computed as a·b / (‖a‖‖b‖ + 1e-8) of the centred rows."""
+    """Return the mean over rows of 1 - Pearson's correlation, which is a·b / (‖a‖‖b‖ + 1e-8) of centred rows."""
     a, b = (rows - rows.mean(1, keepdim=True) for rows in (a, b))
     correlation: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)  # (rows,)
     return 1 - correlation.mean()

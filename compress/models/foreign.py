@@ -1,4 +1,4 @@
-"""Networks that other programs saved: ONNX files, transformers' folders, torch.export's archives. Runs no code of theirs."""
+"""Networks of other programs: ONNX files, transformers' folders, torch.export's archives. Runs no code in them."""
 
 import io
 import json

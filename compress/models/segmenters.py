@@ -1,4 +1,4 @@
-"""Segmentation networks: a pyramid of torchvision's parts, and segmentation-models-pytorch's. Logits have the images' size."""
+"""Segmentation networks: a pyramid of torchvision's parts, and segmentation-models-pytorch's."""
 
 from collections.abc import Sequence
 

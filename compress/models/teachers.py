@@ -82,7 +82,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def note_probabilities_(self, images: Tensor) -> None:
-        """Make members that return probabilities for these images (networks with a final softmax) return their logarithms."""
+        """Make members that return probabilities for these images (after a softmax) return their logarithms."""
         for member in self.members:
             assert isinstance(member, Member)
             outputs = member(images)

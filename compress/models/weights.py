@@ -21,7 +21,7 @@ from compress.models.known import suggestion
 from compress.models.structure import classifier, versioned
 
 State = dict[str, Tensor]
-# Keys under which training scripts save the state dict; the first one found is taken, so averages only where nothing else is.
+# Keys under which training scripts save the state dict; the first one found is taken, averages last.
 WRAPPERS = (
     "state_dict",
     "model_state_dict",
@@ -37,7 +37,7 @@ TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")  # of parallel, compiled, wrapped models
 # Heads only for training, which `build` leaves out; the counter of torch's weight averaging; losses with weights.
 TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.", "aux_classifier.", "n_averaged", "criterion.", "loss.", "loss_fn.")
-# Libraries whose objects checkpoints contain as settings and scores. They are replaced by dummies, so no code of theirs runs.
+# Libraries whose objects are settings and scores in checkpoints. Dummies replace them, so none of their code runs.
 SETTINGS = (
     "argparse",
     "collections",

@@ -133,7 +133,7 @@ def _write_float16(cfg: ExportStage, out: Path, run: Run) -> str:
 
 
 def _sign(path: Path, key: str) -> None:
-    """Add the artifact key of the last network's stage to the file's metadata: it covers settings, data and all stages before."""
+    """Add the last network's artifact key, which covers settings, data and earlier stages, to the file's metadata."""
     model = onnx.load(path)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     onnx.helper.set_model_props(model, metadata | {"recipe_digest": key})

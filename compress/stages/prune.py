@@ -188,7 +188,7 @@ def _accumulate_gradients_(model: nn.Module, cfg: PruneStage, run: Run) -> None:
 
 
 def _learn_sparsity(model: nn.Module, cfg: PruneStage, images: torch.Tensor, log: StageLog, run: Run) -> nn.Module:
-    """Train with DepGraph's group regularizer (Fang et al. 2023, eq. 7), which drives weights of unimportant channels to zero."""
+    """Train with DepGraph's group regularizer (Fang et al. 2023, eq. 7), which drives unimportant channels to 0."""
     assert cfg.sparsity is not None
     regularizer = tp.pruner.GroupNormPruner(
         model,

@@ -123,7 +123,7 @@ class _Qat:
         return prepared.eval(), changed
 
     def _best_trial(self, model: nn.Module, architecture: Architecture) -> Trial:
-        """Put the worst layers into float, 1, 2, 4 …, until the file holds `max_drop` in ONNX Runtime; return the best trial."""
+        """Put the worst 1, 2, 4 … layers into float until the file holds `max_drop` in ONNX Runtime; return the best trial."""
         run, target, max_drop = self.run, self.target, self.cfg.max_drop
         assert max_drop is not None
         damage = worst_first(model, run, images=self.cfg.calibration_images)

@@ -1,4 +1,4 @@
-"""The tasks that networks are trained for. To add one, write a file here and in `export/tasks/`, and a row in both tables."""
+"""The tasks of networks. To add one, write a file here and in `export/tasks/`, and a row in both tables."""
 
 from compress.tasks.classification import CLASSIFICATION
 from compress.tasks.detection import DETECTION

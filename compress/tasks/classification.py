@@ -14,7 +14,7 @@ from export.tasks.classification import CLASSIFICATION as OUTPUT
 def cross_entropy_loss(
     outputs: Tensor, truths: Tensor, *, label_smoothing: float, weights: Tensor | None = None
 ) -> Tensor:
-    """Return the mean cross-entropy of logits (batch, classes) with labels (batch,), or with probabilities (batch, classes).
+    """Return the mean cross-entropy of logits (batch, classes) with labels (batch,) or probabilities (batch, classes).
 
     Images without a label do not count.
     """

@@ -83,7 +83,7 @@ def _centred(targets: Targets, found: dict[str, Tensor], anchors: list[Tensor]) 
 
 
 def rows(outputs: Tensor, truths: Tensor) -> Tensor:
-    """Return the logits of the chosen anchors: (anchors, classes + 1) for a softmax, (anchors · classes, 2) for sigmoids."""
+    """Return the chosen anchors' logits: (anchors, classes + 1) for a softmax, (anchors · classes, 2) for sigmoids."""
     logits = outputs[..., : -MOVES - READS][_chosen(outputs, truths)]
     if int(outputs[0, 0, -READS]) == SOFTMAX:
         return logits
@@ -92,7 +92,7 @@ def rows(outputs: Tensor, truths: Tensor) -> Tensor:
 
 
 def truth_rows(outputs: Tensor, truths: Tensor) -> Tensor:
-    """Return the truth of each of those rows: the class, 0 for background; for sigmoids 1 where the row's class is right."""
+    """Return those rows' truths: the class, 0 for background; for sigmoids 1 where the row's class is right."""
     labels = torch.cat([_labels(image, boxes) for image, boxes in zip(outputs, truths, strict=True)])
     labels = labels[_chosen(outputs, truths).flatten()]
     if int(outputs[0, 0, -READS]) == SOFTMAX:

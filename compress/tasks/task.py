@@ -29,7 +29,7 @@ class Task:
     write: Callable[[Dataset, Path], int]
     """Write the validation images and their truths as a folder that `export.tasks` reads; return the number of images."""
     loss: Callable[..., Tensor]
-    """(outputs, truths, label_smoothing=) to (): the loss of plain training, a mean over images; weights= takes `class_weights`."""
+    """(outputs, truths, label_smoothing=, weights=) to (): plain training's loss, a mean over images."""
     rows: Callable[[Tensor, Tensor], Tensor]
     """(outputs, truths) to logits (rows, classes), which losses between logits compare."""
     truth_rows: Callable[[Tensor, Tensor], Tensor]
@@ -39,7 +39,7 @@ class Task:
     smooths: bool = True
     """Whether the loss allows label smoothing."""
     class_weights: Callable[[ImageSet, int], Tensor] | None = None
-    """(training images, number of classes) to weights (classes,) that balance the classes; None where the loss takes none."""
+    """(training images, number of classes) to weights (classes,) for the loss; None where it takes none."""
 
 
 def inverse_frequency(counts: Tensor) -> Tensor:

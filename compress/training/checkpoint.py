@@ -17,7 +17,7 @@ Snapshot = dict[str, Any]
 
 @dataclass
 class Progress:
-    """A training's progress and events; `best` is the score of `best_epoch`, the last to gain more than `stop.min_delta`."""
+    """A training's progress and events; `best` is the score of `best_epoch`, the last gain above `min_delta`."""
 
     epoch: int = 0  # epochs done
     seconds: float = 0.0

@@ -59,7 +59,7 @@ class Loop:
 
 
 def learning_rate(settings: Fit, step: int, steps_per_epoch: int) -> float:
-    """Return a step's rate: linear warm-up, then `gamma` at each milestone or a cosine to 0 (Loshchilov & Hutter 2017, eq. 5)."""
+    """Return a step's rate: linear warm-up, then milestones or a cosine to 0 (Loshchilov & Hutter 2017, eq. 5)."""
     warm_up, total = settings.warmup_epochs * steps_per_epoch, settings.epochs * steps_per_epoch
     if step < warm_up:
         return settings.lr * min((step + 1) / warm_up, 1.0)
@@ -145,7 +145,7 @@ class _Training:
     state: State
 
     def good_epoch(self, wrapped: nn.Module) -> dict[str, float]:
-        """Train and evaluate one epoch; after a measurement that is not finite, roll back and repeat it at half the rate."""
+        """Train and evaluate one epoch; where a measurement is not finite, roll back and repeat at half the rate."""
         loop, progress, good = self.loop, self.state.progress, self.state.snapshot()
         while True:
             measurements = self.within_memory(lambda: self.epoch(wrapped), good)

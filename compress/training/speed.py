@@ -135,7 +135,7 @@ def count_threads(limit: int, usual: int, run_step: Callable[[], None]) -> int:
 def fastest(
     choices: Sequence[Choice], trial: Callable[[Choice], None], clock: Callable[[], float]
 ) -> tuple[Choice, dict[Choice, float]]:
-    """Time the choices in turns; return the fastest, or the first if none gains enough on it, and rank 0's seconds of each."""
+    """Time the choices in turns; return the fastest (the first unless GAIN is reached) and rank 0's seconds of each."""
     spans: dict[Choice, list[float]] = {choice: [] for choice in choices}
     for _ in range(1 + TURNS):
         for choice in choices:
