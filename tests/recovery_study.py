@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from compress.models.structure import classifier, width_cost
 from compress.pruning.blocks import Conditions
 from compress.pruning.costs import full_widths, measure_layers
-from compress.pruning.criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS
+from compress.pruning.criteria import NEEDS_COVARIANCES, NEEDS_GRADIENTS
 from compress.pruning.goals import Goal
 from compress.pruning.latency import Latency, open_latency
 from compress.pruning.plan import Cut, Options, choose, cut_, find_groups, find_options, smallest_widths
 from compress.pruning.reconstruction import Method, kept_outputs, number_outputs, reconstruct
-from compress.pruning.surgeon import second_moments
+from compress.pruning.surgeon import input_covariances
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import PruneStage
 from compress.run import Run, open_run
@@ -54,8 +54,8 @@ class Study:
         model, example = copy.deepcopy(self.whole), self.images[:1]
         if criterion in NEEDS_GRADIENTS:
             _accumulate_gradients_(model, PruneStage(stage="prune", keep_macs=0.5), self.run)
-        moments = second_moments(model, self.images[:256]) if criterion in NEEDS_MOMENTS else None
-        groups = find_groups(model, example, criterion, exclude=(classifier(model),), moments=moments)
+        covariances = input_covariances(model, self.images[:256]) if criterion in NEEDS_COVARIANCES else None
+        groups = find_groups(model, example, criterion, exclude=(classifier(model),), covariances=covariances)
         smallest = smallest_widths(groups, 0.1)
         layers = measure_layers(model, example)
         return find_options(groups, layers, scope="global", round_to=8, min_channels=smallest)

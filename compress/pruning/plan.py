@@ -144,7 +144,7 @@ def find_groups(
     criterion: str,
     *,
     exclude: Sequence[str],
-    moments: Mapping[nn.Module, Tensor] | None = None,
+    covariances: Mapping[nn.Module, Tensor] | None = None,
 ) -> list[ChannelGroup]:
     """Return every group that can be cut, with its channels' scores.
 
@@ -160,7 +160,7 @@ def find_groups(
     for group in graph.get_all_groups(ignored_layers=kept):
         if graph.reaches_wall(group) or any(len(item.idxs) % len(group[0].idxs) for item in group.items):
             continue
-        scores = None if moments is None else surgeon_scores(group, moments)
+        scores = None if covariances is None else surgeon_scores(group, covariances)
         if scores is None:
             scores = score(group, criterion)
         if scores is not None:

@@ -192,7 +192,7 @@ def _sample(
         flat = output.reshape(count, -1, output.shape[-1]) if linear else output.permute(0, 2, 3, 1).flatten(1, 2)
         if name not in samples:
             generator = torch.Generator().manual_seed(order.index(name))
-            positions = sample_positions(len(images), flat.shape[1], generator).to(output.device)
+            positions = _positions(len(images), flat.shape[1], generator).to(output.device)
             samples[name] = Sample(positions, flat.shape[1] if linear else output.shape[-1], [], norms.get(name))
         positions = samples[name].positions[start : start + count]
         rows = flat[torch.arange(count, device=output.device)[:, None], positions].flatten(0, 1)
@@ -213,9 +213,9 @@ def _sample(
     return samples
 
 
-def sample_positions(images: int, size: int, generator: torch.Generator, *, rows: int = ROWS) -> Tensor:
+def _positions(images: int, size: int, generator: torch.Generator) -> Tensor:
     """Return random positions (images, p) below `size`, one from each of p equal parts of the map."""
-    count = min(size, -(-rows // images))
+    count = min(size, -(-ROWS // images))
     draws = (torch.arange(count) + torch.rand(images, count, generator=generator)) * (size / count)
     return draws.long().clamp(max=size - 1)
 

@@ -20,12 +20,12 @@ from compress.models.saved import example_images, read_architecture, save_networ
 from compress.models.structure import classifier, width_cost
 from compress.pruning.branches import find_branches
 from compress.pruning.costs import measure_layers
-from compress.pruning.criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS
+from compress.pruning.criteria import NEEDS_COVARIANCES, NEEDS_GRADIENTS
 from compress.pruning.goals import METRICS, UNITS, Goal
 from compress.pruning.latency import Attempt, Latency, open_latency
 from compress.pruning.plan import Cut, Options, choose, cut_, find_groups, find_options, smallest_widths, widths
 from compress.pruning.reconstruction import JUDGED, kept_outputs, number_outputs, reconstruct
-from compress.pruning.surgeon import second_moments
+from compress.pruning.surgeon import input_covariances
 from compress.ranks import first_decides
 from compress.recipe.arguments import goal_of
 from compress.recipe.losses import KD_ONLY
@@ -97,11 +97,13 @@ class _Planner:
         torch.manual_seed(self.run.recipe.seed)
         if self.cfg.criterion in NEEDS_GRADIENTS:
             _accumulate_gradients_(model, self.cfg, self.run)
-        moments = None
-        if self.cfg.criterion in NEEDS_MOMENTS:
+        covariances = None
+        if self.cfg.criterion in NEEDS_COVARIANCES:
             batches = self.run.calibration(self.cfg.score_images)
-            moments = second_moments(model.eval(), torch.cat([batch.images for batch in batches]))
-        groups = find_groups(model, images, self.cfg.criterion, exclude=_excluded(model, self.cfg), moments=moments)
+            covariances = input_covariances(model.eval(), torch.cat([batch.images for batch in batches]))
+        groups = find_groups(
+            model, images, self.cfg.criterion, exclude=_excluded(model, self.cfg), covariances=covariances
+        )
         options = find_options(
             groups,
             measure_layers(model, images),
