@@ -159,7 +159,7 @@ def test_the_page_shows_examples_and_what_an_image_takes_from_file_to_answer(roo
     page = (root / "report" / "index.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 16
     assert "From file to prediction" in page
-    assert "detections that both have: same class, overlap of 0.9, scores within 0.02" in page
+    assert "detections in common: same class, overlap of 0.9, scores within 0.02" in page
     assert "AP of each class" in page
     assert "Confusion matrix" not in page  # a detector's mistakes are no other class
     assert "top-1" not in page.lower()

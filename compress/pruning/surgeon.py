@@ -1,10 +1,10 @@
-"""Importance by the error that is left once the other channels make up for a removed one: the optimal brain surgeon, for whole channels.
+"""Importance as the error that remains once the other channels make up for a removed one: the optimal brain surgeon, for whole channels.
 
-Where weights W (outputs, d) read inputs with covariance H (d, d), the best correction for the loss of the inputs B leaves the squared error
-tr(W_B [H⁻¹]_BB⁻¹ W_Bᵀ), and the other weights and H⁻¹ after it are known in closed form (Hassibi & Stork 1993, eq. 5; for sets of inputs
-Frantar & Alistarh 2022, OBC, eq. 5 and 6; for channels Kurtić et al. 2023, ZipLM, eq. 3 and 4). Here H is that of a convolution's input
-channels, the same at each place of its kernel, whose weights count as further outputs: H over channels and places ranks no better, at
-twelve times the cost (docs/decisions.md).
+If weights W (outputs, d) read inputs with covariance H (d, d) and lose the inputs B, the best correction leaves the squared error
+tr(W_B [H⁻¹]_BB⁻¹ W_Bᵀ), and the corrected weights and H⁻¹ are known in closed form (Hassibi & Stork 1993, eq. 5; for sets of inputs
+Frantar & Alistarh 2022, OBC, eq. 5 and 6; for channels Kurtić et al. 2023, ZipLM, eq. 3 and 4). Here H covers a convolution's input
+channels only; the weights at each place of the kernel count as further outputs. H over channels and places ranks no better, at twelve
+times the cost (docs/decisions.md).
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,17 +19,17 @@ from compress.pruning.costs import is_output_cut
 from compress.pruning.least_squares import SOLVED
 
 RIDGE = 1e-2  # of the inputs' mean square
-ROWS = 64  # positions that are taken of each image
-MAX_CHANNELS = 8192  # of a layer whose covariance is kept: 256 MB
-STEPS = 32  # in which a group's channels leave; the errors are computed anew after each
-CHUNK = 32  # images that the network sees at a time
+ROWS = 64  # positions per image
+MAX_CHANNELS = 8192  # of a layer: its covariance takes 256 MB
+STEPS = 32  # in which a group's channels are removed; the errors are computed anew after each
+CHUNK = 32  # images per forward pass
 
 
 @torch.no_grad()
 def input_covariances(model: nn.Module, images: Tensor) -> dict[nn.Module, Tensor]:
-    """Return the covariance (channels, channels) of what each layer without groups reads, at random positions of the images (n, 3, s, s).
+    """Return the inputs' covariance (channels, channels) of each layer without groups, at random positions of the images (n, 3, s, s).
 
-    Raises CompressError where inputs are not finite.
+    Raises CompressError if inputs are not finite.
     """
     sums: dict[nn.Module, tuple[Tensor, Tensor, int]] = {}
     generator = torch.Generator().manual_seed(0)
@@ -61,7 +61,7 @@ def input_covariances(model: nn.Module, images: Tensor) -> dict[nn.Module, Tenso
 
 
 def _weight(layer: SOLVED) -> Tensor | None:
-    """Return the weights as (outputs * kernel, inputs); None of a layer whose inputs are many, or do not reach all outputs."""
+    """Return the weights as (outputs * kernel, inputs); None for a grouped layer or more than MAX_CHANNELS inputs."""
     if getattr(layer, "groups", 1) > 1:
         return None
     weight = layer.weight.detach().movedim(0 if isinstance(layer, nn.ConvTranspose2d) else 1, -1).flatten(0, -2)
@@ -70,15 +70,15 @@ def _weight(layer: SOLVED) -> Tensor | None:
 
 @dataclass
 class Reader:
-    """A layer that reads a group's channels, with those that are left."""
+    """A layer that reads a group's channels, with the weights of those that remain."""
 
     weight: Tensor  # (outputs, d)
     inverse: Tensor  # (d, d), of the inputs' covariance
-    energy: float  # of its outputs
-    columns: Mapping[int, Tensor]  # the inputs that are a channel of the group
+    energy: float  # the outputs' variance, summed
+    columns: Mapping[int, Tensor]  # the inputs of each channel of the group
 
     def errors(self, channels: list[int]) -> Tensor:
-        """Return the fraction of the outputs' energy that is lost without each of the channels, (channels,)."""
+        """Return the fraction of the outputs' energy that each channel's removal costs, (channels,)."""
         columns = torch.stack([self.columns[channel] for channel in channels])  # (channels, b)
         blocks = self.inverse[columns[:, :, None], columns[:, None, :]]  # (channels, b, b)
         weights = self.weight[:, columns].permute(1, 2, 0)  # (channels, b, outputs)
@@ -86,7 +86,7 @@ class Reader:
         return (weights * solved).sum((1, 2)) / self.energy
 
     def remove_(self, channels: list[int]) -> None:
-        """Take channels away, and let the others make up for them."""
+        """Remove channels, and let the others make up for them."""
         gone = torch.cat([self.columns[channel] for channel in channels])
         solved = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])  # (b, d)
         self.weight -= self.weight[:, gone] @ solved
@@ -95,9 +95,9 @@ class Reader:
 
 @torch.no_grad()
 def surgeon_scores(group: Group, covariances: Mapping[nn.Module, Tensor]) -> Tensor | None:
-    """Return the error that the layers behind are left with once each channel and all less important ones are gone, float32 (channels,).
+    """Return the remaining error of the layers behind without each channel and all less important ones, float32 (channels,).
 
-    None where no layer whose inputs' covariance is known reads the group.
+    None if no reader of the group has a known covariance.
     """
     readers = list(_readers(group, covariances))
     if not readers:

@@ -1,4 +1,4 @@
-"""Find images with any number of labels each, which a labels.csv beside them names. docs/images.md holds the rules."""
+"""List images with any number of labels each, from a labels.csv beside them. docs/images.md has the rules."""
 
 import csv
 import os
@@ -16,14 +16,14 @@ from export.images.preprocess import Preprocess
 from export.images.read import Examples, content_of, match, read_pixels
 
 TABLE = "labels.csv"
-FILE, LABELS = "file", "labels"  # the columns of its first line, where there is no column for each class
+FILE, LABELS = "file", "labels"  # the first line, unless each class has a column
 
 
 @dataclass(frozen=True)
 class TableListing:
-    """The images of a folder data set, each with the table that names it, in the order of their paths, and all `labels` by image.
+    """The images of a folder data set, sorted, each with its table, and all `labels` by image.
 
-    `val` is None where the folder brings no validation set.
+    `val` is None without a validation split.
     """
 
     root: Path
@@ -33,7 +33,7 @@ class TableListing:
     labels: Mapping[str, tuple[str, ...]]
 
     def place(self, part: str) -> str:
-        """Say where the images of a part of the data belong."""
+        """Say where the images of a split belong."""
         return f"{self.root / part}/, with {self.root / part / TABLE}"
 
     def names(self) -> list[str]:
@@ -41,7 +41,7 @@ class TableListing:
         return sorted({name for pair in self.train + (self.val or ()) for name in pair})
 
     def truths(self, files: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
-        """Return 1 for each label that a listed file has, else 0, (n, classes)."""
+        """Return 1 for each label of a listed file, else 0, (n, classes)."""
         rows = [[name in self.labels[path] for name in self.classes] for path, _ in files]
         return np.array(rows, np.float32).reshape(-1, len(self.classes))
 
@@ -49,7 +49,7 @@ class TableListing:
 def list_table(root: Path) -> TableListing:
     """List a folder with one labels.csv, or with one in train/ and one in val/.
 
-    Raises DataError for tables that cannot be used, for images that are not there or in no table, and for labels that training lacks.
+    Raises DataError for unusable tables, for missing images or rows, and for labels that no training image has.
     """
     check_folder(root)
     splits = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
@@ -86,7 +86,7 @@ def list_table(root: Path) -> TableListing:
 
 
 def _split(paths: list[str]) -> tuple[list[str], list[str] | None]:
-    """Return the training images and those of the validation split, None where the images are not all in folders of a split."""
+    """Return the training images and those of the validation split; None unless all images lie in split folders."""
     parts = {path: path.partition("/")[0].lower() for path in paths}
     if not set(parts.values()) <= {TRAIN, *VAL_NAMES}:
         return paths, None
@@ -96,7 +96,7 @@ def _split(paths: list[str]) -> tuple[list[str], list[str] | None]:
 
 
 def _read(root: Path, table: Path) -> tuple[tuple[str, ...] | None, dict[str, tuple[str, ...]]]:
-    """Return a table's classes, None where it has no column for each, and each image's labels, by its path relative to the root."""
+    """Return a table's classes, None unless each has a column, and each image's labels, by its path relative to the root."""
     try:
         header, *lines = csv.reader(table.read_text(encoding="utf-8-sig").splitlines(), strict=True)
     except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
@@ -127,22 +127,22 @@ def _read(root: Path, table: Path) -> tuple[tuple[str, ...] | None, dict[str, tu
 
 
 def _check_images(root: Path, table: Path, found: Mapping[str, object]) -> None:
-    """Raise DataError unless a table names the images beside it, all of them and no others."""
+    """Raise DataError unless a table lists exactly the images beside it."""
     images = {os.path.normpath(name) for name in images_in(root, table.parent)}
     if gone := [path for path in found if path not in images]:
-        raise DataError(f"{table}: {count(gone, 'image')} not there: {first(gone)}: add them, or remove their rows")
+        raise DataError(f"{table}: {count(gone, 'image')} missing: {first(gone)}: add them, or remove their rows")
     if alone := sorted(images - found.keys()):
         raise DataError(
             f"{table}: {len(alone):,} of {len(images):,} images have no row: {first(alone)}: add rows, empty where an image has no label"
         )
     if not images:
-        raise DataError(f"{table}: names no image: add some")
+        raise DataError(f"{table}: lists no image: add some")
 
 
 def table_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
-    """Find the images of a folder (of its validation split, where it has one) with their labels; classes match `labels` by name.
+    """Return the labelled images of a folder, or of its validation split if it has one; classes match `labels` by name.
 
-    Raises DataError for data that do not fit.
+    Raises DataError if the data do not fit.
     """
     require_pillow(data)
     listing = list_table(data)

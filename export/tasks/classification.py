@@ -176,7 +176,7 @@ def softmax(logits: Array) -> Array:
 
 CLASSIFICATION = OutputTask(
     name="classification",
-    metric=Metric("top1", "top-1", "images that both give the same label"),
+    metric=Metric("top1", "top-1", "images for which both predict the same class"),
     output_shape=output_shape,
     check_output=check_output,
     truths=truths,

@@ -31,7 +31,7 @@ SAME_PLACE, SAME_SCORE = (
     0.9,
     0.02,
 )  # two detections agree with at least this overlap and at most this difference of scores
-ALIKE = f"detections that both have: same class, overlap of {SAME_PLACE}, scores within {SAME_SCORE}"
+ALIKE = f"detections in common: same class, overlap of {SAME_PLACE}, scores within {SAME_SCORE}"
 EVERY = 7  # every seventh anchor is used for the divergence of two files
 MOST_TRUTHS = 1000  # boxes in a golden image
 DRAWN = 500  # resamples of a comparison; each sums over every detection, so fewer than elsewhere

@@ -1,7 +1,7 @@
-"""Multi-label: any number of labels for each image, each predicted by itself. A prediction is each class's probability, the sigmoid of its logit.
+"""Multi-label: any number of labels for each image. A prediction is each class's probability, the sigmoid of its logit.
 
-A row is an image's truths and its probabilities, which is all that the average precision of any set of images needs. The score is the mean over
-classes of average precision, the area below precision over recall without interpolation (scikit-learn's average_precision_score, macro).
+A row holds an image's true labels and probabilities. The score is the mean over classes of average precision, the area below precision over
+recall without interpolation (scikit-learn's average_precision_score, macro).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,12 +15,12 @@ from export.tasks.classification import as_they_are, check_output, output_shape
 from export.tasks.paired import ALPHA, detectable_gain, detectable_loss, resamples, two_sided
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
 
-THRESHOLD = 0.5  # the probability from which a label is given
-SHUFFLES = 199  # of the truths, that tell what a file scores which ignores the images
+THRESHOLD = 0.5  # a label is predicted from this probability on
+SHUFFLES = 199  # of the true labels, for the score of a file that ignores the images
 
 
 def truths(values: Sequence[Any], output: tuple[int, ...]) -> Array:
-    """Return 1 for each label that an image has, else 0, float32 (n, classes)."""
+    """Return 1 for each label of an image, else 0, float32 (n, classes)."""
     found = np.zeros((len(values), output[0]), np.float32)
     for row, labels in zip(found, values, strict=True):
         if not isinstance(labels, list) or not all(type(one) is int and 0 <= one < output[0] for one in labels):
@@ -38,13 +38,13 @@ def truths_json(truths: Array) -> Sequence[Sequence[int]]:
 
 
 def decode(outputs: Array) -> Array:
-    """Return each class's probability (n, classes); what is no number has none."""
+    """Return each class's probability (n, classes); 0 if the logit is not a number."""
     logits = np.nan_to_num(outputs.astype(np.float64), nan=-np.inf).clip(-500, 500)
     return np.asarray(1 / (1 + np.exp(-logits)))
 
 
 def statistics(answers: Array, truths: Array, _output: tuple[int, ...]) -> Array:
-    """Return truths and probabilities side by side, (n, 2 classes)."""
+    """Return true labels and probabilities side by side, (n, 2 classes)."""
     return np.concatenate([truths, answers], axis=1).astype(np.float64)
 
 
@@ -54,14 +54,14 @@ def _parts(rows: Array) -> tuple[Array, Array]:
 
 
 class Ranking(NamedTuple):
-    """Images by each class's probability, the likeliest first, (n, classes): which image, whether it has the label, the last that is as likely."""
+    """Images ranked by each class's probability, (n, classes): the image, whether it has the label, the last rank with the same probability."""
 
     image: Array
     right: Array
     last: Array
 
     def precision(self, weights: Array) -> Array:
-        """Return each class's average precision where images count as often as `weights` (n,) says; not a number without a label."""
+        """Return each class's average precision if image i counts `weights[i]` times, (classes,); NaN for a class without labels."""
         times = weights[self.image]
         hits = np.cumsum(self.right * times, axis=0)
         at = np.take_along_axis(hits / np.maximum(np.cumsum(times, axis=0), 1), self.last, axis=0)
@@ -81,12 +81,12 @@ def ranking(rows: Array) -> Ranking:
 
 
 def average_precision(rows: Array) -> Array:
-    """Return each class's average precision (classes,), not a number for one without a label."""
+    """Return each class's average precision (classes,), NaN for a class without labels."""
     return ranking(rows).precision(np.ones(len(rows)))
 
 
 def total(rows: Array) -> float:
-    """Return the mean average precision of the classes that have a label, 0 where there is none."""
+    """Return the mean average precision of the classes with labels, 0 if there are none."""
     return _mean(average_precision(rows))
 
 
@@ -95,7 +95,7 @@ def _mean(found: Array) -> float:
 
 
 def by_chance(rows: Array) -> tuple[float, float]:
-    """Return the score that these probabilities have of shuffled truths, near the mean prevalence, and how often it is as good as theirs."""
+    """Return the mean score against shuffled true labels, near the mean prevalence, and the p-value of the actual score."""
     known, random = ranking(rows), np.random.default_rng(0)
     true, ones = _parts(rows)[0], np.ones(len(rows))
     shuffled = [
@@ -107,7 +107,7 @@ def by_chance(rows: Array) -> tuple[float, float]:
 
 
 def further(rows: Array) -> Mapping[str, float | None]:
-    """Return F1 of all labels together, and the fraction of images whose labels are all right."""
+    """Return F1 over all labels, and the fraction of images with all labels right."""
     true, given = _parts(rows)[0] > 0, _parts(rows)[1] >= THRESHOLD
     named = true.sum() + given.sum()
     return {
@@ -117,7 +117,7 @@ def further(rows: Array) -> Mapping[str, float | None]:
 
 
 def by_class(rows: Mapping[str, Array], labels: Sequence[str], _confused: Collection[str]) -> Classes:
-    """Return how many images of each class the files give its label, and how many labels they give."""
+    """Return each class's number of right labels and of predicted labels, by file."""
     files = {}
     for name, found in rows.items():
         true, given = _parts(found)[0] > 0, _parts(found)[1] >= THRESHOLD
@@ -133,12 +133,12 @@ def by_class(rows: Mapping[str, Array], labels: Sequence[str], _confused: Collec
 
 
 def agreement(answers: Array, others: Array) -> Array:
-    """Return the fraction of labels that both give or leave out alike, (n,)."""
+    """Return the fraction of labels on which both agree, (n,)."""
     return np.asarray(((answers >= THRESHOLD) == (others >= THRESHOLD)).mean(axis=1))
 
 
 def divergence(outputs: Array, reference: Array) -> Array:
-    """Return the mean over classes of the Kullback-Leibler divergence in nats of a label and no label from the reference's, (n,)."""
+    """Return the Kullback-Leibler divergence in nats of each label's probability from the reference's, mean over classes, (n,)."""
     true, found = (np.clip(decode(part), 1e-9, 1 - 1e-9) for part in (reference, outputs))
     apart = true * np.log(true / found) + (1 - true) * np.log((1 - true) / (1 - found))
     return np.asarray(apart.mean(axis=1))
@@ -150,14 +150,12 @@ def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
     weights = (np.bincount(drawn, minlength=images).astype(float) for drawn in resamples(images))
     was, is_now = ranking(before), ranking(now)
     gains = np.array([is_now.precision(one) - was.precision(one) for one in weights])  # (resamples, classes)
-    of_all, of_class = (
-        np.array([_mean(one) for one in gains]),
-        np.nan_to_num(gains),
-    )  # a class may be in none that was drawn
+    of_all = np.array([_mean(one) for one in gains])
+    of_class = np.nan_to_num(gains)  # a resample may lack a class
     before_of, now_of = average_precision(before), average_precision(now)
     loss = np.nan_to_num(before_of - now_of)
     worse = sorted((index for index in range(len(labels)) if loss[index] > 0), key=lambda index: -loss[index])
-    # ALPHA is shared among all classes (Bonferroni).
+    # ALPHA is divided among all classes (Bonferroni).
     surely = [index for index in worse if two_sided(of_class[:, index]) < ALPHA / len(labels)]
     words = {index: f"{labels[index]} (AP {before_of[index]:.2%} to {now_of[index]:.2%})" for index in worse}
     given = [_parts(rows)[1] >= THRESHOLD for rows in (before, now)]
@@ -169,19 +167,19 @@ def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
         p_value=p_value,
         changed=changed,
         detectable=detectable_gain(of_all) or detectable_loss(images, 0.0),
-        counts=f"{changed:.2%} of {images} images labelled in another way, p = {p_value:.2g}",
+        counts=f"{changed:.2%} of {images} images labelled differently, p = {p_value:.2g}",
         lost=tuple(words[index] for index in surely),
         worse=tuple(words[index] for index in worse),
     )
 
 
 def truth_text(row: Array, labels: Sequence[str]) -> str:
-    """Return the image's labels."""
+    """Return the names of the image's labels."""
     return ", ".join(label for label, true in zip(labels, row, strict=False) if true) or "nothing"
 
 
 def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
-    """Return the labels that are given, with their probabilities, the likeliest first."""
+    """Return the predicted labels with their probabilities, most probable first."""
     found = decode(output[None])[0]
     best = [index for index in np.argsort(-found, kind="stable")[:lines] if found[index] >= THRESHOLD]
     return ("label", "probability"), [(labels[index], float(found[index])) for index in best]
@@ -189,7 +187,7 @@ def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
 
 MULTILABEL = OutputTask(
     name="multilabel",
-    metric=Metric("macro_ap", "mAP", "labels that both give or leave out", counts_images=False),
+    metric=Metric("macro_ap", "mAP", "labels on which both agree", counts_images=False),
     output_shape=output_shape,
     check_output=check_output,
     truths=truths,

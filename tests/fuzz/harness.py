@@ -2,7 +2,7 @@
 
 Only a BundleError may come out, and Python may open nothing outside the bundle: an audit hook watches every file that is
 opened or listed, every link, every process and every connection. (What libraries open past Python the hook cannot see; so
-no session is opened here: ONNX Runtime meets foreign files in its guarded process only.)
+no session is opened here: ONNX Runtime meets foreign files in its sandbox only.)
 """
 
 import json

@@ -2,7 +2,7 @@
 
 Each input is one file of a bundle, whose number its first byte gives; the corpus begins with the legal files. A crash, a
 read outside the bundle, ten seconds or two gigabytes for one input end the loop, and the input is kept in the folder.
-First `--models` damaged models go through the guarded process, ONNX Runtime included, and what comes out sound is held
+First `--models` damaged models go through the sandbox, ONNX Runtime included, and what comes out sound is held
 against the bundle's promises; none may end this one.
 """
 
@@ -50,7 +50,7 @@ def fuzz(template: Template, corpus: Path, *, runs: int, seconds: int) -> None:
 
 
 def fuzz_models(template: Template, folder: Path, count: int) -> Counter[str]:
-    """Return what the guarded process makes of `count` damaged models, and what is amiss with the sound ones."""
+    """Return what the sandbox makes of `count` damaged models, and what is amiss with the sound ones."""
     found: Counter[str] = Counter()
     bundle = read_bundle(template.folder)
     generator = random.Random(0)
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make fuzz", description=main.__doc__)
     parser.add_argument("--runs", type=int, default=100_000, help="inputs for the readers")
     parser.add_argument("--seconds", type=int, default=600, help="the most time for them")
-    parser.add_argument("--models", type=int, default=500, help="damaged models for the guarded process")
+    parser.add_argument("--models", type=int, default=500, help="damaged models for the sandbox")
     parser.add_argument(
         "--keep", type=Path, default=Path(".elsewhere/fuzz/findings"), help="where inputs that break are kept"
     )
@@ -110,7 +110,7 @@ def main() -> None:
         started = time.monotonic()
         found = fuzz_models(template, Path(folder), arguments.models)
         took = time.monotonic() - started
-        sys.stdout.write(f"{arguments.models} damaged models in the guarded process, {took:.0f} s: {dict(found)}\n")
+        sys.stdout.write(f"{arguments.models} damaged models in the sandbox, {took:.0f} s: {dict(found)}\n")
         sys.stdout.flush()
         fuzz(template, corpus, runs=arguments.runs, seconds=arguments.seconds)
 

@@ -32,7 +32,7 @@ NO_LATENCY = Limits(max_latency_ratio=None)
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guarded process costs a second each time; the files are our own."""
+    """The sandbox costs a second each time; the files are our own."""
     monkeypatch.setattr("export.gate.subject.vet", inspect_here)
 
 

@@ -57,7 +57,7 @@ def test_one_table_has_a_column_for_each_class_and_folders_split(tmp_path: Path)
         ({"train": "file,cat,cat\na.png,1,0\n"}, r"each class's name once"),
         (
             {"train": "file,labels\na.png,cat\nb.png,\n"},
-            r"train/labels\.csv: 1 image not there: train/b\.png: add them",
+            r"train/labels\.csv: 1 image missing: train/b\.png: add them",
         ),
         (
             {"train": "file,labels\n"},
@@ -75,7 +75,7 @@ def test_one_table_has_a_column_for_each_class_and_folders_split(tmp_path: Path)
             {"train": "file,cat\na.png,1\n", "val": "file,dog\nv.png,1\n"},
             r"val/labels\.csv: its columns are not the 1 classes of .*train/labels\.csv: give both the same",
         ),
-        ({"train": "file,labels\n../val/v.png,cat\na.png,cat\n"}, r"1 image not there: val/v\.png"),
+        ({"train": "file,labels\n../val/v.png,cat\na.png,cat\n"}, r"1 image missing: val/v\.png"),
     ],
 )
 def test_what_is_no_table_of_the_images_is_refused(tmp_path: Path, tables: dict[str, str], message: str) -> None:

@@ -313,7 +313,7 @@ def test_parity_shows_agreement_with_its_exact_interval(tmp_path: Path) -> None:
     fact = facts(build_report(tmp_path, int8=build_int8()))["Agreement"]
     assert (fact.met, fact.value) == (None, "99.72\u00a0%")
     assert fact.note.replace("\u00a0", " ") == (
-        "images that both give the same label, beside the fake-quantized network: 360 images, exact 95 % interval 98.46 % to 99.99 %"
+        "images for which both predict the same class, beside the fake-quantized network: 360 images, exact 95 % interval 98.46 % to 99.99 %"
     )
 
 
