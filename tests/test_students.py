@@ -162,7 +162,9 @@ def test_a_mistake_in_a_student_names_its_place(tmp_path: Path, override: str, s
 
 
 def test_a_student_stands_right_behind_the_source(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"stages.2: student starts another network, so what prune made is lost"):
+    with pytest.raises(
+        RecipeError, match=r"stages.2: student starts another network, which discards the work of prune"
+    ):
         run_small(tmp_path, "stages.2={stage: student, arch: 'torchvision:resnet18'}")
 
 

@@ -98,9 +98,8 @@ def _arrays(scenes: Scenes, chosen: np.ndarray, preprocess: Preprocess) -> Array
     return ArrayImages(scenes.images[chosen], labels, placed=PlacedBoxes(torch.from_numpy(table_of(table))))
 
 
-def _stretched(settings: DataSettings, size: int) -> Preprocess:
-    """Return the preprocessing of whole images, stretched to a square."""
-    return Preprocess(size, size, settings.mean, settings.std, stretch=True)
+def _stretched(settings: DataSettings) -> Preprocess:
+    return Preprocess(settings.side, settings.side, settings.mean, settings.std, stretch=True)
 
 
 open_boxes = Planar("boxes", BoxListing, CLASSES[1:], _stretched, _files, _arrays).open

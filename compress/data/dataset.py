@@ -84,7 +84,7 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     unreadable or cannot be split.
     """
     name, files = settings.name, given(settings)
-    preprocess = _centred(settings)
+    preprocess = centred(settings)
     if name not in NAMED and files.listing is None:
         raise DataError(
             f"{name}: has no label per image, so it is not for {settings.task}: set another task or data set"
@@ -133,7 +133,7 @@ def open_unlabelled(settings: DataSettings, augmentation: Augmentation) -> Datas
         raise DataError(
             f"{settings.name}: has labels: leave out `task: unlabelled`, or give a folder of images (DATA=)"
         )
-    preprocess, listing = _centred(settings), files.listing
+    preprocess, listing = centred(settings), files.listing
     train, val = (
         from_files(listing.root, [(path, n) for n, (path, _) in enumerate(chosen)], skip_broken=settings.skip_broken)
         for chosen in split(listing.train, listing.val, settings)
@@ -145,7 +145,8 @@ def open_unlabelled(settings: DataSettings, augmentation: Augmentation) -> Datas
     return Dataset(settings.name, *images, (), preprocess, digest, files.digests, val)
 
 
-def _centred(settings: DataSettings) -> Preprocess:
+def centred(settings: DataSettings) -> Preprocess:
+    """Return the preprocessing that resizes the shorter side and crops the centre."""
     return Preprocess(settings.side, round(settings.side * settings.resize), settings.mean, settings.std)
 
 

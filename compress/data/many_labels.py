@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from compress.data.augment import Augmentation
-from compress.data.dataset import Dataset
+from compress.data.dataset import Dataset, centred
 from compress.data.digest import DataSettings
 from compress.data.images import ArrayImages, FileImages, readable
 from compress.data.planar import Planar
@@ -34,15 +34,11 @@ def _arrays(scenes: Scenes, chosen: np.ndarray, _preprocess: Preprocess) -> Arra
     return ArrayImages(scenes.images[chosen], labels)
 
 
-def _centred(settings: DataSettings, size: int) -> Preprocess:
-    return Preprocess(size, round(size * settings.resize), settings.mean, settings.std)
-
-
-TABLES = Planar("tables of labels", TableListing, CLASSES[1:], _centred, _files, _arrays, spoiled_by=())
+TABLES = Planar("tables of labels", TableListing, CLASSES[1:], centred, _files, _arrays, spoiled_by=())
 
 
 def open_tables(settings: DataSettings, augmentation: Augmentation) -> Dataset:
-    """Open a data set by name; its images' labels are float32 (n, classes). Raises DataError for a class that no training image has."""
+    """Open a data set by name, with labels float32 (n, classes); raise DataError for a class without training images."""
     found = TABLES.open(settings, augmentation)
     for name, having in zip(found.classes, found.train.labels.sum(0).tolist(), strict=True):
         if not having:
@@ -51,9 +47,9 @@ def open_tables(settings: DataSettings, augmentation: Augmentation) -> Dataset:
 
 
 def write_table(dataset: Dataset, folder: Path) -> int:
-    """Write the validation images and their labels as a folder that `list_table` reads, and return how many.
+    """Write the validation images and their labels as a folder that `list_table` reads; return the number of images.
 
-    Files are copied as they are. Raises DataError for a folder that is there already.
+    Files are copied as they are. Raises DataError where the folder exists.
     """
     images, rows = dataset.held_out, list[list[object]]()
     with new_folder(folder) as partial:

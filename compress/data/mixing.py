@@ -49,7 +49,10 @@ def draw_mixes(augmentation: Augmentation, n: int, *, image_size: int, seed: int
 def mix(
     images: Tensor, labels: Tensor, other_images: Tensor, other_labels: Tensor, mixes: Mixes, *, classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Return images (n, 3, s, s) mixed with their partners, and targets (n, classes); labels are (n,), or (n, classes) of 0 and 1."""
+    """Return images (n, 3, s, s) mixed with their partners, and targets (n, classes).
+
+    Labels are class numbers (n,), or 0 and 1 for each class (n, classes).
+    """
     own = _own_part(mixes, images.shape[-1], images.device)  # (n, 1, s, s)
     # The target of an image without a label (-1) is all zeros, which adds nothing to a loss on labels.
     targets, others = (

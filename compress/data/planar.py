@@ -1,4 +1,4 @@
-"""Open a data set whose truths are masks or boxes, which move with the images, or several labels for each image."""
+"""Open a data set whose truths are masks, boxes, or several labels for each image."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ Listing = TypeVar("Listing", MaskListing, BoxListing, TableListing)
 
 @dataclass(frozen=True)
 class Planar(Generic[Listing]):
-    """What differs between data sets with masks and with boxes; `truths` is the kind's name for messages."""
+    """What differs between data sets with masks, boxes and several labels; `truths` is the kind's name for messages."""
 
     truths: str
     listing: type[Listing]
     scene_classes: tuple[str, ...]
-    preprocess: Callable[[DataSettings, int], Preprocess]
+    preprocess: Callable[[DataSettings], Preprocess]
     from_files: Callable[[Listing, Sequence[tuple[str, str]], DataSettings, Preprocess], FileImages]
     from_scenes: Callable[[Scenes, np.ndarray, Preprocess], ArrayImages]
     spoiled_by: tuple[str, ...] = ("randaugment", "mixup", "cutmix")
-    """Random changes of the images that would not move the truths."""
+    """Random changes of images that would make the truths wrong."""
 
     def open(self, settings: DataSettings, augmentation: Augmentation) -> Dataset:
         """Open a data set by name, as `open_dataset` does for labels.
@@ -49,7 +49,7 @@ class Planar(Generic[Listing]):
         files = given(settings)
         if settings.unlabelled is not None:
             raise DataError("data.unlabelled: needs images with one label each: leave it out")
-        preprocess = self.preprocess(settings, settings.side)
+        preprocess = self.preprocess(settings)
         if isinstance(listing := files.listing, self.listing):
             train, val = (
                 self.from_files(listing, chosen, settings, preprocess)

@@ -72,7 +72,7 @@ def draw_scenes(difficulty: Difficulty, part: Part, *, size: int, seed: int) -> 
 
 
 def scene(difficulty: Difficulty, part: Part, *, size: int, seed: tuple[int, ...]) -> Scene:
-    """Draw one scene: a plain or soft two-coloured background, then coloured digits that hide at most a third of one another."""
+    """Draw one scene: a plain or two-coloured background, and digits that hide at most a third of one another."""
     random = np.random.default_rng(seed)
     canvas = np.full((size, size, 3), 0.1) if difficulty.plain else _background(random, size)
     mask = np.zeros((size, size), np.uint8)

@@ -1,12 +1,13 @@
 """Open a data set of images with masks, and write its validation images."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from compress.data.dataset import Dataset
+from compress.data.dataset import Dataset, centred
 from compress.data.digest import DataSettings
 from compress.data.images import ArrayImages, FileImages, readable
 from compress.data.placed import ArrayMasks, MaskFiles, mask_files
@@ -29,9 +30,8 @@ def _arrays(scenes: Scenes, chosen: np.ndarray, preprocess: Preprocess) -> Array
     return ArrayImages(scenes.images[chosen], labels, placed=ArrayMasks(scenes.masks[chosen], preprocess))
 
 
-def _centred(settings: DataSettings, size: int) -> Preprocess:
-    resized = round(size * settings.resize)
-    return Preprocess(size, resized, settings.mean, settings.std, ignore_index=settings.ignore_index)
+def _centred(settings: DataSettings) -> Preprocess:
+    return replace(centred(settings), ignore_index=settings.ignore_index)
 
 
 open_masks = Planar("masks", MaskListing, SCENE_CLASSES, _centred, _files, _arrays).open

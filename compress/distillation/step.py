@@ -70,7 +70,7 @@ LOSSES: Mapping[str, Loss] = {
     "pkd": Loss(features.pkd_loss, adapter=Match, maps_only=True),
     "review": Loss(features.review_loss, adapter=Review, maps_only=True),
 }
-EXCLUSIVE = ("dice", "dkd", "dist", "nkd")  # compare an image's classes, of which one is right
+EXCLUSIVE = ("dice", "dkd", "dist", "nkd")  # need exactly one right class for each row
 Teacher = Callable[[Batch], TeacherOutput]
 
 
@@ -174,9 +174,9 @@ def check_task(terms: Sequence[LossTerm], task: Task) -> None:
             raise CompressError(f"loss boxes: {task.output.name} predicts no boxes: leave it out")
         standardized = isinstance(term, LogitTerm) and term.standardize
         if not task.output.exclusive and (term.name in EXCLUSIVE or standardized):
-            what = f"{term.name} with standardize" if standardized else term.name
+            loss = f"{term.name} with standardize" if standardized else term.name
             raise CompressError(
-                f"loss {what}: compares an image's classes with one another, and in {task.output.name} each stands alone: take kd or mse"
+                f"loss {loss}: compares an image's classes, and in {task.output.name} they are independent: use kd or mse"
             )
         if isinstance(term, CrossEntropyTerm):
             check_smoothing(term.label_smoothing, task)

@@ -57,7 +57,7 @@ class Member(nn.Module):
 
 
 class Teacher(nn.Module):
-    """One teacher or several, whose logits are the mean of theirs: probabilities' geometric mean (Hinton 2015, section 2).
+    """One teacher or several, whose logits are averaged, a geometric mean of probabilities (Hinton 2015, section 2).
 
     Unlike a mean of probabilities it is the same ensemble at every temperature, so one cached number serves all losses.
     """

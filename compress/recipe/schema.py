@@ -350,7 +350,7 @@ class Recipe(Section):
             return self
         if not TASKS[self.task].exclusive:
             raise ValueError(
-                f"teaching.top_k: spreads the rest over the other classes, and in {self.task} each stands alone: leave it out"
+                f"teaching.top_k: needs classes that exclude each other, and in {self.task} they are independent: leave it out"
             )
         for stage, term in self._losses():
             if term.name == "mse" or getattr(term, "standardize", False):

@@ -186,7 +186,7 @@ class PruneStage(Section):
     min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Every layer keeps at least this fraction of its channels."""
     score_images: PositiveInt = 256
-    """Training images that `taylor` takes its gradients from, and `obs` the second moments of the layers' inputs."""
+    """Training images for `taylor`'s gradients, and for `obs`'s second moments of the layers' inputs."""
     sparsity: Sparsity | None = None
     """Sparsity learning before the cut; null has none."""
     exclude: tuple[str, ...] = ()

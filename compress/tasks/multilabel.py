@@ -1,4 +1,4 @@
-"""Multi-label: any number of labels for each image, binary cross-entropy with each."""
+"""Multi-label: any number of labels for each image, trained by binary cross-entropy."""
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from export.tasks.multilabel import MULTILABEL as OUTPUT
 def binary_cross_entropy_loss(
     outputs: Tensor, truths: Tensor, *, label_smoothing: float, weights: Tensor | None = None
 ) -> Tensor:
-    """Return the mean over batch and classes of the binary cross-entropy of logits with truths in [0, 1], (batch, classes) each.
+    """Return the mean binary cross-entropy of logits with truths in [0, 1], (batch, classes) each.
 
-    `weights` (classes,) are the factors of what a label loses where it is true.
+    `weights` (classes,) are the factors of true labels' losses.
     """
     smooth = truths * (1 - label_smoothing) + label_smoothing / 2
     return F.binary_cross_entropy_with_logits(outputs.float(), smooth, pos_weight=weights)
@@ -23,8 +23,8 @@ def binary_cross_entropy_loss(
 
 def rows(outputs: Tensor, _truths: Tensor) -> Tensor:
     """Return a row for each image and class, (batch · classes, 2): the softmax of (0, z) is the sigmoid of z."""
-    alone = outputs.flatten()
-    return torch.stack([torch.zeros_like(alone), alone], dim=1)
+    single = outputs.flatten()
+    return torch.stack([torch.zeros_like(single), single], dim=1)
 
 
 def truth_rows(_outputs: Tensor, truths: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def truth_rows(_outputs: Tensor, truths: Tensor) -> Tensor:
 
 
 def class_weights(images: ImageSet, _classes: int) -> Tensor:
-    """Return for each class how many images without it come on one that has it: with that factor both weigh the same."""
+    """Return each class's ratio of images without it to images with it, which gives both the same weight."""
     having = images.labels.sum(0)
     return (len(images) - having) / having
 
