@@ -42,7 +42,7 @@ FORMAT = 1  # of the cached views; raise it when views are drawn in another way
 PROBE_IMAGES = 32  # whose logits are computed again and compared each time a cache is opened
 # Largest RMS difference of the probe, in standard deviations of the logits: float16 and another GPU stay far below.
 MAX_DISTANCE = 0.05
-PATIENCE_S = 30.0  # expected to take longer, the cache logs each view as a note, else as a detail
+PATIENCE_S = 30.0  # where a cache is expected to take longer, each view is printed, else only logged
 
 
 @dataclass(frozen=True)
