@@ -30,8 +30,8 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
     files = files_in(exported)
     name, task = deployed(files, run.target), run.task.output
     with run.log(out, "bench") as log:
-        answers = score_files(files, as_numpy(run.validation()), task)
-        scores = accuracy(answers, reference="student_fp32")
+        scored = score_files(files, as_numpy(run.validation()), task)
+        scores = accuracy(scored, reference="student_fp32")
         _write_examples(
             out / EXAMPLES, [path for file, path in files.items() if file in (TEACHER, name)], exported, run
         )
@@ -63,7 +63,7 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
             "metric": metric_json(task.metric),
             "accuracy": scores,
             "classes": task.by_class(
-                {file: found.rows for file, found in answers.items()}, run.dataset.classes, (TEACHER, name, PTQ)
+                {file: found.rows for file, found in scored.items()}, run.dataset.classes, (TEACHER, name, PTQ)
             ),
             "timings": measured.timings,
             "end_to_end": whole,
