@@ -50,11 +50,10 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
         )
     found = json.loads((exported / "audit.json").read_text())[name]
     floats = {layer: found["reasons"].get(layer, "for no known reason") for layer in found["float_layers"]}
-    notes = (
-        [f"{name}: {len(floats)} layers run in float once optimized: {', '.join(sorted(set(floats.values())))}"]
-        if is_int8(name) and floats
-        else []
-    )
+    notes = []
+    if is_int8(name) and floats:
+        reasons = ", ".join(sorted(set(floats.values())))
+        notes.append(f"{name}: {len(floats)} layers run in float once optimized: {reasons}")
     if broken := sorted(run.dataset.val.broken):
         notes.append(f"validation images that cannot be read count in no score: {len(broken):,}, first {broken[0]}")
     write_json(

@@ -33,8 +33,7 @@ def apply(cfg: ExportStage, src: Path, out: Path, run: Run) -> Metrics:
         for name in _write_files(src, out, run, trained):
             _sign(out / f"{name}.onnx", read_meta(src).key)
             log.note(f"{name}.onnx")
-        notes = [note for note in (_write_float16(cfg, out, run),) if note]
-        for note in notes:
+        if note := _write_float16(cfg, out, run):
             log.note(note)
         files = files_in(out)
         name = deployed(files, run.target)
@@ -55,7 +54,7 @@ def apply(cfg: ExportStage, src: Path, out: Path, run: Run) -> Metrics:
     )
     write_json(out / "verify.json", {file: found.to_json() for file, found in parity.items()})
     write_json(out / "limits.json", over)
-    write_json(out / "notes.json", notes)
+    write_json(out / "notes.json", [note] if note else [])
     write_json(out / "preprocess.json", run.dataset.preprocess.to_json())
     _write_golden_images(out / "golden.npz", run, limit=cfg.golden_images)
     (out / VALIDATION).write_text("".join(f"{digest}\n" for digest in run.dataset.validation_digests()))
