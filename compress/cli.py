@@ -115,7 +115,7 @@ def run(
     ] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Run the recipe's missing stages, write the report, and check it against the targets."""
+    """Run the recipe's missing stages and report the result. Fail where a target is missed."""
     _quiet(verbose)
     settings: list[tuple[str, str | None]] = [("--set", override) for override in overrides or ()]
     settings += [("--data", data), ("--weights", weights), ("--out", out), ("--until", until)]
@@ -161,7 +161,7 @@ def check(
     data: DataPath = None,
     weights: Weights = None,
 ) -> None:
-    """Check recipes without running them, and list every mistake and what was checked."""
+    """List all mistakes in recipes, without running them."""
     from compress.commands.check import checked, mistakes
 
     wrong: list[str] = []
@@ -190,7 +190,7 @@ def plan(
     weights: Weights = None,
     out: Out = None,
 ) -> None:
-    """List the stages that would run and those that are cached, with the reasons."""
+    """List which stages are cached and which would run, and why."""
     resolved = read_recipe(recipe, overrides or (), data=data, weights=weights, out=out)
     from compress.data.digest import to_download
     from compress.pipeline import plan_recipe
@@ -234,7 +234,7 @@ def clean(
     run_folder: RunFolder,
     remove: Annotated[bool, typer.Option("--remove", help="Remove them; otherwise they are only listed.")] = False,
 ) -> None:
-    """List a run's stages that no report uses, and leftovers of killed runs; with --remove, delete them."""
+    """List a run's unused stages and leftovers, or remove them. No report uses these stages; killed runs left the rest."""
     from compress.commands import clean
 
     found = clean.remove(run_folder) if remove else clean.leftovers(run_folder)
@@ -270,7 +270,7 @@ def init(
     ),
     trust_code: TrustCode = False,
 ) -> None:
-    """Write a recipe for your checkpoint and images: recognize the network, read the folder, estimate a run's time."""
+    """Write a recipe for your checkpoint and your images. It names the network and estimates a run's time."""
     _quiet(verbose=False)
     from compress.commands.init import write_draft
 
@@ -287,7 +287,7 @@ def recipes(
         Path | None, typer.Option("-o", "--out", metavar="FILE", help="The new file; by default NAME.yaml here.")
     ] = None,
 ) -> None:
-    """List this package's recipes and their purposes, or copy one."""
+    """List this package's recipes, or copy one."""
     from compress.recipe import shipped
 
     if name is None:
@@ -315,7 +315,7 @@ def shards(
     to: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
     size_mb: Annotated[int, typer.Option("--size", min=1, metavar="MB", help="The size of a shard.")] = 500,
 ) -> None:
-    """Pack images into shards (tars) with an index; for a URL's shards, write only the index."""
+    """Pack images into shards (tars) with an index. For a URL's shards, write only the index."""
     from compress.commands.shards import write_shards
 
     _print(write_shards(data, to, size_mb=size_mb))
@@ -333,7 +333,7 @@ def publish(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="For hf://: list what would be sent.")] = False,
 ) -> None:
-    """Check a finished run's bundle and copy it, complete or not at all, to a folder or to Hugging Face's hub."""
+    """Check a run's bundle and copy it to a folder or a hub. It is copied completely or not at all."""
     from compress.report.bundling import publish
     from compress.report.hub import HUB, publish_to_hub
 
@@ -357,7 +357,7 @@ def compare(
     document: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers.")] = None,
     verbose: Tables = False,
 ) -> None:
-    """Compare runs or bundles: their measurements, and the differences of their recipes."""
+    """Compare the results and recipes of runs or bundles."""
     from compress.report.comparison.files import compare_folders
 
     compare_folders(folders, page=page, document=document, verbose=verbose)
@@ -379,7 +379,7 @@ def search(
     trust_code: TrustCode = False,
     verbose: Verbose = False,
 ) -> None:
-    """Try variants of a recipe until a budget is spent, and show the best trade-offs; the same command adds a worker."""
+    """Try variants of a recipe and show the best trade-offs. The same command, elsewhere, adds a worker."""
     from compress.commands.search.trial import open_setup
 
     setup = open_setup(file, data=data, weights=weights, out=out, trust_code=trust_code)
@@ -397,7 +397,7 @@ def search(
 def doctor(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of all runs.")] = Path("runs"),
 ) -> None:
-    """Check this machine: what is installed, what INT8 can gain here, and how to install what is missing."""
+    """Check this machine: its packages, and what INT8 can gain. Say how to install what is missing."""
     from compress.commands.doctor import examine
 
     raise typer.Exit(examine(out))
