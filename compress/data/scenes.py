@@ -55,7 +55,7 @@ class Difficulty:
 
 SCENES = {
     "scenes": Difficulty((2, 4), (0.3, 0.5), (0.45, 0.9), 0.03, train=800, val=200),
-    "scenes_plain": Difficulty((1, 3), (0.4, 0.5), (0.6, 0.9), 0.02, train=2000, val=400, plain=True),
+    "scenes_plain": Difficulty((1, 3), (0.4, 0.5), (0.6, 0.9), 0.02, train=3000, val=400, plain=True),
     "scenes_hard": Difficulty((3, 7), (0.18, 0.45), (0.2, 0.6), 0.08, train=800, val=200),
 }
 
