@@ -22,7 +22,7 @@ from export.tasks.average_precision import (
     statistics,
 )
 from export.tasks.boxes import BOX, LABEL, MOVES, NONE, READS, SCORE, SOFTMAX, decode, heads, overlap, probabilities
-from export.tasks.paired import ALPHA, detectable_gain, detectable_loss, resamples, two_sided
+from export.tasks.paired import compare_classes, resamples
 from export.tasks.suppression import with_suppression
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
 
@@ -154,32 +154,24 @@ def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
     """Compare by resampling images (Efron 1979): the score, and the average precision of single classes."""
     images = len(now)
     both = [{curve.label: curve for curve in curves(rows)} for rows in (before, now)]
-    names = sorted(both[1])
-    gains = np.empty((0, len(names)))
-    if names:
-        weights = (np.bincount(drawn, minlength=images).astype(float) for drawn in resamples(images)[:DRAWN])
-        gains = np.array(
-            [[both[1][name].precision(w).mean() - both[0][name].precision(w).mean() for name in names] for w in weights]
-        )
-    of_all = np.nan_to_num(np.nanmean(gains, axis=1)) if names else np.zeros(1)
-    was, is_now = ({name: values.mean() for name, values in average_precision(rows).items()} for rows in (before, now))
-    worse = sorted((name for name in names if is_now[name] < was[name]), key=lambda name: is_now[name] - was[name])
-    # ALPHA is divided among all classes (Bonferroni).
-    surely = [name for name in worse if two_sided(np.nan_to_num(gains[:, names.index(name)])) < ALPHA / len(names)]
-    words = {name: f"{labels[name]} (AP {was[name]:.2%} to {is_now[name]:.2%})" for name in worse}
-    p_value = two_sided(of_all)
-    low, high = np.percentile(of_all, [2.5, 97.5])
-    changed = float(np.mean(np.any(_outcome(before) != _outcome(now), axis=1)))
-    return Comparison(
-        images=images,
-        before=mean_average_precision(before),
-        now=mean_average_precision(now),
-        p_value=p_value,
-        changed=changed,
-        detectable=detectable_gain(of_all) or detectable_loss(images, 0.0),
-        counts=f"{changed:.2%} of {images} images with other objects found or missed, change {low:+.2%} to {high:+.2%} (95 %), p = {p_value:.2g}",
-        lost=tuple(words[name] for name in surely),
-        worse=tuple(words[name] for name in worse),
+    of_class = np.full((DRAWN, len(labels)), np.nan)
+    for row, drawn in zip(of_class, resamples(images), strict=False):
+        weights = np.bincount(drawn, minlength=images).astype(float)
+        for name, curve in both[1].items():
+            row[name] = curve.precision(weights).mean() - both[0][name].precision(weights).mean()
+    found = [average_precision(rows) for rows in (before, now)]
+    was, is_now = (
+        np.array([one[name].mean() if name in one else np.nan for name in range(len(labels))]) for one in found
+    )
+    return compare_classes(
+        labels,
+        totals=(mean_average_precision(before), mean_average_precision(now)),
+        gains=np.nan_to_num(np.nanmean(of_class, axis=1)) if both[1] else np.zeros(1),
+        of_class=of_class,
+        scores=(was, is_now),
+        measure="AP",
+        changed=np.any(_outcome(before) != _outcome(now), axis=1),
+        how="with other objects found or missed",
     )
 
 

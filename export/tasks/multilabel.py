@@ -12,11 +12,12 @@ import numpy as np
 from export.errors import BundleError
 from export.images.tables import list_table, table_examples
 from export.tasks.classification import as_they_are, check_output, output_shape
-from export.tasks.paired import ALPHA, detectable_gain, detectable_loss, resamples, two_sided
+from export.tasks.paired import compare_classes, resamples
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
 
 THRESHOLD = 0.5  # a label is predicted from this probability on
 SHUFFLES = 199  # of the true labels, for the score of a file that ignores the images
+ENOUGH = 5000  # images to shuffle for it, about
 
 
 def truths(values: Sequence[Any], output: tuple[int, ...]) -> Array:
@@ -96,6 +97,7 @@ def _mean(found: Array) -> float:
 
 def by_chance(rows: Array) -> tuple[float, float]:
     """Return the mean score against shuffled true labels, near the mean prevalence, and the p-value of the actual score."""
+    rows = rows[:: 1 + len(rows) // ENOUGH]
     known, random = ranking(rows), np.random.default_rng(0)
     true, ones = _parts(rows)[0], np.ones(len(rows))
     shuffled = [
@@ -149,27 +151,17 @@ def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
     images = len(now)
     weights = (np.bincount(drawn, minlength=images).astype(float) for drawn in resamples(images))
     was, is_now = ranking(before), ranking(now)
-    gains = np.array([is_now.precision(one) - was.precision(one) for one in weights])  # (resamples, classes)
-    of_all = np.array([_mean(one) for one in gains])
-    of_class = np.nan_to_num(gains)  # a resample may lack a class
-    before_of, now_of = average_precision(before), average_precision(now)
-    loss = np.nan_to_num(before_of - now_of)
-    worse = sorted((index for index in range(len(labels)) if loss[index] > 0), key=lambda index: -loss[index])
-    # ALPHA is divided among all classes (Bonferroni).
-    surely = [index for index in worse if two_sided(of_class[:, index]) < ALPHA / len(labels)]
-    words = {index: f"{labels[index]} (AP {before_of[index]:.2%} to {now_of[index]:.2%})" for index in worse}
+    of_class = np.array([is_now.precision(one) - was.precision(one) for one in weights])  # (resamples, classes)
     given = [_parts(rows)[1] >= THRESHOLD for rows in (before, now)]
-    changed, p_value = float((given[0] != given[1]).any(axis=1).mean()), two_sided(of_all)
-    return Comparison(
-        images=images,
-        before=total(before),
-        now=total(now),
-        p_value=p_value,
-        changed=changed,
-        detectable=detectable_gain(of_all) or detectable_loss(images, 0.0),
-        counts=f"{changed:.2%} of {images} images labelled differently, p = {p_value:.2g}",
-        lost=tuple(words[index] for index in surely),
-        worse=tuple(words[index] for index in worse),
+    return compare_classes(
+        labels,
+        totals=(total(before), total(now)),
+        gains=np.array([_mean(one) for one in of_class]),
+        of_class=of_class,
+        scores=(average_precision(before), average_precision(now)),
+        measure="AP",
+        changed=np.any(given[0] != given[1], axis=1),
+        how="labelled differently",
     )
 
 

@@ -1,7 +1,7 @@
 """Compare two files on the same images: tests of the difference, and the smallest loss that they would detect."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -58,6 +58,44 @@ def compare_by_bootstrap(before: Array, now: Array, total: Callable[[Array], flo
         changed=changed,
         detectable=max(detectable_gain(gains), detectable_loss(len(now), 0.0)),
         counts=f"{changed:.2%} of {len(now)} images predicted differently, p = {p_value:.2g}",
+    )
+
+
+def compare_classes(
+    labels: Sequence[str],
+    *,
+    totals: tuple[float, float],
+    gains: Array,
+    of_class: Array,
+    scores: tuple[Array, Array],
+    measure: str,
+    changed: Array,
+    how: str,
+) -> Comparison:
+    """Compare two files by resampled `gains` (resamples,) of the score, and `of_class` (resamples, classes) of each class's own score.
+
+    `totals` and `scores` (classes,) are those before and now; a class without a score is not a number. `changed` (n,) says which images are
+    predicted differently, `how` in which way.
+    """
+    was, is_now = scores
+    loss = np.nan_to_num(was - is_now)
+    worse = sorted(np.flatnonzero(loss > 0).tolist(), key=lambda index: -loss[index])
+    # ALPHA is divided among all classes (Bonferroni). A resample may lack a class.
+    limit = ALPHA / max(int(np.isfinite(is_now).sum()), 1)
+    surely = [index for index in worse if two_sided(np.nan_to_num(of_class[:, index])) < limit]
+    words = {index: f"{labels[index]} ({measure} {was[index]:.2%} to {is_now[index]:.2%})" for index in worse}
+    fraction, p_value = float(np.mean(changed)), two_sided(gains)
+    low, high = np.percentile(gains, [2.5, 97.5])
+    return Comparison(
+        images=len(changed),
+        before=totals[0],
+        now=totals[1],
+        p_value=p_value,
+        changed=fraction,
+        detectable=detectable_gain(gains) or detectable_loss(len(changed), 0.0),
+        counts=f"{fraction:.2%} of {len(changed)} images {how}, change {low:+.2%} to {high:+.2%} (95 %), p = {p_value:.2g}",
+        lost=tuple(words[index] for index in surely),
+        worse=tuple(words[index] for index in worse),
     )
 
 

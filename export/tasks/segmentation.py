@@ -17,7 +17,7 @@ from export.images.drawing import with_mask
 from export.images.masks import list_masks, mask_examples
 from export.images.preprocess import IGNORED
 from export.tasks.classification import log_probabilities
-from export.tasks.paired import ALPHA, detectable_gain, detectable_loss, resamples, two_sided
+from export.tasks.paired import compare_classes, resamples
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
 
 EVERY = 8  # every eighth row and column is used for the divergence of two files
@@ -187,26 +187,16 @@ def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
     weights = np.stack([np.bincount(drawn, minlength=images) for drawn in resamples(images)]).astype(np.float64)
     sums = [[weights @ part.astype(np.float64) for part in _sums(rows)] for rows in (before, now)]
     was, is_now = (ious(*parts) for parts in sums)  # (resamples, classes)
-    gains = np.nanmean(is_now, axis=1) - np.nanmean(was, axis=1)
-    of_class = np.nan_to_num(is_now - was)  # a resample may lack a class
-    changed = float(np.mean(np.any(before != now, axis=1)))
     before_of, now_of = (ious(*_sums(rows.sum(axis=0))) for rows in (before, now))
-    loss = before_of - now_of
-    worse = sorted((index for index in range(len(labels)) if loss[index] > 0), key=lambda index: -loss[index])
-    # ALPHA is divided among all classes (Bonferroni).
-    surely = [index for index in worse if two_sided(of_class[:, index]) < ALPHA / len(labels)]
-    words = {index: f"{labels[index]} (IoU {before_of[index]:.2%} to {now_of[index]:.2%})" for index in worse}
-    p_value = two_sided(gains)
-    return Comparison(
-        images=images,
-        before=total(before),
-        now=total(now),
-        p_value=p_value,
-        changed=changed,
-        detectable=detectable_gain(gains) or detectable_loss(images, 0.0),
-        counts=f"{changed:.2%} of {images} images segmented differently, p = {p_value:.2g}",
-        lost=tuple(words[index] for index in surely),
-        worse=tuple(words[index] for index in worse),
+    return compare_classes(
+        labels,
+        totals=(total(before), total(now)),
+        gains=np.nanmean(is_now, axis=1) - np.nanmean(was, axis=1),
+        of_class=is_now - was,
+        scores=(before_of, now_of),
+        measure="IoU",
+        changed=np.any(before != now, axis=1),
+        how="segmented differently",
     )
 
 
