@@ -36,9 +36,8 @@ def serve(arguments: argparse.Namespace) -> int:
         raise BundleError(INSTALL)
     bundle = read_bundle(arguments.bundle, inspect=vet)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(
-            number, leave
-        )  # used again at the end: uvicorn finishes running requests, then re-raises the signal
+        # Used again at the end: uvicorn finishes running requests, then re-raises the signal.
+        signal.signal(number, leave)
     if not NAME.fullmatch(bundle.name):
         raise BundleError(f"bundle.json: name: must be lower-case letters, digits, - and _, got {bundle.name!r}")
     path = bundle.file(arguments.file)

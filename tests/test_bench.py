@@ -151,7 +151,7 @@ def test_scores_cover_every_batch_in_order(tmp_path: Path) -> None:
     images[np.arange(7), colours] = 1
     batches = ((images[i : i + 3], colours[i : i + 3]) for i in range(0, 7, 3))
     (found,) = score_files({"r": save(colour_reader(), tmp_path / "r.onnx")}, batches, CLASSIFICATION).values()
-    assert found.answers[:, 0].tolist() == colours.tolist()
+    assert found.predictions[:, 0].tolist() == colours.tolist()
     assert (found.score, found.images) == (1.0, 7)
 
 

@@ -29,9 +29,9 @@ from export.bench import print_live
 from export.bundle.read import read_bundle
 from export.bundle.write import write_bundle
 from export.gate.accuracy import accuracy_checks
-from export.gate.answers import Answers, ask
 from export.gate.checks import Limits
 from export.gate.latency import Opener, Plan, compare, judge, opener, record, self_test
+from export.gate.predictions import Predictions, predict_all
 from export.images.preprocess import Preprocess
 from export.onnx_file.targets import TARGETS, host_target
 from export.onnx_file.to_onnx import to_onnx
@@ -111,8 +111,8 @@ def write_trial_bundle(out: Path) -> None:
     write_bundle(out, made)
 
 
-def planted(before: Answers, rng: np.random.Generator, *, loss: float, churn: float) -> Answers:
-    """Return other answers: `loss` of all images turn wrong; by chance `churn` more change sides, as often to right as to wrong."""
+def planted(before: Predictions, rng: np.random.Generator, *, loss: float, churn: float) -> Predictions:
+    """Return other predictions: `loss` of all images turn wrong; by chance `churn` more change sides, as often to right as to wrong."""
     rows = dict(before.rows)
     right = rng.permutation(sorted(digest for digest, (_, (label, answer, *_)) in rows.items() if label == answer))
     wrong = rng.permutation(sorted(digest for digest, (_, (label, answer, *_)) in rows.items() if label != answer))
@@ -147,7 +147,7 @@ def slowed(open_: Opener, factor: float) -> Opener:
     return open_slow
 
 
-def accuracy_trials(before: Answers) -> list[Row]:
+def accuracy_trials(before: Predictions) -> list[Row]:
     """Return the rows on accuracy."""
     assert LIMITS.min_score_ratio is not None
     rows = []
@@ -191,7 +191,7 @@ def latency_trials(served: Opener, reference: Opener, trials: int, progress: Cal
     return rows
 
 
-def as_markdown(rows: Sequence[Row], before: Answers) -> str:
+def as_markdown(rows: Sequence[Row], before: Predictions) -> str:
     """Return the table with its conditions."""
     about = environment()
     header = ("trial", "wanted", *STATUSES)
@@ -221,7 +221,7 @@ def main() -> int:
         pixels, labels = photographs(arguments.images, seed=2)
         np.savez(Path(folder, "images.npz"), images=pixels, labels=labels)
         print_live("scoring")
-        before = ask(bundle, bundle.served, Path(folder, "images.npz"))
+        before = predict_all(bundle, bundle.served, Path(folder, "images.npz"))
         rows = accuracy_trials(before)
         served, reference = (
             opener(path, bundle.preprocess, PLAN)

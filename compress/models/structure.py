@@ -113,9 +113,8 @@ def _run(model: nn.Module, image_size: int) -> object:
 def _outputs(model: nn.Module, images: Tensor) -> object:
     """Return the network's output in eval mode; restore every module's mode."""
     image_size = images.shape[-1]
-    images = (
-        images.detach().requires_grad_()
-    )  # or nn.MultiheadAttention fuses its projections, which are then not counted
+    # Otherwise nn.MultiheadAttention fuses its projections, which are then not counted.
+    images = images.detach().requires_grad_()
     training = {module: module.training for module in model.modules()}
     try:
         with torch.enable_grad():

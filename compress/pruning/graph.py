@@ -98,9 +98,8 @@ def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:
             "leave out the prune stage, or choose another network"
         ) from error
     finally:
-        model.train().train(
-            training
-        )  # the switch clears the position biases that LeViT and the like cache in this pass
+        # The switch clears the position biases that LeViT and the like cache in this pass.
+        model.train().train(training)
 
 
 def _is_operator(node: Any) -> bool:

@@ -101,9 +101,8 @@ def _write(chain: Recipe, artifacts: Sequence[Path], report: Report, root: Path)
     render_report(root)
     exported = [path for path in artifacts if read_meta(path).stage == "export"]
     if exported:
-        name = (
-            chain.name if root == run_root(chain) else f"{chain.name}-{root.name}"[:64]
-        )  # a student's bundle has a name of its own
+        # A student's bundle has a name of its own.
+        name = chain.name if root == run_root(chain) else f"{chain.name}-{root.name}"[:64]
         write_bundle(root / "bundle", contents(chain, name, root, exported[-1], report))
 
 

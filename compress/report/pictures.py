@@ -27,7 +27,7 @@ def examples(root: Path, report: Report) -> Iterator[Sequence[tuple[str, str]]]:
     assert task.draw_truth is not None
     labels = (report["classes"] or {"names": []})["names"]
     with np.load(folders[-1] / EXAMPLES) as kept:
-        images, truths, answers, files = (kept[name] for name in ("images", "truths", "answers", "files"))
+        images, truths, predictions, files = (kept[name] for name in ("images", "truths", "answers", "files"))
     for index, pixels in enumerate(images):
         image = np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
         yield [
@@ -35,14 +35,13 @@ def examples(root: Path, report: Report) -> Iterator[Sequence[tuple[str, str]]]:
             ("Truth", _jpeg(task.draw_truth(image, truths[index], labels))),
             *(
                 (summary.title(name), _jpeg(task.draw(image, of[index], labels)))
-                for name, of in zip(files.tolist(), answers, strict=True)
+                for name, of in zip(files.tolist(), predictions, strict=True)
             ),
         ]
 
 
 def _jpeg(pixels: NDArray[np.uint8]) -> str:
     content = io.BytesIO()
-    Image.fromarray(pixels).save(
-        content, "JPEG", quality=85, subsampling=0
-    )  # subsampling would blur the boxes' thin coloured lines
+    # Subsampling would blur the boxes' thin coloured lines.
+    Image.fromarray(pixels).save(content, "JPEG", quality=85, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

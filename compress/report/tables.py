@@ -157,7 +157,7 @@ def confusion(report: Report) -> list[Table]:
     classes, file = judged
     names, images = classes["names"], classes["images"]
     teacher, own = (
-        {(truth, answer): times for truth, answer, times in classes["files"][name]["mistakes"] or ()}
+        {(truth, found): times for truth, found, times in classes["files"][name]["mistakes"] or ()}
         for name in (TEACHER, file)
     )
     if len(names) > MATRIX_CLASSES:
@@ -176,7 +176,7 @@ def confusion(report: Report) -> list[Table]:
         ]
     counts = own | {(index, index): right for index, right in enumerate(classes["files"][file]["correct"])}
     rows = [
-        (name, *(count(counts[truth, answer]) if counts.get((truth, answer)) else "·" for answer in range(len(names))))
+        (name, *(count(counts[truth, found]) if counts.get((truth, found)) else "·" for found in range(len(names))))
         for truth, name in enumerate(names)
     ]
     note = "A row for each class, a column for each prediction: mistakes lie off the diagonal."

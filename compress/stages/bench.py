@@ -85,8 +85,8 @@ def _write_examples(path: Path, files: Sequence[Path], exported: Path, run: Run)
         images, truths = golden["images"][:DRAWN], golden["truths"][:DRAWN]
     batch = (run.dataset.preprocess.normalize(images), truths)
     scores = score_files({file.stem: file for file in files}, [batch], run.task.output)
-    answers = np.stack([score.answers for score in scores.values()])
-    np.savez(path, images=images, truths=truths, files=np.array(list(scores)), answers=answers)
+    predictions = np.stack([score.predictions for score in scores.values()])
+    np.savez(path, images=images, truths=truths, files=np.array(list(scores)), answers=predictions)
 
 
 def _end_to_end(files: Sequence[Path], run: Run, *, seconds: float) -> dict[str, EndToEnd]:

@@ -64,10 +64,10 @@ def _look_guarded(paths: Sequence[Path], limits: Limits, *options: str) -> list[
     found: list[Found] = []
     while len(found) < len(paths):
         left = paths[len(found) :]
-        answers, ended = _ask_child(left, limits, options)
-        found.extend(_read_answer(answer, path) for answer, path in zip(answers, left, strict=False))
-        if len(answers) < len(left):
-            found.append(_why(ended, left[len(answers)], limits))
+        lines, ended = _ask_child(left, limits, options)
+        found.extend(_read_line(line, path) for line, path in zip(lines, left, strict=False))
+        if len(lines) < len(left):
+            found.append(_why(ended, left[len(lines)], limits))
     return found
 
 
@@ -104,17 +104,17 @@ def _ask_child(
     return ended.stdout.splitlines()[: len(paths)], ended
 
 
-def _read_answer(line: str, path: Path) -> Found:
+def _read_line(line: str, path: Path) -> Found:
     """Return the result in one line of the child's output."""
     try:
-        answer = json.loads(line)
-        if answer is None:
+        found = json.loads(line)
+        if found is None:
             return None
-        if "defect" in answer:
-            defect: Defect = answer["defect"] if answer["defect"] in get_args(Defect) else "unusable"
-            return BundleError(str(answer["sentence"]), defect=defect)
-        ends = {key: Value(**{**answer[key], "shape": tuple(answer[key]["shape"])}) for key in ("input", "output")}
-        return ModelFile(**{**answer, **ends})
+        if "defect" in found:
+            defect: Defect = found["defect"] if found["defect"] in get_args(Defect) else "unusable"
+            return BundleError(str(found["sentence"]), defect=defect)
+        ends = {key: Value(**{**found[key], "shape": tuple(found[key]["shape"])}) for key in ("input", "output")}
+        return ModelFile(**{**found, **ends})
     except (ValueError, KeyError, TypeError):
         return _nonsense(path)
 
@@ -220,10 +220,10 @@ def main() -> None:
         start_clock(limits)
         found = look(path, limits, of_bundle=not arguments.any)
         if isinstance(found, BundleError):
-            answer: object = {"defect": found.defect, "sentence": str(found)}
+            result: object = {"defect": found.defect, "sentence": str(found)}
         else:
-            answer = None if found is None else asdict(found)
-        sys.stdout.write(f"{json.dumps(answer)}\n")
+            result = None if found is None else asdict(found)
+        sys.stdout.write(f"{json.dumps(result)}\n")
         sys.stdout.flush()
 
 

@@ -1,13 +1,15 @@
 """Did the new file lose accuracy? Compare both files on the same images, image by image."""
 
 from export.errors import first
-from export.gate.answers import Answers, pair
 from export.gate.checks import Check, Status
+from export.gate.predictions import Predictions, pair
 from export.tasks.paired import ALPHA, POWER
 from export.tasks.task import Comparison, Metric
 
 
-def accuracy_checks(was: Answers, now: Answers, limit: float, *, same_file: bool) -> tuple[list[Check], list[str]]:
+def accuracy_checks(
+    was: Predictions, now: Predictions, limit: float, *, same_file: bool
+) -> tuple[list[Check], list[str]]:
     """Return the checks on images, score and single classes, and notes to print.
 
     `same_file`: the file has the baseline file's digest, so that nothing explains a better score.
@@ -19,7 +21,7 @@ def accuracy_checks(was: Answers, now: Answers, limit: float, *, same_file: bool
     return [images, score, classes_check(found)], [power_note(found, limit)]
 
 
-def images_check(was: Answers, now: Answers) -> Check:
+def images_check(was: Predictions, now: Predictions) -> Check:
     """Check that all of the baseline's images are there, each with its truth; further images are not compared."""
     gone = len(was.rows.keys() - now.rows.keys())
     moved = sum(was.rows[digest][0] != now.rows[digest][0] for digest in was.rows.keys() & now.rows.keys())

@@ -7,9 +7,9 @@ from typing import Any
 
 from export.command.files import writing
 from export.errors import BundleError
-from export.gate.answers import Answers, answers_from_json
 from export.gate.facts import Facts
 from export.gate.latency import Recorded
+from export.gate.predictions import Predictions, predictions_from_json
 from export.runtime.environment import fingerprint
 from export.tasks import task_named
 
@@ -28,7 +28,7 @@ class Baseline:
     files: dict[str, Facts]
     environment: dict[str, Any]
     data: str | None = None
-    answers: Answers | None = None
+    predictions: Predictions | None = None
     latency: Recorded | None = None
 
     @property
@@ -78,7 +78,7 @@ def read_baseline(path: Path) -> Baseline:
 
 def _from_json(document: dict[str, Any]) -> Baseline:
     classes = tuple(document["classes"])
-    answers, latency, environment = document["answers"], document["latency"], document["environment"]
+    rows, latency, environment = document["answers"], document["latency"], document["environment"]
     # Raise KeyError if one of them is missing.
     _ = fingerprint(environment), runtime_of(environment), document["files"][document["served"]]
     return Baseline(
@@ -90,7 +90,7 @@ def _from_json(document: dict[str, Any]) -> Baseline:
         files={name: Facts(**facts) for name, facts in document["files"].items()},
         environment=environment,
         data=document["data"],
-        answers=None if answers is None else answers_from_json(task_named(document["task"]), classes, answers),
+        predictions=None if rows is None else predictions_from_json(task_named(document["task"]), classes, rows),
         latency=None if latency is None else Recorded(**latency),
     )
 
@@ -108,7 +108,7 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
         "files": {name: facts.to_json() for name, facts in baseline.files.items()},
         "latency": None if baseline.latency is None else asdict(baseline.latency),
         "data": baseline.data,
-        "answers": None if baseline.answers is None else baseline.answers.to_json(),
+        "answers": None if baseline.predictions is None else baseline.predictions.to_json(),
     }
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     try:

@@ -65,4 +65,4 @@ def update(
     accepted = accept(open_subject(bundle), data, limits, plan, progress)
     path = baseline if baseline.suffix == ".json" else baseline / f"{accepted.fingerprint}.json"
     write_baseline(path, accepted)
-    return path, accepted.answers.notes if accepted.answers else ()
+    return path, accepted.predictions.notes if accepted.predictions else ()

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from export.errors import BundleError
-from export.gate.answers import ask
 from export.gate.baseline import Baseline
 from export.gate.checks import Limits
 from export.gate.latency import Plan, opener, record, self_test
+from export.gate.predictions import predict_all
 from export.gate.subject import Subject
 from export.onnx_file.roles import FP32, TEACHER
 from export.runtime.environment import environment
@@ -51,6 +51,6 @@ def accept(
         files=dict(subject.now.files),
         environment=environment(),
         data=None if data is None else data.resolve().as_posix(),
-        answers=None if data is None else ask(subject.bundle, subject.now.served, data),
+        predictions=None if data is None else predict_all(subject.bundle, subject.now.served, data),
         latency=latency,
     )

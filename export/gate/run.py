@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from export.gate.accuracy import accuracy_checks
-from export.gate.answers import ask
 from export.gate.baseline import Baseline, runtime_of
 from export.gate.checks import Check, Limits, Metric, Verdict
 from export.gate.facts import same_work
 from export.gate.hard import hard_checks
 from export.gate.latency import NEW, OTHER, Plan, compare, judge, opener, self_test
+from export.gate.predictions import predict_all
 from export.gate.subject import BrokenBundleError, Subject, open_subject
 from export.runtime.environment import environment, fingerprint
 from export.runtime.latency import Timing, median_ratio
@@ -68,17 +68,19 @@ def judge_accuracy(
 ) -> tuple[list[Check], list[str], list[Metric]]:
     """Score the images and compare; return checks, notes and metrics."""
     place = data or (Path(was.data) if was.data else None)
-    if was.answers is None or place is None or (data is None and not place.exists()):
-        reason = "the baseline has no predictions" if was.answers is None else f"its images are not here ({was.data})"
+    if was.predictions is None or place is None or (data is None and not place.exists()):
+        reason = (
+            "the baseline has no predictions" if was.predictions is None else f"its images are not here ({was.data})"
+        )
         title = subject.bundle.task.metric.title
         return [Check(title, "inconclusive", detail=f"{reason}: give --data, or leave accuracy out")], [], []
-    answers = ask(subject.bundle, was.served, place)
+    predictions = predict_all(subject.bundle, was.served, place)
     same_file = was.files[was.served].sha256 == subject.now.files[was.served].sha256
-    checks, notes = accuracy_checks(was.answers, answers, limit, same_file=same_file)
+    checks, notes = accuracy_checks(was.predictions, predictions, limit, same_file=same_file)
     return (
         checks,
-        [*answers.notes, *notes],
-        [Metric(f"{answers.task.metric.title} error", "%", 100 * (1 - answers.score))],
+        [*predictions.notes, *notes],
+        [Metric(f"{predictions.task.metric.title} error", "%", 100 * (1 - predictions.score))],
     )
 
 

@@ -19,7 +19,7 @@ class Score:
     """One file's predictions, the task's row of statistics for each image, and optionally the outputs' evidence."""
 
     task: OutputTask
-    answers: Array  # (n, ...)
+    predictions: Array  # (n, ...)
     rows: Array  # (n, k)
     evidence: Array | None = None  # (n, ...)
 
@@ -35,7 +35,7 @@ class Score:
 
     def agreement(self, other: "Score") -> float:
         """Return the agreement of both files' predictions, from 0 to 1."""
-        return float(np.mean(self.task.agreement(self.answers, other.answers)))
+        return float(np.mean(self.task.agreement(self.predictions, other.predictions)))
 
     def divergence(self, reference: "Score") -> float:
         """Return the mean divergence of the evidence from the reference's, by the task's measure; 0 is equal."""
@@ -46,11 +46,11 @@ class Score:
 
 def score_of(task: OutputTask, outputs: Iterable[Array], truths: Iterable[Array]) -> Score:
     """Score outputs that were computed elsewhere, batch by batch."""
-    answers, rows = [], []
+    predictions, rows = [], []
     for part, true in zip(outputs, truths, strict=True):
-        answers.append(task.decode(part))
-        rows.append(task.statistics(answers[-1], true, part.shape[1:]))
-    return Score(task, np.concatenate(answers), np.concatenate(rows))
+        predictions.append(task.decode(part))
+        rows.append(task.statistics(predictions[-1], true, part.shape[1:]))
+    return Score(task, np.concatenate(predictions), np.concatenate(rows))
 
 
 def score_files(
@@ -71,7 +71,7 @@ def score_files(
     sessions = {
         name: open_session(path, provider=provider, threads=threads, optimize=optimize) for name, path in files.items()
     }
-    answers: dict[str, list[Array]] = {name: [] for name in files}
+    predictions: dict[str, list[Array]] = {name: [] for name in files}
     rows: dict[str, list[Array]] = {name: [] for name in files}
     kept: dict[str, list[Array]] = {name: [] for name in files}
     images_seen = 0
@@ -85,8 +85,8 @@ def score_files(
                 raise BundleError(
                     f"{name}: cannot run on {images.shape} ({first_line(error)}): export it again"
                 ) from error
-            answers[name].append(task.decode(outputs))
-            rows[name].append(task.statistics(answers[name][-1], truths, outputs.shape[1:]))
+            predictions[name].append(task.decode(outputs))
+            rows[name].append(task.statistics(predictions[name][-1], truths, outputs.shape[1:]))
             if keep_evidence:
                 kept[name].append(task.evidence(outputs).astype(np.float32))
         progress(f"scored {images_seen} images")
@@ -95,7 +95,7 @@ def score_files(
     return {
         name: Score(
             task,
-            np.concatenate(answers[name]),
+            np.concatenate(predictions[name]),
             np.concatenate(rows[name]),
             np.concatenate(kept[name]) if keep_evidence else None,
         )

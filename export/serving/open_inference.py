@@ -59,7 +59,7 @@ class SessionModel(Model):  # type: ignore[misc] # KServe is not typed
         return [tensor(self.facts.output.name, self.facts.output.dtype, self.facts.output.shape)]
 
     async def predict(self, payload: InferRequest, _: Mapping[str, str] | None = None) -> InferResponse:
-        """Run the network in a thread, so that health checks get answers meanwhile."""
+        """Run the network in a thread, so that health checks get responses meanwhile."""
         images = self.images(payload)
         (logits,) = await asyncio.to_thread(self.session.run, None, {self.facts.input.name: images})
         if not np.isfinite(logits).all():
@@ -102,7 +102,7 @@ class SessionModel(Model):  # type: ignore[misc] # KServe is not typed
 
 
 class StrictDataPlane(DataPlane):  # type: ignore[misc]
-    """KServe's decoding, but with status 400 for all broken requests; KServe itself answers half of them with 500."""
+    """KServe's decoding, but with status 400 for all broken requests; KServe itself responds to half of them with 500."""
 
     def metadata(self) -> dict[str, object]:
         """Return the metadata, with the supported extensions."""

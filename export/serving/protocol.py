@@ -19,8 +19,8 @@ def write_requests(folder: Path, name: str, facts: ModelFile, image: Floats, log
     """Write request.json with one input (3, size, size), and response.json with the model's output (classes,)."""
     given, wanted = facts.input, facts.output
     request = {"id": "golden", "inputs": [tensor(given.name, given.dtype, image)], "outputs": [{"name": wanted.name}]}
-    answer = [tensor(wanted.name, wanted.dtype, logits)]
-    response = {"id": "golden", "model_name": name, "model_version": "1", "outputs": answer}
+    outputs = [tensor(wanted.name, wanted.dtype, logits)]
+    response = {"id": "golden", "model_name": name, "model_version": "1", "outputs": outputs}
     for file, document in (("request.json", request), ("response.json", response)):
         write_text(folder / "serving" / file, json.dumps(document, allow_nan=False) + "\n")
 

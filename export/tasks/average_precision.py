@@ -17,10 +17,10 @@ TRUTH, CORNERS, CROWD = 0, slice(1, 5), 5  # columns of a truth: label, box, and
 PER_DETECTION = 3
 
 
-def statistics(answers: Array, truths: Array) -> Array:
+def statistics(predictions: Array, truths: Array) -> Array:
     """Return one row per image from detections (n, DETECTIONS, 6) and truths (n, boxes, 6)."""
-    rows = np.full((len(answers), DETECTIONS * PER_DETECTION + truths.shape[1]), float(NONE))
-    for row, found, true in zip(rows, answers, truths, strict=True):
+    rows = np.full((len(predictions), DETECTIONS * PER_DETECTION + truths.shape[1]), float(NONE))
+    for row, found, true in zip(rows, predictions, truths, strict=True):
         table = row[: DETECTIONS * PER_DETECTION].reshape(DETECTIONS, PER_DETECTION)
         table[:, 0], table[:, 1], table[:, 2] = found[:, LABEL], found[:, SCORE], 0
         for label in np.intersect1d(found[:, LABEL], true[:, TRUTH]):

@@ -75,12 +75,12 @@ def decode(outputs: Array) -> Array:
     """
     found = heads(outputs)
     scores, places = np.nan_to_num(probabilities(found)), np.nan_to_num(boxes(found))
-    answers = np.zeros((len(outputs), DETECTIONS, 6))
-    answers[..., LABEL] = NONE
+    predictions = np.zeros((len(outputs), DETECTIONS, 6))
+    predictions[..., LABEL] = NONE
     for image, (score, place) in enumerate(zip(scores, places, strict=True)):
         kept = detections(score, place)
-        answers[image, : len(kept)] = kept
-    return answers
+        predictions[image, : len(kept)] = kept
+    return predictions
 
 
 def detections(scores: Array, places: Array) -> Array:

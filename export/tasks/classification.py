@@ -13,10 +13,7 @@ from export.tasks.paired import ALPHA, detectable_loss, mcnemar
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
 
 TOP = 5  # with no more classes than these, every label would be among them
-TRUTH, ANSWER = (
-    0,
-    1,
-)  # columns of the rows; with more than five classes, a third tells whether the label is in the top five
+TRUTH, PREDICTION = 0, 1  # columns of a row; with more than TOP classes, a third says if the label is in the top five
 
 
 def output_shape(classes: int, _image_size: int) -> tuple[int, ...]:
@@ -59,23 +56,23 @@ def decode(outputs: Array) -> Array:
     return np.argsort(order, axis=1, kind="stable")[:, : TOP if outputs.shape[1] > TOP else 1]
 
 
-def statistics(answers: Array, labels: Array, _output: tuple[int, ...]) -> Array:
+def statistics(predictions: Array, labels: Array, _output: tuple[int, ...]) -> Array:
     """Return label, prediction and, for more than five classes, whether the label is in the top five, integers (n, 2 or 3)."""
-    rows = [labels, answers[:, 0]]
-    if answers.shape[1] == TOP:
-        rows.append((answers == labels[:, None]).any(axis=1))
+    rows = [labels, predictions[:, 0]]
+    if predictions.shape[1] == TOP:
+        rows.append((predictions == labels[:, None]).any(axis=1))
     return np.stack(rows, axis=1).astype(np.int64)
 
 
 def total(rows: Array) -> float:
     """Return the fraction of images whose prediction is their label."""
-    return float(np.mean(rows[:, TRUTH] == rows[:, ANSWER]))
+    return float(np.mean(rows[:, TRUTH] == rows[:, PREDICTION]))
 
 
 def further(rows: Array) -> Mapping[str, float | None]:
     """Return top-5 (None for up to five classes), and balanced accuracy: the mean recall of the classes that have images."""
     images = np.bincount(rows[:, TRUTH])
-    correct = np.bincount(rows[rows[:, TRUTH] == rows[:, ANSWER], TRUTH], minlength=len(images))
+    correct = np.bincount(rows[rows[:, TRUTH] == rows[:, PREDICTION], TRUTH], minlength=len(images))
     return {
         "top-5": float(np.mean(rows[:, 2])) if rows.shape[1] > 2 else None,
         "balanced accuracy": float(np.mean(correct[images > 0] / images[images > 0])),
@@ -93,8 +90,8 @@ def by_class(rows: Mapping[str, Array], labels: Sequence[str], confused: Collect
         images=count(next(iter(rows.values()))[:, TRUTH]),
         files={
             name: FileClasses(
-                correct=count(found[found[:, TRUTH] == found[:, ANSWER], TRUTH]),
-                answered=count(found[:, ANSWER]),
+                correct=count(found[found[:, TRUTH] == found[:, PREDICTION], TRUTH]),
+                answered=count(found[:, PREDICTION]),
                 mistakes=_mistakes(found) if name in confused else None,
             )
             for name, found in rows.items()
@@ -103,13 +100,13 @@ def by_class(rows: Mapping[str, Array], labels: Sequence[str], confused: Collect
 
 
 def _mistakes(rows: Array) -> list[tuple[int, int, int]]:
-    pairs = rows[rows[:, TRUTH] != rows[:, ANSWER], :2].tolist()
-    return [(label, answer, images) for (label, answer), images in sorted(Counter(map(tuple, pairs)).items())]
+    pairs = rows[rows[:, TRUTH] != rows[:, PREDICTION], :2].tolist()
+    return [(label, prediction, images) for (label, prediction), images in sorted(Counter(map(tuple, pairs)).items())]
 
 
-def agreement(answers: Array, others: Array) -> Array:
+def agreement(predictions: Array, others: Array) -> Array:
     """Return 1 where both predict the same class, else 0, (n,)."""
-    same: Array = (answers[:, 0] == others[:, 0]).astype(np.float64)
+    same: Array = (predictions[:, 0] == others[:, 0]).astype(np.float64)
     return same
 
 
@@ -131,9 +128,9 @@ def log_probabilities(logits: Array) -> Array:
 def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
     """Compare by McNemar's exact test, over all images and for single classes."""
     before, now = before.astype(np.int64), now.astype(np.int64)
-    was, is_right = (rows[:, TRUTH] == rows[:, ANSWER] for rows in (before, now))
+    was, is_right = (rows[:, TRUTH] == rows[:, PREDICTION] for rows in (before, now))
     lost, gained = (Counter(now[mask, TRUTH].tolist()) for mask in (was & ~is_right, ~was & is_right))
-    changed = int(np.sum(before[:, ANSWER] != now[:, ANSWER]))
+    changed = int(np.sum(before[:, PREDICTION] != now[:, PREDICTION]))
     images, p_value = len(now), mcnemar(lost.total(), gained.total())
     classes = {index: (lost[index], gained[index]) for index in sorted(lost.keys() | gained.keys())}
     worse = sorted(

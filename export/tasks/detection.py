@@ -27,10 +27,7 @@ from export.tasks.suppression import with_suppression
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
 
 SURE = 0.3  # least score of a detection that is shown, counted by class, and compared between files
-SAME_PLACE, SAME_SCORE = (
-    0.9,
-    0.02,
-)  # two detections agree with at least this overlap and at most this difference of scores
+SAME_PLACE, SAME_SCORE = 0.9, 0.02  # two detections agree with at least this overlap and at most this score difference
 ALIKE = f"detections in common: same class, overlap of {SAME_PLACE}, scores within {SAME_SCORE}"
 EVERY = 7  # every seventh anchor is used for the divergence of two files
 MOST_TRUTHS = 1000  # boxes in a golden image
@@ -76,9 +73,9 @@ def _is_box(box: object, classes: int) -> bool:
     return box[0] in range(classes) and all(0 <= one <= 1 for one in box[1:])
 
 
-def row_of(answers: Array, truths: Array, _output: tuple[int, ...]) -> Array:
+def row_of(predictions: Array, truths: Array, _output: tuple[int, ...]) -> Array:
     """Return one row for each image."""
-    return statistics(answers, truths)
+    return statistics(predictions, truths)
 
 
 def further(rows: Array) -> Mapping[str, float | None]:
@@ -116,9 +113,9 @@ def _count(classes: Array, labels: Sequence[str]) -> list[int]:
     return np.bincount(classes.astype(np.int64), minlength=len(labels)).tolist()  # type: ignore[no-any-return]
 
 
-def agreement(answers: Array, others: Array) -> Array:
+def agreement(predictions: Array, others: Array) -> Array:
     """Return the fraction of both files' sure detections that the other has too (n,): same class, place and score."""
-    return np.array([_alike(mine, its) for mine, its in zip(answers, others, strict=True)])
+    return np.array([_alike(mine, its) for mine, its in zip(predictions, others, strict=True)])
 
 
 def _alike(mine: Array, its: Array) -> float:
@@ -197,9 +194,9 @@ def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
     return columns, [(labels[int(one[LABEL])], *map(float, one[1:])) for one in found]
 
 
-def draw(image: Array, answer: Array, labels: Sequence[str]) -> Array:
+def draw(image: Array, prediction: Array, labels: Sequence[str]) -> Array:
     """Return the image with its sure boxes, their labels and scores."""
-    found = answer[(answer[:, LABEL] != NONE) & (answer[:, SCORE] >= SURE)][::-1]  # the likeliest on top
+    found = prediction[(prediction[:, LABEL] != NONE) & (prediction[:, SCORE] >= SURE)][::-1]  # the likeliest on top
     words = [f"{labels[int(label)]} {score:.0%}" for label, score in found[:, : SCORE + 1]]
     return with_boxes(image, found[:, BOX], found[:, LABEL].astype(int).tolist(), words)
 

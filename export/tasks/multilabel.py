@@ -44,9 +44,9 @@ def decode(outputs: Array) -> Array:
     return np.asarray(1 / (1 + np.exp(-logits)))
 
 
-def statistics(answers: Array, truths: Array, _output: tuple[int, ...]) -> Array:
+def statistics(predictions: Array, truths: Array, _output: tuple[int, ...]) -> Array:
     """Return true labels and probabilities side by side, (n, 2 classes)."""
-    return np.concatenate([truths, answers], axis=1).astype(np.float64)
+    return np.concatenate([truths, predictions], axis=1).astype(np.float64)
 
 
 def _parts(rows: Array) -> tuple[Array, Array]:
@@ -134,9 +134,9 @@ def by_class(rows: Mapping[str, Array], labels: Sequence[str], _confused: Collec
     return Classes(names=list(labels), images=images, files=files, counted="labels", measure="AP", any_number=True)
 
 
-def agreement(answers: Array, others: Array) -> Array:
+def agreement(predictions: Array, others: Array) -> Array:
     """Return the fraction of labels on which both agree, (n,)."""
-    return np.asarray(((answers >= THRESHOLD) == (others >= THRESHOLD)).mean(axis=1))
+    return np.asarray(((predictions >= THRESHOLD) == (others >= THRESHOLD)).mean(axis=1))
 
 
 def divergence(outputs: Array, reference: Array) -> Array:

@@ -95,13 +95,13 @@ def finish(model: ModelProto) -> ModelProto:
     return finished
 
 
-def statistics(answers: Array, truths: Array, output: tuple[int, ...]) -> Array:
+def statistics(predictions: Array, truths: Array, output: tuple[int, ...]) -> Array:
     """Return the confusion matrix of each image, integers (n, classes²)."""
     classes = output[0]
-    rows = np.empty((len(answers), classes * classes), np.int64)
-    for row, answer, truth in zip(rows, answers, truths, strict=True):
+    rows = np.empty((len(predictions), classes * classes), np.int64)
+    for row, prediction, truth in zip(rows, predictions, truths, strict=True):
         judged = truth != IGNORED
-        pairs = truth[judged].astype(np.int64) * classes + answer[judged]
+        pairs = truth[judged].astype(np.int64) * classes + prediction[judged]
         row[:] = np.bincount(pairs, minlength=classes * classes)
     return rows
 
@@ -161,9 +161,9 @@ def _mistakes(confusion: Array, classes: int) -> list[tuple[int, int, int]]:
     return [(int(a), int(b), int(square[a, b])) for a, b in np.argwhere(square) if a != b]
 
 
-def agreement(answers: Array, others: Array) -> Array:
+def agreement(predictions: Array, others: Array) -> Array:
     """Return the fraction of pixels for which both predict the same class, (n,)."""
-    same: Array = (answers == others).mean(axis=(1, 2))
+    same: Array = (predictions == others).mean(axis=(1, 2))
     return same
 
 

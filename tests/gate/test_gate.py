@@ -225,11 +225,11 @@ def test_lost_accuracy_fails(baseline: Baseline, tmp_path: Path) -> None:
 
 
 def test_the_same_file_that_answers_better_is_not_believed(place: Path, baseline: Baseline) -> None:
-    assert baseline.answers is not None
-    rows = baseline.answers.rows
+    assert baseline.predictions is not None
+    rows = baseline.predictions.rows
     some = sorted(digest for digest, (_, (label, answer)) in rows.items() if label == answer)[:20]
     worse = {digest: (rows[digest][0], (rows[digest][1][0], 1 - rows[digest][1][0])) for digest in some}
-    was = replace(baseline, answers=replace(baseline.answers, rows=rows | worse))
+    was = replace(baseline, predictions=replace(baseline.predictions, rows=rows | worse))
     verdict = gated(place / "bundle", was)
     assert (statuses(verdict), verdict.exit_code) == ({"top-1": "unexplained"}, 2)
 
@@ -244,13 +244,13 @@ def test_an_image_that_is_there_twice_counts_once(place: Path, tmp_path: Path) -
     images = pixels(5)
     np.savez(tmp_path / "twice.npz", images=np.concatenate([images, images]), labels=np.zeros(10, np.int64))
     accepted = accept(open_subject(place / "bundle"), tmp_path / "twice.npz", NO_LATENCY, Plan())
-    assert accepted.answers is not None
-    assert len(accepted.answers.rows) == 5
+    assert accepted.predictions is not None
+    assert len(accepted.predictions.rows) == 5
 
 
 @pytest.mark.parametrize("limits", [Limits(max_latency_ratio=None), Limits(min_score_ratio=None)])
 def test_what_should_be_judged_and_cannot_be_is_no_pass(limits: Limits, place: Path, baseline: Baseline) -> None:
-    verdict = gated(place / "bundle", replace(baseline, answers=None), limits)
+    verdict = gated(place / "bundle", replace(baseline, predictions=None), limits)
     assert (len(statuses(verdict)), verdict.exit_code) == (1, 2)
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from export.gate.accuracy import accuracy_checks, images_check, power_note, score_check
-from export.gate.answers import Answers, answers_from_json, pair
 from export.gate.checks import Check
+from export.gate.predictions import Predictions, pair, predictions_from_json
 from export.tasks.classification import CLASSIFICATION
 from export.tasks.paired import compare_by_bootstrap, detectable_loss, mcnemar
 from export.tasks.task import Comparison
@@ -16,23 +16,23 @@ from export.tasks.task import Comparison
 CLASSES = ("cat", "dog", "gnu")
 
 
-def answers(*words: str) -> Answers:
-    """Answers from `label:answer` words, the images numbered."""
+def predictions(*words: str) -> Predictions:
+    """Predictions from `label:prediction` words, the images numbered."""
     rows: dict[str, tuple[str, tuple[float, ...]]] = {}
     for index, word in enumerate(words):
         label, _, answer = word.partition(":")
         rows[f"{index:016x}"] = (label, (float(CLASSES.index(label)), float(CLASSES.index(answer))))
-    return Answers(CLASSIFICATION, CLASSES, rows)
+    return Predictions(CLASSIFICATION, CLASSES, rows)
 
 
-def of_counts(right: int, lost: int, gained: int, wrong: int = 0) -> tuple[Answers, Answers]:
-    """Two files' answers, with so many images right in both, lost, gained and wrong in both."""
+def of_counts(right: int, lost: int, gained: int, wrong: int = 0) -> tuple[Predictions, Predictions]:
+    """Two files' predictions, given the numbers of images right in both, lost, gained and wrong in both."""
     before = ["cat:cat"] * (right + lost) + ["cat:dog"] * (gained + wrong)
     now = ["cat:cat"] * right + ["cat:dog"] * lost + ["cat:cat"] * gained + ["cat:dog"] * wrong
-    return answers(*before), answers(*now)
+    return predictions(*before), predictions(*now)
 
 
-def compared(before: Answers, now: Answers) -> Comparison:
+def compared(before: Predictions, now: Predictions) -> Comparison:
     found = pair(before, now)
     assert found is not None
     return found
@@ -54,8 +54,8 @@ def test_ten_images_lost_and_none_gained_are_no_chance() -> None:
 
 
 def test_pairs_are_counted_by_hand() -> None:
-    before = answers("cat:cat", "cat:dog", "dog:dog", "dog:dog", "gnu:cat", "gnu:gnu")
-    now = answers("cat:cat", "cat:cat", "dog:gnu", "dog:cat", "gnu:dog", "gnu:gnu")
+    before = predictions("cat:cat", "cat:dog", "dog:dog", "dog:dog", "gnu:cat", "gnu:gnu")
+    now = predictions("cat:cat", "cat:cat", "dog:gnu", "dog:cat", "gnu:dog", "gnu:gnu")
     found = compared(before, now)
     assert (found.images, found.before, found.now, found.changed) == (6, 4 / 6, 3 / 6, 4 / 6)
     assert found.counts.startswith("2 lost, 1 gained, 4 flipped of 6")
@@ -63,14 +63,14 @@ def test_pairs_are_counted_by_hand() -> None:
 
 
 def test_images_are_paired_by_digest_not_by_order() -> None:
-    before = answers("cat:cat", "dog:dog", "gnu:dog")
-    now = Answers(CLASSIFICATION, CLASSES, dict(reversed(before.rows.items())))
+    before = predictions("cat:cat", "dog:dog", "gnu:dog")
+    now = Predictions(CLASSIFICATION, CLASSES, dict(reversed(before.rows.items())))
     assert compared(before, now).changed == 0
 
 
 def test_answers_survive_json() -> None:
-    before = answers("cat:cat", "cat:dog", "gnu:cat")
-    assert answers_from_json(CLASSIFICATION, CLASSES, json.loads(json.dumps(before.to_json()))) == before
+    before = predictions("cat:cat", "cat:dog", "gnu:cat")
+    assert predictions_from_json(CLASSIFICATION, CLASSES, json.loads(json.dumps(before.to_json()))) == before
 
 
 @pytest.mark.parametrize(("images", "churn"), [(1000, 0.0), (1000, 0.02), (5000, 0.015), (20000, 0.03)])
@@ -127,25 +127,25 @@ def test_equal_files_that_churn_fail_in_less_than_one_gate_of_forty() -> None:
 
 def test_a_class_that_is_lost_shows_though_the_whole_hides_it() -> None:
     others = ["cat:cat"] * 960 + ["dog:gnu"] * 20
-    before = answers(*others, *["gnu:gnu"] * 20)
-    now = answers(*["cat:cat"] * 960, *["dog:dog"] * 20, *["gnu:cat"] * 20)
+    before = predictions(*others, *["gnu:gnu"] * 20)
+    now = predictions(*["cat:cat"] * 960, *["dog:dog"] * 20, *["gnu:cat"] * 20)
     checks, _ = accuracy_checks(before, now, 0.995, same_file=False)
     assert (named(checks, "top-1").status, named(checks, "single classes").status) == ("pass", "fail")
     assert named(checks, "single classes").detail == "gnu (20 lost, 0 gained)"
 
 
 def test_images_that_are_gone_or_moved_leave_no_verdict() -> None:
-    before = answers("cat:cat", "dog:dog", "gnu:gnu")
-    now = Answers(CLASSIFICATION, CLASSES, dict.fromkeys(list(before.rows)[:2], ("cat", (0.0, 0.0))))
+    before = predictions("cat:cat", "dog:dog", "gnu:gnu")
+    now = Predictions(CLASSIFICATION, CLASSES, dict.fromkeys(list(before.rows)[:2], ("cat", (0.0, 0.0))))
     check = images_check(before, now)
     assert check.status == "inconclusive"
     assert "1 of the baseline's images are not in the data, 1 have another label" in check.detail
 
 
 def test_no_common_image_is_inconclusive() -> None:
-    before = answers("cat:cat")
+    before = predictions("cat:cat")
     checks, notes = accuracy_checks(
-        before, Answers(CLASSIFICATION, CLASSES, {"f" * 16: ("cat", (0.0, 0.0))}), 0.995, same_file=False
+        before, Predictions(CLASSIFICATION, CLASSES, {"f" * 16: ("cat", (0.0, 0.0))}), 0.995, same_file=False
     )
     assert ([check.status for check in checks], notes) == (["inconclusive"], [])
 

@@ -7,19 +7,19 @@ from collections import Counter
 import numpy as np
 from trials import BEGIN, CLASSES, DOCUMENT, END, Row, planted, slowed
 
-from export.gate.answers import Answers, pair
+from export.gate.predictions import Predictions, pair
 from export.tasks.classification import CLASSIFICATION
 
 
-def answers(right: int, wrong: int) -> Answers:
+def predictions(right: int, wrong: int) -> Predictions:
     rows: dict[str, tuple[str, tuple[float, ...]]] = {
         f"{index:016x}": (CLASSES[0], (0.0, float(index >= right))) for index in range(right + wrong)
     }
-    return Answers(CLASSIFICATION, CLASSES, rows)
+    return Predictions(CLASSIFICATION, CLASSES, rows)
 
 
-def counts(before: Answers, now: Answers) -> tuple[int, int, int]:
-    """Return how many answers were lost, gained and flipped."""
+def counts(before: Predictions, now: Predictions) -> tuple[int, int, int]:
+    """Return how many predictions were lost, gained and flipped."""
     found = pair(before, now)
     assert found is not None
     lost, gained, flipped = re.findall(r"(\d+) (?:lost|gained|flipped)", found.counts)
@@ -27,12 +27,12 @@ def counts(before: Answers, now: Answers) -> tuple[int, int, int]:
 
 
 def test_the_planted_loss_is_of_images_that_were_right() -> None:
-    before = answers(900, 100)
+    before = predictions(900, 100)
     assert counts(before, planted(before, np.random.default_rng(0), loss=0.01, churn=0.0)) == (10, 0, 10)
 
 
 def test_churn_goes_both_ways_alike() -> None:
-    before = answers(4500, 500)
+    before = predictions(4500, 500)
     pairs = [counts(before, planted(before, np.random.default_rng(seed), loss=0, churn=0.02)) for seed in range(20)]
     lost, gained = sum(found[0] for found in pairs), sum(found[1] for found in pairs)
     assert 900 < lost < 1100

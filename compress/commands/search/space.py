@@ -162,9 +162,8 @@ def read_search(path: Path) -> Search:
     """Read a search's YAML; raise CompressError if it is wrong."""
     try:
         raw = strict_yaml.load(path.read_text(encoding="utf-8"))
-        return Search.model_validate_json(
-            json.dumps(raw), strict=True
-        )  # strict validation accepts lists for tuples only from JSON
+        # Strict validation accepts lists for tuples only from JSON.
+        return Search.model_validate_json(json.dumps(raw), strict=True)
     except OSError as error:
         raise CompressError(f"{path}: cannot be read ({error.strerror}); give a search's .yaml") from error
     except RecipeError as error:

@@ -42,9 +42,8 @@ def trace(model: nn.Module, images: Tensor) -> fx.GraphModule:
     Raises ModelError if the forward branches on values and cannot be one graph.
     """
     model = copy.deepcopy(model).eval().cpu()
-    batch = (
-        images[:1].cpu().expand(2, *images.shape[1:]).contiguous()
-    )  # torch.export would make a batch of 1 a constant
+    # torch.export would make a batch of 1 a constant.
+    batch = images[:1].cpu().expand(2, *images.shape[1:]).contiguous()
     graph = _lift(_export(model, batch), type(model).__name__)
     pad_into_convolutions_(graph)
     for node in list(graph.graph.nodes):

@@ -12,7 +12,7 @@ from export.tasks.task import Array, Comparison, OutputTask
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """For each image, by digest, its truth in words and the task's row of statistics; `notes` are not recorded."""
 
     task: OutputTask
@@ -34,18 +34,18 @@ class Answers:
         return {digest: [truth, *row] for digest, (truth, row) in self.rows.items()}
 
 
-def answers_from_json(task: OutputTask, labels: tuple[str, ...], document: dict[str, list[Any]]) -> Answers:
+def predictions_from_json(task: OutputTask, labels: tuple[str, ...], document: dict[str, list[Any]]) -> Predictions:
     """Read what `to_json` wrote."""
-    return Answers(task, labels, {digest: (truth, tuple(row)) for digest, (truth, *row) in document.items()})
+    return Predictions(task, labels, {digest: (truth, tuple(row)) for digest, (truth, *row) in document.items()})
 
 
-def pair(before: Answers, now: Answers) -> Comparison | None:
+def pair(before: Predictions, now: Predictions) -> Comparison | None:
     """Compare both on their common images; None if there are none."""
     both = [digest for digest in before.rows if digest in now.rows]
     return now.task.compare(before.table(both), now.table(both), now.labels) if both else None
 
 
-def ask(bundle: Bundle, file: str, data: Path) -> Answers:
+def predict_all(bundle: Bundle, file: str, data: Path) -> Predictions:
     """Run one file of the bundle on every image of `data`; duplicate images count once.
 
     Raises BundleError for data that do not fit the bundle.
@@ -55,4 +55,4 @@ def ask(bundle: Bundle, file: str, data: Path) -> Answers:
     rows: dict[str, tuple[str, tuple[float, ...]]] = {}
     for digest, row in zip(examples.digests(), found.rows, strict=True):
         rows.setdefault(digest, (bundle.task.truth_text(row, bundle.labels), tuple(row.tolist())))
-    return Answers(bundle.task, bundle.labels, rows, examples.notes)
+    return Predictions(bundle.task, bundle.labels, rows, examples.notes)
