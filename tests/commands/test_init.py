@@ -97,7 +97,7 @@ def test_a_folder_of_masks_or_boxes_names_the_recipe_to_take(tmp_path: Path, tas
         (tmp_path / "labels" / "train" / "a.txt").write_text("0 0.5 0.5 0.2 0.2\n")
         (tmp_path / "classes.txt").write_text("cat\n")
     with pytest.raises(
-        CompressError, match=f"images for {task}.*recipes/{task}_int8.yaml --data {tmp_path} --weights w.pt"
+        CompressError, match=f"data set for {task}.*recipes/{task}_int8.yaml --data {tmp_path} --weights w.pt"
     ):
         next(write_draft("w.pt", tmp_path, tmp_path / "x.yaml", arch=None, latency_ms=None, trust_code=False))
     assert shipped.copy(f"{task}_int8", tmp_path / "copy.yaml").exists()
