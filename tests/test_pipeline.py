@@ -494,7 +494,7 @@ def test_every_target_gets_files_on_its_own_grid(copied: Path) -> None:
     names = {path.stem for path in folder.glob("student_*int8*.onnx")}
     assert names == {
         *("student_int8", "student_int8_tensorrt", "student_int8_cpu_vnni", "student_int8_uint8"),
-        *("student_ptq_int8", "student_ptq_int8_tensorrt", "student_ptq_int8_cpu_vnni"),
+        *("student_ptq_int8", "student_ptq_int8_tensorrt", "student_ptq_int8_cpu_vnni", "student_ptq_int8_uint8"),
     }
     for name in names:
         target = next((TARGETS[end] for end in ("tensorrt", "cpu_vnni") if name.endswith(end)), TARGETS["cpu_avx2"])

@@ -3,16 +3,22 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import onnx
 import pytest
+from onnxruntime import InferenceSession
 from PIL import Image
 
 from compress.artifact import read_meta
 from compress.data.scenes import CLASSES, SCENES, draw_scenes
 from compress.pipeline import run_recipe
 from compress.recipe.read import read_recipe
+from compress.report.bundling import contents
+from compress.report.pictures import examples
+from compress.report.shape import Report
+from compress.report.summary import TITLES
 from export import audit, predict, verify
 from export.bundle.read import read_bundle
 from export.images.preprocess import IGNORED
@@ -128,10 +134,28 @@ def test_predict_names_the_areas_of_classes_and_draws_them(
 
 def test_reading_and_arg_max_are_timed_with_the_network(root: Path) -> None:
     report = report_of(root)
-    assert set(report["end_to_end"]) == {"teacher_fp32", "student_int8"}
+    assert set(report["end_to_end"]) == {"teacher_fp32", "student_ptq_int8", "student_int8"}
     assert all(min(parts.values()) > 0 for parts in report["end_to_end"].values())
     page = (root / "report" / "index.html").read_text()
     assert page.count("data:image/jpeg") >= 4
+
+
+@pytest.mark.parametrize("served", ["student_int8", "student_ptq_int8", "student_fp32"])
+def test_examples_and_the_file_that_gives_masks_are_the_served_file_s(root: Path, served: str) -> None:
+    report, exported = {**report_of(root), "recommendation": {"file": served, "sentence": ""}}, stage(root, "export")
+    recipe = read_recipe(root / "recipe.yaml", ())
+    made = contents(recipe, "outlined", root, exported, cast(Report, report))
+    model = onnx.load_from_string(made.documents["serving/triton-answers/outlined/1/model.onnx"])
+    inside = {tensor.name for tensor in onnx.load(exported / f"{served}.onnx").graph.initializer}
+    assert inside <= {tensor.name for tensor in model.graph.initializer}
+    pixels = np.load(exported / "golden.npz")["images"]
+    (masks,) = InferenceSession(model.SerializeToString()).run(None, {"pixels": pixels})
+    images = read_bundle(root / "bundle").preprocess.normalize(pixels)
+    (logits,) = open_session(exported / f"{served}.onnx").run(None, {"input": images})
+    assert np.array_equal(masks, logits.argmax(1))
+    drawn = [title for pictures in examples(root, cast(Report, report)) for title, _ in pictures]
+    judged = "student_ptq_int8" if served == "student_ptq_int8" else "student_int8"  # which targets are about
+    assert drawn == ["Image", "Truth", TITLES["teacher_fp32"], TITLES[judged]] * 4
 
 
 def test_verify_and_audit_take_a_bundle_of_masks(

@@ -288,7 +288,7 @@ class ExportStage(Section):
     verify_images: PositiveInt = 1000
     """Validation images on which the INT8 file is compared with the trained network, on some of them tensor by tensor."""
     uint8_input: bool = True
-    """Also write the INT8 file with uint8 pixels (batch, height, width, 3) as input and the normalization inside. It outputs masks, uint8 (batch, height, width), for segmentation, and for detection one image's boxes after non-maximum suppression."""
+    """Also write each INT8 file with uint8 pixels (batch, height, width, 3) as input and the normalization inside. It outputs masks, uint8 (batch, height, width), for segmentation, and for detection one image's boxes after non-maximum suppression."""
     golden_images: Annotated[int, Field(ge=1, le=64)] = 8
     """Validation images in the bundle, with each file's outputs, to check a server against."""
     limits: AuditLimits = AuditLimits()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from compress.artifact import lineage, read_meta, students_of
 from compress.data.teachers import foreign
@@ -21,10 +22,12 @@ from export.bundle.read import VALIDATION, read_bundle
 from export.bundle.write import Contents, in_one_step
 from export.command.files import json_text
 from export.onnx_file.model_file import inspect
-from export.onnx_file.roles import FP16, FP32, PTQ, QAT, UINT8, deployed, files_in, name_for
+from export.onnx_file.roles import FP16, FP32, PTQ, QAT, deployed, files_in, name_for
 from export.onnx_file.targets import CPU, TARGETS, Target, resolve_target
+from export.onnx_file.uint8_input import with_uint8_input
 from export.serving.triton import Kind, Serving, answering_repository, share
 from export.signature import sign
+from export.tasks import TASKS
 
 
 def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Report) -> Contents:
@@ -55,8 +58,10 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
         "LICENSE": own_distribution().read_text("licenses/LICENSE") or "",
         "NOTICE": notice(recipe, name),
     }
-    finished = exported / f"{UINT8}.onnx"
-    further = answering_repository(name, finished, unlike=facts) if finished.exists() else {}
+    further: dict[str, bytes] = {}
+    if any(section.stage == "export" and section.uint8_input for section in recipe.stages):
+        pixels = with_uint8_input(onnx.load(files[serving.served]), preprocess)
+        further = answering_repository(name, TASKS[recipe.task].finish(pixels), unlike=facts)
     return Contents(
         name=name,
         files=files,

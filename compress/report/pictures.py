@@ -11,6 +11,8 @@ from PIL import Image
 
 from compress.report import summary
 from compress.report.shape import Report
+from compress.report.verdict import deployed_name
+from export.onnx_file.roles import TEACHER
 from export.tasks import TASKS
 
 SIDE = 256  # pixels of a picture
@@ -36,6 +38,7 @@ def examples(root: Path, report: Report) -> Iterator[Sequence[tuple[str, str]]]:
             *(
                 (summary.title(name), _jpeg(task.draw(image, of[index], labels)))
                 for name, of in zip(files.tolist(), predictions, strict=True)
+                if name in (TEACHER, deployed_name(report))
             ),
         ]
 

@@ -39,10 +39,10 @@ def apply(cfg: ExportStage, src: Path, out: Path, run: Run) -> Metrics:
         name = deployed(files, run.target)
         audits = {file: audit(path) for file, path in files.items()}
         parity = _verify(cfg, files, run, trained)
-        if cfg.uint8_input and run.int8_targets and name != FP32:
-            model = with_uint8_input(onnx.load(files[name]), run.dataset.preprocess.to_json())
-            save_model(run.task.output.finish(model), out / f"{UINT8}.onnx")
-            log.note(f"{UINT8}.onnx")
+        for twin in sorted({PTQ, QAT} & files.keys() if cfg.uint8_input else ()):  # the bench says which is served
+            model = with_uint8_input(onnx.load(files[twin]), run.dataset.preprocess.to_json())
+            save_model(run.task.output.finish(model), out / f"{twin}{UINT8}.onnx")
+            log.note(f"{twin}{UINT8}.onnx")
         # ONNX Runtime's CPU optimizer leaves TensorRT's file in float, and TensorRT itself is not here.
         judged = {name, *{PTQ, QAT} & files.keys()} if run.target.name != "tensorrt" else set()
         over = {file: _over(cfg.limits, file, audits[file], parity.get(file)) for file in sorted(judged)}

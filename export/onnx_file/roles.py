@@ -6,7 +6,8 @@ from pathlib import Path
 from export.onnx_file.targets import Target
 
 TEACHER, FP32, FP16 = "teacher_fp32", "student_fp32", "student_fp16"
-PTQ, QAT, UINT8 = "student_ptq_int8", "student_int8", "student_int8_uint8"
+PTQ, QAT = "student_ptq_int8", "student_int8"
+UINT8 = "_uint8"  # ends the name of an INT8 file's twin that takes pixels
 ORDER = (TEACHER, FP32, FP16, PTQ, QAT)
 
 
@@ -21,8 +22,8 @@ def is_int8(name: str) -> bool:
 
 
 def files_in(directory: Path) -> dict[str, Path]:
-    """Return the ONNX files of an export by name, without the one with uint8 input, whose images differ."""
-    names = [path.stem for path in directory.glob("*.onnx") if path.stem != UINT8]
+    """Return the ONNX files of an export by name, without those with uint8 input, whose images differ."""
+    names = [path.stem for path in directory.glob("*.onnx") if not path.stem.endswith(UINT8)]
     ranked = sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
     return {name: directory / f"{name}.onnx" for name in ranked}
 

@@ -95,12 +95,11 @@ def python_config(name: str, facts: ModelFile, serving: Serving) -> str:
     return "\n".join(['backend: "python"', common(name, facts, serving), instances(serving, "KIND_CPU"), threads])
 
 
-def answering_repository(name: str, file: Path, *, unlike: ModelFile) -> dict[str, bytes]:
+def answering_repository(name: str, model: onnx.ModelProto, *, unlike: ModelFile) -> dict[str, bytes]:
     """Return the files, by path in a bundle, of a repository that serves a model with any number of outputs.
 
     Empty if its outputs are those of the bundle's own files.
     """
-    model = onnx.load(file)
     if [one.name for one in model.graph.output] == [unlike.output.name]:
         return {}
     values = [
@@ -114,7 +113,7 @@ def answering_repository(name: str, file: Path, *, unlike: ModelFile) -> dict[st
     ]
     config = "\n".join(['backend: "onnxruntime"', f'name: "{name}"', "max_batch_size: 0", *values, ""])
     place = f"serving/{TRITON_ANSWERS}/{name}"
-    return {f"{place}/config.pbtxt": config.encode(), f"{place}/1/model.onnx": file.read_bytes()}
+    return {f"{place}/config.pbtxt": config.encode(), f"{place}/1/model.onnx": model.SerializeToString()}
 
 
 def _dims(value: onnx.ValueInfoProto) -> str:

@@ -83,13 +83,12 @@ def test_what_is_no_detector_is_refused() -> None:
 
 
 def test_tritons_configuration_names_every_output(tmp_path: Path) -> None:
-    path = tmp_path / "boxes.onnx"
-    onnx.save(DETECTION.finish(with_uint8_input(answering(rows(SOFTMAX)), PREPROCESS)), path)
-    own = save(answering(rows(SOFTMAX)), tmp_path / "rows.onnx")
-    files = answering_repository("cells", path, unlike=inspect(own))
+    model, own = DETECTION.finish(with_uint8_input(answering(rows(SOFTMAX)), PREPROCESS)), answering(rows(SOFTMAX))
+    facts = inspect(save(own, tmp_path / "rows.onnx"))
+    files = answering_repository("cells", model, unlike=facts)
     config = files["serving/triton-answers/cells/config.pbtxt"].decode()
     assert f'{{ name: "pixels" data_type: TYPE_UINT8 dims: [ 1, {SIDE}, {SIDE}, 3 ] }}' in config
     for name, kind, dims in (("boxes", "FP32", "-1, 4"), ("scores", "FP32", "-1"), ("labels", "INT64", "-1")):
         assert f'{{ name: "{name}" data_type: TYPE_{kind} dims: [ {dims} ] }}' in config
-    assert files["serving/triton-answers/cells/1/model.onnx"] == path.read_bytes()
-    assert not answering_repository("cells", own, unlike=inspect(own))
+    assert files["serving/triton-answers/cells/1/model.onnx"] == model.SerializeToString()
+    assert not answering_repository("cells", own, unlike=facts)
