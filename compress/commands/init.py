@@ -34,6 +34,7 @@ from export.tasks import TASKS
 SEEN = Path("runs", ".images")  # the cache of shard contents that a later run uses
 LOOKED_AT = 200  # images opened, spread over the folder
 JUDGED = 128  # images to score candidates on
+LOST_BY_FLIP = 0.1  # a network trained on photographs loses under a hundredth, one of digits or letters half
 STEP = 16  # images in the timed step
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 BYTES = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # pixels from 0 to 255, as some Keras networks take them
@@ -62,7 +63,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Network:
-    """The teacher, its preprocessing, and its accuracy on JUDGED images (None if its classes are not the folder's)."""
+    """The teacher, its preprocessing, and its accuracy on JUDGED images, as they are and mirrored (None if its classes are not the folder's)."""
 
     arch: str
     classes: int
@@ -71,7 +72,13 @@ class Network:
     mean: Sequence[float]
     std: Sequence[float]
     score: float | None
+    mirrored: float | None
     others: tuple[str, ...] = ()  # further networks that the checkpoint fits
+
+    @property
+    def flip(self) -> bool:
+        """Whether left and right may change places: the network knows mirrored images almost as well, or it is not known."""
+        return self.score is None or self.mirrored is None or self.mirrored > self.score - LOST_BY_FLIP
 
 
 def write_draft(
@@ -176,8 +183,9 @@ def choose(matches: Sequence[Match], weights: str, folder: Folder, *, trust_code
         if foreign(match.arch) is None:
             load_weights_(model, match.arch, weights, reset_head=False)
         for prepared in _preparations(match.arch, folder):
-            score = _score(model, prepared, folder) if same else None
-            tried.append(Network(match.arch, match.classes, prepared.size, prepared.resize, *prepared.normalize, score))
+            score, mirrored = _scores(model, prepared, folder) if same else (None, None)
+            seen = prepared.size, prepared.resize, *prepared.normalize
+            tried.append(Network(match.arch, match.classes, *seen, score, mirrored))
             if score is None or score > 0.5:
                 break  # good enough, try no other preprocessing
     best = max(tried, key=lambda network: network.score or 0)
@@ -199,11 +207,11 @@ def _preparations(arch: str, folder: Folder) -> Iterator[Published]:
         yield Published(size, 1.0, normalize)
 
 
-def _score(model: nn.Module, prepared: Published, folder: Folder) -> float:
-    """Return the network's accuracy on some validation images."""
+def _scores(model: nn.Module, prepared: Published, folder: Folder) -> tuple[float, float]:
+    """Return the network's accuracy on some validation images, and on their mirror images."""
     judging = folder.images(judged=True)
     preprocess = Preprocess(prepared.size, round(prepared.size * prepared.resize), *prepared.normalize)
-    right, seen = 0, 0
+    right, seen = np.zeros(2), 0
     for index in spread(len(judging), JUDGED):
         try:
             pixels = preprocess.pixels(judging.whole(index))
@@ -211,9 +219,11 @@ def _score(model: nn.Module, prepared: Published, folder: Folder) -> float:
             continue
         images = torch.from_numpy(preprocess.normalize(np.asarray(pixels)[None]))
         with torch.inference_mode():
-            right += int(model(images).argmax()) == int(judging.labels[index])
+            found = model(torch.cat([images, images.flip(3)])).argmax(1)  # (2,)
+        right += found.numpy() == int(judging.labels[index])
         seen += 1
-    return right / max(seen, 1)
+    alone, mirrored = (right / max(seen, 1)).tolist()
+    return alone, mirrored
 
 
 def step_speed(model: nn.Module, size: int) -> float:
@@ -261,7 +271,7 @@ def draft(
         f"  mean: [{', '.join(f'{value:g}' for value in network.mean)}]",
         f"  std: [{', '.join(f'{value:g}' for value in network.std)}]",
         *(["  skip_broken: true  # some images cannot be read"] if folder.broken else []),
-        f"  augment: {{crop: {'random_resized' if network.size > 64 else 'pad'}, flip: true}}  # flip: false if mirrored images are not valid",
+        f"  augment: {{crop: {'random_resized' if network.size > 64 else 'pad'}, flip: {str(network.flip).lower()}}}  # flip: false if mirrored images are not valid",
         "model:",
         *([f"  {whole[0]}"] if foreign(network.arch) else [f"  arch: {network.arch}", f"  {quoted[1]}"]),
         *(["  reset_head: true  # the weights are for other classes"] if source else []),
@@ -308,8 +318,12 @@ def _told(weights: str, folder: Folder, network: Network) -> Iterator[str]:
         yield f"         {describe_broken(folder.broken, len(folder.sides) + len(folder.broken))}: left out (skip_broken)"
     normalize = "/".join(f"{value:g}" for value in network.mean)
     yield f"seen at  {network.size} pixels, mean {normalize}" + (
-        f": {network.score:.1%} of {JUDGED} images are labelled right" if network.score is not None else ""
+        f": {network.score:.1%} of {min(JUDGED, len(folder.images(judged=True)))} images are labelled right"
+        if network.score is not None
+        else ""
     )
+    if not network.flip:
+        yield f"         mirrored {network.mirrored:.1%} of them: left and right differ, so augment.flip is false"
     if network.score is None:
         yield f"         the weights are for {network.classes:,} classes, the folder has {len(listing.classes):,}: the classifier is trained anew"
     elif network.score < 3 / len(listing.classes):

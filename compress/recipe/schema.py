@@ -303,6 +303,20 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _teachers_can_be_joined(self) -> "Recipe":
+        if TASKS[self.task].by_class_axis:
+            return self
+        if len(self.teacher) > 1:
+            raise ValueError(
+                f"teacher: {len(self.teacher)} for {self.task}, where a mean of predictions means nothing: name one"
+            )
+        if any(one.classes for one in self.teacher):
+            raise ValueError(
+                f"teacher.0.classes: a teacher for {self.task} must have the data's classes in their order: leave it out"
+            )
+        return self
+
     def _teacher_is_another(self, source: StageSection) -> "Recipe":
         if not self.teacher:
             raise ValueError("model: missing: name the network to compress, or set teacher and add a student stage")

@@ -6,6 +6,7 @@ Each finds its server by its own environment variables, and is imported only if 
 import importlib
 import json
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,11 +29,14 @@ LEFT = ("report.json", "report", "bundle")  # sent from a finished run's folder
 
 @dataclass(frozen=True)
 class Sink:
-    """A run on a server: sends an epoch's numbers, and a finished run's files and folders, keyed by their names there."""
+    """A run on a server: sends an epoch's numbers, and a finished run's files and folders, keyed by their names there.
+
+    `close` takes whether the run came to its end.
+    """
 
     numbers: Callable[[Mapping[str, float], int], None]
     files: Callable[[Mapping[str, Path]], None]
-    close: Callable[[], None]
+    close: Callable[[bool], None]
 
 
 def _mlflow(mlflow: Any, name: str, key: str, parameters: Mapping[str, str]) -> Sink:
@@ -49,28 +53,32 @@ def _mlflow(mlflow: Any, name: str, key: str, parameters: Mapping[str, str]) -> 
             else:
                 mlflow.log_artifact(str(path), name.rpartition("/")[0] or None)
 
-    return Sink(lambda numbers, epoch: mlflow.log_metrics(dict(numbers), step=epoch), files, mlflow.end_run)
+    def close(whole: bool) -> None:
+        mlflow.end_run("FINISHED" if whole else "FAILED")
+
+    return Sink(lambda numbers, epoch: mlflow.log_metrics(dict(numbers), step=epoch), files, close)
 
 
 def _wandb(wandb: Any, name: str, key: str, parameters: Mapping[str, str]) -> Sink:
     project = os.environ.get("WANDB_PROJECT", PROJECT)
-    return _like_wandb(wandb, wandb.init(project=project, name=name, id=key, resume="allow", config=parameters), name)
+    run = wandb.init(project=project, name=name, id=key, resume="allow", config=parameters)
+    return _like_wandb(wandb, run, name, lambda whole: run.finish(exit_code=0 if whole else 1))
 
 
 def _trackio(trackio: Any, name: str, key: str, parameters: Mapping[str, str]) -> Sink:
     project = os.environ.get("TRACKIO_PROJECT", PROJECT)
     run = trackio.init(project, f"{name}-{key}", resume="allow", config=parameters, embed=False)
-    return _like_wandb(trackio, run, name)
+    return _like_wandb(trackio, run, name, lambda _: run.finish())
 
 
-def _like_wandb(library: Any, run: Any, name: str) -> Sink:
+def _like_wandb(library: Any, run: Any, name: str, close: Callable[[bool], None]) -> Sink:
     def files(paths: Mapping[str, Path]) -> None:
         artifact = library.Artifact(name, type="model")
         for inside, path in paths.items():
             (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path), inside)
         run.log_artifact(artifact)
 
-    return Sink(lambda numbers, epoch: run.log({**numbers, "epoch": epoch}), files, run.finish)
+    return Sink(lambda numbers, epoch: run.log({**numbers, "epoch": epoch}), files, close)
 
 
 SINKS: dict[str, Callable[[Any, str, str, Mapping[str, str]], Sink]] = {
@@ -123,10 +131,13 @@ def _short(error: Exception) -> str:
 def opened(names: Sequence[str], name: str, folder: Path, settings: Mapping[str, Any]) -> Iterator[Sinks]:
     """Open the sinks of the run in a folder; a run that is resumed continues its log on the server.
 
-    Raises CompressError if a library is missing or its server cannot be reached.
+    A run that fails, is interrupted or gets SIGTERM is marked as failed. Raises CompressError if a library is missing or its server
+    cannot be reached.
     """
-    sinks, identity = Sinks(), folder / IDENTITY
+    sinks, identity, whole = Sinks(), folder / IDENTITY, False
+    before = signal.getsignal(signal.SIGTERM)
     if names:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # else servers show the run as running for ever
         os.environ.update({variable: os.environ.get(variable, value) for variable, value in PATIENCE.items()})
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:12])
@@ -140,8 +151,11 @@ def opened(names: Sequence[str], name: str, folder: Path, settings: Mapping[str,
             except Exception as error:  # each library has its own errors for an unreachable server
                 raise CompressError(f"log_to: {sink}: {_short(error)}; start its server, or leave it out") from error
         yield sinks
+        whole = True
     finally:
-        sinks.each(lambda sink: sink.close())
+        sinks.each(lambda sink: sink.close(whole))
+        if names:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _flat(path: str, value: Any) -> Iterator[tuple[str, str]]:

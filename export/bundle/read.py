@@ -20,7 +20,7 @@ A reader needs the files in the first seven lines and SHA256SUMS. The same input
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -37,11 +37,13 @@ from export.bundle.inside import (
     read_text,
 )
 from export.command.files import sha256
-from export.errors import BundleError
+from export.errors import BundleError, DataError
 from export.images.folders import is_label
 from export.images.preprocess import AS_STORED, UPRIGHT, Preprocess
 from export.images.read import Examples
 from export.onnx_file.model_file import MAX_IMAGE_SIZE, ModelFile, inspect
+from export.onnx_file.roles import TEACHER
+from export.runtime.accuracy import score_files
 from export.tasks import task_named
 from export.tasks.task import OutputTask
 
@@ -80,9 +82,25 @@ class Bundle:
     validation: tuple[str, ...]
 
     def examples(self, data: Path) -> Examples:
-        """Return the labelled images of `data` to score the files on; DataError if they do not fit the bundle."""
+        """Return the images of `data` with their truths, to score the files on; without labels the bundle's teacher predicts them.
+
+        Raises DataError if they do not fit the bundle.
+        """
         found = self.task.examples(data, self.preprocess, self.labels)
-        return found.judged(self.validation) if self.validation else found
+        found = found.judged(self.validation) if self.validation else found
+        return found if self.task.labelled or (found.truths >= 0).all() else self._taught(found, data)
+
+    def _taught(self, images: Examples, data: Path) -> Examples:
+        """Return the images with the labels that the bundle's teacher predicts."""
+        if TEACHER not in self.files:
+            raise DataError(
+                f"{data}: nobody labelled its images and the bundle has no {TEACHER}: give what `compress export-data` writes"
+            )
+        truths, taught = images.truths.copy(), {TEACHER: self.files[TEACHER]}
+        answers = score_files(taught, images.batches(), self.task)[TEACHER].answers  # (n, k), the likeliest class first
+        truths[images.chosen] = answers[:, 0]
+        note = f"the labels are what {TEACHER} of this bundle predicts"
+        return replace(images, truths=truths, notes=(*images.notes, note))
 
     def file(self, name: str | None) -> Path:
         """Return the path of the file `name`, or of the one to serve; raise BundleError for an unknown name."""

@@ -229,6 +229,7 @@ DETECTION = OutputTask(
     compare=compare,
     truth_text=truth_text,
     show=show,
+    by_class_axis=False,  # it is the anchors, and each network's boxes are its own
     draw=draw,
     draw_truth=draw_truth,
     meaning="a row for each anchor: logits (background first, then the lines of `labels.txt`), four moves, five constants to decode them",

@@ -115,6 +115,8 @@ class OutputTask:
     """(one image's output, labels, most lines) to columns and lines to print."""
     exclusive: bool = True
     """Whether exactly one class is right (softmax); otherwise each class is judged alone (sigmoid)."""
+    by_class_axis: bool = True
+    """Whether an output's first axis is the classes, so that outputs of several networks can be averaged and their classes reordered."""
     labelled: bool = True
     """Whether truths are labels by people; otherwise they are the teacher's predictions."""
     draw: Callable[[Array, Array, Sequence[str]], Array] | None = None

@@ -1,10 +1,14 @@
 """Classification of unlabelled images: the truth is the teacher's prediction, the score is the agreement with it."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from export.errors import DataError
-from export.images.folders import Listing, image_splits
+from export.images.folders import Listing, image_splits, list_folder
+from export.images.preprocess import Preprocess
+from export.images.read import Examples, files_as_examples, find_examples
 from export.tasks.classification import CLASSIFICATION
 from export.tasks.task import Metric
 
@@ -20,10 +24,23 @@ def list_images(root: Path) -> Listing:
     return Listing(root, (), tuple((path, UNKNOWN) for path in train), found)
 
 
+def find_images(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
+    """Find the images of a folder whose class folders are labels, as `compress export-data` writes it, or of any other: `UNKNOWN` ones.
+
+    Raises DataError where there are none.
+    """
+    with suppress(DataError):
+        if data.suffix == ".npz" or set(list_folder(data).classes) <= set(labels):
+            return find_examples(data, preprocess, labels)
+    listing = list_images(data)
+    return files_as_examples(data, listing.val or listing.train, preprocess)
+
+
 UNLABELLED = replace(
     CLASSIFICATION,
     name="unlabelled",
     metric=Metric("agreement", "agreement with the teacher", CLASSIFICATION.metric.alike),
     listing=list_images,
+    examples=find_images,
     labelled=False,
 )

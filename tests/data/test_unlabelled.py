@@ -23,6 +23,10 @@ from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 from compress.run import Run, open_run
 from compress.tasks.classification import cross_entropy_loss
+from export.bundle.read import read_bundle
+from export.gate.checks import Limits, Verdict
+from export.gate.commands import judge, update
+from export.gate.latency import Plan
 
 NETWORKS = Path(__file__).parent.parent / "networks.py"
 RECIPE = f"""
@@ -65,7 +69,7 @@ def trained(pixels: np.ndarray, labels: np.ndarray) -> torch.nn.Module:
     network = small(10)
     images = F.interpolate(torch.from_numpy(pixels)[:, None].float() / 127.5 - 1, 16).expand(-1, 3, -1, -1)
     optimizer, targets = torch.optim.AdamW(network.parameters(), 0.01), torch.from_numpy(labels)
-    for step in range(40):
+    for step in range(80):
         rows = torch.randperm(400, generator=torch.Generator().manual_seed(step))[:100]
         loss = F.cross_entropy(network(images[rows]), targets[rows])
         optimizer.zero_grad()
@@ -122,23 +126,60 @@ def test_mixing_gives_an_image_without_a_label_no_target(digits: Path, tmp_path:
     assert batch.targets.sum(1).min() < 0.5
 
 
-def test_a_folder_without_labels_goes_from_teacher_to_bundle(digits: Path, tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_text("".join(f"digit {label}\n" for label in range(10)))
-    settings = [f"data.path={digits}/loose", "task=unlabelled", f"data.classes={tmp_path}/names.txt"]
-    made = recipe(digits, tmp_path, *settings)
+@pytest.fixture(scope="module")
+def bundle(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of a run without any label."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "names.txt").write_text("".join(f"digit {label}\n" for label in range(10)))
+    settings = [f"data.path={digits}/loose", "task=unlabelled", f"data.classes={folder}/names.txt"]
+    made = recipe(digits, folder, *settings, "distill.fit.epochs=6")
     assert run_recipe(made, trust_code=True, until=None, verbose=False, command="") == 0
-    report: dict[str, Any] = json.loads((tmp_path / "own" / "report.json").read_text())
+    return folder / "own" / "bundle"
+
+
+def test_a_folder_without_labels_goes_from_teacher_to_bundle(bundle: Path, tmp_path: Path) -> None:
+    report: dict[str, Any] = json.loads((bundle.parent / "report.json").read_text())
     assert report["metric"]["title"] == "agreement with the teacher"
     scores = {row["name"]: row["score"] for row in report["deployed"]}
     assert scores["teacher_fp32"] == 1
-    assert scores["student_int8"] > 0.6
-    page = (tmp_path / "own" / "report" / "index.html").read_text()
-    assert "top-1" not in page
-    bundle = tmp_path / "own" / "bundle"
+    assert scores["student_int8"] > 0.8
+    assert "top-1" not in (bundle.parent / "report" / "index.html").read_text()
     assert "top-1" not in (bundle / "README.md").read_text()
-    found = CliRunner().invoke(app, ["export-data", str(tmp_path / "own"), str(tmp_path / "val")])
+    found = CliRunner().invoke(app, ["export-data", str(bundle.parent), str(tmp_path / "val")])
     assert "80 validation images" in found.output
     assert {folder.name for folder in (tmp_path / "val").iterdir()} <= {f"digit {label}" for label in range(10)}
+
+
+def judged(bundle: Path, data: Path, folder: Path) -> Verdict:
+    """Accept a bundle on some images, and judge it by that."""
+    limits, plan = Limits(max_latency_ratio=None), Plan(seconds=0.1)
+    update(bundle, folder / "baseline.json", data=data, limits=limits, plan=plan)
+    return judge(bundle, folder / "baseline.json", against=None, data=None, limits=limits, plan=plan)
+
+
+def test_the_gate_judges_a_bundle_without_labels_by_agreement(bundle: Path, digits: Path, tmp_path: Path) -> None:
+    score = json.loads((bundle / "bundle.json").read_text())["files"]["student_int8"]["score"]
+    CliRunner().invoke(app, ["export-data", str(bundle.parent), str(tmp_path / "val")], catch_exceptions=False)
+    for data in (digits / "loose", tmp_path / "val"):
+        verdict = judged(bundle, data, tmp_path)
+        assert verdict.exit_code == 0, verdict
+        (error,) = [metric.value for metric in verdict.metrics if metric.name == "agreement with the teacher error"]
+        assert error == pytest.approx(100 * (1 - score))
+
+
+def test_the_gate_takes_images_that_it_never_saw(bundle: Path, tmp_path: Path) -> None:
+    found = load_digits()
+    for index in range(400, 450):
+        path = tmp_path / "foreign" / ("a" if index % 2 else "b/c") / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray((found.images[index] * 15.9).astype(np.uint8))
+        image.resize((16, 16), Image.Resampling.BILINEAR).save(path)
+    verdict = judged(bundle, tmp_path / "foreign", tmp_path)
+    assert verdict.exit_code == 0
+    assert any("none of the 50 images is one of the 80" in note for note in verdict.notes)
+    assert any("teacher_fp32 of this bundle predicts" in note for note in verdict.notes)
+    examples = read_bundle(bundle).examples(tmp_path / "foreign")
+    assert (examples.truths == found.target[[*range(401, 450, 2), *range(400, 450, 2)]]).mean() > 0.7
 
 
 def test_training_on_labels_that_are_not_there_is_refused(digits: Path, tmp_path: Path) -> None:

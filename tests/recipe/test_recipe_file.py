@@ -395,6 +395,23 @@ def test_int8_that_makes_no_sense_is_refused_before_anything_runs(tmp_path: Path
     assert line.startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("teachers", "sentence"),
+    [
+        ("[onnx:a.onnx, onnx:b.onnx]", "teacher: 2 for detection, where a mean of predictions means nothing: name one"),
+        ("{network: onnx:a.onnx, classes: names.txt}", "teacher.0.classes: a teacher for detection must have the data's classes"),
+    ],
+)  # fmt: skip
+def test_detectors_are_no_ensemble_and_keep_the_order_of_their_classes(
+    tmp_path: Path, teachers: str, sentence: str
+) -> None:
+    text = f"{HEAD}{SOURCE}task: detection\nteacher: {teachers}\n"
+    (line,) = mistakes(tmp_path / "a.yaml", text)
+    assert line.startswith(sentence)
+    assert read(tmp_path / "b.yaml", text.replace(teachers, "onnx:a.onnx")).teacher
+    assert read(tmp_path / "b.yaml", text.replace("detection", "segmentation")).teacher
+
+
 def test_qat_takes_a_tenth_of_the_float_epochs_and_a_hundredth_of_the_rate(tmp_path: Path) -> None:
     distill = "- {stage: distill, fit: {epochs: 24, lr: 0.02, batch_size: 32, warmup_epochs: 1}}\n"
     recipe = read(tmp_path / "a.yaml", HEAD + SOURCE + distill + PTQ + QAT)

@@ -43,7 +43,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
         def open_(_library: ModuleType, run: str, key: str, parameters: Mapping[str, str]) -> Sink:
             found.append((name, run, key, parameters))
             files = lambda paths: found.append((name, sorted(paths)))  # noqa: E731
-            return Sink(numbers, files, lambda: found.append((name, "closed")))
+            return Sink(numbers, files, lambda whole: found.append((name, "closed" if whole else "failed")))
 
         return open_
 
@@ -111,7 +111,15 @@ def test_a_missing_library_is_named(sent: Sent, tmp_path: Path) -> None:
     expected = pytest.raises(CompressError, match=r"log_to: trackio is not installed: pip install trackio")
     with expected, opened(["mlflow", "trackio"], "tiny", tmp_path, {}):
         pass
-    assert sent[-1] == ("mlflow", "closed")
+    assert sent[-1] == ("mlflow", "failed")
+
+
+def test_a_run_that_is_told_to_end_is_no_running_one_there(sent: Sent, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), opened(["mlflow"], "tiny", tmp_path, {}):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert sent[-1] == ("mlflow", "failed")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 RECIPE = """
