@@ -18,7 +18,7 @@ from compress.data.batches import Batch, eval_batches, steps_per_epoch, train_ba
 from compress.data.dataset import Dataset, relabelled
 from compress.data.named import NAMED
 from compress.data.split import sampled
-from compress.errors import CompressError
+from compress.errors import CompressError, ModelError
 from compress.log import StageLog, Tell
 from compress.models.architectures import build
 from compress.models.digest import class_names, source_digest, teachers_digest
@@ -266,7 +266,11 @@ class Run:
         place_(found.requires_grad_(False), self.device)
         for batch in self.calibration(LOGIT_IMAGES):
             found.note_probabilities_(batch.images)
-        self.check_output(found)
+        try:
+            self.check_output(found)
+        except ModelError as error:
+            names = ", ".join(one.network for one in self.recipe.teacher)
+            raise ModelError(f"teacher {names}: {error}; list what its outputs are in a file as its `classes`") from error
         return found
 
     def _predicted(self, images: Dataset) -> tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.int64]]:

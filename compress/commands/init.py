@@ -23,6 +23,7 @@ from compress.models.recognize import Match, recognize
 from compress.models.weights import load_weights_, read_state
 from compress.recipe import strict_yaml
 from compress.recipe.read import read_recipe
+from compress.recipe.schema import Teaching
 from export.errors import DataError
 from export.images.decode import BrokenImage, describe_broken
 from export.images.folders import Listing, list_folder
@@ -35,7 +36,13 @@ SEEN = Path("runs", ".images")  # the cache of shard contents that a later run u
 LOOKED_AT = 200  # images opened, spread over the folder
 JUDGED = 128  # images to score candidates on
 LOST_BY_FLIP = 0.1  # a network trained on photographs loses under a hundredth, one of digits or letters half
-STEP = 16  # images in the timed step
+STEP, STEPS = 32, 4  # images in a timed step, and timed steps
+# docs/your_own.md says how near this comes to real runs.
+KEPT = 0.5  # of the teacher's work, the student's
+CACHED = Teaching().views  # the teacher predicts each view once
+VIEW_S = 0.0003  # to draw an image's view, and a step's costs besides the network
+QAT_STEPS = 2  # a QAT step in float steps
+OTHERS_S, SCORED = 100, 10_000  # stages without training: seconds, and images that they score
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 BYTES = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # pixels from 0 to 255, as some Keras networks take them
 NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -108,11 +115,11 @@ def write_draft(
     network = choose(matches, weights, folder, trust_code=trust_code)
     yield from _told(weights, folder, network)
     model = build(network.arch, num_classes=network.classes, image_size=network.size, trust_code=trust_code)
-    speed = step_speed(model, network.size)
+    clock = timed(model, network.size)
     text = draft(weights, data, out.stem, folder, network, latency_ms=latency_ms, trust_code=trust_code)
     out.write_text(text, encoding="utf-8")
     read_recipe(out)  # check that it can be read
-    yield from _estimated(folder, network, model, speed)
+    yield from _estimated(folder, network, model, clock)
     yield f"wrote {out}; run it with: compress run {out}{' --trust-code' if trust_code else ''}"
 
 
@@ -226,18 +233,41 @@ def _scores(model: nn.Module, prepared: Published, folder: Folder) -> tuple[floa
     return alone, mirrored
 
 
-def step_speed(model: nn.Module, size: int) -> float:
-    """Return the images per second of a training step with a teacher: the network twice forward and once backward."""
+@dataclass(frozen=True)
+class Clock:
+    """Seconds for one image here, in batches: the network forward, and a training step."""
+
+    forward: float
+    step: float
+
+
+def timed(model: nn.Module, size: int) -> Clock:
+    """Time a few steps."""
     model = model.train().to(memory_format=torch.channels_last)
     images = torch.randn(STEP, 3, size, size).to(memory_format=torch.channels_last)
-    times = []
-    for _ in range(3):
+    forward, step = list[float](), list[float]()
+    for _ in range(STEPS):
         start = time.perf_counter()
         with torch.no_grad():
             teacher = model(images)
+        answered = time.perf_counter()
         F.mse_loss(model(images), teacher).backward()
-        times.append(time.perf_counter() - start)
-    return STEP / min(times[1:])
+        forward.append(answered - start)
+        step.append(time.perf_counter() - answered)
+    return Clock(min(forward[1:]) / STEP, min(step[1:]) / STEP)
+
+
+def run_seconds(folder: Folder, network: Network, clock: Clock) -> tuple[float, float]:
+    """Return about what the training of a run takes, and all its other stages: prune, ptq, export, bench."""
+    source, distill, qat = epochs(folder, network)
+    student = KEPT * clock.step + VIEW_S  # the recipe halves the network's work; with a latency it is anyone's guess
+    training = folder.train * (
+        source * (clock.step + VIEW_S)
+        + distill * student
+        + qat * QAT_STEPS * student
+        + min(distill, CACHED) * clock.forward
+    )
+    return training, OTHERS_S + SCORED * clock.forward
 
 
 def draft(
@@ -330,15 +360,21 @@ def _told(weights: str, folder: Folder, network: Network) -> Iterator[str]:
         yield "         that is little more than chance: check the order of the classes, mean and std, or name the network with --arch"
 
 
-def _estimated(folder: Folder, network: Network, model: nn.Module, speed: float) -> Iterator[str]:
+def _estimated(folder: Folder, network: Network, model: nn.Module, clock: Clock) -> Iterator[str]:
     """Yield a line on the time, memory and disk space that a run will take."""
-    minutes = sum(epochs(folder, network)) * folder.train / speed / 60
+    training, others = run_seconds(folder, network, clock)
     weights = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # GB; Linux counts in KB
     yield (
-        f"takes    about {minutes:,.0f} minutes of training here ({speed:,.0f} images/s with the teacher), {peak:.1f} GB of memory "
-        f"or more, {10 * weights:.1f} GB of disk; INT8 for {host_target().name}"
+        f"takes    about {_spoken(training + others)} here with nothing beside, {_spoken(training)} of them training; {peak:.1f} GB of memory or more, {max(10 * weights, 0.1):.1f} GB of disk; "
+        f"INT8 for {host_target().name}"
     )
+
+
+def _spoken(seconds: float) -> str:
+    minutes = max(1, round(seconds / 60))
+    number, unit = (minutes, "minute") if minutes < 120 else (round(minutes / 60), "hour")
+    return f"{number:,} {unit}{'' if number == 1 else 's'}"
 
 
 def epochs(folder: Folder, network: Network) -> tuple[int, int, int]:

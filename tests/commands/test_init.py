@@ -1,19 +1,23 @@
 """A recipe for a checkpoint and a folder: the network is recognized, the images are read, and what is written can be run."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from photographs import write_classes, write_imagenet_layout, write_photo
+from PIL import Image
 from torchvision.models import mobilenet_v2
 
-from compress.commands.init import look_at, write_draft
+from compress.commands.init import OTHERS_S, SCORED, Clock, Network, look_at, run_seconds, write_draft
 from compress.commands.shards import write_shards
 from compress.errors import CompressError
 from compress.models.architectures import build
 from compress.models.recognize import fingerprint, recognize
 from compress.recipe import shipped
 from compress.recipe.read import read_recipe
+from export.images.folders import list_folder
 from export.onnx_file.to_onnx import to_onnx
 
 
@@ -36,7 +40,7 @@ def test_a_checkpoint_and_a_folder_become_a_recipe_that_reads(checkpoint: Path, 
     assert not recipe.model.reset_head
     assert recipe.name == "mine"
     assert "for 3 classes" in told
-    assert "images/s" in told
+    assert "of them training" in told
     with pytest.raises(CompressError, match="exists already"):
         next(write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
 
@@ -77,6 +81,47 @@ def test_broken_images_are_counted_and_left_out(tmp_path: Path) -> None:
     write_classes(tmp_path)
     next(tmp_path.rglob("*.*g")).write_bytes(b"no image")
     assert len(look_at(tmp_path).broken) == 1
+
+
+SIDES = """
+import torch
+from torch import nn
+def network(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 1, 1), nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten(), nn.Linear(2, num_classes))
+"""
+
+
+@pytest.mark.parametrize("differ", [True, False])
+def test_images_are_mirrored_only_where_the_network_knows_them_mirrored(tmp_path: Path, differ: bool) -> None:
+    (tmp_path / "sides.py").write_text(SIDES)
+    one = torch.ones(1)
+    rows = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]) if differ else torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
+    state = {"0.weight": torch.ones(1, 3, 1, 1), "0.bias": 0 * one, "3.weight": rows, "3.bias": torch.zeros(2)}
+    torch.save(state, tmp_path / "w.pt")
+    for label, halves in (("a", (255, 0 if differ else 255)), ("b", (0, 255 if differ else 0))):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        pixels = np.repeat(np.array(halves, np.uint8), 16)[None, :, None].repeat(32, 0).repeat(3, 2)
+        for index in range(4):
+            Image.fromarray(pixels).save(tmp_path / "data" / label / f"{index}.png")
+    out, arch = tmp_path / "mine.yaml", f"{tmp_path}/sides.py:network"
+    told = write_draft(str(tmp_path / "w.pt"), tmp_path / "data", out, arch=arch, latency_ms=None, trust_code=True)
+    text = "\n".join(told)
+    assert "100.0% of 8 images are labelled right" in text
+    assert ("mirrored 0.0% of them: left and right differ" in text) == differ
+    assert read_recipe(out).data.augment.flip == (not differ)
+
+
+@pytest.mark.parametrize("score", [None, 0.9])
+def test_an_estimate_counts_every_stage(tmp_path: Path, score: float | None) -> None:
+    write_classes(tmp_path, classes=("a", "b"))
+    folder = replace(look_at(tmp_path), listing=replace(list_folder(tmp_path), train=(("a/1.jpg", 0),) * 7500, val=()))
+    network = Network("cifar:resnet20", 2, 32, 1.0, (0.5,) * 3, (0.5,) * 3, score, score)
+    training, others = run_seconds(folder, network, Clock(forward=0.001, step=0.004))
+    # 8 epochs of distillation and 2 of QAT by half a step each, twice as dear in QAT; the teacher sees 8 views.
+    student = 7500 * (0.5 * 0.004 + 0.0003)
+    source = 0 if score else 8 * 7500 * 0.0043
+    assert training == pytest.approx(source + 8 * student + 2 * 2 * student + 8 * 7500 * 0.001)
+    assert others == pytest.approx(OTHERS_S + SCORED * 0.001)
 
 
 def test_recipes_are_listed_and_copied(tmp_path: Path) -> None:

@@ -50,9 +50,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits as files: labelled/CLASS/*, all of them in loose/*, and a network's weights in small.safetensors."""
     folder = tmp_path_factory.mktemp("digits")
     found = load_digits()
-    pixels = (found.images[:400] * 15.9).astype(np.uint8)
-    for index, (image, label) in enumerate(zip(pixels, found.target, strict=False)):
-        picture = Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR)
+    pictures = [drawn(image) for image in found.images[:400]]
+    for index, (picture, label) in enumerate(zip(pictures, found.target, strict=False)):
         places = [
             folder / "loose" / f"{index}.png",
             *([folder / "labelled" / str(label) / f"{index}.png"] if index < 120 else []),
@@ -60,14 +59,18 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for place in places:
             place.parent.mkdir(parents=True, exist_ok=True)
             picture.save(place)
-    save_file(trained(pixels, found.target[:400]).state_dict(), folder / "small.safetensors")
+    save_file(trained(np.stack(pictures), found.target[:400]).state_dict(), folder / "small.safetensors")
     return folder
+
+
+def drawn(image: np.ndarray) -> Image.Image:
+    return Image.fromarray((image * 15.9).astype(np.uint8)).resize((16, 16), Image.Resampling.BILINEAR)
 
 
 def trained(pixels: np.ndarray, labels: np.ndarray) -> torch.nn.Module:
     torch.manual_seed(0)
     network = small(10)
-    images = F.interpolate(torch.from_numpy(pixels)[:, None].float() / 127.5 - 1, 16).expand(-1, 3, -1, -1)
+    images = (torch.from_numpy(pixels)[:, None].float() / 127.5 - 1).expand(-1, 3, -1, -1)
     optimizer, targets = torch.optim.AdamW(network.parameters(), 0.01), torch.from_numpy(labels)
     for step in range(80):
         rows = torch.randperm(400, generator=torch.Generator().manual_seed(step))[:100]
@@ -172,8 +175,7 @@ def test_the_gate_takes_images_that_it_never_saw(bundle: Path, tmp_path: Path) -
     for index in range(400, 450):
         path = tmp_path / "foreign" / ("a" if index % 2 else "b/c") / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray((found.images[index] * 15.9).astype(np.uint8))
-        image.resize((16, 16), Image.Resampling.BILINEAR).save(path)
+        drawn(found.images[index]).save(path)
     verdict = judged(bundle, tmp_path / "foreign", tmp_path)
     assert verdict.exit_code == 0
     assert any("none of the 50 images is one of the 80" in note for note in verdict.notes)

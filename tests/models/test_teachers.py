@@ -19,6 +19,7 @@ from compress.models.architectures import build
 from compress.models.teachers import Seen, Teacher, teacher_of
 from compress.pipeline import plan_recipe, run_recipe
 from compress.recipe.read import read_recipe
+from compress.run import open_run
 from export.onnx_file.to_onnx import to_onnx
 
 NETWORKS = Path(__file__).parent.parent / "networks.py"
@@ -27,7 +28,7 @@ CLASSES = tuple("0123456789")
 RECIPE = f"""
 name: taught
 target: cpu_avx2
-data: {{dataset: digits, image_size: 16, limit_per_class: 40}}
+data: {{dataset: digits, image_size: 16, limit_per_class: 100}}
 stages:
   - {{stage: source}}
   - {{stage: student, arch: "{NETWORKS}:small"}}
@@ -57,7 +58,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained network of the digits in several forms."""
     folder = tmp_path_factory.mktemp("saved")
     text = RECIPE.replace("stages:\n", f'model: {{arch: "{NETWORKS}:small"}}\nstages:\n').replace(
-        "{stage: source}", "{stage: source, fit: {epochs: 3, batch_size: 32, lr: 0.05}}"
+        "{stage: source}", "{stage: source, fit: {epochs: 6, batch_size: 32, lr: 0.05}}"
     )
     path = folder / "source.yaml"
     path.write_text(text)
@@ -208,6 +209,14 @@ def test_a_file_for_other_channels_is_refused(tmp_path: Path, images: Tensor) ->
         taught(given(f"onnx:{file}"))(images)
 
 
+def test_a_teacher_of_another_number_of_classes_is_refused(tmp_path: Path) -> None:
+    to_onnx(small(7).eval(), tmp_path / "seven.onnx", image_size=16, metadata={})
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    recipe = read_recipe(tmp_path / "recipe.yaml", [f"out={tmp_path}", f"teacher=onnx:{tmp_path}/seven.onnx"])
+    with pytest.raises(CompressError, match=r"teacher onnx:.*\(n, 10\), returned shape \(1, 7\).*`classes`"):
+        open_run(recipe, trust_code=True, verbose=False).given_teacher()
+
+
 def test_pruning_a_teacher_that_only_answers_is_refused_in_one_sentence(tmp_path: Path, saved: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.replace(f'{{stage: student, arch: "{NETWORKS}:small"}}', "{stage: prune, keep_macs: 0.5}"))
@@ -218,12 +227,12 @@ def test_pruning_a_teacher_that_only_answers_is_refused_in_one_sentence(tmp_path
 def test_a_students_run_is_taught_by_a_file(tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE)
-    recipe = read_recipe(path, [f"out={tmp_path}", f"teacher=onnx:{saved}/keras.onnx"])
+    recipe = read_recipe(path, [f"out={tmp_path}", f"teacher=onnx:{saved}/keras.onnx", "distill.fit.epochs=8"])
     assert run_recipe(recipe, trust_code=True, until=None, verbose=False, command="") == 0
     assert "on 359 validation images" in capsys.readouterr().err
     report = json.loads((tmp_path / "taught" / "report.json").read_text())
     scores = {row["name"]: row["score"] for row in report["deployed"]}
-    assert scores["student_ptq_int8"] > 0.3
+    assert scores["student_ptq_int8"] > 0.8
     assert report["stages"][0]["metrics"]["score"] == pytest.approx(scores["teacher_fp32"])
     upside_down = [
         f"out={tmp_path}",
