@@ -270,7 +270,9 @@ class Run:
             self.check_output(found)
         except ModelError as error:
             names = ", ".join(one.network for one in self.recipe.teacher)
-            raise ModelError(f"teacher {names}: {error}; list what its outputs are in a file as its `classes`") from error
+            raise ModelError(
+                f"teacher {names}: {error}; list what its outputs are in a file as its `classes`"
+            ) from error
         return found
 
     def _predicted(self, images: Dataset) -> tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.int64]]:

@@ -59,7 +59,10 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for place in places:
             place.parent.mkdir(parents=True, exist_ok=True)
             picture.save(place)
-    save_file(trained(np.stack(pictures), found.target[:400]).state_dict(), folder / "small.safetensors")
+    save_file(
+        trained(np.stack([np.asarray(picture) for picture in pictures]), found.target[:400]).state_dict(),
+        folder / "small.safetensors",
+    )
     return folder
 
 
