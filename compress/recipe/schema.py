@@ -305,13 +305,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _teachers_can_be_joined(self) -> "Recipe":
-        if TASKS[self.task].by_class_axis:
-            return self
-        if len(self.teacher) > 1:
-            raise ValueError(
-                f"teacher: {len(self.teacher)} for {self.task}, where a mean of predictions means nothing: name one"
-            )
-        if any(one.classes for one in self.teacher):
+        task = TASKS[self.task]
+        if len(self.teacher) > 1 and not (task.by_class_axis and task.exclusive):
+            raise ValueError(f"teacher: {len(self.teacher)} for {self.task}, whose predictions have no mean: name one")
+        if not task.by_class_axis and any(one.classes for one in self.teacher):
             raise ValueError(
                 f"teacher.0.classes: a teacher for {self.task} must have the data's classes in their order: leave it out"
             )
