@@ -181,7 +181,7 @@ def test_the_gate_takes_images_that_it_never_saw(bundle: Path, tmp_path: Path) -
         drawn(found.images[index]).save(path)
     verdict = judged(bundle, tmp_path / "foreign", tmp_path)
     assert verdict.exit_code == 0
-    assert any("none of the 50 images is one of the 80" in note for note in verdict.notes)
+    assert any("none of the 50 images is one of the network's 80" in note for note in verdict.notes)
     assert any("teacher_fp32 of this bundle predicts" in note for note in verdict.notes)
     examples = read_bundle(bundle).examples(tmp_path / "foreign")
     assert (examples.truths == found.target[[*range(401, 450, 2), *range(400, 450, 2)]]).mean() > 0.7
