@@ -97,8 +97,10 @@ class Bundle:
                 f"{data}: nobody labelled its images and the bundle has no {TEACHER}: give what `compress export-data` writes"
             )
         truths, taught = images.truths.copy(), {TEACHER: self.files[TEACHER]}
-        answers = score_files(taught, images.batches(), self.task)[TEACHER].answers  # (n, k), the likeliest class first
-        truths[images.chosen] = answers[:, 0]
+        found = score_files(taught, images.batches(), self.task)[
+            TEACHER
+        ].predictions  # (n, k), the likeliest class first
+        truths[images.chosen] = found[:, 0]
         note = f"the labels are what {TEACHER} of this bundle predicts"
         return replace(images, truths=truths, notes=(*images.notes, note))
 
