@@ -107,7 +107,7 @@ def test_there_is_nothing_to_draw_of_a_label(
 ) -> None:
     path = colour(tmp_path / "a.png", 1, 2, 3)
     assert shown(monkeypatch, bundle, path, "--draw", tmp_path / "drawn") == 2
-    assert "--draw: there is nothing to draw of classification" in capsys.readouterr().err
+    assert "--draw: there is nothing to draw for classification" in capsys.readouterr().err
 
 
 def test_another_file_is_run_by_name(

@@ -136,7 +136,7 @@ def test_ranks_that_do_not_come_are_told_of(recipe_path: Path) -> None:
     (code_, text), _ = ended([first, second])
     assert code_ == 2
     assert text.startswith("rank 0: 2 ranks did not connect (")
-    assert text.endswith("); start all of them with torchrun, within 3 seconds\n")
+    assert text.endswith("); start all with torchrun within 3 seconds\n")
 
 
 @pytest.mark.slow
