@@ -271,7 +271,7 @@ class Run:
         except ModelError as error:
             names = ", ".join(one.network for one in self.recipe.teacher)
             raise ModelError(
-                f"teacher {names}: {error}; list what its outputs are in a file as its `classes`"
+                f"teacher {names}: {error}; list its outputs' names in a text file and set it as `classes`"
             ) from error
         return found
 

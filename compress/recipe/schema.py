@@ -307,7 +307,9 @@ class Recipe(Section):
     def _teachers_can_be_joined(self) -> "Recipe":
         task = TASKS[self.task]
         if len(self.teacher) > 1 and not (task.by_class_axis and task.exclusive):
-            raise ValueError(f"teacher: {len(self.teacher)} for {self.task}, whose predictions have no mean: name one")
+            raise ValueError(
+                f"teacher: {len(self.teacher)} for {self.task}, whose predictions cannot be averaged: name one"
+            )
         if not task.by_class_axis and any(one.classes for one in self.teacher):
             raise ValueError(
                 f"teacher.0.classes: a teacher for {self.task} must have the data's classes in their order: leave it out"

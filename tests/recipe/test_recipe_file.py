@@ -398,7 +398,7 @@ def test_int8_that_makes_no_sense_is_refused_before_anything_runs(tmp_path: Path
 @pytest.mark.parametrize(
     ("teachers", "sentence"),
     [
-        ("[onnx:a.onnx, onnx:b.onnx]", "teacher: 2 for detection, whose predictions have no mean: name one"),
+        ("[onnx:a.onnx, onnx:b.onnx]", "teacher: 2 for detection, whose predictions cannot be averaged: name one"),
         ("{network: onnx:a.onnx, classes: names.txt}", "teacher.0.classes: a teacher for detection must have the data's classes"),
     ],
 )  # fmt: skip
