@@ -131,7 +131,7 @@ def _networks(run: Run, chain: Recipe, sections: Sequence[StageSection]) -> list
     """Return teacher and student, if it is another network, by architecture; a student to start has its weights."""
 
     def untrained(arch: str) -> nn.Module:
-        return rebuild(Architecture(arch, len(run.dataset.classes), run.image_size), trust_code=run.trust_code)
+        return rebuild(Architecture(arch, len(run.dataset.classes), run.shape), trust_code=run.trust_code)
 
     if chain.model is None:
         found = [("teacher", run.given_teacher(whole=True).cpu())]
@@ -161,7 +161,7 @@ def _export(model: nn.Module, run: Run) -> None:
     images = _images(run)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "float.onnx"
-        to_onnx(model, path, image_size=run.image_size, metadata={})
+        to_onnx(model, path, shape=run.shape, metadata={})
         session = open_session(path, threads=1)
         try:
             bind(session, images.numpy())()
@@ -184,13 +184,13 @@ def _quantize(model: nn.Module, run: Run) -> None:
     """Write and run the INT8 file."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
-        Served(Conditions(CPU, 1, 1), "int8", run.image_size, run.int8_targets[0]).write(model, path)
+        Served(Conditions(CPU, 1, 1), "int8", run.shape, run.int8_targets[0]).write(model, path)
         bind(open_session(path, threads=1), _images(run).numpy())()
 
 
 def _refuse_unreachable(model: nn.Module, cfg: PruneStage, run: Run) -> None:
     """Raise CompressError where even the network with the fewest allowed channels misses the goal."""
-    images, goal = example_images(run.image_size), goal_of(cfg)
+    images, goal = example_images(run.shape), goal_of(cfg)
     groups = find_groups(model, images, "random", exclude=(classifier(model), *cfg.exclude))
     options = find_options(
         groups,
@@ -200,7 +200,7 @@ def _refuse_unreachable(model: nn.Module, cfg: PruneStage, run: Run) -> None:
         min_channels=smallest_widths(groups, cfg.min_keep),
     )
     if cfg.blocks:
-        options = replace(options, branches=find_branches(model, groups, run.image_size))
+        options = replace(options, branches=find_branches(model, groups, run.shape))
     narrowest = copy.deepcopy(model)
     cut_(narrowest, images, options.narrowest)
     if goal.cost == "latency":
@@ -209,10 +209,10 @@ def _refuse_unreachable(model: nn.Module, cfg: PruneStage, run: Run) -> None:
             with _refused_by("prune"):
                 for network, file in zip((model, narrowest), files, strict=True):
                     how.write(network, file)
-            ratio, before, least = Clock(files[0], how.conditions, how.image_size).against(files[1])
+            ratio, before, least = Clock(files[0], how.conditions, how.shape).against(files[1])
             least = ratio.ratio * before if goal.is_fraction else least
     else:
-        cost = width_cost(model, options.layers, goal.cost, run.image_size)
+        cost = width_cost(model, options.layers, goal.cost, run.shape)
         before, least = (
             cost(*options.widths(options.removed([]))),
             cost(*options.widths(options.removed(options.blocks))),
@@ -222,4 +222,4 @@ def _refuse_unreachable(model: nn.Module, cfg: PruneStage, run: Run) -> None:
 
 
 def _images(run: Run) -> torch.Tensor:
-    return random_images(run.image_size)
+    return random_images(run.shape)

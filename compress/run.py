@@ -35,6 +35,7 @@ from compress.tasks.predictions import predictions
 from compress.training.loop import Loop, Network, Step, fit, place_
 from export.command.files import writing
 from export.images.preprocess import Preprocess
+from export.images.size import Shape
 from export.onnx_file.targets import TARGETS, Target, resolve_target
 
 LOGIT_IMAGES = 8
@@ -97,9 +98,14 @@ class Run:
         return tuple(dict.fromkeys((self.target, *further)))
 
     @property
-    def image_size(self) -> int:
-        """Height and width of the network's input in pixels."""
-        return self.dataset.preprocess.image_size
+    def shape(self) -> Shape:
+        """One image as the network's input takes it: channels, height, width."""
+        return self.dataset.preprocess.shape
+
+    @property
+    def output_shape(self) -> tuple[int | None, ...]:
+        """What the network gives for one image; None for a size that is its own."""
+        return self.task.output.output_shape(len(self.dataset.classes), self.dataset.preprocess.image_size)
 
     def validation(self, *, limit: int | None = None, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Return the validation batches in order, or a rank's share; `limit` takes n images, spread over the set."""
@@ -228,7 +234,7 @@ class Run:
 
         Raises ModelError where it cannot be built or loaded, or does not return logits of the data's classes.
         """
-        architecture = Architecture(given.arch, len(self.dataset.classes), self.image_size)
+        architecture = Architecture(given.arch, len(self.dataset.classes), self.shape)
         torch.manual_seed(self.recipe.seed)
         model = rebuild(architecture, trust_code=self.trust_code)
         if given.weights is not None:
@@ -239,8 +245,7 @@ class Run:
 
     def check_output(self, model: nn.Module) -> None:
         """Raise ModelError where a network's output has not the shape that the task needs for the data's classes."""
-        shape = self.task.output.output_shape(len(self.dataset.classes), self.image_size)
-        check_output(model, image_size=self.image_size, shape=shape)
+        check_output(model, self.shape, output=self.output_shape)
 
     def check_logits(self, model: nn.Module) -> None:
         """Raise ModelError where a network on the CPU returns probabilities for a few training images."""
@@ -313,7 +318,7 @@ class Run:
             raise CompressError(
                 "data.classes: missing: without labels the class names are unknown: list them in a text file, one a line"
             )
-        network = build(model.arch, num_classes=len(given or ()), trust_code=self.trust_code)
+        network = build(model.arch, num_classes=len(given or ()), shape=preprocess.shape, trust_code=self.trust_code)
         if model.weights is not None:
             load_weights_(network, model.arch, model.weights, reset_head=False)
         return network, given or names_within(network)
@@ -340,7 +345,7 @@ class Run:
 
     def measure(self, model: nn.Module) -> Metrics:
         """Return a float network's stage metrics: score, loss, parameters, multiply-accumulates, size."""
-        costs = count(model, self.image_size)
+        costs = count(model, self.shape)
         return {
             **self.evaluate(model),
             "params_m": costs.params / 1e6,
@@ -350,7 +355,7 @@ class Run:
 
 
 def _seen(preprocess: Preprocess) -> Seen:
-    return Seen((preprocess.image_size,) * 2, preprocess.mean, preprocess.std)
+    return Seen(preprocess.image_size, preprocess.mean, preprocess.std)
 
 
 def float_ancestor(directory: Path) -> Path:
@@ -411,6 +416,6 @@ def _device(recipe: Recipe) -> torch.device:
 
 
 def as_numpy(batches: Iterator[Batch]) -> Iterator[tuple[NDArray[np.float32], NDArray[Any]]]:
-    """Yield (images (n, 3, s, s), truths (n, ...)) as contiguous arrays for ONNX Runtime."""
+    """Yield (images (n, channels, height, width), truths (n, ...)) as contiguous arrays for ONNX Runtime."""
     for batch in batches:
         yield batch.images.cpu().contiguous().numpy(), batch.targets.cpu().numpy()

@@ -18,6 +18,7 @@ from compress.quant.prepare import deploy, prepare
 from compress.quant.sensitivity import Sensitivity, sensitivity
 from compress.recipe import stages
 from compress.run import Run, as_numpy
+from export.images.size import Shape, size_of
 from export.onnx_file.graph import save_model, to_float16
 from export.onnx_file.names import module_of
 from export.onnx_file.targets import CPU, RUNS, TARGET_PROVIDERS, Target, host_target
@@ -35,7 +36,7 @@ RANGE_IMAGES = 64  # for finding values that exceed half precision
 def export_network(model: nn.Module, path: Path, run: Run, *, score: float, target: Target) -> None:
     """Write `model`, which is on the CPU, with its `score` in torch as metadata."""
     model = model.eval().to(memory_format=torch.contiguous_format)
-    to_onnx(model, path, image_size=run.image_size, metadata=metadata_of(run, score=score, target=target))
+    to_onnx(model, path, shape=run.shape, metadata=metadata_of(run, score=score, target=target))
 
 
 def metadata_of(run: Run, *, score: float, target: Target) -> dict[str, str]:
@@ -64,7 +65,7 @@ class Served:
 
     conditions: Conditions
     precision: str
-    image_size: int
+    shape: Shape
     target: Target
 
     def write(self, model: nn.Module, path: Path) -> None:
@@ -72,12 +73,12 @@ class Served:
 
         Raises ModelError or BundleError where it cannot be quantized or written.
         """
-        images = random_images(self.image_size)
+        images = random_images(self.shape)
         if self.precision == "int8":
             prepared = prepare(model, self.target, images)
             calibrate_(prepared, [images], "minmax")
             model = deploy(prepared)
-        to_onnx(model, path, image_size=self.image_size, metadata={})
+        to_onnx(model, path, shape=self.shape, metadata={})
         if self.precision == "fp16":
             save_model(to_float16(onnx.load(path)), path)
 
@@ -94,12 +95,14 @@ def served(asked: stages.Conditions, run: Run) -> Served:
         raise CompressError(f"prune.conditions.precision: {run.target.name} has no int8: use fp16, or leave it out")
     provider = PROVIDERS[asked.provider] if asked.provider else TARGET_PROVIDERS.get(run.target.name, CPU)
     conditions = Conditions(provider, asked.threads, asked.batch)
-    return Served(conditions, asked.precision or own, asked.image_size or run.image_size, run.target)
+    channels, *size = run.shape
+    shape = (channels, *(size_of(asked.image_size or size)))
+    return Served(conditions, asked.precision or own, shape, run.target)
 
 
-def random_images(image_size: int) -> Tensor:
-    """Return noise (3, 3, s, s), whose batch size differs from the exporter's example."""
-    return torch.randn(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+def random_images(shape: Shape) -> Tensor:
+    """Return noise (3, *shape), whose batch size differs from the exporter's example."""
+    return torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def runs_here(target: Target) -> bool:
@@ -123,7 +126,7 @@ def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], Ratio 
 
     It returns None for another machine's target.
     """
-    image = np.random.default_rng(0).standard_normal((1, 3, run.image_size, run.image_size), np.float32)
+    image = np.random.default_rng(0).standard_normal((1, *run.shape), np.float32)
 
     def faster(path: Path) -> Ratio | None:
         if not runs_here(target):

@@ -22,7 +22,8 @@ from export.command.files import json_text, write_text
 from export.command.main import run
 from export.command.table import table
 from export.errors import BundleError
-from export.onnx_file.model_file import ModelFile, inspect
+from export.images.size import Shape, Size, area, size_of
+from export.onnx_file.model_file import MAX_IMAGE_SIZE, ModelFile, inspect
 from export.onnx_file.roles import FP32
 from export.onnx_file.targets import CPU, TARGET_PROVIDERS, host_target
 from export.runtime.accuracy import accuracy, score_files
@@ -52,7 +53,7 @@ def bench(
     *,
     batches: Sequence[int] = (1, 8),
     threads: Sequence[int] = (1, 0),
-    image_sizes: Sequence[int] = (),
+    image_sizes: Sequence[Size] = (),
     providers: Sequence[str] = ("cpu", "cuda"),
     seconds: float = 2.0,
     blocks: int = 10,
@@ -72,22 +73,20 @@ def bench(
     memory_mb = cache(peak_memory_mb)
     emulated: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
-        sized, baked_in = at_sizes(files, image_sizes, own=own_size(facts), folder=Path(folder))
+        channels, *own = own_shape(facts)
+        sized, baked_in = at_sizes(files, image_sizes, own=(own[0], own[1]), folder=Path(folder))
         result.warnings.extend(baked_in)
         plan = list(settings(providers, threads, batches, list(sized)))
         for index, setting in enumerate(plan, 1):
             progress(f"{setting} ({index}/{len(plan)})")
+            shape = (channels, *setting.image_size)
             left_out = set() if setting.provider != CPU or setting.is_headline else emulated
             live = {name: path for name, path in sized[setting.image_size].items() if name not in left_out}
-            runs, options, skipped = prepare(live, setting, seconds=seconds, seed=seed, progress=progress)
+            runs, options, skipped = prepare(live, setting, shape, seconds=seconds, seed=seed, progress=progress)
             result.warnings.extend(skipped)
             timed = time_sessions(runs, seconds=seconds, blocks=blocks, seed=seed)
             for name, path in live.items():
-                memory = (
-                    memory_mb(path, batch=setting.batch, image_size=setting.image_size)
-                    if setting.provider == CPU
-                    else None
-                )
+                memory = memory_mb(path, batch=setting.batch, shape=shape) if setting.provider == CPU else None
                 row = timing_row(
                     name,
                     files[name],
@@ -108,7 +107,7 @@ def bench(
 
 
 def settings(
-    providers: Sequence[str], threads: Sequence[int], batches: Sequence[int], sizes: Sequence[int]
+    providers: Sequence[str], threads: Sequence[int], batches: Sequence[int], sizes: Sequence[Size]
 ) -> Iterator[Setting]:
     """Yield the settings to time whose provider is available, the headline's first; threads vary only on the CPU."""
     for provider in (PROVIDERS[name] for name in providers):
@@ -124,21 +123,21 @@ def settings(
         )
 
 
-def own_size(facts: Mapping[str, ModelFile]) -> int:
-    """Return the image size of the files; BundleError if they differ."""
-    sizes = {fact.image_size for fact in facts.values()}
-    if len(sizes) != 1:
-        raise BundleError(f"image size: must be the same in all files, got {sorted(sizes)}: time the files of one run")
-    return sizes.pop()
+def own_shape(facts: Mapping[str, ModelFile]) -> Shape:
+    """Return what image the files; BundleError if they differ."""
+    shapes = {fact.shape for fact in facts.values()}
+    if len(shapes) != 1:
+        raise BundleError(f"images: must be the same in all files, got {sorted(shapes)}: time the files of one run")
+    return shapes.pop()
 
 
 def at_sizes(
-    files: Mapping[str, Path], sizes: Sequence[int], *, own: int, folder: Path
-) -> tuple[dict[int, Mapping[str, Path]], list[str]]:
+    files: Mapping[str, Path], sizes: Sequence[Size], *, own: Size, folder: Path
+) -> tuple[dict[Size, Mapping[str, Path]], list[str]]:
     """Return the files at each size and their own, smallest first, and a warning for each size that a file cannot take."""
-    sized: dict[int, Mapping[str, Path]] = {}
+    sized: dict[Size, Mapping[str, Path]] = {}
     warnings: list[str] = []
-    for size in sorted({own, *sizes}):
+    for size in sorted({own, *sizes}, key=area):
         try:
             sized[size] = files if size == own else {name: at_size(path, size, folder) for name, path in files.items()}
         except BundleError as error:
@@ -146,22 +145,21 @@ def at_sizes(
     return sized, warnings
 
 
-def at_size(path: Path, size: int, folder: Path) -> Path:
+def at_size(path: Path, size: Size, folder: Path) -> Path:
     """Write a copy of `path` with its input resized into `folder`, and return its path."""
-    resized = folder / f"{path.stem}-{size}{path.suffix}"
+    resized = folder / f"{path.stem}-{size[0]}-{size[1]}{path.suffix}"
     resized.write_bytes(resize_input(path.read_bytes(), size))
     return resized
 
 
 def prepare(
-    files: Mapping[str, Path], setting: Setting, *, seconds: float, seed: int, progress: Progress
+    files: Mapping[str, Path], setting: Setting, shape: Shape, *, seconds: float, seed: int, progress: Progress
 ) -> tuple[dict[str, Run], dict[str, dict[str, str]], list[str]]:
-    """Open all files at one setting; return a function that runs each, its provider options, and warnings.
+    """Open all files at one setting, for images of this shape; return a function that runs each, its provider options, and warnings.
 
     All get the same images: noise with unit variance, like normalized photographs.
     """
-    shape = (setting.batch, 3, setting.image_size, setting.image_size)
-    images = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    images = np.random.default_rng(seed).standard_normal((setting.batch, *shape), dtype=np.float32)
     runs: dict[str, Run] = {}
     options: dict[str, dict[str, str]] = {name: {} for name in files}
     warnings: list[str] = []
@@ -256,7 +254,7 @@ def as_text(found: BenchJson) -> str:
 
 def setting_of(row: TimingRow) -> Setting:
     """Return the conditions of a row."""
-    return Setting(row["provider"], row["threads"], row["batch"], row["image_size"])
+    return Setting(row["provider"], row["threads"], row["batch"], size_of(row["image_size"]))
 
 
 def cells(row: TimingRow, scored: AccuracyRow | None) -> list[str | float | None]:
@@ -292,6 +290,14 @@ def numbers(text: str) -> list[int]:
     return found
 
 
+def sizes(text: str) -> list[Size]:
+    """Read `224,96x320` as sizes, height before width; argparse makes a sentence of the ValueError."""
+    found = [[int(side) for side in part.split("x")] for part in text.split(",")]
+    if not all(len(sides) in (1, 2) and min(sides) > 0 and max(sides) <= MAX_IMAGE_SIZE for sides in found):
+        raise ValueError(text)
+    return [(sides[0], sides[-1]) for sides in found]
+
+
 def print_bench(arguments: argparse.Namespace) -> int:
     """Measure, and print the tables."""
     found = measure(read_bundle(arguments.bundle, inspect=vet), arguments)
@@ -308,7 +314,11 @@ def main() -> int:
     parser.add_argument("--threads", type=numbers, default=[1, 0], metavar="1,0", help="CPU threads; 0 is all cores")
     parser.add_argument("--batches", type=numbers, default=[1, 8], metavar="1,8", help="images per run")
     parser.add_argument(
-        "--image-sizes", type=numbers, default=[], metavar="224", help="pixels, in addition to the bundle's own size"
+        "--image-sizes",
+        type=sizes,
+        default=[],
+        metavar="224,96x320",
+        help="pixels, in addition to the bundle's own size",
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each file at each setting")
     parser.add_argument(

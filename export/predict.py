@@ -18,7 +18,8 @@ from export.command.arguments import at_least
 from export.command.main import MISTAKE, run
 from export.command.table import table
 from export.errors import BundleError, UserError
-from export.images.decode import read_image
+from export.images.decode import read_image, values_of
+from export.images.drawing import as_rgb
 from export.images.preprocess import Preprocess
 from export.images.read import read_pixels
 from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
@@ -33,7 +34,7 @@ def predict(session: onnxruntime.InferenceSession, bundle: Bundle, path: Path) -
 
     Raises DataError for a broken image, BundleError if the network cannot run or its output is not finite.
     """
-    images = bundle.preprocess.normalize(read_pixels(path, bundle.preprocess)[None])  # (1, 3, size, size)
+    images = bundle.preprocess.normalize(read_pixels(path, bundle.preprocess)[None])  # (1, channels, height, width)
     (given,) = session.get_inputs()
     try:
         (outputs,) = session.run(None, {given.name: images.astype(DTYPES[given.type], copy=False)})
@@ -50,8 +51,8 @@ def draw(output: Array, task: OutputTask, labels: list[str], preprocess: Preproc
     from PIL import Image
 
     assert task.draw is not None
-    whole = read_image(path, upright=preprocess.upright)
-    pixels = np.asarray(whole) if preprocess.stretch else preprocess.pixels(whole)
+    whole = read_image(path, upright=preprocess.upright, pixel=preprocess.pixel)
+    pixels = as_rgb(values_of(whole) if preprocess.stretch else preprocess.pixels(whole))
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(task.draw(pixels, task.decode(output[None])[0], labels)).save(folder / f"{path.stem}.png")
 

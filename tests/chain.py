@@ -64,13 +64,13 @@ def examine(arch: str, image_size: int) -> Row:
     torch.manual_seed(0)
     images = 40 if image_size <= 128 else 20
     photographs, labels = crops(images, image_size, seed=0)
-    model = enlivened(build(arch, num_classes=CLASSES, image_size=image_size), photographs)
-    full, not_pruned = count(model, image_size).macs, None
+    model = enlivened(build(arch, num_classes=CLASSES, shape=(3, image_size, image_size)), photographs)
+    full, not_pruned = count(model, (3, image_size, image_size)).macs, None
     try:
         prune_(model, image_size)
     except CompressError as error:
         not_pruned = str(error)
-    kept = count(model, image_size).macs / full
+    kept = count(model, (3, image_size, image_size)).macs / full
     fit_classifier_(model, photographs, labels)
     prepared = prepare(model, TARGET, photographs)
     calibrate_(prepared, photographs.split(20), "minmax")
@@ -78,7 +78,7 @@ def examine(arch: str, image_size: int) -> Row:
     unseen, _ = crops(images, image_size, seed=1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "int8.onnx")
-        to_onnx(deploy(prepared), path, image_size=image_size, metadata={})
+        to_onnx(deploy(prepared), path, shape=(3, image_size, image_size), metadata={})
         found, file = audit(path), onnx.load(path)
         (deployed,) = open_session(path, threads=1).run(None, {"input": unseen.numpy()})
         verified = verify(path, [(unseen[:4].numpy(), None)], reference_of(prepared), task=CLASSIFICATION)

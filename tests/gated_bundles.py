@@ -30,7 +30,7 @@ def pixels(count: int, seed: int = 0) -> NDArray[np.uint8]:
 
 def logits(model: ModelProto, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return what the network makes of images, (n, classes)."""
-    inputs = Preprocess(SIZE, SIZE, (0.0, 0.0, 0.0), (0.25, 0.25, 0.25)).normalize(images)
+    inputs = Preprocess((SIZE, SIZE), (SIZE, SIZE), (0.0, 0.0, 0.0), (0.25, 0.25, 0.25)).normalize(images)
     found: NDArray[np.float32] = open_session(model.SerializeToString()).run(None, {"input": inputs})[0]
     return found
 

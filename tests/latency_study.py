@@ -45,7 +45,7 @@ def study(name: str, keeps: tuple[float, ...], *, image_size: int, table: Path) 
         min_channels=smallest_widths(groups, 0.1),
     )
     conditions = Conditions(CPU, 1, 1)
-    served = Served(conditions, "int8", image_size, host_target())
+    served = Served(conditions, "int8", (3, image_size, image_size), host_target())
     with TemporaryDirectory() as folder:
         for keep in keeps:
             goal = Goal("keep_latency", "latency", keep)
@@ -54,7 +54,7 @@ def study(name: str, keeps: tuple[float, ...], *, image_size: int, table: Path) 
                 options,
                 goal,
                 conditions,
-                image_size=image_size,
+                shape=(3, image_size, image_size),
                 round_to=8,
                 folder=Path(folder),
                 table=table,
@@ -67,8 +67,10 @@ def study(name: str, keeps: tuple[float, ...], *, image_size: int, table: Path) 
             student = copy.deepcopy(model)
             cut_(student, images, attempts[-1].cuts)
             served.write(student, Path(folder) / "again.onnx")
-            again, _, _ = Clock(latency.clock.reference, conditions, image_size).against(Path(folder) / "again.onnx")
-            macs = count(student, image_size).macs / count(model, image_size).macs
+            again, _, _ = Clock(latency.clock.reference, conditions, (3, image_size, image_size)).against(
+                Path(folder) / "again.onnx"
+            )
+            macs = count(student, (3, image_size, image_size)).macs / count(model, (3, image_size, image_size)).macs
             cells = (
                 name, f"{keep:.2f}", f"{latency.whole_ms:.2f} ms", f"{attempts[-1].predicted_ms / latency.whole_ms:.3f}",
                 f"{attempts[-1].measured_ms / latency.whole_ms:.3f}", f"{again.ratio:.3f} [{again.low:.3f}, {again.high:.3f}]", f"{again.ratio / keep:.3f}", f"{macs:.3f}",

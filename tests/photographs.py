@@ -21,7 +21,7 @@ STILL: dict[str, Any] = {
     "cutmix": 0.0,
 }
 SETTINGS: dict[str, Any] = {
-    "image_size": 16,
+    "image_size": (16, 16),
     "resize": 1.0,
     "mean": (0.4, 0.5, 0.6),
     "std": (0.2, 0.3, 0.25),

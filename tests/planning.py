@@ -31,5 +31,5 @@ def cuts_to(
     round_to: int = 8,
 ) -> list[Cut]:
     options = options_of(model, size, exclude=exclude, scope=scope, round_to=round_to)
-    cost = width_cost(model, options.layers, goal, size)
+    cost = width_cost(model, options.layers, goal, (3, size, size))
     return choose(options, cost, keep * cost(*full_widths(options.layers)))

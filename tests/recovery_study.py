@@ -99,19 +99,19 @@ def open_study(run: Run, weights: Path, seed: int) -> Study:
 def timed(study: Study, options: Options, goal: Goal, folder: Path, table: Path, size: int) -> Latency:
     """Return the clock and the time model of the study's network in INT8 at `size` pixels."""
     conditions = Conditions(CPU, 1, 1)
-    write = Served(conditions, "int8", size, study.run.target).write
+    write = Served(conditions, "int8", (3, size, size), study.run.target).write
     images = torch.zeros(1, 3, size, size)
     layers = measure_layers(study.whole, images)
     options = Options(options.groups, layers, options.blocks)
     return open_latency(
-        study.whole, options, goal, conditions, image_size=size, round_to=8, folder=folder, table=table, write=write, tell=tell
+        study.whole, options, goal, conditions, shape=(3, size, size), round_to=8, folder=folder, table=table, write=write, tell=tell
     )  # fmt: skip
 
 
 def study_(study: Study, keeps: Sequence[float], criterion: str, seed: int, table: Path | None, size: int) -> None:
     """Print a line for each goal, and one for the same time where `table` is given."""
     options = study.options(criterion)
-    cost = width_cost(study.whole, options.layers, "macs", study.run.image_size)
+    cost = width_cost(study.whole, options.layers, "macs", study.run.shape)
     full = cost(*full_widths(options.layers))
     with TemporaryDirectory() as folder:
         latency = None
@@ -134,11 +134,10 @@ def study_(study: Study, keeps: Sequence[float], criterion: str, seed: int, tabl
 def shares(study: Study, cuts: Sequence[Cut], latency: Latency | None) -> list[str]:
     """Return which fractions of the multiply-accumulates and of the time are left."""
     network, _ = study.pruned(cuts)
-    size = study.run.image_size
     layers = measure_layers(network, study.images[:1])
-    left = width_cost(network, layers, "macs", size)(*full_widths(layers))
+    left = width_cost(network, layers, "macs", study.run.shape)(*full_widths(layers))
     layers = measure_layers(study.whole, study.images[:1])
-    macs = left / width_cost(study.whole, layers, "macs", size)(*full_widths(layers))
+    macs = left / width_cost(study.whole, layers, "macs", study.run.shape)(*full_widths(layers))
     return [f"{macs:.3f}", "–" if latency is None else f"{latency.measured_ms(network) / latency.whole_ms:.3f}"]
 
 

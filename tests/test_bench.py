@@ -52,7 +52,7 @@ def test_a_bound_run_reads_the_images_it_was_given(files: dict[str, Path]) -> No
 
 def test_a_resized_network_answers_at_the_new_size_like_one_made_for_it() -> None:
     images = noise(size=40)
-    resized = open_session(resize_input(classifier(size=16).SerializeToString(), 40))
+    resized = open_session(resize_input(classifier(size=16).SerializeToString(), (40, 40)))
     made = open_session(classifier(size=40).SerializeToString())
     np.testing.assert_array_equal(resized.run(None, {"input": images})[0], made.run(None, {"input": images})[0])
 
@@ -60,7 +60,7 @@ def test_a_resized_network_answers_at_the_new_size_like_one_made_for_it() -> Non
 @pytest.mark.parametrize("size", [8, 24, 32])
 def test_a_network_with_its_size_baked_in_cannot_be_resized(size: int) -> None:
     with pytest.raises(BundleError, match=f"image size {size}: the network's size is fixed"):
-        resize_input(classifier(pooled=False).SerializeToString(), size)
+        resize_input(classifier(pooled=False).SerializeToString(), (size, size))
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", b"\x08\x09"])
@@ -173,7 +173,7 @@ def timings(files: dict[str, Path]) -> list[TimingRow]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_module, "SLOW", 1e9)  # leaves no file out, however slow this machine's float16 is
         found = bench(
-            files, batches=(4, 1), threads=(0, 1), image_sizes=(24,), providers=("cpu",), seconds=0.02, blocks=6
+            files, batches=(4, 1), threads=(0, 1), image_sizes=((24, 24),), providers=("cpu",), seconds=0.02, blocks=6
         )
     assert found.warnings == []
     return found.timings
@@ -218,7 +218,9 @@ def test_without_a_reference_the_speedup_is_unknown(files: dict[str, Path]) -> N
 
 def test_a_size_that_a_network_cannot_take_is_left_out_with_a_warning(tmp_path: Path) -> None:
     stiff = {"student_fp32": save(classifier(pooled=False), tmp_path / "stiff.onnx")}
-    found = bench(stiff, batches=(1,), threads=(1,), image_sizes=(24,), providers=("cpu",), seconds=0.01, blocks=6)
+    found = bench(
+        stiff, batches=(1,), threads=(1,), image_sizes=((24, 24),), providers=("cpu",), seconds=0.01, blocks=6
+    )
     assert [row["image_size"] for row in found.timings] == [16]
     assert found.warnings == ["image size 24: the network's size is fixed, time it at that size; left out"]
 
@@ -239,7 +241,9 @@ def test_emulated_float16_is_timed_at_the_headline_settings_only(
     files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_module, "SLOW", 1e-9)  # whatever its speed
-    found = bench(files, batches=(1, 2), threads=(1, 2), image_sizes=(24,), providers=("cpu",), seconds=0.01, blocks=6)
+    found = bench(
+        files, batches=(1, 2), threads=(1, 2), image_sizes=((24, 24),), providers=("cpu",), seconds=0.01, blocks=6
+    )
     halves = [(row["image_size"], row["batch"], row["threads"]) for row in found.timings if row["precision"] == "fp16"]
     assert halves == [(16, 1, 1), (24, 1, 1)]
     assert [warning.partition(" (")[0] for warning in found.warnings] == [
@@ -255,7 +259,7 @@ def test_files_of_different_sizes_are_not_compared(tmp_path: Path) -> None:
 
 def test_peak_memory_grows_with_the_weights(tmp_path: Path) -> None:
     small, large = (save(classifier(width, pooled=False, classes=500), tmp_path / f"{width}.onnx") for width in (1, 80))
-    less, more = (peak_memory_mb(path, batch=1, image_size=16) for path in (small, large))
+    less, more = (peak_memory_mb(path, batch=1, shape=(3, 16, 16)) for path in (small, large))
     assert less is not None
     assert more is not None
     assert large.stat().st_size / 1e6 == pytest.approx(41, abs=1)
@@ -264,7 +268,7 @@ def test_peak_memory_grows_with_the_weights(tmp_path: Path) -> None:
 
 def test_peak_memory_of_a_file_that_cannot_run_is_unknown(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"garbage")
-    assert peak_memory_mb(tmp_path / "bad.onnx", batch=1, image_size=16) is None
+    assert peak_memory_mb(tmp_path / "bad.onnx", batch=1, shape=(3, 16, 16)) is None
 
 
 # Environment

@@ -40,7 +40,7 @@ def exported(folder: Path, *, inside: float, head: float) -> Path:
             (model.head.weight, head),
         ):
             part.mul_(factor)
-    to_onnx(model, folder / "float.onnx", image_size=16, metadata={"task": "classification"})
+    to_onnx(model, folder / "float.onnx", shape=(3, 16, 16), metadata={"task": "classification"})
     return folder / "float.onnx"
 
 

@@ -20,7 +20,7 @@ network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torc
 batches = [torch.randn(4, 3, 8, 8)]
 quantized = neural_compressor_ptq.quantize(network, batches, target=TARGETS["cpu_vnni"], algorithm="minmax")
 from pathlib import Path
-to_onnx(quantized, Path("int8.onnx"), image_size=8, metadata={})
+to_onnx(quantized, Path("int8.onnx"), shape=(3, 8, 8), metadata={})
 open_session(Path("int8.onnx"), threads=1)
 """
 

@@ -112,7 +112,7 @@ def test_the_bundle_stands_alone(finished: Path, tmp_path: Path) -> None:
     bundle = read_bundle(moved)
     assert list(bundle.files) == FILES
     assert bundle.labels == tuple("0123456789")
-    assert bundle.preprocess.image_size == 16
+    assert bundle.preprocess.image_size == (16, 16)
     subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=moved, check=True)
     for path in bundle.files.values():
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

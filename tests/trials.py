@@ -89,7 +89,7 @@ def photographs(count: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.in
 def write_trial_bundle(out: Path) -> None:
     """Write a bundle of a ResNet-18 that tells the regions apart, in float and in INT8."""
     torch.manual_seed(0)
-    normalize = Preprocess(SIZE, SIZE, MEAN, STD).normalize
+    normalize = Preprocess((SIZE, SIZE), (SIZE, SIZE), MEAN, STD).normalize
     pixels, labels = photographs(400, seed=1)
     images = torch.from_numpy(normalize(pixels))
     model = enlivened(build("torchvision:resnet18", num_classes=len(CLASSES)), images)
@@ -98,7 +98,7 @@ def write_trial_bundle(out: Path) -> None:
     calibrate_(prepared, images.split(50), "minmax")
     files = {name: out.parent / f"{name}.onnx" for name in ("student_fp32", "student_int8")}
     for network, path in zip((model, deploy(prepared)), files.values(), strict=True):
-        to_onnx(network, path, image_size=SIZE, metadata={})
+        to_onnx(network, path, shape=(3, SIZE, SIZE), metadata={})
     preprocess = {"image_size": SIZE, "resize_to": SIZE, "mean": list(MEAN), "std": list(STD)}
     made = replace(
         small_contents(files),

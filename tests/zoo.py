@@ -62,7 +62,7 @@ def image_size(arch: str) -> int:
     """Return the smallest of the sizes at which a network answers, in training mode too."""
     for size in IMAGE_SIZES:
         try:
-            model = build(arch, num_classes=CLASSES, image_size=size)
+            model = build(arch, num_classes=CLASSES, shape=(3, size, size))
             with torch.no_grad():
                 images = torch.zeros(2, 3, size, size)
                 model.eval()(images)
@@ -198,7 +198,7 @@ def main() -> None:
     with (
         TemporaryDirectory() as folder
     ):  # the first export takes long; without a backward, behind which no process can be forked
-        to_onnx(build("cifar:resnet8", num_classes=CLASSES), Path(folder, "first.onnx"), image_size=32, metadata={})
+        to_onnx(build("cifar:resnet8", num_classes=CLASSES), Path(folder, "first.onnx"), shape=(3, 32, 32), metadata={})
     end, known = time.monotonic() + arguments.seconds, recorded()
     for family, arch in members().items():
         row = known.get(family, {})

@@ -114,7 +114,9 @@ def write_draft(
         )
     network = choose(matches, weights, folder, trust_code=trust_code)
     yield from _told(weights, folder, network)
-    model = build(network.arch, num_classes=network.classes, image_size=network.size, trust_code=trust_code)
+    model = build(
+        network.arch, num_classes=network.classes, shape=(3, network.size, network.size), trust_code=trust_code
+    )
     clock = timed(model, network.size)
     text = draft(weights, data, out.stem, folder, network, latency_ms=latency_ms, trust_code=trust_code)
     out.write_text(text, encoding="utf-8")
@@ -217,7 +219,7 @@ def _preparations(arch: str, folder: Folder) -> Iterator[Published]:
 def _scores(model: nn.Module, prepared: Published, folder: Folder) -> tuple[float, float]:
     """Return the network's accuracy on some validation images, and on their mirror images."""
     judging = folder.images(judged=True)
-    preprocess = Preprocess(prepared.size, round(prepared.size * prepared.resize), *prepared.normalize)
+    preprocess = Preprocess((prepared.size,) * 2, (round(prepared.size * prepared.resize),) * 2, *prepared.normalize)
     right, seen = np.zeros(2), 0
     for index in spread(len(judging), JUDGED):
         try:

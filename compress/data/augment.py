@@ -6,6 +6,8 @@ from typing import Literal
 
 from torchvision.transforms import v2
 
+from export.images.size import Size, area
+
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random_resized; torchvision's default
 DISTORT = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05}  # SSD's ranges (Liu 2016, section 2.2)
 
@@ -28,16 +30,16 @@ class Augmentation:
         """Tell whether pixel values change, image by image, after the crop."""
         return self.distort or self.randaugment > 0
 
-    def border(self, image_size: int) -> int:
-        """Return the width in pixels of the border that `crop: pad` adds on each side."""
-        return max(round(image_size * self.pad), 1)
+    def border(self, side: int) -> int:
+        """Return the width in pixels of the border that `crop: pad` adds on both ends of a side of so many pixels."""
+        return max(round(side * self.pad), 1)
 
-    def whole_area(self, image_size: int) -> int:
+    def whole_area(self, size: Size) -> int:
         """Return the pixels that a whole image must keep for random crops, 0 for other crops.
 
-        The shorter side of the smallest crop then still has `image_size` pixels.
+        The shorter side of the smallest crop then still has the size's pixels.
         """
-        return math.ceil(image_size**2 / (self.min_area * ASPECT_RATIOS[0])) if self.crop == "random_resized" else 0
+        return math.ceil(area(size) / (self.min_area * ASPECT_RATIOS[0])) if self.crop == "random_resized" else 0
 
 
 def colours(augmentation: Augmentation) -> v2.Transform:

@@ -23,6 +23,7 @@ from compress.ranks import gather
 from export.errors import DataError
 from export.images.preprocess import Preprocess
 from export.images.read import spread
+from export.images.size import Size
 
 
 class Views(NamedTuple):
@@ -33,7 +34,7 @@ class Views(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images float32 (n, 3, image_size, image_size), channels_last, normalized, with targets (n, ...).
+    """Images float32 (n, channels, height, width), channels_last, normalized, with targets (n, ...).
 
     Targets are labels int64 (n,), mixed or several ones float32 (n, classes), masks or boxes. Only training batches have `views`.
     `among` is the number of images over all ranks.
@@ -108,10 +109,10 @@ def view_batches(
 ) -> Iterator[Batch]:
     """Yield the training images of each share (indices) under one view, without broken images that are to be skipped."""
     images, size = dataset.train, dataset.preprocess.image_size
-    mixes = draw_mixes(augmentation, len(images), image_size=size, seed=_derived_seed(seed, view, "mix"))
+    mixes = draw_mixes(augmentation, len(images), size=size, seed=_derived_seed(seed, view, "mix"))
     shown = shares if mixes is None else [torch.cat([share, mixes.partner[share]]) for share in shares]
     views_seed = _derived_seed(seed, view, "views")
-    draws = draw(augmentation, len(images), seed=views_seed)
+    draws = draw(augmentation, len(images), size=size, seed=views_seed)
     if isinstance(images, MemoryImages) and not augmentation.changes_colours:
         raws = _memory_views(images, shown, draws, size, device=device)
     else:
@@ -203,15 +204,17 @@ def _normalized(raw: Raw, preprocess: Preprocess) -> Batch:
     if not len(raw.indices):
         return Batch(raw.pixels, raw.truths)
     mean, std = (_channels(part, device) for part in (preprocess.mean, preprocess.std))
-    images = raw.pixels.float().div_(255).sub_(mean).div_(std)  # three times slower in channels_last
+    images = (
+        raw.pixels.float().div_(preprocess.pixel.largest).sub_(mean).div_(std)
+    )  # three times slower in channels_last
     return Batch(images.contiguous(memory_format=torch.channels_last), raw.truths)
 
 
 @cache
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return one number per channel (3, 1, 1), copied to the device once, as a copy waits for its queued work."""
+    """Return one number per channel (channels, 1, 1), copied to the device once, as a copy waits for its queued work."""
     with torch.inference_mode(False):  # the first call may come from an evaluation
-        return torch.tensor(values, device=device).view(3, 1, 1)
+        return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def _memory_pixels(images: MemoryImages, shares: Sequence[Tensor], *, device: torch.device) -> Iterator[Raw]:
@@ -222,7 +225,7 @@ def _memory_pixels(images: MemoryImages, shares: Sequence[Tensor], *, device: to
 
 
 def _memory_views(
-    images: MemoryImages, shares: Sequence[Tensor], draws: Draws, size: int, *, device: torch.device
+    images: MemoryImages, shares: Sequence[Tensor], draws: Draws, size: Size, *, device: torch.device
 ) -> Iterator[Raw]:
     if draws.augmentation.crop == "none" and not draws.augmentation.flip:
         yield from _memory_pixels(images, shares, device=device)

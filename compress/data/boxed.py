@@ -21,6 +21,7 @@ from compress.data.validation import new_folder
 from compress.data.views import Boxes
 from export.images.annotations import BoxListing, table_of
 from export.images.preprocess import Preprocess
+from export.images.size import Size
 
 Frame = Stored | None  # the stored images, for their sizes
 
@@ -48,10 +49,10 @@ class PlacedBoxes:
         return PlacedBoxes(self.boxes[torch.from_numpy(good)], None, (still, whole))
 
     def still(self, chosen: Tensor) -> Tensor:
-        """Return the boxes (m, most, 6) in evaluation images, which are whole images stretched to a square."""
+        """Return the boxes (m, most, 6) in evaluation images, which are whole images stretched to their size."""
         return self.boxes[chosen]
 
-    def seen(self, chosen: Tensor, boxes: Boxes, size: int, *, whole: bool) -> Tensor:
+    def seen(self, chosen: Tensor, boxes: Boxes, size: Size, *, whole: bool) -> Tensor:
         """Return the boxes in the view, on its device; boxes whose centre lies outside get class -1."""
         frame = self._sizes(chosen, size, whole=whole).to(boxes.top.device)  # (m, 2): height, width
         found = self.boxes[chosen].to(boxes.top.device, copy=True)
@@ -66,12 +67,12 @@ class PlacedBoxes:
         found[..., 0] = torch.where(outside, -1.0, found[..., 0])
         return found
 
-    def _sizes(self, chosen: Tensor, size: int, *, whole: bool) -> Tensor:
+    def _sizes(self, chosen: Tensor, size: Size, *, whole: bool) -> Tensor:
         """Return the heights and widths (m, 2) of the images that the view's boxes were drawn in."""
         if (stored := self.frames[whole]) is not None:
             return stored.kept[chosen]
         if not whole or self.files is None:
-            return torch.full((len(chosen), 2), size)
+            return torch.tensor(size).expand(len(chosen), 2)
         found = []
         for index in chosen.tolist():
             with Image.open(self.files.root / self.files.name(index)) as image:  # safe: it was decoded before
@@ -90,7 +91,7 @@ def _files(
 
 
 def _arrays(scenes: Scenes, chosen: np.ndarray, preprocess: Preprocess) -> ArrayImages:
-    each, size = [scenes.boxes[index] for index in chosen], preprocess.image_size
+    each, size = [scenes.boxes[index] for index in chosen], preprocess.image_size[0]
     table = [
         np.column_stack([one[:, 4:] - 1, one[:, :4] / size, np.zeros(len(one))]).astype(np.float32) for one in each
     ]
@@ -99,7 +100,7 @@ def _arrays(scenes: Scenes, chosen: np.ndarray, preprocess: Preprocess) -> Array
 
 
 def _stretched(settings: DataSettings) -> Preprocess:
-    return Preprocess(settings.side, settings.side, settings.mean, settings.std, stretch=True)
+    return Preprocess(settings.size, settings.size, settings.mean, settings.std, stretch=True)
 
 
 open_boxes = Planar("boxes", BoxListing, CLASSES[1:], _stretched, _files, _arrays).open

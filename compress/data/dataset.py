@@ -23,11 +23,13 @@ from compress.data.images import (
     ArrayImages,
     FileImages,
     ImageSet,
+    Lazy,
     decode_all,
     from_files,
     images_of,
     labelled,
     largest_area,
+    with_pixels,
 )  # fmt: skip
 from compress.data.named import NAMED, Arrays, NamedSet
 from compress.data.shards import Rows, ShardListing
@@ -36,8 +38,8 @@ from export.errors import DataError
 from export.images.folders import File, Listing
 from export.images.preprocess import Preprocess
 from export.images.read import digest
+from export.images.size import area as area_of
 
-Lazy = FileImages | ArrayImages
 log = logging.getLogger(__name__)
 
 
@@ -84,7 +86,6 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     unreadable or cannot be split.
     """
     name, files = settings.name, given(settings)
-    preprocess = centred(settings)
     if name not in NAMED and files.listing is None:
         raise DataError(
             f"{name}: has no label per image, so it is not for {settings.task}: set another task or data set"
@@ -103,9 +104,10 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     if settings.limit_per_class is not None:
         chosen = limited(labels[train], len(found.classes), per_class=settings.limit_per_class, seed=settings.seed)
         train = train[chosen]
-    lazy = _pick(found, train, val, skip_broken=settings.skip_broken)
+    picked = _pick(found, train, val, skip_broken=settings.skip_broken)
+    lazy, preprocess = with_pixels(*picked, centred(settings))
     more = _more(settings, lazy, files)
-    everything, val_images = in_memory(more or lazy[0], lazy[1], preprocess, augmentation.whole_area(settings.side))
+    everything, val_images = in_memory(more or lazy[0], lazy[1], preprocess, augmentation)
     train_images = everything if more is None else labelled(everything)
     _check(train_images, val_images, found.classes)
     own = dataset_digest(settings, files)
@@ -133,21 +135,22 @@ def open_unlabelled(settings: DataSettings, augmentation: Augmentation) -> Datas
         raise DataError(
             f"{settings.name}: has labels: leave out `task: unlabelled`, or give a folder of images (DATA=)"
         )
-    preprocess, listing = centred(settings), files.listing
+    listing = files.listing
     train, val = (
         from_files(listing.root, [(path, n) for n, (path, _) in enumerate(chosen)], skip_broken=settings.skip_broken)
         for chosen in split(listing.train, listing.val, settings)
     )
-    images = in_memory(train, val, preprocess, augmentation.whole_area(settings.side))
+    lazy, preprocess = with_pixels(train, val, centred(settings))
+    images = in_memory(*lazy, preprocess, augmentation)
     if not all(map(len, images)):
         raise DataError(f"{settings.name}: none of its images can be read; repair them or give other ones")
     digest = dataset_digest(settings, files)
-    return Dataset(settings.name, *images, (), preprocess, digest, files.digests, val)
+    return Dataset(settings.name, *images, (), preprocess, digest, files.digests, lazy[1])
 
 
 def centred(settings: DataSettings) -> Preprocess:
-    """Return the preprocessing that resizes the shorter side and crops the centre."""
-    return Preprocess(settings.side, round(settings.side * settings.resize), settings.mean, settings.std)
+    """Return the preprocessing that resizes an image until it covers the size and crops the centre."""
+    return Preprocess(settings.size, settings.resize_to, settings.mean, settings.std)
 
 
 def relabelled(dataset: Dataset, classes: tuple[str, ...], train: Tensor, val: Tensor) -> Dataset:
@@ -185,6 +188,7 @@ def _more(settings: DataSettings, lazy: tuple[Lazy, Lazy], files: Given) -> File
             *((path, UNLABELLED) for path in paths),
         ],
         skip_broken=settings.skip_broken,
+        pixel=train.pixel,
     )
 
 
@@ -211,11 +215,14 @@ def _arrays(arrays: Arrays, chosen: np.ndarray) -> ArrayImages:
     return ArrayImages(arrays.images[chosen], torch.from_numpy(arrays.labels[chosen].astype(np.int64)))
 
 
-def in_memory(train: Lazy, val: Lazy, preprocess: Preprocess, whole_area: int) -> tuple[ImageSet, ImageSet]:
-    """Return the images, decoded if all fit into MEMORY_BYTES; whole training images take at most `whole_area` pixels."""
-    still = 3 * (len(train) + len(val)) * preprocess.image_size**2
-    area = largest_area(train, at_most=whole_area) if still <= MEMORY_BYTES else 0
-    if still + 3 * len(train) * area > MEMORY_BYTES:
+def in_memory(train: Lazy, val: Lazy, preprocess: Preprocess, augmentation: Augmentation) -> tuple[ImageSet, ImageSet]:
+    """Return the images, decoded if all fit into MEMORY_BYTES; whole training images are kept for random crops."""
+    pixel = preprocess.pixel
+    each = pixel.channels * pixel.bits // 8  # bytes
+    still = each * (len(train) + len(val)) * area_of(preprocess.image_size)
+    most = augmentation.whole_area(preprocess.image_size)
+    area = largest_area(train, at_most=most) if still <= MEMORY_BYTES else 0
+    if still + each * len(train) * area > MEMORY_BYTES:
         return train, val
     return decode_all(train, preprocess, area=area), decode_all(val, preprocess, area=0)
 

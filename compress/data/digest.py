@@ -17,6 +17,7 @@ from export.errors import DataError, first
 from export.images.annotations import BoxListing
 from export.images.folders import TRAIN, Listing, check_folder, count, images_in, list_folder
 from export.images.masks import MaskListing
+from export.images.size import Size, size_of, written
 from export.images.tables import TableListing
 from export.tasks import TASKS
 
@@ -54,10 +55,10 @@ class DataSettings:
 
     name: str
     path: Path | None
-    image_size: int | None  # None takes the data set's own
+    image_size: Size | None  # None takes the data set's own
     resize: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]  # of each channel
+    std: tuple[float, ...]
     val_fraction: float
     limit_per_class: int | None
     skip_broken: bool
@@ -69,9 +70,15 @@ class DataSettings:
     unlabelled: Path | None = None
 
     @property
-    def side(self) -> int:
-        """Height and width of the network's input in pixels."""
-        return self.image_size or NATIVE_SIZE[self.name]
+    def size(self) -> Size:
+        """What the network sees."""
+        return self.image_size or size_of(NATIVE_SIZE[self.name])
+
+    @property
+    def resize_to(self) -> Size:
+        """What evaluation resizes images to before it crops them."""
+        height, width = self.size
+        return round(height * self.resize), round(width * self.resize)
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ def dataset_digest(settings: DataSettings, found: Given) -> str:
         **decisive,
         **({} if settings.ignore_index is None else {"ignore_index": settings.ignore_index}),
         "version": VERSION,
-        "image_size": settings.side,
+        "image_size": written(settings.size),
         "path": None,
         "memory": None,
         "classes": listing and listing.classes,

@@ -18,7 +18,18 @@ from compress.data.placed import Placed
 from compress.data.shards import Rows, ShardListing, read_bytes
 from compress.data.stored import Stored
 from export.errors import DataError
-from export.images.decode import BrokenImage, describe_broken, read_area, read_image
+from export.images.decode import (
+    RGB,
+    BrokenImage,
+    Pixel,
+    describe_broken,
+    image_of,
+    read_area,
+    read_bits,
+    read_image,
+    resize,
+    values_of,
+)
 from export.images.folders import File, Listing
 from export.images.preprocess import Preprocess
 from export.images.read import content_of
@@ -74,6 +85,7 @@ class FileImages:
     skip_broken: bool
     broken: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     placed: Placed | None = None
+    pixel: Pixel = RGB
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -88,8 +100,8 @@ class FileImages:
         return os.fsdecode(self.paths[index])
 
     def whole(self, index: int) -> Image.Image:
-        """Return one decoded RGB image; raise BrokenImage where that fails."""
-        return read_image(self.root / self.name(index), upright=True)
+        """Return one decoded image; raise BrokenImage where that fails."""
+        return read_image(self.root / self.name(index), upright=True, pixel=self.pixel)
 
     def content(self, index: int) -> bytes:
         """Return the file's bytes; raise DataError where they cannot be read."""
@@ -102,6 +114,10 @@ class FileImages:
     def area(self, index: int) -> int:
         """Return an image's height times its width in pixels, 0 where its header cannot be read."""
         return read_area(self.root / self.name(index))
+
+    def bits(self, index: int) -> int | None:
+        """Return an image's bits in a channel, None where its header cannot be read."""
+        return read_bits(self.root / self.name(index))
 
     def report_broken(self, found: dict[int, str]) -> None:
         """Log newly found broken images (reasons by index) if they are to be skipped, else raise DataError."""
@@ -127,8 +143,8 @@ class ShardImages(FileImages):
         return "in shards, decoded for each view"
 
     def whole(self, index: int) -> Image.Image:
-        """Return one decoded RGB image; raise BrokenImage where that fails."""
-        return read_image(io.BytesIO(self.content(index)), upright=True)
+        """Return one decoded image; raise BrokenImage where that fails."""
+        return read_image(io.BytesIO(self.content(index)), upright=True, pixel=self.pixel)
 
     def content(self, index: int) -> bytes:
         """Return the image file's bytes; raise BrokenImage where they cannot be read."""
@@ -139,15 +155,20 @@ class ShardImages(FileImages):
         """Return an image's height times its width in pixels, 0 where its header cannot be read."""
         return read_area(io.BytesIO(self.content(index)))
 
+    def bits(self, index: int) -> int | None:
+        """Return an image's bits in a channel, None where its header cannot be read."""
+        return read_bits(io.BytesIO(self.content(index)))
+
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images of a named data set at their own size, uint8 (n, height, width, 3), resized on access; `labels` int64 (n,)."""
+    """Images of a named data set at their own size, uint8 (n, height, width, channels), resized on access; `labels` int64 (n,)."""
 
     arrays: np.ndarray
     labels: Tensor
     broken: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)  # none: they are in memory
     placed: Placed | None = None
+    pixel: Pixel = RGB
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -158,8 +179,8 @@ class ArrayImages:
         return "in memory at their own size, resized for each view"
 
     def whole(self, index: int) -> Image.Image:
-        """Return one RGB image."""
-        return Image.fromarray(self.arrays[index])
+        """Return one image."""
+        return image_of(self.arrays[index])
 
     def content(self, index: int) -> bytes:
         """Return the bytes of one image as a BMP file, which are the same from any library."""
@@ -178,15 +199,16 @@ class ArrayImages:
 
 
 UNLABELLED = -1  # the label of an image without one
-ImageSet = MemoryImages | FileImages | ArrayImages
+Lazy = FileImages | ArrayImages
+ImageSet = MemoryImages | Lazy
 REPAIR = "repair or remove them, or set data.skip_broken: true to leave them out"
 
 
-def from_files(root: Path, files: Sequence[File], *, skip_broken: bool) -> FileImages:
+def from_files(root: Path, files: Sequence[File], *, skip_broken: bool, pixel: Pixel = RGB) -> FileImages:
     """Return the listed files as an image set, without opening them."""
     paths = np.array([os.fsencode(path) for path, _ in files], dtype=np.bytes_)
     labels = torch.tensor([label for _, label in files], dtype=torch.int64)
-    return FileImages(root, paths, labels, skip_broken)
+    return FileImages(root, paths, labels, skip_broken, pixel=pixel)
 
 
 def images_of(listing: Listing | ShardListing, rows: Sequence[File] | Rows, *, skip_broken: bool = False) -> FileImages:
@@ -218,6 +240,26 @@ def readable(images: FileImages | ArrayImages) -> Iterator[tuple[int, Image.Imag
             images.report_broken({index: str(error)})
 
 
+def with_pixels(train: Lazy, val: Lazy, preprocess: Preprocess) -> tuple[tuple[Lazy, Lazy], Preprocess]:
+    """Return images of one data set and what becomes of them, with the preprocessing's channels and the bits of the first image.
+
+    Three channels are made of any image, 8 bits of each. Raises DataError for a named data set of other channels.
+    """
+    if isinstance(train, FileImages) and len(preprocess.mean) == 1:
+        bits = next((bits for index in range(len(train)) if (bits := train.bits(index))), 8)
+        preprocess = replace(preprocess, bits=bits)
+    return (_with_pixel(train, preprocess.pixel), _with_pixel(val, preprocess.pixel)), preprocess
+
+
+def _with_pixel(images: Lazy, pixel: Pixel) -> Lazy:
+    if isinstance(images, FileImages):
+        return replace(images, pixel=pixel)
+    *sizes, channels = images.arrays.shape
+    if channels not in (1, pixel.channels) or pixel.channels == 4:
+        raise DataError(f"data.channels: these images have {channels}, got {pixel.channels}: leave it out")
+    return replace(images, arrays=np.broadcast_to(images.arrays, (*sizes, pixel.channels)), pixel=pixel)
+
+
 def largest_area(images: FileImages | ArrayImages, *, at_most: int) -> int:
     """Return the largest image's area in pixels, from the headers, limited to `at_most`."""
     largest = 0
@@ -233,8 +275,9 @@ def decode_all(images: FileImages | ArrayImages, preprocess: Preprocess, *, area
 
     Broken files are logged and left out if they are to be skipped; else DataError names them.
     """
-    n, size, placed = len(images), preprocess.image_size, images.placed
-    still, whole = np.empty((n, 3, size**2), np.uint8), np.zeros((n, 3, area), np.uint8)
+    n, size, placed, pixel = len(images), preprocess.image_size, images.placed, images.pixel
+    still = np.empty((n, pixel.channels, math.prod(size)), pixel.dtype)
+    whole = np.zeros((n, pixel.channels, area), pixel.dtype)
     sizes, kept = np.full((n, 2), size), np.full((n, 2), size)
     fill = placed.begin(area) if placed else None
     broken: dict[int, str] = {}
@@ -253,8 +296,8 @@ def decode_all(images: FileImages | ArrayImages, preprocess: Preprocess, *, area
             if area:
                 sizes[index], kept[index] = (image.height, image.width), (height, width)
                 if (width, height) != image.size:
-                    image = image.resize((width, height), Image.Resampling.BILINEAR)
-                whole[index, :, : height * width] = flat(np.asarray(image))
+                    image = resize(image, (width, height), Image.Resampling.BILINEAR)
+                whole[index, :, : height * width] = flat(values_of(image))
 
     cores = usable_cores()
     with ThreadPoolExecutor(cores) as threads:  # Pillow releases Python's lock
@@ -262,10 +305,10 @@ def decode_all(images: FileImages | ArrayImages, preprocess: Preprocess, *, area
     if isinstance(images, FileImages):
         images.report_broken(broken)
     good = np.setdiff1d(np.arange(n), list(broken))
-    squares = torch.full((len(good), 2), size)
+    seen = torch.tensor(size).expand(len(good), 2)
     read = [torch.from_numpy(array[good] if broken else array) for array in (still, whole, sizes, kept)]
     whole_ones = Stored(read[1], read[2], read[3]) if area else None
-    still_ones = Stored(read[0], squares, squares)
+    still_ones = Stored(read[0], seen, seen)
     truths = fill.filled(good, still_ones, whole_ones) if fill else None
     return MemoryImages(still_ones, images.labels[good], whole_ones, images.broken, truths)
 
@@ -278,10 +321,10 @@ def _shrunk(size: tuple[int, int], area: int) -> tuple[int, int]:
 
 
 def flat(pixels: np.ndarray) -> np.ndarray:
-    """Return uint8 (height, width, 3) as (3, height * width)."""
-    return pixels.transpose(2, 0, 1).reshape(3, -1)
+    """Return values (height, width, channels) as (channels, height * width)."""
+    return pixels.transpose(2, 0, 1).reshape(pixels.shape[2], -1)
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
-    """Return uint8 (height, width, 3) as a tensor (3, height, width)."""
+    """Return values (height, width, channels) as a tensor (channels, height, width)."""
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -14,7 +13,7 @@ from compress.data.augment import colours
 from compress.data.images import ArrayImages, FileImages, ImageSet, MemoryImages, to_tensor
 from compress.data.views import Draws, cut
 from compress.ranks import local_ranks
-from export.images.decode import BrokenImage
+from export.images.decode import BrokenImage, values_of
 from export.images.preprocess import Preprocess
 from export.runtime.environment import usable_cores
 
@@ -22,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 class Raw(NamedTuple):
-    """Pixels 0..255 (n, 3, size, size) and truths (n, ...) on the device, image numbers int64 (n,) on the CPU."""
+    """Pixels from 0 to their type's largest (n, channels, height, width) and truths (n, ...) on the device, image numbers int64 (n,) on the CPU."""
 
     pixels: Tensor
     truths: Tensor
@@ -30,7 +29,7 @@ class Raw(NamedTuple):
 
 
 View = Callable[[int], tuple[Tensor, Tensor]]
-"""(image number) to its pixels uint8 (3, image_size, image_size) and its truth (...); raises BrokenImage."""
+"""(image number) to its pixels (channels, height, width) and its truth (...); raises BrokenImage."""
 
 
 def random_view(images: ImageSet, draws: Draws, preprocess: Preprocess, *, seed: int) -> View:
@@ -46,7 +45,7 @@ def random_view(images: ImageSet, draws: Draws, preprocess: Preprocess, *, seed:
             pixels, boxes = stored.images(one, CPU), stored.boxes(draws, one)
         else:
             image = images.whole(index)
-            pixels = to_tensor(np.asarray(image) if whole else preprocess.pixels(image))[None]
+            pixels = to_tensor(values_of(image) if whole else preprocess.pixels(image))[None]
             boxes = draws.boxes(one, torch.tensor([pixels.shape[2:]]))
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(int(seeds[index]))

@@ -29,7 +29,7 @@ IMAGENETTE_CLASSES = (  # in the order of their folders, n01440764 to n03888257
 
 @dataclass(frozen=True)
 class Arrays:
-    """Decoded images uint8 (n, height, width, 3) and their labels (n,)."""
+    """Decoded images uint8 (n, height, width, channels) and their labels (n,)."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -48,7 +48,7 @@ def digits(_: Path | None) -> NamedSet:
     """Return scikit-learn's 1,797 handwritten digits, 8 × 8, with their 17 grey levels scaled to 0..255."""
     bunch = load_digits()
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-    return NamedSet(tuple(str(digit) for digit in range(10)), Arrays(_rgb(grey), bunch.target), None)
+    return NamedSet(tuple(str(digit) for digit in range(10)), Arrays(grey[..., None], bunch.target), None)
 
 
 def cifar10(path: Path | None) -> NamedSet:
@@ -119,7 +119,7 @@ def _idx(folder: Path, part: str) -> Arrays:
         raise DataError(
             f"{folder}: {part} holds {images.size:,} pixels for {labels.size:,} labels; download the files again"
         )
-    return Arrays(_rgb(images.reshape(-1, 28, 28)), labels)
+    return Arrays(images.reshape(-1, 28, 28, 1), labels)
 
 
 def _bytes(file: Path, *, header: int) -> np.ndarray:
@@ -127,7 +127,3 @@ def _bytes(file: Path, *, header: int) -> np.ndarray:
         return np.frombuffer(gzip.decompress(file.read_bytes()), dtype=np.uint8, offset=header)
     except (OSError, EOFError) as error:
         raise DataError(f"{file}: cannot be read ({error}); download it again") from error
-
-
-def _rgb(grey: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(grey[..., None], (*grey.shape, 3))

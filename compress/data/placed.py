@@ -1,6 +1,7 @@
 """Truths that move with an image's view: the interface of masks and boxes, and masks."""
 
 import io
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from compress.data.stored import Stored
 from compress.data.views import Boxes, cut_nearest
 from export.images.masks import Pair, read_mask
 from export.images.preprocess import Preprocess
+from export.images.size import Size
 
 
 class Fill(Protocol):
@@ -37,7 +39,7 @@ class Placed(Protocol):
     def still(self, chosen: Tensor) -> Tensor:
         """Return the truths (m, ...) of the chosen images in evaluation's view."""
 
-    def seen(self, chosen: Tensor, boxes: Boxes, size: int, *, whole: bool) -> Tensor:
+    def seen(self, chosen: Tensor, boxes: Boxes, size: Size, *, whole: bool) -> Tensor:
         """Return the truths in an augmented view, whose `boxes` are cut from the whole images or from evaluation's."""
 
 
@@ -66,11 +68,11 @@ class MaskFiles:
         return read_mask(self._path(index), size, classes=self.classes, ignore=self.preprocess.ignore_index)
 
     def still(self, chosen: Tensor) -> Tensor:
-        """Return the masks uint8 (m, size, size)."""
+        """Return the masks uint8 (m, height, width)."""
         return torch.stack([torch.from_numpy(self.preprocess.mask(self._whole(index))) for index in chosen.tolist()])
 
-    def seen(self, chosen: Tensor, boxes: Boxes, size: int, *, whole: bool) -> Tensor:
-        """Return the masks' boxes, resized, uint8 (m, size, size)."""
+    def seen(self, chosen: Tensor, boxes: Boxes, size: Size, *, whole: bool) -> Tensor:
+        """Return the masks' boxes, resized, uint8 (m, height, width)."""
         masks = [self._whole(index) for index in chosen.tolist()]
         pixels = [np.asarray(mask) if whole else self.preprocess.mask(mask) for mask in masks]
         parts = [
@@ -107,12 +109,12 @@ class ArrayMasks:
         return Image.fromarray(self.arrays[index])
 
     def still(self, chosen: Tensor) -> Tensor:
-        """Return the masks uint8 (m, size, size)."""
+        """Return the masks uint8 (m, height, width)."""
         masks = [self.preprocess.mask(Image.fromarray(self.arrays[index])) for index in chosen.tolist()]
         return torch.from_numpy(np.stack(masks))
 
-    def seen(self, chosen: Tensor, boxes: Boxes, size: int, *, whole: bool) -> Tensor:
-        """Return the masks' boxes, resized, uint8 (m, size, size)."""
+    def seen(self, chosen: Tensor, boxes: Boxes, size: Size, *, whole: bool) -> Tensor:
+        """Return the masks' boxes, resized, uint8 (m, height, width)."""
         masks = torch.from_numpy(self.arrays[chosen.numpy()]) if whole else self.still(chosen)
         return cut_nearest(masks, boxes, size)
 
@@ -121,9 +123,9 @@ class MaskFill:
     """Reads masks into memory, in evaluation's view and, with `area` > 0, whole."""
 
     def __init__(self, source: MaskFiles | ArrayMasks, n: int, area: int) -> None:
-        side = source.preprocess.image_size
         self._source = source
-        self._still, self._whole = np.empty((n, 1, side**2), np.uint8), np.zeros((n, 1, area), np.uint8)
+        seen = math.prod(source.preprocess.image_size)
+        self._still, self._whole = np.empty((n, 1, seen), np.uint8), np.zeros((n, 1, area), np.uint8)
 
     def put_(self, index: int, size: tuple[int, int], kept: tuple[int, int]) -> None:
         """Read one mask."""
@@ -151,11 +153,11 @@ class Masks:
         raise AssertionError(f"masks are read once, not again with {area} pixels")
 
     def still(self, chosen: Tensor) -> Tensor:
-        """Return the masks uint8 (m, size, size), on the CPU."""
+        """Return the masks uint8 (m, height, width), on the CPU."""
         return self.stored.images(chosen, torch.device("cpu"))[:, 0]
 
-    def seen(self, chosen: Tensor, boxes: Boxes, size: int, *, whole: bool) -> Tensor:
-        """Return the masks' boxes, resized, uint8 (m, size, size), on the boxes' device."""
+    def seen(self, chosen: Tensor, boxes: Boxes, size: Size, *, whole: bool) -> Tensor:
+        """Return the masks' boxes, resized, uint8 (m, height, width), on the boxes' device."""
         stored = self.whole if whole else self.stored
         assert stored is not None, "opened for an augmentation without random crops"
         return cut_nearest(stored.images(chosen, boxes.top.device)[:, 0], boxes, size)

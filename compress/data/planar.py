@@ -7,9 +7,9 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from compress.data.augment import Augmentation
-from compress.data.dataset import Dataset, Lazy, in_memory
+from compress.data.dataset import Dataset, in_memory
 from compress.data.digest import DataSettings, dataset_digest, given
-from compress.data.images import ArrayImages, FileImages
+from compress.data.images import ArrayImages, FileImages, Lazy, with_pixels
 from compress.data.scenes import SCENES, Part, Scenes, draw_scenes
 from compress.data.split import parts_of, split
 from export.errors import DataError
@@ -63,7 +63,8 @@ class Planar(Generic[Listing]):
             raise DataError(
                 f"{settings.name}: has labels but no {self.truths}; use {', '.join(SCENES)}, or DATA=/path/to/a/folder"
             )
-        images = in_memory(*lazy, preprocess, augmentation.whole_area(settings.side))
+        lazy, preprocess = with_pixels(*lazy, preprocess)
+        images = in_memory(*lazy, preprocess, augmentation)
         if not all(map(len, images)):
             raise DataError(f"{settings.name}: none of its images can be read; repair them or give other ones")
         return Dataset(
@@ -77,8 +78,12 @@ class Planar(Generic[Listing]):
         )
 
     def _of_scenes(self, settings: DataSettings, preprocess: Preprocess) -> tuple[Lazy, Lazy]:
+        side, other = preprocess.resize_to
+        if side != other:
+            raise DataError(f"data.image_size: {settings.name} are square: give one number, or DATA=/path/to/a/folder")
+
         def draw(part: Part) -> Scenes:
-            return draw_scenes(SCENES[settings.name], part, size=preprocess.resize_to, seed=settings.seed)
+            return draw_scenes(SCENES[settings.name], part, size=side, seed=settings.seed)
 
         drawn = draw("train")
         train, out = parts_of(len(drawn.images), settings, has_validation=True)

@@ -10,7 +10,7 @@ from compress.data.views import Boxes, Draws
 
 @dataclass(frozen=True)
 class Stored:
-    """Images of different sizes: `pixels` uint8 (n, channels, area), each image's rows one after the other, then padding.
+    """Images of different sizes: `pixels` uint8 or uint16 (n, channels, area), each image's rows one after the other, then padding.
 
     `sizes` (n, 2) are the images' original heights and widths, `kept` (n, 2) those that they are stored with.
     """
@@ -40,7 +40,7 @@ class Stored:
         if bool((kept == kept[0]).all()):
             same = pixels[chosen.to(device, non_blocking=True), :, : height * width]
             return same.view(len(chosen), -1, height, width)
-        found = torch.zeros(len(chosen), pixels.shape[1], height, width, dtype=torch.uint8, device=device)
+        found = torch.zeros(len(chosen), pixels.shape[1], height, width, dtype=pixels.dtype, device=device)
         for row, (index, (height, width)) in enumerate(zip(chosen.tolist(), kept.tolist(), strict=True)):
             found[row, :, :height, :width] = pixels[index, :, : height * width].view(-1, height, width)
         return found

@@ -67,7 +67,7 @@ def distil(
     """Train the student with the teacher of the artifact `src` and return it."""
     task, run = run.learned, run.with_unlabelled()
     teaching = teach(run, src, terms, settings, log)
-    images = example_images(run.image_size, run.device)
+    images = example_images(run.shape, run.device)
     learner, step = distillation(
         terms, task, student=student, teacher=teaching.teacher, images=images, seed=run.recipe.seed
     )
@@ -82,7 +82,7 @@ def teach(run: Run, src: Path, terms: Sequence[LossTerm], settings: Fit, log: St
     if not needs_teacher(terms):
         return Teaching(no_teacher, None)
     asked = run.recipe.teaching
-    shape = run.task.output.output_shape(len(run.dataset.classes), run.image_size)
+    shape = run.output_shape
     if asked.mode == "online" or needs_features(terms) or len(shape) > 1:  # maps and anchors would fill the disk
         return Teaching(online_teacher(run.teacher(src), terms), None)
     views = min(asked.views, settings.epochs)

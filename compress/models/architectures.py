@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import torch
 import torchvision
 from torch import nn
 
@@ -20,6 +22,7 @@ from compress.models.digest import existing_file, local_modules
 from compress.models.foreign import exported, hugging_face, rebuilt
 from compress.models.known import check_name, suggestion
 from compress.models.segmenters import build_pyramid, build_smp
+from export.images.size import Shape, Size, said
 
 # These two have auxiliary heads by default, and warn unless told how to initialize. Their published weights expect
 # transform_input, which turns ImageNet's normalization into theirs.
@@ -27,29 +30,55 @@ _NO_AUXILIARY_HEADS: dict[str, bool] = {"aux_logits": False, "init_weights": Tru
 _EXTRA = {"googlenet": _NO_AUXILIARY_HEADS, "inception_v3": _NO_AUXILIARY_HEADS}
 
 
-def build(arch: str, *, num_classes: int, image_size: int | None = None, trust_code: bool = False) -> nn.Module:
+def build(arch: str, *, num_classes: int, shape: Shape | None = None, trust_code: bool = False) -> nn.Module:
     """Build `torchvision:NAME`, `timm:NAME`, `cifar:NAME` or `file.py:factory` with random weights, in eval mode.
 
-    `onnx:FILE`, `hf:FOLDER` and `exported:FILE.pt2` contain their weights. A network for one image size only (ViT, Swin)
-    is built for `image_size`, by default for its own. A file's factory is called as `factory(num_classes)`, and only with
-    `trust_code`, as loading the file runs its code. Raises ModelError for an unknown name, a size that does not fit, or a
+    `onnx:FILE`, `hf:FOLDER` and `exported:FILE.pt2` contain their weights. A network is built for the channels of `shape`, and one for one
+    image size only (ViT, Swin) for its size, by default for three channels and its own size. A file's factory is called as
+    `factory(num_classes)`, or `factory(num_classes, channels=n)` if it has that argument, and only with `trust_code`, as
+    loading the file runs its code. Raises ModelError for an unknown name, a shape that does not fit, or a
     file that cannot be used.
     """
+    channels, *sides = shape or (3,)
     source, name = foreign(arch) or (arch.rpartition(":")[0], arch.rpartition(":")[2])
     if source not in LIBRARIES:
-        return _own(arch, num_classes, trust_code=trust_code).eval()
-    if image_size is None or source not in SIZED or not SIZED[source][0](name):
-        model = LIBRARIES[source](name, num_classes)
-        return (_unnamed(model) if foreign(arch) else model).eval()
+        return _own(arch, num_classes, channels, trust_code=trust_code).eval()
+    given = {OF_CHANNELS[source]: channels} if channels != 3 and source in OF_CHANNELS else {}
+    if not sides or source not in SIZED or not SIZED[source][0](name):
+        model = LIBRARIES[source](name, num_classes, **given)
+        return (_unnamed(model) if foreign(arch) else model if given else with_channels(model, channels)).eval()
+    size = (sides[0], sides[1])
     try:
-        return LIBRARIES[source](name, num_classes, **{SIZED[source][1]: image_size}).eval()
+        model = LIBRARIES[source](name, num_classes, **SIZED[source][1](size), **given)
     except (ArithmeticError, AssertionError, RuntimeError, ValueError) as error:
         raise ModelError(
-            f"{arch}: cannot be built for {image_size} pixels ({error or type(error).__name__}); choose another data.image_size"
+            f"{arch}: cannot be built for {said(size)} pixels ({error or type(error).__name__}); choose another data.image_size"
         ) from error
+    return (model if given else with_channels(model, channels)).eval()
 
 
-def _torchvision(name: str, num_classes: int, **sized: int) -> nn.Module:
+def with_channels(model: nn.Module, channels: int) -> nn.Module:
+    """Return a network of three channels as one of others: its first convolution, which reads the images, takes so many.
+
+    Its start is the library's own: one channel has the weights of red, a fourth those of red again.
+    """
+    if channels == 3:
+        return model
+    first = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    if first.in_channels != 3 or first.groups != 1:
+        raise ModelError(
+            f"{type(model).__name__}: its first convolution takes {first.in_channels} channels, so it cannot be made for {channels}: give "
+            "your own as file.py:factory"
+        )
+    chosen = torch.arange(channels) % 3
+    first.weight = nn.Parameter(first.weight.detach()[:, chosen].clone())
+    first.in_channels = channels
+    if hasattr(model, "transform_input"):
+        vars(model)["transform_input"] = False  # of ImageNet's red, green and blue
+    return model
+
+
+def _torchvision(name: str, num_classes: int, **sized: Any) -> nn.Module:
     check_name("torchvision", name, torchvision_names())
     if name in KINDS:
         return torchvision_detector(name, num_classes)
@@ -84,11 +113,17 @@ def _unnamed(model: nn.Module) -> nn.Module:
     return model
 
 
-def _timm(name: str, num_classes: int, **sized: int) -> nn.Module:
+def _timm(name: str, num_classes: int, **sized: Any) -> nn.Module:
     timm = import_timm()
     check_name("timm", name, timm.list_models())
     model: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, **sized)
     return model
+
+
+def _square(size: Size) -> dict[str, Any]:
+    if size[0] != size[1]:
+        raise ValueError("it takes squares")
+    return {"image_size": size[0]}
 
 
 def _timm_is_sized(name: str) -> bool:
@@ -111,10 +146,11 @@ LIBRARIES: dict[str, Callable[..., nn.Module]] = {
     "exported": exported,
     **{kind: partial(build_detector, kind) for kind in BUILDERS},
 }
+OF_CHANNELS = {"timm": "in_chans", "smp": "in_channels"}  # libraries' own arguments for the images' channels
 # A library's test whether a network is built for one image size, and the argument for that size.
-SIZED: dict[str, tuple[Callable[[str], bool], str]] = {
-    "torchvision": (lambda name: name.startswith("vit_"), "image_size"),
-    "timm": (_timm_is_sized, "img_size"),
+SIZED: dict[str, tuple[Callable[[str], bool], Callable[[Size], dict[str, Any]]]] = {
+    "torchvision": (lambda name: name.startswith("vit_"), _square),
+    "timm": (_timm_is_sized, lambda size: {"img_size": size[0] if size[0] == size[1] else size}),
 }
 
 
@@ -127,7 +163,7 @@ def import_timm() -> ModuleType:
     return timm
 
 
-def _own(arch: str, num_classes: int, *, trust_code: bool) -> nn.Module:
+def _own(arch: str, num_classes: int, channels: int, *, trust_code: bool) -> nn.Module:
     path, _, name = arch.rpartition(":")
     file = existing_file(path, "the model's file")
     if not trust_code:
@@ -136,11 +172,13 @@ def _own(arch: str, num_classes: int, *, trust_code: bool) -> nn.Module:
     factories = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
     if name not in factories:
         raise ModelError(f"{arch}: {file} defines no {name}; {suggestion(name, factories)}")
+    signature = inspect.signature(factories[name])
+    given = {"channels": channels} if "channels" in signature.parameters else {}
     try:
-        inspect.signature(factories[name]).bind(num_classes)
+        signature.bind(num_classes, **given)
     except TypeError as error:
         raise ModelError(f"{arch}: must be callable as {name}(num_classes): {error}") from error
-    model = factories[name](num_classes)
+    model = factories[name](num_classes, **given)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{arch}: must return a torch.nn.Module, returned {type(model).__name__}")
     return _unnamed(model)

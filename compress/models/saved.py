@@ -14,6 +14,7 @@ from compress.models.structure import versioned
 from compress.pruning.plan import Cut, cut_
 from compress.quant.fake_quant import Ranges
 from compress.quant.prepare import prepare
+from export.images.size import Shape, size_of, written
 from export.onnx_file.targets import TARGETS
 
 ARCHITECTURE, WEIGHTS = "architecture.json", "weights.safetensors"
@@ -25,7 +26,7 @@ class Architecture:
 
     arch: str
     num_classes: int
-    image_size: int
+    shape: Shape  # of one image
     cuts: tuple[tuple[Cut, ...], ...] = ()  # one entry for each pruning step, in order
     target: str | None = None  # of a fake-quantized network, as are the other arguments of `prepare`
     ranges: Ranges = "moving_average"
@@ -36,14 +37,19 @@ class Architecture:
         return replace(self, cuts=self.cuts + steps)
 
 
-def example_images(image_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Return one input (1, 3, image_size, image_size) for tracing."""
-    return torch.zeros(1, 3, image_size, image_size, device=device)
+def example_images(shape: Shape, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return one input (1, channels, height, width) for tracing."""
+    return torch.zeros(1, *shape, device=device)
 
 
 def save_network(model: nn.Module, architecture: Architecture, directory: Path) -> None:
     """Write architecture and weights."""
-    write_json(directory / ARCHITECTURE, asdict(architecture))
+    channels, height, width = architecture.shape
+    said = {"image_size": written((height, width)), **({} if channels == 3 else {"channels": channels})}
+    facts = dict[str, object]()
+    for name, value in asdict(architecture).items():
+        facts |= said if name == "shape" else {name: value}
+    write_json(directory / ARCHITECTURE, facts)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     save_file(tensors, directory / WEIGHTS)
 
@@ -53,15 +59,16 @@ def read_architecture(directory: Path) -> Architecture:
     value = json.loads((directory / ARCHITECTURE).read_text())
     cuts = tuple(tuple(Cut(cut["root"], tuple(cut["remove"])) for cut in step) for step in value.pop("cuts"))
     keep_float = tuple(value.pop("keep_float", ()))  # missing in float networks of version 0.1.0
-    return Architecture(**value, cuts=cuts, keep_float=keep_float)
+    shape = (value.pop("channels", 3), *size_of(value.pop("image_size")))
+    return Architecture(**value, shape=shape, cuts=cuts, keep_float=keep_float)
 
 
 def rebuild(architecture: Architecture, *, trust_code: bool) -> nn.Module:
     """Return the pruned float network with random weights, in eval mode on the CPU."""
-    size, classes = architecture.image_size, architecture.num_classes
-    model = build(architecture.arch, num_classes=classes, image_size=size, trust_code=trust_code)
+    shape = architecture.shape
+    model = build(architecture.arch, num_classes=architecture.num_classes, shape=shape, trust_code=trust_code)
     for step in architecture.cuts:
-        cut_(model, example_images(architecture.image_size), step)
+        cut_(model, example_images(shape), step)
     return model
 
 
@@ -76,7 +83,7 @@ def prepare_as(architecture: Architecture, model: nn.Module) -> fx.GraphModule:
     """Return the float network fake-quantized with the architecture's settings, without ranges."""
     assert architecture.target is not None
     target = TARGETS[architecture.target]
-    images = example_images(architecture.image_size)
+    images = example_images(architecture.shape)
     return prepare(model, target, images, ranges=architecture.ranges, keep_float=architecture.keep_float)
 
 

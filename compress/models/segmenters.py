@@ -57,7 +57,7 @@ def build_pyramid(backbone: str, classes: int) -> nn.Module:
     return SemanticPyramid(torchvision.models.get_model(backbone, weights=None), classes)
 
 
-def build_smp(name: str, classes: int) -> nn.Module:
+def build_smp(name: str, classes: int, in_channels: int = 3) -> nn.Module:
     """Return segmentation-models-pytorch's `DECODER/ENCODER`, such as `unet/resnet18`, with random weights.
 
     `tu-` before an encoder's name means timm's. Raises ModelError where the package is missing, has no such network, or
@@ -70,7 +70,9 @@ def build_smp(name: str, classes: int) -> nn.Module:
     decoder, _, encoder = name.partition("/")
     check_name("smp", decoder, smp.MODEL_ARCHITECTURES_MAPPING)
     try:
-        model: nn.Module = smp.create_model(decoder, encoder_name=encoder, encoder_weights=None, classes=classes)
+        model: nn.Module = smp.create_model(
+            decoder, encoder_name=encoder, encoder_weights=None, in_channels=in_channels, classes=classes
+        )
     except (KeyError, RuntimeError, ValueError) as error:
         raise ModelError(f"smp:{name}: {error.args[0]}") from error
     return model

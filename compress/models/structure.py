@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import ModelError
 from compress.pruning.costs import COSTS, Layer, WidthCost, full_widths
+from export.images.size import Shape, Size, size_of
 
 # Image sizes that `classifier` tries, as a network does not state its own.
 PROBES = (224, 32, 64, 128, 256, 299, 384)
@@ -26,24 +27,22 @@ class Counts:
     macs: int
 
 
-def count(model: nn.Module, image_size: int) -> Counts:
-    """Count parameters, and multiply-accumulates for one image (3, image_size, image_size).
+def count(model: nn.Module, shape: Shape) -> Counts:
+    """Count parameters, and multiply-accumulates for one image of this shape.
 
     Products of activations, as in attention, have no weights to prune and do not count; neither do biases. Raises
     ModelError where the network does not take images of this size.
     """
     with FlopCounterMode(display=False) as counter:
-        _run(model, image_size)
+        _run(model, shape)
     flops = counter.get_flop_counts()["Global"]
     macs = sum(flops.get(operation, 0) for operation in WEIGHTED) // 2
     return Counts(sum(parameter.numel() for parameter in model.parameters()), macs)
 
 
-def width_cost(
-    model: nn.Module, layers: Sequence[Layer], cost: Literal["macs", "params"], image_size: int
-) -> WidthCost:
+def width_cost(model: nn.Module, layers: Sequence[Layer], cost: Literal["macs", "params"], shape: Shape) -> WidthCost:
     """Return the network's cost in millions as a function of the layers' widths; costs outside of layers are constant."""
-    whole = getattr(count(model, image_size), cost) / 1e6
+    whole = getattr(count(model, shape), cost) / 1e6
     within = COSTS[cost](layers, 0.0)(*full_widths(layers))
     return COSTS[cost](layers, whole - within)
 
@@ -55,11 +54,12 @@ def classifier(model: nn.Module) -> str:
     """
     ran: list[nn.Module] = []
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    channels = next((layer.in_channels for layer in layers if isinstance(layer, nn.Conv2d)), 3)
     handles = [layer.register_forward_hook(lambda layer, *_: ran.append(layer)) for layer in layers]
     try:
-        for image_size in PROBES:
+        for size in (*_own_sizes(model), *((side, side) for side in PROBES)):
             try:
-                _run(model, image_size)
+                _run(model, (channels, *size))
             except ModelError:
                 ran.clear()
             else:
@@ -69,27 +69,33 @@ def classifier(model: nn.Module) -> str:
             handle.remove()
     if not ran:
         raise ModelError(
-            f"{type(model).__name__}: no convolution or linear layer runs on images (n, 3, size, size) of {PROBES} pixels; "
+            f"{type(model).__name__}: no convolution or linear layer runs on images (n, {channels}, size, size) of {PROBES} pixels; "
             "give a network of such layers"
         )
     paths: dict[nn.Module, str] = {module: path for path, module in model.named_modules()}
     return paths[ran[-1]]
 
 
-def check_output(model: nn.Module, *, image_size: int, shape: tuple[int | None, ...]) -> None:
-    """Raise ModelError unless the network turns (n, 3, image_size, image_size) into logits (n, *shape)."""
-    output = _run(model, image_size)
-    sizes = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
-    if len(sizes) != len(shape) or any(wanted not in (None, size) for wanted, size in zip(shape, sizes, strict=True)):
-        found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+def _own_sizes(model: nn.Module) -> list[Size]:
+    """Return the one size that timm's and torchvision's vision transformers are made for, as they note it."""
+    noted = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "image_size", None)
+    return [size_of(noted)] if isinstance(noted, int | tuple) else []
+
+
+def check_output(model: nn.Module, shape: Shape, *, output: tuple[int | None, ...]) -> None:
+    """Raise ModelError unless the network turns images (n, *shape) into logits (n, *output)."""
+    found = _run(model, shape)
+    sizes = tuple(found.shape[1:]) if isinstance(found, Tensor) else ()
+    if len(sizes) != len(output) or any(wanted not in (None, size) for wanted, size in zip(output, sizes, strict=True)):
+        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        wanted = ", ".join("any" if size is None else str(size) for size in output)
         raise ModelError(
-            f"{type(model).__name__}: must return logits of shape (n, {wanted}), returned {found} for one image"
+            f"{type(model).__name__}: must return logits of shape (n, {wanted}), returned {got} for one image"
         )
 
 
 def check_logits(model: nn.Module, images: Tensor) -> None:
-    """Raise ModelError where outputs for images (n, 3, size, size) are probabilities: not negative, with sum 1.
+    """Raise ModelError where outputs for images (n, channels, height, width) are probabilities: not negative, with sum 1.
 
     A loss would take their softmax again, and INT8 rounds small probabilities to 0.
     """
@@ -104,15 +110,15 @@ def check_logits(model: nn.Module, images: Tensor) -> None:
         )
 
 
-def _run(model: nn.Module, image_size: int) -> object:
+def _run(model: nn.Module, shape: Shape) -> object:
     """Return the network's output for one black image."""
     first = next(model.parameters(), torch.empty(0))
-    return _outputs(model, torch.zeros((1, 3, image_size, image_size), dtype=first.dtype, device=first.device))
+    return _outputs(model, torch.zeros((1, *shape), dtype=first.dtype, device=first.device))
 
 
 def _outputs(model: nn.Module, images: Tensor) -> object:
     """Return the network's output in eval mode; restore every module's mode."""
-    image_size = images.shape[-1]
+    channels, height, width = images.shape[1:]
     # Otherwise nn.MultiheadAttention fuses its projections, which are then not counted.
     images = images.detach().requires_grad_()
     training = {module: module.training for module in model.modules()}
@@ -121,8 +127,9 @@ def _outputs(model: nn.Module, images: Tensor) -> object:
             return model.eval()(images)
     except (RuntimeError, ValueError, AssertionError) as error:  # raised by layers and transformers for a wrong size
         reason = str(error).partition("\n")[0] or type(error).__name__
+        colours = "" if channels == 3 else f" with {channels} channel{'s' * (channels > 1)}"
         raise ModelError(
-            f"{type(model).__name__}: does not take images of {image_size} x {image_size}: {reason}"
+            f"{type(model).__name__}: does not take images of {height} x {width}{colours}: {reason}"
         ) from error
     finally:
         model.train()  # LeViT and similar networks drop the tensors cached in this pass, which cannot be copied

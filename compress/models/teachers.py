@@ -114,7 +114,9 @@ def _member(
     if kind == "onnx":
         network = rebuilt(path) if whole else OnnxFile(existing_file(path, "the teacher's file"))
     else:
-        network = build(given.network, num_classes=len(own_names(given) or classes or ()), trust_code=trust_code)
+        channels, names = len(student.mean), own_names(given) or classes or ()
+        shape = None if channels == 3 else (channels, *(given.image_size or student.size))
+        network = build(given.network, num_classes=len(names), shape=shape, trust_code=trust_code)
     if given.weights is not None:
         load_weights_(network, given.network, given.weights, reset_head=False)
     own = Seen(given.image_size or student.size, given.mean or student.mean, given.std or student.std)

@@ -97,6 +97,7 @@ def load_weights_(model: nn.Module, arch: str, weights: str, *, reset_head: bool
         head = classifier(model) + "."
         state |= {key: value for key, value in model.state_dict().items() if key.startswith(head)}
     _refuse_integers(model, state, weights)
+    _refuse_other_channels(model, state, weights)
     _refuse_other_classes(model, state, weights)
     _fit_(model, state, f"{weights}: does not fit {arch}")
     _refuse_not_finite(model.state_dict(), weights)
@@ -133,6 +134,18 @@ def _misshapen(model: nn.Module, state: State) -> dict[str, str]:
         for key, own in model.state_dict().items()
         if key in state and state[key].shape != own.shape
     }
+
+
+def _refuse_other_channels(model: nn.Module, state: State, weights: str) -> None:
+    """Raise `ModelError` where the weights are for images of other channels: so is the first convolution, which reads them."""
+    first = next((f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)), "")
+    if first in _misshapen(model, state) and state[first].ndim == 4:
+        own, given = model.state_dict()[first].shape, state[first].shape
+        if (own[0], *own[2:]) == (given[0], *given[2:]):
+            raise ModelError(
+                f"{weights}: is for images of {given[1]} channels, the data have {own[1]}: give weights of such images, or set "
+                f"data.channels: {given[1]} with a mean and std for each"
+            )
 
 
 def _refuse_other_classes(model: nn.Module, state: State, weights: str) -> None:

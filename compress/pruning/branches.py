@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from compress.pruning.plan import Branch, ChannelGroup
+from export.images.size import Shape
 
 
 @torch.no_grad()
-def find_branches(model: nn.Module, groups: Sequence[ChannelGroup], image_size: int) -> tuple[Branch, ...]:
+def find_branches(model: nn.Module, groups: Sequence[ChannelGroup], shape: Shape) -> tuple[Branch, ...]:
     """Return the innermost residual blocks of a network in eval mode, with the indices of the groups inside each."""
     inside = {
         path: tuple(
@@ -37,7 +38,7 @@ def find_branches(model: nn.Module, groups: Sequence[ChannelGroup], image_size: 
         if members
     ]
     device = next(model.parameters()).device
-    model(torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device))
+    model(torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(device))
     for handle in handles:
         handle.remove()
     found = [path for path, value in inputs.items() if value.numel() and _is_shortcut(model.get_submodule(path), value)]

@@ -9,6 +9,7 @@ import numpy as np
 
 from compress.errors import CompressError
 from compress.pruning.blocks import Conditions
+from export.images.size import Shape
 from export.runtime.latency import Ratio, median_ratio, time_sessions
 from export.runtime.session import bind, open_session
 
@@ -25,12 +26,11 @@ class Clock:
 
     reference: Path
     conditions: Conditions
-    image_size: int
+    shape: Shape
 
     def against(self, file: Path) -> tuple[Ratio, float, float]:
         """Return the ratio of `file`'s time to the reference's, and the medians of the reference and the file in ms."""
-        shape = (self.conditions.batch, 3, self.image_size, self.image_size)
-        images = np.random.default_rng(0).standard_normal(shape, np.float32)
+        images = np.random.default_rng(0).standard_normal((self.conditions.batch, *self.shape), np.float32)
         files = {"reference": self.reference, "file": file}
         provider, threads = self.conditions.provider, self.conditions.threads
         reference, other = np.empty(0), np.empty(0)

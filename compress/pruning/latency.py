@@ -16,6 +16,7 @@ from compress.pruning.goals import Goal
 from compress.pruning.plan import Cut, Options, cut_
 from compress.pruning.predict import LatencyModel, choose_within, latency_model
 from compress.pruning.timings import Table, Timer, time_models
+from export.images.size import Shape, written
 
 ROUNDS = 6
 CLOSE = 0.97  # stop when a time is between this fraction of the wanted time and all of it
@@ -91,7 +92,7 @@ class Latency:
         after = read_blocks(self.folder / STUDENT, self.model.layers, conditions)
         return {
             "goal": asdict(self.goal),
-            "conditions": asdict(conditions) | {"image_size": self.clock.image_size},
+            "conditions": asdict(conditions) | {"image_size": written(self.clock.shape[1:])},
             "before_ms": self.whole_ms,
             "asked_ms": self.budget(1, 1),
             "attempts": [
@@ -108,7 +109,7 @@ def open_latency(
     goal: Goal,
     conditions: Conditions,
     *,
-    image_size: int,
+    shape: Shape,
     round_to: int,
     folder: Path,
     table: Path,
@@ -123,7 +124,7 @@ def open_latency(
     folder.mkdir(exist_ok=True)
     reference = folder / "before.onnx"
     write(copy.deepcopy(network).cpu(), reference)
-    clock = Clock(reference, conditions, image_size)
+    clock = Clock(reference, conditions, shape)
     whole_ms = clock.require_quiet(tell=tell)
     started = time.monotonic()
     nodes = read_blocks(reference, options.layers, conditions)

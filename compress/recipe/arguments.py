@@ -8,6 +8,7 @@ from compress.data.teachers import GivenTeacher
 from compress.pruning.goals import Goal
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import DistillStage, Fit, PruneStage, QatStage, SourceStage
+from export.images.size import size_of
 
 
 def data_settings(recipe: Recipe) -> DataSettings:
@@ -17,7 +18,7 @@ def data_settings(recipe: Recipe) -> DataSettings:
         task=recipe.task,
         name=data.dataset,
         path=None if data.path is None else Path(data.path),
-        image_size=data.image_size,
+        image_size=None if data.image_size is None else size_of(data.image_size),
         resize=data.resize,
         mean=data.mean,
         std=data.std,
@@ -38,7 +39,7 @@ def teachers_of(recipe: Recipe) -> tuple[GivenTeacher, ...]:
         GivenTeacher(
             one.network,
             one.weights,
-            None if one.image_size is None else (one.image_size, one.image_size),
+            None if one.image_size is None else size_of(one.image_size),
             one.mean,
             one.std,
             None if one.classes is None else Path(one.classes),

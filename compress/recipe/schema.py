@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 from compress.data.teachers import foreign
 from compress.recipe.losses import LABELLED, LossTerm
 from compress.recipe.order import first_mistake
-from compress.recipe.section import Arch, Channels, Drop, Name, PathText, Section, Size, refuse_tag
+from compress.recipe.section import Arch, Channels, Drop, Name, OptionalSize, PathText, Section, refuse_tag
 from compress.recipe.stages import DistillStage, PruneStage, QatStage, SourceStage, StageSection
 from export.tasks import TASKS
 
@@ -68,13 +68,15 @@ class Data(Section):
     """The data set: scikit-learn's `digits`, `scenes` composed of them (for segmentation, detection and multilabel), `imagefolder`, which reads `path` and is the default where `path` is set, or one that is downloaded to `path`."""
     path: PathText | None = None
     """The folder that holds the data set: images, or shards of them (docs/images.md)."""
-    image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
-    """Height and width of the network's input in pixels; null takes the data set's own (digits 32, imagefolder 224)."""
+    channels: Literal[1, 3, 4] = 3
+    """1 for grey, depth or infrared of 8 or 16 bits, 3 for colour, 4 for colour and a fourth (docs/images.md)."""
+    image_size: OptionalSize = None
+    """Size of the network's input in pixels: one number for a square, or `[height, width]`; null takes the data set's own (digits 32, imagefolder 224)."""
     resize: Annotated[float, Field(ge=1, le=2)] = 1.0
-    """Evaluation resizes the shorter side to `image_size * resize`, then crops the centre (ImageNet's usual value is 1.143)."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Evaluation resizes images until they cover `image_size * resize`, then crops the centre (ImageNet's usual value is 1.143)."""
+    mean: Channels = (0.485, 0.456, 0.406)
     """The mean that is subtracted from each channel, for pixels in [0, 1]."""
-    std: Annotated[tuple[float, float, float], Field()] = (0.229, 0.224, 0.225)
+    std: Channels = (0.229, 0.224, 0.225)
     """The standard deviation that divides each channel, for pixels in [0, 1]."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Fraction of each class that is held out for validation, by seed, where the data set has no validation set."""
@@ -109,6 +111,14 @@ class Data(Section):
             raise ValueError(
                 f"path: {self.dataset} are built in and have no folder, got {self.path!r}: set data.dataset: imagefolder to read it"
             )
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.channels:
+                raise ValueError(
+                    f"{name}: must have a number for each of the {self.channels} channels, got {len(values)}: set data.mean and data.std, "
+                    "which compress init measures"
+                )
+        if self.channels != 3 and (self.augment.randaugment or self.augment.distort):
+            raise ValueError("augment: randaugment and distort change red, green and blue: leave them out")
         if min(self.std) <= 0:
             raise ValueError(f"std: must be > 0 in every channel, got {self.std}")
         return self
@@ -137,8 +147,8 @@ class Teacher(Section):
     """`onnx:FILE` (of any framework, run by ONNX Runtime), `hf:FOLDER` (of transformers' save_pretrained), `exported:FILE.pt2` (of torch.export.save), or any `model.arch`."""
     weights: PathText | None = None
     """The weights of a network whose file has none, as in `model.weights`."""
-    image_size: Size | None = None
-    """Height and width of its input in pixels, to which the student's views are resized; null takes the student's size."""
+    image_size: OptionalSize = None
+    """Size of its input in pixels, one number or `[height, width]`, to which the student's views are resized; null takes the student's size."""
     mean: Channels | None = None
     """The mean that is subtracted from its input, for pixels in [0, 1]; null takes `data.mean`."""
     std: Channels | None = None
@@ -330,6 +340,16 @@ class Recipe(Section):
                     f"{self.place(name, 1)}: {chain.stages[1].stage} needs a network, and `teacher` only gives predictions: "
                     "name the network as model, or put a student stage here"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_see_the_same_channels(self) -> "Recipe":
+        for index, teacher in enumerate(self.teacher):
+            for name, values in (("mean", teacher.mean), ("std", teacher.std)):
+                if values is not None and len(values) != self.data.channels:
+                    raise ValueError(
+                        f"teacher.{index}.{name}: must have a number for each of the {self.data.channels} channels, got {len(values)}"
+                    )
         return self
 
     @model_validator(mode="after")

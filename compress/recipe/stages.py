@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from compress.recipe.losses import KD_ONLY, LossTerm
-from compress.recipe.section import Arch, Drop, Fraction, PathText, Section, refuse_tag
+from compress.recipe.section import Arch, Drop, Fraction, OptionalSize, PathText, Section, Size, refuse_tag
 
 CalibrationMethod = Literal["minmax", "percentile", "entropy"]
 GOALS = ("keep_macs", "keep_params", "keep_latency", "max_latency_ms")
@@ -144,8 +144,8 @@ class Conditions(Section):
     """CPU threads; 0 is all of them."""
     batch: PositiveInt = 1
     """Images in a call."""
-    image_size: PositiveInt | None = None
-    """Height and width in pixels; null takes the recipe's own."""
+    image_size: OptionalSize = None
+    """Pixels, one number or `[height, width]`; null takes the recipe's own."""
     precision: Literal["int8", "fp16", "fp32"] | None = None
     """Number format of the file; null takes fp16 for `target: cuda`, else int8 where a ptq or qat stage follows, else fp32."""
     provider: Literal["cpu", "cuda"] | None = None
@@ -304,8 +304,8 @@ class BenchStage(Section):
     """Batch sizes to time."""
     threads: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (1, 0)
     """CPU threads to time with; 0 is all of them."""
-    image_sizes: tuple[PositiveInt, ...] = ()
-    """Further image sizes to time, besides the recipe's own."""
+    image_sizes: tuple[Size, ...] = ()
+    """Further image sizes to time, each one number or `[height, width]`, besides the recipe's own."""
     providers: Annotated[tuple[Literal["cpu", "cuda"], ...], Field(min_length=1)] = ("cpu", "cuda")
     """Execution providers to time; one that this machine lacks is left out, and the report says so."""
     seconds: Annotated[float, Field(gt=0)] = 1.0

@@ -21,6 +21,7 @@ from export.bundle.inside import SUMS, contained, read_sums
 from export.bundle.read import VALIDATION, read_bundle
 from export.bundle.write import Contents, in_one_step
 from export.command.files import json_text
+from export.images.size import Written, size_of
 from export.onnx_file.model_file import inspect
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, deployed, files_in, name_for
 from export.onnx_file.targets import CPU, TARGETS, Target, resolve_target
@@ -37,7 +38,7 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
     labels = (exported / "labels.txt").read_text(encoding="utf-8").splitlines()
     with np.load(exported / "golden.npz") as golden:
         images, truths = golden["images"], golden["truths"]
-    serving = serving_of(report, files, target, image_size=preprocess["image_size"])
+    serving = serving_of(report, files, target, size=preprocess["image_size"])
     facts = inspect(files[serving.served])
     # Leave out whether a stage was reused, so that running again makes the same bytes.
     report = {**report, "stages": [{**row, "cached": False} for row in report["stages"]]}
@@ -93,7 +94,7 @@ def metrics_of(
     return {name: {**scored.get(name, {}), **in_float.get(name, {})} for name in files}
 
 
-def serving_of(report: Report, files: Mapping[str, Path], target: Target, *, image_size: int) -> Serving:
+def serving_of(report: Report, files: Mapping[str, Path], target: Target, *, size: Written) -> Serving:
     """Return the file to serve on each kind of machine, with the threads and the batch of its best throughput in the bench.
 
     On the recipe's target that is the recommended file, else the one made for it.
@@ -108,7 +109,7 @@ def serving_of(report: Report, files: Mapping[str, Path], target: Target, *, ima
         "tensorrt": next((name for name in symmetric if name in files), half),
         kind: recommended or deployed(files, target),
     }
-    timed = [row for row in report["deployed"] if row["image_size"] == image_size]
+    timed = [row for row in report["deployed"] if size_of(row["image_size"]) == size_of(size)]
     on_cpu = [row for row in timed if (row["name"], row["provider"]) == (chosen["cpu"], CPU)]
     fastest = max(on_cpu, key=lambda row: row["throughput_ips"] or 0, default=None)
     batches = [row["batch"] for row in timed if row["name"] == chosen[kind]]

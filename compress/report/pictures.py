@@ -13,9 +13,10 @@ from compress.report import summary
 from compress.report.shape import Report
 from compress.report.verdict import deployed_name
 from export.onnx_file.roles import TEACHER
+from export.images.drawing import as_rgb
 from export.tasks import TASKS
 
-SIDE = 256  # pixels of a picture
+SIDE = 256  # pixels of a picture's longer side
 EXAMPLES = "examples.npz"
 
 
@@ -31,7 +32,8 @@ def examples(root: Path, report: Report) -> Iterator[Sequence[tuple[str, str]]]:
     with np.load(folders[-1] / EXAMPLES) as kept:
         images, truths, predictions, files = (kept[name] for name in ("images", "truths", "answers", "files"))
     for index, pixels in enumerate(images):
-        image = np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        height, width = (SIDE * side // max(pixels.shape[:2]) for side in pixels.shape[:2])
+        image = np.asarray(Image.fromarray(as_rgb(pixels)).resize((width, height), Image.Resampling.BICUBIC))
         yield [
             ("Image", _jpeg(image)),
             ("Truth", _jpeg(task.draw_truth(image, truths[index], labels))),

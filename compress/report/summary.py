@@ -20,6 +20,7 @@ from compress.report.verdict import (
     show,
 )
 from export.audit import in_float
+from export.images.size import area, said, size_of
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER
 from export.onnx_file.targets import CPU, provider_title
 from export.tasks import TASKS
@@ -171,7 +172,7 @@ def conditions(row: DeployedRow) -> str:
     """Return a timing's conditions, such as CPU · 1 thread · batch 1 · 224 px."""
     provider = provider_title(row["provider"])
     threads = {0: "all threads", 1: "1 thread"}.get(row["threads"], f"{row['threads']} threads")
-    parts = [provider, threads if provider == "CPU" else None, f"batch {row['batch']}", f"{row['image_size']} px"]
+    parts = [provider, threads if provider == "CPU" else None, f"batch {row['batch']}", f"{said(row['image_size'])} px"]
     return " · ".join(part for part in parts if part)
 
 
@@ -182,7 +183,8 @@ def ordered(rows: Iterable[DeployedRow]) -> list[DeployedRow]:
         key=lambda row: (
             row["provider"] != CPU,
             row["provider"],
-            -row["image_size"],
+            -area(row["image_size"]),
+            size_of(row["image_size"]),
             row["batch"],
             row["threads"] or float("inf"),
             order(row["name"]),

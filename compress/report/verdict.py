@@ -6,6 +6,7 @@ from compress.report.classes import at_chance, worst_first
 from compress.report.numbers import percent, significant, times
 from compress.report.shape import DeployedRow, Report, Verdict
 from export.audit import in_float
+from export.images.size import area, said
 from export.onnx_file.roles import FP32, PTQ, QAT, TEACHER, deployed, is_int8
 from export.onnx_file.targets import CPU, TARGET_PROVIDERS, TARGETS, provider_title
 from export.runtime.rows import Speedup
@@ -134,7 +135,7 @@ def headline_row(report: Report, name: str | None, provider: str = CPU) -> Deplo
     rows = [
         row for row in report["deployed"] if (row["name"], row["provider"]) == (name, provider) and is_headline(row)
     ]
-    return max(rows, key=lambda row: row["image_size"], default=None)
+    return max(rows, key=lambda row: area(row["image_size"]), default=None)
 
 
 def first_and_last(report: Report, metric: str) -> tuple[float | None, float | None]:
@@ -175,7 +176,7 @@ def _speedup(timed: DeployedRow | None, speedup: Speedup | None, where: str) -> 
     return Measurement(
         speedup["ratio"],
         f"95 % interval {low:.2f} to {high:.2f}, {timed['name']} against {speedup['vs']}, "
-        f"{where}, {timed['image_size']} px",
+        f"{where}, {said(timed['image_size'])} px",
     )
 
 

@@ -12,6 +12,7 @@ from compress.recipe.stages import BenchStage
 from compress.run import Run, as_numpy, newest
 from export.bench import bench
 from export.images.decode import BrokenImage
+from export.images.size import size_of
 from export.onnx_file.roles import PTQ, TEACHER, deployed, files_in, is_int8
 from export.runtime.accuracy import accuracy, score_files
 from export.runtime.end_to_end import EndToEnd, end_to_end
@@ -40,7 +41,7 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
             files,
             batches=cfg.batches,
             threads=cfg.threads,
-            image_sizes=cfg.image_sizes,
+            image_sizes=[size_of(size) for size in cfg.image_sizes],
             providers=cfg.providers,
             seconds=cfg.seconds,
             blocks=cfg.blocks,

@@ -39,7 +39,8 @@ def apply(cfg: ExportStage, src: Path, out: Path, run: Run) -> Metrics:
         name = deployed(files, run.target)
         audits = {file: audit(path) for file, path in files.items()}
         parity = _verify(cfg, files, run, trained)
-        for twin in sorted({PTQ, QAT} & files.keys() if cfg.uint8_input else ()):  # the bench says which is served
+        bytes_in = cfg.uint8_input and run.dataset.preprocess.bits == 8
+        for twin in sorted({PTQ, QAT} & files.keys() if bytes_in else ()):  # the bench says which is served
             model = with_uint8_input(onnx.load(files[twin]), run.dataset.preprocess.to_json())
             save_model(run.task.output.finish(model), out / f"{twin}{UINT8}.onnx")
             log.note(f"{twin}{UINT8}.onnx")
@@ -67,11 +68,12 @@ def apply(cfg: ExportStage, src: Path, out: Path, run: Run) -> Metrics:
 
 
 def _write_golden_images(path: Path, run: Run, *, limit: int) -> None:
-    """Write validation images, spread over the set: `images`, uint8 (n, size, size, 3) as decoded, and `truths`."""
+    """Write validation images, spread over the set: `images`, uint8 or uint16 (n, height, width, channels) as decoded, and `truths`."""
+    preprocess, pixel = run.dataset.preprocess, run.dataset.preprocess.pixel
     images, truths = zip(*as_numpy(run.validation(limit=limit)), strict=True)
-    mean, std = (np.array(part, np.float32) for part in (run.dataset.preprocess.mean, run.dataset.preprocess.std))
-    pixels = (np.concatenate(images).transpose(0, 2, 3, 1) * std + mean) * 255  # (n, size, size, 3)
-    np.savez(path, images=np.rint(pixels).astype(np.uint8), truths=np.concatenate(truths))
+    mean, std = (np.array(part, np.float32) for part in (preprocess.mean, preprocess.std))
+    pixels = (np.concatenate(images).transpose(0, 2, 3, 1) * std + mean) * pixel.largest
+    np.savez(path, images=np.rint(pixels).astype(pixel.dtype), truths=np.concatenate(truths))
 
 
 def _trained(src: Path, run: Run) -> dict[str, fx.GraphModule]:
@@ -114,7 +116,7 @@ def _reasons(
         network = trained.get(name_for(QAT, target, run.target))
         if names and network is None:
             network = prepare(
-                load_float(float_ancestor(src), trust_code=run.trust_code), target, example_images(run.image_size)
+                load_float(float_ancestor(src), trust_code=run.trust_code), target, example_images(run.shape)
             )
         found.update({name: float_on_purpose(network) for name in names if network is not None})
     return found

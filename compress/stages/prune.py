@@ -39,7 +39,7 @@ TABLE = "latency-table"  # in the recipe's `out`, shared by all runs
 def apply(cfg: PruneStage, src: Path, out: Path, run: Run) -> Metrics:
     """Cut the network to its budget in one or several steps."""
     model, goal = run.load(src), goal_of(cfg)
-    images = example_images(run.image_size, run.device)
+    images = example_images(run.shape, run.device)
     layers, before = measure_layers(model, images), run.measure(model)
     smallest = smallest_widths(find_groups(model, images, "random", exclude=_excluded(model, cfg)), cfg.min_keep)
     steps: list[tuple[Cut, ...]] = []
@@ -112,12 +112,12 @@ class _Planner:
             min_channels=self.smallest,
         )
         if self.cfg.blocks:
-            options = replace(options, branches=find_branches(model, groups, self.run.image_size))
+            options = replace(options, branches=find_branches(model, groups, self.run.shape))
         if self.goal.cost == "latency":
             return self._within_time(model, images, options, number)
         full = self.before[METRICS[self.goal.cost]]
         assert full is not None
-        cost = width_cost(model, options.layers, self.goal.cost, self.run.image_size)
+        cost = width_cost(model, options.layers, self.goal.cost, self.run.shape)
         least = cost(*options.widths(options.removed(options.blocks)))
         budget = self.goal.budget(full, step=number, steps=self.cfg.steps)
         if least > budget:
@@ -139,15 +139,15 @@ class _Planner:
 
     def _within_time(self, model: nn.Module, images: torch.Tensor, options: Options, number: int) -> list[Cut]:
         how = served(self.cfg.conditions, self.run)
-        if how.image_size != self.run.image_size:  # latency is measured at the size that will be served
-            options = replace(options, layers=measure_layers(model, example_images(how.image_size, self.run.device)))
+        if how.shape != self.run.shape:  # latency is measured at the size that will be served
+            options = replace(options, layers=measure_layers(model, example_images(how.shape, self.run.device)))
         if self.latency is None:
             self.latency = open_latency(
                 model,
                 options,
                 self.goal,
                 how.conditions,
-                image_size=how.image_size,
+                shape=how.shape,
                 round_to=self.cfg.round_to,
                 folder=self.out / "timed",
                 table=Path(self.run.recipe.out) / TABLE,

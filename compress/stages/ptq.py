@@ -75,9 +75,7 @@ class Student:
     def prepared(self, target: Target, keep_float: Sequence[str] = ()) -> torch.fx.GraphModule:
         """Return the network fake-quantized on the run's device, without ranges."""
         model = load_float(self.src, trust_code=self.run.trust_code)
-        placed = place_(
-            prepare(model, target, example_images(self.run.image_size), keep_float=keep_float), self.run.device
-        )
+        placed = place_(prepare(model, target, example_images(self.run.shape), keep_float=keep_float), self.run.device)
         assert isinstance(placed, torch.fx.GraphModule)
         return placed.eval()
 
@@ -230,7 +228,7 @@ def _by_neural_compressor(student: Student, target: Target, work: Path) -> tuple
             continue
         try:
             with neural_compressor_ptq.quiet():
-                to_onnx(quantized, path, image_size=student.run.image_size, metadata=metadata)
+                to_onnx(quantized, path, shape=student.run.shape, metadata=metadata)
             files["neural-compressor", algorithm] = path
         except BundleError as error:
             found = _score_in_torch(quantized, student.cfg, student.run)

@@ -32,8 +32,8 @@ TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "int8": 0.25}
 class Golden:
     """The golden arrays; `outputs` and `tolerance` (largest difference of a value) are by file, `made_with` is their runtime."""
 
-    images: NDArray[np.uint8]  # (n, size, size, 3), RGB, resized and cropped
-    inputs: NDArray[np.float32]  # (n, 3, size, size), the images normalized
+    images: NDArray[Any]  # uint8 or uint16 (n, height, width, channels), resized and cropped
+    inputs: NDArray[np.float32]  # (n, channels, height, width), the images normalized
     truths: NDArray[Any]  # (n, ...)
     outputs: dict[str, NDArray[np.float32]]  # (n, ...) each
     tolerance: dict[str, float]
@@ -46,7 +46,7 @@ class Golden:
 
 
 def outputs_of(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return a file's outputs (n, ...) for `inputs` (n, 3, size, size), one image at a time on one CPU thread."""
+    """Return a file's outputs (n, ...) for `inputs` (n, channels, height, width), one image at a time on one CPU thread."""
     session = open_session(path, threads=1)
     (given,) = session.get_inputs()
     images = inputs.astype(DTYPES[given.type], copy=False)
@@ -55,7 +55,7 @@ def outputs_of(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def make_golden(
     files: Mapping[str, tuple[Path, str]],
-    images: NDArray[np.uint8],
+    images: NDArray[Any],
     inputs: NDArray[np.float32],
     truths: NDArray[Any],
 ) -> Golden:
@@ -109,7 +109,7 @@ def read_golden(
     digests: Mapping[str, str] | None,
     task: OutputTask,
     *,
-    image_size: int,
+    preprocess: Preprocess,
     output: tuple[int, ...],
 ) -> Golden:
     """Return the golden arrays, whose shapes follow from the manifest and the models."""
@@ -134,8 +134,9 @@ def read_golden(
             raise BundleError(f"{SUMS}: lists no {file}: get the bundle again", defect="unlisted_file")
         return read_array(contained(folder, file), dtype, (len(values), *shape))
 
-    images = array(IMAGES, np.uint8, image_size, image_size, 3)
-    inputs = array(INPUTS, np.float32, 3, image_size, image_size)
+    channels, height, width = preprocess.shape
+    images = array(IMAGES, preprocess.pixel.dtype, height, width, channels)
+    inputs = array(INPUTS, np.float32, channels, height, width)
     outputs = {name: array(name, np.float32, *output) for name in names}
     made_with = get({"made_with": {}} | listed, where, "made_with", dict)
     return Golden(images, inputs, truths, outputs, tolerance, made_with)

@@ -6,8 +6,8 @@ labels.txt          one class name per line, in the order of the outputs
 validation.txt      the digest of each validation image, one per line: 64 bits of the SHA-256 of its file, or of the file that
                     `compress export-data` writes for an image without one (missing in older bundles)
 NAME.onnx           the model files
-golden/images.npy   uint8 (n, size, size, 3): real validation images, resized and cropped
-golden/inputs.npy   float32 (n, 3, size, size): the same images normalized, to the last bit
+golden/images.npy   uint8 or uint16 (n, height, width, channels): real validation images, resized and cropped
+golden/inputs.npy   float32 (n, channels, height, width): the same images normalized, to the last bit
 golden/NAME.npy     float32 (n, classes): the outputs of NAME.onnx where the bundle was made; `golden` in bundle.json has the
                     images' labels and, for each file, the largest difference allowed on another machine
 serving/            folders and requests for servers, made from the files above
@@ -39,9 +39,10 @@ from export.bundle.inside import (
 from export.command.files import sha256
 from export.errors import BundleError, DataError
 from export.images.folders import is_label
-from export.images.preprocess import AS_STORED, UPRIGHT, Preprocess
+from export.images.preprocess import AS_STORED, KEPT, UPRIGHT, Preprocess
 from export.images.read import Examples
-from export.onnx_file.model_file import MAX_IMAGE_SIZE, ModelFile, inspect
+from export.images.size import Size, said
+from export.onnx_file.model_file import CHANNELS, MAX_IMAGE_SIZE, ModelFile, inspect
 from export.onnx_file.roles import TEACHER
 from export.runtime.accuracy import score_files
 from export.tasks import task_named
@@ -177,13 +178,13 @@ def examine(path: Path, *, amiss: Report, inspect: Inspect) -> Bundle | None:
         tried(amiss, check_ends, manifest, place.name, facts)
         shape = tuple(size or 0 for size in facts.output.shape[1:])
         if preprocess is not None:
-            tried(amiss, check_image_size, place.name, facts, preprocess)
+            tried(amiss, check_shape, place.name, facts, preprocess)
         if labels is not None:
             tried(amiss, task.check_output, place.name, facts.output.shape, labels)
     served = tried(amiss, served_of, manifest)
     if preprocess is None or labels is None or shape is None:
         return None
-    golden = tried(amiss, read_golden, path, manifest, digests, task, image_size=preprocess.image_size, output=shape)
+    golden = tried(amiss, read_golden, path, manifest, digests, task, preprocess=preprocess, output=shape)
     if golden is not None:
         tried(amiss, check_inputs, golden, preprocess)
     if served is None or golden is None:
@@ -264,11 +265,17 @@ def check_ends(manifest: Json, file: str, facts: ModelFile) -> None:
             )
 
 
-def check_image_size(file: str, facts: ModelFile, preprocess: Preprocess) -> None:
+def check_shape(file: str, facts: ModelFile, preprocess: Preprocess) -> None:
     """Raise BundleError if images are cropped to another size than the model's input."""
-    if facts.image_size != preprocess.image_size:
+    (channels, *size), (given, *cropped) = facts.shape, preprocess.shape
+    if size != cropped:
         raise BundleError(
-            f"{PREPROCESS}: image_size: {file} takes {facts.image_size}, got {preprocess.image_size}: get the bundle again",
+            f"{PREPROCESS}: image_size: {file} takes {said(size)}, got {said(cropped)}: get the bundle again",
+            defect="preprocess_differs",
+        )
+    if channels != given:
+        raise BundleError(
+            f"{PREPROCESS}: mean: {file} takes {channels} channels, got numbers for {given}: get the bundle again",
             defect="preprocess_differs",
         )
 
@@ -323,18 +330,19 @@ def read_preprocess(folder: Path) -> Preprocess:
 
 def preprocess_of(document: Mapping[str, object]) -> Preprocess:
     """Return the content of a preprocess.json, checked."""
-    size, resize_to = get(document, PREPROCESS, "image_size", int), get(document, PREPROCESS, "resize_to", int)
-    if not 0 < size <= resize_to <= MAX_IMAGE_SIZE:
+    size, resize_to = (_size(document, key) for key in ("image_size", "resize_to"))
+    if not all(0 < side <= resized <= MAX_IMAGE_SIZE for side, resized in zip(size, resize_to, strict=True)):
         raise BundleError(
-            f"{PREPROCESS}: resize_to: must be >= image_size ({brief(size)}) and at most {MAX_IMAGE_SIZE}, "
-            f"got {brief(resize_to)}",
+            f"{PREPROCESS}: resize_to: must be >= image_size ({said(size)}) and at most {MAX_IMAGE_SIZE}, "
+            f"got {said(resize_to)}",
             defect="bad_content",
         )
     numbers = {key: get(document, PREPROCESS, key, list) for key in ("mean", "std")}
     for key, lowest in (("mean", -LARGEST), ("std", 1 / LARGEST)):
-        if len(numbers[key]) != 3 or not all(is_number(one) and lowest <= one <= LARGEST for one in numbers[key]):
+        fits = len(numbers[key]) in CHANNELS and len(numbers[key]) == len(numbers["mean"])
+        if not fits or not all(is_number(one) and lowest <= one <= LARGEST for one in numbers[key]):
             raise BundleError(
-                f"{PREPROCESS}: {key}: must be three numbers from {lowest:g} to {LARGEST:g}, got {numbers[key]!r:.100}",
+                f"{PREPROCESS}: {key}: must be a number for each of 1, 3 or 4 channels from {lowest:g} to {LARGEST:g}, got {numbers[key]!r:.100}",
                 defect="bad_content",
             )
     if (orientation := document.get("orientation", AS_STORED)) not in (UPRIGHT, AS_STORED):
@@ -357,7 +365,17 @@ def preprocess_of(document: Mapping[str, object]) -> Preprocess:
         upright=orientation == UPRIGHT,
         ignore_index=ignore,
         stretch=document.get("crop") == "none",
+        bits=16 if document.get("sixteen_bits") == KEPT else 8,
     )
+
+
+def _size(document: Mapping[str, object], key: str) -> Size:
+    """Return a size of preprocess.json: one number, or height and width."""
+    sides = document.get(key)
+    if isinstance(sides, list) and len(sides) == 2 and all(type(side) is int for side in sides):
+        return sides[0], sides[1]
+    side = get(document, PREPROCESS, key, int)
+    return side, side
 
 
 def is_number(value: object) -> bool:

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle.golden import IMAGES, INPUTS, Golden, make_golden, write_arrays
@@ -36,7 +35,7 @@ from export.tasks import task_named
 class Contents:
     """The contents of a bundle to write.
 
-    `files` are the models by name; `metrics` has each file's score and agreement. `images` (n, size, size, 3) and `truths`
+    `files` are the models by name; `metrics` has each file's score and agreement. `images` (n, height, width, channels) and `truths`
     (n, ...) are the golden ones, `validation` has the digests of the validation images. `documents` are further files by path.
     """
 
@@ -45,7 +44,7 @@ class Contents:
     serving: Serving
     preprocess: Mapping[str, object]
     labels: Sequence[str]
-    images: NDArray[np.uint8]
+    images: NDArray[Any]
     truths: NDArray[Any]
     task: str
     target: str

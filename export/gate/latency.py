@@ -61,8 +61,7 @@ class Recorded:
 
 def opener(path: Path, preprocess: Preprocess, plan: Plan) -> Opener:
     """Return the opener of a file, with images of noise that are the same for every file."""
-    size = preprocess.image_size
-    images = np.random.default_rng(plan.seed).standard_normal((plan.batch, 3, size, size), dtype=np.float32)
+    images = np.random.default_rng(plan.seed).standard_normal((plan.batch, *preprocess.shape), dtype=np.float32)
     return lambda: bind(open_session(path, threads=plan.threads), images)
 
 

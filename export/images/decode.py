@@ -1,4 +1,4 @@
-"""Open an image file safely: known formats only, a limit on its pixels, nothing truncated, 8 bits per channel, upright."""
+"""Open an image file safely: known formats only, a limit on its pixels, nothing truncated, the channels and bits asked for, upright."""
 
 import struct
 import zlib
@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export.errors import DataError, first
 
@@ -29,7 +30,32 @@ TURNS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
+WIDE = ("I", "I;16", "I;16B", "I;16L")  # Pillow's modes of 16-bit grey
+CHANNELS = {1: ("1", "L", *WIDE), 4: ("RGBA",), 3: ("RGB", "P", "CMYK", "YCbCr")}  # and its modes of so many channels
 NAMED = 3  # broken files that an error lists; the rest are counted
+
+
+class Pixel(NamedTuple):
+    """1 channel (grey, depth, infrared) of 8 or 16 bits, 3 (red, green, blue) of 8, or 4 (with another) of 8."""
+
+    channels: int = 3
+    bits: int = 8
+
+    @property
+    def largest(self) -> int:
+        """A channel's largest value, which is scaled to 1."""
+        return int(2**self.bits - 1)
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger[Any]]:
+        """The type of a channel's values."""
+        return np.uint8 if self.bits == 8 else np.uint16
+
+    def __str__(self) -> str:
+        return f"{self.channels} channel{'s' * (self.channels > 1)} of {self.bits} bits"
+
+
+RGB = Pixel()
 
 
 class BrokenImage(Exception):
@@ -42,11 +68,12 @@ def require_pillow(path: Path) -> None:
         raise DataError(f"{path}: reading images needs Pillow: pip install pillow")
 
 
-def read_image(path: Path | BytesIO, *, upright: bool) -> "Image.Image":
-    """Return a file's pixels, from disk or memory, as RGB, fully decoded; the header's size is checked before decoding.
+def read_image(path: Path | BytesIO, *, upright: bool, pixel: Pixel = RGB) -> "Image.Image":
+    """Return a file's pixels, from disk or memory, fully decoded; the header's size is checked before decoding.
 
-    `upright` applies the EXIF orientation; 16-bit grey is cut to its upper 8 bits, as Pillow does with colours.
-    Raises BrokenImage for a file that is missing, truncated, of another format, or above MAX_PIXELS.
+    `upright` applies the EXIF orientation. Any file is converted to RGB, 16-bit grey cut to its upper 8 bits, as Pillow does with
+    colours; one and four channels are the file's own, in the modes L, I (16 bits) and RGBA.
+    Raises BrokenImage for a file that is missing, truncated, of another format, channels or bits, or above MAX_PIXELS.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -55,8 +82,9 @@ def read_image(path: Path | BytesIO, *, upright: bool) -> "Image.Image":
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise BrokenImage(f"{width:,} x {height:,} is more than {MAX_PIXELS:,} pixels")
-            rgb, turn = _rgb(image), TURNS.get(_orientation(image)) if upright else None
-            return rgb if turn is None else rgb.transpose(Image.Transpose[turn])
+            found = _rgb(image) if pixel == RGB else _as_stored(image, pixel)
+            turn = TURNS.get(_orientation(image)) if upright else None
+            return found if turn is None else found.transpose(Image.Transpose[turn])
     except UnidentifiedImageError:
         raise BrokenImage(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the warning, if warnings are errors
@@ -76,6 +104,42 @@ def read_area(path: Path | BytesIO) -> int:
         return 0
 
 
+def read_bits(path: Path | BytesIO) -> int | None:
+    """Return an image's bits per channel from its header, None if it has none."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return _bits(image)
+    except (*DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return None
+
+
+def resize(image: "Image.Image", size: tuple[int, int], resampling: "Image.Resampling") -> "Image.Image":
+    """Return an image with this width and height; Pillow would take a fourth channel for opacity, so each is resized alone."""
+    if image.mode != "RGBA":
+        return image.resize(size, resampling)
+    from PIL import Image
+
+    return Image.merge("RGBA", [band.resize(size, resampling) for band in image.split()])
+
+
+def values_of(image: "Image.Image") -> NDArray[Any]:
+    """Return the values of what `read_image` returned, uint8 or uint16 (height, width, channels)."""
+    values = np.asarray(image)
+    if image.mode == "I":
+        values = values.astype(np.uint16)
+    return values if values.ndim == 3 else values[..., None]
+
+
+def image_of(values: NDArray[Any]) -> "Image.Image":
+    """Return values, uint8 or uint16 (height, width, channels), as `read_image` returns an image."""
+    from PIL import Image
+
+    wide = values.astype(np.int32) if values.dtype == np.uint16 else values
+    return Image.fromarray(wide[..., 0] if values.shape[2] == 1 else wide)
+
+
 def describe_broken(broken: Mapping[str, str], total: int) -> str:
     """Return a sentence that counts the broken files and lists the first few with their reasons."""
     named = first([f"{name} ({broken[name]})" for name in sorted(broken)], NAMED)
@@ -90,6 +154,22 @@ def _rgb(image: "Image.Image") -> "Image.Image":
     elif "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _bits(image: "Image.Image") -> int:
+    """Return the file's bits per channel, of which Pillow drops half for 16-bit colours."""
+    tiles = getattr(image, "tile", ())
+    return 16 if image.mode in WIDE or (image.format == "PNG" and any(";16" in str(tile[3]) for tile in tiles)) else 8
+
+
+def _as_stored(image: "Image.Image", pixel: Pixel) -> "Image.Image":
+    """Return an opened image whose file has these channels and bits."""
+    channels = next((n for n, modes in CHANNELS.items() if image.mode in modes), len(image.getbands()))
+    found = Pixel(channels, _bits(image))
+    if found != pixel:
+        why = "; Pillow reads 8 bits of 16-bit colours: save it with 8" if found == (pixel.channels, 16) else ""
+        raise BrokenImage(f"has {found}, not {pixel}{why if channels > 1 else ''}")
+    return image.convert({(1, 8): "L", (1, 16): "I", (4, 8): "RGBA"}[pixel])
 
 
 def _orientation(image: "Image.Image") -> int:

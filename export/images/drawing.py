@@ -1,6 +1,7 @@
 """Draw predictions on images: labelled boxes, and masks as colours. Needs Pillow."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,16 @@ def colours(classes: NDArray[np.integer]) -> Pixels:
     """Return each class's colour, (..., 3)."""
     found: Pixels = COLOURS[classes % len(COLOURS)]
     return found
+
+
+def as_rgb(pixels: NDArray[Any]) -> Pixels:
+    """Return what a network saw, uint8 or uint16 (height, width, channels), as colours: grey is repeated, a fourth channel left out.
+
+    16 bits are scaled by the image's own largest value, since depths and temperatures rarely use all of them.
+    """
+    if pixels.dtype == np.uint16:
+        pixels = np.rint(pixels * (255 / max(int(pixels.max()), 1))).astype(np.uint8)
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[..., :3]
 
 
 def with_mask(pixels: Pixels, mask: NDArray[np.uint8]) -> Pixels:

@@ -14,20 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import DataError, first
-from export.images.decode import BrokenImage, read_image, require_pillow
+from export.images.decode import BrokenImage, image_of, read_image, require_pillow
 from export.images.folders import File, count, list_folder
 from export.images.preprocess import Preprocess
 
 Labelled = tuple[NDArray[np.float32], NDArray[Any]]
-"""Network inputs (batch, 3, size, size) and their truths (batch, ...)."""
-Pixels = NDArray[np.uint8]
+"""Network inputs (batch, channels, height, width) and their truths (batch, ...)."""
+Pixels = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Examples:
     """Labelled images of a folder or an archive, decoded on demand; `chosen` are the indices to use.
 
-    `pixels` returns an image after resizing and cropping, (size, size, 3), `content` the bytes that identify it (the file's, or
+    `pixels` returns an image after resizing and cropping, (height, width, channels), `content` the bytes that identify it (the file's, or
     the pixels' in an archive). `notes` are sentences to print with a score.
     """
 
@@ -83,7 +83,7 @@ class Examples:
 def find_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
     """Find the images of a folder (of its validation split, if it has one) or an .npz file, with a bundle's `labels` as classes.
 
-    The .npz file has `images`, uint8 (n, height, width, 3), and `labels`, integers (n,).
+    The .npz file has `images`, uint8 (n, height, width, channels) or uint16, and `labels`, integers (n,).
     Raises DataError for data that do not fit.
     """
     require_pillow(data)
@@ -138,16 +138,17 @@ def match(folder: Path, classes: Sequence[str], labels: Sequence[str]) -> tuple[
 
 def archive_examples(path: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
     """Find the images of an .npz file."""
-    from PIL import Image
-
+    pixel = preprocess.pixel
     try:
         with np.load(path, allow_pickle=False) as archive:
             images, targets = archive["images"], archive["labels"]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: must be an .npz file with images and labels ({error})") from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or targets.shape != images.shape[:1]:
+    fits = images.dtype == pixel.dtype and images.ndim == 4 and images.shape[3] == pixel.channels
+    if not fits or targets.shape != images.shape[:1]:
         raise DataError(
-            f"{path}: images must be uint8 (n, height, width, 3) and labels (n,), got {images.dtype} {images.shape} and {targets.shape}"
+            f"{path}: images must be uint{pixel.bits} (n, height, width, {pixel.channels}) and labels (n,), got {images.dtype} {images.shape} "
+            f"and {targets.shape}"
         )
     if len(targets) and not (
         np.issubdtype(targets.dtype, np.integer) and 0 <= targets.min() <= targets.max() < len(labels)
@@ -156,19 +157,19 @@ def archive_examples(path: Path, preprocess: Preprocess, labels: Sequence[str]) 
     return Examples(
         preprocess,
         targets.astype(np.int64),
-        lambda index: preprocess.pixels(Image.fromarray(images[index])),
+        lambda index: preprocess.pixels(image_of(images[index])),
         lambda index: bytes(images[index].tobytes()),
         np.arange(len(targets)),
     )
 
 
 def read_pixels(path: Path, preprocess: Preprocess) -> Pixels:
-    """Return an image file resized and cropped, (size, size, 3); DataError if it is broken."""
+    """Return an image file resized and cropped, (height, width, channels); DataError if it is broken."""
     require_pillow(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about damaged metadata
-            return preprocess.pixels(read_image(path, upright=preprocess.upright))
+            return preprocess.pixels(read_image(path, upright=preprocess.upright, pixel=preprocess.pixel))
     except BrokenImage as error:
         raise DataError(f"{path}: cannot be read as an image ({error}): repair or remove it") from error
 

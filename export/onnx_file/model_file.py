@@ -11,13 +11,14 @@ from google.protobuf.message import DecodeError, Message  # type: ignore[import-
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from export.errors import BundleError
+from export.images.size import Shape
 
 Precision = Literal["fp32", "fp16", "int8"]
 DTYPES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.UINT8: "uint8"}
 MAX_BYTES = 2**31 - 1  # protobuf's own limit
 MAX_NODES = 100_000
 MAX_RANK = 16  # dimensions of a tensor
-MAX_IMAGE_SIZE = 4096
+MAX_IMAGE_SIZE, CHANNELS = 4096, (1, 3, 4)
 MAX_OUTPUTS = 2**28
 # Allowed tensor types, and the bits of one value.
 BITS: dict[int, int] = {
@@ -48,11 +49,10 @@ class ModelFile:
     bytes: int
 
     @property
-    def image_size(self) -> int:
-        """Height and width of the input in pixels."""
-        size = self.input.shape[2]
-        assert size is not None
-        return size
+    def shape(self) -> Shape:
+        """One image as the input takes it: channels, height, width."""
+        _, channels, height, width = self.input.shape
+        return channels or 0, height or 0, width or 0  # none is 0: `facts_of` looked
 
     def to_json(self) -> dict[str, object]:
         """Return the facts as JSON values."""
@@ -62,8 +62,8 @@ class ModelFile:
 def inspect(path: Path) -> ModelFile:
     """Read the facts of `path` without running it or opening any other file.
 
-    Raises BundleError if it is not an ONNX model, keeps weights in other files, or does not have one input for square
-    images and one output.
+    Raises BundleError if it is not an ONNX model, keeps weights in other files, or does not have one input for images and
+    one output.
     """
     return facts_of(parse(path), path)
 
@@ -76,10 +76,10 @@ def facts_of(model: ModelProto, path: Path) -> ModelFile:
             f"{path.name}: must have one input and one output, got {counts}: export it again", defect="wrong_shape"
         )
     given, wanted = value(model.graph.input[0]), value(model.graph.output[0])
-    size = given.shape[2] if len(given.shape) == 4 else None
-    if not size or not 1 <= size <= MAX_IMAGE_SIZE or given.shape[1:] != (3, size, size):
+    channels, *sides = (size or 0 for size in given.shape[1:] or (0,))
+    if channels not in CHANNELS or len(sides) != 2 or not all(1 <= side <= MAX_IMAGE_SIZE for side in sides):
         raise BundleError(
-            f"{path.name}: {given.name}: must be (batch, 3, size, size) with at most {MAX_IMAGE_SIZE} pixels a side, "
+            f"{path.name}: {given.name}: must be (batch, 1, 3 or 4 channels, height, width) with at most {MAX_IMAGE_SIZE} pixels a side, "
             f"got {given.shape}: export it again",
             defect="wrong_shape",
         )

@@ -10,20 +10,21 @@ import torch
 from torch import fx, nn
 
 from export.errors import BundleError
+from export.images.size import Shape
 from export.onnx_file.graph import INPUT, OUTPUT, finish, save_model
 
 OPSET = 18
 SUMMARY = re.compile(r"^<class '.+?'>: (.+)$", re.MULTILINE)  # each exception that caused an OnnxExporterError
 
 
-def to_onnx(model: nn.Module, path: Path, *, image_size: int, metadata: Mapping[str, str]) -> None:
-    """Export `model` (in eval mode, on the CPU) with input (batch, 3, image_size, image_size), the batch dynamic.
+def to_onnx(model: nn.Module, path: Path, *, shape: Shape, metadata: Mapping[str, str]) -> None:
+    """Export `model` (in eval mode, on the CPU) with input (batch, *shape), the batch dynamic.
 
     The file has opset 18 and IR 9, contains its weights and `metadata`, names its nodes after their modules, and passes
     ONNX's checker. Raises BundleError if torch cannot write it.
     """
     # Batch 2: torch.export would make a batch of 1 a constant.
-    images = torch.zeros(2, 3, image_size, image_size)
+    images = torch.zeros(2, *shape)
     try:
         # When it fails, it prints the partial graph of each try.
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):

@@ -9,38 +9,39 @@ import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from export.errors import BundleError
+from export.images.size import Shape, size_of
 
 PIXELS = "pixels"
 
 
 def with_uint8_input(model: ModelProto, preprocess: Mapping[str, Any]) -> ModelProto:
-    """Return the model with the input `pixels`, RGB 0..255, uint8 (batch, height, width, 3), and the same logits.
+    """Return the model with the input `pixels`, 0..255, uint8 (batch, height, width, channels), and the same logits.
 
     `preprocess` is preprocess.json's content. Its normalization moves into the graph as the same float32 operations as in
     `export.images.preprocess.Preprocess.normalize`, so the bits are the same; the file's `preprocess` metadata are updated.
-    Raises BundleError for a model whose input is not float32 (batch, 3, image_size, image_size).
+    Raises BundleError for a model whose input is not float32 (batch, channels, height, width) of the size that images are cropped to.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
-    size = _image_size(model, preprocess)
+    channels, height, width = _shape(model, preprocess)
     given = model.graph.input[0]
-    # Normalize rows as vectors of 3 x size and transpose last: ONNX Runtime cancels this transpose against its own to channels-last
+    # Normalize rows as vectors of channels x width and transpose last: ONNX Runtime cancels this transpose against its own to channels-last
     # (ResNet-18 at 224, one thread: 0.08 ms of 10.6). If transposed first, its optimizer moves the transpose after the arithmetic,
     # which then runs on vectors of 3: 1.3 ms. A QuantizeLinear before the transpose gains nothing in ONNX Runtime, and makes OpenVINO
     # run the first convolution in float.
     constants = {
-        "rows": np.array([0, size, 3 * size]),
-        "images": np.array([0, size, size, 3]),
+        "rows": np.array([0, height, channels * width]),
+        "images": np.array([0, height, width, channels]),
         "255": np.float32(255),
-        "mean": np.tile(np.float32(preprocess["mean"]), size),
-        "std": np.tile(np.float32(preprocess["std"]), size),
+        "mean": np.tile(np.float32(preprocess["mean"]), width),
+        "std": np.tile(np.float32(preprocess["std"]), width),
     }
     steps: list[tuple[str, list[str], dict[str, Any]]] = [
-        ("Reshape", ["rows"], {}),  # (batch, height, width x 3)
+        ("Reshape", ["rows"], {}),  # (batch, height, width x channels)
         ("Cast", [], {"to": TensorProto.FLOAT}),
         ("Div", ["255"], {}),
         ("Sub", ["mean"], {}),
         ("Div", ["std"], {}),
-        ("Reshape", ["images"], {}),  # (batch, height, width, 3)
+        ("Reshape", ["images"], {}),  # (batch, height, width, channels)
         ("Transpose", [], {"perm": [0, 3, 1, 2]}),
     ]
     nodes, last = [], PIXELS
@@ -56,7 +57,7 @@ def with_uint8_input(model: ModelProto, preprocess: Mapping[str, Any]) -> ModelP
     for name, value in constants.items():
         model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), f"{PIXELS}/{name}"))
     batch = given.type.tensor_type.shape.dim[0]
-    shape = [batch.dim_param or batch.dim_value, size, size, 3]
+    shape = [batch.dim_param or batch.dim_value, height, width, channels]
     given.CopyFrom(helper.make_tensor_value_info(PIXELS, TensorProto.UINT8, shape))
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     helper.set_model_props(model, metadata | {"preprocess": json.dumps(_without_normalization(preprocess))})
@@ -64,19 +65,20 @@ def with_uint8_input(model: ModelProto, preprocess: Mapping[str, Any]) -> ModelP
     return model
 
 
-def _image_size(model: ModelProto, preprocess: Mapping[str, Any]) -> int:
-    """Return the side of the model's input, after checking that it is the side that images are cropped to."""
-    size: int = preprocess["image_size"]
+def _shape(model: ModelProto, preprocess: Mapping[str, Any]) -> Shape:
+    """Return the shape of the model's input, after checking that it is that of the cropped images."""
+    shape = (len(preprocess["mean"]), *size_of(preprocess["image_size"]))
     values = [value.type.tensor_type for value in model.graph.input]
     kinds = [(value.elem_type, [dim.dim_value for dim in value.shape.dim[1:]]) for value in values]
-    if kinds != [(TensorProto.FLOAT, [3, size, size])]:
+    if kinds != [(TensorProto.FLOAT, [*shape])]:
         found = " and ".join(f"{TensorProto.DataType.Name(kind)} (batch, {str(dims)[1:-1]})" for kind, dims in kinds)
-        raise BundleError(f"input: must be FLOAT (batch, 3, {size}, {size}), got {found}: export it at that size")
-    return size
+        wanted = ", ".join(map(str, shape))
+        raise BundleError(f"input: must be FLOAT (batch, {wanted}), got {found}: export it at that size")
+    return shape
 
 
 def _without_normalization(preprocess: Mapping[str, Any]) -> dict[str, Any]:
     """Return the preprocessing left for a file that normalizes by itself: resize and crop."""
     inside = {"scale": 1 / 255, "mean": preprocess["mean"], "std": preprocess["std"]}
-    nothing = {"scale": 1.0, "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+    nothing = {"scale": 1.0, "mean": [0.0] * len(inside["mean"]), "std": [1.0] * len(inside["mean"])}
     return {**preprocess, **nothing, "input": PIXELS, "layout": "NHWC", "dtype": "uint8", "normalized_inside": inside}

@@ -6,17 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+from export.images.size import Shape
+
 PROC_STATUS = Path("/proc/self/status")
 
 
-def peak_memory_mb(model: Path, *, batch: int, image_size: int, threads: int = 1) -> float | None:
+def peak_memory_mb(model: Path, *, batch: int, shape: Shape, threads: int = 1) -> float | None:
     """Return the peak memory, in MB, that loading and running `model` on the CPU adds to ONNX Runtime's own.
 
     None if the system is not Linux or the run fails.
     """
     if not PROC_STATUS.exists():
         return None
-    arguments = [str(model.resolve()), f"--batch={batch}", f"--image-size={image_size}", f"--threads={threads}"]
+    arguments = [str(model.resolve()), f"--batch={batch}", "--shape", *map(str, shape), f"--threads={threads}"]
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-m", "export.runtime.memory", *arguments],
@@ -44,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m export.runtime.memory", description=main.__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--image-size", type=int, required=True)
+    parser.add_argument("--shape", type=int, nargs=3, required=True, help="channels, height, width")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
@@ -52,7 +54,7 @@ def main() -> None:
 
     from export.runtime.session import bind, open_session
 
-    images = np.zeros((arguments.batch, 3, arguments.image_size, arguments.image_size), np.float32)
+    images = np.zeros((arguments.batch, *arguments.shape), np.float32)
     before = peak_bytes()
     bind(open_session(arguments.model, threads=arguments.threads), images)()
     sys.stdout.write(str((peak_bytes() - before) / 1e6))

@@ -7,6 +7,7 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from export.images.size import Size, said, written
 from export.onnx_file.model_file import ModelFile
 from export.onnx_file.roles import FP32, TEACHER
 from export.onnx_file.targets import CPU
@@ -40,7 +41,7 @@ class TimingRow(TypedDict):
     provider: str
     threads: int
     batch: int
-    image_size: int
+    image_size: int | list[int]  # a square's side, or height and width
     p50_ms: float
     p90_ms: float
     p99_ms: float
@@ -83,7 +84,7 @@ class Setting:
     provider: str
     threads: int
     batch: int
-    image_size: int
+    image_size: Size
 
     @property
     def is_headline(self) -> bool:
@@ -93,7 +94,7 @@ class Setting:
     def __str__(self) -> str:
         threads = {0: "all cores", 1: "1 thread"}.get(self.threads, f"{self.threads} threads")
         where = f"CPU, {threads}" if self.provider == CPU else "CUDA"
-        return f"{where}, batch {self.batch}, {self.image_size} px"
+        return f"{where}, batch {self.batch}, {said(self.image_size)} px"
 
 
 def timing_row(
@@ -116,7 +117,7 @@ def timing_row(
         provider=setting.provider,
         threads=setting.threads,
         batch=setting.batch,
-        image_size=setting.image_size,
+        image_size=written(setting.image_size),
         p50_ms=p50,
         p90_ms=p90,
         p99_ms=p99,

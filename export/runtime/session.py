@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from export.errors import BundleError
+from export.images.size import Size, said
 from export.onnx_file.targets import CPU, CUDA
 
 PROVIDERS = {"cpu": CPU, "cuda": CUDA}
@@ -113,18 +114,22 @@ def bind(session: onnxruntime.InferenceSession, images: NDArray[np.generic]) -> 
     return run
 
 
-def resize_input(model: bytes, size: int) -> bytes:
-    """Return the fully convolutional `model` with an input of `size` x `size` pixels; BundleError if its size is fixed."""
+def resize_input(model: bytes, size: Size) -> bytes:
+    """Return the fully convolutional `model` with an input of this height and width.
+
+    Raises BundleError if its size is fixed.
+    """
     proto = onnx.load_model_from_string(model)
     (value,) = proto.graph.input
-    for dim in value.type.tensor_type.shape.dim[2:]:
-        dim.dim_value = size
+    _, channels, *sides = value.type.tensor_type.shape.dim
+    for dim, side in zip(sides, size, strict=True):
+        dim.dim_value = side
     del proto.graph.value_info[:]
     resized: bytes = proto.SerializeToString()
     try:
-        bind(open_session(resized, threads=1), np.zeros((1, 3, size, size), np.float32))
+        bind(open_session(resized, threads=1), np.zeros((1, channels.dim_value, *size), np.float32))
     except BundleError as error:
-        raise BundleError(f"image size {size}: the network's size is fixed, time it at that size") from error
+        raise BundleError(f"image size {said(size)}: the network's size is fixed, time it at that size") from error
     return resized
 
 

@@ -5,6 +5,7 @@ network gets a 4xx with one sentence, the body's size is limited, and clients ca
 """
 
 import asyncio
+import math
 import struct
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -149,7 +150,7 @@ def application(model: SessionModel) -> FastAPI:
     register_v2_endpoints(app, StrictDataPlane(models), FixedModels(models))
     for kind in (*STATUS, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, refuse)
-    numbers = model.max_batch * 3 * model.facts.image_size**2
+    numbers = model.max_batch * math.prod(model.facts.shape)
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=numbers * BYTES_PER_NUMBER + HEADER_BYTES)
     return app
 

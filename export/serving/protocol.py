@@ -16,7 +16,7 @@ Floats = NDArray[np.floating[Any]]
 
 
 def write_requests(folder: Path, name: str, facts: ModelFile, image: Floats, logits: Floats) -> None:
-    """Write request.json with one input (3, size, size), and response.json with the model's output (classes,)."""
+    """Write request.json with one input (channels, height, width), and response.json with the model's output (classes,)."""
     given, wanted = facts.input, facts.output
     request = {"id": "golden", "inputs": [tensor(given.name, given.dtype, image)], "outputs": [{"name": wanted.name}]}
     outputs = [tensor(wanted.name, wanted.dtype, logits)]

@@ -9,6 +9,7 @@ import numpy as np
 from export.errors import BundleError
 from export.images.folders import list_folder
 from export.images.read import find_examples
+from export.images.size import Size
 from export.tasks.paired import ALPHA, detectable_loss, mcnemar
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
 
@@ -16,7 +17,7 @@ TOP = 5  # with no more classes than these, every label would be among them
 TRUTH, PREDICTION = 0, 1  # columns of a row; with more than TOP classes, a third says if the label is in the top five
 
 
-def output_shape(classes: int, _image_size: int) -> tuple[int, ...]:
+def output_shape(classes: int, _size: Size) -> tuple[int, ...]:
     """Return the shape of one image's logits."""
     return (classes,)
 

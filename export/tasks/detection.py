@@ -12,6 +12,7 @@ import numpy as np
 from export.errors import BundleError
 from export.images.annotations import box_examples, list_boxes, table_of
 from export.images.drawing import with_boxes
+from export.images.size import Size
 from export.tasks.average_precision import (
     CORNERS,
     TRUTH,
@@ -34,14 +35,14 @@ MOST_TRUTHS = 1000  # boxes in a golden image
 DRAWN = 500  # resamples of a comparison; each sums over every detection, so fewer than elsewhere
 
 
-def output_shape(classes: int, _image_size: int) -> tuple[int | None, ...]:
+def output_shape(classes: int, _size: Size) -> tuple[int | None, ...]:
     """Return the shape of one image's output: any number of anchors."""
     return None, classes + 1 + MOVES + READS
 
 
 def check_output(file: str, shape: tuple[int | None, ...], labels: Sequence[str]) -> None:
     """Raise BundleError if the model's output does not fit the number of labels."""
-    wanted = output_shape(len(labels), 0)[1]
+    wanted = output_shape(len(labels), (0, 0))[1]
     if len(shape) != 3 or shape[2] != wanted:
         raise BundleError(
             f"labels.txt: {file} has the output {shape}, expected (batch, anchors, {wanted}) for {len(labels)} classes: "

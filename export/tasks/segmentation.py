@@ -16,6 +16,7 @@ from export.errors import BundleError
 from export.images.drawing import with_mask
 from export.images.masks import list_masks, mask_examples
 from export.images.preprocess import IGNORED
+from export.images.size import Size
 from export.tasks.classification import log_probabilities
 from export.tasks.paired import compare_classes, resamples
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
@@ -23,9 +24,9 @@ from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, O
 EVERY = 8  # every eighth row and column is used for the divergence of two files
 
 
-def output_shape(classes: int, image_size: int) -> tuple[int, ...]:
+def output_shape(classes: int, size: Size) -> tuple[int, ...]:
     """Return the shape of one image's logits, which has the image's size."""
-    return classes, image_size, image_size
+    return classes, *size
 
 
 def check_output(file: str, shape: tuple[int | None, ...], labels: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from export.images.folders import Listing
 from export.images.masks import MaskListing
 from export.images.preprocess import Preprocess
 from export.images.read import Examples
+from export.images.size import Size
 from export.images.tables import TableListing
 
 Array = NDArray[Any]
@@ -77,7 +78,7 @@ class OutputTask:
 
     name: str
     metric: Metric
-    output_shape: Callable[[int, int], tuple[int | None, ...]]
+    output_shape: Callable[[int, Size], tuple[int | None, ...]]
     """(classes, image size) to the shape of one image's output; None for a size that depends on the network."""
     check_output: Callable[[str, tuple[int | None, ...], Sequence[str]], None]
     """(file, shape of its output, labels): raises BundleError if they do not fit."""

@@ -65,7 +65,7 @@ def change_manifest(folder: Path, change: Callable[[dict[str, dict[str, dict[str
 def test_a_written_bundle_reads_back(made: Path) -> None:
     found = read_bundle(made)
     assert (found.name, found.target, found.labels) == ("small", "cpu_avx2", LABELS)
-    assert found.preprocess == Preprocess(16, 18, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), upright=False)
+    assert found.preprocess == Preprocess((16, 16), (18, 18), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), upright=False)
     assert found.files == {name: made / f"{name}.onnx" for name in ("teacher_fp32", "student_fp32", "student_fp16")}
 
 
@@ -446,7 +446,7 @@ def test_a_bundle_that_says_nothing_of_orientation_takes_photographs_as_they_are
 
 
 def test_training_and_bundle_say_the_same_of_orientation() -> None:
-    assert preprocess_of(json.loads(json.dumps(Preprocess(8, 8, (0.5,) * 3, (0.2,) * 3).to_json()))).upright
+    assert preprocess_of(json.loads(json.dumps(Preprocess((8, 8), (8, 8), (0.5,) * 3, (0.2,) * 3).to_json()))).upright
 
 
 def test_an_unknown_orientation_is_refused() -> None:

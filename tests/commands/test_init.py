@@ -150,7 +150,7 @@ def test_a_folder_of_masks_or_boxes_names_the_recipe_to_take(tmp_path: Path, tas
 
 def test_an_onnx_file_becomes_a_recipe_of_its_own_size(tmp_path: Path) -> None:
     write_classes(tmp_path / "data")
-    to_onnx(mobilenet_v2(num_classes=3).eval(), tmp_path / "net.onnx", image_size=64, metadata={})
+    to_onnx(mobilenet_v2(num_classes=3).eval(), tmp_path / "net.onnx", shape=(3, 64, 64), metadata={})
     out = tmp_path / "mine.yaml"
     weights = str(tmp_path / "net.onnx")
     list(write_draft(weights, tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))

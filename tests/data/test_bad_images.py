@@ -155,7 +155,7 @@ def test_an_image_that_resizing_would_make_huge_is_refused(tmp_path: Path) -> No
     root = write_imagenet_layout(tmp_path)
     Image.new("RGB", (1, 60_000)).save(root / "val" / "owl" / "thread.png")
     with pytest.raises(DataError, match=r"thread.png \(1 x 60,000 is too narrow"):
-        opened("imagefolder", root, image_size=64)
+        opened("imagefolder", root, image_size=(64, 64))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "P", "CMYK", "1"])

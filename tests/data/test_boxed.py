@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 def settings(folder: Path, *, name: str = "scenes", path: Path | None = None) -> DataSettings:
     return DataSettings(
-        name=name, path=path, image_size=64, resize=1.0, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), val_fraction=0.2,
+        name=name, path=path, image_size=(64, 64), resize=1.0, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), val_fraction=0.2,
         limit_per_class=12, skip_broken=False, task="detection", ignore_index=None, tuning=False, seed=0, memory=folder,
     )  # fmt: skip
 
@@ -43,7 +43,7 @@ def test_boxes_move_as_torchvisions_do(mirrored: bool) -> None:
     frame = Stored(torch.empty(1, 3, 2000), torch.tensor([[40, 50]]), torch.tensor([[40, 50]]))
     top, left, height, width = (torch.tensor([float(one)]) for one in (4, 8, 30, 36))
     view = Boxes(top, left, height, width, torch.tensor([mirrored]))
-    found = PlacedBoxes(boxes[None], None, (None, frame)).seen(torch.tensor([0]), view, 32, whole=True)[0]
+    found = PlacedBoxes(boxes[None], None, (None, frame)).seen(torch.tensor([0]), view, (32, 32), whole=True)[0]
     assert found[:, 0].tolist() == [0, 1, -1]  # the middle of the last one is not in the view
     assert torch.allclose(found[:2, 1:5], inside.as_subclass(torch.Tensor)[:2], atol=1e-6)
 

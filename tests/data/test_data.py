@@ -111,7 +111,7 @@ def test_evaluation_is_the_same_whether_images_are_in_memory_or_not(
 
 @pytest.mark.usefixtures("no_memory")
 def test_a_named_set_too_large_for_memory_is_resized_when_asked_for() -> None:
-    data = opened("digits", image_size=8)
+    data = opened("digits", image_size=(8, 8))
     assert isinstance(data.train, ArrayImages)
     assert same(
         training(data, batch_size=64, crop="pad", workers=0), training(data, batch_size=64, crop="pad", workers=2)
@@ -140,7 +140,7 @@ def test_a_limit_above_the_size_takes_each_image_once(tmp_path: Path) -> None:
 
 
 def test_digits_are_scikit_learns_with_grey_levels_spread_over_a_byte() -> None:
-    data = opened("digits", image_size=8)
+    data = opened("digits", image_size=(8, 8))
     bunch = load_digits()
     assert isinstance(data.train, MemoryImages)
     assert isinstance(data.val, MemoryImages)
@@ -150,7 +150,7 @@ def test_digits_are_scikit_learns_with_grey_levels_spread_over_a_byte() -> None:
 
 
 def test_digits_come_at_their_own_size_when_the_recipe_leaves_it_open() -> None:
-    assert opened("digits", image_size=None).preprocess.image_size == 32
+    assert opened("digits", image_size=None).preprocess.image_size == (32, 32)
 
 
 def test_a_held_out_split_takes_the_fraction_of_every_class() -> None:
@@ -235,7 +235,7 @@ def test_fashion_mnist_is_read_from_its_four_files(tmp_path: Path) -> None:
     for part in ("train", "t10k"):
         (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + images.tobytes()))
         (tmp_path / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels.tobytes()))
-    data = opened("fashion_mnist", tmp_path, image_size=28)
+    data = opened("fashion_mnist", tmp_path, image_size=(28, 28))
     assert isinstance(data.val, MemoryImages)
     assert torch.equal(data.val.still.pixels, torch.from_numpy(images).flatten(1)[:, None].expand(-1, 3, -1))
     assert data.val.labels.tolist() == labels.tolist()
@@ -295,7 +295,8 @@ def test_the_digest_changes_with_an_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"image_size": 24}, {"seed": 1}, {"limit_per_class": 9}, {"mean": (0.0, 0.0, 0.0)}, {"resize": 1.5}]
+    "change",
+    [{"image_size": (24, 24)}, {"seed": 1}, {"limit_per_class": 9}, {"mean": (0.0, 0.0, 0.0)}, {"resize": 1.5}],
 )
 def test_the_digest_changes_with_each_setting(change: dict[str, Any]) -> None:
     assert opened("digits", **change).digest != opened("digits").digest
@@ -334,9 +335,9 @@ def test_a_shifted_view_is_exactly_torchvisions_padded_crop(cut: Cut, top: int, 
 def test_a_resized_view_is_torchvisions_resized_crop(height: int, width: int) -> None:
     image, box = photo(64), boxes(0, 2, height, width)
     expected = functional.resized_crop(image.float(), 0, 2, height, width, [32, 32], antialias=True)
-    assert torch.allclose(cut_all(image, box, 32), expected, atol=1e-3)
+    assert torch.allclose(cut_all(image, box, (32, 32)), expected, atol=1e-3)
     assert torch.equal(
-        cut_each(image, box, 32), functional.resized_crop(image, 0, 2, height, width, [32, 32], antialias=True)
+        cut_each(image, box, (32, 32)), functional.resized_crop(image, 0, 2, height, width, [32, 32], antialias=True)
     )
 
 
@@ -345,8 +346,10 @@ def test_both_ways_cut_images_of_several_sizes_alike(tmp_path: Path) -> None:
     assert isinstance(data.train, MemoryImages)
     stored, chosen = data.train.stored(whole=True), torch.arange(len(data.train))
     for seed in range(20):
-        box = stored.boxes(draw(augmentation(crop="random_resized", flip=True), len(chosen), seed=seed), chosen)
-        one, other = (cut(stored.images(chosen, CPU), box, 16).float() for cut in (cut_all, cut_each))
+        box = stored.boxes(
+            draw(augmentation(crop="random_resized", flip=True), len(chosen), size=(32, 32), seed=seed), chosen
+        )
+        one, other = (cut(stored.images(chosen, CPU), box, (16, 16)).float() for cut in (cut_all, cut_each))
         assert (one - other).abs().max() < 1.01  # bytes are rounded after each of the two directions
 
 
@@ -358,8 +361,8 @@ def test_a_box_of_a_shrunk_panorama_keeps_a_pixel_of_it() -> None:
     box = narrow.scaled(torch.tensor([[1.0, 23 / 9000]]))
     assert (box.left.tolist(), box.width.tolist()) == ([0, 0, 11, 22], [1, 1, 1, 1])
     white = torch.full((4, 3, 100, 23), 255, dtype=torch.uint8)
-    assert cut_all(white, box, 8).min() > 254
-    assert cut_each(white, box, 8).min() == 255
+    assert cut_all(white, box, (8, 8)).min() > 254
+    assert cut_each(white, box, (8, 8)).min() == 255
 
 
 @each_way
@@ -370,7 +373,7 @@ def test_a_mirrored_view_is_the_flipped_view(cut: Cut) -> None:
 
 
 def test_random_boxes_keep_the_area_the_aspect_and_the_image() -> None:
-    draws = draw(augmentation(crop="random_resized", min_area=0.3, flip=True), 20_000, seed=0)
+    draws = draw(augmentation(crop="random_resized", min_area=0.3, flip=True), 20_000, size=(32, 32), seed=0)
     drawn = draws.boxes(torch.arange(20_000), torch.full((20_000, 2), 64))
     area = drawn.height * drawn.width / 64**2
     assert 0.27 < area.min() < 0.33  # whole pixels: a side of 30 rounds by 2 %
@@ -382,7 +385,7 @@ def test_random_boxes_keep_the_area_the_aspect_and_the_image() -> None:
 
 
 def test_random_shifts_reach_the_border_and_no_further() -> None:
-    draws = draw(augmentation(crop="pad", pad=0.125), 5_000, seed=0)
+    draws = draw(augmentation(crop="pad", pad=0.125), 5_000, size=(32, 32), seed=0)
     drawn = draws.boxes(torch.arange(5_000), torch.full((5_000, 2), 32))
     assert sorted(set(drawn.top.tolist())) == sorted(set(drawn.left.tolist())) == list(range(-4, 5))
     assert not drawn.mirrored.any()
@@ -390,7 +393,7 @@ def test_random_shifts_reach_the_border_and_no_further() -> None:
 
 @pytest.mark.parametrize("size", [(200, 120), (60, 200), (100, 100), (250, 40)])
 def test_random_boxes_have_torchvisions_distribution(size: tuple[int, int]) -> None:
-    draws = draw(augmentation(crop="random_resized", min_area=0.3), 2_000, seed=0)
+    draws = draw(augmentation(crop="random_resized", min_area=0.3), 2_000, size=(32, 32), seed=0)
     found = draws.boxes(torch.arange(2_000), torch.tensor([size] * 2_000))
     crop, image = RandomResizedCrop(8, scale=(0.3, 1.0)), torch.empty(3, *size)
     with torch.random.fork_rng(devices=()):
@@ -421,7 +424,7 @@ def test_views_of_photographs_that_were_shrunk_are_nearly_those_of_the_files(
         for index in range(2):
             (tmp_path / label).mkdir(exist_ok=True)
             Image.fromarray(pixels).save(tmp_path / label / f"{index}.png")
-    plain = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3, "image_size": image_size, "val_fraction": 0.5}
+    plain = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3, "image_size": (image_size, image_size), "val_fraction": 0.5}
     in_memory = opened("imagefolder", tmp_path, **plain)
     request.getfixturevalue("no_memory")
     on_disk = opened("imagefolder", tmp_path, **plain)
@@ -615,7 +618,7 @@ def names(images: object) -> set[str]:
 
 
 def test_the_recipes_resize_is_the_shorter_side_in_pixels() -> None:
-    assert opened("digits", image_size=56, resize=1.143).preprocess.resize_to == 64
+    assert opened("digits", image_size=(56, 56), resize=1.143).preprocess.resize_to == (64, 64)
 
 
 VIEWS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ def augmentation(mixup: float = 0.0, cutmix: float = 0.0) -> Augmentation:
 
 
 def drawn(**changes: float) -> Mixes:
-    mixes = draw_mixes(augmentation(**changes), N, image_size=SIZE, seed=3)
+    mixes = draw_mixes(augmentation(**changes), N, size=(SIZE, SIZE), seed=3)
     assert mixes is not None
     return mixes
 
@@ -25,7 +25,7 @@ def areas(mixes: Mixes) -> torch.Tensor:
 
 
 def test_without_either_nothing_is_drawn() -> None:
-    assert draw_mixes(augmentation(), N, image_size=SIZE, seed=3) is None
+    assert draw_mixes(augmentation(), N, size=(SIZE, SIZE), seed=3) is None
 
 
 def test_partners_are_a_shuffle_of_all_images() -> None:
@@ -54,7 +54,7 @@ def test_with_both_each_image_draws_one() -> None:
 
 
 def test_another_seed_draws_other_mixes() -> None:
-    other = draw_mixes(augmentation(mixup=1.0), N, image_size=SIZE, seed=4)
+    other = draw_mixes(augmentation(mixup=1.0), N, size=(SIZE, SIZE), seed=4)
     assert other is not None
     assert not torch.equal(other.share, drawn(mixup=1.0).share)
 

@@ -96,15 +96,15 @@ def test_the_cut_of_a_mask_is_that_of_its_image() -> None:
         torch.tensor([0, 3, -2, 0, 5, 1]), torch.tensor([0, 4, 1, -3, 0, 2]), torch.tensor([20, 12, 15, 20, 15, 18]),
         torch.tensor([30, 20, 25, 30, 30, 20]), torch.tensor([False, True, False, True, False, True]),
     )  # fmt: skip
-    masks = cut_nearest(coarse, boxes, 40)
-    images = cut_each((coarse * 255)[:, None].expand(-1, 3, -1, -1).contiguous(), boxes, 40)[:, 0]
+    masks = cut_nearest(coarse, boxes, (40, 40))
+    images = cut_each((coarse * 255)[:, None].expand(-1, 3, -1, -1).contiguous(), boxes, (40, 40))[:, 0]
     sure = ((images < 20) | (images > 235)) & (masks != IGNORED)
     assert sure.float().mean() > 0.6
     assert torch.equal((images > 127)[sure], (masks == 1)[sure])
 
 
 def test_validation_masks_are_what_the_files_hold(root: Path) -> None:
-    data = opened(root, image_size=20)
+    data = opened(root, image_size=(20, 20))
     (batch,) = eval_batches(data.val, data.preprocess, batch_size=9, device=torch.device("cpu"), workers=0)
     stored = [np.asarray(Image.open(root / f"masks/val/{index}.png"))[:, 2:22] for index in range(3)]
     assert np.array_equal(batch.targets.numpy(), np.stack(stored))

@@ -36,7 +36,7 @@ PROGRAMS: dict[str, tuple[str | Path, Path]] = {
 }
 ARGUMENTS: dict[str, tuple[str, ...]] = {"openvino": ("f32",), "web": (str(ENVIRONMENTS / "web/node_modules"),)}
 HELD_OUT = 897  # half of them
-NORMALIZE = Preprocess(16, 18, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)).normalize  # PREPROCESS as an object
+NORMALIZE = Preprocess((16, 16), (18, 18), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)).normalize  # PREPROCESS as an object
 
 
 @cache
@@ -74,14 +74,14 @@ def write_digits(kind: type[nn.Module], folder: Path, *, targets: tuple[str, ...
     """
     model = trained(kind)
     pixels, labels = digits()
-    to_onnx(model, folder / "fp32.onnx", image_size=16, metadata={})
+    to_onnx(model, folder / "fp32.onnx", shape=(3, 16, 16), metadata={})
     save_model(to_float16(onnx.load(folder / "fp32.onnx")), folder / "fp16.onnx")
     held_out, calibration = (torch.from_numpy(NORMALIZE(part)) for part in (pixels[:HELD_OUT], pixels[-256:]))
     in_torch = {}
     for target in targets:
         prepared = prepare(model, TARGETS[target], calibration)
         calibrate_(prepared, [calibration], "minmax")
-        to_onnx(deploy(prepared), folder / f"int8_{target}.onnx", image_size=16, metadata={})
+        to_onnx(deploy(prepared), folder / f"int8_{target}.onnx", shape=(3, 16, 16), metadata={})
         with torch.no_grad():
             in_torch[target] = prepared(held_out).numpy()
     write_pixel_form(folder / f"int8_{targets[0]}.onnx", PREPROCESS)

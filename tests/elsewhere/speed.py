@@ -50,8 +50,8 @@ def main() -> None:
         calibrate_(prepared, [images], "minmax")
         with tempfile.TemporaryDirectory() as folder:
             files = {"fp32": Path(folder, "fp32.onnx"), "int8": Path(folder, "int8.onnx")}
-            to_onnx(model, files["fp32"], image_size=SIZE, metadata={})
-            to_onnx(deploy(prepared), files["int8"], image_size=SIZE, metadata={})
+            to_onnx(model, files["fp32"], shape=(3, SIZE, SIZE), metadata={})
+            to_onnx(deploy(prepared), files["int8"], shape=(3, SIZE, SIZE), metadata={})
             layers = audit(files["int8"])
             runs = {name: bind(open_session(file, threads=1), images[:1].numpy()) for name, file in files.items()}
             times = processor_ms(runs)

@@ -9,7 +9,7 @@ from export.errors import DataError
 from export.images.preprocess import Preprocess
 from export.images.read import Examples, digest, find_examples, read_pixels, spread
 
-PLAIN = Preprocess(16, 16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+PLAIN = Preprocess((16, 16), (16, 16), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def found(data: Path, preprocess: Preprocess = PLAIN) -> Examples:
@@ -18,7 +18,7 @@ def found(data: Path, preprocess: Preprocess = PLAIN) -> Examples:
 
 def test_normalized_pixels_by_hand() -> None:
     pixels = np.full((1, 2, 2, 3), 51, np.uint8)
-    normal = Preprocess(2, 2, (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)).normalize(pixels)
+    normal = Preprocess((2, 2), (2, 2), (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)).normalize(pixels)
     assert normal.shape == (1, 3, 2, 2)
     np.testing.assert_allclose(normal[0, :, 1, 1], [-1.5, -0.8, -0.2], rtol=1e-6)
 
@@ -84,7 +84,7 @@ def test_a_broken_image_is_named(tmp_path: Path, data: bytes) -> None:
 def test_an_image_too_narrow_to_resize_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (1, 60_000)).save(tmp_path / "thread.png")
     with pytest.raises(DataError, match=r"thread\.png: .*1 x 60,000 is too narrow"):
-        read_pixels(tmp_path / "thread.png", Preprocess(224, 256, (0.0,) * 3, (1.0,) * 3))
+        read_pixels(tmp_path / "thread.png", Preprocess((224, 224), (256, 256), (0.0,) * 3, (1.0,) * 3))
 
 
 def test_an_archive_is_read_in_order(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_data_that_are_neither_folder_nor_archive_are_refused(tmp_path: Path, na
 
 def test_the_bundles_preprocessing_reaches_the_network(tmp_path: Path) -> None:
     class_folders(tmp_path, ["cat"])
-    images, _ = next(found(tmp_path, Preprocess(16, 18, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))).batches())
+    images, _ = next(found(tmp_path, Preprocess((16, 16), (18, 18), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))).batches())
     np.testing.assert_allclose(images.mean(axis=(2, 3))[0], [2.5, -1.6, -1.0], rtol=1e-5)
 
 

@@ -10,7 +10,7 @@ from export.errors import DataError
 from export.images.preprocess import Preprocess
 from export.images.tables import list_table, table_examples
 
-SEEN = Preprocess(8, 8, (0, 0, 0), (1, 1, 1))
+SEEN = Preprocess((8, 8), (8, 8), (0, 0, 0), (1, 1, 1))
 
 
 def folder_of(root: Path, tables: dict[str, str], images: list[str]) -> Path:

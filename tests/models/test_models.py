@@ -76,10 +76,10 @@ def test_a_library_network_gives_one_logit_for_each_class_in_eval_mode(arch: str
 
 
 def test_a_network_of_one_size_is_built_for_the_recipes() -> None:
-    model = build("timm:test_vit", num_classes=7, image_size=64)  # its own is 160
+    model = build("timm:test_vit", num_classes=7, shape=(3, 64, 64))  # its own is 160
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
     with pytest.raises(ModelError, match=r"vit_b_16: cannot be built for 100 pixels .* data\.image_size"):
-        build("torchvision:vit_b_16", num_classes=7, image_size=100)
+        build("torchvision:vit_b_16", num_classes=7, shape=(3, 100, 100))
 
 
 @pytest.mark.parametrize(
@@ -169,24 +169,24 @@ def test_counts_are_those_of_hand_arithmetic() -> None:
         nn.Flatten(),
         nn.Linear(8, 10),
     )
-    counts = count(model, 32)
+    counts = count(model, (3, 32, 32))
     assert counts.macs == 8 * 16 * 16 * 27 + 8 * 14 * 16 * 6 + 80
     assert counts.params == (8 * 27 + 8) + 16 + (8 * 6 + 8) + (80 + 10)
 
 
 def test_attention_counts_by_its_four_projections() -> None:
-    assert count(Attention(), 4).macs == 16 * 3 * 8 + 4 * 16 * 8 * 8
+    assert count(Attention(), (3, 4, 4)).macs == 16 * 3 * 8 + 4 * 16 * 8 * 8
 
 
 def test_a_layers_weight_counts_however_it_is_used() -> None:
-    assert count(Functional(), 4).macs == 16 * 3 * 7
+    assert count(Functional(), (3, 4, 4)).macs == 16 * 3 * 7
 
 
 def test_counts_agree_with_torch_pruning_on_a_resnet() -> None:
     model = build("torchvision:resnet18", num_classes=10)
     _, params, macs, _ = torch_pruning.utils.count_ops_and_params(model, torch.zeros(1, 3, 64, 64), layer_wise=True)
     convolutions = sum(macs[module] for module in model.modules() if isinstance(module, nn.Conv2d))
-    counts = count(model, 64)
+    counts = count(model, (3, 64, 64))
     assert counts.macs == convolutions + 512 * 10  # theirs counts a linear layer's bias, too
     assert counts.params == params
 
@@ -194,7 +194,7 @@ def test_counts_agree_with_torch_pruning_on_a_resnet() -> None:
 @pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "efficientnet_b0"])
 def test_counts_are_those_torchvision_publishes(name: str) -> None:
     published = torchvision.models.get_model_weights(name).DEFAULT.meta
-    counts = count(build(f"torchvision:{name}", num_classes=1000), 224)
+    counts = count(build(f"torchvision:{name}", num_classes=1000), (3, 224, 224))
     assert counts.macs / 1e9 == pytest.approx(published["_ops"], rel=0.01)
     assert counts.params == published["num_params"]
 
@@ -203,7 +203,7 @@ def test_counting_leaves_the_network_as_it_was() -> None:
     model = build("torchvision:resnet18", num_classes=10).train()
     model.get_submodule("bn1").eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    count(model, 32)
+    count(model, (3, 32, 32))
     classifier(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -249,12 +249,12 @@ def test_a_network_without_a_classifier_is_refused() -> None:
 
 def test_an_image_size_that_the_network_does_not_take_is_refused() -> None:
     with pytest.raises(ModelError, match="HeadFirst: does not take images of 16 x 16: mat1 and mat2 shapes"):
-        count(HeadFirst(), 16)
+        count(HeadFirst(), (3, 16, 16))
 
 
 def test_logits_of_another_shape_are_refused() -> None:
     with pytest.raises(ModelError, match=r"must return logits of shape \(n, 7\), returned shape \(1, 5\)"):
-        check_output(HeadFirst(), image_size=32, shape=(7,))
+        check_output(HeadFirst(), (3, 32, 32), output=(7,))
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_the_digest_needs_no_torch() -> None:
 def test_a_network_whose_state_has_a_version_is_saved_and_loaded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build("torchvision:mnasnet0_5", num_classes=3)
-    save_network(model, Architecture("torchvision:mnasnet0_5", 3, 32), tmp_path)
+    save_network(model, Architecture("torchvision:mnasnet0_5", 3, (3, 32, 32)), tmp_path)
     state = load_float(tmp_path, trust_code=False).state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     load_weights_(model, "torchvision:mnasnet0_5", str(tmp_path / "weights.safetensors"), reset_head=False)

@@ -32,13 +32,13 @@ def test_a_network_is_pruned_and_convolves_in_integers_but_for_its_output(
 ) -> None:
     torch.manual_seed(0)
     model = lively(build(arch, num_classes=5))
-    full = count(model, SIZE).macs
+    full = count(model, (3, SIZE, SIZE)).macs
     assert model(IMAGES).shape == (4, 5, SIZE, SIZE)
     cut_(model, IMAGES, cuts_to(model, 0.6, SIZE, exclude=(classifier(model),)))
-    assert count(model, SIZE).macs <= 0.6 * full
+    assert count(model, (3, SIZE, SIZE)).macs <= 0.6 * full
     prepared = prepare(model, TARGETS["cpu_avx2"], IMAGES)
     calibrate_(prepared, [IMAGES], "minmax")
-    to_onnx(deploy(prepared), tmp_path / "int8.onnx", image_size=SIZE, metadata={})
+    to_onnx(deploy(prepared), tmp_path / "int8.onnx", shape=(3, SIZE, SIZE), metadata={})
     found = audit(tmp_path / "int8.onnx")
     assert len(found["integer_layers"]) > 15
     assert found["float_layers"] == last

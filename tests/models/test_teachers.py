@@ -73,7 +73,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_all(network: nn.Module, folder: Path) -> None:
-    to_onnx(network, folder / "network.onnx", image_size=16, metadata={})
+    to_onnx(network, folder / "network.onnx", shape=(3, 16, 16), metadata={})
     batch = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(network, (torch.zeros(2, 3, 16, 16),), dynamic_shapes=batch)
     torch.export.save(program, folder / "network.pt2")

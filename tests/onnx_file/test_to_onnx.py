@@ -34,7 +34,7 @@ def network() -> nn.Module:
 @pytest.fixture(scope="module")
 def exported(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    to_onnx(network, path, image_size=16, metadata={"task": "classification"})
+    to_onnx(network, path, shape=(3, 16, 16), metadata={"task": "classification"})
     return path
 
 
@@ -78,7 +78,7 @@ def test_nodes_are_named_after_their_modules(network: nn.Module, exported: Path)
 def test_functions_of_a_traced_network_are_named_after_their_nodes(network: nn.Module, tmp_path: Path) -> None:
     traced = fx.symbolic_trace(network)
     before = [(node.op, node.target) for node in traced.graph.nodes]
-    to_onnx(traced, tmp_path / "model.onnx", image_size=16, metadata={})
+    to_onnx(traced, tmp_path / "model.onnx", shape=(3, 16, 16), metadata={})
     assert [(node.op, node.target) for node in traced.graph.nodes] == before, "the network is left alone"
     names = {node.name for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert names >= {"add/Add", "cat/Concat", "mean/GlobalAveragePool", "mean/Flatten"}
@@ -86,7 +86,7 @@ def test_functions_of_a_traced_network_are_named_after_their_nodes(network: nn.M
 
 @pytest.mark.slow
 def test_two_exports_are_the_same_bytes(network: nn.Module, exported: Path, tmp_path: Path) -> None:
-    to_onnx(network, tmp_path / "again.onnx", image_size=16, metadata={"task": "classification"})
+    to_onnx(network, tmp_path / "again.onnx", shape=(3, 16, 16), metadata={"task": "classification"})
     assert (tmp_path / "again.onnx").read_bytes() == exported.read_bytes()
 
 
@@ -95,7 +95,7 @@ def test_a_quantizers_tensor_carries_its_module_path(network: nn.Module, tmp_pat
     for quantizer in quantizers(prepared):
         quantizer.set_range_(torch.tensor(0.0), torch.tensor(1.0))
     path = tmp_path / "int8.onnx"
-    to_onnx(deploy(prepared), path, image_size=16, metadata={})
+    to_onnx(deploy(prepared), path, shape=(3, 16, 16), metadata={})
     paths = {name for name, module in prepared.named_modules() if isinstance(module, ActivationQuantizer)}
     assert paths <= set(quantized_tensors(wire(parse(path))))
     assert audit(path)["float_layers"] == []

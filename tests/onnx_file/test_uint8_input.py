@@ -17,7 +17,7 @@ from export.images.preprocess import Preprocess
 from export.onnx_file.uint8_input import with_uint8_input
 
 Level = np.uint8 | np.int8
-NORMALIZE = Preprocess(16, 18, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)).normalize
+NORMALIZE = Preprocess((16, 16), (18, 18), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)).normalize
 
 
 def every_pixel(count: int) -> NDArray[np.uint8]:

@@ -34,13 +34,13 @@ IMAGE = torch.zeros(1, 3, SIZE, SIZE)
 def test_residual_blocks_are_found_innermost(arch: str, expected: list[str]) -> None:
     model = lively(build(arch, num_classes=5, trust_code=False))
     assert [
-        branch.path for branch in find_branches(model, find_groups(model, IMAGE, "l2", exclude=()), SIZE)
+        branch.path for branch in find_branches(model, find_groups(model, IMAGE, "l2", exclude=()), (3, SIZE, SIZE))
     ] == expected
 
 
 def test_a_layer_between_two_of_one_width_is_no_block() -> None:
     model = lively(Mobile(5))
-    assert find_branches(model, find_groups(model, IMAGE, "l2", exclude=()), SIZE) == ()
+    assert find_branches(model, find_groups(model, IMAGE, "l2", exclude=()), (3, SIZE, SIZE)) == ()
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def test_a_network_without_a_block_is_solved_saved_and_read_again(tmp_path: Path
     solved, method, _ = reconstruct(student, whole, kept_outputs(numbered), images, "least_squares", views=images)
     assert method == "least_squares"
     arch = f"{Path(__file__).parents[1] / 'networks.py'}:small"
-    save_network(solved, Architecture(arch, 5, SIZE).pruned(cuts), tmp_path)
+    save_network(solved, Architecture(arch, 5, (3, SIZE, SIZE)).pruned(cuts), tmp_path)
     assert asdict(read_architecture(tmp_path))["cuts"] == ((asdict(cuts[0]), asdict(cuts[1])),)
     with torch.no_grad():
         assert torch.equal(load_float(tmp_path, trust_code=True)(images), solved(images))
@@ -74,7 +74,7 @@ def test_a_network_without_a_block_is_solved_saved_and_read_again(tmp_path: Path
 def test_the_last_step_of_a_group_inside_is_none_at_all_and_loses_all_its_importance() -> None:
     model = lively(Residual(5))
     options = options_of(model, SIZE)
-    branches = find_branches(model, options.groups, SIZE)
+    branches = find_branches(model, options.groups, (3, SIZE, SIZE))
     options = replace(options, branches=branches)
     ((inside,),) = (branch.groups for branch in branches)
     for index, (ladder, group) in enumerate(zip(ladders(options), options.groups, strict=True)):

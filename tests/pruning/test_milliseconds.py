@@ -61,7 +61,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("float", Residual, "fp32"),
     ):
         found[name] = folder / f"{name}.onnx"
-        Served(HERE, precision, SIZE, host_target()).write(lively(factory(5)), found[name])
+        Served(HERE, precision, (3, SIZE, SIZE), host_target()).write(lively(factory(5)), found[name])
     return found
 
 
@@ -261,7 +261,7 @@ def test_the_choice_loses_the_least_importance_of_all_that_meet_the_time(
     """Brute force over every width of every group, on a machine whose times are known; one residual block may go whole."""
     options = options_for("residual", round_to=8)
     if blocks:
-        options = replace(options, branches=find_branches(lively(Residual(5)), options.groups, SIZE))
+        options = replace(options, branches=find_branches(lively(Residual(5)), options.groups, (3, SIZE, SIZE)))
     model = fake_model(options, files, tmp_path, "residual")
     steps = ladders(options)
     full = model.cost(*options.widths(options.removed([])))
@@ -354,7 +354,7 @@ def test_a_busy_machine_waits_and_then_says_so(monkeypatch: pytest.MonkeyPatch, 
     ratios, said, slept = [Ratio(1.0, 0.8, 1.3)] * 2 + [Ratio(1.0, 0.99, 1.01)], list[str](), list[float]()
     monkeypatch.setattr(Clock, "against", lambda *_: (ratios.pop(0), 4.0, 4.0))
     monkeypatch.setattr(time, "sleep", slept.append)
-    clock = Clock(tmp_path / "a.onnx", HERE, SIZE)
+    clock = Clock(tmp_path / "a.onnx", HERE, (3, SIZE, SIZE))
     assert clock.require_quiet(tell=said.append) == 4.0
     assert len(slept) == 2
     assert "too busy, waiting" in said[0]
@@ -367,7 +367,7 @@ def test_each_file_is_opened_first_as_often(monkeypatch: pytest.MonkeyPatch, tmp
     opened: list[str] = []
     monkeypatch.setattr(clocks, "open_session", lambda path, **_: opened.append(path.name))
     monkeypatch.setattr(clocks, "bind", lambda *_: lambda: None)
-    Clock(tmp_path / "a", HERE, SIZE).against(tmp_path / "b")
+    Clock(tmp_path / "a", HERE, (3, SIZE, SIZE)).against(tmp_path / "b")
     assert opened[:4] == ["b", "a", "a", "b"]
     assert len(opened) % 4 == 0
 
@@ -377,15 +377,15 @@ def test_a_student_is_exported_and_timed_layer_by_layer(tmp_path: Path, monkeypa
     monkeypatch.setattr(latencies, "ROUNDS", 2)
     model = lively(Mobile(5)).eval()
     options = options_of(model, SIZE, round_to=4)
-    cost = width_cost(model, options.layers, "macs", SIZE)
+    cost = width_cost(model, options.layers, "macs", (3, SIZE, SIZE))
     full = cost(*options.widths(options.removed([])))
-    served = Served(HERE, "int8", SIZE, host_target())
+    served = Served(HERE, "int8", (3, SIZE, SIZE), host_target())
     measured: dict[Path, float] = {}
 
     def write(network: nn.Module, path: Path) -> None:
         served.write(network, path)
         layers = options_of(network, SIZE, round_to=4).layers
-        measured[path] = width_cost(network, layers, "macs", SIZE)(
+        measured[path] = width_cost(network, layers, "macs", (3, SIZE, SIZE))(
             np.array([layer.outputs for layer in layers]), np.array([layer.inputs for layer in layers])
         )
 
@@ -396,7 +396,7 @@ def test_a_student_is_exported_and_timed_layer_by_layer(tmp_path: Path, monkeypa
     monkeypatch.setattr(Clock, "against", against)
     goal = Goal("keep_latency", "latency", 0.55)
     latency = open_latency(
-        model, options, goal, HERE, image_size=SIZE, round_to=4, folder=tmp_path / "timed", table=tmp_path, write=write,
+        model, options, goal, HERE, shape=(3, SIZE, SIZE), round_to=4, folder=tmp_path / "timed", table=tmp_path, write=write,
         tell=quiet, timer=by_product,
     )  # fmt: skip
     attempts = latency.choose(model, torch.zeros(1, 3, SIZE, SIZE), options, latency.budget(1, 1))

@@ -204,7 +204,7 @@ def test_a_channel_of_a_transposed_convolution_scores_what_its_removal_takes_awa
 
 def test_every_convolutions_cost_is_torchs_own_count() -> None:
     for model in (Residual(5), Mobile(5), Decoder(5)):
-        layers, counts = measure_layers(model, IMAGE), count(model, 16)
+        layers, counts = measure_layers(model, IMAGE), count(model, (3, 16, 16))
         assert sum(layer.macs for layer in layers) == counts.macs
         assert sum(layer.weights + layer.vectors for layer in layers) == counts.params
 
@@ -332,10 +332,10 @@ def silence_(model: nn.Module, pruned: nn.Module) -> None:
 
 def cut_to(model: nn.Module, size: int, keep: float) -> float:
     """Cut the network to a part of its multiply-accumulates; return the part that is left."""
-    image, full = torch.zeros(1, 3, size, size), count(model, size).macs
+    image, full = torch.zeros(1, 3, size, size), count(model, (3, size, size)).macs
     cuts = cuts_to(model, keep, size, exclude=[classifier(model)], scope="local")
     cut_(model, image, cuts)
-    return count(model, size).macs / full
+    return count(model, (3, size, size)).macs / full
 
 
 @pytest.mark.parametrize(
@@ -441,8 +441,8 @@ def test_what_no_layer_holds_is_part_of_the_cost() -> None:
     model = build("timm:test_vit", num_classes=5)
     layers = measure_layers(model, torch.zeros(1, 3, 160, 160))
     for goal in ("macs", "params"):
-        whole = getattr(count(model, 160), goal)
-        assert width_cost(model, layers, goal, 160)(*full_widths(layers)) * 1e6 == pytest.approx(whole)
+        whole = getattr(count(model, (3, 160, 160)), goal)
+        assert width_cost(model, layers, goal, (3, 160, 160))(*full_widths(layers)) * 1e6 == pytest.approx(whole)
 
 
 def test_a_goal_that_cannot_be_reached_names_the_least() -> None:

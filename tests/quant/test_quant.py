@@ -132,7 +132,7 @@ def test_the_deployed_file_equals_the_trained_network_to_a_few_lsb(network: str,
     images = torch.randn(64, 3, 16, 16)
     model = calibrated(lively(NETWORKS[network](5)), TARGETS[target], images)
     path = tmp_path / "model.onnx"
-    to_onnx(deploy(model), path, image_size=16, metadata={})
+    to_onnx(deploy(model), path, shape=(3, 16, 16), metadata={})
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (deployed,) = session.run(None, {"input": images.numpy()})
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_the_deployed_file_equals_the_trained_network_to_a_few_lsb(network: str,
 @pytest.mark.parametrize("network", sorted(NETWORKS))
 def test_every_convolution_and_the_head_run_in_integers(network: str, tmp_path: Path) -> None:
     model = calibrated(lively(NETWORKS[network](5)), TARGETS["cpu_vnni"], torch.randn(8, 3, 16, 16))
-    to_onnx(deploy(model), tmp_path / "model.onnx", image_size=16, metadata={})
+    to_onnx(deploy(model), tmp_path / "model.onnx", shape=(3, 16, 16), metadata={})
     found = audit(tmp_path / "model.onnx")
     assert found["float_layers"] == []
     assert len(found["integer_layers"]) == sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules())
@@ -165,7 +165,7 @@ def test_every_convolution_and_the_head_run_in_integers(network: str, tmp_path: 
 
 
 def test_the_audit_names_a_convolution_that_stays_float(tmp_path: Path) -> None:
-    to_onnx(lively(Residual(5)), tmp_path / "model.onnx", image_size=16, metadata={})
+    to_onnx(lively(Residual(5)), tmp_path / "model.onnx", shape=(3, 16, 16), metadata={})
     assert len(audit(tmp_path / "model.onnx")["float_layers"]) == 7
 
 
@@ -188,13 +188,13 @@ def test_a_layer_that_runs_twice_becomes_two_with_the_same_weights(tmp_path: Pat
     with torch.no_grad():
         assert torch.allclose(prepared(EXAMPLE), model(EXAMPLE), atol=1e-5)
     quantize_only_(prepared, None)
-    to_onnx(deploy(prepared), tmp_path / "model.onnx", image_size=EXAMPLE.shape[-1], metadata={})
+    to_onnx(deploy(prepared), tmp_path / "model.onnx", shape=(3, EXAMPLE.shape[-1], EXAMPLE.shape[-1]), metadata={})
     found = audit(tmp_path / "model.onnx")
     assert (len(found["integer_layers"]), len(found["float_layers"])) == (3, 0)
 
 
 def onnxruntimes_answers(prepared: fx.GraphModule, images: torch.Tensor, path: Path) -> np.ndarray:
-    to_onnx(deploy(prepared), path, image_size=images.shape[-1], metadata={})
+    to_onnx(deploy(prepared), path, shape=(3, images.shape[-1], images.shape[-1]), metadata={})
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     answers: np.ndarray = session.run(None, {"input": images.numpy()})[0]
     return answers
@@ -308,7 +308,7 @@ def test_a_dead_channel_with_a_bias_keeps_its_bias() -> None:
 
 def test_the_tensorrt_file_has_zero_points_of_zero_and_no_int32(tmp_path: Path) -> None:
     model = calibrated(lively(Mobile(5)), TARGETS["tensorrt"], torch.randn(8, 3, 16, 16))
-    to_onnx(deploy(model), tmp_path / "model.onnx", image_size=16, metadata={})
+    to_onnx(deploy(model), tmp_path / "model.onnx", shape=(3, 16, 16), metadata={})
     graph = onnx.load(tmp_path / "model.onnx").graph
     tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     pairs = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
@@ -356,7 +356,10 @@ def test_layers_kept_float_run_in_float_and_say_so(tmp_path: Path) -> None:
         "adaptive_avg_pool2d": "an input is float",
     }
     to_onnx(
-        deploy(with_ranges_of(torch.randn(8, 3, 16, 16), prepared)), tmp_path / "model.onnx", image_size=16, metadata={}
+        deploy(with_ranges_of(torch.randn(8, 3, 16, 16), prepared)),
+        tmp_path / "model.onnx",
+        shape=(3, 16, 16),
+        metadata={},
     )
     found = audit(tmp_path / "model.onnx")
     assert len(found["float_layers"]) == 2

@@ -176,7 +176,7 @@ def run(network: nn.Module, target: str, folder: Path) -> tuple[dict[str, int], 
     prepared(images)
     set_phase_(prepared, "round")
     prepared.eval()
-    to_onnx(deploy(prepared), folder / "model.onnx", image_size=SIZE, metadata={})
+    to_onnx(deploy(prepared), folder / "model.onnx", shape=(3, SIZE, SIZE), metadata={})
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     (integer,) = session.run(None, {"input": images.numpy()})
     with torch.no_grad():

@@ -220,7 +220,7 @@ def test_learned_ranges_survive_saving_and_are_deployed_as_trained(tmp_path: Pat
     levels = quantize_weight(layer.weight, layer.weight_scale(), layer.target)
     assert float(levels.abs().max()) == 63
     assert torch.equal(deployed.get_buffer("block1.conv1.weight_levels").float(), levels)
-    to_onnx(deployed, tmp_path / "model.onnx", image_size=16, metadata={})
+    to_onnx(deployed, tmp_path / "model.onnx", shape=(3, 16, 16), metadata={})
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (integer,) = session.run(None, {"input": images.numpy()})
     assert float((torch.from_numpy(integer) - trained).abs().max()) < 0.1 * float(trained.std())

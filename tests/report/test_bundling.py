@@ -148,7 +148,7 @@ def test_each_kind_of_machine_gets_the_file_that_is_right_there(
     names = ["teacher_fp32", "student_fp32", "student_fp16", "student_ptq_int8", "student_int8", *further]
     if target == "cuda":
         names = names[:3]
-    found = serving_of(report, {name: Path(name) for name in names}, TARGETS[target], image_size=224)
+    found = serving_of(report, {name: Path(name) for name in names}, TARGETS[target], size=224)
     assert found.files == expected
     assert found.kind == ("cpu" if target.startswith("cpu") else target)
 

@@ -39,7 +39,7 @@ def images(count: int, seed: int = 0) -> NDArray[np.float32]:
 
 def export(network: nn.Module, folder: Path) -> Path:
     path = folder / "float.onnx"
-    to_onnx(lively(network), path, image_size=SIZE, metadata={"task": "classification"})
+    to_onnx(lively(network), path, shape=(3, SIZE, SIZE), metadata={"task": "classification"})
     return path
 
 
@@ -185,7 +185,7 @@ def calibrated_agreement(model: nn.Module, method: Method, digits: tuple[Labelle
 @pytest.fixture(scope="module")
 def trained_file(trained: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("trained") / "float.onnx"
-    to_onnx(trained, path, image_size=SIZE, metadata={})
+    to_onnx(trained, path, shape=(3, SIZE, SIZE), metadata={})
     return path
 
 
@@ -256,7 +256,7 @@ def test_neural_compressors_file_answers_as_its_network(
     batches = digits[0][0][:256].split(100)
     quantized = neural_compressor_ptq.quantize(trained, batches, target=TARGETS[target], algorithm=algorithm)
     with neural_compressor_ptq.quiet():
-        to_onnx(quantized, path, image_size=SIZE, metadata={})
+        to_onnx(quantized, path, shape=(3, SIZE, SIZE), metadata={})
     with torch.no_grad():
         answers = quantized(pictures)
     assert agreement(answers, trained(pictures)) >= 0.95

@@ -9,6 +9,7 @@ from compress.report import numbers
 from compress.report.shape import DeployedRow, Report
 from compress.report.summary import network
 from compress.report.verdict import any_row, deployed_name, first_and_last, headline_provider, headline_row
+from export.images.size import said
 from export.onnx_file.roles import TEACHER
 
 
@@ -71,7 +72,7 @@ def measure(report: Report, clocks: Mapping[str, float]) -> dict[str, float]:
 def teacher_of(report: Report) -> str:
     """Return a key for the teacher: its network and image size."""
     row = _timed(report, TEACHER)
-    return f"{network(report)}, {row and row['image_size']} px"
+    return f"{network(report)}, {row and said(row['image_size'])} px"
 
 
 def teacher_ms(report: Report) -> float | None:

@@ -14,6 +14,7 @@ from compress.report.verdict import (
     is_headline,
     target_of,
 )
+from export.images.size import Size, area, size_of
 from export.onnx_file.roles import TEACHER
 from export.onnx_file.targets import CPU
 from export.runtime.intervals import clopper_pearson
@@ -68,7 +69,7 @@ class Candidate:
     params_m: float | None
     macs_m: float | None
     size_mb: float | None
-    image_size: int | None
+    image_size: int | list[int] | None
     p50_ms: float | None
     speedup: Speedup | None
     speedup_vs_student_fp32: Speedup | None
@@ -85,7 +86,7 @@ class Conditions(NamedTuple):
     """Conditions under which all runs were timed: batch 1, and one thread on a CPU."""
 
     provider: str
-    image_size: int
+    image_size: Size
     text: str
 
 
@@ -100,7 +101,8 @@ def common_conditions(reports: Sequence[Report]) -> Conditions | None:
     sizes = [size for name, size in shared if name == provider]
     if not sizes:
         return None
-    return Conditions(provider, max(sizes), summary.conditions(_settings(timed[0])[provider, max(sizes)]))
+    size = max(sizes, key=area)
+    return Conditions(provider, size, summary.conditions(_settings(timed[0])[provider, size]))
 
 
 def candidate(name: str, subject: Subject, conditions: Conditions | None) -> Candidate:
@@ -139,17 +141,17 @@ def candidate(name: str, subject: Subject, conditions: Conditions | None) -> Can
     )
 
 
-def _settings(report: Report) -> dict[tuple[str, int], DeployedRow]:
+def _settings(report: Report) -> dict[tuple[str, Size], DeployedRow]:
     """Return the deployed file's timings at batch 1, on the CPU with one thread, by provider and image size."""
     name = deployed_name(report)
     found = [row for row in report["deployed"] if row["name"] == name and is_headline(row) and row["p50_ms"] > 0]
-    return {(row["provider"], row["image_size"]): row for row in found}
+    return {(row["provider"], size_of(row["image_size"])): row for row in found}
 
 
 def _timing(report: Report, name: str | None, where: Conditions | None) -> DeployedRow | None:
     """Return a file's row under these conditions."""
     wanted = where and (name, where.provider, where.image_size)
-    rows = (row for row in report["deployed"] if (row["name"], row["provider"], row["image_size"]) == wanted)
+    rows = (row for row in report["deployed"] if (row["name"], row["provider"], size_of(row["image_size"])) == wanted)
     return next((row for row in rows if is_headline(row)), None)
 
 

@@ -8,6 +8,7 @@ from compress.report.comparison.candidate import Candidate
 from compress.report.comparison.recipes import by_value
 from compress.report.numbers import significant
 from compress.report.shape import Report
+from export.images.size import said
 from export.runtime.environment import HARDWARE
 
 SpeedBy = Literal["latency", "speedup"]
@@ -128,7 +129,7 @@ def _drift(timed: Sequence[Candidate]) -> list[str]:
 
 
 def _settings(timed: Sequence[Candidate]) -> str:
-    return _grouped(timed, lambda one: f"{one.image_size} px, target {one.target}")
+    return _grouped(timed, lambda one: f"{one.image_size and said(one.image_size)} px, target {one.target}")
 
 
 def _teacher(one: Candidate) -> str:
