@@ -114,7 +114,7 @@ class Data(Section):
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels:
                 raise ValueError(
-                    f"{name}: must have a number for each of the {self.channels} channels, got {len(values)}: set data.mean and data.std, "
+                    f"{name}: must have a number for each channel ({self.channels}), got {len(values)}: set data.mean and data.std, "
                     "which compress init measures"
                 )
         if self.channels != 3 and (self.augment.randaugment or self.augment.distort):
@@ -348,7 +348,7 @@ class Recipe(Section):
             for name, values in (("mean", teacher.mean), ("std", teacher.std)):
                 if values is not None and len(values) != self.data.channels:
                     raise ValueError(
-                        f"teacher.{index}.{name}: must have a number for each of the {self.data.channels} channels, got {len(values)}"
+                        f"teacher.{index}.{name}: must have a number for each channel ({self.data.channels}), got {len(values)}"
                     )
         return self
 

@@ -328,7 +328,7 @@ Cut = Callable[[torch.Tensor, Boxes, int], torch.Tensor]
 def test_a_shifted_view_is_exactly_torchvisions_padded_crop(cut: Cut, top: int, left: int) -> None:
     image = photo(32)
     expected = functional.crop(functional.pad(image, [4]), top + 4, left + 4, 32, 32)
-    assert torch.equal(cut(image, boxes(top, left, 32, 32), 32).float(), expected.float())
+    assert torch.equal(cut(image, boxes(top, left, 32, 32), (32, 32)).float(), expected.float())
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 20), (32, 27), (64, 61), (3, 62)])
@@ -368,7 +368,7 @@ def test_a_box_of_a_shrunk_panorama_keeps_a_pixel_of_it() -> None:
 @each_way
 def test_a_mirrored_view_is_the_flipped_view(cut: Cut) -> None:
     image = photo(32)
-    plain, mirrored = (cut(image, boxes(0, 3, 20, 24, mirrored=flag), 32) for flag in (False, True))
+    plain, mirrored = (cut(image, boxes(0, 3, 20, 24, mirrored=flag), (32, 32)) for flag in (False, True))
     assert torch.equal(mirrored, plain.flip(-1))
 
 

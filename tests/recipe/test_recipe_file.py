@@ -227,8 +227,21 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         (HEAD + SOURCE + "seed: 2147483648", "seed: must be < 2147483648, got 2147483648"),
         (HEAD + SOURCE + "targets: null", "targets: must be a mapping of keys to values, got null"),
         (HEAD + SOURCE + "data: {std: [1, 0, 1]}", "data.std: must be > 0 in every channel, got (1.0, 0.0, 1.0)"),
-        (HEAD + SOURCE + "data: {std: [1, 1]}", "data.std.2: missing"),
-        (HEAD + SOURCE + "data: {std: [1, 1, 1, 1]}", "data.std: must have at most 3 entries, got a list of 4"),
+        *(
+            (
+                HEAD + SOURCE + f"data: {given}",
+                f"data.{name}: must have a number for each channel ({channels}), got {got}: set data.mean and data.std, which compress init measures",
+            )
+            for given, name, channels, got in [("{std: [1, 1]}", "std", 3, 2), ("{channels: 1, std: [1]}", "mean", 1, 3)]
+        ),
+        (HEAD + SOURCE + "data: {channels: 2}", "data.channels: unknown value 2; known: 1, 3, 4"),
+        *(
+            (
+                HEAD + SOURCE + f"data: {{image_size: {size}}}",
+                f"data.image_size: must be one whole number of pixels or [height, width], from 8 to 1024 each, got {got}",
+            )
+            for size, got in [("4", "4"), ("1.5", "1.5"), ("big", "'big'"), ("[8, 8, 8]", "a list of 3"), ("[96, -1]", "a list of 2")]
+        ),
     ],
 )  # fmt: skip
 def test_a_mistake_names_its_place_its_value_and_the_repair(tmp_path: Path, text: str, line: str) -> None:
