@@ -12,8 +12,8 @@ from PIL import Image
 from compress.report import summary
 from compress.report.shape import Report
 from compress.report.verdict import deployed_name
-from export.onnx_file.roles import TEACHER
 from export.images.drawing import as_rgb
+from export.onnx_file.roles import TEACHER
 from export.tasks import TASKS
 
 SIDE = 256  # pixels of a picture's longer side

@@ -320,7 +320,7 @@ def photo(side: int) -> torch.Tensor:
 
 
 each_way = pytest.mark.parametrize("cut", [cut_all, cut_each])
-Cut = Callable[[torch.Tensor, Boxes, int], torch.Tensor]
+Cut = Callable[[torch.Tensor, Boxes, tuple[int, int]], torch.Tensor]
 
 
 @each_way

@@ -210,7 +210,7 @@ def test_a_file_for_other_channels_is_refused(tmp_path: Path, images: Tensor) ->
 
 
 def test_a_teacher_of_another_number_of_classes_is_refused(tmp_path: Path) -> None:
-    to_onnx(small(7).eval(), tmp_path / "seven.onnx", image_size=16, metadata={})
+    to_onnx(small(7).eval(), tmp_path / "seven.onnx", shape=(3, 16, 16), metadata={})
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     recipe = read_recipe(tmp_path / "recipe.yaml", [f"out={tmp_path}", f"teacher=onnx:{tmp_path}/seven.onnx"])
     with pytest.raises(CompressError, match=r"teacher onnx:.*\(n, 10\), returned shape \(1, 7\).*`classes`"):
