@@ -283,7 +283,7 @@ def test_the_command_scores_a_bundles_int8_files_on_labelled_images(
     main()
     said = capsys.readouterr().out
     assert "student_fp32" not in said
-    assert "of 5 images" in said
+    assert "on 5 images" in said
     assert "top-1" in said
 
 

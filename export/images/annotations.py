@@ -18,7 +18,7 @@ from export.errors import DataError, first
 from export.images.decode import require_pillow
 from export.images.folders import SUFFIXES, TRAIN, VAL_NAMES, check_folder, is_label
 from export.images.preprocess import Preprocess
-from export.images.read import Examples, content_of, match, read_pixels
+from export.images.read import Examples, file_examples, match
 
 Boxes = NDArray[np.float32]
 """An image's truths (m, 6): class, left, top, right and bottom as fractions of the image, and 1 for a crowd of uncounted objects."""
@@ -97,14 +97,7 @@ def box_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> E
     truths = listing.truths(files)
     real = truths[..., 0] >= 0
     truths[real, 0] = np.array(places, np.float32)[truths[real, 0].astype(int)]
-    return Examples(
-        preprocess,
-        truths,
-        lambda index: read_pixels(data / files[index][0], preprocess),
-        lambda index: content_of(data / files[index][0]),
-        np.arange(len(files)),
-        notes,
-    )
+    return file_examples(data, files, truths, preprocess, notes)
 
 
 def checked(where: str, corners: Sequence[float], size: tuple[float, float]) -> tuple[float, ...] | None:

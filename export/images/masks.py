@@ -12,7 +12,7 @@ from export.errors import DataError, first
 from export.images.decode import DAMAGE, MAX_PIXELS, BrokenImage, require_pillow
 from export.images.folders import SUFFIXES, TRAIN, VAL_NAMES, check_folder, images_in, is_label
 from export.images.preprocess import IGNORED, Preprocess
-from export.images.read import Examples, content_of, read_pixels
+from export.images.read import Examples, file_examples
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -185,13 +185,7 @@ def mask_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> 
             "name them as in labels.txt, in the same order"
         )
     pairs = listing.train if listing.val is None else listing.val
-    return Examples(
-        preprocess,
-        np.stack([_truth(listing, pair, preprocess) for pair in pairs]),
-        lambda index: read_pixels(data / pairs[index][0], preprocess),
-        lambda index: content_of(data / pairs[index][0]),
-        np.arange(len(pairs)),
-    )
+    return file_examples(data, pairs, np.stack([_truth(listing, pair, preprocess) for pair in pairs]), preprocess)
 
 
 def _truth(listing: MaskListing, pair: Pair, preprocess: Preprocess) -> NDArray[np.uint8]:

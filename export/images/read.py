@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from export.errors import DataError, first
 from export.images.decode import BrokenImage, image_of, read_image, require_pillow
-from export.images.folders import File, count, list_folder
+from export.images.folders import count, list_folder
 from export.images.preprocess import Preprocess
 
 Labelled = tuple[NDArray[np.float32], NDArray[Any]]
@@ -95,16 +95,21 @@ def folder_examples(folder: Path, preprocess: Preprocess, labels: Sequence[str])
     listing = list_folder(folder)
     files = listing.train if listing.val is None else listing.val
     places, notes = match(folder, listing.classes, labels)
-    return files_as_examples(folder, [(name, places[label]) for name, label in files], preprocess, notes)
+    truths = np.array([places[label] for _, label in files], np.int64)
+    return file_examples(folder, files, truths, preprocess, notes)
 
 
-def files_as_examples(
-    folder: Path, files: Sequence[File], preprocess: Preprocess, notes: tuple[str, ...] = ()
+def file_examples(
+    folder: Path,
+    files: Sequence[tuple[str, object]],
+    truths: NDArray[Any],
+    preprocess: Preprocess,
+    notes: tuple[str, ...] = (),
 ) -> Examples:
-    """Return files of a folder with their labels."""
+    """Return files of a folder, each the first of its tuple, with their truths."""
     return Examples(
         preprocess,
-        np.array([label for _, label in files], np.int64),
+        truths,
         lambda index: read_pixels(folder / files[index][0], preprocess),
         lambda index: content_of(folder / files[index][0]),
         np.arange(len(files)),

@@ -13,7 +13,7 @@ from export.errors import DataError, first
 from export.images.decode import require_pillow
 from export.images.folders import TRAIN, VAL_NAMES, check_folder, count, images_in, is_label
 from export.images.preprocess import Preprocess
-from export.images.read import Examples, content_of, match, read_pixels
+from export.images.read import Examples, file_examples, match
 
 TABLE = "labels.csv"
 FILE, LABELS = "file", "labels"  # the first line, unless each class has a column
@@ -150,11 +150,4 @@ def table_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) ->
     places, notes = match(data, listing.classes, labels)
     truths = np.zeros((len(files), len(labels)), np.float32)
     truths[:, places] = listing.truths(files)
-    return Examples(
-        preprocess,
-        truths,
-        lambda index: read_pixels(data / files[index][0], preprocess),
-        lambda index: content_of(data / files[index][0]),
-        np.arange(len(files)),
-        notes,
-    )
+    return file_examples(data, files, truths, preprocess, notes)

@@ -5,10 +5,12 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from export.errors import DataError
 from export.images.folders import Listing, image_splits, list_folder
 from export.images.preprocess import Preprocess
-from export.images.read import Examples, files_as_examples, find_examples
+from export.images.read import Examples, file_examples, find_examples
 from export.tasks.classification import CLASSIFICATION
 from export.tasks.task import Metric
 
@@ -25,15 +27,16 @@ def list_images(root: Path) -> Listing:
 
 
 def find_images(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
-    """Find the images of a folder whose class folders are labels, as `compress export-data` writes it, or of any other: `UNKNOWN` ones.
+    """Find the images of a folder, with their labels if its class folders are `labels` (as `compress export-data` writes them), else UNKNOWN.
 
-    Raises DataError where there are none.
+    Raises DataError if there are none.
     """
     with suppress(DataError):
         if data.suffix == ".npz" or set(list_folder(data).classes) <= set(labels):
             return find_examples(data, preprocess, labels)
     listing = list_images(data)
-    return files_as_examples(data, listing.val or listing.train, preprocess)
+    files = listing.val or listing.train
+    return file_examples(data, files, np.full(len(files), UNKNOWN), preprocess)
 
 
 UNLABELLED = replace(
