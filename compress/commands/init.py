@@ -3,9 +3,12 @@
 import resource
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +22,17 @@ from compress.data.teachers import foreign
 from compress.errors import CompressError
 from compress.models.architectures import build
 from compress.models.published import IMAGENET, Published, published
-from compress.models.recognize import Match, recognize
+from compress.models.recognize import Match, channels_of, recognize
 from compress.models.weights import load_weights_, read_state
 from compress.recipe import strict_yaml
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Teaching
 from export.errors import DataError
-from export.images.decode import BrokenImage, describe_broken
+from export.images.decode import RGB, BrokenImage, Pixel, describe_broken
 from export.images.folders import Listing, list_folder
 from export.images.preprocess import Preprocess
 from export.images.read import spread
+from export.images.size import Shape
 from export.onnx_file.targets import host_target
 from export.tasks import TASKS
 
@@ -56,6 +60,8 @@ class Folder:
     listing: Listing | ShardListing
     sides: list[int]  # the shorter side of each opened image
     broken: dict[str, str]
+    stored: Counter[Pixel]  # channels and bits of those opened
+    pixel: Pixel = RGB  # as the network takes them
 
     @property
     def train(self) -> int:
@@ -65,7 +71,7 @@ class Folder:
     def images(self, *, judged: bool = False) -> FileImages:
         """Return the training images, or the validation images if `judged` and there are any."""
         rows = self.listing.val if self.listing.val and (judged or not self.listing.train) else self.listing.train
-        return images_of(self.listing, rows)
+        return replace(images_of(self.listing, rows), pixel=self.pixel)
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,11 @@ class Network:
     score: float | None
     mirrored: float | None
     others: tuple[str, ...] = ()  # further networks that the checkpoint fits
+
+    @property
+    def shape(self) -> Shape:
+        """One image as the network takes it."""
+        return len(self.mean), self.size, self.size
 
     @property
     def flip(self) -> bool:
@@ -106,7 +117,7 @@ def write_draft(
             f"{weights}: none of the networks of torchvision, timm or the CIFAR papers has its {len(state):,} tensors "
             f"({', '.join(list(state)[:3])}, …): name yours with --arch my_file.py:factory --trust-code"
         )
-    folder = look_at(data)
+    folder = as_taken(look_at(data), matches[0].channels, weights)
     if whole and matches[0].classes != len(folder.listing.classes):
         raise CompressError(
             f"{weights}: has {matches[0].classes:,} classes, {data} has {len(folder.listing.classes):,}, and a whole network keeps its "
@@ -114,10 +125,8 @@ def write_draft(
         )
     network = choose(matches, weights, folder, trust_code=trust_code)
     yield from _told(weights, folder, network)
-    model = build(
-        network.arch, num_classes=network.classes, shape=(3, network.size, network.size), trust_code=trust_code
-    )
-    clock = timed(model, network.size)
+    model = build(network.arch, num_classes=network.classes, shape=network.shape, trust_code=trust_code)
+    clock = timed(model, network.shape)
     text = draft(weights, data, out.stem, folder, network, latency_ms=latency_ms, trust_code=trust_code)
     out.write_text(text, encoding="utf-8")
     read_recipe(out)  # check that it can be read
@@ -159,18 +168,36 @@ def look_at(data: Path) -> Folder:
     found = shards_in(data, SEEN)
     listing = list_folder(data) if found is None else found.listing
     assert isinstance(listing, Listing | ShardListing)
-    sides, broken = list[int](), dict[str, str]()
-    images = Folder(listing, sides, broken).images()
+    sides, broken, stored = list[int](), dict[str, str](), Counter[Pixel]()
+    folder = Folder(listing, sides, broken, stored)
+    images = folder.images()
     for index in spread(len(images), LOOKED_AT):
         try:
             sides.append(min(images.whole(index).size))
+            stored[images.stored(index) or RGB] += 1
         except BrokenImage as error:
             broken[images.name(index)] = str(error)
     if not sides:
         raise CompressError(
             f"{data}: none of the {LOOKED_AT} images opened can be read ({next(iter(broken.values()))})"
         )
-    return Folder(listing, sides, broken)
+    return folder
+
+
+def as_taken(folder: Folder, channels: int, weights: str) -> Folder:
+    """Return the folder with its images as a network of so many channels takes them.
+
+    Raises CompressError if they have others. Three are made of any image.
+    """
+    ((most, _),) = folder.stored.most_common(1)
+    if channels == 3:
+        return folder
+    if most.channels != channels or (channels == 4 and most.bits == 16):
+        raise CompressError(
+            f"{folder.listing.root}: most images have {most}, and {weights} takes {channels} channel{'s' * (channels > 1)}: give images or "
+            "weights of the other's kind"
+        )
+    return replace(folder, pixel=most)
 
 
 def _given(arch: str, state: dict[str, Tensor]) -> Match:
@@ -180,7 +207,7 @@ def _given(arch: str, state: dict[str, Tensor]) -> Match:
         for name, tensor in state.items()
         if tensor.ndim > 1 and f"{name.rpartition('.')[0]}.bias" in state
     ]
-    return Match(arch, classes[-1] if classes else next(reversed(state.values())).shape[0])
+    return Match(arch, classes[-1] if classes else next(reversed(state.values())).shape[0], channels_of(state))
 
 
 def choose(matches: Sequence[Match], weights: str, folder: Folder, *, trust_code: bool) -> Network:
@@ -188,7 +215,9 @@ def choose(matches: Sequence[Match], weights: str, folder: Folder, *, trust_code
     tried = list[Network]()
     for match in matches:
         same = match.classes == len(folder.listing.classes)
-        model = build(match.arch, num_classes=match.classes, trust_code=trust_code)
+        known = published(match.arch) or Published(224, 1.0, IMAGENET)
+        shape = None if match.channels == 3 else (match.channels, known.size, known.size)
+        model = build(match.arch, num_classes=match.classes, shape=shape, trust_code=trust_code)
         if foreign(match.arch) is None:
             load_weights_(model, match.arch, weights, reset_head=False)
         for prepared in _preparations(match.arch, folder):
@@ -204,7 +233,7 @@ def choose(matches: Sequence[Match], weights: str, folder: Folder, *, trust_code
 def _preparations(arch: str, folder: Folder) -> Iterator[Published]:
     """Yield the preprocessing that the network's library publishes, then other normalizations at the images' size."""
     known = published(arch)
-    if known is not None:
+    if known is not None and folder.pixel == RGB:
         yield known
     if known is not None and foreign(arch):
         for normalize in (IMAGENET, HALVES, NONE, BYTES):
@@ -212,14 +241,38 @@ def _preparations(arch: str, folder: Folder) -> Iterator[Published]:
         return
     side = min(int(statistics.median(folder.sides)), known.size if known else 224)
     size = max(32, side // 32 * 32)
-    for normalize in (IMAGENET, HALVES, NONE):
+    tried: Sequence[tuple[tuple[float, ...], tuple[float, ...]]] = (IMAGENET, HALVES, NONE)
+    if folder.pixel != RGB:
+        n = folder.pixel.channels
+        tried = (measured(folder, size), ((0.5,) * n, (0.5,) * n), ((0.0,) * n, (1.0,) * n))
+    for normalize in tried:
         yield Published(size, 1.0, normalize)
+
+
+def measured(folder: Folder, size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel over some images, for pixels in [0, 1]."""
+    preprocess = Preprocess(
+        (size, size),
+        (size, size),
+        (0.0,) * folder.pixel.channels,
+        (1.0,) * folder.pixel.channels,
+        bits=folder.pixel.bits,
+    )
+    images, found = folder.images(), list[Any]()
+    for index in spread(len(images), LOOKED_AT):
+        with suppress(BrokenImage):
+            found.append(preprocess.normalize(preprocess.pixels(images.whole(index))[None])[0])
+    values = np.stack(found).transpose(1, 0, 2, 3).reshape(folder.pixel.channels, -1)
+    mean, std = (tuple(float(f"{one:.3g}") for one in part) for part in (values.mean(1), values.std(1)))
+    return mean, tuple(max(one, 0.001) for one in std)
 
 
 def _scores(model: nn.Module, prepared: Published, folder: Folder) -> tuple[float, float]:
     """Return the network's accuracy on some validation images, and on their mirror images."""
     judging = folder.images(judged=True)
-    preprocess = Preprocess((prepared.size,) * 2, (round(prepared.size * prepared.resize),) * 2, *prepared.normalize)
+    preprocess = Preprocess(
+        (prepared.size,) * 2, (round(prepared.size * prepared.resize),) * 2, *prepared.normalize, bits=folder.pixel.bits
+    )
     right, seen = np.zeros(2), 0
     for index in spread(len(judging), JUDGED):
         try:
@@ -243,10 +296,10 @@ class Clock:
     step: float
 
 
-def timed(model: nn.Module, size: int) -> Clock:
+def timed(model: nn.Module, shape: Shape) -> Clock:
     """Time a few steps."""
     model = model.train().to(memory_format=torch.channels_last)
-    images = torch.randn(STEP, 3, size, size).to(memory_format=torch.channels_last)
+    images = torch.randn(STEP, *shape).to(memory_format=torch.channels_last)
     forward, step = list[float](), list[float]()
     for _ in range(STEPS):
         start = time.perf_counter()
@@ -298,6 +351,11 @@ def draft(
         "data:",
         "  dataset: imagefolder",
         f"  {quoted[0]}",
+        *(
+            [f"  channels: {len(network.mean)}  # {folder.pixel.bits} bits, as the files have"]
+            if len(network.mean) != 3
+            else []
+        ),
         f"  image_size: {network.size}",
         f"  resize: {network.resize:.4g}  # resize the shorter side to this times image_size, then crop the centre",
         f"  mean: [{', '.join(f'{value:g}' for value in network.mean)}]",
@@ -344,6 +402,12 @@ def _told(weights: str, folder: Folder, network: Network) -> Iterator[str]:
         f"images   {listing.root}: {len(listing.classes):,} classes, {len(listing.train):,} images ({held}), "
         f"{counts.min():,} to {counts.max():,} a class, shorter sides {min(folder.sides)} to {max(folder.sides)} pixels"
     )
+    if folder.stored.most_common(1)[0][0].channels != 3 or folder.pixel != RGB:
+        kinds = ", ".join(f"{number:,} of {pixel}" for pixel, number in folder.stored.most_common())
+        taken = (
+            "read as colours of 8 bits, as the weights take them" if folder.pixel == RGB else f"read as {folder.pixel}"
+        )
+        yield f"         opened: {kinds}; {taken}"
     if counts.max() > 10 * counts.min():
         yield "         the classes are imbalanced: read the report's table of classes, and set targets.max_class_drop"
     if folder.broken:

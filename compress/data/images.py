@@ -25,8 +25,8 @@ from export.images.decode import (
     describe_broken,
     image_of,
     read_area,
-    read_bits,
     read_image,
+    read_pixel,
     resize,
     values_of,
 )
@@ -115,9 +115,9 @@ class FileImages:
         """Return an image's height times its width in pixels, 0 where its header cannot be read."""
         return read_area(self.root / self.name(index))
 
-    def bits(self, index: int) -> int | None:
-        """Return an image's bits in a channel, None where its header cannot be read."""
-        return read_bits(self.root / self.name(index))
+    def stored(self, index: int) -> Pixel | None:
+        """Return a file's channels and bits, None where its header cannot be read."""
+        return read_pixel(self.root / self.name(index))
 
     def report_broken(self, found: dict[int, str]) -> None:
         """Log newly found broken images (reasons by index) if they are to be skipped, else raise DataError."""
@@ -155,9 +155,9 @@ class ShardImages(FileImages):
         """Return an image's height times its width in pixels, 0 where its header cannot be read."""
         return read_area(io.BytesIO(self.content(index)))
 
-    def bits(self, index: int) -> int | None:
-        """Return an image's bits in a channel, None where its header cannot be read."""
-        return read_bits(io.BytesIO(self.content(index)))
+    def stored(self, index: int) -> Pixel | None:
+        """Return a file's channels and bits, None where its header cannot be read."""
+        return read_pixel(io.BytesIO(self.content(index)))
 
 
 @dataclass(frozen=True)
@@ -246,8 +246,8 @@ def with_pixels(train: Lazy, val: Lazy, preprocess: Preprocess) -> tuple[tuple[L
     Three channels are made of any image, 8 bits of each. Raises DataError for a named data set of other channels.
     """
     if isinstance(train, FileImages) and len(preprocess.mean) == 1:
-        bits = next((bits for index in range(len(train)) if (bits := train.bits(index))), 8)
-        preprocess = replace(preprocess, bits=bits)
+        first = next((found for index in range(len(train)) if (found := train.stored(index))), RGB)
+        preprocess = replace(preprocess, bits=first.bits)
     return (_with_pixel(train, preprocess.pixel), _with_pixel(val, preprocess.pixel)), preprocess
 
 

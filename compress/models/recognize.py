@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compress.models.architectures import build
+from compress.models.architectures import build, with_channels
 from compress.models.known import libraries
 
 COUNTER = "num_batches_tracked"  # missing in old files
@@ -15,10 +15,11 @@ MOST = 12  # matches to return; up to 40 networks have the same tensors' names
 
 
 class Match(NamedTuple):
-    """A network that a checkpoint fits, and the checkpoint's number of classes."""
+    """A network that a checkpoint fits, and the checkpoint's number of classes and of the images' channels."""
 
     arch: str
     classes: int
+    channels: int = 3
 
 
 def fingerprint(names: Iterable[str]) -> str:
@@ -41,14 +42,21 @@ def recognize(state: Mapping[str, Tensor]) -> list[Match]:
     ]
     alike.sort(key=lambda arch: (arch.startswith("timm:"), len(arch), arch))
     found = [(arch, _classes(arch, state)) for arch in alike]
-    return [Match(arch, classes) for arch, classes in found if classes is not None][:MOST]
+    return [Match(arch, classes, channels_of(state)) for arch, classes in found if classes is not None][:MOST]
+
+
+def channels_of(state: Mapping[str, Tensor]) -> int:
+    """Return the channels of the images that a checkpoint takes, from its first convolution."""
+    first = next((tensor for tensor in state.values() if tensor.ndim == 4), None)
+    return first.shape[1] if first is not None and first.shape[1] in (1, 4) else 3
 
 
 def _classes(arch: str, state: Mapping[str, Tensor]) -> int | None:
     """Return the number of classes with which the network fits the state, None where none does."""
     built = 1000
     with torch.device("meta"):
-        own = {name: tensor.shape for name, tensor in build(arch, num_classes=built).state_dict().items()}
+        network = with_channels(build(arch, num_classes=built), channels_of(state))
+        own = {name: tensor.shape for name, tensor in network.state_dict().items()}
     other = {name: state[name].shape for name in own if name in state and state[name].shape != own[name]}
     sizes = {shape[0] for shape in other.values() if len(shape)}
     if not other:

@@ -18,7 +18,7 @@ from compress.report.distribution import own_distribution
 from compress.report.html import render
 from compress.report.shape import Report
 from export.bundle.inside import SUMS, contained, read_sums
-from export.bundle.read import VALIDATION, read_bundle
+from export.bundle.read import VALIDATION, preprocess_of, read_bundle
 from export.bundle.write import Contents, in_one_step
 from export.command.files import json_text
 from export.images.size import Written, size_of
@@ -60,7 +60,8 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
         "NOTICE": notice(recipe, name),
     }
     further: dict[str, bytes] = {}
-    if any(section.stage == "export" and section.uint8_input for section in recipe.stages):
+    bits = preprocess_of(preprocess).bits
+    if bits == 8 and any(section.stage == "export" and section.uint8_input for section in recipe.stages):
         pixels = with_uint8_input(onnx.load(files[serving.served]), preprocess)
         further = answering_repository(name, TASKS[recipe.task].finish(pixels), unlike=facts)
     return Contents(

@@ -104,13 +104,13 @@ def read_area(path: Path | BytesIO) -> int:
         return 0
 
 
-def read_bits(path: Path | BytesIO) -> int | None:
-    """Return an image's bits per channel from its header, None if it has none."""
+def read_pixel(path: Path | BytesIO) -> Pixel | None:
+    """Return an image's channels and bits from its header, None if it has none."""
     from PIL import Image
 
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return _bits(image)
+            return _pixel(image)
     except (*DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning):
         return None
 
@@ -156,19 +156,20 @@ def _rgb(image: "Image.Image") -> "Image.Image":
     return image.convert("RGB")
 
 
-def _bits(image: "Image.Image") -> int:
-    """Return the file's bits per channel, of which Pillow drops half for 16-bit colours."""
-    tiles = getattr(image, "tile", ())
-    return 16 if image.mode in WIDE or (image.format == "PNG" and any(";16" in str(tile[3]) for tile in tiles)) else 8
+def _pixel(image: "Image.Image") -> Pixel:
+    """Return an opened file's channels and bits; of 16-bit colours Pillow drops half."""
+    tiles = getattr(image, "tile", ()) if image.format == "PNG" else ()
+    wide = image.mode in WIDE or any(";16" in str(tile[3]) for tile in tiles)
+    channels = next((n for n, modes in CHANNELS.items() if image.mode in modes), len(image.getbands()))
+    return Pixel(channels, 16 if wide else 8)
 
 
 def _as_stored(image: "Image.Image", pixel: Pixel) -> "Image.Image":
     """Return an opened image whose file has these channels and bits."""
-    channels = next((n for n, modes in CHANNELS.items() if image.mode in modes), len(image.getbands()))
-    found = Pixel(channels, _bits(image))
+    found = _pixel(image)
     if found != pixel:
         why = "; Pillow reads 8 bits of 16-bit colours: save it with 8" if found == (pixel.channels, 16) else ""
-        raise BrokenImage(f"has {found}, not {pixel}{why if channels > 1 else ''}")
+        raise BrokenImage(f"has {found}, not {pixel}{why if found.channels > 1 else ''}")
     return image.convert({(1, 8): "L", (1, 16): "I", (4, 8): "RGBA"}[pixel])
 
 

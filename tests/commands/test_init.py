@@ -175,3 +175,44 @@ def test_shards_become_the_recipe_of_their_folder(
         texts.append(out.read_text())
         out.unlink()
     assert texts[0] == texts[1].replace("shards", "data")
+
+
+def write_depths(folder: Path) -> None:
+    """Write class folders of depths, grey of 16 bits."""
+    for label, name in enumerate(("near", "far")):
+        (folder / name).mkdir(parents=True)
+        for index in range(6):
+            values = np.random.default_rng(10 * label + index).integers(
+                20_000 * label, 20_000 * label + 9_000, (32, 40)
+            )
+            Image.fromarray(values.astype(np.uint16)).save(folder / name / f"{index}.png")
+
+
+def test_depths_under_weights_of_one_channel_are_measured_and_kept_in_sixteen_bits(tmp_path: Path) -> None:
+    write_depths(tmp_path / "depths")
+    torch.save(build("cifar:resnet8", num_classes=2, shape=(1, 32, 32)).state_dict(), tmp_path / "grey.pt")
+    out = tmp_path / "mine.yaml"
+    lines = write_draft(
+        str(tmp_path / "grey.pt"), tmp_path / "depths", out, arch=None, latency_ms=None, trust_code=False
+    )
+    told = "\n".join(lines)
+    data = read_recipe(out).data
+    assert data.channels == 1
+    assert "opened: 12 of 1 channel of 16 bits; read as 1 channel of 16 bits" in told
+    if data.mean[0] not in (0.5, 0.0):
+        assert data.mean[0] == pytest.approx(14_500 / 65_535, abs=0.01)  # 4,500 and 24,500
+
+
+def test_depths_under_weights_for_colours_are_read_as_colours_and_that_is_said(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    write_depths(tmp_path / "depths")
+    out = tmp_path / "mine.yaml"
+    words = {"arch": None, "latency_ms": None, "trust_code": False}
+    told = "\n".join(write_draft(str(checkpoint), tmp_path / "depths", out, **words))  # type: ignore[arg-type]
+    assert "opened: 12 of 1 channel of 16 bits; read as colours of 8 bits, as the weights take them" in told
+    assert read_recipe(out).data.channels == 3
+    write_classes(tmp_path / "colours", classes=("cat", "dog"))
+    torch.save(build("cifar:resnet8", num_classes=2, shape=(1, 32, 32)).state_dict(), tmp_path / "grey.pt")
+    with pytest.raises(CompressError, match=r"most images have 3 channels of 8 bits, and .*grey\.pt takes 1 channel"):
+        list(write_draft(str(tmp_path / "grey.pt"), tmp_path / "colours", tmp_path / "b.yaml", **words))  # type: ignore[arg-type]

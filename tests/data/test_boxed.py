@@ -31,19 +31,22 @@ def settings(folder: Path, *, name: str = "scenes", path: Path | None = None) ->
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("size", [[32, 32], [24, 40]])
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_boxes_move_as_torchvisions_do(mirrored: bool) -> None:
-    """A crop of a 40 x 50 image, resized to 32 x 32 and mirrored: by torchvision's transforms of its own boxes."""
+def test_boxes_move_as_torchvisions_do(mirrored: bool, size: list[int]) -> None:
+    """A crop of a 40 x 50 image, resized and mirrored: by torchvision's transforms of its own boxes."""
     pixels = torch.tensor([[6.0, 8, 30, 24], [12, 4, 48, 38], [0, 0, 9, 7]])
     expected = BoundingBoxes(pixels, format=BoundingBoxFormat.XYXY, canvas_size=(40, 50))
-    expected = F.resize(F.crop(expected, 4, 8, 30, 36), [32, 32])
+    expected = F.resize(F.crop(expected, 4, 8, 30, 36), size)
     expected = F.horizontal_flip(expected) if mirrored else expected
-    inside = v2.ClampBoundingBoxes()(expected) / 32
+    inside = v2.ClampBoundingBoxes()(expected) / torch.tensor(size[::-1] * 2)
     boxes = torch.cat([torch.arange(3.0)[:, None], pixels / torch.tensor([50, 40, 50, 40]), torch.zeros(3, 1)], dim=1)
     frame = Stored(torch.empty(1, 3, 2000), torch.tensor([[40, 50]]), torch.tensor([[40, 50]]))
     top, left, height, width = (torch.tensor([float(one)]) for one in (4, 8, 30, 36))
     view = Boxes(top, left, height, width, torch.tensor([mirrored]))
-    found = PlacedBoxes(boxes[None], None, (None, frame)).seen(torch.tensor([0]), view, (32, 32), whole=True)[0]
+    found = PlacedBoxes(boxes[None], None, (None, frame)).seen(torch.tensor([0]), view, (size[0], size[1]), whole=True)[
+        0
+    ]
     assert found[:, 0].tolist() == [0, 1, -1]  # the middle of the last one is not in the view
     assert torch.allclose(found[:2, 1:5], inside.as_subclass(torch.Tensor)[:2], atol=1e-6)
 

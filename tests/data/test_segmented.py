@@ -103,6 +103,22 @@ def test_the_cut_of_a_mask_is_that_of_its_image() -> None:
     assert torch.equal((images > 127)[sure], (masks == 1)[sure])
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("crop", ["none", "pad", "random_resized"])
+def test_masks_follow_their_images_into_a_size_that_is_no_square(
+    root: Path, crop: str, in_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not in_memory:
+        monkeypatch.setattr(dataset_module, "MEMORY_BYTES", 0)
+    data = opened(root, crop=crop, image_size=(12, 18))
+    images, masks = batch_of(data, crop=crop, min_area=0.5)[:2]
+    pixels = (images * 255).round().numpy().transpose(0, 2, 3, 1)
+    inside = masks.numpy() != IGNORED
+    assert (pixels.shape, masks.shape) == ((4, 12, 18, 3), (4, 12, 18))
+    assert ((pixels.sum(-1) > 0) == inside).mean() > 0.99
+    assert (mask_of(pixels) == masks.numpy())[inside].mean() > 0.85
+
+
 def test_validation_masks_are_what_the_files_hold(root: Path) -> None:
     data = opened(root, image_size=(20, 20))
     (batch,) = eval_batches(data.val, data.preprocess, batch_size=9, device=torch.device("cpu"), workers=0)

@@ -152,3 +152,22 @@ def test_a_model_of_another_size_than_the_images_is_refused(size: int) -> None:
 def test_a_model_that_takes_bytes_already_is_refused() -> None:
     with pytest.raises(BundleError, match="got UINT8"):
         with_uint8_input(with_uint8_input(classifier(), PREPROCESS), PREPROCESS)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels_and_sizes_take_bytes_too(channels: int) -> None:
+    preprocess = Preprocess((10, 14), (10, 14), (0.4,) * channels, (0.3,) * channels)
+    weights = np.random.default_rng(2).standard_normal((5, channels, 3, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["input", "w"], ["c"]),
+        helper.make_node("GlobalAveragePool", ["c"], ["g"]),
+        helper.make_node("Flatten", ["g"], ["logits"]),
+    ]
+    model = model_of(nodes, {"w": weights}, shape=(channels, 10, 14), classes=5)
+    pixels = np.random.default_rng(3).integers(0, 256, (3, 10, 14, channels), dtype=np.uint8)
+    plain, bytes_in = (
+        onnxruntime.InferenceSession(one.SerializeToString())
+        for one in (model, with_uint8_input(model, preprocess.to_json()))
+    )
+    expected = plain.run(None, {"input": preprocess.normalize(pixels)})[0]
+    np.testing.assert_allclose(bytes_in.run(None, {"pixels": pixels})[0], expected, rtol=1e-5)
