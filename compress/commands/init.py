@@ -245,8 +245,8 @@ def _preparations(arch: str, folder: Folder) -> Iterator[Published]:
     if folder.pixel != RGB:
         n = folder.pixel.channels
         tried = (measured(folder, size), ((0.5,) * n, (0.5,) * n), ((0.0,) * n, (1.0,) * n))
-    for normalize in tried:
-        yield Published(size, 1.0, normalize)
+    for pair in tried:
+        yield Published(size, 1.0, pair)
 
 
 def measured(folder: Folder, size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
