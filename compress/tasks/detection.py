@@ -32,9 +32,15 @@ def detection_loss(outputs: Tensor, truths: Tensor, *, label_smoothing: float) -
     values = outputs.float()
     kind = int(values[0, 0, -READS])
     logits, moves = values[..., : -MOVES - READS], values[..., -MOVES - READS : -READS]
-    anchors = list(box_convert(values[..., 1 - READS :].detach() * PIXELS, "cxcywh", "xyxy"))
+    constants = values[..., 1 - READS :].detach()
+    scale = torch.full((4,), PIXELS, device=values.device)
+    if (
+        kind == CENTRED
+    ):  # compares lengths in x and y: its anchors are square in pixels, so these tell the image's proportions
+        scale[::2] *= constants[0, 0, 3] / constants[0, 0, 2]
+    anchors = list(box_convert(constants * scale, "cxcywh", "xyxy"))
     found = {"cls_logits": logits, "bbox_regression": moves}
-    targets = [_target(boxes) for boxes in truths]
+    targets = [_target(boxes, scale) for boxes in truths]
     if kind == CENTRED:
         return _centred(targets, found, anchors)
     coder = BoxCoder((WEIGHTS[kind][0],) * 2 + (WEIGHTS[kind][1],) * 2)
@@ -53,10 +59,10 @@ def detection_loss(outputs: Tensor, truths: Tensor, *, label_smoothing: float) -
     return total
 
 
-def _target(boxes: Tensor) -> dict[str, Tensor]:
-    """Return one image's truths as torchvision wants them, without crowds; labels count from 1."""
+def _target(boxes: Tensor, scale: Tensor | float = PIXELS) -> dict[str, Tensor]:
+    """Return one image's truths as torchvision wants them, in lengths of `scale` (4,) or pixels, without crowds; labels count from 1."""
     real = boxes[(boxes[:, 0] >= 0) & (boxes[:, 5] == 0)]
-    return {"boxes": real[:, 1:5] * PIXELS, "labels": real[:, 0].long() + 1}
+    return {"boxes": real[:, 1:5] * scale, "labels": real[:, 0].long() + 1}
 
 
 def _matched(matcher: Matcher, boxes: Tensor, anchors: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from export.tasks.boxes import DETECTIONS, LEAST_SCORE, MOST_OVERLAP, NONE, deco
 from export.tasks.detection import DETECTION, truths, truths_json
 from export.tasks.task import Array
 
-CLASSES, SIZE = 3, 96
+CLASSES, SIZE, WIDTH = 3, 96, 160
 PIXELS = 1000.0  # of the side of an image in COCO's files here
 
 
@@ -55,12 +55,12 @@ def network(request: pytest.FixtureRequest) -> tuple[Any, Detector, Tensor]:
             ] = -50.0  # torchvision takes column 0 for a class, too, where each stands alone
     their.score_thresh, their.nms_thresh, their.detections_per_img = LEAST_SCORE, MOST_OVERLAP, DETECTIONS
     assert isinstance(mine, Detector)
-    return their, mine, torch.rand(2, 3, SIZE, SIZE)
+    return their, mine, torch.rand(2, 3, SIZE, WIDTH)
 
 
 def parts(their: Any, images: Tensor) -> tuple[dict[str, Tensor], list[Tensor], list[int]]:
     features = list(their.backbone(images).values())
-    sizes = [(SIZE, SIZE)] * len(images)
+    sizes = [(SIZE, WIDTH)] * len(images)
     found = their.head(features)
     anchors = their.anchor_generator(ImageList(images, sizes), features)
     levels = [
@@ -77,17 +77,19 @@ def test_decoded_boxes_are_torchvisions(network: tuple[Any, Detector, Tensor]) -
     with torch.no_grad():
         found, anchors, levels = parts(their, images)
         if hasattr(their, "neg_to_pos_ratio"):  # SSD
-            expected = their.postprocess_detections(found, anchors, [(SIZE, SIZE)] * 2)
+            expected = their.postprocess_detections(found, anchors, [(SIZE, WIDTH)] * 2)
         else:
             by_level = {key: list(value.split(levels, dim=1)) for key, value in found.items()}
             split = [list(one.split(levels)) for one in anchors]
-            expected = their.postprocess_detections(by_level, split, [(SIZE, SIZE)] * 2)
+            expected = their.postprocess_detections(by_level, split, [(SIZE, WIDTH)] * 2)
         answers = decode(mine(images).numpy())
     for answer, wanted in zip(answers, expected, strict=True):
         boxes = answer[answer[:, 0] != NONE]
         assert len(boxes) == len(wanted["scores"]) > 5
         assert np.allclose(boxes[:, 1], wanted["scores"].numpy(), atol=1e-6)
-        its = np.column_stack([wanted["labels"].numpy() - 1, wanted["scores"].numpy(), wanted["boxes"].numpy() / SIZE])
+        its = np.column_stack(
+            [wanted["labels"].numpy() - 1, wanted["scores"].numpy(), wanted["boxes"].numpy() / ((WIDTH, SIZE) * 2)]
+        )
         apart = np.abs(boxes[:, None] - its).max(axis=2)  # nearly equal scores may stand in another order
         assert (apart.min(axis=1) < 1e-5).all()
 
@@ -98,7 +100,7 @@ def test_the_loss_is_torchvisions(network: tuple[Any, Detector, Tensor]) -> None
     labels = [[1, 3], [2]]
     targets = [{"boxes": torch.tensor(b), "labels": torch.tensor(c)} for b, c in zip(boxes, labels, strict=True)]
     truth = torch.tensor([[[0, *boxes[0][0], 0], [2, *boxes[0][1], 0]], [[1, *boxes[1][0], 0], [NONE, 0, 0, 0, 0, 0]]])
-    truth = truth.float() / torch.tensor([1, SIZE, SIZE, SIZE, SIZE, 1])
+    truth = truth.float() / torch.tensor([1, WIDTH, SIZE, WIDTH, SIZE, 1])
     with torch.no_grad():
         found, anchors, levels = parts(their, images)
         if hasattr(their, "neg_to_pos_ratio"):
