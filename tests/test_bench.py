@@ -87,11 +87,12 @@ def test_precision_is_read_from_the_graph(files: dict[str, Path]) -> None:
     assert [inspect(path).precision for path in files.values()] == ["fp32", "fp32", "fp16"]
 
 
-def test_a_file_without_an_image_input_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("place", "size"), [(1, 2), (2, 0), (3, 5000)])
+def test_a_file_without_an_image_input_is_refused(tmp_path: Path, place: int, size: int) -> None:
     model = classifier()
-    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 2
+    model.graph.input[0].type.tensor_type.shape.dim[place].dim_value = size
     with pytest.raises(BundleError, match=r"input: must be \(batch, 1, 3 or 4 channels, height, width\)"):
-        inspect(save(model, tmp_path / "two_channels.onnx"))
+        inspect(save(model, tmp_path / "odd.onnx"))
 
 
 # Accuracy

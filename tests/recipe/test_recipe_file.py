@@ -234,7 +234,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
             )
             for given, name, channels, got in [("{std: [1, 1]}", "std", 3, 2), ("{channels: 1, std: [1]}", "mean", 1, 3)]
         ),
-        (HEAD + SOURCE + "data: {channels: 2}", "data.channels: unknown value 2; known: 1, 3, 4"),
+        (HEAD + SOURCE + "data: {channels: 2}", "data.channels: must be 1, 3 or 4, got 2"),
         *(
             (
                 HEAD + SOURCE + f"data: {{image_size: {size}}}",
