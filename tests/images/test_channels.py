@@ -1,5 +1,6 @@
 """Images of one and four channels, of 16 bits, and of sizes that are no squares: read, resized, cropped, normalized."""
 
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_a_size_that_is_no_square_is_covered_and_cropped(height: int, width: int
     [GREY16, FOUR, Preprocess((8, 8), (9, 9), (0.5,), (0.2,)), Preprocess((4, 6), (5, 7), (0.1,) * 3, (0.2,) * 3)],
 )
 def test_what_a_bundle_says_is_read_back(preprocess: Preprocess) -> None:
-    assert preprocess_of(preprocess.to_json()) == preprocess
+    assert preprocess_of(json.loads(json.dumps(preprocess.to_json()))) == preprocess
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,6 @@ def test_what_a_bundle_says_is_read_back(preprocess: Preprocess) -> None:
             FOUR,
             r"has 4 channels of 16 bits, not 4 channels of 8 bits; Pillow reads 8 bits of 16-bit colours: save it with 8",
         ),
-        (4, 2, GREY16, r"has 2 channels of 16 bits, not 1 channel of 16 bits"),
         (0, 1, FOUR, r"has 1 channel of 16 bits, not 4 channels of 8 bits"),
     ],
 )
