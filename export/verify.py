@@ -37,7 +37,7 @@ from export.tasks.task import Array, Metric, OutputTask
 
 Floats = NDArray[np.float32]
 Reference = Callable[[Floats], Mapping[str, Floats]]
-"""Images (n, 3, s, s) to `logits` and the float values of quantized tensors, by the quantizer's module path."""
+"""Images (n, c, h, w) to `logits` and the float values of quantized tensors, by the quantizer's module path."""
 
 CHUNK = 8  # images per run; the tensors of a ResNet-50 at 224 pixels take 44 MB per image
 

@@ -111,7 +111,7 @@ def write_draft(
     refuse_other_tasks(data, weights)
     whole = brought_by(weights)
     state = read_state(weights) if whole is None else {}
-    matches = [_whole(whole)] if whole else [_given(arch, state)] if arch else recognize(state)
+    matches = [_whole(whole)] if whole else [_given(arch, state, trust_code=trust_code)] if arch else recognize(state)
     if not matches:
         raise CompressError(
             f"{weights}: none of the networks of torchvision, timm or the CIFAR papers has its {len(state):,} tensors "
@@ -200,14 +200,15 @@ def as_taken(folder: Folder, channels: int, weights: str) -> Folder:
     return replace(folder, pixel=most)
 
 
-def _given(arch: str, state: dict[str, Tensor]) -> Match:
-    """Return a named network with the checkpoint's number of classes, taken from its last layer."""
+def _given(arch: str, state: dict[str, Tensor], *, trust_code: bool) -> Match:
+    """Return a named network with the checkpoint's number of classes, from its last layer, and channels, from its first."""
     classes = [
         tensor.shape[0]
         for name, tensor in state.items()
         if tensor.ndim > 1 and f"{name.rpartition('.')[0]}.bias" in state
     ]
-    return Match(arch, classes[-1] if classes else next(reversed(state.values())).shape[0], channels_of(state))
+    number = classes[-1] if classes else next(reversed(state.values())).shape[0]
+    return Match(arch, number, channels_of(build(arch, num_classes=number, trust_code=trust_code), state))
 
 
 def choose(matches: Sequence[Match], weights: str, folder: Folder, *, trust_code: bool) -> Network:

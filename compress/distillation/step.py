@@ -89,7 +89,7 @@ class Learner(nn.Module):
         self._tapped, self._layers = tapped, tuple(layers)
 
     def forward(self, images: Tensor) -> StudentOutput | Tensor:
-        """Run the student on images (batch, 3, height, width)."""
+        """Run the student on images (batch, channels, height, width)."""
         if not self.training:
             return self.student(images)  # type: ignore[no-any-return]
         output, found = self._tapped(images)
@@ -141,7 +141,7 @@ def distillation(
 ) -> tuple[Learner, Step]:
     """Return the learner to train and its step.
 
-    `images` (1, 3, s, s), on the student's device, are run once to find the features' shapes; `seed` initializes the
+    `images` (1, c, h, w), on the student's device, are run once to find the features' shapes; `seed` initializes the
     adapters. Raises ModelError for a layer that the student does not have, and CompressError where a loss cannot use a
     layer's output.
     """

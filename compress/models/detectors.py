@@ -44,7 +44,7 @@ class Detector(nn.Module):
         ]  # in a list, so that it does not become a submodule; it has no weights
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return each anchor's row for images (n, 3, size, size)."""
+        """Return each anchor's row for images (n, c, height, width)."""
         features: list[Tensor] = list(self.backbone(images).values())
         found: dict[str, Tensor] = self.head(features)
         logits, moves = found["cls_logits"], found["bbox_regression"]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.models.architectures import build, with_channels
 from compress.models.known import libraries
@@ -41,26 +41,28 @@ def recognize(state: Mapping[str, Tensor]) -> list[Match]:
         if own == wanted
     ]
     alike.sort(key=lambda arch: (arch.startswith("timm:"), len(arch), arch))
-    found = [(arch, _classes(arch, state)) for arch in alike]
-    return [Match(arch, classes, channels_of(state)) for arch, classes in found if classes is not None][:MOST]
+    return [match for match in (_match(arch, state) for arch in alike) if match is not None][:MOST]
 
 
-def channels_of(state: Mapping[str, Tensor]) -> int:
-    """Return the channels of the images that a checkpoint takes, from its first convolution."""
-    first = next((tensor for tensor in state.values() if tensor.ndim == 4), None)
-    return first.shape[1] if first is not None and first.shape[1] in (1, 4) else 3
+def channels_of(network: nn.Module, state: Mapping[str, Tensor]) -> int:
+    """Return the channels of the images that a network's weights take, from its first convolution."""
+    first = next((name for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)), "")
+    weight = state.get(f"{first}.weight")
+    return weight.shape[1] if weight is not None and weight.shape[1] in (1, 4) else 3
 
 
-def _classes(arch: str, state: Mapping[str, Tensor]) -> int | None:
-    """Return the number of classes with which the network fits the state, None where none does."""
+def _match(arch: str, state: Mapping[str, Tensor]) -> Match | None:
+    """Return the network with the number of classes and channels with which it fits the state, None where none does."""
     built = 1000
     with torch.device("meta"):
-        network = with_channels(build(arch, num_classes=built), channels_of(state))
+        network = build(arch, num_classes=built)
+        channels = channels_of(network, state)
+        network = with_channels(network, channels)
         own = {name: tensor.shape for name, tensor in network.state_dict().items()}
     other = {name: state[name].shape for name in own if name in state and state[name].shape != own[name]}
     sizes = {shape[0] for shape in other.values() if len(shape)}
     if not other:
-        return built
+        return Match(arch, built, channels)
     if len(sizes) > 1 or any(own[name][0] != built or shape[1:] != own[name][1:] for name, shape in other.items()):
         return None
-    return sizes.pop()
+    return Match(arch, sizes.pop(), channels)

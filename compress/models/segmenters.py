@@ -33,7 +33,7 @@ class SemanticPyramid(nn.Module):
         self.classifier = nn.Conv2d(WIDTH, classes, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (n, classes, height, width) for images (n, 3, height, width)."""
+        """Return logits (n, classes, height, width) for images (n, c, height, width)."""
         finest, *coarser = self.pyramid(self.backbone(images)).values()
         for level in coarser:
             finest = finest + _resized(level, finest)

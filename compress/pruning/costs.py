@@ -38,7 +38,7 @@ class Layer:
 
 
 def measure_layers(model: nn.Module, images: torch.Tensor) -> list[Layer]:
-    """Run `images` (1, 3, s, s) once and return every layer with parameters, in order of execution."""
+    """Run `images` (1, c, h, w) once and return every layer with parameters, in order of execution."""
     found: dict[str, Layer] = {}
     names = {module: name for name, module in model.named_modules()}
 

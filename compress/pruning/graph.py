@@ -81,7 +81,7 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
 
 
 def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:
-    """Return the dependency graph of a model for one input (1, 3, s, s).
+    """Return the dependency graph of a model for one input (1, c, h, w).
 
     Raises CompressError if Torch-Pruning cannot build it.
     """

@@ -58,7 +58,7 @@ class Attention:
 
 
 def find_attentions(model: nn.Module, images: Tensor) -> list[Attention]:
-    """Return the modules whose heads can be cut, in the order they run; of `images` (1, 3, s, s) only the shape matters."""
+    """Return the modules whose heads can be cut, in the order they run; of `images` (1, c, h, w) only the shape matters."""
     calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

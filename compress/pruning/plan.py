@@ -148,7 +148,7 @@ def find_groups(
 ) -> list[ChannelGroup]:
     """Return every group that can be cut, with its channels' scores.
 
-    `images` is one input (1, 3, s, s). Left out are groups that reach an output of a module named by `exclude` (shell patterns), a wall of
+    `images` is one input (1, c, h, w). Left out are groups that reach an output of a module named by `exclude` (shell patterns), a wall of
     the graph (a split, a shuffle), or a layer that reads only some of their channels.
     Raises CompressError if channels cannot be followed, or a pattern names no layer.
     """

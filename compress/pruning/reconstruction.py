@@ -66,7 +66,7 @@ def reconstruct(
     """Return a copy of the student recovered by `method` or a simpler one, the name of that method, and the number of images used.
 
     `reference` is the unpruned network, `kept` the outputs of its layers that the student still has; both networks are in eval mode. Every
-    fifth of the unlabelled images (n, 3, s, s) chooses the method with the least squared distance to the reference's outputs, so that no
+    fifth of the unlabelled images (n, c, h, w) chooses the method with the least squared distance to the reference's outputs, so that no
     method makes the network worse. `views` are augmented views as training will show them; after least squares, batch-norms take their
     statistics from these. Raises CompressError if a value is not finite.
     """
@@ -113,7 +113,7 @@ def solve_layers_(student: nn.Module, samples: dict[str, Sample], images: Tensor
 
 @torch.no_grad()
 def rebase_batchnorm_(student: nn.Module, images: Tensor) -> None:
-    """Set batch-norm statistics to the inputs' mean and variance over `images` (n, 3, s, s), without changing the function in eval mode.
+    """Set batch-norm statistics to the inputs' mean and variance over `images` (n, c, h, w), without changing the function in eval mode.
 
     Training mode uses the batch's statistics, so training on such images starts at the function that eval mode computes.
     """
@@ -122,7 +122,7 @@ def rebase_batchnorm_(student: nn.Module, images: Tensor) -> None:
 
 @torch.no_grad()
 def estimate_batchnorm_(student: nn.Module, images: Tensor) -> None:
-    """Set every batch-norm's statistics to its inputs' mean and variance over `images` (n, 3, s, s), in the order they run."""
+    """Set every batch-norm's statistics to its inputs' mean and variance over `images` (n, c, h, w), in the order they run."""
 
     def measure(norm: Norm, inputs: tuple[Tensor, ...]) -> None:
         norm.running_var, norm.running_mean = _statistics(inputs[0])

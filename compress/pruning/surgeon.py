@@ -27,7 +27,7 @@ CHUNK = 32  # images per forward pass
 
 @torch.no_grad()
 def input_covariances(model: nn.Module, images: Tensor) -> dict[nn.Module, Tensor]:
-    """Return the inputs' covariance (channels, channels) of each layer without groups, at random positions of the images (n, 3, s, s).
+    """Return the inputs' covariance (channels, channels) of each layer without groups, at random positions of the images (n, c, h, w).
 
     Raises CompressError if inputs are not finite.
     """

@@ -50,7 +50,7 @@ class Histogram:
 
 
 def calibrate_(prepared: nn.Module, batches: Iterable[Tensor], method: Method) -> None:
-    """Set every quantizer's range from `batches`, each (n, 3, s, s); the model ends in eval mode, phase "adapt"."""
+    """Set every quantizer's range from `batches`, each (n, c, h, w); the model ends in eval mode, phase "adapt"."""
     set_ranges_(prepared, collect(prepared, batches), method)
 
 

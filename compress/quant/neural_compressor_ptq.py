@@ -30,7 +30,7 @@ def off_grid(target: Target) -> str | None:
 
 
 def quantize(model: nn.Module, batches: Iterable[Tensor], *, target: Target, algorithm: Algorithm) -> nn.Module:
-    """Return a statically quantized copy of the float `model`; ranges come from `batches`, each (n, 3, s, s) on the CPU.
+    """Return a statically quantized copy of the float `model`; ranges come from `batches`, each (n, c, h, w) on the CPU.
 
     Raises ModelError if the model cannot be exported or quantized.
     """

@@ -14,7 +14,7 @@ Arrays = Mapping[str, NDArray[np.float32]]
 
 
 def reference_of(model: nn.Module) -> Callable[[NDArray[np.float32]], Arrays]:
-    """Return a function from images (n, 3, s, s) to the network's output and each quantizer's, by its module path."""
+    """Return a function from images (n, c, h, w) to the network's output and each quantizer's, by its module path."""
 
     @torch.inference_mode()
     def reference(images: NDArray[np.float32]) -> Arrays:

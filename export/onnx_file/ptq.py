@@ -57,7 +57,7 @@ def quantize(
     method: Literal["minmax", "entropy", "percentile"],
     keep_float: Collection[str] = (),
 ) -> None:
-    """Quantize an FP32 file on the target's grid with ranges from `batches`, each (n, 3, s, s), and write it to `path`.
+    """Quantize an FP32 file on the target's grid with ranges from `batches`, each (n, c, h, w), and write it to `path`.
 
     Layers with module paths in `keep_float` stay float, and so does everything after them.
     Raises ValueError if a weight is off the grid.

@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 
 
 def overflowing(model: ModelProto, images: Iterable[Floats]) -> list[str]:
-    """Return the names of nodes, in order, with an input, output or constant beyond LARGEST on `images`, each (n, 3, s, s)."""
+    """Return the names of nodes, in order, with an input, output or constant beyond LARGEST on `images`, each (n, c, h, w)."""
     probe = onnx.shape_inference.infer_shapes(model)
     constants = {tensor.name: tensor for tensor in probe.graph.initializer}
     values = [*probe.graph.input, *probe.graph.value_info, *probe.graph.output]
@@ -39,7 +39,7 @@ def overflowing(model: ModelProto, images: Iterable[Floats]) -> list[str]:
 
 
 def is_finite(path: Path, images: Iterable[Floats]) -> bool:
-    """Tell whether the file's outputs for all `images`, each (n, 3, s, s), are finite."""
+    """Tell whether the file's outputs for all `images`, each (n, c, h, w), are finite."""
     session = open_session(path)
     name = session.get_inputs()[0].name
     return all(np.isfinite(values).all() for part in sliced(images) for values in session.run(None, {name: part}))
