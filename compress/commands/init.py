@@ -23,6 +23,7 @@ from compress.errors import CompressError
 from compress.models.architectures import build
 from compress.models.published import IMAGENET, Published, published
 from compress.models.recognize import Match, channels_of, recognize
+from compress.models.structure import count
 from compress.models.weights import load_weights_, read_state
 from compress.recipe import strict_yaml
 from compress.recipe.read import read_recipe
@@ -47,6 +48,9 @@ CACHED = Teaching().views  # the teacher predicts each view once
 VIEW_S = 0.0003  # to draw an image's view, and a step's costs besides the network
 QAT_STEPS = 2  # a QAT step in float steps
 OTHERS_S, SCORED = 100, 10_000  # stages without training: seconds, and images that they score
+WORTH_SPEED = (
+    50e6  # multiply-accumulates; below them a call takes microseconds, and quantizing can take more than it saves
+)
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 BYTES = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # pixels from 0 to 255, as some Keras networks take them
 NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -126,8 +130,8 @@ def write_draft(
     network = choose(matches, weights, folder, trust_code=trust_code)
     yield from _told(weights, folder, network)
     model = build(network.arch, num_classes=network.classes, shape=network.shape, trust_code=trust_code)
-    clock = timed(model, network.shape)
-    text = draft(weights, data, out.stem, folder, network, latency_ms=latency_ms, trust_code=trust_code)
+    macs, clock = count(model, network.shape).macs, timed(model, network.shape)
+    text = draft(weights, data, out.stem, folder, network, macs=macs, latency_ms=latency_ms, trust_code=trust_code)
     out.write_text(text, encoding="utf-8")
     read_recipe(out)  # check that it can be read
     yield from _estimated(folder, network, model, clock)
@@ -333,6 +337,7 @@ def draft(
     folder: Folder,
     network: Network,
     *,
+    macs: float,
     latency_ms: float | None,
     trust_code: bool,
 ) -> str:
@@ -382,7 +387,8 @@ def draft(
         "  - stage: bench",
         "targets:  # a miss ends the run with exit code 1",
         "  max_drop: 0.02",
-        *([f"  max_latency_ms: {latency_ms:g}"] if latency_ms else ["  min_speedup: 2.0"]),
+        *([f"  max_latency_ms: {latency_ms:g}"] if latency_ms else []),
+        *(["  min_speedup: 2.0"] if not latency_ms and macs >= WORTH_SPEED else []),
     ]
     return "\n".join(lines) + "\n"
 

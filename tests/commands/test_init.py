@@ -39,6 +39,7 @@ def test_a_checkpoint_and_a_folder_become_a_recipe_that_reads(checkpoint: Path, 
     assert recipe.model.arch == "torchvision:mobilenet_v2"
     assert not recipe.model.reset_head
     assert recipe.name == "mine"
+    assert recipe.targets.min_speedup == 2
     assert "for 3 classes" in told
     assert "of them training" in told
     with pytest.raises(CompressError, match="exists already"):
@@ -108,7 +109,9 @@ def test_images_are_mirrored_only_where_the_network_knows_them_mirrored(tmp_path
     text = "\n".join(told)
     assert "100.0% of 8 images are labelled right" in text
     assert ("mirrored 0.0% of them: left and right differ" in text) == differ
-    assert read_recipe(out).data.augment.flip == (not differ)
+    recipe = read_recipe(out)
+    assert recipe.data.augment.flip == (not differ)
+    assert recipe.targets.min_speedup is None  # no INT8 kernel beats microseconds
 
 
 @pytest.mark.parametrize("score", [None, 0.9])
