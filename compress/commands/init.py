@@ -40,7 +40,7 @@ from export.tasks import TASKS
 SEEN = Path("runs", ".images")  # the cache of shard contents that a later run uses
 LOOKED_AT = 200  # images opened, spread over the folder
 JUDGED = 128  # images to score candidates on
-LOST_BY_FLIP = 0.1  # a network trained on photographs loses under a hundredth, one of digits or letters half
+LOST_BY_FLIP = 0.1  # networks of digits lose 0.65 (docs/your_own.md)
 STEP, STEPS = 32, 4  # images in a timed step, and timed steps
 # docs/your_own.md says how near this comes to real runs.
 KEPT = 0.5  # of the teacher's work, the student's
