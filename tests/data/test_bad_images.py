@@ -3,7 +3,9 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from photographs import augmentation, opened, write_classes, write_imagenet_layout, write_photo
@@ -304,3 +306,25 @@ def test_damaged_fashion_mnist_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"not gzip")
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz: cannot be read"):
         opened("fashion_mnist", tmp_path)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_files_of_other_channels_than_the_recipes_stop_a_training_by_name(tmp_path: Path, channels: int) -> None:
+    root = write_classes(tmp_path / "photos")
+    sentence = rf"12 images cannot be read: cat/0\.png \(has 3 channels of 8 bits, not {channels} channels? of 8 bits\)"
+    with pytest.raises(DataError, match=sentence):
+        opened("imagefolder", root, mean=(0.5,) * channels, std=(0.25,) * channels)
+
+
+def test_one_file_of_eight_bits_among_depths_is_left_out_or_stops_a_training(tmp_path: Path) -> None:
+    for name in ("near", "far", "f"):
+        (tmp_path / "depths" / name).mkdir(parents=True)
+        for index in range(4):
+            kind = np.uint8 if (name, index) == ("f", 3) else np.uint16
+            Image.fromarray(np.full((9, 11), 40 + index, kind)).save(tmp_path / "depths" / name / f"{index}.png")
+    settings: dict[str, Any] = {"mean": (0.5,), "std": (0.25,)}
+    with pytest.raises(DataError, match=r"f/3\.png \(has 1 channel of 8 bits, not 1 channel of 16 bits\)"):
+        opened("imagefolder", tmp_path / "depths", **settings)
+    found = opened("imagefolder", tmp_path / "depths", skip_broken=True, **settings)
+    assert found.preprocess.bits == 16
+    assert len(found.train) + len(found.val) == 11
