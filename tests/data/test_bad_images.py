@@ -311,7 +311,9 @@ def test_damaged_fashion_mnist_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 4])
 def test_files_of_other_channels_than_the_recipes_stop_a_training_by_name(tmp_path: Path, channels: int) -> None:
     root = write_classes(tmp_path / "photos")
-    sentence = rf"9 of 9 images cannot be read: cat/0\.png \(has 3 channels of 8 bits, not {channels} channels? of 8 bits\)"
+    sentence = (
+        rf"9 of 9 images cannot be read: cat/0\.png \(has 3 channels of 8 bits, not {channels} channels? of 8 bits\)"
+    )
     with pytest.raises(DataError, match=sentence):
         opened("imagefolder", root, mean=(0.5,) * channels, std=(0.25,) * channels)
 
