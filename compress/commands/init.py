@@ -42,15 +42,14 @@ LOOKED_AT = 200  # images opened, spread over the folder
 JUDGED = 128  # images to score candidates on
 LOST_BY_FLIP = 0.1  # networks of digits lose 0.65 (docs/your_own.md)
 STEP, STEPS = 32, 4  # images in a timed step, and timed steps
-# docs/your_own.md says how near this comes to real runs.
+# A run's costs, roughly: one shortened run says so (docs/your_own.md), no whole one was compared.
 KEPT = 0.5  # of the teacher's work, the student's
 CACHED = Teaching().views  # the teacher predicts each view once
 VIEW_S = 0.0003  # to draw an image's view, and a step's costs besides the network
 QAT_STEPS = 2  # a QAT step in float steps
 OTHERS_S, SCORED = 100, 10_000  # stages without training: seconds, and images that they score
-WORTH_SPEED = (
-    50e6  # multiply-accumulates; below them a call takes microseconds, and quantizing can take more than it saves
-)
+# Multiply-accumulates; with fewer a call takes microseconds, and quantizing can take more than it saves.
+WORTH_SPEED = 50e6
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 BYTES = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # pixels from 0 to 255, as some Keras networks take them
 NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
