@@ -13,7 +13,11 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from compress.errors import ModelError
 from compress.models.architectures import build
+from compress.quant.calibrate import collect, set_ranges_
 from compress.quant.graph.trace import called, trace
+from compress.quant.prepare import deploy, prepare
+from compress.training.loop import place_
+from export.onnx_file.targets import TARGETS
 
 MultiBranch = RepVggBlock | MobileOneBlock | FastMobileOneBlock
 NETWORKS = {
@@ -208,3 +212,29 @@ def test_a_forward_that_branches_on_values_is_refused_in_a_sentence() -> None:
         match=r"Branching: its forward cannot be one graph \(.*test_trace.py, line \d+: return x if x.sum\(\) > 0 else -x\): .* write it without branches",
     ):
         trace(Branching(), torch.zeros(1, 3, 4, 4))
+
+
+class Scaled(nn.Module):
+    """A layer scale that its forward shapes, as in ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.gamma = nn.Parameter(torch.full((8,), 0.5))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.first(images)
+        features = features + self.second(features) * self.gamma.reshape(1, -1, 1, 1)
+        logits: torch.Tensor = self.head(features.mean((2, 3)))
+        return logits
+
+
+def test_a_scale_that_the_forward_shapes_is_trained_and_can_be_moved_and_deployed() -> None:
+    images = torch.randn(4, 3, 16, 16)
+    prepared = place_(prepare(Scaled(), TARGETS["cpu_vnni"], images[:1]), torch.device("cpu"))
+    scale = next(part for part in prepared.parameters() if part.shape == (1, 8, 1, 1))
+    set_ranges_(prepared, collect(prepared, [images]), "minmax")
+    prepared(images).sum().backward()
+    assert scale.grad is not None
+    assert torch.isfinite(deploy(prepared)(images)).all()

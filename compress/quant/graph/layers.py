@@ -48,9 +48,11 @@ class Lifted:
         return node
 
     def readable(self, argument: Any) -> Any:
-        """Return an argument with each tensor replaced by a node."""
+        """Return an argument with each tensor replaced by a node. What is computed from parameters alone becomes a parameter itself."""
         if isinstance(argument, Tensor):
             name = self.names.setdefault(id(argument), self._free(f"{self.here}.constant".lstrip(".")))
+            if argument.requires_grad and not isinstance(argument, nn.Parameter):
+                argument = nn.Parameter(argument.detach().clone())
             self.attributes[name] = argument
             return self.graph.get_attr(name)
         if isinstance(argument, tuple | list):
