@@ -126,7 +126,7 @@ def rebuilt(name: str, _num_classes: int = 0) -> nn.Module:
         proto = _static(file, black_box.shape)
         ends_in_softmax = _without_softmax_(proto)
         found = converter.convert(proto).eval()
-        network: nn.Module = fx.GraphModule(found, _Inlined().trace(found), file.stem)
+        network: nn.Module = _with_numbers(fx.GraphModule(found, _Inlined().trace(found), file.stem))
     except CANNOT as error:
         raise ModelError(
             f"{file}: onnx2torch cannot rebuild it ({str(error).strip() or type(error).__name__}), {advice}"
@@ -293,6 +293,22 @@ class _Inlined(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module stays a single call."""
         return not type(m).__module__.startswith("onnx2torch") and super().is_leaf_module(m, module_qualified_name)
+
+
+def _with_numbers(network: fx.GraphModule) -> fx.GraphModule:
+    """Return the network with its single whole numbers as such, not as tensors, whose values torch.export does not know: Keras's axes."""
+    numbers = {}
+    for node in network.graph.find_nodes(op="get_attr"):
+        value = getattr(network, str(node.target), None)
+        if isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.int64:
+            numbers[node] = int(value)
+    for user in {user for node in numbers for user in node.users}:
+        user.args = fx.map_arg(user.args, lambda part: numbers.get(part, part))
+        user.kwargs = fx.map_arg(user.kwargs, lambda part: numbers.get(part, part))
+    for node in numbers:
+        network.graph.erase_node(node)
+    network.recompile()
+    return network
 
 
 def _channels_last(shape: list[int | str | None]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 import torch
 from networks import small
@@ -18,6 +19,7 @@ from compress.errors import CompressError, ModelError, RecipeError
 from compress.models.architectures import build
 from compress.models.teachers import Seen, Teacher, teacher_of
 from compress.pipeline import plan_recipe, run_recipe
+from compress.quant.graph.trace import trace
 from compress.recipe.read import read_recipe
 from compress.run import open_run
 from export.onnx_file.to_onnx import to_onnx
@@ -242,3 +244,18 @@ def test_a_students_run_is_taught_by_a_file(tmp_path: Path, saved: Path, capsys:
     (tmp_path / "c.txt").write_text("\n".join(np.roll(CLASSES, 1)))
     with pytest.raises(CompressError, match=r"teacher onnx:.*, no better than chance: check its image_size"):
         run_recipe(read_recipe(path, upside_down), trust_code=True, until=None, verbose=False, command="")
+
+
+def test_axes_that_a_file_holds_as_tensors_are_numbers_to_who_traces_it(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        averaged (float[N, 3, 16, 16] images) => (float[N, 3] logits)
+        <int64[1] last = {3}, int64[1] third = {2}> {
+            means = ReduceMean <axes = [2, 3], keepdims = 1> (images)
+            rows = Squeeze (means, last)
+            logits = Squeeze (rows, third)
+        }""")
+    onnx.save(model, tmp_path / "squeezed.onnx")
+    network = build(f"onnx:{tmp_path}/squeezed.onnx", num_classes=3)
+    images = torch.randn(4, 3, 16, 16)
+    assert torch.allclose(trace(network, images[:1])(images), images.mean((2, 3)), atol=1e-6)
