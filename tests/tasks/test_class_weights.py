@@ -42,7 +42,7 @@ def test_a_class_counts_as_much_as_any_other_and_images_weigh_one_in_the_mean() 
     assert weights.tolist() == pytest.approx([100 / 2 / 90, 100 / 2 / 10])
     assert weights[torch.tensor(labels[:100])].mean() == pytest.approx(1)
     logits, truths = torch.tensor([[0.0, 0.0], [0.0, 1.0], [5.0, 0.0]]), torch.tensor([0, 1, UNLABELLED])
-    by_hand = (100 / 180 * np.log(2) + 5 * np.log(1 + np.exp(-1))) / 2
+    by_hand = (100 / 180 * np.log(2) + 5 * np.log(1 + np.exp(-1))) / 3  # the image without a label counts
     assert float(task.loss(logits, truths, label_smoothing=0.0, weights=weights)) == pytest.approx(by_hand, rel=1e-6)
     mixed = torch.tensor([[0.25, 0.75]])
     by_hand = (0.25 * 100 / 180 + 0.75 * 5) * np.log(2)
