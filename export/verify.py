@@ -161,7 +161,9 @@ def verify(
         if seen < tensor_images:
             probes = probes or open_probes(file, expected, possible)
             few = slice(0, tensor_images - seen)
-            measure_(probes, images[few], {name: values[few] for name, values in expected.items()}, logits[few])
+            # A constant without axes, such as the scale of pixels, is the same for all images.
+            known = {name: values[few] if values.ndim else values for name, values in expected.items()}
+            measure_(probes, images[few], known, logits[few])
         seen += len(images)
     if not seen:
         raise BundleError(f"{path.name}: no images to verify it on: give at least one")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
@@ -112,6 +113,18 @@ def test_accuracy_and_agreement_are_counted_image_by_image(full: Path) -> None:
 def test_without_labels_there_is_no_accuracy(full: Path) -> None:
     found = verify(full, [(images(3), None)], task=CLASSIFICATION)
     assert (found.score, found.score_reference) == (None, None)
+
+
+def test_a_constant_of_the_reference_is_the_same_for_all_images(full: Path) -> None:
+    own = file_reference(wire(onnx.load(full)))
+    found = verify(
+        full,
+        [(images(3), None)],
+        lambda batch: {**own(batch), "scale": np.array(1 / 255, np.float32)},
+        task=CLASSIFICATION,
+        tensor_images=2,
+    )
+    assert found.first_divergence is None
 
 
 def test_a_distance_is_what_hand_arithmetic_says() -> None:
