@@ -160,10 +160,9 @@ def verify(
             expected_rows.append(task.statistics(expected_predictions[-1], targets, logits.shape[1:]))
         if seen < tensor_images:
             probes = probes or open_probes(file, expected, possible)
-            few = slice(0, tensor_images - seen)
-            # A constant without axes, such as the scale of pixels, is the same for all images.
-            known = {name: values[few] if values.ndim else values for name, values in expected.items()}
-            measure_(probes, images[few], known, logits[few])
+            few = images[: tensor_images - seen]
+            # Tensors may have another first axis than the images, windows of them or none, so they are computed and not sliced.
+            measure_(probes, few, expected if len(few) == len(images) else reference(few), logits[: len(few)])
         seen += len(images)
     if not seen:
         raise BundleError(f"{path.name}: no images to verify it on: give at least one")

@@ -115,16 +115,20 @@ def test_without_labels_there_is_no_accuracy(full: Path) -> None:
     assert (found.score, found.score_reference) == (None, None)
 
 
-def test_a_constant_of_the_reference_is_the_same_for_all_images(full: Path) -> None:
-    own = file_reference(wire(onnx.load(full)))
-    found = verify(
-        full,
-        [(images(3), None)],
-        lambda batch: {**own(batch), "scale": np.array(1 / 255, np.float32)},
-        task=CLASSIFICATION,
-        tensor_images=2,
-    )
+def test_tensors_whose_first_axis_is_not_the_images_are_compared_whole(full: Path) -> None:
+    own, calls = file_reference(wire(onnx.load(full))), list[int]()
+
+    def windowed(batch: Floats) -> Mapping[str, Floats]:
+        calls.append(len(batch))
+        return {
+            **own(batch),
+            "scale": np.array(1 / 255, np.float32),
+            "windows": np.zeros((4 * len(batch), 2), np.float32),
+        }
+
+    found = verify(full, [(images(3), None)], windowed, task=CLASSIFICATION, tensor_images=2)
     assert found.first_divergence is None
+    assert calls == [3, 2]
 
 
 def test_a_distance_is_what_hand_arithmetic_says() -> None:
