@@ -110,11 +110,11 @@ def test_the_source_stays_where_unlabelled_images_come(digits: Path, tmp_path: P
     assert [one.key == other.key for one, other in zip(plain, more, strict=True)] == [True] + [False] * 6
 
 
-def test_a_loss_on_labels_leaves_images_without_one_out() -> None:
+def test_an_image_without_a_label_adds_nothing_to_a_loss_on_labels_and_counts() -> None:
     logits, labels = torch.randn(6, 3), torch.tensor([0, -1, 2, -1, 1, -1])
     known = labels >= 0
     found = cross_entropy_loss(logits, labels, label_smoothing=0.1)
-    assert torch.allclose(found, F.cross_entropy(logits[known], labels[known], label_smoothing=0.1))
+    assert torch.allclose(found, F.cross_entropy(logits[known], labels[known], label_smoothing=0.1) * 3 / 6)
     assert cross_entropy_loss(logits, torch.full((6,), -1), label_smoothing=0.0) == 0
 
 
