@@ -45,7 +45,7 @@ def detectable_loss(images: int, discordance: float, *, power: float = POWER) ->
 
 
 def compare_by_bootstrap(before: Array, now: Array, total: Callable[[Array], float]) -> Comparison:
-    """Compare two files' rows (n, k) of the same images by resampling images (Efron 1979), for any score `total`."""
+    """Compare two files' rows (n, k) of the same images by resampling images (Efron 1979), for any score `total`, where there are no classes."""
     drawn = resamples(len(now))
     gains = np.array([total(now[chosen]) - total(before[chosen]) for chosen in drawn])
     changed = float(np.mean(np.any(before != now, axis=1)))

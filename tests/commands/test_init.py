@@ -25,7 +25,9 @@ from export.onnx_file.to_onnx import to_onnx
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MobileNetV2 for three classes, in a wrapper as training scripts write it."""
     path = tmp_path_factory.mktemp("init") / "last.pt"
-    state = {f"module.{name}": value for name, value in mobilenet_v2(num_classes=3).state_dict().items()}
+    network = mobilenet_v2(num_classes=3)
+    torch.nn.init.zeros_(network.classifier[1].weight)  # the same label at every size: none is right by chance
+    state = {f"module.{name}": value for name, value in network.state_dict().items()}
     torch.save({"model": state, "epoch": 3}, path)
     return path
 

@@ -365,6 +365,7 @@ def test_a_busy_machine_waits_and_then_says_so(monkeypatch: pytest.MonkeyPatch, 
 
 def test_each_file_is_opened_first_as_often(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     opened: list[str] = []
+    monkeypatch.setattr(clocks, "SECONDS", 0.01)
     monkeypatch.setattr(clocks, "open_session", lambda path, **_: opened.append(path.name))
     monkeypatch.setattr(clocks, "bind", lambda *_: lambda: None)
     Clock(tmp_path / "a", HERE, (3, SIZE, SIZE)).against(tmp_path / "b")

@@ -363,11 +363,11 @@ def assert_equals_silenced(model: nn.Module, size: int) -> None:
     pruned = copy.deepcopy(distinct(model, images))
     assert 0.65 < cut_to(pruned, size, 0.7) <= 0.7
     silence_(model, pruned)
-    with torch.no_grad():
-        expected, got = model(images), pruned(images)
+    with torch.no_grad():  # in 64 bits: what rounding leaves grows from layer to layer where nothing normalizes
+        expected, got = model.double()(images.double()), pruned.double()(images.double())
     spread = float((expected[0] - expected[1]).abs().max())
     assert spread > 1e-4 * float(expected.abs().max())  # else equality would say nothing
-    assert float((got - expected).abs().max()) < 1e-2 * spread
+    assert float((got - expected).abs().max()) < 1e-6 * spread
 
 
 class Shuffled(nn.Module):
