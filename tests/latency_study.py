@@ -20,6 +20,7 @@ from compress.pruning.costs import measure_layers
 from compress.pruning.goals import Goal
 from compress.pruning.latency import open_latency
 from compress.pruning.plan import cut_, find_groups, find_options, smallest_widths
+from compress.pruning.timings import Table
 from compress.scoring import Served
 from export.onnx_file.targets import CPU, host_target
 
@@ -53,11 +54,9 @@ def study(name: str, keeps: tuple[float, ...], *, image_size: int, table: Path) 
                 model,
                 options,
                 goal,
-                conditions,
+                Table(table, conditions),
                 shape=(3, image_size, image_size),
-                round_to=8,
                 folder=Path(folder),
-                table=table,
                 write=served.write,
                 tell=tell,
             )

@@ -9,7 +9,7 @@ import copy
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,6 +25,7 @@ from compress.pruning.latency import Latency, open_latency
 from compress.pruning.plan import Cut, Options, choose, cut_, find_groups, find_options, smallest_widths
 from compress.pruning.reconstruction import Method, kept_outputs, number_outputs, reconstruct
 from compress.pruning.surgeon import input_covariances
+from compress.pruning.timings import Table
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import PruneStage
 from compress.run import Run, open_run
@@ -102,9 +103,9 @@ def timed(study: Study, options: Options, goal: Goal, folder: Path, table: Path,
     write = Served(conditions, "int8", (3, size, size), study.run.target).write
     images = torch.zeros(1, 3, size, size)
     layers = measure_layers(study.whole, images)
-    options = Options(options.groups, layers, options.blocks)
+    options = replace(options, layers=layers)
     return open_latency(
-        study.whole, options, goal, conditions, shape=(3, size, size), round_to=8, folder=folder, table=table, write=write, tell=tell
+        study.whole, options, goal, Table(table, conditions), shape=(3, size, size), folder=folder, write=write, tell=tell
     )  # fmt: skip
 
 
@@ -124,8 +125,8 @@ def study_(study: Study, keeps: Sequence[float], criterion: str, seed: int, tabl
             say(cells)
             if latency is not None:
                 network, _ = study.pruned(cuts)
-                asked = latency.measured_ms(network)
-                sized = Options(options.groups, latency.model.layers, options.blocks)
+                asked = latency.measured_ms(network, latency.folder / "student.onnx")
+                sized = replace(options, layers=latency.model.layers)
                 attempts = latency.choose(study.whole, torch.zeros(1, 3, size, size), sized, asked)
                 cuts = list(attempts[-1].cuts)
                 say([criterion, seed, "the same time", *shares(study, cuts, latency), *study.recovered(cuts)])
@@ -138,7 +139,10 @@ def shares(study: Study, cuts: Sequence[Cut], latency: Latency | None) -> list[s
     left = width_cost(network, layers, "macs", study.run.shape)(*full_widths(layers))
     layers = measure_layers(study.whole, study.images[:1])
     macs = left / width_cost(study.whole, layers, "macs", study.run.shape)(*full_widths(layers))
-    return [f"{macs:.3f}", "–" if latency is None else f"{latency.measured_ms(network) / latency.whole_ms:.3f}"]
+    if latency is None:
+        return [f"{macs:.3f}", "–"]
+    took = latency.measured_ms(network, latency.folder / "student.onnx")
+    return [f"{macs:.3f}", f"{took / latency.whole_ms:.3f}"]
 
 
 def say(cells: Sequence[object]) -> None:

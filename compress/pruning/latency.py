@@ -9,20 +9,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from compress.artifact import key_of
 from compress.errors import CompressError
-from compress.pruning.blocks import Block, Conditions, read_blocks
+from compress.pruning.blocks import Block, read_blocks
 from compress.pruning.clock import Clock
 from compress.pruning.goals import Goal
 from compress.pruning.plan import Cut, Options, cut_
 from compress.pruning.predict import LatencyModel, choose_within, latency_model
-from compress.pruning.timings import Table, Timer, time_models
+from compress.pruning.timings import Table
 from export.images.size import Shape, written
 
 ROUNDS = 6
 CLOSE = 0.97  # stop when a time is between this fraction of the wanted time and all of it
 AIM = 0.985  # fraction of the wanted time to aim at
-
-STUDENT = "student.onnx"
 
 Write = Callable[[nn.Module, Path], None]  # export a network on the CPU as the file that will be served
 Tell = Callable[[str], None]
@@ -54,9 +53,12 @@ class Latency:
         """Return the most that the network may take after step `step` of `steps`, in ms."""
         return self.goal.budget(self.whole_ms, step=step, steps=steps)
 
-    def measured_ms(self, network: nn.Module) -> float:
+    def file(self, cuts: Sequence[Cut]) -> Path:
+        """Return where the network is written after some cuts."""
+        return self.folder / f"{key_of({'cuts': [cut.to_json() for cut in cuts]})}.onnx"
+
+    def measured_ms(self, network: nn.Module, file: Path) -> float:
         """Export a network and time it interleaved with the reference, so that a fraction holds on a machine of varying speed."""
-        file = self.folder / STUDENT
         self.write(network, file)
         ratio, _, ms = self.clock.against(file)
         return ratio.ratio * self.whole_ms if self.goal.is_fraction else ms
@@ -70,7 +72,7 @@ class Latency:
         def measure(cuts: Sequence[Cut]) -> float:
             student = copy.deepcopy(network).cpu()
             cut_(student, images.cpu(), cuts)
-            return self.measured_ms(student)
+            return self.measured_ms(student, self.file(cuts))
 
         return until_close(
             asked_ms,
@@ -89,7 +91,7 @@ class Latency:
     def to_json(self, attempts: Sequence[Attempt]) -> dict[str, Any]:
         """Return the wanted, predicted and measured times, and the time of each layer before and after."""
         conditions = self.clock.conditions
-        after = read_blocks(self.folder / STUDENT, self.model.layers, conditions)
+        after = read_blocks(self.file(attempts[-1].cuts), self.model.layers, conditions)
         return {
             "goal": asdict(self.goal),
             "conditions": asdict(conditions) | {"image_size": written(self.clock.shape[1:])},
@@ -107,30 +109,25 @@ def open_latency(
     network: nn.Module,
     options: Options,
     goal: Goal,
-    conditions: Conditions,
+    table: Table,
     *,
     shape: Shape,
-    round_to: int,
     folder: Path,
-    table: Path,
     write: Write,
     tell: Tell,
-    timer: Timer = time_models,
 ) -> Latency:
-    """Export the unpruned network into `folder`, time it, and fill the latency table in the folder `table`.
+    """Export the unpruned network into `folder`, time it, and fill the latency table; all under the table's conditions.
 
     Raises CompressError if the machine is too busy to measure times.
     """
     folder.mkdir(exist_ok=True)
     reference = folder / "before.onnx"
     write(copy.deepcopy(network).cpu(), reference)
-    clock = Clock(reference, conditions, shape)
+    clock = Clock(reference, table.conditions, shape)
     whole_ms = clock.require_quiet(tell=tell)
     started = time.monotonic()
-    nodes = read_blocks(reference, options.layers, conditions)
-    model = latency_model(
-        nodes, options, Table(table, conditions), whole_ms=whole_ms, round_to=round_to, tell=tell, timer=timer
-    )
+    nodes = read_blocks(reference, options.layers, table.conditions)
+    model = latency_model(nodes, options, table, whole_ms=whole_ms, tell=tell)
     return Latency(goal, clock, whole_ms, model, time.monotonic() - started, write, folder, tell)
 
 

@@ -89,6 +89,7 @@ class Options:
     groups: Sequence[ChannelGroup]
     layers: Sequence[Layer]
     blocks: Sequence[Block]
+    round_to: int  # widths stay multiples of it
     branches: Sequence[Branch] = ()
 
     @cached_property
@@ -182,7 +183,7 @@ def find_options(
 ) -> Options:
     """Return the blocks that can be removed; `min_channels` is each root's smallest width."""
     blocks = [block for index, group in enumerate(groups) for block in _blocks(index, group, round_to, min_channels)]
-    return Options(groups, layers, _ranked(blocks, groups, scope))
+    return Options(groups, layers, _ranked(blocks, groups, scope), round_to)
 
 
 def choose(options: Options, cost: WidthCost, budget: float) -> list[Cut]:

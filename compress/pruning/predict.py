@@ -13,7 +13,7 @@ from compress.pruning.blocks import Block as Node
 from compress.pruning.costs import Floats, Layer, full_widths
 from compress.pruning.knapsack import most_value
 from compress.pruning.plan import Block, Cut, Options
-from compress.pruning.timings import LEVELS, Table, Timer, Wanted, Widths, fill, time_models, widths_to_time
+from compress.pruning.timings import LEVELS, Table, Wanted, Widths, fill, widths_to_time
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,7 @@ def latency_model(
     table: Table,
     *,
     whole_ms: float,
-    round_to: int,
     tell: Callable[[str], None],
-    timer: Timer = time_models,
 ) -> LatencyModel:
     """Return the latency model of a network whose whole file takes `whole_ms`; missing rows of the table are timed."""
     outputs, inputs = (np.flatnonzero(side.sum(0)) for side in options.reach)
@@ -72,13 +70,13 @@ def latency_model(
             node,
             layer := options.layers[node.layer],
             widths_to_time(
-                layer, round_to=round_to, cut_inputs=node.layer in inputs, cut_outputs=node.layer in outputs
+                layer, round_to=options.round_to, cut_inputs=node.layer in inputs, cut_outputs=node.layer in outputs
             ),
         )
         for index, node in enumerate(nodes)
         if node.layer is not None
     }
-    found, timed = fill(table, list(wanted.values()), tell=tell, timer=timer)
+    found, timed = fill(table, list(wanted.values()), tell=tell)
     fractions = dict(zip(wanted, found, strict=True))
     scale = whole_ms / sum(node.ms for node in nodes)
     return LatencyModel(options.layers, nodes, [fractions.get(index, {}) for index in range(len(nodes))], scale, timed)

@@ -47,11 +47,19 @@ class Wanted:
     widths: tuple[Widths, ...]
 
 
-class Table:
-    """The latency table for this machine, ONNX Runtime and conditions; creates its folder."""
+def time_models(models: dict[Widths, bytes], conditions: Conditions) -> dict[Widths, float]:
+    """Return each model's time over the last model's: the median of the ratios within interleaved blocks."""
+    runs = {str(widths): _bound(model, conditions) for widths, model in models.items()}
+    timed = time_sessions(runs, seconds=SECONDS, blocks=BLOCKS, clock=conditions.clock)
+    whole = timed[str(next(reversed(models)))].block_ms
+    return {widths: float(np.median(timed[str(widths)].block_ms / whole)) for widths in models}
 
-    def __init__(self, folder: Path, conditions: Conditions) -> None:
-        self.folder, self.conditions, self.path = folder, conditions, folder / "times.sqlite"
+
+class Table:
+    """The latency table for this machine, ONNX Runtime and conditions, filled by `timer`; creates its folder."""
+
+    def __init__(self, folder: Path, conditions: Conditions, timer: Timer = time_models) -> None:
+        self.folder, self.conditions, self.timer, self.path = folder, conditions, timer, folder / "times.sqlite"
         facts = [fingerprint(environment()), runtime()["onnxruntime"], conditions.provider, conditions.threads]
         self.setting = json.dumps(facts)
         try:
@@ -105,16 +113,8 @@ def widths_to_time(layer: Layer, *, round_to: int, cut_inputs: bool, cut_outputs
     return tuple((i, o) for i in inputs for o in outputs)
 
 
-def time_models(models: dict[Widths, bytes], conditions: Conditions) -> dict[Widths, float]:
-    """Return each model's time over the last model's: the median of the ratios within interleaved blocks."""
-    runs = {str(widths): _bound(model, conditions) for widths, model in models.items()}
-    timed = time_sessions(runs, seconds=SECONDS, blocks=BLOCKS, clock=conditions.clock)
-    whole = timed[str(next(reversed(models)))].block_ms
-    return {widths: float(np.median(timed[str(widths)].block_ms / whole)) for widths in models}
-
-
 def fill(
-    table: Table, wanted: Sequence[Wanted], *, tell: Callable[[str], None], timer: Timer = time_models
+    table: Table, wanted: Sequence[Wanted], *, tell: Callable[[str], None]
 ) -> tuple[list[dict[Widths, float]], int]:
     """Return each block's fractions of its full-width time at the wanted widths, and how many of them were timed now."""
     keys = [signature(one.block, one.layer, table.conditions.batch) for one in wanted]
@@ -130,7 +130,7 @@ def fill(
         for part in _parts(one) if missing[key] else ():
             with table.turn():
                 absent = [widths for widths in part if widths not in table.read(key)]
-                table.write(key, _measure(one, absent, table.conditions, timer) if absent else {})
+                table.write(key, _measure(one, absent, table) if absent else {})
             done += len(absent)
             if time.monotonic() - told > PATIENCE_S:
                 told = time.monotonic()
@@ -139,17 +139,17 @@ def fill(
     return [{widths: known[key][widths] for widths in groups[key].widths} for key in keys], done
 
 
-def _measure(one: Wanted, widths: Sequence[Widths], conditions: Conditions, timer: Timer) -> dict[Widths, float]:
+def _measure(one: Wanted, widths: Sequence[Widths], table: Table) -> dict[Widths, float]:
     """Return the fractions at some widths, timed interleaved with the full one; fractions of MACs if the node cannot run alone."""
     layer, full = one.layer, (one.layer.inputs, one.layer.outputs)
     models: dict[Widths, bytes] = {}
     for i, o in (*(other for other in widths if other != full), full):
-        model = alone(one.block, layer, inputs=i, outputs=o, batch=conditions.batch)
+        model = alone(one.block, layer, inputs=i, outputs=o, batch=table.conditions.batch)
         if model is not None:
             models[i, o] = model
     if full in models:
         try:
-            timed = timer(models, conditions)
+            timed = table.timer(models, table.conditions)
         except FAILURES:
             timed = {}
         if timed:

@@ -26,6 +26,7 @@ from compress.pruning.latency import Attempt, Latency, open_latency
 from compress.pruning.plan import Cut, Options, choose, cut_, find_groups, find_options, smallest_widths, widths
 from compress.pruning.reconstruction import JUDGED, kept_outputs, number_outputs, reconstruct
 from compress.pruning.surgeon import input_covariances
+from compress.pruning.timings import Table
 from compress.ranks import first_decides
 from compress.recipe.arguments import goal_of
 from compress.recipe.losses import KD_ONLY
@@ -146,11 +147,9 @@ class _Planner:
                 model,
                 options,
                 self.goal,
-                how.conditions,
+                Table(Path(self.run.recipe.out) / TABLE, how.conditions),
                 shape=how.shape,
-                round_to=self.cfg.round_to,
                 folder=self.out / "timed",
-                table=Path(self.run.recipe.out) / TABLE,
                 write=how.write,
                 tell=self.log.note,
             )

@@ -1,5 +1,6 @@
 """Prune to milliseconds: a table that survives, a choice that equals brute force, a clock that has the last word."""
 
+import copy
 import itertools
 import math
 import multiprocessing
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from networks import Mobile, Residual, lively
+from onnx import NodeProto
 from planning import options_of
 from torch import nn
 
@@ -120,8 +122,8 @@ def test_every_other_node_follows_the_layers_whose_channels_it_works_on(files: d
 
 def test_a_table_is_filled_once_and_layers_of_one_shape_are_timed_once(files: dict[str, Path], tmp_path: Path) -> None:
     asked, said = wanted(files), list[str]()
-    first, timed = fill(Table(tmp_path, HERE), asked, tell=said.append, timer=by_product)
-    again, nothing = fill(Table(tmp_path, HERE), asked, tell=said.append, timer=by_product)
+    first, timed = fill(Table(tmp_path, HERE, by_product), asked, tell=said.append)
+    again, nothing = fill(Table(tmp_path, HERE, by_product), asked, tell=said.append)
     assert (first, nothing) == (again, 0)
     assert 0 < timed < sum(len(one.widths) for one in asked)  # block1's two convolutions are one shape
     assert len(said) == 1
@@ -132,15 +134,15 @@ def test_another_machine_or_runtime_or_setting_has_rows_of_its_own(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = wanted(files)[:2]
-    _, timed = fill(Table(tmp_path, HERE), asked, tell=quiet, timer=by_product)
+    _, timed = fill(Table(tmp_path, HERE, by_product), asked, tell=quiet)
     assert timed > 0
-    assert fill(Table(tmp_path, Conditions(CPU, 2, 1)), asked, tell=quiet, timer=by_product)[1] == timed
-    assert fill(Table(tmp_path, Conditions(CPU, 1, 8)), asked, tell=quiet, timer=by_product)[1] == timed
+    assert fill(Table(tmp_path, Conditions(CPU, 2, 1), by_product), asked, tell=quiet)[1] == timed
+    assert fill(Table(tmp_path, Conditions(CPU, 1, 8), by_product), asked, tell=quiet)[1] == timed
     with monkeypatch.context() as patched:
         patched.setattr(timings, "fingerprint", lambda _: "another-machine")
-        assert fill(Table(tmp_path, HERE), asked, tell=quiet, timer=by_product)[1] == timed
+        assert fill(Table(tmp_path, HERE, by_product), asked, tell=quiet)[1] == timed
     monkeypatch.setattr(timings, "runtime", lambda: {"onnxruntime": "0.1"})
-    assert fill(Table(tmp_path, HERE), asked, tell=quiet, timer=by_product)[1] == timed
+    assert fill(Table(tmp_path, HERE, by_product), asked, tell=quiet)[1] == timed
 
 
 def test_a_killed_table_goes_on_where_it_stopped(files: dict[str, Path], tmp_path: Path) -> None:
@@ -150,9 +152,9 @@ def test_a_killed_table_goes_on_where_it_stopped(files: dict[str, Path], tmp_pat
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    done, timed = fill(Table(tmp_path, HERE), asked, tell=quiet, timer=by_product)
+    done, timed = fill(Table(tmp_path, HERE, by_product), asked, tell=quiet)
     assert timed > 0
-    whole, total = fill(Table(tmp_path / "new", HERE), asked, tell=quiet, timer=by_product)
+    whole, total = fill(Table(tmp_path / "new", HERE, by_product), asked, tell=quiet)
     assert timed < total
     assert done == whole
 
@@ -165,7 +167,7 @@ def _fill_and_die(asked: Sequence[timings.Wanted], folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return by_product(models, conditions)
 
-    fill(Table(folder, HERE), asked, tell=quiet, timer=timer)
+    fill(Table(folder, HERE, timer), asked, tell=quiet)
 
 
 def test_two_processes_fill_one_table_and_time_nothing_twice(files: dict[str, Path], tmp_path: Path) -> None:
@@ -178,8 +180,8 @@ def test_two_processes_fill_one_table_and_time_nothing_twice(files: dict[str, Pa
     parts = [queue.get() for _ in processes]
     for process in processes:
         process.join()
-    found, timed = fill(Table(tmp_path, HERE), asked, tell=quiet, timer=by_product)
-    whole, total = fill(Table(tmp_path / "new", HERE), asked, tell=quiet, timer=by_product)
+    found, timed = fill(Table(tmp_path, HERE, by_product), asked, tell=quiet)
+    whole, total = fill(Table(tmp_path / "new", HERE, by_product), asked, tell=quiet)
     assert (found, timed) == (whole, 0)
     assert sum(parts) == total
 
@@ -189,7 +191,7 @@ def _fill_slowly(asked: Sequence[timings.Wanted], folder: Path, queue: "multipro
         time.sleep(0.02)
         return by_product(models, conditions)
 
-    queue.put(fill(Table(folder, HERE), asked, tell=quiet, timer=timer)[1])
+    queue.put(fill(Table(folder, HERE, timer), asked, tell=quiet)[1])
 
 
 def test_what_is_no_table_is_named(tmp_path: Path) -> None:
@@ -248,7 +250,7 @@ def fake_model(options: Options, files: dict[str, Path], folder: Path, name: str
         for index, node in enumerate(nodes)
         if node.layer is not None
     }
-    found, _ = fill(Table(folder, HERE), list(asked.values()), tell=quiet, timer=by_product)
+    found, _ = fill(Table(folder, HERE, by_product), list(asked.values()), tell=quiet)
     fractions = dict(zip(asked, found, strict=True))
     return LatencyModel(options.layers, nodes, [fractions.get(index, {}) for index in range(len(nodes))])
 
@@ -397,8 +399,8 @@ def test_a_student_is_exported_and_timed_layer_by_layer(tmp_path: Path, monkeypa
     monkeypatch.setattr(Clock, "against", against)
     goal = Goal("keep_latency", "latency", 0.55)
     latency = open_latency(
-        model, options, goal, HERE, shape=(3, SIZE, SIZE), round_to=4, folder=tmp_path / "timed", table=tmp_path, write=write,
-        tell=quiet, timer=by_product,
+        model, options, goal, Table(tmp_path, HERE, by_product), shape=(3, SIZE, SIZE), folder=tmp_path / "timed",
+        write=write, tell=quiet,
     )  # fmt: skip
     attempts = latency.choose(model, torch.zeros(1, 3, SIZE, SIZE), options, latency.budget(1, 1))
     assert attempts[-1].measured_ms <= 5.5
@@ -410,3 +412,38 @@ def test_a_student_is_exported_and_timed_layer_by_layer(tmp_path: Path, monkeypa
     assert found["attempts"][-1]["measured_ms"] == attempts[-1].measured_ms
     assert sum(row["before_ms"] for row in found["layers"]) == pytest.approx(10.0)
     assert sum(row["after_ms"] for row in found["layers"]) == pytest.approx(attempts[-1].measured_ms)
+
+
+def test_the_layers_times_are_of_the_network_that_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one timed may be another: here it is too slow, and the one before it is taken."""
+    model, written, read = lively(Residual(5)).eval(), dict[Path, nn.Module](), list[Path]()
+    options = options_of(model, SIZE)
+    latency = latencies.Latency(
+        Goal("max_latency_ms", "latency", 5.0, is_fraction=False),
+        Clock(tmp_path / "before.onnx", HERE, (3, SIZE, SIZE)),
+        10.0,
+        LatencyModel(options.layers, (), ()),
+        0.0,
+        lambda network, path: written.update({path: network}),
+        tmp_path,
+        quiet,
+    )
+    choices = iter([[Cut(group.root, (0,))] for group in options.groups])
+    took = iter([4.0, *[6.0] * 9])
+
+    def read_blocks(path: Path, *_: object) -> list[Block]:
+        read.append(path)
+        return [Block("a", 1.0, 0, (), NodeProto(), {})]
+
+    monkeypatch.setattr(latencies, "choose_within", lambda *_: next(choices))
+    monkeypatch.setattr(latencies, "_between", lambda *_: [])
+    monkeypatch.setattr(latencies, "read_blocks", read_blocks)
+    monkeypatch.setattr(Clock, "against", lambda *_: (Ratio(1.0, 1.0, 1.0), 10.0, next(took)))
+    monkeypatch.setattr(latencies, "ROUNDS", 2)
+    attempts = latency.choose(model, torch.zeros(1, 3, SIZE, SIZE), options, 5.0)
+    latency.to_json(attempts)
+    assert attempts[-1].cuts == (Cut(options.groups[0].root, (0,)),)
+    chosen = copy.deepcopy(model)
+    cut_(chosen, torch.zeros(1, 3, SIZE, SIZE), attempts[-1].cuts)
+    (file,) = read
+    assert [tuple(part.shape) for part in written[file].parameters()] == [tuple(p.shape) for p in chosen.parameters()]
