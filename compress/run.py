@@ -14,8 +14,17 @@ from torch import nn
 
 from compress.artifact import Metrics, key_of, lineage, read_meta
 from compress.data.augment import Augmentation
-from compress.data.batches import Batch, eval_batches, steps_per_epoch, train_batches, view_batches
+from compress.data.batches import (
+    Batch,
+    epoch_shares,
+    eval_batches,
+    in_order,
+    steps_per_epoch,
+    train_batches,
+    view_batches,
+)
 from compress.data.dataset import Dataset, relabelled
+from compress.data.images import ImageSet
 from compress.data.named import NAMED
 from compress.data.split import sampled
 from compress.errors import CompressError, ModelError
@@ -26,12 +35,13 @@ from compress.models.saved import Architecture, load_float, rebuild
 from compress.models.structure import check_logits, check_output, count
 from compress.models.teachers import Seen, names_within, own_names, teacher_of
 from compress.models.weights import load_weights_
-from compress.ranks import barrier, first_decides, gather, local_rank, rank, ranks
+from compress.ranks import barrier, first_decides, gather, rank, ranks
 from compress.recipe.arguments import data_settings, fits, teachers_of
 from compress.recipe.schema import Model, Recipe
 from compress.recipe.stages import Fit, StudentStage
 from compress.tasks import TASKS, Task, evaluate
 from compress.tasks.predictions import predictions
+from compress.training.device import device_of, gradient_group
 from compress.training.loop import Loop, Network, Step, fit, place_
 from export.command.files import writing
 from export.images.preprocess import Preprocess
@@ -109,17 +119,9 @@ class Run:
 
     def validation(self, *, limit: int | None = None, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Return the validation batches in order, or a rank's share; `limit` takes n images, spread over the set."""
-        data = self.recipe.data
-        return eval_batches(
-            self.dataset.val,
-            self.dataset.preprocess,
-            batch_size=data.eval_batch_size,
-            device=self.device,
-            workers=data.workers,
-            limit=limit,
-            rank=rank,
-            ranks=ranks,
-        )
+        images = self.dataset.val
+        shares = in_order(len(images), limit).split(self.recipe.data.eval_batch_size)
+        return self._unchanged(images, shares[rank::ranks])
 
     def with_unlabelled(self) -> "Run":
         """Return the run of a teacher's student, whose training images need no label."""
@@ -127,30 +129,20 @@ class Run:
 
     def calibration(self, images: int, *, labelled: bool = False) -> Iterator[Batch]:
         """Return n unaugmented training images in batches, spread over the set; `labelled` excludes others."""
-        data = self.recipe.data
-        return eval_batches(
-            self.dataset.train if labelled else self.dataset.with_unlabelled.train,
-            self.dataset.preprocess,
-            batch_size=min(data.eval_batch_size, 32),
-            device=self.device,
-            workers=data.workers,
-            limit=images,
-        )
+        shown = self.dataset.train if labelled else self.dataset.with_unlabelled.train
+        return self._unchanged(shown, in_order(len(shown), images).split(min(self.recipe.data.eval_batch_size, 32)))
 
     def tuning(self) -> Iterator[Batch]:
         """Return the tuning split: unaugmented training images, drawn by seed, on which stages choose."""
-        data, images = self.recipe.data, self.dataset.train
+        images = self.dataset.train
         # Without classes all images are one stratum.
         strata = torch.zeros(len(images), dtype=torch.int64) if images.labels.is_floating_point() else images.labels
         chosen = sampled(strata.numpy(), len(self.dataset.classes), images=TUNING_IMAGES, seed=self.recipe.seed)
-        return eval_batches(
-            images,
-            self.dataset.preprocess,
-            batch_size=data.eval_batch_size,
-            device=self.device,
-            workers=data.workers,
-            only=torch.from_numpy(chosen),
-        )
+        return self._unchanged(images, torch.from_numpy(chosen).split(self.recipe.data.eval_batch_size))
+
+    def _unchanged(self, images: ImageSet, shares: Sequence[torch.Tensor]) -> Iterator[Batch]:
+        preprocess, workers = self.dataset.preprocess, self.recipe.data.workers
+        return eval_batches(images, preprocess, shares, device=self.device, workers=workers)
 
     def views(self, images: int) -> Iterator[Batch]:
         """Return n augmented training images in batches, spread over the set, the same on every rank."""
@@ -160,16 +152,18 @@ class Run:
 
     def view(self, number: int, shares: Sequence[torch.Tensor]) -> Iterator[Batch]:
         """Return the training images of each share (indices) under one augmented view, without broken ones."""
-        batches = view_batches(
+        return (batch for batch in self._shown(number, shares) if len(batch.targets))
+
+    def _shown(self, view: int, shares: Sequence[torch.Tensor]) -> Iterator[Batch]:
+        return view_batches(
             self.dataset,
             shares,
             augmentation=self.augmentation,
             seed=self.recipe.seed,
-            view=number,
+            view=view,
             workers=self.recipe.data.workers,
             device=self.device,
         )
-        return (batch for batch in batches if len(batch.targets))
 
     @property
     def augmentation(self) -> Augmentation:
@@ -178,19 +172,16 @@ class Run:
 
     def training(self, settings: Fit, epoch: int, view: int) -> Iterator[Batch]:
         """Return this rank's share of an epoch's batches, under one view."""
-        return train_batches(
-            self.dataset,
-            batch_size=settings.batch_size,
-            augmentation=self.augmentation,
+        shares = epoch_shares(
+            self.dataset.train,
+            settings.batch_size,
             seed=self.recipe.seed,
             epoch=epoch,
-            view=view,
             rank=self.rank,
             ranks=self.ranks,
-            workers=self.recipe.data.workers,
-            device=self.device,
             balance=self.recipe.data.balance == "sampler",
         )
+        return train_batches(self.dataset, self._shown(view, shares), settings.batch_size)
 
     def log(self, out: Path, stage: str) -> StageLog:
         """Return the log of a stage, silent on all ranks but 0."""
@@ -373,7 +364,7 @@ def open_run(recipe: Recipe, *, trust_code: bool, verbose: bool) -> Run:
 
     Raises CompressError where a rank finds no device, or one of another kind than the others.
     """
-    device = _device(recipe)
+    device = device_of(recipe.device)
     if len(kinds := set(gather(device.type))) > 1:
         raise CompressError(
             f"device: {recipe.device} is {' and '.join(sorted(kinds))} on different ranks; set device: cpu, or use machines with GPUs only"
@@ -386,33 +377,7 @@ def open_run(recipe: Recipe, *, trust_code: bool, verbose: bool) -> Run:
     settings = data_settings(recipe)
     if ranks() > 1 and settings.name in NAMED:
         first_decides(lambda: NAMED[settings.name](settings.path) and None)  # downloads once
-    return Run(recipe, device, rank(), ranks(), target, trust_code, verbose, _group(device))
-
-
-def _group(device: torch.device) -> dist.ProcessGroup | None:
-    """Return the ranks' group for gradients, with torch's own timeout of minutes; None for a single rank."""
-    if ranks() == 1:
-        return None
-    group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo")
-    assert isinstance(group, dist.ProcessGroup)  # every rank is in it
-    return group
-
-
-def _device(recipe: Recipe) -> torch.device:
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise CompressError("device: cuda, but torch finds no GPU; use device: auto, or see `compress doctor`")
-    if recipe.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank() >= torch.cuda.device_count():
-        raise CompressError(
-            f"device: {recipe.device}: no GPU for rank {local_rank()} of this machine, which has {torch.cuda.device_count()}; "
-            f"start torchrun with --nproc-per-node={torch.cuda.device_count()}"
-        )
-    device = torch.device("cuda", local_rank())
-    torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    return device
+    return Run(recipe, device, rank(), ranks(), target, trust_code, verbose, gradient_group(device))
 
 
 def as_numpy(batches: Iterator[Batch]) -> Iterator[tuple[NDArray[np.float32], NDArray[Any]]]:

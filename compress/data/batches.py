@@ -63,32 +63,32 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
     return max(num_images // batch_size, 1)
 
 
-def train_batches(
-    dataset: Dataset,
-    *,
-    batch_size: int,
-    augmentation: Augmentation,
-    seed: int,
-    epoch: int,
-    view: int,
-    rank: int = 0,
-    ranks: int = 1,
-    workers: int | None,
-    device: torch.device,
-    balance: bool = False,
-) -> Iterator[Batch]:
-    """Yield this rank's share of an epoch's batches, shuffled by seed and epoch; `batch_size` is over all ranks.
+def epoch_shares(
+    images: ImageSet, batch_size: int, *, seed: int, epoch: int, rank: int, ranks: int, balance: bool
+) -> list[Tensor]:
+    """Return a rank's share of each of an epoch's batches as the images' numbers, shuffled by seed and epoch.
 
-    With `balance` images are drawn with replacement, all classes equally often. Raises DataError for a broken image that
-    is not to be skipped, and for fewer images in a batch than ranks.
+    `batch_size` is over all ranks. With `balance` images are drawn with replacement, all classes equally often. Raises
+    DataError for fewer images in a batch than ranks.
     """
-    if balance and (dataset.train.placed is not None or dataset.train.labels.ndim > 1):
+    if balance and (images.placed is not None or images.labels.ndim > 1):
         raise DataError("data.balance: needs images with one label each: leave it out")
-    weights = balanced(dataset.train.labels) if balance else None
-    shares = _shares(len(dataset.train), batch_size, seed=seed, epoch=epoch, rank=rank, ranks=ranks, weights=weights)
-    for batch in view_batches(
-        dataset, shares, augmentation=augmentation, seed=seed, view=view, workers=workers, device=device
-    ):
+    n, generator = len(images), torch.Generator().manual_seed(_derived_seed(seed, epoch, "order"))
+    if balance:
+        order = torch.multinomial(balanced(images.labels), n, replacement=True, generator=generator)
+    else:
+        order = torch.randperm(n, generator=generator)
+    shares = [batch[rank::ranks] for batch in torch.split(order, batch_size)[: steps_per_epoch(n, batch_size)]]
+    if len(shares[-1]) == 0:
+        raise DataError(
+            f"batch_size: {min(batch_size, n)} images cannot be shared by {ranks} ranks; raise it or use fewer ranks"
+        )
+    return shares
+
+
+def train_batches(dataset: Dataset, batches: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
+    """Yield an epoch's batches with their number of images over all ranks; DataError if one has no image on this rank."""
+    for batch in batches:
         if not len(batch.targets):
             raise DataError(
                 f"{dataset.name}: no image of a batch can be read; check the folder, or raise the batch size"
@@ -139,25 +139,15 @@ def _mixed(batch: Batch, shown: Tensor, share: Tensor, mixes: Mixes, *, classes:
     return Batch(images.contiguous(memory_format=torch.channels_last), targets), torch.tensor(own, dtype=torch.int64)
 
 
-def eval_batches(
-    images: ImageSet,
-    preprocess: Preprocess,
-    *,
-    batch_size: int,
-    device: torch.device,
-    workers: int | None,
-    limit: int | None = None,
-    rank: int = 0,
-    ranks: int = 1,
-    only: Tensor | None = None,
-) -> Iterator[Batch]:
-    """Yield all images unchanged and in order, or a rank's share of the batches.
+def in_order(n: int, limit: int | None = None) -> Tensor:
+    """Return the numbers of n images, or `limit` of them in an order whose every prefix is spread over the set."""
+    return torch.arange(n) if limit is None else torch.from_numpy(spread(n, limit))
 
-    `only` gives the images' numbers; `limit` takes n images in an order whose every prefix is spread over the set.
-    """
-    chosen = torch.arange(len(images)) if limit is None else torch.from_numpy(spread(len(images), limit))
-    chosen = chosen if only is None else only
-    shares = torch.split(chosen, batch_size)[rank::ranks]
+
+def eval_batches(
+    images: ImageSet, preprocess: Preprocess, shares: Sequence[Tensor], *, device: torch.device, workers: int | None
+) -> Iterator[Batch]:
+    """Yield the images of each share (numbers) unchanged."""
     if isinstance(images, MemoryImages):
         raws = _memory_pixels(images, shares, device=device)
     else:
@@ -181,22 +171,6 @@ def balanced(labels: Tensor) -> Tensor:
     weights = torch.ones(len(labels))
     weights[known] = (int(known.sum()) / len(labels[known].unique()) / counts)[labels[known]].float()
     return weights
-
-
-def _shares(
-    n: int, batch_size: int, *, seed: int, epoch: int, rank: int, ranks: int, weights: Tensor | None = None
-) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(_derived_seed(seed, epoch, "order"))
-    if weights is None:
-        order = torch.randperm(n, generator=generator)
-    else:
-        order = torch.multinomial(weights, n, replacement=True, generator=generator)
-    shares = [batch[rank::ranks] for batch in torch.split(order, batch_size)[: steps_per_epoch(n, batch_size)]]
-    if len(shares[-1]) == 0:
-        raise DataError(
-            f"batch_size: {min(batch_size, n)} images cannot be shared by {ranks} ranks; raise it or use fewer ranks"
-        )
-    return shares
 
 
 def _normalized(raw: Raw, preprocess: Preprocess) -> Batch:

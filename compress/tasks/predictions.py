@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from compress.data.batches import eval_batches
+from compress.data.batches import eval_batches, in_order
 from compress.data.dataset import Dataset
 
 Numbers = NDArray[np.int64]
@@ -29,7 +29,8 @@ def predictions(
     """
     tables = []
     for views, stored in ((images.train, images.train), (images.val, images.held_out)):
-        batches = eval_batches(views, images.preprocess, batch_size=batch_size, device=device, workers=workers)
+        shares = in_order(len(views)).split(batch_size)
+        batches = eval_batches(views, images.preprocess, shares, device=device, workers=workers)
         # The targets of images without labels are their numbers.
         rows = [(batch.targets.cpu().numpy(), network(batch.images).float().cpu().numpy()) for batch in batches]
         numbers, outputs = (np.concatenate(column) for column in zip(*rows, strict=True))

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batched import eval_batches, train_batches
 from photographs import augmentation, opened, write_classes, write_imagenet_layout, write_photo
 from PIL import Image
 
 from compress.data import dataset as dataset_module
-from compress.data.batches import eval_batches, train_batches
 from compress.data.dataset import Dataset
 from compress.data.images import MemoryImages
 from export.errors import DataError
@@ -187,10 +187,8 @@ def on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def seen(data: Dataset, workers: int, *, batch_size: int = 4) -> list[int]:
     """Return the labels of an epoch and of validation."""
-    train = train_batches(
-        data, batch_size=batch_size, augmentation=augmentation(), seed=0, epoch=0, view=0, workers=workers, device=CPU
-    )
-    val = eval_batches(data.val, data.preprocess, batch_size=batch_size, workers=workers, device=CPU)
+    train = train_batches(data, batch_size=batch_size, augmentation=augmentation(), workers=workers)
+    val = eval_batches(data.val, data.preprocess, batch_size=batch_size, workers=workers)
     return [label for batches in (train, val) for batch in batches for label in batch.targets.tolist()]
 
 

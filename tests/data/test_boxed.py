@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from batched import eval_batches, train_batches
 from drawn import coco
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from compress.data.augment import Augmentation
-from compress.data.batches import eval_batches, train_batches
 from compress.data.boxed import PlacedBoxes, open_boxes, write_boxes
 from compress.data.digest import DataSettings
 from compress.data.stored import Stored
@@ -55,10 +55,8 @@ def test_a_view_shows_its_boxes(tmp_path: Path) -> None:
     """Mirrored or not, the pixels inside a box of a scene are those inside the box of its view."""
     flipped = replace(STILL, flip=True)
     data = open_boxes(settings(tmp_path), flipped)
-    plain = next(eval_batches(data.train, data.preprocess, batch_size=12, device=CPU, workers=0))
-    shown = next(
-        train_batches(data, batch_size=12, augmentation=flipped, seed=1, epoch=0, view=0, workers=0, device=CPU)
-    )
+    plain = next(eval_batches(data.train, data.preprocess, batch_size=12))
+    shown = next(train_batches(data, batch_size=12, augmentation=flipped, seed=1))
     assert shown.views is not None
     turned = 0
     for place, index in enumerate(shown.views.indices.tolist()):
@@ -77,10 +75,8 @@ def test_a_view_shows_its_boxes(tmp_path: Path) -> None:
 def test_distorted_colours_leave_the_boxes_where_they_are(tmp_path: Path) -> None:
     changed = replace(STILL, distort=True)
     data = open_boxes(settings(tmp_path), changed)
-    plain = next(eval_batches(data.train, data.preprocess, batch_size=12, device=CPU, workers=0))
-    shown = next(
-        train_batches(data, batch_size=12, augmentation=changed, seed=1, epoch=0, view=0, workers=0, device=CPU)
-    )
+    plain = next(eval_batches(data.train, data.preprocess, batch_size=12))
+    shown = next(train_batches(data, batch_size=12, augmentation=changed, seed=1))
     assert shown.views is not None
     assert torch.equal(shown.targets, plain.targets[shown.views.indices])
     apart = (shown.images - plain.images[shown.views.indices]).abs().mean(dim=(1, 2, 3))
@@ -92,7 +88,7 @@ def test_validation_images_are_written_and_read_again(tmp_path: Path) -> None:
     folder = tmp_path / "val"
     assert write_boxes(data, folder) == len(data.val)
     again = box_examples(folder, data.preprocess, data.classes)
-    batch = next(eval_batches(data.val, data.preprocess, batch_size=8, device=CPU, workers=0))
+    batch = next(eval_batches(data.val, data.preprocess, batch_size=8))
     images, truths = next(again.batches(batch_size=8))
     assert np.allclose(images, batch.images.numpy(), atol=1e-5)
     for mine, its in zip(batch.targets.numpy(), truths, strict=True):
@@ -107,13 +103,11 @@ def test_a_folder_is_opened_whole_and_stretched(tmp_path: Path) -> None:
     for augmentation in (STILL, replace(STILL, crop="random_resized", flip=True)):
         data = open_boxes(settings(tmp_path / "memory", name="imagefolder", path=tmp_path), augmentation)
         assert data.classes == ("cat", "dog")
-        batch = next(eval_batches(data.val, data.preprocess, batch_size=2, device=CPU, workers=0))
+        batch = next(eval_batches(data.val, data.preprocess, batch_size=2))
         assert batch.images.shape == (2, 3, 64, 64)
         listing = list_boxes(tmp_path)
         assert np.allclose(batch.targets.numpy(), listing.truths(listing.val or ()))
-        shown = next(
-            train_batches(data, batch_size=2, augmentation=augmentation, seed=0, epoch=0, view=0, workers=0, device=CPU)
-        )
+        shown = next(train_batches(data, batch_size=2, augmentation=augmentation, workers=0))
         assert shown.targets.shape == (2, 2, 6)
 
 

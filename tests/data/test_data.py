@@ -12,6 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from batched import eval_batches, train_batches
 from photographs import STILL, augmentation, opened, write_classes, write_imagenet_layout, write_photo
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
@@ -19,7 +20,7 @@ from torchvision.transforms.v2 import RandomResizedCrop, functional
 
 from compress.data import dataset as dataset_module
 from compress.data import named
-from compress.data.batches import Batch, eval_batches, steps_per_epoch, train_batches
+from compress.data.batches import Batch, steps_per_epoch
 from compress.data.dataset import Dataset
 from compress.data.digest import NATIVE_SIZE
 from compress.data.images import ArrayImages, FileImages, MemoryImages
@@ -51,7 +52,6 @@ def training(data: Dataset, *, batch_size: int = 4, epoch: int = 0, seed: int = 
             seed=seed,
             epoch=epoch,
             view=options.pop("view", epoch),
-            device=CPU,
             **options,
         )
     )
@@ -60,7 +60,7 @@ def training(data: Dataset, *, batch_size: int = 4, epoch: int = 0, seed: int = 
 def evaluation(data: Dataset, *, train: bool = False, **options: Any) -> Batch:
     images = data.train if train else data.val
     options = {"batch_size": 5, "workers": 0} | options
-    batches = list(eval_batches(images, data.preprocess, device=CPU, **options))
+    batches = list(eval_batches(images, data.preprocess, **options))
     return Batch(torch.cat([batch.images for batch in batches]), torch.cat([batch.targets for batch in batches]))
 
 
@@ -588,7 +588,7 @@ def test_every_batch_and_every_epoch_is_mixed_in_its_own_way() -> None:
 def test_an_abandoned_epoch_leaves_no_process_behind(tmp_path: Path) -> None:
     data = opened("imagefolder", write_imagenet_layout(tmp_path))
     batches: Iterator[Batch] | None = train_batches(
-        data, batch_size=2, augmentation=augmentation(crop="pad"), seed=0, epoch=0, view=0, workers=2, device=CPU
+        data, batch_size=2, augmentation=augmentation(crop="pad"), workers=2
     )
     assert batches is not None
     next(batches)
@@ -606,7 +606,6 @@ def test_images_in_memory_need_no_process() -> None:
         epoch=0,
         view=0,
         workers=None,
-        device=CPU,
     )
     next(batches)
     assert not multiprocessing.active_children()

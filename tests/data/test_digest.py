@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batched import eval_batches
 from photographs import SETTINGS, opened, write_classes, write_imagenet_layout, write_photo
 from PIL import Image
 
@@ -18,14 +19,13 @@ from compress import artifact
 from compress.artifact import Meta, finish, write_json
 from compress.data import dataset as dataset_module
 from compress.data import digest as digest_module
-from compress.data.batches import eval_batches
 from compress.data.digest import FILES, DataSettings, changes, dataset_digest, given, to_download
 from compress.pipeline import plan_recipe
 from compress.recipe.read import read_recipe
 from export.errors import DataError
 from export.images.read import find_examples
 
-EVALUATION: dict[str, Any] = {"batch_size": 100, "workers": 0, "device": torch.device("cpu")}
+EVALUATION: dict[str, Any] = {"batch_size": 100, "workers": 0}
 
 
 def settings(root: Path, name: str = "imagefolder") -> DataSettings:

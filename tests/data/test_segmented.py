@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batched import eval_batches, train_batches
 from photographs import SETTINGS, augmentation, write_photo
 from PIL import Image
 
 from compress.data import dataset as dataset_module
-from compress.data.batches import Batch, eval_batches, train_batches
+from compress.data.batches import Batch
 from compress.data.dataset import Dataset
 from compress.data.digest import DataSettings
 from compress.data.segmented import open_masks, write_masks
@@ -55,7 +56,7 @@ def opened(root: Path | None, *, name: str = "imagefolder", crop: Any = "none", 
 
 
 def batch_of(data: Dataset, *, epoch: int = 0, **changes: Any) -> Batch:
-    options: dict[str, Any] = {"batch_size": 4, "seed": 0, "workers": 0, "device": torch.device("cpu")}
+    options: dict[str, Any] = {"batch_size": 4, "seed": 0, "workers": 0}
     return next(train_batches(data, augmentation=augmentation(**changes), epoch=epoch, view=epoch, **options))
 
 
@@ -121,7 +122,7 @@ def test_masks_follow_their_images_into_a_size_that_is_no_square(
 
 def test_validation_masks_are_what_the_files_hold(root: Path) -> None:
     data = opened(root, image_size=(20, 20))
-    (batch,) = eval_batches(data.val, data.preprocess, batch_size=9, device=torch.device("cpu"), workers=0)
+    (batch,) = eval_batches(data.val, data.preprocess, batch_size=9)
     stored = [np.asarray(Image.open(root / f"masks/val/{index}.png"))[:, 2:22] for index in range(3)]
     assert np.array_equal(batch.targets.numpy(), np.stack(stored))
 
@@ -143,7 +144,7 @@ def test_the_written_validation_images_are_read_back_with_their_masks(root: Path
     data = opened(root)
     assert write_masks(data, tmp_path / "out") == 3
     found = mask_examples(tmp_path / "out", data.preprocess, CLASSES)
-    (batch,) = eval_batches(data.val, data.preprocess, batch_size=9, device=torch.device("cpu"), workers=0)
+    (batch,) = eval_batches(data.val, data.preprocess, batch_size=9)
     assert np.array_equal(found.truths, batch.targets.numpy())
     assert found.digests() == data.validation_digests()
 

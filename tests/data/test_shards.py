@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batched import eval_batches, train_batches
 from photographs import SETTINGS, augmentation, opened, write_imagenet_layout, write_photo
 
 from compress.commands.shards import write_shards
 from compress.data import dataset as dataset_module
-from compress.data.batches import eval_batches, train_batches
 from compress.data.dataset import Dataset
 from compress.data.digest import DataSettings, dataset_digest, given
 from compress.data.images import ShardImages
@@ -49,10 +49,10 @@ def seen(dataset: Dataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for view in range(2):
         for batch in train_batches(
             dataset, batch_size=5, augmentation=augmentation(crop="random_resized", flip=True, mixup=0.2), seed=3, epoch=view,
-            view=view, workers=0, device=CPU,
+            view=view, workers=0
         ):  # fmt: skip
             yield batch.images, batch.targets
-    for batch in eval_batches(dataset.val, dataset.preprocess, batch_size=4, device=CPU, workers=0):
+    for batch in eval_batches(dataset.val, dataset.preprocess, batch_size=4):
         yield batch.images, batch.targets
 
 
@@ -96,7 +96,7 @@ def test_every_view_of_shards_is_that_of_their_folder(folder: Path, shards: Path
 def test_loader_processes_read_shards(shards: Path) -> None:
     dataset = opened("imagefolder", shards)
     alone, two = (
-        [batch.images for batch in eval_batches(dataset.val, dataset.preprocess, batch_size=2, device=CPU, workers=n)]
+        [batch.images for batch in eval_batches(dataset.val, dataset.preprocess, batch_size=2, workers=n)]
         for n in (0, 2)
     )
     assert all(map(torch.equal, alone, two))
@@ -227,13 +227,11 @@ def test_loader_processes_read_from_a_server_and_believe_no_whole_file(
     write_shards(url, tmp_path / "index", size_mb=1)
     local, remote = opened("imagefolder", folder), opened("imagefolder", tmp_path / "index")
     for workers in (0, 2):
-        pairs = [
-            eval_batches(one.val, one.preprocess, batch_size=2, device=CPU, workers=workers) for one in (local, remote)
-        ]
+        pairs = [eval_batches(one.val, one.preprocess, batch_size=2, workers=workers) for one in (local, remote)]
         assert all(torch.equal(a.images, b.images) for a, b in zip(*pairs, strict=True))
     monkeypatch.setattr(Ranges, "honest", False)
     with pytest.raises(DataError, match=r"its shard returned [\d,]+ bytes instead of [\d,]+"):
-        list(eval_batches(remote.val, remote.preprocess, batch_size=2, device=CPU, workers=0))
+        list(eval_batches(remote.val, remote.preprocess, batch_size=2))
 
 
 @pytest.mark.parametrize("url", ["nothing://bucket", "memory://empty", "http://127.0.0.1:9/"])
