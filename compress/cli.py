@@ -4,56 +4,22 @@ Exit codes: 0 done, 1 a target missed, 2 a user's mistake, 70 a crash, 130 inter
 import it, inside their functions.
 """
 
-import errno
 import json
-import os
 import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
-from safetensors import SafetensorError
-from typer.core import TyperGroup
 
+from compress.commands.outcome import Commands, fail, say
 from compress.errors import RecipeError
 from compress.ranks import first_decides, joined, local_ranks, ranks, tell_torchrun
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 from compress.report.distribution import own_distribution
-from export.command.main import INTERRUPTED, MISTAKE, end
-from export.errors import UserError
-
-REPAIRS = {
-    errno.EACCES: "check its permissions, or choose another folder with --out (OUT= under make)",
-    errno.EPERM: "check its permissions, or choose another folder with --out (OUT= under make)",
-    errno.EROFS: "choose another folder with --out (OUT= under make)",
-    errno.ENOSPC: "free some space, or choose another folder with --out (OUT= under make); the same command then continues",
-    errno.EDQUOT: "free some of your quota, or choose another folder with --out (OUT= under make); the same command then continues",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f); the same command then continues",
-    errno.EMFILE: "raise the limit on open files (ulimit -n); the same command then continues",
-}
-
-
-class Commands(TyperGroup):
-    """The commands; mistakes of the user and faults of the machine end in one sentence."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command; unexpected errors keep their traceback."""
-        try:
-            return super().invoke(ctx)
-        except UserError as error:
-            _fail(str(error))
-        except (OSError, SafetensorError) as error:
-            if (number := _os_error(error)) not in REPAIRS:
-                raise
-            place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-            _fail(f"{place}{os.strerror(number).lower()}; {REPAIRS[number]}")
-        except KeyboardInterrupt:
-            _say("interrupted; the same command continues")
-            raise typer.Exit(INTERRUPTED) from None
-
+from export.command.main import end
 
 app = typer.Typer(
     cls=Commands,
@@ -179,7 +145,7 @@ def check(
                 _print(f"{file}: ok ({f'{student}: ' if student else ''}{order})")
     _print(checked())
     if wrong:
-        _fail("\n".join(wrong))
+        fail("\n".join(wrong))
 
 
 @app.command()
@@ -201,7 +167,7 @@ def plan(
         _print(f"{'cached' if line.cached else 'runs':6}  {line.stage:7}  {line.directory}  ({line.reason})")
     folder = to_download(data_settings(resolved))
     if folder is not None:
-        _say(f"{resolved.data.dataset}: is not in {folder}; a run downloads it, or give its folder: DATA=/path/to/it")
+        say(f"{resolved.data.dataset}: is not in {folder}; a run downloads it, or give its folder: DATA=/path/to/it")
 
 
 @app.command()
@@ -272,7 +238,7 @@ def init(
 ) -> None:
     """Write a recipe for your checkpoint and your images. It names the network and estimates a run's time."""
     _quiet(verbose=False)
-    from compress.commands.init import write_draft
+    from compress.commands.init.write import write_draft
 
     for line in write_draft(weights, data, out, arch=arch, latency_ms=latency, trust_code=trust_code):
         _print(line)
@@ -341,7 +307,7 @@ def publish(
         for line in publish_to_hub(run_folder, to, key=key, dry_run=dry_run):
             _print(line)
     elif dry_run:
-        _fail(f"--dry-run: works with {HUB}USER/NAME only, got --to {to}; leave it out")
+        fail(f"--dry-run: works with {HUB}USER/NAME only, got --to {to}; leave it out")
     else:
         publish(run_folder, Path(to), key=key)
         _print(to)
@@ -426,24 +392,8 @@ def _command(recipe: Path, settings: list[tuple[str, str | None]], *, trust_code
     return shlex.join(words)
 
 
-def _os_error(error: OSError | SafetensorError) -> int:
-    """Return the system's error number; safetensors has it in its message only, as `(os error 28)`."""
-    if isinstance(error, OSError):
-        return error.errno or 0
-    return int(str(error).partition("(os error ")[2].partition(")")[0] or 0)
-
-
 def _print(text: object) -> None:
     sys.stdout.write(f"{text}\n")
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-
-
-def _fail(text: str) -> NoReturn:
-    _say(text)
-    raise typer.Exit(MISTAKE)
 
 
 if __name__ == "__main__":

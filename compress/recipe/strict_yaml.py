@@ -3,6 +3,7 @@
 In PyYAML's YAML 1.1 `1e-3` is a string, `no` is False, `1:30` is 90, and the last of two equal keys wins silently.
 """
 
+import math
 import re
 from typing import Any, NoReturn
 
@@ -86,8 +87,8 @@ def load(text: str) -> Any:
 
 
 def dump(value: Any) -> str:
-    """Return YAML that `load` reads back to an equal value, in the order given."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    """Return YAML that `load` reads back to an equal value, in the order given; a text takes one line, however long."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 def _refuse(problem: str, mark: yaml.Mark) -> NoReturn:

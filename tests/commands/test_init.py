@@ -10,7 +10,10 @@ from photographs import write_classes, write_imagenet_layout, write_photo
 from PIL import Image
 from torchvision.models import mobilenet_v2
 
-from compress.commands.init import OTHERS_S, SCORED, Clock, Network, look_at, run_seconds, write_draft
+from compress.commands.init.estimate import OTHERS_S, SCORED, Clock, run_seconds
+from compress.commands.init.images import look_at
+from compress.commands.init.network import Network
+from compress.commands.init.write import write_draft
 from compress.commands.shards import write_shards
 from compress.errors import CompressError
 from compress.models.architectures import build
@@ -57,6 +60,16 @@ def test_other_classes_start_the_classifier_anew_and_train_the_teacher(checkpoin
     assert recipe.model.reset_head
     assert recipe.stages[0].stage == "source"
     assert recipe.stages[0].fine_tune
+
+
+def test_a_path_of_many_words_stays_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    data, weights = tmp_path / " ".join(["images"] * 20), tmp_path / f"{' '.join(['weights'] * 20)}.pt"
+    write_classes(data)
+    weights.write_bytes(checkpoint.read_bytes())
+    list(write_draft(str(weights), data, tmp_path / "mine.yaml", arch=None, latency_ms=None, trust_code=False))
+    recipe = read_recipe(tmp_path / "mine.yaml")
+    assert recipe.model is not None
+    assert (recipe.data.path, recipe.model.weights) == (str(data), str(weights))
 
 
 @pytest.mark.parametrize("arch", ["torchvision:resnet18", "timm:ghostnet_050", "cifar:resnet20"])
