@@ -36,8 +36,23 @@ from export.runtime.session import PROVIDERS, Run, available_providers, bind, op
 
 SLOW = 3.0  # a float16 file slower than float32 by this factor runs on emulated kernels; one timing of it is enough
 
-
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to time, and for how long: `seconds` for each file at each setting, in `blocks` that are interleaved.
+
+    `image_sizes` are timed in addition to the files' own.
+    """
+
+    batches: Sequence[int] = (1, 8)
+    threads: Sequence[int] = (1, 0)
+    image_sizes: Sequence[Size] = ()
+    providers: Sequence[str] = ("cpu", "cuda")
+    seconds: float = 2.0
+    blocks: int = 10
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,42 +64,31 @@ class Bench:
 
 
 def bench(
-    files: Mapping[str, Path],
-    *,
-    batches: Sequence[int] = (1, 8),
-    threads: Sequence[int] = (1, 0),
-    image_sizes: Sequence[Size] = (),
-    providers: Sequence[str] = ("cpu", "cuda"),
-    seconds: float = 2.0,
-    blocks: int = 10,
-    seed: int = 0,
-    target: str | None = None,
-    progress: Progress = lambda _: None,
+    files: Mapping[str, Path], plan: Plan, *, target: str | None = None, progress: Progress = lambda _: None
 ) -> Bench:
-    """Time `files` (name to ONNX file) at every setting, interleaved within a setting, each for about `seconds`.
+    """Time `files` (name to ONNX file) at every setting of the plan, interleaved within a setting.
 
-    `image_sizes` are timed in addition to the files' own. Left out with a warning: a provider that this machine lacks, an
-    image size that a network cannot take, and emulated float16 except at the headline setting. A machine other than
-    `target` gives a warning too.
+    Left out with a warning: a provider that this machine lacks, an image size that a network cannot take, and emulated
+    float16 except at the headline setting. A machine other than `target` gives a warning too.
     Raises BundleError for a file that cannot be read or run at its own size.
     """
     facts = {name: inspect(path) for name, path in files.items()}
-    result = Bench(warnings=[*target_warnings(target), *provider_warnings(providers, facts)])
+    result = Bench(warnings=[*target_warnings(target), *provider_warnings(plan.providers, facts)])
     memory_mb = cache(peak_memory_mb)
     emulated: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
         channels, *own = own_shape(facts)
-        sized, baked_in = at_sizes(files, image_sizes, own=(own[0], own[1]), folder=Path(folder))
+        sized, baked_in = at_sizes(files, plan.image_sizes, own=(own[0], own[1]), folder=Path(folder))
         result.warnings.extend(baked_in)
-        plan = list(settings(providers, threads, batches, list(sized)))
-        for index, setting in enumerate(plan, 1):
-            progress(f"{setting} ({index}/{len(plan)})")
+        every = list(settings(plan, list(sized)))
+        for index, setting in enumerate(every, 1):
+            progress(f"{setting} ({index}/{len(every)})")
             shape = (channels, *setting.image_size)
             left_out = set() if setting.provider != CPU or setting.is_headline else emulated
             live = {name: path for name, path in sized[setting.image_size].items() if name not in left_out}
-            runs, options, skipped = prepare(live, setting, shape, seconds=seconds, seed=seed, progress=progress)
+            runs, options, skipped = prepare(live, setting, shape, plan, progress=progress)
             result.warnings.extend(skipped)
-            timed = time_sessions(runs, seconds=seconds, blocks=blocks, seed=seed)
+            timed = time_sessions(runs, seconds=plan.seconds, blocks=plan.blocks, seed=plan.seed)
             for name, path in live.items():
                 memory = memory_mb(path, batch=setting.batch, shape=shape) if setting.provider == CPU else None
                 row = timing_row(
@@ -106,19 +110,17 @@ def bench(
     return result
 
 
-def settings(
-    providers: Sequence[str], threads: Sequence[int], batches: Sequence[int], sizes: Sequence[Size]
-) -> Iterator[Setting]:
+def settings(plan: Plan, sizes: Sequence[Size]) -> Iterator[Setting]:
     """Yield the settings to time whose provider is available, the headline's first; threads vary only on the CPU."""
-    for provider in (PROVIDERS[name] for name in providers):
+    for provider in (PROVIDERS[name] for name in plan.providers):
         if provider not in available_providers():
             continue
         # 0 is all cores, the largest count.
-        counts = sorted(set(threads), key=lambda count: count or sys.maxsize) if provider == CPU else [1]
+        counts = sorted(set(plan.threads), key=lambda count: count or sys.maxsize) if provider == CPU else [1]
         yield from (
             Setting(provider, count, batch, size)
             for size in sizes
-            for batch in sorted(set(batches))
+            for batch in sorted(set(plan.batches))
             for count in counts
         )
 
@@ -153,13 +155,13 @@ def at_size(path: Path, size: Size, folder: Path) -> Path:
 
 
 def prepare(
-    files: Mapping[str, Path], setting: Setting, shape: Shape, *, seconds: float, seed: int, progress: Progress
+    files: Mapping[str, Path], setting: Setting, shape: Shape, plan: Plan, *, progress: Progress
 ) -> tuple[dict[str, Run], dict[str, dict[str, str]], list[str]]:
     """Open all files at one setting, for images of this shape; return a function that runs each, its provider options, and warnings.
 
     All get the same images: noise with unit variance, like normalized photographs.
     """
-    images = np.random.default_rng(seed).standard_normal((setting.batch, *shape), dtype=np.float32)
+    images = np.random.default_rng(plan.seed).standard_normal((setting.batch, *shape), dtype=np.float32)
     runs: dict[str, Run] = {}
     options: dict[str, dict[str, str]] = {name: {} for name in files}
     warnings: list[str] = []
@@ -168,7 +170,7 @@ def prepare(
             runs[name] = bind(open_session(path, threads=setting.threads), images)
             continue
         progress(f"{setting}: provider options for {name}")
-        runs[name], options[name], skipped = fastest(path, images, seconds=seconds / 4)
+        runs[name], options[name], skipped = fastest(path, images, seconds=plan.seconds / 4)
         warnings.extend(f"{setting}: {name}: {sentence}" for sentence in skipped)
     return runs, options, warnings
 
@@ -213,16 +215,14 @@ def measure(bundle: Bundle, arguments: argparse.Namespace) -> BenchJson:
         notes = examples.notes
         scores = score_files(bundle.files, examples.batches(), bundle.task, progress=print_live)
         scored = accuracy(scores, reference=FP32 if FP32 in scores else min(scores))
-    found = bench(
-        bundle.files,
+    plan = Plan(
         batches=arguments.batches,
         threads=arguments.threads,
         image_sizes=arguments.image_sizes,
         seconds=arguments.seconds,
         blocks=arguments.blocks,
-        target=bundle.target,
-        progress=print_live,
     )
+    found = bench(bundle.files, plan, target=bundle.target, progress=print_live)
     print_live("")
     warnings = [*notes, *found.warnings]
     metric = metric_json(bundle.task.metric)

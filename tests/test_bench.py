@@ -11,7 +11,7 @@ from answered import answered
 from onnx_files import class_folders, classifier, colour_reader, save, small_contents, small_files, write_small_bundle
 
 from export import bench as bench_module
-from export.bench import bench
+from export.bench import Plan, bench
 from export.bundle.write import write_bundle
 from export.errors import BundleError
 from export.images.read import digest
@@ -25,6 +25,7 @@ from export.runtime.session import available_providers, bind, open_session, resi
 from export.tasks.classification import CLASSIFICATION, by_class, decode, further
 
 REPOSITORY = Path(__file__).parents[1]
+BRIEF = Plan(batches=(1,), threads=(1,), providers=("cpu",), seconds=0.01, blocks=6)
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +174,7 @@ def test_images_of_another_size_are_an_error(files: dict[str, Path]) -> None:
 def timings(files: dict[str, Path]) -> list[TimingRow]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_module, "SLOW", 1e9)  # leaves no file out, however slow this machine's float16 is
-        found = bench(
-            files, batches=(4, 1), threads=(0, 1), image_sizes=((24, 24),), providers=("cpu",), seconds=0.02, blocks=6
-        )
+        found = bench(files, replace(BRIEF, batches=(4, 1), threads=(0, 1), image_sizes=((24, 24),), seconds=0.02))
     assert found.warnings == []
     return found.timings
 
@@ -211,30 +210,26 @@ def test_speedups_are_against_the_files_of_the_same_setting(timings: list[Timing
 
 
 def test_without_a_reference_the_speedup_is_unknown(files: dict[str, Path]) -> None:
-    found = bench(
-        {"student_fp16": files["student_fp16"]}, batches=(1,), threads=(1,), providers=("cpu",), seconds=0.01, blocks=6
-    )
+    found = bench({"student_fp16": files["student_fp16"]}, BRIEF)
     assert [(row["speedup"], row["speedup_vs_student_fp32"]) for row in found.timings] == [(None, None)]
 
 
 def test_a_size_that_a_network_cannot_take_is_left_out_with_a_warning(tmp_path: Path) -> None:
     stiff = {"student_fp32": save(classifier(pooled=False), tmp_path / "stiff.onnx")}
-    found = bench(
-        stiff, batches=(1,), threads=(1,), image_sizes=((24, 24),), providers=("cpu",), seconds=0.01, blocks=6
-    )
+    found = bench(stiff, replace(BRIEF, image_sizes=((24, 24),)))
     assert [row["image_size"] for row in found.timings] == [16]
     assert found.warnings == ["image size 24: the network's size is fixed, time it at that size; left out"]
 
 
 @pytest.mark.skipif(CUDA in available_providers(), reason="CUDA is here")
 def test_a_missing_provider_is_a_warning(student: dict[str, Path]) -> None:
-    found = bench(student, batches=(1,), threads=(1,), providers=("cpu", "cuda"), seconds=0.01, blocks=6)
+    found = bench(student, replace(BRIEF, providers=("cpu", "cuda")))
     assert found.warnings == ["this machine has no CUDAExecutionProvider: not timed"]
 
 
 def test_another_target_than_this_machine_is_a_warning(student: dict[str, Path]) -> None:
     other = next(name for name in TARGETS if name != host_target().name)
-    found = bench(student, batches=(1,), threads=(1,), providers=("cpu",), seconds=0.01, blocks=6, target=other)
+    found = bench(student, BRIEF, target=other)
     assert [warning.partition(" and ")[0] for warning in found.warnings] == [f"the INT8 files are made for {other}"]
 
 
@@ -242,9 +237,7 @@ def test_emulated_float16_is_timed_at_the_headline_settings_only(
     files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_module, "SLOW", 1e-9)  # whatever its speed
-    found = bench(
-        files, batches=(1, 2), threads=(1, 2), image_sizes=((24, 24),), providers=("cpu",), seconds=0.01, blocks=6
-    )
+    found = bench(files, replace(BRIEF, batches=(1, 2), threads=(1, 2), image_sizes=((24, 24),)))
     halves = [(row["image_size"], row["batch"], row["threads"]) for row in found.timings if row["precision"] == "fp16"]
     assert halves == [(16, 1, 1), (24, 1, 1)]
     assert [warning.partition(" (")[0] for warning in found.warnings] == [
@@ -255,7 +248,7 @@ def test_emulated_float16_is_timed_at_the_headline_settings_only(
 def test_files_of_different_sizes_are_not_compared(tmp_path: Path) -> None:
     files = {"a": save(classifier(size=16), tmp_path / "a.onnx"), "b": save(classifier(size=24), tmp_path / "b.onnx")}
     with pytest.raises(BundleError, match=r"must be the same in all files, got \[\(3, 16, 16\), \(3, 24, 24\)\]"):
-        bench(files, seconds=0.01)
+        bench(files, BRIEF)
 
 
 def test_peak_memory_grows_with_the_weights(tmp_path: Path) -> None:

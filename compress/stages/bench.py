@@ -10,7 +10,7 @@ import numpy as np
 from compress.artifact import Metrics, write_json
 from compress.recipe.stages import BenchStage
 from compress.run import Run, as_numpy, newest
-from export.bench import bench
+from export.bench import Plan, bench
 from export.images.decode import BrokenImage
 from export.images.size import size_of
 from export.onnx_file.roles import PTQ, TEACHER, deployed, files_in, is_int8
@@ -37,18 +37,9 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
         rivals = [path for file, path in files.items() if file in (TEACHER, name, PTQ)]
         _write_examples(out / EXAMPLES, rivals, exported, run)
         whole = _end_to_end(rivals, run, seconds=cfg.seconds)
-        measured = bench(
-            files,
-            batches=cfg.batches,
-            threads=cfg.threads,
-            image_sizes=[size_of(size) for size in cfg.image_sizes],
-            providers=cfg.providers,
-            seconds=cfg.seconds,
-            blocks=cfg.blocks,
-            seed=run.recipe.seed,
-            target=run.target.name,
-            progress=log.note_detail,
-        )
+        sizes = [size_of(size) for size in cfg.image_sizes]
+        plan = Plan(cfg.batches, cfg.threads, sizes, cfg.providers, cfg.seconds, cfg.blocks, run.recipe.seed)
+        measured = bench(files, plan, target=run.target.name, progress=log.note_detail)
     found = json.loads((exported / "audit.json").read_text())[name]
     floats = {layer: found["reasons"].get(layer, "for no known reason") for layer in found["float_layers"]}
     notes = []
