@@ -14,6 +14,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from export.bundle.read import read_bundle
 from export.bundle.sandbox import require_sound, vet
+from export.command.arguments import at_least
 from export.command.files import json_text, write_text
 from export.command.main import run
 from export.command.table import table
@@ -286,11 +287,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m export.audit", description=main.__doc__)
     parser.add_argument("path", type=Path, metavar="FILE_OR_BUNDLE")
     parser.add_argument("--provider", choices=PROVIDERS, default="cpu")
-    parser.add_argument("--max-float-layers", type=int, metavar="N", help="exit with 1 if more layers run in float")
+    parser.add_argument(
+        "--max-float-layers", type=at_least(0), metavar="N", help="exit with 1 if more layers run in float"
+    )
     parser.add_argument(
         "--max-float-fraction", type=float, metavar="FRACTION", help="the same for the fraction of the MACs, 0 to 1"
     )
-    parser.add_argument("--max-leftover-qdq", type=int, metavar="N", help="the same for Q/DQ nodes inside the graph")
+    parser.add_argument(
+        "--max-leftover-qdq", type=at_least(0), metavar="N", help="the same for Q/DQ nodes inside the graph"
+    )
     parser.add_argument("--times", action="store_true", help="also list the slowest nodes")
     parser.add_argument("--json", type=Path, help="also write the audits to this file")
     return run(parser, print_audits)

@@ -17,7 +17,7 @@ import numpy as np
 
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import vet
-from export.command.arguments import at_least
+from export.command.arguments import at_least, positive
 from export.command.files import json_text, write_text
 from export.command.main import run
 from export.command.table import table
@@ -282,12 +282,9 @@ def print_live(line: str) -> None:
         sys.stderr.flush()
 
 
-def numbers(text: str) -> list[int]:
-    """Parse `1,8` as integers >= 0; argparse turns the ValueError into a message."""
-    found = [int(part) for part in text.split(",")]
-    if min(found) < 0:
-        raise ValueError(text)
-    return found
+def numbers(lowest: int) -> Callable[[str], list[int]]:
+    """Return a parser for `1,8` as integers >= `lowest`, for argparse."""
+    return lambda text: [at_least(lowest)(part) for part in text.split(",")]
 
 
 def sizes(text: str) -> list[Size]:
@@ -311,8 +308,8 @@ def main() -> int:
     """Time a bundle's files against each other on this machine, and score them if images are given."""
     parser = argparse.ArgumentParser(prog="python -m export.bench", description=main.__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--threads", type=numbers, default=[1, 0], metavar="1,0", help="CPU threads; 0 is all cores")
-    parser.add_argument("--batches", type=numbers, default=[1, 8], metavar="1,8", help="images per run")
+    parser.add_argument("--threads", type=numbers(0), default=[1, 0], metavar="1,0", help="CPU threads; 0 is all cores")
+    parser.add_argument("--batches", type=numbers(1), default=[1, 8], metavar="1,8", help="images per run")
     parser.add_argument(
         "--image-sizes",
         type=sizes,
@@ -320,7 +317,7 @@ def main() -> int:
         metavar="224,96x320",
         help="pixels, in addition to the bundle's own size",
     )
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for each file at each setting")
+    parser.add_argument("--seconds", type=positive, default=2.0, help="time for each file at each setting")
     parser.add_argument(
         "--blocks", type=at_least(MIN_BLOCKS), default=10, help="interleaved blocks that the time is divided into"
     )

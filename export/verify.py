@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import require_sound, vet
+from export.command.arguments import at_least
 from export.command.files import json_text, write_text
 from export.command.main import run
 from export.command.table import table
@@ -353,8 +354,12 @@ def main() -> int:
     parser.add_argument(
         "--data", type=Path, help="a folder of class folders, or an .npz file; needs the bundle's preprocessing"
     )
-    parser.add_argument("--images", type=int, default=256, help="images to compare on, evenly spaced over the data")
-    parser.add_argument("--tensor-images", type=int, default=64, help="how many of them to compare tensor by tensor")
+    parser.add_argument(
+        "--images", type=at_least(1), default=256, help="images to compare on, evenly spaced over the data"
+    )
+    parser.add_argument(
+        "--tensor-images", type=at_least(0), default=64, help="how many of them to compare tensor by tensor"
+    )
     parser.add_argument("--min-agreement", type=float, default=0.0, metavar="FRACTION", help="exit with 1 below it")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return run(parser, print_verifications)

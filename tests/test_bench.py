@@ -329,7 +329,7 @@ def test_a_broken_bundle_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--threads", "-1"), "argument --threads: invalid numbers value: '-1'"),
+        (("--threads", "-1"), "argument --threads: must be a whole number >= 0, got '-1'"),
         (("--blocks", "1"), "argument --blocks: must be a whole number >= 6, got '1'"),
     ],
 )

@@ -3,11 +3,12 @@
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from onnx_files import small_files, write_small_bundle
 
-from export import loadgen, serve
+from export import audit, bench, loadgen, serve, verify
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +37,29 @@ def test_without_loadgen_one_sentence_says_what_to_install(
     assert "pip install mlcommons-loadgen" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [["--qps", "0"], ["--seconds", "nan"], ["--batch", "0"], ["--threads", "-1"]])
+@pytest.mark.parametrize(
+    ("command", "wrong"),
+    [
+        (loadgen, ["--qps", "0"]),
+        (loadgen, ["--seconds", "nan"]),
+        (loadgen, ["--batch", "0"]),
+        (loadgen, ["--threads", "-1"]),
+        (bench, ["--seconds", "0"]),
+        (bench, ["--batches", "1,0"]),
+        (bench, ["--threads", "-1"]),
+        (verify, ["--images", "0"]),
+        (verify, ["--tensor-images", "-1"]),
+        (audit, ["--max-float-layers", "-1"]),
+    ],
+)
 def test_a_number_that_cannot_be_is_refused_by_name(
-    bundle: Path, wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bundle: Path,
+    command: ModuleType,
+    wrong: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["loadgen", str(bundle), *wrong])
+    monkeypatch.setattr(sys, "argv", [command.__name__, str(bundle), *wrong])
     with pytest.raises(SystemExit, match="2"):
-        loadgen.main()
+        command.main()
     assert f"argument {wrong[0]}: must be a" in capsys.readouterr().err
