@@ -8,6 +8,7 @@ from export.tasks import TASKS
 from export.tasks.paired import mcnemar
 
 SIGNIFICANT = 0.05
+DISTILLED = 0.25  # fraction of what a solve leaves lost that 4 epochs of distillation gave back: 0.7 of 2.5 points (docs/recovery.md)
 
 
 def sentences(report: Report, digits: int) -> list[str]:
@@ -41,9 +42,12 @@ def recovered(report: Report, digits: int) -> str | None:
     teacher, cut, after = report["stages"][0]["metrics"].get("score"), metrics.get("score_as_cut"), metrics.get("score")
     if teacher is None or cut is None or after is None:
         return None
+    more = ""
+    if teacher > after and stage_section(report, "distill") is None:
+        more = f" A short distillation would likely give back about {loss(DISTILLED * (teacher - after))} (docs/recovery.md)."
     return (
         f"Pruning: teacher {percent(teacher, digits)}, as cut {percent(cut, digits)}, {percent(after, digits)} once recovered "
-        f"without training or labels: {loss(teacher - after)} below the teacher."
+        f"without training or labels: {loss(teacher - after)} below the teacher.{more}"
     )
 
 
