@@ -11,6 +11,7 @@ import sysconfig
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from traceback import format_exception
 
 from export.errors import UserError, nearest
 
@@ -35,11 +36,11 @@ class ArtifactError(CompressError):
     """Report a run folder that cannot be written, is in use, or is damaged."""
 
 
-def own_line(stack: str) -> str:
-    """Return ` (mine.py, line 12: if x.sum() > 0:)`, the innermost line of the user's code in a stack, or ""."""
+def own_line(error: BaseException) -> str:
+    """Return ` (mine.py, line 12: if x.sum() > 0:)`, the innermost line of the user's code that raised an error, or ""."""
     own = [
         (file, line, code)
-        for file, line, code in STACK_LINE.findall(stack)
+        for file, line, code in STACK_LINE.findall("".join(format_exception(error)))
         if "-packages" not in file and not file.startswith(FOREIGN)
     ]
     return " ({}, line {}: {})".format(*own[-1]) if own else ""

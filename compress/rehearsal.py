@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from traceback import format_exception
 
 import numpy as np
 import torch
@@ -152,7 +151,7 @@ def _refused_by(stages: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        where = own_line("".join(format_exception(error))) if isinstance(error, BundleError) else ""
+        where = own_line(error) if isinstance(error, BundleError) else ""
         raise ModelError(f"{stages}: {error}{where}{advice and f'; {advice}'}") from error
 
 

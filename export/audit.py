@@ -27,6 +27,8 @@ from export.proof.optimized import FLOATS, MOVES, float_operators, leftover_qdq,
 from export.runtime.node_times import NodeTime, node_times
 from export.runtime.session import PROVIDERS
 
+SLOWEST = 15  # nodes that `--times` lists
+
 
 class Audit(TypedDict):
     """The optimized graph of one file on one provider; layers are convolutions and matrix products, named by module."""
@@ -240,7 +242,7 @@ def _with_reason(found: Audit, name: str, kind: str = "") -> str:
     return f"{name}{kind}: {reason}" if reason else f"{name}{kind}"
 
 
-def slowest(path: Path, provider: str, *, rows: int = 15) -> str:
+def slowest(path: Path, provider: str) -> str:
     """Return a table of the slowest nodes: one thread, one image, the median of nine runs after a warm-up."""
     times = sorted(
         node_times(parse(path).SerializeToString(), provider=PROVIDERS[provider], runs=10),
@@ -249,7 +251,7 @@ def slowest(path: Path, provider: str, *, rows: int = 15) -> str:
     total = sum(node.milliseconds for node in times)
     cells = [
         (node.name, node.operator, node.provider, node.milliseconds, f"{node.milliseconds / total:.1%}")
-        for node in times[:rows]
+        for node in times[:SLOWEST]
     ]
     return table(("node", "operator", "provider", "ms", "fraction"), cells)
 

@@ -46,7 +46,7 @@ class Clock:
                 break
         return ratio, float(np.median(reference)), float(np.median(other))
 
-    def require_quiet(self, *, tell: Callable[[str], None], wait_s: float = WAIT_S) -> float:
+    def require_quiet(self, tell: Callable[[str], None]) -> float:
         """Time the reference against itself and return its median in ms; wait and retry while the two differ.
 
         Raises CompressError if they differ at every try.
@@ -61,7 +61,7 @@ class Clock:
             tell(
                 f"A/A test {number} of {TRIES}: the same file takes {ratio.low:.2f} to {ratio.high:.2f} times its own time: too busy, waiting"
             )
-            time.sleep(wait_s)
+            time.sleep(WAIT_S)
         raise CompressError(
             f"prune: this machine is too busy to measure times, the same file takes {ratio.low:.2f} to {ratio.high:.2f} times its own time: "
             "end other processes and run again, or prune by keep_macs"

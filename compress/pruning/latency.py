@@ -124,7 +124,7 @@ def open_latency(
     reference = folder / "before.onnx"
     write(copy.deepcopy(network).cpu(), reference)
     clock = Clock(reference, table.conditions, shape)
-    whole_ms = clock.require_quiet(tell=tell)
+    whole_ms = clock.require_quiet(tell)
     started = time.monotonic()
     nodes = read_blocks(reference, options.layers, table.conditions)
     model = latency_model(nodes, options, table, whole_ms=whole_ms, tell=tell)

@@ -8,7 +8,6 @@ import numpy as np
 
 from export.errors import BundleError
 from export.images.read import Labelled
-from export.onnx_file.targets import CPU
 from export.runtime.rows import AccuracyRow
 from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
 from export.tasks.task import Array, OutputTask
@@ -58,8 +57,6 @@ def score_files(
     batches: Iterable[Labelled],
     task: OutputTask,
     *,
-    provider: str = CPU,
-    threads: int = 0,
     optimize: bool = True,
     keep_evidence: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -68,9 +65,7 @@ def score_files(
 
     Raises BundleError if there are no images or a file cannot run.
     """
-    sessions = {
-        name: open_session(path, provider=provider, threads=threads, optimize=optimize) for name, path in files.items()
-    }
+    sessions = {name: open_session(path, optimize=optimize) for name, path in files.items()}
     predictions: dict[str, list[Array]] = {name: [] for name in files}
     rows: dict[str, list[Array]] = {name: [] for name in files}
     kept: dict[str, list[Array]] = {name: [] for name in files}

@@ -5,16 +5,17 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+TAIL = 0.025  # beyond each end of a 95 % interval
 
-def clopper_pearson(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the exact interval of a binomial proportion (Clopper & Pearson 1934): each end has a tail of (1 - confidence) / 2.
+
+def clopper_pearson(successes: int, trials: int) -> tuple[float, float]:
+    """Return the exact 95 % interval of a binomial proportion (Clopper & Pearson 1934): each end has a tail of 2.5 %.
 
     The ends are beta quantiles, found here by bisection to the last bit, so that scipy is not needed.
     """
-    tail = (1 - confidence) / 2
-    low = 0.0 if successes == 0 else _bisect(successes, trials, tail)
+    low = 0.0 if successes == 0 else _bisect(successes, trials)
     # The upper end counts failures: P(X <= k | p) = P(n - X >= n - k | 1 - p).
-    high = 1.0 if successes == trials else 1 - _bisect(trials - successes, trials, tail)
+    high = 1.0 if successes == trials else 1 - _bisect(trials - successes, trials)
     return low, high
 
 
@@ -39,8 +40,8 @@ def median_interval(values: NDArray[np.float64], *, confidence: float = 0.95) ->
     return float(low), float(high)
 
 
-def _bisect(successes: int, trials: int, tail: float) -> float:
-    """Return the p for which the probability of at least `successes` in `trials`, which grows with p, is `tail`."""
+def _bisect(successes: int, trials: int) -> float:
+    """Return the p for which the probability of at least `successes` in `trials`, which grows with p, is TAIL."""
     logs = np.log(np.arange(1, trials + 1))
     factorials = np.concatenate([[0.0], np.cumsum(logs)])
     counts = np.arange(successes, trials + 1)
@@ -48,5 +49,5 @@ def _bisect(successes: int, trials: int, tail: float) -> float:
     low, high = 0.0, 1.0
     while low < (middle := (low + high) / 2) < high:
         weight = np.exp(choose + counts * np.log(middle) + (trials - counts) * np.log1p(-middle)).sum()
-        low, high = (middle, high) if weight < tail else (low, middle)
+        low, high = (middle, high) if weight < TAIL else (low, middle)
     return middle

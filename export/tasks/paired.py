@@ -24,13 +24,13 @@ def mcnemar(lost: int, gained: int) -> float:
     return min(1.0, 2 * tail / (1 << changed))
 
 
-def detectable_loss(images: int, discordance: float, *, power: float = POWER) -> float:
-    """Return the smallest loss (a fraction of the images) that McNemar's test detects with this power.
+def detectable_loss(images: int, discordance: float) -> float:
+    """Return the smallest loss (a fraction of the images) that McNemar's test detects with probability POWER.
 
     `discordance` is the fraction of images that only one file predicts right. Connor (1987) gives the number of images for a
     loss; this solves for the loss by bisection, with at least the number of flips that the exact test needs.
     """
-    sure, often = NormalDist().inv_cdf(1 - ALPHA / 2), NormalDist().inv_cdf(power)
+    sure, often = NormalDist().inv_cdf(1 - ALPHA / 2), NormalDist().inv_cdf(POWER)
 
     def needs(loss: float) -> float:
         changing = max(discordance, loss)

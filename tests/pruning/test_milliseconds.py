@@ -357,12 +357,12 @@ def test_a_busy_machine_waits_and_then_says_so(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(Clock, "against", lambda *_: (ratios.pop(0), 4.0, 4.0))
     monkeypatch.setattr(time, "sleep", slept.append)
     clock = Clock(tmp_path / "a.onnx", HERE, (3, SIZE, SIZE))
-    assert clock.require_quiet(tell=said.append) == 4.0
+    assert clock.require_quiet(said.append) == 4.0
     assert len(slept) == 2
     assert "too busy, waiting" in said[0]
     ratios = [Ratio(1.0, 0.8, 1.3)] * 9
     with pytest.raises(CompressError, match="too busy to measure times"):
-        clock.require_quiet(tell=quiet)
+        clock.require_quiet(quiet)
 
 
 def test_each_file_is_opened_first_as_often(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

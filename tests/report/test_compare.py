@@ -316,9 +316,9 @@ def test_each_student_s_page_is_linked_from_where_the_page_lies(tmp_path: Path) 
     page = tmp_path / "runs/many/report/index.html"
     own = {name: tmp_path / f"runs/many/students/{name}/report/index.html" for name in ("a", "b")}
     subjects = {name: Subject(build_student(tmp_path, name), link=link_to(own[name], page)) for name in own}
-    text = render_comparison(compare(subjects), title="two students")
+    text = render_comparison(compare(subjects))
     assert set(parse(text).links) == {f"../students/{name}/report/index.html" for name in own}
-    assert "<title>two students" in text
+    assert "<title>a · b" in text
 
 
 def test_a_link_is_never_a_scheme(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
-from traceback import format_exception
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ def _export(model: nn.Module, batch: Tensor) -> ExportedProgram:
             return torch.export.export(model, (batch,), dynamic_shapes=({0: Dim("batch")},), strict=False)
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__}: its forward cannot be one graph{own_line(''.join(format_exception(error)))}: "
+            f"{type(model).__name__}: its forward cannot be one graph{own_line(error)}: "
             f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; "
             "write it without branches on the values of tensors and loops over the images"
         ) from error

@@ -141,7 +141,7 @@ def _leaders(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
         yield best.title, Strong(", ".join(best.names)), best.value, best.note
 
 
-def render_comparison(comparison: Comparison, *, title: str | None = None) -> str:
+def render_comparison(comparison: Comparison) -> str:
     """Return the page; every text is escaped."""
     names = [one.name for one in comparison.candidates]
     times = f". Times: {comparison.conditions}" if comparison.conditions else ""
@@ -149,7 +149,7 @@ def render_comparison(comparison: Comparison, *, title: str | None = None) -> st
     return render_page(
         Page(
             kind="comparison",
-            title=title or " · ".join(names),
+            title=" · ".join(names),
             lead=f"{len(names)} runs side by side; each is measured by the file that it deploys{times}",
             cards=[(best, who, value, note) for best, who, value, note in _leaders(comparison)],
             warnings=comparison.warnings,
