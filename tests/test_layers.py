@@ -18,6 +18,7 @@ ROWS = (
     ("compress.pipeline", "compress.report"),
     ("compress.cli", "compress.commands"),
 )
+LONGEST = 400  # lines of a file
 # These take plain arguments, never a recipe's section.
 ALGORITHMS = ("compress.data", "compress.models", "compress.pruning", "compress.quant", "compress.tasks")
 
@@ -77,14 +78,24 @@ def test_algorithms_know_nothing_of_recipes(module: str) -> None:
 
 def rooms() -> dict[str, set[str]]:
     """Return every folder and module directly below the two packages, each with those that it imports."""
-    found: dict[str, set[str]] = {}
-    for module in MODULES:
-        room = ".".join(module.split(".")[:2])
-        known = {".".join(name.split(".")[:2]) for name in imports(module)} & {
-            ".".join(m.split(".")[:2]) for m in MODULES
-        }
-        found.setdefault(room, set()).update(known - {room, "compress", "export"})
-    return {room: reads for room, reads in found.items() if "." in room}
+
+    def room_of(module: str) -> str:
+        return ".".join(module.split(".")[:2])
+
+    found: dict[str, set[str]] = {room_of(module): set() for module in MODULES if "." in module}
+    for module in filter(lambda name: "." in name, MODULES):
+        found[room_of(module)] |= {room_of(name) for name in imports(module)} & found.keys() - {room_of(module)}
+    return found
+
+
+@pytest.mark.parametrize(("package", "most"), [("compress", 20), ("export", 18)])
+def test_the_rooms_are_few(package: str, most: int) -> None:
+    assert len([room for room in rooms() if room.startswith(package)]) <= most
+
+
+def test_files_are_short() -> None:
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
+    assert [(name, length) for name, length in lengths.items() if length > LONGEST] == []
 
 
 def test_no_room_imports_in_a_circle() -> None:
