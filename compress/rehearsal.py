@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,7 +35,7 @@ from compress.recipe.stages import (
 )
 from compress.run import Run
 from compress.scoring import Served, random_images, served
-from export.errors import BundleError, UserError
+from export.errors import BundleError, UserError, first
 from export.onnx_file.graph import INPUT
 from export.onnx_file.targets import CPU
 from export.onnx_file.to_onnx import to_onnx
@@ -97,7 +98,7 @@ def _rehearse(run: Run, chain: Recipe, sections: Sequence[StageSection], tried: 
         run.check_logits(network)
     for section in sections:
         if isinstance(section, PruneStage):
-            _refuse_unreachable(student, section, run.of(chain))
+            _try_cut(student, section, run.of(chain))
         if isinstance(section, DistillStage | QatStage):
             check_task(section.loss, run.task)
             check_layers(section.loss, student=student, teacher=teacher)
@@ -187,10 +188,10 @@ def _quantize(model: nn.Module, run: Run) -> None:
         bind(open_session(path, threads=1), _images(run).numpy())()
 
 
-def _refuse_unreachable(model: nn.Module, cfg: PruneStage, run: Run) -> None:
-    """Raise CompressError where even the network with the fewest allowed channels misses the goal."""
-    images, goal = example_images(run.shape), goal_of(cfg)
-    groups = find_groups(model, images, "random", exclude=(classifier(model), *cfg.exclude))
+def _try_cut(model: nn.Module, cfg: PruneStage, run: Run) -> None:
+    """Print which layers keep their width; raise CompressError where even the narrowest network misses the goal."""
+    images, goal, exclude = example_images(run.shape), goal_of(cfg), (classifier(model), *cfg.exclude)
+    groups = find_groups(model, images, "random", exclude=exclude)
     options = find_options(
         groups,
         measure_layers(model, images),
@@ -215,6 +216,15 @@ def _refuse_unreachable(model: nn.Module, cfg: PruneStage, run: Run) -> None:
         before, least = (
             cost(*options.widths(options.removed([]))),
             cost(*options.widths(options.removed(options.blocks))),
+        )
+    cuts = {
+        layer.name: cut for layer, cut in zip(options.layers, options.reach[0].any(0), strict=True) if layer.weights
+    }
+    fixed = [name for name, cut in cuts.items() if not cut and not any(fnmatchcase(name, given) for given in exclude)]
+    if fixed and run.rank == 0:
+        sys.stderr.write(
+            f"prune: {len(fixed):,} of {len(cuts):,} layers keep their width, as their channels cannot be followed or reach an output or an "
+            f"excluded layer: {first(fixed)}; the others can be cut to {least / before:.0%} of the {goal.cost}\n"
         )
     if least > goal.budget(before):
         raise CompressError(goal.refusal(before, least))

@@ -41,6 +41,16 @@ class Shared(Plain):
         return out
 
 
+class Swapped(Plain):
+    """Changes the places of its channels between two layers, which pruning does not follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (n, num_classes)."""
+        x = F.relu(self.second(torch.cat(F.relu(self.first(x)).chunk(2, 1)[::-1], 1)))
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
 class OneByOne(Plain):
     """Loops over the images."""
 

@@ -89,6 +89,20 @@ def test_a_pattern_that_names_no_layer_is_refused_before_anything_trains(
     assert list((tmp_path / "refused").glob("*source*")) == []
 
 
+@pytest.mark.parametrize(("network", "override"), [("Swapped", "seed=0"), ("Plain", "prune.exclude=[first]")])
+def test_layers_that_keep_their_width_are_named_before_anything_trains(
+    tmp_path: Path, network: str, override: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STAGES, "prune", "{stage: prune, keep_macs: 0.9}")
+    found = recipe(tmp_path, network, "prune", overrides=(override,))
+    run_recipe(found, trust_code=True, until="source", verbose=False, command="compress run")
+    lines = [line for line in capfd.readouterr().err.splitlines() if "keep their width" in line]
+    said = "prune: 1 of 3 layers keep their width, as their channels cannot be followed or reach"
+    assert [line.startswith(said) and ": first; the others can be cut to " in line for line in lines] == [True] * (
+        network == "Swapped"
+    )
+
+
 def test_a_refusal_comes_after_a_finished_teacher_too(tmp_path: Path) -> None:
     assert run(recipe(tmp_path, "OneByOne")) == 0
     with pytest.raises(CompressError, match="its forward cannot be one graph"):
