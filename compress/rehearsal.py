@@ -218,7 +218,9 @@ def _try_cut(model: nn.Module, cfg: PruneStage, run: Run) -> None:
             cost(*options.widths(options.removed(options.blocks))),
         )
     cuts = {
-        layer.name: cut for layer, cut in zip(options.layers, options.reach[0].any(0), strict=True) if layer.weights
+        layer.name: cut
+        for layer, cut in zip(options.layers, options.reach[0].sum(0).tolist(), strict=True)
+        if layer.weights
     }
     fixed = [name for name, cut in cuts.items() if not cut and not any(fnmatchcase(name, given) for given in exclude)]
     if fixed and run.rank == 0:
