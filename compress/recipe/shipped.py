@@ -31,6 +31,7 @@ def copy(name: str, to: Path | None) -> Path:
     to = to or Path(f"{found[name].stem}.yaml")
     if to.exists():
         raise RecipeError(f"{to}: exists already: give another file with -o, or remove it")
+    to.parent.mkdir(parents=True, exist_ok=True)
     return Path(shutil.copyfile(found[name], to))
 
 

@@ -66,6 +66,8 @@ def render_report(root: Path) -> Path:
     """Write a finished run's HTML page from its files, and return its path."""
     from compress.report.html import render
 
+    if (root / "bundle.json").exists():
+        raise ArtifactError(f"{root}: is a bundle, whose files never change; give the folder of its run")
     try:
         report = json.loads((root / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -15,10 +15,11 @@ def publish_to_hub(run: Path, to: str, *, key: Path | None, dry_run: bool) -> li
 
     Raises ArtifactError and BundleError as `publish` does, and ArtifactError for a wrong name or if the hub refuses or cannot be reached.
     """
-    hub = importlib.import_module("huggingface_hub")  # a dependency of timm
+    # A dependency of timm. It has its modules as attributes only once they are imported.
+    hub, utils = map(importlib.import_module, ("huggingface_hub", "huggingface_hub.utils"))
     repository = to.removeprefix(HUB)
     try:
-        hub.utils.validate_repo_id(repository)
+        utils.validate_repo_id(repository)
         if repository.count("/") != 1:
             raise ValueError("needs a user and a model")
     except ValueError as error:

@@ -66,8 +66,9 @@ def test_a_path_of_many_words_stays_one_line(checkpoint: Path, tmp_path: Path) -
     data, weights = tmp_path / " ".join(["images"] * 20), tmp_path / f"{' '.join(['weights'] * 20)}.pt"
     write_classes(data)
     weights.write_bytes(checkpoint.read_bytes())
-    list(write_draft(str(weights), data, tmp_path / "mine.yaml", arch=None, latency_ms=None, trust_code=False))
-    recipe = read_recipe(tmp_path / "mine.yaml")
+    out = tmp_path / "new" / "mine.yaml"
+    list(write_draft(str(weights), data, out, arch=None, latency_ms=None, trust_code=False))
+    recipe = read_recipe(out)
     assert recipe.model is not None
     assert (recipe.data.path, recipe.model.weights) == (str(data), str(weights))
 
@@ -144,7 +145,7 @@ def test_an_estimate_counts_every_stage(tmp_path: Path, score: float | None) -> 
 
 def test_recipes_are_listed_and_copied(tmp_path: Path) -> None:
     assert any(line.startswith("quickstart ") for line in shipped.listing())
-    assert read_recipe(shipped.copy("quickstart", tmp_path / "mine.yaml")).name == "quickstart"
+    assert read_recipe(shipped.copy("quickstart", tmp_path / "new" / "mine.yaml")).name == "quickstart"
     with pytest.raises(CompressError, match="did you mean quickstart"):
         shipped.copy("quikstart", None)
 

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 from compress.report.bundling import publish, serving_of
 from compress.report.card import card
+from compress.report.files import print_again
 from compress.report.hub import publish_to_hub
 from export.bundle.read import read_bundle
 from export.errors import BundleError
@@ -208,6 +211,21 @@ def test_a_dry_run_lists_what_the_hub_would_hold_and_asks_no_server(
     listed = {name: int(size.replace(",", "")) for size, name in map(str.split, files)}
     assert listed == {name: len(content) for name, content in contents(finished / "bundle").items()}
     assert end == f"hf://user/small: would get these {len(files)} files; nothing was sent"
+
+
+def test_a_process_of_its_own_reaches_the_hub_s_library(finished: Path) -> None:
+    """It has its modules only once somebody imported them, as other tests do."""
+    command = [sys.executable, "-m", "compress.cli", "publish", str(finished), "--to", "hf://user/small", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "nothing was sent" in done.stdout
+
+
+def test_a_bundles_page_is_never_written_again(finished: Path) -> None:
+    before = contents(finished / "bundle")
+    with pytest.raises(ArtifactError, match="is a bundle, whose files never change; give the folder of its run"):
+        print_again(finished / "bundle", verbose=False)
+    assert contents(finished / "bundle") == before
 
 
 def test_the_hub_gets_the_bundle_in_one_commit(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

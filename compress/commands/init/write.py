@@ -18,6 +18,7 @@ from compress.models.structure import count
 from compress.models.weights import read_state
 from compress.recipe import strict_yaml
 from compress.recipe.read import read_recipe
+from export.command.files import write_text
 from export.images.decode import RGB, describe_broken
 from export.onnx_file.targets import host_target
 
@@ -63,7 +64,7 @@ def write_draft(
         f"name: {_name(out.stem)}",
         *draft(weights, data, folder, network, macs=macs, latency_ms=latency_ms),
     ]
-    out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_text(out, "".join(f"{line}\n" for line in lines))
     read_recipe(out)  # check that it can be read
     yield from _estimated(folder, network, model, clock)
     yield f"wrote {out}; run it with: compress run {out}{trust}"
