@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch_pruning import ops
 
 from compress.errors import CompressError
-from compress.pruning.axes import Axis, channel_axes, shape_of
+from compress.pruning.axes import Axes, Axis, channel_axes, shape_of
 
 # Exceptions that Torch-Pruning raises on unknown operators.
 GRAPH_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -52,7 +52,7 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
                 node.pruning_dim = axis
             elif _is_operator(node) and isinstance(axis, int):
                 self._follow_(node, axis)
-            if _is_wall(node, axis, module2node) or node.grad_fn in axes.misread:
+            if _is_wall(node, axis, axes, module2node) or node.grad_fn in axes.misread:
                 self._wall_off_(node)
             elif axis == "none" and (_is_operator(node) or _is_parameter(node)):
                 apart.add(node)
@@ -110,7 +110,7 @@ def _is_parameter(node: Any) -> bool:
     return isinstance(node.module, nn.Parameter)
 
 
-def _is_wall(node: Any, axis: Axis, module2node: Any) -> bool:
+def _is_wall(node: Any, axis: Axis, axes: Axes, module2node: Any) -> bool:
     """Tell whether channels along `axis` of a node's output cannot be followed through the node."""
     if isinstance(node.module, nn.MultiheadAttention):
         return True  # its width is fixed by the heads
@@ -120,7 +120,8 @@ def _is_wall(node: Any, axis: Axis, module2node: Any) -> bool:
         return _is_parameter(node) and axis is None
     if axis is None or (node.type == ops.OPTYPE.CONCAT and node.module.concat_sizes is None):
         return True
-    return any(_is_foreign(parameter, module2node) for parameter in _leaves(node.grad_fn))
+    scales = {parameter for parameter, found in axes.parameters.items() if found == "none"}  # the same for all channels
+    return any(_is_foreign(parameter, module2node) for parameter in _leaves(node.grad_fn) if parameter not in scales)
 
 
 def _is_cut_wrongly(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:

@@ -353,6 +353,24 @@ def test_channels_are_followed_through_a_flatten() -> None:
     assert_equals_silenced(nn.Sequential(features, nn.Linear(128 * 9, 64), nn.ReLU(), nn.Linear(64, 5)), 16)
 
 
+@pytest.mark.parametrize("dimensions", [0, 1])
+def test_channels_are_followed_past_a_scale_of_all_channels(dimensions: int) -> None:
+    """As in HGNetV2 and PoolFormerV2."""
+
+    class Same(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.full([1] * dimensions, 2.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale * x
+
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert_equals_silenced(
+        nn.Sequential(nn.Conv2d(3, 128, 3), nn.ReLU(), Same(), nn.Conv2d(128, 64, 3), pool, nn.Linear(64, 5)), 16
+    )
+
+
 def test_channels_are_followed_through_transposed_convolutions() -> None:
     assert_equals_silenced(Decoder(5), 16)
 
