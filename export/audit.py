@@ -147,7 +147,7 @@ def _past_moves(node: ir.Node, neighbours: Callable[[ir.Node], Iterable[ir.Node]
 
 
 def _why_float(node: ir.Node) -> str:
-    if node.op_type in LAYERS and maker(node.inputs[1]) != DQ:
+    if node.op_type in LAYERS and (weight := node.inputs[1]) is not None and weight.is_initializer():
         return "its weights are float in the file: it was not quantized"
     for value in filter(None, node.inputs):
         if not value.is_initializer() and maker(value) not in (DQ, "Constant"):

@@ -54,12 +54,17 @@ def classifier(model: nn.Module) -> str:
     """
     ran: list[nn.Module] = []
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    channels = next((layer.in_channels for layer in layers if isinstance(layer, nn.Conv2d)), 3)
+    first = next((layer.in_channels for layer in layers if isinstance(layer, nn.Conv2d)), 3)
+    shapes = [
+        (channels, *size)
+        for channels in dict.fromkeys((first, 3))  # the first convolution may read what others computed from the image
+        for size in (*_own_sizes(model), *((side, side) for side in PROBES))
+    ]
     handles = [layer.register_forward_hook(lambda layer, *_: ran.append(layer)) for layer in layers]
     try:
-        for size in (*_own_sizes(model), *((side, side) for side in PROBES)):
+        for shape in shapes:
             try:
-                _run(model, (channels, *size))
+                _run(model, shape)
             except ModelError:
                 ran.clear()
             else:
@@ -69,7 +74,7 @@ def classifier(model: nn.Module) -> str:
             handle.remove()
     if not ran:
         raise ModelError(
-            f"{type(model).__name__}: no convolution or linear layer runs on images (n, {channels}, size, size) of {PROBES} pixels; "
+            f"{type(model).__name__}: no convolution or linear layer runs on images (n, {first}, size, size) of {PROBES} pixels; "
             "give a network of such layers"
         )
     paths: dict[nn.Module, str] = {module: path for path, module in model.named_modules()}
@@ -125,7 +130,12 @@ def _outputs(model: nn.Module, images: Tensor) -> object:
     try:
         with torch.enable_grad():
             return model.eval()(images)
-    except (RuntimeError, ValueError, AssertionError) as error:  # raised by layers and transformers for a wrong size
+    except (
+        RuntimeError,
+        ValueError,
+        AssertionError,
+        IndexError,
+    ) as error:  # raised by layers and transformers for a wrong size
         reason = str(error).partition("\n")[0] or type(error).__name__
         colours = "" if channels == 3 else f" with {channels} channel{'s' * (channels > 1)}"
         raise ModelError(

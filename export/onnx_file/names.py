@@ -10,7 +10,7 @@ import onnx_ir as ir
 SCOPES, RULE = "pkg.torch.onnx.name_scopes", "pkg.onnxscript.rewriter.rule_name"
 # Additions by ONNX Runtime when it replaces or duplicates a node: suffixes for a counter or the layout of float convolutions, and a
 # prefix for float16 computed in float32.
-ADDED = re.compile(r"^InsertedPrecisionFreeCast_|(_nchwc|_token_\d+|_nhwc|/duplicated)+$")
+ADDED = re.compile(r"^InsertedPrecisionFreeCast_|(_nchwc|_token_\d+|_nhwc|_pre_q|/duplicated|/\w+Fusion/?)+$")
 
 
 def name_nodes_(graph: ir.Graph) -> None:

@@ -5,15 +5,19 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from export.errors import BundleError
 from export.images.size import Shape
 from export.onnx_file.graph import INPUT, OUTPUT, finish, save_model
 
 OPSET = 18
+ATTENTION = (scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 SUMMARY = re.compile(r"^<class '.+?'>: (.+)$", re.MULTILINE)  # each exception that caused an OnnxExporterError
 
 
@@ -27,7 +31,7 @@ def to_onnx(model: nn.Module, path: Path, *, shape: Shape, metadata: Mapping[str
     images = torch.zeros(2, *shape)
     try:
         # When it fails, it prints the partial graph of each try.
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()), _AttentionOfFourDimensions():
             program = torch.onnx.export(
                 with_named_calls(model) if isinstance(model, fx.GraphModule) else model,
                 (images,),
@@ -47,6 +51,22 @@ def to_onnx(model: nn.Module, path: Path, *, shape: Shape, metadata: Mapping[str
         ) from error
     assert program is not None
     save_model(finish(program.model, opset=OPSET, metadata=metadata), path)
+
+
+class _AttentionOfFourDimensions(TorchFunctionMode):
+    """Joins the first dimensions of attention over blocks of an image (n, blocks, heads, tokens, size): torch writes only four as ONNX."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call the function."""
+        named = dict(kwargs or {})
+        if function in ATTENTION and len(args) >= 3:
+            query, mask = args[0], args[3] if len(args) > 3 else named.get("attn_mask")
+            if query.dim() > 4 and (mask is None or mask.dim() < 4):
+                joined = (tensor.flatten(0, -4) for tensor in args[:3])
+                return function(*joined, *args[3:], **named).unflatten(0, query.shape[:-3])
+        return function(*args, **named)
 
 
 class _Call(nn.Module):

@@ -242,6 +242,25 @@ def test_the_classifier_is_the_layer_that_runs_last_not_the_one_written_last() -
     assert classifier(HeadFirst()) == "head"
 
 
+class Blocks(nn.Module):
+    """Reads blocks of 4 x 4 pixels as channels, and has a position for each of 32 / 4 rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(48, 8, 1), nn.Linear(8, 5)
+        self.register_buffer("positions", torch.zeros(8))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.body(F.pixel_unshuffle(images, 4))
+        rows = self.positions[torch.arange(features.shape[2])]
+        logits: Tensor = self.head((features + rows[:, None]).mean((2, 3)))
+        return logits
+
+
+def test_the_classifier_is_found_where_no_convolution_reads_the_image_and_other_sizes_raise_index_errors() -> None:
+    assert classifier(Blocks()) == "head"
+
+
 def test_a_network_without_a_classifier_is_refused() -> None:
     with pytest.raises(ModelError, match="no convolution or linear layer runs"):
         classifier(nn.Sequential(nn.Flatten(), nn.Identity()))

@@ -12,6 +12,7 @@ from networks import Mobile, lively
 from torch import fx, nn
 
 from compress.quant.fake_quant import ActivationQuantizer
+from compress.quant.graph.trace import trace
 from compress.quant.prepare import deploy, prepare, quantizers
 from export.audit import audit
 from export.onnx_file import ptq
@@ -75,6 +76,30 @@ def test_nodes_are_named_after_their_modules(network: nn.Module, exported: Path)
     assert all(module_of(name) in modules for name in names if "/" in name)
 
 
+class BlockAttention(nn.Module):
+    """Attention within four blocks of an image, as in NesT and Twins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.qkv = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 48)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        blocks = self.stem(images).flatten(2).transpose(1, 2).reshape(-1, 4, 4, 16)  # (n, blocks, tokens, 16)
+        query, key, value = self.qkv(blocks).reshape(-1, 4, 4, 3, 2, 8).permute(3, 0, 1, 4, 2, 5).unbind(0)
+        attended: torch.Tensor = nn.functional.scaled_dot_product_attention(query, key, value)
+        return attended.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_attention_within_blocks_of_an_image_equals_torch(traced: bool, tmp_path: Path) -> None:
+    model, images = BlockAttention().eval(), torch.randn(3, 3, 16, 16)
+    graph = trace(model, images) if traced else model
+    to_onnx(graph, tmp_path / "model.onnx", shape=(3, 16, 16), metadata={})
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    with torch.no_grad():
+        np.testing.assert_allclose(session.run(None, {"input": images.numpy()})[0], model(images), atol=1e-6)
+
+
 def test_functions_of_a_traced_network_are_named_after_their_nodes(network: nn.Module, tmp_path: Path) -> None:
     traced = fx.symbolic_trace(network)
     before = [(node.op, node.target) for node in traced.graph.nodes]
@@ -112,6 +137,7 @@ def test_the_second_of_a_name_is_numbered() -> None:
         ("stem.0/Conv_token_12", "stem.0"),
         ("stem.2/Clip_nchwc", "stem.2"),
         ("quantizer_x/DequantizeLinear/duplicated_token_3", "quantizer_x"),
+        ("matmul/MatMul/MatMulScaleFusion/", "matmul"),
         ("Concat", "Concat"),
     ],
 )

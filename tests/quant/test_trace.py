@@ -202,6 +202,15 @@ def test_windowed_attention_equals_torchvisions_with_its_layers_called(size: tup
     assert {str(node.target) for node in graph.graph.nodes if node.op == "call_module"} == {"0.qkv", "0.proj"}
 
 
+def test_outputs_that_are_not_finite_are_compared_as_they_are() -> None:
+    class Root(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.mean((2, 3)).sqrt()
+
+    images = torch.rand(2, 3, 8, 8)
+    assert trace(Root(), images)(images).equal(Root()(images))
+
+
 def test_a_forward_that_branches_on_values_is_refused_in_a_sentence() -> None:
     class Branching(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
