@@ -245,6 +245,8 @@ def test_the_classifier_is_the_layer_that_runs_last_not_the_one_written_last() -
 class Blocks(nn.Module):
     """Reads blocks of 4 x 4 pixels as channels, and has a position for each of 32 / 4 rows."""
 
+    positions: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.body, self.head = nn.Conv2d(48, 8, 1), nn.Linear(8, 5)
