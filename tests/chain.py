@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from compress.errors import CompressError
 from compress.models.architectures import build
+from compress.models.detectors import Detector
 from compress.models.structure import classifier, count
 from compress.pruning.plan import cut_
 from compress.quant.calibrate import calibrate_
@@ -31,7 +32,9 @@ from export.onnx_file.targets import TARGETS
 from export.onnx_file.to_onnx import to_onnx
 from export.onnx_file.wiring import weights, wire
 from export.runtime.session import open_session
+from export.tasks.boxes import CENTRED
 from export.tasks.classification import CLASSIFICATION
+from export.tasks.task import OutputTask
 from export.verify import verify
 
 TARGET = TARGETS["cpu_avx2"]  # 7-bit weights: exact on every x86, so that parity does not depend on the machine
@@ -54,34 +57,37 @@ class Row:
     float_reasons: dict[str, str]  # why an operation or a layer runs in float
     on_grid: bool  # every int8 weight in the file lies on the target's grid
     first_divergence: str | None  # the first tensor whose own layer ONNX Runtime computes otherwise than torch
-    agreement: float  # of ONNX Runtime with torch, by arg-max
+    agreement: float  # of ONNX Runtime with torch: classes, pixels or detections
     snr_db: float  # of ONNX Runtime's logits against torch's, about their mean over images
     rounding_snr_db: float  # of the fake-quantized logits against the float ones, for comparison
 
 
-def examine(arch: str, image_size: int) -> Row:
+def examine(arch: str, image_size: int, task: OutputTask = CLASSIFICATION) -> Row:
     """Take `arch` through the chain; what cannot be pruned goes through whole."""
     torch.manual_seed(0)
-    images = 40 if image_size <= 128 else 20
+    images = 12 if task is not CLASSIFICATION else 40 if image_size <= 128 else 20
     photographs, labels = crops(images, image_size, seed=0)
-    model = enlivened(build(arch, num_classes=CLASSES, shape=(3, image_size, image_size)), photographs)
-    full, not_pruned = count(model, (3, image_size, image_size)).macs, None
+    shape = (3, image_size, image_size)
+    model = enlivened(build(arch, num_classes=CLASSES, shape=shape, trust_code=True), photographs)
+    full, not_pruned = count(model, shape).macs, None
     try:
         prune_(model, image_size)
     except CompressError as error:
         not_pruned = str(error)
-    kept = count(model, (3, image_size, image_size)).macs / full
+    kept = count(model, shape).macs / full
     fit_classifier_(model, photographs, labels)
+    if task is not CLASSIFICATION:
+        spread_(model, photographs[:4])
     prepared = prepare(model, TARGET, photographs)
     calibrate_(prepared, photographs.split(20), "minmax")
-    train_one_step_(prepared, photographs[:8], labels[:8])
+    train_one_step_(prepared, photographs[:8], labels[:8] if task is CLASSIFICATION else None)
     unseen, _ = crops(images, image_size, seed=1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "int8.onnx")
-        to_onnx(deploy(prepared), path, shape=(3, image_size, image_size), metadata={})
+        to_onnx(deploy(prepared), path, shape=shape, metadata={})
         found, file = audit(path), onnx.load(path)
         (deployed,) = open_session(path, threads=1).run(None, {"input": unseen.numpy()})
-        verified = verify(path, [(unseen[:4].numpy(), None)], reference_of(prepared), task=CLASSIFICATION)
+        verified = verify(path, [(unseen[:4].numpy(), None)], reference_of(prepared), task=task)
     weighted = [module_of(str(node.name)) for node in wire(file).layers() if weights(node) is not None]
     levels = weight_levels(file).values()
     with torch.no_grad():
@@ -97,7 +103,7 @@ def examine(arch: str, image_size: int) -> Row:
         {name: found["reasons"][name] for name in found["float_layers"]} | float_on_purpose(prepared),
         all(level.min() >= TARGET.weight_min and level.max() <= TARGET.weight_max for level in levels),
         verified.first_divergence,
-        float(np.mean(expected.argmax(1) == deployed.argmax(1))),
+        float(task.agreement(task.decode(expected), task.decode(deployed)).mean()),
         snr_db(expected, deployed),
         snr_db(trained, expected),
     )
@@ -181,11 +187,26 @@ def fit_classifier_(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         head.bias.copy_(-weight @ features.mean(0))
 
 
-def train_one_step_(prepared: fx.GraphModule, images: Tensor, labels: Tensor) -> None:
-    """Move every weight by one step of quantization-aware training; leave eval mode."""
+@torch.no_grad()
+def spread_(model: nn.Module, images: Tensor) -> None:
+    """Let logits differ by about 2, so that predictions do, and FCOS's boxes be large enough to overlap."""
+    detects = isinstance(model, Detector)
+    heads, outputs = "classification_head" if detects else classifier(model), model(images)
+    deviation = (outputs[..., 1:CLASSES] if detects else outputs).std()
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d) and heads in name and layer.out_channels % (CLASSES + detects) == 0:
+            layer.weight.mul_(2 / deviation)
+        if isinstance(layer, nn.Conv2d) and "bbox_reg" in name and detects and model.kind == CENTRED:
+            assert layer.bias is not None
+            layer.bias.add_(1.0)  # in strides
+
+
+def train_one_step_(prepared: fx.GraphModule, images: Tensor, labels: Tensor | None) -> None:
+    """Move every weight by one step of quantization-aware training, under cross-entropy or towards 0; leave eval mode."""
     prepared.train()
     freeze_batchnorm_(prepared)
-    F.cross_entropy(prepared(images), labels).backward()
+    outputs = prepared(images)
+    (outputs.square().mean() if labels is None else F.cross_entropy(outputs, labels)).backward()
     missing = [name for name, parameter in prepared.named_parameters() if parameter.grad is None]
     assert not missing, f"no gradient reaches {missing}"
     nn.utils.clip_grad_norm_(prepared.parameters(), 1.0)

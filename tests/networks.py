@@ -1,15 +1,19 @@
 """Small networks that have what large ones have: residuals, depthwise and grouped convolutions, ReLU6, concatenation."""
 
 from collections import OrderedDict
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.fcos import FCOS, FCOSHead
+from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead
 from torchvision.models.detection.ssd import SSD
+from torchvision.ops import FeaturePyramidNetwork
 
 from compress.models.detectors import Detector
-from export.tasks.boxes import SOFTMAX
+from export.tasks.boxes import CENTRED, GIOU, SOFTMAX
 
 
 class Block(nn.Module):
@@ -117,6 +121,37 @@ def boxes(num_classes: int) -> nn.Module:
     """Return a small SSD."""
     places = DefaultBoxGenerator([[2], [2]], min_ratio=0.3, max_ratio=0.5)
     return Detector(SSD(Pyramid(), places, (48, 48), num_classes + 1), SOFTMAX)
+
+
+class Levels(nn.Module):
+    """Two maps of 32 channels, as RetinaNet and FCOS take them."""
+
+    out_channels = 32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.pyramid = Pyramid(), FeaturePyramidNetwork([40, 32], self.out_channels)
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        """Return the two maps."""
+        found: OrderedDict[str, Tensor] = self.pyramid(self.body(x))
+        return found
+
+
+def retinanet(num_classes: int) -> nn.Module:
+    """Return a small RetinaNet of the second version, whose heads have group norms."""
+    places = AnchorGenerator(((8, 10), (16, 20)), ((0.5, 1.0, 2.0),) * 2)
+    head = RetinaNetHead(32, 6, num_classes + 1, norm_layer=partial(nn.GroupNorm, 32))
+    for part in (head.classification_head, head.regression_head):
+        part.conv = part.conv[:1]
+    return Detector(RetinaNet(Levels(), num_classes + 1, anchor_generator=places, head=head), GIOU)
+
+
+def fcos(num_classes: int) -> nn.Module:
+    """Return a small FCOS."""
+    places = AnchorGenerator(((8,), (16,)), ((1.0,),) * 2)
+    head = FCOSHead(32, 1, num_classes + 1, num_convs=1)
+    return Detector(FCOS(Levels(), num_classes + 1, anchor_generator=places, head=head), CENTRED)
 
 
 class Outlines(nn.Module):

@@ -3,11 +3,14 @@
 import random
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 import timm
 from chain import KEEP_MACS, examine
 from zoo import BEGIN, DOCUMENT, END
+
+from export.tasks.detection import DETECTION
 
 LARGEST = 64  # pixels: those that need 224 take a minute each
 BUDGET = 20  # processor seconds after which no further network starts
@@ -34,6 +37,18 @@ def test_a_network_goes_from_pruning_to_integers() -> None:
     assert row.kept_macs <= KEEP_MACS
     assert row.agreement >= 0.97  # at most one of 40, although random weights make much of a tie
     assert row.snr_db > max(10.0, row.rounding_snr_db)  # what the runtime adds is less than what rounding costs
+
+
+@pytest.mark.parametrize(("name", "ends"), [("retinanet", 2), ("fcos", 3)])
+def test_a_detector_goes_through_with_its_last_convolutions_in_float(name: str, ends: int) -> None:
+    row = examine(f"{Path(__file__).with_name('networks.py')}:{name}", 48, DETECTION)
+    assert {row.float_reasons[layer] for layer in row.float_layers} == {"its output leaves the network"}
+    assert len(row.float_layers) == 2 * ends  # on each of two levels
+    assert row.on_grid
+    assert row.first_divergence is None
+    assert row.kept_macs <= KEEP_MACS
+    assert row.agreement >= 0.98
+    assert row.snr_db > max(10.0, row.rounding_snr_db)
 
 
 @pytest.fixture(scope="module")

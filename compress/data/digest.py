@@ -29,12 +29,20 @@ NATIVE_SIZE = {
     "cifar100": 32,
     "fashion_mnist": 32,
     "imagenette": 224,
+    "voc": 320,
+    "oxford_pets": 256,
     "scenes": 96,
     "scenes_hard": 96,
     "scenes_plain": 32,
 }
 # The folders that downloads make.
-DOWNLOADED = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "imagenette": "imagenette2-320"}
+DOWNLOADED = {
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "imagenette": "imagenette2-320",
+    "voc": "VOCdevkit/VOC2012",
+    "oxford_pets": "oxford-iiit-pet",
+}
 FASHION_MNIST = tuple(
     f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 )

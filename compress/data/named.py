@@ -2,7 +2,7 @@
 
 import gzip
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import torchvision.datasets as downloads
 from sklearn.datasets import load_digits
 
-from compress.data.digest import cache_folder, training_folder
+from compress.data.digest import DOWNLOADED, cache_folder, training_folder
 from export.errors import DataError
 from export.images.folders import Listing
 
@@ -81,6 +81,30 @@ def imagenette(path: Path | None) -> Listing:
     return replace(training_folder(folder), classes=IMAGENETTE_CLASSES)
 
 
+def _voc(kind: Callable[..., object], path: Path | None) -> Path:
+    """Return the folder of Pascal VOC 2012, downloaded to the path."""
+    root = cache_folder(path)
+    folder = root / DOWNLOADED["voc"]
+    if not folder.is_dir():
+        _download("voc", root, partial(kind, root, year="2012", download=True))
+    return folder
+
+
+def _oxford_pets(path: Path | None) -> Path:
+    """Return the folder of Oxford-IIIT Pet, downloaded to the path."""
+    root = cache_folder(path)
+    folder = root / DOWNLOADED["oxford_pets"]
+    if not folder.is_dir():
+        _download("oxford_pets", root, partial(downloads.OxfordIIITPet, root, download=True))
+    return folder
+
+
+FOLDERS: Mapping[tuple[str, str], Callable[[Path | None], Path]] = {
+    ("voc", "segmentation"): partial(_voc, downloads.VOCSegmentation),
+    ("voc", "detection"): partial(_voc, downloads.VOCDetection),
+    ("oxford_pets", "segmentation"): _oxford_pets,
+}
+"""Data sets with masks or boxes, by name and task: each returns the folder, which `data.path` may hold already."""
 NAMED: dict[str, Callable[[Path | None], NamedSet | Listing]] = {
     "digits": digits,
     "cifar10": cifar10,

@@ -10,6 +10,7 @@ from compress.data.augment import Augmentation
 from compress.data.dataset import Dataset, in_memory
 from compress.data.digest import DataSettings, dataset_digest, given
 from compress.data.images import ArrayImages, FileImages, Lazy, with_pixels
+from compress.data.named import FOLDERS
 from compress.data.scenes import SCENES, Part, Scenes, draw_scenes
 from compress.data.split import parts_of, split
 from export.errors import DataError
@@ -17,6 +18,7 @@ from export.images.annotations import BoxListing
 from export.images.masks import MaskListing
 from export.images.preprocess import Preprocess
 from export.images.tables import TableListing
+from export.tasks import TASKS
 
 Listing = TypeVar("Listing", MaskListing, BoxListing, TableListing)
 
@@ -50,7 +52,10 @@ class Planar(Generic[Listing]):
         if settings.unlabelled is not None:
             raise DataError("data.unlabelled: needs images with one label each: leave it out")
         preprocess = self.preprocess(settings)
-        if isinstance(listing := files.listing, self.listing):
+        listing = files.listing
+        if (fetch := FOLDERS.get((settings.name, settings.task))) is not None:
+            listing = TASKS[settings.task].listing(fetch(settings.path))
+        if isinstance(listing, self.listing):
             train, val = (
                 self.from_files(listing, chosen, settings, preprocess)
                 for chosen in split(listing.train, listing.val, settings)
@@ -60,9 +65,8 @@ class Planar(Generic[Listing]):
         elif settings.name in SCENES:
             lazy, classes = self._of_scenes(settings, preprocess), self.scene_classes
         else:
-            raise DataError(
-                f"{settings.name}: has labels but no {self.truths}; use {', '.join(SCENES)}, or DATA=/path/to/a/folder"
-            )
+            known = [*SCENES, *(name for name, task in FOLDERS if task == settings.task)]
+            raise DataError(f"{settings.name}: has no {self.truths}; use {', '.join(known)}, or DATA=/path/to/a/folder")
         lazy, preprocess = with_pixels(*lazy, preprocess)
         images = in_memory(*lazy, preprocess, augmentation)
         if not all(map(len, images)):

@@ -1,4 +1,4 @@
-"""Small networks that bring a student's features to its teacher's shapes. They train with the student and are dropped."""
+"""Small networks on a student's features: to its teacher's shapes, or to logits. They train with the student and are dropped."""
 
 from collections.abc import Sequence
 
@@ -34,6 +34,19 @@ class Match(Widen):
         for index, (s, t) in enumerate(zip(student, teacher, strict=True)):
             if s[1] == t[1]:
                 self.layers[index] = nn.Identity()
+
+
+class Auxiliary(nn.Module):
+    """A second classifier, on one layer's features."""
+
+    def __init__(self, head: nn.Module) -> None:
+        """Take a classifier that returns logits (batch, classes, height, width) at the features' size."""
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Return its logits."""
+        return [self.head(features[0])]
 
 
 class Review(nn.Module):

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compress.data.batches import Batch
 from compress.distillation import features, logits
-from compress.distillation.adapters import Match, Review, Widen
+from compress.distillation.adapters import Auxiliary, Match, Review, Widen
 from compress.distillation.taps import Tapped, tap
 from compress.errors import CompressError
 from compress.recipe.losses import BoxesTerm, CrossEntropyTerm, DiceTerm, FeatureTerm, LogitTerm, LossTerm
@@ -71,6 +72,7 @@ LOSSES: Mapping[str, Loss] = {
     "review": Loss(features.review_loss, adapter=Review, maps_only=True),
 }
 EXCLUSIVE = ("dice", "dkd", "dist", "nkd")  # need exactly one right class for each row
+AUXILIARY = 0.5  # the weight of an auxiliary classifier's loss, as in torchvision's training
 Teacher = Callable[[Batch], TeacherOutput]
 
 
@@ -104,6 +106,21 @@ def supervised_step(task: Task, *, label_smoothing: float) -> Step:
         return {"loss": task.loss(model(batch.images), batch.targets, label_smoothing=label_smoothing)}
 
     return step
+
+
+def auxiliary_training(
+    task: Task, student: nn.Module, *, layer: str, head: nn.Module, label_smoothing: float
+) -> tuple[Learner, Step]:
+    """Return the learner and the step of plain training with a second classifier `head` on the outputs of `layer`."""
+    learner = Learner(student, tap(student, [layer]), [Auxiliary(head)], [[layer]])
+
+    def step(model: nn.Module, batch: Batch, _done: float) -> dict[str, Tensor]:
+        outputs, ((second,),) = model(batch.images)
+        second = F.interpolate(second, outputs.shape[2:], mode="bilinear")
+        loss, other = (task.loss(one, batch.targets, label_smoothing=label_smoothing) for one in (outputs, second))
+        return {"loss": loss + AUXILIARY * other, "auxiliary": other}
+
+    return learner, step
 
 
 def online_teacher(network: nn.Module, terms: Sequence[LossTerm]) -> Teacher:
@@ -237,6 +254,8 @@ def _value(
         pairs = zip(next(adapted), _teacher_layers(term), strict=True)
         return torch.stack([loss.function(mine, taught.features[path], **settings) for mine, path in pairs]).sum()
     both = task.rows(outputs, truths), task.rows(taught.logits, truths)
+    if not len(both[0]):  # no pixel of the batch counts, and a mean over none is not a number
+        return 0 * outputs.sum()
     both = (logits.standardized(both[0]), logits.standardized(both[1])) if term.standardize else both
     return loss.function(*both, *([task.truth_rows(outputs, truths)] if loss.labelled else []), **settings)
 

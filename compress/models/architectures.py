@@ -99,6 +99,21 @@ def _segmentation() -> tuple[str, ...]:
     return tuple(torchvision.models.list_models(module=torchvision.models.segmentation))
 
 
+def auxiliary(arch: str, num_classes: int) -> tuple[str, nn.Module] | None:
+    """Return the layer that a network's auxiliary classifier reads, and that classifier; None where it has none.
+
+    FCN and DeepLabV3 of torchvision have one. It is for training: `build` leaves it out.
+    """
+    library, _, name = arch.rpartition(":")
+    if library != "torchvision" or not name.startswith(("fcn_", "deeplabv3_")):
+        return None
+    both: Any = torchvision.models.get_model(
+        name, weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=True
+    )
+    (layer,) = (layer for layer, output in both.backbone.return_layers.items() if output == "aux")
+    return f"backbone.{layer}", both.aux_classifier
+
+
 def _unnamed(model: nn.Module) -> nn.Module:
     """Make a network with named outputs return the logits alone: torchvision's segmentation `out`, transformers' `logits`.
 

@@ -88,17 +88,18 @@ class _Mapping:
 def load_weights_(model: nn.Module, arch: str, weights: str, *, reset_head: bool) -> None:
     """Load a file (.safetensors, .pt, .pth, .ckpt) or a library's weights (`torchvision:TAG`, `timm:TAG`) into the model.
 
-    With `reset_head` the classifier keeps its random weights. Raises ModelError for a file that cannot be read, needs code
+    With `reset_head` the layers with another number of outputs, else the classifier, keep their random weights. Raises ModelError for a file that cannot be read, needs code
     to be read, or has values that are not finite or not float; and, with the keys, for one that does not fit.
     """
     state = _named(arch, weights) if is_named(weights) else _read(existing_file(weights, "the weights file"))
     state = _known_names(state, model.state_dict().keys())
     if reset_head:
-        head = classifier(model) + "."
-        state |= {key: value for key, value in model.state_dict().items() if key.startswith(head)}
+        kept = tuple(_of_other_outputs(model, state)) or (classifier(model) + ".",)
+        state |= {key: own for key, own in model.state_dict().items() if key.startswith(kept)}
     _refuse_integers(model, state, weights)
     _refuse_other_channels(model, state, weights)
-    _refuse_other_classes(model, state, weights)
+    if not reset_head:
+        _refuse_other_classes(model, state, weights)
     _fit_(model, state, f"{weights}: does not fit {arch}")
     _refuse_not_finite(model.state_dict(), weights)
 
@@ -136,6 +137,15 @@ def _misshapen(model: nn.Module, state: State) -> dict[str, str]:
     }
 
 
+def _of_other_outputs(model: nn.Module, state: State) -> list[str]:
+    """Return the keys of another shape if all differ in the number of outputs alone, as heads for other classes do; else none.
+
+    A layer of another width inside a network also changes the inputs of the next one.
+    """
+    own, misshapen = model.state_dict(), list(_misshapen(model, state))
+    return misshapen if all(state[key].shape[1:] == own[key].shape[1:] for key in misshapen) else []
+
+
 def _refuse_other_channels(model: nn.Module, state: State, weights: str) -> None:
     """Raise `ModelError` where the weights are for images of other channels: so is the first convolution, which reads them."""
     first = next((f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)), "")
@@ -150,16 +160,15 @@ def _refuse_other_channels(model: nn.Module, state: State, weights: str) -> None
 
 def _refuse_other_classes(model: nn.Module, state: State, weights: str) -> None:
     """Raise ModelError where the state differs from the model only in the number of classes."""
-    own, misshapen = model.state_dict(), list(_misshapen(model, state))
-    if not misshapen or not state.keys() <= own.keys():
+    own, others = model.state_dict(), _of_other_outputs(model, state)
+    if not others or not state.keys() <= own.keys():
         return
-    head = classifier(model) + "."
-    if all(key.startswith(head) and state[key].shape[1:] == own[key].shape[1:] for key in misshapen):
-        classes, wanted = len(state[misshapen[0]]), len(own[misshapen[0]])
-        raise ModelError(
-            f"{weights}: has {classes:,} classes, the data have {wanted:,}; give weights of this data set, or set "
-            "model.reset_head: true and stages.0.fine_tune: true to train a new classifier"
-        )
+    layer = others[0].rpartition(".")[0]
+    what = "classes" if layer == classifier(model) else f"outputs in {layer}"
+    raise ModelError(
+        f"{weights}: has {len(state[others[0]]):,} {what}, the data need {len(own[others[0]]):,}; give weights of this data "
+        "set, or set model.reset_head: true and stages.0.fine_tune: true to train a new classifier"
+    )
 
 
 def _listed(kind: str, keys: Sequence[str]) -> str:

@@ -73,18 +73,21 @@ def groups(graph: fx.GraphModule) -> tuple[str, ...]:
 
 
 def heads(graph: fx.GraphModule) -> tuple[str, ...]:
-    """Return the paths of convolutions at the network's output, and of layers that are only moved and joined on the way there.
+    """Return the paths of convolutions at the network's output, and of layers that are only moved, clipped and joined on the way there.
 
     Such are the last convolutions of a U-Net or a detector. No integer kernel reads them, and quantizing them would round the predictions. A
     linear layer that is the output itself is none of them: its integer kernel can write floats.
     """
-    # ends: only moves and joins lie between the node and the output. joined: at least one of them is a join.
+    # ends: only moves, clips and joins lie between the node and the output. joined: at least one of them is a join.
     ends = {node: node.op == "output" for node in graph.graph.nodes}
     joined = dict.fromkeys(ends, False)
     for node in reversed(graph.graph.nodes):
         if node.op == "output":
             continue
-        moves = [user.op == "output" or called(graph, user) in JOINS or keeps_range(graph, user) for user in node.users]
+        moves = [
+            user.op == "output" or called(graph, user) in (*JOINS, *CLIPS) or keeps_range(graph, user)
+            for user in node.users
+        ]
         ends[node] = bool(moves) and all(moves) and all(ends[user] for user in node.users)
         joined[node] = any(joined[user] or called(graph, user) in JOINS for user in node.users)
         joined[node] |= called(graph, node) is nn.Conv2d and all(user.op == "output" for user in node.users)

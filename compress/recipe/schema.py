@@ -61,11 +61,13 @@ class Data(Section):
         "cifar100",
         "fashion_mnist",
         "imagenette",
+        "voc",
+        "oxford_pets",
         "scenes",
         "scenes_hard",
         "scenes_plain",
     ] = "digits"
-    """The data set: scikit-learn's `digits`, `scenes` composed of them (for segmentation, detection and multilabel), `imagefolder`, which reads `path` and is the default where `path` is set, or one that is downloaded to `path`."""
+    """The data set: scikit-learn's `digits`, `scenes` composed of them (for segmentation, detection and multilabel), `imagefolder`, which reads `path` and is the default where `path` is set, or one that is downloaded to `path` (`voc` is Pascal VOC 2012, for segmentation and detection; `oxford_pets` for segmentation)."""
     path: PathText | None = None
     """The folder that holds the data set: images, or shards of them (docs/images.md)."""
     channels: Literal[1, 3, 4] = 3
@@ -132,7 +134,7 @@ class Model(Section):
     weights: PathText | None = None
     """A state dict (.safetensors, .pt, .pth or .ckpt, whose other entries are ignored), or the library's named weights as `torchvision:IMAGENET1K_V2` or `timm:TAG`; null trains here."""
     reset_head: bool = False
-    """Initialize a new classifier and keep all other weights, for weights trained on other classes."""
+    """Initialize a new classifier (of a network with several heads, all layers with another number of outputs) and keep all other weights, for weights trained on other classes."""
 
     @model_validator(mode="after")
     def _arch_is_no_weights(self) -> "Model":

@@ -115,7 +115,7 @@ class StudentStage(Section):
     weights: PathText | None = None
     """Weights to start from, as in `model.weights`; null starts from random ones."""
     reset_head: bool = False
-    """Initialize a new classifier and keep all other weights, for weights trained on other classes."""
+    """Initialize a new classifier (of a network with several heads, all layers with another number of outputs) and keep all other weights, for weights trained on other classes."""
 
     @property
     def is_trained(self) -> bool:

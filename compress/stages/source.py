@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+from torch import nn
+
 from compress.artifact import Metrics, write_json
 from compress.data.digest import FILES
-from compress.distillation.step import supervised_step
+from compress.distillation.step import auxiliary_training, supervised_step
+from compress.log import StageLog
+from compress.models.architectures import auxiliary
 from compress.models.saved import save_network
 from compress.recipe.stages import SourceStage
 from compress.run import Run
@@ -18,8 +22,7 @@ def apply(cfg: SourceStage, _src: None, out: Path, run: Run) -> Metrics:
     architecture, model = run.start(given)
     with run.log(out, "source") as log:
         if cfg.fit is not None and (given.weights is None or cfg.fine_tune):
-            step = supervised_step(run.learned, label_smoothing=cfg.label_smoothing)
-            model = run.fit(model, step, cfg.fit, log=log, phase="source")
+            model = _trained(model, given.arch, cfg, run, log)
         else:
             log.note(f"weights from {given.weights or given.arch}, used as they are")
     model = model.to(run.device).eval()
@@ -27,6 +30,18 @@ def apply(cfg: SourceStage, _src: None, out: Path, run: Run) -> Metrics:
         save_network(model, architecture, out)
         _note_files(out, run)
     return run.measure(model)
+
+
+def _trained(model: nn.Module, arch: str, cfg: SourceStage, run: Run, log: StageLog) -> nn.Module:
+    """Train the network on the labels, with its auxiliary classifier if it has one, and return it without that."""
+    assert cfg.fit is not None
+    second = auxiliary(arch, len(run.dataset.classes))
+    if second is None:
+        step = supervised_step(run.learned, label_smoothing=cfg.label_smoothing)
+        return run.fit(model, step, cfg.fit, log=log, phase="source")
+    layer, head = second
+    learner, step = auxiliary_training(run.learned, model, layer=layer, head=head, label_smoothing=cfg.label_smoothing)
+    return run.fit(learner, step, cfg.fit, log=log, phase="source").student
 
 
 def _measure_given(out: Path, run: Run) -> Metrics:

@@ -28,6 +28,8 @@ CITYSCAPES = (  # Cordts 2016: the evaluated classes, by their training indices
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky", "person",
     "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
 )  # fmt: skip
+TRIMAPS = "annotations/trimaps"
+PETS = ("none", "pet", "background", "border")  # Parkhi 2012, by the numbers in its files, which have no 0
 GREY = ("1", "L", "P")  # Pillow's modes with one number up to 255 per pixel; a palette's colours do not matter
 WIDE = ("I", "I;16", "I;16B", "I;16L")
 
@@ -51,7 +53,7 @@ class MaskListing:
 
 
 def list_masks(root: Path) -> MaskListing:
-    """List images/ and masks/, with or without train/ and val/ in both, and classes.txt with one class per line; or VOC, or Cityscapes.
+    """List images/ and masks/, with or without train/ and val/ in both, and classes.txt with one class per line; or VOC, Cityscapes or Oxford pets.
 
     A mask has its image's path, but for the suffix. Raises DataError for other layouts, and for images without masks.
     """
@@ -75,21 +77,30 @@ def list_masks(root: Path) -> MaskListing:
 
 def _voc(root: Path) -> MaskListing:
     """List Pascal VOC: JPEGImages/, SegmentationClass/, and the names of each split in ImageSets/Segmentation/."""
-    parts = dict[str, tuple[Pair, ...] | None]()
-    for part in (TRAIN, "val"):
-        file = root / "ImageSets" / "Segmentation" / f"{part}.txt"
-        names = file.read_text(encoding="utf-8").split() if file.is_file() else []
-        pairs = [(f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png") for name in names]
-        if missing := [path for pair in pairs for path in pair if not (root / path).is_file()]:
-            raise DataError(
-                f"{file}: names {len(missing):,} files that do not exist: {first(missing)}: unpack it again"
-            )
-        parts[part] = tuple(pairs) or None
-    train = parts[TRAIN]
-    if train is None:
-        raise DataError(f"{root}: has no image in ImageSets/Segmentation/{TRAIN}.txt: list the training images there")
+    parts = {
+        part: _named(root, f"ImageSets/Segmentation/{part}.txt", "JPEGImages", "SegmentationClass")
+        for part in (TRAIN, "val")
+    }
     own = root / CLASSES
-    return MaskListing(root, read_classes(own) if own.is_file() else VOC, train, parts["val"])
+    return MaskListing(root, read_classes(own) if own.is_file() else VOC, parts[TRAIN], parts["val"] or None)
+
+
+def _pets(root: Path) -> MaskListing:
+    """List Oxford-IIIT Pet: images/, annotations/trimaps/, and the names of each split in annotations/."""
+    train, val = (_named(root, f"annotations/{part}.txt", IMAGES, TRIMAPS) for part in ("trainval", "test"))
+    return MaskListing(root, PETS, train, val or None)
+
+
+def _named(root: Path, listed: str, images: str, masks: str) -> tuple[Pair, ...]:
+    """Return the pairs that a file names, by the first word of each line; none where it does not exist."""
+    lines = (root / listed).read_text(encoding="utf-8").splitlines() if (root / listed).is_file() else []
+    names = [line.split()[0] for line in lines if line.strip()]
+    pairs = tuple((f"{images}/{name}.jpg", f"{masks}/{name}.png") for name in names)
+    if missing := [path for pair in pairs for path in pair if not (root / path).is_file()]:
+        raise DataError(
+            f"{root / listed}: names {len(missing):,} files that do not exist: {first(missing)}: unpack it again"
+        )
+    return pairs
 
 
 def _cityscapes(root: Path) -> MaskListing:
@@ -109,7 +120,11 @@ def _cityscapes(root: Path) -> MaskListing:
     return MaskListing(root, CITYSCAPES, pairs(TRAIN), pairs("val") or None)
 
 
-LAYOUTS: Mapping[str, Callable[[Path], MaskListing]] = {"SegmentationClass": _voc, "leftImg8bit": _cityscapes}
+LAYOUTS: Mapping[str, Callable[[Path], MaskListing]] = {
+    "SegmentationClass": _voc,
+    "leftImg8bit": _cityscapes,
+    TRIMAPS: _pets,
+}
 """The layouts of public data sets, by the folder that identifies them."""
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from batched import eval_batches, train_batches
-from drawn import coco
+from drawn import coco, voc
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
@@ -109,6 +109,15 @@ def test_a_folder_is_opened_whole_and_stretched(tmp_path: Path) -> None:
         assert np.allclose(batch.targets.numpy(), listing.truths(listing.val or ()))
         shown = next(train_batches(data, batch_size=2, augmentation=augmentation, workers=0))
         assert shown.targets.shape == (2, 2, 6)
+
+
+def test_pascal_voc_by_name_has_its_boxes_and_pets_have_none(tmp_path: Path) -> None:
+    (tmp_path / "VOCdevkit" / "VOC2012").mkdir(parents=True)
+    voc(tmp_path / "VOCdevkit" / "VOC2012")
+    data = open_boxes(settings(tmp_path / "memory", name="voc", path=tmp_path), STILL)
+    assert (len(data.train), len(data.val), data.classes) == (2, 2, ("cat", "dog"))
+    with pytest.raises(DataError, match=r"oxford_pets: has no boxes; use scenes, .*voc, or DATA="):
+        open_boxes(settings(tmp_path / "memory", name="oxford_pets", path=tmp_path), STILL)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Images with masks: found, read, seen under one view, refused in a sentence."""
 
+import hashlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from batched import eval_batches, train_batches
 from photographs import SETTINGS, augmentation, write_photo
 from PIL import Image
+from torchvision.datasets import voc
 
 from compress.data import dataset as dataset_module
 from compress.data.batches import Batch
@@ -35,7 +38,10 @@ def write_pairs(root: Path, *, train: int = 6, val: int = 3, width: int = 24, he
 
 
 def write_mask(root: Path, part: str, index: int, mask: np.ndarray) -> None:
-    file = root / "masks" / part / f"{index}.png"
+    write_mask_at(root / "masks" / part / f"{index}.png", mask)
+
+
+def write_mask_at(file: Path, mask: np.ndarray) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(mask)
     if mask.ndim == 2:
@@ -186,7 +192,7 @@ def test_other_layouts_and_changes_that_masks_would_not_share_are_refused(root: 
     (tmp_path / "images").mkdir()
     with pytest.raises(DataError, match="has no masks/: put images into images/train/"):
         list_masks(tmp_path)
-    with pytest.raises(DataError, match="digits: has labels but no masks; use scenes"):
+    with pytest.raises(DataError, match=r"digits: has no masks; use scenes, .*voc, oxford_pets"):
         opened(None, name="digits", memory=tmp_path)
     settings = SETTINGS | {"task": "segmentation", "memory": tmp_path}
     with pytest.raises(DataError, match=r"data\.augment\.mixup: changes images but not their masks"):
@@ -195,16 +201,22 @@ def test_other_layouts_and_changes_that_masks_would_not_share_are_refused(root: 
         mask_examples(root, opened(root).preprocess, ("a", "b"))
 
 
-def test_pascal_vocs_layout_is_read_as_it_is_unpacked(tmp_path: Path) -> None:
+def write_voc(root: Path) -> Path:
+    """Write two training and one validation image in Pascal VOC's layout, all of class 15."""
     for part, names in (("train", ("2007_1", "2007_2")), ("val", ("2008_1",))):
-        lists = tmp_path / "ImageSets" / "Segmentation"
+        lists = root / "ImageSets" / "Segmentation"
         lists.mkdir(parents=True, exist_ok=True)
         (lists / f"{part}.txt").write_text("".join(f"{name}\n" for name in names))
         for name in names:
-            write_photo(tmp_path / "JPEGImages" / f"{name}.jpg", width=24, height=20)
-            file = tmp_path / "SegmentationClass" / f"{name}.png"
+            write_photo(root / "JPEGImages" / f"{name}.jpg", width=24, height=20)
+            file = root / "SegmentationClass" / f"{name}.png"
             file.parent.mkdir(exist_ok=True)
             Image.fromarray(np.full((20, 24), 15, np.uint8)).save(file)
+    return root
+
+
+def test_pascal_vocs_layout_is_read_as_it_is_unpacked(tmp_path: Path) -> None:
+    write_voc(tmp_path)
     write_photo(tmp_path / "JPEGImages" / "unlisted.jpg", width=24, height=20)
     data = opened(tmp_path)
     assert (len(data.train), len(data.val), len(data.classes)) == (2, 1, 21)
@@ -213,6 +225,34 @@ def test_pascal_vocs_layout_is_read_as_it_is_unpacked(tmp_path: Path) -> None:
     (tmp_path / "SegmentationClass" / "2007_2.png").unlink()
     with pytest.raises(DataError, match=r"train\.txt: names 1 files that do not exist: SegmentationClass/2007_2\.png"):
         list_masks(tmp_path)
+
+
+def test_pascal_voc_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_voc(tmp_path / "unpacked" / "VOCdevkit" / "VOC2012")
+    archive = Path(shutil.make_archive(str(tmp_path / "voc"), "tar", tmp_path / "unpacked"))
+    found = {"url": archive.as_uri(), "filename": "voc.tar", "md5": hashlib.md5(archive.read_bytes()).hexdigest()}
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", lambda _, file: shutil.copy(archive, file))
+    monkeypatch.setitem(voc.DATASET_YEAR_DICT, "2012", voc.DATASET_YEAR_DICT["2012"] | found)
+    data = opened(tmp_path / "here", name="voc")
+    assert (len(data.train), len(data.val), data.classes[15]) == (2, 1, "person")
+    archive.unlink()
+    (tmp_path / "here" / "voc.tar").unlink()
+    assert opened(tmp_path / "here", name="voc").digest == data.digest
+    with pytest.raises(DataError, match=r"voc: could not be downloaded to .*DATA=/path/to/it"):
+        opened(tmp_path / "elsewhere", name="voc")
+
+
+def test_oxfords_pets_are_read_as_they_are_unpacked(tmp_path: Path) -> None:
+    root = tmp_path / "oxford-iiit-pet"
+    for part, name in (("trainval", "Bombay_1"), ("test", "pug_1")):
+        write_photo(root / "images" / f"{name}.jpg", width=24, height=20)
+        write_mask_at(root / "annotations" / "trimaps" / f"{name}.png", np.full((20, 24), 3, np.uint8))
+        (root / "annotations" / f"{part}.txt").write_text(f"{name} 1 1 1\n")
+    data = opened(tmp_path, name="oxford_pets")
+    assert (len(data.train), len(data.val), data.classes[1:]) == (1, 1, ("pet", "background", "border"))
+    for ignore, seen in ((None, 3), (3, IGNORED)):
+        data = opened(tmp_path, name="oxford_pets", ignore_index=ignore)
+        assert (data.val.placed.still(torch.tensor([0])) == seen).all()  # type: ignore[union-attr]
 
 
 def test_cityscapes_layout_is_read_by_its_training_indices(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import torch
 import torch.distributed as dist
-from networks import Mobile, Residual, lively
+from networks import Mobile, Outlines, Residual, lively
 from planning import cuts_to
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, fx, nn
@@ -39,6 +39,7 @@ from compress.recipe.stages import Fit
 from compress.tasks import TASKS, evaluate
 from compress.training import loop as train
 from compress.training.loop import Loop, Step, fit
+from export.images.preprocess import IGNORED
 from export.onnx_file.targets import TARGETS
 
 TASK, TARGET, CPU = TASKS["classification"], TARGETS["cpu_avx2"], torch.device("cpu")
@@ -160,6 +161,24 @@ def test_a_step_adds_its_terms_by_weight_and_reports_each() -> None:
     )
     assert torch.allclose(measured["loss"], expected)
     assert measured["kd"] != measured["kd_2"]
+
+
+def test_a_batch_in_which_no_pixel_counts_teaches_nothing() -> None:
+    """A mean over no pixel would be no number, and end the training."""
+    teaching, student, images = Outlines(3, width=8).eval(), Outlines(3, width=4), IMAGES[:2]
+    losses: list[dict[str, object]] = [{"name": name} for name in ("cross_entropy", "dice", *LOGIT_TERMS)]
+    learner, step = distillation(
+        parse(*losses),
+        TASKS["segmentation"],
+        student=student,
+        teacher=online_teacher(teaching, ()),
+        images=images,
+        seed=0,
+    )
+    measured = step(learner.train(), Batch(images, torch.full((2, 16, 16), IGNORED, dtype=torch.uint8)), 0.0)
+    measured["loss"].backward()
+    assert {name: value.item() for name, value in measured.items()} == dict.fromkeys(measured, 0.0)
+    assert all(not parameter.grad.any() for parameter in student.parameters() if parameter.grad is not None)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import boxes
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -48,6 +49,10 @@ class Runs:
 
 def state(*, classes: int = 10, width: int = 8) -> State:
     return {key: value + 1 for key, value in Net(classes=classes, width=width).state_dict().items()}
+
+
+def lraspp(classes: int) -> nn.Module:
+    return build("torchvision:lraspp_mobilenet_v3_large", num_classes=classes)
 
 
 def saved(file: Path, content: object) -> str:
@@ -163,7 +168,7 @@ def test_the_old_names_in_published_densenet_weights_are_understood(tmp_path: Pa
 
 
 def test_another_number_of_classes_says_so_and_how_to_go_on(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"net\.pth: has 1,000 classes, the data have 10; .*reset_head: true"):
+    with pytest.raises(ModelError, match=r"net\.pth: has 1,000 classes, the data need 10; .*reset_head: true"):
         load(saved(tmp_path / "net.pth", state(classes=1000)))
 
 
@@ -173,6 +178,26 @@ def test_reset_head_keeps_the_heads_random_start_and_loads_all_else(tmp_path: Pa
     head = {key: value.clone() for key, value in model.state_dict().items() if key.startswith("fc.")}
     load(saved(tmp_path / "net.pth", given), reset_head=True, model=model)
     assert same(model, given | head)
+
+
+@pytest.mark.parametrize(
+    ("network", "layer"),
+    [(boxes, "head.classification_head.module_list.0"), (lraspp, "classifier.low_classifier")],
+)
+def test_every_head_of_other_classes_is_named_and_reset(
+    network: Callable[[int], nn.Module], layer: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    given, model = network(20).state_dict(), network(3)
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    weights = saved(tmp_path / "net.pth", given)
+    with pytest.raises(ModelError, match=rf"has \d+ outputs in {layer}, the data need \d+; .*reset_head: true"):
+        load(weights, model=model)
+    load(weights, reset_head=True, model=model)
+    kept = {key for key, value in given.items() if value.shape != own[key].shape}
+    assert len(kept) == 4
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, (own if key in kept else given)[key]), key
 
 
 # What does not fit
@@ -190,8 +215,9 @@ def test_weights_of_another_architecture_are_refused_with_the_keys_listed(tmp_pa
 
 
 def test_weights_of_another_width_are_refused_with_both_shapes(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"of another shape \(conv.weight \(16, 3, 3, 3\), needs \(8, 3, 3, 3\)"):
-        load(saved(tmp_path / "net.pth", state(width=16)))
+    for reset_head in (False, True):
+        with pytest.raises(ModelError, match=r"of another shape \(conv.weight \(16, 3, 3, 3\), needs \(8, 3, 3, 3\)"):
+            load(saved(tmp_path / "net.pth", state(width=16)), reset_head=reset_head)
 
 
 def test_reset_head_does_not_hide_a_missing_body(tmp_path: Path) -> None:
