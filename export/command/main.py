@@ -23,6 +23,7 @@ MISTAKE, CRASH, INTERRUPTED = 2, 70, 130  # 70 is EX_SOFTWARE of sysexits.h
 REPAIRS = {
     errno.EACCES: "check its permissions",
     errno.EDQUOT: "free some of your quota",
+    errno.EEXIST: "name another place",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
     errno.EISDIR: "name a file",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",

@@ -47,6 +47,13 @@ def test_a_checkpoint_and_a_folder_become_a_recipe_that_reads(checkpoint: Path, 
     assert recipe.targets.min_speedup == 2
     assert "for 3 classes" in told
     assert "of them training" in told
+    with pytest.raises(CompressError, match=r"max_latency_ms: must be > 0, got -5"):
+        list(
+            write_draft(
+                str(checkpoint), tmp_path / "data", tmp_path / "b.yaml", arch=None, latency_ms=-5, trust_code=False
+            )
+        )
+    assert not (tmp_path / "b.yaml").exists()
     with pytest.raises(CompressError, match="exists already"):
         next(write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
 

@@ -65,7 +65,11 @@ def write_draft(
         *draft(weights, data, folder, network, macs=macs, latency_ms=latency_ms),
     ]
     write_text(out, "".join(f"{line}\n" for line in lines))
-    read_recipe(out)  # check that it can be read
+    try:
+        read_recipe(out)
+    except CompressError:  # such as a latency below zero
+        out.unlink()
+        raise
     yield from _estimated(folder, network, model, clock)
     yield f"wrote {out}; run it with: compress run {out}{trust}"
 
