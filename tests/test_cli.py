@@ -106,6 +106,7 @@ def test_the_command_says_on_how_many_processes(recipe_path: Path, monkeypatch: 
             PermissionError(errno.EACCES, "Permission denied", "/runs"),
             "/runs: permission denied; check its permissions, or ",
         ),
+        (FileExistsError(errno.EEXIST, "File exists", "runs"), "runs: file exists; name another place"),
         (OSError(errno.EFBIG, "File too large"), "file too large; raise the limit on file sizes"),
         (
             SafetensorError("Error while serializing: I/O error: full (os error 28)"),

@@ -18,6 +18,8 @@ REPAIRS = {
     errno.EACCES: f"check its permissions, or {ELSEWHERE}",
     errno.EPERM: f"check its permissions, or {ELSEWHERE}",
     errno.EROFS: ELSEWHERE,
+    errno.EEXIST: "name another place",
+    errno.ENOTDIR: "name another place",
     errno.ENOSPC: f"free some space, or {ELSEWHERE}{GOES_ON}",
     errno.EDQUOT: f"free some of your quota, or {ELSEWHERE}{GOES_ON}",
     errno.EFBIG: f"raise the limit on file sizes (ulimit -f){GOES_ON}",
