@@ -298,9 +298,9 @@ def sizes(text: str) -> list[Size]:
 def print_bench(arguments: argparse.Namespace) -> int:
     """Measure, and print the tables."""
     found = measure(read_bundle(arguments.bundle, inspect=vet), arguments)
+    sys.stdout.write(f"{as_text(found)}\n")
     if arguments.json:
         write_text(arguments.json, json_text(found))
-    sys.stdout.write(f"{as_text(found)}\n")
     return 0
 
 

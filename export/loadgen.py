@@ -101,9 +101,9 @@ def print_loads(arguments: argparse.Namespace) -> int:
     if find_spec("mlperf_loadgen") is None:
         raise BundleError(INSTALL)
     found = measure(read_bundle(arguments.bundle, inspect=vet), arguments)
+    sys.stdout.write(f"{as_text(found)}\n")
     if arguments.json:
         write_text(arguments.json, json_text(found))
-    sys.stdout.write(f"{as_text(found)}\n")
     return 0
 
 

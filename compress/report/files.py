@@ -11,6 +11,7 @@ from compress.errors import ArtifactError
 from compress.recipe.read import write_recipe
 from compress.recipe.schema import Recipe
 from compress.report.shape import REPORT_VERSION, Report
+from export.command.files import write_text
 
 
 def run_root(recipe: Recipe) -> Path:
@@ -79,8 +80,7 @@ def render_report(root: Path) -> Path:
             f"{root}: its report.json is of another version; run the recipe again, finished stages are reused"
         )
     page = root / "report" / "index.html"
-    page.parent.mkdir(exist_ok=True)
-    page.write_text(render(report, root), encoding="utf-8")
+    write_text(page, render(report, root))
     return page
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from export.bench import print_live
+from export.command.files import write_text
 from export.command.main import run
 from export.gate.checks import EXIT_CODES, Limits, Verdict
 from export.gate.commands import BASELINES, judge, update
@@ -62,8 +63,8 @@ def judge_or_accept(arguments: argparse.Namespace) -> int:
         progress=print_live,
     )
     print_live("")
-    write_outputs(verdict, arguments)
     sys.stdout.write(f"{as_text(verdict)}\n")
+    write_outputs(verdict, arguments)
     return verdict.exit_code
 
 
@@ -123,7 +124,7 @@ def write_outputs(verdict: Verdict, arguments: argparse.Namespace) -> None:
         (arguments.json, as_json),
     ):
         if path:
-            path.write_text(text(verdict), encoding="utf-8")
+            write_text(path, text(verdict))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(summary).open("a", encoding="utf-8") as page:
             page.write(as_markdown(verdict))

@@ -186,17 +186,12 @@ def test_the_command_records_judges_and_writes_its_files(place: Path, tmp_path: 
     quick = ("--data", place / "images.npz", "--no-latency")
     recorded = command(place / "bundle", "--update-baseline", *quick, cwd=tmp_path)
     assert (recorded.returncode, recorded.stderr) == (0, "")
-    files = [word for name in ("junit", "json", "benchmark-json") for word in (f"--{name}", f"{name}.out")]
+    files = [word for name in ("junit", "json", "benchmark-json") for word in (f"--{name}", f"new/{name}.out")]
     done = command(place / "bundle", *quick, *files, cwd=tmp_path, GITHUB_STEP_SUMMARY=str(tmp_path / "summary.md"))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "pass: nothing is worse than the baseline"
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "baselines",
-        "junit.out",
-        "json.out",
-        "benchmark-json.out",
-        "summary.md",
-    }
+    assert {path.name for path in tmp_path.iterdir()} == {"baselines", "new", "summary.md"}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"junit.out", "json.out", "benchmark-json.out"}
 
 
 @pytest.mark.parametrize(

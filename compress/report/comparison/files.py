@@ -11,6 +11,7 @@ from compress.report.comparison.compare import compare
 from compress.report.comparison.read import page_of, read_subjects
 from compress.report.comparison.show import link_to, print_comparison, render_comparison
 from compress.report.screen import screen
+from export.command.files import write_text
 
 
 def compare_folders(
@@ -29,8 +30,7 @@ def compare_folders(
                 subjects[name] = replace(subject, link=link_to(own, page))
     comparison = compare(subjects)
     if page:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(render_comparison(comparison), encoding="utf-8")
+        write_text(page, render_comparison(comparison))
     if document:
         document.parent.mkdir(parents=True, exist_ok=True)
         write_json(document, asdict(comparison))
