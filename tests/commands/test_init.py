@@ -183,6 +183,7 @@ def test_an_onnx_file_becomes_a_recipe_of_its_own_size(tmp_path: Path) -> None:
     recipe = read_recipe(out)
     assert recipe.model is not None
     assert (recipe.model.arch, recipe.model.weights, recipe.data.image_size) == (f"onnx:{weights}", None, 64)
+    assert "optimizer: adamw, lr: 0.001" in (tmp_path / "mine.yaml").read_text()  # no batch-norm is left
     write_classes(tmp_path / "two", classes=("cat", "dog"))
     with pytest.raises(CompressError, match=r"has 3 classes, .* has 2, and a whole network keeps its classifier"):
         next(write_draft(weights, tmp_path / "two", tmp_path / "b.yaml", arch=None, latency_ms=None, trust_code=False))

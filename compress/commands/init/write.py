@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress.commands.init.estimate import Clock, epochs, run_seconds, timed
 from compress.commands.init.images import Folder, as_taken, look_at, refuse_other_tasks
@@ -62,7 +63,7 @@ def write_draft(
         f"# {network.arch} with your weights, for the {len(folder.listing.classes):,} classes of {data}. Written by compress init.",
         f"# Command:  compress run FILE{trust}",
         f"name: {_name(out.stem)}",
-        *draft(weights, data, folder, network, macs=macs, latency_ms=latency_ms),
+        *draft(weights, data, folder, network, step=step_of(model), macs=macs, latency_ms=latency_ms),
     ]
     write_text(out, "".join(f"{line}\n" for line in lines))
     try:
@@ -74,14 +75,23 @@ def write_draft(
     yield f"wrote {out}; run it with: compress run {out}{trust}"
 
 
+def step_of(model: nn.Module) -> str:
+    """Return optimizer and rate for a trained network: without batch-norm, as in an ONNX file, SGD learns less (docs/your_own.md)."""
+    return (
+        "lr: 0.01"
+        if any(isinstance(module, _BatchNorm) for module in model.modules())
+        else "optimizer: adamw, lr: 0.001"
+    )
+
+
 def draft(
-    weights: str, data: Path, folder: Folder, network: Network, *, macs: float, latency_ms: float | None
+    weights: str, data: Path, folder: Folder, network: Network, *, step: str, macs: float, latency_ms: float | None
 ) -> list[str]:
     """Return the recipe's lines after its first ones, which name it."""
     source, distill, qat = epochs(folder, network)
     fine_tune = [
         "    fine_tune: true",
-        f"    fit: {{epochs: {source}, batch_size: 32, lr: 0.01, warmup_epochs: 0.5}}",
+        f"    fit: {{epochs: {source}, batch_size: 32, {step}, warmup_epochs: 0.5}}",
     ]
     if foreign(network.arch):
         model = [_field("arch", network.arch)]
@@ -109,7 +119,7 @@ def draft(
         "  - stage: prune",
         f"    max_latency_ms: {latency_ms:g}" if latency_ms else "    keep_macs: 0.5",
         "  - stage: distill  # low rate: the network is trained already",
-        f"    fit: {{epochs: {distill}, batch_size: 32, lr: 0.01, warmup_epochs: 0.5, clip_norm: 1.0}}",
+        f"    fit: {{epochs: {distill}, batch_size: 32, {step}, warmup_epochs: 0.5, clip_norm: 1.0}}",
         "    loss:",
         "      - {name: kd, temperature: 2.0}",
         "  - stage: ptq",
