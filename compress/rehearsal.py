@@ -4,7 +4,6 @@ import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -198,9 +197,8 @@ def _try_cut(model: nn.Module, cfg: PruneStage, run: Run) -> None:
         scope="local",
         round_to=cfg.round_to,
         min_channels=smallest_widths(groups, cfg.min_keep),
+        branches=find_branches(model, groups, run.shape) if cfg.blocks else (),
     )
-    if cfg.blocks:
-        options = replace(options, branches=find_branches(model, groups, run.shape))
     narrowest = copy.deepcopy(model)
     cut_(narrowest, images, options.narrowest)
     if goal.cost == "latency":

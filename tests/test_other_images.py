@@ -20,14 +20,23 @@ RECIPE = """
 name: depth
 target: cpu_avx2
 data: {path: IMAGES, channels: 1, image_size: [16, 24], mean: [0.3], std: [0.35], augment: {crop: pad}}
-model: {arch: "cifar:resnet8"}
+model: {arch: "NETWORK:network"}
 stages:
-  - {stage: source, fit: {epochs: 6, batch_size: 16, lr: 0.05}}
+  - {stage: source, fit: {epochs: 12, batch_size: 16, lr: 0.1}}
   - {stage: prune, keep_macs: 0.7}
   - {stage: distill, fit: {epochs: 3, batch_size: 16, lr: 0.02}}
   - {stage: ptq, calibration_images: 64, methods: [minmax], neural_compressor: false}
   - {stage: export, verify_images: 16}
-  - {stage: bench, seconds: 0.05, blocks: 6, batches: [1], threads: [1], image_sizes: [[16, 32]]}
+  - {stage: bench, seconds: 0.02, blocks: 6, batches: [1], threads: [1], image_sizes: [[16, 32]]}
+"""
+NETWORK = """
+from torch import nn
+
+def network(num_classes, channels):
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes),
+    )
 """
 CLASSES = 4
 
@@ -48,8 +57,10 @@ def draw(root: Path, *, per_class: int = 80) -> Path:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("depth")
-    (folder / "recipe.yaml").write_text(RECIPE.replace("IMAGES", str(draw(folder / "images"))))
-    done = CliRunner().invoke(app, ["run", str(folder / "recipe.yaml"), "--out", str(folder)])
+    (folder / "network.py").write_text(NETWORK)
+    recipe = RECIPE.replace("IMAGES", str(draw(folder / "images"))).replace("NETWORK", str(folder / "network.py"))
+    (folder / "recipe.yaml").write_text(recipe)
+    done = CliRunner().invoke(app, ["run", str(folder / "recipe.yaml"), "--out", str(folder), "--trust-code"])
     assert done.exit_code == 0, done.output
     return folder
 

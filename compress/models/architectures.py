@@ -180,6 +180,10 @@ def import_timm() -> ModuleType:
 
 def _own(arch: str, num_classes: int, channels: int, *, trust_code: bool) -> nn.Module:
     path, _, name = arch.rpartition(":")
+    if not path.endswith(".py"):
+        raise ModelError(
+            f"{arch}: unknown network; give {', '.join(f'{one}:NAME' for one in LIBRARIES)} or file.py:factory"
+        )
     file = existing_file(path, "the model's file")
     if not trust_code:
         raise ModelError(f"{arch}: building it runs the code in {file}; read it first, then add --trust-code")

@@ -5,7 +5,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +30,7 @@ from export.runtime.session import RUNTIME_ERRORS, first_line, open_session
 # Raised by onnx2torch, torch.fx and ONNX Runtime for what they do not support.
 CANNOT: tuple[type[Exception], ...] = (NotImplementedError, ValueError, KeyError, TypeError, *RUNTIME_ERRORS)
 AXES_AS_INPUT = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2")  # since opset 18
+LAST: dict[str, Callable[[Tensor], Tensor]] = {"Softmax": lambda logits: logits.softmax(1), "Sigmoid": torch.sigmoid}
 FLOAT_ROUNDING = 1e-4  # largest difference of ONNX Runtime's and torch's kernels, as a fraction of the largest logit
 # The only text allowed in an archive's shapes, as torch has sympy evaluate them.
 SYMBOLS = re.compile(
@@ -114,7 +115,7 @@ class _Fixed(nn.Module):
 
 
 def rebuilt(name: str, _num_classes: int = 0) -> nn.Module:
-    """Return an ONNX file as a torch network with its weights, without a softmax at its end.
+    """Return an ONNX file as a torch network with its weights, without a softmax or sigmoid at its end.
 
     Raises ModelError where onnx2torch lacks one of its operators, or where outputs differ from the file's on noise.
     """
@@ -124,7 +125,7 @@ def rebuilt(name: str, _num_classes: int = 0) -> nn.Module:
     advice = "so it cannot be cut or trained: name it as `teacher` and add a student stage for another network"
     try:
         proto = _static(file, black_box.shape)
-        ends_in_softmax = _without_softmax_(proto)
+        last = _without_probabilities_(proto)
         found = converter.convert(proto).eval()
         network: nn.Module = _with_numbers(fx.GraphModule(found, _Inlined().trace(found), file.stem))
     except CANNOT as error:
@@ -140,7 +141,7 @@ def rebuilt(name: str, _num_classes: int = 0) -> nn.Module:
     try:
         with torch.no_grad():
             outputs = network(images)
-            outputs = outputs.softmax(1) if ends_in_softmax else outputs
+            outputs = LAST[last](outputs) if last else outputs
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"{file}: rebuilt, it does not run on two images ({first_line(error)}), {advice}") from error
     difference = float((outputs - expected).abs().max())
@@ -261,15 +262,15 @@ def _static(file: Path, shape: list[int | str | None]) -> onnx.ModelProto:
     return static
 
 
-def _without_softmax_(proto: onnx.ModelProto) -> bool:
-    """Remove a softmax at the end, as in Keras's classifiers, so that the output is logits; tell whether there was one."""
+def _without_probabilities_(proto: onnx.ModelProto) -> str | None:
+    """Remove a softmax or sigmoid at the end, as in Keras's classifiers, so that the output is logits; return its operator."""
     (output, *_) = proto.graph.output
     last = next((node for node in proto.graph.node if output.name in node.output), None)
-    if last is None or last.op_type != "Softmax":
-        return False
+    if last is None or last.op_type not in LAST:
+        return None
     proto.graph.node.remove(last)
     output.name = last.input[0]
-    return True
+    return str(last.op_type)
 
 
 def _as_opset_17_(proto: onnx.ModelProto) -> None:

@@ -16,6 +16,7 @@ from export.images.size import Shape, Size, size_of
 # Image sizes that `classifier` tries, as a network does not state its own.
 PROBES = (224, 32, 64, 128, 256, 299, 384)
 aten = torch.ops.aten
+RESHAPES = ("View", "UnsafeView", "Clone", "Squeeze", "Unsqueeze", "Permute", "Transpose")  # in autograd's record
 WEIGHTED = (aten.convolution, aten.addmm, aten.mm)  # the operators of convolutions and linear layers
 
 
@@ -100,19 +101,31 @@ def check_output(model: nn.Module, shape: Shape, *, output: tuple[int | None, ..
 
 
 def check_logits(model: nn.Module, images: Tensor) -> None:
-    """Raise ModelError where outputs for images (n, channels, height, width) are probabilities: not negative, with sum 1.
+    """Raise ModelError where outputs for images (n, channels, height, width) are probabilities, of a softmax or sigmoids.
 
-    A loss would take their softmax again, and INT8 rounds small probabilities to 0.
+    A loss would take their softmax or sigmoid again, and INT8 rounds small probabilities to 0.
     """
     outputs = _outputs(model, images)
     if not isinstance(outputs, Tensor) or not bool((outputs >= 0).all()):
         return
-    sums = outputs.sum(1)
+    sums, last = outputs.sum(1), ""
     if torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        last = "softmax"
+    elif _ends_in_sigmoid(outputs):  # other outputs of an untrained network may lie between 0 and 1, too
+        last = "sigmoid"
+    if last:
         raise ModelError(
-            f"{type(model).__name__}: returns probabilities, as after a softmax (each row sums to one on {len(images)} images), "
-            "but losses and INT8 need logits: leave the softmax out"
+            f"{type(model).__name__}: returns probabilities, as after a {last} (on {len(images)} images), "
+            f"but losses and INT8 need logits: leave the {last} out"
         )
+
+
+def _ends_in_sigmoid(outputs: Tensor) -> bool:
+    """Tell whether a sigmoid made the outputs, whatever their shape became after it, by autograd's record."""
+    step = outputs.grad_fn
+    while step is not None and step.name().startswith(RESHAPES):
+        step = step.next_functions[0][0]
+    return step is not None and step.name().startswith("Sigmoid")
 
 
 def _run(model: nn.Module, shape: Shape) -> object:

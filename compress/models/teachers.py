@@ -1,6 +1,6 @@
 """Given teachers: from any kind of file, one or several, each with its own image size, normalization and classes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from compress.models.weights import load_weights_
 from export.errors import first
 
 SMALLEST = 1e-12  # smallest probability before the logarithm, as a softmax in float32 has zeros
+NEAREST = 1e-6  # to 0 and 1 before a sigmoid's inverse; float32 has steps of 6e-8 below 1
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Member(nn.Module):
     def __init__(self, network: nn.Module, own: Seen, student: Seen, order: Sequence[int] | None) -> None:
         """Take a network, its and the student's preprocessing, and the output for each class (None: all, in order)."""
         super().__init__()
-        self.network, self.order, self.probabilities = network, order, False
+        self.network, self.order = network, order
+        self.inverse: Callable[[Tensor], Tensor] = lambda outputs: outputs  # from outputs to logits
         self.size = None if own.size == student.size else own.size
         # From (pixels - m) / s, the student's, to (pixels - m') / s' is one product and one sum.
         scale = torch.tensor(student.std) / torch.tensor(own.std)
@@ -46,14 +48,18 @@ class Member(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (n, classes, …) for normalized images (n, channels, height, width) of the student's size."""
+        logits = self.inverse(self.outputs(images))
+        return logits if self.order is None else logits[:, self.order]
+
+    def outputs(self, images: Tensor) -> Tensor:
+        """Return the network's own outputs for the student's images."""
         if self.scale is not None:
             images = images * self.scale + self.shift
         if self.size is not None:
             larger = self.size[0] >= images.shape[2] and self.size[1] >= images.shape[3]  # then antialias has no effect
             images = F.interpolate(images, self.size, mode="bilinear", antialias=not larger)
         outputs: Tensor = self.network(images)
-        outputs = outputs.clamp(min=SMALLEST).log() if self.probabilities else outputs
-        return outputs if self.order is None else outputs[:, self.order]
+        return outputs
 
 
 class Teacher(nn.Module):
@@ -82,13 +88,22 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def note_probabilities_(self, images: Tensor) -> None:
-        """Make members that return probabilities for these images (after a softmax) return their logarithms."""
+        """Make members that return probabilities for these images, as after a softmax or sigmoids, return logits."""
         for member in self.members:
             assert isinstance(member, Member)
-            outputs = member(images)
-            sums = outputs.sum(dim=1)
-            inside = bool((outputs >= 0).all()) and member.order is None
-            member.probabilities = inside and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+            outputs = member.outputs(images)
+            if bool(((outputs >= 0) & (outputs <= 1)).all()):
+                sums = outputs.sum(dim=1)
+                is_softmax = torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+                member.inverse = _log if is_softmax else _logit
+
+
+def _log(probabilities: Tensor) -> Tensor:
+    return probabilities.clamp(min=SMALLEST).log()
+
+
+def _logit(probabilities: Tensor) -> Tensor:
+    return probabilities.logit(eps=NEAREST)
 
 
 def teacher_of(

@@ -180,10 +180,11 @@ def find_options(
     scope: Scope,
     round_to: int,
     min_channels: Mapping[str, int],
+    branches: tuple[Branch, ...] = (),
 ) -> Options:
-    """Return the blocks that can be removed; `min_channels` is each root's smallest width."""
+    """Return the blocks that can be removed; `min_channels` is each root's smallest width, `branches` may go whole."""
     blocks = [block for index, group in enumerate(groups) for block in _blocks(index, group, round_to, min_channels)]
-    return Options(groups, layers, _ranked(blocks, groups, scope), round_to)
+    return Options(groups, layers, _ranked(blocks, groups, scope), round_to, branches)
 
 
 def choose(options: Options, cost: WidthCost, budget: float) -> list[Cut]:

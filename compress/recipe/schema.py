@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 
 from compress.data.teachers import foreign
 from compress.recipe.losses import LABELLED, LossTerm
@@ -18,9 +19,9 @@ from export.tasks import TASKS
 
 
 def known_task(name: str) -> str:
-    """Return the name of a known task; raise ValueError for another."""
+    """Return the name of a known task; raise PydanticCustomError for another."""
     if name not in TASKS:
-        raise ValueError(f"task: must be one of {', '.join(TASKS)}, got {name!r}")
+        raise PydanticCustomError("task", "must be one of {known}", {"known": ", ".join(TASKS)})
     return name
 
 
@@ -318,7 +319,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _teachers_can_be_joined(self) -> "Recipe":
         task = TASKS[self.task]
-        if len(self.teacher) > 1 and not (task.by_class_axis and task.exclusive):
+        if len(self.teacher) > 1 and not task.by_class_axis:
             raise ValueError(
                 f"teacher: {len(self.teacher)} for {self.task}, whose predictions cannot be averaged: name one"
             )

@@ -65,15 +65,16 @@ def front_matter(report: Report, name: str, served: str) -> Json:
     ]
     if row:
         tags.append("mixed-precision" if mostly_float(report, served) else row["precision"])
-    data: Json = {"library_name": "onnx", "pipeline_tag": "image-classification", "tags": tags}
+    task, metric = TASKS[report["recipe"]["task"]].hub
+    data: Json = {"library_name": "onnx", "pipeline_tag": task, "tags": tags}
     if row:
         dataset = report["recipe"]["data"]["dataset"]
         result = {
-            "task": {"type": "image-classification"},
+            "task": {"type": task},
             "dataset": {"name": dataset, "type": dataset, "split": "validation"},
             "metrics": [
                 {
-                    "type": "accuracy",
+                    "type": metric,
                     "value": row["score"],
                     "name": f"{numbers.heading(report['metric']['title'])} of {served}.onnx in ONNX Runtime",
                 }

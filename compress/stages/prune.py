@@ -111,9 +111,8 @@ class _Planner:
             scope=self.cfg.scope,
             round_to=self.cfg.round_to,
             min_channels=self.smallest,
+            branches=find_branches(model, groups, self.run.shape) if self.cfg.blocks else (),
         )
-        if self.cfg.blocks:
-            options = replace(options, branches=find_branches(model, groups, self.run.shape))
         if self.goal.cost == "latency":
             return self._within_time(model, images, options, number)
         full = self.before[METRICS[self.goal.cost]]

@@ -233,6 +233,7 @@ DETECTION = OutputTask(
     by_class_axis=False,  # it is the anchors, and each network's boxes are its own
     draw=draw,
     draw_truth=draw_truth,
+    hub=("object-detection", "mAP"),
     meaning="a row for each anchor: logits (background first, then the lines of `labels.txt`), four moves, five constants to decode them",
     reading="""\
 from export.tasks.boxes import decode  # of the package that wrote this; numpy alone

@@ -199,6 +199,7 @@ MULTILABEL = OutputTask(
     truth_text=truth_text,
     show=show,
     exclusive=False,
+    hub=("image-classification", "mAP"),
     meaning="a logit for each line of `labels.txt`, each for itself: its sigmoid is the label's probability",
     reading=f"print([label for label, logit in zip(labels, outputs[0]) if logit >= 0])  # a probability of {THRESHOLD} or more",
 )

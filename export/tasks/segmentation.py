@@ -242,6 +242,7 @@ SEGMENTATION = OutputTask(
     show=show,
     draw=draw,
     draw_truth=draw,
+    hub=("image-segmentation", "mean_iou"),
     meaning="logits of every pixel, one for each line of `labels.txt`",
     reading="masks = outputs.argmax(axis=1)  # (batch, height, width): lines of labels.txt, counted from 0",
 )

@@ -124,6 +124,8 @@ class OutputTask:
     """(image uint8 (height, width, 3), its prediction, labels) to the image with the prediction drawn; None if there is nothing to draw."""
     draw_truth: Callable[[Array, Array, Sequence[str]], Array] | None = None
     """The same for its truth."""
+    hub: tuple[str, str] = ("image-classification", "accuracy")
+    """The names of the task and of its metric on Hugging Face's hub."""
     meaning: str = "a logit for each line of `labels.txt`"
     """One image's output in words, for the model card."""
     reading: str = "print([labels[index] for index in outputs.argmax(axis=1)])"

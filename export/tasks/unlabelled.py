@@ -46,4 +46,5 @@ UNLABELLED = replace(
     listing=list_images,
     examples=find_images,
     labelled=False,
+    hub=("image-classification", "agreement"),
 )

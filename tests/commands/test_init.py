@@ -8,6 +8,7 @@ import pytest
 import torch
 from photographs import write_classes, write_imagenet_layout, write_photo
 from PIL import Image
+from torch import nn
 from torchvision.models import mobilenet_v2
 
 from compress.commands.init.estimate import OTHERS_S, SCORED, Clock, run_seconds
@@ -20,6 +21,7 @@ from compress.models.architectures import build
 from compress.models.recognize import fingerprint, recognize
 from compress.recipe import shipped
 from compress.recipe.read import read_recipe
+from export.errors import DataError
 from export.images.folders import list_folder
 from export.onnx_file.to_onnx import to_onnx
 
@@ -37,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_checkpoint_and_a_folder_become_a_recipe_that_reads(checkpoint: Path, tmp_path: Path) -> None:
     write_classes(tmp_path / "data")
-    out = tmp_path / "mine.yaml"
+    out = tmp_path / "new" / "mine.yaml"
     told = "\n".join(write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
     recipe = read_recipe(out)
     assert recipe.model is not None
@@ -56,6 +58,8 @@ def test_a_checkpoint_and_a_folder_become_a_recipe_that_reads(checkpoint: Path, 
     assert not (tmp_path / "b.yaml").exists()
     with pytest.raises(CompressError, match="exists already"):
         next(write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
+    with pytest.raises(CompressError, match="mobilenet: unknown network; give torchvision:NAME, timm:NAME"):
+        next(write_draft(str(checkpoint), tmp_path / "data", tmp_path / "b.yaml", arch="mobilenet", latency_ms=None, trust_code=False))  # fmt: skip
 
 
 def test_other_classes_start_the_classifier_anew_and_train_the_teacher(checkpoint: Path, tmp_path: Path) -> None:
@@ -78,6 +82,30 @@ def test_a_path_of_many_words_stays_one_line(checkpoint: Path, tmp_path: Path) -
     recipe = read_recipe(out)
     assert recipe.model is not None
     assert (recipe.data.path, recipe.model.weights) == (str(data), str(weights))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_images_without_class_folders_are_labelled_by_the_network(
+    checkpoint: Path, tmp_path: Path, split: bool
+) -> None:
+    for part in ("train", "val") if split else (".",):
+        for index in range(5):
+            write_photo(tmp_path / "data" / part / f"{index}.png", seed=index)
+    out = tmp_path / "mine.yaml"
+    told = "\n".join(write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
+    recipe = read_recipe(out)
+    assert recipe.task == "unlabelled"
+    assert recipe.model is not None
+    assert not recipe.model.reset_head
+    assert f"no labels, 5 images ({'5 for validation' if split else 'a fifth is held out'})" in told
+    assert "labelled right" not in told
+
+
+def test_an_empty_class_folder_is_a_mistake_and_not_a_folder_without_labels(tmp_path: Path) -> None:
+    write_classes(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty"):
+        look_at(tmp_path)
 
 
 @pytest.mark.parametrize("arch", ["torchvision:resnet18", "timm:ghostnet_050", "cifar:resnet20"])
@@ -187,6 +215,24 @@ def test_an_onnx_file_becomes_a_recipe_of_its_own_size(tmp_path: Path) -> None:
     write_classes(tmp_path / "two", classes=("cat", "dog"))
     with pytest.raises(CompressError, match=r"has 3 classes, .* has 2, and a whole network keeps its classifier"):
         next(write_draft(weights, tmp_path / "two", tmp_path / "b.yaml", arch=None, latency_ms=None, trust_code=False))
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 32, 64)])
+def test_an_onnx_file_of_one_channel_is_taken_and_one_of_two_sides_is_a_sentence(
+    tmp_path: Path, shape: tuple[int, int, int]
+) -> None:
+    write_depths(tmp_path / "depths")
+    network = nn.Sequential(nn.Conv2d(shape[0], 4, 3, 8, 1), nn.Flatten(), nn.Linear(shape[1] * shape[2] // 16, 2))
+    to_onnx(network.eval(), tmp_path / "net.onnx", shape=shape, metadata={})
+    out, weights = tmp_path / "mine.yaml", str(tmp_path / "net.onnx")
+    lines = write_draft(weights, tmp_path / "depths", out, arch=None, latency_ms=None, trust_code=False)
+    if shape[0] == 3:
+        with pytest.raises(CompressError, match=r"does not take images of 224 x 224 .*data.image_size"):
+            list(lines)
+    else:
+        list(lines)
+        recipe = read_recipe(out)
+        assert (recipe.data.channels, recipe.data.image_size) == (1, 32)
 
 
 def test_shards_become_the_recipe_of_their_folder(

@@ -545,7 +545,9 @@ def test_a_search_shares_stages_chooses_on_its_own_images_and_publishes_what_val
     assert len(list(root.glob("stages/00-source-*"))) == 1
     assert {one["recipe"]["data"]["judge_by"] for one in reports.values()} == {"tuning"}
     page = (root / "index.html").read_text()
-    assert all(f'href="trials/{name}/report/index.html"' in page for name in reports)
+    # From the front, the gain, the end and the curve of distillation, the parallel coordinates, the table:
+    assert [page.count(f'<a href="trials/{name}/report/index.html">') for name in sorted(reports)] == [6, 6]
+    assert "Recommended: the best score" in page
     assert "| source (PyTorch) |" in (root / "two.md").read_text()
     assert page.count("Scores while distilling") == 1
     command("--pick", "score > 0")

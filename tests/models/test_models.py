@@ -279,15 +279,23 @@ def test_logits_of_another_shape_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("last", "refused"), [(nn.Softmax(1), True), (nn.LogSoftmax(1), False), (nn.ReLU(), False), (nn.Identity(), False)]
+    ("last", "refused"),
+    [
+        (nn.Softmax(1), "softmax"),
+        (nn.Sequential(nn.Sigmoid(), nn.Unflatten(1, (5, 1)), nn.Flatten()), "sigmoid"),
+        (nn.LogSoftmax(1), None),
+        (nn.Sequential(nn.Sigmoid(), nn.Linear(5, 5)), None),
+        (nn.ReLU(), None),
+        (nn.Identity(), None),
+    ],
 )
-def test_a_network_that_answers_with_probabilities_is_refused(last: nn.Module, refused: bool) -> None:
+def test_a_network_that_answers_with_probabilities_is_refused(last: nn.Module, refused: str | None) -> None:
     model = nn.Sequential(HeadFirst(), last).train()
     images = torch.randn(4, 3, 32, 32)
-    if not refused:
+    if refused is None:
         check_logits(model, images)
         return
-    with pytest.raises(ModelError, match=r"returns probabilities, as after a softmax .* leave the softmax out"):
+    with pytest.raises(ModelError, match=f"returns probabilities, as after a {refused} .* leave the {refused} out"):
         check_logits(model, images)
     assert model.training
 

@@ -80,19 +80,20 @@ def save_all(network: nn.Module, folder: Path) -> None:
     program = torch.export.export(network, (torch.zeros(2, 3, 16, 16),), dynamic_shapes=batch)
     torch.export.save(program, folder / "network.pt2")
     torch.save(network.state_dict(), folder / "network.pt")
-    keras = onnx.load(folder / "network.onnx")
-    channels_last_(keras)
-    onnx.save(keras, folder / "keras.onnx")
+    for name, last in (("keras", "Softmax"), ("sigmoids", "Sigmoid")):
+        keras = onnx.load(folder / "network.onnx")
+        channels_last_(keras, helper.make_node(last, ["before"], [keras.graph.output[0].name]))
+        onnx.save(keras, folder / f"{name}.onnx")
 
 
-def channels_last_(proto: onnx.ModelProto) -> None:
-    """Have a file take (n, height, width, channels) and end in a softmax, as Keras's exports do."""
+def channels_last_(proto: onnx.ModelProto, last: onnx.NodeProto) -> None:
+    """Have a file take (n, height, width, channels) and end in one more operator, as Keras's exports do."""
     (entry,), (out,) = proto.graph.input, proto.graph.output
     for node in proto.graph.node:
         node.input[:] = ["first" if name == entry.name else name for name in node.input]
         node.output[:] = ["before" if name == out.name else name for name in node.output]
     proto.graph.node.insert(0, helper.make_node("Transpose", [entry.name], ["first"], perm=[0, 3, 1, 2]))
-    proto.graph.node.append(helper.make_node("Softmax", ["before"], [out.name], axis=1))
+    proto.graph.node.append(last)
     shape = helper.make_tensor_value_info(entry.name, TensorProto.FLOAT, ["batch", 16, 16, 3])
     proto.graph.input[0].CopyFrom(shape)
 
@@ -111,6 +112,29 @@ def test_a_keras_file_takes_channels_last_and_its_probabilities_become_logits(sa
     with torch.no_grad():
         keras.note_probabilities_(images)
         assert (keras(images) - plain(images).log_softmax(1)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("count", [10, 7])
+def test_probabilities_of_some_of_a_teachers_classes_become_logits(
+    count: int, saved: Path, tmp_path: Path, images: Tensor
+) -> None:
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES))
+    named = given(f"onnx:{saved}/keras.onnx", classes=tmp_path / "names.txt")
+    wanted, plain = CLASSES[::-1][:count], taught(given(f"onnx:{saved}/network.onnx"))
+    some = taught(named, classes=wanted)
+    with torch.no_grad():
+        some.note_probabilities_(images)
+        assert (some(images) - plain(images).log_softmax(1).flip(1)[:, :count]).abs().max() < 1e-4
+
+
+def test_sigmoids_at_a_files_end_are_taken_off(saved: Path, images: Tensor) -> None:
+    with torch.no_grad():
+        expected = taught(given(f"onnx:{saved}/network.onnx"))(images)
+        teacher = taught(given(f"onnx:{saved}/sigmoids.onnx"))
+        teacher.note_probabilities_(images)
+        network = build(f"onnx:{saved}/sigmoids.onnx", num_classes=10)
+        assert (teacher(images) - expected.clamp(-13.8, 13.8)).abs().max() < 0.05  # as far as float32 resolves
+        assert (network(images) - expected).abs().max() < 1e-4
 
 
 def test_an_onnx_file_is_rebuilt_with_weights_that_can_be_trained(saved: Path, images: Tensor) -> None:

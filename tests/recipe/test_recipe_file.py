@@ -320,6 +320,7 @@ def test_an_override_takes_lists_and_later_ones_win(recipe_path: Path) -> None:
     [
         ("qat.fit.epochs=0", "{path}: stages.3.fit.epochs: must be > 0, got 0"),
         ("qat.fit.epoch=1", "{path}: stages.3.fit.epoch: unknown key; did you mean epochs?"),
+        ("task=clasification", "{path}: task: must be one of classification, segmentation, detection, multilabel, unlabelled, got 'clasification'"),
         ("sed=1", "--set sed=1: unknown path sed; did you mean seed?"),
         ("qta.fit=1", "--set qta.fit=1: unknown path qta.fit; did you mean qat?"),
         ("distill.fit.epochs=1", "--set distill.fit.epochs=1: the recipe has no such stage; known: "),
@@ -422,7 +423,8 @@ def test_detectors_are_no_ensemble_and_keep_the_order_of_their_classes(
     (line,) = mistakes(tmp_path / "a.yaml", text)
     assert line.startswith(sentence)
     assert read(tmp_path / "b.yaml", text.replace(teachers, "onnx:a.onnx")).teacher
-    assert read(tmp_path / "b.yaml", text.replace("detection", "segmentation")).teacher
+    for other in ("segmentation", "multilabel"):
+        assert read(tmp_path / "b.yaml", text.replace("detection", other)).teacher
 
 
 def test_qat_takes_a_tenth_of_the_float_epochs_and_a_hundredth_of_the_rate(tmp_path: Path) -> None:

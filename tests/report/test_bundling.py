@@ -23,7 +23,7 @@ from compress.pipeline import run_recipe
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 from compress.report.bundling import publish, serving_of
-from compress.report.card import card
+from compress.report.card import card, front_matter
 from compress.report.files import print_again
 from compress.report.hub import publish_to_hub
 from export.bundle.read import read_bundle
@@ -132,6 +132,24 @@ def test_unknown_numbers_are_left_out_of_the_card(tmp_path: Path) -> None:
     assert "vs teacher" not in header
     assert "None" not in body.replace("run(None", "")
     assert "nan" not in body
+
+
+@pytest.mark.parametrize(
+    ("task", "hub"),
+    [
+        ("segmentation", ("image-segmentation", "mean_iou")),
+        ("detection", ("object-detection", "mAP")),
+        ("multilabel", ("image-classification", "mAP")),
+        ("unlabelled", ("image-classification", "agreement")),
+    ],
+)
+def test_the_card_of_another_task_says_so(tmp_path: Path, task: str, hub: tuple[str, str]) -> None:
+    report = build_report(tmp_path)
+    report["recipe"]["task"] = task
+    data = front_matter(report, "net", "student_int8")
+    (result,) = data["model-index"][0]["results"]
+    assert (data["pipeline_tag"], result["task"]["type"]) == (hub[0], hub[0])
+    assert result["metrics"][0]["type"] == hub[1]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Look at a folder of images: its classes, sizes, channels, and what cannot be read."""
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from compress.data.shards import ShardListing
 from compress.errors import CompressError
 from export.errors import DataError
 from export.images.decode import RGB, BrokenImage, Pixel
-from export.images.folders import Listing, list_folder
+from export.images.folders import TRAIN, VAL_NAMES, Listing, list_folder
 from export.images.read import spread
 from export.tasks import TASKS
+from export.tasks.unlabelled import list_images
 
 SEEN = Path("runs", ".images")  # the cache of shard contents that a later run uses
 LOOKED_AT = 200  # images opened, spread over the folder
@@ -27,6 +29,11 @@ class Folder:
     broken: dict[str, str]
     stored: Counter[Pixel]  # channels and bits of those opened
     pixel: Pixel = RGB  # as the network takes them
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the images have labels; otherwise the network's predictions take their place."""
+        return bool(self.listing.classes)
 
     @property
     def train(self) -> int:
@@ -57,7 +64,7 @@ def refuse_other_tasks(data: Path, weights: str) -> None:
 def look_at(data: Path) -> Folder:
     """List the folder and open some of its images."""
     found = shards_in(data, SEEN)
-    listing = list_folder(data) if found is None else found.listing
+    listing = _listed(data) if found is None else found.listing
     assert isinstance(listing, Listing | ShardListing)
     sides, broken, stored = list[int](), dict[str, str](), Counter[Pixel]()
     folder = Folder(listing, sides, broken, stored)
@@ -70,9 +77,22 @@ def look_at(data: Path) -> Folder:
             broken[images.name(index)] = str(error)
     if not sides:
         raise CompressError(
-            f"{data}: none of the {LOOKED_AT} images opened can be read ({next(iter(broken.values()))})"
+            f"{data}: none of the {len(broken)} images opened can be read ({next(iter(broken.values()))})"
         )
     return folder
+
+
+def _listed(data: Path) -> Listing:
+    """List a folder's images, without labels if none lies in a class folder; DataError if it has another layout."""
+    try:
+        return list_folder(data)
+    except DataError:
+        with suppress(DataError):
+            found = list_images(data)
+            parents = {Path(path).parent.as_posix().lower() for path, _ in (*found.train, *(found.val or ()))}
+            if parents <= {".", TRAIN, *VAL_NAMES}:
+                return found
+        raise
 
 
 def as_taken(folder: Folder, channels: int, weights: str) -> Folder:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from compress.commands.init.images import LOOKED_AT, Folder
 from compress.data.teachers import foreign
+from compress.errors import CompressError
 from compress.models.architectures import build
 from compress.models.published import IMAGENET, Published, published
 from compress.models.recognize import Match, channels_of
@@ -21,6 +22,7 @@ from export.images.decode import RGB, BrokenImage
 from export.images.preprocess import Preprocess
 from export.images.read import spread
 from export.images.size import Shape
+from export.runtime.session import first_line
 
 JUDGED = 128  # images to score candidates on
 LOST_BY_FLIP = 0.1  # networks of digits lose 0.65 (docs/your_own.md)
@@ -31,7 +33,10 @@ NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 @dataclass(frozen=True)
 class Network:
-    """The teacher, its preprocessing, and its accuracy on JUDGED images, as they are and mirrored (None if its classes are not the folder's)."""
+    """The teacher, its preprocessing, and its accuracy on JUDGED images, as they are and mirrored.
+
+    Both are None if its classes are not the folder's. Without labels its own predictions are the truth.
+    """
 
     arch: str
     classes: int
@@ -61,11 +66,17 @@ def brought_by(weights: str) -> str | None:
 
 
 def whole_match(arch: str) -> Match:
-    """Return a whole network with its number of classes, taken from its output."""
-    known = published(arch)
-    with torch.inference_mode():
-        outputs = build(arch, num_classes=0)(torch.zeros(2, 3, *(known.size if known else 224,) * 2))
-    return Match(arch, outputs.shape[1])
+    """Return a whole network with its number of classes and channels; raise CompressError if it takes no square images."""
+    known, network = published(arch), build(arch, num_classes=0)
+    size, channels = known.size if known else 224, channels_of(network, network.state_dict())
+    try:
+        with torch.inference_mode():
+            outputs = network(torch.zeros(2, channels, size, size))
+    except RuntimeError as error:
+        raise CompressError(
+            f"{arch}: does not take images of {size} x {size} ({first_line(error)}); name it as model.arch in a recipe, with its data.image_size"
+        ) from error
+    return Match(arch, outputs.shape[1], channels)
 
 
 def given(arch: str, state: dict[str, Tensor], *, trust_code: bool) -> Match:
@@ -83,7 +94,7 @@ def choose(matches: Sequence[Match], weights: str, folder: Folder, *, trust_code
     """Return the network and preprocessing with the best accuracy on some images; the first ones if the classes are others."""
     tried = list[Network]()
     for match in matches:
-        same = match.classes == len(folder.listing.classes)
+        same = not folder.is_labelled or match.classes == len(folder.listing.classes)
         known = published(match.arch) or Published(224, 1.0, IMAGENET)
         shape = None if match.channels == 3 else (match.channels, known.size, known.size)
         model = build(match.arch, num_classes=match.classes, shape=shape, trust_code=trust_code)
@@ -101,21 +112,18 @@ def choose(matches: Sequence[Match], weights: str, folder: Folder, *, trust_code
 
 def _preparations(arch: str, folder: Folder) -> Iterator[Published]:
     """Yield the preprocessing that the network's library publishes, then other normalizations at the images' size."""
-    known = published(arch)
+    known, is_whole = published(arch), foreign(arch) is not None
     if known is not None and folder.pixel == RGB:
         yield known
-    if known is not None and foreign(arch):
-        for normalize in (IMAGENET, HALVES, NONE, BYTES):
-            yield known._replace(normalize=normalize)
-        return
-    side = min(int(statistics.median(folder.sides)), known.size if known else 224)
-    size = max(32, side // 32 * 32)
-    tried: Sequence[tuple[tuple[float, ...], tuple[float, ...]]] = (IMAGENET, HALVES, NONE)
+    if known is None or not is_whole:
+        side = min(int(statistics.median(folder.sides)), known.size if known else 224)
+        known = Published(max(32, side // 32 * 32), 1.0, IMAGENET)
+    tried: Sequence[tuple[tuple[float, ...], tuple[float, ...]]] = (IMAGENET, HALVES, NONE, *([BYTES] * is_whole))
     if folder.pixel != RGB:
         n = folder.pixel.channels
-        tried = (measured(folder, size), ((0.5,) * n, (0.5,) * n), ((0.0,) * n, (1.0,) * n))
+        tried = (measured(folder, known.size), ((0.5,) * n, (0.5,) * n), ((0.0,) * n, (1.0,) * n))
     for pair in tried:
-        yield Published(size, 1.0, pair)
+        yield known._replace(normalize=pair)
 
 
 def measured(folder: Folder, size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -151,7 +159,7 @@ def _scores(model: nn.Module, prepared: Published, folder: Folder) -> tuple[floa
         images = torch.from_numpy(preprocess.normalize(np.asarray(pixels)[None]))
         with torch.inference_mode():
             found = model(torch.cat([images, images.flip(3)])).argmax(1)  # (2,)
-        right += found.numpy() == int(judging.labels[index])
+        right += (found == (judging.labels[index] if folder.is_labelled else found[0])).numpy()
         seen += 1
     alone, mirrored = (right / max(seen, 1)).tolist()
     return alone, mirrored

@@ -49,7 +49,7 @@ def write_draft(
             f"({', '.join(list(state)[:3])}, …): name yours with --arch my_file.py:factory --trust-code"
         )
     folder = as_taken(look_at(data), matches[0].channels, weights)
-    if whole and matches[0].classes != len(folder.listing.classes):
+    if whole and folder.is_labelled and matches[0].classes != len(folder.listing.classes):
         raise CompressError(
             f"{weights}: has {matches[0].classes:,} classes, {data} has {len(folder.listing.classes):,}, and a whole network keeps its "
             "classifier: give images of its classes, or name it as `teacher` with its `classes` in a recipe"
@@ -60,9 +60,10 @@ def write_draft(
     macs, clock = count(model, network.shape).macs, timed(model, network.shape)
     trust = " --trust-code" if trust_code else ""
     lines = [
-        f"# {network.arch} with your weights, for the {len(folder.listing.classes):,} classes of {data}. Written by compress init.",
+        f"# {network.arch} with your weights, for the images of {data}. Written by compress init.",
         f"# Command:  compress run FILE{trust}",
         f"name: {_name(out.stem)}",
+        *([] if folder.is_labelled else ["task: unlabelled  # the network's predictions are the labels"]),
         *draft(weights, data, folder, network, step=step_of(model), macs=macs, latency_ms=latency_ms),
     ]
     write_text(out, "".join(f"{line}\n" for line in lines))
@@ -128,7 +129,7 @@ def draft(
         "  - stage: export",
         "  - stage: bench",
         "targets:  # a miss ends the run with exit code 1",
-        "  max_drop: 0.02",
+        "  max_drop: 0.02" if folder.is_labelled else "  max_drop: 0.1  # agreement with the network: 90 % or more",
         *([f"  max_latency_ms: {latency_ms:g}"] if latency_ms else []),
         *(["  min_speedup: 2.0"] if not latency_ms and macs >= WORTH_SPEED else []),
     ]
@@ -148,11 +149,14 @@ def _told(weights: str, folder: Folder, network: Network) -> Iterator[str]:
     fits = f"; {', '.join(network.others)} would fit too" if network.others else ""
     yield f"weights  {weights}: {network.arch} for {network.classes:,} classes{fits}"
     listing = folder.listing
-    counts = np.bincount(folder.images().labels.numpy(), minlength=len(listing.classes))
+    counts = np.bincount(folder.images().labels.numpy().clip(0), minlength=len(listing.classes))
     held = "a fifth is held out" if listing.val is None else f"{len(listing.val):,} for validation"
     yield (
-        f"images   {listing.root}: {len(listing.classes):,} classes, {len(listing.train):,} images ({held}), "
-        f"{counts.min():,} to {counts.max():,} a class, shorter sides {min(folder.sides)} to {max(folder.sides)} pixels"
+        f"images   {listing.root}: "
+        + (f"{len(listing.classes):,} classes" if folder.is_labelled else "no class folders, so no labels")
+        + f", {len(listing.train):,} images ({held}), "
+        + (f"{counts.min():,} to {counts.max():,} a class, " if folder.is_labelled else "")
+        + f"shorter sides {min(folder.sides)} to {max(folder.sides)} pixels"
     )
     if folder.stored.most_common(1)[0][0].channels != 3 or folder.pixel != RGB:
         kinds = ", ".join(f"{number:,} of {pixel}" for pixel, number in folder.stored.most_common())
@@ -167,11 +171,15 @@ def _told(weights: str, folder: Folder, network: Network) -> Iterator[str]:
     normalize = "/".join(f"{value:g}" for value in network.mean)
     yield f"seen at  {network.size} pixels, mean {normalize}" + (
         f": {network.score:.1%} of {min(JUDGED, len(folder.images(judged=True)))} images are labelled right"
-        if network.score is not None
+        if folder.is_labelled and network.score is not None
         else ""
     )
     if not network.flip:
-        yield f"         mirrored {network.mirrored:.1%} of them: left and right differ, so augment.flip is false"
+        alike = "of them" if folder.is_labelled else "of its predictions stay the same"
+        yield f"         mirrored {network.mirrored:.1%} {alike}: left and right differ, so augment.flip is false"
+    if not folder.is_labelled:
+        yield "         nothing here tells whether that is how it was trained; its predictions are the labels (task: unlabelled)"
+        return
     if network.score is None:
         yield f"         the weights are for {network.classes:,} classes, the folder has {len(listing.classes):,}: the classifier is trained anew"
     elif network.score < 3 / len(listing.classes):
