@@ -45,6 +45,9 @@ def test_slow_int8_is_not_served_and_the_sentence_says_why(tmp_path: Path) -> No
         "Serve student_fp32 on cpu_avx2: INT8 is 0.90× [0.85, 0.95] of FP32 here: in small networks"
     )
     assert "FP16 is 0.88×" in sentence
+    report["recommendation"] = {"file": file, "sentence": sentence}
+    assert summary.headline(report).rows[0][3].endswith("points, ONNX Runtime, student_int8")
+    assert summary.headline(build_report(tmp_path / "served")).rows[0][3].endswith("points, ONNX Runtime")
 
 
 def test_a_speed_up_whose_interval_reaches_one_is_none(tmp_path: Path) -> None:
