@@ -30,11 +30,30 @@ from chain import CLASSES, examine
 from compress.models.architectures import build
 from export.errors import UserError
 from export.onnx_file.to_onnx import to_onnx
+from export.tasks.classification import CLASSIFICATION
+from export.tasks.detection import DETECTION
+from export.tasks.segmentation import SEGMENTATION
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "runs" / "zoo"
 DOCUMENT = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- table: make zoo -->", "<!-- end of table -->"
+BEGIN_OTHERS = "<!-- table: make zoo, other tasks -->"
+# Networks of other tasks: the task, and an image size in pixels that each takes.
+OTHERS = {
+    "fpn:resnet18": (SEGMENTATION, 64),
+    "torchvision:lraspp_mobilenet_v3_large": (SEGMENTATION, 64),
+    "torchvision:deeplabv3_mobilenet_v3_large": (SEGMENTATION, 64),
+    "torchvision:fcn_resnet50": (SEGMENTATION, 64),
+    "smp:unet/resnet18": (SEGMENTATION, 64),
+    "smp:fpn/tu-resnet10t": (SEGMENTATION, 64),
+    "ssd:resnet18": (DETECTION, 96),
+    "torchvision:ssdlite320_mobilenet_v3_large": (DETECTION, 320),
+    "torchvision:fcos_resnet50_fpn": (DETECTION, 64),
+    "torchvision:retinanet_resnet50_fpn": (DETECTION, 64),
+    "torchvision:retinanet_resnet50_fpn_v2": (DETECTION, 64),
+    "torchvision:ssd300_vgg16": (DETECTION, 300),
+}
 # Where something is left to convolve; the last one that a network takes is the only one for most transformers.
 IMAGE_SIZES = (64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512)
 SECONDS, GIGABYTES = 540, 18
@@ -77,7 +96,8 @@ def row_of(family: str, arch: str) -> dict[str, Any]:
     """Return what became of one family: a row, a refusal, or a traceback's last lines."""
     started = time.monotonic()
     try:
-        found: dict[str, Any] = asdict(examine(arch, image_size(arch)))
+        task, size = OTHERS.get(arch) or (CLASSIFICATION, image_size(arch))
+        found: dict[str, Any] = asdict(examine(arch, size, task))
     except UserError as error:
         found = {"arch": arch, "refused": str(error)}
     except Exception:  # noqa: BLE001 (the table says it)
@@ -176,13 +196,13 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> str:
     return ", ".join(f"{number} {what}" for what, number in counts.items())
 
 
-def write_table(rows: Iterable[Mapping[str, Any]]) -> None:
-    """Put the table, with its summary, between its marks in docs/models.md."""
+def write_table(rows: Iterable[Mapping[str, Any]], begin: str) -> None:
+    """Put the table, with its summary, behind its mark in docs/models.md."""
     rows = list(rows)
-    head, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    head, _, rest = DOCUMENT.read_text().partition(begin)
     _, _, tail = rest.partition(END)
     counts = textwrap.fill(f"{summary(rows)}.", 99)
-    DOCUMENT.write_text(f"{head}{BEGIN}\n{counts}\n\n{as_markdown(rows)}\n{END}{tail}")
+    DOCUMENT.write_text(f"{head}{begin}\n{counts}\n\n{as_markdown(rows)}\n{END}{tail}")
 
 
 def main() -> None:
@@ -200,7 +220,7 @@ def main() -> None:
     ):  # the first export takes long; without a backward, behind which no process can be forked
         to_onnx(build("cifar:resnet8", num_classes=CLASSES), Path(folder, "first.onnx"), shape=(3, 32, 32), metadata={})
     end, known = time.monotonic() + arguments.seconds, recorded()
-    for family, arch in members().items():
+    for family, arch in {**members(), **dict(zip(OTHERS, OTHERS, strict=True))}.items():
         row = known.get(family, {})
         kinds = {family, *(kind for kind, key in (("failed", "crash"), ("refused", "refused")) if key in row)}
         if (row and kinds.isdisjoint(arguments.again)) or time.monotonic() > end:
@@ -210,7 +230,8 @@ def main() -> None:
             file.write(json.dumps(known[family]) + "\n")
         sys.stdout.write(f"{family} {known[family].get('seconds', '')} {_cells(known[family])}\n")
         sys.stdout.flush()
-    write_table(known[family] for family in sorted(members()) if family in known)
+    for begin, families in ((BEGIN, sorted(members())), (BEGIN_OTHERS, list(OTHERS))):
+        write_table((known[family] for family in families if family in known), begin)
     sys.stdout.write(f"{summary(known.values())}\n")
 
 
