@@ -122,6 +122,18 @@ def test_writing_in_place_is_followed() -> None:
     agree(InPlace(), torch.randn(2, 3, 4, 4))
 
 
+def test_writing_into_all_of_a_tensor_by_its_slice_is_followed() -> None:
+    """As MViTv2 adds its position biases."""
+
+    class Whole(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            doubled = images * 2
+            doubled[:, :, 0:] = doubled[:, :, 0:] + 1
+            return doubled
+
+    agree(Whole(), torch.randn(2, 3, 4, 4))
+
+
 class Branches(nn.Module):
     """A sum of branches."""
 

@@ -1,6 +1,7 @@
 """The operators that torch.export records, as layers and functions of torch.nn."""
 
 import operator
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -240,6 +241,12 @@ FUNCTIONS: Mapping[object, Callable[[Arguments, Options], Call]] = {
 }
 
 
+def _takes_all(node: fx.Node) -> bool:
+    """Tell whether a slice is `[:]`, which NumPy's indices leave behind; a write into it is one into the tensor."""
+    start, end, step = (*node.args[2:], None, None, None)[:3]
+    return start in (None, 0) and end in (None, sys.maxsize) and step in (None, 1)
+
+
 def _always(_node: fx.Node) -> bool:
     return True
 
@@ -254,6 +261,7 @@ IDENTITIES: Mapping[object, Callable[[fx.Node], bool]] = {
         (aten.dropout, aten.dropout_, aten.feature_dropout, aten.feature_dropout_, aten.alpha_dropout, aten.alpha_dropout_,
          aten.feature_alpha_dropout, aten.detach, aten.alias, aten.contiguous, aten.clone, aten.lift_fresh_copy), _always),
     **dict.fromkeys((aten.to, aten._to_copy, aten.type_as), _same_type),
+    aten.slice: _takes_all,
 }  # fmt: skip
 
 
