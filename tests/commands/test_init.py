@@ -9,7 +9,7 @@ import torch
 from photographs import write_classes, write_imagenet_layout, write_photo
 from PIL import Image
 from torch import nn
-from torchvision.models import mobilenet_v2
+from torchvision.models import mobilenet_v3_small
 
 from compress.commands.init.estimate import OTHERS_S, SCORED, Clock, run_seconds
 from compress.commands.init.images import look_at
@@ -28,10 +28,10 @@ from export.onnx_file.to_onnx import to_onnx
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A MobileNetV2 for three classes, in a wrapper as training scripts write it."""
+    """A MobileNetV3 for three classes, in a wrapper as training scripts write it."""
     path = tmp_path_factory.mktemp("init") / "last.pt"
-    network = mobilenet_v2(num_classes=3)
-    torch.nn.init.zeros_(network.classifier[1].weight)  # the same label at every size: none is right by chance
+    network = mobilenet_v3_small(num_classes=3)
+    torch.nn.init.zeros_(network.classifier[3].weight)  # the same label at every size: none is right by chance
     state = {f"module.{name}": value for name, value in network.state_dict().items()}
     torch.save({"model": state, "epoch": 3}, path)
     return path
@@ -43,7 +43,7 @@ def test_a_checkpoint_and_a_folder_become_a_recipe_that_reads(checkpoint: Path, 
     told = "\n".join(write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
     recipe = read_recipe(out)
     assert recipe.model is not None
-    assert recipe.model.arch == "torchvision:mobilenet_v2"
+    assert recipe.model.arch == "torchvision:mobilenet_v3_small"
     assert not recipe.model.reset_head
     assert recipe.name == "mine"
     assert recipe.targets.min_speedup == 2
@@ -204,7 +204,7 @@ def test_a_folder_of_masks_or_boxes_names_the_recipe_to_take(tmp_path: Path, tas
 
 def test_an_onnx_file_becomes_a_recipe_of_its_own_size(tmp_path: Path) -> None:
     write_classes(tmp_path / "data")
-    to_onnx(mobilenet_v2(num_classes=3).eval(), tmp_path / "net.onnx", shape=(3, 64, 64), metadata={})
+    to_onnx(mobilenet_v3_small(num_classes=3).eval(), tmp_path / "net.onnx", shape=(3, 64, 64), metadata={})
     out = tmp_path / "mine.yaml"
     weights = str(tmp_path / "net.onnx")
     list(write_draft(weights, tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
