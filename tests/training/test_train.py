@@ -3,6 +3,8 @@
 import copy
 import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,6 +125,22 @@ def test_vectors_have_no_weight_decay() -> None:
         (0.1, {True}),
         (0.0, {False}),
     ]
+
+
+NARROW = """
+import torch
+from torch import nn
+from compress.training.loop import place_
+network = place_(nn.Conv2d(8, 24, 1, 2), torch.device("cpu")).train()
+for _ in range(3):
+    network(torch.randn(9, 8, 96, 96).to(memory_format=torch.channels_last)).square().mean().backward()
+"""
+
+
+def test_a_convolution_that_onednn_cannot_train_in_channels_last_is_trained() -> None:
+    """In a process of its own, as it was a segmentation fault on a CPU with AVX-512."""
+    done = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_training_learns(tmp_path: Path) -> None:
