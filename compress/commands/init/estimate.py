@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from compress.commands.init.images import Folder
 from compress.commands.init.network import Network
 from compress.recipe.schema import Teaching
+from compress.training.loop import place_
 from export.images.size import Shape
 
 STEP, STEPS = 32, 4  # images in a timed step, and timed steps
@@ -32,7 +33,7 @@ class Clock:
 
 def timed(model: nn.Module, shape: Shape) -> Clock:
     """Time a few steps."""
-    model = model.train().to(memory_format=torch.channels_last)
+    place_(model.train(), torch.device("cpu"))
     images = torch.randn(STEP, *shape).to(memory_format=torch.channels_last)
     forward, step = list[float](), list[float]()
     for _ in range(STEPS):
