@@ -90,6 +90,7 @@ def test_students_are_compared_in_the_words_of_their_metric(root: Path) -> None:
     assert "top-1" not in page.lower()
 
 
+@pytest.mark.acceptance  # times real files, for which a machine must be quiet
 @pytest.mark.parametrize(("task", "arch"), [("segmentation", "fpn:resnet18"), ("detection", "ssd:resnet18")])
 def test_a_cut_keeps_its_fraction_of_the_latency(
     task: str, arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
