@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from compress.errors import CompressError
 from compress.models.architectures import build
 from compress.models.detectors import Detector
-from compress.models.structure import classifier, count
+from compress.models.structure import check_output, classifier, count
 from compress.pruning.plan import cut_
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, float_on_purpose, freeze_batchnorm_, prepare
@@ -69,6 +69,8 @@ def examine(arch: str, image_size: int, task: OutputTask = CLASSIFICATION) -> Ro
     photographs, labels = crops(images, image_size, seed=0)
     shape = (3, image_size, image_size)
     model = enlivened(build(arch, num_classes=CLASSES, shape=shape, trust_code=True), photographs)
+    if task is CLASSIFICATION:
+        check_output(model, shape, output=(CLASSES,))
     full, not_pruned = count(model, shape).macs, None
     try:
         prune_(model, image_size)

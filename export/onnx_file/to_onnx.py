@@ -18,6 +18,7 @@ from export.onnx_file.graph import INPUT, OUTPUT, finish, save_model
 
 OPSET = 18
 ATTENTION = (scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 SUMMARY = re.compile(r"^<class '.+?'>: (.+)$", re.MULTILINE)  # each exception that caused an OnnxExporterError
 
 
@@ -54,19 +55,27 @@ def to_onnx(model: nn.Module, path: Path, *, shape: Shape, metadata: Mapping[str
 
 
 class _AttentionOfFourDimensions(TorchFunctionMode):
-    """Joins the first dimensions of attention over blocks of an image (n, blocks, heads, tokens, size): torch writes only four as ONNX."""
+    """Gives attention the dimensions (n, heads, tokens, size), the only ones that torch writes as ONNX, and its output those it had.
+
+    Blocks of an image (n, blocks, heads, tokens, size) are joined with the images; without heads (n, tokens, size) there is one.
+    """
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Call the function."""
-        named = dict(kwargs or {})
-        if function in ATTENTION and len(args) >= 3:
-            query, mask = args[0], args[3] if len(args) > 3 else named.get("attn_mask")
-            if query.dim() > 4 and (mask is None or mask.dim() < 4):
-                joined = (tensor.flatten(0, -4) for tensor in args[:3])
-                return function(*joined, *args[3:], **named).unflatten(0, query.shape[:-3])
-        return function(*args, **named)
+        if function not in ATTENTION:
+            return function(*args, **(kwargs or {}))
+        given = dict(zip(ARGUMENTS, args, strict=False)) | dict(kwargs or {})
+        query, mask = given["query"], given.get("attn_mask")
+        if query.dim() == 4 or (query.dim() > 4 and mask is not None and mask.dim() > 3):
+            return function(*args, **(kwargs or {}))
+        changed = ARGUMENTS[:4] if mask is not None and mask.dim() == 3 == query.dim() else ARGUMENTS[:3]
+        given |= {
+            name: given[name].unsqueeze(1) if query.dim() == 3 else given[name].flatten(0, -4) for name in changed
+        }
+        attended = function(**given)
+        return attended.squeeze(1) if query.dim() == 3 else attended.unflatten(0, query.shape[:-3])
 
 
 class _Call(nn.Module):

@@ -76,23 +76,32 @@ def test_nodes_are_named_after_their_modules(network: nn.Module, exported: Path)
     assert all(module_of(name) in modules for name in names if "/" in name)
 
 
-class BlockAttention(nn.Module):
-    """Attention within four blocks of an image, as in NesT and Twins."""
+class OtherAttention(nn.Module):
+    """Attention within four blocks of an image, as in NesT and Twins, or with one head and a bias, as in SAM."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: bool) -> None:
         super().__init__()
         self.stem, self.qkv = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 48)
+        self.blocks = blocks
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        blocks = self.stem(images).flatten(2).transpose(1, 2).reshape(-1, 4, 4, 16)  # (n, blocks, tokens, 16)
-        query, key, value = self.qkv(blocks).reshape(-1, 4, 4, 3, 2, 8).permute(3, 0, 1, 4, 2, 5).unbind(0)
-        attended: torch.Tensor = nn.functional.scaled_dot_product_attention(query, key, value)
-        return attended.mean((1, 2, 3))
+        tokens = self.qkv(self.stem(images).flatten(2).transpose(1, 2))  # (n, 16, 48)
+        if self.blocks:
+            parts = (
+                tokens.reshape(-1, 4, 4, 3, 2, 8).permute(3, 0, 1, 4, 2, 5).unbind(0)
+            )  # (n, blocks, heads, tokens, 8)
+            attended: torch.Tensor = nn.functional.scaled_dot_product_attention(*parts)
+            return attended.mean((1, 2, 3))
+        query, key, value = tokens.reshape(-1, 16, 3, 16).permute(2, 0, 1, 3).unbind(0)  # (n, tokens, 16)
+        bias = query @ key.transpose(1, 2)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return attended.mean(1)
 
 
+@pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("traced", [False, True])
-def test_attention_within_blocks_of_an_image_equals_torch(traced: bool, tmp_path: Path) -> None:
-    model, images = BlockAttention().eval(), torch.randn(3, 3, 16, 16)
+def test_attention_of_three_or_five_dimensions_equals_torch(traced: bool, blocks: bool, tmp_path: Path) -> None:
+    model, images = OtherAttention(blocks).eval(), torch.randn(3, 3, 16, 16)
     graph = trace(model, images) if traced else model
     to_onnx(graph, tmp_path / "model.onnx", shape=(3, 16, 16), metadata={})
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
