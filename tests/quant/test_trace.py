@@ -131,7 +131,10 @@ def test_writing_into_all_of_a_tensor_by_its_slice_is_followed() -> None:
             doubled[:, :, 0:] = doubled[:, :, 0:] + 1
             return doubled
 
-    agree(Whole(), torch.randn(2, 3, 4, 4))
+    images = torch.randn(2, 3, 4, 4)
+    agree(Whole(), images)
+    trace(Whole(), images)(images.requires_grad_()).sum().backward()
+    assert images.grad is not None
 
 
 class Branches(nn.Module):

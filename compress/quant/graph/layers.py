@@ -222,6 +222,11 @@ FUNCTIONS: Mapping[object, Callable[[Arguments, Options], Call]] = {
     aten.mul: _binary(operator.mul, torch.mul),
     aten.div: _binary(operator.truediv, torch.div),
     aten.cat: _as(torch.cat),
+    aten.copy: lambda arguments, _: (
+        aten.expand_as.default,
+        (arguments[1], arguments[0]),
+        {},
+    ),  # copy has no derivative
     aten.concat: _as(torch.cat),
     aten.mean: _mean,
     aten.adaptive_avg_pool2d: _as(F.adaptive_avg_pool2d),
