@@ -113,6 +113,7 @@ def test_a_cut_keeps_its_fraction_of_the_latency(
     assert after <= 0.6 * before
 
 
+@pytest.mark.acceptance
 def test_a_search_tries_either_task(tmp_path: Path) -> None:
     for task in NETWORKS:
         (tmp_path / f"{task}.yaml").write_text(f"{head(task)}  - {{stage: prune, keep_macs: 0.6, round_to: 4}}\n")

@@ -13,7 +13,7 @@ from zoo import BEGIN, DOCUMENT, END
 from export.tasks.detection import DETECTION
 
 LARGEST = 64  # pixels: those that need 224 take a minute each
-BUDGET = 20  # processor seconds after which no further network starts
+BUDGET = 10  # processor seconds after which no further network starts
 
 
 def documented() -> dict[str, int]:
