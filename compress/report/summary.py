@@ -66,11 +66,9 @@ def headline(report: Report) -> Table:
         share = percent(in_float(report["audit"][name]), 0)
         rows.append(("Not INT8", said, "", f"{share} of the multiply-accumulates"))
     if teacher and timed:
-        advised = report["recommendation"] and report["recommendation"]["file"]
-        other = (
-            f", {timed['name']}" if advised and advised != timed["name"] else ""
-        )  # these are not the served file's numbers
-        rows += _score(report, teacher["score"], timed["score"], f"ONNX Runtime{other}")
+        served = report["recommendation"] and report["recommendation"]["file"]
+        where = "ONNX Runtime" if served in (None, timed["name"]) else f"ONNX Runtime, {timed['name']}"
+        rows += _score(report, teacher["score"], timed["score"], where)
         rows += _ratio("Size", teacher["size_mb"], timed["size_mb"], "MB", "smaller")
     else:
         rows += _score(report, *first_and_last(report, "score"), "PyTorch")

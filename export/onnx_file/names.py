@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 SCOPES, RULE = "pkg.torch.onnx.name_scopes", "pkg.onnxscript.rewriter.rule_name"
-# Additions by ONNX Runtime when it replaces or duplicates a node: suffixes for a counter or the layout of float convolutions, and a
-# prefix for float16 computed in float32.
+# Additions by ONNX Runtime when it replaces, fuses or duplicates a node: suffixes for a counter, a fusion or the layout of float convolutions,
+# and a prefix for float16 computed in float32.
 ADDED = re.compile(r"^InsertedPrecisionFreeCast_|(_nchwc|_token_\d+|_nhwc|_pre_q|/duplicated|/\w+Fusion/?)+$")
 
 

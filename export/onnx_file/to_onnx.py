@@ -68,7 +68,7 @@ class _AttentionOfFourDimensions(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         given = dict(zip(ARGUMENTS, args, strict=False)) | dict(kwargs or {})
         query, mask = given["query"], given.get("attn_mask")
-        if query.dim() == 4 or (query.dim() > 4 and mask is not None and mask.dim() > 3):
+        if query.dim() in (2, 4) or (query.dim() > 4 and mask is not None and mask.dim() > 3):
             return function(*args, **(kwargs or {}))
         changed = ARGUMENTS[:4] if mask is not None and mask.dim() == 3 == query.dim() else ARGUMENTS[:3]
         given |= {
