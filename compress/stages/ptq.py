@@ -6,6 +6,7 @@ Files are chosen on the tuning images and reported on the validation images. The
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from compress.errors import ModelError
 from compress.log import StageLog
 from compress.models.saved import ARCHITECTURE, WEIGHTS, example_images, load_float
 from compress.quant import neural_compressor_ptq
+from compress.quant.bias_correction import corrected, float_means, images_to_correct_with
 from compress.quant.calibrate import Method, calibrate_, collect, set_ranges_
 from compress.quant.prepare import deploy, heads, prepare
 from compress.quant.tuning import (
@@ -71,6 +73,11 @@ class Student:
     def calibration(self) -> Iterator[Tensor]:
         """Yield the calibration images."""
         return (batch.images for batch in self.run.calibration(self.cfg.calibration_images))
+
+    @cached_property
+    def correction_images(self) -> Tensor:
+        """The images that correct the biases, (n, channels, h, w)."""
+        return images_to_correct_with(self.calibration())
 
     def prepared(self, target: Target, keep_float: Sequence[str] = ()) -> torch.fx.GraphModule:
         """Return the network fake-quantized on the run's device, without ranges."""
@@ -131,11 +138,12 @@ def _on_target(student: Student, target: Target) -> Row:
     out.mkdir(exist_ok=True)
     prepared = student.prepared(target)
     histograms = collect(prepared, student.calibration())
+    means = float_means(prepared, student.correction_images)
     files: Files = {}
     for method in student.cfg.methods:
         set_ranges_(prepared, histograms, method)
         path = files["compress", method] = work / f"compress-{method}.onnx"
-        student.export(prepared, path, target)
+        student.export(corrected(prepared, student.correction_images, means), path, target)
     files |= _by_onnxruntime(student, target, work, heads(prepared))
     others, failed = _by_neural_compressor(student, target, work)
     files |= others
@@ -250,7 +258,8 @@ def _judge(student: Student, target: Target, files: Files, work: Path) -> Callab
         else:
             prepared = student.prepared(target, trial.keep_float)
             calibrate_(prepared, student.calibration(), _method(cfg, trial))
-            student.export(prepared, path, target)
+            means = float_means(prepared, student.correction_images)
+            student.export(corrected(prepared, student.correction_images, means), path, target)
 
     return judge_of(
         build,
