@@ -352,11 +352,10 @@ def search(
     _quiet(verbose)
     from compress.commands.search import run
 
-    if pick is None:
-        _print(run.run_search(setup, storage=storage))
-        return
-    boards = run.open_boards(setup, storage=storage)
-    raise typer.Exit(run.publish_pick(setup, boards, pick, to=to, verbose=verbose))
+    done = run.search(setup, storage=storage, picked=pick, to=to, verbose=verbose)
+    if isinstance(done, int):
+        raise typer.Exit(done)
+    _print(done)
 
 
 @app.command()

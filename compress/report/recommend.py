@@ -159,7 +159,7 @@ def _is_faster(row: DeployedRow, other: DeployedRow) -> bool:
 def _maker(report: Report, file: str) -> str | None:
     """Return whose quantizer made the calibrated file, None if this project's."""
     found = report["ptq"]["targets"].get(target_of(report)) if file == PTQ and report["ptq"] else None
-    engine = found["trials"][found["chosen"]].get("engine", "compress") if found else "compress"
+    engine = found["trials"][found.get("kept", found["chosen"])].get("engine", "compress") if found else "compress"
     return None if engine == "compress" else f"made by {ENGINES[engine]}'s quantizer"
 
 

@@ -71,13 +71,15 @@ class TrialRow(TypedDict):
 class PtqTarget(TypedDict):
     """INT8 without training on one target's grid; `chosen` is an index into `trials`, which are scored on tuning images.
 
-    `score` is the chosen file's on validation images, `calibration` the best method, from which qat starts.
+    `kept` is the index whose INT8 file was kept, another one if FP16 was chosen. `score` is the chosen file's on validation images,
+    `calibration` the best method, from which qat starts.
     """
 
     methods: list[MethodRow]
     sensitivity: list[GroupRow]
     trials: list[TrialRow]
     chosen: int
+    kept: NotRequired[int]  # missing in older reports
     calibration: str
     score: float
 

@@ -166,8 +166,9 @@ def _on_target(student: Student, target: Target) -> Row:
         results += until_one_holds(fallback_trials(best, groups, student.cfg.max_trials - len(own)), judge)
     chosen = choose(results)
     # Keep an INT8 file even where fp16 was chosen: the file's name says INT8, and later stages compare with it.
-    int8 = [result for result in results if result.trial.number_format == "int8"]
-    shutil.copyfile(file_of(int8[choose(int8)].trial, work), out / f"{PTQ}.onnx")
+    int8 = [index for index, result in enumerate(results) if result.trial.number_format == "int8"]
+    kept = int8[choose([results[index] for index in int8])]
+    shutil.copyfile(file_of(results[kept].trial, work), out / f"{PTQ}.onnx")
     student.log.note(_verdict(student.cfg, target, results, chosen))
     trial = results[chosen].trial
     reported = None if trial.keep_float else scores.get((trial.engine, trial.calibration))
@@ -179,6 +180,7 @@ def _on_target(student: Student, target: Target) -> Row:
         "sensitivity": [asdict(group) for group in damage],
         "trials": [result.to_json() for result in results],
         "chosen": chosen,
+        "kept": kept,  # whose INT8 file was kept
         "calibration": best,
         "score": reported.score,
     }

@@ -507,6 +507,12 @@ def test_without_training_first_only_the_fronts_trials_are_then_run_whole(
     assert "prune.criterion l1" in page
 
 
+def test_a_place_to_publish_to_without_a_pick_is_refused_before_a_trial_runs(tmp_path: Path) -> None:
+    setup = open_setup(written(tmp_path), data=None, weights=None, out=str(tmp_path), trust_code=False)
+    with pytest.raises(CompressError, match=r"--to .*: say which trial with --pick LIMITS"):
+        search_run.search(setup, storage=None, picked=None, to=tmp_path / "published", verbose=False)
+
+
 def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 

@@ -107,6 +107,17 @@ def test_the_sentence_names_another_quantizer_whose_file_is_served(tmp_path: Pat
     assert advice(report)[1].endswith("are allowed; made by ONNX Runtime's quantizer.")
 
 
+def test_the_maker_is_that_of_the_int8_file_where_tuning_chose_fp16(tmp_path: Path) -> None:
+    planted = build_ptq()
+    found = planted["targets"]["cpu_avx2"]
+    found["trials"][0]["engine"] = "onnxruntime"
+    found["trials"][1] |= {"engine": "compress", "number_format": "fp16", "calibration": "none"}
+    found |= {"chosen": 1, "kept": 0}
+    report = with_row(build_report(tmp_path, int8={"ptq": planted}), "student_int8", score=0.9)
+    report = with_row(report, "student_ptq_int8", score=0.98)
+    assert advice(report)[1].endswith("made by ONNX Runtime's quantizer.")
+
+
 @pytest.mark.parametrize(("fraction", "mixed"), [(0.21, True), (0.2, False)])
 def test_a_file_with_over_a_fifth_of_its_work_in_float_is_not_called_int8(
     tmp_path: Path, fraction: float, mixed: bool

@@ -53,6 +53,18 @@ def own_gpu() -> Iterator[None]:
     )
 
 
+def search(setup: Setup, *, storage: str | None, picked: str | None, to: Path | None, verbose: bool) -> Path | int:
+    """Run a search and return its page, or publish its best trial within the limits `picked` and return that run's exit code.
+
+    Raises CompressError if it cannot be run.
+    """
+    if picked is not None:
+        return publish_pick(setup, open_boards(setup, storage=storage), picked, to=to, verbose=verbose)
+    if to is not None:
+        raise CompressError(f"--to {to}: a search publishes nothing by itself: say which trial with --pick LIMITS")
+    return run_search(setup, storage=storage)
+
+
 @own_gpu()
 def run_search(setup: Setup, *, storage: str | None) -> Path:
     """Run a search until its budget is spent, together with other workers of the same command, and return its page.
