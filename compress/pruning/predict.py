@@ -84,10 +84,12 @@ def latency_model(
 
 @dataclass(frozen=True)
 class Ladder:
-    """The widths that one group can take: channels removed, importance lost divided by the group's channels, blocks removed.
+    """The widths that one group can take: channels removed, importance lost, blocks removed.
 
-    The division makes half of a narrow group cost as much as half of a wide one; without it the first layers, narrow and slow, lost most
-    of their channels (docs/latency.md). A group inside a residual block has width zero as its last.
+    Importance is divided by the group's channels, so half of a narrow group costs as much as half of a wide one, and each block's by the
+    square of the fraction that is left, as the next channel of a group that lost many is worth more. Without the first, narrow and slow
+    layers lost most of their channels, without the second slow layers all that they could (docs/latency.md). A group inside a residual
+    block has width zero as its last.
     """
 
     removed: tuple[int, ...]
@@ -105,7 +107,9 @@ def ladders(options: Options) -> list[Ladder]:
         taken = [*range(0, len(blocks), step), len(blocks)] if blocks else [0]
         taken = list(dict.fromkeys(taken))
         channels = options.groups[group].channels
-        lost = np.cumsum([0.0, *(block.rank * len(block.channels) / channels for block in blocks)])
+        lost = np.cumsum(
+            [0.0, *(block.rank * len(block.channels) / channels / (1 - block.place) ** 2 for block in blocks)]
+        )
         gone = np.cumsum([0, *(len(block.channels) for block in blocks)])
         ladder = Ladder(
             tuple(int(gone[n]) for n in taken),

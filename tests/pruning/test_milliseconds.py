@@ -280,13 +280,24 @@ def test_the_choice_loses_the_least_importance_of_all_that_meet_the_time(
     assert model.cost(*options.widths(removed)) <= keep * full * (1 + 1e-6)
 
 
-def test_narrow_and_wide_groups_lose_the_fraction_of_their_importance_that_goes() -> None:
+def test_blocks_lose_the_fraction_of_their_groups_importance_over_the_square_of_what_is_left() -> None:
     options = options_for("residual")
     assert len({group.channels for group in options.groups}) > 1
     for ladder, group in zip(ladders(options), options.groups, strict=True):
         for lost, blocks in zip(ladder.lost, ladder.blocks, strict=True):
-            gone = [channel for block in blocks for channel in block.channels]
-            assert lost == pytest.approx(float(group.scores[gone].sum() / group.scores.sum()), abs=1e-6)
+            expected, gone = 0.0, 0
+            for block in blocks:
+                gone += len(block.channels)
+                fraction = float(group.scores[list(block.channels)].sum() / group.scores.sum())
+                expected += fraction / (1 - gone / group.channels) ** 2
+            assert lost == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_group_is_cut_less_the_more_it_has_lost() -> None:
+    options = options_for("residual")
+    for ladder in ladders(options):
+        slopes = np.diff(ladder.lost) / np.diff(ladder.removed)
+        assert (np.diff(slopes) > 0).all()
 
 
 def test_steps_in_the_table_stay_in_the_choice() -> None:
