@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from compress.quant.layers import QuantLayer, QuantNorm
-from compress.quant.prepare import PLAIN, groups, quantize_only_
+from compress.quant.prepare import groups, quantize_only_
 
 IMAGES = 64  # all at once, since a layer is corrected while they pass
 PIXELS = 64 * 224**2  # fewer images where they are larger
@@ -46,8 +46,13 @@ def float_means(prepared: fx.GraphModule, images: Tensor) -> Means:
 
 
 @torch.no_grad()
-def corrected(prepared: fx.GraphModule, images: Tensor, wanted: Means) -> fx.GraphModule:
-    """Return a copy of a calibrated model on its target's grid, in eval mode, whose layers have the wanted mean outputs on `images`."""
+def corrected(prepared: fx.GraphModule, images: Tensor, wanted: Means | None = None) -> fx.GraphModule:
+    """Return a copy of a calibrated model on its target's grid, in eval mode, whose layers have the wanted mean outputs on `images`.
+
+    `wanted` are the `float_means`, measured where they are not given; they are the same for all ranges. Layers that run more than once stay
+    as they are.
+    """
+    wanted = float_means(prepared, images) if wanted is None else wanted
     network = copy.deepcopy(prepared)
     quantize_only_(network, None)
 
@@ -64,7 +69,6 @@ def _run(network: fx.GraphModule, images: Tensor, at: Callable[[str, nn.Module, 
     """Run the images, and call `at(layer's path, the module that holds its bias, output)` behind every layer that runs once."""
     runs = Counter(groups(network))
     layers = {name: network.get_submodule(name) for name, count in runs.items() if count == 1}
-    layers = {name: layer for name, layer in layers.items() if isinstance(layer, PLAIN)}
     ends = {name: _end(layer) for name, layer in layers.items()}
     handles = [
         part.register_forward_hook(lambda part, _, output, name=name: at(name, part, output))

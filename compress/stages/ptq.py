@@ -260,8 +260,7 @@ def _judge(student: Student, target: Target, files: Files, work: Path) -> Callab
         else:
             prepared = student.prepared(target, trial.keep_float)
             calibrate_(prepared, student.calibration(), _method(cfg, trial))
-            means = float_means(prepared, student.correction_images)
-            student.export(corrected(prepared, student.correction_images, means), path, target)
+            student.export(corrected(prepared, student.correction_images), path, target)
 
     return judge_of(
         build,

@@ -12,7 +12,7 @@ from compress.artifact import Metrics, read_meta, write_json
 from compress.distillation.teacher import distil
 from compress.log import StageLog
 from compress.models.saved import Architecture, load_float, prepare_as, read_architecture, save_network
-from compress.quant.bias_correction import corrected, float_means, images_to_correct_with
+from compress.quant.bias_correction import corrected, images_to_correct_with
 from compress.quant.calibrate import Method, calibrate_
 from compress.quant.prepare import deploy, freeze_batchnorm_, reestimate_batchnorm_, set_phase_
 from compress.quant.tuning import Trial, choose, fallback_trials, judge_of, until_one_holds
@@ -109,7 +109,7 @@ class _Qat:
         """Return the metrics of a calibrated network as the ptq stage would write it, its biases corrected."""
         assert isinstance(model, fx.GraphModule)
         images = images_to_correct_with(batch.images for batch in self.run.calibration(self.cfg.calibration_images))
-        return self.run.evaluate(corrected(model, images, float_means(model, images)))
+        return self.run.evaluate(corrected(model, images))
 
     def _student(self) -> nn.Module:
         return load_float(self.src, trust_code=self.run.trust_code)

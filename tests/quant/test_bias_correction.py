@@ -42,14 +42,14 @@ def test_the_outputs_are_nearer_to_the_float_networks(target: str) -> None:
     network = shifted().eval()
     unseen = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     prepared = calibrated(network, target)
-    mended = corrected(prepared, IMAGES_SEEN, float_means(prepared, IMAGES_SEEN))
+    mended = corrected(prepared, IMAGES_SEEN)
     wanted = network(unseen)
     before, after = (divergence(file(unseen), wanted) for file in (deploy(prepared), deploy(mended)))
     assert after < 0.7 * before
 
 
 @torch.no_grad()
-def test_every_layers_mean_output_is_the_float_networks() -> None:
+def test_every_layer_is_corrected_and_a_second_time_there_is_nothing_left_to_correct() -> None:
     prepared = calibrated(shifted())
     wanted = float_means(prepared, IMAGES_SEEN)
     again = float_means(corrected(prepared, IMAGES_SEEN, wanted), IMAGES_SEEN)
@@ -68,10 +68,10 @@ def test_every_layers_mean_output_is_the_float_networks() -> None:
 @torch.no_grad()
 def test_the_network_itself_stays_as_it_is() -> None:
     prepared = calibrated(shifted())
-    before, ranges = copy.deepcopy(prepared.state_dict()), [part.training for part in prepared.modules()]
-    corrected(prepared, IMAGES_SEEN, float_means(prepared, IMAGES_SEEN))
+    before, modes = copy.deepcopy(prepared.state_dict()), [part.training for part in prepared.modules()]
+    corrected(prepared, IMAGES_SEEN)
     assert all(torch.equal(value, before[name]) for name, value in prepared.state_dict().items())
-    assert [part.training for part in prepared.modules()] == ranges
+    assert [part.training for part in prepared.modules()] == modes
 
 
 @pytest.mark.parametrize("last", [nn.Linear(8, 5), nn.Linear(8, 5, bias=False)])
@@ -98,7 +98,7 @@ def test_a_layer_kept_in_float_makes_up_for_what_was_rounded_before_it() -> None
     network = shifted().eval()
     names = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     prepared = calibrated(network, keep_float=(names[-1],))
-    mended = corrected(prepared, IMAGES_SEEN, float_means(prepared, IMAGES_SEEN))
+    mended = corrected(prepared, IMAGES_SEEN)
     bias = f"{names[-1]}.bias"
     assert not torch.equal(mended.state_dict()[bias], prepared.state_dict()[bias])
 
