@@ -22,6 +22,7 @@ from compress.models.architectures import build
 from compress.models.detectors import Detector
 from compress.models.structure import check_output, classifier, count
 from compress.pruning.plan import cut_
+from compress.pruning.surgeon import input_covariances
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, float_on_purpose, freeze_batchnorm_, prepare
 from compress.quant.reference import reference_of
@@ -73,7 +74,7 @@ def examine(arch: str, image_size: int, task: OutputTask = CLASSIFICATION) -> Ro
         check_output(model, shape, output=(CLASSES,))
     full, not_pruned = count(model, shape).macs, None
     try:
-        prune_(model, image_size)
+        prune_(model, photographs)
     except CompressError as error:
         not_pruned = str(error)
     kept = count(model, shape).macs / full
@@ -161,11 +162,14 @@ def measure_batchnorm_(model: nn.Module, images: Tensor) -> nn.Module:
     return model.eval()
 
 
-def prune_(model: nn.Module, image_size: int) -> None:
-    """Cut the network to its budget, as the prune stage does."""
-    example = torch.zeros(1, 3, image_size, image_size)
-    cuts = cuts_to(model, KEEP_MACS, image_size, exclude=(classifier(model),), scope="local")
-    cut_(model, example, cuts)
+def prune_(model: nn.Module, images: Tensor) -> None:
+    """Cut the network to its budget, as the prune stage does, but the same part everywhere."""
+    covariances, size = input_covariances(model, images.split(20)), images.shape[-1]
+    cut_(
+        model,
+        images[:1],
+        cuts_to(model, KEEP_MACS, size, exclude=(classifier(model),), scope="local", covariances=covariances),
+    )
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
 """Plan cuts to a fraction of a network's cost, as the prune stage does."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.models.structure import width_cost
 from compress.pruning.costs import full_widths, measure_layers
@@ -12,10 +12,18 @@ from compress.pruning.plan import Cut, Options, Scope, choose, find_groups, find
 
 
 def options_of(
-    model: nn.Module, size: int, *, exclude: Sequence[str] = ("head",), scope: Scope = "global", round_to: int = 8
+    model: nn.Module,
+    size: int,
+    *,
+    exclude: Sequence[str] = ("head",),
+    scope: Scope = "global",
+    round_to: int = 8,
+    covariances: Mapping[nn.Module, Tensor] | None = None,
 ) -> Options:
+    """Return what may be cut by `l2`, or by `obs` if `covariances` are given."""
     images = torch.zeros(1, 3, size, size)
-    groups = find_groups(model, images, "l2", exclude=exclude)
+    criterion = "l2" if covariances is None else "obs"
+    groups = find_groups(model, images, criterion, exclude=exclude, covariances=covariances)
     layers = measure_layers(model, images)
     return find_options(groups, layers, scope=scope, round_to=round_to, min_channels=smallest_widths(groups, 0.1))
 
@@ -29,7 +37,8 @@ def cuts_to(
     goal: Literal["macs", "params"] = "macs",
     scope: Scope = "global",
     round_to: int = 8,
+    covariances: Mapping[nn.Module, Tensor] | None = None,
 ) -> list[Cut]:
-    options = options_of(model, size, exclude=exclude, scope=scope, round_to=round_to)
+    options = options_of(model, size, exclude=exclude, scope=scope, round_to=round_to, covariances=covariances)
     cost = width_cost(model, options.layers, goal, (3, size, size))
     return choose(options, cost, keep * cost(*full_widths(options.layers)))

@@ -55,7 +55,7 @@ class Study:
         model, example = copy.deepcopy(self.whole), self.images[:1]
         if criterion in NEEDS_GRADIENTS:
             _accumulate_gradients_(model, PruneStage(stage="prune", keep_macs=0.5), self.run)
-        covariances = input_covariances(model, self.images[:256]) if criterion in NEEDS_COVARIANCES else None
+        covariances = input_covariances(model, self.images[:256].split(32)) if criterion in NEEDS_COVARIANCES else None
         groups = find_groups(model, example, criterion, exclude=(classifier(model),), covariances=covariances)
         smallest = smallest_widths(groups, 0.1)
         layers = measure_layers(model, example)
@@ -78,7 +78,7 @@ class Study:
         cells, seconds = [f"{self.score(student):.1f}"], 0.0
         for method in METHODS:
             started = time.process_time()
-            network, used, _ = reconstruct(student, self.whole, kept, self.images, method, views=self.views)
+            network, used = reconstruct(student, self.whole, kept, self.images, method, views=self.views)
             seconds = time.process_time() - started
             cells.append(f"{self.score(network):.1f}" + ("" if used == method else f" ({used})"))
         return [*cells, f"{seconds:.0f} s"]

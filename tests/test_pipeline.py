@@ -6,7 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,16 @@ from safetensors.torch import load_file, save_file
 from compress import pipeline
 from compress.artifact import finish, is_complete, read_meta
 from compress.commands.clean import leftovers
+from compress.data.batches import Batch
 from compress.errors import ArtifactError, CompressError
 from compress.log import StageLog
 from compress.pipeline import plan_recipe, run_recipe, run_stage
+from compress.pruning import reconstruction
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import QatStage
 from compress.report.shape import Report
+from compress.run import Run
 from compress.stages import prune, qat
 from export.bundle.read import read_bundle
 from export.check.__main__ import check_bundle
@@ -447,6 +450,22 @@ def test_an_unreachable_keep_macs_is_one_sentence_and_leaves_nothing_to_trust(co
 @pytest.mark.parametrize("criterion", ["l1", "taylor", "fpgm", "bn_scale", "random", "obs"])
 def test_every_criterion_reaches_its_budget(copied: Path, criterion: str) -> None:
     assert run(copied, f"prune.criterion={criterion}", "prune.scope=isomorphic", until="prune") == 0
+
+
+def test_large_images_are_not_all_loaded_to_be_reconstructed_from(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int] = []
+    calibration = Run.calibration
+
+    def counted(run: Run, images: int, *, labelled: bool = False) -> Iterator[Batch]:
+        loaded.append(images)
+        return calibration(run, images, labelled=labelled)
+
+    monkeypatch.setattr(Run, "calibration", counted)
+    monkeypatch.setattr(reconstruction, "MAX_BYTES", 1)
+    assert run(copied, "prune.criterion=l2", until="prune") == 0
+    assert loaded[-1] == reconstruction.JUDGED
 
 
 def test_sparsity_learning_and_an_iterative_plan_with_recovery(copied: Path) -> None:

@@ -65,7 +65,7 @@ CRITERIA: dict[str, Callable[[Slices], Tensor | None]] = {
     "fpgm": score_fpgm,
     "bn_scale": score_bn_scale,
     "random": score_random,
-    "obs": score_l2,  # of attention's heads, and if no layer with a known input covariance reads them; else `surgeon_scores`
+    "obs": score_l2,  # where no layer with a known input covariance reads the channels; else compress/pruning/surgeon.py
 }
 NEEDS_GRADIENTS = frozenset({"taylor"})
 NEEDS_COVARIANCES = frozenset({"obs"})

@@ -21,7 +21,7 @@ from compress.pruning.costs import Floats, Layer, WidthCost, full_widths, is_out
 from compress.pruning.criteria import score, score_slices
 from compress.pruning.graph import GRAPH_ERRORS, channel_graph
 from compress.pruning.heads import Attention, attention_at, cut_heads_, find_attentions
-from compress.pruning.surgeon import surgeon_scores
+from compress.pruning.surgeon import Surgeon, shares_in_order
 
 Scope = Literal["global", "local", "isomorphic"]
 
@@ -158,16 +158,19 @@ def find_groups(
     layers = [name for module, name in names.items() if any(True for _ in module.parameters(recurse=False))]
     kept = [model.get_submodule(name) for name in matching("prune.exclude", exclude, layers)]
     groups = []
+    surgeon = None if covariances is None else Surgeon(covariances)
     for group in graph.get_all_groups(ignored_layers=kept):
         if graph.reaches_wall(group) or any(len(item.idxs) % len(group[0].idxs) for item in group.items):
             continue
-        scores = None if covariances is None else surgeon_scores(group, covariances)
-        if scores is None:
-            scores = score(group, criterion)
+        scores = score(group, criterion)
+        if surgeon is not None:
+            scores = _remaining_error(surgeon.channel_scores(group), scores)
         if scores is not None:
             groups.append(_describe(group, names, scores))
     for attention in find_attentions(model, images):
         scores = score_slices(attention.slices(), attention.heads, criterion)
+        if surgeon is not None:
+            scores = _remaining_error(surgeon.head_scores(attention), scores)
         if scores is not None and not any(attention.module.get_submodule(name) in kept for name in attention.inputs):
             groups.append(_heads(attention, scores))
     return _runnable(groups, model, images)
@@ -248,6 +251,11 @@ def widths(before: Sequence[Layer], model: nn.Module) -> list[Width]:
 def smallest_widths(groups: Sequence[ChannelGroup], min_keep: float) -> dict[str, int]:
     """Return each root's smallest width: the fraction `min_keep` of its channels, at least one."""
     return {group.root: max(1, math.ceil(group.channels * min_keep)) for group in groups}
+
+
+def _remaining_error(known: Tensor | None, importance: Tensor | None) -> Tensor | None:
+    """Return a group's scores under `obs`: the error if it is known, else what stands for it."""
+    return known if known is not None or importance is None else shares_in_order(importance)
 
 
 def _describe(group: Any, names: Mapping[nn.Module, str], scores: Tensor) -> ChannelGroup:

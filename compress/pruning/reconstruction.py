@@ -62,19 +62,16 @@ def reconstruct(
     method: Method,
     *,
     views: Tensor,
-) -> tuple[nn.Module, str, int]:
-    """Return a copy of the student recovered by `method` or a simpler one, the name of that method, and the number of images used.
+) -> tuple[nn.Module, str]:
+    """Return a copy of the student recovered by `method` or a simpler one, and the name of that method.
 
     `reference` is the unpruned network, `kept` the outputs of its layers that the student still has; both networks are in eval mode. Every
     fifth of the unlabelled images (n, c, h, w) chooses the method with the least squared distance to the reference's outputs, so that no
     method makes the network worse. `views` are augmented views as training will show them; after least squares, batch-norms take their
     statistics from these. Raises CompressError if a value is not finite.
     """
-    order, norms, largest = _survey(reference, images[:1])
+    order, norms, _ = _survey(reference, images[:1])
     order = [name for name in order if name in kept]  # the others were removed with their residual block
-    images = images[
-        : max(JUDGED, MAX_BYTES // (8 * largest))
-    ]  # two activations, a layer's and a shortcut's, of 4 bytes per value
     judged = torch.arange(len(images), device=images.device) % JUDGED == 0
     candidates = {"none": student}
     if len(images) > 1:
@@ -90,8 +87,15 @@ def reconstruct(
     }
     best = min(distances, key=lambda name: distances[name] if math.isfinite(distances[name]) else math.inf)
     if best == "least_squares":
-        rebase_batchnorm_(candidates[best], views[: len(images)])
-    return candidates[best], best, len(images)
+        rebase_batchnorm_(candidates[best], views)
+    return candidates[best], best
+
+
+@torch.no_grad()
+def affordable_images(reference: nn.Module, image: Tensor) -> int:
+    """Return how many images like `image` (1, c, h, w) `reconstruct` may take: two layers' activations of them all fit into MAX_BYTES."""
+    _, _, largest = _survey(reference, image)
+    return max(JUDGED, MAX_BYTES // (8 * largest))  # a layer's and a shortcut's, 4 bytes per value
 
 
 @torch.no_grad()

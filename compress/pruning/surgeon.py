@@ -4,10 +4,10 @@ If weights W (outputs, d) read inputs with covariance H (d, d) and lose the inpu
 tr(W_B [H⁻¹]_BB⁻¹ W_Bᵀ), and the corrected weights and H⁻¹ are known in closed form (Hassibi & Stork 1993, eq. 5; for sets of inputs
 Frantar & Alistarh 2022, OBC, eq. 5 and 6; for channels Kurtić et al. 2023, ZipLM, eq. 3 and 4). Here H covers a convolution's input
 channels only; the weights at each place of the kernel count as further outputs. H over channels and places ranks no better, at twelve
-times the cost (docs/decisions.md).
+times the cost (docs/decisions.md). An attention's head is the block of inputs that its output projection reads from it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,29 +16,32 @@ from torch_pruning.dependency import Group
 
 from compress.errors import CompressError
 from compress.pruning.costs import is_output_cut
+from compress.pruning.heads import Attention
 from compress.pruning.least_squares import SOLVED
 
 RIDGE = 1e-2  # of the inputs' mean square
 ROWS = 64  # positions per image
 MAX_CHANNELS = 8192  # of a layer: its covariance takes 256 MB
+REMEMBERED = 2048  # inputs of a layer whose inverse, at most 32 MB, is kept for the next group
 STEPS = 32  # in which a group's channels are removed; the errors are computed anew after each
-CHUNK = 32  # images per forward pass
 
 
 @torch.no_grad()
-def input_covariances(model: nn.Module, images: Tensor) -> dict[nn.Module, Tensor]:
-    """Return the inputs' covariance (channels, channels) of each layer without groups, at random positions of the images (n, c, h, w).
+def input_covariances(model: nn.Module, batches: Iterable[Tensor]) -> dict[nn.Module, Tensor]:
+    """Return the inputs' covariance (channels, channels) of each layer without groups, at random positions of batches (n, c, h, w).
 
     Raises CompressError if inputs are not finite.
     """
     sums: dict[nn.Module, tuple[Tensor, Tensor, int]] = {}
+    centers: dict[nn.Module, Tensor] = {}  # large means would leave nothing of small variances in float32
     generator = torch.Generator().manual_seed(0)
 
     def add(layer: SOLVED, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         found = inputs[0] if isinstance(layer, nn.Linear) else inputs[0].movedim(1, -1)
         rows = found.reshape(-1, found.shape[-1])
         chosen = torch.randint(len(rows), (min(len(rows), ROWS * len(found)),), generator=generator)
-        rows = rows[chosen.to(rows.device)]
+        rows = rows[chosen.to(rows.device)].float()
+        rows = rows - centers.setdefault(layer, rows.mean(0))
         square, total, n = sums.get(
             layer, (torch.zeros((), device=rows.device), torch.zeros((), device=rows.device), 0)
         )
@@ -47,8 +50,8 @@ def input_covariances(model: nn.Module, images: Tensor) -> dict[nn.Module, Tenso
     small = [module for module in model.modules() if isinstance(module, SOLVED) and _weight(module) is not None]
     handles = [layer.register_forward_hook(add) for layer in small]
     try:
-        for part in images.split(CHUNK):
-            model(part)
+        for images in batches:
+            model(images)
     finally:
         for handle in handles:
             handle.remove()
@@ -70,9 +73,9 @@ def _weight(layer: SOLVED) -> Tensor | None:
 
 @dataclass
 class Reader:
-    """A layer that reads a group's channels, with the weights of those that remain."""
+    """A layer that reads a group's channels, at the d inputs that it reads them from, as if it had no others."""
 
-    weight: Tensor  # (outputs, d)
+    gram: Tensor  # (d, d), of the weights: WᵀW
     inverse: Tensor  # (d, d), of the inputs' covariance
     energy: float  # the outputs' variance, summed
     columns: Mapping[int, Tensor]  # the inputs of each channel of the group
@@ -80,31 +83,93 @@ class Reader:
     def errors(self, channels: list[int]) -> Tensor:
         """Return the fraction of the outputs' energy that each channel's removal costs, (channels,)."""
         columns = torch.stack([self.columns[channel] for channel in channels])  # (channels, b)
-        blocks = self.inverse[columns[:, :, None], columns[:, None, :]]  # (channels, b, b)
-        weights = self.weight[:, columns].permute(1, 2, 0)  # (channels, b, outputs)
-        solved: Tensor = torch.linalg.solve(blocks, weights)
-        return (weights * solved).sum((1, 2)) / self.energy
+        blocks = columns[:, :, None], columns[:, None, :]
+        solved: Tensor = torch.linalg.solve(self.inverse[blocks], self.gram[blocks])  # (channels, b, b)
+        return solved.diagonal(dim1=1, dim2=2).sum(1) / self.energy
 
     def remove_(self, channels: list[int]) -> None:
-        """Remove channels, and let the others make up for them."""
+        """Remove channels, and let the others make up for them: W becomes W - W_B [H⁻¹]_BB⁻¹ [H⁻¹]_B."""
         gone = torch.cat([self.columns[channel] for channel in channels])
         solved = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])  # (b, d)
-        self.weight -= self.weight[:, gone] @ solved
         self.inverse -= self.inverse[:, gone] @ solved
+        crossed = self.gram[:, gone] @ solved
+        self.gram += solved.T @ (self.gram[gone][:, gone] @ solved) - crossed - crossed.T
+
+
+class Surgeon:
+    """Scores channels and heads by what their layers read: `covariances` of inputs (d, d), as `input_covariances` returns them."""
+
+    def __init__(self, covariances: Mapping[nn.Module, Tensor]) -> None:
+        self.covariances = covariances
+        self.known: dict[
+            nn.Module, tuple[Tensor, Tensor, float]
+        ] = {}  # a layer after a concatenation reads several groups
+
+    def channel_scores(self, group: Group) -> Tensor | None:
+        """Return the remaining error of the layers behind without each channel and all less important ones, float32 (channels,).
+
+        The errors are fractions of the energy of the layers' outputs. None if no reader of the group has a known covariance.
+        """
+        readers = []
+        for item in group.items:
+            if is_output_cut(item.dep.handler) or None in item.root_idxs:
+                continue
+            inputs: dict[int, list[int]] = {}
+            for root, index in zip(item.root_idxs, item.idxs, strict=True):
+                inputs.setdefault(root, []).append(index)
+            readers.append(self._reader(item.dep.target.module, inputs))
+        return _errors_in_order([reader for reader in readers if reader is not None], len(group[0].idxs))
+
+    def head_scores(self, attention: Attention) -> Tensor | None:
+        """Return the same for the heads of an attention, float32 (heads,)."""
+        projection = attention.module.get_submodule(attention.output)
+        reader = self._reader(projection, {head: attention.columns([head]) for head in range(attention.heads)})
+        return None if reader is None else _errors_in_order([reader], attention.heads)
+
+    @torch.no_grad()
+    def _reader(self, layer: nn.Module, inputs: Mapping[int, Sequence[int]]) -> Reader | None:
+        """Return a layer as a reader of channels at its `inputs`; None if its covariance is not known, or its output constant."""
+        if not isinstance(layer, SOLVED) or layer not in self.covariances:
+            return None
+        gram, inverse, energy = self.known.get(layer) or self._facts(layer)
+        if energy < torch.finfo(torch.float32).tiny:
+            return None
+        read = torch.tensor([index for found in inputs.values() for index in found], device=gram.device)
+        parts = torch.arange(len(read), device=gram.device).split([len(found) for found in inputs.values()])
+        return Reader(gram[read][:, read], inverse[read][:, read], energy, dict(zip(inputs, parts, strict=True)))
+
+    def _facts(self, layer: SOLVED) -> tuple[Tensor, Tensor, float]:
+        """Return the weights' WᵀW, the inverse covariance of the inputs, both float64 (d, d), and the outputs' variance, summed."""
+        weight, square = _weight(layer), self.covariances[layer].double()
+        assert weight is not None  # else its covariance is not known
+        gram = weight.double().T @ weight.double()
+        damping = RIDGE * square.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(square + damping * torch.eye(len(square)).to(square)))
+        facts = (gram, inverse, float((gram * square).sum()))
+        if len(gram) <= REMEMBERED:
+            self.known[layer] = facts
+        return facts
+
+
+def shares_in_order(scores: Tensor) -> Tensor:
+    """Return the fraction of a group's importance lost without each channel and all less important ones, float32 (channels,).
+
+    With squared weights it is what `Surgeon` gives for inputs that are uncorrelated and of the same size, so groups that have no
+    known covariance compete with those that do.
+    """
+    order = torch.argsort(scores, stable=True)
+    shares = torch.empty_like(scores)
+    shares[order] = scores[order].cumsum(0)
+    return shares / shares.max().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 @torch.no_grad()
-def surgeon_scores(group: Group, covariances: Mapping[nn.Module, Tensor]) -> Tensor | None:
-    """Return the remaining error of the layers behind without each channel and all less important ones, float32 (channels,).
-
-    None if no reader of the group has a known covariance.
-    """
-    readers = list(_readers(group, covariances))
+def _errors_in_order(readers: Sequence[Reader], channels: int) -> Tensor | None:
     if not readers:
         return None
-    left, error = list(range(len(group[0].idxs))), 0.0
-    scores = torch.zeros(len(left))
-    step = -(-len(left) // STEPS)
+    left, error = list(range(channels)), 0.0
+    scores = torch.zeros(channels)
+    step = -(-channels // STEPS)
     while left:
         errors = torch.stack([reader.errors(left) for reader in readers]).sum(0).cpu()
         chosen = torch.argsort(errors, stable=True)[:step].tolist()
@@ -116,23 +181,3 @@ def surgeon_scores(group: Group, covariances: Mapping[nn.Module, Tensor]) -> Ten
         for reader in readers if left else ():
             reader.remove_(gone)
     return scores
-
-
-def _readers(group: Group, covariances: Mapping[nn.Module, Tensor]) -> Iterator[Reader]:
-    for item in group.items:
-        layer = item.dep.target.module
-        if is_output_cut(item.dep.handler) or layer not in covariances or None in item.root_idxs:
-            continue
-        weight = _weight(layer)
-        assert weight is not None  # else its covariance is not known
-        weight, square = weight.double(), covariances[layer].double()
-        energy = float((weight @ square * weight).sum())
-        if energy < torch.finfo(torch.float32).tiny:
-            continue  # it gives a constant, whatever it reads
-        damping = RIDGE * square.diagonal().mean()
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(square + damping * torch.eye(len(square)).to(square)))
-        inputs: dict[int, list[int]] = {}
-        for root, index in zip(item.root_idxs, item.idxs, strict=True):
-            inputs.setdefault(root, []).append(index)
-        columns = {root: torch.tensor(found, device=weight.device) for root, found in inputs.items()}
-        yield Reader(weight, inverse, energy, columns)

@@ -16,7 +16,7 @@ from compress.quant.fake_quant import ActivationQuantizer
 from compress.quant.prepare import set_phase_
 
 Method = Literal["minmax", "percentile", "entropy"]
-PERCENTILE = 99.99
+PERCENTILE = 99.999
 BINS = 2**14  # on each side of zero; after a doubling, at least half of them are in use
 ENTROPY_BINS, ENTROPY_STEP = 2048, 8  # Migacz 2017 tries every bin; eight bins are 0.4 % of the largest range
 SMALLEST_TOP = 2.0**-24

@@ -157,7 +157,7 @@ class PruneStage(Section):
 
     stage: Literal["prune"]
     """This stage."""
-    criterion: Literal["l1", "l2", "taylor", "fpgm", "bn_scale", "random", "obs"] = "l2"
+    criterion: Literal["l1", "l2", "taylor", "fpgm", "bn_scale", "random", "obs"] = "obs"
     """How a channel's importance is scored."""
     scope: Literal["global", "local", "isomorphic"] = "global"
     """Which channels compete: all of the network, those of one layer group, or those of groups with the same structure."""
@@ -220,7 +220,7 @@ class PtqStage(Section):
     calibration_images: PositiveInt = 512
     """Training images that set the activations' ranges."""
     methods: Annotated[tuple[CalibrationMethod, ...], Field(min_length=1)] = ("minmax", "percentile", "entropy")
-    """How ranges are chosen; each method is measured, in this pipeline's quantizer and in ONNX Runtime's."""
+    """How ranges are chosen: the extremes, all but 0.001 % at each end, or least divergence; each method is measured, in this pipeline's quantizer and in ONNX Runtime's."""
     neural_compressor: bool = True
     """Also measure neural-compressor's static quantization. Of all files that hold `max_drop` the fastest is kept; of equally fast ones,
     the one whose logits diverge least from the float student's (KL)."""

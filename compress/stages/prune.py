@@ -24,7 +24,7 @@ from compress.pruning.criteria import NEEDS_COVARIANCES, NEEDS_GRADIENTS
 from compress.pruning.goals import METRICS, UNITS, Goal
 from compress.pruning.latency import Attempt, Latency, open_latency
 from compress.pruning.plan import Cut, Options, choose, cut_, find_groups, find_options, smallest_widths, widths
-from compress.pruning.reconstruction import JUDGED, kept_outputs, number_outputs, reconstruct
+from compress.pruning.reconstruction import JUDGED, affordable_images, kept_outputs, number_outputs, reconstruct
 from compress.pruning.surgeon import input_covariances
 from compress.pruning.timings import Table
 from compress.ranks import first_decides
@@ -100,8 +100,8 @@ class _Planner:
             _accumulate_gradients_(model, self.cfg, self.run)
         covariances = None
         if self.cfg.criterion in NEEDS_COVARIANCES:
-            batches = self.run.calibration(self.cfg.score_images)
-            covariances = input_covariances(model.eval(), torch.cat([batch.images for batch in batches]))
+            batches = (batch.images for batch in self.run.calibration(self.cfg.score_images))
+            covariances = input_covariances(model.eval(), batches)
         groups = find_groups(
             model, images, self.cfg.criterion, exclude=_excluded(model, self.cfg), covariances=covariances
         )
@@ -168,12 +168,13 @@ def _reconstructed(
     assert cfg.reconstruct != "none"
     if run.rank == 0:
         started = time.monotonic()
-        batches = run.calibration(cfg.reconstruct_images * JUDGED // (JUDGED - 1))
-        images = torch.cat([batch.images for batch in batches])
-        views = torch.cat([batch.images for batch in run.views(cfg.reconstruct_images)])
-        model, method, used = reconstruct(model.eval(), whole.eval(), kept, images, cfg.reconstruct, views=views)
+        most = affordable_images(whole.eval(), example_images(run.shape, run.device))
+        wanted = min(cfg.reconstruct_images * JUDGED // (JUDGED - 1), most)
+        images = torch.cat([batch.images for batch in run.calibration(wanted)])
+        views = torch.cat([batch.images for batch in run.views(min(cfg.reconstruct_images, most))])
+        model, method = reconstruct(model.eval(), whole, kept, images, cfg.reconstruct, views=views)
         seconds = time.monotonic() - started
-        log.note(f"weights reconstructed ({method}) from {used:,} images, without labels, in {seconds:.0f} s")
+        log.note(f"weights reconstructed ({method}) from {len(images):,} images, without labels, in {seconds:.0f} s")
     run.share_(model)
     return model
 

@@ -23,7 +23,7 @@ METHODS = {
     "entropy": CalibrationMethod.Entropy,
     "percentile": CalibrationMethod.Percentile,
 }
-PERCENTILE = 99.99
+PERCENTILE = 99.999
 SLICE = 8  # images per round, whose activations are all in memory: 3 GB for a ResNet-50 at 224
 MIN_SCALE = 2.0**-24  # a dead channel must not divide by zero
 

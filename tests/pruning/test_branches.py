@@ -62,7 +62,7 @@ def test_a_network_without_a_block_is_solved_saved_and_read_again(tmp_path: Path
     cuts = (Cut("stem.0", (0, 1, 2, 3)), Cut("block1", ()))
     for network in (student, numbered):
         cut_(network, IMAGE, cuts)
-    solved, method, _ = reconstruct(student, whole, kept_outputs(numbered), images, "least_squares", views=images)
+    solved, method = reconstruct(student, whole, kept_outputs(numbered), images, "least_squares", views=images)
     assert method == "least_squares"
     arch = f"{Path(__file__).parents[1] / 'networks.py'}:small"
     save_network(solved, Architecture(arch, 5, (3, SIZE, SIZE)).pruned(cuts), tmp_path)

@@ -325,6 +325,15 @@ def test_the_prediction_is_corrected_until_the_measured_time_is_close_below(off:
     assert 0.97 * 5.0 <= attempts[-1].measured_ms <= 5.0
 
 
+def test_a_time_that_the_next_measurement_may_exceed_is_not_the_last() -> None:
+    """The first choice takes all of the wanted time to a tenth of a percent, the second leaves some of it."""
+    times = iter([4.996, 4.93])
+    attempts = until_close(
+        5.0, lambda _: [Cut("a", (1,))], lambda _: 5.0, lambda _: next(times), [], tell=quiet, refuse=too_slow
+    )
+    assert [attempt.measured_ms for attempt in attempts] == [4.996, 4.93]
+
+
 def test_between_two_choices_on_both_sides_lies_one_that_is_close() -> None:
     """Eleven groups take other times than predicted, so that a smaller budget does not even give a faster network."""
     taken = dict(zip("abcdefghijk", np.random.default_rng(3).uniform(0.1, 0.3, 11), strict=True))

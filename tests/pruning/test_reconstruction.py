@@ -54,7 +54,7 @@ def distance(network: nn.Module, whole: nn.Module, images: Tensor) -> float:
 
 def recovered(whole: nn.Module, images: Tensor, method: Method = "least_squares") -> tuple[nn.Module, nn.Module, str]:
     student, kept = halved(whole)
-    network, chosen, _ = reconstruct(student, whole, kept, images, method, views=images)
+    network, chosen = reconstruct(student, whole, kept, images, method, views=images)
     return student, network, chosen
 
 
@@ -151,7 +151,7 @@ def test_what_others_can_say_is_restored() -> None:
     for tensor in (state := whole.state_dict())["first.weight"], state["first.bias"]:
         tensor[8:] = tensor[:8]
     student, kept = pruned(whole, [Cut("first", tuple(range(8, 16)))])
-    network, _, _ = reconstruct(
+    network, _ = reconstruct(
         student, whole, kept, (images := torch.randn(60, 3, 16, 16)), "least_squares", views=images
     )
     fresh = torch.randn(20, 3, 16, 16)
@@ -163,7 +163,7 @@ def test_groups_behind_a_transposed_convolution_are_solved_each_for_itself() -> 
     torch.manual_seed(0)
     whole = Upward().eval()
     student, kept = pruned(whole, [Cut("up", (2, 3, 6, 7, 10, 11, 14, 15))])
-    network, chosen, _ = reconstruct(
+    network, chosen = reconstruct(
         student, whole, kept, (images := torch.randn(200, 3, 16, 16)), "least_squares", views=images
     )
     fresh = torch.randn(40, 3, 16, 16)
@@ -231,7 +231,7 @@ def test_training_goes_on_from_the_solution(trained: nn.Module, digits: Tensor) 
     """Batch-norm in training mode uses the batch's statistics: of the views that a training shows, as the solved network holds them."""
     student, kept = halved(trained)
     views = 0.5 * digits[:400] - 0.5
-    solved, _, _ = reconstruct(student, trained, kept, digits[:400], "least_squares", views=views)
+    solved, _ = reconstruct(student, trained, kept, digits[:400], "least_squares", views=views)
     moved = [distance(copy.deepcopy(network).train(), network, views) for network in (student, solved)]
     assert moved[1] < 1e-6 < 0.01 < moved[0]
 
@@ -299,7 +299,7 @@ def test_layers_that_serve_twice_stay_as_they_are() -> None:
     student = copy.deepcopy(whole)
     student.first.weight.data[:4] = 0.0  # as if they had been cut
     kept = kept_outputs(number_outputs(whole))
-    network, chosen, _ = reconstruct(
+    network, chosen = reconstruct(
         student, whole, kept, (images := torch.randn(100, 3, 16, 16)), "least_squares", views=images
     )
     assert chosen == "least_squares"

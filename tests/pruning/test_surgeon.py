@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
+from compress.models.architectures import build
 from compress.pruning.plan import find_groups
 from compress.pruning.surgeon import RIDGE, input_covariances
 
@@ -22,7 +23,7 @@ def images() -> Tensor:
 
 
 def scores_of(model: nn.Module) -> Tensor:
-    covariances = input_covariances(model, images())
+    covariances = input_covariances(model, images().split(32))
     groups = find_groups(model, images()[:1], "obs", exclude=("5",), covariances=covariances)
     return next(group.scores for group in groups if group.root == "0")
 
@@ -40,7 +41,7 @@ def left_without(channel: int, square: Tensor, weight: Tensor) -> float:
 
 def test_the_first_channel_to_go_leaves_the_least_error_by_least_squares() -> None:
     model = network()
-    square = input_covariances(model, images())[model[2]].double()
+    square = input_covariances(model, [images()])[model[2]].double()
     weight = model.get_parameter("2.weight").detach().permute(0, 2, 3, 1).flatten(0, 2).double()
     by_hand = [left_without(channel, square, weight) for channel in range(6)]
     scores = scores_of(model)
@@ -51,7 +52,7 @@ def test_the_first_channel_to_go_leaves_the_least_error_by_least_squares() -> No
 def test_covariances_are_those_of_the_inputs() -> None:
     model = network()
     pixels = model[:2](images()).permute(0, 2, 3, 1).flatten(0, 2).detach()
-    found = input_covariances(model, images())[model[2]]
+    found = input_covariances(model, [images()])[model[2]]
     assert torch.dist(found, torch.cov(pixels.T)) < 0.1 * torch.linalg.norm(found)
 
 
@@ -66,9 +67,44 @@ def test_one_of_two_equal_channels_is_worth_nothing_and_the_other_what_both_give
     assert float(twins[0]) < 0.2 * float(twins[1])
 
 
+def test_covariances_of_inputs_far_from_zero_are_those_of_the_centred_ones() -> None:
+    model = network()
+    wanted = input_covariances(model, [images()])[model[2]]
+    with torch.no_grad():
+        model[2].register_forward_pre_hook(lambda _, inputs: (inputs[0] + 1e4,))  # float32 has steps of 0.001 there
+    found = input_covariances(model, [images()])[model[2]]
+    assert torch.dist(found, wanted) < 0.02 * torch.linalg.norm(wanted)
+
+
+def test_heads_are_scored_by_the_error_that_their_output_projection_keeps() -> None:
+    model, batches = build("timm:test_vit", num_classes=5).eval(), torch.randn(2, 4, 3, 160, 160)
+    with torch.no_grad():
+        model.get_parameter("blocks.0.attn.proj.weight")[:, 32:] = 0  # the second of two heads
+    groups = find_groups(model, batches[0, :1], "obs", exclude=["head"], covariances=input_covariances(model, batches))
+    heads = next(group.scores for group in groups if group.root == "blocks.0.attn")
+    assert int(heads.argmin()) == 1
+    assert float(heads.min()) == pytest.approx(0.0, abs=1e-9)
+    assert 1.0 <= float(heads.max()) < 1.05  # all of the energy, and the ridge's part
+
+
+def test_channels_that_only_a_grouped_layer_reads_compete_on_the_same_scale() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    covariances = input_covariances(model.eval(), [images()])
+    groups = {
+        group.root: group.scores
+        for group in find_groups(model, images()[:1], "obs", exclude=("4",), covariances=covariances)
+    }
+    assert model[2] not in covariances
+    alone = {group.root: group.scores for group in find_groups(model, images()[:1], "l2", exclude=("4",))}["0"]
+    shares = [float(alone[alone <= one].sum() / alone.sum()) for one in alone]
+    assert groups["0"].tolist() == pytest.approx(shares, rel=1e-5)
+    assert 1.0 <= float(groups["2"].max()) < 1.05
+
+
 def test_inputs_that_are_not_finite_are_refused() -> None:
     model = network()
     with torch.no_grad():
         model.get_parameter("0.bias")[0] = float("nan")
     with pytest.raises(CompressError, match=r"^2: its inputs are not finite"):
-        input_covariances(model, images())
+        input_covariances(model, images().split(32))
