@@ -73,27 +73,31 @@ def _weight(layer: SOLVED) -> Tensor | None:
 
 @dataclass
 class Reader:
-    """A layer that reads a group's channels, at the d inputs that it reads them from, as if it had no others."""
+    """A layer that reads a group's channels, at the d inputs that it still reads them from, as if it had no others."""
 
     gram: Tensor  # (d, d), of the weights: WᵀW
     inverse: Tensor  # (d, d), of the inputs' covariance
     energy: float  # the outputs' variance, summed
-    columns: Mapping[int, Tensor]  # the inputs of each channel of the group
+    columns: Tensor  # (channels, b), the inputs of each channel that is left
 
-    def errors(self, channels: list[int]) -> Tensor:
+    def errors(self) -> Tensor:
         """Return the fraction of the outputs' energy that each channel's removal costs, (channels,)."""
-        columns = torch.stack([self.columns[channel] for channel in channels])  # (channels, b)
-        blocks = columns[:, :, None], columns[:, None, :]
+        blocks = self.columns[:, :, None], self.columns[:, None, :]
         solved: Tensor = torch.linalg.solve(self.inverse[blocks], self.gram[blocks])  # (channels, b, b)
         return solved.diagonal(dim1=1, dim2=2).sum(1) / self.energy
 
-    def remove_(self, channels: list[int]) -> None:
-        """Remove channels, and let the others make up for them: W becomes W - W_B [H⁻¹]_BB⁻¹ [H⁻¹]_B."""
-        gone = torch.cat([self.columns[channel] for channel in channels])
+    def remove_(self, places: Tensor) -> None:
+        """Remove the channels at some places, and let the others make up for them: W becomes W - W_B [H⁻¹]_BB⁻¹ [H⁻¹]_B."""
+        gone = self.columns[places].flatten()
         solved = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])  # (b, d)
-        self.inverse -= self.inverse[:, gone] @ solved
         crossed = self.gram[:, gone] @ solved
-        self.gram += solved.T @ (self.gram[gone][:, gone] @ solved) - crossed - crossed.T
+        gram = self.gram + solved.T @ (self.gram[gone][:, gone] @ solved) - crossed - crossed.T
+        inverse = self.inverse - self.inverse[:, gone] @ solved
+        kept = _all_but(len(inverse), gone)
+        self.gram, self.inverse = gram[kept][:, kept], inverse[kept][:, kept]
+        moved = torch.empty(len(inverse), dtype=torch.int64, device=kept.device)
+        moved[kept] = torch.arange(len(kept), device=kept.device)
+        self.columns = moved[self.columns[_all_but(len(self.columns), places)]]
 
 
 class Surgeon:
@@ -101,9 +105,7 @@ class Surgeon:
 
     def __init__(self, covariances: Mapping[nn.Module, Tensor]) -> None:
         self.covariances = covariances
-        self.known: dict[
-            nn.Module, tuple[Tensor, Tensor, float]
-        ] = {}  # a layer after a concatenation reads several groups
+        self.known: dict[nn.Module, tuple[Tensor, Tensor, float]] = {}  # a layer can read several groups
 
     def channel_scores(self, group: Group) -> Tensor | None:
         """Return the remaining error of the layers behind without each channel and all less important ones, float32 (channels,).
@@ -114,29 +116,30 @@ class Surgeon:
         for item in group.items:
             if is_output_cut(item.dep.handler) or None in item.root_idxs:
                 continue
-            inputs: dict[int, list[int]] = {}
+            inputs: list[list[int]] = [[] for _ in group[0].idxs]
             for root, index in zip(item.root_idxs, item.idxs, strict=True):
-                inputs.setdefault(root, []).append(index)
+                inputs[root].append(index)
             readers.append(self._reader(item.dep.target.module, inputs))
         return _errors_in_order([reader for reader in readers if reader is not None], len(group[0].idxs))
 
     def head_scores(self, attention: Attention) -> Tensor | None:
         """Return the same for the heads of an attention, float32 (heads,)."""
         projection = attention.module.get_submodule(attention.output)
-        reader = self._reader(projection, {head: attention.columns([head]) for head in range(attention.heads)})
+        reader = self._reader(projection, [attention.columns([head]) for head in range(attention.heads)])
         return None if reader is None else _errors_in_order([reader], attention.heads)
 
     @torch.no_grad()
-    def _reader(self, layer: nn.Module, inputs: Mapping[int, Sequence[int]]) -> Reader | None:
-        """Return a layer as a reader of channels at its `inputs`; None if its covariance is not known, or its output constant."""
+    def _reader(self, layer: nn.Module, inputs: Sequence[Sequence[int]]) -> Reader | None:
+        """Return a layer as a reader of channels, each at some of its `inputs`; None if its covariance is not known, or its output constant."""
         if not isinstance(layer, SOLVED) or layer not in self.covariances:
             return None
         gram, inverse, energy = self.known.get(layer) or self._facts(layer)
         if energy < torch.finfo(torch.float32).tiny:
             return None
-        read = torch.tensor([index for found in inputs.values() for index in found], device=gram.device)
-        parts = torch.arange(len(read), device=gram.device).split([len(found) for found in inputs.values()])
-        return Reader(gram[read][:, read], inverse[read][:, read], energy, dict(zip(inputs, parts, strict=True)))
+        columns = torch.tensor(inputs, device=gram.device)
+        read = columns.flatten()
+        places = torch.arange(len(read), device=gram.device).view_as(columns)
+        return Reader(gram[read][:, read], inverse[read][:, read], energy, places)
 
     def _facts(self, layer: SOLVED) -> tuple[Tensor, Tensor, float]:
         """Return the weights' WᵀW, the inverse covariance of the inputs, both float64 (d, d), and the outputs' variance, summed."""
@@ -167,17 +170,23 @@ def shares_in_order(scores: Tensor) -> Tensor:
 def _errors_in_order(readers: Sequence[Reader], channels: int) -> Tensor | None:
     if not readers:
         return None
-    left, error = list(range(channels)), 0.0
+    left, error = torch.arange(channels), 0.0
     scores = torch.zeros(channels)
     step = -(-channels // STEPS)
-    while left:
-        errors = torch.stack([reader.errors(left) for reader in readers]).sum(0).cpu()
-        chosen = torch.argsort(errors, stable=True)[:step].tolist()
-        for place in chosen:
+    while len(left):
+        errors = torch.stack([reader.errors() for reader in readers]).sum(0).cpu()
+        chosen = torch.argsort(errors, stable=True)[:step]
+        for place in chosen.tolist():
             error += float(errors[place])
             scores[left[place]] = error
-        gone = [left[place] for place in chosen]
-        left = sorted(set(left) - set(gone))
-        for reader in readers if left else ():
-            reader.remove_(gone)
+        left = left[_all_but(len(left), chosen)]
+        for reader in readers if len(left) else ():
+            reader.remove_(chosen.to(reader.columns.device))
     return scores
+
+
+def _all_but(length: int, places: Tensor) -> Tensor:
+    """Return the indices below `length` that are not among `places`."""
+    kept = torch.ones(length, dtype=torch.bool, device=places.device)
+    kept[places] = False
+    return kept.nonzero().flatten()
