@@ -25,7 +25,7 @@ open_session(Path("int8.onnx"), threads=1)
 """
 
 
-@pytest.mark.parametrize("home", ["empty", "/proc/nowhere"])
+@pytest.mark.parametrize("home", ["empty", pytest.param("/proc/nowhere", marks=pytest.mark.acceptance)])
 def test_nothing_needs_a_home_and_nothing_is_left_in_it(home: str, tmp_path: Path) -> None:
     """Root may write everywhere but below /proc."""
     (tmp_path / "empty").mkdir()

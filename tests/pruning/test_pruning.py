@@ -267,16 +267,14 @@ LIBRARY = {
 }
 LARGE = {
     "torchvision:resnext50_32x4d": 32,
-    "torchvision:densenet121": 32,
     "torchvision:googlenet": 64,
     "torchvision:efficientnet_b0": 32,
     "torchvision:regnet_y_400mf": 32,
-    "torchvision:convnext_tiny": 32,
-    "torchvision:swin_t": 112,
     "timm:vit_tiny_patch16_224": 224,
     "timm:efficientnet_lite0": 32,
     "timm:mobileone_s0": 32,
 }
+LARGEST = {"torchvision:densenet121": 32, "torchvision:convnext_tiny": 32, "torchvision:swin_t": 112}
 
 
 def distinct(model: nn.Module, images: torch.Tensor) -> nn.Module:
@@ -339,7 +337,12 @@ def cut_to(model: nn.Module, size: int, keep: float) -> float:
 
 
 @pytest.mark.parametrize(
-    ("arch", "size"), [*LIBRARY.items(), *(pytest.param(*row, marks=pytest.mark.slow) for row in LARGE.items())]
+    ("arch", "size"),
+    [
+        *LIBRARY.items(),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in LARGE.items()),
+        *(pytest.param(*row, marks=pytest.mark.acceptance) for row in LARGEST.items()),
+    ],
 )
 def test_library_networks_are_cut_to_their_budget_and_equal_the_silenced_network(arch: str, size: int) -> None:
     assert_equals_silenced(without_statistics(build(arch, num_classes=5)), size)

@@ -30,19 +30,21 @@ NETWORKS = {
 }
 LARGE = {
     "torchvision:googlenet": 64,
-    "torchvision:densenet121": 32,
     "torchvision:regnet_y_400mf": 32,
     "torchvision:convnext_tiny": 32,
-    "torchvision:swin_t": 112,
-    "torchvision:vit_b_16": 224,
     "timm:vit_tiny_patch16_224": 224,
-    "timm:mobileone_s0": 64,
     "timm:fastvit_t8": 128,
-    "timm:mixnet_s": 32,
     "timm:resnetv2_50": 32,  # standardizes its weights in every forward
     "timm:efficientvit_b0": 64,
     "timm:tiny_vit_5m_224": 224,
     "timm:edgenext_xx_small": 64,
+}
+LARGEST = {
+    "torchvision:densenet121": 32,
+    "torchvision:swin_t": 112,
+    "torchvision:vit_b_16": 224,
+    "timm:mobileone_s0": 64,
+    "timm:mixnet_s": 32,
 }
 
 
@@ -54,7 +56,12 @@ def agree(model: nn.Module, images: torch.Tensor) -> fx.GraphModule:
 
 
 @pytest.mark.parametrize(
-    ("arch", "size"), [*NETWORKS.items(), *(pytest.param(*row, marks=pytest.mark.slow) for row in LARGE.items())]
+    ("arch", "size"),
+    [
+        *NETWORKS.items(),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in LARGE.items()),
+        *(pytest.param(*row, marks=pytest.mark.acceptance) for row in LARGEST.items()),
+    ],
 )
 def test_a_traced_network_equals_its_module_and_keeps_its_layers_in_sight(arch: str, size: int) -> None:
     torch.manual_seed(0)

@@ -203,7 +203,7 @@ def test_a_trained_network_answers_alike_by_every_method(
 
 
 def with_an_outlier_channel(model: nn.Module, pictures: Tensor) -> nn.Module:
-    """Let a channel that nobody reads fire at one value in 2,000 of its own, a thousand times as strongly as the others."""
+    """Let a channel that nobody reads fire at one value in 20,000 of its own, a thousand times as strongly as the others."""
     assert isinstance(model, Residual)
     torch.manual_seed(0)
     planted = Residual(10, width=8).eval()
@@ -212,7 +212,7 @@ def with_an_outlier_channel(model: nn.Module, pictures: Tensor) -> nn.Module:
     with torch.no_grad():
         block.conv2.weight[:, 0] = 0
         values = block.bn1(block.conv1(planted.pool(planted.stem(pictures))))[:, 0].flatten()
-        threshold = values.kthvalue(int(values.numel() * (1 - 1 / 2000))).values
+        threshold = values.kthvalue(int(values.numel() * (1 - 1 / 20_000))).values
         strength = 1000 / (values.max() - threshold)
         block.bn1.bias[0] = (block.bn1.bias[0] - threshold) * strength
         block.bn1.weight[0] *= strength
