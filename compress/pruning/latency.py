@@ -20,10 +20,8 @@ from compress.pruning.timings import Table
 from export.images.size import Shape, written
 
 ROUNDS = 6
-CLOSE = (
-    0.97,
-    0.995,
-)  # stop when a time is between these fractions of the wanted one; a time measured again differs by half a percent
+# Stop when a time is between these fractions of the wanted one; measured again, it differs by half a percent.
+CLOSE = (0.97, 0.995)
 AIM = 0.985  # fraction of the wanted time to aim at
 
 Write = Callable[[nn.Module, Path], None]  # export a network on the CPU as the file that will be served
