@@ -164,12 +164,9 @@ def measure_batchnorm_(model: nn.Module, images: Tensor) -> nn.Module:
 
 def prune_(model: nn.Module, images: Tensor) -> None:
     """Cut the network to its budget, as the prune stage does, but the same part everywhere."""
-    covariances, size = input_covariances(model, images.split(20)), images.shape[-1]
-    cut_(
-        model,
-        images[:1],
-        cuts_to(model, KEEP_MACS, size, exclude=(classifier(model),), scope="local", covariances=covariances),
-    )
+    seen, head = input_covariances(model, images.split(20)), classifier(model)
+    cuts = cuts_to(model, KEEP_MACS, images.shape[-1], exclude=(head,), scope="local", covariances=seen)
+    cut_(model, images[:1], cuts)
 
 
 @torch.no_grad()

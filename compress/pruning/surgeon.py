@@ -22,7 +22,7 @@ from compress.pruning.least_squares import SOLVED
 RIDGE = 1e-2  # of the inputs' mean square
 ROWS = 64  # positions per image
 MAX_CHANNELS = 8192  # of a layer: its covariance takes 256 MB
-REMEMBERED = 2048  # inputs of a layer whose inverse, at most 32 MB, is kept for the next group
+REMEMBERED = 2048  # inputs of a layer whose two matrices, of at most 32 MB each, are kept for the next group
 STEPS = 32  # in which a group's channels are removed; the errors are computed anew after each
 
 
