@@ -447,7 +447,13 @@ def test_an_unreachable_keep_macs_is_one_sentence_and_leaves_nothing_to_trust(co
     assert not plan_recipe(recipe(copied, "prune.keep_macs=0.001"))[1].cached
 
 
-@pytest.mark.parametrize("criterion", ["l1", "taylor", "fpgm", "bn_scale", "random", "obs"])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        "taylor",
+        *(pytest.param(one, marks=pytest.mark.acceptance) for one in ("l1", "fpgm", "bn_scale", "random", "obs")),
+    ],
+)
 def test_every_criterion_reaches_its_budget(copied: Path, criterion: str) -> None:
     assert run(copied, f"prune.criterion={criterion}", "prune.scope=isomorphic", until="prune") == 0
 

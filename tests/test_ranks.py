@@ -101,7 +101,7 @@ def test_a_rank_killed_while_the_others_wait_for_it_ends_all(recipe_path: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.acceptance), 1])
 def test_a_rank_killed_while_the_others_work_ends_all(recipe_path: Path, number: int) -> None:
     """No collective is there to fail: only the silence tells; for half a minute of it, a few seconds."""
     code, text = killed(number, command(WAIT, recipe_path, SILENT_TICKS=4))[1 - number]

@@ -55,7 +55,7 @@ def head(task: str) -> str:
     return HEAD.format(name=task, task=task, networks=file, network=NETWORKS[task])
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=[pytest.param("segmentation", marks=pytest.mark.acceptance), "detection"])
 def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two students."""
     folder = tmp_path_factory.mktemp("alike")

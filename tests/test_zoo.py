@@ -39,7 +39,7 @@ def test_a_network_goes_from_pruning_to_integers() -> None:
     assert row.snr_db > max(10.0, row.rounding_snr_db)  # what the runtime adds is less than what rounding costs
 
 
-@pytest.mark.parametrize(("name", "ends"), [("retinanet", 2), ("fcos", 3)])
+@pytest.mark.parametrize(("name", "ends"), [pytest.param("retinanet", 2, marks=pytest.mark.acceptance), ("fcos", 3)])
 def test_a_detector_goes_through_with_its_last_convolutions_in_float(name: str, ends: int) -> None:
     row = examine(f"{Path(__file__).with_name('networks.py')}:{name}", 48, DETECTION)
     assert {row.float_reasons[layer] for layer in row.float_layers} == {"its output leaves the network"}

@@ -19,7 +19,7 @@ from compress.pruning.predict import LatencyModel, choose_within, latency_model
 from compress.pruning.timings import Table
 from export.images.size import Shape, written
 
-ROUNDS = 6
+ROUNDS = 8
 # Stop when a time is between these fractions of the wanted one; measured again, it differs by half a percent.
 CLOSE = (0.97, 0.995)
 AIM = 0.985  # fraction of the wanted time to aim at
@@ -80,6 +80,7 @@ class Latency:
             lambda budget_ms: choose_within(options, self.model, budget_ms),
             lambda cuts: self.predicted_ms(options, cuts),
             measure,
+            options.cut_of,
             options.narrowest,
             tell=self.tell,
             refuse=lambda least: CompressError(self.goal.refusal(self.whole_ms, least)),
@@ -137,6 +138,7 @@ def until_close(
     choose: Callable[[float], list[Cut] | None],
     predict: Callable[[Sequence[Cut]], float],
     measure: Callable[[Sequence[Cut]], float],
+    cut_of: Callable[[str, float], list[Cut]],
     narrowest: list[Cut],
     *,
     tell: Tell,
@@ -144,14 +146,15 @@ def until_close(
 ) -> list[Attempt]:
     """Return the attempts with the best last: measured at most `asked_ms`, and the closest to AIM of it.
 
-    `choose` returns cuts for a budget of predicted milliseconds, or None; `predict` and `measure` return the milliseconds of cuts. Once
-    attempts lie on both sides of `asked_ms`, the next one mixes the cuts of the nearest two, since predictions that are close may be out of
-    order. Raises `refuse(milliseconds)` if the narrowest cuts take over `asked_ms`.
+    `choose` returns cuts for a budget of predicted milliseconds, or None; `predict` and `measure` return the milliseconds of cuts; `cut_of`
+    returns the cut of about so many of a group's channels. Once attempts lie on both sides of `asked_ms`, the next one mixes the cuts of
+    the nearest two, since predictions that are close may be out of order. Raises `refuse(milliseconds)` if the narrowest cuts take over
+    `asked_ms`.
     """
     attempts: list[Attempt] = []
     budget = AIM * asked_ms
     for number in range(1, ROUNDS + 1):
-        found: list[Cut] | None = _between(attempts, asked_ms, predict) or choose(budget)
+        found: list[Cut] | None = _between(attempts, asked_ms, predict, cut_of) or choose(budget)
         cuts = narrowest if found is None else found
         attempts.append(Attempt(tuple(cuts), predict(cuts), measure(cuts)))
         predicted, measured = attempts[-1].predicted_ms, attempts[-1].measured_ms
@@ -173,10 +176,16 @@ def until_close(
     return [*(attempt for attempt in attempts if attempt is not best), best]
 
 
-def _between(attempts: Sequence[Attempt], asked_ms: float, predict: Callable[[Sequence[Cut]], float]) -> list[Cut]:
+def _between(
+    attempts: Sequence[Attempt],
+    asked_ms: float,
+    predict: Callable[[Sequence[Cut]], float],
+    cut_of: Callable[[str, float], list[Cut]],
+) -> list[Cut]:
     """Return cuts between the nearest attempts below and above `asked_ms`; empty if there are none.
 
     Groups are switched one by one from the cuts below to those above, each time the one that keeps the prediction nearest to a straight line.
+    The only group that differs gets a width between its two.
     """
     below = max((a for a in attempts if a.measured_ms <= asked_ms), key=lambda a: a.measured_ms, default=None)
     above = min((a for a in attempts if a.measured_ms > asked_ms), key=lambda a: a.measured_ms, default=None)
@@ -185,6 +194,11 @@ def _between(attempts: Sequence[Attempt], asked_ms: float, predict: Callable[[Se
     here, there = ({cut.root: cut for cut in attempt.cuts} for attempt in (below, above))
     differ = sorted(root for root in here.keys() | there.keys() if here.get(root) != there.get(root))
     way = (AIM * asked_ms - below.measured_ms) / (above.measured_ms - below.measured_ms)
+    if len(differ) == 1:
+        low, high = (len(cuts[differ[0]].remove) if differ[0] in cuts else 0 for cuts in (here, there))
+        here = here | there
+        del here[differ[0]]
+        here |= {cut.root: cut for cut in cut_of(differ[0], low + way * (high - low))}
     count, steps = len(differ), min(max(1, round(way * len(differ))), len(differ) - 1)
     for step in range(1, steps + 1):
         line = below.predicted_ms + (above.predicted_ms - below.predicted_ms) * step / count
@@ -197,7 +211,7 @@ def _between(attempts: Sequence[Attempt], asked_ms: float, predict: Callable[[Se
         differ.remove(best)
         here = ways[best]
     known = any({cut.root: cut for cut in attempt.cuts} == here for attempt in attempts)
-    return [] if known or steps < 1 else list(here.values())
+    return [] if known or not differ else list(here.values())
 
 
 def _by_layer(model: LatencyModel, after: Sequence[Block], after_ms: float) -> list[dict[str, Any]]:

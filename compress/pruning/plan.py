@@ -131,6 +131,12 @@ class Options:
             channels.setdefault(block.group, []).extend(block.channels)
         return [Cut(self.groups[index].root, tuple(sorted(members))) for index, members in sorted(channels.items())]
 
+    def cut_of(self, root: str, count: float) -> list[Cut]:
+        """Return the cut of a group's lowest-ranked blocks with about `count` channels, if that is any."""
+        blocks = [block for block in self.blocks if self.groups[block.group].root == root]
+        sizes = np.cumsum([0, *(len(block.channels) for block in blocks)])
+        return self.cuts(blocks[: int(np.abs(sizes - count).argmin())])
+
     @property
     def narrowest(self) -> list[Cut]:
         """Return the cuts that remove everything that can be removed."""

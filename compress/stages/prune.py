@@ -33,6 +33,7 @@ from compress.recipe.losses import KD_ONLY
 from compress.recipe.stages import PruneStage
 from compress.run import Run
 from compress.scoring import served
+from compress.training.loop import place_
 
 TABLE = "latency-table"  # in the recipe's `out`, shared by all runs
 
@@ -181,11 +182,14 @@ def _reconstructed(
 
 def _accumulate_gradients_(model: nn.Module, cfg: PruneStage, run: Run) -> None:
     """Accumulate the loss's mean gradient over `score_images` training images in the parameters."""
-    model.eval().zero_grad()
+    placed = place_(copy.deepcopy(model), run.device).eval()
+    placed.zero_grad()
     images = min(cfg.score_images, len(run.dataset.train))
     for batch in run.calibration(images):
-        loss = run.task.loss(model(batch.images), batch.targets, label_smoothing=0.0)
+        loss = run.task.loss(placed(batch.images), batch.targets, label_smoothing=0.0)
         (loss * len(batch.targets) / images).backward()
+    for own, other in zip(model.parameters(), placed.parameters(), strict=True):
+        own.grad = None if other.grad is None else other.grad.to(own.device)
 
 
 def _learn_sparsity(model: nn.Module, cfg: PruneStage, images: torch.Tensor, log: StageLog, run: Run) -> nn.Module:

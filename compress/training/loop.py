@@ -100,9 +100,9 @@ def _is_strided_1x1(layer: nn.Conv2d) -> bool:
     return layer.kernel_size == (1, 1) and layer.stride != (1, 1)
 
 
-def _in_rows(layer: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Pass a layer in training its images row by row: in channels_last oneDNN 3.12 writes past its memory (its issue 6035)."""
-    return tuple(images.contiguous() for images in given) if layer.training else None
+def _in_rows(_layer: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Pass a layer its images row by row where a gradient follows: in channels_last oneDNN 3.12 writes past its memory (its issue 6035)."""
+    return tuple(images.contiguous() for images in given) if torch.is_grad_enabled() else None
 
 
 def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:

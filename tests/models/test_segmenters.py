@@ -28,7 +28,11 @@ IMAGES = torch.randn(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0
 
 @pytest.mark.parametrize(
     ("arch", "last"),
-    [("fpn:resnet18", []), ("smp:unet/resnet18", ["segmentation_head.0"]), ("smp:fpn/tu-resnet10t", [])],
+    [
+        pytest.param("fpn:resnet18", [], marks=pytest.mark.acceptance),
+        ("smp:unet/resnet18", ["segmentation_head.0"]),
+        pytest.param("smp:fpn/tu-resnet10t", [], marks=pytest.mark.acceptance),
+    ],
 )
 def test_a_network_is_pruned_and_convolves_in_integers_but_for_its_output(
     arch: str, last: list[str], tmp_path: Path

@@ -320,7 +320,7 @@ def test_the_prediction_is_corrected_until_the_measured_time_is_close_below(off:
         return [Cut("a", (1,))]
 
     attempts = until_close(
-        5.0, choose, lambda _: predicted[0], lambda _: off * predicted[0], [], tell=quiet, refuse=too_slow
+        5.0, choose, lambda _: predicted[0], lambda _: off * predicted[0], nothing, [], tell=quiet, refuse=too_slow
     )
     assert 0.97 * 5.0 <= attempts[-1].measured_ms <= 5.0
 
@@ -329,7 +329,7 @@ def test_a_time_that_the_next_measurement_may_exceed_is_not_the_last() -> None:
     """The first choice takes all of the wanted time to a tenth of a percent, the second leaves some of it."""
     times = iter([4.996, 4.93])
     attempts = until_close(
-        5.0, lambda _: [Cut("a", (1,))], lambda _: 5.0, lambda _: next(times), [], tell=quiet, refuse=too_slow
+        5.0, lambda _: [Cut("a", (1,))], lambda _: 5.0, lambda _: next(times), nothing, [], tell=quiet, refuse=too_slow
     )
     assert [attempt.measured_ms for attempt in attempts] == [4.996, 4.93]
 
@@ -349,9 +349,48 @@ def test_between_two_choices_on_both_sides_lies_one_that_is_close() -> None:
     assert low < 0.97 * asked
     calls = iter(choices)
     attempts = until_close(
-        asked, lambda _: next(calls), lambda cuts: 5.5 - len(cuts) / 7, measure, [], tell=quiet, refuse=too_slow
+        asked,
+        lambda _: next(calls),
+        lambda cuts: 5.5 - len(cuts) / 7,
+        measure,
+        nothing,
+        [],
+        tell=quiet,
+        refuse=too_slow,
     )
     assert 0.97 * asked <= attempts[-1].measured_ms <= asked
+
+
+def test_where_one_group_makes_the_difference_a_width_between_is_tried() -> None:
+    """The two choices differ in one group, and neither is close."""
+    asked, blocks = 5.0, range(0, 65, 4)
+
+    def cut_of(root: str, count: float) -> list[Cut]:
+        return [Cut(root, tuple(range(min(blocks, key=lambda size: abs(size - count)))))]
+
+    def measure(cuts: Sequence[Cut]) -> float:
+        (gone,) = [len(cut.remove) for cut in cuts if cut.root == "b"]
+        return 4.0 + 2.0 * (1 - gone / 64) ** 2
+
+    calls = iter([[*cut_of("a", 8), *cut_of("b", gone)] for gone in (0, 64) * 4])
+    attempts = until_close(
+        asked, lambda _: next(calls), lambda _: 5.0, measure, cut_of, [], tell=quiet, refuse=too_slow
+    )
+    assert 0.97 * asked <= attempts[-1].measured_ms <= asked
+    assert {cut.root for cut in attempts[-1].cuts} == {"a", "b"}
+
+
+def test_a_group_is_cut_by_its_lowest_ranked_blocks() -> None:
+    options = options_for("residual")
+    group = options.groups[0]
+    blocks = [block for block in options.blocks if block.group == 0]
+    (cut,) = options.cut_of(group.root, len(blocks[0].channels) + len(blocks[1].channels) + 1)
+    assert set(cut.remove) == {*blocks[0].channels, *blocks[1].channels}
+    assert options.cut_of(group.root, 0) == options.cut_of("no group", 8) == []
+
+
+def nothing(_root: str, _count: float) -> list[Cut]:
+    return []
 
 
 def too_slow(least_ms: float) -> CompressError:
@@ -366,6 +405,7 @@ def test_a_time_that_no_plan_reaches_is_refused_with_the_least() -> None:
             lambda _: None,
             lambda _: 0.1,
             lambda _: 3.1,
+            nothing,
             [],
             tell=quiet,
             refuse=lambda ms: CompressError(goal.refusal(9, ms)),
