@@ -128,7 +128,7 @@ define find_python
 	fi
 endef
 
-# Large downloads are named as they come; the rest of pip's talk goes to pip.log. What is imported compiles itself: half a minute saved.
+# Large downloads are named as they come; the rest of pip's talk goes to pip.log.
 $(READY): pyproject.toml constraints.txt
 	@if ! $(BIN)/python -c '' 2>/dev/null; then \
 		$(find_python); \
@@ -136,7 +136,7 @@ $(READY): pyproject.toml constraints.txt
 		"$$python" -m venv --clear $(VENV); \
 	fi
 	@echo "installing into $(VENV): several GB and some minutes the first time"
-	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-compile -c constraints.txt -e '.[dev]' 2>&1 \
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]' 2>&1 \
 		| tee $(VENV)/pip.log | awk '/(Downloading|Using cached) .* MB\)/ { print "  " $$0; fflush() } /^Installing/ { print "  Installing"; fflush() }' \
 		|| { grep -i -A 20 error $(VENV)/pip.log >&2 || tail -20 $(VENV)/pip.log >&2; echo "pip failed; all it said is in $(VENV)/pip.log" >&2; exit 1; }
 	@if nvidia-smi -L >/dev/null 2>&1; then \
