@@ -25,7 +25,7 @@ from compress.data.batches import (
 )
 from compress.data.dataset import Dataset, relabelled
 from compress.data.images import ImageSet
-from compress.data.named import FOLDERS, NAMED
+from compress.data.named import NAMED
 from compress.data.split import sampled
 from compress.errors import CompressError, ModelError
 from compress.log import StageLog, Tell
@@ -375,7 +375,7 @@ def open_run(recipe: Recipe, *, trust_code: bool, verbose: bool) -> Run:
         )
     target = first_decides(lambda: resolve_target(recipe.target))
     settings = data_settings(recipe)
-    fetch = NAMED.get(settings.name) or FOLDERS.get((settings.name, settings.task))
+    fetch = NAMED.get(settings.name) or TASKS[recipe.task].folders.get(settings.name)
     if ranks() > 1 and fetch is not None:
         first_decides(lambda: fetch(settings.path) and None)  # downloads once
     return Run(recipe, device, rank(), ranks(), target, trust_code, verbose, gradient_group(device))

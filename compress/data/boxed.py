@@ -14,6 +14,7 @@ from torch import Tensor
 from compress.data.dataset import Dataset
 from compress.data.digest import DataSettings
 from compress.data.images import ArrayImages, FileImages, readable
+from compress.data.named import WITH_BOXES
 from compress.data.planar import Planar
 from compress.data.scenes import CLASSES, Scenes
 from compress.data.stored import Stored
@@ -103,7 +104,7 @@ def _stretched(settings: DataSettings) -> Preprocess:
     return Preprocess(settings.size, settings.size, settings.mean, settings.std, stretch=True)
 
 
-open_boxes = Planar("boxes", BoxListing, CLASSES[1:], _stretched, _files, _arrays).open
+open_boxes = Planar("boxes", BoxListing, CLASSES[1:], _stretched, _files, _arrays, WITH_BOXES).open
 
 
 def write_boxes(dataset: Dataset, folder: Path) -> int:

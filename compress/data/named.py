@@ -17,6 +17,8 @@ from export.errors import DataError
 from export.images.folders import Listing
 
 T = TypeVar("T")
+# By a data set's name, what returns its folder; `data.path` may hold it already.
+Folders = Mapping[str, Callable[[Path | None], Path]]
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # apt install dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -99,12 +101,8 @@ def _oxford_pets(path: Path | None) -> Path:
     return folder
 
 
-FOLDERS: Mapping[tuple[str, str], Callable[[Path | None], Path]] = {
-    ("voc", "segmentation"): partial(_voc, downloads.VOCSegmentation),
-    ("voc", "detection"): partial(_voc, downloads.VOCDetection),
-    ("oxford_pets", "segmentation"): _oxford_pets,
-}
-"""Data sets with masks or boxes, by name and task: each returns the folder, which `data.path` may hold already."""
+WITH_MASKS: Folders = {"voc": partial(_voc, downloads.VOCSegmentation), "oxford_pets": _oxford_pets}
+WITH_BOXES: Folders = {"voc": partial(_voc, downloads.VOCDetection)}
 NAMED: dict[str, Callable[[Path | None], NamedSet | Listing]] = {
     "digits": digits,
     "cifar10": cifar10,

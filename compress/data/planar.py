@@ -1,7 +1,7 @@
 """Open a data set whose truths are masks, boxes, or several labels for each image."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -10,7 +10,7 @@ from compress.data.augment import Augmentation
 from compress.data.dataset import Dataset, in_memory
 from compress.data.digest import DataSettings, dataset_digest, given
 from compress.data.images import ArrayImages, FileImages, Lazy, with_pixels
-from compress.data.named import FOLDERS
+from compress.data.named import Folders
 from compress.data.scenes import SCENES, Part, Scenes, draw_scenes
 from compress.data.split import parts_of, split
 from export.errors import DataError
@@ -33,6 +33,8 @@ class Planar(Generic[Listing]):
     preprocess: Callable[[DataSettings], Preprocess]
     from_files: Callable[[Listing, Sequence[tuple[str, str]], DataSettings, Preprocess], FileImages]
     from_scenes: Callable[[Scenes, np.ndarray, Preprocess], ArrayImages]
+    folders: Folders = field(default_factory=dict)
+    """The data sets with such truths that have a name."""
     spoiled_by: tuple[str, ...] = ("randaugment", "mixup", "cutmix")
     """Random changes of images that would make the truths wrong."""
 
@@ -53,7 +55,7 @@ class Planar(Generic[Listing]):
             raise DataError("data.unlabelled: needs images with one label each: leave it out")
         preprocess = self.preprocess(settings)
         listing = files.listing
-        if (fetch := FOLDERS.get((settings.name, settings.task))) is not None:
+        if (fetch := self.folders.get(settings.name)) is not None:
             listing = TASKS[settings.task].listing(fetch(settings.path))
         if isinstance(listing, self.listing):
             train, val = (
@@ -65,8 +67,8 @@ class Planar(Generic[Listing]):
         elif settings.name in SCENES:
             lazy, classes = self._of_scenes(settings, preprocess), self.scene_classes
         else:
-            known = [*SCENES, *(name for name, task in FOLDERS if task == settings.task)]
-            raise DataError(f"{settings.name}: has no {self.truths}; use {', '.join(known)}, or DATA=/path/to/a/folder")
+            known = ", ".join([*SCENES, *self.folders])
+            raise DataError(f"{settings.name}: has no {self.truths}; use {known}, or DATA=/path/to/a/folder")
         lazy, preprocess = with_pixels(*lazy, preprocess)
         images = in_memory(*lazy, preprocess, augmentation)
         if not all(map(len, images)):

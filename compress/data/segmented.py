@@ -10,6 +10,7 @@ import torch
 from compress.data.dataset import Dataset, centred
 from compress.data.digest import DataSettings
 from compress.data.images import ArrayImages, FileImages, readable
+from compress.data.named import WITH_MASKS
 from compress.data.placed import ArrayMasks, MaskFiles, mask_files
 from compress.data.planar import Planar
 from compress.data.scenes import CLASSES as SCENE_CLASSES
@@ -34,7 +35,7 @@ def _centred(settings: DataSettings) -> Preprocess:
     return replace(centred(settings), ignore_index=settings.ignore_index)
 
 
-open_masks = Planar("masks", MaskListing, SCENE_CLASSES, _centred, _files, _arrays).open
+open_masks = Planar("masks", MaskListing, SCENE_CLASSES, _centred, _files, _arrays, WITH_MASKS).open
 
 
 def write_masks(dataset: Dataset, folder: Path) -> int:

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -196,22 +196,21 @@ def _between(
     way = (AIM * asked_ms - below.measured_ms) / (above.measured_ms - below.measured_ms)
     if len(differ) == 1:
         low, high = (len(cuts[differ[0]].remove) if differ[0] in cuts else 0 for cuts in (here, there))
-        here = here | there
-        del here[differ[0]]
-        here |= {cut.root: cut for cut in cut_of(differ[0], low + way * (high - low))}
+        here = _switched(here, differ[0], cut_of(differ[0], low + way * (high - low)))
     count, steps = len(differ), min(max(1, round(way * len(differ))), len(differ) - 1)
     for step in range(1, steps + 1):
         line = below.predicted_ms + (above.predicted_ms - below.predicted_ms) * step / count
-        ways = {
-            root: {key: cut for key, cut in here.items() if key != root}
-            | ({root: there[root]} if root in there else {})
-            for root in differ
-        }
+        ways = {root: _switched(here, root, [there[root]] if root in there else []) for root in differ}
         best = min(ways, key=lambda root: abs(predict(list(ways[root].values())) - line))
         differ.remove(best)
         here = ways[best]
     known = any({cut.root: cut for cut in attempt.cuts} == here for attempt in attempts)
     return [] if known or not differ else list(here.values())
+
+
+def _switched(cuts: Mapping[str, Cut], root: str, to: Sequence[Cut]) -> dict[str, Cut]:
+    """Return the cuts, by root, with others for one root."""
+    return {key: cut for key, cut in cuts.items() if key != root} | {cut.root: cut for cut in to}
 
 
 def _by_layer(model: LatencyModel, after: Sequence[Block], after_ms: float) -> list[dict[str, Any]]:

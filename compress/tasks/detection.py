@@ -12,6 +12,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_convert, box_iou
 
 from compress.data.boxed import open_boxes, write_boxes
+from compress.data.named import WITH_BOXES
 from compress.tasks.task import Task
 from export.tasks.boxes import CENTRED, GIOU, MOVES, READS, SOFTMAX, WEIGHTS
 from export.tasks.detection import DETECTION as OUTPUT
@@ -144,5 +145,13 @@ def places(outputs: Tensor, taught: Tensor) -> Tensor:
 
 
 DETECTION = Task(
-    OUTPUT, open_boxes, write_boxes, detection_loss, rows=rows, truth_rows=truth_rows, places=places, smooths=False
+    OUTPUT,
+    open_boxes,
+    write_boxes,
+    detection_loss,
+    rows=rows,
+    truth_rows=truth_rows,
+    places=places,
+    smooths=False,
+    folders=WITH_BOXES,
 )

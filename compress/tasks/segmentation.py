@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.data.images import ImageSet
+from compress.data.named import WITH_MASKS
 from compress.data.segmented import open_masks, write_masks
 from compress.tasks.task import Task, inverse_frequency
 from export.images.decode import BrokenImage
@@ -47,5 +48,12 @@ def class_weights(images: ImageSet, classes: int) -> Tensor:
 
 
 SEGMENTATION = Task(
-    OUTPUT, open_masks, write_masks, cross_entropy_loss, rows=rows, truth_rows=truth_rows, class_weights=class_weights
+    OUTPUT,
+    open_masks,
+    write_masks,
+    cross_entropy_loss,
+    rows=rows,
+    truth_rows=truth_rows,
+    class_weights=class_weights,
+    folders=WITH_MASKS,
 )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from compress.data.batches import Batch
 from compress.data.dataset import Dataset
 from compress.data.digest import DataSettings
 from compress.data.images import ImageSet
+from compress.data.named import Folders
 from compress.quant.layers import deployed_once
 from compress.ranks import gather
 from export.tasks.task import OutputTask
@@ -36,6 +37,8 @@ class Task:
     """(outputs, truths) to one truth for each of those rows."""
     places: Callable[[Tensor, Tensor], Tensor] | None = None
     """(student's outputs, teacher's) to (): distance of their boxes where the teacher is sure; None without boxes."""
+    folders: Folders = field(default_factory=dict)
+    """The data sets with such truths that have a name."""
     smooths: bool = True
     """Whether the loss allows label smoothing."""
     class_weights: Callable[[ImageSet, int], Tensor] | None = None

@@ -25,7 +25,7 @@ from compress.data.dataset import Dataset
 from compress.data.digest import NATIVE_SIZE
 from compress.data.images import ArrayImages, FileImages, MemoryImages
 from compress.data.loader import loaded
-from compress.data.named import FOLDERS, NAMED
+from compress.data.named import NAMED, WITH_BOXES, WITH_MASKS
 from compress.data.scenes import SCENES
 from compress.data.stored import Stored
 from compress.data.views import Boxes, cut_all, cut_each, draw
@@ -274,7 +274,7 @@ def test_imagenette_on_disk_is_not_downloaded_and_has_english_names(tmp_path: Pa
 
 
 def test_the_recipe_names_every_data_set_and_every_augmentation() -> None:
-    known = {"imagefolder", *NAMED, *SCENES, *(name for name, _ in FOLDERS)}
+    known = {"imagefolder", *NAMED, *SCENES, *WITH_MASKS, *WITH_BOXES}
     assert set(get_args(Data.model_fields["dataset"].annotation)) == set(NATIVE_SIZE) == known
     assert set(Augment.model_fields) == set(STILL)
 

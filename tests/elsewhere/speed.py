@@ -3,7 +3,7 @@
 By the thread's own processor time, which other work on the machine does not lengthen, in turns:
 
     PYTHONPATH=tests python -m elsewhere.speed torchvision:resnet50 torchvision:mobilenet_v2
-    PYTHONPATH=tests python -m elsewhere.speed ssd:resnet18 --image-size 320 --keep 0.5
+    PYTHONPATH=tests python -m elsewhere.speed ssd:resnet18 --classes 10 --image-size 320 --keep 0.5
 """
 
 import argparse
@@ -44,20 +44,19 @@ def processor_ms(runs: Mapping[str, Callable[[], object]]) -> dict[str, np.ndarr
     return {name: np.array(times) for name, times in found.items()}
 
 
-def compare(arch: str, size: int, keep: float) -> str:
+def compare(arch: str, classes: int, size: int, keep: float) -> str:
     """Return a line: milliseconds of each file, and how many times as fast INT8 is."""
     torch.manual_seed(0)
     images, _ = crops(2, size, seed=0)
     shape = (3, size, size)
-    model = enlivened(build(arch, num_classes=1000 if keep == 1 else 10, shape=shape), images)
+    model = enlivened(build(arch, num_classes=classes, shape=shape), images)
     with tempfile.TemporaryDirectory() as folder:
-        files = {name: Path(folder, f"{name}.onnx") for name in ("uncut", "fp32", "int8")}
+        names = ("uncut", "fp32", "int8") if keep < 1 else ("uncut", "int8")
+        files = {name: Path(folder, f"{name}.onnx") for name in names}
         to_onnx(model, files["uncut"], shape=shape, metadata={})
         if keep < 1:
             cut_(model, images[:1], cuts_to(model, keep, size, exclude=(classifier(model),)))
             to_onnx(model, files["fp32"], shape=shape, metadata={})
-        else:
-            del files["fp32"]
         prepared = prepare(model, TARGET, images)
         calibrate_(prepared, [images], "minmax")
         to_onnx(deploy(prepared), files["int8"], shape=shape, metadata={})
@@ -69,7 +68,7 @@ def compare(arch: str, size: int, keep: float) -> str:
     chosen = rng.integers(0, rounds, (2000, rounds))
     medians = {name: np.median(values[chosen], axis=1) for name, values in times.items()}
     words = [f"{name} {float(np.median(values)):.2f} ms" for name, values in times.items()]
-    for name in times.keys() - {"int8"}:
+    for name in names[:-1]:
         low, high = np.percentile(medians[name] / medians["int8"], [2.5, 97.5])
         ratio = np.median(times[name]) / np.median(times["int8"])
         words.append(f"int8 over {name} {ratio:.2f} [{low:.2f}, {high:.2f}]")
@@ -80,12 +79,13 @@ def main() -> None:
     """Time the architectures that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("archs", nargs="+")
+    parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--keep", type=float, default=1.0, help="of the multiply-accumulates, cut by l2")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for arch in arguments.archs:
-        sys.stdout.write(compare(arch, arguments.image_size, arguments.keep) + "\n")
+        sys.stdout.write(compare(arch, arguments.classes, arguments.image_size, arguments.keep) + "\n")
         sys.stdout.flush()
 
 

@@ -1,5 +1,7 @@
 """What the prune stage scores by, and at which size it times layers."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,30 @@ def test_every_one_of_so_many_images_has_the_same_part_in_the_gradient(images: i
     for name, parameter in model.named_parameters():
         (expected,) = torch.autograd.grad(loss, parameter, retain_graph=True)
         torch.testing.assert_close(parameter.grad, expected, msg=name)
+
+
+GRADIENTS = """
+from types import SimpleNamespace
+import torch
+from torch import nn
+from compress.data.batches import Batch
+from compress.recipe.stages import PruneStage
+from compress.stages.prune import _accumulate_gradients_
+from compress.tasks import TASKS
+network = nn.Sequential(nn.Conv2d(8, 24, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+batch = Batch(torch.randn(9, 8, 96, 96).to(memory_format=torch.channels_last), torch.zeros(9, dtype=torch.int64))
+run = SimpleNamespace(
+    device=torch.device("cpu"), task=TASKS["classification"], dataset=SimpleNamespace(train=range(27)), calibration=lambda _: [batch] * 3
+)
+_accumulate_gradients_(network, PruneStage(stage="prune", keep_macs=0.5), run)
+assert all(parameter.grad is not None for parameter in network.parameters())
+"""
+
+
+def test_gradients_reach_a_convolution_that_onednn_cannot_train_in_channels_last() -> None:
+    """In a process of its own, as it was a segmentation fault on a CPU with AVX-512."""
+    done = subprocess.run([sys.executable, "-c", GRADIENTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("size", [16, 48])
