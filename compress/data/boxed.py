@@ -20,7 +20,7 @@ from compress.data.scenes import CLASSES, Scenes
 from compress.data.stored import Stored
 from compress.data.validation import new_folder
 from compress.data.views import Boxes
-from export.images.annotations import BoxListing, table_of
+from export.images.box_listing import BoxListing, table_of
 from export.images.preprocess import Preprocess
 from export.images.size import Size
 

@@ -14,7 +14,7 @@ from compress.data.shards import ShardListing, list_shards, shard_files
 from compress.log import clock
 from compress.ranks import rank
 from export.errors import DataError, first
-from export.images.annotations import BoxListing
+from export.images.box_listing import BoxListing
 from export.images.folders import TRAIN, Listing, check_folder, count, images_in, list_folder
 from export.images.masks import MaskListing
 from export.images.size import Size, size_of, written

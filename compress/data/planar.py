@@ -14,7 +14,7 @@ from compress.data.named import Folders
 from compress.data.scenes import SCENES, Part, Scenes, draw_scenes
 from compress.data.split import parts_of, split
 from export.errors import DataError
-from export.images.annotations import BoxListing
+from export.images.box_listing import BoxListing
 from export.images.masks import MaskListing
 from export.images.preprocess import Preprocess
 from export.images.tables import TableListing

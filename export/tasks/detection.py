@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from export.errors import BundleError
-from export.images.annotations import box_examples, list_boxes, table_of
+from export.images.annotations import box_examples, list_boxes
+from export.images.box_listing import table_of
 from export.images.drawing import with_boxes
 from export.images.size import Size
 from export.tasks.average_precision import (

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from export.images.annotations import BoxListing
+from export.images.box_listing import BoxListing
 from export.images.folders import Listing
 from export.images.masks import MaskListing
 from export.images.preprocess import Preprocess

@@ -9,7 +9,8 @@ import pytest
 from drawn import DRAWN, HEIGHT, WIDTH, coco, image, voc, yolo
 
 from export.errors import DataError
-from export.images.annotations import BoxListing, list_boxes
+from export.images.annotations import list_boxes
+from export.images.box_listing import BoxListing
 
 
 @pytest.mark.parametrize("write", [coco, yolo, voc])
