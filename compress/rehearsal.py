@@ -16,10 +16,10 @@ from compress.distillation.step import check_layers, check_smoothing, check_task
 from compress.errors import CompressError, ModelError, own_line
 from compress.models.saved import Architecture, example_images, rebuild
 from compress.models.structure import classifier, width_cost
-from compress.pruning.blocks import Conditions
 from compress.pruning.branches import find_branches
-from compress.pruning.clock import Clock
 from compress.pruning.costs import measure_layers
+from compress.pruning.latency.clock import Clock
+from compress.pruning.latency.nodes import Conditions
 from compress.pruning.plan import cut_, find_groups, find_options, smallest_widths
 from compress.quant.prepare import prepare
 from compress.recipe.arguments import goal_of

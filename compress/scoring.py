@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.data.batches import Batch
 from compress.errors import CompressError
-from compress.pruning.blocks import Conditions
+from compress.pruning.latency.nodes import Conditions
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, prepare
 from compress.quant.sensitivity import Sensitivity, sensitivity

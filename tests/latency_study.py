@@ -14,13 +14,13 @@ import torch
 
 from compress.models.architectures import build
 from compress.models.structure import classifier, count
-from compress.pruning.blocks import Conditions
-from compress.pruning.clock import Clock
 from compress.pruning.costs import measure_layers
 from compress.pruning.goals import Goal
-from compress.pruning.latency import open_latency
+from compress.pruning.latency.clock import Clock
+from compress.pruning.latency.nodes import Conditions
+from compress.pruning.latency.search import open_latency
+from compress.pruning.latency.timings import Table
 from compress.pruning.plan import cut_, find_groups, find_options, smallest_widths
-from compress.pruning.timings import Table
 from compress.scoring import Served
 from export.onnx_file.targets import CPU, host_target
 

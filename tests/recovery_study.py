@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from compress.models.structure import classifier, width_cost
-from compress.pruning.blocks import Conditions
 from compress.pruning.costs import full_widths, measure_layers
 from compress.pruning.criteria import NEEDS_COVARIANCES, NEEDS_GRADIENTS
 from compress.pruning.goals import Goal
-from compress.pruning.latency import Latency, open_latency
+from compress.pruning.latency.nodes import Conditions
+from compress.pruning.latency.search import Latency, open_latency
+from compress.pruning.latency.timings import Table
 from compress.pruning.plan import Cut, Options, choose, cut_, find_groups, find_options, smallest_widths
-from compress.pruning.reconstruction import Method, kept_outputs, number_outputs, reconstruct
+from compress.pruning.recovery.reconstruction import Method, kept_outputs, number_outputs, reconstruct
 from compress.pruning.surgeon import input_covariances
-from compress.pruning.timings import Table
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import PruneStage
 from compress.run import Run, open_run

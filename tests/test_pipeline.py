@@ -22,7 +22,7 @@ from compress.data.batches import Batch
 from compress.errors import ArtifactError, CompressError
 from compress.log import StageLog
 from compress.pipeline import plan_recipe, run_recipe, run_stage
-from compress.pruning import reconstruction
+from compress.pruning.recovery import reconstruction
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import QatStage

@@ -1,6 +1,6 @@
 """A network's cost as a function of its layers' widths.
 
-MACs and parameters follow from the layers; milliseconds are predicted from timings (`compress.pruning.predict`).
+MACs and parameters follow from the layers; milliseconds are predicted from timings (`compress.pruning.latency.predict`).
 """
 
 from collections.abc import Callable, Sequence

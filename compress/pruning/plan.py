@@ -1,7 +1,7 @@
 """Choose which channels to remove, and remove them.
 
 Channels are removed in blocks, so that widths stay multiples of `round_to`. Every block has a rank, which depends on the scope. `choose` cuts
-the blocks of lowest rank until the budget is met, then restores any that still fit; `compress.pruning.latency` weighs ranks against time.
+the blocks of lowest rank until the budget is met, then restores any that still fit; `compress.pruning.latency.search` weighs ranks against time.
 """
 
 import copy

@@ -17,7 +17,7 @@ from torch_pruning.dependency import Group
 from compress.errors import CompressError
 from compress.pruning.costs import is_output_cut
 from compress.pruning.heads import Attention
-from compress.pruning.least_squares import SOLVED
+from compress.pruning.recovery.least_squares import SOLVED
 
 RIDGE = 1e-2  # of the inputs' mean square
 ROWS = 64  # positions per image

@@ -22,11 +22,17 @@ from compress.pruning.branches import find_branches
 from compress.pruning.costs import measure_layers
 from compress.pruning.criteria import NEEDS_COVARIANCES, NEEDS_GRADIENTS
 from compress.pruning.goals import METRICS, UNITS, Goal
-from compress.pruning.latency import Attempt, Latency, open_latency
+from compress.pruning.latency.search import Attempt, Latency, open_latency
+from compress.pruning.latency.timings import Table
 from compress.pruning.plan import Cut, Options, choose, cut_, find_groups, find_options, smallest_widths, widths
-from compress.pruning.reconstruction import JUDGED, affordable_images, kept_outputs, number_outputs, reconstruct
+from compress.pruning.recovery.reconstruction import (
+    JUDGED,
+    affordable_images,
+    kept_outputs,
+    number_outputs,
+    reconstruct,
+)
 from compress.pruning.surgeon import input_covariances
-from compress.pruning.timings import Table
 from compress.ranks import first_decides
 from compress.recipe.arguments import goal_of
 from compress.recipe.losses import KD_ONLY

@@ -15,10 +15,10 @@ from planning import options_of
 from compress.models.architectures import build
 from compress.models.saved import Architecture, load_float, read_architecture, save_network
 from compress.pruning.branches import find_branches
-from compress.pruning.knapsack import most_value
+from compress.pruning.latency.knapsack import most_value
+from compress.pruning.latency.predict import ladders
 from compress.pruning.plan import Branch, Cut, cut_, find_groups, widths
-from compress.pruning.predict import ladders
-from compress.pruning.reconstruction import kept_outputs, number_outputs, reconstruct
+from compress.pruning.recovery.reconstruction import kept_outputs, number_outputs, reconstruct
 
 SIZE = 32
 IMAGE = torch.zeros(1, 3, SIZE, SIZE)

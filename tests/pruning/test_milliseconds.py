@@ -21,18 +21,18 @@ from torch import nn
 
 from compress.errors import CompressError
 from compress.models.structure import width_cost
-from compress.pruning import clock as clocks
-from compress.pruning import latency as latencies
-from compress.pruning import timings
-from compress.pruning.blocks import Block, Conditions, alone, inputs_of, read_blocks
 from compress.pruning.branches import find_branches
-from compress.pruning.clock import Clock
 from compress.pruning.goals import Goal
-from compress.pruning.knapsack import most_value
-from compress.pruning.latency import open_latency, until_close
+from compress.pruning.latency import clock as clocks
+from compress.pruning.latency import search as latencies
+from compress.pruning.latency import timings
+from compress.pruning.latency.clock import Clock
+from compress.pruning.latency.knapsack import most_value
+from compress.pruning.latency.nodes import Block, Conditions, alone, inputs_of, read_blocks
+from compress.pruning.latency.predict import LatencyModel, choose_within, ladders
+from compress.pruning.latency.search import open_latency, until_close
+from compress.pruning.latency.timings import Table, Widths, fill
 from compress.pruning.plan import Cut, Options, cut_
-from compress.pruning.predict import LatencyModel, choose_within, ladders
-from compress.pruning.timings import Table, Widths, fill
 from compress.scoring import Served
 from export.onnx_file.targets import CPU, host_target
 from export.runtime.latency import Ratio

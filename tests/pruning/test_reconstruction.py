@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import CompressError
-from compress.pruning.least_squares import RIDGES, SOLVED, layer_rows, set_weight_matrix_, solve, weight_matrix
 from compress.pruning.plan import Cut, cut_
-from compress.pruning.reconstruction import Method, kept_outputs, number_outputs, rebase_batchnorm_, reconstruct
+from compress.pruning.recovery.least_squares import RIDGES, SOLVED, layer_rows, set_weight_matrix_, solve, weight_matrix
+from compress.pruning.recovery.reconstruction import (
+    Method,
+    kept_outputs,
+    number_outputs,
+    rebase_batchnorm_,
+    reconstruct,
+)
 
 IMAGE = torch.zeros(1, 3, 16, 16)
 LAYERS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from compress.errors import CompressError
-from compress.pruning.blocks import Conditions
+from compress.pruning.latency.nodes import Conditions
 from export.images.size import Shape
 from export.runtime.latency import Ratio, median_ratio, time_sessions
 from export.runtime.session import bind, open_session

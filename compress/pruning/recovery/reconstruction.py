@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.pruning.least_squares import SOLVED, layer_rows, set_weight_matrix_, solve, weight_matrix
+from compress.pruning.recovery.least_squares import SOLVED, layer_rows, set_weight_matrix_, solve, weight_matrix
 
 ROWS = 16384  # output positions that a layer is solved from
 CHUNK = 32  # images per run of the reference

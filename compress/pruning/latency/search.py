@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from compress.artifact import key_of
 from compress.errors import CompressError
-from compress.pruning.blocks import Block, read_blocks
-from compress.pruning.clock import Clock
 from compress.pruning.goals import Goal
+from compress.pruning.latency.clock import Clock
+from compress.pruning.latency.nodes import Block, read_blocks
+from compress.pruning.latency.predict import LatencyModel, choose_within, latency_model
+from compress.pruning.latency.timings import Table
 from compress.pruning.plan import Cut, Options, cut_
-from compress.pruning.predict import LatencyModel, choose_within, latency_model
-from compress.pruning.timings import Table
 from export.images.size import Shape, written
 
 ROUNDS = 8

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compress.pruning.blocks import Block as Node
 from compress.pruning.costs import Floats, Layer, full_widths
-from compress.pruning.knapsack import most_value
+from compress.pruning.latency.knapsack import most_value
+from compress.pruning.latency.nodes import Block as Node
+from compress.pruning.latency.timings import LEVELS, Table, Wanted, Widths, fill, widths_to_time
 from compress.pruning.plan import Block, Cut, Options
-from compress.pruning.timings import LEVELS, Table, Wanted, Widths, fill, widths_to_time
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import numpy as np
 import onnxruntime
 
 from compress.errors import CompressError
-from compress.pruning.blocks import Block, Conditions, alone, inputs_of, signature
 from compress.pruning.costs import Layer
+from compress.pruning.latency.nodes import Block, Conditions, alone, inputs_of, signature
 from export.errors import BundleError
 from export.onnx_file.targets import CUDA
 from export.runtime.environment import environment, fingerprint, runtime
