@@ -82,31 +82,31 @@ search: $(READY) ## try a recipe's variants and show the best trade-offs (SEARCH
 		$(call option,STORAGE,storage) $(ARGS)
 
 names: $(READY) ## list the installed libraries' networks for `compress check`
-	@$(BIN)/python tests/names.py
+	@PYTHONPATH=tests $(BIN)/python tools/names.py
 
 zoo: $(READY) ## take the smallest network of every family through the chain, renew docs/models.md (ARGS="--seconds 600")
-	@$(BIN)/python tests/zoo.py $(ARGS)
+	@PYTHONPATH=tests $(BIN)/python tools/zoo.py $(ARGS)
 
 overhead: $(READY) ## measure what of a training's time is not the model's (DATA=/path/to/images ARGS=...)
-	@$(BIN)/python tests/loop_overhead.py $(call quoted,DATA) $(ARGS)
+	@PYTHONPATH=tests $(BIN)/python tools/loop_overhead.py $(call quoted,DATA) $(ARGS)
 
 latency: $(READY) ## prune untrained networks to fractions of their INT8 time, say how near the clock comes (ARGS="resnet18 --keep 0.5")
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/latency_study.py $(ARGS)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tools/latency_study.py $(ARGS)
 
 recovery: $(READY) ## cut a trained network, say what each recovery gives (WEIGHTS= DATA= ARGS="torchvision:resnet18 --keep 0.5")
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/recovery_study.py $(call option,WEIGHTS,weights) $(call option,DATA,data) $(ARGS)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tools/recovery_study.py $(call option,WEIGHTS,weights) $(call option,DATA,data) $(ARGS)
 
 gate: $(READY) ## judge a bundle against its baseline (BUNDLE= BASELINE=baselines DATA= ARGS="--update-baseline")
 	@$(BIN)/python -m export.gate $(call quoted,BUNDLE) --baseline $(call quoted,BASELINE) $(call option,DATA,data) $(ARGS)
 
 trials: $(READY) ## try the gate on a quiet machine and renew the table of docs/gate.md
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/trials.py --write
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tools/trials.py --write
 
 elsewhere: $(READY) ## install the other runtimes and servers that the tests need
-	@tests/elsewhere/setup.sh
+	@tools/elsewhere/setup.sh
 
 fuzz: $(READY) ## give a bundle's readers random input, led by coverage (ARGS="--runs 100000 --seconds 600")
-	@tests/elsewhere/setup.sh fuzz
+	@tools/elsewhere/setup.sh fuzz
 	@.elsewhere/fuzz/bin/python tests/fuzz/loop.py $(ARGS)
 
 clean: ## remove caches and build leftovers; runs and .venv stay

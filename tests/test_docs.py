@@ -102,7 +102,7 @@ def test_ten_questions_are_answered() -> None:
 @pytest.mark.parametrize("path", PAGES, ids=named)
 def test_the_files_that_a_page_names_are_there(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    files = re.findall(r"`((?:compress|docs|export|recipes|tests)/[\w/]+\.\w+)`", text)
+    files = re.findall(r"`((?:compress|docs|export|recipes|tests|tools)/[\w/]+\.\w+)`", text)
     files += [
         f"{module.replace('.', '/')}.py" for module in re.findall(r"^from (export[\w.]+) import", text, re.MULTILINE)
     ]

@@ -25,7 +25,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sleeper() -> dict[str, dict[str, Any]]:
     """Every scenario's row for a network that takes 10 ms for up to four images."""
-    command = [str(PYTHON), str(ROOT / "tests/elsewhere/run_loadgen.py"), "10", "4"]
+    command = [str(PYTHON), str(ROOT / "tools/elsewhere/run_loadgen.py"), "10", "4"]
     done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return {row["scenario"]: row for row in json.loads(done.stdout)}

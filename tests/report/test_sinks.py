@@ -168,7 +168,7 @@ def run_there(
         pytest.skip("run `make elsewhere`")
     command = [
         str(ENVIRONMENTS / environment / "bin" / "python"),
-        str(ROOT / "tests/elsewhere/run_sinks.py"),
+        str(ROOT / "tools/elsewhere/run_sinks.py"),
         sink,
         str(folder),
         *more,

@@ -2,8 +2,8 @@
 
 By the thread's own processor time, which other work on the machine does not lengthen, in turns:
 
-    PYTHONPATH=tests python -m elsewhere.speed torchvision:resnet50 torchvision:mobilenet_v2
-    PYTHONPATH=tests python -m elsewhere.speed ssd:resnet18 --classes 10 --image-size 320 --keep 0.5
+    PYTHONPATH=tools:tests python -m elsewhere.speed torchvision:resnet50 torchvision:mobilenet_v2
+    PYTHONPATH=tools:tests python -m elsewhere.speed ssd:resnet18 --classes 10 --image-size 320 --keep 0.5
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Measure what of a training's time is not the model's: data, logging, metrics, bookkeeping.
 
-`python tests/loop_overhead.py DATA` trains a network on the image folder DATA through the product's own loop (`Run.fit`), with the images in
+`python tools/loop_overhead.py DATA` trains a network on the image folder DATA through the product's own loop (`Run.fit`), with the images in
 memory and as files with loader processes, and prints a Markdown table. The model's time is forward, loss, backward, optimizer and the release
 of the gradients. What is left of an epoch's steps is the wait for data and bookkeeping; what is left of the epoch, but for its evaluation, is
 a fixed cost (snapshot, log, checkpoint). The first epoch is a warm-up. A hand-written loop over ready batches runs before and after each for
@@ -266,7 +266,7 @@ def minimal_loop(run: Run, settings: Fit, step: Step, ready: Sequence[Batch], se
 
 def main() -> None:
     """Measure every source and size and print the table."""
-    parser = argparse.ArgumentParser(prog="python tests/loop_overhead.py", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python tools/loop_overhead.py", description=main.__doc__)
     parser.add_argument("data", type=Path, help="a folder of train/CLASS/* and val/CLASS/*")
     parser.add_argument("--arch", default="torchvision:resnet18", help="the network (torchvision:resnet18)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 48, 64], help="pixels (32 48 64)")

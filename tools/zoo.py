@@ -1,6 +1,6 @@
 """Take the smallest network of every family that timm and torchvision offer through the whole chain, and tabulate it in docs/models.md.
 
-`python tests/zoo.py` goes on where it stopped: a row once made lies in runs/zoo/rows.jsonl. Each network has a process of its own, with an
+`python tools/zoo.py` goes on where it stopped: a row once made lies in runs/zoo/rows.jsonl. Each network has a process of its own, with an
 end to its time and memory.
 """
 
@@ -207,7 +207,7 @@ def write_table(rows: Iterable[Mapping[str, Any]], begin: str) -> None:
 
 def main() -> None:
     """Examine every family that has no row yet, and put the table into docs/models.md."""
-    parser = argparse.ArgumentParser(prog="python tests/zoo.py", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python tools/zoo.py", description=main.__doc__)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no network after this time")
     parser.add_argument(
         "--again", nargs="*", default=(), metavar="FAMILY", help="these anew; `failed`, `refused` are all of those"

@@ -1,7 +1,7 @@
 """Copy onnxruntime with every CPUID instruction replaced by one that faults, for `without_vnni.c` on machines that cannot make CPUID fault.
 
-python tests/elsewhere/without_vnni.py FOLDER
-cc -shared -fPIC -O2 -DPATCHED -o without_vnni.so tests/elsewhere/without_vnni.c
+python tools/elsewhere/without_vnni.py FOLDER
+cc -shared -fPIC -O2 -DPATCHED -o without_vnni.so tools/elsewhere/without_vnni.c
 LD_PRELOAD=./without_vnni.so PYTHONPATH=FOLDER python …
 """
 

@@ -1,7 +1,7 @@
 """Tabulate what every runtime makes of a folder's files, against ONNX Runtime here; docs/elsewhere.md holds the result.
 
-PYTHONPATH=tests .venv/bin/python -m elsewhere.measure                two networks trained on digits, every target
-PYTHONPATH=tests .venv/bin/python -m elsewhere.measure BUNDLE DATA    a bundle's (or an export directory's) files
+PYTHONPATH=tools:tests .venv/bin/python -m elsewhere.measure                two networks trained on digits, every target
+PYTHONPATH=tools:tests .venv/bin/python -m elsewhere.measure BUNDLE DATA    a bundle's (or an export directory's) files
 """
 
 import json

@@ -209,7 +209,7 @@ def as_markdown(rows: Sequence[Row], before: Predictions) -> str:
 
 def main() -> int:
     """Try the gate, print the table, and exit with 1 where it raises a false alarm or misses what was planted."""
-    parser = argparse.ArgumentParser(prog="python tests/trials.py", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python tools/trials.py", description=main.__doc__)
     parser.add_argument("--trials", type=int, default=TRIALS, help="of each kind of latency trial")
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--write", action="store_true", help=f"put the table into docs/{DOCUMENT.name}")
