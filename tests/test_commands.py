@@ -1,6 +1,5 @@
 """What the commands on a bundle say where something is missing or cannot be; nothing is started."""
 
-import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -8,7 +7,7 @@ from types import ModuleType
 import pytest
 from onnx_files import small_files, write_small_bundle
 
-from export import audit, bench, loadgen, serve, verify
+from export import audit, bench, serve, verify
 
 
 @pytest.fixture(scope="module")
@@ -27,23 +26,9 @@ def test_without_kserve_one_sentence_says_what_to_install(
     assert "pip install kserve" in capsys.readouterr().err
 
 
-def test_without_loadgen_one_sentence_says_what_to_install(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["loadgen", str(bundle)])
-    monkeypatch.setattr(loadgen, "find_spec", lambda name: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert loadgen.main() == 2
-    assert "pip install mlcommons-loadgen" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("command", "wrong"),
     [
-        (loadgen, ["--qps", "0"]),
-        (loadgen, ["--seconds", "nan"]),
-        (loadgen, ["--batch", "0"]),
-        (loadgen, ["--threads", "-1"]),
         (bench, ["--seconds", "0"]),
         (bench, ["--batches", "1,0"]),
         (bench, ["--threads", "-1"]),

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 
 ORT=(onnxruntime==1.15.1 numpy==1.26.4)
 OPENVINO=(openvino==2026.4.1 numpy==2.4.6)
-SERVE=(kserve==0.21.0 mlcommons-loadgen==6.0.17 onnxruntime==1.32.0 onnx==1.23.2 numpy==2.4.6 pillow==13.0.0)
+SERVE=(kserve==0.21.0 onnxruntime==1.32.0 onnx==1.23.2 numpy==2.4.6 pillow==13.0.0)
 WEB=(onnxruntime-web@1.30.0)
 TRITON=(nvidia-pytriton==0.7.0 tritonclient==2.73.0 onnxruntime==1.32.0 numpy==1.26.4)
 SIGNING=(model-signing==1.1.1 pyopenssl==26.4.0 onnxruntime==1.32.0 onnx==1.23.2 numpy==2.4.6)
