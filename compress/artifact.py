@@ -4,16 +4,15 @@ import fcntl
 import hashlib
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from compress.errors import ArtifactError
-from export.command.files import put_folder, sha256, writing
+from export.command.digest_memory import digests_of
+from export.command.files import key_of, put_folder, write_json
 
 META, MEMORY = "meta.json", ".digests.json"
 # A stage's logs: they contain times, so they do not count in the artifact's digest.
@@ -50,11 +49,6 @@ def students_of(root: Path, name: str) -> str:
     """Return the message for a run whose students, but not itself, have the file or folder `name`; else empty."""
     found = [str(path.parent) for path in sorted(root.glob(f"students/*/{name}"))]
     return f"{root}: each of its students has its own {name}: give {' or '.join(found)}" if found else ""
-
-
-def key_of(parts: Mapping[str, object]) -> str:
-    """Return 12 hexadecimal digits of sha256 over the parts as canonical JSON."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def is_complete(directory: Path) -> bool:
@@ -100,6 +94,16 @@ def lineage(directory: Path) -> list[Path]:
     return chain
 
 
+def float_ancestor(directory: Path) -> Path:
+    """Return the newest float artifact in an artifact's lineage: the student before quantization."""
+    return next(path for path in reversed(lineage(directory)) if read_meta(path).kind == "float")
+
+
+def newest(directory: Path, stage: str) -> Path | None:
+    """Return the newest artifact of a stage in an artifact's lineage, None where there is none."""
+    return next((path for path in reversed(lineage(directory)) if read_meta(path).stage == stage), None)
+
+
 def finish(work: Path, final: Path, meta: Meta) -> None:
     """Turn a working directory into an artifact: write meta.json with the files' digests, flush all to disk, rename."""
     for torn in work.rglob(".*.partial"):  # left by a process that was killed while writing
@@ -110,13 +114,6 @@ def finish(work: Path, final: Path, meta: Meta) -> None:
     if final.exists():  # a damaged artifact of the same key, or one of another parent
         shutil.rmtree(final)
     put_folder(work, final)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON, complete or not at all."""
-    content = json.dumps(value, indent=1)
-    with writing(path) as file:
-        file.write(f"{content}\n".encode())
 
 
 @contextmanager
@@ -147,69 +144,3 @@ def turn(directory: Path) -> Iterator[None]:
     with (directory.parent / ".turns").open("w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX, 1, byte)
         yield
-
-
-# The sha256 of files are cached: a file is read again only where its size, times or inode changed.
-# A file system's times have a resolution of milliseconds to seconds: two writes within it look like one.
-TICK_NS = 2_000_000_000
-THREADS, FILES = 16, 64  # number of threads, and of files that each takes at a time
-
-
-class Entry(NamedTuple):
-    """A file's cached sha256, and the marks by which a change is seen."""
-
-    size: int
-    content_ns: int  # time of the last write
-    inode_ns: int  # time of the last write, rename, or change of owner or times; no program can set it
-    inode: int
-    sha256: str
-
-
-def digests_of(
-    root: Path, names: Iterable[str], *, memory: Path, progress: Callable[[int], None] = lambda _: None
-) -> dict[str, str]:
-    """Return the sha256 of each file in `root`; `memory` is the JSON file that caches them.
-
-    `progress` gets the number of files done. Raises OSError for a file that cannot be read.
-    """
-    known = _remembered(memory)
-    now = time.time_ns()
-
-    def entries(part: Sequence[str]) -> dict[str, Entry]:
-        return {name: _entry(root / name, known.get(name)) for name in part}
-
-    found: dict[str, Entry] = {}
-    wanted = list(names)
-    try:
-        with ThreadPoolExecutor(THREADS) as threads:  # reading and hashing release Python's lock
-            for part in threads.map(entries, [wanted[i : i + FILES] for i in range(0, len(wanted), FILES)]):
-                found |= part
-                progress(len(found))
-    finally:
-        kept = found if len(found) == len(wanted) else known | found  # interrupted: keep the other entries
-        lasting = {name: entry for name, entry in kept.items() if max(entry.content_ns, entry.inode_ns) < now - TICK_NS}
-        if lasting != known:
-            _remember(memory, lasting)
-    return {name: entry.sha256 for name, entry in found.items()}
-
-
-def _entry(file: Path, known: Entry | None) -> Entry:
-    status = file.stat()
-    marks = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-    if known is not None and known[:-1] == marks:
-        return known
-    return Entry(*marks, sha256(file))
-
-
-def _remembered(memory: Path) -> dict[str, Entry]:
-    try:
-        return {name: Entry(*entry) for name, entry in json.loads(memory.read_bytes()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):  # missing, or not written by `_remember`
-        return {}
-
-
-def _remember(memory: Path, entries: Mapping[str, Entry]) -> None:
-    with suppress(OSError):  # without a cache every call reads every file, which only costs time
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        with writing(memory) as file:
-            file.write(json.dumps(entries).encode())

@@ -15,7 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.artifact import Meta, damage, exclusive, finish, is_complete, key_of, lineage, read_meta, turn
+from compress.artifact import Meta, damage, exclusive, finish, is_complete, lineage, read_meta, turn
 from compress.data.digest import FILES, changes, dataset_digest, given, unlabelled_digest
 from compress.errors import ArtifactError, CompressError
 from compress.log import Tell
@@ -27,6 +27,7 @@ from compress.recipe.schema import Recipe
 from compress.recipe.stages import StageSection
 from compress.report.files import report_root, report_run, run_root
 from compress.report.sinks import opened
+from export.command.files import key_of
 from export.errors import did_you_mean
 from export.onnx_file.targets import resolve_target
 from export.runtime.environment import environment, fingerprint, runtime

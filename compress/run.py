@@ -12,7 +12,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
-from compress.artifact import Metrics, key_of, lineage, read_meta
+from compress.artifact import Metrics, lineage
 from compress.data.augment import Augmentation
 from compress.data.batches import (
     Batch,
@@ -43,7 +43,7 @@ from compress.tasks import TASKS, Task, evaluate
 from compress.tasks.predictions import predictions
 from compress.training.device import device_of, gradient_group
 from compress.training.loop import Loop, Network, Step, fit, place_
-from export.command.files import writing
+from export.command.files import key_of, writing
 from export.images.preprocess import Preprocess
 from export.images.size import Shape
 from export.onnx_file.targets import TARGETS, Target, resolve_target
@@ -347,16 +347,6 @@ class Run:
 
 def _seen(preprocess: Preprocess) -> Seen:
     return Seen(preprocess.image_size, preprocess.mean, preprocess.std)
-
-
-def float_ancestor(directory: Path) -> Path:
-    """Return the newest float artifact in an artifact's lineage: the student before quantization."""
-    return next(path for path in reversed(lineage(directory)) if read_meta(path).kind == "float")
-
-
-def newest(directory: Path, stage: str) -> Path | None:
-    """Return the newest artifact of a stage in an artifact's lineage, None where there is none."""
-    return next((path for path in reversed(lineage(directory)) if read_meta(path).stage == stage), None)
 
 
 def open_run(recipe: Recipe, *, trust_code: bool, verbose: bool) -> Run:

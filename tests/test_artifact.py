@@ -13,20 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from compress.artifact import (
-    Meta,
-    damage,
-    digests_of,
-    exclusive,
-    finish,
-    is_complete,
-    key_of,
-    lineage,
-    read_meta,
-    turn,
-    write_json,
-)
+from compress.artifact import Meta, damage, exclusive, finish, is_complete, lineage, read_meta, turn
 from compress.errors import ArtifactError
+from export.command.digest_memory import digests_of
+from export.command.files import key_of, write_json
 
 
 def made(root: Path, name: str, parent: str | None = None, *, weights: bytes = b"12345", seconds: float = 0.5) -> Path:
@@ -98,7 +88,9 @@ def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(b"12345")
         os.utime(tmp_path / name, ns=(old_ns, old_ns))
-    monkeypatch.setattr("compress.artifact.TICK_NS", -(10**12))  # or else what is seconds old is not remembered
+    monkeypatch.setattr(
+        "export.command.digest_memory.TICK_NS", -(10**12)
+    )  # or else what is seconds old is not remembered
     read: list[str] = []
     real = hashlib.file_digest
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from compress.artifact import digests_of
 from compress.data.shards import ShardListing, list_shards, shard_files
 from compress.log import clock
 from compress.ranks import rank
+from export.command.digest_memory import digests_of
 from export.errors import DataError, first
 from export.images.box_listing import BoxListing
 from export.images.folders import TRAIN, Listing, check_folder, count, images_in, list_folder

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from compress.artifact import key_of, lineage, write_json
+from compress.artifact import lineage
 from compress.data.batches import Batch, Views
 from compress.distillation.logit_cache import Layout, LogitCache
 from compress.distillation.step import (
@@ -36,7 +36,7 @@ from compress.recipe.arguments import teachers_of
 from compress.recipe.losses import LossTerm
 from compress.recipe.stages import Fit
 from compress.run import Run
-from export.command.files import sha256
+from export.command.files import key_of, sha256, write_json
 
 FORMAT = 1  # of the cached views; raise it when views are drawn in another way
 PROBE_IMAGES = 32  # whose logits are computed again and compared each time a cache is opened

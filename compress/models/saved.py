@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
-from compress.artifact import write_json
 from compress.models.architectures import build
 from compress.models.structure import versioned
 from compress.pruning.plan import Cut, cut_
 from compress.quant.fake_quant import Ranges
 from compress.quant.prepare import prepare
+from export.command.files import write_json
 from export.images.size import Shape, size_of, written
 from export.onnx_file.targets import TARGETS
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from compress.artifact import key_of, write_json
+from export.command.files import key_of, write_json
 from export.runtime.accuracy import Score
 from export.runtime.latency import Ratio
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 
-from compress.artifact import read_meta, students_of, write_json
+from compress.artifact import read_meta, students_of
 from compress.errors import ArtifactError
 from compress.recipe.read import write_recipe
 from compress.recipe.schema import Recipe
 from compress.report.shape import REPORT_VERSION, Report
-from export.command.files import write_text
+from export.command.files import write_json, write_text
 
 
 def run_root(recipe: Recipe) -> Path:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.artifact import Metrics, write_json
+from compress.artifact import Metrics, newest
 from compress.recipe.stages import BenchStage
-from compress.run import Run, as_numpy, newest
+from compress.run import Run, as_numpy
 from export.bench import Plan, bench
+from export.command.files import write_json
 from export.images.decode import BrokenImage
 from export.images.size import size_of
 from export.onnx_file.roles import PTQ, TEACHER, deployed, files_in, is_int8

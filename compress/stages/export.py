@@ -9,16 +9,17 @@ import numpy as np
 import onnx
 from torch import fx
 
-from compress.artifact import Metrics, lineage, read_meta, write_json
+from compress.artifact import Metrics, float_ancestor, lineage, newest, read_meta
 from compress.log import StageLog
 from compress.models.saved import example_images, load_float, load_prepared
 from compress.quant.prepare import deploy, float_on_purpose, prepare
 from compress.quant.reference import reference_of
 from compress.recipe.stages import AuditLimits, ExportStage
-from compress.run import Run, as_numpy, float_ancestor, newest
+from compress.run import Run, as_numpy
 from compress.scoring import RANGE_IMAGES, export_network, write_float16
 from export.audit import Audit, audit, over_limits
 from export.bundle.read import VALIDATION
+from export.command.files import write_json
 from export.onnx_file.graph import save_model
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER, UINT8, deployed, files_in, is_int8, name_for
 from export.onnx_file.uint8_input import with_uint8_input

@@ -11,7 +11,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from compress.artifact import Metrics, write_json
+from compress.artifact import Metrics
 from compress.distillation.step import supervised_step
 from compress.distillation.teacher import distil
 from compress.errors import CompressError
@@ -40,6 +40,7 @@ from compress.recipe.stages import PruneStage
 from compress.run import Run
 from compress.scoring import served
 from compress.training.loop import place_
+from export.command.files import write_json
 
 TABLE = "latency-table"  # in the recipe's `out`, shared by all runs
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.artifact import Metrics, read_meta, write_json
+from compress.artifact import Metrics, read_meta
 from compress.errors import ModelError
 from compress.log import StageLog
 from compress.models.saved import ARCHITECTURE, WEIGHTS, example_images, load_float
@@ -45,6 +45,7 @@ from compress.scoring import (
 )
 from compress.training.loop import place_
 from export.audit import audit
+from export.command.files import write_json
 from export.errors import BundleError
 from export.onnx_file import ptq
 from export.onnx_file.roles import PTQ

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from compress.artifact import Metrics, read_meta, write_json
+from compress.artifact import Metrics, newest, read_meta
 from compress.distillation.teacher import distil
 from compress.log import StageLog
 from compress.models.saved import Architecture, load_float, prepare_as, read_architecture, save_network
@@ -19,9 +19,10 @@ from compress.quant.tuning import Trial, choose, fallback_trials, judge_of, unti
 from compress.ranks import first_decides
 from compress.recipe.arguments import qat_fit
 from compress.recipe.stages import QatStage
-from compress.run import Run, newest
+from compress.run import Run
 from compress.scoring import export_network, faster_than, runs_here, tuning_score, worst_first
 from compress.training.loop import place_
+from export.command.files import write_json
 from export.onnx_file.targets import Target
 
 MAX_TRIALS = 8

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from compress.artifact import Metrics, write_json
+from compress.artifact import Metrics
 from compress.data.digest import FILES
 from compress.distillation.step import auxiliary_training, supervised_step
 from compress.log import StageLog
@@ -12,6 +12,7 @@ from compress.models.architectures import auxiliary
 from compress.models.saved import save_network
 from compress.recipe.stages import SourceStage
 from compress.run import Run
+from export.command.files import write_json
 
 
 def apply(cfg: SourceStage, _src: None, out: Path, run: Run) -> Metrics:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from compress.artifact import write_json
 from compress.data.batches import Batch
 from compress.errors import CompressError
 from compress.log import StageLog
@@ -28,6 +27,7 @@ from compress.training.checkpoint import Progress, Snapshot, State
 from compress.training.guards import is_out_of_memory, not_finite, record_, stop_reason
 from compress.training.speed import AUTOCAST, Pace, thread_limit
 from compress.training.sync_batchnorm import synchronized
+from export.command.files import write_json
 
 Step = Callable[[nn.Module, Batch, float], dict[str, Tensor]]  # (model, batch, fraction of the training done)
 Network = TypeVar("Network", bound=nn.Module)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -26,6 +26,11 @@ def json_text(document: object) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
+def key_of(parts: Mapping[str, object]) -> str:
+    """Return 12 hexadecimal digits of sha256 over the parts as canonical JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file that replaces `path` once it is complete: readers see the old file or the new one."""
@@ -34,6 +39,13 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
         yield file
     sync(aside)
     put(aside, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON, complete or not at all."""
+    content = json.dumps(value, indent=1)
+    with writing(path) as file:
+        file.write(f"{content}\n".encode())
 
 
 def put(aside: Path, path: Path) -> None:

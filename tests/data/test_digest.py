@@ -15,13 +15,14 @@ from batched import eval_batches
 from photographs import SETTINGS, opened, write_classes, write_imagenet_layout, write_photo
 from PIL import Image
 
-from compress import artifact
-from compress.artifact import Meta, finish, write_json
+from compress.artifact import Meta, finish
 from compress.data import dataset as dataset_module
 from compress.data import digest as digest_module
 from compress.data.digest import FILES, DataSettings, changes, dataset_digest, given, to_download
 from compress.pipeline import plan_recipe
 from compress.recipe.read import read_recipe
+from export.command import digest_memory
+from export.command.files import write_json
 from export.errors import DataError
 from export.images.read import find_examples
 
@@ -55,7 +56,7 @@ def test_class_folders_of_equal_files_that_change_places_are_other_data(root: Pa
 
 
 def test_a_file_written_over_with_its_old_size_and_time_is_found(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifact, "TICK_NS", 0)
+    monkeypatch.setattr(digest_memory, "TICK_NS", 0)
     file, status = root / "cat" / "0.bmp", (root / "cat" / "0.bmp").stat()
     before = named(root)
     time.sleep(0.02)
@@ -68,7 +69,7 @@ def test_a_file_written_over_with_its_old_size_and_time_is_found(root: Path, mon
 
 
 def test_a_file_is_read_once_and_again_only_where_it_changed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifact, "TICK_NS", 0)
+    monkeypatch.setattr(digest_memory, "TICK_NS", 0)
     read, file_digest = [], hashlib.file_digest
 
     def counted(stream: object, name: str) -> object:
@@ -106,8 +107,8 @@ def test_long_reading_says_how_long_it_took(
 
 
 def test_reading_that_is_interrupted_goes_on_from_there(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifact, "TICK_NS", 0)
-    monkeypatch.setattr(artifact, "FILES", 2)
+    monkeypatch.setattr(digest_memory, "TICK_NS", 0)
+    monkeypatch.setattr(digest_memory, "FILES", 2)
 
     def interrupt(done: int) -> None:
         if done == 4:
@@ -115,8 +116,8 @@ def test_reading_that_is_interrupted_goes_on_from_there(root: Path, monkeypatch:
 
     names = [f"{label}/{index}.bmp" for label in ("cat", "dog") for index in range(4)]
     with pytest.raises(KeyboardInterrupt):
-        artifact.digests_of(root, names, memory=root.parent / "memory.json", progress=interrupt)
-    assert len(artifact._remembered(root.parent / "memory.json")) >= 4
+        digest_memory.digests_of(root, names, memory=root.parent / "memory.json", progress=interrupt)
+    assert len(digest_memory._remembered(root.parent / "memory.json")) >= 4
 
 
 def test_other_files_in_the_format_of_fashion_mnist_are_other_data(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compress.artifact import key_of
 from compress.errors import CompressError
 from compress.pruning.goals import Goal
 from compress.pruning.latency.clock import Clock
@@ -17,6 +16,7 @@ from compress.pruning.latency.nodes import Block, read_blocks
 from compress.pruning.latency.predict import LatencyModel, choose_within, latency_model
 from compress.pruning.latency.timings import Table
 from compress.pruning.plan import Cut, Options, cut_
+from export.command.files import key_of
 from export.images.size import Shape, written
 
 ROUNDS = 8
