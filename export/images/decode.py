@@ -2,7 +2,8 @@
 
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -68,23 +69,17 @@ def require_pillow(path: Path) -> None:
         raise DataError(f"{path}: reading images needs Pillow: pip install pillow")
 
 
-def read_image(path: Path | BytesIO, *, upright: bool, pixel: Pixel = RGB) -> "Image.Image":
-    """Return a file's pixels, from disk or memory, fully decoded; the header's size is checked before decoding.
+@contextmanager
+def opened(path: Path | BytesIO) -> "Iterator[Image.Image]":
+    """Open a file, on disk or in memory, without decoding it.
 
-    `upright` applies the EXIF orientation. Any file is converted to RGB, 16-bit grey cut to its upper 8 bits, as Pillow does with
-    colours; one and four channels are the file's own, in the modes L, I (16 bits) and RGBA.
-    Raises BrokenImage for a file that is missing, truncated, of another format, channels or bits, or above MAX_PIXELS.
+    Raises BrokenImage for a file that is missing, damaged, of another format or above Pillow's limit on pixels.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise BrokenImage(f"{width:,} x {height:,} is more than {MAX_PIXELS:,} pixels")
-            found = _rgb(image) if pixel == RGB else _as_stored(image, pixel)
-            turn = TURNS.get(_orientation(image)) if upright else None
-            return found if turn is None else found.transpose(Image.Transpose[turn])
+            yield image
     except UnidentifiedImageError:
         raise BrokenImage(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the warning, if warnings are errors
@@ -93,25 +88,52 @@ def read_image(path: Path | BytesIO, *, upright: bool, pixel: Pixel = RGB) -> "I
         raise BrokenImage(getattr(error, "strerror", None) or str(error)) from None
 
 
-def read_area(path: Path | BytesIO) -> int:
-    """Return an image's number of pixels from its header, 0 if it has none."""
+def read_image(path: Path | BytesIO, *, upright: bool, pixel: Pixel = RGB) -> "Image.Image":
+    """Return a file's pixels, from disk or memory, fully decoded; the header's size is checked before decoding.
+
+    `upright` applies the EXIF orientation. Any file is converted to RGB, 16-bit grey cut to its upper 8 bits, as Pillow does with
+    colours; one and four channels are the file's own, in the modes L, I (16 bits) and RGBA.
+    Raises BrokenImage for a file that is missing, truncated, of another format, channels or bits, or above MAX_PIXELS.
+    """
+    with opened(path) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise BrokenImage(f"{width:,} x {height:,} is more than {MAX_PIXELS:,} pixels")
+        found = _rgb(image) if pixel == RGB else _as_stored(image, pixel)
+        return turned(found, orientation_of(image)) if upright else found
+
+
+def turned(image: "Image.Image", orientation: int) -> "Image.Image":
+    """Return an image, or a mask, whose pixels are stored in this EXIF orientation, upright."""
     from PIL import Image
 
+    return image if orientation not in TURNS else image.transpose(Image.Transpose[TURNS[orientation]])
+
+
+def orientation_of(image: "Image.Image") -> int:
+    """Return an opened file's EXIF orientation, 1 (upright) if there is none that can be read."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        found = image.getexif().get(ORIENTATION, 1)
+    except DAMAGE:
+        return 1
+    return found if found in TURNS else 1
+
+
+def read_area(path: Path | BytesIO) -> int:
+    """Return an image's number of pixels from its header, 0 if it has none."""
+    try:
+        with opened(path) as image:
             return image.width * image.height
-    except (*DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except BrokenImage:
         return 0
 
 
 def read_pixel(path: Path | BytesIO) -> Pixel | None:
     """Return an image's channels and bits from its header, None if it has none."""
-    from PIL import Image
-
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with opened(path) as image:
             return _pixel(image)
-    except (*DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except BrokenImage:
         return None
 
 
@@ -171,12 +193,3 @@ def _as_stored(image: "Image.Image", pixel: Pixel) -> "Image.Image":
         why = "; Pillow reads 8 bits of 16-bit colours: save it with 8" if found == (pixel.channels, 16) else ""
         raise BrokenImage(f"has {found}, not {pixel}{why if found.channels > 1 else ''}")
     return image.convert({(1, 8): "L", (1, 16): "I", (4, 8): "RGBA"}[pixel])
-
-
-def _orientation(image: "Image.Image") -> int:
-    """Return the EXIF orientation, 1 (upright) if there is none that can be read."""
-    try:
-        found = image.getexif().get(ORIENTATION, 1)
-    except DAMAGE:
-        return 1
-    return found if isinstance(found, int) else 1
