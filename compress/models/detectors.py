@@ -25,7 +25,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.ops.misc import Conv2dNormActivation
 
 from compress.models.known import check_name
-from export.tasks.boxes import CENTRED, GIOU, SIGMOID, SOFTMAX
+from export.tasks.boxes import CENTRED, GIOU, PER_LEVEL, SIGMOID, SOFTMAX
 
 RATIOS = ([2], [2, 3], [2, 3], [2])  # aspect ratios of SSD's anchors on a residual network, by level
 
@@ -54,15 +54,19 @@ class Detector(nn.Module):
         return torch.cat([logits, moves, constants.expand(images.shape[0], -1, -1)], dim=2)
 
     def constants(self, images: Tensor, levels: Sequence[tuple[int, ...]]) -> Tensor:
-        """Return each anchor's constants (1, anchors, 5): kind; centre, width and height as fractions of the image."""
+        """Return each anchor's constants (1, anchors, 5): kind and level; centre, width and height as fractions of the image."""
         height, width = images.shape[2:]
         with torch.no_grad():
             blank = ImageList(torch.empty(1, 3, height, width), [(height, width)])
             corners = self._anchors[0](blank, [torch.empty(1, 1, *level) for level in levels])[0]
             centre, size = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
             scale = torch.tensor([width, height])
-            kind = torch.full((len(corners), 1), float(self.kind))
-            return torch.cat([kind, centre / scale, size / scale], dim=1)[None].to(images.device)
+            each = zip(levels, self._anchors[0].num_anchors_per_location(), strict=True)
+            kinds = [
+                torch.full((number * level[0] * level[1], 1), float(self.kind + PER_LEVEL * index))
+                for index, (level, number) in enumerate(each)
+            ]
+            return torch.cat([torch.cat(kinds), centre / scale, size / scale], dim=1)[None].to(images.device)
 
 
 class SteppedResNet(nn.Module):

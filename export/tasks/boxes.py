@@ -1,10 +1,11 @@
 """Decode a detector's outputs: boxes with a class and a score, without duplicates.
 
 An output row belongs to one anchor: logits (background first, then the classes), four numbers that move the anchor, and five constants:
-the kind of head, and the anchor's centre, width and height. All lengths are fractions of the network's input. So outputs can be decoded
-without further data, and files with other anchors in the same way.
+the kind of head with the level of the pyramid, and the anchor's centre, width and height. All lengths are fractions of the network's
+input. So outputs can be decoded without further data, and files with other anchors in the same way.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -13,13 +14,15 @@ from export.tasks.task import Array
 
 # Kinds of heads: SSD; RetinaNet; its second version, which differs only in training; FCOS, whose background column is the centre-ness.
 SOFTMAX, SIGMOID, GIOU, CENTRED = 0, 1, 2, 3
+PER_LEVEL = 4  # the constant is the kind plus PER_LEVEL times the anchor's level, counted from 0
 MOVES, READS = 4, 5  # numbers of columns after the logits: moves, constants
 # Divisors of the moves: for x and y, for width and height. SSD's variances (Liu 2016) are 1 / 10 and 1 / 5.
 WEIGHTS = {SOFTMAX: (10.0, 5.0), SIGMOID: (1.0, 1.0), GIOU: (1.0, 1.0)}
 LARGEST_GROWTH = np.log(1000 / 16)  # torchvision's bound on a box's growth
 LEAST_SCORE = 0.01
 MOST_OVERLAP = 0.5  # of two boxes of one class; above it the one with the lower score is a duplicate
-CANDIDATES = 400  # boxes per image, by score, that suppression considers
+# Most boxes of an image that suppression considers, by score, as in torchvision: of each class for SSD, of each level for the others.
+OF_CLASS, OF_LEVEL = 400, 1000
 DETECTIONS = 100  # most boxes per image after suppression, as in COCO
 NONE = -1  # the label of a row without a box
 LABEL, SCORE, BOX = 0, 1, slice(2, 6)  # columns of a detection; boxes are left, top, right, bottom
@@ -32,13 +35,19 @@ class Heads(NamedTuple):
     logits: Array  # (n, anchors, classes + 1)
     moves: Array  # (n, anchors, 4)
     anchors: Array  # (n, anchors, 4): centre x, centre y, width, height
+    levels: tuple[int, ...]  # each level's first anchor, and the number of anchors
 
 
 def heads(outputs: Array) -> Heads:
     """Split outputs into their parts, in float64."""
     values = outputs.astype(np.float64)
-    kind = int(np.rint(values[0, 0, -READS])) if values.size else SOFTMAX
-    return Heads(kind, values[..., : -MOVES - READS], values[..., -MOVES - READS : -READS], values[..., 1 - READS :])
+    constants = np.rint(np.nan_to_num(values[0, :, -READS])).astype(np.int64) if values.size else np.zeros(0, np.int64)
+    levels = [0, *(np.flatnonzero(np.diff(constants // PER_LEVEL)) + 1).tolist(), values.shape[1]]
+    kind, parts = (
+        int(constants[0]) % PER_LEVEL if values.size else SOFTMAX,
+        np.split(values, [-MOVES - READS, -READS, 1 - READS], axis=2),
+    )
+    return Heads(kind, parts[0], parts[1], parts[3], tuple(levels))
 
 
 def probabilities(found: Heads) -> Array:
@@ -71,35 +80,51 @@ def boxes(found: Heads) -> Array:
 def decode(outputs: Array) -> Array:
     """Return each image's detections (n, DETECTIONS, 6) by score: label, score and box; label NONE in rows without one.
 
-    NaN is never a detection.
+    NaN is never a detection. Scores are rounded to float32, in which other programs see them, so that the same scores are equal.
     """
     found = heads(outputs)
-    scores, places = np.nan_to_num(probabilities(found)), np.nan_to_num(boxes(found))
+    scores, places = np.nan_to_num(probabilities(found)).astype(np.float32), np.nan_to_num(boxes(found))
     predictions = np.zeros((len(outputs), DETECTIONS, 6))
     predictions[..., LABEL] = NONE
     for image, (score, place) in enumerate(zip(scores, places, strict=True)):
-        kept = detections(score, place)
+        kept = detections(*candidates(found, score), score, place)
         predictions[image, : len(kept)] = kept
     return predictions
 
 
-def detections(scores: Array, places: Array) -> Array:
-    """Return one image's detections (m, 6) from its probabilities (anchors, classes) and boxes (anchors, 4).
+def candidates(found: Heads, scores: Array) -> tuple[Array, Array]:
+    """Return anchors and labels (m,) of the boxes that suppression considers, by score, from one image's scores (anchors, classes).
 
-    Greedy: of two boxes of one class that overlap by more than MOST_OVERLAP, the one with the higher score stays (as torchvision's
-    batched_nms).
+    SSD takes each class's best boxes above LEAST_SCORE, other heads each level's, over its classes (torchvision's postprocess_detections).
+    Of equal scores the first counts as the best: in order of class and anchor for SSD, of anchor and class for the others.
     """
-    anchor, label = np.nonzero(scores > LEAST_SCORE)
-    order = np.argsort(-scores[anchor, label], kind="stable")[:CANDIDATES]
-    anchor, label = anchor[order], label[order]
+    anchors, classes = scores.shape
+    by_class = found.kind == SOFTMAX
+    flat = scores.T.ravel() if by_class else scores.ravel()
+    parts = range(0, flat.size + 1, anchors) if by_class else [classes * first for first in found.levels]
+    chosen = []
+    for start, end in pairwise(parts):
+        likely = start + np.flatnonzero(flat[start:end] > LEAST_SCORE)
+        best = np.argsort(-flat[likely], kind="stable")[: OF_CLASS if by_class else OF_LEVEL]
+        chosen.append(likely[np.sort(best)])
+    index = np.concatenate(chosen)
+    index = index[np.argsort(-flat[index], kind="stable")]
+    return (index % anchors, index // anchors) if by_class else (index // classes, index % classes)
+
+
+def detections(anchor: Array, label: Array, scores: Array, places: Array) -> Array:
+    """Return one image's detections (m, 6) from candidates (k,), scores (anchors, classes) and boxes (anchors, 4).
+
+    Greedy: of two boxes of one class that overlap by more than MOST_OVERLAP, the first candidate stays (as torchvision's batched_nms).
+    """
     place = places[anchor]
-    rivals = (overlap(place, place) > MOST_OVERLAP) & (label[:, None] == label)
-    alive, kept = np.ones(len(order), bool), list[int]()
+    alive, kept = np.ones(len(anchor), bool), list[int]()
     while len(kept) < DETECTIONS and alive.any():
         best = int(alive.argmax())
         kept.append(best)
-        alive &= ~rivals[best]
         alive[best] = False
+        rivals = np.flatnonzero(alive & (label == label[best]))
+        alive[rivals] = overlap(place[best : best + 1], place[rivals])[0] <= MOST_OVERLAP
     return np.column_stack([label[kept], scores[anchor, label][kept], place[kept]])
 
 

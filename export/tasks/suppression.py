@@ -4,6 +4,8 @@ The number of boxes depends on the image, and ONNX's NonMaxSuppression returns o
 by image; hence one image at a time.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -17,9 +19,12 @@ from export.tasks.boxes import (
     LEAST_SCORE,
     MOST_OVERLAP,
     MOVES,
+    OF_CLASS,
+    OF_LEVEL,
     READS,
     SOFTMAX,
     WEIGHTS,
+    Heads,
     heads,
 )
 
@@ -40,8 +45,7 @@ REACHED = "before = Mul (first, size) low = Sub (centre, before) after = Mul (se
 def with_suppression(model: ModelProto) -> ModelProto:
     """Return the model for one image whose outputs are `boxes` (n, 4) as fractions of the image, `scores` (n,) and `labels` (n,).
 
-    They equal those of `export.tasks.boxes.decode` if at most CANDIDATES boxes reach LEAST_SCORE. Raises BundleError for a model that is
-    not a detector.
+    They equal those of `export.tasks.boxes.decode`. Raises BundleError for a model that is not a detector.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
@@ -49,8 +53,7 @@ def with_suppression(model: ModelProto) -> ModelProto:
     shape = [dim.dim_value for dim in model.graph.output[0].type.tensor_type.shape.dim]
     if len(shape) != 3 or shape[2] <= 1 + MOVES + READS:
         raise BundleError(f"{model.graph.output[0].name}: must be a detector's anchors, got {shape}: export a detector")
-    kind = _kind(model)
-    behind = compose.add_prefix(_behind(kind, shape[1], shape[2], model.ir_version), INSIDE, rename_outputs=False)
+    behind = compose.add_prefix(_behind(_heads(model), shape[2], model.ir_version), INSIDE, rename_outputs=False)
     joined = compose.merge_models(model, behind, [(model.graph.output[0].name, f"{INSIDE}rows")])
     joined.producer_name, joined.producer_version = model.producer_name, ""
     helper.set_model_props(joined, {entry.key: entry.value for entry in model.metadata_props})
@@ -58,20 +61,44 @@ def with_suppression(model: ModelProto) -> ModelProto:
     return joined
 
 
-def _kind(model: ModelProto) -> int:
-    """Return the kind of head, which is a constant in the outputs."""
+def _heads(model: ModelProto) -> Heads:
+    """Return the outputs for a blank image: the kind of head and the levels are constants in them."""
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     given = session.get_inputs()[0]
     dtype = helper.tensor_dtype_to_np_dtype(model.graph.input[0].type.tensor_type.elem_type)
     blank = np.zeros([1, *given.shape[1:]], dtype)
-    return heads(session.run(None, {given.name: blank})[0]).kind
+    return heads(session.run(None, {given.name: blank})[0])
 
 
-def _behind(kind: int, anchors: int, columns: int, ir_version: int) -> ModelProto:
+def _candidates(kind: int, anchors: int, classes: int, levels: tuple[int, ...]) -> str:
+    """Return nodes from `known` (1, anchors, classes) to `by_class` (1, classes, anchors), 0 where suppression considers no box.
+
+    ONNX's TopK and NonMaxSuppression take the first of equal scores, as `candidates` does.
+    """
+    real = "odd = IsNaN (known) scored = Where (odd, none, known)"
+    if kind == SOFTMAX:
+        return f"""{real} turned = Transpose <perm = [0, 2, 1]> (scored) limit = Constant <value_ints = [{min(OF_CLASS, anchors)}]> ()
+    best, at = TopK (turned, limit) blank = Mul (turned, none) by_class = ScatterElements <axis = 2> (blank, at, best)"""
+    parts = [
+        f"""start{i} = Constant <value_ints = [{first * classes}]> () end{i} = Constant <value_ints = [{last * classes}]> ()
+    limit{i} = Constant <value_ints = [{min(OF_LEVEL, (last - first) * classes)}]> () level{i} = Slice (flat, start{i}, end{i}, zero)
+    best{i}, place{i} = TopK (level{i}, limit{i}) at{i} = Add (place{i}, start{i})"""
+        for i, (first, last) in enumerate(pairwise(levels))
+    ]
+    bests, ats = (", ".join(f"{name}{i}" for i in range(len(parts))) for name in ("best", "at"))
+    return f"""{real} flat = Reshape (scored, last) {" ".join(parts)}
+    best = Concat <axis = 0> ({bests}) at = Concat <axis = 0> ({ats}) blank = Mul (flat, none)
+    marked = ScatterElements <axis = 0> (blank, at, best) shape = Shape (known) left = Reshape (marked, shape)
+    by_class = Transpose <perm = [0, 2, 1]> (left)"""
+
+
+def _behind(found: Heads, columns: int, ir_version: int) -> ModelProto:
     """Return the graph to append to the outputs."""
-    classes = columns - MOVES - READS
+    kind, anchors, classes = found.kind, found.anchors.shape[1], columns - MOVES - READS
     ends = {"moves": classes, "middle_moves": classes + 2, "constants": classes + MOVES, "places": classes + MOVES + 1}
     place, growth = WEIGHTS.get(kind, (1.0, 1.0))
+    # Equal scores stay in the order of the candidates: rows of NonMaxSuppression are (image, class, anchor).
+    ranks = f"0, {anchors}, 1" if kind == SOFTMAX else f"0, 1, {classes - 1}"
     chances = {SOFTMAX: SOFT, CENTRED: CENTRE}.get(kind, EACH)
     text = f"""
 <ir_version: {ir_version}, opset_import: ["" : {OPSET}]>
@@ -82,7 +109,7 @@ suppression (float[1, {anchors}, {columns}] rows) => (float[n, 4] {BOXES}, float
     int64[1] at_centre = {{{ends["places"]}}}, int64[1] at_size = {{{ends["places"] + 2}}}, int64[1] at_end = {{{columns}}},
     {"" if kind == CENTRED else f"float[1] place = {{{place}}}, float[1] growth = {{{growth}}}, float[1] largest = {{{LARGEST_GROWTH}}}, float[1] halves = {{0.5}},"}
     float none = {{0.0}}, float whole_image = {{1.0}}, int64[1] most = {{{DETECTIONS}}}, float[1] overlap = {{{MOST_OVERLAP}}},
-    float[1] least = {{{LEAST_SCORE}}}, int64[2] anchor_columns = {{0, 2}}
+    float[1] least = {{{LEAST_SCORE}}}, int64[2] anchor_columns = {{0, 2}}, int64[3] ranks = {{{ranks}}}
 >
 {{
     logits = Slice (rows, zero, classes, last)
@@ -91,8 +118,10 @@ suppression (float[1, {anchors}, {columns}] rows) => (float[n, 4] {BOXES}, float
     centre = Slice (rows, at_centre, at_size, last) size = Slice (rows, at_size, at_end, last)
     {REACHED if kind == CENTRED else GROWN}
     corners = Concat <axis = -1> (low, high) inside_image = Clip (corners, none, whole_image)
-    by_class = Transpose <perm = [0, 2, 1]> (known)
-    chosen = NonMaxSuppression (inside_image, by_class, most, overlap, least)
+    {_candidates(kind, anchors, classes - 1, found.levels)}
+    unordered = NonMaxSuppression (inside_image, by_class, most, overlap, least)
+    ranked = Mul (unordered, ranks) rank = ReduceSum <keepdims = 0> (ranked, one) all = Shape (rank)
+    ordered, first_to_last = TopK <largest = 0> (rank, all) chosen = Gather <axis = 0> (unordered, first_to_last)
     their_scores = GatherND (by_class, chosen)
     their_places = Gather <axis = 1> (chosen, anchor_columns) their_boxes = GatherND (inside_image, their_places)
     their_classes = Slice (chosen, one, one_more, last) their_labels = Squeeze (their_classes, last)

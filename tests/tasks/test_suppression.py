@@ -1,19 +1,43 @@
 """Boxes that are decoded and suppressed inside the graph are those of numpy, for each kind of head."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx_files import save
+from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
+from torchvision.models.detection.fcos import FCOS
+from torchvision.models.detection.retinanet import RetinaNet
+from torchvision.models.detection.ssd import SSD
+from torchvision.ops import batched_nms, box_convert
 
 from export.errors import BundleError
 from export.onnx_file.model_file import inspect
 from export.onnx_file.uint8_input import with_uint8_input
 from export.serving.triton import answering_repository
-from export.tasks.boxes import CENTRED, DETECTIONS, GIOU, LEAST_SCORE, NONE, SIGMOID, SOFTMAX, decode
+from export.tasks.average_precision import mean_average_precision, statistics
+from export.tasks.boxes import (
+    CENTRED,
+    DETECTIONS,
+    GIOU,
+    LEAST_SCORE,
+    MOST_OVERLAP,
+    NONE,
+    PER_LEVEL,
+    SIGMOID,
+    SOFTMAX,
+    WEIGHTS,
+    boxes,
+    decode,
+    heads,
+    probabilities,
+)
 from export.tasks.detection import DETECTION
 from export.tasks.task import Array
 
@@ -92,3 +116,114 @@ def test_tritons_configuration_names_every_output(tmp_path: Path) -> None:
         assert f'{{ name: "{name}" data_type: TYPE_{kind} dims: [ {dims} ] }}' in config
     assert files["serving/triton-answers/cells/1/model.onnx"] == model.SerializeToString()
     assert not answering_repository("cells", own, unlike=facts)
+
+
+def crowded(kind: int, *, objects: int, near: int, tied: bool) -> tuple[Array, Array]:
+    """Return outputs with `near` anchors of varied scores at each of `objects` truths, over three levels, and the truths."""
+    random = np.random.default_rng(objects)
+    side = int(np.ceil(np.sqrt(objects)))
+    middles = (np.stack(np.divmod(np.arange(objects), side), axis=1) + 0.5) / side
+    labels = np.arange(objects) % 4
+    anchors, classes = objects * near, 4
+    owner = random.permutation(np.repeat(np.arange(objects), near))
+    places = np.concatenate(
+        [middles[owner] + random.normal(0, 0.02 / side, (anchors, 2)), np.full((anchors, 2), 0.7 / side)], axis=1
+    )
+    # Each object's boxes are as sure as it is, so the sure objects' boxes alone would fill any limit over all classes.
+    sure = np.linspace(3, -3.5, objects)[random.permutation(objects)][owner] + random.normal(0, 0.1, anchors)
+    logits = np.full((anchors, classes + 1), -6.0) if tied else random.normal(-6, 1, (anchors, classes + 1))
+    logits[np.arange(anchors), 1 + labels[owner]] = np.round(sure) if tied else sure
+    logits[:, 0] = {SOFTMAX: 0.0, CENTRED: 4.0}.get(kind, -60.0)
+    moves = np.full((anchors, 4), 0.5) if kind == CENTRED else random.normal(0, 0.05, (anchors, 4))
+    levels = np.repeat([0, 1, 2], [anchors // 2, anchors // 4, anchors - anchors // 2 - anchors // 4])
+    values = np.column_stack([logits, moves, kind + PER_LEVEL * levels, places])[None].astype(np.float32)
+    half = 0.35 / side
+    true = np.column_stack([labels, middles - half, middles + half, np.zeros(objects)])[None]
+    return values, true
+
+
+def by_torchvision(values: Array, kind: int) -> Array:
+    """Return the detections (n, 6) of torchvision's own postprocessing of these outputs."""
+    outputs, pixels = torch.from_numpy(values), 1024
+    logits, moves = outputs[..., :-9], outputs[..., -9:-5]
+    anchors = box_convert(outputs[0, :, -4:] * pixels, "cxcywh", "xyxy")
+    _, levels = torch.unique_consecutive(outputs[0, :, -5], return_counts=True)
+    place, growth = WEIGHTS.get(kind, (1.0, 1.0))
+    network: Any = SimpleNamespace(
+        box_coder=BoxLinearCoder(normalize_by_size=True)
+        if kind == CENTRED
+        else BoxCoder((place, place, growth, growth)),
+        score_thresh=LEAST_SCORE,
+        nms_thresh=MOST_OVERLAP,
+        detections_per_img=DETECTIONS,
+        topk_candidates=400 if kind == SOFTMAX else 1000,
+    )
+    found = {"cls_logits": logits, "bbox_regression": moves}
+    if kind == SOFTMAX:
+        (its,) = SSD.postprocess_detections(network, found, [anchors], [(pixels, pixels)])
+    else:  # torchvision takes the first column for a class, too
+        found["cls_logits"] = torch.cat([torch.full_like(logits[..., :1], -100), logits[..., 1:]], dim=2)
+        if kind == CENTRED:
+            found["bbox_ctrness"] = logits[..., :1]
+        split = {name: list(part.split(levels.tolist(), dim=1)) for name, part in found.items()}
+        head: Any = FCOS if kind == CENTRED else RetinaNet
+        (its,) = head.postprocess_detections(network, split, [list(anchors.split(levels.tolist()))], [(pixels, pixels)])
+    return np.column_stack([its["labels"] - 1, its["scores"], its["boxes"] / pixels])
+
+
+def in_rows(detections: Array) -> Array:
+    table = np.full((1, DETECTIONS, 6), float(NONE))
+    table[0, : len(detections)] = detections
+    return table
+
+
+@pytest.mark.parametrize("kind", [SOFTMAX, SIGMOID, CENTRED])
+@pytest.mark.parametrize(("objects", "near"), [(20, 30), (80, 15), (100, 60)])
+def test_crowded_scenes_score_as_in_torchvision_from_numpy_and_from_the_graph(
+    kind: int, objects: int, near: int
+) -> None:
+    values, true = crowded(kind, objects=objects, near=near, tied=False)
+    expected = by_torchvision(values, kind)
+    mine = decode(values)
+    found = run(DETECTION.finish(answering(values)), np.zeros((1, 3, SIDE, SIDE), np.float32))
+    graphs = np.column_stack([found["labels"], found["scores"], found["boxes"]])
+    for kept in (mine[0][mine[0, :, 0] != NONE], graphs):
+        assert len(kept) == len(expected)
+        assert np.allclose(kept[:, 1], expected[:, 1], atol=1e-6)
+        assert np.allclose(kept, expected, atol=2e-6)
+    scores = [mean_average_precision(statistics(table, true)) for table in (in_rows(expected), mine, in_rows(graphs))]
+    assert scores[1:] == pytest.approx([scores[0]] * 2, abs=1e-6)
+    assert 0.2 < scores[0] < 1
+
+
+@pytest.mark.parametrize("kind", [SOFTMAX, SIGMOID, CENTRED])
+def test_of_equal_scores_the_graph_and_numpy_keep_those_that_torchvision_keeps(kind: int) -> None:
+    values, _ = crowded(kind, objects=60, near=4, tied=True)  # beyond 1,000 candidates torchvision's sort is not stable
+    found = heads(values)
+    scores = probabilities(found)[0].astype(np.float32)
+    anchor, label = (part[scores > LEAST_SCORE] for part in np.indices(scores.shape))
+    if kind == SOFTMAX:  # torchvision lists SSD's candidates class by class, the others' anchor by anchor
+        order = np.argsort(label, kind="stable")
+        anchor, label = anchor[order], label[order]
+    boxes_of, scores_of = boxes(found)[0][anchor], scores[anchor, label]
+    as_double = torch.tensor(boxes_of), torch.tensor(scores_of).double()
+    kept = batched_nms(*as_double, torch.tensor(label), MOST_OVERLAP)[:DETECTIONS]
+    assert len(np.unique(scores_of[kept])) < len(kept) / 2
+    expected = np.column_stack([label, scores_of, boxes_of])[kept]
+    mine = decode(values)[0]
+    assert np.allclose(mine[: len(kept)], expected, atol=1e-9)
+    graph = run(DETECTION.finish(answering(values)), np.zeros((1, 3, SIDE, SIDE), np.float32))
+    found_by_graph = np.column_stack([graph["labels"], graph["scores"], graph["boxes"]])
+    # A softmax's sum over the classes depends on their order, so only one class's scores are equal to the bit.
+    if kind == SOFTMAX:
+        assert len(expected) < DETECTIONS
+        expected, found_by_graph = (part[np.argsort(part[:, 0], kind="stable")] for part in (expected, found_by_graph))
+    assert np.allclose(found_by_graph, expected, atol=1e-6)
+
+
+def test_a_score_that_is_not_a_number_displaces_no_box() -> None:
+    values, _ = crowded(SOFTMAX, objects=20, near=30, tied=False)
+    values[0, ::2, 0] = np.nan
+    expected = decode(values)[0]
+    found = run(DETECTION.finish(answering(values)), np.zeros((1, 3, SIDE, SIDE), np.float32))
+    assert np.allclose(found["scores"], expected[expected[:, 0] != NONE, 1], atol=1e-6)
