@@ -6,28 +6,26 @@ from pathlib import Path
 import numpy as np
 
 from export.errors import DataError
+from export.images import coco, voc, yolo
 from export.images.box_listing import BoxListing
-from export.images.coco import COCO, list_coco
 from export.images.decode import require_pillow
 from export.images.folders import check_folder
 from export.images.preprocess import Preprocess
 from export.images.read import Examples, file_examples, match
-from export.images.voc import VOC, list_voc
-from export.images.yolo import YOLO, list_yolo, yolo_splits
 
 
 def list_boxes(root: Path) -> BoxListing:
     """List a folder in one of the three formats. Raises DataError for other layouts and for boxes that cannot be used."""
     check_folder(root)
-    if (root / VOC).is_dir():
-        return list_voc(root)
-    if files := sorted([*root.glob("*.json"), *root.glob(f"{COCO}/*.json"), *root.glob("*/*.coco.json")]):
-        return list_coco(root, files)
-    if yolo_splits(root):
-        return list_yolo(root)
+    if (root / voc.FOLDER).is_dir():
+        return voc.list_voc(root)
+    if files := coco.coco_files(root):
+        return coco.list_coco(root, files)
+    if yolo.yolo_splits(root):
+        return yolo.list_yolo(root)
     raise DataError(
-        f"{root}: has no boxes in a known layout: give COCO's {COCO}/*.json, YOLO's images/ and {YOLO}/, or Pascal VOC's "
-        f"JPEGImages/ and {VOC}/"
+        f"{root}: has no boxes in a known layout: give COCO's {coco.FOLDER}/*.json, YOLO's images/ and {yolo.FOLDER}/, or Pascal VOC's "
+        f"JPEGImages/ and {voc.FOLDER}/"
     )
 
 
@@ -43,4 +41,4 @@ def box_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> E
     truths = listing.truths(files)
     real = truths[..., 0] >= 0
     truths[real, 0] = np.array(places, np.float32)[truths[real, 0].astype(int)]
-    return file_examples(data, files, truths, preprocess, notes)
+    return file_examples(data, files, truths, preprocess, (*listing.notes, *notes))

@@ -3,11 +3,12 @@
 Boxes become fractions of the image in every format, so that resizing an image does not change them.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,16 @@ Boxes = NDArray[np.float32]
 """An image's truths (m, 6): class, left, top, right and bottom as fractions of the image, and 1 for a crowd of uncounted objects."""
 NO_BOX = (-1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 OUTSIDE = 0.02  # fraction of an image's side by which a box drawn by hand may exceed it
+VAL, TEST, ALL = "val", "test", "all"  # beside TRAIN the splits; a data set without splits has all its images in one
+T = TypeVar("T")
+
+
+class Drawn(NamedTuple):
+    """An object's class, its box as fractions of the image (None without an area), and whether it is a crowd."""
+
+    label: str
+    box: tuple[float, ...] | None
+    crowd: bool = False
 
 
 class BoxFile(NamedTuple):
@@ -26,14 +37,14 @@ class BoxFile(NamedTuple):
 
     path: str
     source: str
-    boxes: Boxes
+    drawn: Sequence[Drawn]
 
 
 @dataclass(frozen=True)
 class BoxListing:
     """The images of a data set in the order of their paths, each with the file of its boxes, and all `boxes` by image.
 
-    `val` is None if the folder has no validation set.
+    `val` is None if the folder has no validation set. `notes` are sentences on what was chosen or left out.
     """
 
     root: Path
@@ -41,6 +52,7 @@ class BoxListing:
     train: tuple[tuple[str, str], ...]
     val: tuple[tuple[str, str], ...] | None
     boxes: Mapping[str, Boxes]
+    notes: tuple[str, ...] = ()
 
     def place(self, part: str) -> str:
         """Return where the images of a split belong."""
@@ -66,53 +78,94 @@ def table_of(each: Sequence[Boxes]) -> Boxes:
 def checked(where: str, corners: Sequence[float], size: tuple[float, float]) -> tuple[float, ...] | None:
     """Return a box in pixels (left, top, right, bottom) as fractions of the image's `size` (width, height); None if it has no area.
 
-    Raises DataError for numbers that are not finite, and for a box that exceeds the image.
+    Raises DataError for numbers that are not finite, a negative width or height, and a box that exceeds the image.
     """
-    if not np.isfinite(corners).all():
-        raise DataError(
-            f"{where}: the box {_brief(corners)} has values that are not finite: draw it again or remove it"
-        )
-    found = np.array(corners, np.float64) / (*size, *size)
-    if found.min() < -OUTSIDE or found.max() > 1 + OUTSIDE:
-        raise DataError(
-            f"{where}: the box {_brief(corners)} leaves the image of {size[0]:g} x {size[1]:g} pixels: draw it again or remove it"
-        )
-    left, top, right, bottom = np.clip(found, 0, 1).tolist()
+
+    def refusal(reason: str) -> DataError:
+        brief = ", ".join(f"{one:g}" for one in corners)
+        return DataError(f"{where}: the box ({brief}) {reason}: draw it again or remove it")
+
+    if not all(map(math.isfinite, corners)):
+        raise refusal("has values that are not finite")
+    if corners[2] < corners[0] or corners[3] < corners[1]:
+        raise refusal("has a negative width or height")
+    found = [corner / side for corner, side in zip(corners, (*size, *size), strict=True)]
+    if min(found) < -OUTSIDE or max(found) > 1 + OUTSIDE:
+        raise refusal(f"leaves the image of {size[0]:g} x {size[1]:g} pixels")
+    left, top, right, bottom = (min(max(one, 0.0), 1.0) for one in found)
     return (left, top, right, bottom) if left < right and top < bottom else None
 
 
-def _brief(corners: Sequence[float]) -> str:
-    return f"({', '.join(f'{one:g}' for one in corners)})"
+def text_of(file: Path) -> str:
+    """Return a file's text, without UTF-8's mark at its start. Raises DataError for another encoding."""
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}): repair or remove it") from error
+    except UnicodeDecodeError as error:
+        raise other_encoding(file, error) from error
 
 
-def table(rows: Sequence[tuple[float, ...]]) -> Boxes:
-    """Return one image's boxes."""
-    return np.array(rows, np.float32).reshape(-1, 6)
+def other_encoding(file: Path, error: UnicodeDecodeError) -> DataError:
+    """Return the refusal of text that is not UTF-8."""
+    return DataError(f"{file}: byte {error.start:,} is not UTF-8 (is it Latin-1?): save the file as UTF-8")
 
 
 def split_of(name: str) -> str | None:
-    """Return the split that a file or folder is named after: train, val, or None."""
+    """Return the split that a file or folder is named after: train, val, test, or None."""
     words = re.split(r"[^a-z]+", name.lower())
     if TRAIN in words:
         return TRAIN
-    return "val" if any(word in VAL_NAMES for word in words) else None
+    return next((TEST if word == TEST else VAL for word in VAL_NAMES if word in words), None)
 
 
-def listing_of(root: Path, classes: Sequence[str], parts: Mapping[str, list[BoxFile]]) -> BoxListing:
-    """Return a listing of the splits found; validation images are from `val`, else from `test`."""
+def used_splits(root: Path, found: Mapping[str, T]) -> tuple[dict[str, T], list[str]]:
+    """Return the splits to read, train first, and notes: `test` is used for validation only where there is no `val`."""
+    parts = {name: found[name] for name in (TRAIN, VAL, ALL) if name in found}
+    if TEST not in found or VAL in found:
+        return parts, []
+    return parts | {VAL: found[TEST]}, [f"{root}: has no val split: its test split is used for validation"]
+
+
+def only(root: Path, split: str, found: Sequence[Path]) -> Path:
+    """Return the only path of a split. Raises DataError for several."""
+    if len(found) > 1:
+        names = first([str(path.relative_to(root)) for path in found])
+        raise DataError(f"{root}: has {len(found)} {split} splits ({names}): keep one, or rename the others")
+    return found[0]
+
+
+def listing_of(
+    root: Path, classes: Sequence[str], parts: Mapping[str, Sequence[BoxFile]], notes: Sequence[str] = ()
+) -> BoxListing:
+    """Return a listing of the splits train and val, or of all images. Raises DataError for an image that is listed twice."""
     if not 1 <= len(classes) == len(set(classes)) or not all(map(is_label, classes)):
         raise DataError(
             f"{root}: must name its classes, each once and on one line, got {first(list(classes)) or 'none'}"
         )
+    split_by_path = dict[str, str]()
     for name, files in parts.items():
         if not files:
             raise DataError(f"{root}: its {name} split has no images: add some or remove the split")
-    val = next((parts[name] for name in ("val", "test") if name in parts), None)
-    train = parts.get(TRAIN, parts.get("all", []))
-    if train and not any(len(file.boxes) for file in train):
-        raise DataError(f"{root}: none of its {len(train):,} training images has a box: check the annotations")
-    pairs = [
-        None if part is None else tuple(sorted((file.path, file.source) for file in part)) for part in (train, val)
-    ]
-    boxes = {file.path: file.boxes for part in (train, val or []) for file in part}
-    return BoxListing(root, tuple(classes), pairs[0] or (), pairs[1], boxes)
+        for file in files:
+            if (other := split_by_path.get(file.path)) is not None:
+                raise DataError(
+                    f"{root}: lists the image {file.path} twice ({other}, {name}; {file.source}): remove one entry"
+                )
+            split_by_path[file.path] = name
+        if not any(one.box for file in files for one in file.drawn):
+            kind = "validation" if name == VAL else "training"
+            raise DataError(f"{root}: none of its {len(files):,} {kind} images has a box: check the annotations")
+    every = [file for files in parts.values() for file in files]
+    places = {name: place for place, name in enumerate(classes)}
+    boxes = {
+        file.path: np.array(
+            [(places[one.label], *one.box, one.crowd) for one in file.drawn if one.box is not None], np.float32
+        ).reshape(-1, 6)
+        for file in every
+    }
+    if empty := [file.source for file in every for one in file.drawn if one.box is None]:
+        notes = [*notes, f"{root}: {len(empty):,} boxes without an area are left out: {first(sorted(set(empty)), 3)}"]
+    train, val = parts.get(TRAIN, parts.get(ALL, ())), parts.get(VAL)
+    pairs = [None if part is None else tuple(sorted(file[:2] for file in part)) for part in (train, val)]
+    return BoxListing(root, tuple(classes), pairs[0] or (), pairs[1], boxes, tuple(notes))
