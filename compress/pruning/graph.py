@@ -12,6 +12,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning import ops
+from torch_pruning.dependency.index_mapping import _FlattenIndexMapping
 
 from compress.errors import CompressError
 from compress.pruning.axes import Axes, Axis, channel_axes, shape_of
@@ -51,20 +52,13 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
             if _is_parameter(node):
                 node.pruning_dim = axis
             elif _is_operator(node) and isinstance(axis, int):
-                self._follow_(node, axis)
+                _follow_(node, axis, axes)
             if _is_wall(node, axis, axes, module2node) or node.grad_fn in axes.misread:
                 self._wall_off_(node)
             elif axis == "none" and (_is_operator(node) or _is_parameter(node)):
                 apart.add(node)
         for node in nodes:
             node.dependencies = [dep for dep in node.dependencies if dep.target not in apart and node not in apart]
-
-    def _follow_(self, node: Any, axis: int) -> None:
-        """Tell Torch-Pruning whether an operator moves channels or only other dimensions."""
-        if node.type == ops.OPTYPE.CONCAT and _dimension(node.grad_fn) == axis:
-            node.module.concat_sizes = _joined_channels(node.grad_fn, axis)
-        elif node.type != ops.OPTYPE.RESHAPE or shape_of(node.grad_fn)[axis] in node.grad_fn._saved_self_sym_sizes:
-            node.type = ops.OPTYPE.ELEMENTWISE if node.type in MOVES else node.type
 
     def build_dependency(self, *args: Any, **kwargs: Any) -> "ChannelGraph":
         """Build the graph; a concatenation without offsets is a wall too."""
@@ -102,6 +96,26 @@ def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:
         model.train().train(training)
 
 
+def _follow_(node: Any, axis: int, axes: Axes) -> None:
+    """Tell Torch-Pruning how an operator maps its inputs' channels to its output's dimension `axis`."""
+    if node.type == ops.OPTYPE.CONCAT and _dimension(node.grad_fn) == axis:
+        node.module.concat_sizes = _joined_channels(node.grad_fn, axis)
+        return
+    if node.type == ops.OPTYPE.RESHAPE:  # Torch-Pruning's own stride is wrong where a concatenation follows
+        ((source, number),) = node.grad_fn.next_functions
+        before = axes.of[source]
+        assert isinstance(before, int)  # else the output's were no integer
+        stride = shape_of(node.grad_fn)[axis] // shape_of(source, number)[before]
+        for dep in node.dependencies if stride > 1 else ():
+            if dep.target in node.inputs:
+                dep.index_mapping[0] = _FlattenIndexMapping(stride, reverse=True)
+        for dep in (dep for source in node.inputs for dep in source.dependencies if stride > 1):
+            if dep.target is node:
+                dep.index_mapping[0] = _FlattenIndexMapping(stride)
+    if node.type in MOVES:
+        node.type = ops.OPTYPE.ELEMENTWISE
+
+
 def _is_operator(node: Any) -> bool:
     return type(node.module).__module__.startswith(ops.__name__)
 
@@ -115,10 +129,12 @@ def _is_wall(node: Any, axis: Axis, axes: Axes, module2node: Any) -> bool:
     if isinstance(node.module, nn.MultiheadAttention):
         return True  # its width is fixed by the heads
     if isinstance(node.module, nn.Conv2d | nn.ConvTranspose2d):
-        return _is_cut_wrongly(node.module)
+        return _is_cut_wrongly(node.module) or not _is_whole(node)
     if not _is_operator(node):
         return _is_parameter(node) and axis is None
     if axis is None or (node.type == ops.OPTYPE.CONCAT and node.module.concat_sizes is None):
+        return True
+    if isinstance(axis, int) and _is_functional(node.grad_fn, module2node):
         return True
     scales = {parameter for parameter, found in axes.parameters.items() if found == "none"}  # the same for all channels
     return any(_is_foreign(parameter, module2node) for parameter in _leaves(node.grad_fn) if parameter not in scales)
@@ -131,6 +147,23 @@ def _is_cut_wrongly(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
     """
     widths = {layer.in_channels, layer.out_channels}
     return layer.groups > 1 and widths != {layer.groups} and (layer.transposed or layer.groups in widths)
+
+
+def _is_whole(node: Any) -> bool:
+    """Tell whether a convolution's call is one convolution by all of its weights; an octave convolution's are four, each by a quarter."""
+    name, weight = node.grad_fn.name().lower(), node.module.weight
+    return "convolution" in name and node.grad_fn._saved_weight.shape == weight.shape
+
+
+def _is_functional(grad_fn: Any, module2node: Any) -> bool:
+    """Tell whether an operator outside of its layer mixes channels; a linear layer's product on maps is inside of it."""
+    name = grad_fn.name().lower()
+    if "convolution" in name:
+        return bool(grad_fn._saved_groups != shape_of(grad_fn)[1])
+    read = [source for source, _ in grad_fn.next_functions if source is not None and not hasattr(source, "variable")]
+    weights = [leaf for source in read if source.name().startswith("TBackward") for leaf in _leaves(source)]
+    is_own = any(not _is_foreign(weight, module2node) for weight in weights)
+    return name.startswith(("mm", "addmm")) and len(read) > 1 and not is_own
 
 
 def _dimension(join: Any) -> int:

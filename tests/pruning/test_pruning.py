@@ -356,6 +356,38 @@ def test_channels_are_followed_through_a_flatten() -> None:
     assert_equals_silenced(nn.Sequential(features, nn.Linear(128 * 9, 64), nn.ReLU(), nn.Linear(64, 5)), 16)
 
 
+class Joined(nn.Module):
+    """Two maps of other sizes, flattened and joined before a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(3, 64, 3, 2), nn.Conv2d(64, 96, 3, 2)
+        self.mix, self.head = nn.Linear(64 * 49 + 96 * 9, 32), nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = self.wide(x).relu()
+        maps = F.adaptive_avg_pool2d(wide, 7), F.adaptive_avg_pool2d(self.narrow(wide).relu(), 3)
+        joined = torch.cat([each.flatten(1) for each in maps], 1)
+        return self.head(self.mix(joined).relu())  # type: ignore[no-any-return]
+
+
+def test_channels_are_followed_through_flattened_branches_that_are_joined() -> None:
+    assert_equals_silenced(Joined(), 16)
+
+
+def test_channels_of_flattened_branches_score_by_all_that_reads_them() -> None:
+    model = Joined()
+    scores = {group.root: group.scores for group in find_groups(model, IMAGE, "l2", exclude=["head"])}
+    mix, narrow = model.mix.weight.detach().square(), model.narrow.weight.detach().square()
+    read = {"wide": mix[:, : 64 * 49].view(32, 64, 49), "narrow": mix[:, 64 * 49 :].view(32, 96, 9)}
+    by_hand = {root: part.sum((0, 2)) for root, part in read.items()}
+    for root in read:
+        by_hand[root] += model.get_parameter(f"{root}.weight").detach().square().sum((1, 2, 3))
+    by_hand["wide"] += narrow.sum((0, 2, 3))
+    for root, expected in by_hand.items():
+        assert scores[root].tolist() == pytest.approx((expected / expected.mean()).tolist(), rel=1e-4)
+
+
 @pytest.mark.parametrize("dimensions", [0, 1])
 def test_channels_are_followed_past_a_scale_of_all_channels(dimensions: int) -> None:
     """As in HGNetV2 and PoolFormerV2."""
@@ -420,6 +452,38 @@ REGROUPINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def test_channels_that_are_regrouped_keep_their_width_and_the_others_go(name: str) -> None:
     groups = find_groups(Shuffled(REGROUPINGS[name]), torch.zeros(1, 3, 8, 8), "l2", exclude=["head"])
     assert [group.root for group in groups] == ["second", "stem"]
+
+
+class Octave(nn.Conv2d):
+    """A convolution whose call is several, each by some of its weights, as octave convolutions' are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        halves = [F.conv2d(half, self.weight[:8, i * 8 : i * 8 + 8]) for i, half in enumerate(x.chunk(2, 1))]
+        return halves[0] + halves[1]
+
+
+class Parted(nn.Linear):
+    """A linear layer whose call is several, each by some of its weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [F.linear(x.movedim(1, -1), part) for part in (self.weight[:8], self.weight[8:])]
+        return (parts[0] + parts[1]).movedim(-1, 1)
+
+
+def test_layers_that_are_called_part_by_part_keep_their_width_and_the_others_go() -> None:
+    for layer in (Octave(16, 16, 1, bias=False), Parted(16, 16, bias=False)):
+        model = nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), layer, nn.ReLU(), nn.Conv2d(8, 5, 1)
+        )
+        assert [group.root for group in find_groups(model, IMAGE, "l2", exclude=["6"])] == ["0"]
+
+
+def test_channels_are_followed_through_a_blur_by_a_constant_kernel() -> None:
+    groups = find_groups(
+        Shuffled(lambda x: F.conv2d(x, torch.ones(x.shape[1], 1, 3, 3), groups=x.shape[1])),
+        IMAGE, "l2", exclude=["head"],
+    )  # fmt: skip
+    assert [group.root for group in groups] == ["second", "first", "stem"]
 
 
 @pytest.mark.parametrize(

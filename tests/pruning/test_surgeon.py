@@ -1,5 +1,7 @@
 """The error that is left without a channel, against least squares solved anew for every choice."""
 
+from collections.abc import Callable, Iterable, Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,9 +30,10 @@ def scores_of(model: nn.Module) -> Tensor:
     return next(group.scores for group in groups if group.root == "0")
 
 
-def left_without(channel: int, square: Tensor, weight: Tensor) -> float:
-    """Return the squared error of the best weights for all other channels, with the ridge, over the energy of the outputs."""
-    kept = torch.arange(len(square)) != channel
+def left_without(gone: Iterable[int], square: Tensor, weight: Tensor) -> float:
+    """Return the squared error of the best weights for all other inputs, with the ridge, over the energy of the outputs."""
+    kept = torch.ones(len(square), dtype=torch.bool)
+    kept[list(gone)] = False
     damped = square + RIDGE * square.diagonal().mean() * torch.eye(len(square))
     wanted = weight @ damped  # (outputs, d)
     solved = torch.linalg.solve(damped[kept][:, kept], wanted[:, kept].T).T
@@ -39,14 +42,59 @@ def left_without(channel: int, square: Tensor, weight: Tensor) -> float:
     return float((difference @ damped * difference).sum() / (weight @ square * weight).sum())
 
 
+def in_order(error: Callable[[list[int]], float], channels: int) -> list[float]:
+    """Return each channel's score by brute force: the error of least squares without it and all that went before, the least first."""
+    gone, scores = list[int](), [0.0] * channels
+    while len(gone) < channels:
+        after = {channel: error([*gone, channel]) for channel in range(channels) if channel not in gone}
+        best = min(after, key=after.__getitem__)
+        gone.append(best)
+        scores[best] = after[best]
+    return scores
+
+
 def test_the_first_channel_to_go_leaves_the_least_error_by_least_squares() -> None:
     model = network()
     square = input_covariances(model, [images()])[model[2]].double()
     weight = model.get_parameter("2.weight").detach().permute(0, 2, 3, 1).flatten(0, 2).double()
-    by_hand = [left_without(channel, square, weight) for channel in range(6)]
+    by_hand = [left_without([channel], square, weight) for channel in range(6)]
     scores = scores_of(model)
     assert int(scores.argmin()) == min(range(6), key=by_hand.__getitem__)
     assert float(scores.min()) == pytest.approx(min(by_hand), rel=1e-4)
+
+
+class Joined(nn.Module):
+    """Two maps of other sizes, flattened and joined before a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.head = nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 6, 3), nn.Linear(4 * 9 + 6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (n, 5)."""
+        wide = self.wide(x).relu()
+        out: Tensor = self.head(torch.cat([wide.flatten(1), self.narrow(wide).relu().flatten(1)], 1))
+        return out
+
+
+def test_channels_of_flattened_branches_leave_the_error_of_least_squares_in_all_that_reads_them() -> None:
+    torch.manual_seed(0)
+    model = Joined().eval()
+    covariances = input_covariances(model, [images()])
+    found = find_groups(model, images()[:1], "obs", exclude=("head",), covariances=covariances)
+    scores = {group.root: group.scores.tolist() for group in found}
+    head, narrow = (model.get_parameter(f"{name}.weight").detach().double() for name in ("head", "narrow"))
+    squares = covariances[model.head].double(), covariances[model.narrow].double()
+
+    def without_narrow(gone: Sequence[int]) -> float:
+        return left_without([36 + channel for channel in gone], squares[0], head)
+
+    def without_wide(gone: Sequence[int]) -> float:
+        flat = left_without([9 * channel + pixel for channel in gone for pixel in range(9)], squares[0], head)
+        return flat + left_without(gone, squares[1], narrow.permute(0, 2, 3, 1).flatten(0, 2))
+
+    assert scores["narrow"] == pytest.approx(in_order(without_narrow, 6), rel=1e-3)
+    assert scores["wide"] == pytest.approx(in_order(without_wide, 4), rel=1e-3)
 
 
 def test_covariances_are_those_of_the_inputs() -> None:
