@@ -374,7 +374,7 @@ def main() -> None:
 
 
 def _quiet(verbose: bool) -> None:
-    from compress.log import quiet_libraries
+    from compress.logs.stage_log import quiet_libraries
 
     quiet_libraries(verbose)
 

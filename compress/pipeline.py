@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from compress.artifact import Meta, damage, exclusive, finish, is_complete, lineage, read_meta, turn
 from compress.data.digest import FILES, changes, dataset_digest, given, unlabelled_digest
 from compress.errors import ArtifactError, CompressError
-from compress.log import Tell
+from compress.logs.sinks import opened
+from compress.logs.stage_log import Tell
 from compress.models.digest import class_names, source_digest, teachers_digest
 from compress.ranks import barrier, first_decides, rank
 from compress.recipe.arguments import data_settings, goal_of, teachers_of
@@ -26,7 +27,6 @@ from compress.recipe.order import GIVES, TAKES
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import StageSection
 from compress.report.files import report_root, report_run, run_root
-from compress.report.sinks import opened
 from export.command.files import key_of
 from export.errors import did_you_mean
 from export.onnx_file.targets import resolve_target

@@ -28,7 +28,7 @@ from compress.data.images import ImageSet
 from compress.data.named import NAMED
 from compress.data.split import sampled
 from compress.errors import CompressError, ModelError
-from compress.log import StageLog, Tell
+from compress.logs.stage_log import StageLog, Tell
 from compress.models.architectures import build
 from compress.models.digest import class_names, source_digest, teachers_digest
 from compress.models.saved import Architecture, load_float, rebuild

@@ -15,8 +15,8 @@ from compress.report.collect import collect
 from compress.report.comparison.candidate import Subject
 from compress.report.comparison.compare import Comparison, compare
 from compress.report.comparison.show import print_comparison
+from compress.report.page.terminal import print_report
 from compress.report.shape import Report
-from compress.report.terminal import print_report
 from export.runtime.accuracy import Score
 from export.runtime.accuracy import accuracy as accuracy_of
 from export.tasks.classification import by_class

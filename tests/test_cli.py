@@ -14,8 +14,9 @@ import pytest
 from safetensors import SafetensorError
 from typer.testing import CliRunner, Result
 
-from compress import log, pipeline
+from compress import pipeline
 from compress.cli import _command, app
+from compress.logs import stage_log
 from compress.pipeline import PlanLine
 from compress.recipe.read import read_recipe
 from compress.recipe.reference import reference
@@ -30,7 +31,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> Invoke:
     """Run a command in this process, on rank 0 of 1, with logging left as it is."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(log, "quiet_libraries", lambda verbose: None)
+    monkeypatch.setattr(stage_log, "quiet_libraries", lambda verbose: None)
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 CODE = """
 import torch
-from compress.log import quiet_libraries
+from compress.logs.stage_log import quiet_libraries
 quiet_libraries(False)
 import export.bench
 from compress.quant import neural_compressor_ptq

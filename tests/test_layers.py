@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROWS = (
     ("compress.errors", "export"),
-    ("compress.artifact", "compress.data", "compress.log", "compress.ranks"),
+    ("compress.artifact", "compress.data", "compress.logs", "compress.ranks"),
     ("compress.pruning", "compress.quant", "compress.recipe"),
     ("compress.models",),
     ("compress.distillation", "compress.run", "compress.tasks", "compress.training"),
@@ -69,6 +69,11 @@ def test_export_stands_alone(module: str) -> None:
 )
 def test_stages_never_import_each_other(module: str) -> None:
     assert [name for name in imports(module) if is_within(name, "compress.stages")] == []
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if is_within(name, "compress.report.judge")])
+def test_what_judges_never_imports_what_draws(module: str) -> None:
+    assert [name for name in imports(module) if is_within(name, "compress.report.page")] == []
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if is_within(name, *ALGORITHMS)])

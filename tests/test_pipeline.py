@@ -20,7 +20,7 @@ from compress.artifact import finish, is_complete, read_meta
 from compress.commands.clean import leftovers
 from compress.data.batches import Batch
 from compress.errors import ArtifactError, CompressError
-from compress.log import StageLog
+from compress.logs.stage_log import StageLog
 from compress.pipeline import plan_recipe, run_recipe, run_stage
 from compress.pruning.recovery import reconstruction
 from compress.recipe.read import read_recipe

@@ -16,9 +16,9 @@ from compress.data.scenes import CLASSES, SCENES, draw_scenes
 from compress.pipeline import run_recipe
 from compress.recipe.read import read_recipe
 from compress.report.bundling import contents
-from compress.report.pictures import examples
+from compress.report.page.pictures import examples
+from compress.report.page.summary import TITLES
 from compress.report.shape import Report
-from compress.report.summary import TITLES
 from export import audit, predict, verify
 from export.bundle.read import read_bundle
 from export.images.preprocess import IGNORED

@@ -28,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import compress.data.dataset
 from compress.data.batches import Batch
 from compress.distillation.step import supervised_step
-from compress.log import StageLog, quiet_libraries
+from compress.logs.stage_log import StageLog, quiet_libraries
 from compress.models.architectures import build
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import Fit

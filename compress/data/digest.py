@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compress.data.shards import ShardListing, list_shards, shard_files
-from compress.log import clock
+from compress.logs.stage_log import clock
 from compress.ranks import rank
 from export.command.digest_memory import digests_of
 from export.errors import DataError, first

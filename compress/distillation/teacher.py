@@ -28,7 +28,7 @@ from compress.distillation.step import (
     online_teacher,
 )
 from compress.errors import CompressError
-from compress.log import StageLog
+from compress.logs.stage_log import StageLog
 from compress.models.digest import teachers_digest
 from compress.models.saved import ARCHITECTURE, WEIGHTS, example_images
 from compress.ranks import barrier, first_decides

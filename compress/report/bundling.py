@@ -13,9 +13,9 @@ from compress.data.teachers import foreign
 from compress.errors import ArtifactError
 from compress.recipe import strict_yaml
 from compress.recipe.schema import Recipe
-from compress.report.card import card
 from compress.report.distribution import own_distribution
-from compress.report.html import render
+from compress.report.page.card import card
+from compress.report.page.html import render
 from compress.report.shape import Report
 from export.bundle.inside import SUMS, contained, read_sums
 from export.bundle.read import VALIDATION, preprocess_of, read_bundle

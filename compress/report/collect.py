@@ -10,11 +10,11 @@ from compress.artifact import read_meta
 from compress.data.digest import dataset_digest, given
 from compress.recipe.arguments import data_settings
 from compress.recipe.schema import Recipe, Targets
-from compress.report.classes import doubts
-from compress.report.parity import mismatches
-from compress.report.recommend import recommend
+from compress.report.judge.classes import doubts
+from compress.report.judge.parity import mismatches
+from compress.report.judge.recommend import recommend
+from compress.report.judge.verdict import audited_name, guesses, has_targets, judge, judged_classes
 from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report, StageRow
-from compress.report.verdict import audited_name, guesses, has_targets, judge, judged_classes
 from export.runtime.environment import environment
 from export.runtime.rows import metric_json
 from export.tasks import TASKS

@@ -32,8 +32,8 @@ def report_run(
     `made` are the artifacts that this run made. A run of only some stages does not replace the report of a run with more.
     """
     from compress.report.collect import collect
-    from compress.report.screen import screen
-    from compress.report.terminal import print_report
+    from compress.report.page.screen import screen
+    from compress.report.page.terminal import print_report
 
     chains, root = recipe.chains(), run_root(recipe)
     is_kept = any(_is_part(chains[name], paths, report_root(recipe, name)) for name, paths in artifacts.items())
@@ -56,8 +56,8 @@ def report_run(
 
 def print_again(root: Path, *, verbose: bool) -> None:
     """Render the page of a finished run again from its files, and print the report."""
-    from compress.report.screen import screen
-    from compress.report.terminal import print_report
+    from compress.report.page.screen import screen
+    from compress.report.page.terminal import print_report
 
     page = render_report(root)
     print_report(json.loads((root / "report.json").read_text(encoding="utf-8")), screen(), verbose=verbose, page=page)
@@ -65,7 +65,7 @@ def print_again(root: Path, *, verbose: bool) -> None:
 
 def render_report(root: Path) -> Path:
     """Write a finished run's HTML page from its files, and return its path."""
-    from compress.report.html import render
+    from compress.report.page.html import render
 
     if (root / "bundle.json").exists():
         raise ArtifactError(f"{root}: is a bundle, whose files never change; give the folder of its run")
@@ -111,8 +111,8 @@ def _write(chain: Recipe, artifacts: Sequence[Path], report: Report, root: Path)
 def _compare(recipe: Recipe, reports: Mapping[str, Report], *, verbose: bool) -> None:
     """Write the page that compares the recipe's students, and print it with their verdicts."""
     from compress.report.comparison.files import compare_folders
-    from compress.report.screen import say
-    from compress.report.terminal import print_verdict
+    from compress.report.page.screen import say
+    from compress.report.page.terminal import print_verdict
 
     page = run_root(recipe) / "report" / "index.html"
     compare_folders(

@@ -10,7 +10,7 @@ import onnx
 from torch import fx
 
 from compress.artifact import Metrics, float_ancestor, lineage, newest, read_meta
-from compress.log import StageLog
+from compress.logs.stage_log import StageLog
 from compress.models.saved import example_images, load_float, load_prepared
 from compress.quant.prepare import deploy, float_on_purpose, prepare
 from compress.quant.reference import reference_of

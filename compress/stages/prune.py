@@ -15,7 +15,7 @@ from compress.artifact import Metrics
 from compress.distillation.step import supervised_step
 from compress.distillation.teacher import distil
 from compress.errors import CompressError
-from compress.log import StageLog
+from compress.logs.stage_log import StageLog
 from compress.models.saved import example_images, read_architecture, save_network
 from compress.models.structure import classifier, width_cost
 from compress.pruning.branches import find_branches

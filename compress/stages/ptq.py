@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compress.artifact import Metrics, read_meta
 from compress.errors import ModelError
-from compress.log import StageLog
+from compress.logs.stage_log import StageLog
 from compress.models.saved import ARCHITECTURE, WEIGHTS, example_images, load_float
 from compress.quant import neural_compressor_ptq
 from compress.quant.bias_correction import corrected, float_means, images_to_correct_with

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from compress.artifact import Metrics, newest, read_meta
 from compress.distillation.teacher import distil
-from compress.log import StageLog
+from compress.logs.stage_log import StageLog
 from compress.models.saved import Architecture, load_float, prepare_as, read_architecture, save_network
 from compress.quant.bias_correction import corrected, images_to_correct_with
 from compress.quant.calibrate import Method, calibrate_

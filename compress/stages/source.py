@@ -7,7 +7,7 @@ from torch import nn
 from compress.artifact import Metrics
 from compress.data.digest import FILES
 from compress.distillation.step import auxiliary_training, supervised_step
-from compress.log import StageLog
+from compress.logs.stage_log import StageLog
 from compress.models.architectures import auxiliary
 from compress.models.saved import save_network
 from compress.recipe.stages import SourceStage

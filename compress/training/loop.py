@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from compress.data.batches import Batch
 from compress.errors import CompressError
-from compress.log import StageLog
+from compress.logs.stage_log import StageLog
 from compress.ranks import first_decides, gather, rank
 from compress.recipe.stages import Fit
 from compress.training import compilation

@@ -14,7 +14,7 @@ import pytest
 from onnx_files import small_files, write_small_bundle
 from reports import build_report, build_student, compared, printed, shown
 
-from compress.report.screen import UNBOUNDED, screen
+from compress.report.page.screen import UNBOUNDED, screen
 from export.command.main import PLAIN, end
 from export.errors import BundleError
 

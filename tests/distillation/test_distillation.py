@@ -30,7 +30,7 @@ from compress.distillation.step import (
 )
 from compress.distillation.taps import tap
 from compress.errors import CompressError, ModelError
-from compress.log import StageLog
+from compress.logs.stage_log import StageLog
 from compress.pruning.plan import cut_
 from compress.quant.graph.trace import trace
 from compress.quant.prepare import prepare, set_phase_

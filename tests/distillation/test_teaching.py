@@ -21,7 +21,7 @@ from compress.distillation import teacher as teaching
 from compress.distillation.logit_cache import Layout, LogitCache
 from compress.distillation.teacher import Teaching, teach
 from compress.errors import CompressError
-from compress.log import StageLog
+from compress.logs.stage_log import StageLog
 from compress.pipeline import plan_recipe, run_recipe
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import DistillStage, Fit

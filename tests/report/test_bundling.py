@@ -23,9 +23,9 @@ from compress.pipeline import run_recipe
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 from compress.report.bundling import publish, serving_of
-from compress.report.card import card, front_matter
 from compress.report.files import print_again
 from compress.report.hub import publish_to_hub
+from compress.report.page.card import card, front_matter
 from export.bundle.read import read_bundle
 from export.errors import BundleError
 from export.onnx_file.model_file import Value

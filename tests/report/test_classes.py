@@ -12,13 +12,13 @@ import pytest
 from answered import answered
 from reports import FILES, build_report, save_report, shown
 
-from compress.report import summary, tables
-from compress.report.card import card
-from compress.report.classes import at_chance
 from compress.report.comparison.read import read_subjects
-from compress.report.html import render
+from compress.report.judge.classes import at_chance
+from compress.report.judge.verdict import judge
+from compress.report.page import summary, tables
+from compress.report.page.card import card
+from compress.report.page.html import render
 from compress.report.shape import Report
-from compress.report.verdict import judge
 from export.onnx_file.model_file import Value
 from export.runtime.accuracy import Score
 from export.tasks.paired import chance

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from reports import METRICS, build_bench, build_int8, build_report, shown
 
-from compress.report import summary
-from compress.report.html import render
-from compress.report.parity import mismatches
+from compress.report.judge.parity import mismatches
+from compress.report.page import summary
+from compress.report.page.html import render
 from compress.report.shape import Report
 
 STAGE = {"teacher_fp32": "source", "student_fp32": "ptq", "student_ptq_int8": "ptq", "student_int8": "qat"}

@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 from reports import CPU, CUDA, FILES, build_audit, build_ptq, build_report, with_row
 
-from compress.report import summary
-from compress.report.recommend import recommend
+from compress.report.judge.recommend import recommend
+from compress.report.page import summary
 from compress.report.shape import Report
 
 FLOATS = ("teacher_fp32", "student_fp32", "student_fp16")

@@ -11,10 +11,11 @@ from reports import CPU, CUDA, FILES, build_int8, build_recipe, build_report, bu
 from typer.testing import CliRunner
 
 from compress.cli import app
-from compress.report import charts, numbers
+from compress.report import numbers
 from compress.report.collect import collect
-from compress.report.html import render
-from compress.report.verdict import judge
+from compress.report.judge.verdict import judge
+from compress.report.page import charts
+from compress.report.page.html import render
 
 ALL_TARGETS = {
     "max_drop": 0.015,
@@ -102,7 +103,7 @@ def test_a_run_without_a_bench_still_says_where_it_ran(tmp_path: Path) -> None:
 
 def test_the_report_imports_no_torch() -> None:
     program = (
-        "import sys, compress.report.collect, compress.report.html, compress.report.terminal; "
+        "import sys, compress.report.collect, compress.report.page.html, compress.report.page.terminal; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -22,11 +22,12 @@ from reports import (
     with_row,
 )
 
-from compress.report import gain, summary, tables_int8
-from compress.report.html import render
+from compress.report.judge import gain
+from compress.report.judge.verdict import judge
+from compress.report.page import summary, tables_int8
+from compress.report.page.html import render
+from compress.report.page.table import Strong, Table
 from compress.report.shape import Report, VerifyRow
-from compress.report.table import Strong, Table
-from compress.report.verdict import judge
 from export.tasks.paired import mcnemar
 from export.verify import Verification
 

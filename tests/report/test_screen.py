@@ -12,10 +12,10 @@ from rich.console import Console
 from test_report import ALL_TARGETS, VARIANTS
 
 from compress.report.comparison.show import print_comparison
-from compress.report.screen import show
+from compress.report.page.screen import show
+from compress.report.page.table import Table
+from compress.report.page.terminal import print_verdict
 from compress.report.shape import Report
-from compress.report.table import Table
-from compress.report.terminal import print_verdict
 
 LONG = "student_int8: a sentence that says at length what a reader should know of layer1.0.downsample.0 before it is served, "
 

@@ -16,7 +16,7 @@ from compress.distillation.step import check_task
 from compress.errors import CompressError, RecipeError
 from compress.recipe.losses import CrossEntropyTerm, DiceTerm, DISTTerm, DKDTerm, KDTerm, MSETerm, NKDTerm
 from compress.recipe.read import read_recipe
-from compress.report.classes import at_chance
+from compress.report.judge.classes import at_chance
 from compress.tasks.multilabel import MULTILABEL as TASK
 from export.errors import BundleError
 from export.tasks.multilabel import MULTILABEL, average_precision, by_chance, ranking

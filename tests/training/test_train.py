@@ -17,7 +17,7 @@ from torch import nn
 from compress.data.batches import Batch
 from compress.distillation.step import supervised_step
 from compress.errors import CompressError
-from compress.log import StageLog
+from compress.logs.stage_log import StageLog
 from compress.recipe.stages import Fit
 from compress.tasks import TASKS, evaluate
 from compress.training import loop as train

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from compress.report.sinks import opened
+from compress.logs.sinks import opened
 
 sink, folder = sys.argv[1], Path(sys.argv[2])
 report = {"stages": [{"stage": "source", "metrics": {"score": 0.75, "unknown": None}}]}

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from compress.recipe.explain import unknown
 from compress.report import numbers
+from compress.report.judge.verdict import any_row, deployed_name, first_and_last, headline_provider, headline_row
+from compress.report.page.summary import network
 from compress.report.shape import DeployedRow, Report
-from compress.report.summary import network
-from compress.report.verdict import any_row, deployed_name, first_and_last, headline_provider, headline_row
 from export.images.size import said
 from export.onnx_file.roles import TEACHER
 

@@ -13,8 +13,9 @@ from compress.commands.search.measures import MEASURES, measure
 from compress.commands.search.show import folder, means, where
 from compress.commands.search.space import Axis, Search, axes
 from compress.commands.search.trial import Setup
-from compress.report import charts, numbers
-from compress.report.html import FRAME, template
+from compress.report import numbers
+from compress.report.page import charts
+from compress.report.page.html import FRAME, template
 
 WIDE, TALL = 900, 260  # of the parallel coordinates, in the page's pixels
 TOP, BOTTOM = 30.0, 240.0  # of their axes

@@ -24,7 +24,7 @@ from compress.errors import CompressError
 from compress.pipeline import run_recipe
 from compress.recipe.read import write_recipe
 from compress.report.bundling import publish
-from compress.report.screen import screen
+from compress.report.page.screen import screen
 
 POLL_S = 1.0
 MOST_CRASHES = 3  # in a row; then the machine is at fault, not the trials

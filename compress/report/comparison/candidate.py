@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from compress.report import summary
-from compress.report.shape import DeployedRow, Report, Verdict
-from compress.report.verdict import (
+from compress.report.judge.verdict import (
     any_row,
     deployed_name,
     first_and_last,
@@ -14,6 +12,8 @@ from compress.report.verdict import (
     is_headline,
     target_of,
 )
+from compress.report.page import summary
+from compress.report.shape import DeployedRow, Report, Verdict
 from export.images.size import Size, area, size_of
 from export.onnx_file.roles import TEACHER
 from export.onnx_file.targets import CPU

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from compress.report import numbers, summary
+from compress.report import numbers
 from compress.report.comparison.candidate import Candidate, Subject, Teacher, candidate, common_conditions
 from compress.report.comparison.fair import Fairness, SpeedBy, judge_fairness
 from compress.report.comparison.recipes import Difference, differences
+from compress.report.page import summary
 
 
 @dataclass(frozen=True)

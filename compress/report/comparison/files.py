@@ -9,7 +9,7 @@ from rich.console import Console
 from compress.report.comparison.compare import compare
 from compress.report.comparison.read import page_of, read_subjects
 from compress.report.comparison.show import link_to, print_comparison, render_comparison
-from compress.report.screen import screen
+from compress.report.page.screen import screen
 from export.command.files import write_json, write_text
 
 

@@ -12,8 +12,8 @@ from typing_extensions import TypedDict
 from compress.artifact import students_of
 from compress.errors import ArtifactError
 from compress.report.comparison.candidate import Subject
+from compress.report.judge.verdict import deployed_name
 from compress.report.shape import REPORT_VERSION, Json, Report
-from compress.report.verdict import deployed_name
 from export.bundle.inside import MAX_TEXT_BYTES, contained, read_json, read_sums, read_text
 from export.bundle.read import MANIFEST
 from export.command.files import sha256

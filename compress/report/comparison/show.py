@@ -14,10 +14,10 @@ from compress.report import numbers
 from compress.report.comparison.candidate import Candidate
 from compress.report.comparison.compare import Comparison
 from compress.report.comparison.recipes import by_value
-from compress.report.html import LATENCY, Page, cloud, render_page
 from compress.report.numbers import UNKNOWN
-from compress.report.screen import print_what_fits, say, show
-from compress.report.table import Section, Strong, Table, count
+from compress.report.page.html import LATENCY, Page, cloud, render_page
+from compress.report.page.screen import print_what_fits, say, show
+from compress.report.page.table import Section, Strong, Table, count
 from export.onnx_file.roles import TEACHER
 from export.runtime.rows import Speedup
 

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 from compress.cli import app
 from compress.errors import CompressError
-from compress.log import StageLog
-from compress.report import sinks
-from compress.report.sinks import Sink, opened
+from compress.logs import sinks
+from compress.logs.sinks import Sink, opened
+from compress.logs.stage_log import StageLog
 
 ROOT = Path(__file__).parents[2]
 Sent = list[tuple[Any, ...]]

@@ -10,13 +10,14 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from compress.report import charts, numbers, series, summary
-from compress.report.parity import mismatches
-from compress.report.pictures import examples
+from compress.report import numbers
+from compress.report.judge.parity import mismatches
+from compress.report.judge.verdict import deployed_name, guesses
+from compress.report.page import charts, series, summary
+from compress.report.page.pictures import examples
+from compress.report.page.table import Section, Strong, Table, bar, count
+from compress.report.page.tables import sections
 from compress.report.shape import DeployedRow, Report
-from compress.report.table import Section, Strong, Table, bar, count
-from compress.report.tables import sections
-from compress.report.verdict import deployed_name, guesses
 
 WIDTH = 440  # of a chart in its own pixels; near a phone's, so that text stays readable there
 FRAME = charts.Box(56, 8, WIDTH - 6, 236)  # of a scatter plot's points
@@ -93,7 +94,7 @@ def render_page(page: Page) -> str:
 def template(name: str) -> Template:
     """Return a template that escapes every text; an unknown variable is an error."""
     environment = Environment(
-        loader=PackageLoader("compress.report", "templates"),
+        loader=PackageLoader("compress.report.page", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

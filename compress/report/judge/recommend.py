@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from compress.report.classes import at_chance, worst_first
+from compress.report.judge.classes import at_chance, worst_first
+from compress.report.judge.verdict import TOLERANCE, deployed_name, headline_row, mostly_float, target_of
 from compress.report.numbers import loss, times
 from compress.report.shape import DeployedRow, Recommendation, Report
-from compress.report.tables_int8 import ENGINES
-from compress.report.verdict import TOLERANCE, deployed_name, headline_row, mostly_float, target_of
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER
 from export.onnx_file.targets import CPU, TARGET_PROVIDERS, TARGETS
 from export.runtime.rows import Speedup
 
+ENGINES = {"onnxruntime": "ONNX Runtime", "neural-compressor": "neural-compressor", "compress": "this pipeline"}
 DEFAULT_MAX_SCORE_DROP = 0.01  # if the recipe sets no targets.max_drop
 SLOW_INT8 = (
     "in small networks and depthwise layers quantizing and dequantizing costs more than the integer kernels save"

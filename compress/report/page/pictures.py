@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from compress.report import summary
+from compress.report.judge.verdict import deployed_name
+from compress.report.page import summary
 from compress.report.shape import Report
-from compress.report.verdict import deployed_name
 from export.images.drawing import as_rgb
 from export.onnx_file.roles import TEACHER
 from export.tasks import TASKS

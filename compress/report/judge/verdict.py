@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from compress.report.classes import at_chance, worst_first
+from compress.report.judge.classes import at_chance, worst_first
 from compress.report.numbers import percent, significant, times
 from compress.report.shape import DeployedRow, Report, Verdict
 from export.audit import in_float

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from compress.report.table import Strong, Table
+from compress.report.page.table import Strong, Table
 
 LINES = 40  # of one screen
 UNBOUNDED = 10_000  # columns

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 from compress.recipe.order import GIVES
-from compress.report.gain import stage_metrics
+from compress.report.judge.gain import stage_metrics
+from compress.report.judge.verdict import TOLERANCE, any_row, target_of
 from compress.report.numbers import percent
 from compress.report.shape import Report
-from compress.report.verdict import TOLERANCE, any_row, target_of
 from export.onnx_file.roles import FP32, PTQ, QAT, TEACHER
 from export.onnx_file.targets import RUNS
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from compress.log import StageLog
+from compress.logs.stage_log import StageLog
 
 
 class CountedLoss:
@@ -130,7 +130,7 @@ def test_markup_in_a_note_is_printed_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("verbose", "expected"), [(False, ""), (True, "said")])
 def test_libraries_are_quiet_unless_verbose(verbose: bool, expected: str) -> None:
     program = (
-        "import logging, warnings; from compress.log import quiet_libraries; "
+        "import logging, warnings; from compress.logs.stage_log import quiet_libraries; "
         f"quiet_libraries({verbose}); import torch; logging.getLogger('torch').warning('said'); warnings.warn('said')"
     )
     spoken = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stderr

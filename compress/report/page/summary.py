@@ -2,11 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 
-from compress.report.numbers import heading, percent, points, significant, times
-from compress.report.parity import mismatches
-from compress.report.shape import DeployedRow, Report
-from compress.report.table import Table, mark
-from compress.report.verdict import (
+from compress.report.judge.parity import mismatches
+from compress.report.judge.verdict import (
     audited_name,
     deployed_name,
     first_and_last,
@@ -19,6 +16,9 @@ from compress.report.verdict import (
     mostly_float,
     show,
 )
+from compress.report.numbers import heading, percent, points, significant, times
+from compress.report.page.table import Table, mark
+from compress.report.shape import DeployedRow, Report
 from export.audit import in_float
 from export.images.size import area, said, size_of
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER

@@ -1,8 +1,8 @@
 """Sentences on what recovery without training, and quantization-aware training, gained on the same images."""
 
+from compress.report.judge.verdict import any_row, target_of
 from compress.report.numbers import duration, loss, percent, points, significant
 from compress.report.shape import DeployedRow, Json, Report
-from compress.report.verdict import any_row, target_of
 from export.onnx_file.roles import PTQ, QAT
 from export.tasks import TASKS
 from export.tasks.paired import mcnemar

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from compress.report import gain, summary, tables_int8
-from compress.report.classes import worst_first
+from compress.report.judge import gain
+from compress.report.judge.classes import worst_first
+from compress.report.judge.verdict import any_row, judged_classes
 from compress.report.numbers import UNKNOWN, duration, heading, percent, points, significant, times
+from compress.report.page import summary, tables_int8
+from compress.report.page.table import Section, Table, count
 from compress.report.shape import DeployedRow, Report
-from compress.report.table import Section, Table, count
-from compress.report.verdict import any_row, judged_classes
 from export.onnx_file.roles import TEACHER
 
 MATRIX_CLASSES = 20  # with more classes, only the most confused pairs are shown

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterable, Iterator
 
-from compress.report.gain import stage_metrics, stage_section
+from compress.report.judge.gain import stage_metrics, stage_section
+from compress.report.judge.parity import allowed
+from compress.report.judge.recommend import ENGINES
+from compress.report.judge.verdict import TOLERANCE, any_row, audited_name, target_of
 from compress.report.numbers import UNKNOWN, heading, loss, percent, points, significant, times
-from compress.report.parity import allowed
+from compress.report.page.summary import metric
+from compress.report.page.table import Section, Table, bar, count, mark, strong
 from compress.report.shape import PtqTarget, Report, TensorRow, VerifyRow
-from compress.report.summary import metric
-from compress.report.table import Section, Table, bar, count, mark, strong
-from compress.report.verdict import TOLERANCE, any_row, audited_name, target_of
 from export.audit import Audit
 from export.onnx_file.roles import PTQ, QAT, is_int8
 
-ENGINES = {"onnxruntime": "ONNX Runtime", "neural-compressor": "neural-compressor", "compress": "this pipeline"}
 SCORED_IN = {"onnxruntime": "ONNX Runtime", "pytorch": "PyTorch"}
 TOP_GROUPS = 10
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from compress.report import summary
-from compress.report.screen import print_what_fits, say, show
+from compress.report.page import summary
+from compress.report.page.screen import print_what_fits, say, show
+from compress.report.page.table import mark
+from compress.report.page.tables import files, sections, stages
 from compress.report.shape import Report
-from compress.report.table import mark
-from compress.report.tables import files, sections, stages
 
 STYLES = {"pass": "bold green", "fail": "bold red", "partial": "bold"}
 

@@ -6,11 +6,12 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from compress.report import numbers, summary
+from compress.report import numbers
+from compress.report.judge.verdict import mostly_float, target_of
+from compress.report.page import summary
+from compress.report.page.table import Table, markdown, plain
+from compress.report.page.tables import files, recalls, stages
 from compress.report.shape import DeployedRow, Json, Report
-from compress.report.table import Table, markdown, plain
-from compress.report.tables import files, recalls, stages
-from compress.report.verdict import mostly_float, target_of
 from export.tasks import TASKS
 
 CLASSES = 10  # at most; those that lose most
@@ -20,7 +21,7 @@ STAGE_TAGS = {"prune": "pruning", "distill": "knowledge-distillation", "qat": "q
 def card(report: Report, *, name: str, served: str, classes: int, golden: int, tensors: Mapping[str, Any]) -> str:
     """Return the card; `tensors` are the model's `input` and `output` as bundle.json has them."""
     environment = Environment(  # Markdown, not HTML: `plain` escapes untrusted text
-        loader=PackageLoader("compress.report", "templates"),
+        loader=PackageLoader("compress.report.page", "templates"),
         undefined=StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,

@@ -1,0 +1,1 @@
+"""What judges a run: verdict, recommendation, gains, doubts; never imports what draws."""
