@@ -36,6 +36,7 @@ Defect = Literal[
     "unlisted_file",  # not in SHA256SUMS
     "unusable",  # any other reason why a model or bundle cannot be used
     "wrong_facts",  # bundle.json contradicts the file
+    "wrong_runtime",  # no fault of the file: this ONNX Runtime computes it wrongly on this processor
     "wrong_shape",  # not one input for square images and one output
 ]
 

@@ -29,7 +29,7 @@ from export.onnx_file.model_file import parse, precision
 from export.onnx_file.names import module_of
 from export.onnx_file.wiring import Wiring, wire
 from export.proof.distance import Distance
-from export.proof.saturation import modules, saturation_possible
+from export.proof.saturation import modules, saturates_here, saturation_possible
 from export.proof.submodels import IMAGES, Piece, exposed, pieces, quantized_tensors
 from export.runtime.intervals import clopper_pearson
 from export.runtime.session import RUNTIME_ERRORS, first_line, open_session
@@ -98,7 +98,7 @@ class Probe:
 
     piece: Piece
     as_run: onnxruntime.InferenceSession
-    unoptimized: onnxruntime.InferenceSession | None  # only if saturation is possible
+    unoptimized: onnxruntime.InferenceSession | None  # only if this machine's kernels can saturate in it
     accumulated: Distance = field(default_factory=Distance)
     local: Distance = field(default_factory=Distance)
     unoptimized_local: Distance = field(default_factory=Distance)  # of `as_run` from `unoptimized`
@@ -194,10 +194,10 @@ def in_chunks(batches: Iterable[tuple[Floats, Array | None]]) -> Iterator[tuple[
 
 
 def open_probes(file: Wiring, known: Mapping[str, Floats], possible: Mapping[str, int]) -> list[Probe]:
-    """Open every piece of the file between tensors that the reference has; also unoptimized if saturation is `possible`."""
+    """Open every piece of the file between tensors that the reference has; also unoptimized if saturation is `possible` and happens here."""
     probes = []
     for piece in pieces(file, known):
-        suspect = not possible.keys().isdisjoint(piece.layers)
+        suspect = not possible.keys().isdisjoint(piece.layers) and saturates_here()
         unoptimized = open_session(piece.model, threads=1, optimize=False) if suspect else None
         probes.append(Probe(piece, open_session(piece.model, threads=1), unoptimized))
     return probes
@@ -284,6 +284,7 @@ def as_text(found: Verification, metric: Metric) -> str:
         ),
         table(header, rows),
         f"first tensor that diverges: {found.first_divergence or 'none'}",
+        *(_blame(found) if found.first_divergence and not found.saturation else []),
         *(
             f"{layer.layer}: saturates on this machine: {layer.values:.2%} of its values are wrong, by up to {layer.max_lsb} levels: "
             "export for cpu_avx2 (7-bit weights)"
@@ -296,6 +297,13 @@ def as_text(found: Verification, metric: Metric) -> str:
             f"on a CPU without VNNI {len(found.saturation_possible)} layers can saturate ({some} first): serve the file for cpu_avx2 there"
         )
     return "\n".join(lines)
+
+
+def _blame(found: Verification) -> list[str]:
+    """Return a sentence on the first tensor that diverges although nothing saturates: the file is its own reference."""
+    (tensor,) = (tensor for tensor in found.tensors if tensor.name == found.first_divergence)
+    named = ", ".join(tensor.layers) or tensor.name
+    return [f"ONNX Runtime {onnxruntime.__version__} does not compute {named} as the file says: try another version"]
 
 
 def batches_of(path: Path, examples: Examples | None, images: int) -> Iterator[tuple[Floats, Array | None]]:

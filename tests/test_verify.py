@@ -29,7 +29,7 @@ from export.proof.submodels import Piece, pieces
 from export.runtime.intervals import clopper_pearson
 from export.runtime.session import open_session
 from export.tasks.classification import CLASSIFICATION
-from export.verify import file_reference, main, verify
+from export.verify import as_text, file_reference, main, verify
 
 Floats = NDArray[np.float32]
 
@@ -209,6 +209,7 @@ def test_saturation_is_named_where_the_kernel_saturates(full: Path, monkeypatch:
         return _Avx2(parsed.to_bytes())
 
     monkeypatch.setattr(verify_module, "open_session", without_vnni)
+    monkeypatch.setattr(verify_module, "saturates_here", lambda: True)
     found = verify(full, [(images(16), None)], task=CLASSIFICATION)
     assert [layer.layer for layer in found.saturation] == ["conv1"]
     channels_last = np.abs(
@@ -222,10 +223,28 @@ def test_saturation_is_named_where_the_kernel_saturates(full: Path, monkeypatch:
     assert found.first_divergence == "quantizer_conv1"
 
 
+def test_a_wrong_kernel_is_no_saturation_where_none_happens(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+    def wrong(model: Path | bytes, *, threads: int = 0, optimize: bool = True) -> object:
+        parsed = wire(ModelProto.FromString(model)) if isinstance(model, bytes) else None
+        if parsed is None or not optimize or "conv1/Conv" not in parsed.nodes or "conv2/Conv" in parsed.nodes:
+            return open_session(model, threads=threads, optimize=optimize)
+        return _Avx2(parsed.to_bytes())
+
+    monkeypatch.setattr(verify_module, "open_session", wrong)
+    monkeypatch.setattr(verify_module, "saturates_here", lambda: False)
+    found = verify(full, [(images(16), None)], task=CLASSIFICATION)
+    assert (found.saturation, found.first_divergence) == ((), "quantizer_conv1")
+    text = as_text(found, CLASSIFICATION.metric)
+    assert "cpu_avx2 (7-bit weights)" not in text
+    assert f"ONNX Runtime {onnxruntime.__version__} does not compute conv1 as the file says" in text
+
+
 EMULATED = """
 import sys
 from pathlib import Path
 import numpy as np
+from export.proof.saturation import saturates_here
 from export.runtime.session import open_session
 from export.tasks.classification import CLASSIFICATION
 from export.verify import verify
@@ -233,7 +252,7 @@ folder = Path(sys.argv[1])
 images = np.load(folder / "images.npy")
 for name in ("full", "seven"):
     found = verify(folder / f"{name}.onnx", [(images, None)], task=CLASSIFICATION)
-    print(name, *(layer.layer for layer in found.saturation), found.first_divergence, sep=",")
+    print(name, saturates_here(), *(layer.layer for layer in found.saturation), found.first_divergence, sep=",")
     session = open_session((folder / f"{name}_conv1.onnx").read_bytes(), threads=1)
     np.save(folder / f"{name}_conv1.npy", session.run(None, {session.get_inputs()[0].name: images})[0])
 """
@@ -253,7 +272,7 @@ def test_a_cpu_without_vnni_saturates_on_the_full_range_and_not_on_seven_bits(tm
         (tmp_path / f"{name}_conv1.onnx").write_bytes(cut[name].model)
     command = ["qemu-x86_64", "-cpu", "Haswell", sys.executable, "-c", EMULATED, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert done.stdout.split() == ["full,conv1,quantizer_conv1", "seven,None"]
+    assert done.stdout.split() == ["full,True,conv1,quantizer_conv1", "seven,True,None"]
     here = host_target().name  # its own kernels are exact where it has VNNI
     for name, piece in cut.items():
         emulated = np.load(tmp_path / f"{name}_conv1.npy")

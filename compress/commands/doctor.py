@@ -17,6 +17,7 @@ from rich.text import Text
 
 from compress.report.distribution import own_distribution
 from export.onnx_file.targets import CUDA, Target, host_instruction_sets, host_target
+from export.runtime.faults import fault_of
 
 Status = Literal["ok", "warn", "missing"]
 COLOURS = {"ok": "green", "warn": "yellow", "missing": "red"}
@@ -70,7 +71,9 @@ def packages(requirements: Sequence[str], version_of: Callable[[str], str | None
         if version is None:
             yield Finding(name, "missing", "not installed", repair)
         elif not requirement.specifier.contains(version, prereleases=True):
-            yield Finding(name, "missing", f"{version}, needs {requirement.specifier}", repair)
+            fault = fault_of(version, host_instruction_sets()) if name in STANDS_FOR else None
+            why = f"; it computes INT8 wrongly on {fault.processors}" if fault else ""
+            yield Finding(name, "missing", f"{version}, needs {requirement.specifier}{why}", repair)
         else:
             yield Finding(name, "ok", version)
 

@@ -31,11 +31,13 @@ class Finding:
 def check_bundle(path: Path) -> tuple[Bundle | None, list[Finding]]:
     """Return the bundle and no findings, or None and all findings; a broken bundle raises nothing.
 
-    Model files are opened in the sandbox first.
+    Model files are opened in the sandbox first. Raises BundleError if this machine's ONNX Runtime cannot judge them.
     """
     amiss: dict[str, BundleError] = {}  # by sentence, since one cause can show up twice
 
     def note(error: BundleError) -> None:
+        if error.defect == "wrong_runtime":
+            raise error
         amiss.setdefault(str(error), error)
 
     def note_all(errors: Iterable[BundleError]) -> None:

@@ -42,6 +42,8 @@ def open_subject(path: Path) -> Subject:
         now = Now(bundle.served, bundle.labels, preprocess, all_facts(bundle.files))
         check_golden(bundle)
     except BundleError as error:
+        if error.defect == "wrong_runtime":
+            raise
         raise BrokenBundleError(str(error)) from error
     whole = Check("digests", "pass", limit="whole", detail=f"{len(bundle.files)} files, every digest right")
     golden = Check(

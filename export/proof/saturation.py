@@ -5,14 +5,18 @@ position, then positions row by row (it runs channels last); in a matrix product
 16 bits first and are exact.
 """
 
+from functools import cache
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 from export.onnx_file.names import module_of
 from export.onnx_file.targets import CPU
 from export.onnx_file.wiring import INTEGER, Wiring, origin
 from export.proof.optimized import optimize
+from export.runtime.session import open_session
 
 INT16 = np.iinfo(np.int16)
 HIGHEST = 255  # largest activation level; int8 activations are shifted to uint8 before the product
@@ -31,6 +35,22 @@ def saturation_possible(file: Wiring) -> dict[str, int]:
         if layer is not None and order is not None and can_saturate(order):
             found[str(layer.name)] = weight_sum(order)
     return found
+
+
+@cache
+def saturates_here() -> bool:
+    """Tell whether this machine's kernels saturate, by a product whose pairs' sums exceed 16 bits."""
+    levels, weights = np.full((8, 64), HIGHEST, np.uint8), np.full((64, 16), 127, np.int8)
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["levels", "weights"], ["sums"])],
+        "product",
+        [helper.make_tensor_value_info("levels", TensorProto.UINT8, levels.shape)],
+        [helper.make_tensor_value_info("sums", TensorProto.INT32, (8, 16))],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    (sums,) = open_session(model.SerializeToString(), threads=1).run(None, {"levels": levels})
+    return bool((sums != HIGHEST * 127 * 64).any())
 
 
 def inner_order(node: ir.Node) -> NDArray[np.int8] | None:

@@ -12,7 +12,10 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from export.errors import BundleError
 from export.images.size import Size, said
-from export.onnx_file.targets import CPU, CUDA
+from export.onnx_file.model_file import parse
+from export.onnx_file.targets import CPU, CUDA, host_instruction_sets
+from export.onnx_file.wiring import INTEGER, Q
+from export.runtime.faults import fault_of
 
 PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
@@ -45,7 +48,8 @@ def open_session(
     """Open `model` on `provider` with `threads` intra-op threads (0 is all cores), fully optimized or not at all.
 
     Writes the graph that will run to `optimized_file`, and node times to a file that starts with `profile_prefix`.
-    Raises BundleError if the file or the provider cannot be loaded; never falls back to another provider.
+    Raises BundleError if the file or the provider cannot be loaded, and if this ONNX Runtime would compute the file wrongly on this
+    processor; never falls back to another provider.
     """
     name = model.name if isinstance(model, Path) else "the model"
     if provider not in available_providers():
@@ -77,7 +81,22 @@ def open_session(
         raise BundleError(
             f"{provider}: did not start: install the CUDA and cuDNN versions that onnxruntime-gpu requires"
         )
+    require_right(model, name, optimize=optimize)
     return session
+
+
+def require_right(model: Path | bytes, name: str, *, optimize: bool) -> None:
+    """Raise BundleError if this ONNX Runtime computes the model's integers wrongly here; unoptimized, Q/DQ layers compute in float."""
+    fault = fault_of(onnxruntime.__version__, host_instruction_sets())
+    if fault is None:
+        return
+    network = parse(model) if isinstance(model, Path) else onnx.load_model_from_string(model)
+    if any(node.op_type in INTEGER or (optimize and node.op_type == Q) for node in network.graph.node):
+        raise BundleError(
+            f"{name}: ONNX Runtime {onnxruntime.__version__} computes INT8 wrongly on {fault.processors} ({fault.instruction_set}): "
+            f"{fault.repair}",
+            defect="wrong_runtime",
+        )
 
 
 @cache

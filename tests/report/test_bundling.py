@@ -132,6 +132,10 @@ def test_unknown_numbers_are_left_out_of_the_card(tmp_path: Path) -> None:
     assert "vs teacher" not in header
     assert "None" not in body.replace("run(None", "")
     assert "nan" not in body
+    assert "INT8 file with ONNX Runtime 1.21 to 1.24 on processors with AMX (`amx_int8`)" in body
+    report["deployed"] = [row for row in report["deployed"] if row["precision"] != "int8"]
+    text = card(report, name="net", served="student_fp16", classes=3, golden=2, tensors=tensors)
+    assert "AMX" not in text, "float files are computed rightly"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from compress.report.page import summary
 from compress.report.page.table import Table, markdown, plain
 from compress.report.page.tables import files, recalls, stages
 from compress.report.shape import DeployedRow, Json, Report
+from export.runtime.faults import FAULTS
 from export.tasks import TASKS
 
 CLASSES = 10  # at most; those that lose most
@@ -38,6 +39,7 @@ def card(report: Report, *, name: str, served: str, classes: int, golden: int, t
         served=served,
         classes=classes,
         golden=golden,
+        faults=FAULTS if any(row["precision"] == "int8" for row in report["deployed"]) else (),
         counted=summary.counted(report),
         task=TASKS[report["recipe"]["task"]],
         files=markdown(files(report, timed)) if timed else "",
