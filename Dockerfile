@@ -1,4 +1,4 @@
-# Images to run `compress` in: docs/container.md. Built with --target cpu or --target cuda.
+# Images to run `compress` in: docs/running.md. Built with --target cpu or --target cuda.
 FROM python:3.12-slim AS base
 # Users without a home, whoever they are: caches lie in /tmp, and torch finds a name for them.
 ENV HOME=/nonexistent USER=compress XDG_CACHE_HOME=/tmp/cache HF_HOME=/tmp/cache/huggingface TORCH_HOME=/tmp/cache/torch \

@@ -226,7 +226,7 @@ class Recipe(Section):
     out: PathText = "runs"
     """The folder that holds the runs."""
     log_to: tuple[Literal["mlflow", "trackio", "wandb"], ...] = ()
-    """Experiment trackers that also get epochs, report and bundle (docs/tracking.md); each reads its own environment variables."""
+    """Experiment trackers that also get epochs, report and bundle (docs/running.md); each reads its own environment variables."""
     data: Data = Data()
     """The images."""
     model: Model | None = None
