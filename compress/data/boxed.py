@@ -20,7 +20,9 @@ from compress.data.scenes import CLASSES, Scenes
 from compress.data.stored import Stored
 from compress.data.validation import new_folder
 from compress.data.views import Boxes
+from export.errors import first
 from export.images.box_listing import BoxListing, table_of
+from export.images.folders import count
 from export.images.preprocess import Preprocess
 from export.images.size import Size
 
@@ -42,7 +44,7 @@ class PlacedBoxes:
         """Return self: boxes are in memory already."""
         return self
 
-    def put_(self, _index: int, _size: tuple[int, int], _kept: tuple[int, int]) -> None:
+    def put_(self, _index: int, _kept: tuple[int, int]) -> None:
         """Do nothing: fractions of an image do not depend on its size."""
 
     def filled(self, good: np.ndarray, still: Stored, whole: Stored | None) -> "PlacedBoxes":
@@ -100,11 +102,19 @@ def _arrays(scenes: Scenes, chosen: np.ndarray, preprocess: Preprocess) -> Array
     return ArrayImages(scenes.images[chosen], labels, placed=PlacedBoxes(torch.from_numpy(table_of(table))))
 
 
-def _stretched(settings: DataSettings) -> Preprocess:
+def _stretched(settings: DataSettings, _: BoxListing | None) -> Preprocess:
     return Preprocess(settings.size, settings.size, settings.mean, settings.std, stretch=True)
 
 
-open_boxes = Planar("boxes", BoxListing, CLASSES[1:], _stretched, _files, _arrays, WITH_BOXES).open
+def _notes(dataset: Dataset) -> tuple[str, ...]:
+    placed = dataset.train.placed
+    assert isinstance(placed, PlacedBoxes)
+    seen = set(placed.boxes[placed.boxes[..., 5] == 0][:, 0].tolist())  # without crowds, which train nothing
+    missing = [name for label, name in enumerate(dataset.classes) if label not in seen]
+    return (f"no training image has a box of {count(missing, 'class')}: {first(missing)}",) if missing else ()
+
+
+open_boxes = Planar("boxes", BoxListing, CLASSES[1:], _stretched, _files, _arrays, WITH_BOXES, notes=_notes).open
 
 
 def write_boxes(dataset: Dataset, folder: Path) -> int:

@@ -48,7 +48,8 @@ class Dataset:
     """Training images, validation images, and the preprocessing that makes them the network's input.
 
     `files` are the digests of a folder's files by path; `held_out` are the validation images, not decoded. Where there
-    are images without a label (-1), `everything` is the training images followed by them, with the digest of all.
+    are images without a label (-1), `everything` is the training images followed by them, with the digest of all. `notes`
+    are sentences that a run's log and report repeat.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Dataset:
     files: Mapping[str, str]
     held_out: Lazy
     everything: tuple[ImageSet, str] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def with_unlabelled(self) -> "Dataset":
@@ -121,6 +123,7 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
         files=files.digests,
         held_out=lazy[1],
         everything=None if more is None else (everything, f"{own}-{unlabelled_digest(settings)}"),
+        notes=copies(*lazy, files.digests),
     )
 
 
@@ -213,6 +216,21 @@ def _rows(found: Listing | ShardListing, chosen: np.ndarray) -> Sequence[File] |
 
 def _arrays(arrays: Arrays, chosen: np.ndarray) -> ArrayImages:
     return ArrayImages(arrays.images[chosen], torch.from_numpy(arrays.labels[chosen].astype(np.int64)))
+
+
+def copies(train: Lazy, val: Lazy, digests: Mapping[str, str]) -> tuple[str, ...]:
+    """Return a sentence on the validation images that are training images too, by the digests of their files; nothing if none is."""
+    if not isinstance(train, FileImages) or not isinstance(val, FileImages):
+        return ()
+    trained = {digests[name]: name for name in map(train.name, range(len(train))) if name in digests}
+    found = [(name, trained[digests[name]]) for name in map(val.name, range(len(val))) if digests.get(name) in trained]
+    if not found:
+        return ()
+    (name, other), among = found[0], f"{len(found):,} of {len(val):,} validation images"
+    return (
+        f"{among} are training images too, byte for byte ({name} is {other}): the score counts what was learned by heart; "
+        "remove one of each",
+    )
 
 
 def in_memory(train: Lazy, val: Lazy, preprocess: Preprocess, augmentation: Augmentation) -> tuple[ImageSet, ImageSet]:

@@ -47,6 +47,7 @@ FASHION_MNIST = tuple(
     f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 )
 FILES = "images.json"  # in a source's artifact: digests of the files that it was made from
+NOTES = "data-notes.json"  # and there the data set's `notes`
 # The artifact key covers the task and the unlabelled images; `ignore_index` counts only where it is set.
 UNDECIDING = ("task", "ignore_index", "unlabelled")
 PATIENCE_S = 2  # progress is shown when reading files takes longer
@@ -157,6 +158,7 @@ def dataset_digest(settings: DataSettings, found: Given) -> str:
         "path": None,
         "memory": None,
         "classes": listing and listing.classes,
+        **({"masks": 2} if isinstance(listing, MaskListing) else {}),  # raise it when masks become other tensors
         "labels": None
         if isinstance(listing, ShardListing)
         else listing and sorted(listing.train + (listing.val or ())),

@@ -289,7 +289,7 @@ def decode_all(images: FileImages | ArrayImages, preprocess: Preprocess, *, area
                 still[index] = flat(preprocess.pixels(image))
                 height, width = _shrunk(image.size, area)
                 if fill:
-                    fill.put_(index, image.size, (height, width))
+                    fill.put_(index, (height, width))
             except BrokenImage as error:
                 broken[index] = str(error)
                 continue

@@ -34,7 +34,9 @@ def _arrays(scenes: Scenes, chosen: np.ndarray, _preprocess: Preprocess) -> Arra
     return ArrayImages(scenes.images[chosen], labels)
 
 
-TABLES = Planar("tables of labels", TableListing, CLASSES[1:], centred, _files, _arrays, spoiled_by=())
+TABLES = Planar(
+    "tables of labels", TableListing, CLASSES[1:], lambda settings, _: centred(settings), _files, _arrays, spoiled_by=()
+)
 
 
 def open_tables(settings: DataSettings, augmentation: Augmentation) -> Dataset:

@@ -4,9 +4,10 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,16 +16,18 @@ from torch import Tensor
 
 from compress.data.stored import Stored
 from compress.data.views import Boxes, cut_nearest
-from export.images.masks import Pair, read_mask
-from export.images.preprocess import Preprocess
+from export.images.decode import BrokenImage
+from export.images.masks import SAMPLE, Pair, read_mask
+from export.images.preprocess import IGNORED, Preprocess
+from export.images.read import spread
 from export.images.size import Size
 
 
 class Fill(Protocol):
     """Reads each image's truth into memory while the images are decoded."""
 
-    def put_(self, index: int, size: tuple[int, int], kept: tuple[int, int]) -> None:
-        """Read the truth of an image of this (width, height), stored at (height, width) `kept`; raises BrokenImage."""
+    def put_(self, index: int, kept: tuple[int, int]) -> None:
+        """Read the truth of an image that is stored at (height, width) `kept`; raises BrokenImage."""
 
     def filled(self, good: np.ndarray, still: Stored, whole: Stored | None) -> "Placed":
         """Return the truths of the images that were not broken, at the sizes at which those are stored."""
@@ -54,37 +57,33 @@ class MaskFiles:
 
     def begin(self, area: int) -> "MaskFill":
         """Return the object that reads the masks into memory."""
-        return MaskFill(self, len(self.paths), area)
+        return MaskFill(self, area)
 
-    def _path(self, index: int) -> Path:
-        return self.root / os.fsdecode(self.paths[index, 1])
+    def __len__(self) -> int:
+        return len(self.paths)
 
     def content(self, index: int) -> bytes:
         """Return the bytes of one mask's file."""
-        return self._path(index).read_bytes()
+        return (self.root / os.fsdecode(self.paths[index, 1])).read_bytes()
 
-    def read(self, index: int, size: tuple[int, int]) -> Image.Image:
-        """Return one mask; raise BrokenImage where it is not the mask of an image of this (width, height)."""
-        return read_mask(self._path(index), size, classes=self.classes, ignore=self.preprocess.ignore_index)
+    def read(self, index: int) -> tuple[Image.Image, bool]:
+        """Return one mask, and whether it was turned upright; raise BrokenImage where it does not fit its image."""
+        image, mask = (self.root / os.fsdecode(path) for path in self.paths[index])
+        return read_mask(mask, image, classes=self.classes, preprocess=self.preprocess)
 
     def still(self, chosen: Tensor) -> Tensor:
         """Return the masks uint8 (m, height, width)."""
-        return torch.stack([torch.from_numpy(self.preprocess.mask(self._whole(index))) for index in chosen.tolist()])
+        return torch.from_numpy(np.stack([self.preprocess.mask(self.read(index)[0]) for index in chosen.tolist()]))
 
     def seen(self, chosen: Tensor, boxes: Boxes, size: Size, *, whole: bool) -> Tensor:
         """Return the masks' boxes, resized, uint8 (m, height, width)."""
-        masks = [self._whole(index) for index in chosen.tolist()]
+        masks = [self.read(index)[0] for index in chosen.tolist()]
         pixels = [np.asarray(mask) if whole else self.preprocess.mask(mask) for mask in masks]
         parts = [
             cut_nearest(torch.from_numpy(one.copy())[None], boxes[torch.tensor([place])], size)
             for place, one in enumerate(pixels)
         ]
         return torch.cat(parts)
-
-    def _whole(self, index: int) -> Image.Image:
-        with Image.open(self.root / os.fsdecode(self.paths[index, 0])) as image:  # safe: it was decoded before
-            size = image.size
-        return self.read(index, size)
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,10 @@ class ArrayMasks:
 
     def begin(self, area: int) -> "MaskFill":
         """Return the object that resizes the masks as the images."""
-        return MaskFill(self, len(self.arrays), area)
+        return MaskFill(self, area)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
 
     def content(self, index: int) -> bytes:
         """Return the bytes of one mask as a PNG file."""
@@ -104,9 +106,9 @@ class ArrayMasks:
         Image.fromarray(self.arrays[index]).save(stream, "PNG")
         return stream.getvalue()
 
-    def read(self, index: int, _size: tuple[int, int]) -> Image.Image:
-        """Return one mask."""
-        return Image.fromarray(self.arrays[index])
+    def read(self, index: int) -> tuple[Image.Image, bool]:
+        """Return one mask, which no image's orientation turns."""
+        return Image.fromarray(self.arrays[index]), False
 
     def still(self, chosen: Tensor) -> Tensor:
         """Return the masks uint8 (m, height, width)."""
@@ -122,14 +124,16 @@ class ArrayMasks:
 class MaskFill:
     """Reads masks into memory, in evaluation's view and, with `area` > 0, whole."""
 
-    def __init__(self, source: MaskFiles | ArrayMasks, n: int, area: int) -> None:
-        self._source = source
+    def __init__(self, source: MaskFiles | ArrayMasks, area: int) -> None:
+        self._source, n = source, len(source)
         seen = math.prod(source.preprocess.image_size)
+        self._values, self._turned = np.zeros((n, IGNORED + 1), np.bool_), np.zeros(n, np.bool_)
         self._still, self._whole = np.empty((n, 1, seen), np.uint8), np.zeros((n, 1, area), np.uint8)
 
-    def put_(self, index: int, size: tuple[int, int], kept: tuple[int, int]) -> None:
+    def put_(self, index: int, kept: tuple[int, int]) -> None:
         """Read one mask."""
-        mask, (height, width) = self._source.read(index, size), kept
+        (mask, self._turned[index]), (height, width) = self._source.read(index), kept
+        self._values[index] = np.array(mask.histogram()) > 0
         self._still[index, 0] = self._source.preprocess.mask(mask).ravel()
         if self._whole.shape[2]:
             small = mask.resize((width, height), Image.Resampling.NEAREST)
@@ -138,7 +142,9 @@ class MaskFill:
     def filled(self, good: np.ndarray, still: Stored, whole: Stored | None) -> "Masks":
         """Return the masks of the images that were not broken."""
         pixels = [torch.from_numpy(part[good]) for part in (self._still, self._whole)]
-        return Masks(Stored(pixels[0], still.sizes, still.kept), whole and Stored(pixels[1], whole.sizes, whole.kept))
+        seen = Tally(self._values[good].any(axis=0), int(self._turned[good].sum()), len(good), len(good))
+        whole_ones = whole and Stored(pixels[1], whole.sizes, whole.kept)
+        return Masks(Stored(pixels[0], still.sizes, still.kept), whole_ones, seen)
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,7 @@ class Masks:
 
     stored: Stored
     whole: Stored | None
+    tally: "Tally"
 
     def begin(self, area: int) -> Fill:
         """Raise AssertionError: masks are in memory already."""
@@ -161,6 +168,31 @@ class Masks:
         stored = self.whole if whole else self.stored
         assert stored is not None, "opened for an augmentation without random crops"
         return cut_nearest(stored.images(chosen, boxes.top.device)[:, 0], boxes, size)
+
+
+class Tally(NamedTuple):
+    """What n masks `among` all have: the `values` in them, bool (256,), and how many were turned upright."""
+
+    values: np.ndarray
+    turned: int
+    n: int
+    among: int
+
+
+def tally(masks: Placed) -> Tally:
+    """Return what a set's masks have; of those that are not in memory SAMPLE are read, or more until two classes are seen."""
+    if isinstance(masks, Masks):
+        return masks.tally
+    assert isinstance(masks, MaskFiles | ArrayMasks)
+    values, turned, n = np.zeros(IGNORED + 1, np.bool_), 0, 0
+    for index in spread(len(masks), len(masks)):
+        with suppress(BrokenImage):  # training reports it
+            mask, one = masks.read(index)
+            values |= np.array(mask.histogram()) > 0
+            turned, n = turned + one, n + 1
+        if n >= SAMPLE and values[:IGNORED].sum() > 1:
+            break
+    return Tally(values, turned, n, len(masks))
 
 
 def mask_files(root: Path, pairs: Sequence[Pair], *, classes: int, preprocess: Preprocess) -> MaskFiles:

@@ -1,13 +1,13 @@
 """Open a data set whose truths are masks, boxes, or several labels for each image."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from compress.data.augment import Augmentation
-from compress.data.dataset import Dataset, in_memory
+from compress.data.dataset import Dataset, copies, in_memory
 from compress.data.digest import DataSettings, dataset_digest, given
 from compress.data.images import ArrayImages, FileImages, Lazy, with_pixels
 from compress.data.named import Folders
@@ -30,13 +30,15 @@ class Planar(Generic[Listing]):
     truths: str
     listing: type[Listing]
     scene_classes: tuple[str, ...]
-    preprocess: Callable[[DataSettings], Preprocess]
+    preprocess: Callable[[DataSettings, Listing | None], Preprocess]
     from_files: Callable[[Listing, Sequence[tuple[str, str]], DataSettings, Preprocess], FileImages]
     from_scenes: Callable[[Scenes, np.ndarray, Preprocess], ArrayImages]
     folders: Folders = field(default_factory=dict)
     """The data sets with such truths that have a name."""
     spoiled_by: tuple[str, ...] = ("randaugment", "mixup", "cutmix")
     """Random changes of images that would make the truths wrong."""
+    notes: Callable[[Dataset], tuple[str, ...]] = lambda _: ()
+    """Returns sentences on an opened data set's truths; raises DataError where nothing can be learned from them."""
 
     def open(self, settings: DataSettings, augmentation: Augmentation) -> Dataset:
         """Open a data set by name, as `open_dataset` does for labels.
@@ -53,10 +55,10 @@ class Planar(Generic[Listing]):
         files = given(settings)
         if settings.unlabelled is not None:
             raise DataError("data.unlabelled: needs images with one label each: leave it out")
-        preprocess = self.preprocess(settings)
         listing = files.listing
         if (fetch := self.folders.get(settings.name)) is not None:
             listing = TASKS[settings.task].listing(fetch(settings.path))
+        preprocess = self.preprocess(settings, listing if isinstance(listing, self.listing) else None)
         if isinstance(listing, self.listing):
             train, val = (
                 self.from_files(listing, chosen, settings, preprocess)
@@ -73,7 +75,7 @@ class Planar(Generic[Listing]):
         images = in_memory(*lazy, preprocess, augmentation)
         if not all(map(len, images)):
             raise DataError(f"{settings.name}: none of its images can be read; repair them or give other ones")
-        return Dataset(
+        dataset = Dataset(
             settings.name,
             *images,
             classes=classes,
@@ -82,6 +84,7 @@ class Planar(Generic[Listing]):
             files=files.digests,
             held_out=lazy[1],
         )
+        return replace(dataset, notes=copies(*lazy, files.digests) + self.notes(dataset))
 
     def _of_scenes(self, settings: DataSettings, preprocess: Preprocess) -> tuple[Lazy, Lazy]:
         side, other = preprocess.resize_to

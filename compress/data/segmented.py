@@ -11,12 +11,14 @@ from compress.data.dataset import Dataset, centred
 from compress.data.digest import DataSettings
 from compress.data.images import ArrayImages, FileImages, readable
 from compress.data.named import WITH_MASKS
-from compress.data.placed import ArrayMasks, MaskFiles, mask_files
+from compress.data.placed import ArrayMasks, MaskFiles, mask_files, tally
 from compress.data.planar import Planar
 from compress.data.scenes import CLASSES as SCENE_CLASSES
 from compress.data.scenes import Scenes
 from compress.data.validation import new_folder
-from export.images.masks import CLASSES, IMAGES, MASKS, MaskListing, Pair
+from export.errors import DataError, first
+from export.images.folders import count
+from export.images.masks import CLASSES, IMAGES, MASKS, MaskListing, Pair, are_binary, turned_note
 from export.images.preprocess import Preprocess
 
 
@@ -31,11 +33,39 @@ def _arrays(scenes: Scenes, chosen: np.ndarray, preprocess: Preprocess) -> Array
     return ArrayImages(scenes.images[chosen], labels, placed=ArrayMasks(scenes.masks[chosen], preprocess))
 
 
-def _centred(settings: DataSettings) -> Preprocess:
-    return replace(centred(settings), ignore_index=settings.ignore_index)
+def _centred(settings: DataSettings, listing: MaskListing | None) -> Preprocess:
+    found = replace(centred(settings), ignore_index=settings.ignore_index)
+    if settings.ignore_index is not None or listing is None or len(listing.classes) != 2:
+        return found
+    return replace(found, binary_masks=are_binary(listing.root, listing.train + (listing.val or ())))
 
 
-open_masks = Planar("masks", MaskListing, SCENE_CLASSES, _centred, _files, _arrays, WITH_MASKS).open
+def _notes(dataset: Dataset) -> tuple[str, ...]:
+    train, val = dataset.train.placed, dataset.val.placed
+    assert train is not None
+    assert val is not None
+    found, held = tally(train), tally(val)
+    seen = found.values[: len(dataset.classes)]
+    missing = [name for name, is_there in zip(dataset.classes, seen, strict=True) if not is_there]
+    if found.n and len(dataset.classes) - len(missing) < 2:
+        only = f"are of {dataset.classes[int(np.argmax(seen))]!r} alone" if seen.any() else "are of no class"
+        raise DataError(
+            f"{dataset.name}: the pixels of the {found.among:,} training masks that count {only}, so there is nothing to learn: "
+            "check the masks' values, classes.txt and data.ignore_index"
+        )
+    notes = list(turned_note(found.turned + held.turned, found.n + held.n))
+    if dataset.preprocess.binary_masks:
+        zero, one = dataset.classes
+        notes.append(
+            f"the masks have only 0 and 255, read as {zero} and {one}; set data.ignore_index: 255 if 255 is to be ignored"
+        )
+    if found.n and missing:
+        some = "" if found.n == found.among else f" in {found.n:,} of the {found.among:,} training masks"
+        notes.append(f"no training pixel is of {count(missing, 'class')}{some}: {first(missing)}")
+    return tuple(notes)
+
+
+open_masks = Planar("masks", MaskListing, SCENE_CLASSES, _centred, _files, _arrays, WITH_MASKS, notes=_notes).open
 
 
 def write_masks(dataset: Dataset, folder: Path) -> int:

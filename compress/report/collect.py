@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from compress.artifact import read_meta
-from compress.data.digest import dataset_digest, given
+from compress.data.digest import NOTES, dataset_digest, given
 from compress.recipe.arguments import data_settings
 from compress.recipe.schema import Recipe, Targets
 from compress.report.judge.classes import doubts
@@ -47,7 +47,12 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[
         targets=(recipe.targets if is_whole else Targets()).model_dump(),
         verdict="pass",
         failures=[],
-        warnings=[*_trainings(artifacts), *bench["warnings"], *(_last(artifacts, "notes.json") or [])],
+        warnings=[
+            *(_last(artifacts, NOTES) or []),
+            *_trainings(artifacts),
+            *bench["warnings"],
+            *(_last(artifacts, "notes.json") or []),
+        ],
     )
     report["recommendation"] = recommend(report)  # first: targets judge the INT8 file that is recommended
     report["limits"] = (_last(artifacts, "limits.json") or {}).get(audited_name(report), [])

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from compress.artifact import Metrics
-from compress.data.digest import FILES
+from compress.data.digest import FILES, NOTES
 from compress.distillation.step import auxiliary_training, supervised_step
 from compress.logs.stage_log import StageLog
 from compress.models.architectures import auxiliary
@@ -18,6 +18,8 @@ from export.command.files import write_json
 def apply(cfg: SourceStage, _src: None, out: Path, run: Run) -> Metrics:
     """Build the network, load or train its weights, measure it."""
     given = run.recipe.model
+    if run.rank == 0:
+        _note_data(out, run)
     if given is None:
         return _measure_given(out, run)
     architecture, model = run.start(given)
@@ -29,7 +31,6 @@ def apply(cfg: SourceStage, _src: None, out: Path, run: Run) -> Metrics:
     model = model.to(run.device).eval()
     if run.rank == 0:
         save_network(model, architecture, out)
-        _note_files(out, run)
     return run.measure(model)
 
 
@@ -49,11 +50,14 @@ def _measure_given(out: Path, run: Run) -> Metrics:
     """Measure the recipe's `teacher`, which this run neither trains nor saves."""
     with run.log(out, "source") as log:
         log.note(f"teacher {', '.join(one.network for one in run.recipe.teacher)}, used as it is")
-    if run.rank == 0:
-        _note_files(out, run)
     return run.measure(run.given_teacher(whole=True))
 
 
-def _note_files(out: Path, run: Run) -> None:
+def _note_data(out: Path, run: Run) -> None:
+    """Write the digests of the data set's files and its notes, and log these."""
     if run.dataset.files:
         write_json(out / FILES, dict(run.dataset.files))
+    if run.dataset.notes:
+        write_json(out / NOTES, list(run.dataset.notes))
+    for note in run.dataset.notes:
+        run.log(out, "data").note(note)

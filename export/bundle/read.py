@@ -39,7 +39,7 @@ from export.bundle.inside import (
 from export.command.files import sha256
 from export.errors import BundleError, DataError
 from export.images.folders import is_label
-from export.images.preprocess import AS_STORED, KEPT, UPRIGHT, Preprocess
+from export.images.preprocess import AS_STORED, BINARY, KEPT, UPRIGHT, Preprocess
 from export.images.read import Examples
 from export.images.size import Size, said
 from export.onnx_file.model_file import CHANNELS, MAX_IMAGE_SIZE, ModelFile, inspect
@@ -356,6 +356,10 @@ def preprocess_of(document: Mapping[str, object]) -> Preprocess:
             f"{PREPROCESS}: ignore_index: must be an integer from 0 to {MAX_INDEX}, got {brief(ignore)}",
             defect="bad_content",
         )
+    if (values := document.get("mask_values")) not in (None, BINARY):
+        raise BundleError(
+            f"{PREPROCESS}: mask_values: must be {BINARY} or missing, got {brief(values)}", defect="bad_content"
+        )
     mean, std = (tuple(map(float, numbers[key])) for key in ("mean", "std"))
     return Preprocess(
         size,
@@ -366,6 +370,7 @@ def preprocess_of(document: Mapping[str, object]) -> Preprocess:
         ignore_index=ignore,
         stretch=document.get("crop") == "none",
         bits=16 if document.get("sixteen_bits") == KEPT else 8,
+        binary_masks=values is not None,
     )
 
 

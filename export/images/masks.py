@@ -1,6 +1,7 @@
 """Find images with their masks, one class index per pixel, and read them; the rules are in docs/segmentation.md."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import DataError, first
-from export.images.decode import DAMAGE, MAX_PIXELS, BrokenImage, require_pillow
+from export.images.decode import DAMAGE, MAX_PIXELS, WIDE, BrokenImage, require_pillow, turned
 from export.images.folders import SUFFIXES, TRAIN, VAL_NAMES, check_folder, images_in, is_label
+from export.images.orientation import read_header, turn_of
 from export.images.preprocess import IGNORED, Preprocess
-from export.images.read import Examples, file_examples
+from export.images.read import Examples, file_examples, spread
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,7 +33,7 @@ CITYSCAPES = (  # Cordts 2016: the evaluated classes, by their training indices
 TRIMAPS = "annotations/trimaps"
 PETS = ("none", "pet", "background", "border")  # Parkhi 2012, by the numbers in its files, which have no 0
 GREY = ("1", "L", "P")  # Pillow's modes with one number up to 255 per pixel; a palette's colours do not matter
-WIDE = ("I", "I;16", "I;16B", "I;16L")
+SAMPLE = 200  # masks that are read to decide what they are
 
 
 @dataclass(frozen=True)
@@ -154,11 +156,40 @@ def _pairs(root: Path, folder: Path) -> tuple[Pair, ...]:
     return tuple((name, mask) for name, mask in wanted.items() if mask is not None)
 
 
-def read_mask(path: Path, size: tuple[int, int], *, classes: int, ignore: int | None) -> "Image.Image":
-    """Return a mask as one byte per pixel: a class, or IGNORED where the file has `ignore` (255 if that is None).
+def read_mask(mask: Path, image: Path, *, classes: int, preprocess: Preprocess) -> tuple["Image.Image", bool]:
+    """Return an image's mask as one byte per pixel, a class or IGNORED, and whether it was turned upright with its image.
 
-    Raises BrokenImage if it is not a mask for an image of this `size` (width, height).
+    A mask of the size of the stored pixels is turned, one of the size of the upright image is taken as it is.
+    Raises BrokenImage if it is not a mask for this image.
     """
+    from PIL import Image
+
+    indices, header = _indices(mask), read_header(image)
+    if not preprocess.upright:
+        header = header._replace(orientation=1)
+    height, width = indices.shape
+    if header.orientation == 1 and (width, height) != header.size:
+        raise BrokenImage(f"its mask has {width} x {height} pixels, the image {header.size[0]} x {header.size[1]}")
+    turn = turn_of(header, (width, height))
+    if preprocess.binary_masks:
+        if len(other := indices[(indices != 0) & (indices != IGNORED)]):
+            raise BrokenImage(
+                f"its mask has {other.max()}, but 0 and 255 are read as the two classes, as the other masks have nothing "
+                "else: write 255 in its place, or the classes 0 and 1 in all masks"
+            )
+        indices //= IGNORED
+    indices[indices == (IGNORED if preprocess.ignore_index is None else preprocess.ignore_index)] = IGNORED
+    beyond = indices[(indices >= classes) & (indices != IGNORED)]
+    if len(beyond):
+        raise BrokenImage(
+            f"its mask has the class {beyond.max()}, but there are {classes} (0 to {classes - 1}); if that is not a class, "
+            f"set data.ignore_index: {beyond.max()}"
+        )
+    return turned(Image.fromarray(indices.astype(np.uint8)), turn), turn != 1
+
+
+def _indices(path: Path) -> NDArray[np.int64]:
+    """Return a mask file's numbers (height, width)."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -169,22 +200,28 @@ def read_mask(path: Path, size: tuple[int, int], *, classes: int, ignore: int | 
                 raise BrokenImage(
                     f"its mask is {image.mode}: it must have one class index per pixel, as a grey or palette PNG has"
                 )
-            indices = np.asarray(image).astype(np.int64)
+            return np.asarray(image).astype(np.int64)
     except UnidentifiedImageError:
         raise BrokenImage("its mask is not a PNG") from None
     except DAMAGE as error:
         raise BrokenImage(f"its mask: {getattr(error, 'strerror', None) or error}") from None
-    height, width = indices.shape
-    if (width, height) != size:
-        raise BrokenImage(f"its mask has {width} x {height} pixels, the image {size[0]} x {size[1]}")
-    indices[indices == (IGNORED if ignore is None else ignore)] = IGNORED
-    beyond = indices[(indices >= classes) & (indices != IGNORED)]
-    if len(beyond):
-        raise BrokenImage(
-            f"its mask has the class {beyond.max()}, but there are {classes} (0 to {classes - 1}); if that is not a class, "
-            f"set data.ignore_index: {beyond.max()}"
-        )
-    return Image.fromarray(indices.astype(np.uint8))
+
+
+def are_binary(root: Path, pairs: Sequence[Pair]) -> bool:
+    """Tell whether the masks have 0 and 255 and nothing else, by those among them, spread, that have more than 0.
+
+    At most SAMPLE of these are read: `read_mask` refuses a mask that does not fit what was decided.
+    """
+    found = 0
+    for index in spread(len(pairs), len(pairs)):
+        with suppress(BrokenImage):  # reported when it is used
+            values = set(np.unique(_indices(root / pairs[index][1])).tolist()) - {0}
+            if values - {IGNORED}:
+                return False
+            found += bool(values)
+        if found == SAMPLE:
+            break
+    return found > 0
 
 
 def mask_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
@@ -200,21 +237,28 @@ def mask_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> 
             "name them as in labels.txt, in the same order"
         )
     pairs = listing.train if listing.val is None else listing.val
-    return file_examples(data, pairs, np.stack([_truth(listing, pair, preprocess) for pair in pairs]), preprocess)
+    ordinary = preprocess.ignore_index is None and not preprocess.binary_masks
+    if len(labels) == 2 and ordinary and are_binary(data, pairs):
+        raise DataError(
+            f"{data}: its masks have only 0 and 255, and this network's bundle ignores 255, so every pixel that counts would "
+            f"be {labels[0]}: write 1 in place of 255"
+        )
+    found = [_truth(listing, pair, preprocess) for pair in pairs]
+    notes = turned_note(sum(turned for _, turned in found), len(found))
+    return file_examples(data, pairs, np.stack([truth for truth, _ in found]), preprocess, notes)
 
 
-def _truth(listing: MaskListing, pair: Pair, preprocess: Preprocess) -> NDArray[np.uint8]:
-    from PIL import Image
+def turned_note(turned: int, among: int) -> tuple[str, ...]:
+    """Return a sentence on the masks that were turned upright; nothing if none was."""
+    if not turned:
+        return ()
+    return (f"{turned:,} of {among:,} masks were turned upright with their images, whose stored pixels they fit",)
 
+
+def _truth(listing: MaskListing, pair: Pair, preprocess: Preprocess) -> tuple[NDArray[np.uint8], bool]:
     image, mask = (listing.root / name for name in pair)
     try:
-        with Image.open(image) as header:
-            size = header.size
-        whole = read_mask(mask, size, classes=len(listing.classes), ignore=preprocess.ignore_index)
-        return preprocess.mask(whole)
+        whole, turned = read_mask(mask, image, classes=len(listing.classes), preprocess=preprocess)
+        return preprocess.mask(whole), turned
     except BrokenImage as error:
         raise DataError(f"{image}: {error}") from error
-
-
-Reader = Callable[[int, tuple[int, int]], "Image.Image"]
-"""Returns the mask of the image with this index and this (width, height); raises BrokenImage."""

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 UPRIGHT, AS_STORED = "EXIF", "as stored"  # values of `orientation` in preprocess.json
 FLOORED, KEPT = "floor(value / 256)", "kept"  # and of 16 bits
-COLOURS = {1: "grey", 3: "RGB", 4: "RGBA"}
 IGNORED = 255  # in a mask, once read: a pixel that is used neither for training nor for scoring
+BINARY = [0, IGNORED]  # value of `mask_values`: what two classes are in mask files, where it is not 0 and 1
+COLOURS = {1: "grey", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Preprocess:
     """Resize an image until it covers `resize_to` and crop the centre, or `stretch` it; scale to [0, 1]; normalize each channel.
 
     `mean` has a number for each channel, which has so many `bits`. `upright` applies the EXIF orientation; networks trained by
-    older versions have seen images as stored. `ignore_index` is the value of ignored pixels in mask files, 255 if None.
+    older versions have seen images as stored. `ignore_index` is the value of ignored pixels in mask files, 255 if None; with
+    `binary_masks` 255 is the second of two classes, and no pixel is ignored.
     """
 
     image_size: Size
@@ -34,6 +36,7 @@ class Preprocess:
     ignore_index: int | None = None
     stretch: bool = False
     bits: int = 8
+    binary_masks: bool = False
 
     @property
     def pixel(self) -> Pixel:
@@ -100,6 +103,7 @@ class Preprocess:
             "layout": "NCHW",
             "dtype": "float32",
             **({} if self.ignore_index is None else {"ignore_index": self.ignore_index}),
+            **({"mask_values": BINARY} if self.binary_masks else {}),
         }
 
     def _longer(self) -> str:

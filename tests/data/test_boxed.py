@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,6 +110,15 @@ def test_a_folder_is_opened_whole_and_stretched(tmp_path: Path) -> None:
         assert np.allclose(batch.targets.numpy(), listing.truths(listing.val or ()))
         shown = next(train_batches(data, batch_size=2, augmentation=augmentation, workers=0))
         assert shown.targets.shape == (2, 2, 6)
+
+
+def test_a_class_without_a_training_box_is_named(tmp_path: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["annotations"] = [one for one in document["annotations"] if one["category_id"] == 90]
+
+    coco(tmp_path, change=change)
+    data = open_boxes(settings(tmp_path / "memory", name="imagefolder", path=tmp_path), STILL)
+    assert data.notes[-1] == "no training image has a box of 1 class: cat"
 
 
 def test_pascal_voc_by_name_has_its_boxes_and_pets_have_none(tmp_path: Path) -> None:

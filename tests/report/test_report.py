@@ -11,6 +11,7 @@ from reports import CPU, CUDA, FILES, build_int8, build_recipe, build_report, bu
 from typer.testing import CliRunner
 
 from compress.cli import app
+from compress.data.digest import NOTES
 from compress.report import numbers
 from compress.report.collect import collect
 from compress.report.judge.verdict import judge
@@ -307,6 +308,13 @@ def test_what_the_recipe_did_not_say_of_a_training_is_a_warning(tmp_path: Path) 
     report = collect(build_recipe(), artifacts, root=tmp_path, made=set(artifacts), command="")
     assert f"distill: {events[0]}" in " ".join(shown(report, 200).split())
     assert events[0] in render(report, tmp_path)
+
+
+def test_what_the_data_set_s_notes_say_is_a_warning(tmp_path: Path) -> None:
+    artifacts, note = build_run(tmp_path), "3 of 9 validation images are training images too"
+    (artifacts[0] / NOTES).write_text(json.dumps([note]))
+    report = collect(build_recipe(), artifacts, root=tmp_path, made=set(artifacts), command="")
+    assert report["warnings"][0] == note
 
 
 def test_a_file_shows_no_escape_codes_and_brackets_as_they_are(tmp_path: Path) -> None:

@@ -1,17 +1,20 @@
 """The source stage trains the teacher, an auxiliary classifier beside it, and saves it without that."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from photographs import write_classes, write_photo
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from compress.data import scenes
 from compress.data.batches import Batch
+from compress.data.digest import NOTES
 from compress.distillation.step import auxiliary_training
 from compress.models.architectures import auxiliary, build
 from compress.models.saved import load_float
@@ -61,6 +64,29 @@ def test_its_loss_counts_half_as_in_torchvisions_training() -> None:
     assert measured["loss"].item() == pytest.approx((main + 0.5 * second).item(), rel=1e-5)
     measured["loss"].backward()
     assert all(parameter.grad is not None for parameter in learner.parameters())
+
+
+def test_what_is_odd_about_the_data_is_logged_before_training(tmp_path: Path) -> None:
+    root = write_classes(tmp_path / "data", classes=("cat", "dog"))
+    for file in sorted(root.glob("*/*")):
+        (root / "train" / file.parent.name).mkdir(parents=True, exist_ok=True)
+        file.rename(root / "train" / file.parent.name / file.name)
+    shutil.copytree(root / "train" / "dog", root / "val" / "dog")
+    write_photo(root / "val" / "cat" / "new.png", seed=99)
+    data = {"dataset": "imagefolder", "path": str(root), "image_size": 16}
+    small = f"{Path(__file__).parent.parent / 'networks.py'}:small"
+    fit = {"epochs": 1, "batch_size": 4, "lr": 0.01}
+    recipe = Recipe.model_validate(
+        {
+            "name": "a", "data": data, "model": {"arch": small}, "device": "cpu", "out": str(tmp_path / "out"),
+            "stages": [{"stage": "source", "fit": fit}],
+        }
+    )  # fmt: skip
+    run = open_run(recipe, trust_code=True, verbose=False)
+    source.apply(recipe.stages[0], None, tmp_path, run)  # type: ignore[arg-type]
+    (note,) = json.loads((tmp_path / NOTES).read_text())
+    assert note.startswith("4 of 5 validation images are training images too, byte for byte (val/dog/")
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0]) == {"note": note}
 
 
 def test_it_is_trained_and_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
