@@ -31,7 +31,7 @@ from export.onnx_file.wiring import Wiring, wire
 from export.proof.distance import Distance
 from export.proof.saturation import modules, saturates_here, saturation_possible
 from export.proof.submodels import IMAGES, Piece, exposed, pieces, quantized_tensors
-from export.runtime.intervals import clopper_pearson
+from export.runtime.intervals import mean_interval
 from export.runtime.session import RUNTIME_ERRORS, first_line, open_session
 from export.tasks import stated_task
 from export.tasks.task import Array, Metric, OutputTask
@@ -220,12 +220,12 @@ def summarize(
 ) -> Verification:
     """Return the verification from its parts; predictions and scores are (the reference's, the file's)."""
     tensors = tuple(Tensor(probe.piece.name, probe.piece.modules, probe.accumulated, probe.local) for probe in probes)
-    images, same = len(predictions[0]), float(np.sum(task.agreement(*predictions)))
+    images, same = len(predictions[0]), task.agreement(*predictions)
     return Verification(
         images=images,
         tensor_images=tensor_images,
-        agreement=same / images,
-        agreement_ci95=clopper_pearson(round(same), images),
+        agreement=float(np.sum(same)) / images,
+        agreement_ci95=mean_interval(same),
         score_reference=scores[0],
         score=scores[1],
         tensors=tensors,

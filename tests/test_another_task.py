@@ -62,7 +62,7 @@ def further(rows: Array) -> Mapping[str, float | None]:
 
 BRIGHTNESS = OutputTask(
     name="brightness",
-    metric=Metric("closeness", "closeness"),
+    metric=Metric("closeness", "closeness", counts_images=False),
     output_shape=lambda _classes, _image_size: (1,),
     check_output=check_output,
     truths_json=lambda truths: truths.tolist(),

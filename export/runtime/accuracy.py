@@ -8,9 +8,13 @@ import numpy as np
 
 from export.errors import BundleError
 from export.images.read import Labelled
+from export.runtime.intervals import clopper_pearson, mean_interval, score_interval
 from export.runtime.rows import AccuracyRow
 from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
+from export.tasks.paired import drawn_weights, mean_of_classes, resamples
 from export.tasks.task import Array, OutputTask
+
+DRAWS = 200  # resamples for the spread of a score, as Efron & Tibshirani (1993, section 6.4) advise; each sums over all detections
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,17 @@ class Score:
     def score(self) -> float:
         """The task's score, from 0 to 1."""
         return self.task.total(self.rows)
+
+    @property
+    def score_ci95(self) -> tuple[float, float]:
+        """The score's interval, by resampling images; exact if the score counts them."""
+        if self.task.metric.counts_images:
+            return clopper_pearson(round(self.score * self.images), self.images)
+        if self.task.resampled is None:
+            drawn = np.array([self.task.total(self.rows[chosen]) for chosen in resamples(self.images)[:DRAWS]])
+        else:
+            drawn = mean_of_classes(self.task.resampled(self.rows, drawn_weights(self.images, DRAWS)))
+        return score_interval(self.score, drawn, self.images)
 
     def agreement(self, other: "Score") -> float:
         """Return the agreement of both files' predictions, from 0 to 1."""
@@ -106,6 +121,8 @@ def accuracy(scores: Mapping[str, Score], *, reference: str) -> dict[str, Accura
             further=dict(found.task.further(found.rows)),
             agreement=found.agreement(scores[reference]),
             images=found.images,
+            score_ci95=found.score_ci95,
+            agreement_ci95=mean_interval(found.task.agreement(found.predictions, scores[reference].predictions)),
         )
         for name, found in scores.items()
     }

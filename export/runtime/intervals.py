@@ -1,11 +1,13 @@
-"""Exact confidence intervals of a binomial proportion and of a median."""
+"""95 % confidence intervals: of counts and medians exact, of means over images and of scores by resampling images."""
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
 TAIL = 0.025  # beyond each end of a 95 % interval
+DRAWS, BLOCK = 2000, 4_000_000  # resamples, and weights drawn at once
 
 
 def clopper_pearson(successes: int, trials: int) -> tuple[float, float]:
@@ -16,6 +18,43 @@ def clopper_pearson(successes: int, trials: int) -> tuple[float, float]:
     low = 0.0 if successes == 0 else _bisect(successes, trials)
     # The upper end counts failures: P(X <= k | p) = P(n - X >= n - k | 1 - p).
     high = 1.0 if successes == trials else 1 - _bisect(trials - successes, trials)
+    return low, high
+
+
+def mean_interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of such fractions (n,), one for each image.
+
+    Exact for counts of images (all 0 or 1). Else quantiles of the mean with random weights of the images (Bayesian bootstrap, Rubin 1981),
+    each end with one more image, as bad or as good as the worst or best seen: Gaffke's bound (2005), which for counts is Clopper and
+    Pearson's; its own further image is at 0 and 1, and would hide every difference above 95 % of 78 images. In simulations of agreements of
+    pixels and detections it holds the truth in 93 to 97 % of cases from 78 images on, the plain percentiles in 87 to 95 %.
+    """
+    images = len(values)
+    if np.isin(values, (0, 1)).all():
+        return clopper_pearson(round(values.sum()), images)
+    random, extremes = np.random.default_rng(0), np.array([values.min(), values.max()])
+    means = np.empty((DRAWS, 2))
+    for part in np.array_split(means, 1 + DRAWS * images // BLOCK):
+        weights = random.standard_exponential((len(part), images + 1))
+        part[:] = weights[:, :images] @ values[:, None] + weights[:, images:] * extremes
+        part /= weights.sum(axis=1, keepdims=True)
+    return float(np.quantile(means[:, 0], TAIL)), float(np.quantile(means[:, 1], 1 - TAIL))
+
+
+def score_interval(score: float, resampled: NDArray[np.float64], images: int) -> tuple[float, float]:
+    """Return the 95 % interval of a score from 0 to 1 that is no mean over images, from the same score of resampled images.
+
+    Bootstrap's normal interval (Davison & Hinkley 1997, 5.2.1) of the log-odds, so that it stays within 0 and 1, around the score less the
+    resamples' bias: few images score too high a mAP. In simulations of mIoU and both mAPs on 40 to 150 images it holds the truth in 89 to
+    97 % of cases. That of a count where the score does not vary.
+    """
+    spread = float(np.std(resampled))
+    if not 0 < score < 1 or not spread:
+        return clopper_pearson(round(score * images), images)
+    corrected = 2 * score - float(np.mean(resampled))
+    centre = corrected if 0 < corrected < 1 else score
+    place, away = math.log(centre / (1 - centre)), NormalDist().inv_cdf(1 - TAIL) * spread / (centre * (1 - centre))
+    low, high = (1 / (1 + math.exp(-max(-500.0, min(500.0, end)))) for end in (place - away, place + away))
     return low, high
 
 

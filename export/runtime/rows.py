@@ -22,6 +22,8 @@ class AccuracyRow(TypedDict):
     further: dict[str, float | None]
     agreement: float
     images: int
+    score_ci95: NotRequired[tuple[float, float]]  # by resampling images, if the score does not count them
+    agreement_ci95: NotRequired[tuple[float, float]]
 
 
 class Speedup(TypedDict):

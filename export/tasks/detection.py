@@ -5,6 +5,7 @@ any set of images.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from export.tasks.average_precision import (
     statistics,
 )
 from export.tasks.boxes import BOX, LABEL, MOVES, NONE, READS, SCORE, SOFTMAX, decode, heads, overlap, probabilities
-from export.tasks.paired import compare_classes, resamples
+from export.tasks.paired import compare_classes
 from export.tasks.suppression import with_suppression
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
 
@@ -149,28 +150,27 @@ def divergence(outputs: Array, reference: Array) -> Array:
     return np.asarray(apart.sum(axis=2).mean(axis=1))
 
 
+def resampled(rows: Array, weights: Array, *, classes: int | None = None) -> Array:
+    """Return each class's average precision (draws, classes) if the images count as often as weights (draws, n) say."""
+    known = {curve.label: curve for curve in curves(rows)}
+    found = np.full((len(weights), 1 + max(known, default=0) if classes is None else classes), np.nan)
+    for row, own in zip(found, weights, strict=True):
+        for name, curve in known.items():
+            row[name] = curve.precision(own).mean()
+    return found
+
+
 def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
-    """Compare by resampling images (Efron 1979): the score, and the average precision of single classes."""
-    images = len(now)
-    both = [{curve.label: curve for curve in curves(rows)} for rows in (before, now)]
-    of_class = np.full((DRAWN, len(labels)), np.nan)
-    for row, drawn in zip(of_class, resamples(images), strict=False):
-        weights = np.bincount(drawn, minlength=images).astype(float)
-        for name, curve in both[1].items():
-            row[name] = curve.precision(weights).mean() - both[0][name].precision(weights).mean()
-    found = [average_precision(rows) for rows in (before, now)]
-    was, is_now = (
-        np.array([one[name].mean() if name in one else np.nan for name in range(len(labels))]) for one in found
-    )
+    """Compare by resampling images: the score, and the average precision of single classes."""
     return compare_classes(
+        before,
+        now,
         labels,
-        totals=(mean_average_precision(before), mean_average_precision(now)),
-        gains=np.nan_to_num(np.nanmean(of_class, axis=1)) if both[1] else np.zeros(1),
-        of_class=of_class,
-        scores=(was, is_now),
+        resampled=partial(resampled, classes=len(labels)),
         measure="AP",
         changed=np.any(_outcome(before) != _outcome(now), axis=1),
         how="with other objects found or missed",
+        draws=DRAWN,
     )
 
 
@@ -229,6 +229,7 @@ DETECTION = OutputTask(
     evidence=evidence,
     divergence=divergence,
     compare=compare,
+    resampled=resampled,
     truth_text=truth_text,
     show=show,
     by_class_axis=False,  # it is the anchors, and each network's boxes are its own

@@ -12,7 +12,7 @@ import numpy as np
 from export.errors import BundleError
 from export.images.tables import list_table, table_examples
 from export.tasks.classification import as_they_are, check_output, output_shape
-from export.tasks.paired import compare_classes, resamples
+from export.tasks.paired import compare_classes
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
 
 THRESHOLD = 0.5  # a label is predicted from this probability on
@@ -146,23 +146,17 @@ def divergence(outputs: Array, reference: Array) -> Array:
     return np.asarray(apart.mean(axis=1))
 
 
+def resampled(rows: Array, weights: Array) -> Array:
+    """Return each class's average precision (draws, classes) if the images count as often as weights (draws, n) say."""
+    ranked = ranking(rows)
+    return np.array([ranked.precision(one) for one in weights])
+
+
 def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
-    """Compare by resampling images (Efron 1979): the score, and the average precision of single classes."""
-    images = len(now)
-    weights = (np.bincount(drawn, minlength=images).astype(float) for drawn in resamples(images))
-    was, is_now = ranking(before), ranking(now)
-    of_class = np.array([is_now.precision(one) - was.precision(one) for one in weights])  # (resamples, classes)
+    """Compare by resampling images: the score, and the average precision of single classes."""
     given = [_parts(rows)[1] >= THRESHOLD for rows in (before, now)]
-    return compare_classes(
-        labels,
-        totals=(total(before), total(now)),
-        gains=np.array([_mean(one) for one in of_class]),
-        of_class=of_class,
-        scores=(average_precision(before), average_precision(now)),
-        measure="AP",
-        changed=np.any(given[0] != given[1], axis=1),
-        how="labelled differently",
-    )
+    changed, how = np.any(given[0] != given[1], axis=1), "labelled differently"
+    return compare_classes(before, now, labels, resampled=resampled, measure="AP", changed=changed, how=how)
 
 
 def truth_text(row: Array, labels: Sequence[str]) -> str:
@@ -196,6 +190,7 @@ MULTILABEL = OutputTask(
     evidence=as_they_are,
     divergence=divergence,
     compare=compare,
+    resampled=resampled,
     truth_text=truth_text,
     show=show,
     exclusive=False,

@@ -8,6 +8,7 @@ import numpy as np
 
 from export.tasks.task import Array, Comparison, FileClasses
 
+FEWEST = 6  # changed images, all for the worse, that McNemar's test does not take for chance: 2 / 2^6 < ALPHA
 ALPHA = 0.05  # two-sided: for equal files, one gate in forty takes chance for a loss
 POWER = 0.8
 RESAMPLES = 2000
@@ -40,14 +41,14 @@ def detectable_loss(images: int, discordance: float) -> float:
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (low, middle) if needs(middle) <= images else (middle, high)
-    fewest = next(count for count in range(1, 100) if mcnemar(count, 0) < ALPHA)
-    return max(high, fewest / images)
+    return max(high, FEWEST / images)
 
 
 def compare_by_bootstrap(before: Array, now: Array, total: Callable[[Array], float]) -> Comparison:
     """Compare two files' rows (n, k) of the same images by resampling images (Efron 1979), for any score `total`, where there are no classes."""
     drawn = resamples(len(now))
-    gains = np.array([total(now[chosen]) - total(before[chosen]) for chosen in drawn])
+    was, is_now = (np.array([total(rows[chosen]) for chosen in drawn]) for rows in (before, now))
+    gains = is_now - was
     changed = float(np.mean(np.any(before != now, axis=1)))
     p_value = two_sided(gains)
     return Comparison(
@@ -56,47 +57,62 @@ def compare_by_bootstrap(before: Array, now: Array, total: Callable[[Array], flo
         now=total(now),
         p_value=p_value,
         changed=changed,
-        detectable=max(detectable_gain(gains), detectable_loss(len(now), 0.0)),
+        detectable=detectable_gain(gains, was, len(now)),
         counts=f"{changed:.2%} of {len(now)} images predicted differently, p = {p_value:.2g}",
     )
 
 
 def compare_classes(
+    before: Array,
+    now: Array,
     labels: Sequence[str],
     *,
-    totals: tuple[float, float],
-    gains: Array,
-    of_class: Array,
-    scores: tuple[Array, Array],
+    resampled: Callable[[Array, Array], Array],
     measure: str,
     changed: Array,
     how: str,
+    draws: int = RESAMPLES,
 ) -> Comparison:
-    """Compare two files by resampled `gains` (resamples,) of the score, and `of_class` (resamples, classes) of each class's own score.
+    """Compare two files' rows (n, k) of the same images by resampling images (Efron 1979), where the score is a mean over classes.
 
-    `totals` and `scores` (classes,) are those before and now; a class without a score is not a number. `changed` (n,) says which images are
-    predicted differently, `how` in which way.
+    `resampled` gives the classes' scores (draws, classes) from rows and weights (draws, n), NaN for a class without one. `changed` (n,) says
+    which images are predicted differently, `how` in which way.
     """
-    was, is_now = scores
-    loss = np.nan_to_num(was - is_now)
+    images = len(now)
+    weights = drawn_weights(images, draws)
+    was_of, now_of = resampled(before, weights), resampled(now, weights)
+    was_total, now_total = mean_of_classes(was_of), mean_of_classes(now_of)
+    was, is_now = (resampled(rows, np.ones((1, images)))[0] for rows in (before, now))
+    gains, loss = now_total - was_total, np.nan_to_num(was - is_now)
     worse = sorted(np.flatnonzero(loss > 0).tolist(), key=lambda index: -loss[index])
     # ALPHA is divided among all classes (Bonferroni). A resample may lack a class.
     limit = ALPHA / max(int(np.isfinite(is_now).sum()), 1)
-    surely = [index for index in worse if two_sided(np.nan_to_num(of_class[:, index])) < limit]
+    surely = [index for index in worse if two_sided(np.nan_to_num(now_of[:, index] - was_of[:, index])) < limit]
     words = {index: f"{labels[index]} ({measure} {was[index]:.2%} to {is_now[index]:.2%})" for index in worse}
     fraction, p_value = float(np.mean(changed)), two_sided(gains)
     low, high = np.percentile(gains, [2.5, 97.5])
     return Comparison(
-        images=len(changed),
-        before=totals[0],
-        now=totals[1],
+        images=images,
+        before=float(mean_of_classes(was[None])[0]),
+        now=float(mean_of_classes(is_now[None])[0]),
         p_value=p_value,
         changed=fraction,
-        detectable=detectable_gain(gains) or detectable_loss(len(changed), 0.0),
-        counts=f"{fraction:.2%} of {len(changed)} images {how}, change {low:+.2%} to {high:+.2%} (95 %), p = {p_value:.2g}",
+        detectable=detectable_gain(gains, was_total, images),
+        counts=f"{fraction:.2%} of {images} images {how}, change {low:+.2%} to {high:+.2%} (95 %), p = {p_value:.2g}",
         lost=tuple(words[index] for index in surely),
         worse=tuple(words[index] for index in worse),
     )
+
+
+def mean_of_classes(scores: Array) -> Array:
+    """Return the mean over the classes that have a score, of each row (n, classes); 0 if none has."""
+    known = np.isfinite(scores)
+    return np.asarray(np.where(known, scores, 0).sum(axis=1) / np.maximum(known.sum(axis=1), 1))
+
+
+def drawn_weights(images: int, draws: int) -> Array:
+    """Return how often each image is in each resample, (draws, images), always the same."""
+    return np.stack([np.bincount(drawn, minlength=images) for drawn in resamples(images)[:draws]]).astype(np.float64)
 
 
 def resamples(images: int) -> Array:
@@ -109,10 +125,17 @@ def two_sided(gains: Array) -> float:
     return float(min(1.0, 2 * (1 + min(np.sum(gains >= 0), np.sum(gains <= 0))) / (1 + len(gains))))
 
 
-def detectable_gain(gains: Array) -> float:
-    """Return the smallest difference that such resamples detect with probability POWER."""
+def detectable_gain(gains: Array, scores: Array, images: int) -> float:
+    """Return the smallest loss that resampling detects with probability POWER, from resampled differences and scores.
+
+    A loss with the spread σ of these differences takes z(1 - ALPHA / 2) + z(POWER) times σ. But the difference may consist of few images:
+    by chance all resamples but e^-m have one of m images, so a loss in fewer than FEWEST of them is none for this test either. One image
+    moves the score by its spread / sqrt(n), as the variance of the score is the mean square of the images' influences / n (Hampel 1974). So
+    the loss is at least FEWEST times that, also where nothing changed, and FEWEST / n where the score does not vary at all.
+    """
     sure, often = NormalDist().inv_cdf(1 - ALPHA / 2), NormalDist().inv_cdf(POWER)
-    return float((sure + often) * np.std(gains))
+    fewest = FEWEST * float(np.std(scores)) / math.sqrt(images) or FEWEST / images
+    return max(float((sure + often) * np.std(gains)), fewest)
 
 
 def chance(images: list[int], found: FileClasses) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from export.images.masks import list_masks, mask_examples
 from export.images.preprocess import IGNORED
 from export.images.size import Size
 from export.tasks.classification import log_probabilities
-from export.tasks.paired import compare_classes, resamples
+from export.tasks.paired import compare_classes
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
 
 EVERY = 8  # every eighth row and column is used for the divergence of two files
@@ -182,23 +182,16 @@ def divergence(outputs: Array, reference: Array) -> Array:
     return apart
 
 
+def resampled(rows: Array, weights: Array) -> Array:
+    """Return each class's IoU (draws, classes) if the images count as often as weights (draws, n) say."""
+    return ious(*(weights @ part.astype(np.float64) for part in _sums(rows)))
+
+
 def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
-    """Compare by resampling images (Efron 1979): mIoU, and the IoU of single classes."""
-    images = len(now)
-    weights = np.stack([np.bincount(drawn, minlength=images) for drawn in resamples(images)]).astype(np.float64)
-    sums = [[weights @ part.astype(np.float64) for part in _sums(rows)] for rows in (before, now)]
-    was, is_now = (ious(*parts) for parts in sums)  # (resamples, classes)
-    before_of, now_of = (ious(*_sums(rows.sum(axis=0))) for rows in (before, now))
-    return compare_classes(
-        labels,
-        totals=(total(before), total(now)),
-        gains=np.nanmean(is_now, axis=1) - np.nanmean(was, axis=1),
-        of_class=is_now - was,
-        scores=(before_of, now_of),
-        measure="IoU",
-        changed=np.any(before != now, axis=1),
-        how="segmented differently",
-    )
+    """Compare by resampling images: mIoU, and the IoU of single classes."""
+    changed = np.any(before != now, axis=1)
+    how = "segmented differently"
+    return compare_classes(before, now, labels, resampled=resampled, measure="IoU", changed=changed, how=how)
 
 
 def truth_text(row: Array, labels: Sequence[str]) -> str:
@@ -238,6 +231,7 @@ SEGMENTATION = OutputTask(
     evidence=evidence,
     divergence=divergence,
     compare=compare,
+    resampled=resampled,
     truth_text=truth_text,
     show=show,
     draw=draw,

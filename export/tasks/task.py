@@ -114,6 +114,8 @@ class OutputTask:
     """(one row, labels) to its truth in words, by which a baseline detects a changed truth."""
     show: Callable[[Array, Sequence[str], int], Shown]
     """(one image's output, labels, most lines) to columns and lines to print."""
+    resampled: Callable[[Array, Array], Array] | None = None
+    """(rows, how often each image counts (draws, n)) to the scores (draws, classes) whose mean is the score; None if it is a mean over images."""
     exclusive: bool = True
     """Whether exactly one class is right (softmax); otherwise each class is judged alone (sigmoid)."""
     by_class_axis: bool = True

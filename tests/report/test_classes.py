@@ -273,8 +273,11 @@ def test_top5_and_balanced_accuracy_stand_beside_top1(tmp_path: Path) -> None:
     given = np.where(np.arange(120) < 60, truth, 0)
     found = {name: answered(given, truth, np.arange(120) < 90) for name in FILES}
     report = report_on(tmp_path, found, [str(label) for label in range(12)])
+    for row in report["deployed"]:
+        row["score_ci95"] = (0.4488, 0.6328)
     (table,) = tables.accuracy(report)
-    assert table.rows[0] == ("teacher_fp32", "54.2\u00a0%", "75.0\u00a0%", "54.2\u00a0%")
+    assert table.columns[1:3] == ("Top-1", "95 %")
+    assert table.rows[0] == ("teacher_fp32", "54.2\u00a0%", "44.9–63.3", "75.0\u00a0%", "54.2\u00a0%")
 
 
 def test_a_task_without_classes_has_no_section_on_them(tmp_path: Path) -> None:

@@ -314,11 +314,11 @@ def facts(report: Report) -> dict[str, Fact]:
     }
 
 
-def test_parity_shows_agreement_with_its_exact_interval(tmp_path: Path) -> None:
+def test_parity_shows_agreement_with_its_interval(tmp_path: Path) -> None:
     fact = facts(build_report(tmp_path, int8=build_int8()))["Agreement"]
     assert (fact.met, fact.value) == (None, "99.72\u00a0%")
     assert fact.note.replace("\u00a0", " ") == (
-        "images for which both predict the same class, beside the fake-quantized network: 360 images, exact 95 % interval 98.46 % to 99.99 %"
+        "images for which both predict the same class, beside the fake-quantized network: 360 images, 95 % interval 98.46 % to 99.99 %"
     )
 
 

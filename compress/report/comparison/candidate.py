@@ -121,7 +121,7 @@ def candidate(name: str, subject: Subject, conditions: Conditions | None) -> Can
         recommended=report["recommendation"]["file"] if report["recommendation"] else None,
         teacher=_teacher(report, where),
         score=score,
-        score_ci95=_interval(row["score"], row["images"]) if row else None,
+        score_ci95=row.get("score_ci95", _interval(row["score"], row["images"])) if row else None,
         images=row["images"] if row else None,
         scored_in=None if score is None else "ONNX Runtime" if row else "PyTorch",
         agreement=row["agreement"] if row else None,

@@ -26,7 +26,7 @@ MOST_COLUMNS = 4
 LABEL_LENGTH = 26
 FAILURES = 6  # at most, for each run
 NOTE = (
-    "The scores' intervals are exact (Clopper and Pearson), for each run by itself. "
+    "The scores' intervals are exact (Clopper and Pearson) or by resampling images, for each run by itself. "
     "Best trade-off: no other run is at least as accurate and as fast, and better in one."
 )
 

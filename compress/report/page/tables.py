@@ -104,10 +104,15 @@ def accuracy(report: Report) -> list[Table]:
     found, digits = [row for name in names if (row := any_row(report, name))], summary.decimals(report)
     known = [title for title in found[0]["further"] if {row["further"][title] for row in found} != {None}]
     rows = [
-        (row["name"], *(percent(score, digits) for score in (row["score"], *(row["further"][name] for name in known))))
+        (
+            row["name"],
+            percent(row["score"], digits),
+            "–".join(f"{100 * end:.{digits}f}" for end in row.get("score_ci95", ())),
+            *(percent(row["further"][name], digits) for name in known),
+        )
         for row in found
     ]
-    columns = ("File", heading(report["metric"]["title"]), *map(heading, known))
+    columns = ("File", heading(report["metric"]["title"]), "95 %", *map(heading, known))
     note = "Balanced accuracy is the mean recall of the classes: each counts the same, however many images it has."
     return [Table("Accuracy", columns, rows, note=note if "balanced accuracy" in known else ""), *class_scores(report)]
 

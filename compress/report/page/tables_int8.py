@@ -164,7 +164,7 @@ def parity(report: Report, name: str, row: VerifyRow) -> Table:
             mark(met),
             "Agreement",
             percent(row["agreement"]),
-            f"{metric(report).alike}, beside {reference}: {row['images']:,} images, exact 95 % interval {low} to {high}"
+            f"{metric(report).alike}, beside {reference}: {row['images']:,} images, 95 % interval {low} to {high}"
             + ("" if wanted is None else f"; at least {percent(wanted)} wanted"),
         )
     ]
