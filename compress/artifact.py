@@ -13,10 +13,11 @@ from typing import Any
 from compress.errors import ArtifactError
 from export.command.digest_memory import digests_of
 from export.command.files import key_of, put_folder, write_json
+from export.names import LOG_JSONL
 
 META, MEMORY = "meta.json", ".digests.json"
 # A stage's logs: they contain times, so they do not count in the artifact's digest.
-TOLD = ("log.jsonl", "training-", "tensorboard/")
+TOLD = (LOG_JSONL, "training-", "tensorboard/")
 SCHEMA_VERSION = 2
 Metrics = dict[str, float | int | None]
 

@@ -20,6 +20,7 @@ from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 from compress.report.distribution import own_distribution
 from export.command.main import end
+from export.names import RECIPE_YAML
 
 app = typer.Typer(
     cls=Commands,
@@ -271,7 +272,7 @@ def export_data(
     """Write a run's validation images as a folder, for the gate."""
     from compress.run import open_run
 
-    run = open_run(read_recipe(run_folder / "recipe.yaml"), trust_code=False, verbose=False)
+    run = open_run(read_recipe(run_folder / RECIPE_YAML), trust_code=False, verbose=False)
     _print(f"{to}: {run.task.write(run.dataset, to):,} validation images of {run.dataset.name}")
 
 

@@ -19,6 +19,7 @@ from compress.quant.sensitivity import Sensitivity, sensitivity
 from compress.recipe import stages
 from compress.run import Run, as_numpy
 from export.images.size import Shape, size_of
+from export.names import CLASSES_KEY, PREPROCESS_KEY, SCORE_KEY, TARGET_KEY, TASK_KEY
 from export.onnx_file.graph import save_model, to_float16
 from export.onnx_file.names import module_of
 from export.onnx_file.targets import CPU, RUNS, TARGET_PROVIDERS, Target, host_target
@@ -42,12 +43,12 @@ def export_network(model: nn.Module, path: Path, run: Run, *, score: float, targ
 def metadata_of(run: Run, *, score: float, target: Target) -> dict[str, str]:
     """Return a file's metadata."""
     return {
-        "task": run.recipe.task,
-        "classes": json.dumps(run.dataset.classes),
-        "preprocess": json.dumps(run.dataset.preprocess.to_json()),
+        TASK_KEY: run.recipe.task,
+        CLASSES_KEY: json.dumps(run.dataset.classes),
+        PREPROCESS_KEY: json.dumps(run.dataset.preprocess.to_json()),
         "recipe": run.recipe.name,
-        "score_torch": f"{score:.4f}",
-        "target": target.name,
+        SCORE_KEY: f"{score:.4f}",
+        TARGET_KEY: target.name,
     }
 
 

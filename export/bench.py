@@ -31,7 +31,7 @@ from export.runtime.cuda_options import describe, fastest
 from export.runtime.environment import environment
 from export.runtime.latency import MIN_BLOCKS, Timing, speedup, time_sessions
 from export.runtime.memory import peak_memory_mb
-from export.runtime.rows import AccuracyRow, BenchJson, Setting, TimingRow, metric_json, timing_row
+from export.runtime.rows import AccuracyRow, BenchJson, Setting, TimingRow, is_headline, metric_json, timing_row
 from export.runtime.session import PROVIDERS, Run, available_providers, bind, open_session, resize_input
 
 SLOW = 3.0  # a float16 file slower than float32 by this factor runs on emulated kernels; one timing of it is enough
@@ -84,7 +84,9 @@ def bench(
         for index, setting in enumerate(every, 1):
             progress(f"{setting} ({index}/{len(every)})")
             shape = (channels, *setting.image_size)
-            left_out = set() if setting.provider != CPU or setting.is_headline else emulated
+            left_out = (
+                set() if setting.provider != CPU or is_headline(CPU, setting.threads, setting.batch) else emulated
+            )
             live = {name: path for name, path in sized[setting.image_size].items() if name not in left_out}
             runs, options, skipped = prepare(live, setting, shape, plan, progress=progress)
             result.warnings.extend(skipped)

@@ -11,9 +11,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from export.bundle.read import SIGNATURE, read_bundle
+from export.bundle.read import read_bundle
 from export.command.main import run
 from export.errors import BundleError
+from export.names import SIGNATURE
 
 
 def sign(folder: Path, key: Path) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from compress.artifact import exclusive
 from compress.errors import ArtifactError
+from export.names import REPORT_JSON
 
 STAGE = r"\d\d-[a-z]+-[0-9a-f]{12}"
 # Name pattern to description. Nothing else in the folder is touched.
@@ -33,7 +34,7 @@ def leftovers(root: Path) -> list[Leftover]:
     Raises ArtifactError if there is no report, which alone tells what is used, or if one cannot be read.
     """
     places = [root, *sorted((root / "students").glob("*/"))]
-    reports = [place / "report.json" for place in places if (place / "report.json").exists()]
+    reports = [place / REPORT_JSON for place in places if (place / REPORT_JSON).exists()]
     if not reports:
         raise ArtifactError(
             f"{root}: has no report to tell which stages are used; run the recipe to its end, or remove the folder"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
+from export.names import BUNDLE, REPORT_JSON
 
 PROJECT, IDENTITY = "compress", ".logged-as"
 PATIENCE = {  # otherwise an unreachable server blocks a run for minutes
@@ -24,7 +25,7 @@ PATIENCE = {  # otherwise an unreachable server blocks a run for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "WANDB_INIT_TIMEOUT": "30",
 }
-LEFT = ("report.json", "report", "bundle")  # sent from a finished run's folder
+LEFT = (REPORT_JSON, "report", BUNDLE)  # sent from a finished run's folder
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Sinks:
         for student, folder in folders.items():
             start = f"{student}/" if student else ""
             paths |= {f"{start}{name}": path for name in LEFT if (path := folder / name).exists()}
-            for row in json.loads((folder / "report.json").read_text(encoding="utf-8"))["stages"]:
+            for row in json.loads((folder / REPORT_JSON).read_text(encoding="utf-8"))["stages"]:
                 found = {f"{start}{row['stage']}/final_{name}": value for name, value in row["metrics"].items()}
                 numbers |= {name: value for name, value in found.items() if value is not None}
         self.each(lambda sink: sink.numbers(numbers, 0))

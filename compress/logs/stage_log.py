@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from export.names import LOG_JSONL
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -69,7 +71,7 @@ class StageLog:
         self.verbose = verbose
         self.enabled = enabled
         self.out = out
-        self._lines = out / "log.jsonl"
+        self._lines = out / LOG_JSONL
         self._tell = tell
         self._console = console or Console(stderr=True)
         self._progress: Progress | None = None

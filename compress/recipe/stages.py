@@ -8,6 +8,8 @@ from compress.recipe.losses import KD_ONLY, LossTerm
 from compress.recipe.section import Arch, Drop, Fraction, OptionalSize, PathText, Section, Size, refuse_tag
 
 CalibrationMethod = Literal["minmax", "percentile", "entropy"]
+MAX_DROP = 0.01  # the largest loss of score, unless the recipe says otherwise
+MOST_FLOAT = 0.2  # a file with a larger fraction of its multiply-accumulates in float is not called INT8
 GOALS = ("keep_macs", "keep_params", "keep_latency", "max_latency_ms")
 
 
@@ -224,7 +226,7 @@ class PtqStage(Section):
     neural_compressor: bool = True
     """Also measure neural-compressor's static quantization. Of all files that hold `max_drop` the fastest is kept; of equally fast ones,
     the one whose logits diverge least from the float student's (KL)."""
-    max_drop: Drop = 0.01
+    max_drop: Drop = MAX_DROP
     """Largest loss of score against the float student, on 2,000 training images; 0.01 is one point."""
     max_trials: PositiveInt = 12
     """The most files that tuning builds and scores, besides those of other quantizers."""
@@ -272,7 +274,7 @@ class AuditLimits(Section):
 
     max_float_layers: Annotated[int, Field(ge=0)] | None = None
     """The most convolutions and matrix products that run in float."""
-    max_float_fraction: Fraction | None = 0.2
+    max_float_fraction: Fraction | None = MOST_FLOAT
     """The largest fraction of an INT8 file's multiply-accumulates that run in float; 1 allows all."""
     max_leftover_qdq: Annotated[int, Field(ge=0)] | None = None
     """The most QuantizeLinear and DequantizeLinear nodes that the optimizer leaves, besides the one at each end."""

@@ -17,11 +17,23 @@ from compress.report.distribution import own_distribution
 from compress.report.page.card import card
 from compress.report.page.html import render
 from compress.report.shape import Report
-from export.bundle.inside import SUMS, contained, read_sums
-from export.bundle.read import VALIDATION, preprocess_of, read_bundle
+from export.bundle.inside import contained, read_sums
+from export.bundle.read import preprocess_of, read_bundle
 from export.bundle.write import Contents, in_one_step
 from export.command.files import json_text
 from export.images.size import Written, size_of
+from export.names import (
+    AUDIT_JSON,
+    BUNDLE,
+    GOLDEN_NPZ,
+    LABELS,
+    PAGE,
+    PREPROCESS,
+    RECIPE_YAML,
+    REPORT_JSON,
+    SUMS,
+    VALIDATION,
+)
 from export.onnx_file.model_file import inspect
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, deployed, files_in, name_for
 from export.onnx_file.targets import CPU, TARGETS, Target, resolve_target
@@ -34,9 +46,9 @@ from export.tasks import TASKS
 def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Report) -> Contents:
     """Return the contents of the bundle `name` for the run in `root`; `exported` is its export stage's folder."""
     files, target = files_in(exported), resolve_target(recipe.target)
-    preprocess = json.loads((exported / "preprocess.json").read_text())
-    labels = (exported / "labels.txt").read_text(encoding="utf-8").splitlines()
-    with np.load(exported / "golden.npz") as golden:
+    preprocess = json.loads((exported / PREPROCESS).read_text())
+    labels = (exported / LABELS).read_text(encoding="utf-8").splitlines()
+    with np.load(exported / GOLDEN_NPZ) as golden:
         images, truths = golden["images"], golden["truths"]
     serving = serving_of(report, files, target, size=preprocess["image_size"])
     facts = inspect(files[serving.served])
@@ -52,10 +64,10 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
     )
     texts = {
         "README.md": readme,
-        "recipe.yaml": strict_yaml.dump(recipe.model_dump(mode="json")),
+        RECIPE_YAML: strict_yaml.dump(recipe.model_dump(mode="json")),
         "environment.json": json_text(report["environment"]),
-        "report.json": json_text(report),
-        "report/index.html": render(report, root),
+        REPORT_JSON: json_text(report),
+        PAGE: render(report, root),
         "LICENSE": own_distribution().read_text("licenses/LICENSE") or "",
         "NOTICE": notice(recipe, name),
     }
@@ -75,7 +87,7 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
         task=recipe.task,
         target=target.name,
         recipe_digest=read_meta(lineage(exported)[-2]).key,
-        metrics=metrics_of(report, files, json.loads((exported / "audit.json").read_text())),
+        metrics=metrics_of(report, files, json.loads((exported / AUDIT_JSON).read_text())),
         documents={name: text.encode() for name, text in texts.items()} | further,
         validation=(exported / VALIDATION).read_text().splitlines(),
     )
@@ -140,11 +152,9 @@ def publish(run: Path, to: Path, *, key: Path | None) -> None:
 
     Raises ArtifactError if the run has no bundle, BundleError if it is damaged or cannot be signed or written.
     """
-    source = run / "bundle"
+    source = run / BUNDLE
     if not source.is_dir():
-        raise ArtifactError(
-            students_of(run, "bundle") or f"{run}: has no bundle; run its recipe up to the export stage"
-        )
+        raise ArtifactError(students_of(run, BUNDLE) or f"{run}: has no bundle; run its recipe up to the export stage")
     read_bundle(source)
 
     def fill(folder: Path) -> None:

@@ -15,6 +15,7 @@ from compress.report.judge.parity import mismatches
 from compress.report.judge.recommend import recommend
 from compress.report.judge.verdict import audited_name, guesses, has_targets, judge, judged_classes
 from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report, StageRow
+from export.names import AUDIT_JSON, BENCH_JSON, LIMITS_JSON, NOTES_JSON, PTQ_JSON, VERIFY_JSON
 from export.runtime.environment import environment
 from export.runtime.rows import metric_json
 from export.tasks import TASKS
@@ -25,7 +26,7 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[
 
     `made` are the artifacts that this run made; it reused the others. `command` reproduces the run.
     """
-    bench: Json = _last(artifacts, "bench.json") or {"accuracy": {}, "timings": [], "warnings": []}
+    bench: Json = _last(artifacts, BENCH_JSON) or {"accuracy": {}, "timings": [], "warnings": []}
     settings = data_settings(recipe)
     is_whole = len(artifacts) == len(recipe.stages)
     report = Report(
@@ -39,9 +40,9 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[
         deployed=[cast(DeployedRow, {**timing, **bench["accuracy"][timing["name"]]}) for timing in bench["timings"]],
         end_to_end=bench.get("end_to_end", {}),
         classes=bench.get("classes"),
-        ptq=_last(artifacts, "ptq.json"),
-        audit=_last(artifacts, "audit.json"),
-        verify=_last(artifacts, "verify.json"),
+        ptq=_last(artifacts, PTQ_JSON),
+        audit=_last(artifacts, AUDIT_JSON),
+        verify=_last(artifacts, VERIFY_JSON),
         limits=[],
         recommendation=None,
         targets=(recipe.targets if is_whole else Targets()).model_dump(),
@@ -51,11 +52,11 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[
             *(_last(artifacts, NOTES) or []),
             *_trainings(artifacts),
             *bench["warnings"],
-            *(_last(artifacts, "notes.json") or []),
+            *(_last(artifacts, NOTES_JSON) or []),
         ],
     )
     report["recommendation"] = recommend(report)  # first: targets judge the INT8 file that is recommended
-    report["limits"] = (_last(artifacts, "limits.json") or {}).get(audited_name(report), [])
+    report["limits"] = (_last(artifacts, LIMITS_JSON) or {}).get(audited_name(report), [])
     report["verdict"], report["failures"] = judge(report)
     if wrong := mismatches(report):  # fails whatever the targets say
         report["verdict"], report["failures"] = "fail", [*wrong, *report["failures"]]

@@ -12,6 +12,7 @@ from compress.recipe.read import write_recipe
 from compress.recipe.schema import Recipe
 from compress.report.shape import REPORT_VERSION, Report
 from export.command.files import write_json, write_text
+from export.names import BUNDLE, COMPARISON_JSON, MANIFEST, PAGE, RECIPE_YAML, REPORT_JSON
 
 
 def run_root(recipe: Recipe) -> Path:
@@ -38,7 +39,7 @@ def report_run(
     chains, root = recipe.chains(), run_root(recipe)
     is_kept = any(_is_part(chains[name], paths, report_root(recipe, name)) for name, paths in artifacts.items())
     if not is_kept:  # only now: a refused run must not replace the last report's recipe
-        write_recipe(recipe, root / "recipe.yaml")
+        write_recipe(recipe, root / RECIPE_YAML)
     reports = {}
     for student, chain in chains.items():
         place = report_root(recipe, student)
@@ -46,7 +47,7 @@ def report_run(
         if not is_kept:
             _write(chain, artifacts[student], report, place)
         if verbose or is_kept or len(chains) == 1:
-            print_report(report, screen(), verbose=verbose, page=None if is_kept else place / "report" / "index.html")
+            print_report(report, screen(), verbose=verbose, page=None if is_kept else place / PAGE)
     if is_kept:
         sys.stderr.write(f"{root}: its report and bundle come from a run with more stages and were not replaced\n")
     elif len(chains) > 1:
@@ -60,26 +61,26 @@ def print_again(root: Path, *, verbose: bool) -> None:
     from compress.report.page.terminal import print_report
 
     page = render_report(root)
-    print_report(json.loads((root / "report.json").read_text(encoding="utf-8")), screen(), verbose=verbose, page=page)
+    print_report(json.loads((root / REPORT_JSON).read_text(encoding="utf-8")), screen(), verbose=verbose, page=page)
 
 
 def render_report(root: Path) -> Path:
     """Write a finished run's HTML page from its files, and return its path."""
     from compress.report.page.html import render
 
-    if (root / "bundle.json").exists():
+    if (root / MANIFEST).exists():
         raise ArtifactError(f"{root}: is a bundle, whose files never change; give the folder of its run")
     try:
-        report = json.loads((root / "report.json").read_text(encoding="utf-8"))
+        report = json.loads((root / REPORT_JSON).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(
-            students_of(root, "report.json") or f"{root}: has no readable report.json ({error}); run the recipe first"
+            students_of(root, REPORT_JSON) or f"{root}: has no readable report.json ({error}); run the recipe first"
         ) from error
     if report.get("schema_version") != REPORT_VERSION:
         raise ArtifactError(
             f"{root}: its report.json is of another version; run the recipe again, finished stages are reused"
         )
-    page = root / "report" / "index.html"
+    page = root / PAGE
     write_text(page, render(report, root))
     return page
 
@@ -87,7 +88,7 @@ def render_report(root: Path) -> Path:
 def _is_part(chain: Recipe, artifacts: Sequence[Path], root: Path) -> bool:
     """Tell whether these are fewer stages than the chain has and than the report in `root` covers."""
     try:
-        reported = len(json.loads((root / "report.json").read_text(encoding="utf-8"))["stages"])
+        reported = len(json.loads((root / REPORT_JSON).read_text(encoding="utf-8"))["stages"])
     except (OSError, ValueError, LookupError, TypeError):
         return False
     return len(artifacts) < min(len(chain.stages), reported)
@@ -99,13 +100,13 @@ def _write(chain: Recipe, artifacts: Sequence[Path], report: Report, root: Path)
     from export.bundle.write import write_bundle
 
     root.mkdir(parents=True, exist_ok=True)
-    write_json(root / "report.json", report)
+    write_json(root / REPORT_JSON, report)
     render_report(root)
     exported = [path for path in artifacts if read_meta(path).stage == "export"]
     if exported:
         # A student's bundle has a name of its own.
         name = chain.name if root == run_root(chain) else f"{chain.name}-{root.name}"[:64]
-        write_bundle(root / "bundle", contents(chain, name, root, exported[-1], report))
+        write_bundle(root / BUNDLE, contents(chain, name, root, exported[-1], report))
 
 
 def _compare(recipe: Recipe, reports: Mapping[str, Report], *, verbose: bool) -> None:
@@ -114,11 +115,11 @@ def _compare(recipe: Recipe, reports: Mapping[str, Report], *, verbose: bool) ->
     from compress.report.page.screen import say
     from compress.report.page.terminal import print_verdict
 
-    page = run_root(recipe) / "report" / "index.html"
+    page = run_root(recipe) / PAGE
     compare_folders(
         [report_root(recipe, student) for student in reports],
         page=page,
-        document=run_root(recipe) / "comparison.json",
+        document=run_root(recipe) / COMPARISON_JSON,
         verbose=verbose,
         ends=[
             *(partial(print_verdict, report, name=student) for student, report in reports.items()),

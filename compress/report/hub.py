@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 from compress.errors import ArtifactError
 from compress.report.bundling import publish
+from export.names import BUNDLE
 
 HUB = "hf://"
 
@@ -25,7 +26,7 @@ def publish_to_hub(run: Path, to: str, *, key: Path | None, dry_run: bool) -> li
     except ValueError as error:
         raise ArtifactError(f"--to {to}: {error}; give hf://USER/NAME") from error
     with TemporaryDirectory() as folder:
-        bundle = Path(folder, "bundle")
+        bundle = Path(folder, BUNDLE)
         publish(run, bundle, key=key)
         files = sorted(path for path in bundle.rglob("*") if path.is_file())
         if dry_run:

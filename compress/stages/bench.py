@@ -14,13 +14,13 @@ from export.bench import Plan, bench
 from export.command.files import write_json
 from export.images.decode import BrokenImage
 from export.images.size import size_of
+from export.names import AUDIT_JSON, BENCH_JSON, EXAMPLES_NPZ, GOLDEN_NPZ
 from export.onnx_file.roles import PTQ, TEACHER, deployed, files_in, is_int8
 from export.runtime.accuracy import accuracy, score_files
 from export.runtime.end_to_end import EndToEnd, end_to_end
 from export.runtime.environment import environment
 from export.runtime.rows import metric_json
 
-EXAMPLES = "examples.npz"
 DRAWN = 4  # images that the report shows with their predictions
 WHOLE = 8  # images that are timed from their bytes to the prediction
 
@@ -36,12 +36,12 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
         scores = accuracy(scored, reference="student_fp32")
         # Their times and scores decide in the report which of the INT8 files is served.
         rivals = [path for file, path in files.items() if file in (TEACHER, name, PTQ)]
-        _write_examples(out / EXAMPLES, rivals, exported, run)
+        _write_examples(out / EXAMPLES_NPZ, rivals, exported, run)
         whole = _end_to_end(rivals, run, seconds=cfg.seconds)
         sizes = [size_of(size) for size in cfg.image_sizes]
         plan = Plan(cfg.batches, cfg.threads, sizes, cfg.providers, cfg.seconds, cfg.blocks, run.recipe.seed)
         measured = bench(files, plan, target=run.target.name, progress=log.note_detail)
-    found = json.loads((exported / "audit.json").read_text())[name]
+    found = json.loads((exported / AUDIT_JSON).read_text())[name]
     floats = {layer: found["reasons"].get(layer, "for no known reason") for layer in found["float_layers"]}
     notes = []
     if is_int8(name) and floats:
@@ -50,7 +50,7 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
     if broken := sorted(run.dataset.val.broken):
         notes.append(f"validation images that cannot be read count in no score: {len(broken):,}, first {broken[0]}")
     write_json(
-        out / "bench.json",
+        out / BENCH_JSON,
         {
             "metric": metric_json(task.metric),
             "accuracy": scores,
@@ -74,7 +74,7 @@ def _write_examples(path: Path, files: Sequence[Path], exported: Path, run: Run)
     """Write what the report draws: some golden images, their truths, and each file's predictions."""
     if run.task.output.draw is None:
         return
-    with np.load(exported / "golden.npz") as golden:
+    with np.load(exported / GOLDEN_NPZ) as golden:
         images, truths = golden["images"][:DRAWN], golden["truths"][:DRAWN]
     batch = (run.dataset.preprocess.normalize(images), truths)
     scores = score_files({file.stem: file for file in files}, [batch], run.task.output)

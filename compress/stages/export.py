@@ -18,8 +18,18 @@ from compress.recipe.stages import AuditLimits, ExportStage
 from compress.run import Run, as_numpy
 from compress.scoring import RANGE_IMAGES, export_network, write_float16
 from export.audit import Audit, audit, over_limits
-from export.bundle.read import VALIDATION
 from export.command.files import write_json
+from export.names import (
+    AUDIT_JSON,
+    GOLDEN_NPZ,
+    LABELS,
+    LIMITS_JSON,
+    NOTES_JSON,
+    PREPROCESS,
+    RECIPE_KEY,
+    VALIDATION,
+    VERIFY_JSON,
+)
 from export.onnx_file.graph import save_model
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER, UINT8, deployed, files_in, is_int8, name_for
 from export.onnx_file.uint8_input import with_uint8_input
@@ -51,16 +61,16 @@ def apply(cfg: ExportStage, src: Path, out: Path, run: Run) -> Metrics:
         _note(log, name, audits[name], parity.get(name), over.get(name, []))
     reasons = _reasons(files, trained, src, run)
     write_json(
-        out / "audit.json",
+        out / AUDIT_JSON,
         {file: {**found, "reasons": {**found["reasons"], **reasons.get(file, {})}} for file, found in audits.items()},
     )
-    write_json(out / "verify.json", {file: found.to_json() for file, found in parity.items()})
-    write_json(out / "limits.json", over)
-    write_json(out / "notes.json", [note] if note else [])
-    write_json(out / "preprocess.json", run.dataset.preprocess.to_json())
-    _write_golden_images(out / "golden.npz", run, limit=cfg.golden_images)
+    write_json(out / VERIFY_JSON, {file: found.to_json() for file, found in parity.items()})
+    write_json(out / LIMITS_JSON, over)
+    write_json(out / NOTES_JSON, [note] if note else [])
+    write_json(out / PREPROCESS, run.dataset.preprocess.to_json())
+    _write_golden_images(out / GOLDEN_NPZ, run, limit=cfg.golden_images)
     (out / VALIDATION).write_text("".join(f"{digest}\n" for digest in run.dataset.validation_digests()))
-    (out / "labels.txt").write_text("".join(f"{label}\n" for label in run.dataset.classes), encoding="utf-8")
+    (out / LABELS).write_text("".join(f"{label}\n" for label in run.dataset.classes), encoding="utf-8")
     return {
         "size_mb": files[name].stat().st_size / 1e6,
         "integer_layers": len(audits[name]["integer_layers"]),
@@ -138,7 +148,7 @@ def _sign(path: Path, key: str) -> None:
     """Add the last network's artifact key, which covers settings, data and earlier stages, to the file's metadata."""
     model = onnx.load(path)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    onnx.helper.set_model_props(model, metadata | {"recipe_digest": key})
+    onnx.helper.set_model_props(model, metadata | {RECIPE_KEY: key})
     save_model(model, path)
 
 

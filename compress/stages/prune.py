@@ -41,6 +41,7 @@ from compress.run import Run
 from compress.scoring import served
 from compress.training.loop import place_
 from export.command.files import write_json
+from export.names import LATENCY_JSON, PLAN_JSON
 
 TABLE = "latency-table"  # in the recipe's `out`, shared by all runs
 
@@ -76,7 +77,7 @@ def apply(cfg: PruneStage, src: Path, out: Path, run: Run) -> Metrics:
         if run.rank == 0:
             save_network(model, read_architecture(src).pruned(*steps), out)
             write_json(
-                out / "plan.json",
+                out / PLAN_JSON,
                 {
                     "layers": [vars(width) for width in table],
                     "cuts": [[cut.to_json() for cut in step] for step in steps],
@@ -136,7 +137,7 @@ class _Planner:
         """Return the latency before pruning and after the last step, predicted and measured; empty for other budgets."""
         if self.latency is None:
             return {}
-        write_json(self.out / "latency.json", self.latency.to_json(self.attempts))
+        write_json(self.out / LATENCY_JSON, self.latency.to_json(self.attempts))
         shutil.rmtree(self.latency.folder)
         return {
             "latency_before_ms": self.latency.whole_ms,

@@ -47,6 +47,7 @@ from compress.training.loop import place_
 from export.audit import audit
 from export.command.files import write_json
 from export.errors import BundleError
+from export.names import PTQ_JSON
 from export.onnx_file import ptq
 from export.onnx_file.roles import PTQ
 from export.onnx_file.targets import Target
@@ -114,7 +115,7 @@ def apply(cfg: PtqStage, src: Path, out: Path, run: Run) -> Metrics:
         student = Student(cfg, run, src, fp32, score, reported, baseline, log)
         found = {target.name: _on_target(student, target) for target in run.int8_targets}
     write_json(
-        out / "ptq.json",
+        out / PTQ_JSON,
         {
             "images": reported.images,
             "float_score": reported.score,

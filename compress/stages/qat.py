@@ -23,6 +23,7 @@ from compress.run import Run
 from compress.scoring import export_network, faster_than, runs_here, tuning_score, worst_first
 from compress.training.loop import place_
 from export.command.files import write_json
+from export.names import PTQ_JSON
 from export.onnx_file.targets import Target
 
 MAX_TRIALS = 8
@@ -32,7 +33,7 @@ def apply(cfg: QatStage, src: Path, out: Path, run: Run) -> Metrics:
     """Fake-quantize, calibrate, train and measure the student for each target; save each network in `out/<target>`."""
     costs, ptq = read_meta(src).metrics, newest(src, "ptq")
     assert ptq is not None  # the recipe's validator holds the order
-    calibrated = json.loads((ptq / "ptq.json").read_text())["targets"]
+    calibrated = json.loads((ptq / PTQ_JSON).read_text())["targets"]
     metrics: Metrics = {"params_m": costs["params_m"], "macs_m": costs["macs_m"], "size_mb": None}
     with run.log(out, "qat") as log:
         for target in reversed(run.int8_targets):  # the stage's own metrics are those of the recipe's target, the last

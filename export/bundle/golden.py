@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from export.bundle.inside import SUMS, Json, contained, get
+from export.bundle.inside import Json, contained, get
 from export.errors import BundleError
 from export.images.preprocess import Preprocess
+from export.names import MANIFEST, SUMS
 from export.runtime.environment import runtime
 from export.runtime.session import DTYPES, open_session
 from export.tasks.task import OutputTask
@@ -113,8 +114,8 @@ def read_golden(
     output: tuple[int, ...],
 ) -> Golden:
     """Return the golden arrays, whose shapes follow from the manifest and the models."""
-    listed, where = get(manifest, "bundle.json", "golden", dict), "bundle.json: golden"
-    names = list(get(manifest, "bundle.json", "files", dict))
+    listed, where = get(manifest, MANIFEST, "golden", dict), "bundle.json: golden"
+    names = list(get(manifest, MANIFEST, "files", dict))
     values, tolerance = get(listed, where, "truths", list), get(listed, where, "tolerance", dict)
     if not 0 < len(values) <= MAX_GOLDEN:
         raise BundleError(

@@ -8,8 +8,8 @@ from typing import NoReturn, TypeVar
 
 from export.command.files import sha256
 from export.errors import BundleError
+from export.names import SUMS
 
-SUMS = "SHA256SUMS"
 SUMS_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 MAX_TEXT_BYTES = 16 * 2**20
 MAX_FILE_BYTES = 2**31 - 1

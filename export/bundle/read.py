@@ -25,31 +25,20 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from export.bundle.golden import Golden, check_inputs, read_golden
-from export.bundle.inside import (
-    SUMS,
-    Json,
-    brief,
-    check_digest,
-    contained,
-    get,
-    read_json,
-    read_sums,
-    read_text,
-)
+from export.bundle.inside import Json, brief, check_digest, contained, get, read_json, read_sums, read_text
 from export.command.files import sha256
 from export.errors import BundleError, DataError
 from export.images.folders import is_label
 from export.images.preprocess import AS_STORED, BINARY, KEPT, UPRIGHT, Preprocess
 from export.images.read import Examples
 from export.images.size import Size, said
+from export.names import LABELS, MANIFEST, PREPROCESS, SUMS, VALIDATION
 from export.onnx_file.model_file import CHANNELS, MAX_IMAGE_SIZE, ModelFile, inspect
 from export.onnx_file.roles import TEACHER
 from export.runtime.accuracy import score_files
 from export.tasks import task_named
 from export.tasks.task import OutputTask
 
-MANIFEST, PREPROCESS, LABELS, VALIDATION = "bundle.json", "preprocess.json", "labels.txt", "validation.txt"
-SIGNATURE = "model.sig"
 SCHEMA_VERSION = 3
 MAX_MODELS = 100
 NAME = re.compile(r"[a-z0-9][a-z0-9_\-]{0,63}")

@@ -10,21 +10,12 @@ from typing import Any
 from numpy.typing import NDArray
 
 from export.bundle.golden import IMAGES, INPUTS, Golden, make_golden, write_arrays
-from export.bundle.inside import SUMS, Json
-from export.bundle.read import (
-    LABELS,
-    MANIFEST,
-    NAME,
-    PREPROCESS,
-    SCHEMA_VERSION,
-    VALIDATION,
-    entry,
-    preprocess_of,
-    read_bundle,
-)
+from export.bundle.inside import Json
+from export.bundle.read import NAME, SCHEMA_VERSION, entry, preprocess_of, read_bundle
 from export.command.files import json_text, put_folder, sha256, write_text
 from export.errors import BundleError
 from export.images.folders import is_label
+from export.names import LABELS, MANIFEST, PREPROCESS, RECIPE_KEY, SUMS, VALIDATION
 from export.onnx_file.model_file import ModelFile, inspect
 from export.serving.protocol import write_kserve, write_requests
 from export.serving.triton import Serving, write_repositories
@@ -142,7 +133,7 @@ def manifest(folder: Path, contents: Contents, facts: Mapping[str, ModelFile], g
         "name": contents.name,
         "task": contents.task,
         "target": contents.target,
-        "recipe_digest": contents.recipe_digest,
+        RECIPE_KEY: contents.recipe_digest,
         "input": asdict(facts[served].input),
         "output": asdict(facts[served].output),
         "served": served,

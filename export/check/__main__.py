@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from export.bundle.inside import SUMS, read_sums
-from export.bundle.read import LABELS, SIGNATURE, Bundle, examine, tried
+from export.bundle.inside import read_sums
+from export.bundle.read import Bundle, examine, tried
 from export.bundle.sandbox import vet
 from export.check.promises import broken_promises
 from export.command.main import run
 from export.errors import BundleError, Defect
+from export.names import LABELS, SIGNATURE, SUMS
 
 BROKEN = 3  # exit code
 

@@ -15,8 +15,9 @@ import numpy as np
 from export.audit import Audit, audit
 from export.bundle.golden import FOLDER, TOLERANCE, outputs_of
 from export.bundle.inside import Json, brief, get, read_json
-from export.bundle.read import LABELS, MANIFEST, PREPROCESS, Bundle
+from export.bundle.read import Bundle
 from export.errors import BundleError
+from export.names import CLASSES_KEY, LABELS, MANIFEST, PREPROCESS, PREPROCESS_KEY, RECIPE_KEY, SCORE_KEY, TARGET_KEY
 from export.onnx_file.model_file import inspect, parse
 from export.onnx_file.names import module_of
 from export.onnx_file.targets import TARGETS, Target, host_target
@@ -79,7 +80,7 @@ def stated(metadata: Mapping[str, str], key: str, path: Path) -> object:
 
 def other_recipe(bundle: Bundle, path: Path, metadata: Mapping[str, str]) -> Broken:
     """Yield an error if the file is from another run than the bundle."""
-    made, stated = metadata.get("recipe_digest"), bundle.manifest.get("recipe_digest")
+    made, stated = metadata.get(RECIPE_KEY), bundle.manifest.get(RECIPE_KEY)
     if made is not None and made != stated:
         yield BundleError(
             f"{MANIFEST}: recipe_digest: {path.name} was made by {brief(made)}, got {brief(stated)}: get the bundle again",
@@ -89,7 +90,7 @@ def other_recipe(bundle: Bundle, path: Path, metadata: Mapping[str, str]) -> Bro
 
 def other_classes(bundle: Bundle, path: Path, metadata: Mapping[str, str]) -> Broken:
     """Yield an error if labels.txt differs from the classes that the network was trained with."""
-    classes = stated(metadata, "classes", path)
+    classes = stated(metadata, CLASSES_KEY, path)
     if not isinstance(classes, list) or classes == list(bundle.labels):
         return
     for line, (label, name) in enumerate(zip_longest(bundle.labels, classes), 1):
@@ -104,7 +105,7 @@ def other_classes(bundle: Bundle, path: Path, metadata: Mapping[str, str]) -> Br
 
 def other_preprocessing(bundle: Bundle, path: Path, metadata: Mapping[str, str]) -> Broken:
     """Yield an error for the first value of preprocess.json that differs from the network's training."""
-    trained = stated(metadata, "preprocess", path)
+    trained = stated(metadata, PREPROCESS_KEY, path)
     if not isinstance(trained, dict):
         return
     document = read_json(bundle.path, PREPROCESS)
@@ -119,7 +120,7 @@ def other_preprocessing(bundle: Bundle, path: Path, metadata: Mapping[str, str])
 
 def other_accuracy(path: Path, metadata: Mapping[str, str], listed: Json) -> Broken:
     """Yield an error if bundle.json has another score for a float file than its export measured."""
-    exported, measured = stated(metadata, "score_torch", path), listed.get("score")
+    exported, measured = stated(metadata, SCORE_KEY, path), listed.get("score")
     if not isinstance(exported, float | int) or not isinstance(measured, float | int):
         return
     if not abs(exported - measured) <= MAX_SCORE_DIFFERENCE:
@@ -132,7 +133,7 @@ def other_accuracy(path: Path, metadata: Mapping[str, str], listed: Json) -> Bro
 
 def other_target(bundle: Bundle, path: Path, metadata: Mapping[str, str], target: Target) -> Broken:
     """Yield an error if a file was exported for another target than the bundle's."""
-    exported = metadata.get("target")
+    exported = metadata.get(TARGET_KEY)
     # A calibrated file copies its metadata from the float file, which has the run's first target.
     if exported is not None and exported not in (target.name, bundle.target):
         yield BundleError(

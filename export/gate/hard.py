@@ -7,6 +7,7 @@ from export.errors import first
 from export.gate.baseline import Baseline
 from export.gate.checks import Check, Limits
 from export.gate.facts import Facts
+from export.names import LABELS, PREPROCESS
 
 Json = Mapping[str, object]
 
@@ -36,8 +37,8 @@ def hard_checks(was: Baseline, now: Now, limits: Limits, *, same_graph: bool) ->
 
     `same_graph`: both were optimized by the same ONNX Runtime on the same machine, so their operators are comparable.
     """
-    yield same("classes", differing_lines(was.classes, now.classes), "labels.txt")
-    yield same("preprocessing", differing_keys(was.preprocess, now.preprocess), "preprocess.json")
+    yield same("classes", differing_lines(was.classes, now.classes), LABELS)
+    yield same("preprocessing", differing_keys(was.preprocess, now.preprocess), PREPROCESS)
     yield files_check(was, now)
     pairs = {name: (facts, now.files[name]) for name, facts in was.files.items() if name in now.files}
     for one in properties(limits):

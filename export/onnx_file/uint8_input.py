@@ -10,6 +10,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from export.errors import BundleError
 from export.images.size import Shape, size_of
+from export.names import PREPROCESS_KEY
 
 PIXELS = "pixels"
 
@@ -60,7 +61,7 @@ def with_uint8_input(model: ModelProto, preprocess: Mapping[str, Any]) -> ModelP
     shape = [batch.dim_param or batch.dim_value, height, width, channels]
     given.CopyFrom(helper.make_tensor_value_info(PIXELS, TensorProto.UINT8, shape))
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    helper.set_model_props(model, metadata | {"preprocess": json.dumps(_without_normalization(preprocess))})
+    helper.set_model_props(model, metadata | {PREPROCESS_KEY: json.dumps(_without_normalization(preprocess))})
     onnx.checker.check_model(model, full_check=True)
     return model
 

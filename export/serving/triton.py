@@ -21,6 +21,7 @@ import onnx
 from onnx import TensorProto
 
 from export.command.files import write_text
+from export.names import LABELS
 from export.onnx_file.model_file import ModelFile
 
 Kind = Literal["cpu", "cuda", "tensorrt"]
@@ -58,7 +59,7 @@ def write_repositories(
         (model / "1").mkdir(parents=True)
         (model / "warmup").mkdir()
         (model / "warmup" / SAMPLE).write_bytes(sample)
-        shutil.copyfile(folder / "labels.txt", model / "labels.txt")
+        shutil.copyfile(folder / LABELS, model / LABELS)
     shutil.copyfile(Path(__file__).with_name("triton_model.py"), python / "1" / "model.py")
     share(folder / f"{serving.files['cpu']}.onnx", python / "1" / "model.onnx")
     write_text(python / "config.pbtxt", python_config(name, facts[serving.files["cpu"]], serving))
@@ -134,7 +135,7 @@ input [
   {{ name: {json.dumps(given.name)} data_type: {kinds[given]} dims: [ {dims} ] }}
 ]
 output [
-  {{ name: {json.dumps(wanted.name)} data_type: {kinds[wanted]} dims: [ {classes} ] label_filename: "labels.txt" }}
+  {{ name: {json.dumps(wanted.name)} data_type: {kinds[wanted]} dims: [ {classes} ] label_filename: "{LABELS}" }}
 ]
 {batching}model_warmup [
   {{

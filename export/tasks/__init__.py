@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from export.errors import BundleError
+from export.names import TASK_KEY
 from export.onnx_file.model_file import parse
 from export.tasks.classification import CLASSIFICATION
 from export.tasks.detection import DETECTION
@@ -31,5 +32,5 @@ def task_named(name: str) -> OutputTask:
 
 def stated_task(file: Path) -> OutputTask:
     """Return the task that an ONNX file's metadata names; a file from elsewhere names none and is taken for a classifier."""
-    stated = {entry.key: entry.value for entry in parse(file).metadata_props}.get("task")
+    stated = {entry.key: entry.value for entry in parse(file).metadata_props}.get(TASK_KEY)
     return CLASSIFICATION if stated is None else task_named(stated)

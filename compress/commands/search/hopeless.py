@@ -11,6 +11,7 @@ from compress.pipeline import plan_recipe
 from compress.recipe.schema import Model, Recipe
 from compress.recipe.stages import StudentStage
 from export.errors import UserError
+from export.names import LOG_JSONL
 
 KEPT = 75.0  # percent of trials that go on
 LEAST = 4  # finished trials to compare with
@@ -61,7 +62,7 @@ def follow_distillation(recipe: Recipe, stages: Path) -> Callable[[], Course | N
             if not found:
                 found.extend(line.directory for line in plan_recipe(recipe, stages=stages)[index - 1 : index + 1])
             before, place = found
-            log = (place if place.exists() else place.with_name(f".{place.name}.partial")) / "log.jsonl"
+            log = (place if place.exists() else place.with_name(f".{place.name}.partial")) / LOG_JSONL
             cost = read_meta(before).metrics
             epochs = [entry for entry in map(json.loads, log.read_text().splitlines()) if "epoch" in entry]
             if epochs:

@@ -16,6 +16,7 @@ from compress.commands.search.trial import Setup
 from compress.report import numbers
 from compress.report.page import charts
 from compress.report.page.html import FRAME, template
+from export.names import PAGE, REPORT_JSON
 
 WIDE, TALL = 900, 260  # of the parallel coordinates, in the page's pixels
 TOP, BOTTOM = 30.0, 240.0  # of their axes
@@ -61,7 +62,7 @@ def write_page(setup: Setup, boards: Sequence[Board]) -> Path:
     page = setup.folder / "index.html"
     picks = {
         path.parent.name[-3:]: measure(json.loads(path.read_text()), boards[-1].clocks)
-        for path in sorted(setup.folder.glob(f"{pick_name(setup.search, '*')}/report.json"))
+        for path in sorted(setup.folder.glob(f"{pick_name(setup.search, '*')}/{REPORT_JSON}"))
     }
     text = template("search.html.j2").render(
         search=setup.search,
@@ -96,7 +97,7 @@ def _shown(setup: Setup, board: Board) -> dict[str, object]:
 
 
 def _trial(setup: Setup, board: Board, row: Row, *, is_best: bool) -> Trial:
-    page = folder(setup, board, row, setup.search.seeds[0]) / "report" / "index.html"
+    page = folder(setup, board, row, setup.search.seeds[0]) / PAGE
     link = urllib.parse.quote(os.path.relpath(page, setup.folder)) if page.exists() else ""
     names = [name for name in MEASURES if row.mean(name) is not None]
     measured = ", ".join(f"{name} {text}" for name, text in zip(names, means(row, names), strict=True))

@@ -25,6 +25,7 @@ from compress.pipeline import run_recipe
 from compress.recipe.read import write_recipe
 from compress.report.bundling import publish
 from compress.report.page.screen import screen
+from export.names import BUNDLE
 
 POLL_S = 1.0
 MOST_CRASHES = 3  # in a row; then the machine is at fault, not the trials
@@ -160,7 +161,7 @@ def publish_pick(setup: Setup, boards: Sequence[Board], text: str, *, to: Path |
     write_recipe(recipe, file)
     command = f"compress run {file} --stages {stages}"
     code = run_recipe(recipe, trust_code=setup.trust_code, until=None, verbose=verbose, command=command, stages=stages)
-    if (root / "bundle").exists():
+    if (root / BUNDLE).exists():
         publish(root, to or setup.folder / "published", key=None)
     write_page(setup, boards)
     return code

@@ -12,6 +12,7 @@ from rich.text import Text
 from compress.commands.search.board import Board, Row, best
 from compress.commands.search.measures import MEASURES
 from compress.commands.search.trial import Setup, trial_name
+from export.names import REPORT_JSON
 from export.onnx_file.roles import ORDER
 
 SEEN = 12  # most trials of the front in the terminal while the search runs
@@ -45,9 +46,7 @@ def front_table(board: Board, *, is_over: bool) -> Table | Text:
 def write_scores(setup: Setup, board: Board) -> None:
     """Write the scores of every trial's stages and files, as mean and range over its seeds, as Markdown."""
     done = [row for row in board.rows() if row.state == "done"]
-    files = {
-        where(row): [folder(setup, board, row, seed) / "report.json" for seed in setup.search.seeds] for row in done
-    }
+    files = {where(row): [folder(setup, board, row, seed) / REPORT_JSON for seed in setup.search.seeds] for row in done}
     scores = {
         point: [_scores(json.loads(path.read_text())) for path in paths if path.exists()]
         for point, paths in files.items()

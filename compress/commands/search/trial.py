@@ -20,6 +20,7 @@ from compress.recipe.schema import Recipe
 from compress.recipe.stages import DistillStage, PruneStage, QatStage
 from compress.report.shape import Report
 from export.command.main import MISTAKE
+from export.names import REPORT_JSON
 
 Mode = Literal["full", "no_training"]
 POLL_S = 0.5
@@ -147,7 +148,7 @@ def _run(setup: Setup, board: Board, recipe: Recipe, taken: Taken) -> Report:
     made = _report(place)
     if made is not None and made["recipe"] == recipe.model_dump(mode="json"):
         return made  # the run of a killed worker finished
-    (place / "report.json").unlink(missing_ok=True)
+    (place / REPORT_JSON).unlink(missing_ok=True)
     command = [sys.executable, "-m", "compress.cli", "run", str(file), "--stages", str(setup.folder / "stages")]
     command += ["--trust-code"] if setup.trust_code else []
     with (
@@ -191,7 +192,7 @@ def _watch(process: subprocess.Popen[bytes], setup: Setup, board: Board, recipe:
 
 def _report(place: Path) -> Report | None:
     try:
-        found: Report = json.loads((place / "report.json").read_text(encoding="utf-8"))
+        found: Report = json.loads((place / REPORT_JSON).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found

@@ -9,7 +9,7 @@ from compress.report.judge.verdict import (
     deployed_name,
     first_and_last,
     headline_provider,
-    is_headline,
+    headline_rows,
     target_of,
 )
 from compress.report.page import summary
@@ -143,16 +143,15 @@ def candidate(name: str, subject: Subject, conditions: Conditions | None) -> Can
 
 def _settings(report: Report) -> dict[tuple[str, Size], DeployedRow]:
     """Return the deployed file's timings at batch 1, on the CPU with one thread, by provider and image size."""
-    name = deployed_name(report)
-    found = [row for row in report["deployed"] if row["name"] == name and is_headline(row) and row["p50_ms"] > 0]
+    found = [row for row in headline_rows(report, deployed_name(report)) if row["p50_ms"] > 0]
     return {(row["provider"], size_of(row["image_size"])): row for row in found}
 
 
 def _timing(report: Report, name: str | None, where: Conditions | None) -> DeployedRow | None:
     """Return a file's row under these conditions."""
-    wanted = where and (name, where.provider, where.image_size)
-    rows = (row for row in report["deployed"] if (row["name"], row["provider"], size_of(row["image_size"])) == wanted)
-    return next((row for row in rows if is_headline(row)), None)
+    wanted = where and where[:2]
+    rows = headline_rows(report, name)
+    return next((row for row in rows if (row["provider"], size_of(row["image_size"])) == wanted), None)
 
 
 def _teacher(report: Report, where: Conditions | None) -> Teacher:

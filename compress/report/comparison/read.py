@@ -15,12 +15,10 @@ from compress.report.comparison.candidate import Subject
 from compress.report.judge.verdict import deployed_name
 from compress.report.shape import REPORT_VERSION, Json, Report
 from export.bundle.inside import MAX_TEXT_BYTES, contained, read_json, read_sums, read_text
-from export.bundle.read import MANIFEST
 from export.command.files import sha256
 from export.errors import BundleError
+from export.names import BUNDLE, MANIFEST, PAGE, REPORT_JSON
 from export.onnx_file.targets import TARGETS
-
-REPORT = "report.json"
 
 
 class _Model(TypedDict):
@@ -62,7 +60,7 @@ def read_subjects(folders: Sequence[Path]) -> dict[str, Subject]:
 
 def page_of(folder: Path) -> Path | None:
     """Return the path of a run's or bundle's report page, if there is one."""
-    page = folder / "report" / "index.html"
+    page = folder / PAGE
     return page if page.is_file() else None
 
 
@@ -70,7 +68,7 @@ def _names(folders: Sequence[Path], subjects: Sequence[Subject]) -> list[str]:
     """Return the recipes' names if unique, else the folders' names (students of one recipe), else the paths."""
     recipes = [str(subject.report["recipe"]["name"]) for subject in subjects]
     places = [folder.resolve() for folder in folders]
-    short = [place.parent.name if place.name == "bundle" else place.name for place in places]
+    short = [place.parent.name if place.name == BUNDLE else place.name for place in places]
     paths = [str(folder) for folder in folders]
     return next(names for names in (recipes, short, paths) if len(set(names)) == len(names) or names is paths)
 
@@ -78,26 +76,26 @@ def _names(folders: Sequence[Path], subjects: Sequence[Subject]) -> list[str]:
 def _read(folder: Path) -> Subject:
     if (folder / MANIFEST).is_file():
         return _read_bundle(folder)
-    if (folder / REPORT).is_file():
-        report = _parse(_text(folder / REPORT), str(folder / REPORT))
-        return Subject(report, _opset(folder / "bundle", report))
+    if (folder / REPORT_JSON).is_file():
+        report = _parse(_text(folder / REPORT_JSON), str(folder / REPORT_JSON))
+        return Subject(report, _opset(folder / BUNDLE, report))
     raise ArtifactError(
-        students_of(folder, REPORT)
-        or f"{folder}: is neither a finished run nor a bundle (no {REPORT}, no {MANIFEST}); give a run's folder, such as runs/quickstart, or its bundle"
+        students_of(folder, REPORT_JSON)
+        or f"{folder}: is neither a finished run nor a bundle (no {REPORT_JSON}, no {MANIFEST}); give a run's folder, such as runs/quickstart, or its bundle"
     )
 
 
 def _read_bundle(folder: Path) -> Subject:
     """Return a bundle's report, after checking the digests of the files read."""
     digests = read_sums(folder)
-    for name in (MANIFEST, REPORT):
+    for name in (MANIFEST, REPORT_JSON):
         if name not in digests:
             raise BundleError(f"{folder / name}: is not in SHA256SUMS, but a comparison reads it: get the bundle again")
         if digests[name] != sha256(contained(folder, name)):
             raise BundleError(
                 f"{folder / name}: is not the file the bundle was made with (SHA-256 differs): get the bundle again"
             )
-    report = _parse(read_text(folder, REPORT), str(folder / REPORT))
+    report = _parse(read_text(folder, REPORT_JSON), str(folder / REPORT_JSON))
     return Subject(report, _opset(folder, report))
 
 

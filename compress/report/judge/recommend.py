@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from compress.recipe.stages import MAX_DROP
 from compress.report.judge.classes import at_chance, worst_first
 from compress.report.judge.verdict import TOLERANCE, deployed_name, headline_row, mostly_float, target_of
 from compress.report.numbers import loss, times
@@ -12,7 +13,6 @@ from export.onnx_file.targets import CPU, TARGET_PROVIDERS, TARGETS
 from export.runtime.rows import Speedup
 
 ENGINES = {"onnxruntime": "ONNX Runtime", "neural-compressor": "neural-compressor", "compress": "this pipeline"}
-DEFAULT_MAX_SCORE_DROP = 0.01  # if the recipe sets no targets.max_drop
 SLOW_INT8 = (
     "in small networks and depthwise layers quantizing and dequantizing costs more than the integer kernels save"
 )
@@ -84,7 +84,7 @@ def _choose(rows: dict[str, DeployedRow | None], bar: Bar, *, on_gpu: bool) -> t
 def _bar(report: Report, rows: dict[str, DeployedRow | None]) -> Bar:
     """Return how much a file may lose against the teacher, or against the float student if even that loses more."""
     wanted = report["targets"]["max_drop"]
-    max_drop = DEFAULT_MAX_SCORE_DROP if wanted is None else wanted
+    max_drop = MAX_DROP if wanted is None else wanted
     teacher, student = (row["score"] if row else None for row in (rows[TEACHER], rows[FP32]))
     unfit = _unfit(report)
     if teacher is None:

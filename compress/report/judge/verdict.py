@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from compress.recipe.stages import MOST_FLOAT
 from compress.report.judge.classes import at_chance, worst_first
 from compress.report.numbers import percent, significant, times
 from compress.report.shape import DeployedRow, Report, Verdict
@@ -9,10 +10,9 @@ from export.audit import in_float
 from export.images.size import area, said
 from export.onnx_file.roles import FP32, PTQ, QAT, TEACHER, deployed, is_int8
 from export.onnx_file.targets import CPU, TARGET_PROVIDERS, TARGETS, provider_title
-from export.runtime.rows import Speedup
+from export.runtime.rows import Speedup, is_headline
 from export.tasks.task import Classes
 
-MOST_FLOAT = 0.2  # a file with a larger fraction of its MACs in float is not called INT8
 TOLERANCE = 1e-9  # rounding must not fail a target that is met exactly
 
 
@@ -125,16 +125,15 @@ def headline_provider(report: Report) -> str:
     return wanted if any(row["provider"] == wanted for row in report["deployed"]) else CPU
 
 
-def is_headline(row: DeployedRow) -> bool:
-    """Tell whether a row has the headline's conditions: batch 1, and on a CPU one thread."""
-    return row["batch"] == 1 and (row["threads"] == 1 or row["provider"] != CPU)
+def headline_rows(report: Report, name: str | None) -> list[DeployedRow]:
+    """Return a file's rows under the headline's conditions, at all providers and image sizes."""
+    rows = (row for row in report["deployed"] if row["name"] == name)
+    return [row for row in rows if is_headline(row["provider"], row["threads"], row["batch"])]
 
 
 def headline_row(report: Report, name: str | None, provider: str = CPU) -> DeployedRow | None:
-    """Return a file's row at batch 1 and the largest image size; on the CPU with one thread."""
-    rows = [
-        row for row in report["deployed"] if (row["name"], row["provider"]) == (name, provider) and is_headline(row)
-    ]
+    """Return a file's row under the headline's conditions at the largest image size."""
+    rows = [row for row in headline_rows(report, name) if row["provider"] == provider]
     return max(rows, key=lambda row: area(row["image_size"]), default=None)
 
 

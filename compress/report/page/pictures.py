@@ -13,23 +13,23 @@ from compress.report.judge.verdict import deployed_name
 from compress.report.page import summary
 from compress.report.shape import Report
 from export.images.drawing import as_rgb
+from export.names import EXAMPLES_NPZ
 from export.onnx_file.roles import TEACHER
 from export.tasks import TASKS
 
 SIDE = 256  # pixels of a picture's longer side
-EXAMPLES = "examples.npz"
 
 
 def examples(root: Path, report: Report) -> Iterator[Sequence[tuple[str, str]]]:
     """Yield each image's pictures as (title, JPEG as a data URI)."""
     folders = [root / stage["directory"] for stage in report["stages"] if stage["stage"] == "bench"]
-    if not folders or not (folders[-1] / EXAMPLES).exists():
+    if not folders or not (folders[-1] / EXAMPLES_NPZ).exists():
         return
     task = TASKS[report["recipe"]["task"]]
     assert task.draw is not None
     assert task.draw_truth is not None
     labels = (report["classes"] or {"names": []})["names"]
-    with np.load(folders[-1] / EXAMPLES) as kept:
+    with np.load(folders[-1] / EXAMPLES_NPZ) as kept:
         images, truths, predictions, files = (kept[name] for name in ("images", "truths", "answers", "files"))
     for index, pixels in enumerate(images):
         height, width = (SIDE * side // max(pixels.shape[:2]) for side in pixels.shape[:2])
