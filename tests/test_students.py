@@ -89,7 +89,7 @@ def test_another_network_takes_the_pruned_teachers_place(finished: Path) -> None
 def test_every_student_has_its_report_and_its_bundle(finished: Path) -> None:
     for student in ("half", "thin"):
         folder = finished / "students" / student
-        assert "<html" in (folder / "report" / "index.html").read_text()
+        assert f"<title>several · {student} · compression report" in (folder / "report" / "index.html").read_text()
         assert "student_ptq_int8" in read_bundle(folder / "bundle").files
         assert [row["name"] for row in report(finished, student)["deployed"]][:2] == ["teacher_fp32", "student_fp32"]
 

@@ -21,10 +21,12 @@ from export.runtime.rows import metric_json
 from export.tasks import TASKS
 
 
-def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[Path], command: str) -> Report:
+def collect(
+    recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[Path], command: str, student: str = ""
+) -> Report:
     """Return the report of the finished stages in `artifacts`, with paths relative to `root`; targets are judged only if all stages ran.
 
-    `made` are the artifacts that this run made; it reused the others. `command` reproduces the run.
+    `made` are the artifacts that this run made; it reused the others. `command` reproduces the run; `student` is "" for a single one.
     """
     bench: Json = _last(artifacts, BENCH_JSON) or {"accuracy": {}, "timings": [], "warnings": []}
     settings = data_settings(recipe)
@@ -55,6 +57,8 @@ def collect(recipe: Recipe, artifacts: Sequence[Path], *, root: Path, made: Set[
             *(_last(artifacts, NOTES_JSON) or []),
         ],
     )
+    if student:
+        report["student"] = student
     report["recommendation"] = recommend(report)  # first: targets judge the INT8 file that is recommended
     report["limits"] = (_last(artifacts, LIMITS_JSON) or {}).get(audited_name(report), [])
     report["verdict"], report["failures"] = judge(report)

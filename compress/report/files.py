@@ -43,7 +43,8 @@ def report_run(
     reports = {}
     for student, chain in chains.items():
         place = report_root(recipe, student)
-        reports[student] = report = collect(chain, artifacts[student], root=place, made=made, command=command)
+        report = collect(chain, artifacts[student], root=place, made=made, command=command, student=student)
+        reports[student] = report
         if not is_kept:
             _write(chain, artifacts[student], report, place)
         if verbose or is_kept or len(chains) == 1:

@@ -150,6 +150,7 @@ class Report(TypedDict):
     schema_version: Literal[3]
     metric: MetricJson
     recipe: Json
+    student: NotRequired[str]  # its name; missing where the run has a single one
     command: str
     environment: Json
     data_digest: str

@@ -203,6 +203,22 @@ def test_the_page_draws_what_each_stage_changed(tmp_path: Path) -> None:
         assert text in page
 
 
+@pytest.mark.parametrize(("score", "change"), [(0.99, "good"), (0.98, "bad"), (0.98333, ""), (0.983331, "")])
+def test_a_stage_that_changes_nothing_is_neither_good_nor_bad(tmp_path: Path, score: float, change: str) -> None:
+    report = build_report(tmp_path, ("source", "prune"))
+    report["stages"][1]["metrics"]["score"] = score
+    before, found = (part.partition('">')[0] for part in render(report, tmp_path).split('<span class="change ')[1:3])
+    assert (before, found) == ("", change)
+
+
+def test_a_students_page_has_a_title_of_its_own(tmp_path: Path) -> None:
+    report = build_report(tmp_path)
+    assert "<title>resnet50_int8 · compression report</title>" in render(report, tmp_path)
+    report["student"] = "half"
+    assert "<title>resnet50_int8 · half · compression report</title>" in render(report, tmp_path)
+    assert "\nresnet50_int8 · half  torchvision:resnet50" in shown(report)
+
+
 def test_the_page_says_which_target_was_missed(tmp_path: Path) -> None:
     page = render(build_report(tmp_path, targets={"min_speedup": 5, "max_drop": 0.01}), tmp_path)
     assert "1 of 2 targets missed" in page

@@ -254,6 +254,24 @@ def test_what_the_cut_lost_and_what_came_back_without_training_is_told(tmp_path:
     assert gain.recovered(build_report(tmp_path / "unpruned", ("source", "distill", "ptq", "qat", "export")), 2) is None
 
 
+UNTRAINED = ("source", "prune", "ptq", "export", "bench")
+
+
+def test_a_run_without_training_says_what_pruning_and_int8_each_gained(tmp_path: Path) -> None:
+    report = build_report(tmp_path / "a", UNTRAINED, files=tuple(FILES)[:4])
+    report = with_row(report, "student_fp32", speedup={"vs": "teacher_fp32", "ratio": 2.13, "ci95": [2.1, 2.2]})
+    speed = {"vs": "student_fp32", "ratio": 1.91, "ci95": [1.9, 2.0]}
+    report = with_row(report, "student_ptq_int8", speedup_vs_student_fp32=speed)
+    said = gain.without_training(report)
+    assert said is not None
+    assert said.replace("\u00a0", " ") == (
+        "Without training: pruning and solving the weights 2.13× as fast as teacher_fp32, 46 % of the size, −0.28 points; "
+        "INT8 1.91× as fast as student_fp32, 26 % of the size, −0.83 points, all in ONNX Runtime."
+    )
+    assert said in gain.sentences(report, 2)
+    assert gain.without_training(build_report(tmp_path / "b")) is None
+
+
 def test_a_cut_to_a_latency_tells_predicted_measured_and_where_the_time_goes(tmp_path: Path) -> None:
     report = build_report(tmp_path)
     (prune,) = (stage for stage in report["stages"] if stage["stage"] == "prune")

@@ -1,9 +1,10 @@
 """Sentences on what recovery without training, and quantization-aware training, gained on the same images."""
 
-from compress.report.judge.verdict import any_row, target_of
-from compress.report.numbers import duration, loss, percent, points, significant
+from compress.report.judge.verdict import any_row, headline_provider, headline_row, target_of
+from compress.report.numbers import duration, loss, percent, points, significant, times
 from compress.report.shape import DeployedRow, Json, Report
-from export.onnx_file.roles import PTQ, QAT
+from export.onnx_file.roles import FP32, PTQ, QAT, TEACHER
+from export.runtime.rows import Speedup
 from export.tasks import TASKS
 from export.tasks.paired import mcnemar
 
@@ -16,6 +17,7 @@ def sentences(report: Report, digits: int) -> list[str]:
     found = (
         within_time(report),
         recovered(report, digits),
+        without_training(report),
         training_gain(report, digits),
         skipped(report),
         left_in_float(report),
@@ -49,6 +51,29 @@ def recovered(report: Report, digits: int) -> str | None:
         f"Pruning: teacher {percent(teacher, digits)}, as cut {percent(cut, digits)}, {percent(after, digits)} once recovered "
         f"without training or labels: {loss(teacher - after)} below the teacher.{more}"
     )
+
+
+def without_training(report: Report) -> str | None:
+    """Return what pruning and INT8 each gained and lost where nothing was trained after the source."""
+    trained = [
+        section for section in report["recipe"]["stages"][1:] if any(map(section.get, ("fit", "recover", "sparsity")))
+    ]
+    if trained:
+        return None
+    teacher, cut, int8 = (headline_row(report, name, headline_provider(report)) for name in (TEACHER, FP32, PTQ))
+    if not teacher or not cut or not int8 or not cut["speedup"] or not int8["speedup_vs_student_fp32"]:
+        return None
+    parts = [f"INT8 {_step(int8, cut, int8['speedup_vs_student_fp32'])}"]
+    if prune := stage_section(report, "prune"):
+        solved = " and solving the weights" if prune["reconstruct"] == "least_squares" else ""
+        parts.insert(0, f"pruning{solved} {_step(cut, teacher, cut['speedup'])}")
+    return f"Without training: {'; '.join(parts)}, all in ONNX Runtime."
+
+
+def _step(row: DeployedRow, before: DeployedRow, speed: Speedup) -> str:
+    """Return a file's speed, size and score against the file of the step before."""
+    size = f"{percent(row['size_mb'] / before['size_mb'], 0)} of the size"
+    return f"{times(speed['ratio'])} as fast as {before['name']}, {size}, {points(row['score'] - before['score'])}"
 
 
 def training_gain(report: Report, digits: int) -> str | None:

@@ -19,7 +19,7 @@ SLOW_INT8 = (
 
 
 class Bar(NamedTuple):
-    """How much a file may lose: the reference's score, its name in words, and the largest drop allowed.
+    """How much a file may lose: the reference's score, its name in words, the largest drop allowed, and whether that is a target.
 
     `unfit` are files ruled out by their scores in single classes, with the reason.
     """
@@ -27,6 +27,7 @@ class Bar(NamedTuple):
     score: float | None
     reference: str
     max_drop: float
+    is_target: bool
     note: str
     unfit: Mapping[str, str]
 
@@ -88,11 +89,11 @@ def _bar(report: Report, rows: dict[str, DeployedRow | None]) -> Bar:
     teacher, student = (row["score"] if row else None for row in (rows[TEACHER], rows[FP32]))
     unfit = _unfit(report)
     if teacher is None:
-        return Bar(student, "the float student", max_drop, "", unfit)
+        return Bar(student, "the float student", max_drop, wanted is not None, "", unfit)
     if student is None or teacher - student <= max_drop + TOLERANCE:
-        return Bar(teacher, "the teacher", max_drop, "", unfit)
+        return Bar(teacher, "the teacher", max_drop, wanted is not None, "", unfit)
     note = f"; no precision brings it within {loss(max_drop)} of the teacher, the student in FP32 loses {loss(teacher - student)}"
-    return Bar(student, "the float student", max_drop, note, unfit)
+    return Bar(student, "the float student", max_drop, wanted is not None, note, unfit)
 
 
 def _unfit(report: Report) -> dict[str, str]:
@@ -170,7 +171,8 @@ def _praise(row: DeployedRow, bar: Bar) -> str:
     assert bar.score is not None
     drop = bar.score - row["score"]
     lost = f"loses {loss(drop)} against" if drop > 0 else "loses nothing against"
-    return f"{fast}, and {lost} {bar.reference} ({loss(bar.max_drop)} allowed)"
+    allowed = f" ({loss(bar.max_drop)} allowed)" if bar.is_target else ""
+    return f"{fast}, and {lost} {bar.reference}{allowed}"
 
 
 def _elsewhere(report: Report, name: str, target: str) -> str:

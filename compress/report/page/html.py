@@ -61,7 +61,7 @@ def render(report: Report, root: Path) -> str:
     return render_page(
         Page(
             kind="compression report",
-            title=recipe["name"],
+            title=summary.run_title(report),
             lead=f"{summary.network(report)} on {recipe['data']['dataset']}, from the teacher in FP32 to "
             + (f"{judged}, the file that the targets judge" if judged else "the last stage"),
             cards=summary.headline(report).rows,

@@ -146,6 +146,11 @@ def saturations(report: Report) -> Iterator[str]:
             )
 
 
+def run_title(report: Report) -> str:
+    """Return the run's name, and its student's where there are several."""
+    return " · ".join(filter(None, (report["recipe"]["name"], report.get("student"))))
+
+
 def network(report: Report) -> str:
     """Return the network that was compressed, or else its teachers."""
     recipe = report["recipe"]

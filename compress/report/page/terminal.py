@@ -19,7 +19,12 @@ def print_report(report: Report, console: Console, *, verbose: bool = False, pag
 
     def draw(console: Console, notes: int) -> None:
         recipe, failures = report["recipe"], report["failures"]
-        say(console, f"  {summary.network(report)} on {recipe['data']['dataset']}\n", "bold", f"\n{recipe['name']}")
+        say(
+            console,
+            f"  {summary.network(report)} on {recipe['data']['dataset']}\n",
+            "bold",
+            f"\n{summary.run_title(report)}",
+        )
         if report["recommendation"]:
             console.print(f"{report['recommendation']['sentence']}\n", markup=False, highlight=False)
         show(console, summary.headline(report))
