@@ -1,6 +1,5 @@
 """Open a data set: its images, split, classes and preprocessing."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -34,13 +33,12 @@ from compress.data.images import (
 from compress.data.named import NAMED, Arrays, NamedSet
 from compress.data.shards import Rows, ShardListing
 from compress.data.split import held_out, limited, split
+from compress.logs.stage_log import say
 from export.errors import DataError
 from export.images.folders import File, Listing
 from export.images.preprocess import Preprocess
 from export.images.read import digest
 from export.images.size import area as area_of
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -182,7 +180,7 @@ def _more(settings: DataSettings, lazy: tuple[Lazy, Lazy], files: Given) -> File
     paths = [path for path, digest in given_unlabelled(settings).items() if digest not in known]
     if not paths:
         raise DataError(f"{settings.unlabelled}: holds only copies of training or validation images: leave it out")
-    log.info("%s: %d images without a label", settings.unlabelled, len(paths))
+    say(f"{settings.unlabelled}: {len(paths):,} images without a label")
     # Unlabelled paths are absolute: joined to the root, they stay as they are.
     return from_files(
         train.root,
@@ -256,4 +254,4 @@ def _check(train: ImageSet, val: ImageSet, classes: tuple[str, ...]) -> None:
     if len(val) == 0:
         raise DataError("validation: none of its images can be read; repair them or give other ones")
     if unjudged:
-        log.error("validation has no image of %d classes, %s first", len(unjudged), unjudged[0])
+        say(f"validation has no image of {len(unjudged):,} classes, {unjudged[0]} first")

@@ -1,7 +1,6 @@
 """Images with their labels: decoded in memory if they fit, else files that are decoded on access."""
 
 import io
-import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 from compress.data.placed import Placed
 from compress.data.shards import Rows, ShardListing, read_bytes
 from compress.data.stored import Stored
+from compress.logs.stage_log import say
 from export.errors import DataError
 from export.images.decode import (
     RGB,
@@ -36,7 +36,6 @@ from export.images.read import content_of
 from export.runtime.environment import usable_cores
 
 MEMORY_BYTES = 1_500_000_000  # data sets up to this size, decoded, are decoded once
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class FileImages:
         if not self.skip_broken:
             raise DataError(f"{self.root}: {describe_broken(new, len(self))}; {REPAIR}")
         self.broken.update(new)
-        log.error("%s: left out: %s", self.root, describe_broken(new, len(self)))
+        say(f"{self.root}: left out: {describe_broken(new, len(self))}", each_rank=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from compress.ranks import rank
 from export.names import LOG_JSONL
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ Tell = Callable[[str, int, Mapping[str, float]], None]
 def quiet_libraries(verbose: bool) -> None:
     """Silence libraries' messages below errors, unless verbose; call it before torch is imported.
 
-    Our own lines use neither `logging` nor `warnings`, so both can be switched off. `python -W` takes precedence.
+    Our own lines use neither `logging` nor `warnings`, so both are switched off. `python -W` takes precedence.
     """
     if verbose:
         return
@@ -48,6 +49,12 @@ def quiet_libraries(verbose: bool) -> None:
     import onnxruntime  # slow to import
 
     onnxruntime.set_default_logger_severity(3)
+
+
+def say(text: str, *, each_rank: bool = False) -> None:
+    """Print a line outside of a stage: on rank 0, or on whichever rank has something to say."""
+    if each_rank or rank() == 0:
+        sys.stderr.write(f"{text}\n")
 
 
 class StageLog:

@@ -94,9 +94,12 @@ def opened(digits: Path, folder: Path, *overrides: str) -> Run:
     return open_run(recipe(digits, folder, f"data.path={digits}/labelled", *overrides), trust_code=True, verbose=False)
 
 
-def test_only_distillation_and_calibration_see_unlabelled_images(digits: Path, tmp_path: Path) -> None:
+def test_only_distillation_and_calibration_see_unlabelled_images(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = opened(digits, tmp_path, f"data.unlabelled={digits}/loose")
     every = run.with_unlabelled().dataset.train
+    assert f"{digits}/loose: " in capsys.readouterr().err
     assert len(run.dataset.train) + len(run.dataset.val) == 120
     assert len(every) == len(run.dataset.train) + 280, "those that are labelled or judged by count once"
     assert (every.labels == UNLABELLED).sum() == 280
