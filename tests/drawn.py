@@ -5,7 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
+
+from export.images.decode import ORIENTATION, turned
 
 WIDTH, HEIGHT = 80, 60
 CLASSES = ["cat", "dog"]
@@ -46,13 +49,14 @@ def coco(root: Path, *, change: Callable[[dict[str, Any]], None] = lambda _: Non
         }
         if split == "train":
             change(document)
-        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations").mkdir(parents=True, exist_ok=True)
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
         for name in names:
             image(root / split / f"{Path(name).name}.png")
 
 
 def yolo(root: Path, *, line: str | None = None) -> None:
+    root.mkdir(exist_ok=True)
     (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames:\n  0: cat\n  1: dog\n")
     for name, boxes in DRAWN.items():
         image(root / "images" / f"{name}.png")
@@ -67,7 +71,7 @@ def yolo(root: Path, *, line: str | None = None) -> None:
 
 
 def voc(root: Path, *, box: str | None = None) -> None:
-    (root / "Annotations").mkdir()
+    (root / "Annotations").mkdir(parents=True)
     (root / "ImageSets" / "Main").mkdir(parents=True)
     for name, boxes in DRAWN.items():
         image(root / "JPEGImages" / f"{Path(name).name}.png")
@@ -82,3 +86,41 @@ def voc(root: Path, *, box: str | None = None) -> None:
     for split in ("train", "val"):
         names = "".join(f"{Path(name).name}\n" for name in DRAWN if name.startswith(split))
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text(names)
+
+
+def bright(root: Path, *, orientation: int, stored: bool, write: str) -> None:
+    """Write two images with a bright object each, whose box is drawn on the stored or on the upright pixels, as COCO or VOC."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "Annotations" if write == "voc" else root / "annotations").mkdir()
+    for split, (left, top, right, bottom) in {"train": (8, 10, 24, 40), "val": (40, 4, 76, 20)}.items():
+        pixels = np.zeros((HEIGHT, WIDTH), np.uint8)
+        pixels[top:bottom, left:right] = 255
+        drawn = Image.fromarray(pixels)
+        path = root / "JPEGImages" / f"{split}.png" if write == "voc" else root / "images" / split / "a.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn.convert("RGB").save(path, exif=exif)
+        width, height = drawn.size
+        if not stored:
+            upright = np.asarray(turned(drawn, orientation))
+            (height, width), (rows, columns) = upright.shape, np.nonzero(upright)
+            left, top, right, bottom = (
+                int(one) for one in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            )
+        size = f"<size><width>{width}</width><height>{height}</height></size>"
+        box = f"<xmin>{left}</xmin><ymin>{top}</ymin><xmax>{right}</xmax><ymax>{bottom}</ymax>"
+        if write == "voc":
+            (root / "Annotations" / f"{split}.xml").write_text(
+                f"<annotation>{size}<object><name>cat</name><bndbox>{box}</bndbox></object></annotation>"
+            )
+            (root / "ImageSets" / "Main" / f"{split}.txt").write_text(split)
+            continue
+        document = {
+            "images": [{"id": 1, "file_name": "a.png", "width": width, "height": height}],
+            "annotations": [
+                {"id": 1, "image_id": 1, "category_id": 1, "bbox": [left, top, right - left, bottom - top]}
+            ],
+            "categories": [{"id": 1, "name": "cat"}],
+        }
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from compress.data.dataset import Dataset
@@ -23,6 +22,7 @@ from compress.data.views import Boxes
 from export.errors import first
 from export.images.box_listing import BoxListing, table_of
 from export.images.folders import count
+from export.images.orientation import read_header
 from export.images.preprocess import Preprocess
 from export.images.size import Size
 
@@ -76,12 +76,8 @@ class PlacedBoxes:
             return stored.kept[chosen]
         if not whole or self.files is None:
             return torch.tensor(size).expand(len(chosen), 2)
-        found = []
-        for index in chosen.tolist():
-            with Image.open(self.files.root / self.files.name(index)) as image:  # safe: it was decoded before
-                upright = self.files.whole(index) if image.getexif() else image
-                found.append((upright.height, upright.width))
-        return torch.tensor(found)
+        headers = [read_header(self.files.root / self.files.name(index)) for index in chosen.tolist()]
+        return torch.tensor([header.upright[::-1] for header in headers])
 
 
 def _files(

@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import DataError, first
+from export.images.decode import BrokenImage
 from export.images.folders import TRAIN, VAL_NAMES, is_label
+from export.images.orientation import REPAIR, read_header, turn_of, turned_corners
 
 Boxes = NDArray[np.float32]
 """An image's truths (m, 6): class, left, top, right and bottom as fractions of the image, and 1 for a crowd of uncounted objects."""
@@ -33,10 +35,11 @@ class Drawn(NamedTuple):
 
 
 class BoxFile(NamedTuple):
-    """An image's path relative to the root, the file with its boxes, and the boxes."""
+    """An image's path relative to the root, the file with its boxes, the size (width, height) that this states, and the boxes."""
 
     path: str
     source: str
+    size: tuple[float, float] | None
     drawn: Sequence[Drawn]
 
 
@@ -92,7 +95,7 @@ def checked(where: str, corners: Sequence[float], size: tuple[float, float]) -> 
     found = [corner / side for corner, side in zip(corners, (*size, *size), strict=True)]
     if min(found) < -OUTSIDE or max(found) > 1 + OUTSIDE:
         raise refusal(f"leaves the image of {size[0]:g} x {size[1]:g} pixels")
-    left, top, right, bottom = (min(max(one, 0.0), 1.0) for one in found)
+    left, top, right, bottom = (float(np.float32(min(max(one, 0.0), 1.0))) for one in found)  # as they are kept
     return (left, top, right, bottom) if left < right and top < bottom else None
 
 
@@ -158,14 +161,43 @@ def listing_of(
             raise DataError(f"{root}: none of its {len(files):,} {kind} images has a box: check the annotations")
     every = [file for files in parts.values() for file in files]
     places = {name: place for place, name in enumerate(classes)}
-    boxes = {
-        file.path: np.array(
-            [(places[one.label], *one.box, one.crowd) for one in file.drawn if one.box is not None], np.float32
-        ).reshape(-1, 6)
-        for file in every
-    }
+    boxes, turns = dict[str, Boxes](), _turns(root, every)
+    for file in every:
+        rows = [(places[one.label], *one.box, one.crowd) for one in file.drawn if one.box is not None]
+        boxes[file.path] = np.array(rows, np.float32).reshape(-1, 6)
+        boxes[file.path][:, 1:5] = turned_corners(boxes[file.path][:, 1:5], turns.get(file.path, 1))
+    if turned := sum(turn != 1 for turn in turns.values()):
+        notes = [
+            *notes,
+            f"{root}: the boxes of {turned:,} of {len(every):,} images were turned upright with them, as they fit the stored pixels",
+        ]
     if empty := [file.source for file in every for one in file.drawn if one.box is None]:
         notes = [*notes, f"{root}: {len(empty):,} boxes without an area are left out: {first(sorted(set(empty)), 3)}"]
     train, val = parts.get(TRAIN, parts.get(ALL, ())), parts.get(VAL)
     pairs = [None if part is None else tuple(sorted(file[:2] for file in part)) for part in (train, val)]
     return BoxListing(root, tuple(classes), pairs[0] or (), pairs[1], boxes, tuple(notes))
+
+
+def _turns(root: Path, files: Sequence[BoxFile]) -> dict[str, int]:
+    """Return the EXIF orientation by which each image's boxes are to be turned. Raises DataError where their size does not say."""
+    found, refused = dict[str, int](), dict[str, str]()
+    for file in files:
+        if not file.drawn:
+            continue
+        try:
+            header = read_header(root / file.path)
+        except BrokenImage:
+            continue  # it is refused, or skipped, once it is read
+        try:
+            if file.size is None and header.orientation != 1:
+                raise BrokenImage(
+                    f"has EXIF orientation {header.orientation}, and {file.source} does not say if its boxes are for the stored "
+                    f"or the upright pixels: {REPAIR}"
+                )
+            found[file.path] = 1 if file.size is None else turn_of(header, (round(file.size[0]), round(file.size[1])))
+        except BrokenImage as error:
+            refused[file.path] = str(error)
+    if refused:
+        named = first([f"{path} ({reason})" for path, reason in sorted(refused.items())], 3)
+        raise DataError(f"{root}: the boxes of {len(refused):,} of {len(files):,} images may not fit them: {named}")
+    return found

@@ -129,6 +129,7 @@ def _files(root: Path, document: Document, names: Mapping[Id, str]) -> list[BoxF
         if (other := entries.setdefault(_id(f"{file}: images", entry, "id"), entry)) is not entry:
             both = f"{other.get('file_name')!r:.80} and {entry.get('file_name')!r:.80}"
             raise DataError(f"{file}: images: {both} have the same id {entry['id']!r:.40}: give each its own")
+    sizes = {number: _size(entry) for number, entry in entries.items()}
     drawn: dict[Id, list[Drawn]] = {number: [] for number in entries}
     ids = dict[str, Id]()
     for entry in document.objects("annotations"):
@@ -140,47 +141,52 @@ def _files(root: Path, document: Document, names: Mapping[Id, str]) -> list[BoxF
         if ids.setdefault(name := names[category], category) != category:
             both = f"{ids[name]!r:.40} and {category!r:.40}"
             raise DataError(f"{file}: categories: {both} are both called {name:.80}: merge or rename them")
-        drawn[image].append(_drawn(where, entry, name, entries[image]))
+        drawn[image].append(_drawn(where, entry, name, sizes[image]))
     folders = _image_folders(root, file)
     source = str(file.relative_to(root))
     return [
-        BoxFile(_within(root, folders, entry.get("file_name"), file), source, drawn[number])
+        BoxFile(_within(root, folders, entry.get("file_name"), file), source, sizes[number], drawn[number])
         for number, entry in entries.items()
     ]
 
 
 def _id(where: str, entry: Mapping[str, Any], key: str) -> Id:
     found = entry.get(key)
-    if not isinstance(found, str | int | float) or isinstance(found, bool) or found in (math.inf, -math.inf):
+    if isinstance(found, bool) or not (
+        isinstance(found, str | int) or (isinstance(found, float) and math.isfinite(found))
+    ):
         raise DataError(f"{where}: {key}: must be a number or a text, got {found!r:.40}: export the annotations again")
     return found
 
 
-def _drawn(where: str, entry: Mapping[str, Any], name: str, image: Mapping[str, Any]) -> Drawn:
+def _drawn(where: str, entry: Mapping[str, Any], name: str, size: tuple[float, float] | None) -> Drawn:
     """Return an annotation's box."""
     box, crowd = entry.get("bbox"), entry.get("iscrowd") or 0
-    numbers = _numbers([*box, image.get("width"), image.get("height")]) if isinstance(box, list) else []
-    if len(numbers) != 6 or not all(0 < side < math.inf for side in numbers[4:]):
+    numbers = _numbers(box) if isinstance(box, list) else []
+    if len(numbers) != 4:
+        raise DataError(f"{where}: needs bbox as four numbers, got {box!r:.60}: export the annotations again")
+    if size is None:
         raise DataError(
-            f"{where}: needs bbox as four numbers and its image's width and height, got {box!r:.60} of "
-            f"{image.get('width')!r:.20} x {image.get('height')!r:.20}: export the annotations again"
+            f"{where}: its image {entry['image_id']!r:.40} needs a width and a height above 0: write them there"
         )
     if crowd not in (0, 1):
         raise DataError(f"{where}: iscrowd: must be 0 or 1, got {crowd!r:.40}: correct it")
-    left, top, across, down, width, height = numbers
-    return Drawn(name, checked(where, (left, top, left + across, top + down), (width, height)), bool(crowd))
+    left, top, across, down = numbers
+    return Drawn(name, checked(where, (left, top, left + across, top + down), size), bool(crowd))
+
+
+def _size(image: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return an image's width and height, None if it has none."""
+    found = _numbers([image.get("width"), image.get("height")])
+    return (found[0], found[1]) if len(found) == 2 and all(0 < side < math.inf for side in found) else None
 
 
 def _numbers(values: Sequence[object]) -> list[float]:
-    """Return the values that are numbers; those too large for one are infinite."""
-    found = []
-    for value in values:
-        if isinstance(value, int | float):
-            try:
-                found.append(float(value))
-            except OverflowError:
-                found.append(math.inf)
-    return found
+    """Return the values if all are numbers, infinity for those too large for one."""
+    try:
+        return [float(value) for value in values if isinstance(value, int | float)]
+    except OverflowError:
+        return [math.inf] * len(values)
 
 
 def _image_folders(root: Path, file: Path) -> list[Path]:

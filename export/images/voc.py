@@ -42,7 +42,7 @@ def list_voc(root: Path) -> BoxListing:
         )
     found = {
         split: [
-            BoxFile(str(images[one].relative_to(root)), f"{FOLDER}/{one}.xml", _drawn(root / FOLDER / f"{one}.xml"))
+            BoxFile(str(images[one].relative_to(root)), f"{FOLDER}/{one}.xml", *_read(root / FOLDER / f"{one}.xml"))
             for one in ids
         ]
         for split, ids in parts.items()
@@ -66,8 +66,8 @@ def _ids(path: Path, known: Collection[str]) -> list[str]:
     return [line if line in known else re.sub(r"\s+(-?1|0)$", "", line) for line in lines]
 
 
-def _drawn(file: Path) -> list[Drawn]:
-    """Return an image's objects; those that are marked difficult are not judged, as crowds."""
+def _read(file: Path) -> tuple[tuple[float, float], list[Drawn]]:
+    """Return an image's size and its objects; those that are marked difficult are not judged, as crowds."""
     try:
         content = file.read_bytes()
         plain = content.replace(b"\0", b"")  # of UTF-16
@@ -89,7 +89,7 @@ def _drawn(file: Path) -> list[Drawn]:
         raise DataError(
             f"{file}: size: must be the image's width and height, got {width:g} x {height:g}: write it there"
         )
-    return [
+    return (width, height), [
         Drawn(name, checked(f"{file}: object {number}", corners, (width, height)), difficult)
         for number, (name, corners, difficult) in enumerate(objects, 1)
     ]

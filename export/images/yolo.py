@@ -107,7 +107,7 @@ def _files(root: Path, images: Path, classes: list[str]) -> list[BoxFile]:
             _drawn(f"{file}: line {number}", line, classes) for number, line in enumerate(lines, 1) if line.strip()
         ]
         source = str(file.relative_to(root)) if file.is_file() else path
-        found[file] = BoxFile(path, source, drawn)
+        found[file] = BoxFile(path, source, None, drawn)
     return list(found.values())
 
 

@@ -1,5 +1,6 @@
 """Boxes move with the view of their image, come from scenes and folders, and are written as COCO's."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from batched import eval_batches, train_batches
-from drawn import coco, voc
+from drawn import HEIGHT, WIDTH, bright, coco, voc, yolo
+from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
@@ -20,6 +22,7 @@ from compress.data.stored import Stored
 from compress.data.views import Boxes
 from export.errors import DataError
 from export.images.annotations import box_examples, list_boxes
+from export.images.decode import ORIENTATION
 
 STILL = Augmentation("none", 0.125, 0.5, False, 0, 0.0, 0.0)
 CPU = torch.device("cpu")
@@ -143,3 +146,75 @@ def test_changes_that_would_leave_the_boxes_behind_are_refused(changed: Augmenta
 def test_a_tuning_split_leaves_validation_unseen(tmp_path: Path) -> None:
     data = open_boxes(replace(settings(tmp_path), tuning=True, limit_per_class=None), STILL)
     assert (len(data.train), len(data.val)) == (640, 160)
+
+
+def seen(image: np.ndarray) -> list[float]:
+    """Return the box of the bright pixels (channels, height, width) as fractions."""
+    rows, columns = np.nonzero(image.mean(axis=0) > 0)
+    height, width = image.shape[1:]
+    return [columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height]
+
+
+@pytest.mark.parametrize("write", ["coco", "voc"])
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "upright"])
+@pytest.mark.parametrize("orientation", [1, 5, 6, 7, 8])
+def test_boxes_are_where_their_objects_are_in_turned_photographs(
+    orientation: int, stored: bool, write: str, tmp_path: Path
+) -> None:
+    """In training, whole and in views, in the gate's examples, and in the images that are written for it."""
+    bright(tmp_path / "data", orientation=orientation, stored=stored, write=write)
+    moving = replace(STILL, crop="random_resized", flip=True)
+    data = open_boxes(settings(tmp_path, name="imagefolder", path=tmp_path / "data"), moving)
+    write_boxes(data, tmp_path / "written")
+    found = [box_examples(tmp_path / name, data.preprocess, ("cat",)) for name in ("data", "written")]
+    pairs = [
+        (one.images[0].numpy(), one.targets[0].numpy()) for one in eval_batches(data.val, data.preprocess, batch_size=1)
+    ]
+    pairs += [(images[0], truths[0]) for one in found for images, truths in one.batches(batch_size=1)]
+    for seed in range(8):
+        batch = next(train_batches(data, batch_size=1, augmentation=moving, seed=seed))
+        pairs.append((batch.images[0].numpy(), batch.targets[0].numpy()))
+    for image, boxes in pairs:
+        if (boxes[:, 0] >= 0).any():  # its centre is in the view
+            assert boxes[0, 1:5] == pytest.approx(seen(image), abs=1.5 / 64)
+    turned = orientation != 1 and stored
+    assert len(found[0].notes) == turned
+    assert not turned or "the boxes of 2 of 2 images were turned upright with them" in found[0].notes[0]
+    assert found[1].notes == ()
+
+
+def rotate(root: Path, orientation: int) -> None:
+    """Give every image an EXIF orientation."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    for file in [*root.rglob("*.png")]:
+        Image.open(file).save(file, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4])
+def test_boxes_that_could_be_of_stored_or_upright_pixels_are_refused(orientation: int, tmp_path: Path) -> None:
+    for write in (coco, voc, yolo):
+        write(tmp_path / write.__name__)
+        rotate(tmp_path / write.__name__, orientation)
+        with pytest.raises(
+            DataError, match=rf"boxes of 3 of 4 images may not .*EXIF orientation {orientation}.*mogrify"
+        ):
+            list_boxes(tmp_path / write.__name__)
+
+
+def test_yolos_boxes_of_turned_photographs_are_refused(tmp_path: Path) -> None:
+    yolo(tmp_path)
+    rotate(tmp_path, 6)
+    with pytest.raises(DataError, match=r"a\.txt does not say if its boxes are for the stored or the upright pixels"):
+        list_boxes(tmp_path)
+
+
+@pytest.mark.parametrize("write", [coco, voc])
+def test_images_of_another_size_than_their_boxes_are_refused(write: Callable[[Path], None], tmp_path: Path) -> None:
+    write(tmp_path)
+    for file in [*tmp_path.rglob("a.png")]:
+        Image.new("RGB", (HEIGHT, WIDTH)).save(file)
+    with pytest.raises(
+        DataError, match=r"1 of 4 images .*a\.png \(its annotation is for 80 x 60 pixels, the image has 60 x 80\)"
+    ):
+        list_boxes(tmp_path)

@@ -1,11 +1,12 @@
 """Annotations of images with an EXIF orientation."""
 
 import io
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from export.images.decode import ORIENTATION, BrokenImage, turned
 from export.images.orientation import Header, read_header, turn_of, turned_corners
@@ -63,6 +64,33 @@ def test_a_header_says_size_and_orientation(tmp_path: Path, suffix: str, orienta
     assert found.upright == ((HEIGHT, WIDTH) if orientation >= 5 else (WIDTH, HEIGHT))
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+@pytest.mark.parametrize("is_behind", [False, True])
+@pytest.mark.parametrize("kind", ["eXIf", "raw profile", "XMP", "nothing"])
+def test_a_png_is_decoded_only_to_look_for_its_orientation(
+    kind: str, is_behind: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its chunks are written here by hand, before the pixels or behind them."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    content = {
+        "eXIf": chunk(b"eXIf", exif.tobytes()[6:]),
+        "raw profile": chunk(b"tEXt", b"Raw profile type exif\0\nexif\n8\n" + exif.tobytes().hex().encode()),
+        "XMP": chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<a tiff:Orientation="6"/>'),
+        "nothing": chunk(b"tIME", bytes(7)),
+    }[kind]
+    stream = io.BytesIO()
+    Image.new("RGB", (WIDTH, HEIGHT)).save(stream, "PNG")
+    place = stream.getvalue().index(b"IEND" if is_behind else b"IDAT") - 4
+    (tmp_path / "a.png").write_bytes(stream.getvalue()[:place] + content + stream.getvalue()[place:])
+    if kind == "nothing" or not is_behind:
+        monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("the pixels were decoded"))
+    assert read_header(tmp_path / "a.png") == Header((WIDTH, HEIGHT), 1 if kind == "nothing" else 6)
+
+
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 def test_the_stated_size_decides_what_an_annotation_was_made_on(orientation: int) -> None:
     image = Header((WIDTH, HEIGHT), orientation)
@@ -82,3 +110,5 @@ def test_what_one_size_cannot_decide_is_refused_with_its_repair(size: tuple[int,
 
 def test_without_orientation_there_is_nothing_to_decide() -> None:
     assert turn_of(Header((5, 5), 1), (5, 5)) == 1
+    with pytest.raises(BrokenImage, match=r"is for 4 x 7 pixels, the image has 7 x 4$"):
+        turn_of(Header((WIDTH, HEIGHT), 1), (HEIGHT, WIDTH))
