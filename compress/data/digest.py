@@ -164,6 +164,8 @@ def dataset_digest(settings: DataSettings, found: Given) -> str:
         else listing and sorted(listing.train + (listing.val or ())),
         "files": found.digests,
     }
+    if isinstance(listing, BoxListing):  # as they are read, which the files alone do not say
+        content["boxes"] = hashlib.sha256(listing.truths(listing.train + (listing.val or ())).tobytes()).hexdigest()
     if not settings.tuning:
         del content["tuning"]  # keys made before the setting existed stay valid
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

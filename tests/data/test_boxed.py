@@ -17,7 +17,7 @@ from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from compress.data.augment import Augmentation
 from compress.data.boxed import PlacedBoxes, open_boxes, write_boxes
-from compress.data.digest import DataSettings
+from compress.data.digest import DataSettings, Given, dataset_digest
 from compress.data.stored import Stored
 from compress.data.views import Boxes
 from export.errors import DataError
@@ -146,6 +146,15 @@ def test_changes_that_would_leave_the_boxes_behind_are_refused(changed: Augmenta
 def test_a_tuning_split_leaves_validation_unseen(tmp_path: Path) -> None:
     data = open_boxes(replace(settings(tmp_path), tuning=True, limit_per_class=None), STILL)
     assert (len(data.train), len(data.val)) == (640, 160)
+
+
+def test_boxes_that_are_read_otherwise_are_other_data(tmp_path: Path) -> None:
+    coco(tmp_path)
+    asked = settings(tmp_path / "memory", name="imagefolder", path=tmp_path)
+    listing = list_boxes(tmp_path)
+    moved = {path: boxes / 2 for path, boxes in listing.boxes.items()}
+    digests = [dataset_digest(asked, Given(one, {})) for one in (listing, replace(listing, boxes=moved))]
+    assert digests[0] != digests[1]
 
 
 def seen(image: np.ndarray) -> list[float]:
