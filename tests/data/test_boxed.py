@@ -152,7 +152,7 @@ def test_boxes_that_are_read_otherwise_are_other_data(tmp_path: Path) -> None:
     coco(tmp_path)
     asked = settings(tmp_path / "memory", name="imagefolder", path=tmp_path)
     listing = list_boxes(tmp_path)
-    moved = {path: boxes / 2 for path, boxes in listing.boxes.items()}
+    moved = {path: boxes / np.float32(2) for path, boxes in listing.boxes.items()}
     digests = [dataset_digest(asked, Given(one, {})) for one in (listing, replace(listing, boxes=moved))]
     assert digests[0] != digests[1]
 
