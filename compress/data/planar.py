@@ -84,7 +84,8 @@ class Planar(Generic[Listing]):
             files=files.digests,
             held_out=lazy[1],
         )
-        return replace(dataset, notes=copies(*lazy, files.digests) + self.notes(dataset))
+        read = listing.notes if isinstance(listing, BoxListing) else ()
+        return replace(dataset, notes=read + copies(*lazy, files.digests) + self.notes(dataset))
 
     def _of_scenes(self, settings: DataSettings, preprocess: Preprocess) -> tuple[Lazy, Lazy]:
         side, other = preprocess.resize_to

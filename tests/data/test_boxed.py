@@ -187,7 +187,8 @@ def test_boxes_are_where_their_objects_are_in_turned_photographs(
         if (boxes[:, 0] >= 0).any():  # its centre is in the view
             assert boxes[0, 1:5] == pytest.approx(seen(image), abs=1.5 / 64)
     turned = orientation != 1 and stored
-    assert len(found[0].notes) == turned
+    assert found[0].notes == data.notes
+    assert len(data.notes) == turned
     assert not turned or "the boxes of 2 of 2 images were turned upright with them" in found[0].notes[0]
     assert found[1].notes == ()
 
