@@ -19,7 +19,6 @@ from compress.models.structure import classifier, width_cost
 from compress.pruning.branches import find_branches
 from compress.pruning.costs import measure_layers
 from compress.pruning.latency.clock import Clock
-from compress.pruning.latency.nodes import Conditions
 from compress.pruning.plan import cut_, find_groups, find_options, smallest_widths
 from compress.quant.prepare import prepare
 from compress.recipe.arguments import goal_of
@@ -39,6 +38,7 @@ from export.onnx_file.graph import INPUT
 from export.onnx_file.targets import CPU
 from export.onnx_file.to_onnx import to_onnx
 from export.runtime.accuracy import score_of
+from export.runtime.conditions import Conditions
 from export.runtime.session import bind, open_session
 from export.tasks.paired import MAX_CHANCE, chance
 

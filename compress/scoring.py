@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from compress.data.batches import Batch
 from compress.errors import CompressError
-from compress.pruning.latency.nodes import Conditions
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, prepare
 from compress.quant.sensitivity import Sensitivity, sensitivity
@@ -26,6 +25,7 @@ from export.onnx_file.targets import CPU, RUNS, TARGET_PROVIDERS, Target, host_t
 from export.onnx_file.to_onnx import to_onnx
 from export.proof.half import overflowing
 from export.runtime.accuracy import Score, score_files, score_of
+from export.runtime.conditions import Conditions
 from export.runtime.latency import Ratio, speedup, time_sessions
 from export.runtime.session import PROVIDERS, bind, open_session
 
@@ -84,7 +84,7 @@ class Served:
             save_model(to_float16(onnx.load(path)), path)
 
 
-def served(asked: stages.Conditions, run: Run) -> Served:
+def served(asked: stages.ServingConditions, run: Run) -> Served:
     """Return a recipe's conditions, with the target's where they are null.
 
     Raises CompressError where the target has no such precision.

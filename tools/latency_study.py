@@ -17,12 +17,12 @@ from compress.models.structure import classifier, count
 from compress.pruning.costs import measure_layers
 from compress.pruning.goals import Goal
 from compress.pruning.latency.clock import Clock
-from compress.pruning.latency.nodes import Conditions
 from compress.pruning.latency.search import open_latency
 from compress.pruning.latency.timings import Table
 from compress.pruning.plan import cut_, find_groups, find_options, smallest_widths
 from compress.scoring import Served
 from export.onnx_file.targets import CPU, host_target
+from export.runtime.conditions import Conditions
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0")
 KEEPS = (0.7, 0.5, 0.35)

@@ -20,7 +20,6 @@ from compress.models.structure import classifier, width_cost
 from compress.pruning.costs import full_widths, measure_layers
 from compress.pruning.criteria import NEEDS_COVARIANCES, NEEDS_GRADIENTS
 from compress.pruning.goals import Goal
-from compress.pruning.latency.nodes import Conditions
 from compress.pruning.latency.search import Latency, open_latency
 from compress.pruning.latency.timings import Table
 from compress.pruning.plan import Cut, Options, choose, cut_, find_groups, find_options, smallest_widths
@@ -32,6 +31,7 @@ from compress.run import Run, open_run
 from compress.scoring import Served
 from compress.stages.prune import _accumulate_gradients_
 from export.onnx_file.targets import CPU
+from export.runtime.conditions import Conditions
 
 IMAGES = 640
 METHODS: tuple[Method, ...] = ("batch_norm", "least_squares")

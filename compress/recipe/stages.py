@@ -139,7 +139,7 @@ class Sparsity(Section):
     """Factor of the group penalty's gradient."""
 
 
-class Conditions(Section):
+class ServingConditions(Section):
     """The conditions of a latency measurement; null takes those under which the target serves."""
 
     threads: Annotated[int, Field(ge=0)] = 1
@@ -171,7 +171,7 @@ class PruneStage(Section):
     """The fraction of the network's latency to keep, measured in ONNX Runtime on this machine under `conditions`."""
     max_latency_ms: Annotated[float, Field(gt=0)] | None = None
     """The network's largest latency in ms, measured in the same way."""
-    conditions: Conditions = Conditions()
+    conditions: ServingConditions = ServingConditions()
     """The conditions of `keep_latency` and `max_latency_ms`."""
     blocks: bool = False
     """With `keep_latency` or `max_latency_ms`, also remove whole residual blocks where that loses less importance for the same time."""

@@ -11,6 +11,7 @@ from export.images.size import Size, said, written
 from export.onnx_file.model_file import ModelFile
 from export.onnx_file.roles import FP32, TEACHER
 from export.onnx_file.targets import CPU
+from export.runtime.conditions import Conditions
 from export.runtime.latency import Timing, speedup
 from export.tasks.task import Metric
 
@@ -80,12 +81,9 @@ class BenchJson(TypedDict):
 
 
 @dataclass(frozen=True)
-class Setting:
-    """The conditions under which files are compared; `threads` 0 is all cores."""
+class Setting(Conditions):
+    """The conditions under which files are compared, with the images' size."""
 
-    provider: str
-    threads: int
-    batch: int
     image_size: Size
 
     def __str__(self) -> str:

@@ -291,6 +291,16 @@ def test_a_cut_to_a_latency_tells_predicted_measured_and_where_the_time_goes(tmp
     assert "Where the time goes" not in page_of(build_report(tmp_path / "by-macs"), tmp_path / "by-macs")
 
 
+def test_a_cut_that_misses_the_wanted_time_says_by_how_much(tmp_path: Path) -> None:
+    report = build_report(tmp_path)
+    (section,) = (section for section in report["recipe"]["stages"] if section["stage"] == "prune")
+    section["keep_latency"] = 0.5
+    times = {"latency_before_ms": 5.0, "latency_predicted_ms": 2.2, "latency_table_s": 90.0}
+    missed = gain.within_time(with_metrics(report, "prune", latency_ms=2.0, **times))
+    assert str(missed).endswith(" It is 80.0\u00a0% of the wanted 2.50\u00a0ms: no choice of widths came nearer.")
+    assert "wanted" not in str(gain.within_time(with_metrics(report, "prune", latency_ms=2.45, **times)))
+
+
 def test_skipped_training_is_told_with_its_reason(tmp_path: Path) -> None:
     report = build_report(tmp_path, sections={"qat": {"skip_if_ptq_drop_below": 0.01}}, int8=build_int8())
     report = with_metrics(report, "qat", trained=0.0)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from compress.errors import CompressError
-from compress.pruning.latency.nodes import Conditions
 from export.images.size import Shape
+from export.runtime.conditions import Conditions
 from export.runtime.latency import Ratio, median_ratio, time_sessions
 from export.runtime.session import bind, open_session
 

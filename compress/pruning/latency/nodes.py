@@ -5,8 +5,7 @@ Such a node is what really runs: a layer fused with its quantizers, its activati
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from compress.pruning.costs import Layer
 from export.onnx_file.names import ADDED, module_of
-from export.onnx_file.targets import CPU
 from export.onnx_file.wiring import FLOAT, INTEGER, origin, wire
 from export.proof.optimized import optimize
+from export.runtime.conditions import Conditions
 from export.runtime.node_times import node_times
 
 WEIGHTS = {"QLinearConv": 3, "QGemm": 3, "QLinearMatMul": 3}  # input index of the weights; else 1
@@ -30,36 +29,18 @@ VARIED = {"Concat", "QLinearConcat"}  # output width is the sum over all inputs
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """The conditions under which times are measured; `threads` 0 is all cores."""
-
-    provider: str
-    threads: int
-    batch: int
-
-    @property
-    def clock(self) -> Callable[[], float]:
-        """The clock to time with: the thread's CPU time for one thread on a CPU, else the wall clock.
-
-        Other processes disturb CPU time less: with ten busy processes on two cores the same file took 0.61 to 1.48 times its own time by the
-        wall clock, 0.97 to 1.02 times by this one.
-        """
-        return time.thread_time if (self.provider, self.threads) == (CPU, 1) else time.perf_counter
-
-
-@dataclass(frozen=True)
-class Block:
+class Node:
     """One node of an optimized graph: its time in the whole file, and its layer or the layers whose outputs it reads."""
 
     name: str
     ms: float
     layer: int | None  # index in the list of layers; None if the node is no layer
     follows: tuple[int, ...]  # indices of the layers that it reads; empty if the node is a layer
-    node: NodeProto
+    proto: NodeProto
     constants: dict[str, TensorProto]
 
 
-def read_blocks(path: Path, layers: Sequence[Layer], conditions: Conditions) -> list[Block]:
+def read_nodes(path: Path, layers: Sequence[Layer], conditions: Conditions) -> list[Node]:
     """Return the nodes of a file as ONNX Runtime runs them; BundleError if it cannot run."""
     model = onnx.load(path)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = conditions.batch
@@ -71,7 +52,7 @@ def read_blocks(path: Path, layers: Sequence[Layer], conditions: Conditions) -> 
     ms = {found.name: found.milliseconds for found in times}
     position = {layer.name: index for index, layer in enumerate(layers)}
     made_by: dict[str, tuple[int, ...]] = {}  # the layers whose outputs a tensor holds
-    blocks = []
+    nodes = []
     for node in graph.node:
         found = runs.nodes[node.name]
         written = origin(found, file) if found.op_type in (*INTEGER, *FLOAT) else None
@@ -82,73 +63,71 @@ def read_blocks(path: Path, layers: Sequence[Layer], conditions: Conditions) -> 
         made_by |= dict.fromkeys(node.output, follows if layer is None else (layer,))
         constants = {name: initializers[name] for name in node.input if name in initializers}
         took = ms.get(ADDED.sub("", node.name), 0.0)
-        blocks.append(Block(node.name, took, layer, () if layer is not None else follows, node, constants))
-    return blocks
+        nodes.append(Node(node.name, took, layer, () if layer is not None else follows, node, constants))
+    return nodes
 
 
-def signature(block: Block, layer: Layer, batch: int) -> str:
+def signature(node: Node, layer: Layer, batch: int) -> str:
     """Return a digest of all that decides a layer's time; equal for layers of the same shape, whatever their names."""
-    attributes = sorted(attribute.SerializeToString(deterministic=True).hex() for attribute in block.node.attribute)
+    attributes = sorted(attribute.SerializeToString(deterministic=True).hex() for attribute in node.proto.attribute)
     inputs = [
-        [block.constants[name].data_type, list(block.constants[name].dims)] if name in block.constants else bool(name)
-        for name in block.node.input
+        [node.constants[name].data_type, list(node.constants[name].dims)] if name in node.constants else bool(name)
+        for name in node.proto.input
     ]
-    facts = [block.node.domain, block.node.op_type, attributes, inputs, layer.inputs, layer.outputs, layer.maps, batch]
+    facts = [node.proto.domain, node.proto.op_type, attributes, inputs, layer.inputs, layer.outputs, layer.maps, batch]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 
-def alone(block: Block, layer: Layer, *, inputs: int, outputs: int, batch: int) -> bytes | None:
+def alone(node: Node, layer: Layer, *, inputs: int, outputs: int, batch: int) -> bytes | None:
     """Return a model with only a layer's node at other widths, or None if the node cannot be resized.
 
     Weights are repeated or cut; time does not depend on their values.
     """
-    node = NodeProto.FromString(block.node.SerializeToString())
-    place = WEIGHTS.get(node.op_type, 1)
-    weights = block.constants.get(node.input[place]) if len(node.input) > place else None
+    proto = NodeProto.FromString(node.proto.SerializeToString())
+    place = WEIGHTS.get(proto.op_type, 1)
+    weights = node.constants.get(proto.input[place]) if len(proto.input) > place else None
     if weights is None:
         return None
-    blocked = node.domain.endswith("nchwc")
+    blocked = proto.domain.endswith("nchwc")
     padded_in, padded_out = (_up(inputs), _up(outputs)) if blocked else (inputs, outputs)
     if blocked and layer.inputs % NCHWC:  # the first layer reads unpadded images
         padded_in = inputs
     full_out = weights.dims[0]
     constants = []
-    for name, tensor in block.constants.items():
+    for name, tensor in node.constants.items():
         array = numpy_helper.to_array(tensor)
         if tensor is weights:
-            shape = _weight_shape(block, layer, array.shape, padded_in, padded_out)
+            shape = _weight_shape(node, layer, array.shape, padded_in, padded_out)
             if shape is None:
                 return None
             array = np.resize(array, shape)
         elif array.ndim == 1 and array.size in (layer.outputs, full_out) and array.size > 1:
             array = np.resize(array, padded_out if array.size == full_out else outputs)
         constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
-    for attribute in node.attribute:
+    for attribute in proto.attribute:
         if attribute.name == "group" and layer.depthwise:
             attribute.i = padded_out
-    return _model(node, constants, _element(block, place), layer, padded_in, padded_out, batch)
+    return _model(proto, constants, _element(node, place), layer, padded_in, padded_out, batch)
 
 
-def _weight_shape(
-    block: Block, layer: Layer, full: tuple[int, ...], inputs: int, outputs: int
-) -> tuple[int, ...] | None:
-    if block.node.op_type in MATRICES:
+def _weight_shape(node: Node, layer: Layer, full: tuple[int, ...], inputs: int, outputs: int) -> tuple[int, ...] | None:
+    if node.proto.op_type in MATRICES:
         if len(full) != 2 or set(full) != {layer.inputs, layer.outputs}:
             return None
-        transposed = any(attribute.name == "transB" and attribute.i for attribute in block.node.attribute)
+        transposed = any(attribute.name == "transB" and attribute.i for attribute in node.proto.attribute)
         return (outputs, inputs) if transposed else (inputs, outputs)
     if len(full) != 4:
         return None
     if layer.depthwise:
         return (outputs, *full[1:])
-    groups = next((attribute.i for attribute in block.node.attribute if attribute.name == "group"), 1)
+    groups = next((attribute.i for attribute in node.proto.attribute if attribute.name == "group"), 1)
     return outputs, inputs // groups, *full[2:]
 
 
-def _element(block: Block, place: int) -> int:
+def _element(node: Node, place: int) -> int:
     """Return the type of a node's activations: the input zero-point's, else the weights'."""
-    zero_point = block.constants.get(block.node.input[2]) if place == 3 else None
-    return int((zero_point or block.constants[block.node.input[place]]).data_type)
+    zero_point = node.constants.get(node.proto.input[2]) if place == 3 else None
+    return int((zero_point or node.constants[node.proto.input[place]]).data_type)
 
 
 def _model(

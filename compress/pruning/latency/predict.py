@@ -11,7 +11,7 @@ import numpy as np
 
 from compress.pruning.costs import Floats, Layer, full_widths
 from compress.pruning.latency.knapsack import most_value
-from compress.pruning.latency.nodes import Block as Node
+from compress.pruning.latency.nodes import Node
 from compress.pruning.latency.timings import LEVELS, Table, Wanted, Widths, fill, widths_to_time
 from compress.pruning.plan import Block, Cut, Options
 

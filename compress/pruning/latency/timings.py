@@ -18,9 +18,10 @@ import onnxruntime
 
 from compress.errors import CompressError
 from compress.pruning.costs import Layer
-from compress.pruning.latency.nodes import Block, Conditions, alone, inputs_of, signature
+from compress.pruning.latency.nodes import Node, alone, inputs_of, signature
 from export.errors import BundleError
 from export.onnx_file.targets import CUDA
+from export.runtime.conditions import Conditions
 from export.runtime.environment import environment, fingerprint, runtime
 from export.runtime.latency import time_sessions
 from export.runtime.session import RUNTIME_ERRORS, Run, open_session
@@ -40,9 +41,9 @@ Timer = Callable[[dict[Widths, bytes], Conditions], dict[Widths, float]]
 
 @dataclass(frozen=True)
 class Wanted:
-    """A block, its layer, and the widths at which to time it."""
+    """A node, its layer, and the widths at which to time it."""
 
-    block: Block
+    node: Node
     layer: Layer
     widths: tuple[Widths, ...]
 
@@ -70,13 +71,13 @@ class Table:
             raise CompressError(f"{folder}: cannot be written ({error.strerror}): choose another OUT=") from error
 
     def read(self, block: str) -> dict[Widths, float]:
-        """Return the measured fractions of a block, named by its signature."""
+        """Return the measured fractions of a node, named by its signature."""
         query = "SELECT inputs, outputs, fraction FROM times WHERE setting = ? AND block = ?"
         with closing(self._connect()) as file:
             return {(i, o): fraction for i, o, fraction in file.execute(query, (self.setting, block))}
 
     def write(self, block: str, fractions: dict[Widths, float]) -> None:
-        """Store measured fractions of a block."""
+        """Store measured fractions of a node."""
         rows = [(self.setting, block, *widths, fraction) for widths, fraction in fractions.items()]
         with closing(self._connect()) as file, file:
             file.executemany("INSERT OR REPLACE INTO times VALUES (?, ?, ?, ?, ?)", rows)
@@ -116,8 +117,8 @@ def widths_to_time(layer: Layer, *, round_to: int, cut_inputs: bool, cut_outputs
 def fill(
     table: Table, wanted: Sequence[Wanted], *, tell: Callable[[str], None]
 ) -> tuple[list[dict[Widths, float]], int]:
-    """Return each block's fractions of its full-width time at the wanted widths, and how many of them were timed now."""
-    keys = [signature(one.block, one.layer, table.conditions.batch) for one in wanted]
+    """Return each node's fractions of its full-width time at the wanted widths, and how many of them were timed now."""
+    keys = [signature(one.node, one.layer, table.conditions.batch) for one in wanted]
     groups = dict(zip(keys, wanted, strict=True))  # layers of one shape are timed once
     missing = {key: len(set(one.widths) - table.read(key).keys()) for key, one in groups.items()}
     left, done, started = sum(missing.values()), 0, time.monotonic()
@@ -144,7 +145,7 @@ def _measure(one: Wanted, widths: Sequence[Widths], table: Table) -> dict[Widths
     layer, full = one.layer, (one.layer.inputs, one.layer.outputs)
     models: dict[Widths, bytes] = {}
     for i, o in (*(other for other in widths if other != full), full):
-        model = alone(one.block, layer, inputs=i, outputs=o, batch=table.conditions.batch)
+        model = alone(one.node, layer, inputs=i, outputs=o, batch=table.conditions.batch)
         if model is not None:
             models[i, o] = model
     if full in models:
@@ -159,7 +160,7 @@ def _measure(one: Wanted, widths: Sequence[Widths], table: Table) -> dict[Widths
 
 def _parts(one: Wanted) -> Iterator[list[Widths]]:
     """Yield the widths in groups of about GROUP_BYTES of weights."""
-    whole = sum(len(tensor.raw_data) for tensor in one.block.constants.values())
+    whole = sum(len(tensor.raw_data) for tensor in one.node.constants.values())
     part: list[Widths] = []
     size = 0.0
     for i, o in one.widths:

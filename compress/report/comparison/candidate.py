@@ -82,7 +82,7 @@ class Candidate:
     is_efficient: bool | None = None
 
 
-class Conditions(NamedTuple):
+class Common(NamedTuple):
     """Conditions under which all runs were timed: batch 1, and one thread on a CPU."""
 
     provider: str
@@ -90,7 +90,7 @@ class Conditions(NamedTuple):
     text: str
 
 
-def common_conditions(reports: Sequence[Report]) -> Conditions | None:
+def common_conditions(reports: Sequence[Report]) -> Common | None:
     """Return the conditions that all timed runs share: the headline's provider if all have the same, and the largest image."""
     timed = [report for report in reports if _settings(report)]
     if not timed:
@@ -102,10 +102,10 @@ def common_conditions(reports: Sequence[Report]) -> Conditions | None:
     if not sizes:
         return None
     size = max(sizes, key=area)
-    return Conditions(provider, size, summary.conditions(_settings(timed[0])[provider, size]))
+    return Common(provider, size, summary.conditions(_settings(timed[0])[provider, size]))
 
 
-def candidate(name: str, subject: Subject, conditions: Conditions | None) -> Candidate:
+def candidate(name: str, subject: Subject, conditions: Common | None) -> Candidate:
     """Return a run's numbers, with times under the common conditions or, without them, under its own headline's."""
     report = subject.report
     file, where = deployed_name(report), conditions or common_conditions([report])
@@ -147,14 +147,14 @@ def _settings(report: Report) -> dict[tuple[str, Size], DeployedRow]:
     return {(row["provider"], size_of(row["image_size"])): row for row in found}
 
 
-def _timing(report: Report, name: str | None, where: Conditions | None) -> DeployedRow | None:
+def _timing(report: Report, name: str | None, where: Common | None) -> DeployedRow | None:
     """Return a file's row under these conditions."""
     wanted = where and where[:2]
     rows = headline_rows(report, name)
     return next((row for row in rows if (row["provider"], size_of(row["image_size"])) == wanted), None)
 
 
-def _teacher(report: Report, where: Conditions | None) -> Teacher:
+def _teacher(report: Report, where: Common | None) -> Teacher:
     """Return the teacher's numbers as deployed, or else as its stage measured them; its key is the source stage's."""
     row, timed = any_row(report, TEACHER), _timing(report, TEACHER, where)
     params_m, macs_m, score = (first_and_last(report, metric)[0] for metric in ("params_m", "macs_m", "score"))

@@ -9,6 +9,7 @@ from export.tasks import TASKS
 from export.tasks.paired import mcnemar
 
 SIGNIFICANT = 0.05
+NEAR = 0.97  # fraction of the wanted time from which on it counts as met
 DISTILLED = 0.25  # fraction of what a solve leaves lost that 4 epochs of distillation gave back: 0.7 of 2.5 points (docs/recovery.md)
 
 
@@ -32,9 +33,14 @@ def within_time(report: Report) -> str | None:
     before, predicted, after, table_s = (metrics.get(name) for name in names)
     if before is None or predicted is None or after is None or table_s is None:
         return None
+    section = stage_section(report, "prune") or {}
+    wanted = section.get("max_latency_ms") or (section.get("keep_latency") or 0.0) * before
+    missed = ""
+    if after < NEAR * wanted:
+        missed = f" It is {percent(after / wanted, 1)} of the wanted {significant(wanted, 'ms')}: no choice of widths came nearer."
     return (
         f"Latency: {significant(before, 'ms')} before the cut, {significant(predicted, 'ms')} predicted, "
-        f"{significant(after, 'ms')} measured after it; the table of layer times took {duration(table_s)}."
+        f"{significant(after, 'ms')} measured after it; the table of layer times took {duration(table_s)}.{missed}"
     )
 
 
