@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from compress.run import Run
 
 # Raised when a stage makes something else from the same settings.
-VERSIONS = {"source": 4, "student": 1, "prune": 11, "distill": 4, "ptq": 10, "qat": 12, "export": 14, "bench": 6}
+VERSIONS = {"source": 4, "student": 1, "prune": 11, "distill": 4, "ptq": 11, "qat": 13, "export": 14, "bench": 6}
 
 
 @dataclass(frozen=True)

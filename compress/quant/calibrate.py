@@ -3,6 +3,7 @@
 One pass over unaugmented batches fills a histogram for each quantizer; every method reads its range from that.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
@@ -91,13 +92,23 @@ def minmax(histogram: Histogram, _symmetric: bool) -> tuple[float, float]:
 
 
 def percentile(histogram: Histogram, _symmetric: bool, percent: float = PERCENTILE) -> tuple[float, float]:
-    """Return the range that cuts off a fraction 1 - percent / 100 of the values at each end, linear inside a bin."""
-    counts = histogram.counts
-    cumulative = np.concatenate([[0], np.cumsum(counts)]) / counts.sum()  # at the edges of the bins
-    edges = np.linspace(-histogram.top, histogram.top, 2 * BINS + 1)
-    rising = np.concatenate([[True], np.diff(cumulative) > 0])
-    low, high = np.interp([1 - percent / 100, percent / 100], cumulative[rising], edges[rising])
+    """Return the range that cuts off a fraction 1 - percent / 100 of the values at each end, as numpy.percentile does, within a bin.
+
+    That is linear between the values of two ranks; the values of a bin are taken to lie evenly in it. Both ends are treated alike.
+    """
+    before = np.cumsum(histogram.counts)
+    ranks = (before[-1] - 1) * np.array([1 - percent / 100, percent / 100])
+    low, high = ((1 - part) * _value(histogram, before, int(rank)) + part * _value(histogram, before, math.ceil(rank))
+                 for rank, part in zip(ranks, ranks % 1, strict=True))  # fmt: skip
     return max(histogram.low, min(low, 0.0)), min(histogram.high, max(high, 0.0))
+
+
+def _value(histogram: Histogram, before: NDArray[np.int64], rank: int) -> float:
+    """Return the value of a rank, from 0; `before` are the cumulative counts."""
+    bin_ = int(np.searchsorted(before, rank, side="right"))
+    count = int(histogram.counts[bin_])
+    inside = (rank - (int(before[bin_]) - count) + 0.5) / count
+    return (bin_ + inside - BINS) / BINS * histogram.top
 
 
 def entropy(histogram: Histogram, symmetric: bool) -> tuple[float, float]:

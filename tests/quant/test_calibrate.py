@@ -1,6 +1,6 @@
 """Calibration against brute force over all the values that passed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import get_args
 
 import numpy as np
@@ -11,7 +11,9 @@ from torch import Tensor, fx, nn
 
 from compress.errors import CompressError
 from compress.quant.calibrate import (
+    BINS,
     METHODS,
+    PERCENTILE,
     Histogram,
     Method,
     calibrate_,
@@ -23,6 +25,7 @@ from compress.quant.calibrate import (
 from compress.quant.fake_quant import ActivationQuantizer
 from compress.quant.prepare import prepare, quantizers
 from export.onnx_file.targets import TARGETS
+from export.tasks.task import Array
 
 
 def histogram_of(*parts: Tensor) -> Histogram:
@@ -80,6 +83,29 @@ def test_percentile_agrees_with_sorting_all_values() -> None:
     expected = np.quantile(values.numpy(), [1e-5, 1 - 1e-5])
     assert low == pytest.approx(expected[0], rel=5e-3)
     assert high == pytest.approx(expected[1], rel=5e-3)
+
+
+ADVERSARIAL: dict[str, Callable[[np.random.Generator, int], Array]] = {
+    "normal": lambda random, n: random.normal(size=n),
+    "skewed": lambda random, n: random.lognormal(0, 2, n),
+    "skewed, moved": lambda random, n: random.exponential(size=n) - 0.1,
+    "one-sided": lambda random, n: np.maximum(random.normal(size=n), 0),
+    "heavy tails": lambda random, n: random.standard_t(2, n),
+    "outliers": lambda random, n: np.concatenate([random.normal(size=n - 3), [50.0, -80.0, 90.0]]),
+    "constant": lambda _, n: np.full(n, 0.7),
+    "two values": lambda random, n: np.where(random.random(n) < 1e-4, -3.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("size", [50, 5_000, 200_000])
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_both_ends_of_percentile_are_numpys_within_a_bin(kind: str, size: int) -> None:
+    values = ADVERSARIAL[kind](np.random.default_rng(0), size).astype(np.float32)
+    for sign in (1, -1):
+        histogram = histogram_of(*torch.from_numpy(sign * values).split(70_000))
+        expected = np.percentile(sign * values.astype(np.float64), [100 - PERCENTILE, PERCENTILE])
+        wanted = min(expected[0], 0.0), max(expected[1], 0.0)
+        assert percentile(histogram, False) == pytest.approx(wanted, abs=1.001 * histogram.top / BINS, rel=1e-6)
 
 
 def test_percentile_of_a_relu_keeps_zero_as_its_lower_end() -> None:
