@@ -18,6 +18,7 @@ from compress.recipe.read import read_recipe
 from export import audit, predict, verify
 from export.bundle.golden import npy_header, outputs_of
 from export.bundle.read import read_bundle
+from export.check.__main__ import check_bundle
 from export.gate.__main__ import main as gate_main
 from export.runtime.session import open_session
 from export.tasks.boxes import NONE, decode
@@ -148,6 +149,7 @@ def test_bytes_in_boxes_out(root: Path) -> None:
 def test_a_bundle_keeps_its_golden_boxes_and_serves_several_outputs(root: Path) -> None:
     folder = root / "bundle"
     golden = read_bundle(folder).golden
+    assert check_bundle(folder)[1] == []
     assert golden.truths.shape[2] == 6
     assert (golden.truths[0, :, 0] == NONE).all()  # an image without a box is an image
     assert (golden.truths[1:, 0, 0] >= 0).all()

@@ -21,6 +21,7 @@ from compress.report.page.summary import TITLES
 from compress.report.shape import Report
 from export import audit, predict, verify
 from export.bundle.read import read_bundle
+from export.check.__main__ import check_bundle
 from export.images.preprocess import IGNORED
 from export.runtime.session import open_session
 
@@ -115,6 +116,7 @@ def test_a_file_takes_any_number_of_images_and_its_byte_form_gives_their_masks(r
 
 def test_a_bundle_keeps_its_golden_masks(root: Path) -> None:
     golden = read_bundle(root / "bundle").golden
+    assert check_bundle(root / "bundle")[1] == []
     assert golden.truths.shape == (len(golden.images), SIZE, SIZE)
     assert set(np.unique(golden.truths)) <= {*range(len(CLASSES)), IGNORED}
     assert golden.outputs["student_int8"].shape[1:] == (len(CLASSES), SIZE, SIZE)

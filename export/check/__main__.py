@@ -13,10 +13,11 @@ from pathlib import Path, PurePosixPath
 from export.bundle.inside import read_sums
 from export.bundle.read import Bundle, examine, tried
 from export.bundle.sandbox import vet
-from export.check.promises import broken_promises
+from export.check.promises import broken_promises, other_answers
 from export.command.main import run
 from export.errors import BundleError, Defect
 from export.names import LABELS, SIGNATURE, SUMS
+from export.serving.triton import answering_model
 
 BROKEN = 3  # exit code
 
@@ -47,16 +48,20 @@ def check_bundle(path: Path) -> tuple[Bundle | None, list[Finding]]:
 
     bundle = examine(path, amiss=note, inspect=vet)
     if path.is_dir():
-        tried(note, note_all, astray(path))
+        tried(note, note_all, astray(path, bundle))
     if bundle is not None:
+        tried(note, note_all, other_answers(bundle))
         for name in bundle.files:
             tried(note, note_all, broken_promises(bundle, name))
     findings = [Finding(error.defect, sentence) for sentence, error in amiss.items()]
     return (None if findings else bundle), findings
 
 
-def astray(folder: Path) -> Iterator[BundleError]:
-    """Yield every link, every file without a digest, and every file that a server would use but that differs from the bundle's."""
+def astray(folder: Path, bundle: Bundle | None) -> Iterator[BundleError]:
+    """Yield every link, every file without a digest, and every file that a server would use but that differs from the bundle's.
+
+    The model that gives predictions is no copy: `other_answers` compares it if there is a sound `bundle`.
+    """
     digests = read_sums(folder)
     known = {*digests, SUMS, SIGNATURE}
     for place, folders, files in os.walk(folder):
@@ -69,8 +74,11 @@ def astray(folder: Path) -> Iterator[BundleError]:
             elif name in files and relative not in known:
                 yield BundleError(f"{SUMS}: lists no {relative}: remove it", defect="unlisted_file")
     models = {digest for name, digest in digests.items() if "/" not in name}
+    predicting = answering_model(bundle.name if bundle else "*")
     for name, digest in digests.items():
         last = PurePosixPath(name).name
+        if PurePosixPath(name).match(predicting):
+            continue
         if last.startswith("model.") and last != "model.py" and digest not in models:
             yield BundleError(
                 f"{name}: is not one of the bundle's model files: get the bundle again", defect="other_copy"

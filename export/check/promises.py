@@ -11,18 +11,25 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+import onnx
+from onnx import GraphProto
+from onnx.numpy_helper import to_array
 
 from export.audit import Audit, audit
 from export.bundle.golden import FOLDER, TOLERANCE, outputs_of
-from export.bundle.inside import Json, brief, get, read_json
+from export.bundle.inside import Json, brief, contained, get, read_json
 from export.bundle.read import Bundle
+from export.bundle.sandbox import require_sound
 from export.errors import BundleError
 from export.names import CLASSES_KEY, LABELS, MANIFEST, PREPROCESS, PREPROCESS_KEY, RECIPE_KEY, SCORE_KEY, TARGET_KEY
 from export.onnx_file.model_file import inspect, parse
 from export.onnx_file.names import module_of
 from export.onnx_file.targets import TARGETS, Target, host_target
+from export.onnx_file.uint8_input import with_uint8_input
 from export.onnx_file.wiring import Wiring, is_quantized, weights, wire
 from export.runtime.environment import runtime
+from export.runtime.session import RUNTIME_ERRORS, first_line
+from export.serving.triton import answering_model
 
 ROUNDED = 1.01  # a bundle's tolerances are rounded to three digits
 # Between torch and ONNX Runtime for the same float network and images; ties and half-precision training make smaller differences.
@@ -54,6 +61,42 @@ def broken_promises(bundle: Bundle, name: str) -> Broken:
     # If sums saturate on only one kind of CPU, outputs differ between machines and cannot be checked.
     if precision != "int8" or target in (None, TARGETS["cpu_avx2"], host_target()):
         yield from other_outputs(bundle, name, precision)
+
+
+def other_answers(bundle: Bundle) -> Broken:
+    """Yield an error if the model that gives predictions is not the served file between pixels and the task's last operators."""
+    name = answering_model(bundle.name)
+    if not (bundle.path / name).exists():
+        return
+    found = parse(require_sound(contained(bundle.path, name)))
+    served = parse(bundle.files[bundle.served])
+    try:
+        made = bundle.task.finish(with_uint8_input(served, read_json(bundle.path, PREPROCESS)))
+    except (
+        ValueError,
+        onnx.checker.ValidationError,
+        *RUNTIME_ERRORS,
+    ) as error:  # of a graph that uses the added operators' names
+        raise BundleError(
+            f"{bundle.served}.onnx: cannot get pixels and predictions ({first_line(error)}): export it again"
+        ) from error
+    if not same_graph(found.graph, made.graph):
+        yield BundleError(
+            f"{name}: is not what {bundle.served}.onnx gives from pixels to predictions: get the bundle again",
+            defect="other_copy",
+        )
+
+
+def same_graph(first: GraphProto, second: GraphProto) -> bool:
+    """Tell whether two graphs compute the same: their nodes, ends and constants are equal, however these are stored."""
+    if any(list(getattr(first, part)) != list(getattr(second, part)) for part in ("node", "input", "output")):
+        return False
+    tensors = [{one.name: to_array(one) for one in graph.initializer} for graph in (first, second)]
+    return tensors[0].keys() == tensors[1].keys() and all(
+        values.dtype == tensors[1][name].dtype
+        and np.array_equal(values, tensors[1][name], equal_nan=values.dtype.kind == "f")
+        for name, values in tensors[0].items()
+    )
 
 
 def target_of(bundle: Bundle, name: str) -> Target | None:

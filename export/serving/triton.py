@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import onnx
@@ -113,8 +113,13 @@ def answering_repository(name: str, model: onnx.ModelProto, *, unlike: ModelFile
         for kind, tensors in (("input", model.graph.input), ("output", model.graph.output))
     ]
     config = "\n".join(['backend: "onnxruntime"', f'name: "{name}"', "max_batch_size: 0", *values, ""])
-    place = f"serving/{TRITON_ANSWERS}/{name}"
-    return {f"{place}/config.pbtxt": config.encode(), f"{place}/1/model.onnx": model.SerializeToString()}
+    file = answering_model(name)
+    return {f"{PurePosixPath(file).parents[1]}/config.pbtxt": config.encode(), file: model.SerializeToString()}
+
+
+def answering_model(name: str) -> str:
+    """Return where a bundle's model with other outputs is."""
+    return f"serving/{TRITON_ANSWERS}/{name}/1/model.onnx"
 
 
 def _dims(value: onnx.ValueInfoProto) -> str:

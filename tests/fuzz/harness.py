@@ -107,7 +107,7 @@ class Template:
         with watched(self.folder):
             examine(self.folder, amiss=amiss.append, inspect=inspect_here)
             try:
-                amiss.extend(astray(self.folder))
+                amiss.extend(astray(self.folder, None))
             except BundleError as error:
                 amiss.append(error)
             for name in models:
