@@ -36,6 +36,9 @@ ROUNDED = 1.01  # a bundle's tolerances are rounded to three digits
 MAX_SCORE_DIFFERENCE = 0.02
 X86 = ("cpu_avx2", "cpu_vnni")
 
+# Errors of adding operators to a graph that uses their names.
+UNFIT: tuple[type[Exception], ...] = (ValueError, onnx.checker.ValidationError, *RUNTIME_ERRORS)
+
 Broken = Iterator[BundleError]
 
 
@@ -72,11 +75,7 @@ def other_answers(bundle: Bundle) -> Broken:
     served = parse(bundle.files[bundle.served])
     try:
         made = bundle.task.finish(with_uint8_input(served, read_json(bundle.path, PREPROCESS)))
-    except (
-        ValueError,
-        onnx.checker.ValidationError,
-        *RUNTIME_ERRORS,
-    ) as error:  # of a graph that uses the added operators' names
+    except UNFIT as error:
         raise BundleError(
             f"{bundle.served}.onnx: cannot get pixels and predictions ({first_line(error)}): export it again"
         ) from error
