@@ -1,6 +1,7 @@
 """Find the images of a folder, their classes and their split, without opening any; the rules are in docs/images.md."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ SHARDS = (".tar", ".arrow", ".parquet")  # only training reads these
 TRAIN, VAL_NAMES = "train", ("val", "valid", "validation", "test")
 # Folders that archives, network drives and file systems add; hidden names are ignored too.
 IGNORED = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
+GROUPED = 0.8  # a subfolder in this fraction of the class folders may be a class
 ANNOTATIONS = "val_annotations.txt"
 
 File = tuple[str, int]
@@ -46,7 +48,8 @@ class Listing:
 def list_folder(root: Path) -> Listing:
     """List an ImageNet layout (train/ with val/, valid/, validation/ or test/), Tiny-ImageNet's layout, or one folder of class folders.
 
-    Raises DataError for a missing folder, a class without images, a class that only validation has, and other layouts.
+    Raises DataError for a missing folder, a class without images, a class that only validation has, class folders that may be
+    groups of classes, and other layouts.
     """
     check_folder(root)
     parts = _splits(root)
@@ -174,7 +177,30 @@ def _files(root: Path, folder: Path, classes: tuple[str, ...]) -> tuple[File, ..
         raise DataError(
             f"{folder}: {count(empty, 'class folder')} without an image: {first(empty)}; add images or remove the folder"
         )
+    _refuse_groups(root, folder, classes, files)
     return tuple(files)
+
+
+def _refuse_groups(root: Path, folder: Path, classes: tuple[str, ...], files: Sequence[File]) -> None:
+    """Raise DataError where the class folders may be groups of class folders, as years or cameras are.
+
+    They have no images of their own, and at least two subfolders in common: one alone may be Tiny-ImageNet's images/.
+    """
+    depth = len(Path(os.path.relpath(folder / classes[0], root)).parts)
+    within: list[set[str]] = [set() for _ in classes]
+    for path, label in files:
+        below = path.split("/", depth + 1)[depth:]
+        if len(below) == 1:
+            return
+        within[label].add(below[0])
+    shared = Counter(name for names in within for name in names)
+    common = sorted(name for name, times in shared.items() if times >= GROUPED * len(classes))
+    if len(classes) > 1 and len(common) > 1:
+        raise DataError(
+            f"{folder}: {first(classes)} have no images of their own but the same subfolders ({first(common)}), so either may "
+            f"be the classes: if {common[0]} is one, gather its images in one folder {common[0]}; if {classes[0]} is, move "
+            f"its images up into {folder / classes[0]}"
+        )
 
 
 def images_in(root: Path, folder: Path) -> list[str]:

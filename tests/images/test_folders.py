@@ -128,3 +128,33 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("os.scandir", scandir)
     with pytest.raises(DataError, match=r"dog: cannot be listed: Permission denied; check its permissions"):
         list_folder(tmp_path)
+
+
+def grouped(root: Path, *paths: str) -> Path:
+    for number, path in enumerate(paths):
+        write_photo(root / path / f"{number}.png", seed=number)
+    return root
+
+
+@pytest.mark.parametrize("inside", ["", "train/"])
+def test_class_folders_that_may_only_group_are_refused(tmp_path: Path, inside: str) -> None:
+    root = grouped(tmp_path, *(f"{inside}{year}/{kind}" for year in (2021, 2022) for kind in ("cat", "dog")))
+    said = (
+        rf"{inside.strip('/')}: 2021, 2022 have no images of their own but the same subfolders \(cat, dog\), so either may be "
+        r"the classes: if cat is one, gather its images in one folder cat; if 2021 is, move its images up into .*2021"
+    )
+    with pytest.raises(DataError, match=said):
+        list_folder(root)
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ("cat", "cat/left", "cat/right", "dog/left", "dog/right"),  # a class with images of its own
+        ("cat/images", "dog/images"),  # Tiny-ImageNet's
+        ("cat/tabby", "cat/siamese", "dog/poodle", "dog/terrier"),  # subclasses
+    ],
+)
+def test_nested_class_folders_are_classes(tmp_path: Path, paths: tuple[str, ...]) -> None:
+    found = list_folder(grouped(tmp_path, *paths))
+    assert (found.classes, len(found.train)) == (("cat", "dog"), len(paths))
