@@ -6,7 +6,7 @@ are on the device.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -37,13 +37,16 @@ class Batch(NamedTuple):
     """Images float32 (n, channels, height, width), channels_last, normalized, with targets (n, ...).
 
     Targets are labels int64 (n,), mixed or several ones float32 (n, classes), masks or boxes. Only training batches have `views`.
-    `among` is the number of images over all ranks.
+    `among` is the number of images over all ranks. `share` is there if the batch is split into micro-batches or over
+    ranks: it takes a function that counts, in a part, what each loss is a mean over, int64 (losses,), and returns this
+    part's fractions of the whole batch's counts.
     """
 
     images: Tensor
     targets: Tensor
     views: Views | None = None
     among: int | None = None
+    share: "Callable[[Callable[[Batch], Tensor]], Tensor] | None" = None
 
     @property
     def total(self) -> int:

@@ -74,6 +74,7 @@ LOSSES: Mapping[str, Loss] = {
 EXCLUSIVE = ("dice", "dkd", "dist", "nkd")  # need exactly one right class for each row
 AUXILIARY = 0.5  # the weight of an auxiliary classifier's loss, as in torchvision's training
 Teacher = Callable[[Batch], TeacherOutput]
+Count = Callable[[Batch], Tensor | int]
 
 
 class Learner(nn.Module):
@@ -103,7 +104,9 @@ def supervised_step(task: Task, *, label_smoothing: float) -> Step:
     """Return the step of plain training on the labels."""
 
     def step(model: nn.Module, batch: Batch, _done: float) -> dict[str, Tensor]:
-        return {"loss": task.loss(model(batch.images), batch.targets, label_smoothing=label_smoothing)}
+        outputs = model(batch.images)
+        (share,) = _shares(batch, [lambda part: task.loss_count(outputs, part.targets)])
+        return {"loss": task.loss(outputs, batch.targets, label_smoothing=label_smoothing) * share}
 
     return step
 
@@ -117,7 +120,10 @@ def auxiliary_training(
     def step(model: nn.Module, batch: Batch, _done: float) -> dict[str, Tensor]:
         outputs, ((second,),) = model(batch.images)
         second = F.interpolate(second, outputs.shape[2:], mode="bilinear")
-        loss, other = (task.loss(one, batch.targets, label_smoothing=label_smoothing) for one in (outputs, second))
+        (share,) = _shares(batch, [lambda part: task.loss_count(outputs, part.targets)])
+        loss, other = (
+            task.loss(one, batch.targets, label_smoothing=label_smoothing) * share for one in (outputs, second)
+        )
         return {"loss": loss + AUXILIARY * other, "auxiliary": other}
 
     return learner, step
@@ -223,8 +229,12 @@ def _step(terms: Sequence[LossTerm], task: Task, teacher: Teacher) -> Step:
         taught = ask(batch)
         answer: StudentOutput = model(batch.images)
         adapted = iter(answer.features)
+        outputs = answer.logits
+        counts = [_count(term, task, outputs, lambda part: taught if part is batch else ask(part)) for term in terms]
+        shares = _shares(batch, counts)
         with torch.autocast(batch.images.device.type, enabled=False):  # products inside losses stay in float32
-            values = [_value(term, task, answer.logits, adapted, taught, batch.targets) for term in terms]
+            means = [_value(term, task, outputs, adapted, taught, batch.targets) for term in terms]
+            values = [mean * share for mean, share in zip(means, shares, strict=True)]
             factors = [weight_of(term, done) for term in terms]
             total = torch.stack([factor * value for factor, value in zip(factors, values, strict=True)]).sum()
         return {"loss": total, **dict(zip(labels, values, strict=True))}
@@ -258,6 +268,30 @@ def _value(
         return 0 * outputs.sum()
     both = (logits.standardized(both[0]), logits.standardized(both[1])) if term.standardize else both
     return loss.function(*both, *([task.truth_rows(outputs, truths)] if loss.labelled else []), **settings)
+
+
+def _count(term: LossTerm, task: Task, outputs: Tensor, ask: Teacher) -> Count:
+    """Return the function that counts in a part of the batch what the term's loss is a mean over.
+
+    Losses that compare a batch's images see one part's only; a mean over images is the nearest to the whole batch's.
+    """
+    if isinstance(term, CrossEntropyTerm):
+        return lambda part: task.loss_count(outputs, part.targets)
+    if isinstance(term, LogitTerm):
+        return lambda part: task.row_count(outputs, part.targets)
+    count = task.places_count
+    if isinstance(term, BoxesTerm) and count is not None:
+        return lambda part: count(ask(part).logits)
+    return lambda part: len(part.targets)
+
+
+def _shares(batch: Batch, counts: Sequence[Count]) -> Sequence[Tensor | float]:
+    """Return for each loss what factor makes its mean over this part of a batch add up to its mean over the whole."""
+    if batch.share is None:
+        return [1.0] * len(counts)
+    device = batch.images.device
+    found = batch.share(lambda part: torch.stack([torch.as_tensor(count(part), device=device) for count in counts]))
+    return found.unbind()
 
 
 def _adapter(term: FeatureTerm, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> nn.Module:

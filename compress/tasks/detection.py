@@ -1,6 +1,9 @@
 """Detection: boxes with a class. The supervised losses are torchvision's, on the anchors that the network outputs."""
 
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +25,8 @@ PIXELS = 1000.0  # torchvision's losses are written for lengths in pixels
 NEAR = 0.3  # an anchor that overlaps an object (IoU) by at least this is distilled
 EVERY = 8  # of all anchors, one in this many is distilled as well
 Targets = list[dict[str, Tensor]]
+Result = TypeVar("Result")
+_FCOS_HEAD = SimpleNamespace(box_coder=BoxLinearCoder(normalize_by_size=True))
 
 
 def detection_loss(outputs: Tensor, truths: Tensor, *, label_smoothing: float) -> Tensor:
@@ -30,28 +35,16 @@ def detection_loss(outputs: Tensor, truths: Tensor, *, label_smoothing: float) -
     Outputs are (batch, anchors, columns), truths (batch, boxes, 6). `label_smoothing` must be 0.
     """
     assert not label_smoothing
-    values = outputs.float()
-    kind = int(values[0, 0, -READS])
-    logits, moves = values[..., : -MOVES - READS], values[..., -MOVES - READS : -READS]
-    constants = values[..., 1 - READS :].detach()
-    scale = torch.full((4,), PIXELS, device=values.device)
-    if (
-        kind == CENTRED
-    ):  # compares lengths in x and y: its anchors are square in pixels, so these tell the image's proportions
-        scale[::2] *= constants[0, 0, 3] / constants[0, 0, 2]
-    anchors = list(box_convert(constants * scale, "cxcywh", "xyxy"))
-    found = {"cls_logits": logits, "bbox_regression": moves}
-    targets = [_target(boxes, scale) for boxes in truths]
+    kind, found, anchors, targets = _read(outputs, truths)
     if kind == CENTRED:
-        return _centred(targets, found, anchors)
+        return _sum(_centred(targets, found, anchors, partial(FCOSHead.compute_loss, _FCOS_HEAD)))
     coder = BoxCoder((WEIGHTS[kind][0],) * 2 + (WEIGHTS[kind][1],) * 2)
-    matcher = SSDMatcher(0.5) if kind == SOFTMAX else Matcher(0.5, 0.4, allow_low_quality_matches=True)
-    matched = [_matched(matcher, target["boxes"], anchors[0]) for target in targets]
+    matched = _matched(kind, targets, anchors)
     if kind == SOFTMAX:
         parts = SSD.compute_loss(
             SimpleNamespace(box_coder=coder, neg_to_pos_ratio=3.0), targets, found, anchors, matched
         )
-        return torch.stack(list(parts.values())).sum()
+        return _sum(parts)
     between = SimpleNamespace(BETWEEN_THRESHOLDS=Matcher.BETWEEN_THRESHOLDS)
     regression = SimpleNamespace(box_coder=coder, _loss_type="giou" if kind == GIOU else "l1")
     classes = RetinaNetClassificationHead.compute_loss(between, targets, found, matched)
@@ -60,33 +53,66 @@ def detection_loss(outputs: Tensor, truths: Tensor, *, label_smoothing: float) -
     return total
 
 
+def count_objects(outputs: Tensor, truths: Tensor) -> Tensor | int:
+    """Return what the loss of these truths divides by: the number of anchors with an object, of images for RetinaNet's.
+
+    RetinaNet's loss is a mean over images, each divided by its own anchors.
+    """
+    kind, found, anchors, targets = _read(_anchors_for(truths, outputs), truths)
+    if kind not in (SOFTMAX, CENTRED):
+        return len(truths)
+    if kind == SOFTMAX:
+        matched = _matched(kind, targets, anchors)
+    else:
+        matched = _centred(targets, found, anchors, lambda _targets, _found, _anchors, matched: matched)
+    return (torch.stack(matched) >= 0).sum()
+
+
+def _anchors_for(truths: Tensor, outputs: Tensor) -> Tensor:
+    """Return outputs of as many images as truths: only their anchors mean anything, which all images have in common."""
+    return outputs[:1].detach().expand(len(truths), -1, -1)
+
+
+def _read(outputs: Tensor, truths: Tensor) -> tuple[int, dict[str, Tensor], list[Tensor], Targets]:
+    """Return the kind of head, its outputs, its anchors and the truths, as torchvision's losses want them."""
+    values = outputs.float()
+    kind = int(values[0, 0, -READS])
+    logits, moves = values[..., : -MOVES - READS], values[..., -MOVES - READS : -READS]
+    constants = values[..., 1 - READS :].detach()
+    scale = torch.full((4,), PIXELS, device=values.device)
+    if kind == CENTRED:  # compares lengths in x and y: its anchors are square in pixels, which tells the proportions
+        scale[::2] *= constants[0, 0, 3] / constants[0, 0, 2]
+    anchors = list(box_convert(constants * scale, "cxcywh", "xyxy"))
+    return kind, {"cls_logits": logits, "bbox_regression": moves}, anchors, [_target(boxes, scale) for boxes in truths]
+
+
+def _sum(parts: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(parts.values())).sum()
+
+
 def _target(boxes: Tensor, scale: Tensor | float = PIXELS) -> dict[str, Tensor]:
     """Return one image's truths as torchvision wants them, in lengths of `scale` (4,) or pixels, without crowds; labels count from 1."""
     real = boxes[(boxes[:, 0] >= 0) & (boxes[:, 5] == 0)]
     return {"boxes": real[:, 1:5] * scale, "labels": real[:, 0].long() + 1}
 
 
-def _matched(matcher: Matcher, boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Return the index of each anchor's box (anchors,), negative for background."""
-    if not len(boxes):
-        return torch.full((len(anchors),), Matcher.BELOW_LOW_THRESHOLD, device=anchors.device)
-    found: Tensor = matcher(box_iou(boxes, anchors))
-    return found
+def _matched(kind: int, targets: Targets, anchors: list[Tensor]) -> list[Tensor]:
+    """Return for each image the index of each anchor's box (anchors,), negative for background."""
+    matcher = SSDMatcher(0.5) if kind == SOFTMAX else Matcher(0.5, 0.4, allow_low_quality_matches=True)
+    none = torch.full((len(anchors[0]),), Matcher.BELOW_LOW_THRESHOLD, device=anchors[0].device)
+    boxes = [target["boxes"] for target in targets]
+    return [matcher(box_iou(each, anchors[0])) if len(each) else none for each in boxes]
 
 
-def _centred(targets: Targets, found: dict[str, Tensor], anchors: list[Tensor]) -> Tensor:
-    """Return FCOS's loss. Anchors of one width belong to one level."""
+def _centred(targets: Targets, found: dict[str, Tensor], anchors: list[Tensor], then: Callable[..., Result]) -> Result:
+    """Match as FCOS does and return `then(targets, found, anchors, matched)`. Anchors of one width belong to one level."""
     logits = found["cls_logits"]
     heads = found | {"bbox_ctrness": logits[..., :1]}
     heads["cls_logits"] = torch.cat([torch.full_like(logits[..., :1], -100.0), logits[..., 1:]], dim=2)
     _, levels = torch.unique_consecutive((anchors[0][:, 2] - anchors[0][:, 0]).round(decimals=1), return_counts=True)
-    head = SimpleNamespace(box_coder=BoxLinearCoder(normalize_by_size=True))
-    network = SimpleNamespace(
-        center_sampling_radius=1.5,
-        head=SimpleNamespace(compute_loss=lambda *given: FCOSHead.compute_loss(head, *given)),
-    )
-    parts = FCOS.compute_loss(network, targets, heads, anchors, levels.tolist())
-    return torch.stack(list(parts.values())).sum()
+    network = SimpleNamespace(center_sampling_radius=1.5, head=SimpleNamespace(compute_loss=then))
+    result: Result = FCOS.compute_loss(network, targets, heads, anchors, levels.tolist())
+    return result
 
 
 def rows(outputs: Tensor, truths: Tensor) -> Tensor:
@@ -96,6 +122,11 @@ def rows(outputs: Tensor, truths: Tensor) -> Tensor:
         return logits
     single = logits[:, 1:].reshape(-1)  # the softmax of (0, z) is the sigmoid of z
     return torch.stack([torch.zeros_like(single), single], dim=1)
+
+
+def count_chosen(outputs: Tensor, truths: Tensor) -> Tensor:
+    """Return the number of anchors to distil."""
+    return _chosen(_anchors_for(truths, outputs), truths).sum()
 
 
 def truth_rows(outputs: Tensor, truths: Tensor) -> Tensor:
@@ -136,12 +167,22 @@ def places(outputs: Tensor, taught: Tensor) -> Tensor:
 
     It is the mean over the anchors where the teacher's class probability is at least SURE.
     """
+    sure = _sure(taught)
+    mine, its = (part[..., -MOVES - READS : -READS][sure].float() for part in (outputs, taught))
+    return F.smooth_l1_loss(mine, its, reduction="sum") / sure.sum().clamp(min=1)
+
+
+def count_sure(taught: Tensor) -> Tensor:
+    """Return the number of anchors where the teacher is sure."""
+    return _sure(taught).sum()
+
+
+def _sure(taught: Tensor) -> Tensor:
+    """Return a mask of the anchors where the teacher is sure (batch, anchors)."""
     logits, kind = taught[..., : -MOVES - READS].float(), int(taught[0, 0, -READS])
     known = logits.softmax(dim=2)[..., 1:] if kind == SOFTMAX else logits[..., 1:].sigmoid()
     known = (known * logits[..., :1].sigmoid()).sqrt() if kind == CENTRED else known
-    sure = known.amax(dim=2) >= SURE
-    mine, its = (part[..., -MOVES - READS : -READS][sure].float() for part in (outputs, taught))
-    return F.smooth_l1_loss(mine, its, reduction="sum") / sure.sum().clamp(min=1)
+    return known.amax(dim=2) >= SURE
 
 
 DETECTION = Task(
@@ -151,7 +192,10 @@ DETECTION = Task(
     detection_loss,
     rows=rows,
     truth_rows=truth_rows,
+    loss_count=count_objects,
+    row_count=count_chosen,
     places=places,
+    places_count=count_sure,
     smooths=False,
     folders=WITH_BOXES,
 )

@@ -19,11 +19,15 @@ def cross_entropy_loss(
     outputs: Tensor, truths: Tensor, *, label_smoothing: float, weights: Tensor | None = None
 ) -> Tensor:
     """Return the mean cross-entropy of logits (batch, classes, height, width) with masks (batch, height, width)."""
-    judged = (truths != IGNORED).sum()
     total = F.cross_entropy(
         outputs.float(), truths.long(), weights, ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum"
     )
-    return total / judged.clamp(min=1)
+    return total / count_pixels(outputs, truths).clamp(min=1)
+
+
+def count_pixels(_outputs: Tensor, truths: Tensor) -> Tensor:
+    """Return the number of pixels that count."""
+    return (truths != IGNORED).sum()
 
 
 def rows(outputs: Tensor, truths: Tensor) -> Tensor:
@@ -54,6 +58,8 @@ SEGMENTATION = Task(
     cross_entropy_loss,
     rows=rows,
     truth_rows=truth_rows,
+    loss_count=count_pixels,
+    row_count=count_pixels,
     class_weights=class_weights,
     folders=WITH_MASKS,
 )

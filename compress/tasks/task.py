@@ -20,6 +20,11 @@ from compress.ranks import gather
 from export.tasks.task import OutputTask
 
 
+def count_images(_outputs: Tensor, truths: Tensor) -> int:
+    """Return the number of images."""
+    return len(truths)
+
+
 @dataclass(frozen=True)
 class Task:
     """How networks are trained for one task."""
@@ -30,13 +35,19 @@ class Task:
     write: Callable[[Dataset, Path], int]
     """Write the validation images and their truths as a folder that `export.tasks` reads; return the number of images."""
     loss: Callable[..., Tensor]
-    """(outputs, truths, label_smoothing=, weights=) to (): plain training's loss, a mean over images."""
+    """(outputs, truths, label_smoothing=, weights=) to (): plain training's loss, a mean."""
     rows: Callable[[Tensor, Tensor], Tensor]
     """(outputs, truths) to logits (rows, classes), which losses between logits compare."""
     truth_rows: Callable[[Tensor, Tensor], Tensor]
     """(outputs, truths) to one truth for each of those rows."""
+    loss_count: Callable[[Tensor, Tensor], Tensor | int] = count_images
+    """(outputs of any images, truths) to the number that the loss is a mean over."""
+    row_count: Callable[[Tensor, Tensor], Tensor | int] = count_images
+    """(outputs of any images, truths) to a number proportional to that of the truths' rows."""
     places: Callable[[Tensor, Tensor], Tensor] | None = None
     """(student's outputs, teacher's) to (): distance of their boxes where the teacher is sure; None without boxes."""
+    places_count: Callable[[Tensor], Tensor] | None = None
+    """(teacher's outputs) to the number of boxes where it is sure; None without boxes."""
     folders: Folders = field(default_factory=dict)
     """The data sets with such truths that have a name."""
     smooths: bool = True

@@ -25,6 +25,7 @@ from compress.recipe.stages import Fit
 from compress.training import compilation
 from compress.training.checkpoint import Progress, Snapshot, State
 from compress.training.guards import is_out_of_memory, not_finite, record_, stop_reason
+from compress.training.shares import shared
 from compress.training.speed import AUTOCAST, Pace, thread_limit
 from compress.training.sync_batchnorm import synchronized
 from export.command.files import write_json
@@ -108,7 +109,8 @@ def _in_rows(_layer: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]
 def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     """Train `model` and return it in eval mode on its device, or its moving average where the settings ask for one.
 
-    `step` returns a dictionary of measurements whose "loss" is minimized. Every view, dropout and shuffle is a function
+    `step` returns a dictionary of measurements whose "loss" is minimized; they add up over the parts of a batch that is
+    split (`Batch.share`). Every view, dropout and shuffle is a function
     of (seed, epoch), so a run that was killed continues from its checkpoint to the same bits. Raises CompressError where
     the loss stays not finite after MAX_ROLLBACKS rollbacks, and where memory does not suffice for one image.
     """
@@ -259,16 +261,15 @@ class _Training:
         if loop.before_step:
             loop.before_step(model, done)
         measured: dict[str, Tensor] = {}
-        parts = list(batch.split(math.ceil(len(batch.images) / progress.micro_batches)))
+        split = list(batch.split(math.ceil(len(batch.images) / progress.micro_batches)))
+        parts = shared(split, ranks=loop.ranks, group=loop.group)
         for number, part in enumerate(parts, start=1):
-            share = len(part.images) / batch.total
             with _synchronized(wrapped, number == len(parts)):
                 with torch.autocast(loop.device.type, dtype, enabled=dtype is not None):
                     found = self.step(wrapped, part, done)
-                loss = found["loss"] * (share * loop.ranks)  # DDP averages gradients over ranks, whatever their shares
-                loss.backward()
+                (found["loss"] * loop.ranks).backward()  # DDP averages gradients over ranks, whatever their shares
             for name, value in found.items():
-                measured[name] = measured.get(name, 0) + value.detach() * share
+                measured[name] = measured.get(name, 0) + value.detach()
         if loop.after_backward:
             loop.after_backward(model)
         if settings.clip_norm:

@@ -173,7 +173,10 @@ def test_running_out_of_memory_changes_nothing_but_the_size_of_the_parts(tmp_pat
 
 def test_measurements_of_micro_batches_are_means_over_the_images(tmp_path: Path) -> None:
     def step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
-        return {**STEP(model, batch, done), "ones": batch.targets.float().mean()}
+        measured = STEP(model, batch, done)
+        assert batch.share is not None
+        share = batch.share(lambda part: torch.tensor([len(part.targets)]))[0]
+        return {**measured, "ones": batch.targets.float().mean() * share}
 
     fit(plain_network(), step, Fit(epochs=1, batch_size=16, micro_batches=3, **QUIET), loop(tmp_path))
     (line,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
