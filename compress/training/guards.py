@@ -1,14 +1,33 @@
 """What a training checks while it runs: memory, finite numbers, and whether to stop early."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
+from compress.errors import CompressError
 from compress.recipe.stages import Stop
 from compress.training.checkpoint import Progress
 
 CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory")  # a plain RuntimeError says one of these
+
+
+@contextmanager
+def batch_norm_named(phase: str, images: Tensor) -> Iterator[None]:
+    """Raise CompressError where a batch-norm has one value per channel, which torch cannot normalize, for `images`."""
+    try:
+        yield
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        number, _, height, width = images.shape
+        raise CompressError(
+            f"{phase}: a batch-norm cannot train on {number} image of {height} x {width}, where it has one value per "
+            "channel; give every step 2 images or more per rank and micro-batch (training images, fit.batch_size), or "
+            "raise data.image_size"
+        ) from error
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -24,7 +24,7 @@ from compress.ranks import first_decides, gather, rank
 from compress.recipe.stages import Fit
 from compress.training import compilation
 from compress.training.checkpoint import Progress, Snapshot, State
-from compress.training.guards import is_out_of_memory, not_finite, record_, stop_reason
+from compress.training.guards import batch_norm_named, is_out_of_memory, not_finite, record_, stop_reason
 from compress.training.shares import shared
 from compress.training.speed import AUTOCAST, Pace, thread_limit
 from compress.training.sync_batchnorm import synchronized
@@ -264,7 +264,8 @@ class _Training:
         split = list(batch.split(math.ceil(len(batch.images) / progress.micro_batches)))
         parts = shared(split, ranks=loop.ranks, group=loop.group)
         for number, part in enumerate(parts, start=1):
-            with _synchronized(wrapped, number == len(parts)):
+            named = batch_norm_named(loop.phase, part.images)
+            with _synchronized(wrapped, number == len(parts)), named:
                 with torch.autocast(loop.device.type, dtype, enabled=dtype is not None):
                     found = self.step(wrapped, part, done)
                 (found["loss"] * loop.ranks).backward()  # DDP averages gradients over ranks, whatever their shares

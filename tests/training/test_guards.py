@@ -250,6 +250,15 @@ def test_ranks_share_gradients_once_for_all_micro_batches(tmp_path: Path) -> Non
     assert float(shared[0].norm()) == pytest.approx(float(torch.cat([part.flatten() for part in expected]).norm()))
 
 
+def test_a_batch_norm_with_one_value_per_channel_is_a_sentence(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2))
+    with pytest.raises(
+        CompressError, match=r"^test: a batch-norm cannot train on 1 image of 16 x 16, .* fit\.batch_size"
+    ):
+        fit(model, STEP, Fit(epochs=1, batch_size=16, micro_batches=16), loop(tmp_path))
+    fit(model, STEP, Fit(epochs=1, batch_size=16, micro_batches=8), loop(tmp_path))
+
+
 # --- the end ---
 
 
