@@ -38,6 +38,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(tmp_path: Path, kind
         assert distance(gradient(kind, names, tmp_path, micro_batches=micro_batches), whole) < 1e-6
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_gradient_of_one_process(tmp_path: Path) -> None:
     """Three images and two, in one part or two."""
     said = ended(start(RANK, str(tmp_path)), within_s=300)
