@@ -11,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from compress.data.batches import Batch
 from compress.distillation.step import distillation, online_teacher, supervised_step
-from compress.log import StageLog
+from compress.logs.stage_log import StageLog
 from compress.recipe.losses import LossTerm
 from compress.recipe.stages import Fit
 from compress.tasks import TASKS
