@@ -5,6 +5,7 @@ Boxes become fractions of the image in every format, so that resizing an image d
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,9 @@ def _turns(root: Path, files: Sequence[BoxFile]) -> dict[str, int]:
         if not file.drawn:
             continue
         try:
-            header = read_header(root / file.path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about damaged metadata
+                header = read_header(root / file.path)
         except BrokenImage:
             continue  # it is refused, or skipped, once it is read
         try:

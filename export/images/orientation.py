@@ -62,7 +62,9 @@ def turn_of(image: Header, stated: Size) -> int:
         sizes = f"{width} x {height}" + (
             f" as stored and {other} x {high} upright" if image.orientation in LYING else ""
         )
-        raise BrokenImage(f"its annotation is for {stated[0]} x {stated[1]} pixels, the image has {sizes}")
+        raise BrokenImage(
+            f"its annotation is for {stated[0]} x {stated[1]} pixels, the image has {sizes}: export it again for this image"
+        )
     if image.orientation == 1:
         return 1
     if image.size == image.upright:

@@ -193,6 +193,14 @@ def test_boxes_are_where_their_objects_are_in_turned_photographs(
     assert found[1].notes == ()
 
 
+@pytest.mark.parametrize("write", [coco, yolo, voc])
+def test_images_with_damaged_exif_are_as_they_are_stored(write: Callable[[Path], None], tmp_path: Path) -> None:
+    write(tmp_path)
+    for file in [*tmp_path.rglob("a.png")]:
+        Image.open(file).save(file, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x0f\0\x02\0\0\0\xff\0\0\0\xff")
+    assert list_boxes(tmp_path).notes == ()
+
+
 def rotate(root: Path, orientation: int) -> None:
     """Give every image an EXIF orientation."""
     exif = Image.Exif()
@@ -225,6 +233,6 @@ def test_images_of_another_size_than_their_boxes_are_refused(write: Callable[[Pa
     for file in [*tmp_path.rglob("a.png")]:
         Image.new("RGB", (HEIGHT, WIDTH)).save(file)
     with pytest.raises(
-        DataError, match=r"1 of 4 images .*a\.png \(its annotation is for 80 x 60 pixels, the image has 60 x 80\)"
+        DataError, match=r"1 of 4 images .*a\.png \(its annotation is for 80 x 60 pixels, the image has 60 x 80: export"
     ):
         list_boxes(tmp_path)
