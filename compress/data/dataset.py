@@ -97,6 +97,11 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     if found.val is None:
         val = held_out(labels, found.classes, fraction=settings.val_fraction, seed=settings.seed)
     train = np.arange(len(labels)) if val is None else np.setdiff1d(np.arange(len(labels)), val)
+    judged: Sequence[tuple[str, int]] = ()
+    if isinstance(found, Listing):
+        judged = (
+            found.val if val is None and found.val else [found.train[index] for index in ([] if val is None else val)]
+        )
     if settings.tuning:
         chosen = held_out(labels[train], found.classes, fraction=settings.val_fraction, seed=settings.seed)
         val, train = train[chosen], np.delete(train, chosen)
@@ -106,7 +111,7 @@ def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
         train = train[chosen]
     picked = _pick(found, train, val, skip_broken=settings.skip_broken)
     lazy, preprocess = with_pixels(*picked, centred(settings))
-    more = _more(settings, lazy, files)
+    more = _more(settings, lazy, files, judged)
     everything, val_images = in_memory(more or lazy[0], lazy[1], preprocess, augmentation)
     train_images = everything if more is None else labelled(everything)
     _check(train_images, val_images, found.classes)
@@ -166,10 +171,12 @@ def relabelled(dataset: Dataset, classes: tuple[str, ...], train: Tensor, val: T
     )
 
 
-def _more(settings: DataSettings, lazy: tuple[Lazy, Lazy], files: Given) -> FileImages | None:
+def _more(
+    settings: DataSettings, lazy: tuple[Lazy, Lazy], files: Given, judged: Sequence[tuple[str, int]]
+) -> FileImages | None:
     """Return the training images and the unlabelled ones that are not copies of training or validation images.
 
-    None where the recipe has no unlabelled images.
+    `judged` are the validation images, also where others stand in for them. None where the recipe has no unlabelled images.
     """
     if settings.unlabelled is None:
         return None
@@ -177,6 +184,7 @@ def _more(settings: DataSettings, lazy: tuple[Lazy, Lazy], files: Given) -> File
     if not isinstance(files.listing, Listing) or not isinstance(train, FileImages) or not isinstance(val, FileImages):
         raise DataError(f"data.unlabelled: needs labelled images in a folder, got {settings.name}: leave it out")
     known = {files.digests.get(images.name(index)) for images in (train, val) for index in range(len(images))}
+    known |= {files.digests.get(name) for name, _ in judged}
     paths = [path for path, digest in given_unlabelled(settings).items() if digest not in known]
     if not paths:
         raise DataError(f"{settings.unlabelled}: holds only copies of training or validation images: leave it out")

@@ -43,7 +43,7 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
         measured = bench(files, plan, target=run.target.name, progress=log.note_detail)
     found = json.loads((exported / AUDIT_JSON).read_text())[name]
     floats = {layer: found["reasons"].get(layer, "for no known reason") for layer in found["float_layers"]}
-    notes = []
+    notes = seen_without_label(run)
     if is_int8(name) and floats:
         reasons = ", ".join(sorted(set(floats.values())))
         notes.append(f"{name}: {len(floats)} layers run in float once optimized: {reasons}")
@@ -68,6 +68,13 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
         "agreement": scores[name]["agreement"],
         "size_mb": files[name].stat().st_size / 1e6,
     }
+
+
+def seen_without_label(run: Run) -> list[str]:
+    """Return a sentence on the images of `data.unlabelled`, for the report; none without them."""
+    more = len(run.with_unlabelled().dataset.train) - len(run.dataset.train)
+    said = f"data.unlabelled: training with the teacher and calibration also saw {more:,} images without a label, no validation image among them"
+    return [said] if more else []
 
 
 def _write_examples(path: Path, files: Sequence[Path], exported: Path, run: Run) -> None:

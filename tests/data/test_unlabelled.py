@@ -22,6 +22,7 @@ from compress.pipeline import plan_recipe, run_recipe
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 from compress.run import Run, open_run
+from compress.stages.bench import seen_without_label
 from compress.tasks.classification import cross_entropy_loss
 from export.bundle.read import read_bundle
 from export.gate.checks import Limits, Verdict
@@ -103,8 +104,23 @@ def test_only_distillation_and_calibration_see_unlabelled_images(
     assert len(run.dataset.train) + len(run.dataset.val) == 120
     assert len(every) == len(run.dataset.train) + 280, "those that are labelled or judged by count once"
     assert (every.labels == UNLABELLED).sum() == 280
+    assert ["280 images without a label" in said for said in seen_without_label(run)] == [True]
+    assert seen_without_label(opened(digits, tmp_path)) == []
     assert int((run.dataset.train.labels == UNLABELLED).sum()) == 0
     assert sum(len(batch.targets) for batch in run.calibration(1000)) == len(every)
+
+
+def test_no_validation_image_is_seen_without_its_label_while_others_stand_in_for_it(
+    digits: Path, tmp_path: Path
+) -> None:
+    own, tuned = (
+        opened(digits, tmp_path, f"data.unlabelled={digits}/loose", f"data.judge_by={images}").dataset
+        for images in ("validation", "tuning")
+    )
+    judged, stand_ins = set(own.validation_digests()), set(tuned.validation_digests())
+    assert judged.isdisjoint(stand_ins)
+    assert len(tuned.with_unlabelled.train) == 400 - len(judged) - len(stand_ins)
+    assert len(own.with_unlabelled.train) == 400 - len(judged)
 
 
 def test_the_source_stays_where_unlabelled_images_come(digits: Path, tmp_path: Path) -> None:
