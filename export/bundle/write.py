@@ -92,9 +92,10 @@ def fill(folder: Path, contents: Contents) -> None:
     write_text(folder / LABELS, "".join(f"{label}\n" for label in contents.labels))
     if contents.validation:
         write_text(folder / VALIDATION, "".join(f"{digest}\n" for digest in contents.validation))
-    inputs = preprocess_of(contents.preprocess).normalize(contents.images)
+    preprocess = preprocess_of(contents.preprocess)
+    inputs = preprocess.normalize(contents.images)
     models = {name: (folder / f"{name}.onnx", fact.precision) for name, fact in facts.items()}
-    golden = make_golden(models, contents.images, inputs, contents.truths)
+    golden = make_golden(models, contents.images, inputs, contents.truths, preprocess)
     write_arrays(folder, golden)
     write_text(folder / MANIFEST, json_text(manifest(folder, contents, facts, golden)))
     write_serving(folder, contents, facts, golden)

@@ -7,6 +7,7 @@ facts of its own export, and the golden outputs were recorded when the bundle wa
 import json
 import platform
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from onnx import GraphProto
 from onnx.numpy_helper import to_array
 
 from export.audit import Audit, audit
-from export.bundle.golden import FOLDER, TOLERANCE, outputs_of
+from export.bundle.golden import FOLDER, TOLERANCE, outputs_of, spread, tolerance_of
 from export.bundle.inside import Json, brief, contained, get, read_json
 from export.bundle.read import Bundle
 from export.bundle.sandbox import require_sound
@@ -32,8 +33,9 @@ from export.runtime.session import RUNTIME_ERRORS, first_line
 from export.serving.triton import answering_model
 
 ROUNDED = 1.01  # a bundle's tolerances are rounded to three digits
-# Between torch and ONNX Runtime for the same float network and images; ties and half-precision training make smaller differences.
-MAX_SCORE_DIFFERENCE = 0.02
+# Between what an export measured and what bundle.json states, for a float network: beyond it the number was made up. A run demands far
+# less of its own files (`compress.report.judge.parity`), which were scored on the same machine.
+MADE_UP = 0.02
 X86 = ("cpu_avx2", "cpu_vnni")
 
 # Errors of adding operators to a graph that uses their names.
@@ -165,7 +167,7 @@ def other_accuracy(path: Path, metadata: Mapping[str, str], listed: Json) -> Bro
     exported, measured = stated(metadata, SCORE_KEY, path), listed.get("score")
     if not isinstance(exported, float | int) or not isinstance(measured, float | int):
         return
-    if not abs(exported - measured) <= MAX_SCORE_DIFFERENCE:
+    if not abs(exported - measured) <= MADE_UP:
         yield BundleError(
             f"{MANIFEST}: files.{path.stem}.score: {path.name} was exported with {exported}, got {measured}: "
             "get the bundle again",
@@ -224,7 +226,7 @@ def unpromised_float_layers(path: Path, file: Wiring, optimized: Audit | None, l
 def other_outputs(bundle: Bundle, name: str, precision: str) -> Broken:
     """Yield an error if a file's outputs for the golden inputs differ from the golden ones."""
     golden, file = bundle.golden, f"{FOLDER}/{name}.npy"
-    most = TOLERANCE[precision] * float(golden.outputs[name].std()) * ROUNDED
+    most = TOLERANCE[precision] * spread(golden.outputs[name]) * ROUNDED
     if not golden.tolerance[name] <= most:
         yield BundleError(
             f"{MANIFEST}: golden.tolerance.{name}: must be at most {most:.3g}, got {golden.tolerance[name]}: "
@@ -237,10 +239,16 @@ def other_outputs(bundle: Bundle, name: str, precision: str) -> Broken:
             f"{name}.onnx: its outputs have the shape {outputs.shape}, {file} has {expected.shape}: get the bundle again",
             defect="golden_differs",
         )
-    elif different := golden.differing(name, outputs):
+        return
+    # Measured again: an older bundle states a wider one.
+    here = tolerance_of(bundle.files[name], precision, golden.inputs, outputs, bundle.preprocess)
+    allowed = min(golden.tolerance[name], here * ROUNDED)
+    if different := replace(golden, tolerance={name: allowed}).differing(name, outputs):
+        apart = float(np.abs(outputs - expected).max())
         yield BundleError(
-            f"{name}.onnx: its outputs for {len(different)} of {len(golden.inputs)} golden inputs differ from {file}, "
-            f"first image {different[0]} (made with ONNX Runtime {brief(golden.made_with.get('onnxruntime'))}, here "
-            f"{runtime()['onnxruntime']}): get the bundle again",
+            f"{name}.onnx: its outputs for {len(different)} of {len(golden.inputs)} golden inputs differ from {file} by up to {apart:.3g} "
+            f"(at most {allowed:.3g}), first image {different[0]} (made with ONNX Runtime "
+            f"{brief(golden.made_with.get('onnxruntime'))}, here {runtime()['onnxruntime']}): get the bundle again; if this stays, "
+            "python -m export.verify tells whether ONNX Runtime computes it rightly here",
             defect="golden_differs",
         )
