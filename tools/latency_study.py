@@ -1,6 +1,6 @@
 """Prune networks of random weights to fractions of their INT8 latency, and say how near the clock comes: `make latency`.
 
-Time does not depend on the weights, so none are needed. Prints one line a network and goal, as docs/latency.md shows them.
+Time does not depend on the weights, so none are needed. Prints one line a network and goal, as docs/results.md shows them.
 """
 
 import argparse

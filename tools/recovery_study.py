@@ -1,6 +1,6 @@
 """Cut a trained network and recover it without training, and say what each method gives: `make recovery`.
 
-Prints a line for each goal, criterion and seed of the images, as docs/recovery.md shows them. With `--latency` each cut by
+Prints a line for each goal, criterion and seed of the images, as docs/results.md shows them. With `--latency` each cut by
 multiply-accumulates is followed by one that is held to the milliseconds that the first was measured at.
 """
 

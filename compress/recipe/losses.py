@@ -1,4 +1,4 @@
-"""The losses that a recipe can ask for: one section each, chosen by `name`. docs/losses.md has their formulas."""
+"""The losses that a recipe can ask for: one section each, chosen by `name`. docs/students.md has their formulas."""
 
 from typing import Annotated, Literal
 

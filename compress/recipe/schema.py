@@ -96,7 +96,7 @@ class Data(Section):
     classes: PathText | None = None
     """For `task: unlabelled`: a text file with the names of the network's classes, in order, one a line; null takes the teacher's names, else numbers."""
     balance: Literal["none", "sampler", "class_weights"] = "none"
-    """For classes of unequal size: `sampler` draws training images with replacement, all classes equally often (an epoch keeps its length); `class_weights` weighs cross-entropy by the inverse of each class's frequency (docs/losses.md)."""
+    """For classes of unequal size: `sampler` draws training images with replacement, all classes equally often (an epoch keeps its length); `class_weights` weighs cross-entropy by the inverse of each class's frequency (docs/students.md)."""
     unlabelled: PathText | None = None
     """A folder of further images, at any depth, without labels, for distillation, `qat` and calibration. Copies of training or validation images (by content) are left out."""
     workers: Annotated[int, Field(ge=0)] | None = None

@@ -17,7 +17,7 @@ def cross_entropy_loss(
     """Return the mean cross-entropy of logits (batch, classes) with labels (batch,) or probabilities (batch, classes).
 
     An image without a label adds nothing and counts, so that few labels among many images weigh little in a batch: with the mean over
-    the labelled ones, a tenth of the labels disturbed what the teacher taught (docs/your_own.md).
+    the labelled ones, a tenth of the labels disturbed what the teacher taught (docs/results.md).
     """
     if truths.ndim > 1:
         return F.cross_entropy(outputs.float(), truths, weights, label_smoothing=label_smoothing)

@@ -23,7 +23,7 @@ class Progress:
     seconds: float = 0.0
     best: float = float("-inf")
     best_epoch: int = 0
-    returns: int = 0  # rollbacks; each halves the rate
+    rollbacks: int = 0  # each halves the rate
     micro_batches: int = 1
     precision: str = ""  # of the steps; empty until chosen
     threads: int = 0  # on a CPU

@@ -173,12 +173,12 @@ class _Training:
             if not any(gather(broken is not None)):
                 return measurements
             place = f"{broken or 'a loss is not finite'} in epoch {progress.epoch + 1}"
-            if progress.returns == MAX_ROLLBACKS:
+            if progress.rollbacks == MAX_ROLLBACKS:
                 raise CompressError(
                     f"{loop.phase}: {place}, also at 1/{2**MAX_ROLLBACKS} of the rate; lower fit.lr or set fit.clip_norm"
                 )
-            progress.returns += 1
-            self.tell(f"{place}: rolled back to its start, at half the rate ({progress.returns} of {MAX_ROLLBACKS})")
+            progress.rollbacks += 1
+            self.tell(f"{place}: rolled back to its start, at half the rate ({progress.rollbacks} of {MAX_ROLLBACKS})")
             self.state.restore_(good)
             loop.log.epoch_again()
 
@@ -257,7 +257,7 @@ class _Training:
         index += progress.epoch * loop.steps_per_epoch
         done = index / (settings.epochs * loop.steps_per_epoch)
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, index, loop.steps_per_epoch) / 2**progress.returns
+            group["lr"] = learning_rate(settings, index, loop.steps_per_epoch) / 2**progress.rollbacks
         if loop.before_step:
             loop.before_step(model, done)
         measured: dict[str, Tensor] = {}

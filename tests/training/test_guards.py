@@ -94,7 +94,7 @@ def test_after_a_loss_that_is_not_finite_the_epoch_is_trained_again_at_half_the_
     log = (tmp_path / "guarded" / "log.jsonl").read_text()
     assert " in epoch 2: rolled back to its start, at half the rate (1 of 3)" in log
     assert log.count('"epoch": 2') == 1
-    assert summary(tmp_path / "guarded")["returns"] == 1
+    assert summary(tmp_path / "guarded")["rollbacks"] == 1
 
 
 def test_weights_broken_by_the_last_step_are_seen_before_they_are_kept(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_weights_broken_by_the_last_step_are_seen_before_they_are_kept(tmp_path:
 
     result = fit(network(), STEP, Fit(epochs=1, batch_size=16), replace(loop(tmp_path), after_backward=explode))
     assert all(bool(parameter.isfinite().all()) for parameter in result.parameters())
-    assert summary(tmp_path)["returns"] == 1
+    assert summary(tmp_path)["rollbacks"] == 1
 
 
 def test_a_long_epoch_ends_soon_after_its_loss_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_a_killed_run_remembers_its_returns(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         fit(network(), killed, settings, loop(tmp_path / "killed"))
     assert equal(whole, fit(network(), STEP, settings, loop(tmp_path / "killed")))
-    assert summary(tmp_path / "killed")["returns"] == 1
+    assert summary(tmp_path / "killed")["rollbacks"] == 1
 
 
 # --- memory ---

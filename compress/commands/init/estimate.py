@@ -14,7 +14,7 @@ from compress.training.loop import place_
 from export.images.size import Shape
 
 STEP, STEPS = 32, 4  # images in a timed step, and timed steps
-# A run's costs, roughly: three whole runs took 0.4 to 1.7 times as much of a core's time (docs/your_own.md).
+# A run's costs, roughly: three whole runs took 0.4 to 1.7 times as much of a core's time (docs/results.md).
 KEPT = 0.5  # of the teacher's work, the student's
 CACHED = Teaching().views  # the teacher predicts each view once
 VIEW_S = 0.0003  # to draw an image's view, and a step's costs besides the network

@@ -25,7 +25,7 @@ from export.images.size import Shape
 from export.runtime.session import first_line
 
 JUDGED = 128  # images to score candidates on
-LOST_BY_FLIP = 0.1  # networks of digits lose 0.65 (docs/your_own.md)
+LOST_BY_FLIP = 0.1  # networks of digits lose 0.65 (docs/results.md)
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 BYTES = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # pixels from 0 to 255, as some Keras networks take them
 NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

@@ -88,7 +88,7 @@ class Ladder:
 
     Importance is divided by the group's channels, so half of a narrow group costs as much as half of a wide one, and each block's by the
     square of the fraction that is left, as the next channel of a group that lost many is worth more. Without the first, narrow and slow
-    layers lost most of their channels, without the second slow layers all that they could (docs/latency.md). A group inside a residual
+    layers lost most of their channels, without the second slow layers all that they could (docs/results.md). A group inside a residual
     block has width zero as its last.
     """
 
