@@ -14,7 +14,8 @@ from compress.data.batches import Batch
 from compress.errors import CompressError
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, prepare
-from compress.quant.sensitivity import Sensitivity, sensitivity
+from compress.quant.rows import GroupRow
+from compress.quant.sensitivity import sensitivity
 from compress.recipe import stages
 from compress.run import Run, as_numpy
 from export.images.size import Shape, size_of
@@ -139,7 +140,7 @@ def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], Ratio 
     return faster
 
 
-def worst_first(prepared: nn.Module, run: Run, *, images: int) -> tuple[Sensitivity, ...]:
+def worst_first(prepared: nn.Module, run: Run, *, images: int) -> tuple[GroupRow, ...]:
     """Return every layer's sensitivity, the worst first, measured on at most `images` calibration images."""
     batches = list(run.calibration(min(SENSITIVITY_IMAGES, images), labelled=True))
     truths = torch.cat([batch.targets for batch in batches])

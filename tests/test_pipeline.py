@@ -23,6 +23,7 @@ from compress.errors import ArtifactError, CompressError
 from compress.logs.stage_log import StageLog
 from compress.pipeline import plan_recipe, run_recipe, run_stage
 from compress.pruning.recovery import reconstruction
+from compress.quant.rows import PtqTarget, TrialRow
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import QatStage
@@ -504,10 +505,21 @@ def test_good_calibration_saves_the_training_and_the_report_says_so(copied: Path
 def test_training_is_skipped_only_where_calibration_loses_less(
     tmp_path: Path, drop: float, enough: float, skipped: bool
 ) -> None:
-    trial = {"number_format": "int8", "score": 0.5, "drop": drop, "keep_float": []}
+    trial = TrialRow(
+        number_format="int8",
+        calibration="minmax",
+        keep_float=[],
+        score=0.5,
+        drop=drop,
+        agreement=1.0,
+        kl=0.0,
+        latency_ratio=None,
+        met=True,
+    )
+    ptq = PtqTarget(methods=[], sensitivity=[], trials=[trial], chosen=0, calibration="minmax", score=0.5)
     section = QatStage(stage="qat", skip_if_ptq_drop_below=enough)
     with StageLog(tmp_path, stage="qat") as log:
-        found = qat._skip(section, log, TARGETS["cpu_avx2"], {"trials": [trial], "chosen": 0, "score": 0.5})
+        found = qat._skip(section, log, TARGETS["cpu_avx2"], ptq)
     assert (found is not None) == skipped
 
 

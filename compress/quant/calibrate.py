@@ -5,7 +5,6 @@ One pass over unaugmented batches fills a histogram for each quantizer; every me
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 from compress.quant.fake_quant import ActivationQuantizer
 from compress.quant.prepare import set_phase_
+from compress.quant.rows import Method
 
-Method = Literal["minmax", "percentile", "entropy"]
 PERCENTILE = 99.999
 BINS = 2**14  # on each side of zero; after a doubling, at least half of them are in use
 ENTROPY_BINS, ENTROPY_STEP = 2048, 8  # Migacz 2017 tries every bin; eight bins are 0.4 % of the largest range

@@ -1,7 +1,6 @@
 """How much each layer's quantization hurts: round only its weights and activations, and compare the outputs with float."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +8,7 @@ from torch.nn import functional as F
 
 from compress.quant.layers import QuantLayer
 from compress.quant.prepare import quantize_only_
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """Damage by one group: the layer's path, mean KL to the float network's logits in nats, drop in score."""
-
-    group: str
-    kl: float
-    drop: float
+from compress.quant.rows import GroupRow
 
 
 @torch.no_grad()
@@ -27,7 +18,7 @@ def sensitivity(
     *,
     rows: Callable[[Tensor], Tensor],
     score: Callable[[Tensor], float],
-) -> tuple[Sensitivity, ...]:
+) -> tuple[GroupRow, ...]:
     """Measure every group of a calibrated model and return them, worst first; afterwards all quantize again.
 
     `rows` turns outputs into logits (n, classes); `score` scores the outputs of all images.
@@ -41,10 +32,10 @@ def sensitivity(
         for name in names:
             outputs = _outputs(prepared, batches, (name,))
             kl = F.kl_div(rows(outputs).double().log_softmax(1), expected, log_target=True, reduction="batchmean")
-            found.append(Sensitivity(name, float(kl), best - score(outputs)))
+            found.append(GroupRow(group=name, kl=float(kl), drop=best - score(outputs)))
     finally:
         quantize_only_(prepared, None)
-    return tuple(sorted(found, key=lambda group: -group.kl))
+    return tuple(sorted(found, key=lambda group: -group["kl"]))
 
 
 def _outputs(prepared: nn.Module, batches: Sequence[Tensor], names: tuple[str, ...]) -> Tensor:

@@ -1,17 +1,15 @@
 """Try ways to build a small file, cheapest first, until one keeps the accuracy; the caller brings `build` and `score`."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from compress.quant.rows import Engine, TrialRow
 from export.command.files import key_of, write_json
 from export.runtime.accuracy import Score
 from export.runtime.latency import Ratio
-
-Engine = Literal["compress", "onnxruntime", "neural-compressor"]  # which library quantizes
 
 
 @dataclass(frozen=True)
@@ -31,30 +29,17 @@ class Trial:
         return f"int8 by {whose}{self.calibration}{kept}"
 
 
-@dataclass(frozen=True)
-class TrialResult:
-    """A trial's file compared with the float network on the same images; `kl` is the mean over images, in nats."""
+def trial_of(row: TrialRow) -> Trial:
+    """Return how a row's file was built."""
+    return Trial(row["number_format"], row["calibration"], tuple(row["keep_float"]), row["engine"])
 
-    trial: Trial
-    score: float
-    drop: float
-    agreement: float
-    kl: float
-    latency_ratio: float | None  # the float file's time over this file's
-    latency_ci95: tuple[float, float] | None  # of latency_ratio
-    met: bool
 
-    def __str__(self) -> str:
-        faster = "" if self.latency_ratio is None else f", {self.latency_ratio:.2f} times as fast as FP32"
-        lost = f"{100 * self.drop:.2f} points below float"
-        verdict = "holds" if self.met else "loses too much"
-        return f"trial {self.trial}: KL {self.kl:.3g}, score {100 * self.score:.2f} %, {lost}{faster}: {verdict}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return one flat object, the trial's fields first."""
-        fields = asdict(self)
-        trial: dict[str, Any] = fields.pop("trial")
-        return trial | fields
+def said(row: TrialRow) -> str:
+    """Return a trial and its result in one line."""
+    faster = "" if row["latency_ratio"] is None else f", {row['latency_ratio']:.2f} times as fast as FP32"
+    lost = f"{100 * row['drop']:.2f} points below float"
+    verdict = "holds" if row["met"] else "loses too much"
+    return f"trial {trial_of(row)}: KL {row['kl']:.3g}, score {100 * row['score']:.2f} %, {lost}{faster}: {verdict}"
 
 
 def fallback_trials(method: str, worst_first: Sequence[str], max_trials: int) -> tuple[Trial, ...]:
@@ -74,59 +59,63 @@ def judge_of(
     max_drop: float,
     folder: Path,
     faster: Callable[[Path], Ratio | None] = lambda _: None,
-    tell: Callable[[TrialResult], None] = lambda _: None,
-) -> Callable[[Trial], TrialResult]:
+    tell: Callable[[TrialRow], None] = lambda _: None,
+) -> Callable[[Trial], TrialRow]:
     """Return a function that builds a trial's file, scores it, and tells whether it loses at most `max_drop` of score.
 
     The file stays at `file_of(trial, folder)`; a trial whose result is there already is not built again.
     """
 
-    def judge(trial: Trial) -> TrialResult:
+    def judge(trial: Trial) -> TrialRow:
         path = file_of(trial, folder)
-        result = _read(path.with_suffix(".json"))
+        known = path.with_suffix(".json")
+        result: TrialRow | None = json.loads(known.read_text()) if known.exists() else None
         if result is None:
             build(trial, path)
             found = score(path)
             drop, speed = baseline.score - found.score, faster(path)
-            result = TrialResult(
-                trial,
+            result = TrialRow(
+                number_format=trial.number_format,
+                calibration=trial.calibration,
+                keep_float=list(trial.keep_float),
+                engine=trial.engine,
                 score=found.score,
                 drop=drop,
                 agreement=found.agreement(baseline),
                 kl=found.divergence(baseline),
                 latency_ratio=speed.ratio if speed else None,
-                latency_ci95=(speed.low, speed.high) if speed else None,
+                latency_ci95=[speed.low, speed.high] if speed else None,
                 met=drop <= max_drop + 1e-9,  # differences of floats are not exact
             )
-            write_json(path.with_suffix(".json"), result.to_json())
+            write_json(known, result)
         tell(result)
         return result
 
     return judge
 
 
-def until_one_holds(trials: Sequence[Trial], judge: Callable[[Trial], TrialResult]) -> tuple[TrialResult, ...]:
+def until_one_holds(trials: Sequence[Trial], judge: Callable[[Trial], TrialRow]) -> tuple[TrialRow, ...]:
     """Judge the trials in order up to the first that meets `max_drop`."""
-    results: list[TrialResult] = []
+    results: list[TrialRow] = []
     for trial in trials:
         results.append(judge(trial))
-        if results[-1].met:
+        if results[-1]["met"]:
             break
     return tuple(results)
 
 
-def choose(results: Sequence[TrialResult]) -> int:
+def choose(results: Sequence[TrialRow]) -> int:
     """Return the index of the best file among those that meet `max_drop`, or among all if none does.
 
     Files of one engine are equally fast, so each engine's best is the one with the lowest KL: on training images, KL predicts the score
     on other images better than score or agreement do (docs/decisions.md). Between engines the fastest wins; if intervals overlap, the
     lowest KL among the fastest. Without times this project's own file wins: a file with more float layers has a lower KL, but is slower.
     """
-    held = [index for index, result in enumerate(results) if result.met] or list(range(len(results)))
+    held = [index for index, result in enumerate(results) if result["met"]] or list(range(len(results)))
     by_engine: dict[Engine, int] = {}
-    for index in sorted(held, key=lambda index: results[index].kl):
-        by_engine.setdefault(results[index].trial.engine, index)
-    ends = {index: results[index].latency_ci95 for index in by_engine.values()}
+    for index in sorted(held, key=lambda index: results[index]["kl"]):
+        by_engine.setdefault(results[index]["engine"], index)
+    ends = {index: results[index]["latency_ci95"] for index in by_engine.values()}
     timed = {index: interval for index, interval in ends.items() if interval is not None}
     if len(timed) < len(ends):
         return by_engine.get("compress", next(iter(ends)))
@@ -137,16 +126,3 @@ def choose(results: Sequence[TrialResult]) -> int:
 def file_of(trial: Trial, folder: Path) -> Path:
     """Return the path of a trial's file."""
     return folder / f"{key_of(asdict(trial))}.onnx"
-
-
-def _read(path: Path) -> TrialResult | None:
-    if not path.exists():
-        return None
-    fields = json.loads(path.read_text())
-    trial = {field.name: fields.pop(field.name) for field in dataclasses.fields(Trial)}
-    interval = fields.pop("latency_ci95")
-    return TrialResult(
-        Trial(**trial | {"keep_float": tuple(trial["keep_float"])}),
-        latency_ci95=interval and tuple(interval),
-        **fields,
-    )

@@ -4,10 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from compress.quant.rows import Method
 from compress.recipe.losses import KD_ONLY, LossTerm
 from compress.recipe.section import Arch, Drop, Fraction, OptionalSize, PathText, Section, Size, refuse_tag
 
-CalibrationMethod = Literal["minmax", "percentile", "entropy"]
 MAX_DROP = 0.01  # the largest loss of score, unless the recipe says otherwise
 MOST_FLOAT = 0.2  # a file with a larger fraction of its multiply-accumulates in float is not called INT8
 GOALS = ("keep_macs", "keep_params", "keep_latency", "max_latency_ms")
@@ -221,7 +221,7 @@ class PtqStage(Section):
     """This stage."""
     calibration_images: PositiveInt = 512
     """Training images that set the activations' ranges."""
-    methods: Annotated[tuple[CalibrationMethod, ...], Field(min_length=1)] = ("minmax", "percentile", "entropy")
+    methods: Annotated[tuple[Method, ...], Field(min_length=1)] = ("minmax", "percentile", "entropy")
     """How ranges are chosen: the extremes, all but 0.001 % at each end, or least divergence; each method is measured, in this pipeline's quantizer and in ONNX Runtime's."""
     neural_compressor: bool = True
     """Also measure neural-compressor's static quantization. Of all files that hold `max_drop` the fastest is kept; of equally fast ones,
@@ -245,7 +245,7 @@ class QatStage(Section):
     """The losses; their weighted sum is minimized."""
     ranges: Literal["moving_average", "lsq"] = "moving_average"
     """How the grid's scales are found: a moving average of each batch's minimum and maximum, or learned with the weights (LSQ)."""
-    calibration: CalibrationMethod | None = None
+    calibration: Method | None = None
     """How the activations' initial ranges are chosen; null takes the method that the ptq stage found best."""
     calibration_images: PositiveInt = 512
     """Training images that set the activations' initial ranges."""

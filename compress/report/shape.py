@@ -4,6 +4,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from compress.quant.rows import Ptq
 from export.audit import Audit
 from export.runtime.end_to_end import EndToEnd
 from export.runtime.rows import AccuracyRow, MetricJson, TimingRow
@@ -27,70 +28,6 @@ class StageRow(TypedDict):
 
 class DeployedRow(TimingRow, AccuracyRow):
     """One file timed at one setting in ONNX Runtime, with its accuracy there, the same in all of the file's rows."""
-
-
-class MethodRow(TypedDict):
-    """One method of calibrating INT8 without training, with None if it failed; agreement is with the float student."""
-
-    engine: str
-    method: str
-    scored_in: str
-    score: float | None
-    agreement: float | None
-    integer_layers: int | None
-    float_layers: int | None
-    note: str | None
-
-
-class GroupRow(TypedDict):
-    """Damage to the float student's outputs by quantizing one group of layers alone."""
-
-    group: str
-    kl: float
-    drop: float
-
-
-class TrialRow(TypedDict):
-    """One file that tuning built: how, its score and drop against the float student, and the student's time over its own.
-
-    `kl` is the mean divergence of its outputs from the student's, in nats.
-    """
-
-    number_format: str
-    engine: NotRequired[str]  # which quantizer; missing in older reports, which had only this project's
-    calibration: str
-    keep_float: list[str]
-    score: float
-    drop: float
-    agreement: float
-    kl: float
-    latency_ratio: float | None
-    met: bool
-
-
-class PtqTarget(TypedDict):
-    """INT8 without training on one target's grid; `chosen` is an index into `trials`, which are scored on tuning images.
-
-    `kept` is the index whose INT8 file was kept, another one if FP16 was chosen. `score` is the chosen file's on validation images,
-    `calibration` the best method, from which qat starts.
-    """
-
-    methods: list[MethodRow]
-    sensitivity: list[GroupRow]
-    trials: list[TrialRow]
-    chosen: int
-    kept: NotRequired[int]  # missing in older reports
-    calibration: str
-    score: float
-
-
-class Ptq(TypedDict):
-    """The ptq stage's ptq.json: methods are scored on `images` validation images, trials on `tuning_images` training images."""
-
-    images: int
-    float_score: float
-    tuning_images: int
-    targets: dict[str, PtqTarget]
 
 
 class Distance(TypedDict):

@@ -5,10 +5,9 @@ Files are chosen on the tuning images and reported on the validation images. The
 
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +18,17 @@ from compress.logs.stage_log import StageLog
 from compress.models.saved import ARCHITECTURE, WEIGHTS, example_images, load_float
 from compress.quant import neural_compressor_ptq
 from compress.quant.bias_correction import corrected, float_means, images_to_correct_with
-from compress.quant.calibrate import Method, calibrate_, collect, set_ranges_
+from compress.quant.calibrate import calibrate_, collect, set_ranges_
 from compress.quant.prepare import deploy, heads, prepare
+from compress.quant.rows import Engine, Method, MethodRow, Ptq, PtqTarget, TrialRow
 from compress.quant.tuning import (
-    Engine,
     Trial,
-    TrialResult,
     choose,
     fallback_trials,
     file_of,
     judge_of,
+    said,
+    trial_of,
     until_one_holds,
 )
 from compress.recipe.stages import PtqStage
@@ -54,7 +54,6 @@ from export.onnx_file.targets import Target
 from export.onnx_file.to_onnx import to_onnx
 from export.runtime.accuracy import Score, score_files, score_of
 
-Row = dict[str, Any]
 Name = tuple[Engine, str]  # and method
 Files = dict[Name, Path]
 
@@ -116,12 +115,7 @@ def apply(cfg: PtqStage, src: Path, out: Path, run: Run) -> Metrics:
         found = {target.name: _on_target(student, target) for target in run.int8_targets}
     write_json(
         out / PTQ_JSON,
-        {
-            "images": reported.images,
-            "float_score": reported.score,
-            "tuning_images": baseline.images,
-            "targets": found,
-        },
+        Ptq(images=reported.images, float_score=reported.score, tuning_images=baseline.images, targets=found),
     )
     shutil.rmtree(work)
     own = found[run.target.name]
@@ -133,7 +127,7 @@ def apply(cfg: PtqStage, src: Path, out: Path, run: Run) -> Metrics:
     }
 
 
-def _on_target(student: Student, target: Target) -> Row:
+def _on_target(student: Student, target: Target) -> PtqTarget:
     """Measure and tune on one target; leave the best INT8 file as `<target>/student_ptq_int8.onnx`; return the report."""
     work, out = student.fp32.parent / target.name, student.log.out / target.name
     work.mkdir(exist_ok=True)
@@ -159,33 +153,33 @@ def _on_target(student: Student, target: Target) -> Row:
     own = tuple(judge(Trial("int8", method)) for method in student.cfg.methods[: student.cfg.max_trials])
     rivals = [name for name in files if name[0] != "compress" and name not in off_grid]
     results = own + tuple(judge(Trial("int8", method, engine=engine)) for engine, method in rivals)
-    best = _method(student.cfg, own[choose(own)].trial)
+    best = _method(student.cfg, trial_of(own[choose(own)]))
     set_ranges_(prepared, histograms, best)
     damage = worst_first(prepared, student.run, images=student.cfg.calibration_images)
     del prepared
-    if not any(result.met for result in results):
-        groups = [group.group for group in damage]
+    if not any(result["met"] for result in results):
+        groups = [group["group"] for group in damage]
         results += until_one_holds(fallback_trials(best, groups, student.cfg.max_trials - len(own)), judge)
     chosen = choose(results)
     # Keep an INT8 file even where fp16 was chosen: the file's name says INT8, and later stages compare with it.
-    int8 = [index for index, result in enumerate(results) if result.trial.number_format == "int8"]
+    int8 = [index for index, result in enumerate(results) if result["number_format"] == "int8"]
     kept = int8[choose([results[index] for index in int8])]
-    shutil.copyfile(file_of(results[kept].trial, work), out / f"{PTQ}.onnx")
+    shutil.copyfile(file_of(trial_of(results[kept]), work), out / f"{PTQ}.onnx")
     student.log.note(_verdict(student.cfg, target, results, chosen))
-    trial = results[chosen].trial
+    trial = trial_of(results[chosen])
     reported = None if trial.keep_float else scores.get((trial.engine, trial.calibration))
     if reported is None:
         images = student.run.validation(limit=student.cfg.score_images)
         reported = score_file(file_of(trial, work), student.run, images, optimize=runs_here(target))
-    return {
-        "methods": rows,
-        "sensitivity": [asdict(group) for group in damage],
-        "trials": [result.to_json() for result in results],
-        "chosen": chosen,
-        "kept": kept,  # whose INT8 file was kept
-        "calibration": best,
-        "score": reported.score,
-    }
+    return PtqTarget(
+        methods=rows,
+        sensitivity=list(damage),
+        trials=list(results),
+        chosen=chosen,
+        kept=kept,
+        calibration=best,
+        score=reported.score,
+    )
 
 
 def _by_onnxruntime(student: Student, target: Target, work: Path, keep_float: Collection[str]) -> Files:
@@ -206,37 +200,45 @@ def _score(student: Student, target: Target, files: Files) -> dict[Name, Score]:
     return {name: found[path.stem] for name, path in files.items()}
 
 
-def _row(student: Student, target: Target, name: Name, path: Path, found: Score, off_grid: str | None) -> Row:
+def _row(student: Student, target: Target, name: Name, path: Path, found: Score, off_grid: str | None) -> MethodRow:
     """Return the report's row of a file that was scored in ONNX Runtime; `off_grid` says why it cannot be chosen."""
     engine, method = name
     layers = audit(path) if runs_here(target) else None
-    return {
-        "engine": engine,
-        "method": method,
-        "scored_in": "onnxruntime",
-        "score": found.score,
-        "agreement": found.agreement(student.reported),
-        "integer_layers": len(layers["integer_layers"]) if layers else None,
-        "float_layers": len(layers["float_layers"]) if layers else None,
-        "note": off_grid or (None if layers else "scored unoptimized: this machine is not the target"),
-    }
+    return MethodRow(
+        engine=engine,
+        method=method,
+        scored_in="onnxruntime",
+        score=found.score,
+        agreement=found.agreement(student.reported),
+        integer_layers=len(layers["integer_layers"]) if layers else None,
+        float_layers=len(layers["float_layers"]) if layers else None,
+        note=off_grid or (None if layers else "scored unoptimized: this machine is not the target"),
+    )
 
 
-def _by_neural_compressor(student: Student, target: Target, work: Path) -> tuple[Files, list[Row]]:
+def _by_neural_compressor(student: Student, target: Target, work: Path) -> tuple[Files, list[MethodRow]]:
     """Build neural-compressor's files; also return the report's rows of those that cannot be written, scored in PyTorch."""
     files: Files = {}
-    failed: list[Row] = []
+    failed: list[MethodRow] = []
     metadata = metadata_of(student.run, score=student.score, target=target)
     for algorithm in neural_compressor_ptq.ALGORITHMS if student.cfg.neural_compressor else ():
-        row: Row = {"engine": "neural-compressor", "method": algorithm, "scored_in": "pytorch"}
-        row |= {"score": None, "agreement": None, "integer_layers": None, "float_layers": None, "note": None}
+        row = MethodRow(
+            engine="neural-compressor",
+            method=algorithm,
+            scored_in="pytorch",
+            score=None,
+            agreement=None,
+            integer_layers=None,
+            float_layers=None,
+            note=None,
+        )
         model = load_float(student.src, trust_code=student.run.trust_code)
         path = work / f"neural-compressor-{algorithm}.onnx"
         try:
             images = (batch.cpu() for batch in student.calibration())
             quantized = neural_compressor_ptq.quantize(model, images, target=target, algorithm=algorithm)
         except ModelError as error:
-            failed.append(row | {"note": str(error)})
+            failed.append({**row, "note": str(error)})
             continue
         try:
             with neural_compressor_ptq.quiet():
@@ -245,12 +247,12 @@ def _by_neural_compressor(student: Student, target: Target, work: Path) -> tuple
         except BundleError as error:
             found = _score_in_torch(quantized, student.cfg, student.run)
             failed.append(
-                row | {"score": found.score, "agreement": found.agreement(student.reported), "note": str(error)}
+                {**row, "score": found.score, "agreement": found.agreement(student.reported), "note": str(error)}
             )
     return files, failed
 
 
-def _judge(student: Student, target: Target, files: Files, work: Path) -> Callable[[Trial], TrialResult]:
+def _judge(student: Student, target: Target, files: Files, work: Path) -> Callable[[Trial], TrialRow]:
     """Return a function that judges a trial on the tuning images, with a file from `files` or one it builds."""
     cfg, run = student.cfg, student.run
 
@@ -271,7 +273,7 @@ def _judge(student: Student, target: Target, files: Files, work: Path) -> Callab
         max_drop=cfg.max_drop,
         folder=work,
         faster=faster_than(student.fp32, run, target),
-        tell=lambda result: student.log.note(f"{target.name}: {result}"),
+        tell=lambda result: student.log.note(f"{target.name}: {said(result)}"),
     )
 
 
@@ -289,22 +291,22 @@ def _score_in_torch(model: nn.Module, cfg: PtqStage, run: Run) -> Score:
     return score_of(run.task.output, *zip(*batches, strict=True))
 
 
-def _method_line(target: Target, row: Row) -> str:
+def _method_line(target: Target, row: MethodRow) -> str:
     name = f"{target.name}: {row['engine']}, {row['method']}"
-    if row["score"] is None:
+    if row["score"] is None or row["agreement"] is None:
         return f"{name}: {row['note']}"
     layers = "" if row["integer_layers"] is None else f", {row['integer_layers']} layers in integers"
     note = f" ({row['note']})" if row["note"] else ""
     return f"{name}: score {_percent(row['score'])}, agreement {_percent(row['agreement'])}{layers}{note}"
 
 
-def _verdict(cfg: PtqStage, target: Target, results: Sequence[TrialResult], chosen: int) -> str:
+def _verdict(cfg: PtqStage, target: Target, results: Sequence[TrialRow], chosen: int) -> str:
     best, allowed = results[chosen], f"{_points(cfg.max_drop)} points"
-    if best.met:
-        return f"{target.name}: {best.trial} loses at most {allowed}; {len(results)} trials made"
+    if best["met"]:
+        return f"{target.name}: {trial_of(best)} loses at most {allowed}; {len(results)} trials made"
     return (
         f"{target.name}: all {len(results)} trials lose more than {allowed}; "
-        f"the best, {best.trial}, loses {_points(best.drop)}"
+        f"the best, {trial_of(best)}, loses {_points(best['drop'])}"
     )
 
 

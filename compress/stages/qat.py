@@ -4,7 +4,6 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import fx, nn
 
@@ -13,9 +12,10 @@ from compress.distillation.teacher import distil
 from compress.logs.stage_log import StageLog
 from compress.models.saved import Architecture, load_float, prepare_as, read_architecture, save_network
 from compress.quant.bias_correction import corrected, images_to_correct_with
-from compress.quant.calibrate import Method, calibrate_
+from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, freeze_batchnorm_, reestimate_batchnorm_, set_phase_
-from compress.quant.tuning import Trial, choose, fallback_trials, judge_of, until_one_holds
+from compress.quant.rows import Method, Ptq, PtqTarget
+from compress.quant.tuning import Trial, choose, fallback_trials, judge_of, said, trial_of, until_one_holds
 from compress.ranks import first_decides
 from compress.recipe.arguments import qat_fit
 from compress.recipe.stages import QatStage
@@ -33,18 +33,18 @@ def apply(cfg: QatStage, src: Path, out: Path, run: Run) -> Metrics:
     """Fake-quantize, calibrate, train and measure the student for each target; save each network in `out/<target>`."""
     costs, ptq = read_meta(src).metrics, newest(src, "ptq")
     assert ptq is not None  # the recipe's validator holds the order
-    calibrated = json.loads((ptq / PTQ_JSON).read_text())["targets"]
+    calibrated: Ptq = json.loads((ptq / PTQ_JSON).read_text())
     metrics: Metrics = {"params_m": costs["params_m"], "macs_m": costs["macs_m"], "size_mb": None}
     with run.log(out, "qat") as log:
         for target in reversed(run.int8_targets):  # the stage's own metrics are those of the recipe's target, the last
-            found = calibrated[target.name]
+            found = calibrated["targets"][target.name]
             method = cfg.calibration or found["calibration"]
             result = _skip(cfg, log, target, found) or _Qat(cfg, method, src, run, log, target).train()
             metrics |= {f"{name}_{target.name}": result[name] for name in ("score", "trained")} | result
     return metrics
 
 
-def _skip(cfg: QatStage, log: StageLog, target: Target, ptq: dict[str, Any]) -> Metrics | None:
+def _skip(cfg: QatStage, log: StageLog, target: Target, ptq: PtqTarget) -> Metrics | None:
     """Return the calibrated file's metrics where calibration alone is good enough, None where training is needed."""
     trial, enough = ptq["trials"][ptq["chosen"]], cfg.skip_if_ptq_drop_below
     if enough is None or trial["number_format"] != "int8" or trial["drop"] >= enough:
@@ -153,10 +153,10 @@ class _Qat:
             max_drop=max_drop,
             folder=work,
             faster=faster_than(fp32, run, target),
-            tell=lambda result: self.log.note(f"{target.name}: {result}"),
+            tell=lambda result: self.log.note(f"{target.name}: {said(result)}"),
         )
-        fallbacks = fallback_trials("trained", [group.group for group in damage], MAX_TRIALS)[:-1]
+        fallbacks = fallback_trials("trained", [group["group"] for group in damage], MAX_TRIALS)[:-1]
         results = until_one_holds((Trial("int8", "trained"), *fallbacks), judge)
-        write_json(self.log.out / f"trials-{target.name}.json", [result.to_json() for result in results])
+        write_json(self.log.out / f"trials-{target.name}.json", results)
         shutil.rmtree(work)
-        return results[choose(results)].trial
+        return trial_of(results[choose(results)])

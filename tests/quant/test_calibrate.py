@@ -15,7 +15,6 @@ from compress.quant.calibrate import (
     METHODS,
     PERCENTILE,
     Histogram,
-    Method,
     calibrate_,
     entropy,
     least_divergent,
@@ -24,6 +23,7 @@ from compress.quant.calibrate import (
 )
 from compress.quant.fake_quant import ActivationQuantizer
 from compress.quant.prepare import prepare, quantizers
+from compress.quant.rows import Method
 from export.onnx_file.targets import TARGETS
 from export.tasks.task import Array
 

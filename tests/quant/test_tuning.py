@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import groups, prepare
-from compress.quant.sensitivity import Sensitivity, sensitivity
+from compress.quant.rows import GroupRow, TrialRow
+from compress.quant.sensitivity import sensitivity
 from compress.quant.tuning import (
     Trial,
-    TrialResult,
     choose,
     fallback_trials,
     file_of,
@@ -51,8 +51,8 @@ class Bench:
         path.write_text(str(self.mistakes[trial]))
 
     def judge(
-        self, folder: Path, *, max_drop: float, tell: Callable[[TrialResult], None] = lambda _: None
-    ) -> Callable[[Trial], TrialResult]:
+        self, folder: Path, *, max_drop: float, tell: Callable[[TrialRow], None] = lambda _: None
+    ) -> Callable[[Trial], TrialRow]:
         return judge_of(
             self.build,
             lambda path: score_with(int(path.read_text())),
@@ -68,36 +68,36 @@ def test_trying_stops_at_the_first_trial_that_holds(tmp_path: Path) -> None:
     bench = Bench({MINMAX: 20, PERCENTILE: 6, ENTROPY: 5})
     results = until_one_holds(tuple(bench.mistakes), bench.judge(tmp_path, max_drop=0.01))
     assert bench.built == [MINMAX, PERCENTILE]
-    assert [result.met for result in results] == [False, True]
+    assert [result["met"] for result in results] == [False, True]
 
 
 def test_a_result_says_what_was_lost_and_how_fast_it_is(tmp_path: Path) -> None:
     result = Bench({MINMAX: 20}).judge(tmp_path, max_drop=0.01)(MINMAX)
-    assert result.score == pytest.approx(0.80)
-    assert result.drop == pytest.approx(0.15)
-    assert result.agreement == pytest.approx(0.85)  # the first five are wrong in the same way
+    assert result["score"] == pytest.approx(0.80)
+    assert result["drop"] == pytest.approx(0.15)
+    assert result["agreement"] == pytest.approx(0.85)  # the first five are wrong in the same way
     right, wrong = (
         np.exp(5) / (np.exp(5) + 9),
         1 / (np.exp(5) + 9),
     )  # two of ten probabilities change places in 15 of 100 images
-    assert result.kl == pytest.approx(0.15 * (right - wrong) * 5)
-    assert result.latency_ratio == 20.0
-    assert result.to_json() == {
-        "number_format": "int8", "calibration": "minmax", "keep_float": (), "engine": "compress", "score": result.score,
-        "drop": result.drop, "agreement": result.agreement, "kl": result.kl, "latency_ratio": 20.0,
-        "latency_ci95": (19.0, 21.0), "met": False,
+    assert result["kl"] == pytest.approx(0.15 * (right - wrong) * 5)
+    assert result["latency_ratio"] == 20.0
+    assert result == {
+        "number_format": "int8", "calibration": "minmax", "keep_float": [], "engine": "compress", "score": result["score"],
+        "drop": result["drop"], "agreement": result["agreement"], "kl": result["kl"], "latency_ratio": 20.0,
+        "latency_ci95": [19.0, 21.0], "met": False,
     }  # fmt: skip
 
 
 def test_a_trial_better_than_the_float_network_holds(tmp_path: Path) -> None:
     result = Bench({MINMAX: 3}).judge(tmp_path, max_drop=0.0)(MINMAX)
-    assert result.met
-    assert result.drop == pytest.approx(-0.02)
+    assert result["met"]
+    assert result["drop"] == pytest.approx(-0.02)
 
 
 def test_a_loss_of_just_the_limit_holds(tmp_path: Path) -> None:
     """0.95 - 0.94 is 0.010000000000000009."""
-    assert Bench({MINMAX: 6}).judge(tmp_path, max_drop=0.01)(MINMAX).met
+    assert Bench({MINMAX: 6}).judge(tmp_path, max_drop=0.01)(MINMAX)["met"]
 
 
 def test_a_trial_that_was_judged_is_not_built_again(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_trial_that_was_judged_is_not_built_again(tmp_path: Path) -> None:
 
 
 def test_every_result_is_told_as_it_comes(tmp_path: Path) -> None:
-    told: list[TrialResult] = []
+    told: list[TrialRow] = []
     bench = Bench({MINMAX: 20, PERCENTILE: 6})
     results = until_one_holds(tuple(bench.mistakes), bench.judge(tmp_path, max_drop=0.01, tell=told.append))
     assert tuple(told) == results
@@ -144,8 +144,20 @@ def test_all_groups_in_float_is_no_trial() -> None:
     assert [len(trial.keep_float) for trial in fallback_trials("minmax", tuple("abcd"), 12)] == [1, 2, 0]
 
 
-def result(trial: Trial, kl: float, *, met: bool, speed: tuple[float, float] | None = None) -> TrialResult:
-    return TrialResult(trial, 0.8, 0.0, 0.9, kl, speed and speed[0], speed, met)
+def result(trial: Trial, kl: float, *, met: bool, speed: tuple[float, float] | None = None) -> TrialRow:
+    return TrialRow(
+        number_format=trial.number_format,
+        calibration=trial.calibration,
+        keep_float=list(trial.keep_float),
+        engine=trial.engine,
+        score=0.8,
+        drop=0.0,
+        agreement=0.9,
+        kl=kl,
+        latency_ratio=speed and speed[0],
+        latency_ci95=speed and list(speed),
+        met=met,
+    )
 
 
 def test_the_best_is_chosen_and_not_the_first_that_holds() -> None:
@@ -210,7 +222,7 @@ def labelled(batches: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def damage(model: fx.GraphModule, batches: list[tuple[Tensor, Tensor]]) -> tuple[Sensitivity, ...]:
+def damage(model: fx.GraphModule, batches: list[tuple[Tensor, Tensor]]) -> tuple[GroupRow, ...]:
     truth = torch.cat([labels for _, labels in batches])
 
     def score(outputs: Tensor) -> float:
@@ -221,9 +233,9 @@ def damage(model: fx.GraphModule, batches: list[tuple[Tensor, Tensor]]) -> tuple
 
 def test_every_layer_has_its_sensitivity_worst_first(prepared: fx.GraphModule) -> None:
     found = damage(prepared, labelled(2))
-    assert sorted(group.group for group in found) == sorted(groups(prepared))
-    assert [group.kl for group in found] == sorted((group.kl for group in found), reverse=True)
-    assert all(group.kl > 0 for group in found)
+    assert sorted(group["group"] for group in found) == sorted(groups(prepared))
+    assert [group["kl"] for group in found] == sorted((group["kl"] for group in found), reverse=True)
+    assert all(group["kl"] > 0 for group in found)
 
 
 def test_the_heads_sensitivity_is_that_of_its_rounded_weights_alone(prepared: fx.GraphModule) -> None:
@@ -237,10 +249,10 @@ def test_the_heads_sensitivity_is_that_of_its_rounded_weights_alone(prepared: fx
         weight.copy_((weight / scale).round() * scale)
         answers = model(images)
     p, q = reference.double().softmax(1), answers.double().softmax(1)
-    found = {group.group: group for group in damage(prepared, [(images, labels)])}["head"]
-    assert found.kl == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=0.02)
+    found = {group["group"]: group for group in damage(prepared, [(images, labels)])}["head"]
+    assert found["kl"] == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=0.02)
     right = [float((logits.argmax(1) == labels).double().mean()) for logits in (reference, answers)]
-    assert found.drop == pytest.approx(right[0] - right[1])
+    assert found["drop"] == pytest.approx(right[0] - right[1])
 
 
 def test_a_layer_whose_weights_round_to_nothing_is_the_worst() -> None:
@@ -253,8 +265,8 @@ def test_a_layer_whose_weights_round_to_nothing_is_the_worst() -> None:
     planted = prepare(model, TARGETS["cpu_vnni"], torch.zeros(1, 3, 16, 16))
     calibrate_(planted, [batch for batch, _ in labelled(2)], "minmax")
     worst, second, *_ = damage(planted, labelled(2))
-    assert worst.group == "block2.conv1"
-    assert worst.kl > 10 * second.kl
+    assert worst["group"] == "block2.conv1"
+    assert worst["kl"] > 10 * second["kl"]
 
 
 def test_measuring_sensitivity_leaves_everything_quantizing(prepared: fx.GraphModule) -> None:

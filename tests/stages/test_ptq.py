@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from compress.errors import ModelError
 from compress.pipeline import run_recipe
 from compress.quant import neural_compressor_ptq
-from compress.quant.calibrate import Method, calibrate_
+from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import prepare
+from compress.quant.rows import Method
 from compress.recipe.read import read_recipe
 from export.onnx_file.graph import weight_levels
 from export.onnx_file.ptq import METHODS, quantize

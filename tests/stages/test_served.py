@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compress.pipeline import run_recipe
-from compress.quant.calibrate import Histogram, Method
+from compress.quant.calibrate import Histogram
 from compress.quant.calibrate import set_ranges_ as own_ranges_
+from compress.quant.rows import Method
 from compress.recipe.read import read_recipe
 from export.onnx_file.model_file import precision
 

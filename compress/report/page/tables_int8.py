@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+from compress.quant.rows import PtqTarget
 from compress.report.judge.gain import stage_metrics, stage_section
 from compress.report.judge.parity import allowed
 from compress.report.judge.recommend import ENGINES
@@ -9,7 +10,7 @@ from compress.report.judge.verdict import TOLERANCE, any_row, audited_name, targ
 from compress.report.numbers import UNKNOWN, heading, loss, percent, points, significant, times
 from compress.report.page.summary import metric
 from compress.report.page.table import Section, Table, bar, count, mark, strong
-from compress.report.shape import PtqTarget, Report, TensorRow, VerifyRow
+from compress.report.shape import Report, TensorRow, VerifyRow
 from export.audit import Audit
 from export.onnx_file.roles import PTQ, QAT, is_int8
 
