@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 
 from compress.errors import ModelError
 from compress.models.digest import existing_file
+from compress.models.onnx_layers import spell_out_, teach_converter
 from compress.quant.graph.trace import trace
 from export.onnx_file.model_file import parse
 from export.onnx_file.targets import CPU, CUDA
@@ -120,6 +121,7 @@ def rebuilt(name: str, _num_classes: int = 0) -> nn.Module:
     Raises ModelError where onnx2torch lacks one of its operators, or where outputs differ from the file's on noise.
     """
     converter = _library("onnx2torch", "onnx")
+    teach_converter()
     file = existing_file(name, "the ONNX file")
     black_box = OnnxFile(file)
     advice = "so it cannot be cut or trained: name it as `teacher` and add a student stage for another network"
@@ -239,11 +241,9 @@ def _static(file: Path, shape: list[int | str | None]) -> onnx.ModelProto:
             proto.SerializeToString(), options, providers=[CPU], disabled_optimizers=["ConvBNFusion", "ConvMulFusion"]
         )
         static = onnx.load(options.optimized_model_filepath)
+    static = onnx.shape_inference.infer_shapes(static)  # later opsets' operators would have no shapes as of opset 17
     known = {tensor.name: tensor for tensor in static.graph.initializer}
-    ranks = {
-        value.name: len(value.type.tensor_type.shape.dim)
-        for value in onnx.shape_inference.infer_shapes(static).graph.value_info
-    }
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in static.graph.value_info}
     for node in static.graph.node:
         if node.op_type == "Reshape" and node.input[1] in known:
             wanted = numpy_helper.to_array(known[node.input[1]]).copy()
@@ -259,6 +259,7 @@ def _static(file: Path, shape: list[int | str | None]) -> onnx.ModelProto:
             del node.attribute[:]
             node.attribute.extend(kept)
     _as_opset_17_(static)
+    spell_out_(static)
     return static
 
 
