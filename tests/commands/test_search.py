@@ -33,11 +33,12 @@ from compress.commands.search.measures import MEASURES, limits
 from compress.commands.search.page import write_page
 from compress.commands.search.run import open_boards, own_gpu, pick, work
 from compress.commands.search.show import means
-from compress.commands.search.space import Search, grid, probes
+from compress.commands.search.space import Search, axes, grid, probes
 from compress.commands.search.trial import Crashed, Refused, Setup, open_setup
 from compress.errors import CompressError
 from compress.recipe import strict_yaml
 from compress.recipe.schema import Recipe
+from compress.run import open_run
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((*ROOT.glob("recipes/studies/*.yaml"), *ROOT.glob("recipes/search/*.yaml")))
@@ -511,6 +512,19 @@ def test_a_place_to_publish_to_without_a_pick_is_refused_before_a_trial_runs(tmp
     setup = open_setup(written(tmp_path), data=None, weights=None, out=str(tmp_path), trust_code=False)
     with pytest.raises(CompressError, match=r"--to .*: say which trial with --pick LIMITS"):
         search_run.search(setup, storage=None, picked=None, to=tmp_path / "published", verbose=False)
+
+
+def test_a_pick_is_judged_by_images_that_no_trial_saw(tmp_path: Path) -> None:
+    path = written(tmp_path, set=["data.limit_per_class=null"])
+    setup = open_setup(path, data=None, weights=None, out=str(tmp_path), trust_code=True)
+    point = {axis.name: axis.values()[0] for axis in axes(setup.search)}
+    choosing, judging = (
+        open_run(setup.recipe(point, mode="full", further=further), trust_code=True, verbose=False).dataset
+        for further in ([], ["data.judge_by=validation"])
+    )
+    assert set(choosing.validation_digests()).isdisjoint(judging.validation_digests())
+    assert len(choosing.train) + len(choosing.val) == len(judging.train)
+    assert setup.recipe(point, mode="full").data.judge_by == "tuning"
 
 
 def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
