@@ -61,7 +61,7 @@ def test_the_folder_gives_the_pixels_that_the_run_has_judged_by(tmp_path: Path, 
     done = CliRunner().invoke(app, ["export-data", str(run), str(tmp_path / "out")], catch_exceptions=False)
     opened = open_dataset(data_settings(read_recipe(run / "recipe.yaml")), STILL)
     assert (
-        done.output
+        done.stdout
         == f"{tmp_path}/out: {len(opened.val)} validation images of {overrides[2][13:] if source == 'folder' else 'digits'}\n"
     )
     found = find_examples(tmp_path / "out", opened.preprocess, opened.classes)
