@@ -156,3 +156,20 @@ def test_inputs_that_are_not_finite_are_refused() -> None:
         model.get_parameter("0.bias")[0] = float("nan")
     with pytest.raises(CompressError, match=r"^2: its inputs are not finite"):
         input_covariances(model, images().split(32))
+
+
+def test_heads_leave_the_error_of_least_squares_in_their_output_projection() -> None:
+    model, batches = build("timm:test_vit", num_classes=5).eval(), torch.randn(2, 4, 3, 160, 160)
+    covariances = input_covariances(model, batches)
+    groups = find_groups(model, batches[0, :1], "obs", exclude=["head"], covariances=covariances)
+    heads = next(group.scores for group in groups if group.root == "blocks.0.attn")
+    projection = model.get_submodule("blocks.0.attn.proj")
+    square, weight = (
+        covariances[projection].double(),
+        model.get_parameter("blocks.0.attn.proj.weight").detach().double(),
+    )
+
+    def without(gone: Sequence[int]) -> float:
+        return left_without([32 * head + place for head in gone for place in range(32)], square, weight)
+
+    assert heads.tolist() == pytest.approx(in_order(without, 2), rel=1e-3)
