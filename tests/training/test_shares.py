@@ -14,6 +14,7 @@ from networks import small
 from photographs import write_classes
 from safetensors.torch import load_file
 from several import ended, start
+from test_detection_chain import write_squares
 from torch import nn
 
 from compress.artifact import Meta, read_meta
@@ -121,6 +122,53 @@ def test_nine_images_on_two_ranks_are_nine_images_on_one(
         for a, b in zip(one_log, two_log, strict=True):
             del a["images_per_s"], b["images_per_s"]
             assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
+
+
+DETECTOR = """
+from networks import boxes
+from torch import nn
+
+def plain(classes):
+    model = boxes(classes)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, nn.Identity())
+    return model
+"""
+DETECTION = """
+name: shares
+task: detection
+target: cpu_avx2
+data: {dataset: imagefolder, path: FOLDER/data, image_size: 48, eval_batch_size: 4}
+model: {arch: "FOLDER/plain.py:plain"}
+stages:
+  - {stage: source, fit: {epochs: 2, batch_size: 5, lr: 0.002, clip_norm: 1.0}}
+  - stage: distill
+    fit: {epochs: 1, batch_size: 5, lr: 0.002, micro_batches: 2}
+    loss: [{name: cross_entropy}, {name: kd}, {name: boxes}]
+"""
+
+
+@pytest.mark.slow
+def test_a_detector_on_two_ranks_is_a_detector_on_one(tmp_path: Path) -> None:
+    """Images have no, one or two objects, so that the ranks' and micro-batches' losses are means over different numbers."""
+    write_squares(tmp_path / "data", "train", 11, 0)
+    write_squares(tmp_path / "data", "val", 7, 1)
+    (tmp_path / "plain.py").write_text(DETECTOR)
+    file = tmp_path / "shares.yaml"
+    file.write_text(DETECTION.replace("FOLDER", str(tmp_path)))
+    alone(file, tmp_path / "alone", until="distill")
+    together(file, tmp_path / "together", until="distill")
+    for stage in ("source", "distill"):
+        (one, one_meta, one_log), (two, two_meta, two_log) = (
+            made(file, tmp_path / out, stage) for out in ("alone", "together")
+        )
+        assert one_meta.key == two_meta.key
+        assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+        assert two_meta.metrics == pytest.approx(one_meta.metrics, rel=1e-3)
+        for a, b in zip(one_log, two_log, strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
 
 
 @pytest.mark.acceptance
