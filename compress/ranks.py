@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,8 @@ from export.command.main import CRASH, INTERRUPTED, MISTAKE
 from export.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
     from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
@@ -78,6 +80,20 @@ def first_decides(decide: Callable[[], T]) -> T:
     decision = [decide() if rank() == 0 else None]
     dist.broadcast_object_list(decision)
     return decision[0]  # type: ignore[return-value]
+
+
+def share_(tensors: Iterable["torch.Tensor"], group: "dist.ProcessGroup | None") -> None:
+    """Copy rank 0's tensors to every rank."""
+    barrier()  # rank 0 may have been busy for longer than the group's timeout
+    if ranks() > 1:
+        import torch
+        import torch.distributed as dist
+
+        for tensor in tensors:
+            plain = tensor.detach().contiguous()  # ranks may have different memory formats
+            dist.broadcast(plain, 0, group=group)
+            with torch.no_grad():
+                tensor.copy_(plain)
 
 
 def gather(value: T) -> list[T]:

@@ -71,7 +71,7 @@ def _check_teacher(run: Run) -> None:
     """Print the given teacher's score on validation images; raise CompressError where it is no better than chance."""
     teacher, output = run.given_teacher(), run.task.output
     outputs, truths = [], []
-    for batch in run.validation(limit=TEACHER_IMAGES):
+    for batch in run.feed.validation(limit=TEACHER_IMAGES):
         with torch.no_grad():
             outputs.append(teacher(batch.images).float().cpu().numpy())
         truths.append(batch.targets.cpu().numpy())
@@ -94,7 +94,7 @@ def _rehearse(run: Run, chain: Recipe, sections: Sequence[StageSection], tried: 
     (_, teacher), (arch, student) = networks[0], networks[-1]
     _ = run.learned  # whose loss may take no weights
     for _, network in networks:
-        run.check_logits(network)
+        run.check(network, logits=True)
     for section in sections:
         if isinstance(section, PruneStage):
             _try_cut(student, section, run.of(chain))
@@ -136,7 +136,7 @@ def _networks(run: Run, chain: Recipe, sections: Sequence[StageSection]) -> list
         found = [("teacher", run.given_teacher(whole=True).cpu())]
     else:
         found = [(chain.model.arch, untrained(chain.model.arch))]
-        run.check_output(found[0][1])
+        run.check(found[0][1], logits=False)
     for section in chain.stages:
         if isinstance(section, StudentStage):
             fresh = section in sections

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.batches import Batch
+from compress.data.feed import as_numpy
 from compress.errors import CompressError
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, prepare
 from compress.quant.rows import GroupRow
 from compress.quant.sensitivity import sensitivity
 from compress.recipe import stages
-from compress.run import Run, as_numpy
+from compress.run import Run
 from export.images.size import Shape, size_of
 from export.names import CLASSES_KEY, PREPROCESS_KEY, SCORE_KEY, TARGET_KEY, TASK_KEY
 from export.onnx_file.graph import save_model, to_float16
@@ -56,7 +57,7 @@ def metadata_of(run: Run, *, score: float, target: Target) -> dict[str, str]:
 def write_float16(fp32: Path, path: Path, run: Run) -> tuple[str, ...]:
     """Write an FP32 file as FP16; return the modules that stay in float32, as their values exceed half precision."""
     model = onnx.load(fp32)
-    keep = overflowing(model, (images for images, _ in as_numpy(run.calibration(RANGE_IMAGES))))
+    keep = overflowing(model, (images for images, _ in as_numpy(run.feed.calibration(RANGE_IMAGES))))
     save_model(to_float16(model, keep), path)
     return tuple(dict.fromkeys(map(module_of, keep)))
 
@@ -119,7 +120,7 @@ def score_file(path: Path, run: Run, batches: Iterator[Batch], *, optimize: bool
 
 def tuning_score(path: Path, run: Run, *, optimize: bool) -> Score:
     """Score a file on the tuning images; keep the evidence for its divergence from another file."""
-    batches = as_numpy(run.tuning())
+    batches = as_numpy(run.feed.tuning())
     return score_files({path.stem: path}, batches, run.task.output, optimize=optimize, keep_evidence=True)[path.stem]
 
 
@@ -142,7 +143,7 @@ def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], Ratio 
 
 def worst_first(prepared: nn.Module, run: Run, *, images: int) -> tuple[GroupRow, ...]:
     """Return every layer's sensitivity, the worst first, measured on at most `images` calibration images."""
-    batches = list(run.calibration(min(SENSITIVITY_IMAGES, images), labelled=True))
+    batches = list(run.feed.calibration(min(SENSITIVITY_IMAGES, images), labelled=True))
     truths = torch.cat([batch.targets for batch in batches])
 
     def rows(outputs: Tensor) -> Tensor:

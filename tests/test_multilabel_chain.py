@@ -126,7 +126,7 @@ def test_a_sampler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert section.stage == "source"
     assert section.fit is not None
     with pytest.raises((CompressError, DataError), match=r"data\.balance: .* one label each"):
-        next(iter(run.training(section.fit, 0, 0)))
+        next(iter(run.feed.training(section.fit.batch_size, epoch=0, view=0)))
     labels = run.dataset.train.labels
     assert labels.shape == (96, 10)
     assert np.isin(labels.numpy(), (0, 1)).all()

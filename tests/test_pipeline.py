@@ -19,6 +19,7 @@ from compress import pipeline
 from compress.artifact import finish, is_complete, read_meta
 from compress.commands.clean import leftovers
 from compress.data.batches import Batch
+from compress.data.feed import Feed
 from compress.errors import ArtifactError, CompressError
 from compress.logs.stage_log import StageLog
 from compress.pipeline import plan_recipe, run_recipe, run_stage
@@ -28,7 +29,6 @@ from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import QatStage
 from compress.report.shape import Report
-from compress.run import Run
 from compress.stages import prune, qat
 from export.bundle.read import read_bundle
 from export.check.__main__ import check_bundle
@@ -103,7 +103,7 @@ def test_the_reported_accuracy_is_the_files_own_in_onnx_runtime(finished: Path) 
     bundle = read_bundle(finished / "small" / "bundle")
     session = onnxruntime.InferenceSession(bundle.files["student_int8"], providers=["CPUExecutionProvider"])
     right = total = 0
-    for images, labels, *_ in run_.validation():
+    for images, labels, *_ in run_.feed.validation():
         (logits,) = session.run(None, {"input": images.contiguous(memory_format=torch.contiguous_format).numpy()})
         right, total = right + int((logits.argmax(1) == labels.numpy()).sum()), total + len(labels)
     row = next(row for row in report(finished)["deployed"] if row["name"] == "student_int8")
@@ -463,13 +463,13 @@ def test_large_images_are_not_all_loaded_to_be_reconstructed_from(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[int] = []
-    calibration = Run.calibration
+    calibration = Feed.calibration
 
-    def counted(run: Run, images: int, *, labelled: bool = False) -> Iterator[Batch]:
+    def counted(feed: Feed, images: int, *, labelled: bool = False) -> Iterator[Batch]:
         loaded.append(images)
-        return calibration(run, images, labelled=labelled)
+        return calibration(feed, images, labelled=labelled)
 
-    monkeypatch.setattr(Run, "calibration", counted)
+    monkeypatch.setattr(Feed, "calibration", counted)
     monkeypatch.setattr(reconstruction, "MAX_BYTES", 1)
     assert run(copied, "prune.criterion=l2", until="prune") == 0
     assert loaded[-1] == reconstruction.JUDGED

@@ -27,6 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import compress.data.dataset
 from compress.data.batches import Batch
+from compress.data.feed import Feed
 from compress.distillation.step import supervised_step
 from compress.logs.stage_log import StageLog, quiet_libraries
 from compress.models.architectures import build
@@ -132,10 +133,10 @@ def timed_run(run: Run, clock: Clock) -> Run:
     """Return the run with a clock on its batches and evaluations; the clock begins anew after the first evaluation."""
     evaluations = 0
 
-    class Timed(Run):
-        def training(self, settings: Fit, epoch: int, view: int) -> Iterator[Batch]:
+    class Timed(Feed):
+        def training(self, batch_size: int, *, epoch: int, view: int) -> Iterator[Batch]:
             clock.begin("steps")
-            batches = super().training(settings, epoch, view)
+            batches = super().training(batch_size, epoch=epoch, view=view)
             while True:
                 clock.begin("data")
                 batch = next(batches, None)
@@ -145,16 +146,17 @@ def timed_run(run: Run, clock: Clock) -> Run:
                 yield batch
             clock.end("steps")
 
-        def validation(self, *, limit: int | None = None, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        def validation(self, *, limit: int | None = None, shared: bool = False) -> Iterator[Batch]:
             nonlocal evaluations
             clock.begin("evaluation")
-            yield from super().validation(limit=limit, rank=rank, ranks=ranks)
+            yield from super().validation(limit=limit, shared=shared)
             clock.end("evaluation")
             evaluations += 1
             if evaluations == 1:
                 clock.clear()
 
-    return Timed(**{field.name: getattr(run, field.name) for field in fields(run)})
+    run.__dict__["feed"] = Timed(**{field.name: getattr(run.feed, field.name) for field in fields(Feed)})
+    return run
 
 
 @contextmanager
@@ -195,7 +197,7 @@ def measure(data: Path, source: str, image_size: int, options: argparse.Namespac
         clock.begin("model")
         return plain(model, batch, done)
 
-    ready = list(itertools.islice(run.training(settings, 0, 0), 4))
+    ready = list(itertools.islice(run.feed.training(settings.batch_size, epoch=0, view=0), 4))
     by_hand = partial(minimal_loop, run, settings, plain, ready, seconds)
     before = by_hand()
     model = build(options.arch, num_classes=len(run.dataset.classes), trust_code=False)

@@ -92,7 +92,7 @@ def open_study(run: Run, weights: Path, seed: int) -> Study:
     order = torch.randperm(min(8 * IMAGES, len(run.dataset.train)), generator=torch.Generator().manual_seed(seed))
     images, views = (
         torch.cat([batch.images for batch in batches])[order[:IMAGES]]
-        for batches in (run.calibration(len(order)), run.views(len(order)))
+        for batches in (run.feed.calibration(len(order)), run.feed.views(len(order)))
     )
     return Study(run, whole, images, views)
 

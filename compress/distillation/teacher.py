@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from compress.recipe.arguments import teachers_of
 from compress.recipe.losses import LossTerm
 from compress.recipe.stages import Fit
 from compress.run import Run
+from compress.tasks.predictions import LOGITS
 from export.command.files import key_of, sha256, write_json
 
 FORMAT = 1  # of the cached views; raise it when views are drawn in another way
@@ -65,11 +66,12 @@ def distil(
     before_step: Callable[[nn.Module, float], None] | None = None,
 ) -> nn.Module:
     """Train the student with the teacher of the artifact `src` and return it."""
-    task, run = run.learned, run.with_unlabelled()
+    task, images = run.learned, run.dataset.with_unlabelled
+    run = replace(run, opened=lambda: images)
     teaching = teach(run, src, terms, settings, log)
-    images = example_images(run.shape, run.device)
+    shown = example_images(run.shape, run.device)
     learner, step = distillation(
-        terms, task, student=student, teacher=teaching.teacher, images=images, seed=run.recipe.seed
+        terms, task, student=student, teacher=teaching.teacher, images=shown, seed=run.recipe.seed
     )
     return run.fit(learner, step, settings, log=log, phase=phase, views=teaching.views, before_step=before_step).student
 
@@ -82,7 +84,7 @@ def teach(run: Run, src: Path, terms: Sequence[LossTerm], settings: Fit, log: St
     if not needs_teacher(terms):
         return Teaching(no_teacher, None)
     asked = run.recipe.teaching
-    shape = run.output_shape
+    shape = run.task.output.output_shape(len(run.dataset.classes), run.dataset.preprocess.image_size)
     if asked.mode == "online" or needs_features(terms) or len(shape) > 1:  # maps and anchors would fill the disk
         return Teaching(online_teacher(run.teacher(src), terms), None)
     views = min(asked.views, settings.epochs)
@@ -114,7 +116,7 @@ class _CachedTeacher:
         facts = first_decides(lambda: _facts(run, lineage(src)[0]))
         classes, top_k = len(run.dataset.classes), run.recipe.teaching.top_k
         layout = Layout(len(run.dataset.train), classes, top_k if top_k and top_k < classes else None)
-        cache = LogitCache(Path(run.recipe.out) / "teacher-logits" / key_of(facts), layout)
+        cache = LogitCache(Path(run.recipe.out) / LOGITS / key_of(facts), layout)
         if run.rank == 0:
             cache.folder.mkdir(parents=True, exist_ok=True)
             write_json(cache.folder / "about.json", facts)
@@ -190,7 +192,7 @@ class _CachedTeacher:
 
     def batches(self, view: int, indices: torch.Tensor) -> Iterator[Batch]:
         """Yield one view's training images by index, without broken ones."""
-        return self.run.view(view, indices.split(self.run.recipe.data.eval_batch_size))
+        return self.run.feed.view(view, indices.split(self.run.recipe.data.eval_batch_size))
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:

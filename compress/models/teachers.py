@@ -14,6 +14,7 @@ from compress.models.digest import class_names, existing_file
 from compress.models.foreign import OnnxFile, rebuilt
 from compress.models.weights import load_weights_
 from export.errors import first
+from export.images.preprocess import Preprocess
 
 SMALLEST = 1e-12  # smallest probability before the logarithm, as a softmax in float32 has zeros
 NEAREST = 1e-6  # to 0 and 1 before a sigmoid's inverse; float32 has steps of 6e-8 below 1
@@ -26,6 +27,11 @@ class Seen:
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+def seen(preprocess: Preprocess) -> Seen:
+    """Return what a network sees by a bundle's preprocessing."""
+    return Seen(preprocess.image_size, preprocess.mean, preprocess.std)
 
 
 class Member(nn.Module):

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from compress.artifact import Metrics, newest
+from compress.data.feed import as_numpy
 from compress.recipe.stages import BenchStage
-from compress.run import Run, as_numpy
+from compress.run import Run
 from export.bench import Plan, bench
 from export.command.files import write_json
 from export.images.decode import BrokenImage
@@ -32,7 +33,7 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
     files = files_in(exported)
     name, task = deployed(files, run.target), run.task.output
     with run.log(out, "bench") as log:
-        scored = score_files(files, as_numpy(run.validation()), task)
+        scored = score_files(files, as_numpy(run.feed.validation()), task)
         scores = accuracy(scored, reference="student_fp32")
         # Their times and scores decide in the report which of the INT8 files is served.
         rivals = [path for file, path in files.items() if file in (TEACHER, name, PTQ)]

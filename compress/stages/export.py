@@ -10,12 +10,13 @@ import onnx
 from torch import fx
 
 from compress.artifact import Metrics, float_ancestor, lineage, newest, read_meta
+from compress.data.feed import as_numpy
 from compress.logs.stage_log import StageLog
 from compress.models.saved import example_images, load_float, load_prepared
 from compress.quant.prepare import deploy, float_on_purpose, prepare
 from compress.quant.reference import reference_of
 from compress.recipe.stages import AuditLimits, ExportStage
-from compress.run import Run, as_numpy
+from compress.run import Run
 from compress.scoring import RANGE_IMAGES, export_network, write_float16
 from export.audit import Audit, audit, over_limits
 from export.command.files import write_json
@@ -81,7 +82,7 @@ def apply(cfg: ExportStage, src: Path, out: Path, run: Run) -> Metrics:
 def _write_golden_images(path: Path, run: Run, *, limit: int) -> None:
     """Write validation images, spread over the set: `images`, uint8 or uint16 (n, height, width, channels) as decoded, and `truths`."""
     preprocess, pixel = run.dataset.preprocess, run.dataset.preprocess.pixel
-    images, truths = zip(*as_numpy(run.validation(limit=limit)), strict=True)
+    images, truths = zip(*as_numpy(run.feed.validation(limit=limit)), strict=True)
     mean, std = (np.array(part, np.float32) for part in (preprocess.mean, preprocess.std))
     pixels = (np.concatenate(images).transpose(0, 2, 3, 1) * std + mean) * pixel.largest
     np.savez(path, images=np.rint(pixels).astype(pixel.dtype), truths=np.concatenate(truths))
@@ -137,7 +138,7 @@ def _write_float16(cfg: ExportStage, out: Path, run: Run) -> str:
     """Write the FP16 file unless its outputs are not finite; return a note, empty where everything is in float16."""
     path = out / f"{FP16}.onnx"
     kept = write_float16(out / f"{FP32}.onnx", path, run)
-    seen = itertools.chain(run.calibration(RANGE_IMAGES), run.validation(limit=cfg.golden_images))
+    seen = itertools.chain(run.feed.calibration(RANGE_IMAGES), run.feed.validation(limit=cfg.golden_images))
     if not is_finite(path, (images for images, _ in as_numpy(seen))):
         path.unlink()
         return f"{FP16} is left out: its outputs are not finite, although {len(kept)} modules stay in float32"
@@ -166,7 +167,7 @@ def _verify(
     return {
         name: verify(
             files[name],
-            as_numpy(run.validation(limit=cfg.verify_images)),
+            as_numpy(run.feed.validation(limit=cfg.verify_images)),
             reference_of(trained[name]) if name in trained else None,
             task=run.task.output,
         )

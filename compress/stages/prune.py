@@ -16,7 +16,7 @@ from compress.distillation.step import supervised_step
 from compress.distillation.teacher import distil
 from compress.errors import CompressError
 from compress.logs.stage_log import StageLog
-from compress.models.saved import example_images, read_architecture, save_network
+from compress.models.saved import example_images, load_float, read_architecture, save_network
 from compress.models.structure import classifier, width_cost
 from compress.pruning.branches import find_branches
 from compress.pruning.costs import measure_layers
@@ -33,7 +33,7 @@ from compress.pruning.recovery.reconstruction import (
     reconstruct,
 )
 from compress.pruning.surgeon import input_covariances
-from compress.ranks import first_decides
+from compress.ranks import first_decides, share_
 from compress.recipe.arguments import goal_of
 from compress.recipe.losses import KD_ONLY
 from compress.recipe.stages import PruneStage
@@ -48,7 +48,7 @@ TABLE = "latency-table"  # in the recipe's `out`, shared by all runs
 
 def apply(cfg: PruneStage, src: Path, out: Path, run: Run) -> Metrics:
     """Cut the network to its budget in one or several steps."""
-    model, goal = run.load(src), goal_of(cfg)
+    model, goal = place_(load_float(src, trust_code=run.trust_code), run.device), goal_of(cfg)
     images = example_images(run.shape, run.device)
     layers, before = measure_layers(model, images), run.measure(model)
     smallest = smallest_widths(find_groups(model, images, "random", exclude=_excluded(model, cfg)), cfg.min_keep)
@@ -109,7 +109,7 @@ class _Planner:
             _accumulate_gradients_(model, self.cfg, self.run)
         covariances = None
         if self.cfg.criterion in NEEDS_COVARIANCES:
-            batches = (batch.images for batch in self.run.calibration(self.cfg.score_images))
+            batches = (batch.images for batch in self.run.feed.calibration(self.cfg.score_images))
             covariances = input_covariances(model.eval(), batches)
         groups = find_groups(
             model, images, self.cfg.criterion, exclude=_excluded(model, self.cfg), covariances=covariances
@@ -179,12 +179,12 @@ def _reconstructed(
         started = time.monotonic()
         most = affordable_images(whole.eval(), example_images(run.shape, run.device))
         wanted = min(cfg.reconstruct_images * JUDGED // (JUDGED - 1), most)
-        images = torch.cat([batch.images for batch in run.calibration(wanted)])
-        views = torch.cat([batch.images for batch in run.views(min(cfg.reconstruct_images, most))])
+        images = torch.cat([batch.images for batch in run.feed.calibration(wanted)])
+        views = torch.cat([batch.images for batch in run.feed.views(min(cfg.reconstruct_images, most))])
         model, method = reconstruct(model.eval(), whole, kept, images, cfg.reconstruct, views=views)
         seconds = time.monotonic() - started
         log.note(f"weights reconstructed ({method}) from {len(images):,} images, without labels, in {seconds:.0f} s")
-    run.share_(model)
+    share_(model.state_dict().values(), run.group)
     return model
 
 
@@ -193,7 +193,7 @@ def _accumulate_gradients_(model: nn.Module, cfg: PruneStage, run: Run) -> None:
     placed = place_(copy.deepcopy(model), run.device).eval()
     placed.zero_grad()
     images = min(cfg.score_images, len(run.dataset.train))
-    for batch in run.calibration(images):
+    for batch in run.feed.calibration(images):
         loss = run.task.loss(placed(batch.images), batch.targets, label_smoothing=0.0)
         (loss * len(batch.targets) / images).backward()
     for own, other in zip(model.parameters(), placed.parameters(), strict=True):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.artifact import Metrics, read_meta
+from compress.data.feed import as_numpy
 from compress.errors import ModelError
 from compress.logs.stage_log import StageLog
 from compress.models.saved import ARCHITECTURE, WEIGHTS, example_images, load_float
@@ -32,7 +33,7 @@ from compress.quant.tuning import (
     until_one_holds,
 )
 from compress.recipe.stages import PtqStage
-from compress.run import Run, as_numpy
+from compress.run import Run
 from compress.scoring import (
     export_network,
     faster_than,
@@ -73,7 +74,7 @@ class Student:
 
     def calibration(self) -> Iterator[Tensor]:
         """Yield the calibration images."""
-        return (batch.images for batch in self.run.calibration(self.cfg.calibration_images))
+        return (batch.images for batch in self.run.feed.calibration(self.cfg.calibration_images))
 
     @cached_property
     def correction_images(self) -> Tensor:
@@ -105,7 +106,7 @@ def apply(cfg: PtqStage, src: Path, out: Path, run: Run) -> Metrics:
     with run.log(out, "ptq") as log:
         fp32 = work / "float.onnx"
         export_network(load_float(src, trust_code=run.trust_code), fp32, run, score=score, target=run.target)
-        reported = score_file(fp32, run, run.validation(limit=cfg.score_images), optimize=True)
+        reported = score_file(fp32, run, run.feed.validation(limit=cfg.score_images), optimize=True)
         baseline = tuning_score(fp32, run, optimize=True)
         log.note(
             f"float student in ONNX Runtime: {run.task.output.metric.title} {_percent(reported.score)} "
@@ -169,7 +170,7 @@ def _on_target(student: Student, target: Target) -> PtqTarget:
     trial = trial_of(results[chosen])
     reported = None if trial.keep_float else scores.get((trial.engine, trial.calibration))
     if reported is None:
-        images = student.run.validation(limit=student.cfg.score_images)
+        images = student.run.feed.validation(limit=student.cfg.score_images)
         reported = score_file(file_of(trial, work), student.run, images, optimize=runs_here(target))
     return PtqTarget(
         methods=rows,
@@ -194,7 +195,7 @@ def _by_onnxruntime(student: Student, target: Target, work: Path, keep_float: Co
 
 def _score(student: Student, target: Target, files: Files) -> dict[Name, Score]:
     """Score every file in ONNX Runtime on the same validation images; unoptimized where this machine is not the target."""
-    images = student.run.validation(limit=student.cfg.score_images)
+    images = student.run.feed.validation(limit=student.cfg.score_images)
     named = {path.stem: path for path in files.values()}
     found = score_files(named, as_numpy(images), student.run.task.output, optimize=runs_here(target))
     return {name: found[path.stem] for name, path in files.items()}
@@ -286,7 +287,7 @@ def _score_in_torch(model: nn.Module, cfg: PtqStage, run: Run) -> Score:
     """Score a network on validation images on the CPU."""
     batches = [
         (model(batch.images.cpu()).float().numpy(), batch.targets.cpu().numpy())
-        for batch in run.validation(limit=cfg.score_images)
+        for batch in run.feed.validation(limit=cfg.score_images)
     ]
     return score_of(run.task.output, *zip(*batches, strict=True))
 

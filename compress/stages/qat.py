@@ -79,7 +79,7 @@ class _Qat:
             read_architecture(self.src), target=target.name, ranges=cfg.ranges, keep_float=cfg.keep_float
         )
         model: nn.Module = place_(prepare_as(architecture, self._student()), run.device)
-        calibrate_(model, (batch.images for batch in run.calibration(cfg.calibration_images)), self.method)
+        calibrate_(model, (batch.images for batch in run.feed.calibration(cfg.calibration_images)), self.method)
         before = self._calibrated_alone(model)
         self.log.note(f"{target.name}: score after calibration by {self.method} alone {before['score']:.4f}")
 
@@ -95,7 +95,9 @@ class _Qat:
         model = distil(run, model, cfg.loss, settings, src=self.src, log=self.log, phase=phase, before_step=before_step)
         set_phase_(model, "round")
         if cfg.reestimate_batchnorm_images:
-            reestimate_batchnorm_(model, (batch.images for batch in run.calibration(cfg.reestimate_batchnorm_images)))
+            reestimate_batchnorm_(
+                model, (batch.images for batch in run.feed.calibration(cfg.reestimate_batchnorm_images))
+            )
         if cfg.max_drop is not None:
             trial = first_decides(lambda: self._best_trial(model, architecture))
             held, architecture = self._with_float(trial, model, architecture)
@@ -110,7 +112,9 @@ class _Qat:
     def _calibrated_alone(self, model: nn.Module) -> dict[str, float]:
         """Return the metrics of a calibrated network as the ptq stage would write it, its biases corrected."""
         assert isinstance(model, fx.GraphModule)
-        images = images_to_correct_with(batch.images for batch in self.run.calibration(self.cfg.calibration_images))
+        images = images_to_correct_with(
+            batch.images for batch in self.run.feed.calibration(self.cfg.calibration_images)
+        )
         return self.run.evaluate(corrected(model, images))
 
     def _student(self) -> nn.Module:
@@ -123,7 +127,7 @@ class _Qat:
         changed = replace(architecture, keep_float=(*architecture.keep_float, *trial.keep_float))
         prepared = prepare_as(changed, self._student())
         # Beside a layer in float there can be quantizers that were not trained: they keep the calibrated range.
-        images = (batch.images.cpu() for batch in self.run.calibration(self.cfg.calibration_images))
+        images = (batch.images.cpu() for batch in self.run.feed.calibration(self.cfg.calibration_images))
         calibrate_(prepared, images, self.method)
         known = prepared.state_dict()
         trained = {name: value for name, value in model.state_dict().items() if name in known}

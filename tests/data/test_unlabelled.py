@@ -1,6 +1,7 @@
 """Images without labels: beside labelled ones, and alone with a teacher."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_only_distillation_and_calibration_see_unlabelled_images(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = opened(digits, tmp_path, f"data.unlabelled={digits}/loose")
-    every = run.with_unlabelled().dataset.train
+    every = run.dataset.with_unlabelled.train
     assert f"{digits}/loose: " in capsys.readouterr().err
     assert len(run.dataset.train) + len(run.dataset.val) == 120
     assert len(every) == len(run.dataset.train) + 280, "those that are labelled or judged by count once"
@@ -107,7 +108,7 @@ def test_only_distillation_and_calibration_see_unlabelled_images(
     assert ["280 images without a label" in said for said in seen_without_label(run)] == [True]
     assert seen_without_label(opened(digits, tmp_path)) == []
     assert int((run.dataset.train.labels == UNLABELLED).sum()) == 0
-    assert sum(len(batch.targets) for batch in run.calibration(1000)) == len(every)
+    assert sum(len(batch.targets) for batch in run.feed.calibration(1000)) == len(every)
 
 
 def test_no_validation_image_is_seen_without_its_label_while_others_stand_in_for_it(
@@ -145,8 +146,10 @@ def test_a_loss_that_needs_every_label_is_refused(digits: Path, tmp_path: Path) 
 
 
 def test_mixing_gives_an_image_without_a_label_no_target(digits: Path, tmp_path: Path) -> None:
-    run = opened(digits, tmp_path, f"data.unlabelled={digits}/loose", "data.augment.mixup=1.0").with_unlabelled()
-    batch = next(run.training(run.recipe.stages[2].fit, 0, 0))  # type: ignore[union-attr, arg-type]
+    run = opened(digits, tmp_path, f"data.unlabelled={digits}/loose", "data.augment.mixup=1.0")
+    images = run.dataset.with_unlabelled
+    run = replace(run, opened=lambda: images)
+    batch = next(run.feed.training(run.recipe.stages[2].fit.batch_size, epoch=0, view=0))  # type: ignore[union-attr]
     assert batch.targets.sum(1).max() <= 1
     assert batch.targets.sum(1).min() < 0.5
 
@@ -220,6 +223,9 @@ def test_a_balanced_epoch_shows_every_class_as_often_and_repeats(digits: Path, t
     assert mixed[100:].sum() / mixed.sum() == pytest.approx(0.5)
     fit = run.recipe.stages[2].fit  # type: ignore[union-attr]
     assert fit is not None
-    first, again, later = (torch.cat([batch.targets for batch in run.training(fit, epoch, 0)]) for epoch in (0, 0, 1))
+    first, again, later = (
+        torch.cat([batch.targets for batch in run.feed.training(fit.batch_size, epoch=epoch, view=0)])
+        for epoch in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, later)

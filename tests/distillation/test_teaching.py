@@ -126,7 +126,7 @@ def test_a_cached_teacher_says_what_the_online_one_says_on_the_same_views(opened
     cached, network = taught(run, source, log), run.teacher(source)
     assert cached.views == 2
     for epoch in range(3):
-        for batch in run.training(FIT, epoch, epoch % 2):
+        for batch in run.feed.training(FIT.batch_size, epoch=epoch, view=epoch % 2):
             with torch.no_grad():
                 torch.testing.assert_close(cached.teacher(batch).logits, network(batch.images), rtol=2e-3, atol=2e-3)
 
@@ -197,7 +197,7 @@ def test_another_teacher_has_a_cache_of_its_own(opened: tuple[Run, Path, Path]) 
     taught(run, source, log)
     change_weights(source)
     cached, network = taught(run, source, log), run.teacher(source)
-    batch = next(run.training(FIT, 0, 0))
+    batch = next(run.feed.training(FIT.batch_size, epoch=0, view=0))
     with torch.no_grad():
         torch.testing.assert_close(cached.teacher(batch).logits, network(batch.images), rtol=2e-3, atol=2e-3)
 
@@ -210,7 +210,7 @@ def test_answers_that_are_stale_all_the_same_are_found_and_made_again(opened: tu
         path.write_bytes(bytes(content[20:] + content[:20]))  # every image has its neighbour's
     cached, network = taught(run, source, log), run.teacher(source)
     assert "teacher: the cached logits are not what the network computes now; they are made again" in notes(log)
-    batch = next(run.training(FIT, 0, 0))
+    batch = next(run.feed.training(FIT.batch_size, epoch=0, view=0))
     with torch.no_grad():
         torch.testing.assert_close(cached.teacher(batch).logits, network(batch.images), rtol=2e-3, atol=2e-3)
 

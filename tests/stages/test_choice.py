@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.data.batches import Batch
+from compress.data.feed import Feed
 from compress.data.split import sampled
 from compress.pipeline import plan_recipe, run_recipe
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
-from compress.run import Run, open_run
+from compress.run import open_run
 
 RECIPE = """
 name: choice
@@ -55,12 +56,12 @@ def test_other_validation_images_change_no_choice(tmp_path: Path, monkeypatch: p
     for stage in ("ptq", "qat"):  # time decides between engines, and differs from run to run
         monkeypatch.setattr(f"compress.stages.{stage}.faster_than", lambda *_: lambda _: None)
     before, *trained = chosen(tmp_path / "own")
-    validation = Run.validation
+    validation = Feed.validation
 
-    def negatives(run: Run, *, limit: int | None = None, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-        return (batch._replace(images=-batch.images) for batch in validation(run, limit=limit, rank=rank, ranks=ranks))
+    def negatives(feed: Feed, *, limit: int | None = None, shared: bool = False) -> Iterator[Batch]:
+        return (batch._replace(images=-batch.images) for batch in validation(feed, limit=limit, shared=shared))
 
-    monkeypatch.setattr(Run, "validation", negatives)
+    monkeypatch.setattr(Feed, "validation", negatives)
     after, *retrained = chosen(tmp_path / "other")
     assert before["score"] > after["score"] + 0.3  # the images that judge are other ones
     assert [row["score"] for row in before["methods"]] != [row["score"] for row in after["methods"]]
@@ -77,9 +78,9 @@ def test_the_tuning_split_is_training_images_of_every_class_by_seed(
     splits = []
     for seed in (0, 0, 1):
         run = open_run(recipe(tmp_path, f"seed={seed}"), trust_code=True, verbose=False)
-        images, labels = (torch.cat(parts) for parts in zip(*(batch[:2] for batch in run.tuning()), strict=True))
+        images, labels = (torch.cat(parts) for parts in zip(*(batch[:2] for batch in run.feed.tuning()), strict=True))
         assert torch.bincount(labels).tolist() == [10] * 10
-        trained = torch.cat([batch.images for batch in run.calibration(len(run.dataset.train))]).flatten(1)
+        trained = torch.cat([batch.images for batch in run.feed.calibration(len(run.dataset.train))]).flatten(1)
         assert all((trained == image).all(1).any() for image in images.flatten(1))
         splits.append(images)
     assert torch.equal(splits[0], splits[1])
@@ -117,7 +118,7 @@ def test_both_stages_take_the_best_calibration_and_not_the_first_that_holds(tmp_
     run_recipe(recipe(tmp_path), trust_code=True, until="source", verbose=False, command="compress run")
     source = plan_recipe(recipe(tmp_path))[0].directory
     run = open_run(recipe(tmp_path), trust_code=True, verbose=False)
-    images = torch.cat([batch.images for batch in run.calibration(64)])
+    images = torch.cat([batch.images for batch in run.feed.calibration(64)])
     save_file(
         with_an_outlier_channel(load_file(source / "weights.safetensors"), images), tmp_path / "planted.safetensors"
     )

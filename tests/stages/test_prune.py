@@ -37,7 +37,7 @@ def test_every_one_of_so_many_images_has_the_same_part_in_the_gradient(images: i
     run = open_small()
     model = small(10).eval()
     _accumulate_gradients_(model, PruneStage(stage="prune", keep_macs=0.5, score_images=images), run)
-    batches = list(run.calibration(images))
+    batches = list(run.feed.calibration(images))
     assert sum(len(batch.targets) for batch in batches) == min(images, len(run.dataset.train))
     loss = F.cross_entropy(
         model(torch.cat([batch.images for batch in batches])), torch.cat([batch.targets for batch in batches])

@@ -91,7 +91,7 @@ def test_a_rare_class_gains_recall(skewed: Path, tmp_path: Path) -> None:
         source.apply(section, None, out, run)
         network = load_float(out, trust_code=True).eval()
         rare, right = run.dataset.classes.index(str(RARE)), list[bool]()
-        for batch in run.validation():
+        for batch in run.feed.validation():
             with torch.inference_mode():
                 right += (network(batch.images).argmax(1) == rare)[batch.targets == rare].tolist()
         found[balance] = float(np.mean(right))

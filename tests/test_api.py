@@ -1,0 +1,71 @@
+"""The chain in three lines of Python, on a network of another package, as docs/python.md shows it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import compress
+from compress.errors import CompressError
+from compress.models.structure import count
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(40, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=10).eval()
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = (ROOT / "docs/python.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    exec(compile(code, "python.md", "exec"), {})
+    assert (tmp_path / "student.onnx").is_file()
+    assert "in float: []" in capsys.readouterr().out
+
+
+def test_a_pruned_network_costs_what_was_asked_and_the_given_one_stays(model: nn.Module, images: Tensor) -> None:
+    before = model(images[:2])
+    student = compress.prune(model, images, keep_macs=0.5)
+    assert 0.4 < count(student, (3, 48, 48)).macs / count(model, (3, 48, 48)).macs <= 0.5
+    assert torch.equal(model(images[:2]), before)
+
+
+def test_images_may_be_arrays_or_a_loader(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    loader = [(images[:20], torch.zeros(20)), (images[20:], torch.zeros(20))]
+    found = [compress.quantize(model, given) for given in (images, images.numpy(), loader)]
+    assert all(torch.equal(one(images[:4]), found[0](images[:4])) for one in found[1:])
+
+
+def test_a_float_file_gives_the_networks_outputs(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    compress.export(model, tmp_path / "float.onnx", images=images)
+    (outputs,) = onnxruntime.InferenceSession(tmp_path / "float.onnx").run(None, {"input": images[:4].numpy()})
+    np.testing.assert_allclose(outputs, model(images[:4]).detach().numpy(), atol=1e-4)
+
+
+def test_a_fraction_that_cannot_be_reached_is_refused(model: nn.Module, images: Tensor) -> None:
+    with pytest.raises(CompressError, match="keep_macs"):
+        compress.prune(model, images, keep_macs=0.001)
+
+
+def test_images_of_another_form_are_refused(model: nn.Module, images: Tensor) -> None:
+    with pytest.raises(CompressError, match=r"images: must be \(n, channels, height, width\), got \(3, 48, 48\)"):
+        compress.quantize(model, images[0])
+
+
+def test_the_import_takes_no_torch() -> None:
+    code = "import sys, compress; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
