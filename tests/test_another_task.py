@@ -124,7 +124,7 @@ stages:
   - {stage: source, fit: {epochs: 6, batch_size: 32, optimizer: adamw, lr: 0.01}}
   - {stage: prune, keep_macs: 0.7}
   - {stage: distill, fit: {epochs: 2, batch_size: 32, lr: 0.01}, loss: [{name: mse}, {name: cross_entropy}]}
-  - {stage: ptq, calibration_images: 64, methods: [minmax], neural_compressor: false}
+  - {stage: ptq, calibration_images: 64, methods: [minmax]}
   - {stage: qat, fit: {epochs: 1, batch_size: 32, lr: 0.001}, loss: [{name: mse}], calibration_images: 64}
   - {stage: export, verify_images: 64}
   - {stage: bench, seconds: 0.05, blocks: 6, batches: [1], threads: [1]}

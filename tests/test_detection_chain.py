@@ -37,7 +37,7 @@ stages:
   - stage: distill
     fit: {{epochs: 3, batch_size: 8, optimizer: adamw, lr: 0.002}}
     loss: [{{name: cross_entropy}}, {{name: kd}}, {{name: boxes}}, {{name: pkd, layers: [backbone.wide]}}]
-  - {{stage: ptq, calibration_images: 32, methods: [minmax], neural_compressor: false}}
+  - {{stage: ptq, calibration_images: 32, methods: [minmax]}}
   - {{stage: qat, fit: {{epochs: 1, batch_size: 8, lr: 0.0005}}, calibration_images: 32}}
   - {{stage: export, verify_images: 16, limits: {{max_float_fraction: 0.3}}}}
   - {{stage: bench, seconds: 0.05, blocks: 6, batches: [1], threads: [1]}}

@@ -32,7 +32,7 @@ stages:
   - {{stage: source, fit: {{epochs: 6, batch_size: 16, optimizer: adamw, lr: 0.01}}}}
   - {{stage: prune, keep_macs: 0.6, round_to: 4}}
   - {{stage: distill, fit: {{epochs: 2, batch_size: 16, lr: 0.01}}, loss: [{{name: cross_entropy}}, {{name: kd}}]}}
-  - {{stage: ptq, calibration_images: 32, methods: [minmax], neural_compressor: false}}
+  - {{stage: ptq, calibration_images: 32, methods: [minmax]}}
   - {{stage: qat, fit: {{epochs: 1, batch_size: 16, lr: 0.001}}, calibration_images: 32}}
   - {{stage: export, verify_images: 16}}
   - {{stage: bench, seconds: 0.05, blocks: 6, batches: [1], threads: [1]}}

@@ -25,7 +25,7 @@ stages:
   - {stage: source, fit: {epochs: 12, batch_size: 16, lr: 0.1}}
   - {stage: prune, keep_macs: 0.7}
   - {stage: distill, fit: {epochs: 3, batch_size: 16, lr: 0.02}}
-  - {stage: ptq, calibration_images: 64, methods: [minmax], neural_compressor: false}
+  - {stage: ptq, calibration_images: 64, methods: [minmax]}
   - {stage: export, verify_images: 16}
   - {stage: bench, seconds: 0.02, blocks: 6, batches: [1], threads: [1], image_sizes: [[16, 32]]}
 """

@@ -44,7 +44,7 @@ stages:
   - {stage: source, fit: {epochs: 4, batch_size: 32, lr: 0.05}}
   - {stage: prune, keep_macs: 0.6}
   - {stage: distill, fit: {epochs: 2, batch_size: 32, lr: 0.02}}
-  - {stage: ptq, calibration_images: 64, methods: [minmax], neural_compressor: false}
+  - {stage: ptq, calibration_images: 64, methods: [minmax]}
   - {stage: qat, fit: {epochs: 1, batch_size: 32, lr: 0.001}, calibration_images: 64}
   - {stage: export, verify_images: 64}
   - {stage: bench, seconds: 0.05, blocks: 6, batches: [1, 2], threads: [1]}

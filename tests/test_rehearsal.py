@@ -14,7 +14,7 @@ FILE = Path(__file__).with_name("refused.py")
 STAGES = {
     "prune": "{stage: prune, keep_macs: 0.5}",
     "distill": "{stage: distill, fit: {epochs: 1}}",
-    "ptq": "{stage: ptq, calibration_images: 32, methods: [minmax], neural_compressor: false}",
+    "ptq": "{stage: ptq, calibration_images: 32, methods: [minmax]}",
     "qat": "{stage: qat, fit: {epochs: 1, lr: 0.001}, calibration_images: 32}",
     "export": "{stage: export, verify_images: 8}",
 }

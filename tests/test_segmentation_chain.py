@@ -39,7 +39,7 @@ stages:
   - stage: distill
     fit: {{epochs: 2, batch_size: 8, optimizer: adamw, lr: 0.002}}
     loss: [{{name: cross_entropy}}, {{name: dice}}, {{name: kd}}, {{name: cwd, layers: [classifier]}}, {{name: pkd, layers: [mix]}}]
-  - {{stage: ptq, calibration_images: 32, methods: [minmax], neural_compressor: false}}
+  - {{stage: ptq, calibration_images: 32, methods: [minmax]}}
   - {{stage: qat, fit: {{epochs: 1, batch_size: 8, lr: 0.001}}, calibration_images: 32}}
   - {{stage: export, verify_images: 16}}
   - {{stage: bench, seconds: 0.05, blocks: 6, batches: [1], threads: [1]}}

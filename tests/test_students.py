@@ -20,7 +20,7 @@ from export.bundle.read import read_bundle
 NETWORKS = Path(__file__).with_name("networks.py")
 REST = """
       - {stage: distill, fit: {epochs: 2, batch_size: 32, lr: 0.05}}
-      - {stage: ptq, calibration_images: 64, methods: [minmax], neural_compressor: false}
+      - {stage: ptq, calibration_images: 64, methods: [minmax]}
       - {stage: export, verify_images: 64}
       - {stage: bench, seconds: 0.05, blocks: 6, batches: [1], threads: [1]}
 """

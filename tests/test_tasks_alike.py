@@ -32,7 +32,7 @@ stages:
   - {{stage: source, fit: {{epochs: 4, batch_size: 8, optimizer: adamw, lr: 0.005}}}}
 """
 REST = """
-      - {stage: ptq, calibration_images: 16, methods: [minmax], neural_compressor: false}
+      - {stage: ptq, calibration_images: 16, methods: [minmax]}
       - {stage: export, verify_images: 8, limits: {max_float_fraction: 0.5}}
       - {stage: bench, seconds: 0.05, blocks: 6, batches: [1], threads: [1]}
 """

@@ -223,7 +223,7 @@ class PtqStage(Section):
     """Training images that set the activations' ranges."""
     methods: Annotated[tuple[Method, ...], Field(min_length=1)] = ("minmax", "percentile", "entropy")
     """How ranges are chosen: the extremes, all but 0.001 % at each end, or least divergence; each method is measured, in this pipeline's quantizer and in ONNX Runtime's."""
-    neural_compressor: bool = True
+    neural_compressor: bool = False
     """Also measure neural-compressor's static quantization. Of all files that hold `max_drop` the fastest is kept; of equally fast ones,
     the one whose logits diverge least from the float student's (KL)."""
     max_drop: Drop = MAX_DROP

@@ -21,7 +21,7 @@ from export.gate.latency import Plan
 from export.images.read import read_pixels
 from export.runtime.session import open_session
 
-SHORT = ["distill.fit.epochs=6", "qat.fit.epochs=1", "ptq.methods=[minmax]", "ptq.neural_compressor=false"]
+SHORT = ["distill.fit.epochs=6", "qat.fit.epochs=1", "ptq.methods=[minmax]"]
 BRIEF = ["bench.seconds=0.05", "bench.blocks=6", "bench.batches=[1]", "bench.threads=[1]", "target=cpu_avx2"]
 
 

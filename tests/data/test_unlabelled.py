@@ -40,7 +40,7 @@ stages:
   - {{stage: source}}
   - {{stage: prune, keep_macs: 0.6, reconstruct_images: 64}}
   - {{stage: distill, fit: {{epochs: 2, batch_size: 32, lr: 0.02}}}}
-  - {{stage: ptq, calibration_images: 64, methods: [minmax], neural_compressor: false}}
+  - {{stage: ptq, calibration_images: 64, methods: [minmax]}}
   - {{stage: qat, fit: {{epochs: 1, batch_size: 32, lr: 0.001}}, calibration_images: 64}}
   - {{stage: export, verify_images: 32}}
   - {{stage: bench, seconds: 0.05, blocks: 6, batches: [1], threads: [1]}}

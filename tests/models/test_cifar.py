@@ -257,7 +257,7 @@ def test_a_distillation_recipe_runs_to_its_qat_on_a_stand_in_for_cifar(
 ) -> None:
     write_cifar(tmp_path, 100, 2, monkeypatch)
     overrides = [
-        *one_epoch("source.fit", "distill.fit"), "target=cpu_avx2", "ptq.methods=[minmax]", "ptq.neural_compressor=false",
+        *one_epoch("source.fit", "distill.fit"), "target=cpu_avx2", "ptq.methods=[minmax]",
         "ptq.calibration_images=32", "ptq.max_trials=1", "qat.calibration_images=32", "qat.fit.epochs=1",
     ]  # fmt: skip
     file = RECIPES / "cifar100" / "resnet56_resnet20.yaml"

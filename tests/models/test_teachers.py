@@ -35,7 +35,7 @@ stages:
   - {{stage: source}}
   - {{stage: student, arch: "{NETWORKS}:small"}}
   - {{stage: distill, fit: {{epochs: 2, batch_size: 32, lr: 0.05}}}}
-  - {{stage: ptq, calibration_images: 64, methods: [minmax], neural_compressor: false}}
+  - {{stage: ptq, calibration_images: 64, methods: [minmax]}}
   - {{stage: export, verify_images: 32}}
   - {{stage: bench, seconds: 0.05, blocks: 6, batches: [1], threads: [1]}}
 """

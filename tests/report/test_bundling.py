@@ -38,7 +38,7 @@ data: {dataset: digits, image_size: 16, limit_per_class: 20}
 model: {arch: "NETWORKS:small"}
 stages:
   - {stage: source, fit: {epochs: 1, batch_size: 32, lr: 0.05}}
-  - {stage: ptq, calibration_images: 32, methods: [minmax], neural_compressor: false}
+  - {stage: ptq, calibration_images: 32, methods: [minmax]}
   - {stage: export, verify_images: 32, golden_images: 5}
   - {stage: bench, seconds: 0.05, blocks: 6, batches: [1, 2], threads: [1, 2]}
 """.replace("NETWORKS", str(Path(__file__).parents[1] / "networks.py"))

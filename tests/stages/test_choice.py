@@ -27,7 +27,7 @@ data: {dataset: digits, image_size: 16, limit_per_class: 60}
 model: {arch: "NETWORKS:thin"}
 stages:
   - {stage: source, fit: {epochs: 3, batch_size: 32, lr: 0.05}}
-  - {stage: ptq, calibration_images: 64, methods: [minmax, percentile, entropy], neural_compressor: false}
+  - {stage: ptq, calibration_images: 64, methods: [minmax, percentile, entropy]}
   - {stage: qat, fit: {epochs: 1, batch_size: 32, lr: 0.1}, calibration_images: 64, max_drop: 0.0}
 """.replace("NETWORKS", str(Path(__file__).parents[1] / "networks.py"))
 

@@ -58,7 +58,8 @@ from compress.tasks import TASKS
 network = nn.Sequential(nn.Conv2d(8, 24, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 batch = Batch(torch.randn(9, 8, 96, 96).to(memory_format=torch.channels_last), torch.zeros(9, dtype=torch.int64))
 run = SimpleNamespace(
-    device=torch.device("cpu"), task=TASKS["classification"], dataset=SimpleNamespace(train=range(27)), calibration=lambda _: [batch] * 3
+    device=torch.device("cpu"), task=TASKS["classification"], dataset=SimpleNamespace(train=range(27)),
+    feed=SimpleNamespace(calibration=lambda _: [batch] * 3),
 )
 _accumulate_gradients_(network, PruneStage(stage="prune", keep_macs=0.5), run)
 assert all(parameter.grad is not None for parameter in network.parameters())

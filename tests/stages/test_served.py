@@ -25,7 +25,7 @@ data: {dataset: digits, image_size: 16}
 model: {arch: "NETWORKS:small", weights: WEIGHTS}
 stages:
   - {stage: source}
-  - {stage: ptq, calibration_images: 64, methods: [minmax], neural_compressor: false, max_drop: 0.02}
+  - {stage: ptq, calibration_images: 64, methods: [minmax], max_drop: 0.02}
   - {stage: export, verify_images: 32}
   - {stage: bench, batches: [1], threads: [1], providers: [cpu], seconds: 0.1, blocks: 6}
 """.replace("NETWORKS", str(Path(__file__).parents[1] / "networks.py"))
