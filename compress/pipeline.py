@@ -27,7 +27,7 @@ from compress.recipe.order import GIVES, TAKES
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import StageSection
 from compress.report.files import report_root, report_run, run_root
-from export.command.files import key_of
+from export.command.files import key_of, write_json
 from export.errors import did_you_mean
 from export.onnx_file.targets import resolve_target
 from export.runtime.environment import environment, fingerprint, runtime
@@ -35,6 +35,7 @@ from export.runtime.environment import environment, fingerprint, runtime
 if TYPE_CHECKING:
     from compress.run import Run
 
+PLANNED = "stages.json"  # in the run's folder: the directory of each stage, in order
 # Raised when a stage makes something else from the same settings.
 VERSIONS = {"source": 4, "student": 1, "prune": 11, "distill": 4, "ptq": 11, "qat": 13, "export": 14, "bench": 6}
 
@@ -83,6 +84,8 @@ def run_recipe(
         opened(recipe.log_to if rank() == 0 else (), recipe.name, root, settings) as sinks,
     ):
         made: set[Path] = set()
+        if rank() == 0 and not recipe.students:
+            write_json(root / PLANNED, [str(line.directory.resolve()) for line in plans[""]])
         if not all(line.cached for plan in plans.values() for line in plan):
             made = _make_missing(recipe, plans, trust_code=trust_code, verbose=verbose, tell=sinks.epoch)
         if rank() != 0:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from compress.artifact import read_meta
-from compress.pipeline import plan_recipe
+from compress.pipeline import PLANNED
 from compress.recipe.schema import Model, Recipe
 from compress.recipe.stages import StudentStage
-from export.errors import UserError
 from export.names import LOG_JSONL
 
 KEPT = 75.0  # percent of trials that go on
@@ -46,28 +45,26 @@ def is_hopeless(own: Course, finished: Iterable[Course]) -> bool:
     return pruner.prune(study, trial(own))
 
 
-def follow_distillation(recipe: Recipe, stages: Path) -> Callable[[], Course | None]:
-    """Return a function that reads the progress of a run's first distillation from its stages; None before the first epoch."""
+def follow_distillation(recipe: Recipe, run: Path) -> Callable[[], Course | None]:
+    """Return a function that reads the progress of a run's first distillation; None before the first epoch."""
     names = [section.stage for section in recipe.stages]
-    index = names.index("distill") if "distill" in names else 0
+    if "distill" not in names:
+        return lambda: None
+    index = names.index("distill")
     archs = [one.arch for one in (recipe.model, *recipe.stages[:index]) if isinstance(one, Model | StudentStage)]
-    found: list[Path] = []  # the folders of the stage before distillation and of distillation
 
     def read() -> Course | None:
-        if not any(stages.glob(f"*{index:02d}-distill-*")):
-            return None  # planning waits for the run, which reads the images first and caches their digest
-        with suppress(
-            UserError, OSError, ValueError
-        ):  # not there yet, just moved, or a line half written: try again later
-            if not found:
-                found.extend(line.directory for line in plan_recipe(recipe, stages=stages)[index - 1 : index + 1])
-            before, place = found
-            log = (place if place.exists() else place.with_name(f".{place.name}.partial")) / LOG_JSONL
-            cost = read_meta(before).metrics
-            epochs = [entry for entry in map(json.loads, log.read_text().splitlines()) if "epoch" in entry]
-            if epochs:
-                scores = [float(entry["score"]) for entry in epochs]
-                return Course(archs[-1], epochs[0]["epochs"], cost["macs_m"] or 0, cost["params_m"] or 0, scores)
-        return None
+        if not (run / PLANNED).exists():
+            return None  # the run still reads its images
+        before, place = (Path(path) for path in json.loads((run / PLANNED).read_bytes())[index - 1 : index + 1])
+        lines: list[str] = []
+        for folder in (place.with_name(f".{place.name}.partial"), place):
+            with suppress(FileNotFoundError):  # not there yet, or just renamed
+                lines = (folder / LOG_JSONL).read_text().splitlines(keepends=True)
+        epochs = [entry for line in lines if line.endswith("\n") and "epoch" in (entry := json.loads(line))]
+        if not epochs:
+            return None
+        cost, scores = read_meta(before).metrics, [float(entry["score"]) for entry in epochs]
+        return Course(archs[-1], epochs[0]["epochs"], cost["macs_m"] or 0, cost["params_m"] or 0, scores)
 
     return read

@@ -15,6 +15,7 @@ from compress.commands.search.measures import MEASURES, limits, measure, teacher
 from compress.commands.search.space import Point, Search, axes, probes, read_search
 from compress.data.teachers import foreign
 from compress.errors import CompressError, RecipeError
+from compress.pipeline import PLANNED
 from compress.recipe.read import read_recipe, write_recipe
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import DistillStage, PruneStage, QatStage
@@ -148,7 +149,8 @@ def _run(setup: Setup, board: Board, recipe: Recipe, taken: Taken) -> Report:
     made = _report(place)
     if made is not None and made["recipe"] == recipe.model_dump(mode="json"):
         return made  # the run of a killed worker finished
-    (place / REPORT_JSON).unlink(missing_ok=True)
+    for name in (REPORT_JSON, PLANNED):
+        (place / name).unlink(missing_ok=True)
     command = [sys.executable, "-m", "compress.cli", "run", str(file), "--stages", str(setup.folder / "stages")]
     command += ["--trust-code"] if setup.trust_code else []
     with (
@@ -170,7 +172,7 @@ def _watch(process: subprocess.Popen[bytes], setup: Setup, board: Board, recipe:
     The first seed's scores are stored with the trial, for comparison with later trials.
     """
     is_first = recipe.seed == setup.search.seeds[0]
-    follow = follow_distillation(recipe, setup.folder / "stages") if is_first else lambda: None
+    follow = follow_distillation(recipe, Path(recipe.out) / recipe.name) if is_first else lambda: None
     seen: Course | None = None
     while True:
         with suppress(subprocess.TimeoutExpired):
