@@ -22,7 +22,7 @@ from export.runtime.session import open_session
 
 INSTALL = (
     "serving needs KServe's Python SDK: python -m pip install kserve, "
-    "in a separate environment (docs/serving.md), because it needs an older protobuf"
+    "in a separate environment (docs/bundle.md), because it needs an older protobuf"
 )
 KEEP_ALIVE = 65  # seconds that an idle connection stays open: KServe's value, longer than most proxies'
 

@@ -34,7 +34,7 @@ TOO_SLOW = (-signal.SIGALRM, -signal.SIGXCPU) if sys.platform != "win32" else ()
 
 @dataclass(frozen=True)
 class Limits:
-    """The child's limits; docs/security.md has the numbers that sound files need."""
+    """The child's limits; docs/bundle.md has the numbers that sound files need."""
 
     memory_mb: int = 2048  # of address space, plus `memory_per_byte` for each byte of the largest file
     memory_per_byte: int = 8

@@ -71,7 +71,7 @@ def test_a_crash_of_the_pipeline_is_70_too(tmp_path: Path) -> None:
 
 
 def test_the_exit_code_of_a_crash_is_documented() -> None:
-    for page in ("README.md", "Makefile", "docs/gate.md", "docs/serving.md"):
+    for page in ("README.md", "Makefile", "docs/gate.md", "docs/bundle.md"):
         assert re.search(r"\b70\b[^.]*crash", (ROOT / page).read_text()), page
 
 

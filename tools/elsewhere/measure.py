@@ -1,4 +1,4 @@
-"""Tabulate what every runtime makes of a folder's files, against ONNX Runtime here; docs/elsewhere.md holds the result.
+"""Tabulate what every runtime makes of a folder's files, against ONNX Runtime here; docs/results.md holds the result.
 
 PYTHONPATH=tools:tests .venv/bin/python -m elsewhere.measure                two networks trained on digits, every target
 PYTHONPATH=tools:tests .venv/bin/python -m elsewhere.measure BUNDLE DATA    a bundle's (or an export directory's) files
