@@ -73,7 +73,7 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
 
 def seen_without_label(run: Run) -> list[str]:
     """Return a sentence on the images of `data.unlabelled`, for the report; none without them."""
-    more = len(run.with_unlabelled().dataset.train) - len(run.dataset.train)
+    more = len(run.dataset.with_unlabelled.train) - len(run.dataset.train)
     said = f"data.unlabelled: training with the teacher and calibration also saw {more:,} images without a label, no validation image among them"
     return [said] if more else []
 
