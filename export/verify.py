@@ -8,13 +8,14 @@ in float.
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
+from typing_extensions import TypedDict
 
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import require_sound, vet
@@ -28,7 +29,7 @@ from export.onnx_file.graph import OUTPUT as LOGITS
 from export.onnx_file.model_file import parse, precision
 from export.onnx_file.names import module_of
 from export.onnx_file.wiring import Wiring, wire
-from export.proof.distance import Distance
+from export.proof.distance import Distance, DistanceRow
 from export.proof.saturation import modules, saturates_here, saturation_possible
 from export.proof.submodels import IMAGES, Piece, exposed, pieces, quantized_tensors
 from export.runtime.intervals import mean_interval
@@ -43,14 +44,36 @@ Reference = Callable[[Floats], Mapping[str, Floats]]
 CHUNK = 8  # images per run; the tensors of a ResNet-50 at 224 pixels take 44 MB per image
 
 
-@dataclass(frozen=True)
-class Saturation:
+class Saturation(TypedDict):
     """A layer that this machine's kernels compute wrongly, because sums of two products exceed 16 bits."""
 
     layer: str
     max_lsb: int
     weight_sum: int
     values: float  # fraction of its outputs that differ by more than rounding
+
+
+class TensorRow(DistanceRow):
+    """One tensor's distance end to end; `local` is that of its own layers alone, run on the reference's inputs."""
+
+    name: str
+    layers: tuple[str, ...]
+    local: DistanceRow
+
+
+class VerifyRow(TypedDict):
+    """One file's entry of verify.json, as `Verification` has it."""
+
+    images: int
+    tensor_images: int
+    agreement: float
+    agreement_ci95: tuple[float, float]
+    score_reference: float | None
+    score: float | None
+    tensors: list[TensorRow]
+    first_divergence: str | None
+    saturation: tuple[Saturation, ...]
+    saturation_possible: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -62,7 +85,7 @@ class Tensor:
     accumulated: Distance
     local: Distance
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> TensorRow:
         """Return the tensor as a JSON value."""
         return {"name": self.name, "layers": self.layers, **self.accumulated.to_json(), "local": self.local.to_json()}
 
@@ -82,14 +105,10 @@ class Verification:
     saturation: tuple[Saturation, ...]
     saturation_possible: tuple[str, ...]
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> VerifyRow:
         """Return the verification as a JSON value."""
-        plain = {key: value for key, value in vars(self).items() if key != "tensors"}
-        return {
-            **plain,
-            "tensors": [tensor.to_json() for tensor in self.tensors],
-            "saturation": [asdict(layer) for layer in self.saturation],
-        }
+        tensors = [tensor.to_json() for tensor in self.tensors]
+        return VerifyRow(**{**vars(self), "tensors": tensors})  # type: ignore[typeddict-item]
 
 
 @dataclass
@@ -231,7 +250,12 @@ def summarize(
         tensors=tensors,
         first_divergence=next((tensor.name for tensor in tensors if tensor.local.diverges), None),
         saturation=tuple(
-            Saturation(module_of(layer), moved.max_lsb, possible[layer], moved.far / moved.values)
+            Saturation(
+                layer=module_of(layer),
+                max_lsb=moved.max_lsb,
+                weight_sum=possible[layer],
+                values=moved.far / moved.values,
+            )
             for probe in probes
             if (moved := probe.unoptimized_local).diverges
             for layer in probe.piece.layers
@@ -286,7 +310,7 @@ def as_text(found: Verification, metric: Metric) -> str:
         f"first tensor that diverges: {found.first_divergence or 'none'}",
         *(_blame(found) if found.first_divergence and not found.saturation else []),
         *(
-            f"{layer.layer}: saturates on this machine: {layer.values:.2%} of its values are wrong, by up to {layer.max_lsb} levels: "
+            f"{layer['layer']}: saturates on this machine: {layer['values']:.2%} of its values are wrong, by up to {layer['max_lsb']} levels: "
             "export for cpu_avx2 (7-bit weights)"
             for layer in found.saturation
         ),

@@ -211,15 +211,15 @@ def test_saturation_is_named_where_the_kernel_saturates(full: Path, monkeypatch:
     monkeypatch.setattr(verify_module, "open_session", without_vnni)
     monkeypatch.setattr(verify_module, "saturates_here", lambda: True)
     found = verify(full, [(images(16), None)], task=CLASSIFICATION)
-    assert [layer.layer for layer in found.saturation] == ["conv1"]
+    assert [layer["layer"] for layer in found.saturation] == ["conv1"]
     channels_last = np.abs(
         constant(quantized_network(127), "conv1.weight").transpose(0, 2, 3, 1).reshape(16, 27).astype(int)
     )
     assert (
-        found.saturation[0].weight_sum
+        found.saturation[0]["weight_sum"]
         <= (channels_last[:, ::2] + np.pad(channels_last, ((0, 0), (0, 1)))[:, 1::2]).max()
     )
-    assert found.saturation[0].values > 0.01
+    assert found.saturation[0]["values"] > 0.01
     assert found.first_divergence == "quantizer_conv1"
 
 
@@ -252,7 +252,7 @@ folder = Path(sys.argv[1])
 images = np.load(folder / "images.npy")
 for name in ("full", "seven"):
     found = verify(folder / f"{name}.onnx", [(images, None)], task=CLASSIFICATION)
-    print(name, saturates_here(), *(layer.layer for layer in found.saturation), found.first_divergence, sep=",")
+    print(name, saturates_here(), *(layer['layer'] for layer in found.saturation), found.first_divergence, sep=",")
     session = open_session((folder / f"{name}_conv1.onnx").read_bytes(), threads=1)
     np.save(folder / f"{name}_conv1.npy", session.run(None, {session.get_inputs()[0].name: images})[0])
 """

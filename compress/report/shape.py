@@ -9,6 +9,7 @@ from export.audit import Audit
 from export.runtime.end_to_end import EndToEnd
 from export.runtime.rows import AccuracyRow, MetricJson, TimingRow
 from export.tasks.task import Classes
+from export.verify import VerifyRow
 
 Verdict = Literal["pass", "fail", "partial"]  # partial: stopped before the recipe's end, so its targets are not judged
 Json = dict[str, Any]
@@ -28,46 +29,6 @@ class StageRow(TypedDict):
 
 class DeployedRow(TimingRow, AccuracyRow):
     """One file timed at one setting in ONNX Runtime, with its accuracy there, the same in all of the file's rows."""
-
-
-class Distance(TypedDict):
-    """Distance of one tensor of the file from the reference's, in levels of its grid (LSB) and in decibels."""
-
-    max_lsb: int
-    mean_lsb: float
-    differing: float
-    snr_db: float | None
-
-
-class TensorRow(Distance):
-    """One tensor's distance end to end; `local` is that of its own layers alone, run on the reference's inputs."""
-
-    name: str
-    local: Distance
-
-
-class SaturationRow(TypedDict):
-    """One layer whose 16-bit sums overflow on the verifying machine."""
-
-    layer: str
-    max_lsb: int
-    weight_sum: int
-    values: float
-
-
-class VerifyRow(TypedDict):
-    """One INT8 file in ONNX Runtime compared with its reference; tensors on the first `tensor_images` images."""
-
-    images: int
-    tensor_images: int
-    agreement: float
-    agreement_ci95: list[float]
-    score_reference: float | None
-    score: float | None
-    tensors: list[TensorRow]
-    first_divergence: str | None
-    saturation: list[SaturationRow]
-    saturation_possible: list[str]
 
 
 class Recommendation(TypedDict):

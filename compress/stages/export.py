@@ -206,6 +206,6 @@ def _note(log: StageLog, name: str, found: Audit, parity: Verification | None, o
             f"of {parity.images} images (95 % interval {low:.2%} to {high:.2%})"
         )
         for layer in parity.saturation:
-            log.note(f"{layer.layer}: saturates on this machine")
+            log.note(f"{layer['layer']}: saturates on this machine")
     for sentence in over:
         log.note(sentence)

@@ -10,9 +10,10 @@ from compress.report.judge.verdict import TOLERANCE, any_row, audited_name, targ
 from compress.report.numbers import UNKNOWN, heading, loss, percent, points, significant, times
 from compress.report.page.summary import metric
 from compress.report.page.table import Section, Table, bar, count, mark, strong
-from compress.report.shape import Report, TensorRow, VerifyRow
+from compress.report.shape import Report
 from export.audit import Audit
 from export.onnx_file.roles import PTQ, QAT, is_int8
+from export.verify import TensorRow, VerifyRow
 
 SCORED_IN = {"onnxruntime": "ONNX Runtime", "pytorch": "PyTorch"}
 TOP_GROUPS = 10
