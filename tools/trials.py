@@ -152,7 +152,7 @@ def accuracy_trials(before: Predictions) -> list[Row]:
     assert LIMITS.min_score_ratio is not None
     rows = []
     for name, needed, loss, churn in (
-        ("the same answers", None, 0.0, 0.0),
+        ("the same predictions", None, 0.0, 0.0),
         (f"{CHURN:.1%} change sides by chance", None, 0.0, CHURN),
         (f"{LOSS:.0%} of the images lost", TRIALS - 1, LOSS, 0.0),
         (f"{LOSS:.0%} lost, and {CHURN:.1%} change sides by chance", TRIALS - 1, LOSS, CHURN),
@@ -186,7 +186,7 @@ def latency_trials(served: Opener, reference: Opener, trials: int, progress: Cal
             beside[judge(found, limit, was="", now="", explained=None).status] += 1
             found, _ = compare(new, reference, plan, limit, then=then)
             ratio[judge(found, limit, was="", now="", explained=None).status] += 1
-        rows.append(Row(f"latency beside the old file: {name} slower", needed, beside))
+        rows.append(Row(f"latency against the old file: {name} slower", needed, beside))
         rows.append(Row(f"latency over the float file: {name} slower", needed, ratio))
     return rows
 

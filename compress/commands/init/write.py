@@ -192,7 +192,7 @@ def _estimated(folder: Folder, network: Network, model: nn.Module, clock: Clock)
     weights = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # GB; Linux counts in KB
     yield (
-        f"takes    about {_spoken(training + others)} here with nothing beside, {_spoken(training)} of them training; {peak:.1f} GB of memory or more, {max(10 * weights, 0.1):.1f} GB of disk; "
+        f"takes    about {_spoken(training + others)} on this machine if it is idle, {_spoken(training)} of them training; {peak:.1f} GB of memory or more, {max(10 * weights, 0.1):.1f} GB of disk; "
         f"INT8 for {host_target().name}"
     )
 
