@@ -15,7 +15,6 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from typing_extensions import TypedDict
 
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import require_sound, vet
@@ -29,7 +28,8 @@ from export.onnx_file.graph import OUTPUT as LOGITS
 from export.onnx_file.model_file import parse, precision
 from export.onnx_file.names import module_of
 from export.onnx_file.wiring import Wiring, wire
-from export.proof.distance import Distance, DistanceRow
+from export.proof.distance import Distance
+from export.proof.rows import Saturation, TensorRow, VerifyRow
 from export.proof.saturation import modules, saturates_here, saturation_possible
 from export.proof.submodels import IMAGES, Piece, exposed, pieces, quantized_tensors
 from export.runtime.intervals import mean_interval
@@ -42,38 +42,6 @@ Reference = Callable[[Floats], Mapping[str, Floats]]
 """Images (n, c, h, w) to `logits` and the float values of quantized tensors, by the quantizer's module path."""
 
 CHUNK = 8  # images per run; the tensors of a ResNet-50 at 224 pixels take 44 MB per image
-
-
-class Saturation(TypedDict):
-    """A layer that this machine's kernels compute wrongly, because sums of two products exceed 16 bits."""
-
-    layer: str
-    max_lsb: int
-    weight_sum: int
-    values: float  # fraction of its outputs that differ by more than rounding
-
-
-class TensorRow(DistanceRow):
-    """One tensor's distance end to end; `local` is that of its own layers alone, run on the reference's inputs."""
-
-    name: str
-    layers: tuple[str, ...]
-    local: DistanceRow
-
-
-class VerifyRow(TypedDict):
-    """One file's entry of verify.json, as `Verification` has it."""
-
-    images: int
-    tensor_images: int
-    agreement: float
-    agreement_ci95: tuple[float, float]
-    score_reference: float | None
-    score: float | None
-    tensors: list[TensorRow]
-    first_divergence: str | None
-    saturation: tuple[Saturation, ...]
-    saturation_possible: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from compress.quant.rows import Ptq
 from export.audit import Audit
+from export.proof.rows import VerifyRow
 from export.runtime.end_to_end import EndToEnd
 from export.runtime.rows import AccuracyRow, MetricJson, TimingRow
 from export.tasks.task import Classes
-from export.verify import VerifyRow
 
 Verdict = Literal["pass", "fail", "partial"]  # partial: stopped before the recipe's end, so its targets are not judged
 Json = dict[str, Any]

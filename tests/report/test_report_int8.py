@@ -28,8 +28,9 @@ from compress.report.page import summary, tables_int8
 from compress.report.page.html import render
 from compress.report.page.table import Strong, Table
 from compress.report.shape import Report
+from export.proof.rows import VerifyRow
 from export.tasks.paired import mcnemar
-from export.verify import Verification, VerifyRow
+from export.verify import Verification
 
 LIMITS = {"max_float_layers": 1, "max_float_fraction": 0.0001, "max_leftover_qdq": 0, "min_agreement": 0.99}
 

@@ -13,7 +13,7 @@ from compress.report.page.table import Section, Table, bar, count, mark, strong
 from compress.report.shape import Report
 from export.audit import Audit
 from export.onnx_file.roles import PTQ, QAT, is_int8
-from export.verify import TensorRow, VerifyRow
+from export.proof.rows import TensorRow, VerifyRow
 
 SCORED_IN = {"onnxruntime": "ONNX Runtime", "pytorch": "PyTorch"}
 TOP_GROUPS = 10
