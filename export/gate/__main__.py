@@ -1,7 +1,6 @@
 """`python -m export.gate BUNDLE`: fail a build whose bundle is worse than the accepted one."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from export.command.main import run
 from export.gate.checks import EXIT_CODES, Limits, Verdict
 from export.gate.commands import BASELINES, judge, update
 from export.gate.latency import Plan
-from export.gate.outputs import as_benchmark, as_json, as_junit, as_markdown, as_text
+from export.gate.outputs import as_json, as_junit, as_text
 from export.gate.subject import BrokenBundleError
 
 EXITS = "exit code 0: pass, 1: regression, 2: this run cannot tell, 3: broken bundle"
@@ -109,25 +108,15 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--batch", type=int, default=Plan.batch, help="images per run; likewise")
     found.add_argument("--junit", type=Path, help="also write the checks as JUnit XML")
-    found.add_argument(
-        "--benchmark-json", type=Path, help="also write numbers for github-action-benchmark (customSmallerIsBetter)"
-    )
     found.add_argument("--json", type=Path, help="also write as_json")
     return found
 
 
 def write_outputs(verdict: Verdict, arguments: argparse.Namespace) -> None:
-    """Write the requested files, and the summary page of a GitHub job."""
-    for path, text in (
-        (arguments.junit, as_junit),
-        (arguments.benchmark_json, as_benchmark),
-        (arguments.json, as_json),
-    ):
+    """Write the requested files."""
+    for path, text in ((arguments.junit, as_junit), (arguments.json, as_json)):
         if path:
             write_text(path, text(verdict))
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(summary).open("a", encoding="utf-8") as page:
-            page.write(as_markdown(verdict))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Metric:
+class Measured:
     """A number to plot over time; smaller is better."""
 
     name: str
@@ -58,7 +58,7 @@ class Verdict:
 
     title: str
     checks: tuple[Check, ...]
-    metrics: tuple[Metric, ...] = ()
+    metrics: tuple[Measured, ...] = ()
     notes: tuple[str, ...] = ()
     environment: dict[str, object] = field(default_factory=dict)
 

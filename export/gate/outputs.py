@@ -1,4 +1,4 @@
-"""The verdict as text for a terminal, as Markdown, as JUnit XML, and as numbers for github-action-benchmark."""
+"""The verdict as text for a terminal, as JUnit XML for a CI, and whole as JSON."""
 
 from dataclasses import asdict
 from xml.etree import ElementTree
@@ -30,27 +30,6 @@ def as_text(verdict: Verdict) -> str:
     ])  # fmt: skip
 
 
-def as_markdown(verdict: Verdict) -> str:
-    """Return the verdict for a job's summary page: the conclusion, the checks that did not pass, and all checks folded away."""
-    rows = [HEADER, ("---",) * len(HEADER), *(cells(check) for check in verdict.checks)]
-    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
-    return "\n".join([
-        f"### Gate: {verdict.title}",
-        "",
-        f"**{conclusion(verdict)}**",
-        "",
-        *(f"- **{check.name}** ({check.status}): {check.detail}" for check in verdict.not_passed()),
-        *(f"- {note}" for note in verdict.notes),
-        "",
-        "<details><summary>All checks</summary>",
-        "",
-        *lines,
-        "",
-        "</details>",
-        "",
-    ])  # fmt: skip
-
-
 def as_junit(verdict: Verdict) -> str:
     """Return a test suite with a case for each check: a regression is a failure, an inconclusive check an error."""
     suite = ElementTree.Element("testsuite", name=f"compression gate: {printable(verdict.title)}")
@@ -74,15 +53,6 @@ def junit_kind(check: Check) -> str | None:
     if check.status == "skipped":
         return "skipped"
     return {0: None, 1: "failure"}.get(EXIT_CODES[check.status], "error")
-
-
-def as_benchmark(verdict: Verdict) -> str:
-    """Return the numbers in github-action-benchmark's format `customSmallerIsBetter`."""
-    extra = f"{verdict.environment['cpu']}, {verdict.environment['cores']} cores"
-    return json_text([
-        {"name": f"{verdict.title}: {one.name}", "unit": one.unit, "value": one.value, "range": one.spread, "extra": extra}
-        for one in verdict.metrics
-    ])  # fmt: skip
 
 
 def as_json(verdict: Verdict) -> str:

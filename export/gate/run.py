@@ -9,7 +9,7 @@ import numpy as np
 
 from export.gate.accuracy import accuracy_checks
 from export.gate.baseline import Baseline, runtime_of
-from export.gate.checks import Check, Limits, Metric, Verdict
+from export.gate.checks import Check, Limits, Measured, Verdict
 from export.gate.facts import same_work
 from export.gate.hard import hard_checks
 from export.gate.latency import NEW, OTHER, Plan, compare, judge, opener, self_test
@@ -65,7 +65,7 @@ def gate(
 
 def judge_accuracy(
     subject: Subject, was: Baseline, data: Path | None, limit: float
-) -> tuple[list[Check], list[str], list[Metric]]:
+) -> tuple[list[Check], list[str], list[Measured]]:
     """Score the images and compare; return checks, notes and metrics."""
     place = data or (Path(was.data) if was.data else None)
     if was.predictions is None or place is None or (data is None and not place.exists()):
@@ -80,13 +80,13 @@ def judge_accuracy(
     return (
         checks,
         [*predictions.notes, *notes],
-        [Metric(f"{predictions.task.metric.title} error", "%", 100 * (1 - predictions.score))],
+        [Measured(f"{predictions.task.metric.title} error", "%", 100 * (1 - predictions.score))],
     )
 
 
 def judge_beside(
     subject: Subject, old: Subject, served: str, limit: float, plan: Plan, why: str | None
-) -> tuple[list[Check], list[Metric]]:
+) -> tuple[list[Check], list[Measured]]:
     """Time the new file and the old one interleaved."""
     new = opener(subject.bundle.files[served], subject.bundle.preprocess, plan)
     fit = self_test(new, plan, limit)
@@ -99,7 +99,7 @@ def judge_beside(
 
 def judge_ratio(
     subject: Subject, was: Baseline, limit: float, plan: Plan, why: str | None, *, same_graph: bool
-) -> tuple[list[Check], list[Metric]]:
+) -> tuple[list[Check], list[Measured]]:
     """Time the file and its float file, and compare their ratio with the baseline's; times of different days are not comparable."""
     then = was.latency
     if then is None:
@@ -127,7 +127,7 @@ def judge_ratio(
     found, timed = compare(new, float_file, plan, limit, then=earlier)
     ratio = found.ratio * earlier.ratio
     shown = f"{earlier.ratio:.3f} of {then.reference}", f"{ratio:.3f}"
-    metrics = [latency_metric(timed[NEW]), Metric(f"latency over {then.reference}", "ratio", ratio)]
+    metrics = [latency_metric(timed[NEW]), Measured(f"latency over {then.reference}", "ratio", ratio)]
     return [fit, judge(found, limit, was=shown[0], now=shown[1], explained=why)], metrics
 
 
@@ -151,14 +151,14 @@ def machine_note(was: Baseline, here: Environment) -> str:
     )
 
 
-def size_metrics(subject: Subject) -> list[Metric]:
+def size_metrics(subject: Subject) -> list[Measured]:
     """Return the served file's size and MACs."""
     facts = subject.now.files[subject.now.served]
-    work = [] if facts.macs is None else [Metric("multiply-accumulates", "M", facts.macs / 1e6)]
-    return [Metric("size", "MB", facts.bytes / 1e6), *work]
+    work = [] if facts.macs is None else [Measured("multiply-accumulates", "M", facts.macs / 1e6)]
+    return [Measured("size", "MB", facts.bytes / 1e6), *work]
 
 
-def latency_metric(timing: Timing) -> Metric:
+def latency_metric(timing: Timing) -> Measured:
     """Return the median of all runs, with the spread of the blocks' medians."""
     low, high = np.percentile(timing.block_ms, [5, 95])
-    return Metric("latency", "ms", timing.percentile(50), f"± {(high - low) / 2:.3f}")
+    return Measured("latency", "ms", timing.percentile(50), f"± {(high - low) / 2:.3f}")
