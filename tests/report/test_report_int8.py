@@ -250,7 +250,7 @@ def test_what_the_cut_lost_and_what_came_back_without_training_is_told(tmp_path:
     assert gain.sentences(report, summary.decimals(report))[0] in render(report, tmp_path)
     alone = build_report(tmp_path / "alone", ("source", "prune", "ptq", "export", "bench"))
     assert gain.recovered(alone, 2) == (
-        f"{expected} A short distillation would likely give back about 9.31\u00a0points (docs/recovery.md)."
+        f"{expected} A short distillation would likely give back about 9.31\u00a0points (docs/pruning.md)."
     )
     assert gain.recovered(build_report(tmp_path / "unpruned", ("source", "distill", "ptq", "qat", "export")), 2) is None
 

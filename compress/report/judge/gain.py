@@ -10,7 +10,7 @@ from export.tasks.paired import mcnemar
 
 SIGNIFICANT = 0.05
 NEAR = 0.97  # fraction of the wanted time from which on it counts as met
-DISTILLED = 0.25  # fraction of what a solve leaves lost that 4 epochs of distillation gave back: 0.7 of 2.5 points (docs/recovery.md)
+DISTILLED = 0.25  # fraction of what a solve leaves lost that 4 epochs of distillation gave back: 0.7 of 2.5 points (docs/pruning.md)
 
 
 def sentences(report: Report, digits: int) -> list[str]:
@@ -52,7 +52,7 @@ def recovered(report: Report, digits: int) -> str | None:
         return None
     more = ""
     if teacher > after and stage_section(report, "distill") is None:
-        more = f" A short distillation would likely give back about {loss(DISTILLED * (teacher - after))} (docs/recovery.md)."
+        more = f" A short distillation would likely give back about {loss(DISTILLED * (teacher - after))} (docs/pruning.md)."
     return (
         f"Pruning: teacher {percent(teacher, digits)}, as cut {percent(cut, digits)}, {percent(after, digits)} once recovered "
         f"without training or labels: {loss(teacher - after)} below the teacher.{more}"
