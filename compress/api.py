@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 
 from compress.errors import CompressError
 from compress.models.structure import classifier, width_cost
-from compress.pruning.costs import measure_layers
 from compress.pruning.goals import Goal
-from compress.pruning.plan import choose, cut_, find_groups, find_options, smallest_widths
+from compress.pruning.plan import choose, cut_, find_groups, smallest_widths
+from compress.pruning.planner import options_of
 from compress.pruning.recovery.reconstruction import affordable_images, kept_outputs, number_outputs, reconstruct
 from compress.pruning.surgeon import input_covariances
 from compress.quant.bias_correction import corrected, float_means, images_to_correct_with
@@ -53,20 +53,12 @@ def prune(model: nn.Module, images: Images, *, keep_macs: float, exclude: Sequen
         exclude=fixed,
         covariances=input_covariances(student, shown[: cfg.score_images].split(BATCH)),
     )
-    options = find_options(
-        groups,
-        measure_layers(student, example),
-        scope=cfg.scope,
-        round_to=cfg.round_to,
-        min_channels=smallest_widths(groups, cfg.min_keep),
-        branches=(),
-    )
+    smallest = smallest_widths(groups, cfg.min_keep)
+    options = options_of(student, groups, example, scope=cfg.scope, round_to=cfg.round_to, min_channels=smallest)
     shape = (example.shape[1], example.shape[2], example.shape[3])
     cost = width_cost(student, options.layers, "macs", shape)
-    full, least = (cost(*options.widths(options.removed(blocks))) for blocks in ([], options.blocks))
-    if least > goal.budget(full):
-        raise CompressError(goal.refusal(full, least))
-    cuts, numbered = choose(options, cost, goal.budget(full)), number_outputs(student)
+    budget = goal.budget(options.full(cost), least=options.least(cost))
+    cuts, numbered = choose(options, cost, budget), number_outputs(student)
     cut_(student, example, cuts)
     cut_(numbered, example, cuts)
     shown = shown[: affordable_images(whole, example)]

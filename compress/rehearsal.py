@@ -16,10 +16,9 @@ from compress.distillation.step import check_layers, check_smoothing, check_task
 from compress.errors import CompressError, ModelError, own_line
 from compress.models.saved import Architecture, example_images, rebuild
 from compress.models.structure import classifier, width_cost
-from compress.pruning.branches import find_branches
-from compress.pruning.costs import measure_layers
 from compress.pruning.latency.clock import Clock
-from compress.pruning.plan import cut_, find_groups, find_options, smallest_widths
+from compress.pruning.plan import cut_, find_groups, smallest_widths
+from compress.pruning.planner import options_of
 from compress.quant.prepare import prepare
 from compress.recipe.arguments import goal_of
 from compress.recipe.schema import Recipe
@@ -191,13 +190,14 @@ def _try_cut(model: nn.Module, cfg: PruneStage, run: Run) -> None:
     """Print which layers keep their width; raise CompressError where even the narrowest network misses the goal."""
     images, goal, exclude = example_images(run.shape), goal_of(cfg), (classifier(model), *cfg.exclude)
     groups = find_groups(model, images, "random", exclude=exclude)
-    options = find_options(
+    options = options_of(
+        model,
         groups,
-        measure_layers(model, images),
+        images,
         scope="local",
         round_to=cfg.round_to,
         min_channels=smallest_widths(groups, cfg.min_keep),
-        branches=find_branches(model, groups, run.shape) if cfg.blocks else (),
+        blocks=cfg.blocks,
     )
     narrowest = copy.deepcopy(model)
     cut_(narrowest, images, options.narrowest)
@@ -211,10 +211,7 @@ def _try_cut(model: nn.Module, cfg: PruneStage, run: Run) -> None:
             least = ratio.ratio * before if goal.is_fraction else least
     else:
         cost = width_cost(model, options.layers, goal.cost, run.shape)
-        before, least = (
-            cost(*options.widths(options.removed([]))),
-            cost(*options.widths(options.removed(options.blocks))),
-        )
+        before, least = options.full(cost), options.least(cost)
     cuts = {
         layer.name: cut
         for layer, cut in zip(options.layers, options.reach[0].sum(0).tolist(), strict=True)
@@ -226,8 +223,7 @@ def _try_cut(model: nn.Module, cfg: PruneStage, run: Run) -> None:
             f"prune: {len(fixed):,} of {len(cuts):,} layers keep their width, as their channels cannot be followed or reach an output or an "
             f"excluded layer: {first(fixed)}; the others can be cut to {least / before:.0%} of the {goal.cost}\n"
         )
-    if least > goal.budget(before):
-        raise CompressError(goal.refusal(before, least))
+    goal.budget(before, least=least)
 
 
 def _images(run: Run) -> torch.Tensor:

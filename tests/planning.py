@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.models.structure import width_cost
-from compress.pruning.costs import full_widths, measure_layers
-from compress.pruning.plan import Cut, Options, Scope, choose, find_groups, find_options, smallest_widths
+from compress.pruning import planner
+from compress.pruning.plan import Cut, Options, Scope, choose, find_groups, smallest_widths
 
 
 def options_of(
@@ -24,8 +24,8 @@ def options_of(
     images = torch.zeros(1, 3, size, size)
     criterion = "l2" if covariances is None else "obs"
     groups = find_groups(model, images, criterion, exclude=exclude, covariances=covariances)
-    layers = measure_layers(model, images)
-    return find_options(groups, layers, scope=scope, round_to=round_to, min_channels=smallest_widths(groups, 0.1))
+    smallest = smallest_widths(groups, 0.1)
+    return planner.options_of(model, groups, images, scope=scope, round_to=round_to, min_channels=smallest)
 
 
 def cuts_to(
@@ -41,4 +41,4 @@ def cuts_to(
 ) -> list[Cut]:
     options = options_of(model, size, exclude=exclude, scope=scope, round_to=round_to, covariances=covariances)
     cost = width_cost(model, options.layers, goal, (3, size, size))
-    return choose(options, cost, keep * cost(*full_widths(options.layers)))
+    return choose(options, cost, keep * options.full(cost))

@@ -74,3 +74,27 @@ class Bessel(Plain):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (n, num_classes)."""
         return super().forward(torch.special.i1(x))
+
+
+class Octave(Plain):
+    """Its convolution maps two resolutions to two, by slices of its weights."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.first, self.second = OctaveConv(3, 16, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (n, num_classes)."""
+        fine, coarse = self.first((x, F.avg_pool2d(x, 2)))
+        x = F.relu(self.second(F.relu(fine + F.interpolate(coarse, scale_factor=2.0))))
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+class OctaveConv(nn.Conv2d):
+    """Half of the outputs at each of two resolutions."""
+
+    def forward(self, maps: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return both resolutions."""
+        fine, coarse = (F.conv2d(x, half, padding=1) for x, half in zip(maps, self.weight.chunk(2), strict=True))
+        return fine, coarse

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import compress
 from compress.errors import CompressError
@@ -42,6 +43,44 @@ def test_a_pruned_network_costs_what_was_asked_and_the_given_one_stays(model: nn
     student = compress.prune(model, images, keep_macs=0.5)
     assert 0.4 < count(student, (3, 48, 48)).macs / count(model, (3, 48, 48)).macs <= 0.5
     assert torch.equal(model(images[:2]), before)
+
+
+class OctaveConv(nn.Conv2d):
+    """One resolution to two of half of the outputs, or two to one, by slices of its weights."""
+
+    def forward(self, fine: Tensor, coarse: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return (n, outputs, h, w), or two resolutions of it."""
+        if coarse is None:
+            upper, lower = self.weight.chunk(2)
+            return F.conv2d(fine, upper, padding=1), F.conv2d(F.avg_pool2d(fine, 2), lower, padding=1)
+        left, right = self.weight.chunk(2, 1)
+        return F.conv2d(fine, left, padding=1) + F.interpolate(F.conv2d(coarse, right, padding=1), scale_factor=2.0)
+
+
+class Octave(nn.Module):
+    """Two plain convolutions, an octave of two, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 3, padding=1))
+        self.split, self.join = (OctaveConv(16, 16, 3, padding=1, bias=False) for _ in range(2))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (n, 4)."""
+        fine, coarse = self.split(self.stem(x).relu())
+        out: Tensor = self.head(self.join(fine.relu(), coarse.relu()).mean((2, 3)))
+        return out
+
+
+def test_a_network_is_pruned_beside_layers_that_map_several_tensors(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = Octave().eval()
+    student = compress.prune(model, images, keep_macs=0.8)
+    assert [student.get_submodule(f"stem.{name}").out_channels for name in (0, 2)] == [16, 16]
+    assert count(student, (3, 48, 48)).macs <= 0.8 * count(model, (3, 48, 48)).macs
+    with pytest.raises(CompressError, match="as no layer can be cut"):
+        compress.prune(model, images, keep_macs=0.8, exclude=["stem.0"])
 
 
 def test_images_may_be_arrays_or_a_loader(model: nn.Module, images: Tensor, tmp_path: Path) -> None:

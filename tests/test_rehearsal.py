@@ -134,3 +134,10 @@ def test_a_goal_that_no_plan_reaches_is_refused_before_the_teacher_trains(
     with pytest.raises(CompressError, match=re.escape(f"prune: {said}")):
         run(recipe(tmp_path, "Plain", "prune"))
     assert not list((tmp_path / "refused").glob("0*"))
+
+
+def test_a_network_of_layers_that_map_several_tensors_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(
+        CompressError, match=r"keep_macs: 0\.5 of the macs cannot be reached, as no layer can be cut: leave prune out"
+    ):
+        run(recipe(tmp_path, "Octave", "prune", overrides=("prune.exclude=[second]",)))

@@ -14,12 +14,12 @@ import torch
 
 from compress.models.architectures import build
 from compress.models.structure import classifier, count
-from compress.pruning.costs import measure_layers
 from compress.pruning.goals import Goal
 from compress.pruning.latency.clock import Clock
 from compress.pruning.latency.search import open_latency
 from compress.pruning.latency.timings import Table
-from compress.pruning.plan import cut_, find_groups, find_options, smallest_widths
+from compress.pruning.plan import cut_, find_groups, smallest_widths
+from compress.pruning.planner import options_of
 from compress.scoring import Served
 from export.onnx_file.targets import CPU, host_target
 from export.runtime.conditions import Conditions
@@ -38,13 +38,8 @@ def study(name: str, keeps: tuple[float, ...], *, image_size: int, table: Path) 
     model = build(f"torchvision:{name}", num_classes=200, trust_code=False).eval()
     images = torch.zeros(1, 3, image_size, image_size)
     groups = find_groups(model, images, "l2", exclude=(classifier(model),))
-    options = find_options(
-        groups,
-        measure_layers(model, images),
-        scope="global",
-        round_to=8,
-        min_channels=smallest_widths(groups, 0.1),
-    )
+    smallest = smallest_widths(groups, 0.1)
+    options = options_of(model, groups, images, scope="global", round_to=8, min_channels=smallest)
     conditions = Conditions(CPU, 1, 1)
     served = Served(conditions, "int8", (3, image_size, image_size), host_target())
     with TemporaryDirectory() as folder:

@@ -22,7 +22,8 @@ from compress.pruning.criteria import NEEDS_COVARIANCES, NEEDS_GRADIENTS
 from compress.pruning.goals import Goal
 from compress.pruning.latency.search import Latency, open_latency
 from compress.pruning.latency.timings import Table
-from compress.pruning.plan import Cut, Options, choose, cut_, find_groups, find_options, smallest_widths
+from compress.pruning.plan import Cut, Options, choose, cut_, find_groups, smallest_widths
+from compress.pruning.planner import options_of
 from compress.pruning.recovery.reconstruction import Method, kept_outputs, number_outputs, reconstruct
 from compress.pruning.surgeon import input_covariances
 from compress.recipe.schema import Recipe
@@ -58,8 +59,7 @@ class Study:
         covariances = input_covariances(model, self.images[:256].split(32)) if criterion in NEEDS_COVARIANCES else None
         groups = find_groups(model, example, criterion, exclude=(classifier(model),), covariances=covariances)
         smallest = smallest_widths(groups, 0.1)
-        layers = measure_layers(model, example)
-        return find_options(groups, layers, scope="global", round_to=8, min_channels=smallest)
+        return options_of(model, groups, example, scope="global", round_to=8, min_channels=smallest)
 
     def score(self, network: nn.Module) -> float:
         """Return the accuracy in percent."""
@@ -113,7 +113,7 @@ def study_(study: Study, keeps: Sequence[float], criterion: str, seed: int, tabl
     """Print a line for each goal, and one for the same time where `table` is given."""
     options = study.options(criterion)
     cost = width_cost(study.whole, options.layers, "macs", study.run.shape)
-    full = cost(*full_widths(options.layers))
+    full = options.full(cost)
     with TemporaryDirectory() as folder:
         latency = None
         if table is not None:

@@ -38,22 +38,34 @@ class Layer:
 
 
 def measure_layers(model: nn.Module, images: torch.Tensor) -> list[Layer]:
-    """Run `images` (1, c, h, w) once and return every layer with parameters, in order of execution."""
+    """Run `images` (1, c, h, w) once and return every layer with parameters that maps one tensor to one, in order of execution."""
     found: dict[str, Layer] = {}
     names = {module: name for name, module in model.named_modules()}
 
-    def record(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        layer = _layer(names[module], module, inputs[0], output)
-        before = found.get(layer.name)  # a detector's head runs once per pyramid level
-        found[layer.name] = layer if before is None else replace(layer, macs=before.macs + layer.macs)
+    def record(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        tensors = one_to_one(inputs, output)
+        if tensors is not None:
+            layer = _layer(names[module], module, *tensors)
+            before = found.get(layer.name)  # a detector's head runs once per pyramid level
+            found[layer.name] = layer if before is None else replace(layer, macs=before.macs + layer.macs)
 
     kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
     hooks = [module.register_forward_hook(record) for module in names if isinstance(module, kinds)]
-    with torch.no_grad():
-        model(images)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return list(found.values())
+
+
+def one_to_one(inputs: tuple[object, ...], output: object) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return a layer's input and output; None for one that maps several tensors, as of octave convolutions, or none by position."""
+    (first, *others) = inputs or (None,)
+    if not isinstance(first, torch.Tensor) or not isinstance(output, torch.Tensor):
+        return None
+    return None if any(isinstance(other, torch.Tensor) for other in others) else (first, output)
 
 
 def macs(layers: Sequence[Layer], fixed: float = 0.0) -> WidthCost:

@@ -124,6 +124,14 @@ class Options:
             removed[index] = self.groups[index].channels
         return removed
 
+    def full(self, cost: WidthCost) -> float:
+        """Return the network's cost before any cut."""
+        return cost(*self.widths(self.removed([])))
+
+    def least(self, cost: WidthCost) -> float:
+        """Return the cost without all blocks."""
+        return cost(*self.widths(self.removed(self.blocks)))
+
     def cuts(self, blocks: Iterable[Block]) -> list[Cut]:
         """Return the cuts that remove some blocks."""
         channels: dict[int, list[int]] = {}

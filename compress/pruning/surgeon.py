@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Group
 
 from compress.errors import CompressError
-from compress.pruning.costs import is_output_cut
+from compress.pruning.costs import is_output_cut, one_to_one
 from compress.pruning.heads import Attention
 from compress.pruning.recovery.least_squares import SOLVED
 
@@ -36,8 +36,11 @@ def input_covariances(model: nn.Module, batches: Iterable[Tensor]) -> dict[nn.Mo
     centers: dict[nn.Module, Tensor] = {}  # large means would leave nothing of small variances in float32
     generator = torch.Generator().manual_seed(0)
 
-    def add(layer: SOLVED, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        found = inputs[0] if isinstance(layer, nn.Linear) else inputs[0].movedim(1, -1)
+    def add(layer: SOLVED, inputs: tuple[object, ...], output: object) -> None:
+        tensors = one_to_one(inputs, output)
+        if tensors is None:
+            return
+        found = tensors[0] if isinstance(layer, nn.Linear) else tensors[0].movedim(1, -1)
         rows = found.reshape(-1, found.shape[-1])
         chosen = torch.randint(len(rows), (min(len(rows), ROWS * len(found)),), generator=generator)
         rows = rows[chosen.to(rows.device)].float()

@@ -14,17 +14,16 @@ from torch import nn
 from compress.artifact import Metrics
 from compress.distillation.step import supervised_step
 from compress.distillation.teacher import distil
-from compress.errors import CompressError
 from compress.logs.stage_log import StageLog
 from compress.models.saved import example_images, load_float, read_architecture, save_network
 from compress.models.structure import classifier, width_cost
-from compress.pruning.branches import find_branches
 from compress.pruning.costs import measure_layers
 from compress.pruning.criteria import NEEDS_COVARIANCES, NEEDS_GRADIENTS
 from compress.pruning.goals import METRICS, UNITS, Goal
 from compress.pruning.latency.search import Attempt, Latency, open_latency
 from compress.pruning.latency.timings import Table
-from compress.pruning.plan import Cut, Options, choose, cut_, find_groups, find_options, smallest_widths, widths
+from compress.pruning.plan import Cut, Options, choose, cut_, find_groups, smallest_widths, widths
+from compress.pruning.planner import options_of
 from compress.pruning.recovery.reconstruction import (
     JUDGED,
     affordable_images,
@@ -114,23 +113,21 @@ class _Planner:
         groups = find_groups(
             model, images, self.cfg.criterion, exclude=_excluded(model, self.cfg), covariances=covariances
         )
-        options = find_options(
+        options = options_of(
+            model,
             groups,
-            measure_layers(model, images),
+            images,
             scope=self.cfg.scope,
             round_to=self.cfg.round_to,
             min_channels=self.smallest,
-            branches=find_branches(model, groups, self.run.shape) if self.cfg.blocks else (),
+            blocks=self.cfg.blocks,
         )
         if self.goal.cost == "latency":
             return self._within_time(model, images, options, number)
         full = self.before[METRICS[self.goal.cost]]
         assert full is not None
         cost = width_cost(model, options.layers, self.goal.cost, self.run.shape)
-        least = cost(*options.widths(options.removed(options.blocks)))
-        budget = self.goal.budget(full, step=number, steps=self.cfg.steps)
-        if least > budget:
-            raise CompressError(self.goal.refusal(full, least))
+        budget = self.goal.budget(full, least=options.least(cost), step=number, steps=self.cfg.steps)
         return choose(options, cost, budget)
 
     def metrics(self) -> Metrics:

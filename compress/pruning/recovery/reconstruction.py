@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
+from compress.pruning.costs import one_to_one
 from compress.pruning.recovery.least_squares import SOLVED, layer_rows, set_weight_matrix_, solve, weight_matrix
 
 ROWS = 16384  # output positions that a layer is solved from
@@ -163,12 +164,12 @@ def _survey(model: nn.Module, image: Tensor) -> tuple[list[str], dict[str, str],
     outputs: dict[int, tuple[str, Tensor]] = {}  # by id; keeping the tensor keeps its id unique
     largest = 1
 
-    def note_layer(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def note_layer(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         nonlocal largest
-        if inputs:  # the input was not passed by keyword
+        if (tensors := one_to_one(inputs, output)) is not None:
             calls[layers[module]] = calls.get(layers[module], 0) + 1
-            outputs[id(output)] = (layers[module], output)
-            largest = max(largest, inputs[0].numel() + output.numel())
+            outputs[id(output)] = (layers[module], tensors[1])
+            largest = max(largest, tensors[0].numel() + tensors[1].numel())
 
     def note_norm(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         if inputs and id(inputs[0]) in outputs:

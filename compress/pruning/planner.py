@@ -1,0 +1,31 @@
+"""All that can be cut from a network, as the prune stage, its rehearsal and the Python API plan it."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from compress.pruning.branches import find_branches
+from compress.pruning.costs import measure_layers
+from compress.pruning.plan import ChannelGroup, Options, Scope, find_options
+
+
+def options_of(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    images: Tensor,
+    *,
+    scope: Scope,
+    round_to: int,
+    min_channels: Mapping[str, int],
+    blocks: bool = False,
+) -> Options:
+    """Return what can be cut from a network that ran on `images` (1, c, h, w); `blocks` allows whole residual blocks too."""
+    _, channels, height, width = images.shape
+    return find_options(
+        groups,
+        measure_layers(model, images),
+        scope=scope,
+        round_to=round_to,
+        min_channels=min_channels,
+        branches=find_branches(model, groups, (channels, height, width)) if blocks else (),
+    )
