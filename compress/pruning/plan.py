@@ -178,7 +178,7 @@ def find_groups(
             continue
         scores = score(group, criterion)
         if surgeon is not None:
-            scores = _remaining_error(surgeon.channel_scores(group), scores)
+            scores = _remaining_error(surgeon.channel_scores(group, _unit(group)), scores)
         if scores is not None:
             groups.append(_describe(group, names, scores))
     for attention in find_attentions(model, images):
@@ -274,17 +274,21 @@ def _remaining_error(known: Tensor | None, importance: Tensor | None) -> Tensor 
 
 def _describe(group: Any, names: Mapping[nn.Module, str], scores: Tensor) -> ChannelGroup:
     channels = len(group[0].idxs)
-    touches, pattern, unit = [], [], 1
+    touches, pattern = [], []
     for item in group.items:
         module, output = item.dep.target.module, is_output_cut(item.dep.handler)
         pattern.append(f"{type(module).__name__}:{'out' if output else 'in'}")
         if module in names and isinstance(getattr(module, "weight", None), Tensor):
             touches.append((names[module], output, max(1, len(item.idxs) // channels)))
-        if isinstance(module, nn.Conv2d) and 1 < module.groups != module.in_channels:
-            unit = math.lcm(unit, module.groups)
-        if isinstance(module, nn.GroupNorm):
-            unit = math.lcm(unit, module.num_groups)
-    return ChannelGroup(names[group[0].dep.target.module], channels, unit, "|".join(pattern), tuple(touches), scores)
+    root = names[group[0].dep.target.module]
+    return ChannelGroup(root, channels, _unit(group), "|".join(pattern), tuple(touches), scores)
+
+
+def _unit(group: Any) -> int:
+    """Return the number of channels that leave at once, one of each group of a convolution or a normalization."""
+    modules = [item.dep.target.module for item in group.items]
+    grouped = [one.groups for one in modules if isinstance(one, nn.Conv2d) and 1 < one.groups != one.in_channels]
+    return math.lcm(*grouped, *(one.num_groups for one in modules if isinstance(one, nn.GroupNorm)))
 
 
 def _runnable(groups: list[ChannelGroup], model: nn.Module, images: Tensor) -> list[ChannelGroup]:

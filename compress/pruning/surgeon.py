@@ -4,7 +4,8 @@ If weights W (outputs, d) read inputs with covariance H (d, d) and lose the inpu
 tr(W_B [H⁻¹]_BB⁻¹ W_Bᵀ), and the corrected weights and H⁻¹ are known in closed form (Hassibi & Stork 1993, eq. 5; for sets of inputs
 Frantar & Alistarh 2022, OBC, eq. 5 and 6; for channels Kurtić et al. 2023, ZipLM, eq. 3 and 4). Here H covers a convolution's input
 channels only; the weights at each place of the kernel count as further outputs. H over channels and places ranks no better, at twelve
-times the cost (docs/decisions.md). An attention's head is the block of inputs that its output projection reads from it.
+times the cost (docs/decisions.md). A grouped convolution's outputs read the inputs of their own group only, so its WᵀW and H are block
+diagonal. An attention's head is the block of inputs that its output projection reads from it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +29,7 @@ STEPS = 32  # in which a group's channels are removed; the errors are computed a
 
 @torch.no_grad()
 def input_covariances(model: nn.Module, batches: Iterable[Tensor]) -> dict[nn.Module, Tensor]:
-    """Return the inputs' covariance (channels, channels) of each layer without groups, at random positions of batches (n, c, h, w).
+    """Return the inputs' covariance (channels, channels) of each layer that `_group_weights` knows, at random positions of batches (n, c, h, w).
 
     Raises CompressError if inputs are not finite.
     """
@@ -50,7 +51,7 @@ def input_covariances(model: nn.Module, batches: Iterable[Tensor]) -> dict[nn.Mo
         )
         sums[layer] = square + rows.T @ rows, total + rows.sum(0), n + len(rows)
 
-    small = [module for module in model.modules() if isinstance(module, SOLVED) and _weight(module) is not None]
+    small = [module for module in model.modules() if isinstance(module, SOLVED) and _group_weights(module) is not None]
     handles = [layer.register_forward_hook(add) for layer in small]
     try:
         for images in batches:
@@ -66,12 +67,17 @@ def input_covariances(model: nn.Module, batches: Iterable[Tensor]) -> dict[nn.Mo
     return {layer: square / n - torch.outer(total / n, total / n) for layer, (square, total, n) in sums.items()}
 
 
-def _weight(layer: SOLVED) -> Tensor | None:
-    """Return the weights as (outputs * kernel, inputs); None for a grouped layer or more than MAX_CHANNELS inputs."""
-    if getattr(layer, "groups", 1) > 1:
+def _group_weights(layer: SOLVED) -> Tensor | None:
+    """Return the weights as (groups, outputs of a group * kernel, inputs of a group).
+
+    None for depthwise layers, which pass their inputs on, grouped transposed ones, which keep their width, and over MAX_CHANNELS inputs.
+    """
+    groups, transposed = getattr(layer, "groups", 1), isinstance(layer, nn.ConvTranspose2d)
+    weight = layer.weight.detach().movedim(0 if transposed else 1, -1)  # (outputs, kernel, inputs of a group)
+    inputs = groups * weight.shape[-1]
+    if inputs > MAX_CHANNELS or (groups > 1 and (transposed or groups == inputs)):
         return None
-    weight = layer.weight.detach().movedim(0 if isinstance(layer, nn.ConvTranspose2d) else 1, -1).flatten(0, -2)
-    return None if weight.shape[1] > MAX_CHANNELS else weight
+    return weight.reshape(groups, -1, weight.shape[-1])
 
 
 @dataclass
@@ -110,20 +116,22 @@ class Surgeon:
         self.covariances = covariances
         self.known: dict[nn.Module, tuple[Tensor, Tensor, float]] = {}  # a layer can read several groups
 
-    def channel_scores(self, group: Group) -> Tensor | None:
+    def channel_scores(self, group: Group, unit: int) -> Tensor | None:
         """Return the remaining error of the layers behind without each channel and all less important ones, float32 (channels,).
 
-        The errors are fractions of the energy of the layers' outputs. None if no reader of the group has a known covariance.
+        The errors are fractions of the energy of the layers' outputs. `unit` channels leave together: those at the same place in each of
+        `unit` equal parts. None if no reader of the group has a known covariance.
         """
-        readers = []
+        readers, places = [], len(group[0].idxs) // unit
         for item in group.items:
             if is_output_cut(item.dep.handler) or None in item.root_idxs:
                 continue
-            inputs: list[list[int]] = [[] for _ in group[0].idxs]
+            inputs: list[list[int]] = [[] for _ in range(places)]
             for root, index in zip(item.root_idxs, item.idxs, strict=True):
-                inputs[root].append(index)
+                inputs[root % places].append(index)
             readers.append(self._reader(item.dep.target.module, inputs))
-        return _errors_in_order([reader for reader in readers if reader is not None], len(group[0].idxs))
+        scores = _errors_in_order([reader for reader in readers if reader is not None], places)
+        return None if scores is None else scores.repeat(unit)
 
     def head_scores(self, attention: Attention) -> Tensor | None:
         """Return the same for the heads of an attention, float32 (heads,)."""
@@ -146,9 +154,12 @@ class Surgeon:
 
     def _facts(self, layer: SOLVED) -> tuple[Tensor, Tensor, float]:
         """Return the weights' WᵀW, the inverse covariance of the inputs, both float64 (d, d), and the outputs' variance, summed."""
-        weight, square = _weight(layer), self.covariances[layer].double()
-        assert weight is not None  # else its covariance is not known
-        gram = weight.double().T @ weight.double()
+        weights, square = _group_weights(layer), self.covariances[layer].double()
+        assert weights is not None  # else its covariance is not known
+        blocks = weights.double().transpose(1, 2) @ weights.double()  # (groups, inputs of a group, inputs of a group)
+        gram = torch.block_diag(*blocks)
+        if len(blocks) > 1:
+            square = square * torch.block_diag(*torch.ones_like(blocks))
         damping = RIDGE * square.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(square + damping * torch.eye(len(square)).to(square)))
         facts = (gram, inverse, float((gram * square).sum()))

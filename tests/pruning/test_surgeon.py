@@ -135,9 +135,65 @@ def test_heads_are_scored_by_the_error_that_their_output_projection_keeps() -> N
     assert 1.0 <= float(heads.max()) < 1.05  # all of the energy, and the ridge's part
 
 
-def test_channels_that_only_a_grouped_layer_reads_compete_on_the_same_scale() -> None:
+def grouped() -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    first, reader = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2)
+    return nn.Sequential(first, nn.ReLU(), reader, nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+
+
+def test_channels_of_a_grouped_layer_leave_the_error_of_least_squares_in_each_group() -> None:
+    model = grouped()
+    covariances = input_covariances(model, [images()])
+    found = find_groups(model, images()[:1], "obs", exclude=("4",), covariances=covariances)
+    scores = {group.root: group.scores.tolist() for group in found}
+    reader, behind = (model.get_parameter(f"{name}.weight").detach().double() for name in (2, 4))
+    square = covariances[model[2]].double()
+    apart = square * torch.block_diag(torch.ones(4, 4), torch.ones(4, 4))  # a group's outputs read its inputs alone
+    whole = torch.zeros(8, 8, 3, 3).double()  # the same layer without groups
+    whole[:4, :4], whole[4:, 4:] = reader[:4], reader[4:]
+
+    def without_read(gone: Sequence[int]) -> float:
+        """Lose the same place of both groups, as pruning does."""
+        return left_without(
+            [place + half for place in gone for half in (0, 4)], apart, whole.movedim(1, -1).flatten(0, 2)
+        )
+
+    def without_made(gone: Sequence[int]) -> float:
+        every = [place + half for place in gone for half in (0, 4)]
+        return left_without(every, covariances[model[4]].double(), behind[:, :, 0, 0])
+
+    assert scores["0"] == pytest.approx(in_order(without_read, 4) * 2, rel=1e-3)
+    assert scores["2"] == pytest.approx(in_order(without_made, 4) * 2, rel=1e-3)
+
+
+def test_the_error_of_a_grouped_layer_is_what_each_groups_least_squares_leaves_on_the_images() -> None:
+    model = grouped()
+    covariances = input_covariances(model, [images()])
+    found = find_groups(model, images()[:1], "obs", exclude=("4",), covariances=covariances)
+    first = next(group for group in found if group.root == "0").scores[:4].argmin()
+    pixels = model[:2](images()).movedim(1, -1).flatten(0, 2).detach().double()
+    weight = model.get_parameter("2.weight").detach().double().movedim(1, -1)  # (8, 3, 3, 4)
+    left = []
+    for place in range(4):
+        error = energy = 0.0
+        for half in range(2):
+            inputs, taps = pixels[:, 4 * half : 4 * half + 4], weight[4 * half : 4 * half + 4].flatten(0, 2)
+            wanted = inputs @ taps.T
+            wanted = wanted - wanted.mean(0)
+            kept = inputs[:, [other for other in range(4) if other != place]]
+            kept = kept - kept.mean(0)
+            error += float((wanted - kept @ torch.linalg.lstsq(kept, wanted).solution).square().sum())
+            energy += float(wanted.square().sum())
+        left.append(error / energy)
+    assert int(first) == min(range(4), key=left.__getitem__)
+
+
+def test_channels_that_only_layers_too_wide_for_a_covariance_read_compete_on_the_same_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    monkeypatch.setattr("compress.pruning.surgeon.MAX_CHANNELS", 6)
     covariances = input_covariances(model.eval(), [images()])
     groups = {
         group.root: group.scores
