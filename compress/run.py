@@ -35,7 +35,6 @@ from export.images.size import Shape
 from export.onnx_file.targets import TARGETS, Target, resolve_target
 
 LOGIT_IMAGES = 8
-TUNING_IMAGES = 2000
 
 
 @dataclass(frozen=True)

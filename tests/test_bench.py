@@ -19,6 +19,7 @@ from export.onnx_file.model_file import inspect
 from export.onnx_file.targets import CPU, CUDA, TARGETS, host_target
 from export.runtime.accuracy import accuracy, score_files, score_of
 from export.runtime.environment import environment, fingerprint
+from export.runtime.intervals import clopper_pearson
 from export.runtime.memory import peak_memory_mb
 from export.runtime.rows import AccuracyRow, BenchJson, TimingRow
 from export.runtime.session import available_providers, bind, open_session, resize_input
@@ -102,11 +103,24 @@ def test_a_file_without_an_image_input_is_refused(tmp_path: Path, place: int, si
 def test_top1_and_agreement_by_hand() -> None:
     labels = np.array([0, 1, 2, 2])
     scores = {"float": answered(np.array([0, 1, 2, 0]), labels), "int8": answered(np.array([0, 2, 2, 0]), labels)}
+    intervals = {right: clopper_pearson(right, 4) for right in (2, 3, 4)}  # 0/1 values are counts
     assert accuracy(scores, reference="float") == {
         "float": AccuracyRow(
-            score=0.75, further={"top-5": None, "balanced accuracy": 2.5 / 3}, agreement=1.0, images=4
+            score=0.75,
+            further={"top-5": None, "balanced accuracy": 2.5 / 3},
+            agreement=1.0,
+            images=4,
+            score_ci95=intervals[3],
+            agreement_ci95=intervals[4],
         ),
-        "int8": AccuracyRow(score=0.5, further={"top-5": None, "balanced accuracy": 0.5}, agreement=0.75, images=4),
+        "int8": AccuracyRow(
+            score=0.5,
+            further={"top-5": None, "balanced accuracy": 0.5},
+            agreement=0.75,
+            images=4,
+            score_ci95=intervals[2],
+            agreement_ci95=intervals[3],
+        ),
     }
 
 

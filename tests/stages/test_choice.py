@@ -74,7 +74,7 @@ def test_other_validation_images_change_no_choice(tmp_path: Path, monkeypatch: p
 def test_the_tuning_split_is_training_images_of_every_class_by_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.run.TUNING_IMAGES", 100)
+    monkeypatch.setattr("compress.data.feed.TUNING_IMAGES", 100)
     splits = []
     for seed in (0, 0, 1):
         run = open_run(recipe(tmp_path, f"seed={seed}"), trust_code=True, verbose=False)
