@@ -50,12 +50,17 @@ def serve(arguments: argparse.Namespace) -> int:
 
     app = application(SessionModel(bundle.name, session, inspect(path), max_batch=arguments.max_batch))
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE)
-    server = uvicorn.Server(config)
     host, port = listener.getsockname()[:2]
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    sys.stdout.write(f"{path.name} is served at http://{where}/v2/models/{bundle.name}; Ctrl-C stops it\n")
-    sys.stdout.flush()
-    server.run(sockets=[listener])
+
+    class Server(uvicorn.Server):  # type: ignore[misc] # is not installed where this is checked
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            """Say the address once requests and signals are heard."""
+            await super().startup(sockets)
+            sys.stdout.write(f"{path.name} is served at http://{where}/v2/models/{bundle.name}; Ctrl-C stops it\n")
+            sys.stdout.flush()
+
+    Server(config).run(sockets=[listener])
     return 0
 
 

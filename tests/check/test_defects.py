@@ -1,6 +1,7 @@
 """Planted defects: each is found and named, also by one who makes all digests anew after planting it."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from onnx_files import classifier, model_of, save
 from planted import LABELS, SMALL, seal, tagged, write_tagged_bundle
 from quantized_files import SIZE, quantized_network
 
-from export.bundle.sandbox import Limits, require_sound, vet
+from export.bundle.sandbox import Limits, require_sound, seconds_for_macs, vet
 from export.check.__main__ import check_bundle
 from export.errors import BundleError
 
@@ -386,6 +387,37 @@ def test_a_model_that_would_take_the_machine_is_named(
     assert bad.defect == defect
     assert str(bad).startswith("bad.onnx: ")
     assert not isinstance(good, BundleError)
+
+
+@pytest.mark.slow
+def test_an_endless_file_is_refused_after_seconds_of_processor_time(tmp_path: Path) -> None:
+    path = save(endless(), tmp_path / "bad.onnx")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with pytest.raises(BundleError, match=r"^bad\.onnx: takes more than 10 s of processor time to load and run once: "):
+        require_sound(path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 13
+
+
+@pytest.mark.parametrize(("side", "seconds"), [(224, 0), (1024, 10), (4096, 50)])
+def test_a_file_gets_processor_time_for_its_macs(side: int, seconds: int) -> None:
+    """One convolution of 256 by 3 channels and 5 by 5 taps: 19,200 MACs a pixel, half a second for 10^9, at most 50 s."""
+    node, weights = helper.make_node, {"conv": np.zeros((256, 3, 5, 5), np.float32)}
+    nodes = [
+        node("Conv", ["input", "conv"], ["c"], pads=[2, 2, 2, 2]),
+        node("GlobalAveragePool", ["c"], ["g"]),
+        node("Flatten", ["g"], ["logits"]),
+    ]
+    assert seconds_for_macs(model_of(nodes, weights, shape=(3, side, side), classes=256), Limits()) == seconds
+
+
+def test_a_network_whose_macs_cannot_be_counted_gets_no_more_processor_time() -> None:
+    nodes = [
+        helper.make_node("Resize", ["input", "", "factors"], ["large"]),
+        helper.make_node("Conv", ["large", "conv"], ["logits"], domain="of.another"),
+    ]
+    assert seconds_for_macs(model_of(nodes, {}, shape=(3, 8, 8), classes=3), Limits()) == 0
+    assert seconds_for_macs(endless(), Limits()) == 0
 
 
 @pytest.mark.parametrize(
