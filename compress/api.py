@@ -13,7 +13,13 @@ from compress.models.structure import classifier, width_cost
 from compress.pruning.goals import Goal
 from compress.pruning.plan import choose, cut_, find_groups, smallest_widths
 from compress.pruning.planner import options_of
-from compress.pruning.recovery.reconstruction import affordable_images, kept_outputs, number_outputs, reconstruct
+from compress.pruning.recovery.reconstruction import (
+    JUDGED,
+    affordable_images,
+    kept_outputs,
+    number_outputs,
+    reconstruct,
+)
 from compress.pruning.surgeon import input_covariances
 from compress.quant.bias_correction import corrected, float_means, images_to_correct_with
 from compress.quant.calibrate import METHODS, collect, set_ranges_
@@ -21,11 +27,12 @@ from compress.quant.prepare import deploy, prepare
 from compress.quant.reference import reference_of
 from compress.recipe.stages import PruneStage, PtqStage
 from export.audit import Audit, audit
+from export.names import TASK_KEY
 from export.onnx_file.graph import INPUT
 from export.onnx_file.targets import resolve_target
 from export.onnx_file.to_onnx import to_onnx
 from export.runtime.session import open_session
-from export.tasks import TASKS
+from export.tasks import task_named
 from export.verify import verify
 
 BATCH = 32
@@ -41,10 +48,12 @@ def prune(model: nn.Module, images: Images, *, keep_macs: float, exclude: Sequen
 
     Layers that match `exclude` (shell patterns) and the classifier keep their outputs. Raises CompressError where it cannot be cut so far.
     """
+    if not 0 < keep_macs < 1:
+        raise CompressError(f"keep_macs: must be above 0 and below 1, got {keep_macs}")
     cfg = PruneStage(stage="prune", keep_macs=keep_macs, exclude=tuple(exclude))
     whole = copy.deepcopy(model).cpu().eval()
     student, goal = copy.deepcopy(whole), Goal("keep_macs", "macs", keep_macs)
-    shown = torch.cat(list(_batches(images, cfg.reconstruct_images)))
+    shown = torch.cat(list(_batches(images, cfg.reconstruct_images * JUDGED // (JUDGED - 1))))
     example, fixed = shown[:1], (classifier(student), *cfg.exclude)
     groups = find_groups(
         student,
@@ -76,10 +85,10 @@ def quantize(model: nn.Module, images: Images, *, target: str = "auto") -> fx.Gr
     if resolved.precision != "int8":
         raise CompressError(f"target: {resolved.name} has no INT8: name another one")
     shown = torch.cat(list(_batches(images, PtqStage.model_fields["calibration_images"].default)))
-    judged = torch.arange(len(shown)) % HELD_OUT == 0 if len(shown) >= HELD_OUT else torch.ones(len(shown)).bool()
+    judged = torch.arange(len(shown)) % HELD_OUT == 0
     whole = copy.deepcopy(model).cpu().eval()
     prepared = prepare(whole, resolved, shown[:1]).eval()
-    histograms = collect(prepared, shown[~judged if len(shown) >= HELD_OUT else judged].split(BATCH))
+    histograms = collect(prepared, shown[~judged if len(shown) > 1 else judged].split(BATCH))
     few = images_to_correct_with(shown.split(BATCH))
     means, wanted = float_means(prepared, few), whole(shown[judged])
     found: list[tuple[float, fx.GraphModule]] = []
@@ -95,28 +104,30 @@ def quantize(model: nn.Module, images: Images, *, target: str = "auto") -> fx.Gr
 def export(model: nn.Module, path: str | Path, *, images: Images | None = None, task: str = "classification") -> Audit:
     """Write an ONNX file, compare it with the network in ONNX Runtime, and return what each of its layers runs in.
 
-    A float network needs `images`, at least one; `quantize` has kept some. Raises CompressError where file and network differ.
+    A float network needs `images`, at least one; `quantize` has kept some. `task` says what the outputs mean. Raises CompressError where
+    file and network differ, BundleError for an unknown task.
     """
-    file, shown = Path(path), None if images is None else torch.cat(list(_batches(images, BATCH)))
+    file, meaning = Path(path), task_named(task)
+    shown = None if images is None else torch.cat(list(_batches(images, BATCH)))
     shown = model.meta.get(SHOWN) if shown is None and isinstance(model, fx.GraphModule) else shown
     if shown is None:
         raise CompressError("images: missing: give at least one image, which the file is compared on")
     quantized = isinstance(model, fx.GraphModule) and SHOWN in model.meta
     network = deploy(model) if quantized else copy.deepcopy(model).cpu().eval()  # type: ignore[arg-type]
     network = network.to(memory_format=torch.contiguous_format)
-    to_onnx(network, file, shape=(shown.shape[1], shown.shape[2], shown.shape[3]), metadata={"task": task})
+    to_onnx(network, file, shape=(shown.shape[1], shown.shape[2], shown.shape[3]), metadata={TASK_KEY: task})
     array = shown.contiguous().numpy()
     if quantized:
-        found = verify(file, [(array, None)], reference_of(model.cpu().eval()), task=TASKS[task])
+        found = verify(file, [(array, None)], reference_of(copy.deepcopy(model).cpu().eval()), task=meaning)
         if found.first_divergence is not None:
             raise CompressError(f"{file}: does not compute what the network does, from {found.first_divergence} on")
     else:
         with torch.no_grad():
             wanted = network(shown)
         (outputs,) = open_session(file).run(None, {INPUT: array})
-        off = float((torch.from_numpy(outputs) - wanted).abs().max() / wanted.abs().max())
-        if off > TOLERANCE:
-            raise CompressError(f"{file}: differs from the network by {off:.2g} of its largest output")
+        off, largest = float((torch.from_numpy(outputs) - wanted).abs().max()), float(wanted.abs().max())
+        if not off <= TOLERANCE * largest:  # not a number is no agreement
+            raise CompressError(f"{file}: differs from the network by {off:.2g}, whose largest output is {largest:.2g}")
     return audit(file)
 
 

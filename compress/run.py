@@ -11,9 +11,7 @@ from torch import nn
 
 from compress.artifact import Metrics, lineage
 from compress.data.augment import Augmentation
-from compress.data.batches import (
-    steps_per_epoch,
-)
+from compress.data.batches import steps_per_epoch
 from compress.data.dataset import Dataset, relabelled
 from compress.data.feed import Feed
 from compress.data.named import NAMED

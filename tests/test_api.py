@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import compress
 from compress.errors import CompressError
 from compress.models.structure import count
+from export.errors import BundleError
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,6 +94,31 @@ def test_a_float_file_gives_the_networks_outputs(model: nn.Module, images: Tenso
     compress.export(model, tmp_path / "float.onnx", images=images)
     (outputs,) = onnxruntime.InferenceSession(tmp_path / "float.onnx").run(None, {"input": images[:4].numpy()})
     np.testing.assert_allclose(outputs, model(images[:4]).detach().numpy(), atol=1e-4)
+
+
+def test_export_leaves_a_network_in_training(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    quantized = compress.quantize(model, images).train()
+    quantized(images[:8]).sum().backward()
+    compress.export(quantized, tmp_path / "int8.onnx")
+    assert quantized.training
+    assert all(parameter.grad is not None for parameter in quantized.parameters())
+
+
+class NotFinite(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3)).sub(1e3).sqrt()
+
+
+def test_a_file_whose_outputs_are_no_numbers_is_refused(images: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match="differs from the network by nan"):
+        compress.export(NotFinite(), tmp_path / "nan.onnx", images=images)
+
+
+def test_an_unknown_task_and_a_fraction_over_one_are_refused(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="task: must be one of"):
+        compress.export(model, tmp_path / "a.onnx", images=images, task="poses")
+    with pytest.raises(CompressError, match="keep_macs: must be above 0 and below 1, got 2"):
+        compress.prune(model, images, keep_macs=2.0)
 
 
 def test_a_fraction_that_cannot_be_reached_is_refused(model: nn.Module, images: Tensor) -> None:

@@ -110,9 +110,9 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     """Train `model` and return it in eval mode on its device, or its moving average where the settings ask for one.
 
     `step` returns a dictionary of measurements whose "loss" is minimized; they add up over the parts of a batch that is
-    split (`Batch.share`). Every view, dropout and shuffle is a function
-    of (seed, epoch), so a run that was killed continues from its checkpoint to the same bits. Raises CompressError where
-    the loss stays not finite after MAX_ROLLBACKS rollbacks, and where memory does not suffice for one image.
+    split (`Batch.share`). Every view, dropout and shuffle is a function of (seed, epoch), so a run that was killed continues
+    from its checkpoint to the same bits. Raises CompressError where the loss stays not finite after MAX_ROLLBACKS rollbacks,
+    and where memory does not suffice for one image.
     """
     model = place_(model, loop.device)
     progress = Progress(micro_batches=settings.micro_batches)

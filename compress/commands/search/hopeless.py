@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from compress.artifact import read_meta
+from compress.errors import ArtifactError
 from compress.pipeline import PLANNED
 from compress.recipe.schema import Model, Recipe
 from compress.recipe.stages import StudentStage
@@ -64,7 +65,10 @@ def follow_distillation(recipe: Recipe, run: Path) -> Callable[[], Course | None
         epochs = [entry for line in lines if line.endswith("\n") and "epoch" in (entry := json.loads(line))]
         if not epochs:
             return None
-        cost, scores = read_meta(before).metrics, [float(entry["score"]) for entry in epochs]
-        return Course(archs[-1], epochs[0]["epochs"], cost["macs_m"] or 0, cost["params_m"] or 0, scores)
+        scores = [float(entry["score"]) for entry in epochs]
+        with suppress(ArtifactError):  # it is being made anew, and the log is of a run that was killed
+            cost = read_meta(before).metrics
+            return Course(archs[-1], epochs[0]["epochs"], cost["macs_m"] or 0, cost["params_m"] or 0, scores)
+        return None
 
     return read

@@ -26,10 +26,8 @@ ROUNDS = 12
 CLOSE = (0.97, 0.995)
 AIM = 0.985  # fraction of the wanted time to aim at
 NEIGHBOURS = 500  # choices that are predicted to find the next one to measure
-REACH, NOISE = (
-    0.5,
-    0.01,
-)  # widths, as fractions summed over groups, within which prediction errors are alike; their noise
+REACH = 0.5  # widths, as fractions summed over groups, within which prediction errors are alike
+NOISE = 0.01  # of these errors
 
 Write = Callable[[nn.Module, Path], None]  # export a network on the CPU as the file that will be served
 Tell = Callable[[str], None]
