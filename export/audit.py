@@ -22,7 +22,8 @@ from export.errors import BundleError, first
 from export.onnx_file.macs import macs
 from export.onnx_file.model_file import parse, precision
 from export.onnx_file.names import ADDED, module_of
-from export.onnx_file.wiring import DQ, FLOAT, INTEGER, LAYERS, Q, Wiring, is_quantized, maker, origin, wire
+from export.onnx_file.operators import DQ, FLOAT, INTEGER, LAYERS, Q
+from export.onnx_file.wiring import Wiring, is_quantized, maker, origin, wire
 from export.proof.optimized import FLOATS, MOVES, float_operators, leftover_qdq, optimize
 from export.runtime.node_times import NodeTime, node_times
 from export.runtime.session import PROVIDERS

@@ -1,5 +1,6 @@
 """What the commands on a bundle say where something is missing or cannot be; nothing is started."""
 
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,13 @@ def test_without_kserve_one_sentence_says_what_to_install(
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     assert serve.main() == 2
     assert "pip install kserve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["predict", "serve", "bench", "bundle.sandbox"])
+def test_what_serves_a_bundle_needs_numpy_onnx_and_onnxruntime_alone(module: str) -> None:
+    """Neither onnx_ir, which takes half a second to import, nor torch."""
+    code = f"import sys; sys.modules.update(onnx_ir=None, torch=None); import export.{module}"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

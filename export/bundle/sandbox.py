@@ -25,9 +25,7 @@ import numpy as np
 import onnx
 
 from export.errors import BundleError, Defect
-from export.onnx_file.macs import macs
 from export.onnx_file.model_file import ModelFile, Value, facts_of, parse
-from export.onnx_file.wiring import wire
 from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
 
 OUT_OF_MEMORY = ("alloc", "MemoryError", "length_error")  # words in the libraries' messages
@@ -67,14 +65,20 @@ def require_sound(path: Path) -> Path:
 
 
 def _look_guarded(paths: Sequence[Path], limits: Limits, *options: str) -> list[Found]:
-    """Return the child's findings; if a file ends the child, another child continues with the rest."""
+    """Return the child's findings; if a file ends the child, another child continues with the rest.
+
+    A file that takes too much processor time gets another child, which counts its MACs first: that takes a second, which few files need.
+    """
     found: list[Found] = []
     while len(found) < len(paths):
         left = paths[len(found) :]
         lines, ended = _ask_child(left, limits, options)
         found.extend(_read_line(line, path) for line, path in zip(lines, left, strict=False))
         if len(lines) < len(left):
-            found.append(_why(ended, left[len(lines)], limits))
+            path, again = left[len(lines)], list[str]()
+            if ended is not None and ended.returncode == BUSY:
+                again, ended = _ask_child([path], limits, [*options, "--count-macs"])
+            found.append(_read_line(again[0], path) if again else _why(ended, path, limits))
     return found
 
 
@@ -135,14 +139,17 @@ def _why(ended: "subprocess.CompletedProcess[str] | None", path: Path, limits: L
     again = "export it again, or do not trust it"
     if ended is None or ended.returncode in (BUSY, SLOW):
         busy = ended is not None and ended.returncode == BUSY
-        seconds = f"{limits.cpu_seconds} s of processor time" if busy else f"{limits.seconds} s"
-        sentence = f"{path.name}: takes more than {seconds} to load and run once: {again}"
-        return BundleError(sentence, defect="timed_out")
+        return _too_slow(path, f"{limits.cpu_seconds} s of processor time" if busy else f"{limits.seconds} s")
     if ended.returncode == -9 or any(word in ended.stderr for word in OUT_OF_MEMORY):
         return _too_hungry(path, limits)
     how = signal.Signals(-ended.returncode).name if ended.returncode < 0 else f"exit code {ended.returncode}"
     said = (ended.stderr.strip().splitlines() or ["no message"])[-1]
     return BundleError(f"{path.name}: its reader crashed ({how}: {said:.200}): {again}", defect="crashed")
+
+
+def _too_slow(path: Path, time: str) -> BundleError:
+    sentence = f"{path.name}: takes more than {time} to load and run once: export it again, or do not trust it"
+    return BundleError(sentence, defect="timed_out")
 
 
 def _too_hungry(path: Path, limits: Limits) -> BundleError:
@@ -158,14 +165,18 @@ def _bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def look(path: Path, limits: Limits, *, of_bundle: bool) -> Found:
-    """Parse, check, load and run a file in this process; a bundle's model must also have one image input and one output."""
+def look(path: Path, limits: Limits, *, of_bundle: bool, counted: bool) -> Found:
+    """Parse, check, load and run a file in this process; a bundle's model must also have one image input and one output.
+
+    `counted` adds the processor time of its MACs to the limit; a file that has none exceeded the limit before, and is refused.
+    """
     try:
         model = parse(path)
         facts = facts_of(model, path) if of_bundle else None
         onnx.checker.check_model(model)
         onnx.shape_inference.infer_shapes(model, data_prop=True)
-        extend_clock(model, limits)
+        if counted and not extend_clock(model, limits):
+            return _too_slow(path, f"{limits.cpu_seconds} s of processor time")
         del model
         run_once(path)
     except MemoryError:
@@ -218,19 +229,31 @@ def start_clock(path: Path, limits: Limits) -> None:
         limit_cpu(int(used + limits.cpu_seconds + limits.cpu_seconds_per_gb * _bytes(path) / 1e9))
 
 
-def extend_clock(model: onnx.ModelProto, limits: Limits) -> None:
-    """Add the processor time of a network's MACs to its limit; none if they cannot be counted."""
+def extend_clock(model: onnx.ModelProto, limits: Limits) -> int:
+    """Add the processor time of a network's MACs to its limit; return the seconds."""
+    seconds = seconds_for_macs(model, limits)
     if sys.platform != "win32":
         import resource
 
-        limit_cpu(resource.getrlimit(resource.RLIMIT_CPU)[0] + seconds_for_macs(model, limits))
+        limit_cpu(resource.getrlimit(resource.RLIMIT_CPU)[0] + seconds)
+    return seconds
 
 
 def seconds_for_macs(model: onnx.ModelProto, limits: Limits) -> int:
-    """Return the processor time of a network's MACs, 0 if they cannot be counted."""
+    """Return the processor time of a network's MACs, 0 if they cannot be counted, as without onnx_ir."""
     try:
+        from export.onnx_file.macs import macs
+        from export.onnx_file.wiring import wire
+
         count = sum((macs(wire(model)) or {}).values())
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # onnx_ir's, for a graph it cannot read
+    except (
+        ImportError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+    ):  # onnx_ir's, for a graph it cannot read
         return 0
     return int(min(limits.cpu_seconds_per_gmac * max(count, 0) / 1e9, limits.max_cpu_seconds_for_macs))
 
@@ -252,12 +275,15 @@ def main() -> None:
     parser.add_argument("paths", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--limits", type=json.loads, default="{}", help="Limits as JSON")
     parser.add_argument("--any", action="store_true", help="accept any model, not only a bundle's")
+    parser.add_argument(
+        "--count-macs", action="store_true", help="add the processor time of a network's MACs to its limit"
+    )
     arguments = parser.parse_args()
     limits = Limits(**arguments.limits)
     confine(arguments.paths, limits)
     for path in arguments.paths:
         start_clock(path, limits)
-        found = look(path, limits, of_bundle=not arguments.any)
+        found = look(path, limits, of_bundle=not arguments.any, counted=arguments.count_macs)
         if isinstance(found, BundleError):
             result: object = {"defect": found.defect, "sentence": str(found)}
         else:

@@ -5,7 +5,8 @@ from math import prod
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from export.onnx_file.wiring import LAYERS, Wiring
+from export.onnx_file.operators import LAYERS
+from export.onnx_file.wiring import Wiring
 
 
 def macs(file: Wiring) -> dict[str, int] | None:

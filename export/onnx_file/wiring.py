@@ -9,20 +9,7 @@ from onnx import ModelProto
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from export.onnx_file.names import ADDED, unique
-
-LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-# ONNX Runtime's replacements for them, in integers and in float.
-INTEGER = (
-    "QLinearConv",
-    "QGemm",
-    "QLinearMatMul",
-    "ConvInteger",
-    "MatMulInteger",
-    "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul",
-)
-FLOAT = (*LAYERS, "FusedConv", "NhwcFusedConv", "FusedGemm", "FusedMatMul")
-Q, DQ = "QuantizeLinear", "DequantizeLinear"
+from export.onnx_file.operators import DQ, FLOAT, INTEGER, LAYERS
 
 
 @dataclass(frozen=True)

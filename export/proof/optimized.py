@@ -7,7 +7,8 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from export.onnx_file.wiring import DQ, FLOAT, INTEGER, Q, Wiring, wire
+from export.onnx_file.operators import DQ, FLOAT, INTEGER, Q
+from export.onnx_file.wiring import Wiring, wire
 from export.runtime.session import open_session
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.onnx_file.names import module_of
+from export.onnx_file.operators import INTEGER
 from export.onnx_file.targets import CPU
-from export.onnx_file.wiring import INTEGER, Wiring, origin
+from export.onnx_file.wiring import Wiring, origin
 from export.proof.optimized import optimize
 from export.runtime.session import open_session
 

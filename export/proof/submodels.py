@@ -8,7 +8,8 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from export.onnx_file.graph import OUTPUT
 from export.onnx_file.names import module_of
-from export.onnx_file.wiring import DQ, LAYERS, Q, Wiring, constant
+from export.onnx_file.operators import DQ, LAYERS, Q
+from export.onnx_file.wiring import Wiring, constant
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 from export.errors import BundleError
 from export.images.size import Size, said
 from export.onnx_file.model_file import parse
+from export.onnx_file.operators import INTEGER, Q
 from export.onnx_file.targets import CPU, CUDA, host_instruction_sets
-from export.onnx_file.wiring import INTEGER, Q
 from export.runtime.faults import fault_of
 
 PROVIDERS = {"cpu": CPU, "cuda": CUDA}

@@ -16,7 +16,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from compress.pruning.costs import Layer
 from export.onnx_file.names import ADDED, module_of
-from export.onnx_file.wiring import FLOAT, INTEGER, origin, wire
+from export.onnx_file.operators import FLOAT, INTEGER
+from export.onnx_file.wiring import origin, wire
 from export.proof.optimized import optimize
 from export.runtime.conditions import Conditions
 from export.runtime.node_times import node_times
