@@ -159,14 +159,13 @@ def plan(
 ) -> None:
     """List which stages are cached and which would run, and why."""
     resolved = read_recipe(recipe, overrides or (), data=data, weights=weights, out=out)
-    from compress.data.digest import to_download
+    from compress.data.named import to_download
     from compress.pipeline import plan_recipe
-    from compress.recipe.arguments import data_settings
 
     lines = {line.directory: line for chain in resolved.chains().values() for line in plan_recipe(chain)}
     for line in lines.values():
         _print(f"{'cached' if line.cached else 'runs':6}  {line.stage:7}  {line.directory}  ({line.reason})")
-    folder = to_download(data_settings(resolved))
+    folder = to_download(resolved.data.dataset, None if (path := resolved.data.path) is None else Path(path))
     if folder is not None:
         say(f"{resolved.data.dataset}: is not in {folder}; a run downloads it, or give its folder: DATA=/path/to/it")
 

@@ -12,9 +12,10 @@ from torch import nn
 from compress.artifact import Metrics, lineage
 from compress.data.augment import Augmentation
 from compress.data.batches import steps_per_epoch
-from compress.data.dataset import Dataset, relabelled
+from compress.data.dataset import Dataset
 from compress.data.feed import Feed
-from compress.data.named import NAMED
+from compress.data.labelled import relabelled
+from compress.data.named import download
 from compress.errors import CompressError, ModelError
 from compress.logs.stage_log import StageLog, Tell
 from compress.models.saved import Architecture, load_float, rebuild
@@ -257,7 +258,6 @@ def open_run(recipe: Recipe, *, trust_code: bool, verbose: bool) -> Run:
         )
     target = first_decides(lambda: resolve_target(recipe.target))
     settings = data_settings(recipe)
-    fetch = NAMED.get(settings.name) or TASKS[recipe.task].folders.get(settings.name)
-    if ranks() > 1 and fetch is not None:
-        first_decides(lambda: fetch(settings.path) and None)  # downloads once
+    if ranks() > 1:
+        first_decides(lambda: download(settings.name, settings.path, recipe.task))  # once
     return Run(recipe, device, rank(), ranks(), target, trust_code, verbose, gradient_group(device))

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from compress.data.named import DATA_SETS, Difficulty
 from export.images.decode import ORIENTATION, turned
 
 WIDTH, HEIGHT = 80, 60
@@ -19,6 +21,13 @@ DRAWN: dict[str, list[tuple[int, float, float, float, float]]] = {
     "val/c": [(0, 40, 30, 48, 36)],
     "val/d": [],
 }
+
+
+def few_scenes(name: str, **numbers: int) -> Difficulty:
+    """Return the scenes of a data set, of which there are `train` and `val`."""
+    found = DATA_SETS[name].scenes
+    assert found is not None
+    return replace(found, **numbers)  # type: ignore[arg-type]
 
 
 def image(path: Path) -> None:

@@ -7,8 +7,9 @@ import numpy as np
 from PIL import Image
 
 from compress.data.augment import Augmentation
-from compress.data.dataset import Dataset, open_dataset
-from compress.data.digest import DataSettings
+from compress.data.dataset import Dataset
+from compress.data.labelled import open_dataset
+from compress.data.settings import DataSettings
 
 STILL: dict[str, Any] = {
     "crop": "none",

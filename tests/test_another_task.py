@@ -15,9 +15,9 @@ import compress.tasks
 import export.tasks
 from compress.cli import app
 from compress.data.augment import Augmentation
-from compress.data.dataset import Dataset, open_dataset
-from compress.data.digest import DataSettings
-from compress.data.validation import write_validation
+from compress.data.dataset import Dataset
+from compress.data.labelled import open_dataset, write_validation
+from compress.data.settings import DataSettings
 from compress.tasks.task import Task
 from export import predict, verify
 from export.bundle.read import read_bundle

@@ -2,17 +2,18 @@
 
 import csv
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from drawn import few_scenes
 from typer.testing import CliRunner
 
 from compress.artifact import read_meta
 from compress.cli import app
 from compress.data import scenes
+from compress.data.named import DATA_SETS, NamedSet
 from compress.errors import CompressError
 from compress.pipeline import run_recipe
 from compress.recipe.read import read_recipe
@@ -45,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tagged")
     (folder / "recipe.yaml").write_text(RECIPE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(scenes.SCENES, "scenes_plain", replace(scenes.SCENES["scenes_plain"], train=96, val=48))
+        patch.setitem(DATA_SETS, "scenes_plain", NamedSet(32, scenes=few_scenes("scenes_plain", train=96, val=48)))
         recipe = read_recipe(folder / "recipe.yaml", [f"out={folder}"])
         assert run_recipe(recipe, trust_code=True, until=None, verbose=False, command="compress run recipe.yaml") == 0
         done = CliRunner().invoke(app, ["export-data", str(folder / "tagged"), str(folder / "data")])
@@ -79,7 +80,7 @@ def test_the_validation_images_are_written_with_their_table(root: Path) -> None:
     with (root.parent / "data" / "val" / "labels.csv").open() as file:
         header, *rows = csv.reader(file)
     assert header == ["file", *map(str, range(10))]
-    drawn = scenes.draw_scenes(replace(scenes.SCENES["scenes_plain"], val=48), "val", size=16, seed=0)
+    drawn = scenes.draw_scenes(few_scenes("scenes_plain", val=48), "val", size=16, seed=0)
     wanted = [[str(int(digit + 1 in boxes[:, 4])) for digit in range(10)] for boxes in drawn.boxes]
     assert [row[1:] for row in rows] == wanted
 
@@ -119,8 +120,8 @@ def test_a_class_that_no_training_image_has_is_refused(root: Path, tmp_path: Pat
 
 
 def test_a_sampler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = replace(scenes.SCENES["scenes_plain"], train=96, val=8)
-    monkeypatch.setitem(scenes.SCENES, "scenes_plain", few)
+    few = few_scenes("scenes_plain", train=96, val=8)
+    monkeypatch.setitem(DATA_SETS, "scenes_plain", NamedSet(32, scenes=few))
     run = run_of(tmp_path, "data.balance=sampler")
     section = run.recipe.stages[0]
     assert section.stage == "source"

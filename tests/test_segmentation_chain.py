@@ -1,18 +1,18 @@
 """Images with masks through the whole chain: a small network, from a folder of scenes to its bundle."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import onnx
 import pytest
+from drawn import few_scenes
 from onnxruntime import InferenceSession
 from PIL import Image
 
 from compress.artifact import read_meta
-from compress.data.scenes import CLASSES, SCENES, draw_scenes
+from compress.data.scenes import CLASSES, draw_scenes
 from compress.pipeline import run_recipe
 from compress.recipe.read import read_recipe
 from compress.report.bundling import contents
@@ -50,7 +50,7 @@ stages:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished run's folder; the images are beside it in `data`."""
     folder = tmp_path_factory.mktemp("outlined")
-    few = replace(SCENES["scenes"], train=48, val=16)
+    few = few_scenes("scenes", train=48, val=16)
     for part in ("train", "val"):
         scenes = draw_scenes(few, part, size=SIZE, seed=0)
         for kind, arrays in (("images", scenes.images), ("masks", scenes.masks)):

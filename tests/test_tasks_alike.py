@@ -1,16 +1,16 @@
 """Several students, a latency to keep, further targets, FP16, comparisons and searches: for masks and boxes as for labels."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from drawn import few_scenes
 from typer.testing import CliRunner
 
 from compress.cli import app
-from compress.data import scenes
+from compress.data.named import DATA_SETS, NamedSet
 from compress.models.saved import save_network
 from compress.pipeline import run_recipe
 from compress.recipe.read import read_recipe
@@ -46,7 +46,7 @@ students:
       - {{stage: prune, keep_macs: 0.4, round_to: 4}}
 """
 NETWORKS = {"segmentation": "outlines", "detection": "boxes"}
-FEW = replace(scenes.SCENES["scenes_plain"], train=64, val=32)
+FEW = NamedSet(32, scenes=few_scenes("scenes_plain", train=64, val=32))
 TITLES = {"segmentation": "mIoU", "detection": "mAP"}
 
 
@@ -61,7 +61,7 @@ def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("alike")
     (folder / "recipe.yaml").write_text(head(request.param) + STUDENTS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(scenes.SCENES, "scenes_plain", FEW)
+        patch.setitem(DATA_SETS, "scenes_plain", FEW)
         recipe = read_recipe(folder / "recipe.yaml", [f"out={folder}"])
         assert run_recipe(recipe, trust_code=True, until=None, verbose=False, command="compress run recipe.yaml") == 0
     return folder / str(request.param)
@@ -95,7 +95,7 @@ def test_students_are_compared_in_the_words_of_their_metric(root: Path) -> None:
 def test_a_cut_keeps_its_fraction_of_the_latency(
     task: str, arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(scenes.SCENES, "scenes_plain", FEW)
+    monkeypatch.setitem(DATA_SETS, "scenes_plain", FEW)
     data = {"dataset": "scenes_plain", "image_size": 64}
     stages = [{"stage": "source", "fit": {"epochs": 1}}]
     given = {"name": "a", "task": task, "out": str(tmp_path), "data": data, "model": {"arch": arch}, "stages": stages}

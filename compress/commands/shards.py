@@ -22,7 +22,7 @@ from compress.data.shards import (
 from export.command.files import put_folder, sha256
 from export.errors import DataError
 from export.images.decode import BrokenImage
-from export.images.folders import Listing
+from export.images.folders import FolderListing
 
 
 def write_shards(data: str, out: Path, *, size_mb: int) -> str:
@@ -51,7 +51,7 @@ def _copy(data: str, aside: Path, memory: Path, size_mb: int) -> None:
     root = Path(data)
     shards = shards_in(root, memory)
     found = training_folder(root) if shards is None else shards.listing
-    assert isinstance(found, Listing | ShardListing)
+    assert isinstance(found, FolderListing | ShardListing)
     for name, rows in (("train", found.train), ("val", found.val)):
         if rows is not None:
             _write_tars(aside / name, images_of(found, rows), size_mb)

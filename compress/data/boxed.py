@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.data.dataset import Dataset
-from compress.data.digest import DataSettings
-from compress.data.images import ArrayImages, FileImages, readable
-from compress.data.named import WITH_BOXES
-from compress.data.planar import Planar
+from compress.data.augment import Augmentation
+from compress.data.dataset import Dataset, Kind, drawn, known, open_images
+from compress.data.images import ArrayImages, FileImages, from_files
+from compress.data.placed import SPOILED_BY
 from compress.data.scenes import CLASSES, Scenes
+from compress.data.settings import DataSettings
 from compress.data.stored import Stored
-from compress.data.validation import new_folder
+from compress.data.validation import copied, new_folder
 from compress.data.views import Boxes
 from export.errors import first
 from export.images.box_listing import BoxListing, table_of
-from export.images.folders import count
+from export.images.listing import Pair, count
 from export.images.orientation import read_header
 from export.images.preprocess import Preprocess
 from export.images.size import Size
@@ -39,6 +39,12 @@ class PlacedBoxes:
     boxes: Tensor
     files: FileImages | None = None
     frames: tuple[Frame, Frame] = (None, None)
+
+    def take(self, chosen: np.ndarray) -> "PlacedBoxes":
+        """Return the boxes of these images, without rows that none of them has."""
+        boxes = self.boxes[torch.from_numpy(chosen)]
+        most = max([1, *(boxes[..., 0] >= 0).sum(dim=1).tolist()])
+        return PlacedBoxes(boxes[:, :most], self.files and self.files.take(chosen))
 
     def begin(self, _area: int) -> "PlacedBoxes":
         """Return self: boxes are in memory already."""
@@ -80,25 +86,23 @@ class PlacedBoxes:
         return torch.tensor([header.upright[::-1] for header in headers])
 
 
-def _files(
-    listing: BoxListing, files: Sequence[tuple[str, str]], settings: DataSettings, _preprocess: Preprocess
-) -> FileImages:
-    paths = np.array([path.encode() for path, _ in files], dtype=np.bytes_)
-    images = FileImages(listing.root, paths, torch.zeros(len(files), dtype=torch.int64), settings.skip_broken)
-    placed = PlacedBoxes(torch.from_numpy(listing.truths(files)), images)
-    return FileImages(listing.root, paths, images.labels, settings.skip_broken, images.broken, placed)
+def _files(listing: BoxListing, files: Sequence[Pair], settings: DataSettings, _: Preprocess) -> FileImages:
+    names, labels = [path for path, _ in files], torch.zeros(len(files), dtype=torch.int64)
+    images = from_files(listing.root, names, labels, skip_broken=settings.skip_broken)
+    return replace(images, placed=PlacedBoxes(torch.from_numpy(listing.truths(files)), images))
 
 
-def _arrays(scenes: Scenes, chosen: np.ndarray, preprocess: Preprocess) -> ArrayImages:
-    each, size = [scenes.boxes[index] for index in chosen], preprocess.image_size[0]
+def _scenes(scenes: Scenes, preprocess: Preprocess) -> ArrayImages:
+    size = preprocess.image_size[0]
     table = [
-        np.column_stack([one[:, 4:] - 1, one[:, :4] / size, np.zeros(len(one))]).astype(np.float32) for one in each
+        np.column_stack([one[:, 4:] - 1, one[:, :4] / size, np.zeros(len(one))]).astype(np.float32)
+        for one in scenes.boxes
     ]
-    labels = torch.zeros(len(chosen), dtype=torch.int64)
-    return ArrayImages(scenes.images[chosen], labels, placed=PlacedBoxes(torch.from_numpy(table_of(table))))
+    labels = torch.zeros(len(table), dtype=torch.int64)
+    return ArrayImages(scenes.images, labels, placed=PlacedBoxes(torch.from_numpy(table_of(table))))
 
 
-def _stretched(settings: DataSettings, _: BoxListing | None) -> Preprocess:
+def _stretched(settings: DataSettings, _: object) -> Preprocess:
     return Preprocess(settings.size, settings.size, settings.mean, settings.std, stretch=True)
 
 
@@ -110,7 +114,20 @@ def _notes(dataset: Dataset) -> tuple[str, ...]:
     return (f"no training image has a box of {count(missing, 'class')}: {first(missing)}",) if missing else ()
 
 
-open_boxes = Planar("boxes", BoxListing, CLASSES[1:], _stretched, _files, _arrays, WITH_BOXES, notes=_notes).open
+BOXES = Kind(
+    _files,
+    drawn(_scenes, CLASSES[1:]),
+    missing=known("boxes", "detection"),
+    preprocess=_stretched,
+    spoiled_by=SPOILED_BY,
+    truths="boxes",
+    notes=_notes,
+)
+
+
+def open_boxes(settings: DataSettings, augmentation: Augmentation) -> Dataset:
+    """Open a data set by name, its boxes `placed`; raise DataError as `open_images` does."""
+    return open_images(settings, augmentation, BOXES)
 
 
 def write_boxes(dataset: Dataset, folder: Path) -> int:
@@ -118,14 +135,12 @@ def write_boxes(dataset: Dataset, folder: Path) -> int:
 
     Files are copied as they are. Raises DataError where the folder exists.
     """
-    images, placed = dataset.held_out, dataset.held_out.placed
+    placed = dataset.held_out.placed
     assert isinstance(placed, PlacedBoxes)
     listed, drawn = list[dict[str, Any]](), list[dict[str, Any]]()
     with new_folder(folder) as partial:
         (partial / "val").mkdir()
-        for index, image in readable(images):
-            file = partial / "val" / f"{index:06d}{images.suffix(index)}"
-            file.write_bytes(images.content(index))
+        for index, image, file in copied(dataset.held_out, lambda _: partial / "val"):
             wide, high = image.size
             listed.append({"id": index, "file_name": file.name, "width": wide, "height": high})
             for label, left, top, right, bottom, crowd in placed.boxes[index].double().tolist():

@@ -1,21 +1,14 @@
-"""Open a data set: its images, split, classes and preprocessing."""
+"""Open a data set: its images with their truths, split, classes and preprocessing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from compress.data.augment import Augmentation
-from compress.data.digest import (
-    DataSettings,
-    Given,
-    dataset_digest,
-    given,
-    given_unlabelled,
-    unlabelled_digest,
-)
+from compress.data.digest import Given, dataset_digest, downloaded, given, given_unlabelled, unlabelled_digest
 from compress.data.images import (
     MEMORY_BYTES,
     UNLABELLED,
@@ -25,17 +18,18 @@ from compress.data.images import (
     Lazy,
     decode_all,
     from_files,
-    images_of,
     labelled,
     largest_area,
     with_pixels,
 )  # fmt: skip
-from compress.data.named import NAMED, Arrays, NamedSet
-from compress.data.shards import Rows, ShardListing
-from compress.data.split import held_out, limited, split
+from compress.data.named import DATA_SETS
+from compress.data.scenes import Scenes, scenes_of
+from compress.data.settings import DataSettings
+from compress.data.shards import ShardListing
+from compress.data.split import parts_of
 from compress.logs.stage_log import say
 from export.errors import DataError
-from export.images.folders import File, Listing
+from export.images.folders import FolderListing
 from export.images.preprocess import Preprocess
 from export.images.read import digest
 from export.images.size import area as area_of
@@ -78,150 +72,132 @@ class Dataset:
         return [self.files.get(name) or digest(images.content(index)) for index, name in names]
 
 
-def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
-    """Open a data set by name; decode it into memory where it fits, so that broken images are found now.
-
-    Without a validation set of its own, a fraction of each class is held out by seed. `limit_per_class` limits training
-    only. Whole training images are kept where `augmentation` crops from them. Raises DataError for data that are missing,
-    unreadable or cannot be split.
-    """
-    name, files = settings.name, given(settings)
-    if name not in NAMED and files.listing is None:
-        raise DataError(
-            f"{name}: has no label per image, so it is not for {settings.task}: set another task or data set"
-        )
-    found = files.listing or NAMED[name](settings.path)
-    assert isinstance(found, Listing | ShardListing | NamedSet), "the task lists folders of its own kind"
-    labels = np.array([label for _, label in found.train]) if isinstance(found, Listing) else found.train.labels
-    val = None
-    if found.val is None:
-        val = held_out(labels, found.classes, fraction=settings.val_fraction, seed=settings.seed)
-    train = np.arange(len(labels)) if val is None else np.setdiff1d(np.arange(len(labels)), val)
-    judged: Sequence[tuple[str, int]] = ()
-    if isinstance(found, Listing):
-        judged = (
-            found.val if val is None and found.val else [found.train[index] for index in ([] if val is None else val)]
-        )
-    if settings.tuning:
-        chosen = held_out(labels[train], found.classes, fraction=settings.val_fraction, seed=settings.seed)
-        val, train = train[chosen], np.delete(train, chosen)
-        found = replace(found, val=None)
-    if settings.limit_per_class is not None:
-        chosen = limited(labels[train], len(found.classes), per_class=settings.limit_per_class, seed=settings.seed)
-        train = train[chosen]
-    picked = _pick(found, train, val, skip_broken=settings.skip_broken)
-    lazy, preprocess = with_pixels(*picked, centred(settings))
-    more = _more(settings, lazy, files, judged)
-    everything, val_images = in_memory(more or lazy[0], lazy[1], preprocess, augmentation)
-    train_images = everything if more is None else labelled(everything)
-    _check(train_images, val_images, found.classes)
-    own = dataset_digest(settings, files)
-    return Dataset(
-        name,
-        train_images,
-        val_images,
-        classes=found.classes,
-        preprocess=preprocess,
-        digest=own,
-        files=files.digests,
-        held_out=lazy[1],
-        everything=None if more is None else (everything, f"{own}-{unlabelled_digest(settings)}"),
-        notes=copies(*lazy, files.digests),
-    )
+Parts = tuple[Lazy, Lazy | None, tuple[str, ...]]
+"""All training images, the validation images if a data set has some of its own, and the classes."""
+Arrays = Callable[[DataSettings, Preprocess], Parts | None]
 
 
-def open_unlabelled(settings: DataSettings, augmentation: Augmentation) -> Dataset:
-    """Open a folder of images without labels; each gets its number as label until a teacher labels them (`relabelled`).
-
-    Without a validation set of its own, a fraction of the images is held out by seed. `limit_per_class` limits the number
-    of training images. Raises DataError for data that are missing or unreadable.
-    """
-    files = given(settings)
-    if not isinstance(files.listing, Listing):
-        raise DataError(
-            f"{settings.name}: has labels: leave out `task: unlabelled`, or give a folder of images (DATA=)"
-        )
-    listing = files.listing
-    train, val = (
-        from_files(listing.root, [(path, n) for n, (path, _) in enumerate(chosen)], skip_broken=settings.skip_broken)
-        for chosen in split(listing.train, listing.val, settings)
-    )
-    lazy, preprocess = with_pixels(train, val, centred(settings))
-    images = in_memory(*lazy, preprocess, augmentation)
-    if not all(map(len, images)):
-        raise DataError(f"{settings.name}: none of its images can be read; repair them or give other ones")
-    digest = dataset_digest(settings, files)
-    return Dataset(settings.name, *images, (), preprocess, digest, files.digests, lazy[1])
-
-
-def centred(settings: DataSettings) -> Preprocess:
+def centred(settings: DataSettings, _listing: object = None) -> Preprocess:
     """Return the preprocessing that resizes an image until it covers the size and crops the centre."""
     return Preprocess(settings.size, settings.resize_to, settings.mean, settings.std)
 
 
-def relabelled(dataset: Dataset, classes: tuple[str, ...], train: Tensor, val: Tensor) -> Dataset:
-    """Return a data set of `open_unlabelled` with a teacher's labels for its training and validation images, int64 (n,)."""
-    assert isinstance(dataset.held_out, FileImages), "a folder's"
-    return replace(
-        dataset,
-        classes=classes,
-        train=replace(dataset.train, labels=train[dataset.train.labels]),
-        val=replace(dataset.val, labels=val[dataset.val.labels]),
-        held_out=replace(dataset.held_out, labels=val),
+def drawn(images_of: Callable[[Scenes, Preprocess], ArrayImages], classes: tuple[str, ...]) -> Arrays:
+    """Return what opens the scenes with a name, by the function that takes their truths."""
+
+    def arrays(settings: DataSettings, preprocess: Preprocess) -> Parts | None:
+        scenes = scenes_of(settings, preprocess.resize_to)
+        return scenes and (images_of(scenes[0], preprocess), images_of(scenes[1], preprocess), classes)
+
+    return arrays
+
+
+def known(truths: str, task: str) -> str:
+    """Return what is said of a data set without a task's truths."""
+    named = [name for name, one in DATA_SETS.items() if one.scenes]
+    named += [name for name, one in DATA_SETS.items() if task in one.tasks]
+    return f"has no {truths}; use {', '.join(named)}, or DATA=/path/to/a/folder"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What differs between data sets with one label, several, masks or boxes for each image."""
+
+    files: Callable[[Any, Any, DataSettings, Preprocess], FileImages]
+    """(listing, its files of a part, settings, preprocessing) to these images with their truths."""
+    arrays: Arrays
+    """A data set that is in memory or drawn; None for another."""
+    missing: str
+    """What is said of a data set without such truths."""
+    preprocess: Callable[[DataSettings, Any], Preprocess] = centred
+    """(settings, listing or None) to the preprocessing."""
+    one_label: bool = False
+    """Whether an image has one class, by which it is split; only these may lie in shards, or beside unlabelled images."""
+    spoiled_by: tuple[str, ...] = ()
+    """Random changes of images that would make the truths wrong, and what these are called."""
+    truths: str = "labels"
+    notes: Callable[[Dataset], tuple[str, ...]] = lambda _: ()
+    """Returns sentences on an opened data set's truths; raises DataError where nothing can be learned from them."""
+
+
+def open_images(settings: DataSettings, augmentation: Augmentation, kind: Kind) -> Dataset:
+    """Open a data set by name; decode it into memory where it fits, so that broken images are found now.
+
+    Without a validation set of its own, a fraction of each class, or of all images, is held out by seed. `limit_per_class`
+    limits training only. Whole training images are kept where `augmentation` crops from them. Raises DataError for data
+    that are missing, unreadable, without such truths or cannot be split, and for changes that would not move the truths.
+    """
+    if spoiling := [name for name in kind.spoiled_by if getattr(augmentation, name)]:
+        raise DataError(
+            f"data.augment.{spoiling[0]}: changes images but not their {kind.truths}; use crop, flip and distort"
+        )
+    files = given(settings)
+    if settings.unlabelled is not None and not kind.one_label:
+        raise DataError("data.unlabelled: needs images with one label each: leave it out")
+    (train, val, classes), preprocess, notes = _whole(settings, files, kind)
+    labels, names = (train.labels.numpy(), classes) if kind.one_label else (np.zeros(len(train)), ("images",))
+    kept, out = parts_of(labels, names, settings, has_validation=val is not None)
+    judged = train.take(out) if val is None or settings.tuning else val
+    lazy, preprocess = with_pixels(train.take(kept), judged, preprocess)
+    if not classes:  # an image's number, until a teacher labels it
+        lazy = replace(lazy[0], labels=torch.arange(len(kept))), replace(lazy[1], labels=torch.arange(len(judged)))
+    more = None
+    if settings.unlabelled is not None:
+        _, own = parts_of(labels, names, replace(settings, tuning=False), has_validation=val is not None)
+        more = _with_unlabelled(settings, lazy, train.take(own) if val is None else val, files)
+    everything, val_images = in_memory(lazy[0] if more is None else more, lazy[1], preprocess, augmentation)
+    train_images = everything if more is None else labelled(everything)
+    if not kind.one_label and not (len(train_images) and len(val_images)):
+        raise DataError(f"{settings.name}: none of its images can be read; repair them or give other ones")
+    found = Dataset(
+        settings.name,
+        train_images,
+        val_images,
+        classes,
+        preprocess,
+        dataset_digest(settings, files),
+        files.digests,
+        lazy[1],
+        notes=notes + (copies(*lazy, files.digests) if classes else ()),
     )
+    if more is not None:
+        found = replace(found, everything=(everything, f"{found.digest}-{unlabelled_digest(settings)}"))
+    return replace(found, notes=found.notes + kind.notes(found))
 
 
-def _more(
-    settings: DataSettings, lazy: tuple[Lazy, Lazy], files: Given, judged: Sequence[tuple[str, int]]
-) -> FileImages | None:
+def _whole(settings: DataSettings, files: Given, kind: Kind) -> tuple[Parts, Preprocess, tuple[str, ...]]:
+    """Return all images of a data set that has such truths, its preprocessing, and its listing's notes."""
+    listing = files.listing or downloaded(settings)
+    if isinstance(listing, ShardListing) and not kind.one_label:
+        listing = None
+    preprocess = kind.preprocess(settings, listing)
+    if listing is not None:
+        train = kind.files(listing, listing.train, settings, preprocess)
+        val = None if listing.val is None else kind.files(listing, listing.val, settings, preprocess)
+        return (train, val, listing.classes), preprocess, listing.notes
+    if (found := kind.arrays(settings, preprocess)) is None:
+        raise DataError(f"{settings.name}: {kind.missing}")
+    return found, preprocess, ()
+
+
+def _with_unlabelled(settings: DataSettings, lazy: tuple[Lazy, Lazy], own: Lazy, files: Given) -> FileImages:
     """Return the training images and the unlabelled ones that are not copies of training or validation images.
 
-    `judged` are the validation images, also where others stand in for them. None where the recipe has no unlabelled images.
+    `own` are the data set's validation images, also where others stand in for them.
     """
-    if settings.unlabelled is None:
-        return None
-    train, val = lazy
-    if not isinstance(files.listing, Listing) or not isinstance(train, FileImages) or not isinstance(val, FileImages):
+    train = lazy[0]
+    parts = [images for images in (*lazy, own) if isinstance(images, FileImages)]
+    if not isinstance(files.listing, FolderListing) or not isinstance(train, FileImages):
         raise DataError(f"data.unlabelled: needs labelled images in a folder, got {settings.name}: leave it out")
-    known = {files.digests.get(images.name(index)) for images in (train, val) for index in range(len(images))}
-    known |= {files.digests.get(name) for name, _ in judged}
-    paths = [path for path, digest in given_unlabelled(settings).items() if digest not in known]
+    seen = {files.digests.get(images.name(index)) for images in parts for index in range(len(images))}
+    paths = [path for path, digest in given_unlabelled(settings).items() if digest not in seen]
     if not paths:
         raise DataError(f"{settings.unlabelled}: holds only copies of training or validation images: leave it out")
     say(f"{settings.unlabelled}: {len(paths):,} images without a label")
     # Unlabelled paths are absolute: joined to the root, they stay as they are.
-    return from_files(
-        train.root,
-        [
-            *zip(map(train.name, range(len(train))), train.labels.tolist(), strict=True),
-            *((path, UNLABELLED) for path in paths),
-        ],
-        skip_broken=settings.skip_broken,
-        pixel=train.pixel,
-    )
-
-
-def _pick(
-    found: Listing | ShardListing | NamedSet, train: np.ndarray, val: np.ndarray | None, *, skip_broken: bool
-) -> tuple[Lazy, Lazy]:
-    """Return the chosen training images, and validation images: `val` of the same set, or its own for None."""
-    if isinstance(found, NamedSet):
-        held = found.train if found.val is None else found.val
-        return _arrays(found.train, train), _arrays(held, np.arange(len(held.labels)) if val is None else val)
-    held_out = found.val if val is None else _rows(found, val)
-    assert held_out is not None
-    return (
-        images_of(found, _rows(found, train), skip_broken=skip_broken),
-        images_of(found, held_out, skip_broken=skip_broken),
-    )
-
-
-def _rows(found: Listing | ShardListing, chosen: np.ndarray) -> Sequence[File] | Rows:
-    return found.train[chosen] if isinstance(found, ShardListing) else [found.train[index] for index in chosen]
-
-
-def _arrays(arrays: Arrays, chosen: np.ndarray) -> ArrayImages:
-    return ArrayImages(arrays.images[chosen], torch.from_numpy(arrays.labels[chosen].astype(np.int64)))
+    names = [*map(train.name, range(len(train))), *paths]
+    labels = torch.cat([train.labels, torch.full((len(paths),), UNLABELLED)])
+    return replace(from_files(train.root, names, labels, skip_broken=settings.skip_broken), pixel=train.pixel)
 
 
 def copies(train: Lazy, val: Lazy, digests: Mapping[str, str]) -> tuple[str, ...]:
@@ -249,17 +225,3 @@ def in_memory(train: Lazy, val: Lazy, preprocess: Preprocess, augmentation: Augm
     if still + each * len(train) * area > MEMORY_BYTES:
         return train, val
     return decode_all(train, preprocess, area=area), decode_all(val, preprocess, area=0)
-
-
-def _check(train: ImageSet, val: ImageSet, classes: tuple[str, ...]) -> None:
-    """Raise DataError where broken images empty a class or the validation set; log classes without validation."""
-    untrained, unjudged = (
-        [name for label, name in enumerate(classes) if label not in present]
-        for present in (set(train.labels.tolist()), set(val.labels.tolist()))
-    )
-    if untrained:
-        raise DataError(f"class {untrained[0]!r}: none of its training images can be read; repair them or remove it")
-    if len(val) == 0:
-        raise DataError("validation: none of its images can be read; repair them or give other ones")
-    if unjudged:
-        say(f"validation has no image of {len(unjudged):,} classes, {unjudged[0]} first")

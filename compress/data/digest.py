@@ -6,46 +6,24 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
-from compress.data.shards import ShardListing, list_shards, shard_files
+from compress.data.named import DATA_SETS, FASHION_MNIST
+from compress.data.settings import DataSettings
+from compress.data.shards import list_shards, shard_files
 from compress.logs.stage_log import clock
 from compress.ranks import rank
 from export.command.digest_memory import digests_of
 from export.errors import DataError, first
-from export.images.box_listing import BoxListing
-from export.images.folders import TRAIN, Listing, check_folder, count, images_in, list_folder
-from export.images.masks import MaskListing
-from export.images.size import Size, size_of, written
-from export.images.tables import TableListing
+from export.images.folders import FolderListing, check_folder, images_in, list_folder
+from export.images.listing import TRAIN, count
+from export.images.size import written
 from export.tasks import TASKS
+from export.tasks.listing import Listing
 
-# Default height and width of each data set's images; multiples of 32, as most networks halve the size five times.
-NATIVE_SIZE = {
-    "digits": 32,
-    "imagefolder": 224,
-    "cifar10": 32,
-    "cifar100": 32,
-    "fashion_mnist": 32,
-    "imagenette": 224,
-    "voc": 320,
-    "oxford_pets": 256,
-    "scenes": 96,
-    "scenes_hard": 96,
-    "scenes_plain": 32,
-}
-# The folders that downloads make.
-DOWNLOADED = {
-    "cifar10": "cifar-10-batches-py",
-    "cifar100": "cifar-100-python",
-    "imagenette": "imagenette2-320",
-    "voc": "VOCdevkit/VOC2012",
-    "oxford_pets": "oxford-iiit-pet",
-}
-FASHION_MNIST = tuple(
-    f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-)
+L = TypeVar("L", bound=Listing)
 FILES = "images.json"  # in a source's artifact: digests of the files that it was made from
 NOTES = "data-notes.json"  # and there the data set's `notes`
 # The artifact key covers the task and the unlabelled images; `ignore_index` counts only where it is set.
@@ -55,46 +33,10 @@ VERSION = 3  # raise it when images become other tensors: every cached stage the
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    """The settings that decide a data set's images, their split and their preprocessing.
-
-    With `tuning` the validation images are held out of the training images, even if the data set has a validation set.
-    `memory` is the folder where file digests are cached; it changes no result.
-    """
-
-    name: str
-    path: Path | None
-    image_size: Size | None  # None takes the data set's own
-    resize: float
-    mean: tuple[float, ...]  # of each channel
-    std: tuple[float, ...]
-    val_fraction: float
-    limit_per_class: int | None
-    skip_broken: bool
-    task: str
-    ignore_index: int | None
-    seed: int
-    tuning: bool
-    memory: Path
-    unlabelled: Path | None = None
-
-    @property
-    def size(self) -> Size:
-        """What the network sees."""
-        return self.image_size or size_of(NATIVE_SIZE[self.name])
-
-    @property
-    def resize_to(self) -> Size:
-        """What evaluation resizes images to before it crops them."""
-        height, width = self.size
-        return round(height * self.resize), round(width * self.resize)
-
-
-@dataclass(frozen=True)
 class Given:
     """The listing of a data set's folder (None unless an `imagefolder`), and the digest of every readable file by path."""
 
-    listing: Listing | ShardListing | MaskListing | BoxListing | TableListing | None
+    listing: Listing | None
     digests: dict[str, str]
 
 
@@ -108,8 +50,7 @@ def given(settings: DataSettings) -> Given:
             raise DataError("imagefolder: needs a folder: give DATA=/path/to/images, or set data.path")
         if (shards := shards_in(settings.path, settings.memory)) is not None:
             return shards
-        listing = TASKS[settings.task].listing(settings.path)
-        refuse_untrainable(listing)
+        listing = trainable(TASKS[settings.task].listing(settings.path))
         return Given(listing, _digests(listing.root, listing.names(), settings.memory))
     if settings.name == "fashion_mnist" and settings.path is not None:  # may be another data set in its format
         return Given(None, _digests(settings.path, FASHION_MNIST, settings.memory))
@@ -138,37 +79,35 @@ def shards_in(root: Path, memory: Path) -> Given | None:
     if not (files := shard_files(root)):
         return None
     digests = _digests(root, files, memory)
-    listing = list_shards(root, digests, memory)
-    refuse_untrainable(listing)
-    return Given(listing, digests)
+    return Given(trainable(list_shards(root, digests, memory)), digests)
 
 
 def dataset_digest(settings: DataSettings, found: Given) -> str:
     """Return a sha256 over everything that decides pixels and split: the settings, and each file's path, class and content.
 
-    The folder's own path does not count.
+    The folder's own path does not count, nor do the unlabelled images: a source does not see them.
     """
     listing = found.listing
-    decisive = {name: value for name, value in asdict(settings).items() if name not in UNDECIDING}
     content = {
-        **decisive,
+        **{name: value for name, value in asdict(settings).items() if name not in UNDECIDING},
         **({} if settings.ignore_index is None else {"ignore_index": settings.ignore_index}),
         "version": VERSION,
         "image_size": written(settings.size),
         "path": None,
         "memory": None,
         "classes": listing and listing.classes,
-        **({"masks": 2} if isinstance(listing, MaskListing) else {}),  # raise it when masks become other tensors
-        "labels": None
-        if isinstance(listing, ShardListing)
-        else listing and sorted(listing.train + (listing.val or ())),
         "files": found.digests,
+        **({"labels": None} if listing is None else listing.decisive()),
     }
-    if isinstance(listing, BoxListing):  # as they are read, which the files alone do not say
-        content["boxes"] = hashlib.sha256(listing.truths(listing.train + (listing.val or ())).tobytes()).hexdigest()
     if not settings.tuning:
         del content["tuning"]  # keys made before the setting existed stay valid
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def images_digest(settings: DataSettings) -> str:
+    """Return what identifies all images of a run: its data set's digest and, if there are any, its unlabelled images'."""
+    digest = dataset_digest(settings, given(settings))
+    return digest if settings.unlabelled is None else f"{digest}-{unlabelled_digest(settings)}"
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
@@ -212,38 +151,28 @@ def _reporter(root: Path, total: int) -> Callable[[int], None]:
     return report
 
 
-def cache_folder(path: Path | None) -> Path:
-    """Return the folder for downloads: the given path, else the user's cache."""
-    if path is not None:
-        return path
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
-    except RuntimeError as error:  # in a container whose user has no entry in /etc/passwd
-        raise DataError("there is no home folder to download to; give one: DATA=/path/to/a/folder") from error
-
-
-def to_download(settings: DataSettings) -> Path | None:
-    """Return the folder that a run would download the data set to, None where no download is needed."""
-    if settings.name not in DOWNLOADED:
+def downloaded(settings: DataSettings) -> Listing | None:
+    """List a data set that is the folder of a download, fetched now if it is not there; None for others."""
+    known = DATA_SETS[settings.name]
+    if settings.task not in known.tasks:
         return None
-    root = cache_folder(settings.path)
-    return None if (root / DOWNLOADED[settings.name]).is_dir() else root
+    listing = trainable(TASKS[settings.task].listing(known.fetched(settings.name, settings.path)))
+    return replace(listing, classes=known.classes) if isinstance(listing, FolderListing) and known.classes else listing
 
 
-def training_folder(root: Path) -> Listing:
+def training_folder(root: Path) -> FolderListing:
     """List a folder of class folders. Raises DataError where it has no training images or fewer than two classes."""
-    listing = list_folder(root)
-    refuse_untrainable(listing)
-    return listing
+    return trainable(list_folder(root))
 
 
-def refuse_untrainable(listing: Listing | ShardListing | MaskListing | BoxListing | TableListing) -> None:
-    """Raise DataError where a folder has no training images, or only one class folder."""
-    if not listing.train:
+def trainable(listing: L) -> L:
+    """Return a listing that has training images, and enough classes to learn them. Raises DataError for others."""
+    if not len(listing.train):
         raise DataError(
             f"{listing.root}: has a validation split but no {TRAIN}/; training images belong in {listing.place(TRAIN)}"
         )
-    if isinstance(listing, Listing | ShardListing) and len(listing.classes) == 1:
+    if 0 < len(listing.classes) < listing.fewest:
         raise DataError(
             f"{listing.root}: has one class folder ({listing.classes[0]}); give each of at least two classes a folder"
         )
+    return listing

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from compress.data.placed import Placed
+from compress.data.placed import Placed, PlacedSource
 from compress.data.shards import Rows, ShardListing, read_bytes
 from compress.data.stored import Stored
 from compress.logs.stage_log import say
@@ -30,7 +31,7 @@ from export.images.decode import (
     resize,
     values_of,
 )
-from export.images.folders import File, Listing
+from export.images.folders import File, FolderListing
 from export.images.preprocess import Preprocess
 from export.images.read import content_of
 from export.runtime.environment import usable_cores
@@ -83,7 +84,7 @@ class FileImages:
     labels: Tensor
     skip_broken: bool
     broken: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
-    placed: Placed | None = None
+    placed: PlacedSource | None = None
     pixel: Pixel = RGB
 
     def __len__(self) -> int:
@@ -94,13 +95,22 @@ class FileImages:
         """Where the images are during training, in words."""
         return "in files, decoded for each view"
 
+    def take(self, chosen: np.ndarray) -> Self:
+        """Return the images of these indices."""
+        placed = self.placed and self.placed.take(chosen)
+        return replace(self, paths=self.paths[chosen], labels=self.labels[torch.from_numpy(chosen)], placed=placed)
+
     def name(self, index: int) -> str:
         """Return the file's path relative to the root."""
         return os.fsdecode(self.paths[index])
 
+    def file(self, index: int) -> Path | io.BytesIO:
+        """Return what is opened to read the image; raise BrokenImage where it cannot be read."""
+        return self.root / self.name(index)
+
     def whole(self, index: int) -> Image.Image:
         """Return one decoded image; raise BrokenImage where that fails."""
-        return read_image(self.root / self.name(index), upright=True, pixel=self.pixel)
+        return read_image(self.file(index), upright=True, pixel=self.pixel)
 
     def content(self, index: int) -> bytes:
         """Return the file's bytes; raise DataError where they cannot be read."""
@@ -112,11 +122,11 @@ class FileImages:
 
     def area(self, index: int) -> int:
         """Return an image's height times its width in pixels, 0 where its header cannot be read."""
-        return read_area(self.root / self.name(index))
+        return read_area(self.file(index))
 
     def stored(self, index: int) -> Pixel | None:
         """Return a file's channels and bits, None where its header cannot be read."""
-        return read_pixel(self.root / self.name(index))
+        return read_pixel(self.file(index))
 
     def report_broken(self, found: dict[int, str]) -> None:
         """Log newly found broken images (reasons by index) if they are to be skipped, else raise DataError."""
@@ -141,22 +151,18 @@ class ShardImages(FileImages):
         """Where the images are during training, in words."""
         return "in shards, decoded for each view"
 
-    def whole(self, index: int) -> Image.Image:
-        """Return one decoded image; raise BrokenImage where that fails."""
-        return read_image(io.BytesIO(self.content(index)), upright=True, pixel=self.pixel)
+    def take(self, chosen: np.ndarray) -> Self:
+        """Return the images of these indices."""
+        return replace(super().take(chosen), rows=self.rows[chosen])
+
+    def file(self, index: int) -> io.BytesIO:
+        """Return what is opened to read the image; raise BrokenImage where it cannot be read."""
+        return io.BytesIO(self.content(index))
 
     def content(self, index: int) -> bytes:
         """Return the image file's bytes; raise BrokenImage where they cannot be read."""
         rows = self.rows
         return read_bytes(self.places[rows.shards[index]], int(rows.offsets[index]), int(rows.lengths[index]))
-
-    def area(self, index: int) -> int:
-        """Return an image's height times its width in pixels, 0 where its header cannot be read."""
-        return read_area(io.BytesIO(self.content(index)))
-
-    def stored(self, index: int) -> Pixel | None:
-        """Return a file's channels and bits, None where its header cannot be read."""
-        return read_pixel(io.BytesIO(self.content(index)))
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ class ArrayImages:
     arrays: np.ndarray
     labels: Tensor
     broken: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)  # none: they are in memory
-    placed: Placed | None = None
+    placed: PlacedSource | None = None
     pixel: Pixel = RGB
 
     def __len__(self) -> int:
@@ -176,6 +182,11 @@ class ArrayImages:
     def place(self) -> str:
         """Where the images are during training, in words."""
         return "in memory at their own size, resized for each view"
+
+    def take(self, chosen: np.ndarray) -> Self:
+        """Return the images of these indices."""
+        placed = self.placed and self.placed.take(chosen)
+        return replace(self, arrays=self.arrays[chosen], labels=self.labels[torch.from_numpy(chosen)], placed=placed)
 
     def whole(self, index: int) -> Image.Image:
         """Return one image."""
@@ -203,20 +214,21 @@ ImageSet = MemoryImages | Lazy
 REPAIR = "repair or remove them, or set data.skip_broken: true to leave them out"
 
 
-def from_files(root: Path, files: Sequence[File], *, skip_broken: bool, pixel: Pixel = RGB) -> FileImages:
-    """Return the listed files as an image set, without opening them."""
-    paths = np.array([os.fsencode(path) for path, _ in files], dtype=np.bytes_)
-    labels = torch.tensor([label for _, label in files], dtype=torch.int64)
-    return FileImages(root, paths, labels, skip_broken, pixel=pixel)
+def from_files(root: Path, names: Sequence[str], labels: Tensor, *, skip_broken: bool) -> FileImages:
+    """Return files and their labels (n, ...) as an image set, without opening them."""
+    return FileImages(root, np.array([*map(os.fsencode, names)], dtype=np.bytes_), labels, skip_broken)
 
 
-def images_of(listing: Listing | ShardListing, rows: Sequence[File] | Rows, *, skip_broken: bool = False) -> FileImages:
+def images_of(
+    listing: FolderListing | ShardListing, rows: Sequence[File] | Rows, *, skip_broken: bool = False
+) -> FileImages:
     """Return images listed in a folder or its shards as an image set, without opening them."""
     if isinstance(rows, Rows):
         assert isinstance(listing, ShardListing)
         labels = torch.from_numpy(rows.labels)
         return ShardImages(listing.root, rows.names, labels, skip_broken, rows=rows, places=listing.places)
-    return from_files(listing.root, rows, skip_broken=skip_broken)
+    labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
+    return from_files(listing.root, [path for path, _ in rows], labels, skip_broken=skip_broken)
 
 
 def labelled(images: ImageSet) -> ImageSet:
@@ -229,7 +241,7 @@ def labelled(images: ImageSet) -> ImageSet:
     return replace(images, paths=images.paths[:n], labels=images.labels[:n])
 
 
-def readable(images: FileImages | ArrayImages) -> Iterator[tuple[int, Image.Image]]:
+def readable(images: Lazy) -> Iterator[tuple[int, Image.Image]]:
     """Yield each readable image with its index; raise DataError for broken ones, unless they are to be skipped."""
     for index in range(len(images)):
         try:
@@ -259,7 +271,7 @@ def _with_pixel(images: Lazy, pixel: Pixel) -> Lazy:
     return replace(images, arrays=np.broadcast_to(images.arrays, (*sizes, pixel.channels)), pixel=pixel)
 
 
-def largest_area(images: FileImages | ArrayImages, *, at_most: int) -> int:
+def largest_area(images: Lazy, *, at_most: int) -> int:
     """Return the largest image's area in pixels, from the headers, limited to `at_most`."""
     largest = 0
     for index in range(len(images)):
@@ -269,7 +281,7 @@ def largest_area(images: FileImages | ArrayImages, *, at_most: int) -> int:
     return largest
 
 
-def decode_all(images: FileImages | ArrayImages, preprocess: Preprocess, *, area: int) -> MemoryImages:
+def decode_all(images: Lazy, preprocess: Preprocess, *, area: int) -> MemoryImages:
     """Decode every image into memory, on all cores; with `area` > 0 also whole, shrunk to at most `area` pixels.
 
     Broken files are logged and left out if they are to be skipped; else DataError names them.

@@ -1,51 +1,49 @@
 """Open a data set of images with any number of labels each, and write its validation images."""
 
 import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from compress.data.augment import Augmentation
-from compress.data.dataset import Dataset, centred
-from compress.data.digest import DataSettings
-from compress.data.images import ArrayImages, FileImages, readable
-from compress.data.planar import Planar
+from compress.data.dataset import Dataset, Kind, drawn, known, open_images
+from compress.data.images import ArrayImages, FileImages, from_files
 from compress.data.scenes import CLASSES, Scenes
-from compress.data.validation import new_folder
+from compress.data.settings import DataSettings
+from compress.data.validation import copied, new_folder
 from export.errors import DataError
+from export.images.listing import Pair
 from export.images.preprocess import Preprocess
 from export.images.tables import FILE, TABLE, TableListing
 
 
-def _files(
-    listing: TableListing, files: Sequence[tuple[str, str]], settings: DataSettings, _preprocess: Preprocess
-) -> FileImages:
-    paths = np.array([os.fsencode(path) for path, _ in files], dtype=np.bytes_)
-    return FileImages(listing.root, paths, torch.from_numpy(listing.truths(files)), settings.skip_broken)
+def _files(listing: TableListing, files: Sequence[Pair], settings: DataSettings, _: Preprocess) -> FileImages:
+    labels = torch.from_numpy(listing.truths(files))
+    return from_files(listing.root, [path for path, _ in files], labels, skip_broken=settings.skip_broken)
 
 
-def _arrays(scenes: Scenes, chosen: np.ndarray, _preprocess: Preprocess) -> ArrayImages:
-    labels = torch.zeros(len(chosen), len(CLASSES) - 1)
-    for row, index in zip(labels, chosen, strict=True):
-        row[scenes.boxes[index][:, 4].astype(int) - 1] = 1
-    return ArrayImages(scenes.images[chosen], labels)
+def _scenes(scenes: Scenes, _: Preprocess) -> ArrayImages:
+    labels = torch.zeros(len(scenes.images), len(CLASSES) - 1)
+    for row, boxes in zip(labels, scenes.boxes, strict=True):
+        row[boxes[:, 4].astype(int) - 1] = 1
+    return ArrayImages(scenes.images, labels)
 
 
-TABLES = Planar(
-    "tables of labels", TableListing, CLASSES[1:], lambda settings, _: centred(settings), _files, _arrays, spoiled_by=()
-)
+def _notes(dataset: Dataset) -> tuple[str, ...]:
+    """Raise DataError for a class without training images."""
+    for name, having in zip(dataset.classes, dataset.train.labels.sum(0).tolist(), strict=True):
+        if not having:
+            raise DataError(f"class {name!r}: no training image has this label: add some, or remove it from {TABLE}")
+    return ()
+
+
+TABLES = Kind(_files, drawn(_scenes, CLASSES[1:]), missing=known("tables of labels", "multilabel"), notes=_notes)
 
 
 def open_tables(settings: DataSettings, augmentation: Augmentation) -> Dataset:
-    """Open a data set by name, with labels float32 (n, classes); raise DataError for a class without training images."""
-    found = TABLES.open(settings, augmentation)
-    for name, having in zip(found.classes, found.train.labels.sum(0).tolist(), strict=True):
-        if not having:
-            raise DataError(f"class {name!r}: no training image has this label: add some, or remove it from {TABLE}")
-    return found
+    """Open a data set by name, with labels float32 (n, classes); raise DataError as `open_images` does, and for a class without an image."""
+    return open_images(settings, augmentation, TABLES)
 
 
 def write_table(dataset: Dataset, folder: Path) -> int:
@@ -53,13 +51,10 @@ def write_table(dataset: Dataset, folder: Path) -> int:
 
     Files are copied as they are. Raises DataError where the folder exists.
     """
-    images, rows = dataset.held_out, list[list[object]]()
+    labels = dataset.held_out.labels.int().tolist()
     with new_folder(folder) as partial:
         (partial / "val").mkdir()
-        for index, _ in readable(images):
-            name = f"{index:06d}{images.suffix(index)}"
-            (partial / "val" / name).write_bytes(images.content(index))
-            rows.append([name, *images.labels[index].int().tolist()])
+        rows = [[file.name, *labels[index]] for index, _, file in copied(dataset.held_out, lambda _: partial / "val")]
         with (partial / "val" / TABLE).open("w", encoding="utf-8", newline="") as table:
             csv.writer(table).writerows([[FILE, *dataset.classes], *rows])
     return len(rows)

@@ -3,11 +3,11 @@
 import io
 import math
 import os
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -17,10 +17,12 @@ from torch import Tensor
 from compress.data.stored import Stored
 from compress.data.views import Boxes, cut_nearest
 from export.images.decode import BrokenImage
-from export.images.masks import SAMPLE, Pair, read_mask
+from export.images.masks import SAMPLE, read_mask
 from export.images.preprocess import IGNORED, Preprocess
 from export.images.read import spread
 from export.images.size import Size
+
+SPOILED_BY = ("randaugment", "mixup", "cutmix")  # changes of images that do not move their masks or boxes
 
 
 class Fill(Protocol):
@@ -36,9 +38,6 @@ class Fill(Protocol):
 class Placed(Protocol):
     """The truths of a set of images, by their indices."""
 
-    def begin(self, area: int) -> Fill:
-        """Return the object that reads the truths into memory; with `area` > 0 also those of whole images."""
-
     def still(self, chosen: Tensor) -> Tensor:
         """Return the truths (m, ...) of the chosen images in evaluation's view."""
 
@@ -46,30 +45,40 @@ class Placed(Protocol):
         """Return the truths in an augmented view, whose `boxes` are cut from the whole images or from evaluation's."""
 
 
-@dataclass(frozen=True)
-class MaskFiles:
-    """Mask files that are read on access; `paths` of the images and of the masks are bytes (n, 2)."""
+class PlacedSource(Placed, Protocol):
+    """The truths of images that are not decoded yet."""
 
-    root: Path
-    paths: np.ndarray
-    classes: int
+    def take(self, chosen: np.ndarray) -> "PlacedSource":
+        """Return the truths of the images with these indices."""
+
+    def begin(self, area: int) -> Fill:
+        """Return the object that reads the truths into memory; with `area` > 0 also those of whole images."""
+
+
+@dataclass(frozen=True)
+class MaskSource(ABC):
+    """Masks that are read, and seen as `preprocess` says, on access."""
+
     preprocess: Preprocess
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def take(self, chosen: np.ndarray) -> Self:
+        """Return the masks of the images with these indices."""
+
+    @abstractmethod
+    def content(self, index: int) -> bytes:
+        """Return the bytes of one mask as a file."""
+
+    @abstractmethod
+    def read(self, index: int) -> tuple[Image.Image, bool]:
+        """Return one mask, and whether it was turned upright; raise BrokenImage where it does not fit its image."""
 
     def begin(self, area: int) -> "MaskFill":
         """Return the object that reads the masks into memory."""
         return MaskFill(self, area)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def content(self, index: int) -> bytes:
-        """Return the bytes of one mask's file."""
-        return (self.root / os.fsdecode(self.paths[index, 1])).read_bytes()
-
-    def read(self, index: int) -> tuple[Image.Image, bool]:
-        """Return one mask, and whether it was turned upright; raise BrokenImage where it does not fit its image."""
-        image, mask = (self.root / os.fsdecode(path) for path in self.paths[index])
-        return read_mask(mask, image, classes=self.classes, preprocess=self.preprocess)
 
     def still(self, chosen: Tensor) -> Tensor:
         """Return the masks uint8 (m, height, width)."""
@@ -87,18 +96,42 @@ class MaskFiles:
 
 
 @dataclass(frozen=True)
-class ArrayMasks:
+class MaskFiles(MaskSource):
+    """Mask files; `paths` of the images and of the masks are bytes (n, 2)."""
+
+    root: Path
+    paths: np.ndarray
+    classes: int
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def take(self, chosen: np.ndarray) -> Self:
+        """Return the masks of the images with these indices."""
+        return replace(self, paths=self.paths[chosen])
+
+    def content(self, index: int) -> bytes:
+        """Return the bytes of one mask's file."""
+        return (self.root / os.fsdecode(self.paths[index, 1])).read_bytes()
+
+    def read(self, index: int) -> tuple[Image.Image, bool]:
+        """Return one mask, and whether it was turned upright; raise BrokenImage where it does not fit its image."""
+        image, mask = (self.root / os.fsdecode(path) for path in self.paths[index])
+        return read_mask(mask, image, classes=self.classes, preprocess=self.preprocess)
+
+
+@dataclass(frozen=True)
+class ArrayMasks(MaskSource):
     """Masks in memory at their own size, uint8 (n, height, width)."""
 
     arrays: np.ndarray
-    preprocess: Preprocess
-
-    def begin(self, area: int) -> "MaskFill":
-        """Return the object that resizes the masks as the images."""
-        return MaskFill(self, area)
 
     def __len__(self) -> int:
         return len(self.arrays)
+
+    def take(self, chosen: np.ndarray) -> Self:
+        """Return the masks of the images with these indices."""
+        return replace(self, arrays=self.arrays[chosen])
 
     def content(self, index: int) -> bytes:
         """Return the bytes of one mask as a PNG file."""
@@ -110,21 +143,11 @@ class ArrayMasks:
         """Return one mask, which no image's orientation turns."""
         return Image.fromarray(self.arrays[index]), False
 
-    def still(self, chosen: Tensor) -> Tensor:
-        """Return the masks uint8 (m, height, width)."""
-        masks = [self.preprocess.mask(Image.fromarray(self.arrays[index])) for index in chosen.tolist()]
-        return torch.from_numpy(np.stack(masks))
-
-    def seen(self, chosen: Tensor, boxes: Boxes, size: Size, *, whole: bool) -> Tensor:
-        """Return the masks' boxes, resized, uint8 (m, height, width)."""
-        masks = torch.from_numpy(self.arrays[chosen.numpy()]) if whole else self.still(chosen)
-        return cut_nearest(masks, boxes, size)
-
 
 class MaskFill:
     """Reads masks into memory, in evaluation's view and, with `area` > 0, whole."""
 
-    def __init__(self, source: MaskFiles | ArrayMasks, area: int) -> None:
+    def __init__(self, source: MaskSource, area: int) -> None:
         self._source, n = source, len(source)
         seen = math.prod(source.preprocess.image_size)
         self._values, self._turned = np.zeros((n, IGNORED + 1), np.bool_), np.zeros(n, np.bool_)
@@ -155,10 +178,6 @@ class Masks:
     whole: Stored | None
     tally: "Tally"
 
-    def begin(self, area: int) -> Fill:
-        """Raise AssertionError: masks are in memory already."""
-        raise AssertionError(f"masks are read once, not again with {area} pixels")
-
     def still(self, chosen: Tensor) -> Tensor:
         """Return the masks uint8 (m, height, width), on the CPU."""
         return self.stored.images(chosen, torch.device("cpu"))[:, 0]
@@ -179,11 +198,11 @@ class Tally(NamedTuple):
     among: int
 
 
-def tally(masks: Placed) -> Tally:
+def tally(masks: Placed | None) -> Tally:
     """Return what a set's masks have; of those that are not in memory SAMPLE are read, or more until two classes are seen."""
     if isinstance(masks, Masks):
         return masks.tally
-    assert isinstance(masks, MaskFiles | ArrayMasks)
+    assert isinstance(masks, MaskSource)
     values, turned, n = np.zeros(IGNORED + 1, np.bool_), 0, 0
     for index in spread(len(masks), len(masks)):
         with suppress(BrokenImage):  # training reports it
@@ -193,9 +212,3 @@ def tally(masks: Placed) -> Tally:
         if n >= SAMPLE and values[:IGNORED].sum() > 1:
             break
     return Tally(values, turned, n, len(masks))
-
-
-def mask_files(root: Path, pairs: Sequence[Pair], *, classes: int, preprocess: Preprocess) -> MaskFiles:
-    """Return the masks of the listed images, without opening them."""
-    paths = np.array([[os.fsencode(path) for path in pair] for pair in pairs], dtype=np.bytes_).reshape(-1, 2)
-    return MaskFiles(root, paths, classes, preprocess)

@@ -3,7 +3,6 @@
 They replace photographs where nothing can be downloaded. Training and validation scenes show different digits.
 """
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -12,9 +11,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from compress.data.named import DATA_SETS, Difficulty
+from compress.data.settings import DataSettings
+from export.errors import DataError
 from export.images.preprocess import IGNORED
+from export.images.size import Size
 
 Part = Literal["train", "val"]
+PARTS: tuple[Part, Part] = ("train", "val")
 CLASSES = ("background", *(str(digit) for digit in range(10)))
 INK = 0.35  # a pixel with more ink than this belongs to the digit
 FAINT = 0.15  # one with less belongs to the background; between the two it is IGNORED
@@ -40,30 +44,21 @@ class Scenes(NamedTuple):
     boxes: tuple[NDArray[np.float32], ...]
 
 
-@dataclass(frozen=True)
-class Difficulty:
-    """Number of digits, their sizes as fractions of the image, contrast, noise, and the number of scenes of each part."""
-
-    digits: tuple[int, int]
-    sizes: tuple[float, float]
-    contrast: tuple[float, float]
-    noise: float
-    train: int
-    val: int
-    plain: bool = False  # a dark background of one colour
-
-
-SCENES = {
-    "scenes": Difficulty((2, 4), (0.3, 0.5), (0.45, 0.9), 0.03, train=800, val=200),
-    "scenes_plain": Difficulty((1, 3), (0.4, 0.5), (0.6, 0.9), 0.02, train=3000, val=400, plain=True),
-    "scenes_hard": Difficulty((3, 7), (0.18, 0.45), (0.2, 0.6), 0.08, train=800, val=200),
-}
+def scenes_of(settings: DataSettings, size: Size) -> tuple[Scenes, Scenes] | None:
+    """Return the training and the validation scenes of a data set with a name, None for other data sets; DataError unless they are square."""
+    if (difficulty := DATA_SETS[settings.name].scenes) is None:
+        return None
+    side, other = size
+    if side != other:
+        raise DataError(f"data.image_size: {settings.name} are square: give one number, or DATA=/path/to/a/folder")
+    train, val = (draw_scenes(difficulty, part, size=side, seed=settings.seed) for part in PARTS)
+    return train, val
 
 
 def draw_scenes(difficulty: Difficulty, part: Part, *, size: int, seed: int) -> Scenes:
     """Draw the scenes of one part of a data set; each is a function of (seed, part, number)."""
     number = difficulty.train if part == "train" else difficulty.val
-    drawn = [scene(difficulty, part, size=size, seed=(seed, ("train", "val").index(part), n)) for n in range(number)]
+    drawn = [scene(difficulty, part, size=size, seed=(seed, PARTS.index(part), n)) for n in range(number)]
     return Scenes(
         np.stack([one.image for one in drawn]),
         np.stack([one.mask for one in drawn]),

@@ -1,5 +1,6 @@
 """Open a data set of images with masks, and write its validation images."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,44 +8,41 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compress.data.dataset import Dataset, centred
-from compress.data.digest import DataSettings
-from compress.data.images import ArrayImages, FileImages, readable
-from compress.data.named import WITH_MASKS
-from compress.data.placed import ArrayMasks, MaskFiles, mask_files, tally
-from compress.data.planar import Planar
+from compress.data.augment import Augmentation
+from compress.data.dataset import Dataset, Kind, centred, drawn, known, open_images
+from compress.data.images import ArrayImages, FileImages, from_files
+from compress.data.placed import SPOILED_BY, ArrayMasks, MaskFiles, MaskSource, tally
 from compress.data.scenes import CLASSES as SCENE_CLASSES
 from compress.data.scenes import Scenes
-from compress.data.validation import new_folder
+from compress.data.settings import DataSettings
+from compress.data.validation import copied, new_folder
 from export.errors import DataError, first
-from export.images.folders import count
-from export.images.masks import CLASSES, IMAGES, MASKS, MaskListing, Pair, are_binary, turned_note
+from export.images.listing import Pair, count
+from export.images.masks import CLASSES, IMAGES, MASKS, MaskListing, are_binary, turned_note
 from export.images.preprocess import Preprocess
 
 
 def _files(listing: MaskListing, pairs: Sequence[Pair], settings: DataSettings, preprocess: Preprocess) -> FileImages:
-    masks = mask_files(listing.root, pairs, classes=len(listing.classes), preprocess=preprocess)
-    labels = torch.zeros(len(pairs), dtype=torch.int64)
-    return FileImages(listing.root, masks.paths[:, 0], labels, settings.skip_broken, placed=masks)
+    names, labels = [path for path, _ in pairs], torch.zeros(len(pairs), dtype=torch.int64)
+    images = from_files(listing.root, names, labels, skip_broken=settings.skip_broken)
+    paths = np.array([[os.fsencode(path) for path in pair] for pair in pairs], dtype=np.bytes_).reshape(-1, 2)
+    return replace(images, placed=MaskFiles(preprocess, listing.root, paths, len(listing.classes)))
 
 
-def _arrays(scenes: Scenes, chosen: np.ndarray, preprocess: Preprocess) -> ArrayImages:
-    labels = torch.zeros(len(chosen), dtype=torch.int64)
-    return ArrayImages(scenes.images[chosen], labels, placed=ArrayMasks(scenes.masks[chosen], preprocess))
+def _scenes(scenes: Scenes, preprocess: Preprocess) -> ArrayImages:
+    labels = torch.zeros(len(scenes.images), dtype=torch.int64)
+    return ArrayImages(scenes.images, labels, placed=ArrayMasks(preprocess, scenes.masks))
 
 
 def _centred(settings: DataSettings, listing: MaskListing | None) -> Preprocess:
     found = replace(centred(settings), ignore_index=settings.ignore_index)
     if settings.ignore_index is not None or listing is None or len(listing.classes) != 2:
         return found
-    return replace(found, binary_masks=are_binary(listing.root, listing.train + (listing.val or ())))
+    return replace(found, binary_masks=are_binary(listing.root, listing.every))
 
 
 def _notes(dataset: Dataset) -> tuple[str, ...]:
-    train, val = dataset.train.placed, dataset.val.placed
-    assert train is not None
-    assert val is not None
-    found, held = tally(train), tally(val)
+    found, held = tally(dataset.train.placed), tally(dataset.val.placed)
     seen = found.values[: len(dataset.classes)]
     missing = [name for name, is_there in zip(dataset.classes, seen, strict=True) if not is_there]
     if found.n and len(dataset.classes) - len(missing) < 2:
@@ -65,7 +63,20 @@ def _notes(dataset: Dataset) -> tuple[str, ...]:
     return tuple(notes)
 
 
-open_masks = Planar("masks", MaskListing, SCENE_CLASSES, _centred, _files, _arrays, WITH_MASKS, notes=_notes).open
+WITH_MASKS = Kind(
+    _files,
+    drawn(_scenes, SCENE_CLASSES),
+    missing=known("masks", "segmentation"),
+    preprocess=_centred,
+    spoiled_by=SPOILED_BY,
+    truths="masks",
+    notes=_notes,
+)
+
+
+def open_masks(settings: DataSettings, augmentation: Augmentation) -> Dataset:
+    """Open a data set by name, its masks `placed`; raise DataError as `open_images` does."""
+    return open_images(settings, augmentation, WITH_MASKS)
 
 
 def write_masks(dataset: Dataset, folder: Path) -> int:
@@ -73,14 +84,13 @@ def write_masks(dataset: Dataset, folder: Path) -> int:
 
     Files are copied as they are. Raises DataError where the folder exists.
     """
-    images, masks, written = dataset.held_out, dataset.held_out.placed, 0
-    assert isinstance(masks, MaskFiles | ArrayMasks)
+    masks, written = dataset.held_out.placed, 0
+    assert isinstance(masks, MaskSource)
     with new_folder(folder) as partial:
         for name in (IMAGES, MASKS):
             (partial / name / "val").mkdir(parents=True)
         (partial / CLASSES).write_text("".join(f"{name}\n" for name in dataset.classes), encoding="utf-8")
-        for index, _ in readable(images):
-            (partial / IMAGES / "val" / f"{index:06d}{images.suffix(index)}").write_bytes(images.content(index))
+        for index, _, _ in copied(dataset.held_out, lambda _: partial / IMAGES / "val"):
             (partial / MASKS / "val" / f"{index:06d}.png").write_bytes(masks.content(index))
             written += 1
     return written

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ from compress.data.shard_files import Found, scan_shard, seekable
 from export.command.files import writing
 from export.errors import DataError
 from export.images.decode import BrokenImage
-from export.images.folders import SHARDS, TRAIN, VAL_NAMES, is_label
+from export.images.folders import SHARDS
+from export.images.listing import TRAIN, VAL_NAMES, check_lengths, is_label
 
 INDEX, CLASSES = "index.npz", "classes.txt"
 VERSION = 1  # of the index
@@ -59,10 +60,20 @@ class ShardListing:
     classes: tuple[str, ...]
     train: Rows
     val: Rows | None
+    notes: ClassVar[tuple[str, ...]] = ()
+    fewest: ClassVar[int] = 2
 
     def place(self, part: str) -> str:
-        """Return a pattern for the shards of a part of the data, for messages."""
+        """Return where the images of a split belong."""
         return f"{self.root / part}-*.tar"
+
+    def names(self) -> list[str]:
+        """Return the paths of all shards."""
+        return [*self.places]
+
+    def decisive(self) -> dict[str, object]:
+        """Return what decides the data besides the classes' names and the files' content: nothing."""
+        return {"labels": None}
 
 
 def shard_files(root: Path) -> list[str]:
@@ -168,6 +179,7 @@ def _classes(root: Path, found: Sequence[Found]) -> tuple[list[str], NDArray[np.
     labels = np.concatenate([one.labels for one in found])
     if labels.dtype.kind != "i":
         found_names, labels = np.unique(labels, return_inverse=True)
+        check_lengths(root, found_names.tolist())
         return found_names.tolist(), labels
     own = {one.classes for one in found if one.classes}
     if len(own) > 1:
@@ -180,6 +192,7 @@ def _classes(root: Path, found: Sequence[Found]) -> tuple[list[str], NDArray[np.
         )
     if len(set(names)) < len(names) or not all(map(is_label, names)):
         raise DataError(f"{root / CLASSES}: must name one class a line, each once, in the order of the labels")
+    check_lengths(root, names)
     return names, labels
 
 
@@ -206,7 +219,8 @@ def read_bytes(place: str, offset: int, length: int) -> bytes:
             system, path = importlib.import_module("fsspec").core.url_to_fs(place)
             found: bytes = system.cat_file(path, start=offset, end=offset + length)
         else:
-            found = os.pread(_opened(place).number, length, offset)
+            file = _opened(place)  # kept until it is read: of two threads' first files the cache drops one
+            found = os.pread(file.number, length, offset)
     except (OSError, ImportError) as error:
         raise BrokenImage(getattr(error, "strerror", None) or str(error)) from error
     if len(found) != length:  # the file is too short, or its server ignores ranges

@@ -1,14 +1,9 @@
 """Split images by class and seed: training images, and those held out for validation or tuning."""
 
-from collections.abc import Sequence
-from typing import TypeVar
-
 import numpy as np
 
-from compress.data.digest import DataSettings
+from compress.data.settings import DataSettings
 from export.errors import DataError
-
-T = TypeVar("T")
 
 
 def held_out(labels: np.ndarray, classes: tuple[str, ...], *, fraction: float, seed: int) -> np.ndarray:
@@ -27,27 +22,18 @@ def held_out(labels: np.ndarray, classes: tuple[str, ...], *, fraction: float, s
     return np.sort(np.concatenate(chosen))
 
 
-def limited(labels: np.ndarray, num_classes: int, *, per_class: int, seed: int) -> np.ndarray:
-    """Return the sorted indices of at most `per_class` images of each class."""
-    return np.sort(np.concatenate([members[:per_class] for members in _shuffled(labels, num_classes, seed)]))
-
-
-def parts_of(n: int, settings: DataSettings, *, has_validation: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Split n images without classes; return the indices to train on, and those held out for validation."""
-    strata, train, out = np.zeros(n, np.int64), np.arange(n), np.empty(0, np.int64)
+def parts_of(
+    labels: np.ndarray, classes: tuple[str, ...], settings: DataSettings, *, has_validation: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split the training images by their labels (n,); return the indices to train on, and those held out."""
+    train, out = np.arange(len(labels)), np.empty(0, np.int64)
     for _ in range((not has_validation) + settings.tuning):  # a tuning split comes after the validation split
-        chosen = held_out(strata[train], ("images",), fraction=settings.val_fraction, seed=settings.seed)
+        chosen = held_out(labels[train], classes, fraction=settings.val_fraction, seed=settings.seed)
         out, train = train[chosen], np.delete(train, chosen)
     if settings.limit_per_class is not None:
-        train = train[limited(strata[train], 1, per_class=settings.limit_per_class, seed=settings.seed)]
+        members = _shuffled(labels[train], len(classes), settings.seed)
+        train = train[np.sort(np.concatenate([own[: settings.limit_per_class] for own in members]))]
     return train, out
-
-
-def split(train: Sequence[T], val: Sequence[T] | None, settings: DataSettings) -> tuple[list[T], list[T]]:
-    """Split files without classes; return training files, and those held out, or `val` if it is given and not tuning."""
-    kept, out = parts_of(len(train), settings, has_validation=val is not None)
-    held = [train[index] for index in out] if val is None or settings.tuning else list(val)
-    return [train[index] for index in kept], held
 
 
 def sampled(labels: np.ndarray, num_classes: int, *, images: int, seed: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from compress.data.teachers import GivenTeacher, foreign
 from compress.errors import ModelError
 from export.command.files import sha256
 from export.errors import nearest
+from export.images.listing import check_lengths
 
 LIBRARIES = ("torchvision", "timm", "cifar", "fpn", "smp", "ssd", "ssdlite", "retinanet", "fcos")
 WITH_WEIGHTS = ("torchvision", "timm")  # libraries that publish named weights
@@ -90,6 +91,7 @@ def class_names(file: Path) -> tuple[str, ...]:
     names = tuple(line.strip() for line in lines if line.strip())
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ModelError(f"{file}: names {twice!r} more than once; give each class one line")
+    check_lengths(file, names)
     return names
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from compress.data.digest import DataSettings
+from compress.data.settings import DataSettings
 from compress.data.teachers import GivenTeacher
 from compress.pruning.goals import Goal
 from compress.recipe.schema import Recipe

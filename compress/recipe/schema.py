@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
+from compress.data.named import DATA_SETS, DataName
 from compress.data.teachers import foreign
 from compress.recipe.losses import LABELLED, LossTerm
 from compress.recipe.order import first_mistake
@@ -49,25 +50,13 @@ class Augment(Section):
     """The alpha of CutMix's Beta distribution (0 switches it off); with mixup also on, each image draws one of the two."""
 
 
-EMBEDDED = ("digits", "scenes", "scenes_hard", "scenes_plain")
+EMBEDDED = tuple(name for name, one in DATA_SETS.items() if one.embedded)
 
 
 class Data(Section):
     """The images, their split, and how they reach the network."""
 
-    dataset: Literal[
-        "digits",
-        "imagefolder",
-        "cifar10",
-        "cifar100",
-        "fashion_mnist",
-        "imagenette",
-        "voc",
-        "oxford_pets",
-        "scenes",
-        "scenes_hard",
-        "scenes_plain",
-    ] = "digits"
+    dataset: DataName = "digits"
     """The data set: scikit-learn's `digits`, `scenes` composed of them (for segmentation, detection and multilabel), `imagefolder`, which reads `path` and is the default where `path` is set, or one that is downloaded to `path` (`voc` is Pascal VOC 2012, for segmentation and detection; `oxford_pets` for segmentation)."""
     path: PathText | None = None
     """The folder that holds the data set: images, or shards of them (docs/images.md)."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from compress.artifact import read_meta
-from compress.data.digest import NOTES, dataset_digest, given
+from compress.data.digest import NOTES, images_digest
 from compress.recipe.arguments import data_settings
 from compress.recipe.schema import Recipe, Targets
 from compress.report.judge.classes import doubts
@@ -29,7 +29,6 @@ def collect(
     `made` are the artifacts that this run made; it reused the others. `command` reproduces the run; `student` is "" for a single one.
     """
     bench: Json = _last(artifacts, BENCH_JSON) or {"accuracy": {}, "timings": [], "warnings": []}
-    settings = data_settings(recipe)
     is_whole = len(artifacts) == len(recipe.stages)
     report = Report(
         schema_version=REPORT_VERSION,
@@ -37,7 +36,7 @@ def collect(
         recipe=recipe.model_dump(mode="json"),
         command=command,
         environment=bench.get("environment") or environment(),
-        data_digest=dataset_digest(settings, given(settings)),
+        data_digest=images_digest(data_settings(recipe)),
         stages=[_stage_row(path, root, path not in made) for path in artifacts],
         deployed=[cast(DeployedRow, {**timing, **bench["accuracy"][timing["name"]]}) for timing in bench["timings"]],
         end_to_end=bench.get("end_to_end", {}),

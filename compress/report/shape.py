@@ -42,7 +42,7 @@ class Report(TypedDict):
     """Everything a run measured, and whether it meets the recipe's targets.
 
     `ptq`, `audit` and `verify` are None if no stage wrote them; audit and verify are by file. `limits` has a sentence for each of
-    the export stage's limits that the deployed file exceeds. Every `score` is of `metric`. `data_digest` identifies the images.
+    the export stage's limits that the deployed file exceeds. Every `score` is of `metric`. `data_digest` identifies the labelled images and, after a dash, those without labels.
     """
 
     schema_version: Literal[3]

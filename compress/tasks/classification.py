@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.data.dataset import open_dataset
 from compress.data.images import UNLABELLED, ImageSet
-from compress.data.validation import write_validation
+from compress.data.labelled import open_dataset, write_validation
 from compress.tasks.task import Task, inverse_frequency
 from export.tasks.classification import CLASSIFICATION as OUTPUT
 

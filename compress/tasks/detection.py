@@ -15,7 +15,6 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_convert, box_iou
 
 from compress.data.boxed import open_boxes, write_boxes
-from compress.data.named import WITH_BOXES
 from compress.tasks.task import Task
 from export.tasks.boxes import CENTRED, GIOU, MOVES, READS, SOFTMAX, WEIGHTS
 from export.tasks.detection import DETECTION as OUTPUT
@@ -197,5 +196,4 @@ DETECTION = Task(
     places=places,
     places_count=count_sure,
     smooths=False,
-    folders=WITH_BOXES,
 )

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.data.images import ImageSet
-from compress.data.named import WITH_MASKS
 from compress.data.segmented import open_masks, write_masks
 from compress.tasks.task import Task, inverse_frequency
 from export.images.decode import BrokenImage
@@ -61,5 +60,4 @@ SEGMENTATION = Task(
     loss_count=count_pixels,
     row_count=count_pixels,
     class_weights=class_weights,
-    folders=WITH_MASKS,
 )

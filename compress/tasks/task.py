@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from compress.data.augment import Augmentation
 from compress.data.batches import Batch
 from compress.data.dataset import Dataset
-from compress.data.digest import DataSettings
 from compress.data.images import ImageSet
-from compress.data.named import Folders
+from compress.data.settings import DataSettings
 from compress.quant.layers import deployed_once
 from compress.ranks import gather
 from export.tasks.task import OutputTask
@@ -48,8 +47,6 @@ class Task:
     """(student's outputs, teacher's) to (): distance of their boxes where the teacher is sure; None without boxes."""
     places_count: Callable[[Tensor], Tensor] | None = None
     """(teacher's outputs) to the number of boxes where it is sure; None without boxes."""
-    folders: Folders = field(default_factory=dict)
-    """The data sets with such truths that have a name."""
     smooths: bool = True
     """Whether the loss allows label smoothing."""
     class_weights: Callable[[ImageSet, int], Tensor] | None = None

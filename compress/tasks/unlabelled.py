@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from compress.data.dataset import open_unlabelled
+from compress.data.labelled import open_unlabelled
 from compress.tasks.classification import CLASSIFICATION
 from export.tasks.unlabelled import UNLABELLED as OUTPUT
 

@@ -28,7 +28,7 @@ from export.bundle.golden import Golden, check_inputs, read_golden
 from export.bundle.inside import Json, brief, check_digest, contained, get, read_json, read_sums, read_text
 from export.command.files import sha256
 from export.errors import BundleError, DataError
-from export.images.folders import is_label
+from export.images.listing import LONGEST_NAME, is_label
 from export.images.preprocess import AS_STORED, BINARY, KEPT, UPRIGHT, Preprocess
 from export.images.read import Examples
 from export.images.size import Size, said
@@ -289,9 +289,9 @@ def read_manifest(folder: Path) -> Json:
 def read_labels(folder: Path) -> tuple[str, ...]:
     """Return labels.txt's lines."""
     labels = read_text(folder, LABELS).removesuffix("\n").split("\n")
-    if bad := [label for label in labels if not is_label(label)]:
+    if bad := [label for label in labels if not is_label(label) or len(label) > LONGEST_NAME]:
         raise BundleError(
-            f"{LABELS}: must be one printable name per line, got {brief(bad[0])}: get the bundle again",
+            f"{LABELS}: must be one printable name of at most {LONGEST_NAME} characters per line, got {brief(bad[0])}: get the bundle again",
             defect="bad_content",
         )
     return tuple(labels)

@@ -14,7 +14,7 @@ from export.bundle.inside import Json
 from export.bundle.read import NAME, SCHEMA_VERSION, entry, preprocess_of, read_bundle
 from export.command.files import json_text, put_folder, sha256, write_text
 from export.errors import BundleError
-from export.images.folders import is_label
+from export.images.listing import check_lengths, is_label
 from export.names import LABELS, MANIFEST, PREPROCESS, RECIPE_KEY, SUMS, VALIDATION
 from export.onnx_file.model_file import ModelFile, inspect
 from export.serving.protocol import write_kserve, write_requests
@@ -87,6 +87,7 @@ def fill(folder: Path, contents: Contents) -> None:
         raise BundleError(f"name: must be lower-case letters, digits, - and _, got {contents.name!r}: rename the run")
     if bad := [label for label in contents.labels if not is_label(label)]:
         raise BundleError(f"labels: must be one printable line each, got {bad[0]!r}: rename the class")
+    check_lengths("labels", contents.labels)
     facts = copy_models(folder, contents.files)
     write_text(folder / PREPROCESS, json_text(contents.preprocess))
     write_text(folder / LABELS, "".join(f"{label}\n" for label in contents.labels))

@@ -36,9 +36,8 @@ def box_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> E
     """
     require_pillow(data)
     listing = list_boxes(data)
-    files = listing.train if listing.val is None else listing.val
     places, notes = match(data, listing.classes, labels)
-    truths = listing.truths(files)
+    truths = listing.truths(listing.judged)
     real = truths[..., 0] >= 0
     truths[real, 0] = np.array(places, np.float32)[truths[real, 0].astype(int)]
-    return file_examples(data, files, truths, preprocess, (*listing.notes, *notes))
+    return file_examples(data, listing.judged, truths, preprocess, (*listing.notes, *notes))

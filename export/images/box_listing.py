@@ -3,6 +3,7 @@
 Boxes become fractions of the image in every format, so that resizing an image does not change them.
 """
 
+import hashlib
 import math
 import re
 import warnings
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from export.errors import DataError, first
 from export.images.decode import BrokenImage
-from export.images.folders import TRAIN, VAL_NAMES, is_label
+from export.images.listing import TRAIN, VAL_NAMES, SplitListing, check_lengths, is_label
 from export.images.orientation import REPAIR, read_header, turn_of, turned_corners
 
 Boxes = NDArray[np.float32]
@@ -44,27 +45,19 @@ class BoxFile(NamedTuple):
     drawn: Sequence[Drawn]
 
 
-@dataclass(frozen=True)
-class BoxListing:
-    """The images of a data set in the order of their paths, each with the file of its boxes, and all `boxes` by image.
+@dataclass(frozen=True, kw_only=True)
+class BoxListing(SplitListing[str]):
+    """Images with the files of their boxes, and all `boxes` by image."""
 
-    `val` is None if the folder has no validation set. `notes` are sentences on what was chosen or left out.
-    """
-
-    root: Path
-    classes: tuple[str, ...]
-    train: tuple[tuple[str, str], ...]
-    val: tuple[tuple[str, str], ...] | None
     boxes: Mapping[str, Boxes]
-    notes: tuple[str, ...] = ()
 
     def place(self, part: str) -> str:
         """Return where the images of a split belong."""
         return f"the JSON, list or folder that is named {part}"
 
-    def names(self) -> list[str]:
-        """Return the paths of all files."""
-        return sorted({name for pair in self.train + (self.val or ()) for name in pair})
+    def decisive(self) -> dict[str, object]:
+        """Return what decides the data besides the classes' names and the files' content: the boxes as they are read."""
+        return {**super().decisive(), "boxes": hashlib.sha256(self.truths(self.every).tobytes()).hexdigest()}
 
     def truths(self, files: Sequence[tuple[str, str]]) -> Boxes:
         """Return the boxes of the listed files (n, most boxes of an image, 6)."""
@@ -147,6 +140,7 @@ def listing_of(
         raise DataError(
             f"{root}: must name its classes, each once and on one line, got {first(list(classes)) or 'none'}"
         )
+    check_lengths(root, classes)
     split_by_path = dict[str, str]()
     for name, files in parts.items():
         if not files:
@@ -176,7 +170,7 @@ def listing_of(
         notes = [*notes, f"{root}: {len(empty):,} boxes without an area are left out: {first(sorted(set(empty)), 3)}"]
     train, val = parts.get(TRAIN, parts.get(ALL, ())), parts.get(VAL)
     pairs = [None if part is None else tuple(sorted(file[:2] for file in part)) for part in (train, val)]
-    return BoxListing(root, tuple(classes), pairs[0] or (), pairs[1], boxes, tuple(notes))
+    return BoxListing(root, tuple(classes), pairs[0] or (), pairs[1], tuple(notes), boxes=boxes)
 
 
 def _turns(root: Path, files: Sequence[BoxFile]) -> dict[str, int]:

@@ -19,7 +19,7 @@ from export.images.box_listing import (
     split_of,
     used_splits,
 )
-from export.images.folders import TRAIN
+from export.images.listing import TRAIN
 
 FOLDER = "annotations"
 INSTANCES = "instances"  # how COCO's own files of boxes begin; captions and key points lie beside them

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.errors import DataError, first, nearest
+from export.images.listing import TRAIN, VAL_NAMES, SplitListing, check_lengths, count, is_label
 
 # Suffixes of images. The decoder refuses some of these formats: better an error than a photograph silently left out.
 SUFFIXES = (
@@ -14,7 +15,6 @@ SUFFIXES = (
     *(".ppm", ".pgm", ".tga"),
 )
 SHARDS = (".tar", ".arrow", ".parquet")  # only training reads these
-TRAIN, VAL_NAMES = "train", ("val", "valid", "validation", "test")
 # Folders that archives, network drives and file systems add; hidden names are ignored too.
 IGNORED = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
 GROUPED = 0.8  # a subfolder in this fraction of the class folders may be a class
@@ -25,27 +25,17 @@ File = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Listing:
-    """The files of a folder data set, in the order of their paths.
+class FolderListing(SplitListing[int]):
+    """Images with one class each, the folder that they lie in."""
 
-    `val` is None if the folder has no validation set, `train` is empty if it has nothing else.
-    """
-
-    root: Path
-    classes: tuple[str, ...]
-    train: tuple[File, ...]
-    val: tuple[File, ...] | None
+    fewest = 2
 
     def place(self, part: str) -> str:
         """Return where the images of a split belong."""
         return f"{self.root / part}/<class>/"
 
-    def names(self) -> list[str]:
-        """Return the paths of all files."""
-        return sorted(name for name, _ in self.train + (self.val or ()))
 
-
-def list_folder(root: Path) -> Listing:
+def list_folder(root: Path) -> FolderListing:
     """List an ImageNet layout (train/ with val/, valid/, validation/ or test/), Tiny-ImageNet's layout, or one folder of class folders.
 
     Raises DataError for a missing folder, a class without images, a class that only validation has, class folders that may be
@@ -56,23 +46,23 @@ def list_folder(root: Path) -> Listing:
     if not parts:
         _refuse_other_layouts(root)
         classes = _classes(root)
-        return Listing(root, classes, _files(root, root, classes), None)
+        return FolderListing(root, classes, _files(root, root, classes), None)
     held_out = next((parts[name] for name in VAL_NAMES if name in parts), None)
     if TRAIN not in parts:
         assert held_out is not None
         classes = _classes(held_out)
-        return Listing(root, classes, (), _files(root, held_out, classes))
+        return FolderListing(root, classes, (), _files(root, held_out, classes))
     classes = _classes(parts[TRAIN])
     train = _files(root, parts[TRAIN], classes)
     if held_out is None:
-        return Listing(root, classes, train, None)
+        return FolderListing(root, classes, train, None)
     if (held_out / ANNOTATIONS).is_file():
-        return Listing(root, classes, train, _annotated(root, held_out, classes))
+        return FolderListing(root, classes, train, _annotated(root, held_out, classes))
     val_classes = _classes(held_out)
     _refuse_unknown(held_out, val_classes, classes)
     labels = {name: label for label, name in enumerate(classes)}
     val = tuple((path, labels[val_classes[label]]) for path, label in _files(root, held_out, val_classes))
-    return Listing(root, classes, train, val)
+    return FolderListing(root, classes, train, val)
 
 
 def image_splits(root: Path) -> tuple[list[str], list[str] | None]:
@@ -98,17 +88,6 @@ def check_folder(root: Path) -> None:
     near = nearest(wanted, _subfolders(ancestor))
     hint = f"did you mean {ancestor / near}?" if near else "give another with --data (DATA= under make)"
     raise DataError(f"{root}: there is no such folder; {hint}")
-
-
-def is_label(text: str) -> bool:
-    """Tell whether a class name is one printable line."""
-    return text.isprintable() and text == text.strip() != ""
-
-
-def count(names: Sequence[str], noun: str) -> str:
-    """Return the number of names with the noun in singular or plural."""
-    plural = "es" if noun.endswith("s") else "s"
-    return f"{len(names):,} {noun}{'' if len(names) == 1 else plural}"
 
 
 def _is_ignored(name: str) -> bool:
@@ -162,6 +141,7 @@ def _classes(folder: Path) -> tuple[str, ...]:
         )
     if odd := [name for name in classes if not is_label(name)]:
         raise DataError(f"{folder}: class folder {odd[0]!r}: must be one printable line; rename it")
+    check_lengths(folder, classes)
     return classes
 
 

@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 
 from export.errors import DataError, first
 from export.images.decode import DAMAGE, MAX_PIXELS, WIDE, BrokenImage, require_pillow, turned
-from export.images.folders import SUFFIXES, TRAIN, VAL_NAMES, check_folder, images_in, is_label
+from export.images.folders import SUFFIXES, check_folder, images_in
+from export.images.listing import TRAIN, VAL_NAMES, Pair, SplitListing, check_lengths, is_label
 from export.images.orientation import read_header, turn_of
 from export.images.preprocess import IGNORED, Preprocess
 from export.images.read import Examples, file_examples, spread
+from export.images.voc import trainval
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Pair = tuple[str, str]
-"""The paths of an image and of its mask, relative to the data set's root."""
 CLASSES, IMAGES, MASKS = "classes.txt", "images", "masks"
 VOC = (  # Everingham 2010; the outlines of its objects are 255
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
@@ -37,21 +37,16 @@ SAMPLE = 200  # masks that are read to decide what they are
 
 
 @dataclass(frozen=True)
-class MaskListing:
-    """The images of a data set with their masks, in the order of their paths; `val` is None if there is no validation set."""
-
-    root: Path
-    classes: tuple[str, ...]
-    train: tuple[Pair, ...]
-    val: tuple[Pair, ...] | None
+class MaskListing(SplitListing[str]):
+    """Images with the files of their masks."""
 
     def place(self, part: str) -> str:
         """Return where the images of a split belong."""
         return f"{self.root / IMAGES / part}/, their masks in {self.root / MASKS / part}/"
 
-    def names(self) -> list[str]:
-        """Return the paths of all files."""
-        return sorted({name for pair in self.train + (self.val or ()) for name in pair})
+    def decisive(self) -> dict[str, object]:
+        """Return what decides the data besides the classes' names and the files' content."""
+        return {**super().decisive(), "masks": 2}  # raise it when masks become other tensors
 
 
 def list_masks(root: Path) -> MaskListing:
@@ -70,38 +65,36 @@ def list_masks(root: Path) -> MaskListing:
         )
     parts = {path.name.lower(): path for path in (root / IMAGES).iterdir() if path.is_dir()}
     held_out = next((parts[name] for name in VAL_NAMES if name in parts), None)
-    if TRAIN not in parts:
-        found = _pairs(root, root / IMAGES if held_out is None else held_out)
-        return MaskListing(root, read_classes(root / CLASSES), *((found, None) if held_out is None else ((), found)))
+    folder = parts.get(TRAIN, root / IMAGES if held_out is None else None)
+    train = () if folder is None else _pairs(root, folder)
     val = None if held_out is None else _pairs(root, held_out)
-    return MaskListing(root, read_classes(root / CLASSES), _pairs(root, parts[TRAIN]), val)
+    return MaskListing(root, read_classes(root / CLASSES), train, val)
 
 
 def _voc(root: Path) -> MaskListing:
     """List Pascal VOC: JPEGImages/, SegmentationClass/, and the names of each split in ImageSets/Segmentation/."""
-    parts = {
-        part: _named(root, f"ImageSets/Segmentation/{part}.txt", "JPEGImages", "SegmentationClass")
-        for part in (TRAIN, "val")
-    }
-    own = root / CLASSES
-    return MaskListing(root, read_classes(own) if own.is_file() else VOC, parts[TRAIN], parts["val"] or None)
+    lists, own = root / "ImageSets" / "Segmentation", root / CLASSES
+    named, notes = trainval(root, lists)
+    named = named or {part: lists / f"{part}.txt" for part in (TRAIN, "val")}
+    train, val = (
+        _named(root, named[part], "JPEGImages", "SegmentationClass") if part in named else () for part in (TRAIN, "val")
+    )
+    return MaskListing(root, read_classes(own) if own.is_file() else VOC, train, val or None, notes)
 
 
 def _pets(root: Path) -> MaskListing:
     """List Oxford-IIIT Pet: images/, annotations/trimaps/, and the names of each split in annotations/."""
-    train, val = (_named(root, f"annotations/{part}.txt", IMAGES, TRIMAPS) for part in ("trainval", "test"))
+    train, val = (_named(root, root / f"annotations/{part}.txt", IMAGES, TRIMAPS) for part in ("trainval", "test"))
     return MaskListing(root, PETS, train, val or None)
 
 
-def _named(root: Path, listed: str, images: str, masks: str) -> tuple[Pair, ...]:
+def _named(root: Path, listed: Path, images: str, masks: str) -> tuple[Pair, ...]:
     """Return the pairs that a file names, by the first word of each line; none where it does not exist."""
-    lines = (root / listed).read_text(encoding="utf-8").splitlines() if (root / listed).is_file() else []
+    lines = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
     names = [line.split()[0] for line in lines if line.strip()]
     pairs = tuple((f"{images}/{name}.jpg", f"{masks}/{name}.png") for name in names)
     if missing := [path for pair in pairs for path in pair if not (root / path).is_file()]:
-        raise DataError(
-            f"{root / listed}: names {len(missing):,} files that do not exist: {first(missing)}: unpack it again"
-        )
+        raise DataError(f"{listed}: names {len(missing):,} files that do not exist: {first(missing)}: unpack it again")
     return pairs
 
 
@@ -138,6 +131,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
         raise DataError(f"{path}: cannot be read ({error}): save it as UTF-8 text, one class per line") from error
     if not 2 <= len(lines) <= IGNORED or len(set(lines)) < len(lines) or not all(map(is_label, lines)):
         raise DataError(f"{path}: must name 2 to {IGNORED} different classes, one per line, got {len(lines)} lines")
+    check_lengths(path, lines)
     return tuple(lines)
 
 
@@ -236,7 +230,7 @@ def mask_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> 
             f"{data / CLASSES}: its {len(listing.classes)} classes are not the {len(labels)} of the bundle: "
             "name them as in labels.txt, in the same order"
         )
-    pairs = listing.train if listing.val is None else listing.val
+    pairs = listing.judged
     ordinary = preprocess.ignore_index is None and not preprocess.binary_masks
     if len(labels) == 2 and ordinary and are_binary(data, pairs):
         raise DataError(
@@ -245,7 +239,7 @@ def mask_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> 
         )
     found = [_truth(listing, pair, preprocess) for pair in pairs]
     notes = turned_note(sum(turned for _, turned in found), len(found))
-    return file_examples(data, pairs, np.stack([truth for truth, _ in found]), preprocess, notes)
+    return file_examples(data, pairs, np.stack([truth for truth, _ in found]), preprocess, (*listing.notes, *notes))
 
 
 def turned_note(turned: int, among: int) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from export.errors import DataError, first
 from export.images.decode import BrokenImage, image_of, read_image, require_pillow
-from export.images.folders import count, list_folder
+from export.images.folders import list_folder
+from export.images.listing import count
 from export.images.preprocess import Preprocess
 
 Labelled = tuple[NDArray[np.float32], NDArray[Any]]
@@ -93,10 +94,9 @@ def find_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> 
 def folder_examples(folder: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
     """Find the images of a folder; its class folders match `labels` by name or, if none does, by order."""
     listing = list_folder(folder)
-    files = listing.train if listing.val is None else listing.val
     places, notes = match(folder, listing.classes, labels)
-    truths = np.array([places[label] for _, label in files], np.int64)
-    return file_examples(folder, files, truths, preprocess, notes)
+    truths = np.array([places[label] for _, label in listing.judged], np.int64)
+    return file_examples(folder, listing.judged, truths, preprocess, notes)
 
 
 def file_examples(

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from export.errors import DataError, first
 from export.images.decode import require_pillow
-from export.images.folders import TRAIN, VAL_NAMES, check_folder, count, images_in, is_label
+from export.images.folders import check_folder, images_in
+from export.images.listing import TRAIN, VAL_NAMES, SplitListing, check_lengths, count, is_label
 from export.images.preprocess import Preprocess
 from export.images.read import Examples, file_examples, match
 
@@ -19,26 +20,15 @@ TABLE = "labels.csv"
 FILE, LABELS = "file", "labels"  # the first line, unless each class has a column
 
 
-@dataclass(frozen=True)
-class TableListing:
-    """The images of a folder data set, sorted, each with its table, and all `labels` by image.
+@dataclass(frozen=True, kw_only=True)
+class TableListing(SplitListing[str]):
+    """Images with their tables, and all `labels` by image."""
 
-    `val` is None without a validation split.
-    """
-
-    root: Path
-    classes: tuple[str, ...]
-    train: tuple[tuple[str, str], ...]
-    val: tuple[tuple[str, str], ...] | None
     labels: Mapping[str, tuple[str, ...]]
 
     def place(self, part: str) -> str:
-        """Say where the images of a split belong."""
+        """Return where the images of a split belong."""
         return f"{self.root / part}/, with {self.root / part / TABLE}"
-
-    def names(self) -> list[str]:
-        """Return the paths of all files."""
-        return sorted({name for pair in self.train + (self.val or ()) for name in pair})
 
     def truths(self, files: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
         """Return 1 for each label of a listed file, else 0, (n, classes)."""
@@ -68,6 +58,7 @@ def list_table(root: Path) -> TableListing:
         sources |= dict.fromkeys(found, os.path.relpath(table, root))
     train, val = _split(sorted(rows))
     classes = columns[0] or tuple(sorted({label for path in train or val or () for label in rows[path]}))
+    check_lengths(tables[0], classes)
     if not classes:
         raise DataError(f"{tables[0]}: not one image has a label: fill its column")
     for table, own in zip(tables, columns, strict=True):
@@ -82,7 +73,7 @@ def list_table(root: Path) -> TableListing:
                 "correct it, or label a training image with it"
             )
     pairs = [None if part is None else tuple((path, sources[path]) for path in part) for part in (train, val)]
-    return TableListing(root, classes, pairs[0] or (), pairs[1], rows)
+    return TableListing(root, classes, pairs[0] or (), pairs[1], labels=rows)
 
 
 def _split(paths: list[str]) -> tuple[list[str], list[str] | None]:
@@ -146,8 +137,7 @@ def table_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) ->
     """
     require_pillow(data)
     listing = list_table(data)
-    files = listing.train if listing.val is None else listing.val
     places, notes = match(data, listing.classes, labels)
-    truths = np.zeros((len(files), len(labels)), np.float32)
-    truths[:, places] = listing.truths(files)
-    return file_examples(data, files, truths, preprocess, notes)
+    truths = np.zeros((len(listing.judged), len(labels)), np.float32)
+    truths[:, places] = listing.truths(listing.judged)
+    return file_examples(data, listing.judged, truths, preprocess, notes)

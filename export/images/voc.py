@@ -9,6 +9,7 @@ from pathlib import Path
 from export.errors import DataError, first
 from export.images.box_listing import (
     ALL,
+    VAL,
     BoxFile,
     BoxListing,
     Drawn,
@@ -20,7 +21,8 @@ from export.images.box_listing import (
     text_of,
     used_splits,
 )
-from export.images.folders import SUFFIXES, TRAIN, VAL_NAMES
+from export.images.folders import SUFFIXES
+from export.images.listing import TRAIN, VAL_NAMES
 
 FOLDER = "Annotations"
 MAX_XML = 1_000_000  # bytes of one image's file
@@ -32,6 +34,8 @@ def list_voc(root: Path) -> BoxListing:
     for name in (TRAIN, *VAL_NAMES):
         if (path := root / "ImageSets" / "Main" / f"{name}.txt").is_file():
             lists.setdefault(split_of(name) or ALL, []).append(path)
+    stand_ins, said = trainval(root, root / "ImageSets" / "Main")
+    lists = {part: [path] for part, path in stand_ins.items()} or lists
     known = dict.fromkeys(sorted(path.stem for path in (root / FOLDER).glob("*.xml") if path.name[0] != "."))
     named, notes = used_splits(root, lists)
     parts = {split: _ids(only(root, split, paths), known) for split, paths in named.items()} or {ALL: list(known)}
@@ -48,7 +52,17 @@ def list_voc(root: Path) -> BoxListing:
         for split, ids in parts.items()
     }
     classes = sorted({one.label for part in found.values() for file in part for one in file.drawn})
-    return listing_of(root, classes, found, notes)
+    return listing_of(root, classes, found, [*said, *notes])
+
+
+def trainval(root: Path, folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """Return trainval.txt and test.txt as the lists of training and of validation, with a note; nothing beside a list of train or val."""
+    found = {part: folder / f"{name}.txt" for part, name in ((TRAIN, "trainval"), (VAL, "test"))}
+    found = {part: path for part, path in found.items() if path.is_file()}
+    if TRAIN not in found or any((folder / f"{name}.txt").is_file() for name in (TRAIN, "val", "valid", "validation")):
+        return {}, ()
+    more = ", test for validation" if VAL in found else ""
+    return found, (f"{root}: has no lists of train and val: trainval is used for training{more}",)
 
 
 def _images(folder: Path) -> dict[str, Path]:

@@ -13,13 +13,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from export.images.box_listing import BoxListing
-from export.images.folders import Listing
-from export.images.masks import MaskListing
 from export.images.preprocess import Preprocess
 from export.images.read import Examples
 from export.images.size import Size
-from export.images.tables import TableListing
+from export.tasks.listing import Listing
 
 Array = NDArray[Any]
 Shown = tuple[Sequence[str], Sequence[Sequence[str | float | None]]]
@@ -86,7 +83,7 @@ class OutputTask:
     """(truths as JSON values, shape of one image's output) to truths; raises BundleError for invalid ones."""
     truths_json: Callable[[Array], Sequence[Any]]
     """Truths to JSON values, one per image."""
-    listing: Callable[[Path], Listing | MaskListing | BoxListing | TableListing]
+    listing: Callable[[Path], Listing]
     """A folder to its images and truths; raises DataError if it is not a data set for this task."""
     examples: Callable[[Path, Preprocess, Sequence[str]], Examples]
     """(folder or file, preprocessing, labels) to images with truths; raises DataError if they do not fit the labels."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from export.errors import DataError
-from export.images.folders import Listing, image_splits, list_folder
+from export.images.folders import FolderListing, image_splits, list_folder
 from export.images.preprocess import Preprocess
 from export.images.read import Examples, file_examples, find_examples
 from export.tasks.classification import CLASSIFICATION
@@ -17,13 +17,13 @@ from export.tasks.task import Metric
 UNKNOWN = -1  # the label of an image before the teacher predicts it
 
 
-def list_images(root: Path) -> Listing:
+def list_images(root: Path) -> FolderListing:
     """List the images of a folder, at any depth, with its split if it has one; DataError if there are none."""
     train, val = image_splits(root)
     if not train or val == []:
         raise DataError(f"{root}: has no images to {'train on' if not train else 'validate on'}; add some")
     found = None if val is None else tuple((path, UNKNOWN) for path in val)
-    return Listing(root, (), tuple((path, UNKNOWN) for path in train), found)
+    return FolderListing(root, (), tuple((path, UNKNOWN) for path in train), found)
 
 
 def find_images(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:

@@ -17,7 +17,8 @@ from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from compress.data.augment import Augmentation
 from compress.data.boxed import PlacedBoxes, open_boxes, write_boxes
-from compress.data.digest import DataSettings, Given, dataset_digest
+from compress.data.digest import Given, dataset_digest
+from compress.data.settings import DataSettings
 from compress.data.stored import Stored
 from compress.data.views import Boxes
 from export.errors import DataError

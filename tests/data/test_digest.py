@@ -18,7 +18,9 @@ from PIL import Image
 from compress.artifact import Meta, finish
 from compress.data import dataset as dataset_module
 from compress.data import digest as digest_module
-from compress.data.digest import FILES, DataSettings, changes, dataset_digest, given, to_download
+from compress.data.digest import FILES, changes, dataset_digest, given
+from compress.data.named import to_download
+from compress.data.settings import DataSettings
 from compress.pipeline import plan_recipe
 from compress.recipe.read import read_recipe
 from export.command import digest_memory
@@ -187,7 +189,7 @@ def test_without_a_home_only_a_download_asks_for_a_folder(monkeypatch: pytest.Mo
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does for a user without an entry
-    found = [DataSettings(name, None, **SETTINGS, memory=tmp_path) for name in ("digits", "cifar10")]
-    assert to_download(found[0]) is None
+    found = ["digits", "cifar10"]
+    assert to_download(found[0], None) is None
     with pytest.raises(DataError, match="there is no home folder to download to; give one: DATA="):
-        to_download(found[1])
+        to_download(found[1], None)

@@ -12,8 +12,8 @@ from photographs import SETTINGS, augmentation
 from PIL import Image
 
 from compress.data import dataset as dataset_module
-from compress.data.dataset import open_dataset
-from compress.data.digest import DataSettings
+from compress.data.labelled import open_dataset
+from compress.data.settings import DataSettings
 from export.images.preprocess import Preprocess
 from export.images.read import find_examples
 

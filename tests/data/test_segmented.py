@@ -17,8 +17,8 @@ from torchvision.datasets import voc
 from compress.data import dataset as dataset_module
 from compress.data.batches import Batch
 from compress.data.dataset import Dataset
-from compress.data.digest import DataSettings
 from compress.data.segmented import open_masks, write_masks
+from compress.data.settings import DataSettings
 from compress.data.views import Boxes, cut_each, cut_nearest
 from export.errors import DataError
 from export.images.masks import list_masks, mask_examples
@@ -231,6 +231,17 @@ def test_pascal_vocs_layout_is_read_as_it_is_unpacked(tmp_path: Path) -> None:
     (tmp_path / "SegmentationClass" / "2007_2.png").unlink()
     with pytest.raises(DataError, match=r"train\.txt: names 1 files that do not exist: SegmentationClass/2007_2\.png"):
         list_masks(tmp_path)
+
+
+def test_pascal_voc_2007_trains_on_trainval_and_validates_on_test(tmp_path: Path) -> None:
+    lists = write_voc(tmp_path) / "ImageSets" / "Segmentation"
+    (lists / "train.txt").rename(lists / "trainval.txt")
+    (lists / "val.txt").rename(lists / "test.txt")
+    data = opened(tmp_path)
+    assert (len(data.train), len(data.val)) == (2, 1)
+    said = "has no lists of train and val: trainval is used for training, test for validation"
+    assert data.notes[0] == f"{tmp_path}: {said}"
+    assert mask_examples(tmp_path, data.preprocess, data.classes).notes == data.notes[:1]
 
 
 def test_pascal_voc_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,12 @@ from photographs import SETTINGS, augmentation, opened, write_imagenet_layout, w
 
 from compress.commands.shards import write_shards
 from compress.data import dataset as dataset_module
+from compress.data import shards as shards_module
 from compress.data.dataset import Dataset
-from compress.data.digest import DataSettings, dataset_digest, given
+from compress.data.digest import dataset_digest, given
 from compress.data.images import ShardImages
-from compress.data.validation import write_validation
+from compress.data.labelled import write_validation
+from compress.data.settings import DataSettings
 from export.errors import DataError
 from export.images.folders import list_folder
 
@@ -239,6 +241,14 @@ def test_a_url_that_cannot_be_read_is_a_sentence(url: str, tmp_path: Path) -> No
     with pytest.raises(DataError, match=rf"{url}: (cannot be read|has no \.tar)"):
         write_shards(url, tmp_path / "index", size_mb=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_is_read_though_the_cache_forgets_its_file_at_once(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "_opened", shards_module._Open)  # as when two threads open it first
+    (file, *_) = sorted(shards.glob("*.tar"))
+    assert shards_module.read_bytes(str(file), 0, 8) == file.read_bytes()[:8]
 
 
 def test_an_index_is_kept_and_a_changed_shard_is_another_data_set(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Images without labels: beside labelled ones, and alone with a teacher."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from typer.testing import CliRunner
 
 from compress.cli import app
 from compress.data.batches import balanced
+from compress.data.digest import dataset_digest, given, images_digest
 from compress.data.images import UNLABELLED
 from compress.errors import RecipeError
 from compress.pipeline import plan_recipe, run_recipe
+from compress.recipe.arguments import data_settings
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 from compress.run import Run, open_run
@@ -128,6 +131,18 @@ def test_the_source_stays_where_unlabelled_images_come(digits: Path, tmp_path: P
     plain = plan_recipe(recipe(digits, tmp_path, f"data.path={digits}/labelled"))
     more = plan_recipe(recipe(digits, tmp_path, f"data.path={digits}/labelled", f"data.unlabelled={digits}/loose"))
     assert [one.key == other.key for one, other in zip(plain, more, strict=True)] == [True] + [False] * 6
+
+
+def test_a_reports_digest_covers_the_unlabelled_images_and_that_of_a_run_without_any_stays(
+    digits: Path, tmp_path: Path
+) -> None:
+    more = [f"data.path={digits}/labelled", f"data.unlabelled={digits}/loose"]
+    plain, beside, fewer = (data_settings(recipe(digits, tmp_path, *more[:n])) for n in (1, 2, 2))
+    (tmp_path / "few").mkdir()
+    shutil.copy(digits / "loose" / "0.png", tmp_path / "few")
+    found = [images_digest(one) for one in (plain, beside, replace(fewer, unlabelled=tmp_path / "few"))]
+    assert found[0] == dataset_digest(plain, given(plain)) == found[1].partition("-")[0]
+    assert len(set(found)) == 3
 
 
 def test_an_image_without_a_label_adds_nothing_to_a_loss_on_labels_and_counts() -> None:

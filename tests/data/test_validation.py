@@ -10,10 +10,9 @@ from typer.testing import CliRunner
 
 from compress.cli import app
 from compress.data.augment import Augmentation
-from compress.data.dataset import open_dataset
 from compress.data.images import MemoryImages
-from compress.data.named import NAMED, Arrays, NamedSet
-from compress.data.validation import write_validation
+from compress.data.labelled import open_dataset, write_validation
+from compress.data.named import DATA_SETS, Arrays, InMemory, NamedSet
 from compress.recipe.arguments import data_settings
 from compress.recipe.read import read_recipe, write_recipe
 from compress.recipe.schema import Augment
@@ -81,8 +80,8 @@ def test_classes_that_no_folder_can_be_named_after_are_numbered(
     arrays = Arrays(
         np.arange(6 * 192, dtype=np.int64).astype(np.uint8).reshape(6, 8, 8, 3), np.array([0, 1, 0, 1, 0, 1])
     )
-    named = NamedSet(("T-shirt/top", "bag"), arrays, arrays)
-    monkeypatch.setitem(NAMED, "digits", lambda _: named)
+    named = InMemory(("T-shirt/top", "bag"), arrays, arrays)
+    monkeypatch.setitem(DATA_SETS, "digits", NamedSet(32, lambda _: named))
     opened = open_dataset(data_settings(read_recipe(recipe_of(tmp_path) / "recipe.yaml")), STILL)
     assert write_validation(opened, tmp_path / "out") == 6
     assert find_examples(tmp_path / "out", opened.preprocess, named.classes).truths.tolist() == [

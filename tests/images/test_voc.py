@@ -72,6 +72,28 @@ def test_names_may_have_spaces(mark: str, tmp_path: Path) -> None:
     assert found.classes == ("cat", "dog", "traffic light")
 
 
+@pytest.mark.parametrize("test", [True, False])
+def test_trainval_and_test_stand_in_for_train_and_val(tmp_path: Path, test: bool) -> None:
+    voc(tmp_path)
+    lists = tmp_path / "ImageSets" / "Main"
+    (lists / "train.txt").rename(lists / "trainval.txt")
+    (lists / "val.txt").rename(lists / ("test.txt" if test else "unused.txt"))
+    found = list_boxes(tmp_path)
+    assert [path for path, _ in found.train] == ["JPEGImages/a.png", "JPEGImages/b.png"]
+    assert (
+        found.val is None
+        if not test
+        else [path for path, _ in found.val or ()]
+        == [
+            "JPEGImages/c.png",
+            "JPEGImages/d.png",
+        ]
+    )
+    assert found.notes == (
+        f"{tmp_path}: has no lists of train and val: trainval is used for training{', test for validation' if test else ''}",
+    )
+
+
 def test_two_images_of_the_same_file_are_refused(tmp_path: Path) -> None:
     voc(tmp_path)
     image(tmp_path / "JPEGImages/a.jpg")

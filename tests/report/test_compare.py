@@ -175,6 +175,14 @@ def test_another_content_under_the_same_settings_is_told_by_the_digest(pair: tup
     assert leader(comparison, "Most accurate") is None
 
 
+def test_other_images_without_labels_are_told_and_accuracy_is_still_ranked(pair: tuple[Report, Report]) -> None:
+    for report, more in zip(pair, ("a" * 64, "b" * 64), strict=True):
+        report["data_digest"] += f"-{more}"
+    comparison = compared(*pair)
+    assert comparison.warnings[0].startswith("The images without labels differ (data.unlabelled)")
+    assert leader(comparison, "Most accurate") == ("large",)
+
+
 def test_another_seed_is_a_warning_and_accuracy_is_still_ranked(pair: tuple[Report, Report]) -> None:
     pair[1]["recipe"]["seed"], pair[1]["data_digest"] = 1, "f" * 64
     comparison = compared(*pair)

@@ -2,19 +2,19 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from drawn import few_scenes
 from photographs import write_classes, write_photo
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from compress.data import scenes
 from compress.data.batches import Batch
 from compress.data.digest import NOTES
+from compress.data.named import DATA_SETS, NamedSet
 from compress.distillation.step import auxiliary_training
 from compress.models.architectures import auxiliary, build
 from compress.models.saved import load_float
@@ -90,7 +90,7 @@ def test_what_is_odd_about_the_data_is_logged_before_training(tmp_path: Path) ->
 
 
 def test_it_is_trained_and_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(scenes.SCENES, "scenes_plain", replace(scenes.SCENES["scenes_plain"], train=8, val=4))
+    monkeypatch.setitem(DATA_SETS, "scenes_plain", NamedSet(32, scenes=few_scenes("scenes_plain", train=8, val=4)))
     fit = {"epochs": 1, "batch_size": 4, "lr": 0.01}
     data = {"dataset": "scenes_plain"}
     recipe = Recipe.model_validate(

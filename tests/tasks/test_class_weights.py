@@ -54,7 +54,7 @@ def test_masks_weigh_classes_by_their_pixels() -> None:
     assert task.class_weights is not None
     masks = np.array([[[0, 0], [0, 0]], [[0, 0], [2, IGNORED]]], np.uint8)
     preprocess = Preprocess((2, 2), (2, 2), (0, 0, 0), (1, 1, 1))
-    images = ArrayImages(np.zeros((2, 2, 2, 3), np.uint8), torch.zeros(2), placed=ArrayMasks(masks, preprocess))
+    images = ArrayImages(np.zeros((2, 2, 2, 3), np.uint8), torch.zeros(2), placed=ArrayMasks(preprocess, masks))
     weights = task.class_weights(images, 3)
     assert weights.tolist() == pytest.approx([7 / 2 / 6, 1, 7 / 2])  # no pixel is of class 1
     loss = task.loss(torch.zeros(2, 3, 2, 2), torch.from_numpy(masks), label_smoothing=0.0, weights=weights)

@@ -11,7 +11,8 @@ from compress.data.shards import ShardListing
 from compress.errors import CompressError
 from export.errors import DataError
 from export.images.decode import RGB, BrokenImage, Pixel
-from export.images.folders import TRAIN, VAL_NAMES, Listing, list_folder
+from export.images.folders import FolderListing, list_folder
+from export.images.listing import TRAIN, VAL_NAMES
 from export.images.read import spread
 from export.tasks import TASKS
 from export.tasks.unlabelled import list_images
@@ -24,7 +25,7 @@ LOOKED_AT = 200  # images opened, spread over the folder
 class Folder:
     """The images of a folder, and what opening some of them showed: their sizes, and the broken ones with the reason."""
 
-    listing: Listing | ShardListing
+    listing: FolderListing | ShardListing
     sides: list[int]  # the shorter side of each opened image
     broken: dict[str, str]
     stored: Counter[Pixel]  # channels and bits of those opened
@@ -65,7 +66,7 @@ def look_at(data: Path) -> Folder:
     """List the folder and open some of its images."""
     found = shards_in(data, SEEN)
     listing = _listed(data) if found is None else found.listing
-    assert isinstance(listing, Listing | ShardListing)
+    assert isinstance(listing, FolderListing | ShardListing)
     sides, broken, stored = list[int](), dict[str, str](), Counter[Pixel]()
     folder = Folder(listing, sides, broken, stored)
     images = folder.images()
@@ -82,7 +83,7 @@ def look_at(data: Path) -> Folder:
     return folder
 
 
-def _listed(data: Path) -> Listing:
+def _listed(data: Path) -> FolderListing:
     """List a folder's images, without labels if none lies in a class folder; DataError if it has another layout."""
     try:
         return list_folder(data)

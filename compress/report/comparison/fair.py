@@ -32,7 +32,7 @@ def judge_fairness(found: Sequence[Candidate], reports: Mapping[str, Report], *,
     images, teachers = _other_images(found, reports), {_teacher(one) for one in found}
     timed = [one for one in found if one.p50_ms]
     speed_by, against_speed = _speed(timed, reports, are_alike=are_alike, same_teacher=len(teachers) == 1)
-    warnings = [*images, *_other_split(reports), *_scored_elsewhere(found), *against_speed]
+    warnings = [*images, *_other_unlabelled(reports), *_other_split(reports), *_scored_elsewhere(found), *against_speed]
     if len(teachers) > 1:
         whose = "speed-ups and losses are against each run's own"
         warnings.append(f"The teachers differ ({_grouped(found, _teacher)}): {whose}.")
@@ -72,10 +72,17 @@ def _other_images(found: Sequence[Candidate], reports: Mapping[str, Report]) -> 
     counts = {one.name: f"{one.images:,} images" for one in found if one.images}
     if len(set(counts.values())) > 1:
         problems.append(_groups(counts))
-    digests = {report["data_digest"] for report in reports.values()}
+    digests = {report["data_digest"].partition("-")[0] for report in reports.values()}
     if not problems and len(digests) > 1 and len({_split(report) for report in reports.values()}) == 1:
         problems.append("the folders' contents differ")
     return [f"Scores are of different images ({'; '.join(problems)}): they are not ranked."] if problems else []
+
+
+def _other_unlabelled(reports: Mapping[str, Report]) -> list[str]:
+    """Return a sentence if the runs learned from different images without labels, which no score is of."""
+    if len({report["data_digest"].partition("-")[2] for report in reports.values()}) < 2:
+        return []
+    return ["The images without labels differ (data.unlabelled): the students learned from different images."]
 
 
 def _other_split(reports: Mapping[str, Report]) -> list[str]:
