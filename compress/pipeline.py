@@ -19,7 +19,7 @@ from compress.artifact import Meta, damage, exclusive, finish, is_complete, line
 from compress.data.digest import FILES, changes, dataset_digest, given, unlabelled_digest
 from compress.errors import ArtifactError, CompressError
 from compress.logs.sinks import opened
-from compress.logs.stage_log import Tell
+from compress.logs.stage_log import Tell, say
 from compress.models.digest import class_names, source_digest, teachers_digest
 from compress.ranks import barrier, first_decides, rank
 from compress.recipe.arguments import data_settings, goal_of, teachers_of
@@ -77,6 +77,7 @@ def run_recipe(
     plans = first_decides(lambda: {student: plan_recipe(chain, stages=stages) for student, chain in chains.items()})
     if until is not None:
         plans = {student: plan[: _position(chains[student], until) + 1] for student, plan in plans.items()}
+    say(f"{recipe.name}: {_outlook(plans)}")  # importing torch takes seconds
     root = run_root(recipe)
     settings = recipe.model_dump(mode="json")
     with (
@@ -94,6 +95,16 @@ def run_recipe(
         code = report_run(recipe, artifacts, made, command=command, verbose=verbose)
         sinks.finish({student: report_root(recipe, student) for student in chains})
         return code
+
+
+def _outlook(plans: Mapping[str, list[PlanLine]]) -> str:
+    """Return a phrase for the stages that will run."""
+    lines = {line.directory: line for plan in plans.values() for line in plan}.values()
+    missing = [line.stage for line in lines if not line.cached]
+    if not missing:
+        return f"all {len(lines)} stages are cached"
+    kept = len(lines) - len(missing)
+    return f"{', '.join(missing)} will run" + (f", {kept} of {len(lines)} stages are cached" if kept else "")
 
 
 def run_stage(recipe: Recipe, stage: str, *, src: Path | None, out: Path, trust_code: bool, verbose: bool) -> int:

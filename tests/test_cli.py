@@ -228,3 +228,25 @@ def test_check_takes_less_than_a_second_of_processor_time(recipe_path: Path) -> 
     subprocess.run([sys.executable, "-m", "compress.cli", "check", str(recipe_path)], capture_output=True, check=True)
     after = os.times()
     assert after.children_user + after.children_system - before.children_user - before.children_system < 1
+
+
+ENDS_AT_TORCH = """
+import os, sys
+from compress.cli import main
+
+class Finder:
+    @staticmethod
+    def find_spec(name, *_):
+        return os._exit(9) if name == "torch" else None  # what is still in a buffer is lost
+
+sys.meta_path.insert(0, Finder)
+main()
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_the_first_line_says_what_will_run_before_torch_is_imported(recipe_path: Path, unbuffered: str) -> None:
+    words = [sys.executable, "-c", ENDS_AT_TORCH, "run", str(recipe_path), "--out", str(recipe_path.parent)]
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=env)
+    assert (done.returncode, done.stderr) == (9, "tiny: source, prune, ptq, qat will run\n")

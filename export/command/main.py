@@ -90,8 +90,7 @@ def fitting(stream: TextIO) -> TextIO:
         io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False)),
         encoding=stream.encoding,
         errors="plain",
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
+        line_buffering=stream.line_buffering or stream.write_through,  # under PYTHONUNBUFFERED, which has no buffer
     )
 
 
