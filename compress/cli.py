@@ -7,9 +7,10 @@ import it, inside their functions.
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +19,6 @@ from compress.errors import RecipeError
 from compress.ranks import first_decides, joined, local_ranks, ranks, tell_torchrun
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
-from compress.report.distribution import own_distribution
 from export.command.main import end
 from export.names import RECIPE_YAML
 
@@ -32,28 +32,40 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
+
+def option(metavar: str, help: str, *names: str, least: int | None = None) -> Any:
+    """Return an option with a value; without `names` it is called like its parameter."""
+    return typer.Option(*names, metavar=metavar, help=help, min=least)
+
+
+def switch(help: str, *names: str) -> Any:
+    """Return an option without a value."""
+    return typer.Option(*names, help=help)
+
+
+def argument(metavar: str, help: str) -> Any:
+    """Return a positional argument."""
+    return typer.Argument(metavar=metavar, help=help)
+
+
+RecipePath = Annotated[Path, argument("RECIPE", "The recipe's YAML file.")]
 Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Override a field, such as qat.fit.epochs=2; may be repeated."),
+    list[str] | None, option("PATH=VALUE", "Override a field, such as qat.fit.epochs=2; may be repeated.", "--set")
 ]
-DataPath = Annotated[
-    str | None,
-    typer.Option("--data", metavar="DIR", help="The images: sets data.path, and data.dataset to imagefolder."),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option("--weights", metavar="FILE", help="The teacher's weights: sets model.weights."),
-]
-Out = Annotated[str | None, typer.Option("--out", metavar="DIR", help="The folder of all runs: sets out.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")]
-TrustCode = Annotated[bool, typer.Option("--trust-code", help="Allow the recipe to run code: a model's file.py.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Print every table, details and libraries' messages.")]
-Tables = Annotated[bool, typer.Option("-v", "--verbose", help="Print every table, not only one screen.")]
+Images = Annotated[str | None, option("DIR", "The images: sets data.path, and data.dataset to imagefolder.")]
+Weights = Annotated[str | None, option("FILE", "The teacher's weights: sets model.weights.")]
+Out = Annotated[str | None, option("DIR", "The folder of all runs: sets out.")]
+RunFolder = Annotated[Path, argument("RUN", "A run's folder, such as runs/quickstart.")]
+NewFolder = Annotated[Path, argument("DIR", "The folder to make.")]
+TrustCode = Annotated[bool, switch("Allow the recipe to run code: a model's file.py.", "--trust-code")]
+Verbose = Annotated[bool, switch("Print every table, details and libraries' messages.", "-v", "--verbose")]
+Tables = Annotated[bool, switch("Print every table, not only one screen.", "-v", "--verbose")]
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from compress.report.distribution import own_distribution
+
         _print(f"compress {own_distribution().version}")
         raise typer.Exit
 
@@ -71,22 +83,20 @@ def _options(
 def run(
     recipe: RecipePath,
     overrides: Set = None,
-    data: DataPath = None,
+    data: Images = None,
     weights: Weights = None,
     out: Out = None,
     trust_code: TrustCode = False,
-    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    until: Annotated[str | None, option("STAGE", "Stop after this stage.")] = None,
     stages: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="A folder of stages that runs share; by default each run has its own."),
+        Path | None, option("DIR", "A folder of stages that runs share; by default each run has its own.")
     ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Run the recipe's missing stages and report the result. Fail where a target is missed."""
     _quiet(verbose)
-    settings: list[tuple[str, str | None]] = [("--set", override) for override in overrides or ()]
-    settings += [("--data", data), ("--weights", weights), ("--out", out), ("--until", until)]
-    settings.append(("--stages", None if stages is None else str(stages)))
+    settings: list[tuple[str, object]] = [("--set", override) for override in overrides or ()]
+    settings += [("--data", data), ("--weights", weights), ("--out", out), ("--until", until), ("--stages", stages)]
     command = _command(recipe, settings, trust_code=trust_code)
     with joined():
         resolved = first_decides(partial(read_recipe, recipe, overrides or (), data=data, weights=weights, out=out))
@@ -100,14 +110,12 @@ def run(
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(metavar="STAGE", help="One of the recipe's stages.")],
+    name: Annotated[str, argument("STAGE", "One of the recipe's stages.")],
     recipe: RecipePath,
-    to: Annotated[Path, typer.Option("--out", metavar="DIR", help="The new stage folder.")],
-    src: Annotated[
-        Path | None, typer.Option("--src", metavar="DIR", help="The stage folder to start from; none for `source`.")
-    ] = None,
+    to: Annotated[Path, option("DIR", "The new stage folder.", "--out")],
+    src: Annotated[Path | None, option("DIR", "The stage folder to start from; none for `source`.")] = None,
     overrides: Set = None,
-    data: DataPath = None,
+    data: Images = None,
     weights: Weights = None,
     trust_code: TrustCode = False,
     verbose: Verbose = False,
@@ -123,9 +131,9 @@ def stage(
 
 @app.command()
 def check(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recipes.")],
+    files: Annotated[list[Path], argument("FILE...", "Recipes.")],
     overrides: Set = None,
-    data: DataPath = None,
+    data: Images = None,
     weights: Weights = None,
 ) -> None:
     """List all mistakes in recipes, without running them."""
@@ -140,10 +148,9 @@ def check(
             continue
         found = mistakes(recipe)
         wrong += [f"{file}: {mistake}" for mistake in found]
-        if not found:
-            for student, chain in recipe.chains().items():
-                order = " → ".join(section.stage for section in chain.stages)
-                _print(f"{file}: ok ({f'{student}: ' if student else ''}{order})")
+        for student, chain in recipe.chains().items() if not found else ():
+            order = " → ".join(section.stage for section in chain.stages)
+            _print(f"{file}: ok ({f'{student}: ' if student else ''}{order})")
     _print(checked())
     if wrong:
         fail("\n".join(wrong))
@@ -151,11 +158,7 @@ def check(
 
 @app.command()
 def plan(
-    recipe: RecipePath,
-    overrides: Set = None,
-    data: DataPath = None,
-    weights: Weights = None,
-    out: Out = None,
+    recipe: RecipePath, overrides: Set = None, data: Images = None, weights: Weights = None, out: Out = None
 ) -> None:
     """List which stages are cached and which would run, and why."""
     resolved = read_recipe(recipe, overrides or (), data=data, weights=weights, out=out)
@@ -172,7 +175,7 @@ def plan(
 
 @app.command()
 def schema(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference page's tables instead.")] = False,
+    markdown: Annotated[bool, switch("Print the reference page's tables instead.", "--markdown")] = False,
 ) -> None:
     """Print the recipe's JSON Schema, for editors."""
     if markdown:
@@ -184,10 +187,7 @@ def schema(
 
 
 @app.command()
-def report(
-    run_folder: RunFolder,
-    verbose: Tables = False,
-) -> None:
+def report(run_folder: RunFolder, verbose: Tables = False) -> None:
     """Write a finished run's page again and print its report."""
     _quiet(verbose=False)
     from compress.report.files import print_again
@@ -198,7 +198,7 @@ def report(
 @app.command()
 def clean(
     run_folder: RunFolder,
-    remove: Annotated[bool, typer.Option("--remove", help="Remove them; otherwise they are only listed.")] = False,
+    remove: Annotated[bool, switch("Remove them; otherwise they are only listed.", "--remove")] = False,
 ) -> None:
     """List a run's unused stages and leftovers, or remove them. No report uses these stages; killed runs left the rest."""
     from compress.commands import clean
@@ -214,26 +214,14 @@ def clean(
 @app.command()
 def init(
     weights: Annotated[
-        str,
-        typer.Option(
-            "--weights",
-            metavar="FILE",
-            help="The trained network: a checkpoint, a .onnx or .pt2 file, or a folder of transformers.",
-        ),
+        str, option("FILE", "The trained network: a checkpoint, a .onnx or .pt2 file, or a folder of transformers.")
     ],
-    data: Annotated[
-        Path, typer.Option("--data", metavar="DIR", help="The images: train/CLASS/*, val/CLASS/*, or CLASS/*.")
-    ],
-    arch: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The network, if it is not recognized from the checkpoint.")
-    ] = None,
+    data: Annotated[Path, option("DIR", "The images: train/CLASS/*, val/CLASS/*, or CLASS/*.")],
+    arch: Annotated[str | None, option("NAME", "The network, if it is not recognized from the checkpoint.")] = None,
     latency: Annotated[
-        float | None,
-        typer.Option(metavar="MS", help="Prune to this latency on this machine, instead of to half the MACs."),
+        float | None, option("MS", "Prune to this latency on this machine, instead of to half the MACs.")
     ] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The recipe to write.")] = Path(
-        "recipe.yaml"
-    ),
+    out: Annotated[Path, option("FILE", "The recipe to write.", "-o", "--out")] = Path("recipe.yaml"),
     trust_code: TrustCode = False,
 ) -> None:
     """Write a recipe for your checkpoint and your images. It names the network and estimates a run's time."""
@@ -246,28 +234,18 @@ def init(
 
 @app.command()
 def recipes(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="The recipe to copy, such as resnet50_int8.")
-    ] = None,
-    to: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FILE", help="The new file; by default NAME.yaml here.")
-    ] = None,
+    name: Annotated[str | None, argument("[NAME]", "The recipe to copy, such as resnet50_int8.")] = None,
+    to: Annotated[Path | None, option("FILE", "The new file; by default NAME.yaml here.", "-o", "--out")] = None,
 ) -> None:
     """List this package's recipes, or copy one."""
     from compress.recipe import shipped
 
-    if name is None:
-        for line in shipped.listing():
-            _print(line)
-    else:
-        _print(shipped.copy(name, to))
+    for line in shipped.listing() if name is None else (shipped.copy(name, to),):
+        _print(line)
 
 
-@app.command(name="export-data")
-def export_data(
-    run_folder: RunFolder,
-    to: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
-) -> None:
+@app.command()
+def export_data(run_folder: RunFolder, to: NewFolder) -> None:
     """Write a run's validation images as a folder, for the gate."""
     from compress.run import open_run
 
@@ -277,9 +255,9 @@ def export_data(
 
 @app.command()
 def shards(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of images or shards, or a URL of .tar files.")],
-    to: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
-    size_mb: Annotated[int, typer.Option("--size", min=1, metavar="MB", help="The size of a shard.")] = 500,
+    data: Annotated[str, argument("DATA", "A folder of images or shards, or a URL of .tar files.")],
+    to: NewFolder,
+    size_mb: Annotated[int, option("MB", "The size of a shard.", "--size", least=1)] = 500,
 ) -> None:
     """Pack images into shards (tars) with an index. For a URL's shards, write only the index."""
     from compress.commands.shards import write_shards
@@ -290,14 +268,9 @@ def shards(
 @app.command()
 def publish(
     run_folder: RunFolder,
-    to: Annotated[
-        str,
-        typer.Option("--to", metavar="DIR", help="A new folder, an older bundle to replace, or hf://USER/NAME."),
-    ],
-    key: Annotated[
-        Path | None, typer.Option("--sign", metavar="KEY", help="Sign it with this private key (PEM, elliptic curve).")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="For hf://: list what would be sent.")] = False,
+    to: Annotated[str, option("DIR", "A new folder, an older bundle to replace, or hf://USER/NAME.")],
+    key: Annotated[Path | None, option("KEY", "Sign it with this private key (PEM, elliptic curve).", "--sign")] = None,
+    dry_run: Annotated[bool, switch("For hf://: list what would be sent.", "--dry-run")] = False,
 ) -> None:
     """Check a run's bundle and copy it to a folder or a hub. It is copied completely or not at all."""
     from compress.report.bundling import publish
@@ -316,11 +289,10 @@ def publish(
 @app.command()
 def compare(
     folders: Annotated[
-        list[Path],
-        typer.Argument(metavar="A B...", help="Two or more runs' folders, such as runs/quickstart, or bundles."),
+        list[Path], argument("A B...", "Two or more runs' folders, such as runs/quickstart, or bundles.")
     ],
-    page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")] = None,
-    document: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers.")] = None,
+    page: Annotated[Path | None, option("FILE", "Also write a page.", "--html")] = None,
+    document: Annotated[Path | None, option("FILE", "Also write the numbers.", "--json")] = None,
     verbose: Tables = False,
 ) -> None:
     """Compare the results and recipes of runs or bundles."""
@@ -331,17 +303,15 @@ def compare(
 
 @app.command()
 def search(
-    file: Annotated[Path, typer.Argument(metavar="SEARCH", help="The search's YAML file.")],
-    data: DataPath = None,
+    file: Annotated[Path, argument("SEARCH", "The search's YAML file.")],
+    data: Images = None,
     weights: Weights = None,
-    out: Annotated[str, typer.Option("--out", metavar="DIR", help="The folder for the search's own folder.")] = "runs",
+    out: Annotated[str, option("DIR", "The folder for the search's own folder.")] = "runs",
     storage: Annotated[
-        str | None, typer.Option(metavar="URL", help="A database that workers share, such as postgresql://HOST/NAME.")
+        str | None, option("URL", "A database that workers share, such as postgresql://HOST/NAME.")
     ] = None,
-    pick: Annotated[
-        str | None, typer.Option(metavar="LIMITS", help='Publish the best trial within limits, as "latency < 5".')
-    ] = None,
-    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="The folder to publish it to.")] = None,
+    pick: Annotated[str | None, option("LIMITS", 'Publish the best trial within limits, as "latency < 5".')] = None,
+    to: Annotated[Path | None, option("DIR", "The folder to publish it to.")] = None,
     trust_code: TrustCode = False,
     verbose: Verbose = False,
 ) -> None:
@@ -359,9 +329,7 @@ def search(
 
 
 @app.command()
-def doctor(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of all runs.")] = Path("runs"),
-) -> None:
+def doctor(out: Annotated[Path, option("DIR", "The folder of all runs.")] = Path("runs")) -> None:
     """Check this machine: its packages, and what INT8 can gain. Say how to install what is missing."""
     from compress.commands.doctor import examine
 
@@ -379,11 +347,11 @@ def _quiet(verbose: bool) -> None:
     quiet_libraries(verbose)
 
 
-def _command(recipe: Path, settings: list[tuple[str, str | None]], *, trust_code: bool) -> str:
+def _command(recipe: Path, settings: Sequence[tuple[str, object]], *, trust_code: bool) -> str:
     """Return the command line that repeats this run on the same number of processes."""
     words = ["compress", "run", str(recipe)]
-    for option, value in settings:
-        words += [option, value] if value is not None else []
+    for name, value in settings:
+        words += [name, str(value)] if value is not None else []
     words += ["--trust-code"] if trust_code else []
     if ranks() > 1:
         machines = f"--nnodes={ranks() // local_ranks()}"

@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,23 +16,15 @@ from compress.errors import CompressError, ModelError, own_line
 from compress.models.saved import Architecture, example_images, rebuild
 from compress.models.structure import classifier, width_cost
 from compress.pruning.latency.clock import Clock
-from compress.pruning.plan import cut_, find_groups, smallest_widths
-from compress.pruning.planner import options_of
+from compress.pruning.plan import cut_
+from compress.pruning.planner import options_of_uncut
 from compress.quant.prepare import prepare
 from compress.recipe.arguments import goal_of
 from compress.recipe.schema import Recipe
-from compress.recipe.stages import (
-    DistillStage,
-    PruneStage,
-    QatStage,
-    SourceStage,
-    StageSection,
-    StudentStage,
-)
+from compress.recipe.stages import DistillStage, PruneStage, QatStage, SourceStage, StageSection, StudentStage
 from compress.run import Run
-from compress.scoring import Served, random_images, served
+from compress.scoring import Served, difference, random_images, served
 from export.errors import BundleError, UserError, first
-from export.onnx_file.graph import INPUT
 from export.onnx_file.targets import CPU
 from export.onnx_file.to_onnx import to_onnx
 from export.runtime.accuracy import score_of
@@ -167,13 +158,10 @@ def _export(model: nn.Module, run: Run) -> None:
             raise ModelError(
                 f"{type(model).__name__}: its ONNX file runs only on the number of images that it was exported with"
             ) from error
-        (outputs,) = session.run(None, {INPUT: images.numpy()})
-    with torch.no_grad():
-        expected = model(images).numpy()
-    difference, largest = float(np.abs(outputs - expected).max()), float(np.abs(expected).max())
-    if not difference <= TOLERANCE * largest:
+        off, largest = difference(model, session, images)
+    if not off <= TOLERANCE * largest:
         raise ModelError(
-            f"{type(model).__name__}: its ONNX file's outputs differ from PyTorch's by up to {difference:.2g}, of logits up to "
+            f"{type(model).__name__}: its ONNX file's outputs differ from PyTorch's by up to {off:.2g}, of logits up to "
             f"{largest:.2g}: its forward uses more than torch's operators (numpy, Python's numbers), or is random"
         )
 
@@ -189,14 +177,14 @@ def _quantize(model: nn.Module, run: Run) -> None:
 def _try_cut(model: nn.Module, cfg: PruneStage, run: Run) -> None:
     """Print which layers keep their width; raise CompressError where even the narrowest network misses the goal."""
     images, goal, exclude = example_images(run.shape), goal_of(cfg), (classifier(model), *cfg.exclude)
-    groups = find_groups(model, images, "random", exclude=exclude)
-    options = options_of(
+    options = options_of_uncut(
         model,
-        groups,
         images,
+        "random",
+        exclude=exclude,
         scope="local",
         round_to=cfg.round_to,
-        min_channels=smallest_widths(groups, cfg.min_keep),
+        min_keep=cfg.min_keep,
         blocks=cfg.blocks,
     )
     narrowest = copy.deepcopy(model)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from onnxruntime import InferenceSession
 from torch import Tensor, nn
 
 from compress.data.batches import Batch
@@ -21,7 +22,7 @@ from compress.recipe import stages
 from compress.run import Run
 from export.images.size import Shape, size_of
 from export.names import CLASSES_KEY, PREPROCESS_KEY, SCORE_KEY, TARGET_KEY, TASK_KEY
-from export.onnx_file.graph import save_model, to_float16
+from export.onnx_file.graph import INPUT, save_model, to_float16
 from export.onnx_file.names import module_of
 from export.onnx_file.targets import CPU, RUNS, TARGET_PROVIDERS, Target, host_target
 from export.onnx_file.to_onnx import to_onnx
@@ -106,6 +107,14 @@ def served(asked: stages.ServingConditions, run: Run) -> Served:
 def random_images(shape: Shape) -> Tensor:
     """Return noise (3, *shape), whose batch size differs from the exporter's example."""
     return torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def difference(model: nn.Module, session: InferenceSession, images: Tensor) -> tuple[float, float]:
+    """Return how far a file's outputs for images are from the network's at most, and the network's largest output."""
+    (outputs,) = session.run(None, {INPUT: images.contiguous().numpy()})
+    with torch.no_grad():
+        wanted = model(images)
+    return float((torch.from_numpy(outputs) - wanted).abs().max()), float(wanted.abs().max())
 
 
 def runs_here(target: Target) -> bool:

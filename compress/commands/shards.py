@@ -10,15 +10,7 @@ from tempfile import TemporaryDirectory
 from compress.data.digest import shards_in, training_folder
 from compress.data.images import FileImages, images_of
 from compress.data.shard_files import scan_shard
-from compress.data.shards import (
-    CLASSES,
-    INDEX,
-    ShardListing,
-    index_of,
-    list_shards,
-    save_index,
-    shard_files,
-)
+from compress.data.shards import CLASSES, INDEX, ShardListing, index_of, list_shards, save_index, shard_files
 from export.command.files import put_folder, sha256
 from export.errors import DataError
 from export.images.decode import BrokenImage

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from compress.pruning.branches import find_branches
 from compress.pruning.costs import measure_layers
-from compress.pruning.plan import ChannelGroup, Options, Scope, find_options
+from compress.pruning.plan import ChannelGroup, Options, Scope, find_groups, find_options, smallest_widths
 
 
 def options_of(
@@ -29,3 +29,21 @@ def options_of(
         min_channels=min_channels,
         branches=find_branches(model, groups, (channels, height, width)) if blocks else (),
     )
+
+
+def options_of_uncut(
+    model: nn.Module,
+    images: Tensor,
+    criterion: str,
+    *,
+    exclude: Sequence[str],
+    scope: Scope,
+    round_to: int,
+    min_keep: float,
+    blocks: bool = False,
+    covariances: Mapping[nn.Module, Tensor] | None = None,
+) -> Options:
+    """Return what can be cut from a network of which every layer keeps at least the fraction `min_keep` of its channels."""
+    groups = find_groups(model, images, criterion, exclude=exclude, covariances=covariances)
+    smallest = smallest_widths(groups, min_keep)
+    return options_of(model, groups, images, scope=scope, round_to=round_to, min_channels=smallest, blocks=blocks)

@@ -2,43 +2,37 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from compress.recipe.section import Section
+from compress.recipe.section import BelowOne, Fraction, Section
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Temperature = Annotated[float, Field(gt=0)]
-Schedule = Literal["constant", "linear_up", "linear_down", "cosine_down"]
+THIS = Field(description="This loss.")
 
 
 class Term(Section):
     """The fields of every loss."""
 
-    name: str
-    """This loss."""
-    weight: Positive = 1.0
+    name: Annotated[str, THIS]
+    weight: PositiveFloat = 1.0
     """Factor in the sum of losses."""
-    schedule: Schedule = "constant"
+    schedule: Literal["constant", "linear_up", "linear_down", "cosine_down"] = "constant"
     """How the weight changes over the training: constant, linearly from 0, linearly to 0, or by half a cosine to 0."""
-    warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
+    warmup: Fraction = 0.0
     """Fraction of the training over which the weight first rises linearly from zero (DKD's authors: 20 of 240 epochs)."""
 
 
 class CrossEntropyTerm(Term):
     """Cross-entropy with the labels."""
 
-    name: Literal["cross_entropy"]
-    """This loss."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    name: Annotated[Literal["cross_entropy"], THIS]
+    label_smoothing: BelowOne = 0.0
     """Probability moved from the label to all classes evenly."""
 
 
 class DiceTerm(Term):
     """Overlap of predictions and labels, with equal weight for each class (Milletari 2016); for segmentation, besides cross-entropy."""
 
-    name: Literal["dice"]
-    """This loss."""
+    name: Annotated[Literal["dice"], THIS]
 
 
 class LogitTerm(Term):
@@ -51,53 +45,48 @@ class LogitTerm(Term):
 class KDTerm(LogitTerm):
     """The teacher's soft targets (Hinton 2015)."""
 
-    name: Literal["kd"]
-    """This loss."""
-    temperature: Temperature = 2.0
+    name: Annotated[Literal["kd"], THIS]
+    temperature: PositiveFloat = 2.0
     """Divides both networks' logits before the softmax."""
 
 
 class MSETerm(LogitTerm):
     """The squared difference of the logits (Ba & Caruana 2014)."""
 
-    name: Literal["mse"]
-    """This loss."""
+    name: Annotated[Literal["mse"], THIS]
 
 
 class DKDTerm(LogitTerm):
     """Decoupled knowledge distillation (Zhao 2022); the target class of a mixed image is its most probable one."""
 
-    name: Literal["dkd"]
-    """This loss."""
-    alpha: NotNegative = 1.0
+    name: Annotated[Literal["dkd"], THIS]
+    alpha: NonNegativeFloat = 1.0
     """Weight of the target class against all others."""
-    beta: NotNegative = 8.0
+    beta: NonNegativeFloat = 8.0
     """Weight of the other classes among themselves (the authors take 8 for CIFAR-100, 0.5 for ImageNet)."""
-    temperature: Temperature = 4.0
+    temperature: PositiveFloat = 4.0
     """Divides both networks' logits before the softmax (the authors take 4 for CIFAR-100, 1 for ImageNet)."""
 
 
 class DISTTerm(LogitTerm):
     """Correlation of the predictions, image by image and class by class (Huang 2022)."""
 
-    name: Literal["dist"]
-    """This loss."""
-    beta: NotNegative = 1.0
+    name: Annotated[Literal["dist"], THIS]
+    beta: NonNegativeFloat = 1.0
     """Weight of the correlation over the classes of each image."""
-    gamma: NotNegative = 1.0
+    gamma: NonNegativeFloat = 1.0
     """Weight of the correlation over the batch for each class."""
-    temperature: Temperature = 1.0
+    temperature: PositiveFloat = 1.0
     """Divides both networks' logits before the softmax."""
 
 
 class NKDTerm(LogitTerm):
     """Normalized knowledge distillation (Yang 2023); the target class of a mixed image is its most probable one."""
 
-    name: Literal["nkd"]
-    """This loss."""
-    gamma: NotNegative = 1.5
+    name: Annotated[Literal["nkd"], THIS]
+    gamma: NonNegativeFloat = 1.5
     """Weight of the other classes (the authors take 1.5 for ImageNet, 3.5 for CIFAR-100)."""
-    temperature: Temperature = 1.0
+    temperature: PositiveFloat = 1.0
     """Divides the other classes' logits before their softmax (the authors take 1 for ImageNet, 3 for CIFAR-100)."""
 
 
@@ -121,82 +110,73 @@ class FeatureTerm(Term):
 class BoxesTerm(Term):
     """Distance of the student's boxes from the teacher's, where the teacher is sure of an object (detection)."""
 
-    name: Literal["boxes"]
-    """This loss."""
+    name: Annotated[Literal["boxes"], THIS]
 
 
 class FitNetTerm(FeatureTerm):
     """The squared difference of the features, the student's after a 1 × 1 convolution (Romero 2015)."""
 
-    name: Literal["fitnet"]
-    """This loss."""
-    weight: Positive = 100.0
+    name: Annotated[Literal["fitnet"], THIS]
+    weight: PositiveFloat = 100.0
     """Factor in the sum of losses (mdistiller's 100)."""
 
 
 class ATTerm(FeatureTerm):
     """Attention transfer: where in the image the features are strong (Zagoruyko 2017)."""
 
-    name: Literal["at"]
-    """This loss."""
-    weight: Positive = 1000.0
+    name: Annotated[Literal["at"], THIS]
+    weight: PositiveFloat = 1000.0
     """Factor in the sum of losses (mdistiller's 1000)."""
 
 
 class SPTerm(FeatureTerm):
     """Similarity-preserving: which images of the batch have similar features (Tung 2019)."""
 
-    name: Literal["sp"]
-    """This loss."""
-    weight: Positive = 3000.0
+    name: Annotated[Literal["sp"], THIS]
+    weight: PositiveFloat = 3000.0
     """Factor in the sum of losses (the authors' 3000)."""
 
 
 class RKDTerm(FeatureTerm):
     """Relations: the distances and angles between the images' embeddings (Park 2019)."""
 
-    name: Literal["rkd"]
-    """This loss."""
-    distance: NotNegative = 25.0
+    name: Annotated[Literal["rkd"], THIS]
+    distance: NonNegativeFloat = 25.0
     """Weight of the distances (mdistiller's 25)."""
-    angle: NotNegative = 50.0
+    angle: NonNegativeFloat = 50.0
     """Weight of the angles (mdistiller's 50)."""
 
 
 class PKTTerm(FeatureTerm):
     """Probabilistic transfer: which images are neighbours (Passalis 2018)."""
 
-    name: Literal["pkt"]
-    """This loss."""
-    weight: Positive = 30000.0
+    name: Annotated[Literal["pkt"], THIS]
+    weight: PositiveFloat = 30000.0
     """Factor in the sum of losses (mdistiller's 30000)."""
 
 
 class CWDTerm(FeatureTerm):
     """Where in the image each channel is strong (Shu 2021); for class maps, such as those of a segmentation network's `classifier`."""
 
-    name: Literal["cwd"]
-    """This loss."""
-    weight: Positive = 3.0
+    name: Annotated[Literal["cwd"], THIS]
+    weight: PositiveFloat = 3.0
     """Factor in the sum of losses (the authors' 3 for class maps)."""
-    temperature: Temperature = 4.0
+    temperature: PositiveFloat = 4.0
     """Divides both networks' maps before the softmax over their positions (the authors' 4)."""
 
 
 class PKDTerm(FeatureTerm):
     """Correlation of the features, channel by channel (Cao 2022), whatever their scale; for feature pyramids."""
 
-    name: Literal["pkd"]
-    """This loss."""
-    weight: Positive = 6.0
+    name: Annotated[Literal["pkd"], THIS]
+    weight: PositiveFloat = 6.0
     """Factor in the sum of losses (the authors' 6 for one-stage detectors)."""
 
 
 class ReviewTerm(FeatureTerm):
     """Knowledge review: each layer, fused with all later ones, is compared with the teacher's (Chen 2021)."""
 
-    name: Literal["review"]
-    """This loss."""
+    name: Annotated[Literal["review"], THIS]
     layers: Annotated[tuple[str, ...], Field(min_length=2)]
     """Module paths in the student, at least two, in forward order; each is fused with the later ones."""
 

@@ -1,7 +1,8 @@
 """Read a recipe from YAML, with `--set` overrides, and write it back."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from compress.errors import RecipeError
 from compress.recipe import strict_yaml
 from compress.recipe.explain import explain, show, unknown
 from compress.recipe.order import TAKES
-from compress.recipe.schema import EMBEDDED, Recipe, Student
+from compress.recipe.schema import EMBEDDED, Recipe, StudentChain
 
 MAX_BYTES = 1_000_000
 
@@ -30,22 +31,16 @@ def read_recipe(
     `out` override `data.path`, `model.weights` and `out`. A path also sets `data.dataset: imagefolder` where the recipe
     names no data set, or, given as `data`, an embedded one. Raises RecipeError with a line for each mistake.
     """
-    try:
+    with _named(str(path)):
         raw = strict_yaml.load(_text(path))
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from error
-    if not isinstance(raw, dict):
-        fault = "is empty" if raw is None else f"must be a mapping of keys to values, got {show(raw)}"
-        raise RecipeError(f"{path}: {fault}; a recipe starts with `name:`, `model:` and `stages:`")
+        if not isinstance(raw, dict):
+            fault = "is empty" if raw is None else f"must be a mapping of keys to values, got {show(raw)}"
+            raise RecipeError(f"{fault}; a recipe starts with `name:`, `model:` and `stages:`")
     for override in overrides:
-        try:
+        with _named(f"--set {override}"):
             _override(raw, override)
-        except RecipeError as error:
-            raise RecipeError(f"--set {override}: {error}") from error
-    try:
+    with _named(str(path)):
         _apply_shorthands(raw, data=data, weights=weights, out=out)
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from error
     # Strict validation refuses "64", 64.0 and true for a whole number; only its JSON form accepts lists for tuples.
     try:
         return Recipe.model_validate_json(json.dumps(raw), strict=True)
@@ -56,6 +51,15 @@ def read_recipe(
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write the recipe with all defaults as YAML, which reads back to an equal one."""
     path.write_text(strict_yaml.dump(recipe.model_dump(mode="json")), encoding="utf-8")
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Put a place before a mistake."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"{place}: {error}") from error
 
 
 def _text(path: Path) -> str:
@@ -105,34 +109,24 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 def _locate(raw: dict[str, Any], parts: list[str]) -> list[str]:
     """Return the path with a stage's name replaced by its position; `students.NAME.STAGE` names a student's stage."""
-    start, holder, students = list[str](), raw, raw.get("students")
+    start, fields, holder, students = list[str](), Recipe.model_fields, raw, raw.get("students")
     if parts[0] == "students" and len(parts) > 2 and isinstance(students, dict):
-        start, parts, holder = parts[:2], parts[2:], students.get(parts[1]) or {}
-    known_fields = Student.model_fields if start else Recipe.model_fields
-    if parts[0] == "stages":
-        named = parts[1:]
-        if not named or named[0].isdecimal():
-            return [*start, *parts]
-    elif parts[0] in known_fields:
+        start, parts, fields, holder = parts[:2], parts[2:], StudentChain.model_fields, students.get(parts[1]) or {}
+    among_stages = parts[0] == "stages"
+    named = parts[1:] if among_stages else parts
+    if not named or (named[0].isdecimal() if among_stages else named[0] in fields):
         return [*start, *parts]
-    else:
-        named = parts
     sections = holder.get("stages")
-    names = (
-        [str(section.get("stage")) for section in sections if isinstance(section, dict)]
-        if isinstance(sections, list)
-        else []
-    )
-    if named[0] not in names:
-        known = dict.fromkeys(names) if parts[0] == "stages" else dict.fromkeys([*known_fields, *names])
+    names = [str(one.get("stage")) for one in sections if isinstance(one, dict)] if isinstance(sections, list) else []
+    places = [[*start, "stages", str(index)] for index, name in enumerate(names) if name == named[0]]
+    if not places:
         missing = "the recipe has no such stage" if named[0] in TAKES else f"unknown path {'.'.join([*start, *parts])}"
-        raise RecipeError(f"{missing}; {unknown(named[0], known)}")
-    if names.count(named[0]) > 1:
-        places = " or ".join(
-            ".".join([*start, "stages", str(index)]) for index, name in enumerate(names) if name == named[0]
+        raise RecipeError(
+            f"{missing}; {unknown(named[0], dict.fromkeys(names if among_stages else [*fields, *names]))}"
         )
-        raise RecipeError(f"the recipe has {named[0]} more than once; name {places}")
-    return [*start, "stages", str(names.index(named[0])), *named[1:]]
+    if len(places) > 1:
+        raise RecipeError(f"the recipe has {named[0]} more than once; name {' or '.join(map('.'.join, places))}")
+    return [*places[0], *named[1:]]
 
 
 def _put(raw: dict[str, Any], parts: Sequence[str], value: object) -> None:

@@ -1,41 +1,36 @@
 """The recipe's reference tables, written from its JSON Schema."""
 
+import json
+import re
 from typing import Any
 
 from compress.recipe.schema import Recipe
 
 Schema = dict[str, Any]
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+WORDS = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text", "null": "null"}
 
 
 def reference() -> str:
     """Return a Markdown table for the recipe and for each of its sections, in order of first use."""
     schema = Recipe.model_json_schema()
-    tables = [_table("Recipe", schema)]
-    tables += [_table(name, schema["$defs"][name]) for name in _sections(schema, schema["$defs"])]
+    sections = schema.pop("$defs")
+    tables = [_table("Recipe", schema), *(_table(name, sections[name]) for name in _used(schema, sections))]
     return "\n".join(tables)
 
 
-def _sections(node: Any, definitions: dict[str, Schema]) -> dict[str, None]:
+def _used(schema: Schema, sections: dict[str, Schema]) -> dict[str, None]:
     """Return the names of the sections that a schema refers to, in order of first use."""
     names: dict[str, None] = {}
-    if isinstance(node, dict):
-        if "$ref" in node:
-            name = _name(node)
-            return {name: None} | _sections(definitions[name], definitions)
-        for key, child in node.items():
-            if key not in ("$defs", "discriminator"):
-                names |= _sections(child, definitions)
-    elif isinstance(node, list):
-        for child in node:
-            names |= _sections(child, definitions)
+    for name in re.findall(r'"\$ref": "#/\$defs/(\w+)"', json.dumps(schema)):
+        names |= {name: None} | _used(sections[name], sections)
     return names
 
 
 def _table(name: str, schema: Schema) -> str:
     required = schema.get("required", [])
     rows = [
-        f"| `{key}` | {_kind(field)} | {'**required**' if key in required else _default(field)} | {_cell(field.get('description', ''))} |"
+        f"| `{key}` | {_kind(field)} | {'**required**' if key in required else _default(field['default'])} | {_cell(field)} |"
         for key, field in schema["properties"].items()
     ]
     head = [f"### {name}", "", schema["description"], "", "| key | value | default | meaning |", "|---|---|---|---|"]
@@ -44,46 +39,36 @@ def _table(name: str, schema: Schema) -> str:
 
 def _kind(field: Schema) -> str:
     """Return a phrase for the values that a field takes, with its limits."""
-    if "$ref" in field:
-        return f"[{_name(field)}](#{_name(field).lower()})"
-    if "const" in field:
-        return f"`{field['const']}`"
-    if "enum" in field:
-        return " ".join(f"`{value}`" for value in field["enum"])
-    for union in ("anyOf", "oneOf"):
-        if union in field:
-            return " or ".join(_kind(option) for option in field[union])
-    if field["type"] == "object":
-        return f"names, each with {_kind(next(iter(field['patternProperties'].values())))}"
-    if field["type"] == "array":
-        if "prefixItems" in field:
-            return f"{len(field['prefixItems'])} × {_kind(field['prefixItems'][0])}"
-        return f"list of {_kind(field['items'])}"
-    words = {
-        "integer": "whole number",
-        "number": "number",
-        "boolean": "true or false",
-        "string": "text",
-        "null": "null",
-    }
+    match field:
+        case {"$ref": path}:
+            name = path.rpartition("/")[2]
+            return f"[{name}](#{name.lower()})"
+        case {"const": value}:
+            return f"`{value}`"
+        case {"enum": values}:
+            return " ".join(f"`{value}`" for value in values)
+        case {"anyOf": options} | {"oneOf": options}:
+            return " or ".join(map(_kind, options))
+        case {"type": "object"}:
+            return f"names, each with {_kind(next(iter(field['patternProperties'].values())))}"
+        case {"prefixItems": items}:
+            return f"{len(items)} × {_kind(items[0])}"
+        case {"type": "array"}:
+            return f"list of {_kind(field['items'])}"
     limits = [f"{sign} {field[limit]:.10g}" for limit, sign in LIMITS.items() if limit in field]
-    return " ".join([words[field["type"]], ", ".join(limits)]).strip()
+    return " ".join([WORDS[field["type"]], ", ".join(limits)]).strip()
 
 
-def _default(field: Schema) -> str:
-    default = field["default"]
-    if isinstance(default, dict):
-        return "its defaults" if default else "none"
-    if default is None or isinstance(default, bool):
-        return f"`{str(default).lower().replace('none', 'null')}`"
-    if default and isinstance(default, list) and isinstance(default[0], dict):
-        return f"`{', '.join(entry['name'] for entry in default)}`"
-    return f"`{default}`"
+def _default(value: Any) -> str:
+    match value:
+        case dict():
+            return "its defaults" if value else "none"
+        case None | bool():
+            return f"`{json.dumps(value)}`"
+        case [{"name": _}, *_]:
+            return f"`{', '.join(entry['name'] for entry in value)}`"
+    return f"`{value}`"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _name(field: Schema) -> str:
-    return str(field["$ref"].rpartition("/")[2])
+def _cell(field: Schema) -> str:
+    return str(field.get("description", "")).replace("|", "\\|").replace("\n", " ")

@@ -4,18 +4,16 @@
 Imports no torch, so `compress check` takes less than a second.
 """
 
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from compress.data.named import DATA_SETS, DataName
 from compress.data.teachers import foreign
-from compress.recipe.losses import LABELLED, LossTerm
-from compress.recipe.order import first_mistake
 from compress.recipe.section import Arch, Channels, Drop, Name, OptionalSize, PathText, Section, refuse_tag
-from compress.recipe.stages import DistillStage, PruneStage, QatStage, SourceStage, StageSection
+from compress.recipe.sense import mistakes
+from compress.recipe.stages import StageSection
 from export.tasks import TASKS
 
 
@@ -44,9 +42,9 @@ class Augment(Section):
     """Change brightness, contrast, saturation and hue at random, as SSD does; boxes and masks stay valid."""
     randaugment: Annotated[int, Field(ge=0, le=30)] = 0
     """The magnitude of RandAugment's two operations (0 switches it off; 9 is the paper's usual value)."""
-    mixup: Annotated[float, Field(ge=0)] = 0.0
+    mixup: NonNegativeFloat = 0.0
     """The alpha of mixup's Beta distribution (0 switches it off)."""
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: NonNegativeFloat = 0.0
     """The alpha of CutMix's Beta distribution (0 switches it off); with mixup also on, each image draws one of the two."""
 
 
@@ -132,7 +130,7 @@ class Model(Section):
         return self
 
 
-class Teacher(Section):
+class OtherTeacher(Section):
     """Another network as the teacher."""
 
     network: Arch
@@ -149,14 +147,14 @@ class Teacher(Section):
     """A text file with the names of its outputs, in order, one a line; the data's classes may be a subset. Null takes the names in an `hf:` folder, else the data's classes in order."""
 
     @model_validator(mode="after")
-    def _network_is_no_weights(self) -> "Teacher":
+    def _network_is_no_weights(self) -> "OtherTeacher":
         refuse_tag(self.network)
         if foreign(self.network) is None and self.weights is None:
             raise ValueError(f"weights: missing; {self.network} would teach with random ones: give its weights")
         return self
 
 
-class Teaching(Section):
+class TeacherCache(Section):
     """How students get the teacher's logits while they train."""
 
     mode: Literal["cached", "online"] = "cached"
@@ -174,19 +172,19 @@ class Targets(Section):
     """Largest loss of score from the teacher to the deployed file, as a fraction (0.01 is one point)."""
     max_class_drop: Drop | None = None
     """Largest loss of recall in any class from the teacher to the deployed file, as a fraction (0.01 is one point)."""
-    min_speedup: Annotated[float, Field(gt=0)] | None = None
+    min_speedup: PositiveFloat | None = None
     """Smallest speed-up of the deployed file over the teacher's FP32 file: one CPU thread (or the target's own provider), batch 1, the largest image size timed."""
-    min_int8_speedup: Annotated[float, Field(gt=0)] | None = None
+    min_int8_speedup: PositiveFloat | None = None
     """Smallest speed-up of the INT8 file over the student's FP32 file, under the same conditions."""
-    max_size_ratio: Annotated[float, Field(gt=0)] | None = None
+    max_size_ratio: PositiveFloat | None = None
     """Largest size of the deployed file, as a fraction of the teacher's FP32 file."""
-    max_macs_ratio: Annotated[float, Field(gt=0)] | None = None
+    max_macs_ratio: PositiveFloat | None = None
     """Largest fraction of the teacher's multiply-accumulates."""
-    max_latency_ms: Annotated[float, Field(gt=0)] | None = None
+    max_latency_ms: PositiveFloat | None = None
     """Largest median latency of the deployed file in ms, under the conditions of `min_speedup`."""
 
 
-class Student(Section):
+class StudentChain(Section):
     """One of several students of the same teacher."""
 
     stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
@@ -220,13 +218,13 @@ class Recipe(Section):
     """The images."""
     model: Model | None = None
     """The network to compress, which is also the teacher unless `teacher` is set; null where a `student` stage starts another network."""
-    teacher: tuple[Teacher, ...] = ()
+    teacher: tuple[OtherTeacher, ...] = ()
     """Another network as the teacher, or several, whose mean prediction is taught; each as its `network` alone or as a section."""
-    teaching: Teaching = Teaching()
+    teaching: TeacherCache = TeacherCache()
     """How students get the teacher's logits."""
     stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
     """The stages, in order."""
-    students: dict[Name, Student] = Field(default={})
+    students: dict[Name, StudentChain] = Field(default={})
     """Several students by name (spelled like `name`): each continues from the shared stages, and one report compares them."""
     targets: Targets = Targets()
     """What the run must reach."""
@@ -249,138 +247,8 @@ class Recipe(Section):
         own = index - len(self.stages)
         return f"stages.{index}" if own < 0 else f"students.{student}.stages.{own}"
 
-    def _losses(self) -> Iterator[tuple[str, LossTerm]]:
-        """Yield each loss of a distill or qat stage, with the stage's name."""
-        for chain in self.chains().values():
-            for section in chain.stages:
-                if isinstance(section, DistillStage | QatStage):
-                    yield from ((section.stage, term) for term in section.loss)
-
     @model_validator(mode="after")
-    def _chains_make_sense(self) -> "Recipe":
-        for name, chain in self.chains().items():
-            mistake = first_mistake(chain.stages)
-            if mistake is not None:
-                index, text = mistake
-                raise ValueError(f"{self.place(name, index)}{text}")
-        return self
-
-    @model_validator(mode="after")
-    def _teacher_is_trained(self) -> "Recipe":
-        source = self.stages[0]
-        if isinstance(source, SourceStage) and source.fit is not None and not TASKS[self.task].labelled:
-            raise ValueError("stages.0.fit: there are no labels to train on: give model.weights, or a teacher")
-        if self.model is None:
-            return self._teacher_is_another(source)
-        if not isinstance(source, SourceStage):
-            return self
-        given = self.model.weights is not None or foreign(self.model.arch) is not None
-        if source.fit is None and (source.fine_tune or not given):
-            raise ValueError(
-                "stages.0.fit: missing; without model.weights the teacher is trained here: set it, or give WEIGHTS=file"
-            )
-        if self.model.reset_head and not source.fine_tune:
-            raise ValueError("model.reset_head: the new classifier is untrained: also set stages.0.fine_tune: true")
-        return self
-
-    @model_validator(mode="after")
-    def _unlabelled_images_have_a_use(self) -> "Recipe":
-        for stage, term in self._losses() if self.data.unlabelled is not None else ():
-            if term.name in LABELLED:
-                raise ValueError(f"data.unlabelled: {term.name} in {stage} needs every image's label: use kd or dist")
-        return self
-
-    @model_validator(mode="after")
-    def _class_weights_have_a_loss(self) -> "Recipe":
-        if self.data.balance != "class_weights" or "cross_entropy" in [term.name for _, term in self._losses()]:
-            return self
-        if not any(
-            (isinstance(section, SourceStage) and section.fit is not None)
-            or (isinstance(section, PruneStage) and section.sparsity is not None)
-            for chain in self.chains().values()
-            for section in chain.stages
-        ):
-            raise ValueError(
-                "data.balance: class_weights weighs cross_entropy, which no stage uses: add that loss, or use sampler"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _teachers_can_be_joined(self) -> "Recipe":
-        task = TASKS[self.task]
-        if len(self.teacher) > 1 and not task.by_class_axis:
-            raise ValueError(
-                f"teacher: {len(self.teacher)} for {self.task}, whose predictions cannot be averaged: name one"
-            )
-        if not task.by_class_axis and any(one.classes for one in self.teacher):
-            raise ValueError(
-                f"teacher.0.classes: a teacher for {self.task} must have the data's classes in their order: leave it out"
-            )
-        return self
-
-    def _teacher_is_another(self, source: StageSection) -> "Recipe":
-        if not self.teacher:
-            raise ValueError("model: missing: name the network to compress, or set teacher and add a student stage")
-        if isinstance(source, SourceStage) and source.fit is not None:
-            raise ValueError("stages.0.fit: a `teacher` is not trained: leave it out, or name the network as model")
-        for name, chain in self.chains().items():
-            if isinstance(source, SourceStage) and [section.stage for section in chain.stages[1:2]] not in (
-                [],
-                ["student"],
-            ):
-                raise ValueError(
-                    f"{self.place(name, 1)}: {chain.stages[1].stage} needs a network, and `teacher` only gives predictions: "
-                    "name the network as model, or put a student stage here"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _teachers_see_the_same_channels(self) -> "Recipe":
-        for index, teacher in enumerate(self.teacher):
-            for name, values in (("mean", teacher.mean), ("std", teacher.std)):
-                if values is not None and len(values) != self.data.channels:
-                    raise ValueError(
-                        f"teacher.{index}.{name}: must have a number for each channel ({self.data.channels}), got {len(values)}"
-                    )
-        return self
-
-    @model_validator(mode="after")
-    def _target_has_int8(self) -> "Recipe":
-        stages = {section.stage for chain in self.chains().values() for section in chain.stages}
-        quantizing = [name for name in ("ptq", "qat") if name in stages]
-        if self.target == "cuda" and quantizing:
-            raise ValueError(
-                f"target: cuda runs FP16, as ONNX Runtime's CUDA provider has no INT8 convolution: leave out {' and '.join(quantizing)}, "
-                "or set another target (tensorrt, cpu_avx2, cpu_vnni, cpu_arm)"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _targets_are_measured(self) -> "Recipe":
-        for name, chain in self.chains().items():
-            stages = {section.stage for section in chain.stages}
-            place = f"students.{name}.targets" if name and self.students[name].targets else "targets"
-            for target in [target for target, value in chain.targets if value is not None]:
-                if target != "max_macs_ratio" and "bench" not in stages:
-                    raise ValueError(
-                        f"{place}.{target}: a bench stage measures it: add `- stage: bench`, or leave it out"
-                    )
-                if target == "min_int8_speedup" and not stages & {"ptq", "qat"}:
-                    raise ValueError(f"{place}.{target}: there is no INT8 file: add `- stage: ptq`, or leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _cache_holds_what_losses_need(self) -> "Recipe":
-        if self.teaching.top_k is None or self.teaching.mode == "online":
-            return self
-        if not TASKS[self.task].exclusive:
-            raise ValueError(
-                f"teaching.top_k: needs classes that exclude each other, and in {self.task} they are independent: leave it out"
-            )
-        for stage, term in self._losses():
-            if term.name == "mse" or getattr(term, "standardize", False):
-                loss = "mse" if term.name == "mse" else f"{term.name} with standardize"
-                raise ValueError(
-                    f"teaching.top_k: {loss} in {stage} needs all logits: leave top_k out, or set teaching.mode: online"
-                )
+    def _makes_sense(self) -> "Recipe":
+        if (mistake := next(mistakes(self), None)) is not None:
+            raise ValueError(mistake)
         return self

@@ -6,6 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Drop = Annotated[float, Field(ge=0, le=0.5)]  # loss of a score, as a fraction; 1 is refused, as it means one point
 NAME = r"^[a-z0-9][a-z0-9_\-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME)]  # becomes a folder's name

@@ -8,10 +8,7 @@ from pathlib import Path
 from compress.errors import RecipeError
 from compress.recipe.explain import unknown
 
-PLACES = (
-    Path(__file__).parents[2] / "recipes",
-    Path(sys.prefix) / "share" / "prune-distill-quantize" / "recipes",
-)
+PLACES = (Path(__file__).parents[2] / "recipes", Path(sys.prefix) / "share" / "prune-distill-quantize" / "recipes")
 
 
 def listing() -> Iterator[str]:

@@ -2,14 +2,15 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from compress.quant.rows import Method
 from compress.recipe.losses import KD_ONLY, LossTerm
-from compress.recipe.section import Arch, Drop, Fraction, OptionalSize, PathText, Section, Size, refuse_tag
+from compress.recipe.section import Arch, BelowOne, Drop, Fraction, OptionalSize, PathText, Section, Size, refuse_tag
 
 MAX_DROP = 0.01  # the largest loss of score, unless the recipe says otherwise
 MOST_FLOAT = 0.2  # a file with a larger fraction of its multiply-accumulates in float is not called INT8
+THIS = Field(description="This stage.")
 GOALS = ("keep_macs", "keep_params", "keep_latency", "max_latency_ms")
 
 
@@ -20,7 +21,7 @@ class Stop(Section):
     """Epochs in a row without a rise of the validation score by more than `min_delta`."""
     min_delta: Fraction = 0.0
     """The smallest rise that counts for `patience`; 0.001 is a tenth of a point."""
-    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    max_minutes: PositiveFloat | None = None
     """Longest training in minutes, over all resumed runs; an epoch that would end later does not start."""
     score: Fraction | None = None
     """The validation score that is enough. As validation images then choose the end, the last score is slightly optimistic."""
@@ -45,7 +46,7 @@ class Fit(Section):
     """Images in a step, over all ranks together."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
-    lr: Annotated[float, Field(gt=0)] = 0.05
+    lr: PositiveFloat = 0.05
     """The peak learning rate, after the warm-up."""
     schedule: Literal["cosine", "step"] = "cosine"
     """How the rate falls after the warm-up: by half a cosine to 0, or by the factor `gamma` at each of `milestones`."""
@@ -53,19 +54,19 @@ class Fit(Section):
     """Epochs after which `schedule: step` multiplies the rate by `gamma`."""
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The rate's factor at each of `milestones`."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: BelowOne = 0.9
     """SGD's momentum."""
     nesterov: bool = True
     """Nesterov's momentum; false is plain momentum, which most papers use."""
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    weight_decay: NonNegativeFloat = 5e-4
     """Weight decay of convolution and linear weights."""
     decay_vectors: bool = False
     """Also decay biases and batch-norms, as most papers do."""
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    warmup_epochs: NonNegativeFloat = 0.0
     """Epochs of linear warm-up."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema_decay: BelowOne = 0.0
     """Decay per step of a moving average of the weights, which becomes the result (0 switches it off)."""
-    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: NonNegativeFloat = 0.0
     """The largest norm of the gradient (0 switches clipping off)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast type. auto is bf16 on a GPU that has it, the faster of both on a CPU that has it, else fp32; in qat it is fp32."""
@@ -97,11 +98,10 @@ class Fit(Section):
 class SourceStage(Section):
     """The teacher: weights given, or trained here."""
 
-    stage: Literal["source"]
-    """This stage."""
+    stage: Annotated[Literal["source"], THIS]
     fit: Fit | None = None
     """How the teacher is trained when `model.weights` is null (or with `fine_tune`)."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: BelowOne = 0.0
     """Probability moved from the label to all classes evenly while the teacher trains."""
     fine_tune: bool = False
     """Also train the given weights on this data."""
@@ -110,8 +110,7 @@ class SourceStage(Section):
 class StudentStage(Section):
     """Another network, usually smaller, as the student in place of the pruned teacher."""
 
-    stage: Literal["student"]
-    """This stage."""
+    stage: Annotated[Literal["student"], THIS]
     arch: Arch
     """The network, as in `model.arch`."""
     weights: PathText | None = None
@@ -135,14 +134,14 @@ class Sparsity(Section):
 
     fit: Fit
     """The training's settings."""
-    strength: Annotated[float, Field(gt=0)] = 1e-4
+    strength: PositiveFloat = 1e-4
     """Factor of the group penalty's gradient."""
 
 
 class ServingConditions(Section):
     """The conditions of a latency measurement; null takes those under which the target serves."""
 
-    threads: Annotated[int, Field(ge=0)] = 1
+    threads: NonNegativeInt = 1
     """CPU threads; 0 is all of them."""
     batch: PositiveInt = 1
     """Images in a call."""
@@ -157,8 +156,7 @@ class ServingConditions(Section):
 class PruneStage(Section):
     """Remove whole channels by Torch-Pruning's dependency graph."""
 
-    stage: Literal["prune"]
-    """This stage."""
+    stage: Annotated[Literal["prune"], THIS]
     criterion: Literal["l1", "l2", "taylor", "fpgm", "bn_scale", "random", "obs"] = "obs"
     """How a channel's importance is scored."""
     scope: Literal["global", "local", "isomorphic"] = "global"
@@ -169,7 +167,7 @@ class PruneStage(Section):
     """The fraction of parameters to keep."""
     keep_latency: Annotated[float, Field(gt=0, lt=1)] | None = None
     """The fraction of the network's latency to keep, measured in ONNX Runtime on this machine under `conditions`."""
-    max_latency_ms: Annotated[float, Field(gt=0)] | None = None
+    max_latency_ms: PositiveFloat | None = None
     """The network's largest latency in ms, measured in the same way."""
     conditions: ServingConditions = ServingConditions()
     """The conditions of `keep_latency` and `max_latency_ms`."""
@@ -185,7 +183,7 @@ class PruneStage(Section):
     """Training images for `reconstruct`; a quarter more decide whether it helps. Fewer are used where large images would not fit into memory."""
     round_to: PositiveInt = 8
     """Widths stay multiples of this; the fast INT8 and FP32 kernels need 8."""
-    min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    min_keep: BelowOne = 0.1
     """Every layer keeps at least this fraction of its channels."""
     score_images: PositiveInt = 256
     """Training images for `taylor`'s gradients, and for `obs`'s second moments of the layers' inputs."""
@@ -206,8 +204,7 @@ class PruneStage(Section):
 class DistillStage(Section):
     """Recover accuracy by learning from the teacher."""
 
-    stage: Literal["distill"]
-    """This stage."""
+    stage: Annotated[Literal["distill"], THIS]
     fit: Fit
     """The training's settings."""
     loss: Annotated[tuple[LossTerm, ...], Field(min_length=1)] = KD_ONLY
@@ -217,8 +214,7 @@ class DistillStage(Section):
 class PtqStage(Section):
     """INT8 without training, by every method; then tuning until the accuracy holds. The network itself stays as it is."""
 
-    stage: Literal["ptq"]
-    """This stage."""
+    stage: Annotated[Literal["ptq"], THIS]
     calibration_images: PositiveInt = 512
     """Training images that set the activations' ranges."""
     methods: Annotated[tuple[Method, ...], Field(min_length=1)] = ("minmax", "percentile", "entropy")
@@ -237,8 +233,7 @@ class PtqStage(Section):
 class QatStage(Section):
     """Quantization-aware training on the target's grid, under the teacher's soft targets."""
 
-    stage: Literal["qat"]
-    """This stage."""
+    stage: Annotated[Literal["qat"], THIS]
     fit: Fit | None = None
     """The training's settings; null takes the last float training's, with a tenth of its epochs and a hundredth of its rate."""
     loss: Annotated[tuple[LossTerm, ...], Field(min_length=1)] = KD_ONLY
@@ -253,7 +248,7 @@ class QatStage(Section):
     """Fraction of the training after which moving-average ranges stay fixed (learned ones continue)."""
     freeze_batchnorm_at: Fraction = 0.25
     """Fraction of the training after which batch-norm uses its running statistics."""
-    reestimate_batchnorm_images: Annotated[int, Field(ge=0)] = 0
+    reestimate_batchnorm_images: NonNegativeInt = 0
     """Training images that measure batch-norm's statistics again after the training (0 keeps the running ones)."""
     keep_float: tuple[str, ...] = ()
     """Module paths (shell patterns such as `features.0.*`) that stay in float on purpose."""
@@ -272,11 +267,11 @@ class QatStage(Section):
 class AuditLimits(Section):
     """Limits on the optimized graph of the INT8 file that is served; a run that exceeds one fails and names the layers."""
 
-    max_float_layers: Annotated[int, Field(ge=0)] | None = None
+    max_float_layers: NonNegativeInt | None = None
     """The most convolutions and matrix products that run in float."""
     max_float_fraction: Fraction | None = MOST_FLOAT
     """The largest fraction of an INT8 file's multiply-accumulates that run in float; 1 allows all."""
-    max_leftover_qdq: Annotated[int, Field(ge=0)] | None = None
+    max_leftover_qdq: NonNegativeInt | None = None
     """The most QuantizeLinear and DequantizeLinear nodes that the optimizer leaves, besides the one at each end."""
     min_agreement: Fraction | None = None
     """The smallest fraction of images on which the file and the fake-quantized network predict the same class."""
@@ -285,8 +280,7 @@ class AuditLimits(Section):
 class ExportStage(Section):
     """ONNX files for the serving stack."""
 
-    stage: Literal["export"]
-    """This stage."""
+    stage: Annotated[Literal["export"], THIS]
     verify_images: PositiveInt = 1000
     """Validation images on which the INT8 file is compared with the trained network, on some of them tensor by tensor."""
     uint8_input: bool = True
@@ -300,17 +294,16 @@ class ExportStage(Section):
 class BenchStage(Section):
     """Accuracy and latency in ONNX Runtime."""
 
-    stage: Literal["bench"]
-    """This stage."""
+    stage: Annotated[Literal["bench"], THIS]
     batches: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)
     """Batch sizes to time."""
-    threads: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (1, 0)
+    threads: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1, 0)
     """CPU threads to time with; 0 is all of them."""
     image_sizes: tuple[Size, ...] = ()
     """Further image sizes to time, each one number or `[height, width]`, besides the recipe's own."""
     providers: Annotated[tuple[Literal["cpu", "cuda"], ...], Field(min_length=1)] = ("cpu", "cuda")
     """Execution providers to time; one that this machine lacks is left out, and the report says so."""
-    seconds: Annotated[float, Field(gt=0)] = 1.0
+    seconds: PositiveFloat = 1.0
     """Seconds of timing for each file at each setting."""
     blocks: Annotated[int, Field(ge=6)] = 10
     """Interleaved blocks, from which medians and intervals are computed; a 95 % interval needs at least six."""

@@ -26,15 +26,14 @@ from compress.artifact import turn
 from compress.cli import app
 from compress.commands.search import run as search_run
 from compress.commands.search import trial
-from compress.commands.search.board import Board, Taken, best, progress
+from compress.commands.search.board import Board, GivenUp, Measured, Taken, best, progress
 from compress.commands.search.front import front, hypervolume
 from compress.commands.search.hopeless import Course, is_hopeless
 from compress.commands.search.measures import MEASURES, limits
 from compress.commands.search.page import write_page
 from compress.commands.search.run import open_boards, own_gpu, pick, work
-from compress.commands.search.show import means
 from compress.commands.search.space import Search, axes, grid, probes
-from compress.commands.search.trial import Crashed, Refused, Setup, open_setup
+from compress.commands.search.trial import Setup, open_setup
 from compress.errors import CompressError
 from compress.recipe import strict_yaml
 from compress.recipe.schema import Recipe
@@ -255,20 +254,14 @@ def test_patience_ends_a_search_that_gains_nothing(tmp_path: Path) -> None:
     assert len(board.rows()) == 4
     assert progress(board.rows(), search)[0] > 0
 
-    def refuse(_: Taken) -> dict[str, list[float]]:
-        raise Refused("no")
-
     with pytest.raises(CompressError, match="none of 3 trials"):
-        work(a_board(tmp_path / "refused", search), refuse)
+        work(a_board(tmp_path / "refused", search), lambda _: GivenUp("refused", "no"))
 
 
 def test_a_refused_trial_counts_and_a_crashed_one_is_made_up_for(tmp_path: Path) -> None:
-    def run(taken: Taken) -> dict[str, list[float]]:
-        if taken.trial.number == 1:
-            raise Refused("the cut takes everything")
-        if taken.trial.number == 2:
-            raise Crashed("killed")
-        return measured(taken)
+    def run(taken: Taken) -> Measured | GivenUp:
+        lost = {1: GivenUp("refused", "the cut takes everything"), 2: GivenUp("crashed", "killed")}
+        return lost.get(taken.trial.number) or measured(taken)
 
     work(board := a_board(tmp_path, a_search()), run)
     assert [row.state for row in board.rows()] == ["done", "refused", "crashed", *4 * ["done"]]
@@ -276,14 +269,15 @@ def test_a_refused_trial_counts_and_a_crashed_one_is_made_up_for(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("error", "words"), [(Crashed("out of memory"), "3 trials in a row crashed"), (Refused("no"), "none of 6 trials")]
+    ("lost", "words"),
+    [
+        (GivenUp("crashed", "out of memory"), "3 trials in a row crashed; the last: out of memory"),
+        (GivenUp("refused", "no"), "none of 6 trials"),
+    ],
 )
-def test_a_search_in_which_nothing_works_ends_with_a_sentence(tmp_path: Path, error: Exception, words: str) -> None:
-    def run(_: Taken) -> dict[str, list[float]]:
-        raise error
-
+def test_a_search_in_which_nothing_works_ends_with_a_sentence(tmp_path: Path, lost: GivenUp, words: str) -> None:
     with pytest.raises(CompressError, match=words):
-        work(a_board(tmp_path, a_search()), run)
+        work(a_board(tmp_path, a_search()), lambda _: lost)
 
 
 def worker(folder: Path, storage: str | None) -> None:
@@ -426,7 +420,7 @@ def test_the_first_seed_draws_the_split_and_trains_the_teacher_of_all(
     ]
     (row,) = board.rows()
     assert row.measured["score"] == pytest.approx([0.71, 0.72])
-    assert means(row, ["score", "macs", "latency"]) == [
+    assert row.shown(["score", "macs", "latency"]) == [
         "71.50\xa0% (71.00\xa0% to 72.00\xa0%)",
         "2.00\xa0M (2.00\xa0M to 2.00\xa0M)",
         "–",
@@ -442,11 +436,14 @@ def test_a_refused_run_and_a_crashed_one_leave_their_last_words(
     taken = board.take(may_start=True)
     assert taken is not None
     with taken.lock:
-        with pytest.raises(Refused, match=r"gone: .*"):
-            trial.run_trial(setup, board, taken, "full")
+        refused = trial.run_trial(setup, board, taken, "full")
         monkeypatch.setattr(sys, "executable", shutil.which("false"))
-        with pytest.raises(Crashed, match=r"two-000 ended with exit code 1: it printed nothing; .*two-000\.log"):
-            trial.run_trial(setup, board, taken, "full")
+        crashed = trial.run_trial(setup, board, taken, "full")
+    assert isinstance(refused, GivenUp)
+    assert isinstance(crashed, GivenUp)
+    assert (refused.why, crashed.why) == ("refused", "crashed")
+    assert "gone: " in refused.error
+    assert re.search(r"two-000 ended with exit code 1: it printed nothing; .*two-000\.log", crashed.error)
 
 
 def test_a_student_is_hopeless_in_the_lowest_quarter_of_those_that_cost_no_more() -> None:
@@ -469,9 +466,9 @@ def test_a_trial_without_hope_is_ended_and_its_way_is_on_the_page(
     setup = open_setup(path, data=None, weights=None, out=str(tmp_path), trust_code=False)
     (board,) = open_boards(setup, storage=None)
 
-    def run(taken: Taken) -> dict[str, list[float]]:
+    def run(taken: Taken) -> Measured | GivenUp:
         if taken.trial.number == 4:
-            monkeypatch.setattr(trial, "follow_distillation", lambda *_: lambda: Course("a", 3, 9.0, 9.0, [0.2, 0.3]))
+            monkeypatch.setattr(trial, "course_of", lambda *_: Course("a", 3, 9.0, 9.0, [0.2, 0.3]))
             return trial.run_trial(setup, board, taken, "full")
         taken.trial.set_user_attr("course", Course("a", 3, 1.0, 1.0, [0.5, 0.6, 0.7])._asdict())
         return measured(taken)
@@ -565,8 +562,8 @@ def test_a_search_shares_stages_chooses_on_its_own_images_and_publishes_what_val
     assert len(list(root.glob("stages/00-source-*"))) == 1
     assert {one["recipe"]["data"]["judge_by"] for one in reports.values()} == {"tuning"}
     page = (root / "index.html").read_text()
-    # From the front, the gain, the end and the curve of distillation, the parallel coordinates, the table:
-    assert [page.count(f'<a href="trials/{name}/report/index.html">') for name in sorted(reports)] == [6, 6]
+    # From the front, the gain, the end of distillation (one epoch is no curve), the parallel coordinates, the table:
+    assert [page.count(f'<a href="trials/{name}/report/index.html">') for name in sorted(reports)] == [5, 5]
     assert "Recommended: the best score" in page
     assert "| source (PyTorch) |" in (root / "two.md").read_text()
     assert page.count("Scores while distilling") == 1

@@ -9,14 +9,14 @@ from torch.nn import functional as F
 
 from compress.commands.init.images import Folder
 from compress.commands.init.network import Network
-from compress.recipe.schema import Teaching
+from compress.recipe.schema import TeacherCache
 from compress.training.loop import place_
 from export.images.size import Shape
 
 STEP, STEPS = 32, 4  # images in a timed step, and timed steps
 # A run's costs, roughly: three whole runs took 0.4 to 1.7 times as much of a core's time (docs/results.md).
 KEPT = 0.5  # of the teacher's work, the student's
-CACHED = Teaching().views  # the teacher predicts each view once
+CACHED = TeacherCache().views  # the teacher predicts each view once
 VIEW_S = 0.0003  # to draw an image's view, and a step's costs besides the network
 QAT_STEPS = 2  # a QAT step in float steps
 OTHERS_S, SCORED = 100, 10_000  # stages without training: seconds, and images that they score

@@ -7,12 +7,13 @@ worker resumes it. The run's own process inherits the lock, so that no one resum
 import fcntl
 import json
 import secrets
+import statistics
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from compress.commands.search.front import Losses, covered, front
 from compress.commands.search.hopeless import Course
@@ -23,9 +24,16 @@ from compress.errors import CompressError
 if TYPE_CHECKING:
     import optuna
 
-GivenUp = Literal["ended", "refused", "crashed"]
-GIVEN_UP: tuple[GivenUp, ...] = ("ended", "refused", "crashed")
 MOST_STARTUP = 10  # random trials before TPE starts to model
+Measured = Mapping[str, Sequence[float]]  # each measure by seed
+Why = Literal["ended", "refused", "crashed"]  # "ended" means early
+
+
+class GivenUp(NamedTuple):
+    """Why a trial has no measures. Ended early and refused are final; for a crashed one, another trial is started."""
+
+    why: Why
+    error: str
 
 
 class Taken(NamedTuple):
@@ -42,16 +50,24 @@ class Row:
 
     number: int
     point: Point
-    state: Literal["done", "running", "ended", "refused", "crashed"]  # "ended" means early
-    measured: Mapping[str, Sequence[float]]
+    state: Literal["done", "running"] | Why
+    measured: Measured
     error: str
     is_allowed: bool
     course: Course | None
 
     def mean(self, name: str) -> float | None:
         """Return a measure's mean over the seeds."""
-        values = self.measured.get(name)
-        return sum(values) / len(values) if values else None
+        return statistics.fmean(self.measured[name]) if self.measured.get(name) else None
+
+    def shown(self, names: Iterable[str]) -> list[str]:
+        """Return measures as means over the seeds, with the range if there are several."""
+        return [MEASURES[name].show_all(self.measured.get(name, ())) for name in names]
+
+    @property
+    def where(self) -> str:
+        """The point in words."""
+        return ", ".join(f"{name} {value}" for name, value in self.point.items())
 
 
 def losses(row: Row, search: Search) -> Losses:
@@ -152,22 +168,21 @@ class Board:
         """Tell whether no trial is running."""
         return all(row.state != "running" for row in self.rows())
 
-    def finish(self, taken: Taken, measured: Mapping[str, Sequence[float]]) -> None:
-        """Store a trial's measures and end it."""
+    def finish(self, taken: Taken, found: Measured | GivenUp) -> None:
+        """Store a trial's measures, or why it has none, and end it."""
+        import optuna
+
         trial = taken.trial
-        means = {name: sum(values) / len(values) for name, values in measured.items()}
-        trial.set_user_attr("measured", dict(measured))
+        if isinstance(found, GivenUp):
+            trial.set_user_attr(found.why, found.error)
+            state = optuna.trial.TrialState.PRUNED if found.why == "ended" else optuna.trial.TrialState.FAIL
+            self._study.tell(trial, state=state)
+            return
+        means = {name: statistics.fmean(values) for name, values in found.items()}
+        trial.set_user_attr("measured", dict(found))
         for text in self.search.constraints:
             trial.set_constraint(text, max(limit.excess(means[limit.measure]) for limit in limits(text)))
         self._study.tell(trial, [means[name] for name in self.search.objectives])
-
-    def give_up(self, taken: Taken, error: str, why: GivenUp) -> None:
-        """Store why a trial has no measures. Ended early and refused are final; for a crashed one, another trial is started."""
-        import optuna
-
-        taken.trial.set_user_attr(why, error)
-        state = optuna.trial.TrialState.PRUNED if why == "ended" else optuna.trial.TrialState.FAIL
-        self._study.tell(taken.trial, state=state)
 
     def importance(self) -> dict[str, dict[str, float]]:
         """Return each axis's importance for each objective, by Optuna's PED-ANOVA; empty if there are too few trials."""
@@ -224,7 +239,7 @@ def _suggest(trial: "optuna.Trial", axis: Axis) -> str | float:
 
 def _row(trial: "optuna.trial.FrozenTrial", own: Sequence[Axis]) -> Row:
     attrs, params = trial.user_attrs, trial.params
-    ended: GivenUp = next((why for why in GIVEN_UP if why in attrs), "crashed")
+    ended: Why = next((why for why in get_args(Why) if why in attrs), "crashed")
     drawn = [axis for axis in own if axis.name in params]  # a trial that was just taken may still lack some
     return Row(
         number=trial.number,

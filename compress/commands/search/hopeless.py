@@ -1,7 +1,7 @@
 """End hopeless trials early: Optuna's percentile pruner on distillation scores, among students of at most the same cost."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -46,29 +46,23 @@ def is_hopeless(own: Course, finished: Iterable[Course]) -> bool:
     return pruner.prune(study, trial(own))
 
 
-def follow_distillation(recipe: Recipe, run: Path) -> Callable[[], Course | None]:
-    """Return a function that reads the progress of a run's first distillation; None before the first epoch."""
+def course_of(recipe: Recipe, run: Path) -> Course | None:
+    """Read the progress of a run's first distillation; None before its first epoch."""
     names = [section.stage for section in recipe.stages]
-    if "distill" not in names:
-        return lambda: None
+    if "distill" not in names or not (run / PLANNED).exists():  # or the run still reads its images
+        return None
     index = names.index("distill")
     archs = [one.arch for one in (recipe.model, *recipe.stages[:index]) if isinstance(one, Model | StudentStage)]
-
-    def read() -> Course | None:
-        if not (run / PLANNED).exists():
-            return None  # the run still reads its images
-        before, place = (Path(path) for path in json.loads((run / PLANNED).read_bytes())[index - 1 : index + 1])
-        lines: list[str] = []
-        for folder in (place.with_name(f".{place.name}.partial"), place):
-            with suppress(FileNotFoundError):  # not there yet, or just renamed
-                lines = (folder / LOG_JSONL).read_text().splitlines(keepends=True)
-        epochs = [entry for line in lines if line.endswith("\n") and "epoch" in (entry := json.loads(line))]
-        if not epochs:
-            return None
-        scores = [float(entry["score"]) for entry in epochs]
-        with suppress(ArtifactError):  # it is being made anew, and the log is of a run that was killed
-            cost = read_meta(before).metrics
-            return Course(archs[-1], epochs[0]["epochs"], cost["macs_m"] or 0, cost["params_m"] or 0, scores)
+    before, place = (Path(path) for path in json.loads((run / PLANNED).read_bytes())[index - 1 : index + 1])
+    lines: list[str] = []
+    for folder in (place.with_name(f".{place.name}.partial"), place):
+        with suppress(FileNotFoundError):  # not there yet, or just renamed
+            lines = (folder / LOG_JSONL).read_text().splitlines(keepends=True)
+    epochs = [entry for line in lines if line.endswith("\n") and "epoch" in (entry := json.loads(line))]
+    if not epochs:
         return None
-
-    return read
+    scores = [float(entry["score"]) for entry in epochs]
+    with suppress(ArtifactError):  # it is being made anew, and the log is of a run that was killed
+        cost = read_meta(before).metrics
+        return Course(archs[-1], epochs[0]["epochs"], cost["macs_m"] or 0, cost["params_m"] or 0, scores)
+    return None

@@ -1,7 +1,8 @@
 """Measures of a finished run, read from its report, as a search's objectives and constraints."""
 
 import re
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from compress.recipe.explain import unknown
@@ -25,6 +26,11 @@ class Measure(NamedTuple):
     def show(self, value: float | None) -> str:
         """Return a value with its unit."""
         return numbers.percent(value) if self.unit == "%" else numbers.significant(value, self.unit)
+
+    def show_all(self, values: Sequence[float]) -> str:
+        """Return the mean of a value for each seed, with the range if there are several."""
+        shown = self.show(statistics.fmean(values) if values else None)
+        return shown if len(values) < 2 else f"{shown} ({self.show(min(values))} to {self.show(max(values))})"
 
 
 class Limit(NamedTuple):

@@ -5,7 +5,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from compress.commands.search.board import Board, Row, Taken, best, losses
+from compress.commands.search.board import Board, GivenUp, Measured, Row, Taken, best, losses
 from compress.commands.search.measures import MEASURES, limits
 from compress.commands.search.page import pick_name, write_page
-from compress.commands.search.show import front_table, means, where, write_scores
+from compress.commands.search.show import front_table, write_scores
 from compress.commands.search.space import grid
-from compress.commands.search.trial import Crashed, Hopeless, Mode, Refused, Setup, run_trial
+from compress.commands.search.trial import Mode, Setup, run_trial
 from compress.errors import CompressError
 from compress.pipeline import run_recipe
 from compress.recipe.read import write_recipe
@@ -82,8 +82,8 @@ def run_search(setup: Setup, *, storage: str | None) -> Path:
                 write_page(setup, boards)
                 if console.is_interactive:
                     live.update(front_table(board, is_over=False), refresh=True)
-                said = row.error or ", ".join(means(row, setup.search.objectives))
-                console.print(Text(f"{board.name} {row.number:03d}: {said} ({where(row)})"), soft_wrap=True)
+                said = row.error or ", ".join(row.shown(setup.search.objectives))
+                console.print(Text(f"{board.name} {row.number:03d}: {said} ({row.where})"), soft_wrap=True)
 
             work(board, partial(run_trial, setup, board, mode=mode), told=told)
         write_scores(setup, board)
@@ -107,7 +107,7 @@ def open_boards(setup: Setup, *, storage: str | None) -> list[Board]:
 
 def work(
     board: Board,
-    run: Callable[[Taken], Mapping[str, Sequence[float]]],
+    run: Callable[[Taken], Measured | GivenUp],
     *,
     told: Callable[[Row], None] = lambda _: None,
     poll_s: float = POLL_S,
@@ -126,18 +126,14 @@ def work(
             time.sleep(poll_s)
             continue
         with taken.lock:
-            try:
-                board.finish(taken, run(taken))
-                crashes = 0
-            except Hopeless as error:
-                board.give_up(taken, str(error), "ended")
-            except Refused as error:
-                board.give_up(taken, str(error), "refused")
-            except Crashed as error:
-                board.give_up(taken, str(error), "crashed")
-                crashes += 1
-                if crashes == MOST_CRASHES:
-                    raise CompressError(f"{crashes} trials in a row crashed; the last: {error}") from error
+            found = run(taken)
+            board.finish(taken, found)
+        if not isinstance(found, GivenUp):
+            crashes = 0
+        elif found.why == "crashed":
+            crashes += 1
+            if crashes == MOST_CRASHES:
+                raise CompressError(f"{crashes} trials in a row crashed; the last: {found.error}")
         told(next(row for row in board.rows() if row.number == taken.trial.number))
     rows = board.rows()
     if rows and all(row.state == "refused" for row in rows):

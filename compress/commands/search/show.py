@@ -3,29 +3,18 @@
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from compress.commands.search.board import Board, Row, best
+from compress.commands.search.board import Board, best
 from compress.commands.search.measures import MEASURES
-from compress.commands.search.trial import Setup, trial_name
+from compress.commands.search.trial import Setup
 from export.names import REPORT_JSON
 from export.onnx_file.roles import ORDER
 
 SEEN = 12  # most trials of the front in the terminal while the search runs
-
-
-def where(row: Row) -> str:
-    """Return a trial's point in words."""
-    return ", ".join(f"{name} {value}" for name, value in row.point.items())
-
-
-def means(row: Row, names: Sequence[str]) -> list[str]:
-    """Return a trial's measures as means over its seeds, with the range if there are several."""
-    return [_mean(name, row.measured.get(name, ())) for name in names]
 
 
 def front_table(board: Board, *, is_over: bool) -> Table | Text:
@@ -39,24 +28,18 @@ def front_table(board: Board, *, is_over: bool) -> Table | Text:
     for name in ("Trial", *(MEASURES[name].title for name in search.objectives), "What"):
         table.add_column(name)
     for row in found if is_over else found[:SEEN]:
-        table.add_row(*map(Text, (f"{row.number:03d}", *means(row, search.objectives), where(row))))
+        table.add_row(*map(Text, (f"{row.number:03d}", *row.shown(search.objectives), row.where)))
     return table
 
 
 def write_scores(setup: Setup, board: Board) -> None:
     """Write the scores of every trial's stages and files, as mean and range over its seeds, as Markdown."""
     done = [row for row in board.rows() if row.state == "done"]
-    files = {where(row): [folder(setup, board, row, seed) / REPORT_JSON for seed in setup.search.seeds] for row in done}
-    scores = {
-        point: [_scores(json.loads(path.read_text())) for path in paths if path.exists()]
-        for point, paths in files.items()
-    }
+    scores = {}
+    for row in done:
+        files = [setup.place(board.name, row.number, seed) / REPORT_JSON for seed in setup.search.seeds]
+        scores[row.where] = [_scores(json.loads(file.read_text())) for file in files if file.exists()]
     (setup.folder / f"{board.name}.md").write_text("\n".join(_table(scores)) + "\n", encoding="utf-8")
-
-
-def folder(setup: Setup, board: Board, row: Row, seed: int) -> Path:
-    """Return the folder of a trial's run."""
-    return setup.folder / "trials" / trial_name(setup.search, board.name, row.number, seed)
 
 
 def _scores(report: Mapping[str, Any]) -> dict[str, float]:
@@ -86,9 +69,3 @@ def _table(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> Iterator[str]
                 what = name if is_shared else f"{name}, {point}"
                 low, high = 100 * min(own), 100 * max(own)
                 yield f"| {what} | {100 * statistics.mean(own):.2f} % | {low:.2f} to {high:.2f} | {len(own)} |"
-
-
-def _mean(name: str, values: Sequence[float]) -> str:
-    show = MEASURES[name].show
-    shown = show(statistics.mean(values) if values else None)
-    return shown if len(values) < 2 else f"{shown} ({show(min(values))} to {show(max(values))})"

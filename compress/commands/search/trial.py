@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from compress.commands.search.board import Board, Taken
-from compress.commands.search.hopeless import Course, follow_distillation, is_hopeless
+from compress.commands.search.board import Board, GivenUp, Measured, Taken
+from compress.commands.search.hopeless import Course, course_of, is_hopeless
 from compress.commands.search.measures import MEASURES, limits, measure, teacher_ms, teacher_of
 from compress.commands.search.space import Point, Search, axes, probes, read_search
 from compress.data.teachers import foreign
@@ -25,18 +25,6 @@ from export.names import REPORT_JSON
 
 Mode = Literal["full", "no_training"]
 POLL_S = 0.5
-
-
-class Refused(CompressError):
-    """Report a trial whose recipe cannot be run."""
-
-
-class Hopeless(CompressError):
-    """Report a trial that was ended early."""
-
-
-class Crashed(CompressError):
-    """Report a trial whose run crashed."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +53,11 @@ class Setup:
     def files(self) -> dict[str, Path]:
         """The recipe files by label."""
         return {Path(name).stem: self.path.parent / name for name in self.search.recipes}
+
+    def place(self, board: str, number: int, seed: int) -> Path:
+        """Return the folder of a trial's run, whose name is the run's."""
+        several = f"-s{seed}" if len(self.search.seeds) > 1 else ""
+        return self.folder / "trials" / f"{board[:48]}-{number:03d}{several}"
 
     def content(self) -> dict[str, object]:
         """Return everything that defines the trials, read again from the files: all but the budget."""
@@ -108,40 +101,36 @@ def open_setup(path: Path, *, data: str | None, weights: str | None, out: str, t
     return setup
 
 
-def run_trial(setup: Setup, board: Board, taken: Taken, mode: Mode) -> dict[str, list[float]]:
-    """Run a trial once for each seed, as ordinary runs that share stages, and return each measure by seed.
+def run_trial(setup: Setup, board: Board, taken: Taken, mode: Mode) -> Measured | GivenUp:
+    """Run a trial once for each seed, as ordinary runs that share stages; return each measure by seed, or the last line of a run without.
 
-    Raises Refused, Hopeless or Crashed, with the last line of the run's output, and CompressError if the recipe changed meanwhile.
+    Raises CompressError if the recipe changed meanwhile.
     """
     board.hold(setup.content())
     found: list[dict[str, float]] = []
     teacher: list[str] = []
     for seed in setup.search.seeds:
-        name = trial_name(setup.search, board.name, taken.trial.number, seed)
+        place = setup.place(board.name, taken.trial.number, seed)
         try:
             recipe = setup.recipe(taken.point, mode=mode, further=[f"seed={seed}", *teacher])
         except RecipeError as error:
-            raise Refused(str(error)) from error
-        recipe = recipe.model_copy(update={"name": name, "out": str(setup.folder / "trials")})
+            return GivenUp("refused", str(error))
+        recipe = recipe.model_copy(update={"name": place.name, "out": str(place.parent)})
         report = _run(setup, board, recipe, taken)
+        if isinstance(report, GivenUp):
+            return report
         # All seeds share the first seed's teacher, so that the spread over seeds is the student's.
         if recipe.model is not None and not (recipe.model.weights or foreign(recipe.model.arch)):
-            source = setup.folder / "trials" / name / report["stages"][0]["directory"]
+            source = place / report["stages"][0]["directory"]
             teacher = [f"model.weights={json.dumps(str((source / 'weights.safetensors').resolve()))}"]
         board.set_clock(teacher_of(report), teacher_ms(report))
         found.append(measure(report, board.clocks))
     if lacking := [name for name in setup.wanted if not all(name in one for one in found)]:
-        raise Refused(f"its run measured no {' and no '.join(lacking)}")
+        return GivenUp("refused", f"its run measured no {' and no '.join(lacking)}")
     return {name: [one[name] for one in found] for name in MEASURES if all(name in one for one in found)}
 
 
-def trial_name(search: Search, board: str, number: int, seed: int) -> str:
-    """Return the name of a trial's run, which is also its folder name."""
-    several = f"-s{seed}" if len(search.seeds) > 1 else ""
-    return f"{board[:48]}-{number:03d}{several}"
-
-
-def _run(setup: Setup, board: Board, recipe: Recipe, taken: Taken) -> Report:
+def _run(setup: Setup, board: Board, recipe: Recipe, taken: Taken) -> Report | GivenUp:
     """Run a recipe in its own process, with its output in a log beside its folder, and return its report."""
     place = Path(recipe.out) / recipe.name
     file, log_file = place.with_suffix(".yaml"), place.with_suffix(".log")
@@ -157,39 +146,42 @@ def _run(setup: Setup, board: Board, recipe: Recipe, taken: Taken) -> Report:
         log_file.open("w") as log,
         subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[taken.lock.fileno()]) as process,
     ):
-        code = _watch(process, setup, board, recipe, taken)
-    if (made := _report(place)) is None:
-        said = (log_file.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
-        if code == MISTAKE:
-            raise Refused(said)
-        raise Crashed(f"{recipe.name} ended with exit code {code}: {said}; its output is in {log_file}")
-    return made
+        if (hopeless := _watch(process, setup, board, recipe, taken)) is not None:
+            return hopeless
+    if (made := _report(place)) is not None:
+        return made
+    said = (log_file.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
+    if process.returncode == MISTAKE:
+        return GivenUp("refused", said)
+    why = f"{recipe.name} ended with exit code {process.returncode}: {said}; its output is in {log_file}"
+    return GivenUp("crashed", why)
 
 
-def _watch(process: subprocess.Popen[bytes], setup: Setup, board: Board, recipe: Recipe, taken: Taken) -> int:
-    """Wait for a run and return its exit code; if its distillation scores are hopeless, terminate it and raise Hopeless.
+def _watch(
+    process: subprocess.Popen[bytes], setup: Setup, board: Board, recipe: Recipe, taken: Taken
+) -> GivenUp | None:
+    """Wait for a run to end; if its distillation scores are hopeless, terminate it.
 
     The first seed's scores are stored with the trial, for comparison with later trials.
     """
-    is_first = recipe.seed == setup.search.seeds[0]
-    follow = follow_distillation(recipe, Path(recipe.out) / recipe.name) if is_first else lambda: None
     seen: Course | None = None
-    while True:
+    while process.returncode is None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(POLL_S)
-        course = follow()
-        if course != seen and course is not None:
-            seen = course
-            taken.trial.set_user_attr("course", course._asdict())
-            others = [row.course for row in board.rows() if row.state == "done" and row.course is not None]
-            if process.returncode is None and setup.may_end_early and is_hopeless(course, others):
-                process.terminate()
-                process.wait()
-                raise Hopeless(
-                    f"ended after epoch {len(course.scores)} of {course.epochs} with a score of {course.scores[-1]:.2%}"
-                )
-        if process.returncode is not None:
-            return process.returncode
+        course = course_of(recipe, Path(recipe.out) / recipe.name) if recipe.seed == setup.search.seeds[0] else None
+        if course is None or course == seen:
+            continue
+        seen = course
+        taken.trial.set_user_attr("course", course._asdict())
+        others = [row.course for row in board.rows() if row.state == "done" and row.course is not None]
+        if process.returncode is None and setup.may_end_early and is_hopeless(course, others):
+            process.terminate()
+            process.wait()
+            score = f"{course.scores[-1]:.2%}"
+            return GivenUp(
+                "ended", f"ended after epoch {len(course.scores)} of {course.epochs} with a score of {score}"
+            )
+    return None
 
 
 def _report(place: Path) -> Report | None:
