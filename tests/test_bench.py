@@ -47,9 +47,11 @@ def noise(batch: int = 2, size: int = 16) -> np.ndarray:
 # Sessions
 
 
-def test_a_bound_run_reads_the_images_it_was_given(files: dict[str, Path]) -> None:
+def test_a_bound_run_takes_any_number_of_images_but_no_other_size(files: dict[str, Path]) -> None:
     session = open_session(files["teacher_fp32"], threads=1)
-    bind(session, noise(batch=5))()  # raises unless (5, 3) fits the output's buffer
+    bind(session, noise(batch=5))()
+    with pytest.raises(BundleError, match=r"input \(5, 3, 20, 20\): the network cannot run on it"):
+        bind(session, noise(batch=5, size=20))
 
 
 def test_a_resized_network_answers_at_the_new_size_like_one_made_for_it() -> None:

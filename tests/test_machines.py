@@ -51,12 +51,9 @@ def machines(folder: Path, out: Path) -> list[subprocess.Popen[bytes]]:
     ]
 
 
-def end(agents: list[subprocess.Popen[bytes]], within_s: float = 180) -> list[int]:
-    try:
-        return [agent.wait(within_s) for agent in agents]
-    finally:
-        for agent in agents:
-            agent.kill()
+def end(agents: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Return the agents' exit codes; where one dies, the other ends within a minute by itself."""
+    return [agent.wait() for agent in agents]
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -70,9 +67,8 @@ def test_a_machine_that_dies_costs_no_bit(number: int, tmp_path: Path) -> None:
     assert end(machines(tmp_path, tmp_path / "whole")) == [0, 0]
 
     agents = machines(tmp_path, tmp_path / "torn")
-    until = time.monotonic() + 180
     while not checkpoints(tmp_path / "torn"):
-        assert time.monotonic() < until
+        assert [agent.poll() for agent in agents] == [None, None]
         time.sleep(0.05)
     agents[number].kill()
     ranks = [int((tmp_path / f"pid-{rank}").read_text()) for rank in range(2)]

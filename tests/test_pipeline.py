@@ -6,7 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,12 @@ import onnx
 import onnxruntime
 import pytest
 from safetensors.torch import load_file, save_file
+from several import ended, start
+from typer.testing import CliRunner
 
 from compress import pipeline
 from compress.artifact import finish, is_complete, read_meta
+from compress.cli import app
 from compress.commands.clean import leftovers
 from compress.data.batches import Batch
 from compress.data.feed import Feed
@@ -73,7 +76,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
+def copied(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished run's folder; its stages were rehearsed once, which takes longer than most of them."""
+    monkeypatch.setattr("compress.rehearsal.rehearse", lambda *_: None)
     shutil.copytree(finished / "small", tmp_path / "small")
     return tmp_path
 
@@ -588,47 +593,29 @@ def test_other_ways_to_train(copied: Path) -> None:
     assert run(copied, *overrides, until="qat") == 0
 
 
-def cli(
-    folder: Path, *arguments: str, launcher: Sequence[str] = ("-m", "compress.cli"), limit: int | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run the command line; `limit` is the largest file in bytes that the kernel lets it write."""
-    (folder / "small.yaml").write_text(RECIPE)
-    command = [
-        sys.executable,
-        *launcher,
-        "run",
-        str(folder / "small.yaml"),
-        "--out",
-        str(folder),
-        "--trust-code",
-        *arguments,
-    ]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),  # type: ignore[arg-type]
-    )
-
-
-@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_to_trust(copied: Path) -> None:
     """A file-size limit makes the kernel refuse the write in its middle, as a full disk does."""
-    changes = ["seed=5", "source.fit.epochs=1"]
-    done = cli(copied, *(part for change in changes for part in ("--set", change)), "--until", "source", limit=40_000)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert not plan_recipe(recipe(copied, *changes))[0].cached
+    changes, limits = ("seed=5", "source.fit.epochs=1"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    planned = plan_recipe(recipe(copied, *changes))[0]
+    words = ["run", str(copied / "small.yaml"), f"--out={copied}", "--trust-code", "--until=source"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        done = CliRunner().invoke(app, [*words, *(f"--set={change}" for change in changes)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert done.exit_code == 2, done.output
+    assert done.stderr.splitlines()[-1].endswith("(ulimit -f); the same command then continues")
+    assert not is_complete(planned.directory)
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "compress.cli")
-    done = cli(tmp_path, "--until", "qat", launcher=torchrun)
-    assert done.returncode == 0, done.stderr[-2000:]
-    plan = plan_recipe(recipe(tmp_path))
+    words = ["compress", "run", str(tmp_path / "small.yaml"), f"--out={tmp_path}", "--trust-code", "--until=qat"]
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    brief = ["--set=source.fit.epochs=2", "--set=distill.fit.epochs=1"]
+    said = ended(start(f"import sys\nfrom compress import cli\nsys.argv = {words + brief}\ncli.main()"), within_s=300)
+    assert [code for code, _ in said] == [0, 0], said
+    plan = plan_recipe(recipe(tmp_path, "source.fit.epochs=2", "distill.fit.epochs=1"))
     assert [line.cached for line in plan] == [True, True, True, True, True, False, False]
     assert float(read_meta(plan[4].directory).metrics["score"] or 0) > 0.3
 

@@ -4,10 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from several import MINUTE_S, TESTS, ended, start
+from several import MINUTE_S, TESTS, Rank, ended, start
 
 from compress.ranks import first_decides, gather, joined, rank, ranks
 
@@ -30,26 +31,22 @@ cli.main()
 WAIT = "time.sleep(600)"
 
 
-def command(planted: str, recipe_path: Path, **settings: float) -> list[subprocess.Popen[str]]:
+def command(planted: str, recipe_path: Path, **settings: float) -> list[Rank]:
     """Start `compress run` on two ranks, whose work is the planted statement."""
-    changed = "".join(f"ranks.{name} = {value}\n" for name, value in settings.items())
+    changed = "".join(f"ranks.{name} = {value}\n" for name, value in ({"TICK_S": 0.25} | settings).items())
     code = COMMAND.replace("PLANTED", planted).replace("def run_recipe", f"{changed}\ndef run_recipe")
     return start(code, str(recipe_path))
 
 
-def killed(
-    number: int, processes: list[subprocess.Popen[str]], signal_: signal.Signals = signal.SIGKILL
-) -> list[tuple[int, str]]:
+def killed(number: int, started: list[Rank], signal_: signal.Signals = signal.SIGKILL) -> list[tuple[int, str]]:
     """Kill one rank in the middle and return how all ended."""
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    os.kill(processes[number].pid, signal_)
-    try:
-        processes[1 - number].wait(MINUTE_S)
-    finally:
-        processes[number].kill()
-    return ended(processes)
+    while [rank.said("stdout") for rank in started] != ["ready\n"] * len(started):
+        assert all(rank.process.is_alive() for rank in started)
+        time.sleep(0.05)
+    os.kill(started[number].process.pid or 0, signal_)
+    started[1 - number].process.join(MINUTE_S)
+    started[number].process.kill()
+    return ended(started)
 
 
 def test_a_process_of_its_own_is_rank_0_of_1(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +101,7 @@ def test_a_rank_killed_while_the_others_wait_for_it_ends_all(recipe_path: Path, 
 @pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.acceptance), 1])
 def test_a_rank_killed_while_the_others_work_ends_all(recipe_path: Path, number: int) -> None:
     """No collective is there to fail: only the silence tells; for half a minute of it, a few seconds."""
-    code, text = killed(number, command(WAIT, recipe_path, SILENT_TICKS=4))[1 - number]
+    code, text = killed(number, command(WAIT, recipe_path, TICK_S=1.0, SILENT_TICKS=4))[1 - number]
     assert code == 70
     assert text.startswith(f"rank {number} on ")
     assert text.count("\n") == 1
@@ -114,7 +111,7 @@ def test_a_rank_killed_while_the_others_work_ends_all(recipe_path: Path, number:
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_rank_whose_machine_stands_still_ends_the_others(recipe_path: Path, number: int) -> None:
     """Its connections stay open, as those of a machine without power do."""
-    code, text = killed(number, command(WAIT, recipe_path, SILENT_TICKS=6), signal.SIGSTOP)[1 - number]
+    code, text = killed(number, command(WAIT, recipe_path, TICK_S=1.0, SILENT_TICKS=6), signal.SIGSTOP)[1 - number]
     assert code == 70
     assert text.startswith(f"rank {number} on ")
     assert text.count("\n") == 1
@@ -122,7 +119,7 @@ def test_a_rank_whose_machine_stands_still_ends_the_others(recipe_path: Path, nu
 
 @pytest.mark.acceptance
 def test_a_rank_that_is_busy_for_long_is_not_taken_for_dead(recipe_path: Path) -> None:
-    said = ended(command("if rank == 0: time.sleep(8)", recipe_path, SILENT_TICKS=4))
+    said = ended(command("if rank == 0: time.sleep(8)", recipe_path, TICK_S=1.0, SILENT_TICKS=4))
     assert said == [(0, ""), (0, "")]
 
 
@@ -132,7 +129,7 @@ def test_ranks_that_do_not_come_are_told_of(recipe_path: Path) -> None:
         "def run_recipe", "ranks.MEETING = ranks.timedelta(seconds=3)\n\ndef run_recipe"
     )
     first, second = start(code, str(recipe_path))
-    second.kill()
+    second.process.kill()
     (code_, text), _ = ended([first, second])
     assert code_ == 2
     assert text.startswith("rank 0: 2 ranks did not connect (")

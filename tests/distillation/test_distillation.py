@@ -213,7 +213,7 @@ def test_the_teacher_does_not_run_when_no_loss_asks_for_it() -> None:
             raise AssertionError("the teacher ran")
 
     learner, step = lesson({"name": "cross_entropy"}, student=network(), teacher=Forbidden())
-    step(learner.train(), BATCH, 0.0)
+    assert step(learner.train(), BATCH, 0.0).keys() == {"loss", "cross_entropy"}
 
 
 def test_the_teacher_stays_in_eval_mode_and_gets_no_gradient() -> None:

@@ -115,7 +115,8 @@ def test_a_checkpoint_is_understood(tmp_path: Path, wrap: Callable[[State], obje
 
 @pytest.mark.parametrize("suffix", ["pt", "pth", "ckpt", "bin", "pth.tar"])
 def test_torch_files_are_known_by_their_usual_names(tmp_path: Path, suffix: str) -> None:
-    load(saved(tmp_path / f"net.{suffix}", state()))
+    expected = state()
+    assert same(load(saved(tmp_path / f"net.{suffix}", expected)), expected)
 
 
 def test_lightnings_own_mapping_of_settings_is_read_without_lightning(
@@ -150,18 +151,19 @@ def test_half_precision_weights_become_the_networks_own(tmp_path: Path) -> None:
 
 def test_auxiliary_heads_of_published_weights_are_left_out(tmp_path: Path) -> None:
     model = build("torchvision:googlenet", num_classes=10)
-    published = model.state_dict() | {"aux1.conv.conv.weight": torch.ones(1), "aux2.fc1.bias": torch.ones(1)}
+    own = {key: value + 1 for key, value in model.state_dict().items()}
+    published = own | {"aux1.conv.conv.weight": torch.ones(1), "aux2.fc1.bias": torch.ones(1)}
     load_weights_(model, "torchvision:googlenet", saved(tmp_path / "googlenet.pth", published), reset_head=False)
+    assert same(model, own)
 
 
 def test_the_old_names_in_published_densenet_weights_are_understood(tmp_path: Path) -> None:
     model = build("torchvision:densenet121", num_classes=10)
-    old = {
-        re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", key): value
-        for key, value in model.state_dict().items()
-    }
-    assert old.keys() != model.state_dict().keys()
+    own = {key: value + 1 for key, value in model.state_dict().items()}
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", key): value for key, value in own.items()}
+    assert old.keys() != own.keys()
     load_weights_(model, "torchvision:densenet121", saved(tmp_path / "densenet.pth", old), reset_head=False)
+    assert same(model, own)
 
 
 # The classifier

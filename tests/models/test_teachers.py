@@ -18,7 +18,7 @@ from compress.data.teachers import GivenTeacher
 from compress.errors import CompressError, ModelError, RecipeError
 from compress.models.architectures import build
 from compress.models.teachers import Seen, Teacher, teacher_of
-from compress.pipeline import plan_recipe, run_recipe
+from compress.pipeline import run_recipe
 from compress.quant.graph.trace import trace
 from compress.recipe.read import read_recipe
 from compress.run import open_run
@@ -56,20 +56,10 @@ def images() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(learned: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained network of the digits in several forms."""
-    folder = tmp_path_factory.mktemp("saved")
-    text = RECIPE.replace("stages:\n", f'model: {{arch: "{NETWORKS}:small"}}\nstages:\n').replace(
-        "{stage: source}", "{stage: source, fit: {epochs: 6, batch_size: 32, lr: 0.05}}"
-    )
-    path = folder / "source.yaml"
-    path.write_text(text)
-    recipe = read_recipe(path, [f"out={folder}"])
-    assert run_recipe(recipe, trust_code=True, until="source", verbose=False, command="") == 0
-    network = small(10)
-    from safetensors.torch import load_file
-
-    network.load_state_dict(load_file(plan_recipe(recipe)[0].directory / "weights.safetensors"))
+    folder, network = tmp_path_factory.mktemp("saved"), small(10)
+    network.load_state_dict(learned)
     save_all(network.eval(), folder)
     return folder
 

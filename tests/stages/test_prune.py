@@ -1,12 +1,11 @@
 """What the prune stage scores by, and at which size it times layers."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from networks import small
+from several import ended, start
 from torch import nn
 from torch.nn import functional as F
 
@@ -68,8 +67,7 @@ assert all(parameter.grad is not None for parameter in network.parameters())
 
 def test_gradients_reach_a_convolution_that_onednn_cannot_train_in_channels_last() -> None:
     """In a process of its own, as it was a segmentation fault on a CPU with AVX-512."""
-    done = subprocess.run([sys.executable, "-c", GRADIENTS], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert ended(start(GRADIENTS, ranks=1)) == [(0, "")]
 
 
 @pytest.mark.parametrize("size", [16, 48])

@@ -13,7 +13,7 @@ import torch
 from networks import Mobile, Residual, lively
 from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -243,8 +243,9 @@ def test_neural_compressor_says_nothing_and_leaves_all_as_it_was(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", neural_compressor_ptq.ALGORITHMS)
-@pytest.mark.parametrize(("target", "dtype"), [("cpu_vnni", np.uint8), ("tensorrt", np.int8)])
+@pytest.mark.parametrize(
+    ("algorithm", "target", "dtype"), [("minmax", "cpu_vnni", np.uint8), ("kl", "tensorrt", np.int8)]
+)
 def test_neural_compressors_file_answers_as_its_network(
     trained: nn.Module,
     digits: tuple[Labelled, Labelled],
@@ -293,22 +294,7 @@ stages:
 """
 
 
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """The weights of a network that learned the data set `digits` as recipes see it."""
-    folder = tmp_path_factory.mktemp("learned")
-    path = folder / "source.yaml"
-    text = RECIPE.replace(", weights: WEIGHTS", "").replace(
-        "{stage: source}", "{stage: source, fit: {epochs: 4, lr: 0.05}}"
-    )
-    path.write_text(filled(text, None))
-    run_recipe(
-        read_recipe(path, [f"out={folder}"]), trust_code=True, until="source", verbose=False, command="compress run"
-    )
-    return load_file(next(folder.glob("planted/00-source-*/weights.safetensors")))
-
-
-def filled(text: str, weights: Path | None, *, further: str = "[]", neural_compressor: str = "false") -> str:
+def filled(text: str, weights: Path, *, further: str = "[]", neural_compressor: str = "false") -> str:
     networks = str(Path(__file__).parents[1] / "networks.py")
     return (
         text.replace("NETWORKS", networks)
@@ -355,7 +341,7 @@ def test_tuning_puts_exactly_the_planted_bad_layer_back_to_float(learned: dict[s
     assert all(weight.min() >= -64 and weight.max() <= 63 for weight in levels.values())
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_the_stage_measures_every_engine_on_every_target_and_gives_the_network_on(
     learned: dict[str, Tensor], tmp_path: Path
 ) -> None:

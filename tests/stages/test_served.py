@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 import pytest
 from reports import shown
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compress.pipeline import run_recipe
@@ -29,18 +29,6 @@ stages:
   - {stage: export, verify_images: 32}
   - {stage: bench, batches: [1], threads: [1], providers: [cpu], seconds: 0.1, blocks: 6}
 """.replace("NETWORKS", str(Path(__file__).parents[1] / "networks.py"))
-
-
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """The weights of a network that learned the digits."""
-    folder = tmp_path_factory.mktemp("learned")
-    path = folder / "source.yaml"
-    text = RECIPE.replace(", weights: WEIGHTS", "").replace("source}", "source, fit: {epochs: 3, lr: 0.05}}")
-    path.write_text(text)
-    recipe = read_recipe(path, [f"out={folder}"])
-    run_recipe(recipe, trust_code=True, until="source", verbose=False, command="compress run")
-    return load_file(next(folder.glob("served/00-source-*/weights.safetensors")))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -186,12 +186,12 @@ def test_the_score_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> Non
 def test_a_rank_killed_in_its_training_ends_the_other_and_the_run_goes_on(tmp_path: Path) -> None:
     file, changes = write(tmp_path / "recipe"), ["--set", "source.fit.epochs=2000"]
     arguments = [str(file), "--out", str(tmp_path), "--until", "source", "--trust-code"]
-    processes = start(RANK.replace("LIMIT", str(10**9)), *arguments, *changes)
+    ranks = start(RANK.replace("LIMIT", str(10**9)), *arguments, *changes)
     while not list(tmp_path.glob("shares/.00-source-*/log.jsonl")):
-        assert processes[0].poll() is None
+        assert ranks[0].process.is_alive()
         time.sleep(0.2)
-    processes[1].send_signal(signal.SIGKILL)
-    (code, text), (killed, _) = ended(processes)
+    ranks[1].process.kill()
+    (code, text), (killed, _) = ended(ranks)
     assert (code, killed) == (70, -signal.SIGKILL)
     assert text.splitlines()[-1].startswith("rank 1 on ")
     assert text.count("ended without a message") == 1

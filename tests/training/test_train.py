@@ -3,8 +3,6 @@
 import copy
 import itertools
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from networks import Residual
 from pydantic import ValidationError
+from several import ended, start
 from torch import nn
 
 from compress.data.batches import Batch
@@ -140,10 +139,7 @@ for _ in range(3):
 @pytest.mark.parametrize("training", [True, False])  # `taylor` wants gradients of a network in eval mode
 def test_a_convolution_that_onednn_cannot_train_in_channels_last_is_trained(training: bool) -> None:
     """In a process of its own, as it was a segmentation fault on a CPU with AVX-512."""
-    done = subprocess.run(
-        [sys.executable, "-c", NARROW.replace("TRAINING", str(training))], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    assert ended(start(NARROW.replace("TRAINING", str(training)), ranks=1)) == [(0, "")]
 
 
 def test_training_learns(tmp_path: Path) -> None:
