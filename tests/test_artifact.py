@@ -174,7 +174,12 @@ def test_one_run_at_a_time_makes_an_artifact_and_a_killed_one_holds_nothing_up(t
         with turn(tmp_path / "b"):  # another artifact is free
             pass
         killed = threading.Event()
-        threading.Timer(0.1, lambda: (killed.set(), other.kill())).start()
+
+        def kill() -> None:
+            killed.set()
+            other.kill()
+
+        threading.Timer(0.1, kill).start()
         with turn(tmp_path / "a"):
             assert killed.is_set()
     finally:
