@@ -8,6 +8,7 @@ from compress.data import batches
 from compress.data.augment import Augmentation
 from compress.data.batches import Batch
 from compress.data.dataset import Dataset
+from compress.data.feed import Feed
 from compress.data.images import ImageSet
 from export.images.preprocess import Preprocess
 
@@ -25,25 +26,14 @@ def train_batches(
     rank: int = 0,
     ranks: int = 1,
     workers: int | None = 0,
-    balance: bool = False,
 ) -> Iterator[Batch]:
     """Return a rank's share of an epoch."""
-    shares = batches.epoch_shares(
-        data.train, batch_size, seed=seed, epoch=epoch, rank=rank, ranks=ranks, balance=balance
-    )
-    shown = batches.view_batches(
-        data, shares, augmentation=augmentation, seed=seed, view=view, workers=workers, device=CPU
-    )
-    return batches.train_batches(data, shown, batch_size)
+    feed = Feed(data, augmentation, CPU, seed, batch_size, workers, balanced=False, rank=rank, ranks=ranks)
+    return feed.training(batch_size, epoch=epoch, view=view)
 
 
 def eval_batches(
-    images: ImageSet,
-    preprocess: Preprocess,
-    *,
-    batch_size: int,
-    workers: int | None = 0,
-    limit: int | None = None,
+    images: ImageSet, preprocess: Preprocess, *, batch_size: int, workers: int | None = 0, limit: int | None = None
 ) -> Iterator[Batch]:
     """Return the images unchanged and in order."""
     shares = batches.in_order(len(images), limit).split(batch_size)

@@ -5,7 +5,6 @@ ranks or resumes. So a view can be shown again, and a teacher's logits for it ca
 are on the device.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -13,14 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compress.data.augment import Augmentation
-from compress.data.dataset import Dataset
-from compress.data.images import UNLABELLED, FileImages, ImageSet, MemoryImages
-from compress.data.loader import Raw, loaded, random_view, still_view
-from compress.data.mixing import Mixes, draw_mixes, mix
-from compress.data.views import Draws, cut, draw
-from compress.ranks import gather
-from export.errors import DataError
+from compress.data.images import ImageSet, MemoryImages
+from compress.data.loader import Raw, loaded, still_view
+from compress.data.mixing import Mixes, mix
+from compress.data.views import Draws, cut
+from export.images.listing import NO_LABEL
 from export.images.preprocess import Preprocess
 from export.images.read import spread
 from export.images.size import Size
@@ -66,70 +62,7 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
     return max(num_images // batch_size, 1)
 
 
-def epoch_shares(
-    images: ImageSet, batch_size: int, *, seed: int, epoch: int, rank: int, ranks: int, balance: bool
-) -> list[Tensor]:
-    """Return a rank's share of each of an epoch's batches as the images' numbers, shuffled by seed and epoch.
-
-    `batch_size` is over all ranks. With `balance` images are drawn with replacement, all classes equally often. Raises
-    DataError for fewer images in a batch than ranks.
-    """
-    if balance and (images.placed is not None or images.labels.ndim > 1):
-        raise DataError("data.balance: needs images with one label each: leave it out")
-    n, generator = len(images), torch.Generator().manual_seed(_derived_seed(seed, epoch, "order"))
-    if balance:
-        order = torch.multinomial(balanced(images.labels), n, replacement=True, generator=generator)
-    else:
-        order = torch.randperm(n, generator=generator)
-    shares = [batch[rank::ranks] for batch in torch.split(order, batch_size)[: steps_per_epoch(n, batch_size)]]
-    if len(shares[-1]) == 0:
-        raise DataError(
-            f"batch_size: {min(batch_size, n)} images cannot be shared by {ranks} ranks; raise it or use fewer ranks"
-        )
-    return shares
-
-
-def train_batches(dataset: Dataset, batches: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
-    """Yield an epoch's batches with their number of images over all ranks; DataError if one has no image on this rank."""
-    for batch in batches:
-        if not len(batch.targets):
-            raise DataError(
-                f"{dataset.name}: no image of a batch can be read; check the folder, or raise the batch size"
-            )
-        skips = isinstance(dataset.train, FileImages) and dataset.train.skip_broken
-        yield batch._replace(among=sum(gather(len(batch.targets))) if skips else min(batch_size, len(dataset.train)))
-
-
-def view_batches(
-    dataset: Dataset,
-    shares: Sequence[Tensor],
-    *,
-    augmentation: Augmentation,
-    seed: int,
-    view: int,
-    workers: int | None,
-    device: torch.device,
-) -> Iterator[Batch]:
-    """Yield the training images of each share (indices) under one view, without broken images that are to be skipped."""
-    images, size = dataset.train, dataset.preprocess.image_size
-    mixes = draw_mixes(augmentation, len(images), size=size, seed=_derived_seed(seed, view, "mix"))
-    shown = shares if mixes is None else [torch.cat([share, mixes.partner[share]]) for share in shares]
-    views_seed = _derived_seed(seed, view, "views")
-    draws = draw(augmentation, len(images), size=size, seed=views_seed)
-    if isinstance(images, MemoryImages) and not augmentation.changes_colours:
-        raws = _memory_views(images, shown, draws, size, device=device)
-    else:
-        change = random_view(images, draws, dataset.preprocess, seed=views_seed)
-        raws = loaded(images, change, shown, workers=workers, device=device)
-    for share, raw in zip(shares, raws, strict=True):
-        batch = _normalized(raw, dataset.preprocess)
-        indices = raw.indices
-        if mixes is not None and len(indices):
-            batch, indices = _mixed(batch, indices, share, mixes, classes=len(dataset.classes))
-        yield batch._replace(views=Views(indices, view))
-
-
-def _mixed(batch: Batch, shown: Tensor, share: Tensor, mixes: Mixes, *, classes: int) -> tuple[Batch, Tensor]:
+def mixed(batch: Batch, shown: Tensor, share: Tensor, mixes: Mixes, *, classes: int) -> tuple[Batch, Tensor]:
     """Mix the share's images with their partners, which follow them in the batch; without a readable partner, with none."""
     row = {index: place for place, index in reversed(list(enumerate(shown.tolist())))}
     own = [index for index in share.tolist() if index in row]
@@ -157,11 +90,7 @@ def eval_batches(
         raws = loaded(images, still_view(images, preprocess), shares, workers=workers, device=device)
     for raw in raws:
         if len(raw.indices):
-            yield _normalized(raw, preprocess)
-
-
-def _derived_seed(*parts: int | str) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+            yield normalized(raw, preprocess)
 
 
 def balanced(labels: Tensor) -> Tensor:
@@ -169,14 +98,15 @@ def balanced(labels: Tensor) -> Tensor:
 
     Images without a label are drawn as often as without weights.
     """
-    known = labels != UNLABELLED
+    known = labels != NO_LABEL
     counts = torch.bincount(labels[known]).clamp(min=1)
     weights = torch.ones(len(labels))
     weights[known] = (int(known.sum()) / len(labels[known].unique()) / counts)[labels[known]].float()
     return weights
 
 
-def _normalized(raw: Raw, preprocess: Preprocess) -> Batch:
+def normalized(raw: Raw, preprocess: Preprocess) -> Batch:
+    """Return a batch as float32; an empty one as it is."""
     device = raw.pixels.device
     if not len(raw.indices):
         return Batch(raw.pixels, raw.truths)
@@ -201,9 +131,10 @@ def _memory_pixels(images: MemoryImages, shares: Sequence[Tensor], *, device: to
         yield Raw(images.still.images(share, device), truths.to(device, non_blocking=True), share)
 
 
-def _memory_views(
+def memory_views(
     images: MemoryImages, shares: Sequence[Tensor], draws: Draws, size: Size, *, device: torch.device
 ) -> Iterator[Raw]:
+    """Yield the views of images in memory, cut on the device."""
     if draws.augmentation.crop == "none" and not draws.augmentation.flip:
         yield from _memory_pixels(images, shares, device=device)
         return

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from compress.data.augment import Augmentation
-from compress.data.dataset import Dataset, Kind, drawn, known, open_images
+from compress.data.dataset import Dataset, TruthKind, drawn, known, open_images
 from compress.data.images import ArrayImages, FileImages, from_files
-from compress.data.placed import SPOILED_BY
 from compress.data.scenes import CLASSES, Scenes
 from compress.data.settings import DataSettings
 from compress.data.stored import Stored
@@ -114,20 +113,19 @@ def _notes(dataset: Dataset) -> tuple[str, ...]:
     return (f"no training image has a box of {count(missing, 'class')}: {first(missing)}",) if missing else ()
 
 
-BOXES = Kind(
+_BOXES = TruthKind(
     _files,
     drawn(_scenes, CLASSES[1:]),
     missing=known("boxes", "detection"),
+    moving="boxes",
     preprocess=_stretched,
-    spoiled_by=SPOILED_BY,
-    truths="boxes",
     notes=_notes,
 )
 
 
 def open_boxes(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     """Open a data set by name, its boxes `placed`; raise DataError as `open_images` does."""
-    return open_images(settings, augmentation, BOXES)
+    return open_images(settings, augmentation, _BOXES)
 
 
 def write_boxes(dataset: Dataset, folder: Path) -> int:

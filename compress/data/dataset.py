@@ -11,7 +11,6 @@ from compress.data.augment import Augmentation
 from compress.data.digest import Given, dataset_digest, downloaded, given, given_unlabelled, unlabelled_digest
 from compress.data.images import (
     MEMORY_BYTES,
-    UNLABELLED,
     ArrayImages,
     FileImages,
     ImageSet,
@@ -30,6 +29,7 @@ from compress.data.split import parts_of
 from compress.logs.stage_log import say
 from export.errors import DataError
 from export.images.folders import FolderListing
+from export.images.listing import NO_LABEL
 from export.images.preprocess import Preprocess
 from export.images.read import digest
 from export.images.size import area as area_of
@@ -74,7 +74,6 @@ class Dataset:
 
 Parts = tuple[Lazy, Lazy | None, tuple[str, ...]]
 """All training images, the validation images if a data set has some of its own, and the classes."""
-Arrays = Callable[[DataSettings, Preprocess], Parts | None]
 
 
 def centred(settings: DataSettings, _listing: object = None) -> Preprocess:
@@ -82,7 +81,9 @@ def centred(settings: DataSettings, _listing: object = None) -> Preprocess:
     return Preprocess(settings.size, settings.resize_to, settings.mean, settings.std)
 
 
-def drawn(images_of: Callable[[Scenes, Preprocess], ArrayImages], classes: tuple[str, ...]) -> Arrays:
+def drawn(
+    images_of: Callable[[Scenes, Preprocess], ArrayImages], classes: tuple[str, ...]
+) -> Callable[[DataSettings, Preprocess], Parts | None]:
     """Return what opens the scenes with a name, by the function that takes their truths."""
 
     def arrays(settings: DataSettings, preprocess: Preprocess) -> Parts | None:
@@ -100,12 +101,12 @@ def known(truths: str, task: str) -> str:
 
 
 @dataclass(frozen=True)
-class Kind:
+class TruthKind:
     """What differs between data sets with one label, several, masks or boxes for each image."""
 
     files: Callable[[Any, Any, DataSettings, Preprocess], FileImages]
     """(listing, its files of a part, settings, preprocessing) to these images with their truths."""
-    arrays: Arrays
+    arrays: Callable[[DataSettings, Preprocess], Parts | None]
     """A data set that is in memory or drawn; None for another."""
     missing: str
     """What is said of a data set without such truths."""
@@ -113,23 +114,23 @@ class Kind:
     """(settings, listing or None) to the preprocessing."""
     one_label: bool = False
     """Whether an image has one class, by which it is split; only these may lie in shards, or beside unlabelled images."""
-    spoiled_by: tuple[str, ...] = ()
-    """Random changes of images that would make the truths wrong, and what these are called."""
-    truths: str = "labels"
+    moving: str = ""
+    """What the truths are called if they lie in the image, and move with its view."""
     notes: Callable[[Dataset], tuple[str, ...]] = lambda _: ()
     """Returns sentences on an opened data set's truths; raises DataError where nothing can be learned from them."""
 
 
-def open_images(settings: DataSettings, augmentation: Augmentation, kind: Kind) -> Dataset:
+def open_images(settings: DataSettings, augmentation: Augmentation, kind: TruthKind) -> Dataset:
     """Open a data set by name; decode it into memory where it fits, so that broken images are found now.
 
     Without a validation set of its own, a fraction of each class, or of all images, is held out by seed. `limit_per_class`
     limits training only. Whole training images are kept where `augmentation` crops from them. Raises DataError for data
     that are missing, unreadable, without such truths or cannot be split, and for changes that would not move the truths.
     """
-    if spoiling := [name for name in kind.spoiled_by if getattr(augmentation, name)]:
+    spoiling = [name for name in ("randaugment", "mixup", "cutmix") if getattr(augmentation, name)]
+    if kind.moving and spoiling:
         raise DataError(
-            f"data.augment.{spoiling[0]}: changes images but not their {kind.truths}; use crop, flip and distort"
+            f"data.augment.{spoiling[0]}: changes images but not their {kind.moving}; use crop, flip and distort"
         )
     files = given(settings)
     if settings.unlabelled is not None and not kind.one_label:
@@ -165,7 +166,7 @@ def open_images(settings: DataSettings, augmentation: Augmentation, kind: Kind) 
     return replace(found, notes=found.notes + kind.notes(found))
 
 
-def _whole(settings: DataSettings, files: Given, kind: Kind) -> tuple[Parts, Preprocess, tuple[str, ...]]:
+def _whole(settings: DataSettings, files: Given, kind: TruthKind) -> tuple[Parts, Preprocess, tuple[str, ...]]:
     """Return all images of a data set that has such truths, its preprocessing, and its listing's notes."""
     listing = files.listing or downloaded(settings)
     if isinstance(listing, ShardListing) and not kind.one_label:
@@ -196,7 +197,7 @@ def _with_unlabelled(settings: DataSettings, lazy: tuple[Lazy, Lazy], own: Lazy,
     say(f"{settings.unlabelled}: {len(paths):,} images without a label")
     # Unlabelled paths are absolute: joined to the root, they stay as they are.
     names = [*map(train.name, range(len(train))), *paths]
-    labels = torch.cat([train.labels, torch.full((len(paths),), UNLABELLED)])
+    labels = torch.cat([train.labels, torch.full((len(paths),), NO_LABEL)])
     return replace(from_files(train.root, names, labels, skip_broken=settings.skip_broken), pixel=train.pixel)
 
 

@@ -1,5 +1,6 @@
 """A data set's images in batches, as each stage wants them: to train, to calibrate, to choose, to judge."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.data.augment import Augmentation
-from compress.data.batches import Batch, epoch_shares, eval_batches, in_order, train_batches, view_batches
+from compress.data.batches import (
+    Batch,
+    Views,
+    balanced,
+    eval_batches,
+    in_order,
+    memory_views,
+    mixed,
+    normalized,
+    steps_per_epoch,
+)
 from compress.data.dataset import Dataset
-from compress.data.images import ImageSet
+from compress.data.images import FileImages, ImageSet, MemoryImages
+from compress.data.loader import loaded, random_view
+from compress.data.mixing import draw_mixes
 from compress.data.split import sampled
+from compress.data.views import draw
+from compress.ranks import gather
+from export.errors import DataError
 
 CALIBRATION_BATCH = 32
 TUNING_IMAGES = 2000
@@ -63,31 +79,69 @@ class Feed:
         return (batch for batch in self._shown(number, shares) if len(batch.targets))
 
     def training(self, batch_size: int, *, epoch: int, view: int) -> Iterator[Batch]:
-        """Return this rank's share of an epoch's batches, under one view; `batch_size` is over all ranks."""
-        shares = epoch_shares(
-            self.dataset.train,
-            batch_size,
-            seed=self.seed,
-            epoch=epoch,
-            rank=self.rank,
-            ranks=self.ranks,
-            balance=self.balanced,
-        )
-        return train_batches(self.dataset, self._shown(view, shares), batch_size)
+        """Return this rank's share of an epoch's batches, under one view; `batch_size` is over all ranks.
+
+        Raises DataError for fewer images in a batch than ranks, and for a batch without a readable image.
+        """
+        return self._counted(self._shown(view, self._shares(batch_size, epoch)), batch_size)
+
+    def _shares(self, batch_size: int, epoch: int) -> list[Tensor]:
+        """Return this rank's image indices for every batch of an epoch, shuffled by (seed, epoch).
+
+        Where classes are balanced, they are drawn with replacement, all equally often.
+        """
+        images = self.dataset.train
+        if self.balanced and (images.placed is not None or images.labels.ndim > 1):
+            raise DataError("data.balance: needs images with one label each: leave it out")
+        n, generator = len(images), torch.Generator().manual_seed(_derived_seed(self.seed, epoch, "order"))
+        if self.balanced:
+            order = torch.multinomial(balanced(images.labels), n, replacement=True, generator=generator)
+        else:
+            order = torch.randperm(n, generator=generator)
+        batches = torch.split(order, batch_size)[: steps_per_epoch(n, batch_size)]
+        shares = [batch[self.rank :: self.ranks] for batch in batches]
+        if len(shares[-1]) == 0:
+            raise DataError(
+                f"batch_size: {min(batch_size, n)} images cannot be shared by {self.ranks} ranks; raise it or use fewer ranks"
+            )
+        return shares
+
+    def _counted(self, batches: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
+        """Yield batches with their number of images over all ranks."""
+        images = self.dataset.train
+        for batch in batches:
+            if not len(batch.targets):
+                raise DataError(
+                    f"{self.dataset.name}: no image of a batch can be read; check the folder, or raise the batch size"
+                )
+            skips = isinstance(images, FileImages) and images.skip_broken
+            yield batch._replace(among=sum(gather(len(batch.targets))) if skips else min(batch_size, len(images)))
 
     def _unchanged(self, images: ImageSet, shares: Sequence[Tensor]) -> Iterator[Batch]:
         return eval_batches(images, self.dataset.preprocess, shares, device=self.device, workers=self.workers)
 
     def _shown(self, view: int, shares: Sequence[Tensor]) -> Iterator[Batch]:
-        return view_batches(
-            self.dataset,
-            shares,
-            augmentation=self.augmentation,
-            seed=self.seed,
-            view=view,
-            workers=self.workers,
-            device=self.device,
-        )
+        """Yield the training images of each share (indices) under one view, without broken images that are to be skipped."""
+        images, preprocess = self.dataset.train, self.dataset.preprocess
+        size = preprocess.image_size
+        mixes = draw_mixes(self.augmentation, len(images), size=size, seed=_derived_seed(self.seed, view, "mix"))
+        shown = shares if mixes is None else [torch.cat([share, mixes.partner[share]]) for share in shares]
+        seed = _derived_seed(self.seed, view, "views")
+        draws = draw(self.augmentation, len(images), size=size, seed=seed)
+        if isinstance(images, MemoryImages) and not self.augmentation.changes_colours:
+            raws = memory_views(images, shown, draws, size, device=self.device)
+        else:
+            change = random_view(images, draws, preprocess, seed=seed)
+            raws = loaded(images, change, shown, workers=self.workers, device=self.device)
+        for share, raw in zip(shares, raws, strict=True):
+            batch, indices = normalized(raw, preprocess), raw.indices
+            if mixes is not None and len(indices):
+                batch, indices = mixed(batch, indices, share, mixes, classes=len(self.dataset.classes))
+            yield batch._replace(views=Views(indices, view))
+
+
+def _derived_seed(*parts: int | str) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def as_numpy(batches: Iterator[Batch]) -> Iterator[tuple[NDArray[np.float32], NDArray[Any]]]:

@@ -32,6 +32,7 @@ from export.images.decode import (
     values_of,
 )
 from export.images.folders import File, FolderListing
+from export.images.listing import NO_LABEL
 from export.images.preprocess import Preprocess
 from export.images.read import content_of
 from export.runtime.environment import usable_cores
@@ -134,7 +135,7 @@ class FileImages:
         if not new:
             return
         if not self.skip_broken:
-            raise DataError(f"{self.root}: {describe_broken(new, len(self))}; {REPAIR}")
+            raise DataError(f"{self.root}: {describe_broken(new, len(self))}; {BROKEN_REPAIR}")
         self.broken.update(new)
         say(f"{self.root}: left out: {describe_broken(new, len(self))}", each_rank=True)
 
@@ -208,10 +209,9 @@ class ArrayImages:
         return int(height * width)
 
 
-UNLABELLED = -1  # the label of an image without one
 Lazy = FileImages | ArrayImages
 ImageSet = MemoryImages | Lazy
-REPAIR = "repair or remove them, or set data.skip_broken: true to leave them out"
+BROKEN_REPAIR = "repair or remove them, or set data.skip_broken: true to leave them out"
 
 
 def from_files(root: Path, names: Sequence[str], labels: Tensor, *, skip_broken: bool) -> FileImages:
@@ -233,7 +233,7 @@ def images_of(
 
 def labelled(images: ImageSet) -> ImageSet:
     """Return the images that have a label; those without one come after them."""
-    n = int((images.labels != UNLABELLED).sum())
+    n = int((images.labels != NO_LABEL).sum())
     if isinstance(images, MemoryImages):
         whole = images.whole and images.whole.first(n)
         return replace(images, still=images.still.first(n), labels=images.labels[:n], whole=whole)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.data.augment import Augmentation
-from compress.data.dataset import Dataset, Kind, Parts, open_images
+from compress.data.dataset import Dataset, Parts, TruthKind, open_images
 from compress.data.images import ArrayImages, FileImages, images_of
 from compress.data.named import DATA_SETS, Arrays
 from compress.data.settings import DataSettings
@@ -53,14 +53,14 @@ def _notes(dataset: Dataset) -> tuple[str, ...]:
     return ()
 
 
-LABELS = Kind(
+_LABELS = TruthKind(
     _files,
     _arrays,
     missing="has no label per image, so it is not for classification: set another task or data set",
     one_label=True,
     notes=_notes,
 )
-UNKNOWN_LABELS = Kind(
+_UNKNOWN = TruthKind(
     _files,
     lambda _settings, _preprocess: None,
     missing="has labels: leave out `task: unlabelled`, or give a folder of images (DATA=)",
@@ -69,12 +69,12 @@ UNKNOWN_LABELS = Kind(
 
 def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     """Open a data set by name, with labels int64 (n,); raise DataError as `open_images` does, and for a class without an image."""
-    return open_images(settings, augmentation, LABELS)
+    return open_images(settings, augmentation, _LABELS)
 
 
 def open_unlabelled(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     """Open a folder of images without labels; each gets its number as label until a teacher labels them (`relabelled`)."""
-    return open_images(settings, augmentation, UNKNOWN_LABELS)
+    return open_images(settings, augmentation, _UNKNOWN)
 
 
 def relabelled(dataset: Dataset, classes: tuple[str, ...], train: Tensor, val: Tensor) -> Dataset:

@@ -72,7 +72,7 @@ class _Loaded(NamedTuple):
     broken: dict[int, str]
 
 
-class _Reader(TorchDataset[_Loaded]):
+class _Batches(TorchDataset[_Loaded]):
     """Makes a batch from image numbers, in a loader process."""
 
     def __init__(self, images: ImageSet, view: View) -> None:
@@ -102,7 +102,7 @@ def loaded(
     """
     processes = min(_num_workers(images, device) if workers is None else workers, len(shares))
     loader = DataLoader(
-        _Reader(images, view),
+        _Batches(images, view),
         batch_size=None,  # each entry of the sampler is a batch
         sampler=[share.tolist() for share in shares],
         num_workers=processes,

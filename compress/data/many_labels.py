@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from compress.data.augment import Augmentation
-from compress.data.dataset import Dataset, Kind, drawn, known, open_images
+from compress.data.dataset import Dataset, TruthKind, drawn, known, open_images
 from compress.data.images import ArrayImages, FileImages, from_files
 from compress.data.scenes import CLASSES, Scenes
 from compress.data.settings import DataSettings
@@ -38,12 +38,12 @@ def _notes(dataset: Dataset) -> tuple[str, ...]:
     return ()
 
 
-TABLES = Kind(_files, drawn(_scenes, CLASSES[1:]), missing=known("tables of labels", "multilabel"), notes=_notes)
+_TABLES = TruthKind(_files, drawn(_scenes, CLASSES[1:]), missing=known("tables of labels", "multilabel"), notes=_notes)
 
 
 def open_tables(settings: DataSettings, augmentation: Augmentation) -> Dataset:
     """Open a data set by name, with labels float32 (n, classes); raise DataError as `open_images` does, and for a class without an image."""
-    return open_images(settings, augmentation, TABLES)
+    return open_images(settings, augmentation, _TABLES)
 
 
 def write_table(dataset: Dataset, folder: Path) -> int:

@@ -17,7 +17,7 @@ from export.command.files import writing
 from export.errors import DataError
 from export.images.folders import SUFFIXES
 
-IMAGES = frozenset(suffix[1:].encode() for suffix in SUFFIXES)
+ENDINGS = frozenset(suffix[1:].encode() for suffix in SUFFIXES)
 BLOCK = 512  # bytes; a tar's headers and contents start at multiples of it
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow's
 ROWS = 256  # of a Parquet file, in memory at a time
@@ -49,7 +49,7 @@ def _scan_tar(file: Path) -> Found:
         data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if file.stat().st_size else b""
         for name, start, size in _members(file, data):
             suffix = name[name.rfind(b".") + 1 :].lower()
-            if suffix in IMAGES and not name.startswith(b".", name.rfind(b"/") + 1):
+            if suffix in ENDINGS and not name.startswith(b".", name.rfind(b"/") + 1):
                 if name in images:
                     raise DataError(f"{file}: holds {os.fsdecode(name)} twice; write it again with each key once")
                 images[name] = start, size

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.data.images import UNLABELLED, ImageSet
+from compress.data.images import ImageSet
 from compress.data.labelled import open_dataset, write_validation
 from compress.tasks.task import Task, inverse_frequency
+from export.images.listing import NO_LABEL
 from export.tasks.classification import CLASSIFICATION as OUTPUT
 
 
@@ -22,7 +23,7 @@ def cross_entropy_loss(
         return F.cross_entropy(outputs.float(), truths, weights, label_smoothing=label_smoothing)
     # torch's mean divides by the batch's sum of weights, so a batch of one rare class would lose that class's weight.
     total = F.cross_entropy(
-        outputs.float(), truths, weights, ignore_index=UNLABELLED, label_smoothing=label_smoothing, reduction="sum"
+        outputs.float(), truths, weights, ignore_index=NO_LABEL, label_smoothing=label_smoothing, reduction="sum"
     )
     return total / len(truths)
 
@@ -39,7 +40,7 @@ def truth_rows(_outputs: Tensor, truths: Tensor) -> Tensor:
 
 def class_weights(images: ImageSet, classes: int) -> Tensor:
     """Return each class's weight, inverse to its number of images; the mean over the labelled images is 1."""
-    return inverse_frequency(torch.bincount(images.labels[images.labels != UNLABELLED], minlength=classes))
+    return inverse_frequency(torch.bincount(images.labels[images.labels != NO_LABEL], minlength=classes))
 
 
 CLASSIFICATION = Task(

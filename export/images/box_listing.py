@@ -1,6 +1,6 @@
 """Images with their boxes, listed by split, and the checks that every format's boxes go through.
 
-Boxes become fractions of the image in every format, so that resizing an image does not change them.
+BoxTable become fractions of the image in every format, so that resizing an image does not change them.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from export.images.decode import BrokenImage
 from export.images.listing import TRAIN, VAL_NAMES, SplitListing, check_lengths, is_label
 from export.images.orientation import REPAIR, read_header, turn_of, turned_corners
 
-Boxes = NDArray[np.float32]
+BoxTable = NDArray[np.float32]
 """An image's truths (m, 6): class, left, top, right and bottom as fractions of the image, and 1 for a crowd of uncounted objects."""
 NO_BOX = (-1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 OUTSIDE = 0.02  # fraction of an image's side by which a box drawn by hand may exceed it
@@ -49,7 +49,7 @@ class BoxFile(NamedTuple):
 class BoxListing(SplitListing[str]):
     """Images with the files of their boxes, and all `boxes` by image."""
 
-    boxes: Mapping[str, Boxes]
+    boxes: Mapping[str, BoxTable]
 
     def place(self, part: str) -> str:
         """Return where the images of a split belong."""
@@ -59,12 +59,12 @@ class BoxListing(SplitListing[str]):
         """Return what decides the data besides the classes' names and the files' content: the boxes as they are read."""
         return {**super().decisive(), "boxes": hashlib.sha256(self.truths(self.every).tobytes()).hexdigest()}
 
-    def truths(self, files: Sequence[tuple[str, str]]) -> Boxes:
+    def truths(self, files: Sequence[tuple[str, str]]) -> BoxTable:
         """Return the boxes of the listed files (n, most boxes of an image, 6)."""
         return table_of([self.boxes[path] for path, _ in files])
 
 
-def table_of(each: Sequence[Boxes]) -> Boxes:
+def table_of(each: Sequence[BoxTable]) -> BoxTable:
     """Return all images' boxes (n, most boxes of an image, 6), padded with rows without a box."""
     table = np.tile(np.array(NO_BOX, np.float32), (len(each), max([1, *map(len, each)]), 1))
     for row, boxes in zip(table, each, strict=True):
@@ -156,7 +156,7 @@ def listing_of(
             raise DataError(f"{root}: none of its {len(files):,} {kind} images has a box: check the annotations")
     every = [file for files in parts.values() for file in files]
     places = {name: place for place, name in enumerate(classes)}
-    boxes, turns = dict[str, Boxes](), _turns(root, every)
+    boxes, turns = dict[str, BoxTable](), _turns(root, every)
     for file in every:
         rows = [(places[one.label], *one.box, one.crowd) for one in file.drawn if one.box is not None]
         boxes[file.path] = np.array(rows, np.float32).reshape(-1, 6)

@@ -16,7 +16,7 @@ SUFFIXES = (
 )
 SHARDS = (".tar", ".arrow", ".parquet")  # only training reads these
 # Folders that archives, network drives and file systems add; hidden names are ignored too.
-IGNORED = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
+IGNORED_NAMES = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
 GROUPED = 0.8  # a subfolder in this fraction of the class folders may be a class
 ANNOTATIONS = "val_annotations.txt"
 
@@ -91,7 +91,7 @@ def check_folder(root: Path) -> None:
 
 
 def _is_ignored(name: str) -> bool:
-    return name.startswith(".") or name in IGNORED
+    return name.startswith(".") or name in IGNORED_NAMES
 
 
 def _subfolders(folder: Path) -> list[str]:

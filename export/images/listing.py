@@ -8,6 +8,7 @@ from typing import ClassVar, Generic, TypeVar
 from export.errors import DataError
 
 TRAIN, VAL_NAMES = "train", ("val", "valid", "validation", "test")
+NO_LABEL = -1  # the class of an image without one
 LONGEST_NAME = 200  # characters of a class's name
 Truth = TypeVar("Truth", int, str)
 Pair = tuple[str, str]

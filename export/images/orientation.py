@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from export.images.decode import BrokenImage, opened, orientation_of
 
-Size = tuple[int, int]
+WidthHeight = tuple[int, int]
 """Width and height in pixels."""
 LYING = (5, 6, 7, 8)  # the EXIF orientations that swap width and height
 MIRRORED = ((2, 3, 6, 7), (3, 4, 7, 8))  # those that, after the swap, mirror left and right, and top and bottom
@@ -20,11 +20,11 @@ REPAIR = "write its pixels upright without the tag (mogrify -auto-orient, or PIL
 class Header(NamedTuple):
     """An image's size as stored, and the EXIF orientation (1 to 8) that turns it upright."""
 
-    size: Size
+    size: WidthHeight
     orientation: int
 
     @property
-    def upright(self) -> Size:
+    def upright(self) -> WidthHeight:
         """The size of the upright image."""
         width, height = self.size
         return (height, width) if self.orientation in LYING else self.size
@@ -51,7 +51,7 @@ def _ends_in_text(file: IO[bytes]) -> bool:
     return b"IDAT" in kinds and not TEXTS.isdisjoint(kinds[kinds.index(b"IDAT") :])
 
 
-def turn_of(image: Header, stated: Size) -> int:
+def turn_of(image: Header, stated: WidthHeight) -> int:
     """Return the orientation by which an annotation made on pixels of the `stated` size is to be turned with its image.
 
     It is 1 (as it is) for an image without orientation, and for an annotation of the upright pixels.

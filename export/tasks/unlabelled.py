@@ -9,12 +9,11 @@ import numpy as np
 
 from export.errors import DataError
 from export.images.folders import FolderListing, image_splits, list_folder
+from export.images.listing import NO_LABEL
 from export.images.preprocess import Preprocess
 from export.images.read import Examples, file_examples, find_examples
 from export.tasks.classification import CLASSIFICATION
 from export.tasks.task import Metric
-
-UNKNOWN = -1  # the label of an image before the teacher predicts it
 
 
 def list_images(root: Path) -> FolderListing:
@@ -22,12 +21,12 @@ def list_images(root: Path) -> FolderListing:
     train, val = image_splits(root)
     if not train or val == []:
         raise DataError(f"{root}: has no images to {'train on' if not train else 'validate on'}; add some")
-    found = None if val is None else tuple((path, UNKNOWN) for path in val)
-    return FolderListing(root, (), tuple((path, UNKNOWN) for path in train), found)
+    found = None if val is None else tuple((path, NO_LABEL) for path in val)
+    return FolderListing(root, (), tuple((path, NO_LABEL) for path in train), found)
 
 
 def find_images(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
-    """Find the images of a folder, with their labels if its class folders are `labels` (as `compress export-data` writes them), else UNKNOWN.
+    """Find the images of a folder, with their labels if its class folders are `labels` (as `compress export-data` writes them), else NO_LABEL.
 
     Raises DataError if there are none.
     """
@@ -36,7 +35,7 @@ def find_images(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Ex
             return find_examples(data, preprocess, labels)
     listing = list_images(data)
     files = listing.val or listing.train
-    return file_examples(data, files, np.full(len(files), UNKNOWN), preprocess)
+    return file_examples(data, files, np.full(len(files), NO_LABEL), preprocess)
 
 
 UNLABELLED = replace(

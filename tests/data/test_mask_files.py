@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from test_segmented import halves, mask_of, opened, write_mask, write_pairs
 
 from compress.data import dataset as dataset_module
-from compress.data import placed as placed_module
+from compress.data import segmented as segmented_module
 from compress.data.dataset import Dataset
 from compress.data.segmented import write_masks
 from export.bundle.read import preprocess_of
@@ -168,7 +168,7 @@ def test_a_class_without_a_training_pixel_is_named(
 
 def test_of_masks_in_files_a_sample_is_read_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset_module, "MEMORY_BYTES", 0)
-    monkeypatch.setattr(placed_module, "SAMPLE", 2)
+    monkeypatch.setattr(segmented_module, "SAMPLE", 2)
     two(tmp_path, 1)
     (tmp_path / "classes.txt").write_text("ground\ncat\ndog\n")
     assert opened(tmp_path).notes == ("no training pixel is of 1 class in 2 of the 6 training masks: dog",)

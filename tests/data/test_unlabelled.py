@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 from compress.cli import app
 from compress.data.batches import balanced
 from compress.data.digest import dataset_digest, given, images_digest
-from compress.data.images import UNLABELLED
 from compress.errors import RecipeError
 from compress.pipeline import plan_recipe, run_recipe
 from compress.recipe.arguments import data_settings
@@ -32,6 +31,7 @@ from export.bundle.read import read_bundle
 from export.gate.checks import Limits, Verdict
 from export.gate.commands import judge, update
 from export.gate.latency import Plan
+from export.images.listing import NO_LABEL
 
 NETWORKS = Path(__file__).parent.parent / "networks.py"
 RECIPE = f"""
@@ -107,10 +107,10 @@ def test_only_distillation_and_calibration_see_unlabelled_images(
     assert f"{digits}/loose: " in capsys.readouterr().err
     assert len(run.dataset.train) + len(run.dataset.val) == 120
     assert len(every) == len(run.dataset.train) + 280, "those that are labelled or judged by count once"
-    assert (every.labels == UNLABELLED).sum() == 280
+    assert (every.labels == NO_LABEL).sum() == 280
     assert ["280 images without a label" in said for said in seen_without_label(run)] == [True]
     assert seen_without_label(opened(digits, tmp_path)) == []
-    assert int((run.dataset.train.labels == UNLABELLED).sum()) == 0
+    assert int((run.dataset.train.labels == NO_LABEL).sum()) == 0
     assert sum(len(batch.targets) for batch in run.feed.calibration(1000)) == len(every)
 
 
@@ -234,7 +234,7 @@ def test_a_balanced_epoch_shows_every_class_as_often_and_repeats(digits: Path, t
     labels = torch.tensor([0] * 90 + [1] * 10)
     drawn = labels[torch.multinomial(balanced(labels), 20_000, replacement=True)].float().mean()
     assert drawn == pytest.approx(0.5, abs=0.02)
-    mixed = balanced(torch.tensor([0] * 90 + [1] * 10 + [UNLABELLED] * 100))
+    mixed = balanced(torch.tensor([0] * 90 + [1] * 10 + [NO_LABEL] * 100))
     assert mixed[100:].sum() / mixed.sum() == pytest.approx(0.5)
     fit = run.recipe.stages[2].fit  # type: ignore[union-attr]
     assert fit is not None

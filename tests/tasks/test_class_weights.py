@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from compress.data.images import UNLABELLED, ArrayImages
-from compress.data.placed import ArrayMasks
+from compress.data.images import ArrayImages
+from compress.data.segmented import LazyMasks
 from compress.errors import CompressError, RecipeError
 from compress.models.saved import load_float
 from compress.recipe.read import read_recipe
@@ -17,6 +17,7 @@ from compress.recipe.schema import Recipe
 from compress.run import open_run
 from compress.stages import source
 from compress.tasks import TASKS
+from export.images.listing import NO_LABEL
 from export.images.preprocess import IGNORED, Preprocess
 
 NETWORKS = Path(__file__).parent.parent / "networks.py"
@@ -37,11 +38,11 @@ def images_of(labels: list[int]) -> ArrayImages:
 def test_a_class_counts_as_much_as_any_other_and_images_weigh_one_in_the_mean() -> None:
     task = TASKS["classification"]
     assert task.class_weights is not None
-    labels = [0] * 90 + [1] * 10 + [UNLABELLED] * 7
+    labels = [0] * 90 + [1] * 10 + [NO_LABEL] * 7
     weights = task.class_weights(images_of(labels), 2)
     assert weights.tolist() == pytest.approx([100 / 2 / 90, 100 / 2 / 10])
     assert weights[torch.tensor(labels[:100])].mean() == pytest.approx(1)
-    logits, truths = torch.tensor([[0.0, 0.0], [0.0, 1.0], [5.0, 0.0]]), torch.tensor([0, 1, UNLABELLED])
+    logits, truths = torch.tensor([[0.0, 0.0], [0.0, 1.0], [5.0, 0.0]]), torch.tensor([0, 1, NO_LABEL])
     by_hand = (100 / 180 * np.log(2) + 5 * np.log(1 + np.exp(-1))) / 3  # the image without a label counts
     assert float(task.loss(logits, truths, label_smoothing=0.0, weights=weights)) == pytest.approx(by_hand, rel=1e-6)
     mixed = torch.tensor([[0.25, 0.75]])
@@ -54,7 +55,8 @@ def test_masks_weigh_classes_by_their_pixels() -> None:
     assert task.class_weights is not None
     masks = np.array([[[0, 0], [0, 0]], [[0, 0], [2, IGNORED]]], np.uint8)
     preprocess = Preprocess((2, 2), (2, 2), (0, 0, 0), (1, 1, 1))
-    images = ArrayImages(np.zeros((2, 2, 2, 3), np.uint8), torch.zeros(2), placed=ArrayMasks(preprocess, masks))
+    placed = LazyMasks(ArrayImages(masks[..., None], torch.zeros(2)), None, preprocess, 3)
+    images = ArrayImages(np.zeros((2, 2, 2, 3), np.uint8), torch.zeros(2), placed=placed)
     weights = task.class_weights(images, 3)
     assert weights.tolist() == pytest.approx([7 / 2 / 6, 1, 7 / 2])  # no pixel is of class 1
     loss = task.loss(torch.zeros(2, 3, 2, 2), torch.from_numpy(masks), label_smoothing=0.0, weights=weights)
