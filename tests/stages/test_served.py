@@ -1,7 +1,7 @@
 """The chain to the bundle where something goes wrong: the best file is served, and what falls short is said, not lost."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,6 @@ stages:
   - {stage: export, verify_images: 32}
   - {stage: bench, batches: [1], threads: [1], providers: [cpu], seconds: 0.1, blocks: 6}
 """.replace("NETWORKS", str(Path(__file__).parents[1] / "networks.py"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def brief() -> Iterator[None]:
-    """Time each trial for a tenth of what a run does."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("compress.scoring.LATENCY_SECONDS", 0.05)
-        yield
 
 
 class Outcome:
