@@ -20,13 +20,13 @@ from compress.quant.prepare import deploy
 from compress.quant.reference import reference_of
 from compress.recipe.stages import PruneStage, PtqStage
 from compress.scoring import difference
-from export.audit import Audit, audit
 from export.names import TASK_KEY
 from export.onnx_file.targets import resolve_target
 from export.onnx_file.to_onnx import to_onnx
+from export.proof.audit import Audit, audit
+from export.proof.verify import verify
 from export.runtime.session import open_session
 from export.tasks import task_named
-from export.verify import verify
 
 COMPARED = 128  # images on which a file is compared with its network, at most
 TOLERANCE = 1e-3  # of a float file from its network, over the outputs' largest value

@@ -26,17 +26,17 @@ from compress.pruning.surgeon import input_covariances
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, float_on_purpose, freeze_batchnorm_, prepare
 from compress.quant.reference import reference_of
-from export.audit import audit
 from export.onnx_file.graph import weight_levels
 from export.onnx_file.names import module_of
 from export.onnx_file.targets import TARGETS
 from export.onnx_file.to_onnx import to_onnx
 from export.onnx_file.wiring import weights, wire
+from export.proof.audit import audit
+from export.proof.verify import verify
 from export.runtime.session import open_session
 from export.tasks.boxes import CENTRED
 from export.tasks.classification import CLASSIFICATION
 from export.tasks.task import OutputTask
-from export.verify import verify
 
 TARGET = TARGETS["cpu_avx2"]  # 7-bit weights: exact on every x86, so that parity does not depend on the machine
 CLASSES = 10  # five regions of each of two photographs

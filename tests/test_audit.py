@@ -11,11 +11,12 @@ from onnx import ModelProto, helper, numpy_helper
 from onnx_files import classifier, model_of, save, write_small_bundle
 from quantized_files import SIZE, WIDTH, changed, quantized_network
 
-from export.audit import Audit, audit, main, over_limits, slowest
+from export.audit import main, slowest
 from export.errors import BundleError
 from export.onnx_file.graph import to_float16
 from export.onnx_file.macs import macs
 from export.onnx_file.wiring import wire
+from export.proof.audit import Audit, audit, over_limits
 from export.runtime.session import available_providers
 
 MACS = {"conv1/Conv": 9 * 3 * WIDTH * SIZE**2, "conv2/Conv": 9 * WIDTH**2 * SIZE**2, "head/Gemm": 3 * WIDTH}

@@ -18,7 +18,7 @@ from compress.recipe.read import read_recipe
 from export import audit, predict, verify
 from export.bundle.golden import npy_header, outputs_of
 from export.bundle.read import read_bundle
-from export.check.__main__ import check_bundle
+from export.check.findings import check_bundle
 from export.gate.__main__ import main as gate_main
 from export.runtime.session import open_session
 from export.tasks.boxes import NONE, decode

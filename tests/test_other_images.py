@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from compress.cli import app
 from export import predict, verify
 from export.bundle.read import read_bundle
-from export.check.__main__ import check_bundle
+from export.check.findings import check_bundle
 from export.gate.__main__ import main as gate_main
 
 RECIPE = """

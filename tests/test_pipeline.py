@@ -34,7 +34,7 @@ from compress.recipe.stages import QatStage
 from compress.report.shape import Report
 from compress.stages import prune, qat
 from export.bundle.read import read_bundle
-from export.check.__main__ import check_bundle
+from export.check.findings import check_bundle
 from export.onnx_file.graph import weight_levels
 from export.onnx_file.targets import TARGETS
 

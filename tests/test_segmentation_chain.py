@@ -21,7 +21,7 @@ from compress.report.page.summary import TITLES
 from compress.report.shape import Report
 from export import audit, predict, verify
 from export.bundle.read import read_bundle
-from export.check.__main__ import check_bundle
+from export.check.findings import check_bundle
 from export.images.preprocess import IGNORED
 from export.runtime.session import open_session
 

@@ -17,19 +17,20 @@ from onnx import ModelProto, helper
 from onnx_files import class_folders, classifier, save, write_small_bundle
 from quantized_files import SIZE, changed, constant, images, quantized_network, vpmaddubsw_product
 
-from export import verify as verify_module
 from export.errors import BundleError
 from export.onnx_file import wiring
 from export.onnx_file.targets import CPU, host_target
 from export.onnx_file.wiring import wire
+from export.proof import verify as verify_module
 from export.proof.distance import Distance
 from export.proof.optimized import optimize
 from export.proof.saturation import can_saturate, inner_order, saturation_possible, weight_sum
 from export.proof.submodels import Piece, pieces
+from export.proof.verify import file_reference, verify
 from export.runtime.intervals import clopper_pearson
 from export.runtime.session import open_session
 from export.tasks.classification import CLASSIFICATION
-from export.verify import as_text, file_reference, main, verify
+from export.verify import as_text, main
 
 Floats = NDArray[np.float32]
 
@@ -247,7 +248,7 @@ import numpy as np
 from export.proof.saturation import saturates_here
 from export.runtime.session import open_session
 from export.tasks.classification import CLASSIFICATION
-from export.verify import verify
+from export.proof.verify import verify
 folder = Path(sys.argv[1])
 images = np.load(folder / "images.npy")
 for name in ("full", "seven"):

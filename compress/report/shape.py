@@ -5,7 +5,7 @@ from typing import Any, Literal, NotRequired
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from compress.quant.rows import Ptq
-from export.audit import Audit
+from export.proof.audit import Audit
 from export.proof.rows import VerifyRow
 from export.runtime.end_to_end import EndToEnd
 from export.runtime.rows import AccuracyRow, MetricJson, TimingRow

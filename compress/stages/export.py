@@ -18,7 +18,6 @@ from compress.quant.reference import reference_of
 from compress.recipe.stages import AuditLimits, ExportStage
 from compress.run import Run
 from compress.scoring import RANGE_IMAGES, export_network, write_float16
-from export.audit import Audit, audit, over_limits
 from export.command.files import write_json
 from export.names import (
     AUDIT_JSON,
@@ -34,8 +33,9 @@ from export.names import (
 from export.onnx_file.graph import save_model
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER, UINT8, deployed, files_in, is_int8, name_for
 from export.onnx_file.uint8_input import with_uint8_input
+from export.proof.audit import Audit, audit, over_limits
 from export.proof.half import is_finite
-from export.verify import Verification, verify
+from export.proof.verify import Verification, verify
 
 
 def apply(cfg: ExportStage, src: Path, out: Path, run: Run) -> Metrics:

@@ -45,7 +45,6 @@ from compress.scoring import (
     write_float16,
 )
 from compress.training.loop import place_
-from export.audit import audit
 from export.command.files import write_json
 from export.errors import BundleError
 from export.names import PTQ_JSON
@@ -53,6 +52,7 @@ from export.onnx_file import ptq
 from export.onnx_file.roles import PTQ
 from export.onnx_file.targets import Target
 from export.onnx_file.to_onnx import to_onnx
+from export.proof.audit import audit
 from export.runtime.accuracy import Score, score_files, score_of
 
 Name = tuple[Engine, str]  # and method

@@ -16,7 +16,6 @@ import onnx
 from onnx import GraphProto
 from onnx.numpy_helper import to_array
 
-from export.audit import Audit, audit
 from export.bundle.golden import FOLDER, TOLERANCE, outputs_of, spread, tolerance_of
 from export.bundle.inside import Json, brief, contained, get, read_json
 from export.bundle.read import Bundle
@@ -28,6 +27,7 @@ from export.onnx_file.names import module_of
 from export.onnx_file.targets import TARGETS, Target, host_target
 from export.onnx_file.uint8_input import with_uint8_input
 from export.onnx_file.wiring import Wiring, is_quantized, weights, wire
+from export.proof.audit import Audit, audit
 from export.runtime.environment import runtime
 from export.runtime.session import RUNTIME_ERRORS, first_line
 from export.serving.triton import answering_model

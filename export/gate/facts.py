@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from export.audit import audit
 from export.command.files import sha256
 from export.onnx_file.macs import macs
 from export.onnx_file.model_file import inspect, parse
 from export.onnx_file.wiring import wire
+from export.proof.audit import audit
 from export.proof.saturation import modules, saturation_possible
 
 

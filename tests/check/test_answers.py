@@ -15,7 +15,7 @@ from onnx_files import PREPROCESS, model_of, save, small_contents
 from planted import seal
 
 from export.bundle.write import write_bundle
-from export.check.__main__ import check_bundle
+from export.check.findings import check_bundle
 from export.onnx_file.model_file import inspect
 from export.onnx_file.uint8_input import with_uint8_input
 from export.serving.triton import answering_model, answering_repository

@@ -17,7 +17,7 @@ from planted import LABELS, SMALL, seal, tagged, write_tagged_bundle
 from quantized_files import SIZE, quantized_network
 
 from export.bundle.sandbox import Limits, require_sound, seconds_for_macs, vet
-from export.check.__main__ import check_bundle
+from export.check.findings import check_bundle
 from export.errors import BundleError
 
 GIGABYTES_2 = 2**31

@@ -16,7 +16,7 @@ from export.bundle.golden import TOLERANCE, outputs_of, spread
 from export.bundle.read import read_bundle
 from export.bundle.write import write_bundle
 from export.check import promises
-from export.check.__main__ import check_bundle
+from export.check.findings import check_bundle
 
 NAME = "student_int8"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from planted import seal, write_tagged_bundle
 
 from export.bundle.read import examine, inspect_here
-from export.check.__main__ import astray
+from export.check.findings import astray
 from export.errors import MAX_LENGTH, BundleError
 from export.onnx_file.model_file import parse, precision
 

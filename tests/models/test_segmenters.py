@@ -17,9 +17,9 @@ from compress.pruning.plan import cut_
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, float_on_purpose, prepare
 from compress.recipe.schema import Model
-from export.audit import audit
 from export.onnx_file.targets import TARGETS
 from export.onnx_file.to_onnx import to_onnx
+from export.proof.audit import audit
 from export.runtime.session import open_session
 
 SIZE = 32

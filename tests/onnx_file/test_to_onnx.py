@@ -14,7 +14,6 @@ from torch import fx, nn
 from compress.quant.fake_quant import ActivationQuantizer
 from compress.quant.graph.trace import trace
 from compress.quant.prepare import deploy, prepare, quantizers
-from export.audit import audit
 from export.onnx_file import ptq
 from export.onnx_file.graph import save_model, to_float16, weight_levels
 from export.onnx_file.model_file import parse
@@ -22,6 +21,7 @@ from export.onnx_file.names import module_of, unique
 from export.onnx_file.targets import TARGETS
 from export.onnx_file.to_onnx import to_onnx
 from export.onnx_file.wiring import wire
+from export.proof.audit import audit
 from export.proof.submodels import quantized_tensors
 
 Method = Literal["minmax", "entropy", "percentile"]

@@ -33,10 +33,10 @@ from compress.quant.prepare import (
     reestimate_batchnorm_,
     set_phase_,
 )
-from export.audit import audit
 from export.onnx_file.graph import weight_levels
 from export.onnx_file.targets import TARGETS, Target
 from export.onnx_file.to_onnx import to_onnx
+from export.proof.audit import audit
 
 EXAMPLE = torch.zeros(1, 3, 16, 16)
 NETWORKS = {"residual": Residual, "mobile": Mobile}

@@ -17,9 +17,9 @@ from torchvision.ops import SqueezeExcitation, StochasticDepth
 
 from compress.quant.fake_quant import HardSigmoidQuantizer
 from compress.quant.prepare import deploy, float_on_purpose, freeze_batchnorm_, prepare, quantizers, set_phase_
-from export.audit import audit
 from export.onnx_file.targets import TARGETS
 from export.onnx_file.to_onnx import to_onnx
+from export.proof.audit import audit
 
 WIDTH, SIZE = 16, 14
 

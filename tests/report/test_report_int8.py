@@ -29,8 +29,8 @@ from compress.report.page.html import render
 from compress.report.page.table import Strong, Table
 from compress.report.shape import Report
 from export.proof.rows import VerifyRow
+from export.proof.verify import Verification
 from export.tasks.paired import mcnemar
-from export.verify import Verification
 
 LIMITS = {"max_float_layers": 1, "max_float_fraction": 0.0001, "max_leftover_qdq": 0, "min_agreement": 0.99}
 

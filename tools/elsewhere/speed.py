@@ -23,8 +23,8 @@ from compress.models.structure import classifier
 from compress.pruning.plan import cut_
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, prepare
-from export.audit import audit
 from export.onnx_file.to_onnx import to_onnx
+from export.proof.audit import audit
 from export.runtime.session import bind, open_session
 
 SECONDS = 3.0

@@ -6,10 +6,10 @@ from compress.recipe.stages import MOST_FLOAT
 from compress.report.judge.classes import at_chance, worst_first
 from compress.report.numbers import percent, significant, times
 from compress.report.shape import DeployedRow, Report, Verdict
-from export.audit import in_float
 from export.images.size import area, said
 from export.onnx_file.roles import FP32, PTQ, QAT, TEACHER, deployed, is_int8
 from export.onnx_file.targets import CPU, TARGET_PROVIDERS, TARGETS, provider_title
+from export.proof.audit import in_float
 from export.runtime.rows import Speedup, is_headline
 from export.tasks.task import Classes
 

@@ -19,10 +19,10 @@ from compress.report.judge.verdict import (
 from compress.report.numbers import heading, percent, points, significant, times
 from compress.report.page.table import Table, mark
 from compress.report.shape import DeployedRow, Report
-from export.audit import in_float
 from export.images.size import area, said, size_of
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER
 from export.onnx_file.targets import CPU, provider_title
+from export.proof.audit import in_float
 from export.tasks import TASKS
 from export.tasks.task import Metric
 

@@ -11,8 +11,8 @@ from compress.report.numbers import UNKNOWN, heading, loss, percent, points, sig
 from compress.report.page.summary import metric
 from compress.report.page.table import Section, Table, bar, count, mark, strong
 from compress.report.shape import Report
-from export.audit import Audit
 from export.onnx_file.roles import PTQ, QAT, is_int8
+from export.proof.audit import Audit
 from export.proof.rows import TensorRow, VerifyRow
 
 SCORED_IN = {"onnxruntime": "ONNX Runtime", "pytorch": "PyTorch"}
