@@ -128,6 +128,11 @@ def binary(given: dict[str, object], length: str | None = None, **more: object) 
     return header + bytes(3072), {"Content-Type": OCTETS, JSON_LENGTH: length or str(len(header))}
 
 
+def binary_and_json() -> Body:
+    header = json.dumps({"inputs": [tensor()]}).encode()
+    return header + bytes(3072), {"Content-Type": OCTETS, JSON_LENGTH: str(len(header))}
+
+
 SIZED = tensor(parameters={"binary_data_size": 3072})
 BAD_REQUESTS: dict[str, Body] = {
     "no body": (b"", {"Content-Type": JSON}),
@@ -159,11 +164,19 @@ BAD_REQUESTS: dict[str, Body] = {
     "an infinite answer": request(tensor(data=[3e38] * 768)),
     "an unknown output": request(tensor(), outputs=[{"name": "boxes"}]),
     "an id of another kind": request(tensor(), id=[1]),
+    "an id of half a surrogate pair": request(tensor(), id="\ud800"),
+    "a name of half a surrogate pair": request(tensor(name="\ud800")),
+    "a datatype of half a surrogate pair": request(tensor(datatype="\ud800")),
+    "an output of half a surrogate pair": request(tensor(), outputs=[{"name": "\ud800"}]),
     "binary without a length": (binary(SIZED)[0], {"Content-Type": OCTETS}),
     "binary with a word for a length": binary(SIZED, length="many"),
     "binary with a length below 0": binary(SIZED, length="-1"),
     "binary with a length beyond the body": binary(SIZED, length="99999"),
     "binary with too few bytes": binary(tensor(parameters={"binary_data_size": 3068})),
+    "binary with more bytes than its parts": (binary(SIZED)[0] + bytes(4), binary(SIZED)[1]),
+    "binary with a size beyond the body": binary(tensor(parameters={"binary_data_size": 3076})),
+    "binary with a header of one byte more": (b" " + binary(SIZED)[0], binary(SIZED)[1]),
+    "binary with numbers in JSON and after it": binary_and_json(),
     "binary with half a number": binary(tensor(parameters={"binary_data_size": 3071})),
     "binary with a size of words": binary(tensor(parameters={"binary_data_size": "all"})),
     "binary with parameters of another kind": binary(SIZED, parameters=[1]),
@@ -215,7 +228,11 @@ def test_a_body_beyond_eight_images_is_refused_unread(server: Server, bundle: Pa
     connection.putheader("Content-Type", JSON)
     connection.putheader("Content-Length", str(10**12))
     connection.endheaders()
-    assert connection.getresponse().status == 413
+    response = connection.getresponse()
+    assert (response.status, json.loads(response.read())) == (
+        413,
+        {"error": "the body has 1000000000000 bytes, allowed are 262144: send fewer images"},
+    )
     connection.close()
     assert still_answers(server, bundle)
 
@@ -224,7 +241,8 @@ def test_a_body_of_unsaid_length_is_cut_off(server: Server, bundle: Path) -> Non
     connection = server.connect()
     chunks = (b"[" * 2**16 for _ in range(16))  # 1 MiB; 8 images of 768 numbers may take a quarter of it
     connection.request("POST", INFER, chunks, {"Content-Type": JSON}, encode_chunked=True)
-    assert connection.getresponse().status == 413
+    response = connection.getresponse()
+    assert (response.status, list(json.loads(response.read()))) == (413, ["error"])
     connection.close()
     assert still_answers(server, bundle)
 

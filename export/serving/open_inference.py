@@ -29,12 +29,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from export.onnx_file.model_file import ModelFile
+from export.serving.requests import StatedLengthLimit, error, misfit, not_text
 from export.serving.triton import DATATYPES
 
 BYTES_PER_NUMBER = 32  # JSON writes a float32 with at most 24 characters, and a separator
 HEADER_BYTES = 2**16
 # Exceptions of KServe's decoding for an invalid body.
-DECODING_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
+DECODING_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, struct.error)
 # KServe raises NotImplementedError for a model version in the path: not found, as there is only one version.
 STATUS = {
     InvalidInput: HTTPStatus.BAD_REQUEST,
@@ -121,12 +122,17 @@ class StrictDataPlane(DataPlane):  # type: ignore[misc]
             request, attributes = super().decode(body, headers, protocol_version, model_name)
             wanted = [{"name": one.name, "parameters": one.parameters} for one in request.request_outputs or ()]
             InferenceRequest(id=request.id, parameters=request.parameters, inputs=[], outputs=wanted)
+            wrong = misfit(body, headers) if isinstance(body, bytes) else ""
         except InvalidInput:
             raise
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from error
         except DECODING_ERRORS as error:
             raise InvalidInput(f"the body is not an inference request ({type(error).__name__}: {error})") from error
+        if not_text(request.id):
+            wrong = "id: must be text, got half of a surrogate pair"
+        if wrong:
+            raise InvalidInput(wrong)
         return request, attributes
 
 
@@ -150,21 +156,22 @@ def application(model: SessionModel) -> FastAPI:
     register_v2_endpoints(app, StrictDataPlane(models), FixedModels(models))
     for kind in (*STATUS, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, refuse)
-    numbers = model.max_batch * math.prod(model.facts.shape)
-    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=numbers * BYTES_PER_NUMBER + HEADER_BYTES)
+    most = model.max_batch * math.prod(model.facts.shape) * BYTES_PER_NUMBER + HEADER_BYTES
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=most)
+    app.add_middleware(StatedLengthLimit, most=most)  # Starlette refuses such a body as plain text
     return app
 
 
-async def refuse(_: Request, error: Exception) -> JSONResponse:
+async def refuse(_: Request, reason: Exception) -> JSONResponse:
     """Return the protocol's error response, without echoing the request."""
-    if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
+    if isinstance(reason, RequestValidationError):
+        first = reason.errors()[0]
         status, sentence = int(HTTPStatus.BAD_REQUEST), f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    elif isinstance(error, HTTPException):
-        status, sentence = error.status_code, error.detail
+    elif isinstance(reason, HTTPException):
+        status, sentence = reason.status_code, reason.detail
     else:
-        status, sentence = STATUS[type(error)], str(error)
-    return JSONResponse({"error": " ".join(sentence.split())[:500]}, status)
+        status, sentence = STATUS[type(reason)], str(reason)
+    return JSONResponse(error(sentence), status)
 
 
 def tensor(name: str, dtype: str, shape: tuple[int | None, ...]) -> dict[str, object]:
