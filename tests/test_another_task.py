@@ -26,7 +26,7 @@ from export.gate.__main__ import main as gate_main
 from export.images.folders import list_folder
 from export.images.preprocess import Preprocess
 from export.images.read import Examples, find_examples
-from export.tasks.paired import compare_by_bootstrap
+from export.tasks.paired import compare_classes
 from export.tasks.task import Array, Metric, OutputTask
 
 # The half that runs where the model runs.
@@ -70,15 +70,21 @@ BRIGHTNESS = OutputTask(
     truths=lambda values, _output: np.array(values, np.float32),
     examples=examples,
     decode=lambda outputs: outputs[:, 0],
-    finish=lambda model: model,
     statistics=statistics,
     total=total,
     further=further,
     by_class=lambda _rows, _labels, _confused: None,
     agreement=lambda answers, others: np.exp(-np.abs(answers - others)),
-    evidence=lambda outputs: outputs,
     divergence=lambda outputs, reference: np.abs(outputs - reference)[:, 0],
-    compare=lambda before, now, _labels: compare_by_bootstrap(before, now, total),
+    compare=lambda before, now, labels: compare_classes(
+        before,
+        now,
+        labels,
+        resampled=lambda rows, weights: 1 - weights @ rows[:, 1:] / len(rows),
+        measure="closeness",
+        changed=np.any(before != now, axis=1),
+        how="measured differently",
+    ),
     truth_text=lambda row, _labels: f"{row[0]:.4f}",
     show=lambda output, labels, _lines: (labels, [(float(output[0]),)]),
 )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.data.augment import Augmentation
 from compress.data.dataset import Dataset, TruthKind, drawn, known, open_images
 from compress.data.images import ArrayImages, FileImages, from_files
 from compress.data.scenes import CLASSES, Scenes
@@ -121,11 +121,7 @@ _BOXES = TruthKind(
     preprocess=_stretched,
     notes=_notes,
 )
-
-
-def open_boxes(settings: DataSettings, augmentation: Augmentation) -> Dataset:
-    """Open a data set by name, its boxes `placed`; raise DataError as `open_images` does."""
-    return open_images(settings, augmentation, _BOXES)
+open_boxes = partial(open_images, kind=_BOXES)
 
 
 def write_boxes(dataset: Dataset, folder: Path) -> int:

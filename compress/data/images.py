@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -87,14 +87,10 @@ class FileImages:
     broken: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     placed: PlacedSource | None = None
     pixel: Pixel = RGB
+    place: ClassVar[str] = "in files, decoded for each view"  # where they are during training
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @property
-    def place(self) -> str:
-        """Where the images are during training, in words."""
-        return "in files, decoded for each view"
 
     def take(self, chosen: np.ndarray) -> Self:
         """Return the images of these indices."""
@@ -146,11 +142,7 @@ class ShardImages(FileImages):
 
     rows: Rows
     places: tuple[str, ...]
-
-    @property
-    def place(self) -> str:
-        """Where the images are during training, in words."""
-        return "in shards, decoded for each view"
+    place: ClassVar[str] = "in shards, decoded for each view"
 
     def take(self, chosen: np.ndarray) -> Self:
         """Return the images of these indices."""
@@ -175,14 +167,10 @@ class ArrayImages:
     broken: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)  # none: they are in memory
     placed: PlacedSource | None = None
     pixel: Pixel = RGB
+    place: ClassVar[str] = "in memory at their own size, resized for each view"
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @property
-    def place(self) -> str:
-        """Where the images are during training, in words."""
-        return "in memory at their own size, resized for each view"
 
     def take(self, chosen: np.ndarray) -> Self:
         """Return the images of these indices."""
@@ -274,10 +262,9 @@ def _with_pixel(images: Lazy, pixel: Pixel) -> Lazy:
 def largest_area(images: Lazy, *, at_most: int) -> int:
     """Return the largest image's area in pixels, from the headers, limited to `at_most`."""
     largest = 0
-    for index in range(len(images)):
-        if largest == at_most:
-            break
-        largest = max(largest, min(at_most, images.area(index)))
+    for index in range(len(images) if at_most else 0):
+        if (largest := max(largest, images.area(index))) >= at_most:
+            return at_most
     return largest
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compress.data.augment import Augmentation
 from compress.data.dataset import Dataset, Parts, TruthKind, open_images
 from compress.data.images import ArrayImages, FileImages, images_of
 from compress.data.named import DATA_SETS, Arrays
@@ -60,21 +60,13 @@ _LABELS = TruthKind(
     one_label=True,
     notes=_notes,
 )
+open_dataset = partial(open_images, kind=_LABELS)
 _UNKNOWN = TruthKind(
     _files,
     lambda _settings, _preprocess: None,
     missing="has labels: leave out `task: unlabelled`, or give a folder of images (DATA=)",
 )
-
-
-def open_dataset(settings: DataSettings, augmentation: Augmentation) -> Dataset:
-    """Open a data set by name, with labels int64 (n,); raise DataError as `open_images` does, and for a class without an image."""
-    return open_images(settings, augmentation, _LABELS)
-
-
-def open_unlabelled(settings: DataSettings, augmentation: Augmentation) -> Dataset:
-    """Open a folder of images without labels; each gets its number as label until a teacher labels them (`relabelled`)."""
-    return open_images(settings, augmentation, _UNKNOWN)
+open_unlabelled = partial(open_images, kind=_UNKNOWN)
 
 
 def relabelled(dataset: Dataset, classes: tuple[str, ...], train: Tensor, val: Tensor) -> Dataset:

@@ -2,11 +2,11 @@
 
 import csv
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from compress.data.augment import Augmentation
 from compress.data.dataset import Dataset, TruthKind, drawn, known, open_images
 from compress.data.images import ArrayImages, FileImages, from_files
 from compress.data.scenes import CLASSES, Scenes
@@ -39,11 +39,7 @@ def _notes(dataset: Dataset) -> tuple[str, ...]:
 
 
 _TABLES = TruthKind(_files, drawn(_scenes, CLASSES[1:]), missing=known("tables of labels", "multilabel"), notes=_notes)
-
-
-def open_tables(settings: DataSettings, augmentation: Augmentation) -> Dataset:
-    """Open a data set by name, with labels float32 (n, classes); raise DataError as `open_images` does, and for a class without an image."""
-    return open_images(settings, augmentation, _TABLES)
+open_tables = partial(open_images, kind=_TABLES)
 
 
 def write_table(dataset: Dataset, folder: Path) -> int:

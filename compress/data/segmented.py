@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from compress.data.augment import Augmentation
 from compress.data.dataset import Dataset, TruthKind, centred, drawn, known, open_images
 from compress.data.images import ArrayImages, FileImages, Lazy, from_files
 from compress.data.placed import Placed
@@ -200,11 +200,7 @@ _MASKS = TruthKind(
     preprocess=_centred,
     notes=_notes,
 )
-
-
-def open_masks(settings: DataSettings, augmentation: Augmentation) -> Dataset:
-    """Open a data set by name, its masks `placed`; raise DataError as `open_images` does."""
-    return open_images(settings, augmentation, _MASKS)
+open_masks = partial(open_images, kind=_MASKS)
 
 
 def write_masks(dataset: Dataset, folder: Path) -> int:

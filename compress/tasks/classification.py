@@ -28,16 +28,6 @@ def cross_entropy_loss(
     return total / len(truths)
 
 
-def rows(outputs: Tensor, _truths: Tensor) -> Tensor:
-    """Return the logits, one row for each image."""
-    return outputs
-
-
-def truth_rows(_outputs: Tensor, truths: Tensor) -> Tensor:
-    """Return the labels."""
-    return truths
-
-
 def class_weights(images: ImageSet, classes: int) -> Tensor:
     """Return each class's weight, inverse to its number of images; the mean over the labelled images is 1."""
     return inverse_frequency(torch.bincount(images.labels[images.labels != NO_LABEL], minlength=classes))
@@ -48,7 +38,7 @@ CLASSIFICATION = Task(
     open_dataset,
     write_validation,
     cross_entropy_loss,
-    rows=rows,
-    truth_rows=truth_rows,
+    rows=lambda outputs, _truths: outputs,
+    truth_rows=lambda _outputs, truths: truths,
     class_weights=class_weights,
 )

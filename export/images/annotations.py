@@ -40,4 +40,4 @@ def box_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> E
     truths = listing.truths(listing.judged)
     real = truths[..., 0] >= 0
     truths[real, 0] = np.array(places, np.float32)[truths[real, 0].astype(int)]
-    return file_examples(data, listing.judged, truths, preprocess, (*listing.notes, *notes))
+    return file_examples(listing, truths, preprocess, notes)

@@ -239,7 +239,7 @@ def mask_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> 
         )
     found = [_truth(listing, pair, preprocess) for pair in pairs]
     notes = turned_note(sum(turned for _, turned in found), len(found))
-    return file_examples(data, pairs, np.stack([truth for truth, _ in found]), preprocess, (*listing.notes, *notes))
+    return file_examples(listing, np.stack([truth for truth, _ in found]), preprocess, notes)
 
 
 def turned_note(turned: int, among: int) -> tuple[str, ...]:

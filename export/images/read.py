@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from export.errors import DataError, first
 from export.images.decode import BrokenImage, image_of, read_image, require_pillow
 from export.images.folders import list_folder
-from export.images.listing import count
+from export.images.listing import SplitListing, count
 from export.images.preprocess import Preprocess
 
 Labelled = tuple[NDArray[np.float32], NDArray[Any]]
@@ -96,24 +96,21 @@ def folder_examples(folder: Path, preprocess: Preprocess, labels: Sequence[str])
     listing = list_folder(folder)
     places, notes = match(folder, listing.classes, labels)
     truths = np.array([places[label] for _, label in listing.judged], np.int64)
-    return file_examples(folder, listing.judged, truths, preprocess, notes)
+    return file_examples(listing, truths, preprocess, notes)
 
 
 def file_examples(
-    folder: Path,
-    files: Sequence[tuple[str, object]],
-    truths: NDArray[Any],
-    preprocess: Preprocess,
-    notes: tuple[str, ...] = (),
+    listing: SplitListing[Any], truths: NDArray[Any], preprocess: Preprocess, notes: tuple[str, ...] = ()
 ) -> Examples:
-    """Return files of a folder, each the first of its tuple, with their truths."""
+    """Return the images of a folder, or of its validation split if it has one, with their truths (n, ...)."""
+    files = [listing.root / path for path, _ in listing.judged]
     return Examples(
         preprocess,
         truths,
-        lambda index: read_pixels(folder / files[index][0], preprocess),
-        lambda index: content_of(folder / files[index][0]),
+        lambda index: read_pixels(files[index], preprocess),
+        lambda index: content_of(files[index]),
         np.arange(len(files)),
-        notes,
+        (*listing.notes, *notes),
     )
 
 

@@ -140,4 +140,4 @@ def table_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) ->
     places, notes = match(data, listing.classes, labels)
     truths = np.zeros((len(listing.judged), len(labels)), np.float32)
     truths[:, places] = listing.truths(listing.judged)
-    return file_examples(data, listing.judged, truths, preprocess, notes)
+    return file_examples(listing, truths, preprocess, notes)

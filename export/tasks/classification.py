@@ -41,16 +41,6 @@ def truths(values: Sequence[Any], output: tuple[int, ...]) -> Array:
     return np.array(values, np.int64)
 
 
-def truths_json(truths: Array) -> Sequence[int]:
-    """Return the labels as JSON values."""
-    return truths.tolist()  # type: ignore[no-any-return]
-
-
-def as_they_are(outputs: Array) -> Array:
-    """Return the outputs, which are few numbers per image."""
-    return outputs
-
-
 def decode(outputs: Array) -> Array:
     """Return the likeliest classes (n, at most 5); ties in order and NaN first, as in argmax."""
     order = np.where(np.isnan(outputs), -np.inf, -outputs.astype(np.float64))
@@ -178,17 +168,15 @@ CLASSIFICATION = OutputTask(
     output_shape=output_shape,
     check_output=check_output,
     truths=truths,
-    truths_json=truths_json,
+    truths_json=lambda truths: truths.tolist(),
     listing=list_folder,
     examples=find_examples,
     decode=decode,
-    finish=lambda model: model,
     statistics=statistics,
     total=total,
     further=further,
     by_class=by_class,
     agreement=agreement,
-    evidence=as_they_are,
     divergence=divergence,
     compare=compare,
     truth_text=truth_text,

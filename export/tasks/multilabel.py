@@ -11,7 +11,7 @@ import numpy as np
 
 from export.errors import BundleError
 from export.images.tables import list_table, table_examples
-from export.tasks.classification import as_they_are, check_output, output_shape
+from export.tasks.classification import check_output, output_shape
 from export.tasks.paired import compare_classes
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
 
@@ -181,13 +181,11 @@ MULTILABEL = OutputTask(
     listing=list_table,
     examples=table_examples,
     decode=decode,
-    finish=lambda model: model,
     statistics=statistics,
     total=total,
     further=further,
     by_class=by_class,
     agreement=agreement,
-    evidence=as_they_are,
     divergence=divergence,
     compare=compare,
     resampled=resampled,

@@ -44,24 +44,6 @@ def detectable_loss(images: int, discordance: float) -> float:
     return max(high, FEWEST / images)
 
 
-def compare_by_bootstrap(before: Array, now: Array, total: Callable[[Array], float]) -> Comparison:
-    """Compare two files' rows (n, k) of the same images by resampling images (Efron 1979), for any score `total`, where there are no classes."""
-    drawn = resamples(len(now))
-    was, is_now = (np.array([total(rows[chosen]) for chosen in drawn]) for rows in (before, now))
-    gains = is_now - was
-    changed = float(np.mean(np.any(before != now, axis=1)))
-    p_value = two_sided(gains)
-    return Comparison(
-        images=len(now),
-        before=total(before),
-        now=total(now),
-        p_value=p_value,
-        changed=changed,
-        detectable=detectable_gain(gains, was, len(now)),
-        counts=f"{changed:.2%} of {len(now)} images predicted differently, p = {p_value:.2g}",
-    )
-
-
 def compare_classes(
     before: Array,
     now: Array,

@@ -89,8 +89,6 @@ class OutputTask:
     """(folder or file, preprocessing, labels) to images with truths; raises DataError if they do not fit the labels."""
     decode: Callable[[Array], Array]
     """Outputs to predictions."""
-    finish: Callable[[ModelProto], ModelProto]
-    """A model to one that decodes inside the graph, for callers without this package."""
     statistics: Callable[[Array, Array, tuple[int, ...]], Array]
     """(predictions, truths, shape of one image's output) to rows (n, k)."""
     total: Callable[[Array], float]
@@ -101,8 +99,6 @@ class OutputTask:
     """(rows by file, labels, files whose mistakes are kept) to results by class; None if there are no classes."""
     agreement: Callable[[Array, Array], Array]
     """Two files' predictions to their agreement (n,) in [0, 1]."""
-    evidence: Callable[[Array], Array]
-    """Outputs to the part to keep for `divergence`, small enough for thousands of images."""
     divergence: Callable[[Array, Array], Array]
     """(evidence, a reference's evidence) to their divergence (n,), 0 if equal; needs no truths."""
     compare: Callable[[Array, Array, Sequence[str]], Comparison]
@@ -113,6 +109,10 @@ class OutputTask:
     """(one image's output, labels, most lines) to columns and lines to print."""
     resampled: Callable[[Array, Array], Array] | None = None
     """(rows, how often each image counts (draws, n)) to the scores (draws, classes) whose mean is the score; None if it is a mean over images."""
+    finish: Callable[[ModelProto], ModelProto] = lambda model: model
+    """A model to one that decodes inside the graph, for callers without this package."""
+    evidence: Callable[[Array], Array] = lambda outputs: outputs
+    """Outputs to the part to keep for `divergence`, small enough for thousands of images."""
     exclusive: bool = True
     """Whether exactly one class is right (softmax); otherwise each class is judged alone (sigmoid)."""
     by_class_axis: bool = True

@@ -34,8 +34,7 @@ def find_images(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Ex
         if data.suffix == ".npz" or set(list_folder(data).classes) <= set(labels):
             return find_examples(data, preprocess, labels)
     listing = list_images(data)
-    files = listing.val or listing.train
-    return file_examples(data, files, np.full(len(files), NO_LABEL), preprocess)
+    return file_examples(listing, np.full(len(listing.judged), NO_LABEL), preprocess)
 
 
 UNLABELLED = replace(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from batched import eval_batches, train_batches
 from drawn import HEIGHT, WIDTH, bright, coco, voc, yolo
+from photographs import SETTINGS
 from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -30,10 +31,8 @@ CPU = torch.device("cpu")
 
 
 def settings(folder: Path, *, name: str = "scenes", path: Path | None = None) -> DataSettings:
-    return DataSettings(
-        name=name, path=path, image_size=(64, 64), resize=1.0, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), val_fraction=0.2,
-        limit_per_class=12, skip_broken=False, task="detection", ignore_index=None, tuning=False, seed=0, memory=folder,
-    )  # fmt: skip
+    own = {"image_size": (64, 64), "val_fraction": 0.2, "limit_per_class": 12, "task": "detection", "memory": folder}
+    return DataSettings(name, path, **SETTINGS | own)
 
 
 @pytest.mark.parametrize("size", [[32, 32], [24, 40]])

@@ -632,20 +632,15 @@ def shown(batches: list[Batch]) -> dict[int, tuple[bytes, bytes]]:
 
 
 @pytest.mark.parametrize("change", VIEWS.values(), ids=VIEWS)
-def test_a_replayed_view_is_the_same_to_the_bit_in_other_batches(change: dict[str, Any]) -> None:
-    data = opened("digits")
+def test_a_view_replayed_in_other_batches_is_the_same_to_the_bit_and_another_one_is_not(change: dict[str, Any]) -> None:
+    data = opened("digits", limit_per_class=30)
     first = shown(training(data, batch_size=64, epoch=0, view=2, **change))
     again = shown(training(data, batch_size=48, epoch=5, view=2, **change))
+    other = shown(training(data, batch_size=48, epoch=5, view=1, **change))
     both = first.keys() & again.keys()  # the ragged last batch is left out
-    assert len(both) > 1300
+    assert len(both) > 200
     assert all(first[index] == again[index] for index in both)
-
-
-@pytest.mark.parametrize("change", VIEWS.values(), ids=VIEWS)
-def test_another_view_shows_most_images_in_another_way(change: dict[str, Any]) -> None:
-    data = opened("digits")
-    first, other = (shown(training(data, batch_size=64, epoch=0, view=view, **change)) for view in (0, 1))
-    assert sum(first[index] == other[index] for index in first) < 0.2 * len(first)
+    assert sum(again[index] == other[index] for index in again) < 0.2 * len(again)
 
 
 @pytest.mark.usefixtures("no_memory")

@@ -10,7 +10,7 @@ from export.gate.accuracy import accuracy_checks, images_check, power_note, scor
 from export.gate.checks import Check
 from export.gate.predictions import Predictions, pair, predictions_from_json
 from export.tasks.classification import CLASSIFICATION
-from export.tasks.paired import compare_by_bootstrap, detectable_loss, mcnemar
+from export.tasks.paired import compare_classes, detectable_loss, mcnemar
 from export.tasks.task import Array, Comparison
 
 CLASSES = ("cat", "dog", "gnu")
@@ -158,27 +158,36 @@ def test_the_note_says_when_the_images_are_too_few_for_the_limit() -> None:
     assert "more than the limit" not in many
 
 
+def by_resampling(before: Array, now: Array) -> Comparison:
+    """Compare the means of rows (n, 1)."""
+    return compare_classes(
+        before,
+        now,
+        ("mean",),
+        resampled=lambda rows, weights: weights @ rows / len(rows),
+        measure="mean",
+        changed=np.any(before != now, axis=1),
+        how="different",
+    )
+
+
 def test_the_bootstrap_finds_what_mcnemar_finds() -> None:
     generator = np.random.default_rng(0)
     for lost, gained in ((0, 0), (30, 28), (60, 20), (12, 3)):
         before, now = np.zeros((1000, 1)), np.zeros((1000, 1))
         before[: 500 + lost], now[lost : 500 + lost + gained] = 1, 1
         order = generator.permutation(1000)
-        found = compare_by_bootstrap(before[order], now[order], lambda rows: float(np.mean(rows)))
+        found = by_resampling(before[order], now[order])
         assert found.now - found.before == pytest.approx((gained - lost) / 1000)
         assert (found.p_value < 0.05) == (mcnemar(lost, gained) < 0.05)
         assert found.detectable == pytest.approx(detectable_loss(1000, (lost + gained) / 1000), rel=0.3, abs=6e-3)
-
-
-def mean(rows: Array) -> float:
-    return float(np.mean(rows))
 
 
 def test_the_smallest_loss_that_is_detected_grows_with_the_change_and_is_no_lost_image_where_nothing_changed() -> None:
     generator = np.random.default_rng(0)
     before = generator.beta(8, 2, (61, 1))
     moved = [np.clip(before + spread * generator.normal(size=before.shape), 0, 1) for spread in (0, 0.01, 0.3)]
-    losses = [compare_by_bootstrap(before, now, mean).detectable for now in moved]
+    losses = [by_resampling(before, now).detectable for now in moved]
     assert losses == sorted(losses)
     assert losses[0] == pytest.approx(6 * before.std() / 61, rel=0.05)
     assert losses[0] < detectable_loss(61, 0.0) / 4
@@ -189,6 +198,6 @@ def test_the_smallest_loss_without_a_change_is_found_in_four_of_five_simulations
     for _ in range(100):
         before = generator.beta(8, 2, (61, 1))
         lost = before.std() * (generator.random(before.shape) < 6 / 61)
-        comparison = compare_by_bootstrap(before, before - lost, mean)
+        comparison = by_resampling(before, before - lost)
         found.append(comparison.p_value < 0.05)
     assert 0.7 < np.mean(found) < 0.95
