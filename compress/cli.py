@@ -296,7 +296,7 @@ def compare(
     verbose: Tables = False,
 ) -> None:
     """Compare the results and recipes of runs or bundles."""
-    from compress.report.comparison.files import compare_folders
+    from compress.report.comparison.show import compare_folders
 
     compare_folders(folders, page=page, document=document, verbose=verbose)
 

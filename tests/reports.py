@@ -12,8 +12,8 @@ from rich.console import Console
 from compress.artifact import Meta, Metrics, finish, read_meta
 from compress.recipe.schema import Recipe
 from compress.report.collect import collect
-from compress.report.comparison.candidate import Subject
-from compress.report.comparison.compare import Comparison, compare
+from compress.report.comparison.compare import RunComparison, compare
+from compress.report.comparison.read import FinishedRun
 from compress.report.comparison.show import print_comparison
 from compress.report.page.terminal import print_report
 from compress.report.shape import Report
@@ -448,12 +448,12 @@ def save_report(report: Report, root: Path) -> Path:
     return root
 
 
-def compared(*reports: Report) -> Comparison:
+def compared(*reports: Report) -> RunComparison:
     """Compare reports by their recipes' names."""
-    return compare({report["recipe"]["name"]: Subject(report) for report in reports})
+    return compare({report["recipe"]["name"]: FinishedRun(report) for report in reports})
 
 
-def printed(comparison: Comparison, width: int = 80, *, verbose: bool = True) -> str:
+def printed(comparison: RunComparison, width: int = 80, *, verbose: bool = True) -> str:
     screen = StringIO()
     print_comparison(comparison, Console(file=screen, width=width), verbose=verbose)
     return screen.getvalue()

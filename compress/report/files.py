@@ -112,7 +112,7 @@ def _write(chain: Recipe, artifacts: Sequence[Path], report: Report, root: Path)
 
 def _compare(recipe: Recipe, reports: Mapping[str, Report], *, verbose: bool) -> None:
     """Write the page that compares the recipe's students, and print it with their verdicts."""
-    from compress.report.comparison.files import compare_folders
+    from compress.report.comparison.show import compare_folders
     from compress.report.page.screen import say
     from compress.report.page.terminal import print_verdict
 

@@ -1,5 +1,7 @@
 """Format numbers for readers: few digits, with a unit; a dash if unknown."""
 
+from collections.abc import Sequence
+
 UNKNOWN = "–"
 GAP = "\u00a0"  # keeps a number and its unit on one line
 
@@ -38,6 +40,11 @@ def significant(value: float | None, unit: str = "", digits: int = 3) -> str:
 def times(ratio: float | None) -> str:
     """Return a ratio as 2.31×."""
     return UNKNOWN if ratio is None else f"{ratio:.2f}×"
+
+
+def interval(ends: Sequence[float] | None, decimals: int = 2, scale: float = 1) -> str:
+    """Return the ends of an interval as 1.88–2.00; with scale 100 fractions are percentages."""
+    return "–".join(f"{scale * end:.{decimals}f}" for end in ends) if ends else UNKNOWN
 
 
 def duration(seconds: float | None) -> str:

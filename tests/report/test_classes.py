@@ -12,7 +12,7 @@ import pytest
 from answered import answered
 from reports import FILES, build_report, save_report, shown
 
-from compress.report.comparison.read import read_subjects
+from compress.report.comparison.read import read_runs
 from compress.report.judge.classes import at_chance
 from compress.report.judge.verdict import judge
 from compress.report.page import summary, tables
@@ -285,7 +285,7 @@ def test_a_task_without_classes_has_no_section_on_them(tmp_path: Path) -> None:
     report["recipe"]["name"] = "other"
     assert report["classes"] is None
     assert list(
-        read_subjects([save_report(build_report(tmp_path / "b"), tmp_path / "b"), save_report(report, tmp_path / "a")])
+        read_runs([save_report(build_report(tmp_path / "b"), tmp_path / "b"), save_report(report, tmp_path / "a")])
     )
     assert "Class by class" not in render(report, tmp_path / "a")
     assert judge(report)[0] == "pass"

@@ -11,20 +11,20 @@ from reports import CPU, CUDA, build_recipe, build_report, build_student, compar
 from test_report import parse
 
 from compress.recipe.read import read_recipe
-from compress.report.comparison.candidate import Subject
-from compress.report.comparison.compare import Comparison, compare
+from compress.report.comparison.compare import RunComparison, compare
+from compress.report.comparison.read import FinishedRun, link_to
 from compress.report.comparison.recipes import differences
-from compress.report.comparison.show import lines, link_to, render_comparison
+from compress.report.comparison.show import lines, render_comparison
 from compress.report.shape import Report
 
 EVIL = "</style><script>alert('x')</script>"
 
 
-def leader(comparison: Comparison, title: str) -> tuple[str, ...] | None:
+def leader(comparison: RunComparison, title: str) -> tuple[str, ...] | None:
     return next((best.names for best in comparison.best if best.title == title), None)
 
 
-def cells(comparison: Comparison, title: str) -> tuple[str, ...]:
+def cells(comparison: RunComparison, title: str) -> tuple[str, ...]:
     return next(tuple(line.cells) for line in lines(comparison) if line.title == title)
 
 
@@ -323,7 +323,7 @@ def test_the_page_is_well_formed_and_self_contained(tmp_path: Path, count: int) 
 def test_each_student_s_page_is_linked_from_where_the_page_lies(tmp_path: Path) -> None:
     page = tmp_path / "runs/many/report/index.html"
     own = {name: tmp_path / f"runs/many/students/{name}/report/index.html" for name in ("a", "b")}
-    subjects = {name: Subject(build_student(tmp_path, name), link=link_to(own[name], page)) for name in own}
+    subjects = {name: FinishedRun(build_student(tmp_path, name), link=link_to(own[name], page)) for name in own}
     text = render_comparison(compare(subjects))
     assert set(parse(text).links) == {f"../students/{name}/report/index.html" for name in own}
     assert "<title>a · b" in text
@@ -337,7 +337,7 @@ def test_the_page_escapes_what_strangers_wrote(tmp_path: Path) -> None:
     first, second = build_student(tmp_path, "a"), build_student(tmp_path, "b")
     first["recipe"]["model"]["arch"] = first["environment"]["cpu"] = first["recipe"]["data"]["dataset"] = EVIL
     first["recipe"][EVIL] = EVIL
-    page = render_comparison(compare({EVIL: Subject(first, link=f'"{EVIL}'), "b": Subject(second)}))
+    page = render_comparison(compare({EVIL: FinishedRun(first, link=f'"{EVIL}'), "b": FinishedRun(second)}))
     assert "<script" not in page
     assert parse(page).open == []
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from compress.cli import app
 from compress.errors import CompressError
 from compress.report.comparison.compare import compare
-from compress.report.comparison.read import read_subjects
+from compress.report.comparison.read import read_runs
 from compress.report.comparison.show import render_comparison
 from compress.report.shape import Report
 from export.errors import BundleError
@@ -69,7 +69,7 @@ def test_runs_of_one_recipe_go_by_their_folders(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert tuple(read_subjects([save_report(pair[0], Path(place)) for place in places])) == names
+    assert tuple(read_runs([save_report(pair[0], Path(place)) for place in places])) == names
 
 
 def test_a_bundle_without_its_report_is_refused(
@@ -92,7 +92,7 @@ def with_report(bundle: Path, text: str) -> None:
 def test_a_bundle_with_its_report_tells_what_the_run_tells(tmp_path: Path, pair: tuple[Report, Report]) -> None:
     write_small_bundle(tmp_path / "bundle", small_files(tmp_path))
     with_report(tmp_path / "bundle", json.dumps(pair[0]))
-    (one, _) = compare(read_subjects([tmp_path / "bundle", save_report(pair[1], tmp_path / "run")])).candidates
+    (one, _) = compare(read_runs([tmp_path / "bundle", save_report(pair[1], tmp_path / "run")])).candidates
     assert replace(one, opset=None) == compared(*pair).candidates[0]
 
 
@@ -102,7 +102,7 @@ def test_a_bundle_whose_facts_were_changed_is_refused(tmp_path: Path, pair: tupl
     with_report(tmp_path / "bundle", json.dumps(pair[0]))
     (tmp_path / "bundle" / name).write_text((tmp_path / "bundle" / name).read_text().replace("0.7", "0.9") + " ")
     with pytest.raises(BundleError, match=f"{name}: is not the file the bundle was made with"):
-        read_subjects([tmp_path / "bundle", save_report(pair[1], tmp_path / "run")])
+        read_runs([tmp_path / "bundle", save_report(pair[1], tmp_path / "run")])
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_damaged_report_is_read_or_refused_and_never_a_crash(
         node[last] = copy.deepcopy(draw.choice(JUNK))
     folders = [save_report(damaged[1], root / "whole"), save_report(report, root / "damaged")]
     try:
-        comparison = compare(read_subjects(folders))
+        comparison = compare(read_runs(folders))
     except CompressError:
         return
     assert "<script" not in render_comparison(comparison)

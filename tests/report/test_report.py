@@ -226,7 +226,7 @@ def test_the_page_says_which_target_was_missed(tmp_path: Path) -> None:
 
 
 def test_a_training_with_a_lost_loss_is_drawn_with_a_gap() -> None:
-    axis = charts.Axis(0, 10, 0, 10, ())
+    axis = charts.ChartAxis(0, 10, 0, 10, ())
     assert charts.polylines([1, 2, 3, 4], [1, None, 3, 4], axis, axis) == ["1.0,1.0", "3.0,3.0 4.0,4.0"]
 
 
@@ -255,9 +255,10 @@ def test_a_logarithmic_axis_covers_its_values_with_few_ticks(values: tuple[float
     assert 1 <= len(axis.ticks) <= 7
 
 
-def test_a_waterfall_s_steps_join() -> None:
-    first, second = charts.waterfall([200, 50], from_zero=True)
-    assert (first.at, second.at, second.change_left, second.change_width, second.change) == (100, 25, 25, 75, -150)
+@pytest.mark.parametrize(("values", "places"), [([200, 50], [100, 25]), ([0, 0], [0, 0])])
+def test_a_waterfall_starts_at_zero(values: list[float], places: list[float]) -> None:
+    track = charts.track(values, from_zero=True)
+    assert list(map(track.at, values)) == places
 
 
 @pytest.mark.parametrize(

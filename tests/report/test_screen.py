@@ -13,7 +13,7 @@ from test_report import ALL_TARGETS, VARIANTS
 
 from compress.report.comparison.show import print_comparison
 from compress.report.page.screen import show
-from compress.report.page.table import Table
+from compress.report.page.table import ReportTable
 from compress.report.page.terminal import print_verdict
 from compress.report.shape import Report
 
@@ -89,7 +89,9 @@ def together(reports: list[Report]) -> str:
 
 
 def test_columns_that_find_no_room_come_below_under_the_rows_names() -> None:
-    table = Table("", ("Name", *("abcdefgh"[index] * 20 for index in range(8))), [("row", *map(str, range(8)))] * 2)
+    table = ReportTable(
+        "", ("Name", *("abcdefgh"[index] * 20 for index in range(8))), [("row", *map(str, range(8)))] * 2
+    )
     screen = Console(file=StringIO(), width=40)
     show(screen, table._replace(rows=[("row", *(str(index) * 15 for index in range(8)))]))
     assert isinstance(screen.file, StringIO)

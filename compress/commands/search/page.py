@@ -14,7 +14,7 @@ from compress.commands.search.space import Axis, Search, axes
 from compress.commands.search.trial import Setup
 from compress.report import numbers
 from compress.report.page import charts
-from compress.report.page.html import FRAME, template
+from compress.report.page.drawings import FRAME, template
 from export.names import PAGE, REPORT_JSON
 
 WIDE = 900  # of the parallel coordinates, in the page's pixels
@@ -38,8 +38,8 @@ class Scatter(NamedTuple):
     """A scatter plot: the points that lead to each trial's dot, and a line through some dots; the template places them."""
 
     title: str
-    x: charts.Axis
-    y: charts.Axis
+    x: charts.ChartAxis
+    y: charts.ChartAxis
     x_title: str
     y_title: str
     ways: Sequence[tuple[Points, Dot]]
@@ -145,7 +145,7 @@ def _upright(axis: Axis, values: Sequence[str | float]) -> tuple[str, list[tuple
     """Return a vertical axis's title, its labels with their places, and the place of each value."""
     if axis.choices:
         labels = list(axis.choices)
-        drawn = charts.Axis(0, max(len(labels) - 1, 1), BOTTOM, TOP, tuple(range(len(labels))))
+        drawn = charts.ChartAxis(0, max(len(labels) - 1, 1), BOTTOM, TOP, tuple(range(len(labels))))
         known = [float(labels.index(str(value))) for value in values]
     else:
         known = [float(value) for value in values]
@@ -155,7 +155,7 @@ def _upright(axis: Axis, values: Sequence[str | float]) -> tuple[str, list[tuple
     return axis.name, list(zip(places, labels, strict=True)), [drawn.at(value) for value in known]
 
 
-def _axis(values: Sequence[float], start: float, end: float) -> charts.Axis:
+def _axis(values: Sequence[float], start: float, end: float) -> charts.ChartAxis:
     """Return an axis, logarithmic if the values span more than a factor of three."""
     is_wide = min(values) > 0 and max(values) / min(values) > 3
     return (charts.log_axis if is_wide else charts.linear_axis)(values, start, end)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from compress.report.comparison.read import FinishedRun
 from compress.report.judge.verdict import (
     any_row,
     deployed_name,
@@ -24,17 +25,8 @@ MAX_IMAGES = 10_000_000  # more would be a damaged file, and computing the inter
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A report to compare, the deployed file's opset if a bundle has it, and the page to link to."""
-
-    report: Report
-    opset: int | None = None
-    link: str | None = None
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The teacher's FP32 file, shared by the candidates `of` that have the same source stage."""
+class ComparedTeacher:
+    """The teacher's FP32 file, shared by the candidates `of` that have the same source stage, whose key is `key`."""
 
     key: str
     arch: str
@@ -60,7 +52,7 @@ class Candidate:
     target: str
     file: str | None
     recommended: str | None
-    teacher: Teacher
+    teacher: ComparedTeacher
     score: float | None
     score_ci95: tuple[float, float] | None
     images: int | None
@@ -92,81 +84,67 @@ class Common(NamedTuple):
 
 def common_conditions(reports: Sequence[Report]) -> Common | None:
     """Return the conditions that all timed runs share: the headline's provider if all have the same, and the largest image."""
-    timed = [report for report in reports if _settings(report)]
-    if not timed:
-        return None
-    shared = set.intersection(*(set(_settings(report)) for report in timed))
-    providers = {headline_provider(report) for report in timed}
+    timed = [
+        (headline_provider(report), rows) for report in reports if (rows := _timings(report, deployed_name(report)))
+    ]
+    providers = {own for own, _ in timed}
     provider = providers.pop() if len(providers) == 1 else CPU
-    sizes = [size for name, size in shared if name == provider]
-    if not sizes:
-        return None
-    size = max(sizes, key=area)
-    return Common(provider, size, summary.conditions(_settings(timed[0])[provider, size]))
+    shared = set.intersection(*(set(rows) for _, rows in timed)) if timed else set()
+    size = max((size for name, size in shared if name == provider), key=area, default=None)
+    return None if size is None else Common(provider, size, summary.conditions(timed[0][1][provider, size]))
 
 
-def candidate(name: str, subject: Subject, conditions: Common | None) -> Candidate:
+def candidate(name: str, run: FinishedRun, conditions: Common | None) -> Candidate:
     """Return a run's numbers, with times under the common conditions or, without them, under its own headline's."""
-    report = subject.report
-    file, where = deployed_name(report), conditions or common_conditions([report])
-    row, timed = any_row(report, file), _timing(report, file, where)
-    score = row["score"] if row else first_and_last(report, "score")[1]
+    report = run.report
+    where, file, arch = conditions or common_conditions([report]), deployed_name(report), summary.network(report)
+    row, taught = any_row(report, file), any_row(report, TEACHER)
+    timed, timed_teacher = (
+        _timings(report, one).get((where.provider, where.image_size)) if where else None for one in (file, TEACHER)
+    )
+    stages = {metric: first_and_last(report, metric) for metric in ("score", "params_m", "macs_m", "size_mb")}
     audit = (report["audit"] or {}).get(file or "")
+    pairs = list(zip(report["stages"], report["recipe"]["stages"], strict=False))
     return Candidate(
         name=name,
-        link=subject.link,
-        arch=summary.network(report),
+        link=run.link,
+        arch=arch,
         target=target_of(report),
         file=file,
         recommended=report["recommendation"]["file"] if report["recommendation"] else None,
-        teacher=_teacher(report, where),
-        score=score,
+        teacher=ComparedTeacher(
+            key=report["stages"][0]["key"],
+            arch=arch,
+            params_m=stages["params_m"][0],
+            macs_m=stages["macs_m"][0],
+            score=taught["score"] if taught else stages["score"][0],
+            p50_ms=timed_teacher["p50_ms"] if timed_teacher else None,
+        ),
+        score=row["score"] if row else stages["score"][1],
         score_ci95=row.get("score_ci95", _interval(row["score"], row["images"])) if row else None,
         images=row["images"] if row else None,
-        scored_in=None if score is None else "ONNX Runtime" if row else "PyTorch",
+        scored_in="ONNX Runtime" if row else "PyTorch" if stages["score"][1] is not None else None,
         agreement=row["agreement"] if row else None,
-        params_m=first_and_last(report, "params_m")[1],
-        macs_m=first_and_last(report, "macs_m")[1],
-        size_mb=row["size_mb"] if row else first_and_last(report, "size_mb")[1],
+        params_m=stages["params_m"][1],
+        macs_m=stages["macs_m"][1],
+        size_mb=row["size_mb"] if row else stages["size_mb"][1],
         image_size=timed["image_size"] if timed else None,
         p50_ms=timed["p50_ms"] if timed else None,
         speedup=timed["speedup"] if timed else None,
         speedup_vs_student_fp32=timed["speedup_vs_student_fp32"] if timed else None,
         integer_layers=len(audit["integer_layers"]) if audit else None,
         float_layers=len(audit["float_layers"]) if audit else None,
-        training_seconds=_training_seconds(report),
-        opset=subject.opset,
+        training_seconds=sum(stage["seconds"] for stage, section in pairs[1:] if "fit" in section),
+        opset=run.opset,
         verdict=report["verdict"],
         failures=len(report["failures"]),
     )
 
 
-def _settings(report: Report) -> dict[tuple[str, Size], DeployedRow]:
-    """Return the deployed file's timings at batch 1, on the CPU with one thread, by provider and image size."""
-    found = [row for row in headline_rows(report, deployed_name(report)) if row["p50_ms"] > 0]
-    return {(row["provider"], size_of(row["image_size"])): row for row in found}
-
-
-def _timing(report: Report, name: str | None, where: Common | None) -> DeployedRow | None:
-    """Return a file's row under these conditions."""
-    wanted = where and where[:2]
+def _timings(report: Report, name: str | None) -> dict[tuple[str, Size], DeployedRow]:
+    """Return a file's timings at batch 1, on the CPU with one thread, by provider and image size."""
     rows = headline_rows(report, name)
-    return next((row for row in rows if (row["provider"], size_of(row["image_size"])) == wanted), None)
-
-
-def _teacher(report: Report, where: Common | None) -> Teacher:
-    """Return the teacher's numbers as deployed, or else as its stage measured them; its key is the source stage's."""
-    row, timed = any_row(report, TEACHER), _timing(report, TEACHER, where)
-    params_m, macs_m, score = (first_and_last(report, metric)[0] for metric in ("params_m", "macs_m", "score"))
-    arch = summary.network(report)
-    score = row["score"] if row else score
-    return Teacher(report["stages"][0]["key"], arch, params_m, macs_m, score, timed["p50_ms"] if timed else None)
-
-
-def _training_seconds(report: Report) -> float:
-    """Return the seconds of the training stages after the source."""
-    pairs = list(zip(report["stages"], report["recipe"]["stages"], strict=False))
-    return sum(stage["seconds"] for stage, section in pairs[1:] if "fit" in section)
+    return {(row["provider"], size_of(row["image_size"])): row for row in rows if row["p50_ms"] > 0}
 
 
 def _interval(score: float, images: int) -> tuple[float, float] | None:

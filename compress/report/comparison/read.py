@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import urllib.parse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired
 
@@ -11,7 +14,6 @@ from typing_extensions import TypedDict
 
 from compress.artifact import students_of
 from compress.errors import ArtifactError
-from compress.report.comparison.candidate import Subject
 from compress.report.judge.verdict import deployed_name
 from compress.report.shape import REPORT_VERSION, Json, Report
 from export.bundle.inside import MAX_TEXT_BYTES, contained, read_json, read_sums, read_text
@@ -45,8 +47,17 @@ class _Environment(TypedDict):
     versions: NotRequired[Json]
 
 
-def read_subjects(folders: Sequence[Path]) -> dict[str, Subject]:
-    """Return each folder's report, by the shortest names that are unique.
+@dataclass(frozen=True)
+class FinishedRun:
+    """A report to compare, the deployed file's opset if a bundle has it, and the link to its own page."""
+
+    report: Report
+    opset: int | None = None
+    link: str | None = None
+
+
+def read_runs(folders: Sequence[Path], *, page: Path | None = None) -> dict[str, FinishedRun]:
+    """Return each folder's report, by the shortest names that are unique; links are relative to `page`.
 
     Raises ArtifactError or BundleError for a folder that is no run or bundle or whose report cannot be read.
     """
@@ -54,57 +65,51 @@ def read_subjects(folders: Sequence[Path]) -> dict[str, Subject]:
         raise ArtifactError(f"needs two or more runs or bundles to compare, got {len(folders)}")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ArtifactError("a run cannot be compared with itself: name each folder once")
-    subjects = [_read(folder) for folder in folders]
-    return dict(zip(_names(folders, subjects), subjects, strict=True))
-
-
-def page_of(folder: Path) -> Path | None:
-    """Return the path of a run's or bundle's report page, if there is one."""
-    page = folder / PAGE
-    return page if page.is_file() else None
-
-
-def _names(folders: Sequence[Path], subjects: Sequence[Subject]) -> list[str]:
-    """Return the recipes' names if unique, else the folders' names (students of one recipe), else the paths."""
-    recipes = [str(subject.report["recipe"]["name"]) for subject in subjects]
-    places = [folder.resolve() for folder in folders]
+    runs = [_read(folder, page) for folder in folders]
+    recipes = [str(run.report["recipe"]["name"]) for run in runs]
+    places = [folder.resolve() for folder in folders]  # for students of one recipe
     short = [place.parent.name if place.name == BUNDLE else place.name for place in places]
-    paths = [str(folder) for folder in folders]
-    return next(names for names in (recipes, short, paths) if len(set(names)) == len(names) or names is paths)
+    names = next((names for names in (recipes, short) if len(set(names)) == len(names)), list(map(str, folders)))
+    return dict(zip(names, runs, strict=True))
 
 
-def _read(folder: Path) -> Subject:
+def link_to(target: Path, page: Path) -> str:
+    """Return the relative link from a page to a file."""
+    return urllib.parse.quote(Path(os.path.relpath(target, page.parent)).as_posix())
+
+
+def _read(folder: Path, page: Path | None) -> FinishedRun:
     if (folder / MANIFEST).is_file():
-        return _read_bundle(folder)
-    if (folder / REPORT_JSON).is_file():
-        report = _parse(_text(folder / REPORT_JSON), str(folder / REPORT_JSON))
-        return Subject(report, _opset(folder / BUNDLE, report))
-    raise ArtifactError(
-        students_of(folder, REPORT_JSON)
-        or f"{folder}: is neither a finished run nor a bundle (no {REPORT_JSON}, no {MANIFEST}); give a run's folder, such as runs/quickstart, or its bundle"
-    )
+        bundle, text = folder, _checked(folder)
+    elif (folder / REPORT_JSON).is_file():
+        bundle, text = folder / BUNDLE, _text(folder / REPORT_JSON)
+    else:
+        raise ArtifactError(
+            students_of(folder, REPORT_JSON)
+            or f"{folder}: is neither a finished run nor a bundle (no {REPORT_JSON}, no {MANIFEST}); give a run's folder, such as runs/quickstart, or its bundle"
+        )
+    report, own = _parse(text, str(folder / REPORT_JSON)), folder / PAGE
+    link = link_to(own, page) if page and own.is_file() else None
+    return FinishedRun(report, _opset(bundle, deployed_name(report)), link)
 
 
-def _read_bundle(folder: Path) -> Subject:
-    """Return a bundle's report, after checking the digests of the files read."""
-    digests = read_sums(folder)
+def _checked(bundle: Path) -> str:
+    """Return the text of a bundle's report, after checking the digests of the files read."""
+    digests = read_sums(bundle)
     for name in (MANIFEST, REPORT_JSON):
         if name not in digests:
-            raise BundleError(f"{folder / name}: is not in SHA256SUMS, but a comparison reads it: get the bundle again")
-        if digests[name] != sha256(contained(folder, name)):
+            raise BundleError(f"{bundle / name}: is not in SHA256SUMS, but a comparison reads it: get the bundle again")
+        if digests[name] != sha256(contained(bundle, name)):
             raise BundleError(
-                f"{folder / name}: is not the file the bundle was made with (SHA-256 differs): get the bundle again"
+                f"{bundle / name}: is not the file the bundle was made with (SHA-256 differs): get the bundle again"
             )
-    report = _parse(read_text(folder, REPORT_JSON), str(folder / REPORT_JSON))
-    return Subject(report, _opset(folder, report))
+    return read_text(bundle, REPORT_JSON)
 
 
-def _opset(bundle: Path, report: Report) -> int | None:
-    """Return the opset of the deployed file, None if no bundle has it."""
-    if not (bundle / MANIFEST).is_file():
-        return None
-    files = read_json(bundle, MANIFEST).get("files")
-    listed = files.get(deployed_name(report)) if isinstance(files, dict) else None
+def _opset(bundle: Path, file: str | None) -> int | None:
+    """Return a file's opset, None if no bundle has it."""
+    files = read_json(bundle, MANIFEST).get("files") if (bundle / MANIFEST).is_file() else None
+    listed = files.get(file) if isinstance(files, dict) else None
     opset = listed.get("opset") if isinstance(listed, dict) else None
     return opset if isinstance(opset, int) else None
 

@@ -67,16 +67,12 @@ def _walk(path: str, sections: Mapping[int, Json]) -> Iterator[tuple[str, dict[i
 
 def _text(value: Any) -> str:
     """Return a value in YAML's flow style."""
-    if isinstance(value, str):
-        return value
     if isinstance(value, Mapping):
-        return (
-            ", ".join(f"{key} {_text(below)}" for key, below in value.items() if key != "name" and below is not None)
-            or "yes"
-        )
+        parts = (f"{key} {_text(below)}" for key, below in value.items() if key != "name" and below is not None)
+        return ", ".join(parts) or "yes"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_text, value))}]"
-    return json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def by_value(names: Sequence[str], values: Sequence[str]) -> list[tuple[str, str]]:

@@ -6,10 +6,9 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from compress.report import numbers
 from compress.report.judge.verdict import mostly_float, target_of
 from compress.report.page import summary
-from compress.report.page.table import Table, markdown, plain
+from compress.report.page.table import ReportTable, markdown, plain
 from compress.report.page.tables import files, recalls, stages
 from compress.report.shape import DeployedRow, Json, Report
 from export.runtime.faults import FAULTS
@@ -51,7 +50,7 @@ def card(report: Report, *, name: str, served: str, classes: int, golden: int, t
     )
 
 
-def _without(table: Table, *columns: str) -> Table:
+def _without(table: ReportTable, *columns: str) -> ReportTable:
     """Return a table without some columns: those that change from run to run, so that the bundle does not."""
     kept = [index for index, column in enumerate(table.columns) if column not in columns]
     rows = [[row[index] for index in kept] for row in table.rows]
@@ -79,7 +78,7 @@ def front_matter(report: Report, name: str, served: str) -> Json:
                 {
                     "type": metric,
                     "value": row["score"],
-                    "name": f"{numbers.heading(report['metric']['title'])} of {served}.onnx in ONNX Runtime",
+                    "name": f"{summary.metric_title(report)} of {served}.onnx in ONNX Runtime",
                 }
             ],
         }

@@ -1,7 +1,7 @@
 """The geometry of the page's charts: axes, positions, label places. The template draws them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ CHARACTER_WIDTH = 7.6  # a little more than needed on a phone, where text is lar
 
 
 @dataclass(frozen=True)
-class Axis:
+class ChartAxis:
     """A linear or logarithmic scale from values to pixels."""
 
     low: float
@@ -26,7 +26,7 @@ class Axis:
         return round(self.start + (value - low) / (high - low) * (self.end - self.start), 2)
 
 
-def linear_axis(values: Sequence[float], start: float, end: float) -> Axis:
+def linear_axis(values: Sequence[float], start: float, end: float) -> ChartAxis:
     """Return an axis over the values with about four round ticks."""
     low, high = min(values), max(values)
     spread = (high - low) or abs(high) * 0.02 or 1.0
@@ -36,10 +36,10 @@ def linear_axis(values: Sequence[float], start: float, end: float) -> Axis:
         last += 1
     digits = max(10, 2 - math.floor(math.log10(step)))  # a rate can be tiny
     ticks = tuple(round(index * step, digits) for index in range(first, last + 1))
-    return Axis(ticks[0], ticks[-1], start, end, ticks)
+    return ChartAxis(ticks[0], ticks[-1], start, end, ticks)
 
 
-def log_axis(values: Sequence[float], start: float, end: float) -> Axis:
+def log_axis(values: Sequence[float], start: float, end: float) -> ChartAxis:
     """Return a logarithmic axis a little wider than the values, with the coarsest round ticks that suffice."""
     low, high = min(values) / 1.2, max(values) * 1.2
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -49,7 +49,7 @@ def log_axis(values: Sequence[float], start: float, end: float) -> Axis:
         ticks = tuple(tick for tick in every if low <= tick <= high)
         if len(ticks) >= enough:
             break
-    return Axis(low, high, start, end, ticks, log=True)
+    return ChartAxis(low, high, start, end, ticks, log=True)
 
 
 class Point(NamedTuple):
@@ -74,10 +74,8 @@ class Box(NamedTuple):
 
     def overlaps(self, other: "Box") -> bool:
         """Tell whether two rectangles share area."""
-        apart = (
-            self.right <= other.left or other.right <= self.left or self.bottom <= other.top or other.bottom <= self.top
-        )
-        return not apart
+        across = self.left < other.right and other.left < self.right
+        return across and self.top < other.bottom and other.top < self.bottom
 
 
 def place_labels(points: Sequence[tuple[str, str, float, float]], frame: Box) -> list[Point]:
@@ -88,25 +86,21 @@ def place_labels(points: Sequence[tuple[str, str, float, float]], frame: Box) ->
     taken = [Box(x - 6, y - 6, x + 6, y + 6) for _, _, x, y in points]
     placed = []
     for name, label, x, y in points:
-        best = min(_places(label, x, y), key=lambda place: _conflicts(place[0], taken, frame))
-        box, anchor = best
+        box, anchor, at = min(_places(label, x, y), key=lambda place: _conflicts(place[0], taken, frame))
         taken.append(box)
-        label_x = {"start": box.left, "end": box.right, "middle": (box.left + box.right) / 2}[anchor]
-        placed.append(Point(name, x, y, label, round(label_x, 1), round(box.bottom - 3, 1), anchor))
+        placed.append(Point(name, x, y, label, round(at, 1), round(box.bottom - 3, 1), anchor))
     return placed
 
 
-def _places(label: str, x: float, y: float) -> list[tuple[Box, str]]:
-    width, half = CHARACTER_WIDTH * len(label), LABEL_HEIGHT / 2
-    places = []
+def _places(label: str, x: float, y: float) -> Iterator[tuple[Box, str, float]]:
+    """Yield each place of a label, how its text is anchored there, and at which x."""
+    width = CHARACTER_WIDTH * len(label)
     for rise in (0, -12, 12, -24, 24, -36, 36):
-        top = y - half + rise
-        gap = 9 if rise == 0 else 4
-        places.append((Box(x + gap, top, x + gap + width, top + LABEL_HEIGHT), "start"))
-        places.append((Box(x - gap - width, top, x - gap, top + LABEL_HEIGHT), "end"))
-        if rise:
-            places.append((Box(x - width / 2, top, x + width / 2, top + LABEL_HEIGHT), "middle"))
-    return places
+        top, gap = y - LABEL_HEIGHT / 2 + rise, 4 if rise else 9
+        sides = {"start": (x + gap, x + gap), "end": (x - gap - width, x - gap), "middle": (x - width / 2, x)}
+        for anchor, (left, at) in sides.items():
+            if rise or anchor != "middle":
+                yield Box(left, top, left + width, top + LABEL_HEIGHT), anchor, at
 
 
 def _conflicts(box: Box, taken: Sequence[Box], frame: Box) -> int:
@@ -114,31 +108,18 @@ def _conflicts(box: Box, taken: Sequence[Box], frame: Box) -> int:
     return sum(box.overlaps(other) for other in taken) + 10 * outside
 
 
-class Step(NamedTuple):
-    """One stage of a waterfall, in percent of the track: a bar up to its value, and the change from the previous stage."""
-
-    value: float
-    at: float
-    change_left: float
-    change_width: float
-    change: float | None
-
-
-def waterfall(values: Sequence[float], *, from_zero: bool) -> list[Step]:
-    """Return the steps of a waterfall; the track starts at zero, or a little below the smallest value."""
-    spread = (max(values) - min(values)) or abs(max(values)) * 0.05 or 1.0
-    low = 0.0 if from_zero else min(values) - 0.2 * spread
-    high = max(values) if from_zero else max(values) + 0.1 * spread
-    steps = []
-    for before, value in zip((None, *values[:-1]), values, strict=True):
-        at = 100 * (value - low) / (high - low) if high > low else 0.0
-        other = at if before is None else 100 * (before - low) / (high - low)
-        change = None if before is None else value - before
-        steps.append(Step(value, round(at, 2), round(min(at, other), 2), round(abs(at - other), 2), change))
-    return steps
+def track(values: Sequence[float], *, from_zero: bool) -> ChartAxis:
+    """Return a bar's axis in percent of its width: from zero, or from a little below the smallest value."""
+    low, high = min(values), max(values)
+    spread = (high - low) or abs(high) * 0.05 or 1.0
+    return (
+        ChartAxis(0, high or 1.0, 0, 100, ())
+        if from_zero
+        else ChartAxis(low - spread / 5, high + spread / 10, 0, 100, ())
+    )
 
 
-def polylines(epochs: Sequence[int], values: Sequence[float | None], x: Axis, y: Axis) -> list[str]:
+def polylines(epochs: Sequence[int], values: Sequence[float | None], x: ChartAxis, y: ChartAxis) -> list[str]:
     """Return SVG point lists, split where a value is missing."""
     runs: list[list[str]] = [[]]
     for epoch, value in zip(epochs, values, strict=True):

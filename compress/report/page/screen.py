@@ -2,18 +2,19 @@
 
 import math
 import os
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from io import StringIO
 
 from rich.console import Console
-from rich.table import Table as Grid
+from rich.table import Table
 from rich.text import Text
 
-from compress.report.page.table import Strong, Table
+from compress.report.page.table import ReportTable, Strong
 
 LINES = 40  # of one screen
 UNBOUNDED = 10_000  # columns
-FOLDED, NAME = 12, 16  # narrowest widths of a text column and of the row names
+FOLDED = 16  # narrowest width of a text column
 MARKS = {"✓": "green", "✗": "red"}
 
 
@@ -30,71 +31,85 @@ def say(console: Console, text: str, style: str = "", first: str = "") -> None:
     console.print(Text.assemble((first, style), text) if first else Text(text, style), soft_wrap=True)
 
 
-def print_what_fits(console: Console, draw: Callable[[Console, int], None], notes: int) -> None:
-    """Call `draw` with the largest number of `notes` that still fits one screen."""
+def print_screen(
+    console: Console,
+    start: Callable[[Console], None],
+    warnings: Sequence[str],
+    ends: Sequence[Callable[[Console, int], None]],
+    *,
+    verbose: bool,
+    failures: int = 0,
+    least: int = 0,
+) -> None:
+    """Call `start`, print warnings, and call `ends` with the number of notes that each may print, at first `least` or more.
 
-    def lines(kept: int) -> int:
-        trial = Console(file=StringIO(), width=console.width)
-        draw(trial, kept)
-        assert isinstance(trial.file, StringIO)
-        return sum(max(1, math.ceil(len(line.rstrip()) / console.width)) for line in trial.file.getvalue().splitlines())
+    Failures, which an end prints, and warnings are notes. Unless verbose, the largest number of them is kept that fits one screen.
+    """
+    total = max(failures + len(warnings), least)
 
-    draw(console, next((kept for kept in range(notes, 0, -1) if lines(kept) <= LINES), 0))
+    def draw(console: Console, notes: int) -> None:
+        start(console)
+        for warning in warnings[: max(0, notes - failures)]:
+            say(console, warning, "yellow", "\nwarning ")
+        if (hidden := failures + len(warnings) - notes) > 0:
+            say(console, f"\n{hidden} more on the page and with -v", "yellow")
+        for end in ends:
+            end(console, notes)
+
+    def fits(dropped: int) -> bool:
+        trial = Console(file=(file := StringIO()), width=console.width)
+        draw(trial, total - dropped)
+        return (
+            sum(max(1, math.ceil(len(line.rstrip()) / console.width)) for line in file.getvalue().splitlines()) <= LINES
+        )
+
+    draw(console, total - (0 if verbose else bisect_left(range(total), True, key=fits)))
 
 
-def show(console: Console, table: Table, *, few: int | None = None) -> None:
-    """Print the first `few` rows; columns that do not fit are printed below, with the row names repeated."""
-    columns = list(range(len(table.columns) - table.more))
+def show(console: Console, table: ReportTable) -> None:
+    """Print a table; columns that do not fit are printed below, with the row names repeated."""
+    left = list(range(len(table.columns) - table.more))
     if table.title:
-        cut = f" · {few} of {len(table.rows):,}" if few and few < len(table.rows) else ""
-        console.print(Text(f"\n{table.title}{cut}", "bold"))
-    while columns:
-        taken = _fitting(table, columns, console.width)
-        _print(console, table, taken, few)
-        columns = [columns[0], *columns[len(taken) :]] if len(taken) < len(columns) else []
+        console.print(Text(f"\n{table.title}", "bold"))
+    while left:
+        taken = _fitting(table, left, console.width)
+        console.print(_grid(table, taken, console.width))
+        left = [left[0], *left[len(taken) :]] if len(taken) < len(left) else []
     if table.note:
         console.print(Text(table.note, "dim"))
 
 
-def _print(console: Console, table: Table, columns: list[int], few: int | None) -> None:
-    gap = 1 if sum(_natural(table, column) + 2 for column in columns) > console.width + 2 else 2
-    grid = Grid(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim", show_header=any(table.columns))
-    room = console.width - gap * (len(columns) - 1)
-    widths = {column: _natural(table, column) for column in columns}
-    least = {column: _least(table, column) for column in columns}
-    while sum(widths.values()) > room and (wide := [column for column in columns if widths[column] > least[column]]):
-        widths[max(wide[1:] or wide, key=widths.__getitem__)] -= 1  # narrow the row names last
+def _grid(table: ReportTable, columns: Sequence[int], width: int) -> Table:
+    """Return these columns; if they do not fit as they are, texts and the headings of numbers fold."""
+    is_tight = sum(_natural(table, column) + 2 for column in columns) > width + 2
+    padding = (0, 1 if is_tight else 2, 0, 0)
+    grid = Table(box=None, padding=padding, pad_edge=False, header_style="dim", show_header=any(table.columns))
     for column in columns:
-        justify = "left" if column in table.text else "right"
-        grid.add_column(Text(table.columns[column]), justify=justify, overflow="fold", width=max(widths[column], 1))  # type: ignore[arg-type]
-    for row in table.rows[:few]:
+        is_text = column in table.text
+        fixed = _least(table, column) if is_tight and not is_text else None
+        heading = Text(table.columns[column])
+        grid.add_column(heading, justify="left" if is_text else "right", overflow="fold", width=fixed)
+    for row in table.rows:
         grid.add_row(*(Text(row[column], _style(row[column])) for column in columns))
-    width, console.width = console.width, max(console.width, sum(widths.values()) + gap * len(columns))
-    console.print(grid)
-    console.width = width
+    return grid
 
 
-def _fitting(table: Table, columns: list[int], width: int) -> list[int]:
+def _fitting(table: ReportTable, columns: list[int], width: int) -> list[int]:
     """Return the first columns that fit at their narrowest; at least the names and one more."""
-    taken, room = 0, width
-    for column in columns:
-        room -= _least(table, column) + (1 if taken else 0)
-        if room < 0 and taken > 1:
-            break
-        taken += 1
-    return columns[:taken]
+    fits = [sum(_least(table, column) + 1 for column in columns[:end]) <= width + 1 for end in range(len(columns) + 1)]
+    return columns[: max(2, sum(fits) - 1)]
 
 
-def _natural(table: Table, column: int) -> int:
+def _natural(table: ReportTable, column: int) -> int:
     return max(map(len, (table.columns[column], *(row[column] for row in table.rows))), default=0)
 
 
-def _least(table: Table, column: int) -> int:
+def _least(table: ReportTable, column: int) -> int:
     """Return a column's narrowest width: texts and headings fold, numbers never do."""
     if column in table.text:
-        return min(_natural(table, column), NAME if column == 0 else FOLDED)
+        return min(_natural(table, column), FOLDED)
     words = max(map(len, table.columns[column].split()), default=0)
-    return max(min(words, FOLDED), max((len(row[column]) for row in table.rows), default=0))
+    return max(1, min(words, FOLDED), max((len(row[column]) for row in table.rows), default=0))
 
 
 def _style(cell: str) -> str:

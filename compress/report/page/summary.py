@@ -1,6 +1,9 @@
 """What page and terminal share: headline, targets, verdict, the conditions of a timing."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
 
 from compress.report.judge.parity import mismatches
 from compress.report.judge.verdict import (
@@ -16,8 +19,8 @@ from compress.report.judge.verdict import (
     mostly_float,
     show,
 )
-from compress.report.numbers import heading, percent, points, significant, times
-from compress.report.page.table import Table, mark
+from compress.report.numbers import heading, interval, percent, points, significant, times
+from compress.report.page.table import ReportTable, mark
 from compress.report.shape import DeployedRow, Report
 from export.images.size import area, said, size_of
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER
@@ -42,6 +45,11 @@ TARGET_TITLES = {
     "max_macs_ratio": "MACs, as a fraction of the teacher's",
     "max_latency_ms": "Median latency",
 }
+RATIOS = (  # stage metrics in the headline; a bench leaves the last alone
+    ("Parameters", "params_m", "M", "fewer"),
+    ("Size", "size_mb", "MB", "smaller"),
+    ("MACs", "macs_m", "M", "fewer"),
+)
 
 
 def metric(report: Report) -> Metric:
@@ -49,58 +57,52 @@ def metric(report: Report) -> Metric:
     return TASKS[report["recipe"]["task"]].metric
 
 
+def metric_title(report: Report) -> str:
+    """Return the metric's title in the case of a heading."""
+    return heading(report["metric"]["title"])
+
+
+def score_text(report: Report) -> Callable[[float | None], str]:
+    """Return how this report's scores are written: with as many decimals as its number of validation images gives a meaning."""
+    return partial(percent, decimals=decimals(report))
+
+
 def counted(report: Report) -> str:
     """Return what class scores count: images, pixels or objects."""
     return report["classes"].get("counted", "images") if report["classes"] else "images"
 
 
-def headline(report: Report) -> Table:
+def headline(report: Report) -> ReportTable:
     """Return the deployed file's numbers beside the teacher's; without a bench stage, the stages' metrics."""
-    provider = headline_provider(report)
-    teacher, student = (headline_row(report, name, provider) for name in (TEACHER, deployed_name(report)))
-    timed = student if teacher else None
-    ratios = [("MACs", "macs_m", "M", "fewer")]
-    rows: list[tuple[str, str, str, str]] = []
-    name = audited_name(report)
-    if name and report["audit"] and (said := mostly_float(report, name)):
+    provider, name, rows = headline_provider(report), audited_name(report), list[tuple[str, str, str, str]]()
+    teacher, student = (headline_row(report, one, provider) for one in (TEACHER, deployed_name(report)))
+    if name and report["audit"] and (layers := mostly_float(report, name)):
         share = percent(in_float(report["audit"][name]), 0)
-        rows.append(("Not INT8", said, "", f"{share} of the multiply-accumulates"))
-    if teacher and timed:
+        rows.append(("Not INT8", layers, "", f"{share} of the multiply-accumulates"))
+    where, before, after = "PyTorch", *first_and_last(report, "score")
+    ratios = [(title, *first_and_last(report, key), unit, better) for title, key, unit, better in RATIOS]
+    if teacher and student:
         served = report["recommendation"] and report["recommendation"]["file"]
-        where = "ONNX Runtime" if served in (None, timed["name"]) else f"ONNX Runtime, {timed['name']}"
-        rows += _score(report, teacher["score"], timed["score"], where)
-        rows += _ratio("Size", teacher["size_mb"], timed["size_mb"], "MB", "smaller")
-    else:
-        rows += _score(report, *first_and_last(report, "score"), "PyTorch")
-        ratios = [("Parameters", "params_m", "M", "fewer"), ("Size", "size_mb", "MB", "smaller"), *ratios]
-    for title, metric, unit, better in ratios:
-        rows += _ratio(title, *first_and_last(report, metric), unit, better)
-    if teacher and timed:
-        before, after = (significant(row["p50_ms"], "ms") for row in (teacher, timed))
-        rows.append(("Latency", after, f"from {before}", conditions(timed)))
-        if timed["speedup"]:
-            note = "95 % interval {:.2f}–{:.2f}".format(*timed["speedup"]["ci95"])
-            rows.append(("Speed-up", times(timed["speedup"]["ratio"]), "over the teacher", note))
-    return Table("", ("",) * 4, rows, text=(0, 2, 3))
-
-
-def _score(
-    report: Report, before: float | None, after: float | None, where: str
-) -> Iterator[tuple[str, str, str, str]]:
+        where = "ONNX Runtime" if served in (None, student["name"]) else f"ONNX Runtime, {student['name']}"
+        before, after = teacher["score"], student["score"]
+        ratios = [("Size", teacher["size_mb"], student["size_mb"], "MB", "smaller"), ratios[-1]]
     if before is not None and after is not None:
-        was, now = (percent(score, decimals(report)) for score in (before, after))
-        yield heading(report["metric"]["title"]), now, f"from {was}", f"{points(after - before)}, {where}"
+        was, now = map(score_text(report), (before, after))
+        rows.append((metric_title(report), now, f"from {was}", f"{points(after - before)}, {where}"))
+    for title, old, new, unit, better in ratios:
+        if old and new:
+            note = f"{percent(new / old, 0)}, {old / new:.1f}× {better}"
+            rows.append((title, significant(new, unit), f"from {significant(old, unit)}", note))
+    if teacher and student:
+        old_ms, new_ms = (significant(row["p50_ms"], "ms") for row in (teacher, student))
+        rows.append(("Latency", new_ms, f"from {old_ms}", conditions(student)))
+        if student["speedup"]:
+            note = f"95 % interval {interval(student['speedup']['ci95'])}"
+            rows.append(("Speed-up", times(student["speedup"]["ratio"]), "over the teacher", note))
+    return ReportTable("", ("",) * 4, rows, text=(0, 2, 3))
 
 
-def _ratio(
-    title: str, before: float | None, after: float | None, unit: str, better: str
-) -> Iterator[tuple[str, str, str, str]]:
-    if before and after:
-        note = f"{percent(after / before, 0)}, {before / after:.1f}× {better}"
-        yield title, significant(after, unit), f"from {significant(before, unit)}", note
-
-
-def targets(report: Report) -> Table:
+def targets(report: Report) -> ReportTable:
     """Return every target that the recipe sets, with what was measured."""
     measured = measure(report)
     rows = [
@@ -115,7 +117,7 @@ def targets(report: Report) -> Table:
         for target, wanted in report["targets"].items()
         if wanted is not None
     ]
-    return Table("Targets", ("", "Target", "Measured", "Wanted", "", ""), rows, text=(0, 1, 4, 5))
+    return ReportTable("Targets", ("", "Target", "Measured", "Wanted", "", ""), rows, text=(0, 1, 4, 5))
 
 
 def verdict_text(report: Report) -> str:
@@ -139,11 +141,9 @@ def saturations(report: Report) -> Iterator[str]:
     """Yield a sentence for each file in which layers saturate on the machine that verified it."""
     for name, row in (report["verify"] or {}).items():
         worst = sorted(row["saturation"], key=lambda layer: -layer["max_lsb"])
+        layers = ", ".join(f"{layer['layer']} (up to {layer['max_lsb']:,} LSB)" for layer in worst)
         if worst:
-            layers = ", ".join(f"{layer['layer']} (up to {layer['max_lsb']:,} LSB)" for layer in worst)
-            yield (
-                f"SATURATION in {name}: 16-bit sums saturate on this machine, so the file predicts wrongly here: {layers}."
-            )
+            yield f"SATURATION in {name}: 16-bit sums saturate on this machine, so the file predicts wrongly here: {layers}."
 
 
 def run_title(report: Report) -> str:
@@ -185,27 +185,20 @@ def conditions(row: DeployedRow) -> str:
 
 def ordered(rows: Iterable[DeployedRow]) -> list[DeployedRow]:
     """Return the rows grouped by conditions, with files in their usual order."""
-    return sorted(
-        rows,
-        key=lambda row: (
-            row["provider"] != CPU,
-            row["provider"],
-            -area(row["image_size"]),
-            size_of(row["image_size"]),
-            row["batch"],
-            row["threads"] or float("inf"),
-            order(row["name"]),
-        ),
-    )
+
+    def place(row: DeployedRow) -> tuple[Any, ...]:
+        size, threads = row["image_size"], row["threads"] or math.inf
+        provider = row["provider"]
+        return (provider != CPU, provider, -area(size), size_of(size), row["batch"], threads, order(row["name"]))
+
+    return sorted(rows, key=place)
 
 
 def headline_rows(report: Report) -> list[list[DeployedRow]]:
     """Return the files' rows under each provider's headline conditions, the headline's own provider first."""
-    own = headline_provider(report)
-    providers = sorted(
-        {row["provider"] for row in report["deployed"]}, key=lambda provider: (provider != own, provider)
-    )
-    names = sorted({row["name"] for row in report["deployed"]}, key=order)
+    own, timed = headline_provider(report), report["deployed"]
+    names = sorted({row["name"] for row in timed}, key=order)
+    providers = sorted({row["provider"] for row in timed}, key=lambda provider: (provider != own, provider))
     rows = [[row for name in names if (row := headline_row(report, name, provider))] for provider in providers]
     return [group for group in rows if group]
 

@@ -15,7 +15,7 @@ class Strong(str):
     __slots__ = ()
 
 
-class Table(NamedTuple):
+class ReportTable(NamedTuple):
     """Cells as strings; the columns at the indexes `text` are words, the others numbers.
 
     A cell that begins with ✓ or ✗ tells whether a limit is met. The last `more` columns are only on the page.
@@ -29,14 +29,14 @@ class Table(NamedTuple):
     more: int = 0
 
 
-class Section(NamedTuple):
+class PageSection(NamedTuple):
     """Tables under one heading: `lead` is above them, `after` below; the page hides `folded` tables behind a click."""
 
     title: str
-    tables: Sequence[Table]
+    tables: Sequence[ReportTable]
     lead: str = ""
     after: Sequence[str] = ()
-    folded: Sequence[Table] = ()
+    folded: Sequence[ReportTable] = ()
 
 
 def strong(cells: Iterable[str]) -> list[str]:
@@ -59,7 +59,7 @@ def count(number: int | None) -> str:
     return UNKNOWN if number is None else f"{number:,}"
 
 
-def markdown(table: Table, few: int | None = None) -> str:
+def markdown(table: ReportTable, few: int | None = None) -> str:
     """Return the first `few` rows as a Markdown table without columns that are empty in all rows; cells are untrusted and escaped."""
     if not table.rows:
         return ""

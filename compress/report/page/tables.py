@@ -6,9 +6,9 @@ from itertools import groupby
 from compress.report.judge import gain
 from compress.report.judge.classes import worst_first
 from compress.report.judge.verdict import any_row, judged_classes
-from compress.report.numbers import UNKNOWN, duration, heading, percent, points, significant, times
+from compress.report.numbers import UNKNOWN, duration, heading, interval, points, significant, times
 from compress.report.page import summary, tables_int8
-from compress.report.page.table import Section, Table, count
+from compress.report.page.table import PageSection, ReportTable, count
 from compress.report.shape import DeployedRow, Report
 from export.onnx_file.roles import TEACHER
 
@@ -17,23 +17,23 @@ PAIRS = 20
 ELSEWHERE = "A file named after another target was scored and timed on this machine; on its own target, score and time can differ."
 
 
-def sections(report: Report) -> list[Section]:
+def sections(report: Report) -> list[PageSection]:
     """Return everything that was measured, in the order of the page."""
     return [
-        Section("Stage by stage", [stages(report)]),
+        PageSection("Stage by stage", [stages(report)]),
         deployed(report),
-        Section("Class by class", [*accuracy(report), *recalls(report), *confusion(report)]),
-        *tables_int8.sections(report, summary.decimals(report)),
+        PageSection("Class by class", [*accuracy(report), *recalls(report), *confusion(report)]),
+        *tables_int8.sections(report),
     ]
 
 
-def stages(report: Report) -> Table:
+def stages(report: Report) -> ReportTable:
     """Return each stage's metrics, and whether it was reused from an earlier run."""
-    digits = summary.decimals(report)
+    score = summary.score_text(report)
     rows = [
         (
             stage["stage"],
-            percent(stage["metrics"].get("score"), digits),
+            score(stage["metrics"].get("score")),
             *(significant(stage["metrics"].get(name), "M") for name in ("params_m", "macs_m")),
             significant(stage["metrics"].get("size_mb"), "MB"),
             duration(stage["seconds"]),
@@ -42,11 +42,11 @@ def stages(report: Report) -> Table:
         )
         for stage in report["stages"]
     ]
-    columns = ("Stage", heading(report["metric"]["title"]), "Parameters", "MACs", "Size", "Time", "", "Key")
-    return Table("Stages", columns, rows, more=1)
+    columns = ("Stage", summary.metric_title(report), "Parameters", "MACs", "Size", "Time", "", "Key")
+    return ReportTable("Stages", columns, rows, more=1)
 
 
-def deployed(report: Report) -> Section:
+def deployed(report: Report) -> PageSection:
     """Return every file under the headline's conditions, and every timing."""
     rows = report["deployed"]
     after = [
@@ -54,7 +54,7 @@ def deployed(report: Report) -> Section:
         "the slow ones. Peak MB: the memory that the file adds to ONNX Runtime's own."
     ]
     after += [ELSEWHERE] if any(row["name"] not in summary.TITLES for row in rows) else []
-    return Section(
+    return PageSection(
         "Deployed files",
         [*(files(report, rows) for rows in summary.headline_rows(report)), *end_to_end(report)],
         after=[*after, *gain.sentences(report, summary.decimals(report))] if rows else [],
@@ -62,7 +62,7 @@ def deployed(report: Report) -> Section:
     )
 
 
-def end_to_end(report: Report) -> list[Table]:
+def end_to_end(report: Report) -> list[ReportTable]:
     """Return the time of one image from its bytes to the prediction."""
     rows = [
         (name, *map(significant, (*(parts := (row["read_ms"], row["network_ms"], row["answer_ms"])), sum(parts))))
@@ -70,92 +70,83 @@ def end_to_end(report: Report) -> list[Table]:
     ]
     columns = ("File", "Read ms", "Network ms", "Prediction ms", "Total")
     note = "Medians: read and preprocess an image file of its own size, run the network, turn its output into a prediction."
-    return [Table("From file to prediction: one image, one thread", columns, rows, note=note)] if rows else []
+    return [ReportTable("From file to prediction: one image, one thread", columns, rows, note=note)] if rows else []
 
 
-def files(report: Report, rows: Sequence[DeployedRow]) -> Table:
+def files(report: Report, rows: Sequence[DeployedRow]) -> ReportTable:
     """Return the table of files that were timed under the same conditions."""
-    digits = summary.decimals(report)
-    metric = heading(report["metric"]["title"])
-    columns = ("File", metric, "Agree", "MB", "p50 ms", "p99 ms", "vs teacher", "95 %", "vs FP32")
-    further = ("p90 ms", "Images/s", "Peak MB", "Provider options")
+    score = summary.score_text(report)
     cells = [
         (
             row["name"],
-            percent(row["score"], digits),
-            percent(row["agreement"], digits),
+            score(row["score"]),
+            score(row["agreement"]),
             *(significant(row[key]) for key in ("size_mb", "p50_ms", "p99_ms")),
             times(row["speedup"] and row["speedup"]["ratio"]),
-            "{:.2f}–{:.2f}".format(*row["speedup"]["ci95"]) if row["speedup"] else "",
+            interval(row["speedup"]["ci95"]) if row["speedup"] else "",
             times(row["speedup_vs_student_fp32"] and row["speedup_vs_student_fp32"]["ratio"]),
             *(significant(row[key]) for key in ("p90_ms", "throughput_ips", "peak_memory_mb")),
             ", ".join(f"{key}={value}" for key, value in row["provider_options"].items()),
         )
         for row in rows
     ]
-    return Table(summary.conditions(rows[0]), (*columns, *further), cells, more=len(further))
+    columns = ("File", summary.metric_title(report), "Agree", "MB", "p50 ms", "p99 ms", "vs teacher", "95 %", "vs FP32")
+    further = ("p90 ms", "Images/s", "Peak MB", "Provider options")
+    return ReportTable(summary.conditions(rows[0]), (*columns, *further), cells, more=len(further))
 
 
-def accuracy(report: Report) -> list[Table]:
-    """Return every file's score and its task's further metrics."""
-    if judged_classes(report) is None:
+def accuracy(report: Report) -> list[ReportTable]:
+    """Return every file's score and its task's further metrics, and its score of each class, if the task has one."""
+    classes, score, digits = report["classes"], summary.score_text(report), summary.decimals(report)
+    if classes is None or judged_classes(report) is None:
         return []
     names = sorted({row["name"] for row in report["deployed"]}, key=summary.order)
-    found, digits = [row for name in names if (row := any_row(report, name))], summary.decimals(report)
+    found = [row for name in names if (row := any_row(report, name))]
     known = [title for title in found[0]["further"] if {row["further"][title] for row in found} != {None}]
     rows = [
         (
             row["name"],
-            percent(row["score"], digits),
-            "–".join(f"{100 * end:.{digits}f}" for end in row.get("score_ci95", ())),
-            *(percent(row["further"][name], digits) for name in known),
+            score(row["score"]),
+            interval(row["score_ci95"], digits, 100) if "score_ci95" in row else "",
+            *(score(row["further"][name]) for name in known),
         )
         for row in found
     ]
-    columns = ("File", heading(report["metric"]["title"]), "95 %", *map(heading, known))
+    columns = ("File", summary.metric_title(report), "95 %", *map(heading, known))
     note = "Balanced accuracy is the mean recall of the classes: each counts the same, however many images it has."
-    return [Table("Accuracy", columns, rows, note=note if "balanced accuracy" in known else ""), *class_scores(report)]
+    tables = [ReportTable("Accuracy", columns, rows, note=note if "balanced accuracy" in known else "")]
+    if "measure" in classes:
+        names = sorted(classes["files"], key=summary.order)
+        scores = zip(*(classes["files"][name].get("scores", []) for name in names), strict=True)
+        each = [(label, *map(score, own)) for label, own in zip(classes["names"], scores, strict=True)]
+        tables.append(ReportTable(f"{classes['measure']} of each class", ("Class", *names), each))
+    return tables
 
 
-def class_scores(report: Report) -> list[Table]:
-    """Return every file's score of each class, if its task has one."""
-    classes, digits = report["classes"], summary.decimals(report)
-    if classes is None or "measure" not in classes:
-        return []
-    names = sorted(classes["files"], key=summary.order)
-    each = zip(*(classes["files"][name].get("scores", []) for name in names), strict=True)
-    rows = [
-        (label, *(percent(score, digits) for score in scores))
-        for label, scores in zip(classes["names"], each, strict=True)
-    ]
-    return [Table(f"{classes['measure']} of each class", ("Class", *names), rows)]
-
-
-def recalls(report: Report) -> list[Table]:
+def recalls(report: Report) -> list[ReportTable]:
     """Return the recall of teacher and deployed file in each class, largest drop first, classes without images last."""
     judged = judged_classes(report)
     if judged is None:
         return []
-    classes, file, digits = *judged, summary.decimals(report)
+    (classes, file), score, counted = judged, summary.score_text(report), summary.counted(report)
     rows = [
         (
             line.name,
             count(line.images),
-            percent(line.teacher / line.images, digits),
-            percent(line.student / line.images, digits),
+            score(line.teacher / line.images),
+            score(line.student / line.images),
             points(-line.drop),
         )
         for line in worst_first(classes, file)
     ]
     pairs = zip(classes["names"], classes["images"], strict=True)
     rows += [(name, "0", UNKNOWN, UNKNOWN, UNKNOWN) for name, images in pairs if not images]
-    counted = summary.counted(report)
     columns = ("Class", heading(counted), "Teacher", "Deployed", "Change")
     note = f"Recall: the fraction of a class's validation {counted} that {TEACHER} and {file} predict right, in ONNX Runtime."
-    return [Table("Recall of each class, worst loss first", columns, rows, note=note)]
+    return [ReportTable("Recall of each class, worst loss first", columns, rows, note=note)]
 
 
-def confusion(report: Report) -> list[Table]:
+def confusion(report: Report) -> list[ReportTable]:
     """Return the deployed file's confusion matrix, or with many classes the most confused pairs."""
     judged = judged_classes(report)
     if judged is None or judged[0]["files"][judged[1]]["mistakes"] is None:
@@ -169,21 +160,15 @@ def confusion(report: Report) -> list[Table]:
     if len(names) > MATRIX_CLASSES:
         most = sorted(own.items(), key=lambda item: (-item[1], item[0]))[:PAIRS]
         pairs = [
-            (names[pair[0]], names[pair[1]], *map(count, (found, teacher.get(pair, 0), images[pair[0]])))
-            for pair, found in most
+            (names[truth], names[found], *map(count, (times, teacher.get((truth, found), 0), images[truth])))
+            for (truth, found), times in most
         ]
-        return [
-            Table(
-                f"Most confused by {file}",
-                ("Class", "Taken for", heading(summary.counted(report)), "By the teacher", "Of"),
-                pairs,
-                (0, 1),
-            )
-        ]
+        columns = ("Class", "Taken for", heading(summary.counted(report)), "By the teacher", "Of")
+        return [ReportTable(f"Most confused by {file}", columns, pairs, (0, 1))]
     counts = own | {(index, index): right for index, right in enumerate(classes["files"][file]["correct"])}
     rows = [
         (name, *(count(counts[truth, found]) if counts.get((truth, found)) else "·" for found in range(len(names))))
         for truth, name in enumerate(names)
     ]
     note = "A row for each class, a column for each prediction: mistakes lie off the diagonal."
-    return [Table(f"Confusion matrix of {file}", ("", *names), rows, note=note)]
+    return [ReportTable(f"Confusion matrix of {file}", ("", *names), rows, note=note)]

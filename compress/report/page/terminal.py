@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from compress.report.page import summary
-from compress.report.page.screen import print_what_fits, say, show
+from compress.report.page.screen import print_screen, say, show
 from compress.report.page.table import mark
 from compress.report.page.tables import files, sections, stages
 from compress.report.shape import Report
@@ -15,30 +15,22 @@ STYLES = {"pass": "bold green", "fail": "bold red", "partial": "bold"}
 
 def print_report(report: Report, console: Console, *, verbose: bool = False, page: Path | None = None) -> None:
     """Print the headline, the files under its conditions, warnings, verdict and the page's path; every table if verbose."""
-    warnings = [*summary.saturations(report), *report["warnings"]]
 
-    def draw(console: Console, notes: int) -> None:
-        recipe, failures = report["recipe"], report["failures"]
-        say(
-            console,
-            f"  {summary.network(report)} on {recipe['data']['dataset']}\n",
-            "bold",
-            f"\n{summary.run_title(report)}",
-        )
+    def start(console: Console) -> None:
+        subject = f"  {summary.network(report)} on {report['recipe']['data']['dataset']}\n"
+        say(console, subject, "bold", f"\n{summary.run_title(report)}")
         if report["recommendation"]:
             console.print(f"{report['recommendation']['sentence']}\n", markup=False, highlight=False)
         show(console, summary.headline(report))
         print_tables(report, console, verbose=verbose)
-        for warning in warnings[: max(0, notes - len(failures))]:
-            say(console, warning, "yellow", "\nwarning ")
-        if hidden := len(failures) + len(warnings) - notes:
-            say(console, f"\n{hidden} more on the page and with -v", "yellow")
+
+    def end(console: Console, notes: int) -> None:
         print_verdict(report, console, notes)
         if page:
             say(console, f"\n{page}")
 
-    notes = len(warnings) + len(report["failures"])
-    draw(console, notes) if verbose else print_what_fits(console, draw, notes)
+    warnings = [*summary.saturations(report), *report["warnings"]]
+    print_screen(console, start, warnings, [end], verbose=verbose, failures=len(report["failures"]))
 
 
 def print_tables(report: Report, console: Console, *, verbose: bool) -> None:
