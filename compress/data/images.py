@@ -25,9 +25,8 @@ from export.images.decode import (
     Pixel,
     describe_broken,
     image_of,
-    read_area,
     read_image,
-    read_pixel,
+    read_pixels_of,
     resize,
     values_of,
 )
@@ -119,11 +118,11 @@ class FileImages:
 
     def area(self, index: int) -> int:
         """Return an image's height times its width in pixels, 0 where its header cannot be read."""
-        return read_area(self.file(index))
+        return read_pixels_of(self.file(index))[0]
 
     def stored(self, index: int) -> Pixel | None:
         """Return a file's channels and bits, None where its header cannot be read."""
-        return read_pixel(self.file(index))
+        return read_pixels_of(self.file(index))[1]
 
     def report_broken(self, found: dict[int, str]) -> None:
         """Log newly found broken images (reasons by index) if they are to be skipped, else raise DataError."""

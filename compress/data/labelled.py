@@ -1,6 +1,5 @@
 """Open a data set of images with one label each, or with none yet, and write its validation images."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,21 +9,13 @@ import torch
 from torch import Tensor
 
 from compress.data.dataset import Dataset, Parts, TruthKind, open_images
-from compress.data.images import ArrayImages, FileImages, images_of
+from compress.data.images import ArrayImages, images_of
 from compress.data.named import DATA_SETS, Arrays
 from compress.data.settings import DataSettings
-from compress.data.shards import Rows, ShardListing
 from compress.data.validation import copied, new_folder
 from compress.logs.stage_log import say
 from export.errors import DataError
-from export.images.folders import File, FolderListing
 from export.images.preprocess import Preprocess
-
-
-def _files(
-    listing: FolderListing | ShardListing, rows: Sequence[File] | Rows, settings: DataSettings, _: Preprocess
-) -> FileImages:
-    return images_of(listing, rows, skip_broken=settings.skip_broken)
 
 
 def _arrays(settings: DataSettings, _: Preprocess) -> Parts | None:
@@ -54,7 +45,7 @@ def _notes(dataset: Dataset) -> tuple[str, ...]:
 
 
 _LABELS = TruthKind(
-    _files,
+    lambda listing, rows, settings, _: images_of(listing, rows, skip_broken=settings.skip_broken),
     _arrays,
     missing="has no label per image, so it is not for classification: set another task or data set",
     one_label=True,
@@ -62,7 +53,7 @@ _LABELS = TruthKind(
 )
 open_dataset = partial(open_images, kind=_LABELS)
 _UNKNOWN = TruthKind(
-    _files,
+    _LABELS.files,
     lambda _settings, _preprocess: None,
     missing="has labels: leave out `task: unlabelled`, or give a folder of images (DATA=)",
 )

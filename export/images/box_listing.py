@@ -50,10 +50,7 @@ class BoxListing(SplitListing[str]):
     """Images with the files of their boxes, and all `boxes` by image."""
 
     boxes: Mapping[str, BoxTable]
-
-    def place(self, part: str) -> str:
-        """Return where the images of a split belong."""
-        return f"the JSON, list or folder that is named {part}"
+    where = "the JSON, list or folder that is named {part}"
 
     def decisive(self) -> dict[str, object]:
         """Return what decides the data besides the classes' names and the files' content: the boxes as they are read."""

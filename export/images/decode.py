@@ -119,22 +119,13 @@ def orientation_of(image: "Image.Image") -> int:
     return found if found in TURNS else 1
 
 
-def read_area(path: Path | BytesIO) -> int:
-    """Return an image's number of pixels from its header, 0 if it has none."""
+def read_pixels_of(path: Path | BytesIO) -> tuple[int, Pixel | None]:
+    """Return an image's number of pixels, and their channels and bits, from its header; 0 and None if it has none."""
     try:
         with opened(path) as image:
-            return image.width * image.height
+            return image.width * image.height, _pixel(image)
     except BrokenImage:
-        return 0
-
-
-def read_pixel(path: Path | BytesIO) -> Pixel | None:
-    """Return an image's channels and bits from its header, None if it has none."""
-    try:
-        with opened(path) as image:
-            return _pixel(image)
-    except BrokenImage:
-        return None
+        return 0, None
 
 
 def resize(image: "Image.Image", size: tuple[int, int], resampling: "Image.Resampling") -> "Image.Image":

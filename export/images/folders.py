@@ -29,10 +29,7 @@ class FolderListing(SplitListing[int]):
     """Images with one class each, the folder that they lie in."""
 
     fewest = 2
-
-    def place(self, part: str) -> str:
-        """Return where the images of a split belong."""
-        return f"{self.root / part}/<class>/"
+    where = "{root}/{part}/<class>/"
 
 
 def list_folder(root: Path) -> FolderListing:

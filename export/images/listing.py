@@ -29,6 +29,7 @@ class SplitListing(Generic[Truth]):
     val: tuple[tuple[str, Truth], ...] | None
     notes: tuple[str, ...] = ()
     fewest: ClassVar[int] = 1  # classes with which something can be learned
+    where: ClassVar[str]  # the images of a split `part` below `root` belong
 
     @property
     def judged(self) -> tuple[tuple[str, Truth], ...]:
@@ -39,6 +40,10 @@ class SplitListing(Generic[Truth]):
     def every(self) -> tuple[tuple[str, Truth], ...]:
         """All images."""
         return self.train + (self.val or ())
+
+    def place(self, part: str) -> str:
+        """Return where the images of a split belong."""
+        return self.where.format(root=self.root, part=part)
 
     def names(self) -> list[str]:
         """Return the paths of all files."""

@@ -40,9 +40,7 @@ SAMPLE = 200  # masks that are read to decide what they are
 class MaskListing(SplitListing[str]):
     """Images with the files of their masks."""
 
-    def place(self, part: str) -> str:
-        """Return where the images of a split belong."""
-        return f"{self.root / IMAGES / part}/, their masks in {self.root / MASKS / part}/"
+    where = f"{{root}}/{IMAGES}/{{part}}/, their masks in {{root}}/{MASKS}/{{part}}/"
 
     def decisive(self) -> dict[str, object]:
         """Return what decides the data besides the classes' names and the files' content."""

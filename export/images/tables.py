@@ -25,10 +25,7 @@ class TableListing(SplitListing[str]):
     """Images with their tables, and all `labels` by image."""
 
     labels: Mapping[str, tuple[str, ...]]
-
-    def place(self, part: str) -> str:
-        """Return where the images of a split belong."""
-        return f"{self.root / part}/, with {self.root / part / TABLE}"
+    where = f"{{root}}/{{part}}/, with {{root}}/{{part}}/{TABLE}"
 
     def truths(self, files: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
         """Return 1 for each label of a listed file, else 0, (n, classes)."""

@@ -11,7 +11,7 @@ from PIL import Image
 
 from export.bundle.read import preprocess_of
 from export.errors import DataError
-from export.images.decode import Pixel, read_pixel
+from export.images.decode import Pixel, read_pixels_of
 from export.images.preprocess import Preprocess
 from export.images.read import archive_examples, read_pixels
 
@@ -38,7 +38,7 @@ def write_png(file: Path, values: np.ndarray, *, colour_type: int) -> Path:
 def test_all_sixteen_bits_reach_the_network(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 2**16, (4, 6, 1), dtype=np.uint16)
     file = write_png(tmp_path / "depth.png", values, colour_type=0)
-    assert read_pixel(file) == Pixel(1, 16)
+    assert read_pixels_of(file)[1] == Pixel(1, 16)
     pixels = read_pixels(file, GREY16)
     assert np.array_equal(pixels, values)
     np.testing.assert_allclose(GREY16.normalize(pixels[None])[0, 0], (values[..., 0] / 65535 - 0.5) / 0.25, atol=1e-6)
