@@ -192,7 +192,11 @@ def _cloud(comparison: RunComparison) -> Iterator[Markup]:
     for index, run in enumerate(runs):
         x = (run.speedup["ratio"] if run.speedup else None) if by_ratio else run.p50_ms
         found.append((_series(index), run.name if len(runs) <= MOST_COLUMNS else str(index + 1), x, run.score))
-    points = [(series, _short(label), x, y) for series, label, x, y in found if x and x > 0 and y is not None]
+    points = [
+        (series, label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…", x, y)
+        for series, label, x, y in found
+        if x and x > 0 and y is not None
+    ]
     if comparison.speed_by and any(series != TEACHER for series, *_ in points):
         title = "speed-up over the teacher (log scale)" if by_ratio else LATENCY
         yield cloud(comparison.conditions or "", title, points)
@@ -200,7 +204,3 @@ def _cloud(comparison: RunComparison) -> Iterator[Markup]:
 
 def _series(index: int) -> str:
     return f"series-{index % COLOURS + 1}"
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…"

@@ -62,7 +62,7 @@ def recommend(report: Report) -> Recommendation | None:
 def _choose(rows: dict[str, DeployedRow | None], bar: Bar, *, on_gpu: bool) -> tuple[str, str]:
     """Return the file and the reason: the fastest precision with a certain speed-up and enough accuracy."""
     fp16 = rows[FP16]
-    fp16_problem = (_fp16_gpu_problem if on_gpu else _problem)(fp16, bar) if fp16 else None
+    fp16_problem = _problem(fp16, bar, on_gpu=on_gpu) if fp16 else None
     fp16_serves = fp16 is not None and fp16_problem is None
     if on_gpu:
         if fp16 and fp16_serves:
@@ -87,13 +87,14 @@ def _bar(report: Report, rows: dict[str, DeployedRow | None]) -> Bar:
     wanted = report["targets"]["max_drop"]
     max_drop = MAX_DROP if wanted is None else wanted
     teacher, student = (row["score"] if row else None for row in (rows[TEACHER], rows[FP32]))
-    unfit = _unfit(report)
+    score, reference, note = teacher, "the teacher", ""
     if teacher is None:
-        return Bar(student, "the float student", max_drop, wanted is not None, "", unfit)
-    if student is None or teacher - student <= max_drop + TOLERANCE:
-        return Bar(teacher, "the teacher", max_drop, wanted is not None, "", unfit)
-    note = f"; no precision brings it within {loss(max_drop)} of the teacher, the student in FP32 loses {loss(teacher - student)}"
-    return Bar(student, "the float student", max_drop, wanted is not None, note, unfit)
+        score, reference = student, "the float student"
+    elif student is not None and teacher - student > max_drop + TOLERANCE:
+        score, reference = student, "the float student"
+        lost = f"the student in FP32 loses {loss(teacher - student)}"
+        note = f"; no precision brings it within {loss(max_drop)} of the teacher, {lost}"
+    return Bar(score, reference, max_drop, wanted is not None, note, _unfit(report))
 
 
 def _unfit(report: Report) -> dict[str, str]:
@@ -111,25 +112,20 @@ def _unfit(report: Report) -> dict[str, str]:
     return found | {name: f"{name} predicts at chance" for name in at_chance(classes, classes["files"])}
 
 
-def _problem(row: DeployedRow, bar: Bar) -> str | None:
-    """Return what speaks against a file: its accuracy, or a speed-up over FP32 that is not certain."""
+def _problem(row: DeployedRow, bar: Bar, *, on_gpu: bool = False) -> str | None:
+    """Return what speaks against a file: its accuracy, or a speed-up over FP32 that is not certain.
+
+    On a GPU half the memory at equal speed is reason enough to serve FP16: only a certain loss of speed speaks against it.
+    """
     speed, name = row["speedup_vs_student_fp32"], row["name"]
     if problem := _accuracy_problem(row, bar):
         return problem
     if speed is None:
-        return f"{name} was not timed beside {FP32}"
-    if speed["ci95"][0] > 1:
+        return None if on_gpu else f"{name} was not timed beside {FP32}"
+    if (speed["ci95"][1] >= 1) if on_gpu else (speed["ci95"][0] > 1):
         return None
     why = f": {SLOW_INT8}" if row["precision"] == "int8" else ""
     return f"{row['precision'].upper()} is {_interval(speed)} of FP32 here{why}"
-
-
-def _fp16_gpu_problem(row: DeployedRow, bar: Bar) -> str | None:
-    """Return what speaks against FP16 on a GPU, where half the memory at equal speed is reason enough to serve it."""
-    speed = row["speedup_vs_student_fp32"]
-    if problem := _accuracy_problem(row, bar):
-        return problem
-    return f"FP16 is {_interval(speed)} of FP32 here" if speed and speed["ci95"][1] < 1 else None
 
 
 def _accuracy_problem(row: DeployedRow, bar: Bar) -> str | None:

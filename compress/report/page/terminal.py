@@ -14,7 +14,7 @@ STYLES = {"pass": "bold green", "fail": "bold red", "partial": "bold"}
 
 
 def print_report(report: Report, console: Console, *, verbose: bool = False, page: Path | None = None) -> None:
-    """Print the headline, the files under its conditions, warnings, verdict and the page's path; every table if verbose."""
+    """Print the headline, the files under its conditions (or the stages if none was timed), warnings, verdict and the page's path; every table if verbose."""
 
     def start(console: Console) -> None:
         subject = f"  {summary.network(report)} on {report['recipe']['data']['dataset']}\n"
@@ -22,7 +22,15 @@ def print_report(report: Report, console: Console, *, verbose: bool = False, pag
         if report["recommendation"]:
             console.print(f"{report['recommendation']['sentence']}\n", markup=False, highlight=False)
         show(console, summary.headline(report))
-        print_tables(report, console, verbose=verbose)
+        if not verbose:
+            timed = summary.headline_rows(report)
+            show(console, files(report, timed[0]) if timed else stages(report))
+            return
+        for section in sections(report):
+            for table in {table.title: table for table in (*section.tables, *section.folded)}.values():
+                show(console, table)
+            for sentence in section.after:
+                console.print(f"\n{sentence}", markup=False, highlight=False)
 
     def end(console: Console, notes: int) -> None:
         print_verdict(report, console, notes)
@@ -31,19 +39,6 @@ def print_report(report: Report, console: Console, *, verbose: bool = False, pag
 
     warnings = [*summary.saturations(report), *report["warnings"]]
     print_screen(console, start, warnings, [end], verbose=verbose, failures=len(report["failures"]))
-
-
-def print_tables(report: Report, console: Console, *, verbose: bool) -> None:
-    """Print the files under the headline's conditions, or the stages if none was timed; every table if verbose."""
-    timed = summary.headline_rows(report)
-    if not verbose:
-        show(console, files(report, timed[0]) if timed else stages(report))
-        return
-    for section in sections(report):
-        for table in {table.title: table for table in (*section.tables, *section.folded)}.values():
-            show(console, table)
-        for sentence in section.after:
-            console.print(f"\n{sentence}", markup=False, highlight=False)
 
 
 def print_verdict(report: Report, console: Console, notes: int, *, name: str = "") -> None:
