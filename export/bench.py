@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from shutil import get_terminal_size
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from export.bundle.sandbox import vet
 from export.command.arguments import at_least, positive
 from export.command.files import json_text, write_text
 from export.command.main import run
-from export.command.table import table
+from export.command.table import print_live, table
 from export.errors import BundleError
 from export.images.size import Shape, Size, area, size_of
 from export.onnx_file.model_file import MAX_IMAGE_SIZE, ModelFile, inspect
@@ -275,13 +274,6 @@ def cells(row: TimingRow, scored: AccuracyRow | None) -> list[str | float | None
         scored["score"] if scored else None,
         scored["agreement"] if scored else None,
     ]
-
-
-def print_live(line: str) -> None:
-    """Show a line of progress in place, only on a terminal."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\033[K{line[: get_terminal_size().columns - 1]}")
-        sys.stderr.flush()
 
 
 def numbers(lowest: int) -> Callable[[str], list[int]]:

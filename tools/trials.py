@@ -25,9 +25,9 @@ from sklearn.datasets import load_sample_images
 from compress.models.architectures import build
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, prepare
-from export.bench import print_live
 from export.bundle.read import read_bundle
 from export.bundle.write import write_bundle
+from export.command.table import print_live
 from export.gate.accuracy import accuracy_checks
 from export.gate.checks import Limits
 from export.gate.latency import Opener, Plan, compare, judge, opener, record, self_test

@@ -1,6 +1,8 @@
 """Aligned plain text for terminals and logs."""
 
+import sys
 from collections.abc import Sequence
+from shutil import get_terminal_size
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> str:
@@ -26,3 +28,10 @@ def cell(value: str | float | None) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+
+
+def print_live(line: str) -> None:
+    """Show a line of progress in place, only on a terminal."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\033[K{line[: get_terminal_size().columns - 1]}")
+        sys.stderr.flush()

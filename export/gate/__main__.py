@@ -4,10 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from export.bench import print_live
 from export.command.files import write_text
 from export.command.main import run
-from export.gate.checks import EXIT_CODES, Limits, Verdict
+from export.command.table import print_live
+from export.gate.checks import EXIT_CODES, Limits
 from export.gate.commands import BASELINES, judge, update
 from export.gate.latency import Plan
 from export.gate.outputs import as_json, as_junit, as_text
@@ -36,6 +36,14 @@ def judge_or_accept(arguments: argparse.Namespace) -> int:
         batch=arguments.batch,
     )
     if arguments.update_baseline:
+        if limits.max_latency_ratio is not None:
+            seconds = (
+                4 * plan.looks * plan.seconds
+            )  # two files beside each other, to see if the machine is fit and to record
+            sys.stderr.write(
+                f"timing takes {seconds:.0f} s and an idle machine: on a busy one, leave it out with --no-latency\n"
+            )
+            sys.stderr.flush()
         try:
             place, notes = update(
                 arguments.bundle,
@@ -63,7 +71,9 @@ def judge_or_accept(arguments: argparse.Namespace) -> int:
     )
     print_live("")
     sys.stdout.write(f"{as_text(verdict)}\n")
-    write_outputs(verdict, arguments)
+    for path, text in ((arguments.junit, as_junit), (arguments.json, as_json)):
+        if path:
+            write_text(path, text(verdict))
     return verdict.exit_code
 
 
@@ -110,13 +120,6 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--junit", type=Path, help="also write the checks as JUnit XML")
     found.add_argument("--json", type=Path, help="also write as_json")
     return found
-
-
-def write_outputs(verdict: Verdict, arguments: argparse.Namespace) -> None:
-    """Write the requested files."""
-    for path, text in ((arguments.junit, as_junit), (arguments.json, as_json)):
-        if path:
-            write_text(path, text(verdict))
 
 
 if __name__ == "__main__":

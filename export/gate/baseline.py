@@ -14,22 +14,23 @@ from export.runtime.environment import fingerprint
 from export.tasks import task_named
 
 SCHEMA_VERSION = 2
+OWN_KEYS = {"answers", "classes"}  # of no other file that this project writes
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """One accepted bundle on one machine; `data` is the path of its images."""
+    """One bundle on one machine, in the file's order; `data` is the path of its images. It is judged without what was measured."""
 
     bundle: str
     task: str
     served: str
     classes: tuple[str, ...]
     preprocess: dict[str, Any]
-    files: dict[str, Facts]
     environment: dict[str, Any]
+    files: dict[str, Facts]
+    latency: Recorded | None = None
     data: str | None = None
     predictions: Predictions | None = None
-    latency: Recorded | None = None
 
     @property
     def runtime(self) -> str | None:
@@ -64,10 +65,22 @@ def find_baseline(place: Path, machine: str) -> Path:
     return found[0]
 
 
+def check_own(was: Baseline, now: Baseline) -> None:
+    """Raise BundleError for another bundle's baseline: of another task, or of another name with other classes."""
+    if was.task != now.task or (was.bundle != now.bundle and was.classes != now.classes):
+        raise BundleError(
+            f"the baseline is of another bundle, {was.bundle} ({was.task}, {len(was.classes)} classes), and this one is {now.bundle} "
+            f"({now.task}, {len(now.classes)} classes): give its own, or record it with --update-baseline"
+        )
+
+
 def read_baseline(path: Path) -> Baseline:
     """Read a baseline file; BundleError if `write_baseline` did not write it."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict) or OWN_KEYS.isdisjoint(document):
+            reason = "is another file, no baseline: name one, or another name to record it with --update-baseline"
+            raise BundleError(f"{path}: {reason}")
         if document["schema_version"] == SCHEMA_VERSION:
             return _from_json(document)
         reason = f"schema_version: must be {SCHEMA_VERSION}, got {document['schema_version']!r}"
@@ -77,19 +90,14 @@ def read_baseline(path: Path) -> Baseline:
 
 
 def _from_json(document: dict[str, Any]) -> Baseline:
-    classes = tuple(document["classes"])
-    rows, latency, environment = document["answers"], document["latency"], document["environment"]
+    classes, rows, latency = tuple(document["classes"]), document["answers"], document["latency"]
     # Raise KeyError if one of them is missing.
-    _ = fingerprint(environment), runtime_of(environment), document["files"][document["served"]]
+    _ = fingerprint(document["environment"]), runtime_of(document["environment"]), document["files"][document["served"]]
     return Baseline(
-        bundle=document["bundle"],
-        task=document["task"],
-        served=document["served"],
+        **{key: document[key] for key in ("bundle", "task", "served", "environment", "data")},
         classes=classes,
         preprocess={"upright": False, **document["preprocess"]},  # missing in older baselines
         files={name: Facts(**facts) for name, facts in document["files"].items()},
-        environment=environment,
-        data=document["data"],
         predictions=None if rows is None else predictions_from_json(task_named(document["task"]), classes, rows),
         latency=None if latency is None else Recorded(**latency),
     )
@@ -97,20 +105,10 @@ def _from_json(document: dict[str, Any]) -> Baseline:
 
 def write_baseline(path: Path, baseline: Baseline) -> None:
     """Write the file in one step; the same baseline gives the same bytes, with one line per image."""
-    document = {
-        "schema_version": SCHEMA_VERSION,
-        "bundle": baseline.bundle,
-        "task": baseline.task,
-        "served": baseline.served,
-        "classes": baseline.classes,
-        "preprocess": baseline.preprocess,
-        "environment": baseline.environment,
-        "files": {name: facts.to_json() for name, facts in baseline.files.items()},
-        "latency": None if baseline.latency is None else asdict(baseline.latency),
-        "data": baseline.data,
-        "answers": None if baseline.predictions is None else baseline.predictions.to_json(),
-    }
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    document = {"schema_version": SCHEMA_VERSION, **vars(baseline)}
+    predictions: Predictions | None = document.pop("predictions")
+    document["answers"] = None if predictions is None else predictions.to_json()
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False, default=asdict) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with writing(path) as file:

@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from export.errors import BundleError
-from export.gate.baseline import find_baseline, read_baseline, write_baseline
+from export.gate.baseline import Baseline, find_baseline, read_baseline, write_baseline
 from export.gate.checks import Limits, Verdict
-from export.gate.latency import Plan
-from export.gate.record import accept
+from export.gate.latency import Plan, opener, record, self_test
+from export.gate.predictions import predict_all
 from export.gate.run import gate
 from export.gate.subject import BrokenBundleError, Subject, open_subject
+from export.onnx_file.roles import FP32, TEACHER
 from export.runtime.environment import environment, fingerprint
 
 BASELINES = Path("baselines")
@@ -66,3 +67,36 @@ def update(
     path = baseline if baseline.suffix == ".json" else baseline / f"{accepted.fingerprint}.json"
     write_baseline(path, accepted)
     return path, accepted.predictions.notes if accepted.predictions else ()
+
+
+def reference_of(subject: Subject) -> str | None:
+    """Return the float file whose time divides the served file's, or None if the bundle has none."""
+    return next((name for name in (FP32, TEACHER) if name in subject.now.files and name != subject.now.served), None)
+
+
+def accept(
+    subject: Subject, data: Path | None, limits: Limits, plan: Plan, progress: Progress = lambda _: None
+) -> Baseline:
+    """Return the bundle as this machine's baseline, with predictions if there are `data`, and times if latency has a limit.
+
+    Raises BundleError for a machine unfit for timing, and for a bundle without a float file to compare times with.
+    """
+    latency = None
+    if limits.max_latency_ratio is not None:
+        reference = reference_of(subject)
+        if reference is None:
+            raise BundleError(
+                f"{subject.bundle.path}: has no float file to compare times with: record it with --no-latency and judge it "
+                "with --against"
+            )
+        served = opener(subject.served, subject.bundle.preprocess, plan)
+        progress("timing the file against itself")
+        fit = self_test(served, plan, limits.max_latency_ratio)
+        if fit.status != "pass":
+            raise BundleError(f"machine: {fit.detail} (--no-latency); no baseline was written")
+        progress(f"timing {subject.now.served} beside {reference}")
+        other = opener(subject.bundle.files[reference], subject.bundle.preprocess, plan)
+        latency = record(served, other, plan, name=reference)
+    predictions = None if data is None else predict_all(subject.bundle, subject.now.served, data)
+    place = None if data is None else data.resolve().as_posix()
+    return replace(subject.now, data=place, predictions=predictions, latency=latency)

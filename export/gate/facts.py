@@ -1,7 +1,6 @@
 """Facts of a file that no run changes: its size, its MACs, and the graph that ONNX Runtime optimizes it to."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from export.command.files import sha256
@@ -28,10 +27,6 @@ class Facts:
     leftover_qdq: list[str]
     can_saturate: list[str]  # INT8 layers whose sums can saturate on a CPU without VNNI
 
-    def to_json(self) -> dict[str, object]:
-        """Return the facts as JSON values."""
-        return asdict(self)
-
 
 def facts(path: Path) -> Facts:
     """Read the file and let ONNX Runtime optimize it for the CPU. Raises BundleError for a file that cannot be used."""
@@ -55,8 +50,3 @@ def facts(path: Path) -> Facts:
 def same_work(was: Facts, now: Facts, *, operators: bool) -> bool:
     """Tell whether two files should take the same time: equal MACs, equal precision and, if `operators`, equal operators."""
     return (was.macs, was.precision) == (now.macs, now.precision) and not (operators and was.operators != now.operators)
-
-
-def all_facts(files: Mapping[str, Path]) -> dict[str, Facts]:
-    """Return the facts of every file by name."""
-    return {name: facts(path) for name, path in files.items()}

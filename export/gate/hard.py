@@ -9,18 +9,6 @@ from export.gate.checks import Check, Limits
 from export.gate.facts import Facts
 from export.names import LABELS, PREPROCESS
 
-Json = Mapping[str, object]
-
-
-@dataclass(frozen=True)
-class Now:
-    """The facts of the bundle under judgement."""
-
-    served: str
-    classes: tuple[str, ...]
-    preprocess: Json
-    files: Mapping[str, Facts]
-
 
 @dataclass(frozen=True)
 class Property:
@@ -32,7 +20,7 @@ class Property:
     worse: Callable[[Facts, Facts], str]
 
 
-def hard_checks(was: Baseline, now: Now, limits: Limits, *, same_graph: bool) -> Iterator[Check]:
+def hard_checks(was: Baseline, now: Baseline, limits: Limits, *, same_graph: bool) -> Iterator[Check]:
     """Yield one check for each property over all files of the baseline.
 
     `same_graph`: both were optimized by the same ONNX Runtime on the same machine, so their operators are comparable.
@@ -59,32 +47,32 @@ def properties(limits: Limits) -> Sequence[Property]:
             return "" if old == new else f"was {old}, is {new}"
         return f"was {old:,}, is {new:,}: {new / old:.3f} times" if new > old * limits.max_size_ratio else ""
 
+    def of_layers(one: Facts) -> str:
+        return f"{len(one.integer_layers)} of {len(one.integer_layers) + len(one.float_layers)}"
+
+    def stay(old: Facts, new: Facts) -> str:
+        return more("stay in the optimized graph", old.leftover_qdq, new.leftover_qdq)
+
+    def saturate(old: Facts, new: Facts) -> str:
+        return more("can saturate on a CPU without VNNI", old.can_saturate, new.can_saturate)
+
+    def other(old: Facts, new: Facts) -> str:
+        return "" if old.precision == new.precision else f"was {old.precision}, is {new.precision}"
+
+    def macs(one: Facts) -> str:
+        return "unknown" if one.macs is None else f"{one.macs / 1e6:,.2f} M"
+
     growth = f"{limits.max_size_ratio:.3f} times"
     return (
         Property("size", growth, lambda one: f"{one.bytes / 1e6:.3f} MB", lambda old, new: grown(old.bytes, new.bytes)),
-        Property("MACs", growth, shown_macs, lambda old, new: grown(old.macs, new.macs)),
-        Property("precision", "the same", lambda one: one.precision, other_precision),
+        Property("MACs", growth, macs, lambda old, new: grown(old.macs, new.macs)),
+        Property("precision", "the same", lambda one: one.precision, other),
         Property("opset, IR", "no newer", lambda one: f"{one.opset}, {one.ir_version}", newer),
-        Property("integer layers", "none lost", shown_layers, lost_integers),
-        Property("Q/DQ inside", "no more", lambda one: str(len(one.leftover_qdq)), more_qdq),
-        Property("can saturate", "no more", lambda one: str(len(one.can_saturate)), more_saturation),
+        Property("integer layers", "none lost", of_layers, lost_integers),
+        Property("Q/DQ inside", "no more", lambda one: str(len(one.leftover_qdq)), stay),
+        Property("can saturate", "no more", lambda one: str(len(one.can_saturate)), saturate),
         Property("operators", "none added", lambda one: str(sum(one.operators.values())), more_operators),
     )
-
-
-def shown_macs(one: Facts) -> str:
-    """Return millions of multiply-accumulates."""
-    return "unknown" if one.macs is None else f"{one.macs / 1e6:,.2f} M"
-
-
-def shown_layers(one: Facts) -> str:
-    """Return the number of integer layers of all layers."""
-    return f"{len(one.integer_layers)} of {len(one.integer_layers) + len(one.float_layers)}"
-
-
-def other_precision(old: Facts, new: Facts) -> str:
-    """Return a sentence if the precision differs."""
-    return "" if old.precision == new.precision else f"was {old.precision}, is {new.precision}"
 
 
 def newer(old: Facts, new: Facts) -> str:
@@ -102,17 +90,9 @@ def lost_integers(old: Facts, new: Facts) -> str:
     return f"{first(lost)} run in float now" if lost else ""
 
 
-def more_qdq(old: Facts, new: Facts) -> str:
-    """Name the Q/DQ nodes that ONNX Runtime fused before and does not now, if there are more in all."""
-    found = [name for name in new.leftover_qdq if name not in old.leftover_qdq]
-    return f"{first(found)} stay in the optimized graph now" if len(new.leftover_qdq) > len(old.leftover_qdq) else ""
-
-
-def more_saturation(old: Facts, new: Facts) -> str:
-    """Name the layers that can saturate now and could not before, if there are more in all."""
-    found = [name for name in new.can_saturate if name not in old.can_saturate]
-    more = len(new.can_saturate) > len(old.can_saturate)
-    return f"{first(found)} can saturate on a CPU without VNNI now" if more else ""
+def more(what: str, old: Sequence[str], new: Sequence[str]) -> str:
+    """Name what is new in a list, if the list has grown."""
+    return f"{first([name for name in new if name not in old])} {what} now" if len(new) > len(old) else ""
 
 
 def more_operators(old: Facts, new: Facts) -> str:
@@ -123,7 +103,7 @@ def more_operators(old: Facts, new: Facts) -> str:
     return ", ".join(f"{change:+d} {kind}" for kind, change in sorted(changes.items()) if change)
 
 
-def files_check(was: Baseline, now: Now) -> Check:
+def files_check(was: Baseline, now: Baseline) -> Check:
     """Check that every file of the baseline is there, and the same file is served."""
     gone, come = sorted(was.files.keys() - now.files.keys()), sorted(now.files.keys() - was.files.keys())
     parts = [f"{name} is gone" for name in gone]
@@ -149,7 +129,7 @@ def differing_lines(was: Sequence[str], now: Sequence[str]) -> list[str]:
     return [f"had {len(was)} classes, has {len(now)}", *lost, *(f"{name!r} is new" for name in now if name not in was)]
 
 
-def differing_keys(was: Json, now: Json) -> list[str]:
+def differing_keys(was: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """Return the keys whose values differ."""
     keys = sorted(was.keys() | now.keys())
     return [f"{key} was {was.get(key)}, is {now.get(key)}" for key in keys if was.get(key) != now.get(key)]

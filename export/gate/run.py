@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from export.gate.accuracy import accuracy_checks
-from export.gate.baseline import Baseline, runtime_of
+from export.gate.baseline import Baseline, check_own, runtime_of
 from export.gate.checks import Check, Limits, Measured, Verdict
 from export.gate.facts import same_work
 from export.gate.hard import hard_checks
@@ -37,12 +37,13 @@ def gate(
     `data` are labelled images, by default those that the baseline names. A broken bundle gets a verdict; BundleError is raised
     for any other problem.
     """
-    here = environment()
     try:
         progress("reading the bundle")
         subject = open_subject(path)
     except BrokenBundleError as error:
-        return Verdict(str(path), (Check("bundle", "broken", detail=str(error)),), environment=here)
+        return Verdict(str(path), (Check("bundle", "broken", detail=str(error)),), environment=environment())
+    check_own(was, subject.now)
+    here = subject.now.environment
     is_here = was.fingerprint == fingerprint(here)
     same_graph = is_here and was.runtime == runtime_of(here)
     checks = [*subject.checks, *hard_checks(was, subject.now, limits, same_graph=same_graph)]

@@ -8,9 +8,10 @@ from export.bundle.golden import outputs_of
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import vet
 from export.errors import BundleError
+from export.gate.baseline import Baseline
 from export.gate.checks import Check
-from export.gate.facts import all_facts
-from export.gate.hard import Now
+from export.gate.facts import facts
+from export.runtime.environment import environment
 
 
 class BrokenBundleError(BundleError):
@@ -19,10 +20,10 @@ class BrokenBundleError(BundleError):
 
 @dataclass(frozen=True)
 class Subject:
-    """A sound bundle, its files' facts, and the checks that it passed."""
+    """A sound bundle, what a baseline of it says before anything is measured, and the checks that it passed."""
 
     bundle: Bundle
-    now: Now
+    now: Baseline
     checks: tuple[Check, ...]
 
     @property
@@ -39,12 +40,15 @@ def open_subject(path: Path) -> Subject:
     try:
         bundle = read_bundle(path, inspect=vet)
         preprocess = json.loads(json.dumps(asdict(bundle.preprocess)))  # as in a baseline
-        now = Now(bundle.served, bundle.labels, preprocess, all_facts(bundle.files))
+        files = {name: facts(path) for name, path in bundle.files.items()}
         check_golden(bundle)
     except BundleError as error:
         if error.defect == "wrong_runtime":
             raise
         raise BrokenBundleError(str(error)) from error
+    now = Baseline(
+        bundle.name, bundle.task.name, bundle.served, bundle.labels, preprocess, environment=environment(), files=files
+    )
     whole = Check("digests", "pass", limit="whole", detail=f"{len(bundle.files)} files, every digest right")
     golden = Check(
         "golden outputs", "pass", limit="in tolerance", detail=f"{len(bundle.golden.truths)} images in every file"

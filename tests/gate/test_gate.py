@@ -19,10 +19,9 @@ from export.errors import BundleError
 from export.gate import run
 from export.gate.baseline import Baseline, read_baseline
 from export.gate.checks import Check, Limits, Verdict
-from export.gate.commands import judge, update
+from export.gate.commands import accept, judge, update
 from export.gate.latency import Plan
 from export.gate.outputs import as_junit
-from export.gate.record import accept
 from export.gate.subject import open_subject
 from export.runtime.session import Run
 
@@ -159,6 +158,17 @@ def test_a_missing_file_fails_and_stops_no_other_check(baseline: Baseline, tmp_p
     assert verdict.exit_code == 1
 
 
+def test_the_baseline_of_another_bundle_is_a_sentence(baseline: Baseline, place: Path) -> None:
+    other = replace(baseline, bundle="digits", classes=tuple("0123456789"))
+    with pytest.raises(
+        BundleError, match=r"of another bundle, digits \(classification, 10 classes\), and this one is small \("
+    ):
+        gated(place / "bundle", other)
+    with pytest.raises(BundleError, match=r"of another bundle, small \(detection, 3 classes\)"):
+        gated(place / "bundle", replace(baseline, task="detection"))
+    assert gated(place / "bundle", replace(baseline, bundle="renamed")).exit_code == 0
+
+
 # Broken bundles
 
 
@@ -278,7 +288,7 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, float], Plan]:
 
         return open_
 
-    for module in ("run", "record"):
+    for module in ("run", "commands"):
         monkeypatch.setattr(f"export.gate.{module}.opener", opener)
     return seconds, Plan(seconds=0.1, blocks=6, looks=2, clock=lambda: now)
 

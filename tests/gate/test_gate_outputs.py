@@ -15,6 +15,7 @@ from gated_bundles import flip_a_byte, gated_place
 
 from export.bundle.read import inspect_here
 from export.errors import BundleError
+from export.gate.__main__ import main
 from export.gate.baseline import find_baseline, read_baseline, write_baseline
 from export.gate.checks import Check, Limits, Verdict
 from export.gate.commands import judge, update
@@ -91,7 +92,6 @@ def without(key: str) -> Callable[[dict[str, object]], object]:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda document: [],
         lambda document: document | {"schema_version": 99},
         lambda document: document | {"files": {"student_int8": {"bytes": 3}}},
         lambda document: document | {"answers": {"labels": {}, "predictions": {"0": 99}}},
@@ -105,6 +105,13 @@ def test_a_damaged_baseline_is_a_sentence(
     document = json.loads(next((place / "baselines").iterdir()).read_text())
     (tmp_path / "b.json").write_text(json.dumps(damage(document)))
     with pytest.raises(BundleError, match=r"b\.json: .*record it with --update-baseline"):
+        read_baseline(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("document", [[], {"schema_version": 3, "name": "small"}, {"timings": []}])
+def test_another_file_is_named_as_such(document: object, tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_text(json.dumps(document))
+    with pytest.raises(BundleError, match=r"b\.json: is another file, no baseline: name one"):
         read_baseline(tmp_path / "b.json")
 
 
@@ -192,6 +199,23 @@ def test_a_wrong_command_is_a_sentence(words: tuple[str, ...], code: int, senten
     done = command(place / "bundle", *words, cwd=place)
     assert (done.returncode, "Traceback" in done.stderr) == (code, False)
     assert sentence in done.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("--no-latency",)])
+def test_a_recording_says_how_to_leave_the_times_out_before_it_takes_them(
+    words: tuple[str, ...], place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+
+    def update_(*_: object, **__: object) -> tuple[Path, tuple[str, ...]]:
+        said.append(capsys.readouterr().err)
+        return place, ()
+
+    monkeypatch.setattr("export.gate.__main__.update", update_)
+    monkeypatch.setattr(sys, "argv", ["gate", str(place / "bundle"), "--update-baseline", *words])
+    assert main() == 0
+    expected = "timing takes 16 s and an idle machine: on a busy one, leave it out with --no-latency\n"
+    assert said == ["" if words else expected]
 
 
 def test_a_broken_bundle_is_not_recorded(place: Path, tmp_path: Path) -> None:
