@@ -72,6 +72,14 @@ def test_runs_of_one_recipe_go_by_their_folders(
     assert tuple(read_runs([save_report(pair[0], Path(place)) for place in places])) == names
 
 
+def test_a_run_whose_student_is_its_only_network_goes_by_its_teachers(
+    tmp_path: Path, pair: tuple[Report, Report]
+) -> None:
+    pair[0]["recipe"] |= {"model": None, "teacher": [{"network": "timm:vit"}, {"network": "timm:swin"}]}
+    runs = read_runs([save_report(report, tmp_path / report["recipe"]["name"]) for report in pair])
+    assert compare(runs).candidates[0].arch == "timm:vit, timm:swin"
+
+
 def test_a_bundle_without_its_report_is_refused(
     invoke: Callable[..., Result], tmp_path: Path, pair: tuple[Report, Report]
 ) -> None:

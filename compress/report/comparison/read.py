@@ -29,6 +29,12 @@ class _Model(TypedDict):
     arch: str
 
 
+class _Teacher(TypedDict):
+    """The fields of a recipe's teacher that a comparison reads."""
+
+    network: str
+
+
 class _Recipe(TypedDict):
     """The fields of a recipe that a comparison reads."""
 
@@ -36,7 +42,8 @@ class _Recipe(TypedDict):
     target: str
     seed: int
     data: Json
-    model: _Model
+    model: _Model | None
+    teacher: NotRequired[list[_Teacher]]
     stages: list[Json]
 
 
