@@ -26,7 +26,7 @@ FOLDER, IMAGES, INPUTS = "golden", "images", "inputs"
 MAX_GOLDEN = 64  # images
 # The largest allowed difference of an output value, in standard deviations of the expected values. Largest seen on 1,000 photographs and
 # 897 digits in ONNX Runtime 1.15 to 1.32 on x86-64, aarch64 and WebAssembly, and in OpenVINO: fp32 1e-6, fp16 0.05 (Arm), int8 0.13.
-TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "int8": 0.25}
+WIDEST = {"fp32": 1e-3, "fp16": 0.1, "int8": 0.25}
 # For INT8 also in changes by noise of half a pixel's level, which rounds about as many values the other way as another runtime does: on
 # 897 digits and two networks OpenVINO's largest difference was 0.7 to 1.4 times the largest change of NOISY images.
 CHANGES, NOISY = 2, 32
@@ -61,7 +61,7 @@ def tolerance_of(
     path: Path, precision: str, inputs: NDArray[np.float32], outputs: NDArray[np.float32], preprocess: Preprocess
 ) -> float:
     """Return by how much an output value of a file may differ on another correct machine; `outputs` are this one's for `inputs`."""
-    most = TOLERANCE[precision] * spread(outputs)
+    most = WIDEST[precision] * spread(outputs)
     if precision != "int8":
         return most
     level = 1 / (255 * np.array(preprocess.std)[:, None, None])  # (channels, 1, 1)
@@ -69,7 +69,7 @@ def tolerance_of(
     for _ in range(-(-NOISY // len(inputs))):
         noisy = inputs + random.uniform(-0.5, 0.5, inputs.shape) * level
         moved = max(moved, float(np.abs(outputs_of(path, noisy.astype(np.float32)) - outputs).max()))
-    return min(most, max(CHANGES * moved, TOLERANCE["fp32"] * spread(outputs)))
+    return min(most, max(CHANGES * moved, WIDEST["fp32"] * spread(outputs)))
 
 
 def spread(outputs: NDArray[np.float32]) -> float:

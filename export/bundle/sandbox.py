@@ -28,12 +28,15 @@ from export.errors import BundleError, Defect
 from export.onnx_file.model_file import ModelFile, Value, facts_of, parse
 from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
 
+if sys.platform != "win32":
+    import resource
+
 OUT_OF_MEMORY = ("alloc", "MemoryError", "length_error")  # words in the libraries' messages
-BUSY, SLOW = (-signal.SIGXCPU, -signal.SIGALRM) if sys.platform != "win32" else (None, None)
+OUT_OF_CPU, OUT_OF_TIME = (-signal.SIGXCPU, -signal.SIGALRM) if sys.platform != "win32" else (None, None)
 
 
 @dataclass(frozen=True)
-class Limits:
+class ChildLimits:
     """The child's limits; docs/bundle.md has the numbers that sound files need."""
 
     memory_mb: int = 2048  # of address space, plus `memory_per_byte` for each byte of the largest file
@@ -51,20 +54,20 @@ Found = ModelFile | BundleError | None
 """The result for one file: its facts (None if not wanted), or the error."""
 
 
-def vet(paths: Sequence[Path], limits: Limits = Limits()) -> list[ModelFile | BundleError]:
+def vet(paths: Sequence[Path], limits: ChildLimits = ChildLimits()) -> list[ModelFile | BundleError]:
     """Return the facts of each model file of a bundle, or its error."""
     return [found or _nonsense(path) for path, found in zip(paths, _look_guarded(paths, limits), strict=True)]
 
 
 def require_sound(path: Path) -> Path:
     """Return the path of an ONNX file, which need not fit a bundle; raise BundleError if it is not sound."""
-    (found,) = _look_guarded([path], Limits(), "--any")
+    (found,) = _look_guarded([path], ChildLimits(), "--any")
     if isinstance(found, BundleError):
         raise found
     return path
 
 
-def _look_guarded(paths: Sequence[Path], limits: Limits, *options: str) -> list[Found]:
+def _look_guarded(paths: Sequence[Path], limits: ChildLimits, *options: str) -> list[Found]:
     """Return the child's findings; if a file ends the child, another child continues with the rest.
 
     A file that takes too much processor time gets another child, which counts its MACs first: that takes a second, which few files need.
@@ -76,14 +79,14 @@ def _look_guarded(paths: Sequence[Path], limits: Limits, *options: str) -> list[
         found.extend(_read_line(line, path) for line, path in zip(lines, left, strict=False))
         if len(lines) < len(left):
             path, again = left[len(lines)], list[str]()
-            if ended is not None and ended.returncode == BUSY:
+            if ended is not None and ended.returncode == OUT_OF_CPU:
                 again, ended = _ask_child([path], limits, [*options, "--count-macs"])
             found.append(_read_line(again[0], path) if again else _why(ended, path, limits))
     return found
 
 
 def _ask_child(
-    paths: Sequence[Path], limits: Limits, options: Sequence[str]
+    paths: Sequence[Path], limits: ChildLimits, options: Sequence[str]
 ) -> tuple[list[str], "subprocess.CompletedProcess[str] | None"]:
     """Return the child's lines, one per finished file, and its completed process, or None if it had to be stopped."""
     root = str(Path(__file__).parents[2])
@@ -134,11 +137,11 @@ def _nonsense(path: Path) -> BundleError:
     return BundleError(f"{path.name}: the process that checked it printed nonsense: do not trust it", defect="crashed")
 
 
-def _why(ended: "subprocess.CompletedProcess[str] | None", path: Path, limits: Limits) -> BundleError:
+def _why(ended: "subprocess.CompletedProcess[str] | None", path: Path, limits: ChildLimits) -> BundleError:
     """Return the error for the file that ended the child."""
     again = "export it again, or do not trust it"
-    if ended is None or ended.returncode in (BUSY, SLOW):
-        busy = ended is not None and ended.returncode == BUSY
+    if ended is None or ended.returncode in (OUT_OF_CPU, OUT_OF_TIME):
+        busy = ended is not None and ended.returncode == OUT_OF_CPU
         return _too_slow(path, f"{limits.cpu_seconds} s of processor time" if busy else f"{limits.seconds} s")
     if ended.returncode == -9 or any(word in ended.stderr for word in OUT_OF_MEMORY):
         return _too_hungry(path, limits)
@@ -152,12 +155,12 @@ def _too_slow(path: Path, time: str) -> BundleError:
     return BundleError(sentence, defect="timed_out")
 
 
-def _too_hungry(path: Path, limits: Limits) -> BundleError:
+def _too_hungry(path: Path, limits: ChildLimits) -> BundleError:
     sentence = f"{path.name}: needs more than {_memory([path], limits) >> 20} MB of memory: export it again, or do not trust it"
     return BundleError(sentence, defect="out_of_memory")
 
 
-def _memory(paths: Sequence[Path], limits: Limits) -> int:
+def _memory(paths: Sequence[Path], limits: ChildLimits) -> int:
     return (limits.memory_mb << 20) + limits.memory_per_byte * max(map(_bytes, paths), default=0)
 
 
@@ -165,7 +168,7 @@ def _bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def look(path: Path, limits: Limits, *, of_bundle: bool, counted: bool) -> Found:
+def look(path: Path, limits: ChildLimits, *, of_bundle: bool, counted: bool) -> Found:
     """Parse, check, load and run a file in this process; a bundle's model must also have one image input and one output.
 
     `counted` adds the processor time of its MACs to the limit; a file that has none exceeded the limit before, and is refused.
@@ -206,40 +209,32 @@ def run_once(path: Path) -> None:
     session.run(None, {given.name: np.zeros(shapes[given.name], DTYPES[given.type]) for given in session.get_inputs()})
 
 
-def confine(paths: Sequence[Path], limits: Limits) -> None:
+def confine(paths: Sequence[Path], limits: ChildLimits) -> None:
     """Limit this process's memory and forbid writing to files; does nothing if the system is not Linux."""
-    if sys.platform != "linux":
-        return
-    import resource
-
-    memory = _memory(paths, limits)
-    for kind, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
-        _, hard = resource.getrlimit(kind)
-        allowed = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (allowed, allowed))
+    if sys.platform == "linux":
+        limit(resource.RLIMIT_AS, _memory(paths, limits), for_good=True)
+        limit(resource.RLIMIT_FSIZE, 0, for_good=True)
+        limit(resource.RLIMIT_CORE, 0, for_good=True)
 
 
-def start_clock(path: Path, limits: Limits) -> None:
+def start_clock(path: Path, limits: ChildLimits) -> None:
     """Start the time limits for one file; the unhandled signal ends the process even inside a library."""
     if sys.platform != "win32":
-        import resource
-
         signal.alarm(limits.seconds)
         used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-        limit_cpu(int(used + limits.cpu_seconds + limits.cpu_seconds_per_gb * _bytes(path) / 1e9))
+        most = int(used + limits.cpu_seconds + limits.cpu_seconds_per_gb * _bytes(path) / 1e9)
+        limit(resource.RLIMIT_CPU, most, for_good=False)
 
 
-def extend_clock(model: onnx.ModelProto, limits: Limits) -> int:
+def extend_clock(model: onnx.ModelProto, limits: ChildLimits) -> int:
     """Add the processor time of a network's MACs to its limit; return the seconds."""
     seconds = seconds_for_macs(model, limits)
     if sys.platform != "win32":
-        import resource
-
-        limit_cpu(resource.getrlimit(resource.RLIMIT_CPU)[0] + seconds)
+        limit(resource.RLIMIT_CPU, resource.getrlimit(resource.RLIMIT_CPU)[0] + seconds, for_good=False)
     return seconds
 
 
-def seconds_for_macs(model: onnx.ModelProto, limits: Limits) -> int:
+def seconds_for_macs(model: onnx.ModelProto, limits: ChildLimits) -> int:
     """Return the processor time of a network's MACs, 0 if they cannot be counted, as without onnx_ir."""
     try:
         from export.onnx_file.macs import macs
@@ -258,28 +253,24 @@ def seconds_for_macs(model: onnx.ModelProto, limits: Limits) -> int:
     return int(min(limits.cpu_seconds_per_gmac * max(count, 0) / 1e9, limits.max_cpu_seconds_for_macs))
 
 
-def limit_cpu(seconds: int) -> None:
-    """Limit this process's processor time, counted from its start."""
-    if sys.platform != "win32":
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        resource.setrlimit(
-            resource.RLIMIT_CPU, (seconds if hard == resource.RLIM_INFINITY else min(seconds, hard), hard)
-        )
+def limit(kind: int, most: int, *, for_good: bool) -> None:
+    """Set a limit of this process, at most the one that it has; `for_good`: not to be raised again."""
+    _, hard = resource.getrlimit(kind)
+    allowed = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (allowed, allowed if for_good else hard))
 
 
 def main() -> None:
     """Print each file's facts or error as one line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m export.bundle.sandbox", description=main.__doc__)
     parser.add_argument("paths", type=Path, nargs="+", metavar="FILE")
-    parser.add_argument("--limits", type=json.loads, default="{}", help="Limits as JSON")
+    parser.add_argument("--limits", type=json.loads, default="{}", help="ChildLimits as JSON")
     parser.add_argument("--any", action="store_true", help="accept any model, not only a bundle's")
     parser.add_argument(
         "--count-macs", action="store_true", help="add the processor time of a network's MACs to its limit"
     )
     arguments = parser.parse_args()
-    limits = Limits(**arguments.limits)
+    limits = ChildLimits(**arguments.limits)
     confine(arguments.paths, limits)
     for path in arguments.paths:
         start_clock(path, limits)

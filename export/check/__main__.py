@@ -4,13 +4,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from export.check.findings import Finding, check_bundle
+from export.check.findings import Problem, check_bundle
 from export.command.main import run
 
 BROKEN = 3  # exit code
 
 
-def as_text(path: Path, findings: list[Finding]) -> str:
+def as_text(path: Path, findings: list[Problem]) -> str:
     """Return a line for each finding, or one if there are none."""
     if not findings:
         return f"{path}: no problems found\n"

@@ -15,14 +15,14 @@ from export.serving.triton import answering_model
 
 
 @dataclass(frozen=True)
-class Finding:
+class Problem:
     """One problem: its name for programs, its sentence for people."""
 
     defect: Defect
     sentence: str
 
 
-def check_bundle(path: Path) -> tuple[Bundle | None, list[Finding]]:
+def check_bundle(path: Path) -> tuple[Bundle | None, list[Problem]]:
     """Return the bundle and no findings, or None and all findings; a broken bundle raises nothing.
 
     Model files are opened in the sandbox first. Raises BundleError if this machine's ONNX Runtime cannot judge them.
@@ -45,7 +45,7 @@ def check_bundle(path: Path) -> tuple[Bundle | None, list[Finding]]:
         tried(note, note_all, other_answers(bundle))
         for name in bundle.files:
             tried(note, note_all, broken_promises(bundle, name))
-    findings = [Finding(error.defect, sentence) for sentence, error in amiss.items()]
+    findings = [Problem(error.defect, sentence) for sentence, error in amiss.items()]
     return (None if findings else bundle), findings
 
 

@@ -16,7 +16,7 @@ import onnx
 from onnx import GraphProto
 from onnx.numpy_helper import to_array
 
-from export.bundle.golden import FOLDER, TOLERANCE, outputs_of, spread, tolerance_of
+from export.bundle.golden import FOLDER, WIDEST, outputs_of, spread, tolerance_of
 from export.bundle.inside import Json, brief, contained, get, read_json
 from export.bundle.read import Bundle
 from export.bundle.sandbox import require_sound
@@ -226,7 +226,7 @@ def unpromised_float_layers(path: Path, file: Wiring, optimized: Audit | None, l
 def other_outputs(bundle: Bundle, name: str, precision: str) -> Broken:
     """Yield an error if a file's outputs for the golden inputs differ from the golden ones."""
     golden, file = bundle.golden, f"{FOLDER}/{name}.npy"
-    most = TOLERANCE[precision] * spread(golden.outputs[name]) * ROUNDED
+    most = WIDEST[precision] * spread(golden.outputs[name]) * ROUNDED
     if not golden.tolerance[name] <= most:
         yield BundleError(
             f"{MANIFEST}: golden.tolerance.{name}: must be at most {most:.3g}, got {golden.tolerance[name]}: "

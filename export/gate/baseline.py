@@ -13,7 +13,7 @@ from export.gate.predictions import Predictions, predictions_from_json
 from export.runtime.environment import fingerprint
 from export.tasks import task_named
 
-SCHEMA_VERSION = 2
+BASELINE_VERSION = 2
 OWN_KEYS = {"answers", "classes"}  # of no other file that this project writes
 
 
@@ -81,9 +81,9 @@ def read_baseline(path: Path) -> Baseline:
         if not isinstance(document, dict) or OWN_KEYS.isdisjoint(document):
             reason = "is another file, no baseline: name one, or another name to record it with --update-baseline"
             raise BundleError(f"{path}: {reason}")
-        if document["schema_version"] == SCHEMA_VERSION:
+        if document["schema_version"] == BASELINE_VERSION:
             return _from_json(document)
-        reason = f"schema_version: must be {SCHEMA_VERSION}, got {document['schema_version']!r}"
+        reason = f"schema_version: must be {BASELINE_VERSION}, got {document['schema_version']!r}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         reason = f"is not a baseline ({type(error).__name__}: {error})"
     raise BundleError(f"{path}: {reason}: record it with --update-baseline")
@@ -105,7 +105,7 @@ def _from_json(document: dict[str, Any]) -> Baseline:
 
 def write_baseline(path: Path, baseline: Baseline) -> None:
     """Write the file in one step; the same baseline gives the same bytes, with one line per image."""
-    document = {"schema_version": SCHEMA_VERSION, **vars(baseline)}
+    document = {"schema_version": BASELINE_VERSION, **vars(baseline)}
     predictions: Predictions | None = document.pop("predictions")
     document["answers"] = None if predictions is None else predictions.to_json()
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False, default=asdict) + "\n"

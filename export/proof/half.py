@@ -10,14 +10,14 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from export.runtime.session import open_session
 
-LARGEST = 65504 / 2  # half of float16's largest, as a margin for other images
+LARGEST_HALF = 65504 / 2  # half of float16's largest, as a margin for other images
 SLICE = 8  # images per run
 
 Floats = NDArray[np.float32]
 
 
 def overflowing(model: ModelProto, images: Iterable[Floats]) -> list[str]:
-    """Return the names of nodes, in order, with an input, output or constant beyond LARGEST on `images`, each (n, c, h, w)."""
+    """Return the names of nodes, in order, with an input, output or constant beyond LARGEST_HALF on `images`, each (n, c, h, w)."""
     probe = onnx.shape_inference.infer_shapes(model)
     constants = {tensor.name: tensor for tensor in probe.graph.initializer}
     values = [*probe.graph.input, *probe.graph.value_info, *probe.graph.output]
@@ -29,11 +29,11 @@ def overflowing(model: ModelProto, images: Iterable[Floats]) -> list[str]:
         probe.graph.output.append(helper.make_tensor_value_info(f"{name}:largest", TensorProto.FLOAT, []))
     session = open_session(probe.SerializeToString())
     largest = np.max([session.run(None, {session.get_inputs()[0].name: part}) for part in sliced(images)], axis=0)
-    beyond = {name for name, value in zip(names, largest, strict=True) if not value <= LARGEST}
+    beyond = {name for name, value in zip(names, largest, strict=True) if not value <= LARGEST_HALF}
     beyond |= {
         name
         for name, tensor in constants.items()
-        if tensor.data_type == TensorProto.FLOAT and np.abs(numpy_helper.to_array(tensor)).max(initial=0) > LARGEST
+        if tensor.data_type == TensorProto.FLOAT and np.abs(numpy_helper.to_array(tensor)).max(initial=0) > LARGEST_HALF
     }
     return [node.name for node in model.graph.node if not beyond.isdisjoint((*node.input, *node.output))]
 

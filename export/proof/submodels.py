@@ -19,7 +19,7 @@ class Piece:
     name: str  # the tensor's: its quantizer's module path, or `logits` for the graph's output
     layers: tuple[str, ...]  # node names of its convolutions and matrix products
     scale: float | None  # size of a level; None for the graph's output, which has no grid
-    inputs: tuple[str, ...]  # names of the tensors it reads, IMAGES for the graph's input
+    inputs: tuple[str, ...]  # names of the tensors it reads, GRAPH_INPUT for the graph's input
     model: bytes
 
     @property
@@ -28,7 +28,7 @@ class Piece:
         return tuple(module_of(layer) for layer in self.layers)
 
 
-IMAGES = ""
+GRAPH_INPUT = ""
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
 
@@ -86,7 +86,7 @@ def pieces(file: Wiring, known: Collection[str]) -> list[Piece]:
             name=name,
             layers=tuple(str(node.name) for node in graph if node.op_type in LAYERS),
             scale=scale,
-            inputs=tuple(starts.get(str(value.name), IMAGES) for value in graph.inputs),
+            inputs=tuple(starts.get(str(value.name), GRAPH_INPUT) for value in graph.inputs),
             model=ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString(),
         )
 

@@ -20,7 +20,7 @@ from export.onnx_file.wiring import Wiring, wire
 from export.proof.distance import Distance
 from export.proof.rows import Saturation, TensorRow, VerifyRow
 from export.proof.saturation import modules, saturates_here, saturation_possible
-from export.proof.submodels import IMAGES, Piece, exposed, pieces, quantized_tensors
+from export.proof.submodels import GRAPH_INPUT, Piece, exposed, pieces, quantized_tensors
 from export.runtime.intervals import mean_interval
 from export.runtime.session import RUNTIME_ERRORS, first_line, open_session
 from export.tasks.task import Array, OutputTask
@@ -94,7 +94,7 @@ class Probe:
             self.unoptimized_local.add_(self._run(self.unoptimized, images, expected), alone, scale)
 
     def _run(self, session: onnxruntime.InferenceSession, images: Floats, tensors: Mapping[str, Floats]) -> Floats:
-        feeds = [images if name == IMAGES else tensors[name] for name in self.piece.inputs]
+        feeds = [images if name == GRAPH_INPUT else tensors[name] for name in self.piece.inputs]
         result: Floats = session.run(
             None, {value.name: feed for value, feed in zip(session.get_inputs(), feeds, strict=True)}
         )[0]

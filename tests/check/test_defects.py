@@ -16,7 +16,7 @@ from onnx_files import classifier, model_of, save
 from planted import LABELS, SMALL, seal, tagged, write_tagged_bundle
 from quantized_files import SIZE, quantized_network
 
-from export.bundle.sandbox import Limits, require_sound, seconds_for_macs, vet
+from export.bundle.sandbox import ChildLimits, require_sound, seconds_for_macs, vet
 from export.check.findings import check_bundle
 from export.errors import BundleError
 
@@ -382,7 +382,7 @@ def test_a_model_that_would_take_the_machine_is_named(
     tmp_path: Path, model: Callable[[], ModelProto], defect: str
 ) -> None:
     paths = [save(model(), tmp_path / "bad.onnx"), save(classifier(), tmp_path / "good.onnx")]
-    bad, good = vet(paths, Limits(cpu_seconds=2))
+    bad, good = vet(paths, ChildLimits(cpu_seconds=2))
     assert isinstance(bad, BundleError)
     assert bad.defect == defect
     assert str(bad).startswith("bad.onnx: ")
@@ -408,7 +408,7 @@ def test_a_file_gets_processor_time_for_its_macs(side: int, seconds: int) -> Non
         node("GlobalAveragePool", ["c"], ["g"]),
         node("Flatten", ["g"], ["logits"]),
     ]
-    assert seconds_for_macs(model_of(nodes, weights, shape=(3, side, side), classes=256), Limits()) == seconds
+    assert seconds_for_macs(model_of(nodes, weights, shape=(3, side, side), classes=256), ChildLimits()) == seconds
 
 
 def test_a_network_whose_macs_cannot_be_counted_gets_no_more_processor_time() -> None:
@@ -416,8 +416,8 @@ def test_a_network_whose_macs_cannot_be_counted_gets_no_more_processor_time() ->
         helper.make_node("Resize", ["input", "", "factors"], ["large"]),
         helper.make_node("Conv", ["large", "conv"], ["logits"], domain="of.another"),
     ]
-    assert seconds_for_macs(model_of(nodes, {}, shape=(3, 8, 8), classes=3), Limits()) == 0
-    assert seconds_for_macs(endless(), Limits()) == 0
+    assert seconds_for_macs(model_of(nodes, {}, shape=(3, 8, 8), classes=3), ChildLimits()) == 0
+    assert seconds_for_macs(endless(), ChildLimits()) == 0
 
 
 @pytest.mark.parametrize(
@@ -436,7 +436,7 @@ def test_a_crash_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_guarded_process_can_write_no_file(tmp_path: Path) -> None:
     program = (
-        "from pathlib import Path; from export.bundle.sandbox import Limits, confine; confine([], Limits()); "
+        "from pathlib import Path; from export.bundle.sandbox import ChildLimits, confine; confine([], ChildLimits()); "
         f"Path({str(tmp_path / 'written')!r}).write_text('x')"
     )
     done = subprocess.run(

@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 from onnx_files import save
 from quantized_files import constant
 
-from export.bundle.golden import TOLERANCE, outputs_of, spread
+from export.bundle.golden import WIDEST, outputs_of, spread
 from export.bundle.read import read_bundle
 from export.bundle.write import write_bundle
 from export.check import promises
@@ -46,7 +46,7 @@ def test_a_convolution_off_by_hundreds_of_levels_is_found(bundle: Path, monkeypa
     planted = wrong(bundle / f"{NAME}.onnx", bundle.parent / "wrong.onnx")
     golden = read_bundle(bundle).golden
     apart = np.abs(outputs_of(planted, golden.inputs) - golden.outputs[NAME]).max()
-    assert apart < TOLERANCE["int8"] * golden.outputs[NAME].std() / 2, "less than half of what no network may exceed"
+    assert apart < WIDEST["int8"] * golden.outputs[NAME].std() / 2, "less than half of what no network may exceed"
     assert check_bundle(bundle)[1] == []
 
     def run(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
