@@ -99,3 +99,12 @@ def test_columns_that_find_no_room_come_below_under_the_rows_names() -> None:
     assert max(map(len, lines)) <= 40
     assert [line.split()[0] for line in lines if line.startswith("row")] == ["row"] * 4
     assert all(str(index) * 15 in screen.file.getvalue() for index in range(8))
+
+
+@pytest.mark.parametrize("width", [1, 8, 20, 30, 80])
+def test_nothing_is_lost_however_narrow_the_terminal(width: int) -> None:
+    cells = ("student_ptq_int8", "12.345678 ms", "1,234,567 images")
+    screen = Console(file=StringIO(), width=width)
+    show(screen, ReportTable("", ("File", "p50", "a long heading"), [cells]))
+    assert isinstance(screen.file, StringIO)
+    assert all(cell in screen.file.getvalue() for cell in cells)

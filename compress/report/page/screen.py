@@ -73,7 +73,10 @@ def show(console: Console, table: ReportTable) -> None:
         console.print(Text(f"\n{table.title}", "bold"))
     while left:
         taken = _fitting(table, left, console.width)
+        width, least = console.width, sum(_least(table, column) + 1 for column in taken)
+        console.width = max(width, least)  # where even two columns are too wide, lines are longer than the terminal
         console.print(_grid(table, taken, console.width))
+        console.width = width
         left = [left[0], *left[len(taken) :]] if len(taken) < len(left) else []
     if table.note:
         console.print(Text(table.note, "dim"))
