@@ -1,6 +1,5 @@
 """The gate's checks, its verdict, and the exit code that follows."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -72,7 +71,3 @@ class Verdict:
     def exit_code(self) -> int:
         """0 pass, 1 regression, 2 cannot tell, 3 broken bundle."""
         return EXIT_CODES[self.status]
-
-    def not_passed(self) -> Sequence[Check]:
-        """Return the checks that did not pass."""
-        return [check for check in self.checks if EXIT_CODES[check.status]]

@@ -1,11 +1,12 @@
 """Facts of a file that no run changes: its size, its MACs, and the graph that ONNX Runtime optimizes it to."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from export.command.files import sha256
 from export.onnx_file.macs import macs
-from export.onnx_file.model_file import inspect, parse
+from export.onnx_file.model_file import parse
 from export.onnx_file.wiring import wire
 from export.proof.audit import audit
 from export.proof.saturation import modules, saturation_possible
@@ -28,22 +29,21 @@ class Facts:
     can_saturate: list[str]  # INT8 layers whose sums can saturate on a CPU without VNNI
 
 
-def facts(path: Path) -> Facts:
-    """Read the file and let ONNX Runtime optimize it for the CPU. Raises BundleError for a file that cannot be used."""
-    about, found, wiring = inspect(path), audit(path), wire(parse(path))
+def facts(path: Path, listed: Mapping[str, Any]) -> Facts:
+    """Let ONNX Runtime optimize a file for the CPU; `listed` is bundle.json's entry, which the bundle's reader compared with the file.
+
+    Raises BundleError for a file that cannot be used.
+    """
+    found, wiring = audit(path), wire(parse(path))
     counts = macs(wiring)
     return Facts(
-        sha256=sha256(path),
-        bytes=about.bytes,
-        precision=about.precision,
-        opset=about.opset,
-        ir_version=about.ir_version,
+        **{key: listed[key] for key in ("sha256", "bytes", "precision", "opset", "ir_version")},
         macs=None if counts is None else sum(counts.values()),
         operators=found["operators"],
         integer_layers=list(found["integer_layers"]),
         float_layers=list(found["float_layers"]),
         leftover_qdq=list(found["leftover_qdq"]),
-        can_saturate=list(modules(saturation_possible(wiring))) if about.precision == "int8" else [],
+        can_saturate=list(modules(saturation_possible(wiring))) if listed["precision"] == "int8" else [],
     )
 
 

@@ -20,13 +20,14 @@ CONCLUSIONS: dict[Status, str] = {
 
 def as_text(verdict: Verdict) -> str:
     """Return a table, a line for each check with details, the notes, and the conclusion."""
+    deciding = ", ".join(check.name for check in verdict.checks if EXIT_CODES[check.status])
     return "\n".join([
         verdict.title,
-        table(HEADER, [cells(check) for check in verdict.checks]),
+        table(HEADER, [(one.name, one.status, one.was, one.now, one.limit) for one in verdict.checks]),
         "",
         *(f"{check.name}: {check.detail}" for check in verdict.checks if check.detail),
         *(f"note: {note}" for note in verdict.notes),
-        conclusion(verdict),
+        CONCLUSIONS[verdict.status] + (f" ({deciding})" if deciding else ""),
     ])  # fmt: skip
 
 
@@ -58,17 +59,6 @@ def junit_kind(check: Check) -> str | None:
 def as_json(verdict: Verdict) -> str:
     """Return the whole verdict as JSON."""
     return json_text({"status": verdict.status, "exit_code": verdict.exit_code, **asdict(verdict)})
-
-
-def conclusion(verdict: Verdict) -> str:
-    """Return the verdict in one line, with the names of the deciding checks."""
-    names = ", ".join(check.name for check in verdict.not_passed())
-    return f"{CONCLUSIONS[verdict.status]}{f' ({names})' if names else ''}"
-
-
-def cells(check: Check) -> tuple[str, ...]:
-    """Return one row of the table."""
-    return (check.name, check.status, check.was, check.now, check.limit)
 
 
 def printable(text: str) -> str:

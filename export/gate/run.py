@@ -102,26 +102,28 @@ def judge_ratio(
     subject: Subject, was: Baseline, limit: float, plan: Plan, why: str | None, *, same_graph: bool
 ) -> tuple[list[Check], list[Measured]]:
     """Time the file and its float file, and compare their ratio with the baseline's; times of different days are not comparable."""
+
+    def unjudged(detail: str) -> tuple[list[Check], list[Measured]]:
+        return [Check("latency", "inconclusive", detail=detail)], []
+
     then = was.latency
     if then is None:
-        return [
-            Check("latency", "inconclusive", detail="the baseline has no times: give --against, or leave latency out")
-        ], []
+        return unjudged("the baseline has no times: give --against, or leave latency out")
     if then.reference not in subject.now.files or not same_work(
         was.files[then.reference], subject.now.files[then.reference], operators=same_graph
     ):
-        detail = (
+        return unjudged(
             f"{then.reference}, the reference for times, does other work than the baseline's: give --against OLD_BUNDLE"
         )
-        return [Check("latency", "inconclusive", detail=detail)], []
     plan = replace(plan, threads=then.threads, batch=then.batch)
     new, float_file = (
         opener(subject.bundle.files[name], subject.bundle.preprocess, plan) for name in (was.served, then.reference)
     )
     earlier = median_ratio(np.array(then.ratios), confidence=plan.confidence)
     if np.isinf(earlier.high):
-        detail = f"the baseline's {len(then.ratios)} ratios are too few for looks = {plan.looks}: lower it, or record again with --update-baseline"
-        return [Check("latency", "inconclusive", detail=detail)], []
+        return unjudged(
+            f"the baseline's {len(then.ratios)} ratios are too few for looks = {plan.looks}: lower it, or record again with --update-baseline"
+        )
     fit = self_test(new, plan, limit)
     if fit.status != "pass":
         return [fit], []

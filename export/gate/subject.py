@@ -5,12 +5,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from export.bundle.golden import outputs_of
+from export.bundle.inside import get
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import vet
 from export.errors import BundleError
 from export.gate.baseline import Baseline
 from export.gate.checks import Check
 from export.gate.facts import facts
+from export.names import MANIFEST
 from export.runtime.environment import environment
 
 
@@ -40,7 +42,8 @@ def open_subject(path: Path) -> Subject:
     try:
         bundle = read_bundle(path, inspect=vet)
         preprocess = json.loads(json.dumps(asdict(bundle.preprocess)))  # as in a baseline
-        files = {name: facts(path) for name, path in bundle.files.items()}
+        listed = get(bundle.manifest, MANIFEST, "files", dict)
+        files = {name: facts(path, listed[name]) for name, path in bundle.files.items()}
         check_golden(bundle)
     except BundleError as error:
         if error.defect == "wrong_runtime":
