@@ -61,18 +61,17 @@ def print_again(root: Path, *, verbose: bool) -> None:
     from compress.report.page.screen import screen
     from compress.report.page.terminal import print_report
 
-    page = render_report(root)
-    print_report(json.loads((root / REPORT_JSON).read_text(encoding="utf-8")), screen(), verbose=verbose, page=page)
+    print_report(render_report(root), screen(), verbose=verbose, page=root / PAGE)
 
 
-def render_report(root: Path) -> Path:
-    """Write a finished run's HTML page from its files, and return its path."""
+def render_report(root: Path) -> Report:
+    """Write a finished run's HTML page from its files, and return its report."""
     from compress.report.page.html import render
 
     if (root / MANIFEST).exists():
         raise ArtifactError(f"{root}: is a bundle, whose files never change; give the folder of its run")
     try:
-        report = json.loads((root / REPORT_JSON).read_text(encoding="utf-8"))
+        report: Report = json.loads((root / REPORT_JSON).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(
             students_of(root, REPORT_JSON) or f"{root}: has no readable report.json ({error}); run the recipe first"
@@ -81,9 +80,8 @@ def render_report(root: Path) -> Path:
         raise ArtifactError(
             f"{root}: its report.json is of another version; run the recipe again, finished stages are reused"
         )
-    page = root / PAGE
-    write_text(page, render(report, root))
-    return page
+    write_text(root / PAGE, render(report, root))
+    return report
 
 
 def _is_part(chain: Recipe, artifacts: Sequence[Path], root: Path) -> bool:

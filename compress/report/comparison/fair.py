@@ -37,10 +37,10 @@ def judge_fairness(found: Sequence[Candidate], reports: Mapping[str, Report], *,
     )
     speed_by, against_speed = _speed(found, reports, are_alike=are_alike, same_teacher=not teachers)
     # What follows the dash in a digest is of the images without labels, which no score is of.
-    if len({report["data_digest"].partition("-")[2] for report in reports.values()}) > 1:
-        unlabelled = ["The images without labels differ (data.unlabelled): the students learned from different images."]
-    else:
-        unlabelled = []
+    unlabelled = _differing(
+        {name: report["data_digest"].partition("-")[2] for name, report in reports.items()},
+        "The images without labels differ (data.unlabelled): the students learned from different images.",
+    )
     # Held-out images are other draws of the same data: equally hard on average, but different.
     seeds = _differing(
         {name: f"seed {recipe['seed']}" for name, recipe in recipes.items()},

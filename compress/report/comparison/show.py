@@ -180,23 +180,14 @@ def render_comparison(comparison: RunComparison) -> str:
 def _cloud(comparison: RunComparison) -> Iterator[Markup]:
     """Yield a scatter plot of accuracy against speed with the teachers, if speed may be ranked."""
     by_ratio, teachers, runs = comparison.speed_by == "speedup", comparison.teachers, comparison.candidates
-    found: list[tuple[str, str, float | None, float | None]] = [
-        (
-            TEACHER,
-            "Teacher" if len(teachers) == 1 else f"Teacher of {', '.join(one.of)}",
-            1.0 if by_ratio else one.p50_ms,
-            one.score,
-        )
-        for one in teachers
-    ]
+    found: list[tuple[str, str, float | None, float | None]] = []
+    for teacher in teachers:
+        label = "Teacher" if len(teachers) == 1 else f"Teacher of {', '.join(teacher.of)}"
+        found.append((TEACHER, label, 1.0 if by_ratio else teacher.p50_ms, teacher.score))
     for index, run in enumerate(runs):
         x = (run.speedup["ratio"] if run.speedup else None) if by_ratio else run.p50_ms
         found.append((_series(index), run.name if len(runs) <= MOST_COLUMNS else str(index + 1), x, run.score))
-    points = [
-        (series, label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…", x, y)
-        for series, label, x, y in found
-        if x and x > 0 and y is not None
-    ]
+    points = [(series, _short(label), x, y) for series, label, x, y in found if x and x > 0 and y is not None]
     if comparison.speed_by and any(series != TEACHER for series, *_ in points):
         title = "speed-up over the teacher (log scale)" if by_ratio else LATENCY
         yield cloud(comparison.conditions or "", title, points)
@@ -204,3 +195,7 @@ def _cloud(comparison: RunComparison) -> Iterator[Markup]:
 
 def _series(index: int) -> str:
     return f"series-{index % COLOURS + 1}"
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…"
