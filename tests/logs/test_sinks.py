@@ -156,7 +156,7 @@ def test_a_run_sends_its_epochs_and_its_report(sent: Sent, tmp_path: Path) -> No
     result = CliRunner().invoke(app, [*command, "--set", "source.fit.epochs=3"])
     assert (result.exit_code, result.output) == (
         2,
-        "log_to: mlflow: ConnectionError: no such host; start its server, or leave it out\n",
+        "sent: source will run\nlog_to: mlflow: ConnectionError: no such host; start its server, or leave it out\n",
     )
     assert [path.name for path in (tmp_path / "sent").glob("00-*")] == kept
 
