@@ -19,19 +19,19 @@ from compress.training.loop import Loop, fit
 
 CLASSES, IMAGES, SIDE = 3, 5, 48
 ALONE = {
-    "classification": ["cross_entropy", "kd", "mse", "dkd", "nkd", "fitnet", "at", "cwd", "review"],
+    "classification": ["cross_entropy", "kd", "mse", "dkd", "nkd", "cwd", "review"],
     "multilabel": ["cross_entropy", "kd", "mse"],
-    "segmentation": ["cross_entropy", "kd", "dkd", "fitnet"],
-    "ssd": ["cross_entropy", "kd", "mse", "boxes", "fitnet"],
+    "segmentation": ["cross_entropy", "kd", "dkd", "cwd"],
+    "ssd": ["cross_entropy", "kd", "mse", "boxes", "cwd"],
     "retinanet": ["cross_entropy", "kd", "boxes"],
     "fcos": ["cross_entropy", "kd", "boxes"],
 }
 # Losses that are means over different things, in one sum.
 TOGETHER = {
-    "classification": "cross_entropy kd fitnet",
+    "classification": "cross_entropy kd cwd",
     "multilabel": "cross_entropy kd",
-    "segmentation": "cross_entropy kd fitnet",
-    "ssd": "cross_entropy kd boxes fitnet",
+    "segmentation": "cross_entropy kd cwd",
+    "ssd": "cross_entropy kd boxes cwd",
     "retinanet": "cross_entropy kd boxes",
     "fcos": "cross_entropy kd boxes",
 }
@@ -101,13 +101,9 @@ def gradient(kind: str, names: str, out: Path, *, micro_batches: int = 1, rank: 
     model = network(kind, 1)
     step = supervised_step(task, label_smoothing=0.0)
     if names != "labels":
-        layers = {
-            "fitnet": LAYERS.get(kind),
-            "at": LAYERS.get(kind),
-            "cwd": LAYERS.get(kind),
-            "review": LAYERS.get(kind),
-        }
-        given = [{"name": name} | ({"layers": layers[name]} if layers.get(name) else {}) for name in names.split()]
+        given = [
+            {"name": name} | ({"layers": LAYERS[kind]} if name in ("cwd", "review") else {}) for name in names.split()
+        ]
         terms = TypeAdapter(tuple[LossTerm, ...]).validate_python(given)
         teacher = online_teacher(network(kind, 2), terms)
         model, step = distillation(terms, task, student=model, teacher=teacher, images=batch.images[:1], seed=0)

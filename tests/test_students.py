@@ -171,7 +171,7 @@ def test_a_student_stands_right_behind_the_source(tmp_path: Path) -> None:
 
 
 def test_a_student_whose_layers_a_loss_does_not_find_is_refused_before_the_teacher_trains(tmp_path: Path) -> None:
-    change = "students.thin.distill.loss=[{name: at, layers: [block7], teacher_layers: [block1]}]"
+    change = "students.thin.distill.loss=[{name: pkt, layers: [block7], teacher_layers: [block1]}]"
     with pytest.raises(CompressError, match="layer 'block7'"):
         run(tmp_path, change)
     assert not list((tmp_path / "several").glob("00-source-*"))

@@ -9,31 +9,19 @@ from torch.nn import functional as F
 LARGEST_MIDDLE = 512  # most channels in Knowledge Review's fusion (the authors' code)
 
 
-class Widen(nn.Module):
-    """A 1 × 1 convolution for each layer: FitNets' regressor."""
-
-    def __init__(self, student: Sequence[torch.Size], teacher: Sequence[torch.Size]) -> None:
-        """Take the shapes (batch, channels, …) of both networks' features."""
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Conv2d(s[1], t[1], 1) for s, t in zip(student, teacher, strict=True))
-
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Return the features with the teacher's channels."""
-        return [
-            layer(x) if x.dim() == 4 else layer(x[:, :, None, None]).flatten(1)
-            for layer, x in zip(self.layers, features, strict=True)
-        ]
-
-
-class Match(Widen):
-    """As Widen, for the layers whose widths differ only; the other features stay as they are."""
+class Match(nn.Module):
+    """A 1 × 1 convolution for each layer whose widths differ; the other features stay as they are."""
 
     def __init__(self, student: Sequence[torch.Size], teacher: Sequence[torch.Size]) -> None:
         """Take the shapes (batch, channels, height, width) of both networks' features."""
-        super().__init__(student, teacher)
-        for index, (s, t) in enumerate(zip(student, teacher, strict=True)):
-            if s[1] == t[1]:
-                self.layers[index] = nn.Identity()
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Identity() if s[1] == t[1] else nn.Conv2d(s[1], t[1], 1) for s, t in zip(student, teacher, strict=True)
+        )
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Return the features with the teacher's channels."""
+        return [layer(x) for layer, x in zip(self.layers, features, strict=True)]
 
 
 class Auxiliary(nn.Module):

@@ -1,8 +1,8 @@
 """Losses between one layer's features in student and teacher. Each is a pure function that returns one float32 number.
 
-Features are (batch, channels, height, width) or (batch, channels). If the sizes differ, the larger map is averaged down
-to the smaller one. `at`, `sp`, `rkd` and `pkt` compare images or positions, so the channels may differ; `fitnet` and
-`review` always adapt the student's features, `cwd` and `pkd` where the channels differ.
+Features are (batch, channels, height, width), for `pkt` also (batch, channels). `pkt` compares images, so the channels
+may differ; `cwd` and `pkd` adapt the student's features where they do, and average the larger map down to the smaller
+one; `review` always adapts them.
 """
 
 import torch
@@ -10,39 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SMALL = 1e-7
-
-
-def fitnet_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return mean (r(s) - t)²; `student` is r(s), after the adapter (Romero et al. 2015, FitNets: Hints for Thin Deep Nets, eq. 3).
-
-    The paper halves the sum over all values; the mean keeps a weight valid for any layer.
-    """
-    return F.mse_loss(*_same_size(student.float(), teacher.float()))
-
-
-def at_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return mean (Q_s/‖Q_s‖ - Q_t/‖Q_t‖)², Q = vec(Σ_c A_c²) (Zagoruyko & Komodakis 2017, Paying More Attention to Attention, eq. 2).
-
-    The mean over batch and positions is as in the authors' code; their factor β/2 is the recipe's weight.
-    """
-    maps = [features.square().sum(1).flatten(1) for features in _same_size(student.float(), teacher.float())]
-    return F.mse_loss(F.normalize(maps[0], dim=1), F.normalize(maps[1], dim=1))
-
-
-def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return ‖G_s - G_t‖²_F / batch², G = QQᵀ with each row divided by its norm (Tung & Mori 2019, Similarity-Preserving Knowledge Distillation, eq. 3)."""
-    similar = [F.normalize(flat @ flat.T, dim=1) for flat in (student.float().flatten(1), teacher.float().flatten(1))]
-    return F.mse_loss(similar[0], similar[1])
-
-
-def rkd_loss(student: Tensor, teacher: Tensor, *, distance: float, angle: float) -> Tensor:
-    """Return `distance` · RKD-D + `angle` · RKD-A (Park et al. 2019, Relational Knowledge Distillation, sections 3.2.1 and 3.2.2).
-
-    RKD-D is the Huber loss between the distances of all pairs of images, divided by their mean; RKD-A between the cosines
-    of the angles of all triples. Both are means over the batch. Maps are averaged over their positions first.
-    """
-    (s_distances, s_cosines), (t_distances, t_cosines) = (_relations(_embedded(f)) for f in (student, teacher))
-    return distance * F.smooth_l1_loss(s_distances, t_distances) + angle * F.smooth_l1_loss(s_cosines, t_cosines)
 
 
 def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -107,17 +74,6 @@ def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 def _embedded(features: Tensor) -> Tensor:
     """Return one vector for each image, (batch, channels)."""
     return features.float().flatten(2).mean(2) if features.dim() > 2 else features.float()
-
-
-def _relations(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distances divided by their mean (n, n), and as [j, i, k] the cosine of the angle at j (n, n, n)."""
-    differences = points.unsqueeze(0) - points.unsqueeze(1)  # (n, n, channels)
-    distances = differences.norm(dim=2)
-    # Two images with equal embeddings have no direction; dividing by their distance would make the gradient explode.
-    apart = distances > SMALL
-    directions = differences / distances.clamp(min=SMALL).unsqueeze(2) * apart.unsqueeze(2)
-    mean = distances.sum() / max(len(points) * (len(points) - 1), 1)
-    return distances / mean.clamp(min=SMALL), directions @ directions.transpose(1, 2)
 
 
 def _neighbours(points: Tensor) -> Tensor:

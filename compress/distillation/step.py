@@ -5,9 +5,8 @@ is a function from a batch to logits and features: the network itself (`online_t
 (`compress.distillation.teacher`).
 """
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,10 +15,10 @@ from torch.nn import functional as F
 
 from compress.data.batches import Batch
 from compress.distillation import features, logits
-from compress.distillation.adapters import Auxiliary, Match, Review, Widen
+from compress.distillation.adapters import Auxiliary, Match, Review
 from compress.distillation.taps import Tapped, tap
 from compress.errors import CompressError
-from compress.recipe.losses import BoxesTerm, CrossEntropyTerm, DiceTerm, FeatureTerm, LogitTerm, LossTerm
+from compress.recipe.losses import LABELLED, BoxesTerm, CrossEntropyTerm, DiceTerm, FeatureTerm, LogitTerm, LossTerm
 from compress.tasks import Task
 from compress.training.loop import Step
 
@@ -49,27 +48,21 @@ class StudentOutput(NamedTuple):
 class Loss(NamedTuple):
     """A recipe's loss: a function of student's and teacher's logits, or of one layer's features."""
 
-    function: Callable[..., Tensor]  # (student's, teacher's; if `labelled` also the targets) -> ()
+    function: Callable[..., Tensor]  # (student's, teacher's; of LABELLED also the targets) -> ()
     fields: tuple[str, ...] = ()  # of the recipe's section, passed to the function by name
-    labelled: bool = False
-    adapter: Callable[[Sequence[torch.Size], Sequence[torch.Size]], nn.Module] | None = None
-    maps_only: bool = False  # cannot compare features (n, channels)
+    adapter: Callable[[Sequence[torch.Size], Sequence[torch.Size]], nn.Module] | None = None  # takes maps only
 
 
 LOSSES: Mapping[str, Loss] = {
     "kd": Loss(logits.kd_loss, ("temperature",)),
     "mse": Loss(logits.mse_loss),
-    "dkd": Loss(logits.dkd_loss, ("alpha", "beta", "temperature"), labelled=True),
+    "dkd": Loss(logits.dkd_loss, ("alpha", "beta", "temperature")),
     "dist": Loss(logits.dist_loss, ("beta", "gamma", "temperature")),
-    "nkd": Loss(logits.nkd_loss, ("gamma", "temperature"), labelled=True),
-    "fitnet": Loss(features.fitnet_loss, adapter=Widen),
-    "at": Loss(features.at_loss, maps_only=True),
-    "sp": Loss(features.sp_loss),
-    "rkd": Loss(features.rkd_loss, ("distance", "angle")),
+    "nkd": Loss(logits.nkd_loss, ("gamma", "temperature")),
     "pkt": Loss(features.pkt_loss),
-    "cwd": Loss(features.cwd_loss, ("temperature",), adapter=Match, maps_only=True),
-    "pkd": Loss(features.pkd_loss, adapter=Match, maps_only=True),
-    "review": Loss(features.review_loss, adapter=Review, maps_only=True),
+    "cwd": Loss(features.cwd_loss, ("temperature",), adapter=Match),
+    "pkd": Loss(features.pkd_loss, adapter=Match),
+    "review": Loss(features.review_loss, adapter=Review),
 }
 EXCLUSIVE = ("dice", "dkd", "dist", "nkd")  # need exactly one right class for each row
 AUXILIARY = 0.5  # the weight of an auxiliary classifier's loss, as in torchvision's training
@@ -134,7 +127,7 @@ def online_teacher(network: nn.Module, terms: Sequence[LossTerm]) -> Teacher:
 
     Raises ModelError where a loss names a layer that the network does not have.
     """
-    tapped = tap(network.eval(), _once(_teacher_layers(term) for term in _of_features(terms)))
+    tapped = tap(network.eval(), [path for term in _of_features(terms) for path in _teacher_layers(term)])
 
     @torch.no_grad()
     def answer(batch: Batch) -> TeacherOutput:
@@ -162,15 +155,36 @@ def needs_features(terms: Sequence[LossTerm]) -> bool:
 def distillation(
     terms: Sequence[LossTerm], task: Task, *, student: nn.Module, teacher: Teacher, images: Tensor, seed: int
 ) -> tuple[Learner, Step]:
-    """Return the learner to train and its step.
+    """Return the learner to train and its step, which measures the weighted sum as "loss" and each loss's unweighted value.
 
     `images` (1, c, h, w), on the student's device, are run once to find the features' shapes; `seed` initializes the
     adapters. Raises ModelError for a layer that the student does not have, and CompressError where a loss cannot use a
     layer's output.
     """
-    feature_terms = _of_features(terms)
-    tapped, adapters = tap(student, _once(term.layers for term in feature_terms)), []
-    if feature_terms:
+    learner = _learner(_of_features(terms), student, teacher, images, seed)
+    ask = teacher if needs_teacher(terms) else no_teacher
+    names = [term.name for term in terms]
+    labels = [f"{name}_{n}" if (n := names[: index + 1].count(name)) > 1 else name for index, name in enumerate(names)]
+
+    def step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
+        taught = ask(batch)
+        outputs, adapted = model(batch.images)
+        features = iter(adapted)  # of each feature loss in turn
+        with torch.autocast(batch.images.device.type, enabled=False):  # products inside losses stay in float32
+            means = [_mean(term, task, outputs, features, taught, batch.targets) for term in terms]
+        counts = [_count(term, task, outputs, lambda part: taught if part is batch else ask(part)) for term in terms]
+        values = [mean * share for mean, share in zip(means, _shares(batch, counts), strict=True)]
+        weighted = [weight_of(term, done) * value for term, value in zip(terms, values, strict=True)]
+        return {"loss": torch.stack(weighted).sum(), **dict(zip(labels, values, strict=True))}
+
+    return learner, step
+
+
+def _learner(terms: Sequence[FeatureTerm], student: nn.Module, teacher: Teacher, images: Tensor, seed: int) -> Learner:
+    """Return the student with an adapter for each feature loss, made for the shapes that both networks return."""
+    tapped = tap(student, [path for term in terms for path in term.layers])
+    adapters: list[nn.Module] = []
+    if terms:
         training = student.training
         with torch.no_grad():
             student.eval()
@@ -179,8 +193,8 @@ def distillation(
         its = teacher(Batch(images, torch.zeros(len(images), dtype=torch.int64, device=images.device))).features
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
-            adapters = [_adapter(term, mine, its) for term in feature_terms]
-    return Learner(student, tapped, adapters, [term.layers for term in feature_terms]), _step(terms, task, teacher)
+            adapters = [_adapter(term, mine, its) for term in terms]
+    return Learner(student, tapped, adapters, [term.layers for term in terms])
 
 
 def check_layers(terms: Sequence[LossTerm], *, student: nn.Module, teacher: nn.Module) -> None:
@@ -219,38 +233,15 @@ def weight_of(term: LossTerm, done: float) -> float:
     return term.weight * warmed_up * SCHEDULES[term.schedule](done)
 
 
-def _step(terms: Sequence[LossTerm], task: Task, teacher: Teacher) -> Step:
-    """Return the step. Its measurements are the weighted sum as "loss" and each loss's unweighted value."""
-    ask = teacher if needs_teacher(terms) else no_teacher
-    names = [term.name for term in terms]
-    labels = [f"{name}_{n}" if (n := names[: index + 1].count(name)) > 1 else name for index, name in enumerate(names)]
-
-    def step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
-        taught = ask(batch)
-        answer: StudentOutput = model(batch.images)
-        adapted = iter(answer.features)
-        outputs = answer.logits
-        counts = [_count(term, task, outputs, lambda part: taught if part is batch else ask(part)) for term in terms]
-        shares = _shares(batch, counts)
-        with torch.autocast(batch.images.device.type, enabled=False):  # products inside losses stay in float32
-            means = [_value(term, task, outputs, adapted, taught, batch.targets) for term in terms]
-            values = [mean * share for mean, share in zip(means, shares, strict=True)]
-            factors = [weight_of(term, done) for term in terms]
-            total = torch.stack([factor * value for factor, value in zip(factors, values, strict=True)]).sum()
-        return {"loss": total, **dict(zip(labels, values, strict=True))}
-
-    return step
-
-
-def _value(
+def _mean(
     term: LossTerm,
     task: Task,
     outputs: Tensor,
-    adapted: Iterator[Sequence[Tensor]],
+    features: Iterator[Sequence[Tensor]],
     taught: TeacherOutput,
     truths: Tensor,
 ) -> Tensor:
-    """Return one loss's unweighted value; `adapted` yields the student's features for each feature loss in turn."""
+    """Return one loss's value, a mean; `features` yields the student's adapted ones for each feature loss in turn."""
     if isinstance(term, CrossEntropyTerm):
         return task.loss(outputs, truths, label_smoothing=term.label_smoothing)
     if isinstance(term, DiceTerm):
@@ -261,13 +252,14 @@ def _value(
     loss = LOSSES[term.name]
     settings = {field: getattr(term, field) for field in loss.fields}
     if isinstance(term, FeatureTerm):
-        pairs = zip(next(adapted), _teacher_layers(term), strict=True)
+        pairs = zip(next(features), _teacher_layers(term), strict=True)
         return torch.stack([loss.function(mine, taught.features[path], **settings) for mine, path in pairs]).sum()
-    both = task.rows(outputs, truths), task.rows(taught.logits, truths)
+    both = [task.rows(one, truths) for one in (outputs, taught.logits)]
     if not len(both[0]):  # no pixel of the batch counts, and a mean over none is not a number
         return 0 * outputs.sum()
-    both = (logits.standardized(both[0]), logits.standardized(both[1])) if term.standardize else both
-    return loss.function(*both, *([task.truth_rows(outputs, truths)] if loss.labelled else []), **settings)
+    if term.standardize:
+        both = [logits.standardized(rows) for rows in both]
+    return loss.function(*both, *([task.truth_rows(outputs, truths)] if term.name in LABELLED else []), **settings)
 
 
 def _count(term: LossTerm, task: Task, outputs: Tensor, ask: Teacher) -> Count:
@@ -299,14 +291,7 @@ def _adapter(term: FeatureTerm, student: Mapping[str, Tensor], teacher: Mapping[
     adapter = LOSSES[term.name].adapter
     mine = [_shape(term, "student", path, student) for path in term.layers]
     its = [_shape(term, "teacher", path, teacher) for path in _teacher_layers(term)]
-    if adapter is None:
-        return nn.Identity()
-    for path, a, b in zip(term.layers, mine, its, strict=True):
-        if len(a) != len(b):
-            raise CompressError(
-                f"{term.name}: layer {path}: only one of student and teacher returns a map; name another layer"
-            )
-    return adapter(mine, its)
+    return nn.Identity() if adapter is None else adapter(mine, its)
 
 
 def _shape(term: FeatureTerm, side: str, path: str, found: Mapping[str, Tensor]) -> torch.Size:
@@ -315,7 +300,7 @@ def _shape(term: FeatureTerm, side: str, path: str, found: Mapping[str, Tensor])
         raise CompressError(
             f"{term.name}: layer {path} of the {side} returns no tensor, or never runs; name another layer"
         )
-    shape, maps_only = found[path].shape, LOSSES[term.name].maps_only
+    shape, maps_only = found[path].shape, LOSSES[term.name].adapter is not None
     if len(shape) == 4 or (len(shape) == 2 and not maps_only):
         return shape
     wanted = "(n, channels, height, width)" + ("" if maps_only else " or (n, channels)")
@@ -329,8 +314,3 @@ def _of_features(terms: Sequence[LossTerm]) -> list[FeatureTerm]:
 
 def _teacher_layers(term: FeatureTerm) -> tuple[str, ...]:
     return term.teacher_layers or term.layers
-
-
-def _once(paths: Iterable[Sequence[str]]) -> tuple[str, ...]:
-    """Return all paths in order, without duplicates."""
-    return tuple(dict.fromkeys(itertools.chain.from_iterable(paths)))

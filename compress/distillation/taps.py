@@ -1,6 +1,6 @@
 """Read the outputs of modules by path while a network runs, in a plain module or a fake-quantized graph."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -14,13 +14,14 @@ Features = dict[str, Tensor]
 Tapped = Callable[[Tensor], tuple[Tensor, Features]]
 
 
-def tap(network: nn.Module, paths: Sequence[str]) -> Tapped:
+def tap(network: nn.Module, paths: Iterable[str]) -> Tapped:
     """Return a function that runs the network on images and returns its output and those of the modules at `paths`.
 
     In a graph made by `quant.prepare` a module's output is read behind its quantizer, as the next layer reads it. Raises
     ModelError for a path that the network does not have.
     """
-    return _Graph(network, paths) if isinstance(network, fx.GraphModule) and paths else _Modules(network, paths)
+    once = dict.fromkeys(paths)
+    return _Graph(network, once) if isinstance(network, fx.GraphModule) and once else _Modules(network, once)
 
 
 class _Modules:
@@ -30,7 +31,7 @@ class _Modules:
     own hooks.
     """
 
-    def __init__(self, network: nn.Module, paths: Sequence[str]) -> None:
+    def __init__(self, network: nn.Module, paths: Iterable[str]) -> None:
         known = dict(network.named_modules())
         for path in paths:
             if path not in known or not path:
@@ -54,7 +55,7 @@ class _Modules:
 class _Graph:
     """A copy of the network's graph, with the same layers, that also returns the features."""
 
-    def __init__(self, network: fx.GraphModule, paths: Sequence[str]) -> None:
+    def __init__(self, network: fx.GraphModule, paths: Iterable[str]) -> None:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         output = graph.graph_copy(network.graph, copies)

@@ -48,11 +48,6 @@ def score_fpgm(layer: Slices) -> Tensor | None:
     return torch.cdist(layer.weight, layer.weight).sum(1)
 
 
-def score_bn_scale(layer: Slices) -> Tensor | None:
-    """Batch-norm's |γ| (Liu et al. 2017, Network Slimming)."""
-    return layer.weight.abs().sum(1) if isinstance(layer.module, nn.modules.batchnorm._BatchNorm) else None
-
-
 def score_random(layer: Slices) -> Tensor | None:
     """Uniform noise: the baseline that a criterion must beat."""
     return torch.rand(len(layer.weight)).to(layer.weight.device)
@@ -63,7 +58,6 @@ CRITERIA: dict[str, Callable[[Slices], Tensor | None]] = {
     "l2": score_l2,
     "taylor": score_taylor,
     "fpgm": score_fpgm,
-    "bn_scale": score_bn_scale,
     "random": score_random,
     "obs": score_l2,  # where no layer with a known input covariance reads the channels; else compress/pruning/surgeon.py
 }

@@ -113,40 +113,6 @@ class BoxesTerm(Term):
     name: Annotated[Literal["boxes"], THIS]
 
 
-class FitNetTerm(FeatureTerm):
-    """The squared difference of the features, the student's after a 1 × 1 convolution (Romero 2015)."""
-
-    name: Annotated[Literal["fitnet"], THIS]
-    weight: PositiveFloat = 100.0
-    """Factor in the sum of losses (mdistiller's 100)."""
-
-
-class ATTerm(FeatureTerm):
-    """Attention transfer: where in the image the features are strong (Zagoruyko 2017)."""
-
-    name: Annotated[Literal["at"], THIS]
-    weight: PositiveFloat = 1000.0
-    """Factor in the sum of losses (mdistiller's 1000)."""
-
-
-class SPTerm(FeatureTerm):
-    """Similarity-preserving: which images of the batch have similar features (Tung 2019)."""
-
-    name: Annotated[Literal["sp"], THIS]
-    weight: PositiveFloat = 3000.0
-    """Factor in the sum of losses (the authors' 3000)."""
-
-
-class RKDTerm(FeatureTerm):
-    """Relations: the distances and angles between the images' embeddings (Park 2019)."""
-
-    name: Annotated[Literal["rkd"], THIS]
-    distance: NonNegativeFloat = 25.0
-    """Weight of the distances (mdistiller's 25)."""
-    angle: NonNegativeFloat = 50.0
-    """Weight of the angles (mdistiller's 50)."""
-
-
 class PKTTerm(FeatureTerm):
     """Probabilistic transfer: which images are neighbours (Passalis 2018)."""
 
@@ -182,9 +148,10 @@ class ReviewTerm(FeatureTerm):
 
 
 AnyLogitTerm = KDTerm | MSETerm | DKDTerm | DISTTerm | NKDTerm
-AnyFeatureTerm = FitNetTerm | ATTerm | SPTerm | RKDTerm | PKTTerm | CWDTerm | PKDTerm | ReviewTerm
+AnyFeatureTerm = PKTTerm | CWDTerm | PKDTerm | ReviewTerm
 LossTerm = Annotated[
-    CrossEntropyTerm | DiceTerm | BoxesTerm | AnyLogitTerm | AnyFeatureTerm, Field(discriminator="name")
+    CrossEntropyTerm | DiceTerm | BoxesTerm | AnyLogitTerm | AnyFeatureTerm,
+    Field(discriminator="name"),
 ]
 LABELLED = ("dkd", "nkd")  # need every image's label
 KD_ONLY: tuple[LossTerm, ...] = (KDTerm(name="kd"),)

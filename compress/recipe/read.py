@@ -1,6 +1,7 @@
 """Read a recipe from YAML, with `--set` overrides, and write it back."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from compress.recipe.order import TAKES
 from compress.recipe.schema import EMBEDDED, Recipe, StudentChain
 
 MAX_BYTES = 1_000_000
+UNKNOWN = re.compile(r"(.*\.(?:name|criterion)): unknown value '(\w+)'")
+# Losses and a criterion of older versions (docs/decisions.md): what to use in their place.
+GONE = {**dict.fromkeys(("fitnet", "at", "sp", "rkd"), "kd, or review to compare features"), "bn_scale": "l2, or obs"}
 
 
 def read_recipe(
@@ -45,7 +49,13 @@ def read_recipe(
     try:
         return Recipe.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{path}: {line}" for line in explain(error, Recipe))) from error
+        raise RecipeError("\n".join(f"{path}: {_gone(line)}" for line in explain(error, Recipe))) from error
+
+
+def _gone(line: str) -> str:
+    """Return a mistake's line; for a value that is gone, with what to use in its place."""
+    found = UNKNOWN.match(line)
+    return f"{found[1]}: {found[2]} was removed; use {GONE[found[2]]}" if found and found[2] in GONE else line
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:

@@ -157,7 +157,7 @@ class PruneStage(Section):
     """Remove whole channels by Torch-Pruning's dependency graph."""
 
     stage: Annotated[Literal["prune"], THIS]
-    criterion: Literal["l1", "l2", "taylor", "fpgm", "bn_scale", "random", "obs"] = "obs"
+    criterion: Literal["l1", "l2", "taylor", "fpgm", "random", "obs"] = "obs"
     """How a channel's importance is scored."""
     scope: Literal["global", "local", "isomorphic"] = "global"
     """Which channels compete: all of the network, those of one layer group, or those of groups with the same structure."""

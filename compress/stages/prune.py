@@ -186,13 +186,17 @@ def _reconstructed(
 
 
 def _accumulate_gradients_(model: nn.Module, cfg: PruneStage, run: Run) -> None:
-    """Accumulate the loss's mean gradient over `score_images` training images in the parameters."""
+    """Accumulate the loss's gradient over `score_images` training images in the parameters, up to a factor.
+
+    It is a sum over what the loss is a mean over (images, pixels, objects), divided by the number of images.
+    """
     placed = place_(copy.deepcopy(model), run.device).eval()
     placed.zero_grad()
     images = min(cfg.score_images, len(run.dataset.train))
     for batch in run.feed.calibration(images):
-        loss = run.task.loss(placed(batch.images), batch.targets, label_smoothing=0.0)
-        (loss * len(batch.targets) / images).backward()
+        outputs = placed(batch.images)
+        loss = run.task.loss(outputs, batch.targets, label_smoothing=0.0)
+        (loss * max(1, int(run.task.loss_count(outputs, batch.targets))) / images).backward()
     for own, other in zip(model.parameters(), placed.parameters(), strict=True):
         own.grad = None if other.grad is None else other.grad.to(own.device)
 

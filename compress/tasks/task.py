@@ -69,12 +69,12 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task) -> dict[str
         for batch in batches:
             outputs = model(batch.images).float()
             loss = task.loss(outputs, batch.targets, label_smoothing=0.0)
-            losses.append((float(loss), len(outputs)))
+            losses.append((float(loss), max(1, int(task.loss_count(outputs, batch.targets)))))
             predictions = task.output.decode(outputs.cpu().numpy())
             rows.append(task.output.statistics(predictions, batch.targets.cpu().numpy(), outputs.shape[1:]))
     model.train(training)
     of_all = [part for rank in gather(rows) for part in rank]
     found = [part for rank in gather(losses) for part in rank]
     # fsum rounds exactly, so it does not matter which rank had which batch.
-    total, images = math.fsum(loss * images for loss, images in found), sum(images for _, images in found)
-    return {"score": task.output.total(np.concatenate(of_all)), "val_loss": total / images}
+    val_loss = math.fsum(mean * count for mean, count in found) / sum(count for _, count in found)
+    return {"score": task.output.total(np.concatenate(of_all)), "val_loss": val_loss}

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import ModelProto, compose, helper, parser
+from onnx import GraphProto, ModelProto, compose, helper, parser
 
 from export.errors import BundleError
 from export.tasks.boxes import (
@@ -30,7 +30,8 @@ from export.tasks.boxes import (
 
 OPSET = 18
 INSIDE = "detections/"  # prefix of the names of added nodes
-BOXES, SCORES, LABELS = "boxes", "scores", "labels"
+DETECTOR = "detector/"  # and of the detector's own values that would be called as an output
+OUTPUTS = BOXES, SCORES, LABELS = "boxes", "scores", "labels"
 # Each gives `known`, the classes' probabilities; the first column of the logits is the background or the centre-ness.
 SOFT = "chances = Softmax <axis = -1> (logits) known = Slice (chances, one, classes, last)"
 EACH = "chances = Sigmoid (logits) known = Slice (chances, one, classes, last)"
@@ -54,11 +55,21 @@ def with_suppression(model: ModelProto) -> ModelProto:
     if len(shape) != 3 or shape[2] <= 1 + MOVES + READS:
         raise BundleError(f"{model.graph.output[0].name}: must be a detector's anchors, got {shape}: export a detector")
     behind = compose.add_prefix(_behind(_heads(model), shape[2], model.ir_version), INSIDE, rename_outputs=False)
+    _set_apart_(model.graph)
     joined = compose.merge_models(model, behind, [(model.graph.output[0].name, f"{INSIDE}rows")])
     joined.producer_name, joined.producer_version = model.producer_name, ""
     helper.set_model_props(joined, {entry.key: entry.value for entry in model.metadata_props})
     onnx.checker.check_model(joined, full_check=True)
     return joined
+
+
+def _set_apart_(graph: GraphProto) -> None:
+    """Give the detector's inner values that are called as an output of the suppression another name."""
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [f"{DETECTOR}{name}" if name in OUTPUTS else name for name in names]
+    for value in (*graph.initializer, *graph.value_info, *graph.output):
+        value.name = f"{DETECTOR}{value.name}" if value.name in OUTPUTS else value.name
 
 
 def _heads(model: ModelProto) -> Heads:

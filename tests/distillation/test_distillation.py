@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from compress.data.batches import Batch
-from compress.distillation.features import sp_loss
+from compress.distillation.features import pkt_loss
 from compress.distillation.step import (
     LOSSES,
     Learner,
@@ -49,7 +49,7 @@ BATCH = Batch(IMAGES[:8], LABELS[:8])
 EXAMPLE = torch.zeros(1, 3, 16, 16)
 LAYERS = ["block1", "block2"]
 LOGIT_TERMS = ["kd", "mse", "dkd", "dist", "nkd"]
-FEATURE_TERMS = ["fitnet", "at", "sp", "rkd", "pkt", "review"]
+FEATURE_TERMS = ["pkt", "cwd", "pkd", "review"]
 PATHS = [
     "stem",
     "stem.0",
@@ -151,14 +151,12 @@ def test_a_step_adds_its_terms_by_weight_and_reports_each() -> None:
         {"name": "cross_entropy", "weight": 0.25},
         {"name": "kd", "weight": 3.0},
         {"name": "kd", "weight": 2.0, "temperature": 4.0},
-        {"name": "fitnet", "layers": ["block2"], "weight": 5.0},
+        {"name": "pkd", "layers": ["block2"], "weight": 5.0},
         student=network(seed=1),
     )
     measured = step(learner.train(), BATCH, 0.0)
-    assert list(measured) == ["loss", "cross_entropy", "kd", "kd_2", "fitnet"]
-    expected = (
-        0.25 * measured["cross_entropy"] + 3.0 * measured["kd"] + 2.0 * measured["kd_2"] + 5.0 * measured["fitnet"]
-    )
+    assert list(measured) == ["loss", "cross_entropy", "kd", "kd_2", "pkd"]
+    expected = 0.25 * measured["cross_entropy"] + 3.0 * measured["kd"] + 2.0 * measured["kd_2"] + 5.0 * measured["pkd"]
     assert torch.allclose(measured["loss"], expected)
     assert measured["kd"] != measured["kd_2"]
 
@@ -219,9 +217,7 @@ def test_the_teacher_does_not_run_when_no_loss_asks_for_it() -> None:
 def test_the_teacher_stays_in_eval_mode_and_gets_no_gradient() -> None:
     teacher = network().train()
     before = copy.deepcopy(teacher.state_dict())
-    learner, step = lesson(
-        {"name": "fitnet", "layers": LAYERS}, {"name": "kd"}, student=network(seed=1), teacher=teacher
-    )
+    learner, step = lesson({"name": "pkd", "layers": LAYERS}, {"name": "kd"}, student=network(seed=1), teacher=teacher)
     step(learner.train(), BATCH, 0.0)["loss"].backward()
     assert not teacher.training
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -299,14 +295,14 @@ def test_feature_losses_fall_on_students_with_fewer_channels(name: str, student:
 
 def test_losses_stay_in_float32_under_autocast() -> None:
     student, teacher = network(seed=1), network()
-    learner, step = lesson({"name": "sp", "layers": ["block2"]}, student=student, teacher=teacher)
+    learner, step = lesson({"name": "pkt", "layers": ["block2"]}, student=student, teacher=teacher)
     with torch.autocast("cpu", torch.bfloat16):
-        measured = step(learner.train(), BATCH, 0.0)["sp"]
+        measured = step(learner.train(), BATCH, 0.0)["pkt"]
         answer = learner(BATCH.images)
     taught = tap(teacher, ["block2"])(BATCH.images)[1]["block2"].detach()
     assert answer.features[0][0].dtype == torch.bfloat16
     assert measured.dtype == torch.float32
-    assert torch.allclose(measured, sp_loss(answer.features[0][0].float(), taught.float()), rtol=1e-5)
+    assert torch.allclose(measured, pkt_loss(answer.features[0][0].float(), taught.float()), rtol=1e-5)
 
 
 # Features by module path
@@ -370,30 +366,28 @@ def test_fake_quantized_features_are_what_the_next_layer_reads() -> None:
 @pytest.mark.parametrize("make", [network, lambda: fake_quantized(network())], ids=["plain", "graph"])
 def test_an_unknown_layer_is_one_sentence_with_the_nearest_name(make: object) -> None:
     with pytest.raises(ModelError, match=r"^layer 'blokc2': \w+ has no module of that path; did you mean block2\?$"):
-        lesson({"name": "at", "layers": ["blokc2"], "teacher_layers": ["block2"]}, student=make())  # type: ignore[operator]
+        lesson({"name": "pkt", "layers": ["blokc2"], "teacher_layers": ["block2"]}, student=make())  # type: ignore[operator]
 
 
 def test_layers_can_be_checked_before_any_training() -> None:
-    terms = parse({"name": "at", "layers": ["block1"], "teacher_layers": ["block9"]})
+    terms = parse({"name": "pkt", "layers": ["block1"], "teacher_layers": ["block9"]})
     with pytest.raises(ModelError, match="layer 'block9'"):
         check_layers(terms, student=network(), teacher=network())
-    check_layers(parse({"name": "at", "layers": ["block1"]}, {"name": "kd"}), student=network(), teacher=network())
+    check_layers(parse({"name": "pkt", "layers": ["block1"]}, {"name": "kd"}), student=network(), teacher=network())
 
 
 def test_a_layer_that_returns_no_map_is_refused_where_the_loss_needs_one() -> None:
     with pytest.raises(
         CompressError,
-        match=r"at: layer head of the student returns \(n, 4\); name one that returns \(n, channels, height",
+        match=r"cwd: layer head of the student returns \(n, 4\); name one that returns \(n, channels, height",
     ):
-        lesson({"name": "at", "layers": ["head"]}, student=network())
-    lesson({"name": "rkd", "layers": ["head"]}, student=network())
+        lesson({"name": "cwd", "layers": ["head"]}, student=network())
+    lesson({"name": "pkt", "layers": ["head"]}, student=network())
 
 
 def test_pairs_may_differ_in_path_channels_and_size() -> None:
-    terms: dict[str, object] = {"name": "fitnet", "layers": ["block1", "head"], "teacher_layers": ["block2", "block2"]}
-    with pytest.raises(CompressError, match="only one of student and teacher returns a map"):
-        lesson(terms, student=network())
-    learner, step = lesson(terms | {"layers": ["block1", "stem"]}, student=network(width=12, seed=1))
+    terms: dict[str, object] = {"name": "pkd", "layers": ["block1", "stem"], "teacher_layers": ["block2", "block2"]}
+    learner, step = lesson(terms, student=network(width=12, seed=1))
     step(learner.train(), BATCH, 0.0)["loss"].backward()
     assert [len(layer.weight) for layer in learner.adapters[0].layers] == [32, 32]  # type: ignore[union-attr]
 
@@ -412,7 +406,7 @@ def test_the_learner_is_the_student_in_eval_mode(student: str) -> None:
 @pytest.mark.parametrize("student", ["plain", "fake-quantized"])
 def test_a_copy_reads_its_own_features(student: str) -> None:
     """A moving average is a copy: nothing of it may lead back to the first."""
-    learner, _ = lesson({"name": "fitnet", "layers": LAYERS}, student=STUDENTS[student]())
+    learner, _ = lesson({"name": "pkd", "layers": LAYERS}, student=STUDENTS[student]())
     for module in learner.modules():
         module.training = isinstance(module, Learner)  # batch-norms and ranges stay as they are
     twin = copy.deepcopy(learner)
@@ -466,7 +460,7 @@ def test_a_killed_lesson_goes_on_to_the_same_bits(
 def test_adapters_are_not_part_of_the_student(tmp_path: Path, student: str) -> None:
     model = STUDENTS[student]()
     names = list(model.state_dict())
-    learner, step = lesson({"name": "fitnet", "layers": LAYERS}, student=model)
+    learner, step = lesson({"name": "pkd", "layers": LAYERS}, student=model)
     trained = fit(learner, step, Fit(epochs=1, batch_size=8, ema_decay=0.9), loop(tmp_path))
     assert isinstance(trained, Learner)
     assert list(trained.student.state_dict()) == names
@@ -519,7 +513,7 @@ def test_two_processes_keep_one_student_and_one_set_of_adapters(tmp_path: Path) 
 
 def test_layers_and_the_teachers_layers_go_in_pairs() -> None:
     with pytest.raises(ValidationError, match="must name one layer for each of the 2 in layers, got 1"):
-        parse({"name": "at", "layers": LAYERS, "teacher_layers": ["block1"]})
+        parse({"name": "pkt", "layers": LAYERS, "teacher_layers": ["block1"]})
     with pytest.raises(ValidationError, match="at least 2"):
         parse({"name": "review", "layers": ["block2"]})
 
@@ -533,5 +527,5 @@ def test_a_module_that_never_runs_is_refused() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return self.network(images)  # type: ignore[no-any-return]
 
-    with pytest.raises(CompressError, match="sp: layer unused of the student returns no tensor, or never runs"):
-        lesson({"name": "sp", "layers": ["unused"], "teacher_layers": ["block1"]}, student=Spare())
+    with pytest.raises(CompressError, match="pkt: layer unused of the student returns no tensor, or never runs"):
+        lesson({"name": "pkt", "layers": ["unused"], "teacher_layers": ["block1"]}, student=Spare())

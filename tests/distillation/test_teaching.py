@@ -224,7 +224,7 @@ def test_a_recipe_may_ask_online(opened: tuple[Run, Path, Path], seen: list[int]
     assert not (Path(run.recipe.out) / "teacher-logits").exists()
 
 
-@pytest.mark.parametrize("loss", ["[{name: at, layers: [block1]}, {name: kd}]", "[{name: cross_entropy}]"])
+@pytest.mark.parametrize("loss", ["[{name: pkt, layers: [block1]}, {name: kd}]", "[{name: cross_entropy}]"])
 def test_losses_on_features_ask_online_and_labels_ask_nobody(
     opened: tuple[Run, Path, Path], seen: list[int], loss: str
 ) -> None:
@@ -233,7 +233,7 @@ def test_losses_on_features_ask_online_and_labels_ask_nobody(
         open_run(recipe(Path(run.recipe.out), f"distill.loss={loss}"), trust_code=True, verbose=False), source, log
     )
     assert found.views is None
-    assert len(seen) == ("at" in loss)
+    assert len(seen) == ("pkt" in loss)
 
 
 def test_an_image_that_could_not_be_read_has_no_answer(tmp_path: Path, opened: tuple[Run, Path, Path]) -> None:

@@ -163,7 +163,6 @@ def test_excluded_layers_keep_their_width() -> None:
 ORACLES = {
     "l1": tp.importance.GroupMagnitudeImportance(p=1),
     "l2": tp.importance.GroupMagnitudeImportance(p=2),
-    "bn_scale": tp.importance.BNScaleImportance(),
 }
 
 

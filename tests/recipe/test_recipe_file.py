@@ -204,6 +204,14 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
             HEAD + "stages: [{stage: source, fit: {epochs: 1, optimizer: adam}}]",
             "stages.0.fit.optimizer: unknown value 'adam'; did you mean adamw? (known: sgd, adamw)",
         ),
+        (
+            HEAD + SOURCE + "- {stage: distill, fit: {epochs: 1}, loss: [{name: kd}, {name: fitnet, layers: [a]}]}",
+            "stages.1.loss.1.name: fitnet was removed; use kd, or review to compare features",
+        ),
+        (
+            HEAD + SOURCE + "- {stage: prune, keep_macs: 0.5, criterion: bn_scale}",
+            "stages.1.criterion: bn_scale was removed; use l2, or obs",
+        ),
         (HEAD + "stages: [{stage: source, fit: 3}]", "stages.0.fit: must be a mapping of keys to values, got 3"),
         (HEAD + "stages: [{stage: source, fit: {}}]", "stages.0.fit.epochs: missing; Passes over the training images"),
         (HEAD + "stages: []", "stages: must not be empty, got a list of 0"),

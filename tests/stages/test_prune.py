@@ -1,6 +1,8 @@
 """What the prune stage scores by, and at which size it times layers."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from several import ended, start
 from torch import nn
 from torch.nn import functional as F
 
+from compress.data.batches import Batch
 from compress.errors import CompressError
 from compress.pruning.plan import Options
 from compress.recipe.arguments import goal_of
@@ -17,6 +20,8 @@ from compress.recipe.stages import PruneStage
 from compress.run import Run, open_run
 from compress.stages import prune
 from compress.stages.prune import _accumulate_gradients_
+from compress.tasks import TASKS, evaluate
+from export.images.preprocess import IGNORED
 
 
 def open_small() -> Run:
@@ -44,6 +49,25 @@ def test_every_one_of_so_many_images_has_the_same_part_in_the_gradient(images: i
     for name, parameter in model.named_parameters():
         (expected,) = torch.autograd.grad(loss, parameter, retain_graph=True)
         torch.testing.assert_close(parameter.grad, expected, msg=name)
+
+
+def test_every_pixel_that_counts_has_the_same_part_in_gradient_and_loss() -> None:
+    """Of two batches of masks, of which one is mostly ignored."""
+    network, task = nn.Conv2d(3, 2, 1), TASKS["segmentation"]
+    images, masks = torch.randn(2, 3, 8, 8), torch.randint(0, 2, (2, 8, 8), dtype=torch.uint8)
+    masks[1, 1:] = IGNORED
+    batches = [Batch(images[i : i + 1], masks[i : i + 1]) for i in range(2)]
+    feed = SimpleNamespace(calibration=lambda _: batches)
+    run: Any = SimpleNamespace(
+        device=torch.device("cpu"), task=task, dataset=SimpleNamespace(train=range(2)), feed=feed
+    )
+    _accumulate_gradients_(network, PruneStage(stage="prune", keep_macs=0.5), run)
+    loss = task.loss(network(images), masks, label_smoothing=0.0)
+    (expected,) = torch.autograd.grad(loss, network.weight)
+    assert network.weight.grad is not None
+    ratios = network.weight.grad / expected
+    torch.testing.assert_close(ratios, ratios.mean().expand_as(ratios))
+    assert evaluate(network, batches, task)["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 GRADIENTS = """

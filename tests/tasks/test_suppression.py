@@ -42,6 +42,7 @@ from export.tasks.detection import DETECTION
 from export.tasks.task import Array
 
 SIDE = 4
+IMAGE = np.zeros((1, 3, SIDE, SIDE), np.float32)
 PREPROCESS = {"image_size": SIDE, "mean": [0.5] * 3, "std": [0.25] * 3}
 
 
@@ -78,6 +79,18 @@ def rows(kind: int, *, anchors: int = 60, classes: int = 3) -> Array:
     moves = np.abs(moves) if kind == CENTRED else moves
     places = np.concatenate([random.random((1, anchors, 2)), 0.1 + 0.3 * random.random((1, anchors, 2))], axis=2)
     return np.concatenate([logits, moves, np.full((1, anchors, 1), kind), places], axis=2).astype(np.float32)
+
+
+def test_a_detectors_own_values_may_be_called_as_its_outputs() -> None:
+    model, expected = answering(rows(SIGMOID)), run(DETECTION.finish(answering(rows(SIGMOID))), IMAGE)
+    names = {"largest": "boxes", "nothing": "scores", "rows": "labels"}
+    for node in model.graph.node:
+        for own in (node.input, node.output):
+            own[:] = [names.get(name, name) for name in own]
+    model.graph.initializer[0].name = names["rows"]
+    found = run(DETECTION.finish(model), IMAGE)
+    assert found.keys() == {"boxes", "scores", "labels"}
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
 
 
 @pytest.mark.parametrize("kind", [SOFTMAX, SIGMOID, GIOU, CENTRED])
