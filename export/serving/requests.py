@@ -49,4 +49,4 @@ def misfit(body: bytes, headers: Mapping[str, str]) -> str:
 
 def not_text(name: str | None) -> bool:
     """Tell whether a name holds half of a surrogate pair, which JSON can write and UTF-8 cannot."""
-    return any("\ud800" <= letter <= "\udfff" for letter in name or "")
+    return any(0xD800 <= ord(letter) <= 0xDFFF for letter in name or "")
