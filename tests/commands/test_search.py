@@ -21,8 +21,8 @@ from elsewhere.files import is_there
 from elsewhere.postgresql import server, use_driver
 from optuna._hypervolume import compute_hypervolume  # the independent one
 from typer.testing import CliRunner
+from workers import SEARCH, a_board, a_search, many, measured, worker
 
-from compress.artifact import turn
 from compress.cli import app
 from compress.commands.search import run as search_run
 from compress.commands.search import trial
@@ -42,13 +42,6 @@ from compress.run import open_run
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((*ROOT.glob("recipes/studies/*.yaml"), *ROOT.glob("recipes/search/*.yaml")))
 PAGE = ROOT / "docs" / "search.md"
-SEARCH: dict[str, Any] = {
-    "name": "two",
-    "recipes": ["a.yaml"],
-    "space": {"prune.keep_macs": {"low": 0.1, "high": 0.9}, "prune.criterion": ["l1", "l2"]},
-    "objectives": ["score", "macs"],
-    "budget": {"trials": 6},
-}
 RECIPE = """
 name: a
 data: {{dataset: digits, image_size: 16, limit_per_class: 10}}
@@ -60,27 +53,11 @@ stages:
 """
 
 
-def a_search(**changes: Any) -> Search:
-    return Search.model_validate({**SEARCH, **changes})
-
-
 def written(folder: Path, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "a.yaml").write_text(RECIPE.format(networks=ROOT / "tests" / "networks.py"))
     (folder / "search.yaml").write_text(strict_yaml.dump({**SEARCH, **changes}))
     return folder / "search.yaml"
-
-
-def a_board(folder: Path, search: Search, storage: str | None = None) -> Board:
-    board = Board(search, folder, name=search.name, storage=storage)
-    board.points = grid(search) if search.sampler == "grid" else None
-    return board
-
-
-def measured(taken: Taken) -> dict[str, list[float]]:
-    """A trade-off whose front is `l2`: its score is a point higher at any size."""
-    keep = float(taken.point["prune.keep_macs"])
-    return {"score": [keep + 0.01 * (taken.point["prune.criterion"] == "l2")], "macs": [100 * keep]}
 
 
 # --- the file
@@ -280,39 +257,13 @@ def test_a_search_in_which_nothing_works_ends_with_a_sentence(tmp_path: Path, lo
         work(a_board(tmp_path, a_search()), lambda _: lost)
 
 
-def worker(folder: Path, storage: str | None) -> None:
-    """Run a grid's trials, each of three stages that trials share in part; every end is written down."""
-
-    def stage(name: str) -> None:
-        with turn(folder / "stages" / name):
-            if not (folder / "stages" / name).exists():
-                time.sleep(0.02)
-                (folder / "stages" / name).write_text("")
-                with (folder / "made.txt").open("a") as file:
-                    file.write(f"{name}\n")
-
-    def run(taken: Taken) -> dict[str, list[float]]:
-        for name in ("source", f"cut-{taken.point['prune.keep_macs']}", f"trial-{sorted(taken.point.items())}"):
-            stage(name.replace("/", ""))
-        return measured(taken)
-
-    use_driver()
-    work(a_board(folder, many(), storage), run, poll_s=0.05)
-
-
-def many() -> Search:
-    return a_search(
-        space={"prune.keep_macs": [n / 40 for n in range(1, 13)], "prune.criterion": ["l1", "l2"]}, sampler="grid"
-    )
-
-
 Start = Callable[[Path, str | None], multiprocessing.process.BaseProcess]
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "optuna", "optuna.storages._rdb.storage"])  # what takes seconds to import
+    context.set_forkserver_preload(["compress.commands.search.run", "optuna", "optuna.storages._rdb.storage"])
     started = []
 
     def one(folder: Path, storage: str | None) -> multiprocessing.process.BaseProcess:
@@ -342,10 +293,14 @@ def storage(request: pytest.FixtureRequest) -> Iterator[str | None]:
 def test_workers_that_are_killed_leave_every_trial_done_once_and_no_stage_made_twice(
     tmp_path: Path, storage: str | None, start: Start
 ) -> None:
+    def made() -> list[str]:
+        return (tmp_path / "made.txt").read_text().splitlines() if (tmp_path / "made.txt").exists() else []
+
     rng = random.Random(0)
     workers = [start(tmp_path, storage) for _ in range(3)]
-    for _ in range(10):
-        time.sleep(rng.uniform(0.05, 0.4))
+    for stages in range(3, 33, 3):  # kill one of them each time that three more stages are made
+        while len(made()) < stages and any(worker.is_alive() for worker in workers):
+            time.sleep(0.005)
         index = rng.randrange(3)
         workers[index].kill()
         workers[index].join()
@@ -356,9 +311,8 @@ def test_workers_that_are_killed_leave_every_trial_done_once_and_no_stage_made_t
     rows = a_board(tmp_path, many(), storage).rows()
     assert [row.state for row in rows] == 24 * ["done"]
     assert len({json.dumps(row.point, sort_keys=True) for row in rows}) == 24
-    made = (tmp_path / "made.txt").read_text().splitlines()
-    assert sorted(made) == sorted(set(made))
-    assert len(made) == 1 + 12 + 24
+    assert sorted(made()) == sorted(set(made()))
+    assert len(made()) == 1 + 12 + 24
 
 
 def test_a_run_that_outlives_its_killed_worker_is_left_to_end_first(tmp_path: Path) -> None:
@@ -582,20 +536,24 @@ def test_commands_that_are_killed_with_their_runs_or_without_leave_every_trial_d
     )
     command = [sys.executable, "-m", "compress.cli", "search", str(path), "--out", str(tmp_path), "--trust-code"]
     made: dict[str, set[int]] = {}  # each stage, and when its artifact was finished
+    begun: set[str] = set()  # the stages that some run has begun
 
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
 
-    def look() -> None:
+    def look() -> bool:
+        """Note the finished stages, and tell whether another one was begun."""
         for meta in tmp_path.glob("two/stages/[0-9]*/meta.json"):
             made.setdefault(meta.parent.name, set()).add(meta.stat().st_mtime_ns)
+        before = len(begun)
+        begun.update(partial.name for partial in tmp_path.glob("two/stages/.*.partial"))
+        return len(begun) > before
 
     workers, left = [start() for _ in range(3)], 10
     try:
         while any(worker.poll() is None for worker in workers):
-            time.sleep(rng.uniform(1, 5))
-            look()
-            if left:
+            time.sleep(0.02)
+            if look() and left:
                 left -= 1
                 index = rng.randrange(3)
                 (os.killpg if left % 2 else os.kill)(workers[index].pid, signal.SIGKILL)
@@ -607,6 +565,7 @@ def test_commands_that_are_killed_with_their_runs_or_without_leave_every_trial_d
                 os.killpg(worker.pid, signal.SIGKILL)
             worker.wait()
     look()
+    assert left == 0
     assert [worker.returncode for worker in workers] == [0, 0, 0]
     setup = open_setup(path, data=None, weights=None, out=str(tmp_path), trust_code=True)
     (board,) = open_boards(setup, storage=None)

@@ -263,6 +263,23 @@ def _sampler(search: Search, trials: int) -> "optuna.samplers.BaseSampler":
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
 
 
+class _JournalLock:
+    """Optuna's lock of the journal, which the system frees if its worker is killed; others wait 30 s for Optuna's own."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        self._file = self._path.open("w")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        """Free the lock."""
+        self._file.close()
+
+
 def _open(search: Search, folder: Path, name: str, storage: str | None) -> "optuna.Study":
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalStorage
@@ -270,7 +287,11 @@ def _open(search: Search, folder: Path, name: str, storage: str | None) -> "optu
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     gains = [MEASURES[measure].is_gain for measure in search.objectives]
     directions: list[Literal["minimize", "maximize"]] = ["maximize" if gain else "minimize" for gain in gains]
-    kept = JournalStorage(JournalFileBackend(str(folder / "journal.log"))) if storage is None else _database(storage)
+    if storage is None:
+        lock = _JournalLock(folder / ".journal")
+        kept: optuna.storages.BaseStorage = JournalStorage(JournalFileBackend(str(folder / "journal.log"), lock))  # type: ignore[arg-type]
+    else:
+        kept = _database(storage)
     return optuna.create_study(study_name=name, storage=kept, directions=directions, load_if_exists=True)
 
 
