@@ -36,14 +36,6 @@ def judge_or_accept(arguments: argparse.Namespace) -> int:
         batch=arguments.batch,
     )
     if arguments.update_baseline:
-        if limits.max_latency_ratio is not None:
-            seconds = (
-                4 * plan.looks * plan.seconds
-            )  # two files beside each other, to see if the machine is fit and to record
-            sys.stderr.write(
-                f"timing takes {seconds:.0f} s and an idle machine: on a busy one, leave it out with --no-latency\n"
-            )
-            sys.stderr.flush()
         try:
             place, notes = update(
                 arguments.bundle,
@@ -52,6 +44,7 @@ def judge_or_accept(arguments: argparse.Namespace) -> int:
                 limits=limits,
                 plan=plan,
                 progress=print_live,
+                notice=lambda sentence: print(sentence, file=sys.stderr, flush=True),  # noqa: T201
             )
         except BrokenBundleError as error:
             sys.stderr.write(f"{arguments.bundle}: {error}\n")

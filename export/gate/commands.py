@@ -55,7 +55,14 @@ def open_old(path: Path) -> Subject:
 
 
 def update(
-    bundle: Path, baseline: Path, *, data: Path | None, limits: Limits, plan: Plan, progress: Progress = lambda _: None
+    bundle: Path,
+    baseline: Path,
+    *,
+    data: Path | None,
+    limits: Limits,
+    plan: Plan,
+    progress: Progress = lambda _: None,
+    notice: Progress = lambda _: None,
 ) -> tuple[Path, tuple[str, ...]]:
     """Record the bundle as this machine's baseline; return the path, in a folder named by the machine, and notes on the images.
 
@@ -63,7 +70,7 @@ def update(
     """
     if data is None and limits.min_score_ratio is not None:
         raise BundleError("no images to record predictions on: give --data, or leave accuracy out (--no-accuracy)")
-    accepted = accept(open_subject(bundle), data, limits, plan, progress)
+    accepted = accept(open_subject(bundle), data, limits, plan, progress, notice)
     path = baseline if baseline.suffix == ".json" else baseline / f"{accepted.fingerprint}.json"
     write_baseline(path, accepted)
     return path, accepted.predictions.notes if accepted.predictions else ()
@@ -75,7 +82,12 @@ def reference_of(subject: Subject) -> str | None:
 
 
 def accept(
-    subject: Subject, data: Path | None, limits: Limits, plan: Plan, progress: Progress = lambda _: None
+    subject: Subject,
+    data: Path | None,
+    limits: Limits,
+    plan: Plan,
+    progress: Progress = lambda _: None,
+    notice: Progress = lambda _: None,
 ) -> Baseline:
     """Return the bundle as this machine's baseline, with predictions if there are `data`, and times if latency has a limit.
 
@@ -90,6 +102,8 @@ def accept(
                 "with --against"
             )
         served = opener(subject.served, subject.bundle.preprocess, plan)
+        seconds = 4 * plan.looks * plan.seconds  # two files in each look, for the machine's fitness and for the record
+        notice(f"timing takes {seconds:.0f} s and an idle machine: on a busy one, leave it out with --no-latency")
         progress("timing the file against itself")
         fit = self_test(served, plan, limits.max_latency_ratio)
         if fit.status != "pass":
