@@ -5,6 +5,7 @@ import gc
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,17 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> "dict[str, Tensor]":
             read_recipe(recipe, [f"out={folder}"]), trust_code=True, until=None, verbose=False, command="compress run"
         )
     return load_file(next(folder.glob("learned/00-source-*/weights.safetensors")))
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run a command's `main` on words, in this process, and return its exit code."""
+
+    def run(main: Callable[[], int], *words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+        return main()
+
+    return run
 
 
 TINY_RECIPE = """\

@@ -1,7 +1,7 @@
 """A task that lives in this file alone goes through the whole chain: the mean brightness of a digit, as a number."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,10 @@ targets: {max_drop: 0.1}
 
 
 def test_a_task_that_only_this_file_knows_goes_through_the_whole_chain(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    called: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(export.tasks.TASKS, "brightness", BRIGHTNESS)
     monkeypatch.setitem(compress.tasks.TASKS, "brightness", TASK)
@@ -163,23 +166,11 @@ def test_a_task_that_only_this_file_knows_goes_through_the_whole_chain(
 
     images = tmp_path / "images"
     assert CliRunner().invoke(app, ["export-data", str(root), str(images)]).exit_code == 0
-    baseline = [
-        str(root / "bundle"),
-        "--baseline",
-        str(tmp_path / "baseline.json"),
-        "--data",
-        str(images),
-        "--no-latency",
-    ]
-    monkeypatch.setattr("sys.argv", ["gate", *baseline, "--update-baseline"])
-    assert gate_main() == 0
-    monkeypatch.setattr("sys.argv", ["gate", *baseline])
-    assert gate_main() == 0
+    words = [root / "bundle", "--baseline", tmp_path / "baseline.json", "--data", images, "--no-latency"]
+    assert called(gate_main, *words, "--update-baseline") == 0
+    assert called(gate_main, *words) == 0
     assert "closeness" in capsys.readouterr().out
-    image = next(images.rglob("*.bmp"))
-    monkeypatch.setattr("sys.argv", ["predict", str(root / "bundle"), str(image)])
-    assert predict.main() == 0
+    assert called(predict.main, root / "bundle", next(images.rglob("*.bmp"))) == 0
     assert "brightness\n" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["verify", str(root / "bundle"), "--data", str(images), "--images", "16"])
-    assert verify.main() == 0
+    assert called(verify.main, root / "bundle", "--data", images, "--images", 16) == 0
     assert "closeness" in capsys.readouterr().out

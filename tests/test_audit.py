@@ -1,7 +1,7 @@
 """What runs once ONNX Runtime has optimized a file, and what of it must not."""
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +180,7 @@ def test_a_provider_that_is_not_here_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_the_command_exits_by_its_limits(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], called: Callable[..., int]
 ) -> None:
     path = str(save(quantized_network(plain=CONV2), tmp_path / "model.onnx"))
     written = tmp_path / "audit.json"
@@ -201,31 +201,28 @@ def test_the_command_exits_by_its_limits(
             0,
         ),
     ):
-        monkeypatch.setattr(sys, "argv", ["audit", path, *arguments])
-        assert main() == code
+        assert called(main, path, *arguments) == code
     assert "conv2: its weights are float in the file" in capsys.readouterr().out
     assert json.loads(written.read_text())["model"]["float_layers"] == ["conv2"]
 
 
 def test_the_command_holds_a_bundles_int8_files_to_the_limits(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], called: Callable[..., int]
 ) -> None:
     files = {"student_fp32": save(classifier(), tmp_path / "student_fp32.onnx")}
     write_small_bundle(tmp_path / "bundle", files)
-    monkeypatch.setattr(sys, "argv", ["audit", str(tmp_path / "bundle"), "--max-float-layers", "0"])
-    assert main() == 0
+    assert called(main, tmp_path / "bundle", "--max-float-layers", 0) == 0
     assert "0 of 2 layers" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", None])
 def test_an_unreadable_file_exits_with_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, content: bytes | None
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], called: Callable[..., int], content: bytes | None
 ) -> None:
     path = tmp_path / "model.onnx"
     if content is not None:
         path.write_bytes(content)
-    monkeypatch.setattr(sys, "argv", ["audit", str(path)])
-    assert main() == 2
+    assert called(main, path) == 2
     assert "model.onnx" in capsys.readouterr().err
 
 

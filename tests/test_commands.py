@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -19,11 +20,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_without_kserve_one_sentence_says_what_to_install(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    called: Callable[..., int], bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["serve", str(bundle)])
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
-    assert serve.main() == 2
+    assert called(serve.main, bundle) == 2
     assert "pip install kserve" in capsys.readouterr().err
 
 
@@ -49,10 +49,9 @@ def test_a_number_that_cannot_be_is_refused_by_name(
     bundle: Path,
     command: ModuleType,
     wrong: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    called: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [command.__name__, str(bundle), *wrong])
     with pytest.raises(SystemExit, match="2"):
-        command.main()
+        called(command.main, bundle, *wrong)
     assert f"argument {wrong[0]}: must be a" in capsys.readouterr().err

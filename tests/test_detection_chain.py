@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,6 @@ def report_of(root: Path) -> Any:
 
 def stages_of(root: Path) -> dict[str, Path]:
     return {line["stage"]: root / line["directory"] for line in report_of(root)["stages"]}
-
-
-def called(module: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["x", *map(str, arguments)])
-    return int(module.main())
 
 
 def test_only_the_heads_last_convolutions_stay_in_float_and_say_why(root: Path) -> None:
@@ -182,11 +178,11 @@ def test_the_cards_lines_of_python_print_boxes(
 
 
 def test_predict_draws_what_it_says(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, tmp_path: Path, called: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = root.parent / "data" / "images" / "val" / "3.png"
     bundle = root / "bundle"
-    assert called(predict, monkeypatch, bundle, image, "--json", "--draw", tmp_path / "drawn") == 0
+    assert called(predict.main, bundle, image, "--json", "--draw", tmp_path / "drawn") == 0
     (best, *_) = json.loads(capsys.readouterr().out)["found"]
     assert set(best) == {"label", "score", "left", "top", "right", "bottom"}
     assert best["label"] in COLOURS
@@ -196,26 +192,24 @@ def test_predict_draws_what_it_says(
 
 
 def test_verify_and_audit_take_a_bundle_of_boxes(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, called: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = root / "bundle"
-    assert called(verify, monkeypatch, bundle, "--data", root.parent / "data", "--images", 16) == 0
+    assert called(verify.main, bundle, "--data", root.parent / "data", "--images", 16) == 0
     assert "mAP" in capsys.readouterr().out
-    assert called(audit, monkeypatch, bundle / "student_int8.onnx") == 0
+    assert called(audit.main, bundle / "student_int8.onnx") == 0
 
 
 def test_the_gate_names_the_class_that_was_lost(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, tmp_path: Path, called: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = Path(shutil.copytree(root / "bundle", tmp_path / "bundle"))
     words = [bundle, "--baseline", tmp_path / "baseline.json", "--data", root.parent / "data", "--no-latency"]
-    monkeypatch.setattr("sys.argv", ["gate", *map(str, words), "--update-baseline"])
-    assert gate_main() == 0
-    monkeypatch.setattr("sys.argv", ["gate", *map(str, words)])
-    assert gate_main() == 0
+    assert called(gate_main, *words, "--update-baseline") == 0
+    assert called(gate_main, *words) == 0
     forget(bundle, 2)
     capsys.readouterr()
-    assert gate_main() == 1
+    assert called(gate_main, *words) == 1
     said = capsys.readouterr().out
     assert "blue (AP" in said
     assert "mAP" in said

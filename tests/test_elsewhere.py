@@ -28,7 +28,7 @@ class Exported:
     in_torch: Logits  # by target
 
 
-@pytest.fixture(scope="session", params=sorted(NETWORKS))
+@pytest.fixture(scope="session", params=["mobile", pytest.param("residual", marks=pytest.mark.acceptance)])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp(request.param)
     labels, in_torch = write_digits(NETWORKS[request.param], folder, targets=("cpu_avx2", "cpu_arm"))

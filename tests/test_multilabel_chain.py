@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,6 @@ def report_of(root: Path) -> Any:
     return json.loads((root / "report.json").read_text())
 
 
-def called(module: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["x", *map(str, arguments)])
-    return int(module() if callable(module) else module.main())
-
-
 def test_every_file_is_scored_by_mean_average_precision_as_torch_scored_it(root: Path) -> None:
     report = report_of(root)
     assert report["metric"] == {"name": "macro_ap", "title": "mAP"}
@@ -86,20 +82,20 @@ def test_the_validation_images_are_written_with_their_table(root: Path) -> None:
 
 
 def test_the_bundle_passes_its_gate_and_answers_with_labels(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, called: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = read_bundle(root / "bundle")
     assert bundle.golden.truths.shape == (len(bundle.golden.images), 10)
     assert "its sigmoid" in (root / "bundle" / "README.md").read_text()
     words = [root / "bundle", "--baseline", root.parent / "b.json", "--data", root.parent / "data", "--no-latency"]
-    assert called(gate_main, monkeypatch, *words, "--update-baseline") == 0
-    assert called(gate_main, monkeypatch, *words) == 0
+    assert called(gate_main, *words, "--update-baseline") == 0
+    assert called(gate_main, *words) == 0
     assert "mAP" in capsys.readouterr().out
     image = next((root.parent / "data").rglob("*.bmp"))
-    assert called(predict, monkeypatch, root / "bundle", image) == 0
+    assert called(predict.main, root / "bundle", image) == 0
     assert "probability" in capsys.readouterr().out
-    assert called(verify, monkeypatch, root / "bundle", "--data", root.parent / "data", "--images", 16) == 0
-    assert called(audit, monkeypatch, root / "bundle" / "student_int8.onnx") == 0
+    assert called(verify.main, root / "bundle", "--data", root.parent / "data", "--images", 16) == 0
+    assert called(audit.main, root / "bundle" / "student_int8.onnx") == 0
 
 
 def run_of(tmp_path: Path, *changes: str) -> Run:

@@ -1,7 +1,7 @@
 """Grey images of 16 bits that are wider than high: through the whole chain, the check, the gate, and predictions."""
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -87,19 +87,16 @@ def test_it_learns_and_is_timed_at_its_own_size_and_at_another(finished: Path) -
 
 
 def test_gate_verification_and_predictions_read_the_same_files(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, called: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     place, images = finished / "depth" / "bundle", finished / "images"
-    words = [str(place), "--baseline", str(tmp_path / "baseline.json"), "--data", str(images), "--no-latency"]
+    words = [place, "--baseline", tmp_path / "baseline.json", "--data", images, "--no-latency"]
     for further in (["--update-baseline"], []):
-        monkeypatch.setattr(sys, "argv", ["gate", *words, *further])
-        assert gate_main() == 0, capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["verify", str(place), "--data", str(images), "--images", "16"])
-    assert verify.main() == 0
+        assert called(gate_main, *words, *further) == 0, capsys.readouterr()
+    assert called(verify.main, place, "--data", images, "--images", 16) == 0
     capsys.readouterr()
-    files = sorted(map(str, (images / "val").rglob("*.png")))
-    monkeypatch.setattr(sys, "argv", ["predict", str(place), *files, "--json", "--top", "1"])
-    assert predict.main() == 0
+    files = sorted((images / "val").rglob("*.png"))
+    assert called(predict.main, place, *files, "--json", "--top", 1) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     right = [Path(one["image"]).parent.name == one["found"][0]["label"] for one in found]
     report = json.loads((finished / "depth" / "report.json").read_text())
@@ -108,13 +105,12 @@ def test_gate_verification_and_predictions_read_the_same_files(
 
 
 def test_an_image_of_other_channels_or_bits_is_refused_in_a_sentence(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, called: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("RGB", (32, 16)).save(tmp_path / "colours.png")
     Image.new("L", (32, 16)).save(tmp_path / "eight.png")
-    names = [str(tmp_path / "colours.png"), str(tmp_path / "eight.png")]
-    monkeypatch.setattr(sys, "argv", ["predict", str(finished / "depth" / "bundle"), *names])
-    assert predict.main() == 2
+    names = [tmp_path / "colours.png", tmp_path / "eight.png"]
+    assert called(predict.main, finished / "depth" / "bundle", *names) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition("(")[2].partition(")")[0] for line in lines] == [
         "has 3 channels of 8 bits, not 1 channel of 16 bits",

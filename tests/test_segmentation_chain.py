@@ -1,6 +1,7 @@
 """Images with masks through the whole chain: a small network, from a folder of scenes to its bundle."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,11 +74,6 @@ def report_of(root: Path) -> Any:
     return json.loads((root / "report.json").read_text())
 
 
-def called(module: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["x", *map(str, arguments)])
-    return int(module.main())
-
-
 def test_every_convolution_of_the_pruned_network_runs_in_integers(root: Path) -> None:
     before, after = (read_meta(stage(root, name)).metrics["macs_m"] for name in ("source", "prune"))
     assert before is not None
@@ -123,10 +119,10 @@ def test_a_bundle_keeps_its_golden_masks(root: Path) -> None:
 
 
 def test_predict_names_the_areas_of_classes_and_draws_them(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, tmp_path: Path, called: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = root.parent / "data" / "images" / "val" / "0.png"
-    assert called(predict, monkeypatch, root / "bundle", image, "--top", 11, "--draw", tmp_path) == 0
+    assert called(predict.main, root / "bundle", image, "--top", 11, "--draw", tmp_path) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[1] == ["label", "area"]
     assert sum(float(row[1]) for row in rows[2:] if len(row) == 2) == pytest.approx(1, abs=0.01)
@@ -161,9 +157,9 @@ def test_examples_and_the_file_that_gives_masks_are_the_served_file_s(root: Path
 
 
 def test_verify_and_audit_take_a_bundle_of_masks(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, called: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = root / "bundle"
-    assert called(verify, monkeypatch, bundle, "--data", root.parent / "data", "--images", 16) == 0
+    assert called(verify.main, bundle, "--data", root.parent / "data", "--images", 16) == 0
     assert "mIoU" in capsys.readouterr().out
-    assert called(audit, monkeypatch, bundle / "student_int8.onnx") == 0
+    assert called(audit.main, bundle / "student_int8.onnx") == 0

@@ -5,7 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -290,21 +290,19 @@ def test_a_cpu_without_vnni_saturates_on_the_full_range_and_not_on_seven_bits(tm
 
 
 def test_the_command_compares_a_file_and_a_bundle(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], called: Callable[..., int]
 ) -> None:
     path = save(quantized_network(63), tmp_path / "student_int8.onnx")
-    monkeypatch.setattr(sys, "argv", ["verify", str(path), "--images", "16", "--json", str(tmp_path / "verify.json")])
-    assert main() == 0
+    assert called(main, path, "--images", 16, "--json", tmp_path / "verify.json") == 0
     assert "first tensor that diverges: none" in capsys.readouterr().out
     found = json.loads((tmp_path / "verify.json").read_text())["student_int8"]
     assert found["agreement_ci95"][1] == 1.0
     assert found["tensors"][1]["local"]["max_lsb"] <= 1
-    monkeypatch.setattr(sys, "argv", ["verify", str(path), "--images", "16", "--min-agreement", "1.01"])
-    assert main() == 1
+    assert called(main, path, "--images", 16, "--min-agreement", 1.01) == 1
 
 
 def test_the_command_scores_a_bundles_int8_files_on_labelled_images(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], called: Callable[..., int]
 ) -> None:
     int8 = quantized_network(63)
     for dim in int8.graph.input[0].type.tensor_type.shape.dim[2:]:
@@ -315,9 +313,7 @@ def test_the_command_scores_a_bundles_int8_files_on_labelled_images(
     }
     write_small_bundle(tmp_path / "bundle", files)
     class_folders(tmp_path / "data", ["cat", "dog", "gnu"])
-    command = ["verify", str(tmp_path / "bundle"), "--data", str(tmp_path / "data"), "--images", "5"]
-    monkeypatch.setattr(sys, "argv", command)
-    main()
+    called(main, tmp_path / "bundle", "--data", tmp_path / "data", "--images", 5)
     said = capsys.readouterr().out
     assert "student_fp32" not in said
     assert "on 5 images" in said
@@ -325,12 +321,11 @@ def test_the_command_scores_a_bundles_int8_files_on_labelled_images(
 
 
 def test_the_command_says_what_it_cannot_verify(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], called: Callable[..., int]
 ) -> None:
     path = save(classifier(), tmp_path / "student_fp32.onnx")
-    for given, said in ((str(path), "only an INT8"), (str(tmp_path / "none.onnx"), "no such file")):
-        monkeypatch.setattr(sys, "argv", ["verify", given])
-        assert main() == 2
+    for given, said in ((path, "only an INT8"), (tmp_path / "none.onnx", "no such file")):
+        assert called(main, given) == 2
         assert said in capsys.readouterr().err
 
 

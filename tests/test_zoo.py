@@ -12,7 +12,7 @@ from zoo import BEGIN, DOCUMENT, END
 
 from export.tasks.detection import DETECTION
 
-LARGEST, DEEPEST = 64, 90  # pixels and layers: others take a minute or more each
+LARGEST, DEEPEST = 64, 60  # pixels and layers: others take over ten seconds each
 BUDGET = 10  # processor seconds after which no further network starts
 
 

@@ -1,6 +1,8 @@
 """Fake-quantization against hand arithmetic, and against ONNX Runtime's integer kernels."""
 
 import copy
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,11 @@ from export.onnx_file.to_onnx import to_onnx
 from export.proof.audit import audit
 
 EXAMPLE = torch.zeros(1, 3, 16, 16)
+IMAGES = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 NETWORKS = {"residual": Residual, "mobile": Mobile}
+
+
+Written = Callable[[str, str], tuple[fx.GraphModule, Path]]  # from a network's and a target's name
 
 
 def calibrated(model: nn.Module, target: Target, images: torch.Tensor) -> fx.GraphModule:
@@ -125,18 +131,35 @@ def test_prepare_leaves_its_argument_alone_and_keeps_module_paths() -> None:
     assert isinstance(prepared.get_submodule("stem.0"), QuantConv2d)
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """Return a function that gives the network with ranges of IMAGES, and its file."""
+
+    @cache
+    def of(network: str, target: str) -> tuple[fx.GraphModule, Path]:
+        torch.manual_seed(0)
+        model = calibrated(lively(NETWORKS[network](5)), TARGETS[target], IMAGES)
+        path = tmp_path_factory.mktemp("written") / "model.onnx"
+        to_onnx(deploy(model), path, shape=(3, 16, 16), metadata={})
+        return model, path
+
+    return of
+
+
+def answers_of(path: Path) -> np.ndarray:
+    """Return ONNX Runtime's logits of IMAGES."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    answers: np.ndarray = session.run(None, {"input": IMAGES.numpy()})[0]
+    return answers
+
+
 @pytest.mark.parametrize("target", sorted(TARGETS.keys() - {"cuda"}))
 @pytest.mark.parametrize("network", sorted(NETWORKS))
-def test_the_deployed_file_equals_the_trained_network_to_a_few_lsb(network: str, target: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    images = torch.randn(64, 3, 16, 16)
-    model = calibrated(lively(NETWORKS[network](5)), TARGETS[target], images)
-    path = tmp_path / "model.onnx"
-    to_onnx(deploy(model), path, shape=(3, 16, 16), metadata={})
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (deployed,) = session.run(None, {"input": images.numpy()})
+def test_the_deployed_file_equals_the_trained_network_to_a_few_lsb(network: str, target: str, written: Written) -> None:
+    model, path = written(network, target)
+    deployed = answers_of(path)
     with torch.no_grad():
-        trained = model(images).numpy()
+        trained = model(IMAGES).numpy()
     if (
         target == "cpu_arm"
     ):  # this machine's kernels for S8 activations differ in rounding; the file's grid is what counts
@@ -153,10 +176,9 @@ def test_the_deployed_file_equals_the_trained_network_to_a_few_lsb(network: str,
 
 
 @pytest.mark.parametrize("network", sorted(NETWORKS))
-def test_every_convolution_and_the_head_run_in_integers(network: str, tmp_path: Path) -> None:
-    model = calibrated(lively(NETWORKS[network](5)), TARGETS["cpu_vnni"], torch.randn(8, 3, 16, 16))
-    to_onnx(deploy(model), tmp_path / "model.onnx", shape=(3, 16, 16), metadata={})
-    found = audit(tmp_path / "model.onnx")
+def test_every_convolution_and_the_head_run_in_integers(network: str, written: Written) -> None:
+    model, path = written(network, "cpu_vnni")
+    found = audit(path)
     assert found["float_layers"] == []
     assert len(found["integer_layers"]) == sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules())
     assert found["operators"].get("QLinearGlobalAveragePool") == 1
@@ -193,21 +215,13 @@ def test_a_layer_that_runs_twice_becomes_two_with_the_same_weights(tmp_path: Pat
     assert (len(found["integer_layers"]), len(found["float_layers"])) == (3, 0)
 
 
-def onnxruntimes_answers(prepared: fx.GraphModule, images: torch.Tensor, path: Path) -> np.ndarray:
-    to_onnx(deploy(prepared), path, shape=(3, images.shape[-1], images.shape[-1]), metadata={})
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    answers: np.ndarray = session.run(None, {"input": images.numpy()})[0]
-    return answers
-
-
 @pytest.mark.parametrize("network", sorted(NETWORKS))
-def test_in_eval_mode_the_trained_network_gives_onnx_runtimes_very_bits(network: str, tmp_path: Path) -> None:
-    images = torch.randn(64, 3, 16, 16)
-    prepared = calibrated(lively(NETWORKS[network](5)), TARGETS["cpu_avx2"], images)
-    integer = onnxruntimes_answers(prepared, images, tmp_path / "model.onnx")
+def test_in_eval_mode_the_trained_network_gives_onnx_runtimes_very_bits(network: str, written: Written) -> None:
+    prepared, path = written(network, "cpu_avx2")
+    integer = answers_of(path)
     with torch.no_grad():
-        difference = np.abs(prepared(images).numpy() - integer).max(1)
-        assert torch.equal(deploy(prepared)(images), prepared(images))
+        difference = np.abs(prepared(IMAGES).numpy() - integer).max(1)
+        assert torch.equal(deploy(prepared)(IMAGES), prepared(IMAGES))
     # ONNX Runtime adds two tensors with one rounding less: a sum within 1e-6 of a tie can fall to the other side
     assert np.mean(difference < 1e-5) > 0.9
     assert difference.max() < 0.05 * integer.std()
@@ -306,10 +320,8 @@ def test_a_dead_channel_with_a_bias_keeps_its_bias() -> None:
     assert float(bias) == pytest.approx(float(shift), rel=1e-6)
 
 
-def test_the_tensorrt_file_has_zero_points_of_zero_and_no_int32(tmp_path: Path) -> None:
-    model = calibrated(lively(Mobile(5)), TARGETS["tensorrt"], torch.randn(8, 3, 16, 16))
-    to_onnx(deploy(model), tmp_path / "model.onnx", shape=(3, 16, 16), metadata={})
-    graph = onnx.load(tmp_path / "model.onnx").graph
+def test_the_tensorrt_file_has_zero_points_of_zero_and_no_int32(written: Written) -> None:
+    graph = onnx.load(written("mobile", "tensorrt")[1]).graph
     tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     pairs = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     assert len(pairs) > 10

@@ -188,7 +188,7 @@ def run(network: nn.Module, target: str, folder: Path) -> tuple[dict[str, int], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["cpu_vnni", "cpu_avx2"])
+@pytest.mark.parametrize("target", [pytest.param("cpu_vnni", marks=pytest.mark.acceptance), "cpu_avx2"])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_runs_in_integers_and_gives_the_trained_numbers(name: str, target: str, tmp_path: Path) -> None:
     block, kernels = BLOCKS[name]

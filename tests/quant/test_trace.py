@@ -29,17 +29,17 @@ NETWORKS = {
     "torchvision:mnasnet0_5": 32,
 }
 LARGE = {
-    "torchvision:googlenet": 64,
-    "torchvision:regnet_y_400mf": 32,
     "torchvision:convnext_tiny": 32,
     "timm:vit_tiny_patch16_224": 224,
     "timm:fastvit_t8": 128,
     "timm:resnetv2_50": 32,  # standardizes its weights in every forward
-    "timm:efficientvit_b0": 64,
-    "timm:tiny_vit_5m_224": 224,
-    "timm:edgenext_xx_small": 64,
 }
 LARGEST = {
+    "timm:edgenext_xx_small": 64,
+    "timm:tiny_vit_5m_224": 224,
+    "timm:efficientvit_b0": 64,
+    "torchvision:regnet_y_400mf": 32,
+    "torchvision:googlenet": 64,
     "torchvision:densenet121": 32,
     "torchvision:swin_t": 112,
     "torchvision:vit_b_16": 224,
