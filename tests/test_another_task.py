@@ -166,9 +166,9 @@ def test_a_task_that_only_this_file_knows_goes_through_the_whole_chain(
 
     images = tmp_path / "images"
     assert CliRunner().invoke(app, ["export-data", str(root), str(images)]).exit_code == 0
-    words = [root / "bundle", "--baseline", tmp_path / "baseline.json", "--data", images, "--no-latency"]
-    assert called(gate_main, *words, "--update-baseline") == 0
-    assert called(gate_main, *words) == 0
+    baseline = [root / "bundle", "--baseline", tmp_path / "baseline.json", "--data", images, "--no-latency"]
+    assert called(gate_main, *baseline, "--update-baseline") == 0
+    assert called(gate_main, *baseline) == 0
     assert "closeness" in capsys.readouterr().out
     assert called(predict.main, root / "bundle", next(images.rglob("*.bmp"))) == 0
     assert "brightness\n" in capsys.readouterr().out

@@ -87,7 +87,10 @@ def test_the_manifest_says_what_the_files_are(made: Path) -> None:
 
 
 def test_sha256sum_accepts_the_bundle(made: Path) -> None:
-    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=made, check=True)
+    command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    lines = subprocess.run(command, cwd=made, capture_output=True, text=True, check=True).stdout.splitlines()
+    files = [path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file()]
+    assert sorted(lines) == sorted(f"{file}: OK" for file in files if file != "SHA256SUMS")
 
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:

@@ -206,8 +206,8 @@ def test_a_real_layer_takes_many_times_longer_at_eight_times_its_widths(files: d
     one = max(wanted(files), key=lambda one: one.layer.macs)
     full, wide = (one.layer.inputs, one.layer.outputs), (8 * one.layer.inputs, 8 * one.layer.outputs)
     ((found,), _) = fill(Table(tmp_path, HERE), [timings.Wanted(one.node, one.layer, (wide, full))], tell=quiet)
-    assert 0.7 < found[full] < 1.4
-    assert found[wide] > 5
+    assert 0.5 < found[full] < 2  # of its own time, in another session on a machine that may be busy
+    assert found[wide] > 5 * found[full]
 
 
 # --- the choice
@@ -519,6 +519,7 @@ def test_each_file_is_opened_first_as_often(files: dict[str, Path], monkeypatch:
             super().__init__(path, *given, **named)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Opened)
+    monkeypatch.setattr("compress.pruning.latency.clock.SECONDS", 0.01)
     Clock(files["residual"], HERE, (3, SIZE, SIZE)).against(files["float"])
     assert opened[:4] == ["float", "residual", "residual", "float"][: len(opened)]
     assert len(opened) % 4 == 0
@@ -548,11 +549,11 @@ def test_a_student_is_exported_and_timed_layer_by_layer(
     options = options_of(model, SIZE, round_to=4)
     full = count(model, (3, SIZE, SIZE)).macs
     latency = open_latency(
-        model, options, Goal("keep_latency", "latency", 0.65), Table(tmp_path, HERE, by_product),
+        model, options, Goal("keep_latency", "latency", 0.58), Table(tmp_path, HERE, by_product),
         shape=(3, SIZE, SIZE), folder=tmp_path / "timed", write=write, tell=quiet,
     )  # fmt: skip
     attempts = latency.choose(model, torch.zeros(1, 3, SIZE, SIZE), options, latency.budget(1, 1))
-    assert attempts[-1].measured_ms <= 6.5
+    assert attempts[-1].measured_ms <= 5.8
     cut_(model, torch.zeros(1, 3, SIZE, SIZE), attempts[-1].cuts)
     assert count(model, (3, SIZE, SIZE)).macs / full * 10 == pytest.approx(attempts[-1].measured_ms)
     found = latency.to_json(attempts)
