@@ -269,11 +269,15 @@ LARGE = {
     "torchvision:googlenet": 64,
     "torchvision:efficientnet_b0": 32,
     "torchvision:regnet_y_400mf": 32,
-    "timm:vit_tiny_patch16_224": 224,
     "timm:efficientnet_lite0": 32,
+}
+LARGEST = {
+    "torchvision:densenet121": 32,
+    "torchvision:convnext_tiny": 32,
+    "torchvision:swin_t": 112,
+    "timm:vit_tiny_patch16_224": 224,
     "timm:mobileone_s0": 32,
 }
-LARGEST = {"torchvision:densenet121": 32, "torchvision:convnext_tiny": 32, "torchvision:swin_t": 112}
 
 
 def distinct(model: nn.Module, images: torch.Tensor) -> nn.Module:
