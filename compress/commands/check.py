@@ -8,7 +8,6 @@ from pathlib import Path
 from compress.data.teachers import foreign
 from compress.errors import ModelError
 from compress.models.digest import (
-    LIBRARIES,
     check_library,
     class_names,
     existing_file,
@@ -16,7 +15,7 @@ from compress.models.digest import (
     is_named,
     local_modules,
 )
-from compress.models.known import OWN, check_listed, libraries, suggestion
+from compress.models.known import LACKS, OWN, check_listed, libraries, suggestion
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import StudentStage
 from export.errors import UserError
@@ -56,7 +55,7 @@ def check_network(arch: str) -> None:
     if foreign(arch) is not None:
         files_of(arch)
         return
-    if source in LIBRARIES:
+    if source in LACKS:
         check_listed(arch)
         return
     file = existing_file(source, "the model's file")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from compress.data.teachers import GivenTeacher, foreign
 from compress.errors import ModelError
+from compress.models.known import LACKS
 from export.command.files import sha256
 from export.errors import nearest
 from export.images.listing import check_lengths
 
-LIBRARIES = ("torchvision", "timm", "cifar", "fpn", "smp", "ssd", "ssdlite", "retinanet", "fcos")
 WITH_WEIGHTS = ("torchvision", "timm")  # libraries that publish named weights
 
 
@@ -39,7 +39,7 @@ def source_digest(arch: str, weights: str | None) -> str:
     if foreign(arch) is not None:
         contents = b"".join(map(_content, files_of(arch)))
         return hashlib.sha256(b"\0".join((b"foreign", contents, _weights(weights)))).hexdigest()
-    code = source.encode() if source in LIBRARIES else _code(existing_file(source, "the model's file"))
+    code = source.encode() if source in LACKS else _code(existing_file(source, "the model's file"))
     return hashlib.sha256(b"\0".join((code, name.encode(), _weights(weights)))).hexdigest()
 
 

@@ -22,47 +22,20 @@ from compress.models.structure import classifier, versioned
 
 State = dict[str, Tensor]
 # Keys under which training scripts save the state dict; the first one found is taken, averages last.
-WRAPPERS = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "net",
-    "network",
-    "weights",
-    "state_dict_ema",
-    "model_ema",
-    "ema",
-)
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "state_dict_ema",
+            "model_ema", "ema")  # fmt: skip
 TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")  # of parallel, compiled, wrapped models
 # Heads only for training, which `build` leaves out; the counter of torch's weight averaging; losses with weights.
 TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.", "aux_classifier.", "n_averaged", "criterion.", "loss.", "loss_fn.")
 # Libraries whose objects are settings and scores in checkpoints. Dummies replace them, so none of their code runs.
-SETTINGS = (
-    "argparse",
-    "collections",
-    "lightning",
-    "lightning_fabric",
-    "numpy",
-    "omegaconf",
-    "pathlib",
-    "pytorch_lightning",
-    "typing",
-)
+SETTINGS = ("argparse", "collections", "lightning", "lightning_fabric", "numpy", "omegaconf", "pathlib",
+            "pytorch_lightning", "typing")  # fmt: skip
 PLAIN = (bool, dict, float, int, list, str, tuple)  # types that settings consist of
 DENSENET_OLD = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")  # norm.1.weight, now norm1.weight
 # Raised by torch.load on damaged files, besides pickle's own error.
-DAMAGE = (
-    RuntimeError,
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    struct.error,
-)
+DAMAGE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+          AssertionError, struct.error)  # fmt: skip
 NAMED = 8  # keys that an error names; the rest are counted
 
 

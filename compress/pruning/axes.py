@@ -17,20 +17,8 @@ Axis = int | Literal["none"] | None
 # Operators that reorder values along a dimension that autograd does not record, or mix several dimensions.
 OPAQUE = ("index", "gather", "repeat", "channelshuffle", "pixelshuffle", "pixelunshuffle", "unfold", "im2col", "bmm", "attention", "cumsum",
           "take", "scatter", "sort", "topk")  # fmt: skip
-REDUCTIONS = (
-    "mean",
-    "sum",
-    "norm",
-    "linalgvectornorm",
-    "amax",
-    "amin",
-    "var",
-    "varmean",
-    "std",
-    "max",
-    "min",
-    "logsumexp",
-)
+REDUCTIONS = ("mean", "sum", "norm", "linalgvectornorm", "amax", "amin", "var", "varmean", "std", "max",
+              "min", "logsumexp")  # fmt: skip
 
 
 def shape_of(grad_fn: Any, output: int = 0) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ the blocks of lowest rank until the budget is met, then restores any that still 
 import copy
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -210,14 +211,11 @@ def choose(options: Options, cost: WidthCost, budget: float) -> list[Cut]:
     def after(blocks: Sequence[Block]) -> float:
         return cost(*options.widths(options.removed(blocks)))
 
-    low, high = 0, len(options.blocks)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if after(options.blocks[:middle]) <= budget else (middle + 1, high)
-    kept = list(options.blocks[:low])
+    fewest = bisect_left(range(len(options.blocks)), True, key=lambda n: after(options.blocks[:n]) <= budget)
+    kept = list(options.blocks[:fewest])
     open_groups = {block.group for block in kept}
     # The last block can be far larger than the others, so restore the most important ones that still fit.
-    for block in reversed(options.blocks[:low]):
+    for block in reversed(options.blocks[:fewest]):
         without = [other for other in kept if other is not block]
         if block.group not in open_groups:
             continue  # a group's less important blocks are restored only after its more important ones
