@@ -216,20 +216,38 @@ def init(
     weights: Annotated[
         str, option("FILE", "The trained network: a checkpoint, a .onnx or .pt2 file, or a folder of transformers.")
     ],
-    data: Annotated[Path, option("DIR", "The images: train/CLASS/*, val/CLASS/*, or CLASS/*.")],
+    data: Annotated[Path, option("DIR", "The images: class folders, or with masks, boxes or labels.csv.")],
     arch: Annotated[str | None, option("NAME", "The network, if it is not recognized from the checkpoint.")] = None,
     latency: Annotated[
         float | None, option("MS", "Prune to this latency on this machine, instead of to half the MACs.")
     ] = None,
+    minutes: Annotated[
+        float, option("N", "The time that a run may take on this machine; decides what it trains.", least=1)
+    ] = 30,
     out: Annotated[Path, option("FILE", "The recipe to write.", "-o", "--out")] = Path("recipe.yaml"),
     trust_code: TrustCode = False,
 ) -> None:
-    """Write a recipe for your checkpoint and your images. It names the network and estimates a run's time."""
+    """Write a recipe for your checkpoint and your images that takes N minutes, and one for a night. It names the network."""
+    _print(f"reads    {weights} and the images of {data}")
+    sys.stdout.flush()  # before the libraries, whose import takes seconds
     _quiet(verbose=False)
-    from compress.commands.init.write import write_draft
+    from rich.console import Console
 
-    for line in write_draft(weights, data, out, arch=arch, latency_ms=latency, trust_code=trust_code):
-        _print(line)
+    with Console(stderr=True).status("loads the libraries") as status:
+        from compress.commands.init.write import write_draft
+
+        for line in write_draft(
+            weights,
+            data,
+            out,
+            arch=arch,
+            latency_ms=latency,
+            minutes=minutes,
+            trust_code=trust_code,
+            tell=status.update,
+        ):
+            _print(line)
+            sys.stdout.flush()
 
 
 @app.command()

@@ -7,14 +7,13 @@ import warnings
 from collections.abc import Iterable
 
 import timm
-import torch
 import torchvision
 
-from compress.models.architectures import build, torchvision_names
+from compress.models.architectures import torchvision_names
 from compress.models.cifar import CIFAR_NETWORKS
 from compress.models.detectors import BUILDERS
 from compress.models.known import LIST, OWN
-from compress.models.recognize import fingerprint
+from compress.models.recognize import BUILT, fingerprint, unfilled
 from compress.models.segmenters import RESIDUAL
 
 
@@ -29,14 +28,10 @@ def networks() -> Iterable[tuple[str, str, list[str]]]:
 
 
 def entry(library: str, name: str) -> str:
-    """Return a network's name, with its fingerprint where it can be built without memory."""
-    try:
-        with warnings.catch_warnings(), torch.device("meta"):
-            warnings.simplefilter("ignore")
-            state = build(f"{library}:{name}", num_classes=1000).state_dict()
-    except (RuntimeError, NotImplementedError, ValueError, TypeError):  # its start needs values
-        return name
-    return f"{name}={fingerprint(state)}"
+    """Return a network's name with its fingerprint."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return f"{name}={fingerprint(unfilled(f'{library}:{name}', BUILT).state_dict())}"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,15 @@ class Published(NamedTuple):
 
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+# Torchvision's detectors normalize and resize inside, its presets do not: the size of the shorter side, and the normalization.
+DETECTORS = {
+    "ssd300_vgg16": Published(300, 1.0, ((0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255))),
+    "ssdlite320_mobilenet_v3_large": Published(320, 1.0, HALVES),
+    "retinanet_resnet50_fpn": Published(800, 1.0, IMAGENET),
+    "retinanet_resnet50_fpn_v2": Published(800, 1.0, IMAGENET),
+    "fcos_resnet50_fpn": Published(800, 1.0, IMAGENET),
+}
 
 
 def published(arch: str) -> Published | None:
@@ -28,14 +37,15 @@ def published(arch: str) -> Published | None:
     if (kind_path := foreign(arch)) is not None:
         return WITHIN[kind_path[0]](kind_path[1])
     library, _, name = arch.rpartition(":")
+    if library == "torchvision" and name in DETECTORS:
+        return DETECTORS[name]
     if library == "torchvision":
         weights = torchvision.models.get_model_weights(name)
         if not len(weights):
             return None
         preset = weights["DEFAULT"].transforms()
-        return Published(
-            preset.crop_size[0], preset.resize_size[0] / preset.crop_size[0], (tuple(preset.mean), tuple(preset.std))
-        )
+        (crop,) = getattr(preset, "crop_size", preset.resize_size)  # segmentation crops nothing
+        return Published(crop, preset.resize_size[0] / crop, (tuple(preset.mean), tuple(preset.std)))
     if library == "timm":
         settings = import_timm().models.get_pretrained_cfg(name)
         if settings is None:

@@ -1,17 +1,22 @@
 """Recognize the architecture of a checkpoint by the names and shapes of its tensors."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from compress.models.architectures import build, with_channels
+from compress.models.detectors import BUILDERS, KINDS
 from compress.models.known import libraries
 
 COUNTER = "num_batches_tracked"  # missing in old files
 MOST = 12  # matches to return; up to 40 networks have the same tensors' names
+BUILT = 1000  # classes with which a network is built to be compared
+SEGMENTERS = ("fcn_", "deeplabv3_", "lraspp_")  # torchvision's, by the start of their names
 
 
 class Match(NamedTuple):
@@ -28,10 +33,10 @@ def fingerprint(names: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:8]
 
 
-def recognize(state: Mapping[str, Tensor]) -> list[Match]:
-    """Return the networks with these names and shapes of tensors, whatever the number of classes; the likeliest first.
+def recognize(state: Mapping[str, Tensor]) -> Iterator[Match]:
+    """Yield the networks with these names and shapes of tensors, whatever the number of classes; the likeliest first.
 
-    Networks that differ only in parts without weights (an activation, a padding) are all returned.
+    Networks that differ only in parts without weights (an activation, a padding) all fit.
     """
     wanted = fingerprint(state)
     alike = [
@@ -40,8 +45,18 @@ def recognize(state: Mapping[str, Tensor]) -> list[Match]:
         for name, own in listed.fingerprints.items()
         if own == wanted
     ]
-    alike.sort(key=lambda arch: (arch.startswith("timm:"), len(arch), arch))
-    return [match for match in (_match(arch, state) for arch in alike) if match is not None][:MOST]
+    alike.sort(key=lambda arch: (arch.startswith("timm:"), not arch.startswith("torchvision:"), len(arch), arch))
+    yield from islice((match for arch in alike if (match := matched(arch, state)) is not None), MOST)
+
+
+def task_of(arch: str) -> str | None:
+    """Return the task of a library's network; None for one that only its outputs tell."""
+    library, _, name = arch.rpartition(":")
+    if library in BUILDERS or (library == "torchvision" and name in KINDS):
+        return "detection"
+    if library in ("fpn", "smp") or (library == "torchvision" and name.startswith(SEGMENTERS)):
+        return "segmentation"
+    return "classification" if library in ("torchvision", "timm", "cifar") else None
 
 
 def channels_of(network: nn.Module, state: Mapping[str, Tensor]) -> int:
@@ -51,18 +66,37 @@ def channels_of(network: nn.Module, state: Mapping[str, Tensor]) -> int:
     return weight.shape[1] if weight is not None and weight.shape[1] in (1, 4) else 3
 
 
-def _match(arch: str, state: Mapping[str, Tensor]) -> Match | None:
-    """Return the network with the number of classes and channels with which it fits the state, None where none does."""
-    built = 1000
-    with torch.device("meta"):
-        network = build(arch, num_classes=built)
-        channels = channels_of(network, state)
-        network = with_channels(network, channels)
-        own = {name: tensor.shape for name, tensor in network.state_dict().items()}
+def matched(arch: str, state: Mapping[str, Tensor], *, trust_code: bool = False) -> Match | None:
+    """Return the network with the number of classes and channels with which it fits the state, None where none does.
+
+    Every head's outputs grow by its own step with each class: a detector's by its anchors at a place, which also have a background.
+    """
+    shapes = partial(_shapes, arch, state, trust_code=trust_code)
+    channels, own = shapes(BUILT)
     other = {name: state[name].shape for name in own if name in state and state[name].shape != own[name]}
-    sizes = {shape[0] for shape in other.values() if len(shape)}
     if not other:
-        return Match(arch, built, channels)
-    if len(sizes) > 1 or any(own[name][0] != built or shape[1:] != own[name][1:] for name, shape in other.items()):
-        return None
-    return Match(arch, sizes.pop(), channels)
+        return Match(arch, BUILT, channels)
+    _, wider = shapes(BUILT + 1)
+    found = set[float]()
+    for name, shape in other.items():
+        if not len(shape) or shape[1:] != own[name][1:] or wider[name] == own[name]:
+            return None
+        found.add(BUILT + (shape[0] - own[name][0]) / (wider[name][0] - own[name][0]))
+    classes = found.pop()
+    return Match(arch, int(classes), channels) if not found and classes >= 1 and classes.is_integer() else None
+
+
+def _shapes(arch: str, state: Mapping[str, Tensor], classes: int, *, trust_code: bool) -> tuple[int, dict[str, Size]]:
+    """Return the state's channels and the network's shapes, built without memory where it can be."""
+    network = unfilled(arch, classes, trust_code=trust_code)
+    channels = channels_of(network, state)
+    return channels, {name: tensor.shape for name, tensor in with_channels(network, channels).state_dict().items()}
+
+
+def unfilled(arch: str, classes: int, *, trust_code: bool = False) -> nn.Module:
+    """Return a network without memory for its weights, or with random ones where its start needs values."""
+    try:
+        with torch.device("meta"):
+            return build(arch, num_classes=classes, trust_code=trust_code)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError):
+        return build(arch, num_classes=classes, trust_code=trust_code)

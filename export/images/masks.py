@@ -216,6 +216,15 @@ def are_binary(root: Path, pairs: Sequence[Pair]) -> bool:
     return found > 0
 
 
+def values_of_masks(listing: MaskListing) -> set[int]:
+    """Return the values of at most SAMPLE training masks, spread over them; those that cannot be read are left out."""
+    found, pairs = set[int](), listing.train or listing.val or ()
+    for index in spread(len(pairs), SAMPLE):
+        with suppress(BrokenImage):  # reported when it is used
+            found |= set(np.unique(_indices(listing.root / pairs[index][1])).tolist())
+    return found
+
+
 def mask_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
     """Find the images of a folder (of its validation split, if it has one) with their masks.
 

@@ -1,5 +1,7 @@
 """A recipe for a checkpoint and a folder: the network is recognized, the images are read, and what is written can be run."""
 
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,19 +12,24 @@ from photographs import write_classes, write_imagenet_layout, write_photo
 from PIL import Image
 from torch import nn
 from torchvision.models import mobilenet_v3_small
+from typer.testing import CliRunner
 
-from compress.commands.init.estimate import OTHERS_S, SCORED, Clock, run_seconds
-from compress.commands.init.images import look_at
-from compress.commands.init.network import Network
+from compress.cli import app
+from compress.commands.init import ways, write
+from compress.commands.init.estimate import START_S, Clock, planned
+from compress.commands.init.images import Folder, look_at
+from compress.commands.init.ways import Network, Tried, _Judge
 from compress.commands.init.write import write_draft
 from compress.commands.shards import write_shards
 from compress.errors import CompressError
 from compress.models.architectures import build
+from compress.models.published import IMAGENET
 from compress.models.recognize import fingerprint, recognize
 from compress.recipe import shipped
 from compress.recipe.read import read_recipe
 from export.errors import DataError
 from export.images.folders import list_folder
+from export.images.preprocess import Preprocess
 from export.onnx_file.to_onnx import to_onnx
 
 
@@ -40,7 +47,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_checkpoint_and_a_folder_become_a_recipe_that_reads(checkpoint: Path, tmp_path: Path) -> None:
     write_classes(tmp_path / "data")
     out = tmp_path / "new" / "mine.yaml"
-    told = "\n".join(write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
+    told = "\n".join(
+        write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, minutes=30, trust_code=False)
+    )
     recipe = read_recipe(out)
     assert recipe.model is not None
     assert recipe.model.arch == "torchvision:mobilenet_v3_small"
@@ -48,24 +57,34 @@ def test_a_checkpoint_and_a_folder_become_a_recipe_that_reads(checkpoint: Path, 
     assert recipe.name == "mine"
     assert recipe.targets.min_speedup == 2
     assert "for 3 classes" in told
-    assert "of them training" in told
+    assert "epochs of distillation and" in told
     with pytest.raises(CompressError, match=r"max_latency_ms: must be > 0, got -5"):
         list(
             write_draft(
-                str(checkpoint), tmp_path / "data", tmp_path / "b.yaml", arch=None, latency_ms=-5, trust_code=False
+                str(checkpoint),
+                tmp_path / "data",
+                tmp_path / "b.yaml",
+                arch=None,
+                latency_ms=-5,
+                minutes=30,
+                trust_code=False,
             )
         )
     assert not (tmp_path / "b.yaml").exists()
     with pytest.raises(CompressError, match="exists already"):
-        next(write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
+        next(
+            write_draft(
+                str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, minutes=30, trust_code=False
+            )
+        )
     with pytest.raises(CompressError, match="mobilenet: unknown network; give torchvision:NAME, timm:NAME"):
-        next(write_draft(str(checkpoint), tmp_path / "data", tmp_path / "b.yaml", arch="mobilenet", latency_ms=None, trust_code=False))  # fmt: skip
+        next(write_draft(str(checkpoint), tmp_path / "data", tmp_path / "b.yaml", arch="mobilenet", latency_ms=None, minutes=30, trust_code=False))  # fmt: skip
 
 
 def test_other_classes_start_the_classifier_anew_and_train_the_teacher(checkpoint: Path, tmp_path: Path) -> None:
     write_classes(tmp_path / "data", classes=("cat", "dog"))
     out = tmp_path / "mine.yaml"
-    list(write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
+    list(write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, minutes=30, trust_code=False))
     recipe = read_recipe(out)
     assert recipe.model is not None
     assert recipe.model.reset_head
@@ -78,7 +97,7 @@ def test_a_path_of_many_words_stays_one_line(checkpoint: Path, tmp_path: Path) -
     write_classes(data)
     weights.write_bytes(checkpoint.read_bytes())
     out = tmp_path / "new" / "mine.yaml"
-    list(write_draft(str(weights), data, out, arch=None, latency_ms=None, trust_code=False))
+    list(write_draft(str(weights), data, out, arch=None, latency_ms=None, minutes=30, trust_code=False))
     recipe = read_recipe(out)
     assert recipe.model is not None
     assert (recipe.data.path, recipe.model.weights) == (str(data), str(weights))
@@ -92,7 +111,9 @@ def test_images_without_class_folders_are_labelled_by_the_network(
         for index in range(5):
             write_photo(tmp_path / "data" / part / f"{index}.png", seed=index)
     out = tmp_path / "mine.yaml"
-    told = "\n".join(write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
+    told = "\n".join(
+        write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, minutes=30, trust_code=False)
+    )
     recipe = read_recipe(out)
     assert recipe.task == "unlabelled"
     assert recipe.model is not None
@@ -124,7 +145,13 @@ def test_a_checkpoint_of_nobody_s_network_asks_for_its_name(tmp_path: Path) -> N
     with pytest.raises(CompressError, match="--arch"):
         next(
             write_draft(
-                str(tmp_path / "w.pt"), tmp_path, tmp_path / "r.yaml", arch=None, latency_ms=None, trust_code=False
+                str(tmp_path / "w.pt"),
+                tmp_path,
+                tmp_path / "r.yaml",
+                arch=None,
+                latency_ms=None,
+                minutes=30,
+                trust_code=False,
             )
         )
 
@@ -156,7 +183,9 @@ def test_images_are_mirrored_only_where_the_network_knows_them_mirrored(tmp_path
         for index in range(4):
             Image.fromarray(pixels).save(tmp_path / "data" / label / f"{index}.png")
     out, arch = tmp_path / "mine.yaml", f"{tmp_path}/sides.py:network"
-    told = write_draft(str(tmp_path / "w.pt"), tmp_path / "data", out, arch=arch, latency_ms=None, trust_code=True)
+    told = write_draft(
+        str(tmp_path / "w.pt"), tmp_path / "data", out, arch=arch, latency_ms=None, minutes=30, trust_code=True
+    )
     text = "\n".join(told)
     assert "100.0% of 8 images are labelled right" in text
     assert ("mirrored 0.0% of them: left and right differ" in text) == differ
@@ -165,17 +194,37 @@ def test_images_are_mirrored_only_where_the_network_knows_them_mirrored(tmp_path
     assert recipe.targets.min_speedup is None  # no INT8 kernel beats microseconds
 
 
-@pytest.mark.parametrize("score", [None, 0.9])
-def test_an_estimate_counts_every_stage(tmp_path: Path, score: float | None) -> None:
+def folder_of(tmp_path: Path, train: int) -> Folder:
+    """Two classes, of which so many training images are listed, and no validation images."""
     write_classes(tmp_path, classes=("a", "b"))
-    folder = replace(look_at(tmp_path), listing=replace(list_folder(tmp_path), train=(("a/1.jpg", 0),) * 7500, val=()))
-    network = Network("cifar:resnet20", 2, 32, 1.0, (0.5,) * 3, (0.5,) * 3, score, score)
-    training, others = run_seconds(folder, network, Clock(forward=0.001, step=0.004))
+    folder = look_at(tmp_path)
+    return replace(folder, listing=replace(list_folder(tmp_path), train=(("a/1.jpg", 0),) * train, val=()))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_an_estimate_counts_every_stage(tmp_path: Path, classes: int) -> None:
+    folder = folder_of(tmp_path, 7500)
+    network = Network("cifar:resnet20", classes, folder.prepared((32, 32), 1.0, IMAGENET), None, None)
+    plan = planned(folder, network, Clock(forward=0.001, step=0.004), 3600)
     # 8 epochs of distillation and 2 of QAT by half a step each, twice as dear in QAT; the teacher sees 8 views.
     student = 7500 * (0.5 * 0.004 + 0.0003)
-    source = 0 if score else 8 * 7500 * 0.0043
-    assert training == pytest.approx(source + 8 * student + 2 * 2 * student + 8 * 7500 * 0.001)
-    assert others == pytest.approx(OTHERS_S + SCORED * 0.001)
+    assert (plan.source, plan.distill, plan.qat) == (0 if classes == 2 else 8, 8, 2)
+    assert plan.seconds["source"] == pytest.approx(START_S + (0 if classes == 2 else 8 * 7500 * 0.0043))
+    assert plan.seconds["distill"] == pytest.approx(8 * student + 8 * 7500 * 0.001)
+    assert plan.seconds["qat"] == pytest.approx(2 * 2 * student)
+
+
+def test_a_plan_trains_what_the_minutes_allow_and_nothing_where_it_would_be_too_little(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, 7500)
+    network = Network("cifar:resnet20", 2, folder.prepared((32, 32), 1.0, IMAGENET), 0.9, 0.9)
+    clock = Clock(forward=0.004, step=0.012)
+    plans = [planned(folder, network, clock, 60 * minutes) for minutes in (4, 9, 12, 60)]
+    assert [plan.distill for plan in plans] == sorted(plan.distill for plan in plans)
+    assert (plans[0].distill, plans[0].qat, plans[-1].distill) == (0, 0, 8)
+    assert all(plan.total <= 60 * minutes for plan, minutes in zip(plans, (4, 9, 12, 60), strict=True))
+    assert planned(folder, network, clock, 8 * 3600, longer=3).distill == 24
+    busy = clock._replace(forward=2 * clock.forward, step=2 * clock.step, share=0.5)
+    assert planned(folder, network, busy, 1800) == planned(folder, network, clock, 1800)
 
 
 def test_recipes_are_listed_and_copied(tmp_path: Path) -> None:
@@ -185,21 +234,120 @@ def test_recipes_are_listed_and_copied(tmp_path: Path) -> None:
         shipped.copy("quikstart", None)
 
 
-@pytest.mark.parametrize("task", ["segmentation", "detection"])
-def test_a_folder_of_masks_or_boxes_names_the_recipe_to_take(tmp_path: Path, task: str) -> None:
-    write_photo(tmp_path / "images" / "train" / "a.png", width=24, height=20)
-    if task == "segmentation":
-        write_photo(tmp_path / "masks" / "train" / "a.png", width=24, height=20)
-        (tmp_path / "classes.txt").write_text("ground\ncat\n")
+def write_placed(folder: Path, task: str) -> None:
+    """Write six images with masks, boxes in YOLO's format, or a labels.csv."""
+    rows = ["file,labels"]
+    for part, index in ((part, index) for part in ("train", "val") for index in range(3)):
+        inside = folder / part if task == "multilabel" else folder / "images" / part
+        write_photo(inside / f"{index}.png", width=96, height=64, seed=index)
+        if task == "segmentation":
+            (folder / "masks" / part).mkdir(parents=True, exist_ok=True)
+            mask = np.full((64, 96), index, np.uint8)
+            mask[:8] = 3  # none of the classes
+            Image.fromarray(mask).save(folder / "masks" / part / f"{index}.png")
+        elif task == "detection":
+            (folder / "labels" / part).mkdir(parents=True, exist_ok=True)
+            boxes = "".join(
+                f"{label} 0.5 0.5 0.4 0.6\n" for label in range(index + 1)
+            )  # more in one image than in another
+            (folder / "labels" / part / f"{index}.txt").write_text(boxes)
+        else:
+            rows.append(f"{part}/{index}.png,{'cat;dog;owl' if index else 'cat'}")
+    if task == "multilabel":
+        (folder / "labels.csv").write_text("\n".join(rows))
     else:
-        (tmp_path / "labels" / "train").mkdir(parents=True)
-        (tmp_path / "labels" / "train" / "a.txt").write_text("0 0.5 0.5 0.2 0.2\n")
-        (tmp_path / "classes.txt").write_text("cat\n")
+        (folder / "classes.txt").write_text("cat\ndog\nowl\n")
+
+
+@pytest.mark.parametrize(
+    ("task", "arch"),
+    [
+        ("segmentation", "torchvision:lraspp_mobilenet_v3_large"),
+        ("segmentation", "fpn:resnet18"),
+        ("detection", "torchvision:ssdlite320_mobilenet_v3_large"),
+        ("detection", "ssdlite:mobilenet_v3_small"),
+        ("multilabel", "cifar:resnet8"),
+    ],
+)
+@pytest.mark.parametrize("same", [True, False])
+def test_masks_boxes_and_several_labels_become_a_recipe_that_reads(
+    tmp_path: Path, task: str, arch: str, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "timed", lambda *_: Clock(0.001, 0.003))
+    monkeypatch.setattr(ways, "FEWEST", 2)
+    monkeypatch.setattr(ways, "FIRST", 2)
+    monkeypatch.setattr(ways, "BATCH", 1)
+    write_placed(tmp_path / "data", task)
+    torch.save(build(arch, num_classes=3 if same else 7).state_dict(), tmp_path / "w.pt")
+    out = tmp_path / "mine.yaml"
+    words = {"arch": None, "latency_ms": None, "minutes": 30, "trust_code": False}
+    told = "\n".join(write_draft(str(tmp_path / "w.pt"), tmp_path / "data", out, **words))  # type: ignore[arg-type]
+    recipe = read_recipe(out)
+    assert recipe.model is not None
+    assert (recipe.task, recipe.model.arch, recipe.model.reset_head) == (task, arch, not same)
+    assert f"{arch} for {3 if same else 7} classes" in told
+    assert "3 images with" in told
+    assert recipe.data.ignore_index == (3 if task == "segmentation" else None)
+    if arch == "torchvision:ssdlite320_mobilenet_v3_large":
+        assert (recipe.data.image_size, recipe.data.mean) == (320, (0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_masks_or_boxes_under_a_classifier_s_weights_ask_for_other_weights(
+    checkpoint: Path, tmp_path: Path, task: str
+) -> None:
+    write_placed(tmp_path / "data", task)
+    lines = write_draft(
+        str(checkpoint),
+        tmp_path / "data",
+        tmp_path / "x.yaml",
+        arch=None,
+        latency_ms=None,
+        minutes=30,
+        trust_code=False,
+    )
     with pytest.raises(
-        CompressError, match=f"data set for {task}.*recipes/{task}_int8.yaml --data {tmp_path} --weights w.pt"
+        CompressError, match=f"data set for {task}, but .*mobilenet_v3_small, which gives .* such as torchvision:"
     ):
-        next(write_draft("w.pt", tmp_path, tmp_path / "x.yaml", arch=None, latency_ms=None, trust_code=False))
-    assert shipped.copy(f"{task}_int8", tmp_path / "copy.yaml").exists()
+        list(lines)
+
+
+def test_init_speaks_before_it_reads_anything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "compress.commands.init.write", None)  # whose import takes seconds
+    result = CliRunner().invoke(app, ["init", "--weights", "w.pt", "--data", "images"])
+    assert isinstance(result.exception, ImportError)
+    assert "reads    w.pt and the images of images" in result.output
+
+
+def test_the_network_is_named_before_the_images_are_opened(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "look_at", None)
+    lines = write_draft(
+        str(checkpoint), tmp_path, tmp_path / "x.yaml", arch=None, latency_ms=None, minutes=30, trust_code=False
+    )
+    assert next(lines).endswith("torchvision:mobilenet_v3_small for 3 classes")
+
+
+def test_the_cheapest_size_within_a_point_of_the_best_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_classes(tmp_path / "data", per_class=30)
+    scores = {64: 0.3, 96: 0.69, 128: 0.795, 160: 0.8, 192: 0.79, 224: 0.75}
+    torch.save(build("torchvision:resnet18", num_classes=3).state_dict(), tmp_path / "w.pt")
+    seen = list[int]()
+
+    def raced(_: _Judge, asked: list[Preprocess]) -> list[Tried]:
+        seen.extend(way.image_size[0] for way in asked)
+        return [Tried(way, 90, scores.get(way.image_size[0], 0.1), float(way.image_size[0]) ** 2) for way in asked]
+
+    monkeypatch.setattr(_Judge, "raced", raced)
+    monkeypatch.setattr(write, "timed", lambda *_: Clock(0.001, 0.003))
+    out = tmp_path / "mine.yaml"
+    words = {"arch": None, "latency_ms": None, "minutes": 30, "trust_code": False}
+    told = "\n".join(write_draft(str(tmp_path / "w.pt"), tmp_path / "data", out, **words))  # type: ignore[arg-type]
+    assert set(scores) < set(seen)
+    assert read_recipe(out).data.image_size == 128
+    assert re.search(r" 128 +16.0x +79.5% +90  <- the cheapest within a point of the best\n", told)
+    assert (tmp_path / "mine_night.yaml").exists()
 
 
 def test_an_onnx_file_becomes_a_recipe_of_its_own_size(tmp_path: Path) -> None:
@@ -207,14 +355,18 @@ def test_an_onnx_file_becomes_a_recipe_of_its_own_size(tmp_path: Path) -> None:
     to_onnx(mobilenet_v3_small(num_classes=3).eval(), tmp_path / "net.onnx", shape=(3, 64, 64), metadata={})
     out = tmp_path / "mine.yaml"
     weights = str(tmp_path / "net.onnx")
-    list(write_draft(weights, tmp_path / "data", out, arch=None, latency_ms=None, trust_code=False))
+    list(write_draft(weights, tmp_path / "data", out, arch=None, latency_ms=None, minutes=30, trust_code=False))
     recipe = read_recipe(out)
     assert recipe.model is not None
     assert (recipe.model.arch, recipe.model.weights, recipe.data.image_size) == (f"onnx:{weights}", None, 64)
     assert "optimizer: adamw, lr: 0.001" in (tmp_path / "mine.yaml").read_text()  # no batch-norm is left
     write_classes(tmp_path / "two", classes=("cat", "dog"))
     with pytest.raises(CompressError, match=r"has 3 classes, .* has 2, and a whole network keeps its classifier"):
-        next(write_draft(weights, tmp_path / "two", tmp_path / "b.yaml", arch=None, latency_ms=None, trust_code=False))
+        list(
+            write_draft(
+                weights, tmp_path / "two", tmp_path / "b.yaml", arch=None, latency_ms=None, minutes=30, trust_code=False
+            )
+        )
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 32, 64)])
@@ -225,7 +377,7 @@ def test_an_onnx_file_of_one_channel_is_taken_and_one_of_two_sides_is_a_sentence
     network = nn.Sequential(nn.Conv2d(shape[0], 4, 3, 8, 1), nn.Flatten(), nn.Linear(shape[1] * shape[2] // 16, 2))
     to_onnx(network.eval(), tmp_path / "net.onnx", shape=shape, metadata={})
     out, weights = tmp_path / "mine.yaml", str(tmp_path / "net.onnx")
-    lines = write_draft(weights, tmp_path / "depths", out, arch=None, latency_ms=None, trust_code=False)
+    lines = write_draft(weights, tmp_path / "depths", out, arch=None, latency_ms=None, minutes=30, trust_code=False)
     if shape[0] == 3:
         with pytest.raises(CompressError, match=r"does not take images of 224 x 224 .*data.image_size"):
             list(lines)
@@ -244,7 +396,7 @@ def test_shards_become_the_recipe_of_their_folder(
     texts = []
     for name in ("data", "shards"):
         out = tmp_path / name / "mine.yaml"
-        list(write_draft(str(checkpoint), Path(name), out, arch=None, latency_ms=None, trust_code=False))
+        list(write_draft(str(checkpoint), Path(name), out, arch=None, latency_ms=None, minutes=30, trust_code=False))
         texts.append(out.read_text())
         out.unlink()
     assert texts[0] == texts[1].replace("shards", "data")
@@ -266,7 +418,7 @@ def test_depths_under_weights_of_one_channel_are_measured_and_kept_in_sixteen_bi
     torch.save(build("cifar:resnet8", num_classes=2, shape=(1, 32, 32)).state_dict(), tmp_path / "grey.pt")
     out = tmp_path / "mine.yaml"
     lines = write_draft(
-        str(tmp_path / "grey.pt"), tmp_path / "depths", out, arch=None, latency_ms=None, trust_code=False
+        str(tmp_path / "grey.pt"), tmp_path / "depths", out, arch=None, latency_ms=None, minutes=30, trust_code=False
     )
     told = "\n".join(lines)
     data = read_recipe(out).data
@@ -281,7 +433,7 @@ def test_depths_under_weights_for_colours_are_read_as_colours_and_that_is_said(
 ) -> None:
     write_depths(tmp_path / "depths")
     out = tmp_path / "mine.yaml"
-    words = {"arch": None, "latency_ms": None, "trust_code": False}
+    words = {"arch": None, "latency_ms": None, "minutes": 30, "trust_code": False}
     told = "\n".join(write_draft(str(checkpoint), tmp_path / "depths", out, **words))  # type: ignore[arg-type]
     assert "opened: 12 of 1 channel of 16 bits; read as colours of 8 bits, as the weights take them" in told
     assert read_recipe(out).data.channels == 3
