@@ -21,12 +21,13 @@ CACHED = TeacherCache().views  # the teacher predicts each view once
 VIEW_S = 0.0003  # to draw an image's view, and a step's costs besides the network
 QAT_STEPS = 2  # a QAT step in float steps
 START_S = 20  # libraries, the images' digests, the rehearsal
-SOLVED = 5_000  # images whose forward pass takes as long as scoring channels and solving the weights
+SOLVED, SOLVED_FROM = (
+    5_000,
+    640,
+)  # images whose forward pass takes as long as scoring channels and solving the weights, from the latter
 QUANTIZED_S = 20  # to build the INT8 candidates
-QUANTIZED, JUDGED = (
-    40_000,
-    8,
-)  # images at the student's speed for candidates and each layer's damage; times the validation images
+QUANTIZED = 28_000  # images at the student's speed, for their ranges and each layer's damage
+CANDIDATES, TUNING = 6, 2_000  # which are scored on these images, and on the validation images
 TIMED_S = 45  # seconds that bench and export take besides their images
 EXPORTED = 1_500  # images at the student's speed for proofs
 VIEWS = 60_000  # augmented views for distillation: 8 epochs of 7,500 images
@@ -85,11 +86,11 @@ def costs(folder: Folder, clock: Clock, source: int, distill: int, qat: int) -> 
     forward, train, val = clock.forward, folder.train, folder.val
     student, judged = KEPT * clock.step + VIEW_S, val * KEPT * forward
     found = {"source": START_S + val * forward + source * (train * (clock.step + VIEW_S) + val * forward)}
-    found["prune"] = SOLVED * forward + 2 * judged
+    found["prune"] = SOLVED * min(train / SOLVED_FROM, 1) * forward + 2 * judged
     if distill:
         taught = distill if folder.task in ("segmentation", "detection") else min(distill, CACHED)
         found["distill"] = distill * (train * student + judged) + taught * train * forward
-    found["ptq"] = QUANTIZED_S + (QUANTIZED + JUDGED * val) * KEPT * forward
+    found["ptq"] = QUANTIZED_S + (QUANTIZED + CANDIDATES * (min(train, TUNING) + val)) * KEPT * forward
     if qat:
         found["qat"] = qat * QAT_STEPS * (train * student + judged)
     found["export and bench"] = TIMED_S + EXPORTED * KEPT * forward + val * 2 * forward
