@@ -120,7 +120,7 @@ def _networks(run: Run, chain: Recipe, sections: Sequence[StageSection]) -> list
     """Return teacher and student, if it is another network, by architecture; a student to start has its weights."""
 
     def untrained(arch: str) -> nn.Module:
-        return rebuild(Architecture(arch, len(run.dataset.classes), run.shape), trust_code=run.trust_code)
+        return rebuild(Architecture(arch, run.num_classes, run.shape), trust_code=run.trust_code)
 
     if chain.model is None:
         found = [("teacher", run.given_teacher(whole=True).cpu())]

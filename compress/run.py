@@ -18,6 +18,8 @@ from compress.data.labelled import relabelled
 from compress.data.named import download
 from compress.errors import CompressError, ModelError
 from compress.logs.stage_log import StageLog, Tell
+from compress.models.architectures import build
+from compress.models.digest import source_digest, teachers_digest
 from compress.models.saved import Architecture, load_float, rebuild
 from compress.models.structure import check_logits, check_output, count
 from compress.models.teachers import seen, teacher_of
@@ -28,6 +30,7 @@ from compress.recipe.schema import Model, Recipe
 from compress.recipe.stages import Fit, StudentStage
 from compress.tasks import TASKS, Task, evaluate
 from compress.tasks.predictions import LOGITS, Labeller, labels_of
+from compress.tasks.references import with_references
 from compress.training.device import device_of, gradient_group
 from compress.training.loop import Loop, Network, Step, fit, place_
 from export.images.size import Shape
@@ -60,6 +63,8 @@ class Run:
         if found.classes:
             return found
         recipe, model = self.recipe, self.recipe.model
+        if not self.task.output.has_classes:
+            return self._referred(found)
         labeller = Labeller(
             teachers_of(recipe),
             None if model is None else (model.arch, model.weights),
@@ -78,6 +83,40 @@ class Run:
         )
         return relabelled(found, classes, torch.from_numpy(train), torch.from_numpy(val))
 
+    def _referred(self, found: Dataset) -> Dataset:
+        """Return the images with the outputs of the recipe's uncompressed network as truths."""
+        data, model, given = self.recipe.data, self.recipe.model, teachers_of(self.recipe)
+
+        def build_source() -> nn.Module:
+            if model is None:
+                return teacher_of(given, None, seen(found.preprocess), trust_code=self.trust_code)
+            network = build(model.arch, num_classes=0, shape=found.preprocess.shape, trust_code=self.trust_code)
+            if model.weights is not None:
+                load_weights_(network, model.arch, model.weights, reset_head=False)
+            return network
+
+        return with_references(
+            found,
+            build_source,
+            {"teacher": teachers_digest(given), "model": model and source_digest(model.arch, model.weights)},
+            memory=Path(self.recipe.out) / LOGITS,
+            batch_size=data.eval_batch_size,
+            workers=data.workers,
+            device=self.device,
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes that networks are built for; 0 where outputs are not classes."""
+        return len(self.dataset.classes) if self.task.output.has_classes else 0
+
+    @property
+    def output_shape(self) -> tuple[int | None, ...]:
+        """The shape of one image's output; None for a size that depends on the network."""
+        if not self.task.output.has_classes:
+            return tuple(self.dataset.val.labels.shape[1:])
+        return self.task.output.output_shape(len(self.dataset.classes), self.dataset.preprocess.image_size)
+
     def of(self, chain: Recipe) -> "Run":
         """Return the run of one of the recipe's chains, on the same images."""
         return replace(self, recipe=chain, opened=lambda: self.dataset)
@@ -90,6 +129,8 @@ class Run:
     @cached_property
     def learned(self) -> Task:
         """The task with the training loss, which weighs classes if the recipe says so; CompressError where it cannot."""
+        if self.task.fitted is not None:
+            return self.task.fitted(self.task, self.dataset)
         if self.recipe.data.balance != "class_weights":
             return self.task
         if self.task.class_weights is None:
@@ -172,7 +213,7 @@ class Run:
 
         Raises ModelError where it cannot be built or loaded, or does not return logits of the data's classes.
         """
-        architecture = Architecture(given.arch, len(self.dataset.classes), self.shape)
+        architecture = Architecture(given.arch, self.num_classes, self.shape)
         torch.manual_seed(self.recipe.seed)
         model = rebuild(architecture, trust_code=self.trust_code)
         if given.weights is not None:
@@ -185,11 +226,8 @@ class Run:
 
         `logits` also looks at its outputs for a few training images, on the CPU: probabilities are refused.
         """
-        preprocess = self.dataset.preprocess
-        check_output(
-            model, self.shape, output=self.task.output.output_shape(len(self.dataset.classes), preprocess.image_size)
-        )
-        for batch in self.feed.calibration(LOGIT_IMAGES) if logits else ():
+        check_output(model, self.shape, output=self.output_shape)
+        for batch in self.feed.calibration(LOGIT_IMAGES) if logits and self.task.output.has_classes else ():
             check_logits(model, batch.images.cpu())
 
     def teacher(self, directory: Path) -> nn.Module:
@@ -201,11 +239,11 @@ class Run:
     def given_teacher(self, *, whole: bool = False) -> nn.Module:
         """Return the recipe's `teacher` on the device; with `whole` as a torch network, which can be exported."""
         student = seen(self.dataset.preprocess)
-        found = teacher_of(
-            teachers_of(self.recipe), self.dataset.classes, student, trust_code=self.trust_code, whole=whole
-        )
+        has_classes = self.task.output.has_classes
+        classes = self.dataset.classes if has_classes else None
+        found = teacher_of(teachers_of(self.recipe), classes, student, trust_code=self.trust_code, whole=whole)
         place_(found.requires_grad_(False), self.device)
-        for batch in self.feed.calibration(LOGIT_IMAGES):
+        for batch in self.feed.calibration(LOGIT_IMAGES) if has_classes else ():
             found.note_probabilities_(batch.images)
         try:
             self.check(found, logits=False)

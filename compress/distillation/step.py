@@ -18,7 +18,16 @@ from compress.distillation import features, logits
 from compress.distillation.adapters import Auxiliary, Match, Review
 from compress.distillation.taps import Tapped, tap
 from compress.errors import CompressError
-from compress.recipe.losses import LABELLED, BoxesTerm, CrossEntropyTerm, DiceTerm, FeatureTerm, LogitTerm, LossTerm
+from compress.recipe.losses import (
+    LABELLED,
+    BoxesTerm,
+    CrossEntropyTerm,
+    DiceTerm,
+    FeatureTerm,
+    LogitTerm,
+    LossTerm,
+    MSETerm,
+)
 from compress.tasks import Task
 from compress.training.loop import Step
 
@@ -210,6 +219,8 @@ def check_task(terms: Sequence[LossTerm], task: Task) -> None:
         if isinstance(term, BoxesTerm) and task.places is None:
             raise CompressError(f"loss boxes: {task.output.name} predicts no boxes: leave it out")
         standardized = isinstance(term, LogitTerm) and term.standardize
+        if not task.output.has_classes and not isinstance(term, MSETerm | FeatureTerm):
+            raise CompressError(f"loss {term.name}: compares classes, and {task.output.name} have none: use mse")
         if not task.output.exclusive and (term.name in EXCLUSIVE or standardized):
             loss = f"{term.name} with standardize" if standardized else term.name
             raise CompressError(

@@ -193,11 +193,12 @@ def _own(arch: str, num_classes: int, channels: int, *, trust_code: bool) -> nn.
         raise ModelError(f"{arch}: {file} defines no {name}; {suggestion(name, factories)}")
     signature = inspect.signature(factories[name])
     given = {"channels": channels} if "channels" in signature.parameters else {}
+    wanted = (num_classes,) if num_classes or signature.parameters.keys() - {"channels"} else ()  # an encoder has no classes
     try:
-        signature.bind(num_classes, **given)
+        signature.bind(*wanted, **given)
     except TypeError as error:
         raise ModelError(f"{arch}: must be callable as {name}(num_classes): {error}") from error
-    model = factories[name](num_classes, **given)
+    model = factories[name](*wanted, **given)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{arch}: must return a torch.nn.Module, returned {type(model).__name__}")
     return _unnamed(model)

@@ -37,7 +37,7 @@ def apply(cfg: SourceStage, _src: None, out: Path, run: Run) -> Metrics:
 def _trained(model: nn.Module, arch: str, cfg: SourceStage, run: Run, log: StageLog) -> nn.Module:
     """Train the network on the labels, with its auxiliary classifier if it has one, and return it without that."""
     assert cfg.fit is not None
-    second = auxiliary(arch, len(run.dataset.classes))
+    second = auxiliary(arch, run.num_classes)
     if second is None:
         step = supervised_step(run.learned, label_smoothing=cfg.label_smoothing)
         return run.fit(model, step, cfg.fit, log=log, phase="source")

@@ -5,6 +5,7 @@ from compress.tasks.detection import DETECTION
 from compress.tasks.multilabel import MULTILABEL
 from compress.tasks.segmentation import SEGMENTATION
 from compress.tasks.task import Task, evaluate
+from compress.tasks.tensors import TENSORS
 from compress.tasks.unlabelled import UNLABELLED
 
 TASKS: dict[str, Task] = {
@@ -13,6 +14,7 @@ TASKS: dict[str, Task] = {
     "detection": DETECTION,
     "multilabel": MULTILABEL,
     "unlabelled": UNLABELLED,
+    "tensors": TENSORS,
 }
 
 __all__ = ["TASKS", "Task", "evaluate"]

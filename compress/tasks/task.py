@@ -47,6 +47,8 @@ class Task:
     """(student's outputs, teacher's) to (): distance of their boxes where the teacher is sure; None without boxes."""
     places_count: Callable[[Tensor], Tensor] | None = None
     """(teacher's outputs) to the number of boxes where it is sure; None without boxes."""
+    fitted: Callable[["Task", Dataset], "Task"] | None = None
+    """(task, data) to the task with what its losses need to know of the data."""
     smooths: bool = True
     """Whether the loss allows label smoothing."""
     class_weights: Callable[[ImageSet, int], Tensor] | None = None

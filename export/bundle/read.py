@@ -24,6 +24,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import numpy as np
+
 from export.bundle.golden import Golden, check_inputs, read_golden
 from export.bundle.inside import Json, brief, check_digest, contained, get, read_json, read_sums, read_text
 from export.command.files import sha256
@@ -35,7 +37,7 @@ from export.images.size import Size, said
 from export.names import LABELS, MANIFEST, PREPROCESS, SUMS, VALIDATION
 from export.onnx_file.model_file import CHANNELS, MAX_IMAGE_SIZE, ModelFile, inspect
 from export.onnx_file.roles import TEACHER
-from export.runtime.accuracy import score_files
+from export.runtime.accuracy import predictions_of
 from export.tasks import task_named
 from export.tasks.task import OutputTask
 
@@ -81,17 +83,15 @@ class Bundle:
         return found if self.task.labelled or (found.truths >= 0).all() else self._taught(found, data)
 
     def _taught(self, images: Examples, data: Path) -> Examples:
-        """Return the images with the labels that the bundle's teacher predicts."""
+        """Return the images with the truths that the bundle's teacher predicts."""
         if TEACHER not in self.files:
             raise DataError(
                 f"{data}: nobody labelled its images and the bundle has no {TEACHER}: give what `compress export-data` writes"
             )
-        truths, taught = images.truths.copy(), {TEACHER: self.files[TEACHER]}
-        found = score_files(taught, images.batches(), self.task)[
-            TEACHER
-        ].predictions  # (n, k), the likeliest class first
-        truths[images.chosen] = found[:, 0]
-        note = f"the labels are what {TEACHER} of this bundle predicts"
+        found = self.task.taught(predictions_of(self.files[TEACHER], images.batches(), self.task))
+        truths = np.zeros((len(images.truths), *found.shape[1:]), found.dtype)
+        truths[images.chosen] = found
+        note = f"the truths are what {TEACHER} of this bundle predicts"
         return replace(images, truths=truths, notes=(*images.notes, note))
 
     def file(self, name: str | None) -> Path:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from onnxruntime import InferenceSession
 
 from export.errors import BundleError
 from export.images.read import Labelled
@@ -67,6 +68,22 @@ def score_of(task: OutputTask, outputs: Iterable[Array], truths: Iterable[Array]
     return Score(task, np.concatenate(predictions), np.concatenate(rows))
 
 
+def predictions_of(path: Path, batches: Iterable[Labelled], task: OutputTask) -> Array:
+    """Return a file's predictions (n, ...) for all images, whatever their truths; BundleError if the file cannot run."""
+    session = open_session(path)
+    return np.concatenate([task.decode(_run(path.name, session, images)) for images, _ in batches])
+
+
+def _run(name: str, session: InferenceSession, images: Array) -> Array:
+    """Return the outputs (n, ...) for a batch of images."""
+    given = session.get_inputs()[0]
+    try:
+        (outputs,) = session.run(None, {given.name: images.astype(DTYPES[given.type], copy=False)})
+    except RUNTIME_ERRORS as error:
+        raise BundleError(f"{name}: cannot run on {images.shape} ({first_line(error)}): export it again") from error
+    return np.asarray(outputs)
+
+
 def score_files(
     files: Mapping[str, Path],
     batches: Iterable[Labelled],
@@ -88,13 +105,7 @@ def score_files(
     for images, truths in batches:
         images_seen += len(images)
         for name, session in sessions.items():
-            given = session.get_inputs()[0]
-            try:
-                (outputs,) = session.run(None, {given.name: images.astype(DTYPES[given.type], copy=False)})
-            except RUNTIME_ERRORS as error:
-                raise BundleError(
-                    f"{name}: cannot run on {images.shape} ({first_line(error)}): export it again"
-                ) from error
+            outputs = _run(name, session, images)
             predictions[name].append(task.decode(outputs))
             rows[name].append(task.statistics(predictions[name][-1], truths, outputs.shape[1:]))
             if keep_evidence:

@@ -10,6 +10,7 @@ from export.tasks.detection import DETECTION
 from export.tasks.multilabel import MULTILABEL
 from export.tasks.segmentation import SEGMENTATION
 from export.tasks.task import OutputTask
+from export.tasks.tensors import TENSORS
 from export.tasks.unlabelled import UNLABELLED
 
 TASKS: dict[str, OutputTask] = {
@@ -18,6 +19,7 @@ TASKS: dict[str, OutputTask] = {
     "detection": DETECTION,
     "multilabel": MULTILABEL,
     "unlabelled": UNLABELLED,
+    "tensors": TENSORS,
 }
 
 

@@ -6,6 +6,7 @@ prediction is one row of statistics per image, so that scores add up, files pair
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -118,7 +119,11 @@ class OutputTask:
     by_class_axis: bool = True
     """Whether an output's first axis is the classes, so that outputs of several networks can be averaged and their classes reordered."""
     labelled: bool = True
-    """Whether truths are labels by people; otherwise they are the teacher's predictions."""
+    """Whether truths are labels by people; otherwise they are what `taught` makes of the teacher's predictions."""
+    taught: Callable[[Array], Array] = itemgetter((slice(None), 0))
+    """The teacher's predictions (n, ...) to truths, where nobody labelled the images; by default the likeliest class."""
+    has_classes: bool = True
+    """Whether an output is a logit for each class; otherwise any values, for whose channels `labels.txt` has names."""
     draw: Callable[[Array, Array, Sequence[str]], Array] | None = None
     """(image uint8 (height, width, 3), its prediction, labels) to the image with the prediction drawn; None if there is nothing to draw."""
     draw_truth: Callable[[Array, Array, Sequence[str]], Array] | None = None

@@ -1,0 +1,71 @@
+"""Any network that maps an image to a tensor, trained to give the uncompressed network's outputs."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from compress.data.dataset import Dataset
+from compress.data.labelled import open_unlabelled
+from compress.data.images import readable
+from compress.data.validation import new_folder
+from compress.tasks.task import Task
+from export.tasks.tensors import TENSORS as OUTPUT
+
+SCALED_BY = 2000  # training images whose outputs set the scale of the loss
+
+
+def channels_last(outputs: Tensor) -> Tensor:
+    """Return outputs (n, channels), (n, tokens, channels) or (n, channels, height, width) as (n · positions, channels)."""
+    return (outputs.movedim(1, -1) if outputs.dim() == 4 else outputs).flatten(0, -2)
+
+
+def spread(outputs: Tensor) -> Tensor:
+    """Return the standard deviation of the values around their channels' means, ()."""
+    return channels_last(outputs.float()).var(0, correction=0).mean().sqrt().clamp(min=1e-12)
+
+
+def squared_error_loss(
+    outputs: Tensor, truths: Tensor, *, label_smoothing: float = 0.0, weights: Tensor | None = None  # noqa: ARG001 (the interface)
+) -> Tensor:
+    """Return the mean squared error over the truths' variance, which is one minus the score of these images."""
+    return (outputs.float() - truths).square().mean() / spread(truths).square()
+
+
+def rows(outputs: Tensor, _truths: Tensor, *, scale: Tensor | float = 1.0) -> Tensor:
+    """Return every position's values, (n · positions, channels), in units of `scale`."""
+    return channels_last(outputs) / (scale.to(outputs.device) if isinstance(scale, Tensor) else scale)
+
+
+def truth_rows(_outputs: Tensor, truths: Tensor) -> Tensor:
+    """Return the same of the truths."""
+    return channels_last(truths)
+
+
+def scaled(task: Task, dataset: Dataset) -> Task:
+    """Return the task whose `mse` is in units of the outputs' variance, so that the same rate suits any network."""
+    known = dataset.train.labels[:: -(-len(dataset.train) // SCALED_BY)]
+    return replace(task, rows=partial(rows, scale=spread(known)))
+
+
+def write_images(dataset: Dataset, folder: Path) -> int:
+    """Write the validation images as a folder; return their number. Raises DataError where the folder exists."""
+    images, written = dataset.held_out, 0
+    with new_folder(folder) as partial_folder:
+        for index, _ in readable(images):
+            (partial_folder / f"{index:06d}{images.suffix(index)}").write_bytes(images.content(index))
+            written += 1
+    return written
+
+
+TENSORS = Task(
+    OUTPUT,
+    open_unlabelled,
+    write_images,
+    squared_error_loss,
+    rows=rows,
+    truth_rows=truth_rows,
+    smooths=False,
+    fitted=scaled,
+)

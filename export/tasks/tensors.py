@@ -1,0 +1,201 @@
+"""Any network that maps an image to a tensor: an embedding (n, channels), tokens (n, tokens, channels), or a map (n, channels, height, width).
+
+What the values mean need not be known: the truth is the uncompressed network's output for the same image, and the score is how much
+of its variance an output explains, 1 - Σ(y - t)² / Σ(t - t̄)², with t̄ the mean of each channel over images and positions, and never
+below 0. `labels.txt` has a name for each channel.
+
+A row is an image's number of positions, Σ(y - t)², Σt², the cosine similarity of y and t, and Σt of each channel.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.errors import BundleError
+from export.images.folders import FolderListing
+from export.images.preprocess import Preprocess
+from export.images.read import Examples, file_examples
+from export.images.size import Size
+from export.tasks.paired import compare_by_bootstrap
+from export.tasks.task import Array, Comparison, Metric, OutputTask, Shown
+from export.tasks.unlabelled import UNKNOWN, list_images
+
+ERROR, ENERGY, COSINE, SUMS = 1, 2, 3, slice(4, None)  # columns of a row; the first is the number of positions
+KEPT = 4096  # values of an output that are kept for its divergence
+
+
+def channels_last(outputs: Array) -> Array:
+    """Return outputs with one row for each position, (n, positions, channels)."""
+    if outputs.ndim == 4:  # (n, channels, height, width)
+        outputs = np.moveaxis(outputs, 1, -1)
+    return outputs.reshape(len(outputs), -1, outputs.shape[-1])
+
+
+def channels_of(shape: Sequence[int | None]) -> int | None:
+    """Return the number of channels of one image's output of this shape."""
+    return shape[0] if len(shape) == 3 else shape[-1]
+
+
+def output_shape(_channels: int, _size: Size) -> tuple[int | None, ...]:
+    """Return no sizes: the network alone knows them."""
+    return ()
+
+
+def check_output(file: str, shape: tuple[int | None, ...], labels: Sequence[str]) -> None:
+    """Raise BundleError unless the output has a channel for each label."""
+    if len(shape) < 2 or channels_of(shape[1:]) != len(labels):
+        raise BundleError(
+            f"labels.txt: {file} has the output {shape}, got {len(labels)} names of channels: get the bundle again",
+            defect="missing_class",
+        )
+
+
+def truths(values: Sequence[Any], output: tuple[int, ...]) -> Array:
+    """Return NaN for every value: a bundle does not store truths, its teacher computes them."""
+    if any(value is not None for value in values):
+        raise BundleError(
+            f"bundle.json: golden.truths: must be null for each image, got {list(values)[:9]!r:.100}",
+            defect="bad_content",
+        )
+    return np.broadcast_to(np.float32(np.nan), (len(values), *output))
+
+
+def truths_json(truths: Array) -> Sequence[None]:
+    """Return null for each image."""
+    return [None] * len(truths)
+
+
+def find_images(data: Path, preprocess: Preprocess, _labels: Sequence[str]) -> Examples:
+    """Find the images of a folder (of its validation split, if it has one), whose truths are not known; DataError if there are none."""
+    listing: FolderListing = list_images(data)
+    files = listing.val or listing.train
+    return file_examples(data, files, np.full(len(files), UNKNOWN), preprocess)
+
+
+def as_numbers(outputs: Array) -> Array:
+    """Return the outputs in float32."""
+    return outputs.astype(np.float32, copy=False)
+
+
+def cosine(outputs: Array, others: Array) -> Array:
+    """Return the cosine similarity of two networks' outputs for each image, (n,); 1 where both are 0, 0 for other opposites of 0."""
+    one, other = (part.reshape(len(part), -1).astype(np.float64) for part in (outputs, others))
+    norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    found = np.divide((one * other).sum(axis=1), norms, out=np.zeros(len(one)), where=norms > 0)
+    return np.asarray(np.where(norms > 0, found, (one == other).all(axis=1)))
+
+
+def statistics(predictions: Array, truths: Array, _output: tuple[int, ...]) -> Array:
+    """Return the rows (n, 4 + channels); an output that is not finite is infinitely wrong."""
+    true = channels_last(truths).astype(np.float64)
+    wrong = np.square(channels_last(predictions) - true).sum(axis=(1, 2))
+    columns = (
+        np.full(len(true), true.shape[1]),
+        np.where(np.isfinite(wrong), wrong, np.finfo(np.float64).max / 1e9),
+        np.square(true).sum(axis=(1, 2)),
+        np.nan_to_num(cosine(predictions, truths)),
+    )
+    return np.column_stack([*columns, true.sum(axis=1)])
+
+
+def total(rows: Array) -> float:
+    """Return the explained variance, from 0 to 1."""
+    return explained(rows[:, ERROR].sum(), rows[:, ENERGY].sum(), rows[:, SUMS].sum(axis=0), rows[:, 0].sum())
+
+
+def explained(error: float, energy: float, sums: Array, positions: float) -> float:
+    """Return 1 - Σ(y - t)² / Σ(t - t̄)², at least 0, as Σ(t - t̄)² = Σt² - Σ_channels (Σt)² / positions."""
+    variance = energy - float(np.square(sums).sum()) / positions
+    if variance <= 1e-12 * energy:  # constant outputs: right or wrong
+        return float(error <= 1e-12 * energy)
+    return max(0.0, 1 - error / variance)
+
+
+def further(rows: Array) -> Mapping[str, float | None]:
+    """Return the mean cosine similarity."""
+    return {"cosine similarity": float(rows[:, COSINE].mean())}
+
+
+def signal_to_noise(rows: Array) -> float:
+    """Return 10 log10 of Σt² / Σ(y - t)² in dB, infinite for equal outputs."""
+    error, energy = rows[:, ERROR].sum(), rows[:, ENERGY].sum()
+    return math.inf if error == 0 else 10 * math.log10(energy / error) if energy else -math.inf
+
+
+def by_class(_rows: Mapping[str, Array], _labels: Sequence[str], _confused: Collection[str]) -> None:
+    """Return None: there are no classes."""
+
+
+def agreement(predictions: Array, others: Array) -> Array:
+    """Return the cosine similarity of two files' outputs, at least 0, (n,)."""
+    return np.clip(np.nan_to_num(cosine(predictions, others)), 0, 1)
+
+
+def evidence(outputs: Array) -> Array:
+    """Return at most KEPT values of each output, evenly spaced."""
+    flat = outputs.reshape(len(outputs), -1)
+    return flat[:, :: -(-flat.shape[1] // KEPT)]
+
+
+def divergence(outputs: Array, reference: Array) -> Array:
+    """Return Σ(y - r)² / Σr² for each image, (n,)."""
+    apart = np.square(outputs.astype(np.float64) - reference).sum(axis=1)
+    return np.asarray(apart / np.maximum(np.square(reference.astype(np.float64)).sum(axis=1), 1e-12))
+
+
+def compare(before: Array, now: Array, _labels: Sequence[str]) -> Comparison:
+    """Compare the explained variance by resampling images."""
+    return compare_by_bootstrap(before, now, total)
+
+
+def truth_text(row: Array, _labels: Sequence[str]) -> str:
+    """Return the size of the uncompressed network's output, by which a baseline detects another one."""
+    return f"norm {math.sqrt(row[ENERGY]):.4g}"
+
+
+def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
+    """Return each channel's mean, standard deviation, least and largest value; of an embedding, one line for all."""
+    values = channels_last(output[None])[0].astype(np.float64)  # (positions, channels)
+    if len(values) == 1:
+        values, labels = values.T, (f"all {len(labels)}",)
+    columns = zip(values.mean(0), values.std(0), values.min(0), values.max(0), strict=True)
+    return ("channel", "mean", "deviation", "least", "largest"), [
+        (label, *map(float, column)) for label, column in zip(labels[:lines], columns, strict=False)
+    ]
+
+
+TENSORS = OutputTask(
+    name="tensors",
+    metric=Metric(
+        "explained_variance", "explained variance", "cosine similarity of the outputs of two files", counts_images=False
+    ),
+    output_shape=output_shape,
+    check_output=check_output,
+    truths=truths,
+    truths_json=truths_json,
+    listing=list_images,
+    examples=find_images,
+    decode=as_numbers,
+    finish=lambda model: model,
+    statistics=statistics,
+    total=total,
+    further=further,
+    by_class=by_class,
+    agreement=agreement,
+    evidence=evidence,
+    divergence=divergence,
+    compare=compare,
+    truth_text=truth_text,
+    show=show,
+    exclusive=False,
+    by_class_axis=False,
+    labelled=False,
+    has_classes=False,
+    taught=as_numbers,
+    hub=("image-feature-extraction", "explained variance"),
+    meaning="what the network computes; `labels.txt` numbers its channels",
+    reading="print(outputs.shape)",
+)
