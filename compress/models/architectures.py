@@ -193,7 +193,9 @@ def _own(arch: str, num_classes: int, channels: int, *, trust_code: bool) -> nn.
         raise ModelError(f"{arch}: {file} defines no {name}; {suggestion(name, factories)}")
     signature = inspect.signature(factories[name])
     given = {"channels": channels} if "channels" in signature.parameters else {}
-    wanted = (num_classes,) if num_classes or signature.parameters.keys() - {"channels"} else ()  # an encoder has no classes
+    wanted = (
+        (num_classes,) if num_classes or signature.parameters.keys() - {"channels"} else ()
+    )  # an encoder has no classes
     try:
         signature.bind(*wanted, **given)
     except TypeError as error:

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from compress.data.dataset import Dataset
-from compress.data.labelled import open_unlabelled
 from compress.data.images import readable
+from compress.data.labelled import open_unlabelled
 from compress.data.validation import new_folder
 from compress.tasks.task import Task
 from export.tasks.tensors import TENSORS as OUTPUT
@@ -27,7 +27,11 @@ def spread(outputs: Tensor) -> Tensor:
 
 
 def squared_error_loss(
-    outputs: Tensor, truths: Tensor, *, label_smoothing: float = 0.0, weights: Tensor | None = None  # noqa: ARG001 (the interface)
+    outputs: Tensor,
+    truths: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,  # noqa: ARG001 (the interface)
 ) -> Tensor:
     """Return the mean squared error over the truths' variance, which is one minus the score of these images."""
     return (outputs.float() - truths).square().mean() / spread(truths).square()

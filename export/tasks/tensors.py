@@ -103,7 +103,8 @@ def statistics(predictions: Array, truths: Array, _output: tuple[int, ...]) -> A
 
 def total(rows: Array) -> float:
     """Return the explained variance, from 0 to 1."""
-    return explained(rows[:, ERROR].sum(), rows[:, ENERGY].sum(), rows[:, SUMS].sum(axis=0), rows[:, 0].sum())
+    positions, error, energy = rows[:, : ENERGY + 1].sum(axis=0).tolist()
+    return explained(error, energy, rows[:, SUMS].sum(axis=0), positions)
 
 
 def explained(error: float, energy: float, sums: Array, positions: float) -> float:
@@ -137,7 +138,7 @@ def agreement(predictions: Array, others: Array) -> Array:
 def evidence(outputs: Array) -> Array:
     """Return at most KEPT values of each output, evenly spaced."""
     flat = outputs.reshape(len(outputs), -1)
-    return flat[:, :: -(-flat.shape[1] // KEPT)]
+    return np.asarray(flat[:, :: -(-flat.shape[1] // KEPT)])
 
 
 def divergence(outputs: Array, reference: Array) -> Array:
