@@ -202,3 +202,46 @@ def thin(num_classes: int) -> nn.Module:
 def outlines(num_classes: int) -> nn.Module:
     """Return a small segmentation network."""
     return Outlines(num_classes)
+
+
+class Encoder(nn.Module):
+    """Two residual blocks whose averaged maps are an embedding (n, 2 · width)."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.block1, self.block2 = Block(width, width, 1), Block(width, 2 * width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return embeddings (n, 2 · width)."""
+        return torch.flatten(F.adaptive_avg_pool2d(self.block2(self.block1(self.stem(x))), 1), 1)
+
+
+class Restorer(nn.Module):
+    """A small U-Net that gives an image of the input's size."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.down1, self.down2 = _rectified(3, width), _rectified(width, 2 * width, 2)
+        self.up, self.out = _rectified(2 * width, width), nn.Conv2d(2 * width, 3, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return images (n, 3, height, width)."""
+        fine = self.down1(x)
+        coarse = F.interpolate(self.up(self.down2(fine)), scale_factor=2)
+        out: Tensor = self.out(torch.cat([fine, coarse], 1))
+        return out
+
+
+def _rectified(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def encoder() -> nn.Module:
+    """Return a network without classes."""
+    return Encoder()
+
+
+def restorer() -> nn.Module:
+    """Return a network whose output is an image."""
+    return Restorer()

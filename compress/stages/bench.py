@@ -9,6 +9,7 @@ import numpy as np
 
 from compress.artifact import Metrics, newest
 from compress.data.feed import as_numpy
+from compress.data.images import FileImages, Lazy
 from compress.recipe.stages import BenchStage
 from compress.run import Run
 from export.bench import Plan, bench
@@ -34,7 +35,7 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
     name, task = deployed(files, run.target), run.task.output
     with run.log(out, "bench") as log:
         scored = score_files(files, as_numpy(run.feed.validation()), task)
-        scores = accuracy(scored, reference="student_fp32")
+        scores = accuracy(scored, reference="student_fp32", folders=_folders(run.dataset.held_out))
         # Their times and scores decide in the report which of the INT8 files is served.
         rivals = [path for file, path in files.items() if file in (TEACHER, name, PTQ)]
         _write_examples(out / EXAMPLES_NPZ, rivals, exported, run)
@@ -76,6 +77,13 @@ def seen_without_label(run: Run) -> list[str]:
     more = len(run.dataset.with_unlabelled.train) - len(run.dataset.train)
     said = f"data.unlabelled: training with the teacher and calibration also saw {more:,} images without a label, no validation image among them"
     return [said] if more else []
+
+
+def _folders(images: Lazy) -> list[str]:
+    """Return the name of each image's folder; empty where the images are no files, or not all can be read."""
+    if not isinstance(images, FileImages) or images.broken:
+        return []
+    return [Path(images.name(index)).parent.name for index in range(len(images))]
 
 
 def _write_examples(path: Path, files: Sequence[Path], exported: Path, run: Run) -> None:

@@ -30,8 +30,8 @@ def squared_error_loss(
     outputs: Tensor,
     truths: Tensor,
     *,
-    label_smoothing: float = 0.0,
-    weights: Tensor | None = None,  # noqa: ARG001 (the interface)
+    label_smoothing: float = 0.0,  # noqa: ARG001 (the interface, as the next)
+    weights: Tensor | None = None,  # noqa: ARG001
 ) -> Tensor:
     """Return the mean squared error over the truths' variance, which is one minus the score of these images."""
     return (outputs.float() - truths).square().mean() / spread(truths).square()

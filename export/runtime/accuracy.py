@@ -1,6 +1,6 @@
 """Score ONNX files in ONNX Runtime image by image, so that files can be compared on the same images."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from onnxruntime import InferenceSession
 
 from export.errors import BundleError
 from export.images.read import Labelled
+from export.onnx_file.roles import TEACHER
 from export.runtime.intervals import clopper_pearson, mean_interval, score_interval
 from export.runtime.rows import AccuracyRow
 from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
@@ -124,12 +125,12 @@ def score_files(
     }
 
 
-def accuracy(scores: Mapping[str, Score], *, reference: str) -> dict[str, AccuracyRow]:
-    """Return each file's score, further metrics, and agreement with the `reference` file."""
+def accuracy(scores: Mapping[str, Score], *, reference: str, folders: Sequence[str] = ()) -> dict[str, AccuracyRow]:
+    """Return each file's score, further metrics, and agreement with the `reference` file; `folders` are the images'."""
     return {
         name: AccuracyRow(
             score=found.score,
-            further=dict(found.task.further(found.rows)),
+            further={**found.task.further(found.rows), **_together(found, scores.get(TEACHER), folders)},
             agreement=found.agreement(scores[reference]),
             images=found.images,
             score_ci95=found.score_ci95,
@@ -137,3 +138,9 @@ def accuracy(scores: Mapping[str, Score], *, reference: str) -> dict[str, Accura
         )
         for name, found in scores.items()
     }
+
+
+def _together(found: Score, teacher: Score | None, folders: Sequence[str]) -> Mapping[str, float | None]:
+    if found.task.together is None or teacher is None:
+        return {}
+    return found.task.together(found.predictions, teacher.predictions, folders)

@@ -108,6 +108,8 @@ class OutputTask:
     """(one row, labels) to its truth in words, by which a baseline detects a changed truth."""
     show: Callable[[Array, Sequence[str], int], Shown]
     """(one image's output, labels, most lines) to columns and lines to print."""
+    together: Callable[[Array, Array, Sequence[str]], Mapping[str, float | None]] | None = None
+    """(predictions, the teacher's, each image's folder) to further metrics of all images together; None if every image counts for itself."""
     resampled: Callable[[Array, Array], Array] | None = None
     """(rows, how often each image counts (draws, n)) to the scores (draws, classes) whose mean is the score; None if it is a mean over images."""
     finish: Callable[[ModelProto], ModelProto] = lambda model: model

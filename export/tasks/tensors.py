@@ -24,6 +24,8 @@ from export.tasks.task import Array, Comparison, Metric, OutputTask, Shown
 from export.tasks.unlabelled import UNKNOWN, list_images
 
 ERROR, ENERGY, COSINE, SUMS = 1, 2, 3, slice(4, None)  # columns of a row; the first is the number of positions
+NEAR = 5  # neighbours
+BLOCK = 1024  # images whose similarities to all are in memory
 KEPT = 4096  # values of an output that are kept for its divergence
 
 
@@ -120,10 +122,33 @@ def further(rows: Array) -> Mapping[str, float | None]:
     return {"cosine similarity": float(rows[:, COSINE].mean())}
 
 
-def signal_to_noise(rows: Array) -> float:
-    """Return 10 log10 of Σt² / Σ(y - t)² in dB, infinite for equal outputs."""
-    error, energy = rows[:, ERROR].sum(), rows[:, ENERGY].sum()
-    return math.inf if error == 0 else 10 * math.log10(energy / error) if energy else -math.inf
+def together(predictions: Array, taught: Array, folders: Sequence[str]) -> Mapping[str, float | None]:
+    """Return of embeddings (n, channels) how many keep their nearest neighbour, and how well neighbours tell the folders.
+
+    The first is the fraction of images whose nearest image among the teacher's embeddings is one of the NEAR nearest among these; the
+    second the fraction whose folder is the most frequent one of their NEAR nearest, where there are several folders.
+    """
+    if predictions.ndim != 2 or len(predictions) <= NEAR:
+        return {}
+    near, nearest = nearest_images(predictions, NEAR), nearest_images(taught, 1)
+    found: dict[str, float | None] = {"nearest neighbour kept": float((near == nearest).any(axis=1).mean())}
+    names, of = np.unique(np.array(folders), return_inverse=True)
+    if len(names) > 1:
+        votes = np.stack([np.bincount(one, minlength=len(names)) for one in of[near]])
+        found["k-NN accuracy"] = float((votes.argmax(axis=1) == of).mean())
+    return found
+
+
+def nearest_images(embeddings: Array, count: int) -> Array:
+    """Return for each image the `count` others with the highest cosine similarity, the nearest first, (n, count)."""
+    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    unit = np.nan_to_num(embeddings / np.maximum(norms, 1e-12)).astype(np.float32)
+    found = np.empty((len(unit), count), np.int64)
+    for start in range(0, len(unit), BLOCK):
+        alike = unit[start : start + BLOCK] @ unit.T
+        alike[np.arange(len(alike)), start + np.arange(len(alike))] = -np.inf
+        found[start : start + BLOCK] = np.argsort(-alike, axis=1, kind="stable")[:, :count]
+    return found
 
 
 def by_class(_rows: Mapping[str, Array], _labels: Sequence[str], _confused: Collection[str]) -> None:
@@ -184,6 +209,7 @@ TENSORS = OutputTask(
     statistics=statistics,
     total=total,
     further=further,
+    together=together,
     by_class=by_class,
     agreement=agreement,
     evidence=evidence,

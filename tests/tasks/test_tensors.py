@@ -1,0 +1,208 @@
+"""The task `tensors`: explained variance by hand, neighbours by brute force, and an encoder and a network of images through the chain."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from networks import Encoder, Restorer
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from compress.cli import app
+from export import predict
+from export.bundle.read import read_bundle
+from export.errors import BundleError
+from export.gate.__main__ import main as gate_main
+from export.tasks.tensors import TENSORS, agreement, divergence, nearest_images, show, statistics, together, total
+
+NETWORKS = Path(__file__).parent.parent / "networks.py"
+RECIPE = """
+name: own
+task: tensors
+target: cpu_avx2
+data: {{image_size: 16, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}}
+model: {{arch: "{networks}:{factory}", weights: {weights}}}
+stages:
+  - {{stage: source}}
+  - {{stage: prune, keep_macs: 0.6, reconstruct_images: 64}}
+  - {{stage: distill, loss: [{{name: mse}}], fit: {{epochs: 12, batch_size: 32, lr: 0.02, clip_norm: 1}}}}
+  - {{stage: ptq, calibration_images: 64, methods: [minmax]}}
+  - {{stage: export, verify_images: 32, limits: {{max_float_fraction: 0.5}}}}
+  - {{stage: bench, seconds: 0.05, blocks: 6, batches: [1], threads: [1]}}
+"""
+
+
+def explained(predictions: np.ndarray, truths: np.ndarray, axis: int) -> float:
+    """Return 1 - Σ(y - t)² / Σ(t - t̄)² by the definition, with `axis` the channels'."""
+    others = tuple(one for one in range(truths.ndim) if one != axis)
+    apart = np.square(truths - truths.mean(axis=others, keepdims=True)).sum()
+    return float(max(0, 1 - np.square(predictions - truths).sum() / apart))
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((40, 7), 1), ((12, 5, 7), 2), ((9, 3, 4, 6), 1)])
+def test_score_is_the_explained_variance_however_the_images_are_batched(shape: tuple[int, ...], axis: int) -> None:
+    random = np.random.default_rng(0)
+    truths = random.normal(3, 2, shape)
+    predictions = truths + random.normal(0, 0.7, shape)
+
+    rows = np.concatenate(
+        [statistics(predictions[part], truths[part], shape[1:]) for part in (slice(4), slice(4, None))]
+    )
+
+    assert total(rows) == pytest.approx(explained(predictions, truths, axis), abs=1e-12)
+    assert total(statistics(truths, truths, shape[1:])) == 1
+    assert total(statistics(-truths, truths, shape[1:])) == 0
+
+
+def test_an_output_that_is_not_finite_scores_nothing() -> None:
+    truths = np.random.default_rng(0).normal(size=(8, 5))
+    broken = truths.copy()
+    broken[3, 2] = np.nan
+
+    assert total(statistics(broken, truths, (5,))) == 0
+    assert agreement(broken, truths)[3] == 0
+
+
+def test_constant_outputs_are_right_or_wrong() -> None:
+    truths = np.full((6, 4), 2.5)
+    assert total(statistics(truths, truths, (4,))) == 1
+    assert total(statistics(truths + 0.1, truths, (4,))) == 0
+
+
+def test_agreement_and_divergence_of_equal_turned_and_scaled_outputs() -> None:
+    one = np.array([[1.0, 0.0], [0.0, 0.0]], np.float32)
+    assert agreement(one, one).tolist() == [1, 1]
+    assert agreement(one, 2 * one).tolist() == [1, 1]
+    assert agreement(one, -one).tolist() == [0, 1]
+    assert divergence(one, one).tolist() == [0, 0]
+    assert divergence(2 * one, one)[0] == pytest.approx(1)
+
+
+def test_neighbours_are_those_of_brute_force() -> None:
+    random = np.random.default_rng(1)
+    taught = random.normal(size=(60, 8))
+    given = taught + random.normal(0, 0.5, taught.shape)
+    folders = [str(index % 3) for index in range(60)]
+
+    def by_hand(rows: np.ndarray, index: int) -> list[int]:
+        alike = [
+            -2.0 if j == index else float(rows[index] @ rows[j] / np.linalg.norm(rows[index]) / np.linalg.norm(rows[j]))
+            for j in range(60)
+        ]
+        return sorted(range(60), key=lambda j: -alike[j])
+
+    near = [by_hand(given, index)[:5] for index in range(60)]
+    kept = sum(by_hand(taught, index)[0] in near[index] for index in range(60)) / 60
+    voted = [
+        max("012", key=lambda name, index=index: (sum(folders[j] == name for j in near[index]), -int(name)))
+        for index in range(60)
+    ]
+    assert nearest_images(given, 5).tolist() == near
+    found = together(given, taught, folders)
+    assert found["nearest neighbour kept"] == pytest.approx(kept)
+    assert 0.3 < kept < 1
+    assert found["k-NN accuracy"] == pytest.approx(sum(map(str.__eq__, voted, folders)) / 60)
+    assert together(taught, taught, ["one"] * 60) == {"nearest neighbour kept": 1.0}
+    assert together(given[:, :, None, None], taught[:, :, None, None], folders) == {}
+
+
+def test_predictions_are_shown_by_channel_or_as_one_embedding() -> None:
+    columns, lines = show(np.arange(8, dtype=np.float32), [f"c{index}" for index in range(8)], 5)
+    assert columns[0] == "channel"
+    assert lines == [("all 8", 3.5, pytest.approx(np.arange(8).std()), 0.0, 7.0)]
+    _, lines = show(np.stack([np.zeros((2, 2)), np.ones((2, 2))]), ["a", "b"], 5)
+    assert [line[:2] for line in lines] == [("a", 0.0), ("b", 1.0)]
+
+
+def test_a_bundle_stores_no_truths() -> None:
+    assert TENSORS.truths([None, None], (3,)).shape == (2, 3)
+    with pytest.raises(BundleError, match="must be null for each image"):
+        TENSORS.truths([None, 1], (3,))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits as files in folders of their classes."""
+    folder = tmp_path_factory.mktemp("photos")
+    found = load_digits()
+    for index, (image, label) in enumerate(zip(found.images[:240], found.target, strict=False)):
+        place = folder / str(label)
+        place.mkdir(exist_ok=True)
+        Image.fromarray((image * 15.9).astype(np.uint8)).resize((20, 20)).convert("RGB").save(
+            place / f"{index:03d}.png"
+        )
+    return folder
+
+
+@pytest.fixture(scope="module", params=["encoder", "restorer"])
+def done(request: pytest.FixtureRequest, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the whole chain."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    network = {"encoder": Encoder, "restorer": Restorer}[request.param]()
+    images = torch.from_numpy(load_digits().images[:240, None] / 8 - 1).float().expand(-1, 3, -1, -1)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None
+    network(F.interpolate(images, 16, mode="bilinear"))  # batch-norm's statistics are the data's, as after a training
+    save_file(network.state_dict(), folder / "own.safetensors")
+    text = RECIPE.format(networks=NETWORKS, factory=request.param, weights=folder / "own.safetensors")
+    (folder / "own.yaml").write_text(text)
+    command = ["run", str(folder / "own.yaml"), "--data", str(photos), "--out", str(folder / "runs"), "--trust-code"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    return folder / "runs" / "own"
+
+
+def test_a_network_is_cut_quantized_and_proved_without_a_label(done: Path) -> None:
+    report: dict[str, Any] = json.loads((done / "report.json").read_text())
+    rows = {row["name"]: row for row in report["deployed"]}
+
+    assert rows["teacher_fp32"]["score"] == pytest.approx(1, abs=1e-6)
+    assert 0.6 < rows["student_ptq_int8"]["score"] < 1
+    assert rows["student_ptq_int8"]["agreement"] > 0.95
+    if "encoder" in str(done):
+        assert 0.5 < rows["student_ptq_int8"]["further"]["nearest neighbour kept"] <= 1
+        assert rows["teacher_fp32"]["further"]["k-NN accuracy"] > 0.5
+
+
+def test_the_bundle_predicts_and_passes_the_gate_on_its_teachers_outputs(
+    done: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = done / "bundle"
+    labels = read_bundle(bundle).labels
+    assert labels[0] == "channel_0000"
+    monkeypatch.setattr("sys.argv", ["predict", str(bundle), str(next(photos.glob("3/*.png")))])
+    predict.main()
+    assert "deviation" in capsys.readouterr().out
+    judge = [str(bundle), "--baseline", str(tmp_path), "--data", str(photos), "--no-latency"]
+    monkeypatch.setattr("sys.argv", ["gate", *judge, "--update-baseline"])
+    assert gate_main() == 0
+    monkeypatch.setattr("sys.argv", ["gate", *judge])
+    assert gate_main() == 0
+    assert "explained variance" in capsys.readouterr().out
+
+
+def test_losses_between_classes_are_refused(photos: Path, tmp_path: Path) -> None:
+    save_file(Encoder().state_dict(), tmp_path / "own.safetensors")
+    text = RECIPE.format(networks=NETWORKS, factory="encoder", weights=tmp_path / "own.safetensors")
+    (tmp_path / "own.yaml").write_text(text.replace("loss: [{name: mse}], ", ""))
+    command = [
+        "run",
+        str(tmp_path / "own.yaml"),
+        "--data",
+        str(photos),
+        "--out",
+        str(tmp_path / "runs"),
+        "--trust-code",
+    ]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "loss kd: compares classes, and tensors have none: use mse" in result.output
