@@ -9,6 +9,7 @@ A row is an image's number of positions, Σ(y - t)², Σt², the cosine similari
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import numpy as np
 
 from export.errors import BundleError
 from export.images.folders import FolderListing
+from export.images.listing import NO_LABEL
 from export.images.preprocess import Preprocess
 from export.images.read import Examples, file_examples
 from export.images.size import Size
-from export.tasks.paired import compare_by_bootstrap
+from export.tasks.paired import compare_classes
 from export.tasks.task import Array, Comparison, Metric, OutputTask, Shown
-from export.tasks.unlabelled import UNKNOWN, list_images
+from export.tasks.unlabelled import list_images
 
 ERROR, ENERGY, COSINE, SUMS = 1, 2, 3, slice(4, None)  # columns of a row; the first is the number of positions
 NEAR = 5  # neighbours
@@ -74,7 +76,7 @@ def find_images(data: Path, preprocess: Preprocess, _labels: Sequence[str]) -> E
     """Find the images of a folder (of its validation split, if it has one), whose truths are not known; DataError if there are none."""
     listing: FolderListing = list_images(data)
     files = listing.val or listing.train
-    return file_examples(data, files, np.full(len(files), UNKNOWN), preprocess)
+    return file_examples(data, files, np.full(len(files), NO_LABEL), preprocess)
 
 
 def as_numbers(outputs: Array) -> Array:
@@ -172,9 +174,18 @@ def divergence(outputs: Array, reference: Array) -> Array:
     return np.asarray(apart / np.maximum(np.square(reference.astype(np.float64)).sum(axis=1), 1e-12))
 
 
+def resampled(rows: Array, weights: Array) -> Array:
+    """Return the explained variance (draws, 1) if the images count as often as weights (draws, n) say."""
+    return np.array([[total(one[None] @ rows)] for one in weights])
+
+
 def compare(before: Array, now: Array, _labels: Sequence[str]) -> Comparison:
     """Compare the explained variance by resampling images."""
-    return compare_by_bootstrap(before, now, total)
+    changed, how = np.any(before != now, axis=1), "with other outputs"
+    found = compare_classes(
+        before, now, ("all",), resampled=resampled, measure="explained variance", changed=changed, how=how
+    )
+    return replace(found, lost=(), worse=())
 
 
 def truth_text(row: Array, _labels: Sequence[str]) -> str:
@@ -205,7 +216,6 @@ TENSORS = OutputTask(
     listing=list_images,
     examples=find_images,
     decode=as_numbers,
-    finish=lambda model: model,
     statistics=statistics,
     total=total,
     further=further,
@@ -215,6 +225,7 @@ TENSORS = OutputTask(
     evidence=evidence,
     divergence=divergence,
     compare=compare,
+    resampled=resampled,
     truth_text=truth_text,
     show=show,
     exclusive=False,
