@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from export.errors import BundleError
-from export.images.folders import FolderListing
 from export.images.listing import NO_LABEL
 from export.images.preprocess import Preprocess
 from export.images.read import Examples, file_examples
@@ -74,9 +73,8 @@ def truths_json(truths: Array) -> Sequence[None]:
 
 def find_images(data: Path, preprocess: Preprocess, _labels: Sequence[str]) -> Examples:
     """Find the images of a folder (of its validation split, if it has one), whose truths are not known; DataError if there are none."""
-    listing: FolderListing = list_images(data)
-    files = listing.val or listing.train
-    return file_examples(data, files, np.full(len(files), NO_LABEL), preprocess)
+    listing = list_images(data)
+    return file_examples(listing, np.full(len(listing.judged), NO_LABEL), preprocess)
 
 
 def as_numbers(outputs: Array) -> Array:
@@ -159,7 +157,7 @@ def by_class(_rows: Mapping[str, Array], _labels: Sequence[str], _confused: Coll
 
 def agreement(predictions: Array, others: Array) -> Array:
     """Return the cosine similarity of two files' outputs, at least 0, (n,)."""
-    return np.clip(np.nan_to_num(cosine(predictions, others)), 0, 1)
+    return np.asarray(np.clip(np.nan_to_num(cosine(predictions, others)), 0, 1))
 
 
 def evidence(outputs: Array) -> Array:
