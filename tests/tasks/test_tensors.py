@@ -1,6 +1,7 @@
 """The task `tensors`: explained variance by hand, neighbours by brute force, and an encoder and a network of images through the chain."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,19 +175,15 @@ def test_a_network_is_cut_quantized_and_proved_without_a_label(done: Path) -> No
 
 
 def test_the_bundle_predicts_and_passes_the_gate_on_its_teachers_outputs(
-    done: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    done: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], called: Callable[..., int]
 ) -> None:
     bundle = done / "bundle"
-    labels = read_bundle(bundle).labels
-    assert labels[0] == "channel_0000"
-    monkeypatch.setattr("sys.argv", ["predict", str(bundle), str(next(photos.glob("3/*.png")))])
-    predict.main()
+    assert read_bundle(bundle).labels[0] == "channel_0000"
+    assert called(predict.main, bundle, next(photos.glob("3/*.png"))) == 0
     assert "deviation" in capsys.readouterr().out
-    judge = [str(bundle), "--baseline", str(tmp_path), "--data", str(photos), "--no-latency"]
-    monkeypatch.setattr("sys.argv", ["gate", *judge, "--update-baseline"])
-    assert gate_main() == 0
-    monkeypatch.setattr("sys.argv", ["gate", *judge])
-    assert gate_main() == 0
+    judge = [bundle, "--baseline", tmp_path, "--data", photos, "--no-latency"]
+    assert called(gate_main, *judge, "--update-baseline") == 0, capsys.readouterr().err
+    assert called(gate_main, *judge) == 0, capsys.readouterr().err
     assert "explained variance" in capsys.readouterr().out
 
 
