@@ -32,6 +32,10 @@ endif
 quoted = '$(subst ','\'',$(value $(1)))'
 option = $(if $(value $(1)),--$(2) $(call quoted,$(1)))
 
+# The OpenVINO plugin has wheels for x86-64 Linux; without it all works but its provider.
+COMMA := ,
+EXTRAS := dev$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(COMMA)openvino)
+
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 # Each machine runs the same command; they meet at HEAD, one of them.
@@ -136,7 +140,7 @@ $(READY): pyproject.toml constraints.txt
 		"$$python" -m venv --clear $(VENV); \
 	fi
 	@echo "installing into $(VENV): several GB and some minutes the first time"
-	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]' 2>&1 \
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[$(EXTRAS)]' 2>&1 \
 		| tee $(VENV)/pip.log | awk '/(Downloading|Using cached) .* MB\)/ { print "  " $$0; fflush() } /^Installing/ { print "  Installing"; fflush() }' \
 		|| { grep -i -A 20 error $(VENV)/pip.log >&2 || tail -20 $(VENV)/pip.log >&2; echo "pip failed; all it said is in $(VENV)/pip.log" >&2; exit 1; }
 	@if nvidia-smi -L >/dev/null 2>&1; then \

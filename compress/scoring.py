@@ -30,7 +30,8 @@ from export.proof.half import overflowing
 from export.runtime.accuracy import Score, score_files, score_of
 from export.runtime.conditions import Conditions
 from export.runtime.latency import Ratio, speedup, time_sessions
-from export.runtime.session import PROVIDERS, bind, open_session
+from export.runtime.providers import PROVIDERS
+from export.runtime.session import bind, open_session
 
 LATENCY_SECONDS, LATENCY_BLOCKS = 0.5, 6
 SENSITIVITY_IMAGES = 128  # there is one pass over them for each layer
@@ -97,7 +98,7 @@ def served(asked: stages.ServingConditions, run: Run) -> Served:
         own = "int8"
     if asked.precision == "int8" and not run.int8_targets:
         raise CompressError(f"prune.conditions.precision: {run.target.name} has no int8: use fp16, or leave it out")
-    provider = PROVIDERS[asked.provider] if asked.provider else TARGET_PROVIDERS.get(run.target.name, CPU)
+    provider = PROVIDERS[asked.provider].name if asked.provider else TARGET_PROVIDERS.get(run.target.name, CPU)
     conditions = Conditions(provider, asked.threads, asked.batch)
     channels, *size = run.shape
     shape = (channels, *(size_of(asked.image_size or size)))

@@ -11,9 +11,8 @@ from export.command.files import json_text, write_text
 from export.command.main import run
 from export.command.table import table
 from export.onnx_file.model_file import parse, precision
-from export.proof.audit import Audit, audit, over_limits
+from export.proof.audit import AUDITED, Audit, audit, over_limits
 from export.runtime.node_times import node_times
-from export.runtime.session import PROVIDERS
 
 SLOWEST = 15  # nodes that `--times` lists
 
@@ -53,7 +52,7 @@ def _with_reason(found: Audit, name: str, kind: str = "") -> str:
 def slowest(path: Path, provider: str) -> str:
     """Return a table of the slowest nodes: one thread, one image, the median of nine runs after a warm-up."""
     times = sorted(
-        node_times(parse(path).SerializeToString(), provider=PROVIDERS[provider], runs=10),
+        node_times(parse(path).SerializeToString(), provider=AUDITED[provider], runs=10),
         key=lambda node: -node.milliseconds,
     )
     total = sum(node.milliseconds for node in times)
@@ -96,7 +95,7 @@ def main() -> int:
     """Show the graph that ONNX Runtime runs for a file, or for each file of a bundle, on this machine."""
     parser = argparse.ArgumentParser(prog="python -m export.audit", description=main.__doc__)
     parser.add_argument("path", type=Path, metavar="FILE_OR_BUNDLE")
-    parser.add_argument("--provider", choices=PROVIDERS, default="cpu")
+    parser.add_argument("--provider", choices=AUDITED, default="cpu")
     parser.add_argument(
         "--max-float-layers", type=at_least(0), metavar="N", help="exit with 1 if more layers run in float"
     )

@@ -22,7 +22,8 @@ from export.images.decode import read_image, values_of
 from export.images.drawing import as_rgb
 from export.images.preprocess import Preprocess
 from export.images.read import read_pixels
-from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
+from export.runtime.native import RUNTIME_ERRORS, first_line
+from export.runtime.session import DTYPES, open_session
 from export.tasks.task import Array, OutputTask
 
 TOP = 5

@@ -193,7 +193,7 @@ def build_bench(
         "versions": {"onnxruntime": "1.32.0", "torch": "2.14.1", "torch-pruning": "1.6.1"},
     }
     if answers:
-        accuracy = {name: dict(row) for name, row in accuracy_of(answers, reference="student_fp32").items()}
+        accuracy = {name: dict(row) for name, row in accuracy_of(answers, reference=answers["student_fp32"]).items()}
     return {
         "metric": {"name": "top1", "title": "top-1"},
         "accuracy": accuracy,

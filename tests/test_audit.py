@@ -17,7 +17,7 @@ from export.onnx_file.graph import to_float16
 from export.onnx_file.macs import macs
 from export.onnx_file.wiring import wire
 from export.proof.audit import Audit, audit, over_limits
-from export.runtime.session import available_providers
+from export.runtime.providers import available_providers
 
 MACS = {"conv1/Conv": 9 * 3 * WIDTH * SIZE**2, "conv2/Conv": 9 * WIDTH**2 * SIZE**2, "head/Gemm": 3 * WIDTH}
 

@@ -10,19 +10,20 @@ import pytest
 from answered import answered
 from onnx_files import class_folders, classifier, colour_reader, save, small_contents, small_files, write_small_bundle
 
-from export import bench as bench_module
-from export.bench import Plan, bench
 from export.bundle.write import write_bundle
 from export.errors import BundleError
 from export.images.read import digest
 from export.onnx_file.model_file import inspect
 from export.onnx_file.targets import CPU, CUDA, TARGETS, host_target
+from export.runtime import measure as measure_module
 from export.runtime.accuracy import accuracy, score_files, score_of
 from export.runtime.environment import environment, fingerprint
 from export.runtime.intervals import clopper_pearson
+from export.runtime.measure import Plan, bench
 from export.runtime.memory import peak_memory_mb
+from export.runtime.providers import PROVIDERS, Runtime, available_providers
 from export.runtime.rows import AccuracyRow, BenchJson, TimingRow
-from export.runtime.session import available_providers, bind, open_session, resize_input
+from export.runtime.session import bind, open_session, resize_input
 from export.tasks.classification import CLASSIFICATION, by_class, decode, further
 
 REPOSITORY = Path(__file__).parents[1]
@@ -75,8 +76,10 @@ def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path, data: bytes) -> 
 
 
 def test_a_provider_that_is_missing_is_never_replaced_by_another(files: dict[str, Path]) -> None:
-    with pytest.raises(BundleError, match="TensorrtExecutionProvider: not available"):
-        open_session(files["student_fp32"], provider="TensorrtExecutionProvider")
+    with pytest.raises(
+        BundleError, match=r"TensorrtExecutionProvider: not available, ONNX Runtime has .*: pip install onnxruntime-gpu"
+    ):
+        open_session(files["student_fp32"], runs_in=Runtime(PROVIDERS["tensorrt"], "f32"))
 
 
 def test_threads_are_those_asked_for(files: dict[str, Path]) -> None:
@@ -106,7 +109,7 @@ def test_top1_and_agreement_by_hand() -> None:
     labels = np.array([0, 1, 2, 2])
     scores = {"float": answered(np.array([0, 1, 2, 0]), labels), "int8": answered(np.array([0, 2, 2, 0]), labels)}
     intervals = {right: clopper_pearson(right, 4) for right in (2, 3, 4)}  # 0/1 values are counts
-    assert accuracy(scores, reference="float") == {
+    assert accuracy(scores, reference=scores["float"]) == {
         "float": AccuracyRow(
             score=0.75,
             further={"top-5": None, "balanced accuracy": 2.5 / 3},
@@ -189,7 +192,7 @@ def test_images_of_another_size_are_an_error(files: dict[str, Path]) -> None:
 @pytest.fixture(scope="module")
 def timings(files: dict[str, Path]) -> list[TimingRow]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_module, "SLOW", 1e9)  # leaves no file out, however slow this machine's float16 is
+        patch.setattr(measure_module, "SLOW", 1e9)  # leaves no file out, however slow this machine's float16 is
         found = bench(files, replace(BRIEF, batches=(4, 1), threads=(0, 1), image_sizes=((24, 24),), seconds=0.02))
     assert found.warnings == []
     return found.timings
@@ -252,7 +255,7 @@ def test_another_target_than_this_machine_is_a_warning(student: dict[str, Path])
 def test_emulated_float16_is_timed_at_the_headline_settings_only(
     files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_module, "SLOW", 1e-9)  # whatever its speed
+    monkeypatch.setattr(measure_module, "SLOW", 1e-9)  # whatever its speed
     found = bench(files, replace(BRIEF, batches=(1, 2), threads=(1, 2), image_sizes=((24, 24),)))
     halves = [(row["image_size"], row["batch"], row["threads"]) for row in found.timings if row["precision"] == "fp16"]
     assert halves == [(16, 1, 1), (24, 1, 1)]
@@ -318,7 +321,7 @@ def test_the_command_needs_no_torch_and_scores_and_times(tmp_path: Path) -> None
     done = run_bench(tmp_path / "bundle", *QUICK, "--data", tmp_path / "data", "--json", tmp_path / "out.json")
     assert (done.returncode, done.stderr) == (0, "")
     found: BenchJson = json.loads((tmp_path / "out.json").read_text())
-    assert set(found) == {"metric", "accuracy", "timings", "environment", "warnings"}
+    assert set(found) == {"metric", "accuracy", "accuracy_elsewhere", "timings", "environment", "warnings"}
     assert found["accuracy"]["student_fp32"]["images"] == 2
     assert "2 of 6 images are the network's validation images; the other 4 are left out" in done.stdout
     assert [row["name"] for row in found["timings"]] == ["teacher_fp32", "student_fp32", "student_fp16"]

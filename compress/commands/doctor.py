@@ -89,7 +89,7 @@ def version_of(name: str) -> str | None:
 def machine(out: Path) -> list[Finding]:
     """Examine the hardware; every package must be installed."""
     from export.runtime.environment import cpu_model, gpu, memory_gb, usable_cores
-    from export.runtime.session import available_providers
+    from export.runtime.providers import available_providers
 
     card = gpu("name")
     return [

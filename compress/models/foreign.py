@@ -26,7 +26,9 @@ from compress.models.onnx_layers import spell_out_, teach_converter
 from compress.quant.graph.trace import trace
 from export.onnx_file.model_file import parse
 from export.onnx_file.targets import CPU, CUDA
-from export.runtime.session import RUNTIME_ERRORS, first_line, open_session
+from export.runtime.native import RUNTIME_ERRORS, first_line
+from export.runtime.providers import runtime_named
+from export.runtime.session import open_session
 
 # Raised by onnx2torch, torch.fx and ONNX Runtime for what they do not support.
 CANNOT: tuple[type[Exception], ...] = (NotImplementedError, ValueError, KeyError, TypeError, *RUNTIME_ERRORS)
@@ -67,7 +69,7 @@ class OnnxFile(nn.Module):
             )
         provider = CUDA if images.device.type == "cuda" else CPU
         if provider not in self._sessions:
-            self._sessions[provider] = open_session(self.file, provider=provider)
+            self._sessions[provider] = open_session(self.file, runs_in=runtime_named(provider))
         values = images.detach().cpu().numpy().astype(np.float16 if self.float16 else np.float32)
         values = np.ascontiguousarray(values.transpose(0, 2, 3, 1) if self.last else values)
         fixed = self.shape[0] if isinstance(self.shape[0], int) else len(values)

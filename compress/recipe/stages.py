@@ -301,8 +301,10 @@ class BenchStage(Section):
     """CPU threads to time with; 0 is all of them."""
     image_sizes: tuple[Size, ...] = ()
     """Further image sizes to time, each one number or `[height, width]`, besides the recipe's own."""
-    providers: Annotated[tuple[Literal["cpu", "cuda"], ...], Field(min_length=1)] = ("cpu", "cuda")
-    """Execution providers to time; one that this machine lacks is left out, and the report says so."""
+    providers: (
+        Literal["auto"] | Annotated[tuple[Literal["cpu", "openvino", "cuda", "tensorrt"], ...], Field(min_length=1)]
+    ) = ("cpu", "cuda")
+    """Execution providers to score and time in; auto takes all that this machine has. One that it lacks is left out, and the report says so."""
     seconds: PositiveFloat = 1.0
     """Seconds of timing for each file at each setting."""
     blocks: Annotated[int, Field(ge=6)] = 10

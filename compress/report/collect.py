@@ -17,7 +17,7 @@ from compress.report.judge.verdict import audited_name, guesses, has_targets, ju
 from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report, StageRow
 from export.names import AUDIT_JSON, BENCH_JSON, LIMITS_JSON, NOTES_JSON, PTQ_JSON, VERIFY_JSON
 from export.runtime.environment import environment
-from export.runtime.rows import metric_json
+from export.runtime.rows import accuracy_of, metric_json
 from export.tasks import TASKS
 
 
@@ -38,7 +38,7 @@ def collect(
         environment=bench.get("environment") or environment(),
         data_digest=images_digest(data_settings(recipe)),
         stages=[_stage_row(path, root, path not in made) for path in artifacts],
-        deployed=[cast(DeployedRow, {**timing, **bench["accuracy"][timing["name"]]}) for timing in bench["timings"]],
+        deployed=_deployed(bench),
         end_to_end=bench.get("end_to_end", {}),
         classes=bench.get("classes"),
         ptq=_last(artifacts, PTQ_JSON),
@@ -69,6 +69,13 @@ def collect(
     if report["verdict"] == "pass" and not is_whole:
         report["verdict"] = "partial"
     return report
+
+
+def _deployed(bench: Json) -> list[DeployedRow]:
+    """Return every timing with the accuracy of its file in the provider that ran it."""
+    elsewhere = bench.get("accuracy_elsewhere", [])
+    rows = [(row, accuracy_of(row, bench["accuracy"], elsewhere)) for row in bench["timings"]]
+    return [cast(DeployedRow, {**row, **scored}) for row, scored in rows if scored is not None]
 
 
 def _stage_row(path: Path, root: Path, cached: bool) -> StageRow:

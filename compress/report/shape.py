@@ -8,6 +8,7 @@ from compress.quant.rows import Ptq
 from export.proof.audit import Audit
 from export.proof.rows import VerifyRow
 from export.runtime.end_to_end import EndToEnd
+from export.runtime.providers import Arithmetic
 from export.runtime.rows import AccuracyRow, MetricJson, TimingRow
 from export.tasks.task import Classes
 
@@ -31,11 +32,23 @@ class DeployedRow(TimingRow, AccuracyRow):
     """One file timed at one setting in ONNX Runtime, with its accuracy there, the same in all of the file's rows."""
 
 
+class Best(TypedDict):
+    """A file in the provider and arithmetic in which it is served."""
+
+    file: str
+    provider: str
+    arithmetic: Arithmetic
+
+
 class Recommendation(TypedDict):
-    """The file to serve on the target, None if the target was not measured, and the reason."""
+    """The file to serve on the target, None if the target was not measured, and the reason.
+
+    `best` is what another provider of this machine serves faster; `file` is then for machines without that provider.
+    """
 
     file: str | None
     sentence: str
+    best: NotRequired[Best]
 
 
 class Report(TypedDict):

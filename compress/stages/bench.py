@@ -12,15 +12,16 @@ from compress.data.feed import as_numpy
 from compress.data.images import FileImages, Lazy
 from compress.recipe.stages import BenchStage
 from compress.run import Run
-from export.bench import Plan, bench
 from export.command.files import write_json
 from export.images.decode import BrokenImage
 from export.images.size import size_of
 from export.names import AUDIT_JSON, BENCH_JSON, EXAMPLES_NPZ, GOLDEN_NPZ
-from export.onnx_file.roles import PTQ, TEACHER, deployed, files_in, is_int8
-from export.runtime.accuracy import accuracy, score_files
+from export.onnx_file.roles import FP32, PTQ, TEACHER, deployed, files_in, is_int8
+from export.runtime.accuracy import accuracy, score_elsewhere, score_files
 from export.runtime.end_to_end import EndToEnd, end_to_end
 from export.runtime.environment import environment
+from export.runtime.measure import Plan, bench
+from export.runtime.providers import present
 from export.runtime.rows import metric_json
 
 DRAWN = 4  # images that the report shows with their predictions
@@ -35,13 +36,23 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
     name, task = deployed(files, run.target), run.task.output
     with run.log(out, "bench") as log:
         scored = score_files(files, as_numpy(run.feed.validation()), task)
-        scores = accuracy(scored, reference="student_fp32", folders=_folders(run.dataset.held_out))
+        folders = _folders(run.dataset.held_out)
+        scores = accuracy(scored, reference=scored[FP32], folders=folders)
+        providers = present(cfg.providers)
+        elsewhere = score_elsewhere(
+            files,
+            lambda: as_numpy(run.feed.validation()),
+            task,
+            providers=providers,
+            reference=scored[FP32],
+            folders=folders,
+        )
         # Their times and scores decide in the report which of the INT8 files is served.
         rivals = [path for file, path in files.items() if file in (TEACHER, name, PTQ)]
         _write_examples(out / EXAMPLES_NPZ, rivals, exported, run)
         whole = _end_to_end(rivals, run, seconds=cfg.seconds)
         sizes = [size_of(size) for size in cfg.image_sizes]
-        plan = Plan(cfg.batches, cfg.threads, sizes, cfg.providers, cfg.seconds, cfg.blocks, run.recipe.seed)
+        plan = Plan(cfg.batches, cfg.threads, sizes, providers, cfg.seconds, cfg.blocks, run.recipe.seed)
         measured = bench(files, plan, target=run.target.name, progress=log.note_detail)
     found = json.loads((exported / AUDIT_JSON).read_text())[name]
     floats = {layer: found["reasons"].get(layer, "for no known reason") for layer in found["float_layers"]}
@@ -56,6 +67,7 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
         {
             "metric": metric_json(task.metric),
             "accuracy": scores,
+            "accuracy_elsewhere": elsewhere,
             "classes": task.by_class(
                 {file: found.rows for file, found in scored.items()}, run.dataset.classes, (TEACHER, name, PTQ)
             ),

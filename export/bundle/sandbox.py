@@ -26,7 +26,8 @@ import onnx
 
 from export.errors import BundleError, Defect
 from export.onnx_file.model_file import ModelFile, Value, facts_of, parse
-from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
+from export.runtime.native import RUNTIME_ERRORS, first_line
+from export.runtime.session import DTYPES, open_session
 
 if sys.platform != "win32":
     import resource

@@ -29,7 +29,7 @@ from export.onnx_file.uint8_input import with_uint8_input
 from export.onnx_file.wiring import Wiring, is_quantized, weights, wire
 from export.proof.audit import Audit, audit
 from export.runtime.environment import runtime
-from export.runtime.session import RUNTIME_ERRORS, first_line
+from export.runtime.native import RUNTIME_ERRORS, first_line
 from export.serving.triton import answering_model
 
 ROUNDED = 1.01  # a bundle's tolerances are rounded to three digits

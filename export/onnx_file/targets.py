@@ -46,7 +46,9 @@ TARGETS = {
     "cuda": Target("cuda", "fp16", -128, 127, -128, 127, True, False,
         "ONNX Runtime's CUDA provider has no INT8 convolution: FP16 is the file for it"),
 }  # fmt: skip
-CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"  # of ONNX Runtime
+CPU, CUDA, TENSORRT, OPENVINO = (  # of ONNX Runtime
+    "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider", "OpenVINOExecutionProvider",
+)  # fmt: skip
 TARGET_PROVIDERS = {"cuda": CUDA, "tensorrt": TENSORRT}  # of targets that are not CPUs
 # For each machine, the targets whose files its integer kernels compute with the same results.
 RUNS = {"cpu_avx2": ("cpu_avx2",), "cpu_vnni": ("cpu_vnni", "cpu_avx2"), "cpu_arm": ("cpu_arm",)}

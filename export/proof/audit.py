@@ -12,10 +12,12 @@ from export.onnx_file.macs import macs
 from export.onnx_file.model_file import parse
 from export.onnx_file.names import ADDED, module_of
 from export.onnx_file.operators import DQ, FLOAT, INTEGER, LAYERS, Q
+from export.onnx_file.targets import CPU, CUDA
 from export.onnx_file.wiring import Wiring, is_quantized, maker, origin, wire
 from export.proof.optimized import FLOATS, MOVES, float_operators, leftover_qdq, optimize
 from export.runtime.node_times import NodeTime, node_times
-from export.runtime.session import PROVIDERS
+
+AUDITED = {"cpu": CPU, "cuda": CUDA}  # other providers compile the graph, and ONNX Runtime cannot write it then
 
 
 class Audit(TypedDict):
@@ -37,16 +39,16 @@ class Audit(TypedDict):
 
 
 def audit(path: Path, provider: str = "cpu") -> Audit:
-    """Optimize the file for `provider` (a key of PROVIDERS), and describe the result.
+    """Optimize the file for `provider` (a key of AUDITED), and describe the result.
 
     Raises BundleError if the file is not an ONNX model or the provider is not available.
     """
-    if provider not in PROVIDERS:
-        raise BundleError(f"provider: must be one of {', '.join(PROVIDERS)}, got {provider!r}")
+    if provider not in AUDITED:
+        raise BundleError(f"provider: must be one of {', '.join(AUDITED)}, got {provider!r}")
     file = wire(parse(path))
     try:
-        runs = optimize(file.to_bytes(), PROVIDERS[provider])
-        times = node_times(file.to_bytes(), provider=PROVIDERS[provider])
+        runs = optimize(file.to_bytes(), AUDITED[provider])
+        times = node_times(file.to_bytes(), provider=AUDITED[provider])
     except BundleError as error:
         raise BundleError(str(error).replace("the model", path.name, 1)) from error
     layers = {name: origin(node, file) for name, node in runs.nodes.items() if node.op_type in (*INTEGER, *FLOAT)}

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from export.onnx_file.operators import DQ, FLOAT, INTEGER, Q
 from export.onnx_file.wiring import Wiring, wire
+from export.runtime.providers import runtime_named
 from export.runtime.session import open_session
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
@@ -24,7 +25,7 @@ def optimize(model: bytes, provider: str) -> Wiring:
     """Return the graph that `provider` runs for a model."""
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder, "optimized.onnx")
-        open_session(model, provider=provider, optimized_file=optimized)
+        open_session(model, runs_in=runtime_named(provider), optimized_file=optimized)
         return wire(onnx.load(optimized))
 
 

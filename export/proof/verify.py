@@ -22,7 +22,8 @@ from export.proof.rows import Saturation, TensorRow, VerifyRow
 from export.proof.saturation import modules, saturates_here, saturation_possible
 from export.proof.submodels import GRAPH_INPUT, Piece, exposed, pieces, quantized_tensors
 from export.runtime.intervals import mean_interval
-from export.runtime.session import RUNTIME_ERRORS, first_line, open_session
+from export.runtime.native import RUNTIME_ERRORS, first_line
+from export.runtime.session import open_session
 from export.tasks.task import Array, OutputTask
 
 Floats = NDArray[np.float32]

@@ -11,8 +11,10 @@ from export.errors import BundleError
 from export.images.read import Labelled
 from export.onnx_file.roles import TEACHER
 from export.runtime.intervals import clopper_pearson, mean_interval, score_interval
-from export.runtime.rows import AccuracyRow
-from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
+from export.runtime.native import RUNTIME_ERRORS, first_line
+from export.runtime.providers import PLAIN, Runtime, runtimes
+from export.runtime.rows import AccuracyRow, OtherAccuracy
+from export.runtime.session import DTYPES, open_session
 from export.tasks.paired import drawn_weights, mean_of_classes, resamples
 from export.tasks.task import Array, OutputTask
 
@@ -90,6 +92,7 @@ def score_files(
     batches: Iterable[Labelled],
     task: OutputTask,
     *,
+    runs_in: Runtime = PLAIN,
     optimize: bool = True,
     keep_evidence: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -98,7 +101,7 @@ def score_files(
 
     Raises BundleError if there are no images or a file cannot run.
     """
-    sessions = {name: open_session(path, optimize=optimize) for name, path in files.items()}
+    sessions = {name: open_session(path, runs_in=runs_in, optimize=optimize) for name, path in files.items()}
     predictions: dict[str, list[Array]] = {name: [] for name in files}
     rows: dict[str, list[Array]] = {name: [] for name in files}
     kept: dict[str, list[Array]] = {name: [] for name in files}
@@ -125,16 +128,42 @@ def score_files(
     }
 
 
-def accuracy(scores: Mapping[str, Score], *, reference: str, folders: Sequence[str] = ()) -> dict[str, AccuracyRow]:
-    """Return each file's score, further metrics, and agreement with the `reference` file; `folders` are the images'."""
+def score_elsewhere(
+    files: Mapping[str, Path],
+    batches: Callable[[], Iterable[Labelled]],
+    task: OutputTask,
+    *,
+    providers: Sequence[str],
+    reference: Score,
+    folders: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[OtherAccuracy]:
+    """Return every file's accuracy in all of the `providers` (keys of PROVIDERS) and their arithmetics but the CPU provider in f32."""
+    return [
+        OtherAccuracy(
+            provider=runs_in.provider.name,
+            arithmetic=runs_in.arithmetic,
+            files=accuracy(
+                score_files(files, batches(), task, runs_in=runs_in, progress=progress),
+                reference=reference,
+                folders=folders,
+            ),
+        )
+        for runs_in in runtimes(providers)
+        if runs_in != PLAIN
+    ]
+
+
+def accuracy(scores: Mapping[str, Score], *, reference: Score, folders: Sequence[str] = ()) -> dict[str, AccuracyRow]:
+    """Return each file's score, further metrics, and agreement with the `reference`; `folders` are the images'."""
     return {
         name: AccuracyRow(
             score=found.score,
             further={**found.task.further(found.rows), **_together(found, scores.get(TEACHER), folders)},
-            agreement=found.agreement(scores[reference]),
+            agreement=found.agreement(reference),
             images=found.images,
             score_ci95=found.score_ci95,
-            agreement_ci95=mean_interval(found.task.agreement(found.predictions, scores[reference].predictions)),
+            agreement_ci95=mean_interval(found.task.agreement(found.predictions, reference.predictions)),
         )
         for name, found in scores.items()
     }

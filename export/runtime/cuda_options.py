@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import BundleError
-from export.onnx_file.targets import CUDA
 from export.runtime.latency import time_sessions
+from export.runtime.providers import PROVIDERS, Runtime
 from export.runtime.session import Run, bind, open_session
 
+ON_CUDA = Runtime(PROVIDERS["cuda"], "f32")
 # Each is added to the best options so far. The defaults: NCHW, no graph, exhaustive search for algorithms, TF32.
 TRIALS: tuple[dict[str, str], ...] = (
     {"prefer_nhwc": "1"},
@@ -27,12 +28,12 @@ def fastest(model: Path, images: NDArray[np.float32], *, seconds: float) -> tupl
     Each trial is timed for `seconds`, interleaved with the best so far. Raises BundleError if the default options do not load.
     """
     options: dict[str, str] = {}
-    best = bind(open_session(model, provider=CUDA), images)
+    best = bind(open_session(model, runs_in=ON_CUDA), images)
     skipped: list[str] = []
     for trial in TRIALS:
         wanted = options | trial
         try:
-            run = bind(open_session(model, provider=CUDA, provider_options=wanted), images)
+            run = bind(open_session(model, runs_in=ON_CUDA, provider_options=wanted), images)
         except BundleError as error:
             skipped.append(f"{describe(wanted)} does not load: {error}")
             continue

@@ -19,7 +19,16 @@ INSTRUCTION_SETS = (
     "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_int8",
     "amx_bf16", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2", "sme",
 )  # fmt: skip
-PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnx", "numpy", "torch", "torchvision", "torch-pruning")
+PACKAGES = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-ep-openvino",
+    "onnx",
+    "numpy",
+    "torch",
+    "torchvision",
+    "torch-pruning",
+)
 HARDWARE = ("machine", "cpu", "cores", "instruction_sets", "gpu")
 
 

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 from export.images.size import Shape
+from export.runtime.providers import PLAIN, Runtime, add_arguments, asked
 
 PROC_STATUS = Path("/proc/self/status")
 
 
-def peak_memory_mb(model: Path, *, batch: int, shape: Shape, threads: int = 1) -> float | None:
+def peak_memory_mb(
+    model: Path, *, batch: int, shape: Shape, threads: int = 1, runs_in: Runtime = PLAIN
+) -> float | None:
     """Return the peak memory, in MB, that loading and running `model` on the CPU adds to ONNX Runtime's own.
 
     None if the system is not Linux or the run fails.
@@ -19,6 +22,7 @@ def peak_memory_mb(model: Path, *, batch: int, shape: Shape, threads: int = 1) -
     if not PROC_STATUS.exists():
         return None
     arguments = [str(model.resolve()), f"--batch={batch}", "--shape", *map(str, shape), f"--threads={threads}"]
+    arguments += [f"--provider={runs_in.provider.key}", f"--arithmetic={runs_in.arithmetic}"]
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-m", "export.runtime.memory", *arguments],
@@ -48,6 +52,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--shape", type=int, nargs=3, required=True, help="channels, height, width")
     parser.add_argument("--threads", type=int, default=1)
+    add_arguments(parser)
     arguments = parser.parse_args()
 
     import numpy as np
@@ -56,7 +61,7 @@ def main() -> None:
 
     images = np.zeros((arguments.batch, *arguments.shape), np.float32)
     before = peak_bytes()
-    bind(open_session(arguments.model, threads=arguments.threads), images)()
+    bind(open_session(arguments.model, runs_in=asked(arguments), threads=arguments.threads), images)()
     sys.stdout.write(str((peak_bytes() - before) / 1e6))
 
 

@@ -10,7 +10,9 @@ import numpy as np
 from export.errors import BundleError
 from export.onnx_file.names import ADDED
 from export.onnx_file.targets import CPU
-from export.runtime.session import DTYPES, RUNTIME_ERRORS, first_line, open_session
+from export.runtime.native import RUNTIME_ERRORS, first_line
+from export.runtime.providers import runtime_named
+from export.runtime.session import DTYPES, open_session
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ def node_times(model: bytes, *, provider: str = CPU, threads: int = 1, runs: int
     Raises BundleError if the network cannot run.
     """
     with tempfile.TemporaryDirectory() as folder:
-        session = open_session(model, provider=provider, threads=threads, profile_prefix=Path(folder, "profile"))
+        session = open_session(
+            model, runs_in=runtime_named(provider), threads=threads, profile_prefix=Path(folder, "profile")
+        )
         (given,) = session.get_inputs()
         shape = [size if isinstance(size, int) else 1 for size in given.shape]
         image = np.zeros(shape, DTYPES[given.type])

@@ -1,36 +1,24 @@
 """Open ONNX Runtime sessions, bind their inputs and outputs, and change a network's image size."""
 
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from export.errors import BundleError
 from export.images.size import Size, said
 from export.onnx_file.model_file import parse
 from export.onnx_file.operators import INTEGER, Q
-from export.onnx_file.targets import CPU, CUDA, host_instruction_sets
+from export.onnx_file.targets import host_instruction_sets
+from export.runtime.environment import usable_cores
 from export.runtime.faults import fault_of
+from export.runtime.native import RUNTIME_ERRORS, first_line
+from export.runtime.providers import PLAIN, Runtime, configure, provider_named, require
 
-PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
-# ONNX Runtime's exceptions have no common base class; pybind turns the rest into RuntimeError.
-RUNTIME_ERRORS: tuple[type[Exception], ...] = (
-    native.EPFail,
-    native.Fail,
-    native.InvalidArgument,
-    native.InvalidGraph,
-    native.InvalidProtobuf,
-    native.NoSuchFile,
-    native.NotImplemented,
-    native.RuntimeException,
-    RuntimeError,
-)
 
 Run = Callable[[], None]
 
@@ -38,24 +26,22 @@ Run = Callable[[], None]
 def open_session(
     model: Path | bytes,
     *,
-    provider: str = CPU,
+    runs_in: Runtime = PLAIN,
     threads: int = 0,
     provider_options: Mapping[str, str] | None = None,
     optimize: bool = True,
     optimized_file: Path | None = None,
     profile_prefix: Path | None = None,
 ) -> onnxruntime.InferenceSession:
-    """Open `model` on `provider` with `threads` intra-op threads (0 is all cores), fully optimized or not at all.
+    """Open `model` in a provider with `threads` intra-op threads (0 is all cores), fully optimized or not at all.
 
     Writes the graph that will run to `optimized_file`, and node times to a file that starts with `profile_prefix`.
     Raises BundleError if the file or the provider cannot be loaded, and if this ONNX Runtime would compute the file wrongly on this
     processor; never falls back to another provider.
     """
     name = model.name if isinstance(model, Path) else "the model"
-    if provider not in available_providers():
-        raise BundleError(
-            f"{provider}: not available, ONNX Runtime has {', '.join(available_providers())}: install onnxruntime-gpu"
-        )
+    require(runs_in)
+    provider, arithmetic = runs_in
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
@@ -68,18 +54,20 @@ def open_session(
     options.log_severity_level = 4
     # Stop workers from spinning after a run: interleaved files would take each other's cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if provider.plugin is not None:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    own = provider.options(threads or usable_cores(), arithmetic) if provider.options else {}
+    built_in = configure(options, provider, own | dict(provider_options or {}))
     source = str(model) if isinstance(model, Path) else model
     try:
-        session = onnxruntime.InferenceSession(
-            source, options, providers=[(provider, dict(provider_options or {}))], enable_fallback=0
-        )
+        session = onnxruntime.InferenceSession(source, options, providers=built_in, enable_fallback=0)
     except RUNTIME_ERRORS as error:
         raise BundleError(
             f"{name}: ONNX Runtime cannot load it ({first_line(error)}): export it again", defect="cannot_run"
         ) from error
-    if session.get_providers()[0] != provider:
+    if session.get_providers()[0] != provider.name:
         raise BundleError(
-            f"{provider}: did not start: install the CUDA and cuDNN versions that onnxruntime-gpu requires"
+            f"{provider.name}: did not start: install the CUDA and cuDNN versions that onnxruntime-gpu requires"
         )
     require_right(model, name, optimize=optimize)
     return session
@@ -99,21 +87,12 @@ def require_right(model: Path | bytes, name: str, *, optimize: bool) -> None:
         )
 
 
-@cache
-def available_providers() -> tuple[str, ...]:
-    """Return the providers of this ONNX Runtime, after loading CUDA's libraries if CUDA is one of them."""
-    providers = tuple(onnxruntime.get_available_providers())
-    if CUDA in providers:
-        onnxruntime.preload_dlls()
-    return providers
-
-
 def bind(session: onnxruntime.InferenceSession, images: NDArray[np.generic]) -> Run:
     """Return a function that runs `session` on `images` once, with buffers that stay on the device, and waits for it.
 
     Raises BundleError if the network cannot run on this shape.
     """
-    device = "cuda" if session.get_providers()[0] == CUDA else "cpu"
+    device = provider_named(session.get_providers()[0]).device
     (given,), (wanted,) = session.get_inputs(), session.get_outputs()
     shape = [len(images), *wanted.shape[1:]]
     binding = session.io_binding()
@@ -150,8 +129,3 @@ def resize_input(model: bytes, size: Size) -> bytes:
     except BundleError as error:
         raise BundleError(f"image size {said(size)}: the network's size is fixed, time it at that size") from error
     return resized
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an ONNX Runtime error, at most 200 characters."""
-    return str(error).strip().partition("\n")[0][:200]

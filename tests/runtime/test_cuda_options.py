@@ -18,7 +18,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> dict[str, float | None]:
     factors: dict[str, float | None] = {}
     cost: dict[Run, float] = {}
 
-    def open_planted(model: Path, *, provider: str, provider_options: Mapping[str, str] | None = None) -> float:
+    def open_planted(model: Path, *, runs_in: object, provider_options: Mapping[str, str] | None = None) -> float:
         duration = 10.0
         for option in provider_options or {}:
             factor = factors.get(option, 1.0)

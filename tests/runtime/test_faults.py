@@ -61,7 +61,12 @@ def test_an_int8_file_is_refused_and_a_float_file_and_an_unoptimized_one_open(
 
 @pytest.mark.parametrize(
     "command",
-    [["export.check"], ["export.gate", "--update-baseline", "--no-accuracy"], ["export.verify"], ["export.predict"]],
+    [
+        ["export.check"],
+        ["export.gate", "--update-baseline", "--no-accuracy", "--no-latency"],
+        ["export.verify"],
+        ["export.predict"],
+    ],
 )
 def test_commands_blame_the_runtime_and_not_the_bundle(tmp_path: Path, command: list[str]) -> None:
     write_bundle(tmp_path / "bundle", contents(tmp_path, networks()))

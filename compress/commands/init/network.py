@@ -12,7 +12,7 @@ from compress.models.architectures import build
 from compress.models.published import published
 from compress.models.recognize import Match, channels_of, matched, recognize, task_of
 from compress.models.weights import load_weights_
-from export.runtime.session import first_line
+from export.runtime.native import first_line
 
 KINDS = {2: "classification", 3: "detection", 4: "segmentation"}  # by the dimensions of the outputs
 

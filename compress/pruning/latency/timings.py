@@ -24,7 +24,9 @@ from export.onnx_file.targets import CUDA
 from export.runtime.conditions import Conditions
 from export.runtime.environment import environment, fingerprint, runtime
 from export.runtime.latency import time_sessions
-from export.runtime.session import RUNTIME_ERRORS, Run, open_session
+from export.runtime.native import RUNTIME_ERRORS
+from export.runtime.providers import runtime_named
+from export.runtime.session import Run, open_session
 
 SECONDS, BLOCKS = 0.024, 6  # timing of each width, interleaved with the others of its group
 OPENING_S = 0.008  # to open a session
@@ -175,7 +177,7 @@ def _parts(one: Wanted) -> Iterator[list[Widths]]:
 
 def _bound(model: bytes, conditions: Conditions) -> Run:
     """Return a function that runs a model once, with its buffers on the device."""
-    session = open_session(model, threads=conditions.threads, provider=conditions.provider)
+    session = open_session(model, threads=conditions.threads, runs_in=runtime_named(conditions.provider))
     device = "cuda" if conditions.provider == CUDA else "cpu"
     binding = session.io_binding()
     for name, values in inputs_of(model).items():

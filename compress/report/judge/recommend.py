@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 from compress.recipe.stages import MAX_DROP
 from compress.report.judge.classes import at_chance, worst_first
-from compress.report.judge.verdict import TOLERANCE, deployed_name, headline_row, mostly_float, target_of
+from compress.report.judge.verdict import TOLERANCE, deployed_name, headline_row, mostly_float, runs_in, target_of
 from compress.report.numbers import loss, times
-from compress.report.shape import DeployedRow, Recommendation, Report
+from compress.report.shape import Best, DeployedRow, Recommendation, Report
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER
 from export.onnx_file.targets import CPU, TARGET_PROVIDERS, TARGETS
+from export.runtime.providers import PLAIN
 from export.runtime.rows import Speedup
 
 ENGINES = {"onnxruntime": "ONNX Runtime", "neural-compressor": "neural-compressor", "compress": "this pipeline"}
@@ -56,7 +57,36 @@ def recommend(report: Report) -> Recommendation | None:
     if file in bar.unfit:  # the fallback, where no other file serves
         return Recommendation(file=None, sentence=f"No file is recommended: {bar.unfit[file]}.")
     said = "".join(f"; {part}" for part in (_maker(report, file), mostly_float(report, file)) if part)
-    return Recommendation(file=file, sentence=f"Serve {file} on {target}: {reason}{said}.")
+    found = Recommendation(file=file, sentence=f"Serve {file} on {target}: {reason}{said}.")
+    best, more = _elsewhere_faster(report, rows[file], bar) if provider == CPU else (None, "")
+    if best:
+        place = runs_in(best)
+        found["best"] = Best(file=best["name"], provider=place.provider.name, arithmetic=place.arithmetic)
+    found["sentence"] += more
+    return found
+
+
+def _elsewhere_faster(report: Report, own: DeployedRow | None, bar: Bar) -> tuple[DeployedRow | None, str]:
+    """Return the fastest file of the CPU's other providers if it is beyond doubt faster than `own` and accurate enough, and a sentence."""
+    timed = [
+        row
+        for row in report["deployed"]
+        if runs_in(row) != PLAIN and runs_in(row).provider.device == "cpu" and row["name"] in (FP32, FP16, PTQ, QAT)
+    ]
+    timed = [row for row in timed if row == headline_row(report, row["name"], row["provider"], runs_in(row).arithmetic)]
+    if not timed or own is None:
+        return None, ""
+    good = [row for row in timed if not _accuracy_problem(row, bar) and _is_faster(row, own)]
+    if not good:
+        tried = ", ".join(dict.fromkeys(str(runs_in(row)) for row in timed))
+        return None, f" No file is beyond doubt faster, and accurate enough, in {tried}."
+    best = max(good, key=lambda row: row["speedup_vs_student_fp32"]["ratio"] if row["speedup_vs_student_fp32"] else 0)
+    place = runs_in(best)
+    float_wins = best["precision"] != "int8" and any(row["precision"] == "int8" for row in timed)
+    return best, (
+        f" The best on this machine is {best['name']} in {place}: {_praise(best, bar)} in the CPU provider"
+        f"{'; INT8 does not pay there' if float_wins else ''} (pip install {place.provider.package})."
+    )
 
 
 def _choose(rows: dict[str, DeployedRow | None], bar: Bar, *, on_gpu: bool) -> tuple[str, str]:

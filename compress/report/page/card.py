@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from compress.report.judge.verdict import mostly_float, target_of
+from compress.report.judge.verdict import mostly_float, runs_in, served_elsewhere, target_of
 from compress.report.page import summary
 from compress.report.page.table import ReportTable, markdown, plain
 from compress.report.page.tables import files, recalls, stages
@@ -26,7 +26,7 @@ def card(report: Report, *, name: str, served: str, classes: int, golden: int, t
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    timed = next(iter(summary.headline_rows(report)), [])
+    timed = next(iter(summary.compared_rows(report)), [])
     return environment.get_template("card.md.j2").render(
         report=report,
         name=name,
@@ -45,9 +45,27 @@ def card(report: Report, *, name: str, served: str, classes: int, golden: int, t
         notes=notes(report, timed),
         classes_table="\n\n".join(markdown(table, CLASSES) for table in recalls(report)),
         plain=plain,
+        plugin=plugin(report),
         made=markdown(_without(stages(report), "Time", "", "Key")),
         **tensors,
     )
+
+
+def plugin(report: Report) -> dict[str, object] | None:
+    """Return what opens the fastest file where a plugin runs it; None if another provider's file is the fastest."""
+    row = served_elsewhere(report)
+    if row is None or runs_in(row).provider.plugin is None:
+        return None
+    found, arithmetic = runs_in(row)
+    return {
+        "file": row["name"],
+        "title": str(runs_in(row)),
+        "package": found.package,
+        "module": found.plugin,
+        "name": found.name,
+        "facts": dict(found.device_facts),
+        "options": found.options(1, arithmetic) if found.options else {},
+    }
 
 
 def _without(table: ReportTable, *columns: str) -> ReportTable:

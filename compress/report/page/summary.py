@@ -17,6 +17,8 @@ from compress.report.judge.verdict import (
     limit,
     measure,
     mostly_float,
+    runs_in,
+    served_elsewhere,
     show,
 )
 from compress.report.numbers import heading, interval, percent, points, significant, times
@@ -24,7 +26,7 @@ from compress.report.page.table import ReportTable, mark
 from compress.report.shape import DeployedRow, Report
 from export.images.size import area, said, size_of
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER
-from export.onnx_file.targets import CPU, provider_title
+from export.onnx_file.targets import CPU
 from export.proof.audit import in_float
 from export.tasks import TASKS
 from export.tasks.task import Metric
@@ -76,6 +78,8 @@ def headline(report: Report) -> ReportTable:
     """Return the deployed file's numbers beside the teacher's; without a bench stage, the stages' metrics."""
     provider, name, rows = headline_provider(report), audited_name(report), list[tuple[str, str, str, str]]()
     teacher, student = (headline_row(report, one, provider) for one in (TEACHER, deployed_name(report)))
+    elsewhere = served_elsewhere(report)
+    student = elsewhere or student
     if name and report["audit"] and (layers := mostly_float(report, name)):
         share = percent(in_float(report["audit"][name]), 0)
         rows.append(("Not INT8", layers, "", f"{share} of the multiply-accumulates"))
@@ -84,6 +88,7 @@ def headline(report: Report) -> ReportTable:
     if teacher and student:
         served = report["recommendation"] and report["recommendation"]["file"]
         where = "ONNX Runtime" if served in (None, student["name"]) else f"ONNX Runtime, {student['name']}"
+        where += f" in {runs_in(student)}" if elsewhere else ""
         before, after = teacher["score"], student["score"]
         ratios = [("Size", teacher["size_mb"], student["size_mb"], "MB", "smaller"), ratios[-1]]
     if before is not None and after is not None:
@@ -177,9 +182,14 @@ def order(name: str) -> tuple[int, str]:
 
 def conditions(row: DeployedRow) -> str:
     """Return a timing's conditions, such as CPU · 1 thread · batch 1 · 224 px."""
-    provider = provider_title(row["provider"])
+    place = runs_in(row)
     threads = {0: "all threads", 1: "1 thread"}.get(row["threads"], f"{row['threads']} threads")
-    parts = [provider, threads if provider == "CPU" else None, f"batch {row['batch']}", f"{said(row['image_size'])} px"]
+    parts = [
+        str(place),
+        threads if place.provider.device == "cpu" else None,
+        f"batch {row['batch']}",
+        f"{said(row['image_size'])} px",
+    ]
     return " · ".join(part for part in parts if part)
 
 
@@ -188,19 +198,31 @@ def ordered(rows: Iterable[DeployedRow]) -> list[DeployedRow]:
 
     def place(row: DeployedRow) -> tuple[Any, ...]:
         size, threads = row["image_size"], row["threads"] or math.inf
-        provider = row["provider"]
-        return (provider != CPU, provider, -area(size), size_of(size), row["batch"], threads, order(row["name"]))
+        provider, arithmetic = row["provider"], runs_in(row).arithmetic
+        where = (provider != CPU, provider, arithmetic != "f32")
+        return (*where, -area(size), size_of(size), row["batch"], threads, order(row["name"]))
 
     return sorted(rows, key=place)
 
 
 def headline_rows(report: Report) -> list[list[DeployedRow]]:
-    """Return the files' rows under each provider's headline conditions, the headline's own provider first."""
+    """Return the files' rows under each provider's and arithmetic's headline conditions, the headline's own provider first."""
     own, timed = headline_provider(report), report["deployed"]
     names = sorted({row["name"] for row in timed}, key=order)
-    providers = sorted({row["provider"] for row in timed}, key=lambda provider: (provider != own, provider))
-    rows = [[row for name in names if (row := headline_row(report, name, provider))] for provider in providers]
+    places = sorted(
+        {(row["provider"], runs_in(row).arithmetic) for row in timed},
+        key=lambda place: (place[0] != own, place[0], place[1] != "f32"),
+    )
+    rows = [[row for name in names if (row := headline_row(report, name, *place))] for place in places]
     return [group for group in rows if group]
+
+
+def compared_rows(report: Report) -> list[list[DeployedRow]]:
+    """Return `headline_rows` with those of all providers on one device together: they were timed in turns."""
+    found: dict[str, list[DeployedRow]] = {}
+    for rows in headline_rows(report):
+        found.setdefault(runs_in(rows[0]).provider.device, []).extend(rows)
+    return list(found.values())
 
 
 def decimals(report: Report) -> int:

@@ -5,7 +5,7 @@ from itertools import groupby
 
 from compress.report.judge import gain
 from compress.report.judge.classes import worst_first
-from compress.report.judge.verdict import any_row, judged_classes
+from compress.report.judge.verdict import any_row, judged_classes, runs_in
 from compress.report.numbers import UNKNOWN, duration, heading, interval, points, significant, times
 from compress.report.page import summary, tables_int8
 from compress.report.page.table import PageSection, ReportTable, count
@@ -56,7 +56,7 @@ def deployed(report: Report) -> PageSection:
     after += [ELSEWHERE] if any(row["name"] not in summary.TITLES for row in rows) else []
     return PageSection(
         "Deployed files",
-        [*(files(report, rows) for rows in summary.headline_rows(report)), *end_to_end(report)],
+        [*(files(report, rows) for rows in summary.compared_rows(report)), *end_to_end(report)],
         after=[*after, *gain.sentences(report, summary.decimals(report))] if rows else [],
         folded=[files(report, list(own)) for _, own in groupby(summary.ordered(rows), summary.conditions)],
     )
@@ -74,11 +74,13 @@ def end_to_end(report: Report) -> list[ReportTable]:
 
 
 def files(report: Report, rows: Sequence[DeployedRow]) -> ReportTable:
-    """Return the table of files that were timed under the same conditions."""
+    """Return the table of files that were timed under the same conditions, with the provider of each if there are several."""
+    several = len({runs_in(row) for row in rows}) > 1
     score = summary.score_text(report)
     cells = [
         (
             row["name"],
+            *((str(runs_in(row)),) if several else ()),
             score(row["score"]),
             score(row["agreement"]),
             *(significant(row[key]) for key in ("size_mb", "p50_ms", "p99_ms")),
@@ -86,13 +88,15 @@ def files(report: Report, rows: Sequence[DeployedRow]) -> ReportTable:
             interval(row["speedup"]["ci95"]) if row["speedup"] else "",
             times(row["speedup_vs_student_fp32"] and row["speedup_vs_student_fp32"]["ratio"]),
             *(significant(row[key]) for key in ("p90_ms", "throughput_ips", "peak_memory_mb")),
+            *((significant(row.get("open_ms")), str(len(row.get("left_to_others", [])))) if several else ()),
             ", ".join(f"{key}={value}" for key, value in row["provider_options"].items()),
         )
         for row in rows
     ]
-    columns = ("File", summary.metric_title(report), "Agree", "MB", "p50 ms", "p99 ms", "vs teacher", "95 %", "vs FP32")
-    further = ("p90 ms", "Images/s", "Peak MB", "Provider options")
-    return ReportTable(summary.conditions(rows[0]), (*columns, *further), cells, more=len(further))
+    place, opened = (("Runs in",), ("Open ms", "Left to others")) if several else ((), ())
+    columns = ("File", *place, summary.metric_title(report), "Agree", "MB", "p50 ms", "p99 ms", "vs teacher", "95 %")
+    further = ("p90 ms", "Images/s", "Peak MB", *opened, "Provider options")
+    return ReportTable(summary.conditions(rows[0]), (*columns, "vs FP32", *further), cells, more=len(further))
 
 
 def accuracy(report: Report) -> list[ReportTable]:

@@ -23,7 +23,7 @@ def print_report(report: Report, console: Console, *, verbose: bool = False, pag
             console.print(f"{report['recommendation']['sentence']}\n", markup=False, highlight=False)
         show(console, summary.headline(report))
         if not verbose:
-            timed = summary.headline_rows(report)
+            timed = summary.compared_rows(report)
             show(console, files(report, timed[0]) if timed else stages(report))
             return
         for section in sections(report):
