@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from compress.artifact import Meta, damage, exclusive, finish, is_complete, lineage, read_meta, turn
 from compress.data.digest import FILES, changes, dataset_digest, given, unlabelled_digest
 from compress.errors import ArtifactError, CompressError
-from compress.logs.sinks import opened
 from compress.logs.stage_log import Tell, say
+from compress.logs.trackers import opened
 from compress.models.digest import class_names, source_digest, teachers_digest
 from compress.ranks import barrier, first_decides, rank
 from compress.recipe.arguments import data_settings, goal_of, teachers_of
@@ -82,18 +82,18 @@ def run_recipe(
     settings = recipe.model_dump(mode="json")
     with (
         exclusive(root) if rank() == 0 else nullcontext(),
-        opened(recipe.log_to if rank() == 0 else (), recipe.name, root, settings) as sinks,
+        opened(recipe.log_to if rank() == 0 else (), recipe.name, root, settings) as trackers,
     ):
         made: set[Path] = set()
         if rank() == 0 and not recipe.students:
             write_json(root / PLANNED, [str(line.directory.resolve()) for line in plans[""]])
         if not all(line.cached for plan in plans.values() for line in plan):
-            made = _make_missing(recipe, plans, trust_code=trust_code, verbose=verbose, tell=sinks.epoch)
+            made = _make_missing(recipe, plans, trust_code=trust_code, verbose=verbose, tell=trackers.epoch)
         if rank() != 0:
             return 0
         artifacts = {student: [line.directory for line in plan] for student, plan in plans.items()}
         code = report_run(recipe, artifacts, made, command=command, verbose=verbose)
-        sinks.finish({student: report_root(recipe, student) for student in chains})
+        trackers.finish({student: report_root(recipe, student) for student in chains})
         return code
 
 

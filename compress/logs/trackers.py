@@ -29,7 +29,7 @@ LEFT = (REPORT_JSON, "report", BUNDLE)  # sent from a finished run's folder
 
 
 @dataclass(frozen=True)
-class Sink:
+class Tracker:
     """A run on a server: sends an epoch's numbers, and a finished run's files and folders, keyed by their names there.
 
     `close` takes whether the run came to its end.
@@ -40,7 +40,7 @@ class Sink:
     close: Callable[[bool], None]
 
 
-def _mlflow(mlflow: Any, name: str, key: str, parameters: Mapping[str, str]) -> Sink:
+def _mlflow(mlflow: Any, name: str, key: str, parameters: Mapping[str, str]) -> Tracker:
     if "MLFLOW_EXPERIMENT_NAME" not in os.environ:
         mlflow.set_experiment(PROJECT)
     found = mlflow.search_runs(filter_string=f"tags.compress = '{key}'", output_format="list", max_results=1)
@@ -57,48 +57,48 @@ def _mlflow(mlflow: Any, name: str, key: str, parameters: Mapping[str, str]) -> 
     def close(whole: bool) -> None:
         mlflow.end_run("FINISHED" if whole else "FAILED")
 
-    return Sink(lambda numbers, epoch: mlflow.log_metrics(dict(numbers), step=epoch), files, close)
+    return Tracker(lambda numbers, epoch: mlflow.log_metrics(dict(numbers), step=epoch), files, close)
 
 
-def _wandb(wandb: Any, name: str, key: str, parameters: Mapping[str, str]) -> Sink:
+def _wandb(wandb: Any, name: str, key: str, parameters: Mapping[str, str]) -> Tracker:
     project = os.environ.get("WANDB_PROJECT", PROJECT)
     run = wandb.init(project=project, name=name, id=key, resume="allow", config=parameters)
     return _like_wandb(wandb, run, name, lambda whole: run.finish(exit_code=0 if whole else 1))
 
 
-def _trackio(trackio: Any, name: str, key: str, parameters: Mapping[str, str]) -> Sink:
+def _trackio(trackio: Any, name: str, key: str, parameters: Mapping[str, str]) -> Tracker:
     project = os.environ.get("TRACKIO_PROJECT", PROJECT)
     run = trackio.init(project, f"{name}-{key}", resume="allow", config=parameters, embed=False)
     return _like_wandb(trackio, run, name, lambda _: run.finish())
 
 
-def _like_wandb(library: Any, run: Any, name: str, close: Callable[[bool], None]) -> Sink:
+def _like_wandb(library: Any, run: Any, name: str, close: Callable[[bool], None]) -> Tracker:
     def files(paths: Mapping[str, Path]) -> None:
         artifact = library.Artifact(name, type="model")
         for inside, path in paths.items():
             (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path), inside)
         run.log_artifact(artifact)
 
-    return Sink(lambda numbers, epoch: run.log({**numbers, "epoch": epoch}), files, close)
+    return Tracker(lambda numbers, epoch: run.log({**numbers, "epoch": epoch}), files, close)
 
 
-SINKS: dict[str, Callable[[Any, str, str, Mapping[str, str]], Sink]] = {
+TRACKERS: dict[str, Callable[[Any, str, str, Mapping[str, str]], Tracker]] = {
     "mlflow": _mlflow,
     "trackio": _trackio,
     "wandb": _wandb,
 }
 
 
-class Sinks:
-    """The open sinks of a run. One that fails is reported once and dropped; the run goes on, and its own log is complete."""
+class Trackers:
+    """The open trackers of a run. One that fails is reported once and dropped; the run goes on, and its own log is complete."""
 
     def __init__(self) -> None:
-        self.open: dict[str, Sink] = {}
+        self.open: dict[str, Tracker] = {}
 
     def epoch(self, phase: str, epoch: int, measured: Mapping[str, float]) -> None:
         """Send an epoch's measurements."""
         numbers = {f"{phase}/{name}": value for name, value in measured.items()}
-        self.each(lambda sink: sink.numbers(numbers, epoch))
+        self.each(lambda tracker: tracker.numbers(numbers, epoch))
 
     def finish(self, folders: Mapping[str, Path]) -> None:
         """Send the numbers, report and bundle of each student; a run without students has the single name ""."""
@@ -111,14 +111,14 @@ class Sinks:
             for row in json.loads((folder / REPORT_JSON).read_text(encoding="utf-8"))["stages"]:
                 found = {f"{start}{row['stage']}/final_{name}": value for name, value in row["metrics"].items()}
                 numbers |= {name: value for name, value in found.items() if value is not None}
-        self.each(lambda sink: sink.numbers(numbers, 0))
-        self.each(lambda sink: sink.files(paths))
+        self.each(lambda tracker: tracker.numbers(numbers, 0))
+        self.each(lambda tracker: tracker.files(paths))
 
-    def each(self, send: Callable[[Sink], None]) -> None:
-        """Call `send` with every sink that is still open."""
-        for name, sink in list(self.open.items()):
+    def each(self, send: Callable[[Tracker], None]) -> None:
+        """Call `send` with every tracker that is still open."""
+        for name, tracker in list(self.open.items()):
             try:
-                send(sink)
+                send(tracker)
             except Exception as error:  # noqa: BLE001 (a server's failure must not end a training)
                 del self.open[name]
                 sys.stderr.write(f"log_to: {name}: {_short(error)}; the run goes on without it\n")
@@ -129,13 +129,13 @@ def _short(error: Exception) -> str:
 
 
 @contextmanager
-def opened(names: Sequence[str], name: str, folder: Path, settings: Mapping[str, Any]) -> Iterator[Sinks]:
-    """Open the sinks of the run in a folder; a run that is resumed continues its log on the server.
+def opened(names: Sequence[str], name: str, folder: Path, settings: Mapping[str, Any]) -> Iterator[Trackers]:
+    """Open the trackers of the run in a folder; a run that is resumed continues its log on the server.
 
     A run that fails, is interrupted or gets SIGTERM is marked as failed. Raises CompressError if a library is missing or its server
     cannot be reached.
     """
-    sinks, identity, whole = Sinks(), folder / IDENTITY, False
+    trackers, identity, whole = Trackers(), folder / IDENTITY, False
     before = signal.getsignal(signal.SIGTERM)
     if names:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # else servers show the run as running for ever
@@ -143,18 +143,18 @@ def opened(names: Sequence[str], name: str, folder: Path, settings: Mapping[str,
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:12])
     try:
-        for sink in names:
-            if find_spec(sink) is None:
-                raise CompressError(f"log_to: {sink} is not installed: pip install {sink}, or leave it out")
-            library, parameters = importlib.import_module(sink), dict(_flat("", settings))
+        for tracker in names:
+            if find_spec(tracker) is None:
+                raise CompressError(f"log_to: {tracker} is not installed: pip install {tracker}, or leave it out")
+            library, parameters = importlib.import_module(tracker), dict(_flat("", settings))
             try:
-                sinks.open[sink] = SINKS[sink](library, name, identity.read_text(), parameters)
+                trackers.open[tracker] = TRACKERS[tracker](library, name, identity.read_text(), parameters)
             except Exception as error:  # each library has its own errors for an unreachable server
-                raise CompressError(f"log_to: {sink}: {_short(error)}; start its server, or leave it out") from error
-        yield sinks
+                raise CompressError(f"log_to: {tracker}: {_short(error)}; start its server, or leave it out") from error
+        yield trackers
         whole = True
     finally:
-        sinks.each(lambda sink: sink.close(whole))
+        trackers.each(lambda tracker: tracker.close(whole))
         if names:
             signal.signal(signal.SIGTERM, before)
 

@@ -1,4 +1,4 @@
-"""What a run logs reaches its sinks, goes on where it stopped, and no sink's fault ends a training."""
+"""What a run logs reaches its trackers, goes on where it stopped, and no tracker's fault ends a training."""
 
 import json
 import os
@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 from compress.cli import app
 from compress.errors import CompressError
-from compress.logs import sinks
-from compress.logs.sinks import Sink, opened
+from compress.logs import trackers
 from compress.logs.stage_log import StageLog
+from compress.logs.trackers import Tracker, opened
 
 ROOT = Path(__file__).parents[2]
 Sent = list[tuple[Any, ...]]
@@ -40,17 +40,17 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
                 raise ConnectionError("no route\nto the host")
             found.append((name, dict(values), epoch))
 
-        def open_(_library: ModuleType, run: str, key: str, parameters: Mapping[str, str]) -> Sink:
+        def open_(_library: ModuleType, run: str, key: str, parameters: Mapping[str, str]) -> Tracker:
             found.append((name, run, key, parameters))
             files = lambda paths: found.append((name, sorted(paths)))  # noqa: E731
-            return Sink(numbers, files, lambda whole: found.append((name, "closed" if whole else "failed")))
+            return Tracker(numbers, files, lambda whole: found.append((name, "closed" if whole else "failed")))
 
         return open_
 
     for name in ("mlflow", "wandb"):
-        monkeypatch.setitem(sinks.SINKS, name, library(name))
+        monkeypatch.setitem(trackers.TRACKERS, name, library(name))
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setattr(sinks, "find_spec", lambda name: name != "trackio" or None)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: name != "trackio" or None)
     return found
 
 
@@ -149,10 +149,10 @@ def test_a_run_sends_its_epochs_and_its_report(sent: Sent, tmp_path: Path) -> No
     assert sent[-2:] == [("mlflow", ["report", "report.json"]), ("mlflow", "closed")]
     kept = [path.name for path in (tmp_path / "sent").glob("00-*")]
 
-    def unreachable(*_: object) -> Sink:
+    def unreachable(*_: object) -> Tracker:
         raise ConnectionError("no such host")
 
-    sinks.SINKS["mlflow"] = unreachable  # which the fixture puts right
+    trackers.TRACKERS["mlflow"] = unreachable  # which the fixture puts right
     result = CliRunner().invoke(app, [*command, "--set", "source.fit.epochs=3"])
     assert (result.exit_code, result.output) == (
         2,
@@ -162,14 +162,14 @@ def test_a_run_sends_its_epochs_and_its_report(sent: Sent, tmp_path: Path) -> No
 
 
 def run_there(
-    environment: str, sink: str, folder: Path, *more: str, **variables: str
+    environment: str, tracker: str, folder: Path, *more: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     if not is_there(environment):
         pytest.skip("run `make elsewhere`")
     command = [
         str(ENVIRONMENTS / environment / "bin" / "python"),
-        str(ROOT / "tools/elsewhere/run_sinks.py"),
-        sink,
+        str(ROOT / "tools/elsewhere/run_trackers.py"),
+        tracker,
         str(folder),
         *more,
     ]
@@ -246,9 +246,9 @@ def test_a_server_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sink", ["trackio", "wandb"])
-def test_trackio_and_wandb_take_a_run_and_go_on_with_it(sink: str, tmp_path: Path) -> None:
-    said = run_there("trackers", sink, tmp_path)
+@pytest.mark.parametrize("tracker", ["trackio", "wandb"])
+def test_trackio_and_wandb_take_a_run_and_go_on_with_it(tracker: str, tmp_path: Path) -> None:
+    said = run_there("trackers", tracker, tmp_path)
     assert said.returncode == 0, said.stderr
     assert "goes on without it" not in said.stderr
-    assert (tmp_path / ("compress.db" if sink == "trackio" else "wandb/latest-run")).exists()
+    assert (tmp_path / ("compress.db" if tracker == "trackio" else "wandb/latest-run")).exists()
