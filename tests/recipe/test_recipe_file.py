@@ -328,7 +328,7 @@ def test_an_override_takes_lists_and_later_ones_win(recipe_path: Path) -> None:
     [
         ("qat.fit.epochs=0", "{path}: stages.3.fit.epochs: must be > 0, got 0"),
         ("qat.fit.epoch=1", "{path}: stages.3.fit.epoch: unknown key; did you mean epochs?"),
-        ("task=clasification", "{path}: task: must be one of classification, segmentation, detection, multilabel, unlabelled, got 'clasification'"),
+        ("task=clasification", "{path}: task: must be one of classification, segmentation, detection, multilabel, unlabelled, tensors, got 'clasification'"),
         ("sed=1", "--set sed=1: unknown path sed; did you mean seed?"),
         ("qta.fit=1", "--set qta.fit=1: unknown path qta.fit; did you mean qat?"),
         ("distill.fit.epochs=1", "--set distill.fit.epochs=1: the recipe has no such stage; known: "),
