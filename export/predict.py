@@ -23,6 +23,7 @@ from export.images.drawing import as_rgb
 from export.images.preprocess import Preprocess
 from export.images.read import read_pixels
 from export.runtime.native import RUNTIME_ERRORS, first_line
+from export.runtime.providers import add_arguments, asked
 from export.runtime.session import DTYPES, open_session
 from export.tasks.task import Array, OutputTask
 
@@ -65,7 +66,7 @@ def print_predictions(arguments: argparse.Namespace) -> int:
     task, labels = bundle.task, list(bundle.labels)
     if arguments.draw and task.draw is None:
         raise BundleError(f"--draw: there is nothing to draw for {task.name}: leave it out")
-    session = open_session(bundle.file(arguments.file))
+    session = open_session(bundle.file(arguments.file), runs_in=asked(arguments))
     for path in arguments.images:
         try:
             output = predict(session, bundle, path)
@@ -89,6 +90,7 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("images", type=Path, nargs="+", metavar="image", help="JPEG, PNG, WebP or BMP")
     parser.add_argument("--file", metavar="NAME", help="a file of the bundle, by default the one to serve")
+    add_arguments(parser)
     parser.add_argument("--top", type=at_least(1), help=f"most lines per image (default {TOP}; with --json all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image, one per line")
     parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write the images with boxes or masks on them")

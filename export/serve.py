@@ -18,6 +18,7 @@ from export.command.arguments import at_least
 from export.command.main import run
 from export.errors import BundleError
 from export.onnx_file.model_file import inspect
+from export.runtime.providers import add_arguments, asked
 from export.runtime.session import open_session
 
 INSTALL = (
@@ -41,7 +42,7 @@ def serve(arguments: argparse.Namespace) -> int:
     if not NAME.fullmatch(bundle.name):
         raise BundleError(f"bundle.json: name: must be lower-case letters, digits, - and _, got {bundle.name!r}")
     path = bundle.file(arguments.file)
-    session = open_session(path, threads=arguments.threads)
+    session = open_session(path, runs_in=asked(arguments), threads=arguments.threads)
     listener = listen(arguments.host, arguments.port)
     # Imported here, because KServe takes seconds to import and may not be installed.
     import uvicorn
@@ -86,6 +87,7 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 accepts the network")
     parser.add_argument("--port", type=at_least(0), default=8080, help="0 chooses a free one")
     parser.add_argument("--threads", type=at_least(0), default=1, help="CPU threads per run; 0 is all cores")
+    add_arguments(parser)
     parser.add_argument("--max-batch", type=at_least(1), default=8, help="most images per request")
     return run(parser, serve)
 

@@ -33,7 +33,7 @@ from export.runtime.rows import Entry, Opened, Setting, TimingRow, is_headline, 
 from export.runtime.session import bind, open_session, resize_input
 
 COMPARED = 2  # images on which bf16 is compared with f32
-FAR = 0.2  # standard deviations of the outputs; rounding to bf16 is a few hundredths
+FAR = 0.5  # standard deviations of the outputs; measured: 0.01 (ResNet-18), 0.05 (MobileNetV3-L), 0.2 (its INT8 file); wrong numbers give 1 or more
 TINY = 1e-12
 SLOW = 3.0  # a float16 file slower than float32 by this factor runs on emulated kernels; one timing of it is enough
 
