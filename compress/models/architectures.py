@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from compress.data.teachers import foreign
 from compress.errors import ModelError
@@ -27,6 +27,7 @@ from export.images.size import Shape, Size, said
 # These two have auxiliary heads by default, and warn unless told how to initialize. Their published weights expect
 # transform_input, which turns ImageNet's normalization into theirs.
 _NO_AUXILIARY_HEADS: dict[str, bool] = {"aux_logits": False, "init_weights": True, "transform_input": True}
+TRAINING = ("aux", "loss")  # outputs that only a training needs
 _EXTRA = {"googlenet": _NO_AUXILIARY_HEADS, "inception_v3": _NO_AUXILIARY_HEADS}
 
 
@@ -117,12 +118,20 @@ def auxiliary(arch: str, num_classes: int) -> tuple[str, nn.Module] | None:
 def _unnamed(model: nn.Module) -> nn.Module:
     """Make a network with named outputs return the logits alone: torchvision's segmentation `out`, transformers' `logits`.
 
-    Its weights keep their names.
+    Its weights keep their names. A call raises ModelError where another tensor would be dropped that is not for training.
     """
 
     def out(_model: nn.Module, _inputs: object, outputs: object) -> object:
         named = outputs if isinstance(outputs, Mapping) else {}
-        return next((named[name] for name in ("out", "logits") if name in named), outputs)
+        kept = next((name for name in ("out", "logits") if name in named), None)
+        if kept is None:
+            return outputs
+        others = [name for name, value in named.items() if isinstance(value, Tensor) and name not in (kept, *TRAINING)]
+        if others:
+            raise ModelError(
+                f"{type(model).__name__}: returns {', '.join(others)} besides {kept}, and one output is served: return it alone"
+            )
+        return named[kept]
 
     model.register_forward_hook(out)
     return model

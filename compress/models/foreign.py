@@ -56,6 +56,11 @@ class OnnxFile(nn.Module):
             raise ModelError(
                 f"{file}: must take one float tensor of images, takes {found}; export it with such an input"
             )
+        if len(wanted) != 1:
+            found = ", ".join(one.name for one in wanted)
+            raise ModelError(
+                f"{file}: has {len(wanted)} outputs ({found}), and one is served: keep it alone with onnx.utils.extract_model"
+            )
         self.shape, self.float16 = given[0].shape, given[0].type == "tensor(float16)"
         self.names = given[0].name, wanted[0].name
         self.last = _channels_last(self.shape)

@@ -269,3 +269,16 @@ def test_a_scale_that_the_forward_shapes_is_trained_and_can_be_moved_and_deploye
     prepared(images).sum().backward()
     assert scale.grad is not None
     assert torch.isfinite(deploy(prepared)(images)).all()
+
+
+class _Lying(nn.Module):
+    """Gives another second output where it is recorded."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first = images.mean((2, 3))
+        return first, 2 * first if torch.compiler.is_exporting() else first
+
+
+def test_every_output_of_a_graph_is_compared() -> None:
+    with pytest.raises(ModelError, match="its graph gives other outputs than its forward"):
+        trace(_Lying(), torch.randn(1, 3, 8, 8))

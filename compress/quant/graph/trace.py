@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from compress.errors import ModelError, own_line
 from compress.quant.graph.branches import merge_branches_
@@ -190,8 +191,8 @@ def _out_of_place(operation: Any) -> torch._ops.OpOverload:
 def _check(graph: fx.GraphModule, model: nn.Module, batch: Tensor) -> None:
     """Raise ModelError if the graph's outputs differ from its module's."""
     images = torch.randn(batch.shape, generator=torch.Generator().manual_seed(0))
-    expected, got = model(images), graph(images)
-    if isinstance(expected, Tensor):
+    expected_all, got_all = (tree_leaves(network(images)) for network in (model, graph))
+    for expected, got in zip(expected_all, got_all, strict=True):
         scale = expected.nan_to_num(0, 0, 0).abs().max().clamp(min=1e-6)
         if not torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * float(scale), equal_nan=True):
             raise ModelError(
