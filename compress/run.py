@@ -1,7 +1,7 @@
 """One execution of a recipe: its device, target, data and teacher, for the stages to use."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -39,6 +39,18 @@ from export.onnx_file.targets import TARGETS, Target, resolve_target
 LOGIT_IMAGES = 8
 
 
+@dataclass
+class Watch:
+    """The log that is open now, which counts the images that a stage reads."""
+
+    log: StageLog | None = None
+
+    def seen(self, images: int) -> None:
+        """Count images in the log."""
+        if self.log is not None:
+            self.log.seen(images)
+
+
 @dataclass(frozen=True)
 class Run:
     """One execution of a recipe."""
@@ -53,6 +65,7 @@ class Run:
     group: dist.ProcessGroup | None = None  # in which ranks share gradients; None is torch's default group
     tell: Tell | None = None  # also gets each epoch's measurements
     opened: Callable[[], Dataset] | None = None  # returns the images that another run has opened
+    watch: Watch = field(default_factory=Watch, compare=False)
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -167,11 +180,13 @@ class Run:
             data.balance == "sampler",
             self.rank,
             self.ranks,
+            self.watch.seen,
         )
 
     def log(self, out: Path, stage: str) -> StageLog:
         """Return the log of a stage, silent on all ranks but 0."""
-        return StageLog(out, stage=stage, verbose=self.verbose, enabled=self.rank == 0, tell=self.tell)
+        self.watch.log = StageLog(out, stage=stage, verbose=self.verbose, enabled=self.rank == 0, tell=self.tell)
+        return self.watch.log
 
     def fit(
         self,

@@ -151,7 +151,9 @@ def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], Ratio 
     return faster
 
 
-def worst_first(prepared: nn.Module, run: Run, *, images: int) -> tuple[GroupRow, ...]:
+def worst_first(
+    prepared: nn.Module, run: Run, *, images: int, tell: Callable[[str], None] = lambda _: None
+) -> tuple[GroupRow, ...]:
     """Return every layer's sensitivity, the worst first, measured on at most `images` calibration images."""
     batches = list(run.feed.calibration(min(SENSITIVITY_IMAGES, images), labelled=True))
     truths = torch.cat([batch.targets for batch in batches])
@@ -162,4 +164,4 @@ def worst_first(prepared: nn.Module, run: Run, *, images: int) -> tuple[GroupRow
     def score(outputs: Tensor) -> float:
         return score_of(run.task.output, [outputs.cpu().numpy()], [truths.cpu().numpy()]).score
 
-    return sensitivity(prepared, [batch.images for batch in batches], rows=rows, score=score)
+    return sensitivity(prepared, [batch.images for batch in batches], rows=rows, score=score, tell=tell)

@@ -1,7 +1,7 @@
 """A data set's images in batches, as each stage wants them: to train, to calibrate, to choose, to judge."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,9 @@ class Feed:
     balanced: bool  # draw all classes equally often in training
     rank: int = 0
     ranks: int = 1
+    seen: Callable[[int], None] = lambda _: (
+        None
+    )  # gets the number of images of each batch without augmentation, once it was used
 
     def validation(self, *, limit: int | None = None, shared: bool = False) -> Iterator[Batch]:
         """Return the validation batches in order; `limit` takes n images, spread over the set, `shared` this rank's part."""
@@ -118,7 +121,13 @@ class Feed:
             yield batch._replace(among=sum(gather(len(batch.targets))) if skips else min(batch_size, len(images)))
 
     def _unchanged(self, images: ImageSet, shares: Sequence[Tensor]) -> Iterator[Batch]:
-        return eval_batches(images, self.dataset.preprocess, shares, device=self.device, workers=self.workers)
+        batches = eval_batches(images, self.dataset.preprocess, shares, device=self.device, workers=self.workers)
+        return self._watched(batches)
+
+    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            yield batch
+            self.seen(len(batch.targets))
 
     def _shown(self, view: int, shares: Sequence[Tensor]) -> Iterator[Batch]:
         """Yield the training images of each share (indices) under one view, without broken images that are to be skipped."""

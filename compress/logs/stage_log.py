@@ -25,6 +25,7 @@ from export.names import LOG_JSONL
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+QUIET_S = 5.0  # without a line, after which a file gets one on what is done now
 REFRESH_S = 0.25  # reading a loss waits for the GPU, so it is read four times a second, not at every step
 SHOWN = {  # a line's measurements and their formats
     "loss": "loss {:.4g}",
@@ -89,6 +90,7 @@ class StageLog:
         self._batch = self._images = 0
         self._shown: dict[str, float] = {}
         self._started_s = self._epoch_started_s = self._refresh_at_s = 0.0
+        self._unit, self._unit_images, self._said_s = "", 0, time.monotonic()
 
     def __enter__(self) -> Self:
         """Open the log, and the live line where there is a terminal."""
@@ -121,6 +123,7 @@ class StageLog:
         are trained again.
         """
         self._phase = phase or self.stage
+        self._unit = ""
         self._epochs, self._batches, self._epoch, self._first_epoch = epochs, batches, done, done
         self._batch = self._images = 0
         self._shown = {}
@@ -173,6 +176,24 @@ class StageLog:
         self._batch = self._images = 0
         self._epoch_started_s = time.monotonic()
 
+    def doing(self, unit: str) -> None:
+        """Say what is done now: in the live line, or in a line of its own if there was none for a while."""
+        if not self.enabled:
+            return
+        self._unit, self._unit_images = unit, 0
+        if self._progress:
+            self._progress.update(self._bar, description=self._phase, shown=unit)
+        elif self.verbose or time.monotonic() - self._said_s > QUIET_S:
+            self._say(f"{self.stage}: {unit}")
+
+    def seen(self, images: int) -> None:
+        """Count images of what is done now, in the live line."""
+        self._unit_images += images
+        if self._progress and time.monotonic() >= self._refresh_at_s:
+            self._refresh_at_s = time.monotonic() + REFRESH_S
+            what = f"{self._unit}: " if self._unit else ""
+            self._progress.update(self._bar, shown=f"{what}{self._unit_images:,} images")
+
     def note(self, text: str) -> None:
         """Log and print one line."""
         if self.enabled:
@@ -187,6 +208,7 @@ class StageLog:
                 self._say(f"{self.stage}: {text}")
 
     def _say(self, line: str) -> None:
+        self._said_s = time.monotonic()
         self._console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
     def _append(self, entry: Mapping[str, object]) -> None:

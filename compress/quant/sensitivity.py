@@ -18,10 +18,11 @@ def sensitivity(
     *,
     rows: Callable[[Tensor], Tensor],
     score: Callable[[Tensor], float],
+    tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[GroupRow, ...]:
     """Measure every group of a calibrated model and return them, worst first; afterwards all quantize again.
 
-    `rows` turns outputs into logits (n, classes); `score` scores the outputs of all images.
+    `rows` turns outputs into logits (n, classes); `score` scores the outputs of all images; `tell` gets what is done.
     """
     prepared.eval()
     names = [name for name, module in prepared.named_modules() if isinstance(module, QuantLayer)]
@@ -29,7 +30,8 @@ def sensitivity(
         reference = _outputs(prepared, batches, ())
         expected, best = rows(reference).double().log_softmax(1), score(reference)
         found = []
-        for name in names:
+        for number, name in enumerate(names, start=1):
+            tell(f"damage by layer {number} of {len(names)}")
             outputs = _outputs(prepared, batches, (name,))
             kl = F.kl_div(rows(outputs).double().log_softmax(1), expected, log_target=True, reduction="batchmean")
             found.append(GroupRow(group=name, kl=float(kl), drop=best - score(outputs)))

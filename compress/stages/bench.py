@@ -35,6 +35,7 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
     files = files_in(exported)
     name, task = deployed(files, run.target), run.task.output
     with run.log(out, "bench") as log:
+        log.doing(f"scores {len(files)} files on the validation images")
         scored = score_files(files, as_numpy(run.feed.validation()), task)
         folders = _folders(run.dataset.held_out)
         scores = accuracy(scored, reference=scored[FP32], folders=folders)
@@ -50,6 +51,7 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
         # Their times and scores decide in the report which of the INT8 files is served.
         rivals = [path for file, path in files.items() if file in (TEACHER, name, PTQ)]
         _write_examples(out / EXAMPLES_NPZ, rivals, exported, run)
+        log.doing("times the files")
         whole = _end_to_end(rivals, run, seconds=cfg.seconds)
         sizes = [size_of(size) for size in cfg.image_sizes]
         plan = Plan(cfg.batches, cfg.threads, sizes, providers, cfg.seconds, cfg.blocks, run.recipe.seed)

@@ -15,6 +15,7 @@ def apply(cfg: DistillStage, src: Path, out: Path, run: Run) -> Metrics:
     student = place_(load_float(src, trust_code=run.trust_code), run.device)
     with run.log(out, "distill") as log:
         student = distil(run, student, cfg.loss, cfg.fit, src=src, log=log, phase="distill")
-    if run.rank == 0:
-        save_network(student, read_architecture(src), out)
-    return run.measure(student)
+        if run.rank == 0:
+            save_network(student, read_architecture(src), out)
+        log.doing("measures the student on the validation images")
+        return run.measure(student)

@@ -42,20 +42,22 @@ def apply(cfg: ExportStage, src: Path, out: Path, run: Run) -> Metrics:
     """Write and audit every file, verify the INT8 ones, and check those that may be served against the recipe's limits."""
     trained = _trained(src, run)
     with run.log(out, "export") as log:
+        log.doing("writes the files")
         for name in _write_files(src, out, run, trained):
             _sign(out / f"{name}.onnx", read_meta(src).key)
-            log.note(f"{name}.onnx")
+            log.note_detail(f"{name}.onnx")
         if note := _write_float16(cfg, out, run):
             log.note(note)
         files = files_in(out)
         name = deployed(files, run.target)
+        log.doing("compares the INT8 files with their networks")
         audits = {file: audit(path) for file, path in files.items()}
         parity = _verify(cfg, files, run, trained)
         bytes_in = cfg.uint8_input and run.dataset.preprocess.bits == 8
         for twin in sorted({PTQ, QAT} & files.keys() if bytes_in else ()):  # the bench says which is served
             model = with_uint8_input(onnx.load(files[twin]), run.dataset.preprocess.to_json())
             save_model(run.task.output.finish(model), out / f"{twin}{UINT8}.onnx")
-            log.note(f"{twin}{UINT8}.onnx")
+            log.note_detail(f"{twin}{UINT8}.onnx")
         # ONNX Runtime's CPU optimizer leaves TensorRT's file in float, and TensorRT itself is not here.
         judged = {name, *{PTQ, QAT} & files.keys()} if run.target.name != "tensorrt" else set()
         over = {file: _over(cfg.limits, file, audits[file], parity.get(file)) for file in sorted(judged)}

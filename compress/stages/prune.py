@@ -49,21 +49,24 @@ def apply(cfg: PruneStage, src: Path, out: Path, run: Run) -> Metrics:
     """Cut the network to its budget in one or several steps."""
     model, goal = place_(load_float(src, trust_code=run.trust_code), run.device), goal_of(cfg)
     images = example_images(run.shape, run.device)
-    layers, before = measure_layers(model, images), run.measure(model)
-    smallest = smallest_widths(find_groups(model, images, "random", exclude=_excluded(model, cfg)), cfg.min_keep)
-    steps: list[tuple[Cut, ...]] = []
     with run.log(out, "prune") as log:
+        log.doing("measures the whole network on the validation images")
+        layers, before = measure_layers(model, images), run.measure(model)
+        smallest = smallest_widths(find_groups(model, images, "random", exclude=_excluded(model, cfg)), cfg.min_keep)
+        steps: list[tuple[Cut, ...]] = []
         if cfg.sparsity is not None:
             model = _learn_sparsity(model, cfg, images, log, run)
         whole, numbered, as_cut = copy.deepcopy(model), number_outputs(model), {}
         planned = _Planner(cfg, goal, before, smallest, out, log, run)
         for number in range(1, cfg.steps + 1):
+            log.doing("scores the channels")
             cuts = first_decides(partial(planned.cuts, model, images, number))
             cut_(model, images, cuts)
             steps.append(tuple(cuts))
             cut_(numbered, images, cuts)
             if cfg.reconstruct != "none":
                 if number == cfg.steps:
+                    log.doing("measures the network as it was cut")
                     as_cut = {"score_as_cut": run.evaluate(model)["score"]}
                 model = _reconstructed(model, whole, kept_outputs(numbered), cfg, log, run)
             if cfg.recover is not None and number < cfg.steps:
@@ -71,6 +74,7 @@ def apply(cfg: PruneStage, src: Path, out: Path, run: Run) -> Metrics:
                 model = distil(run, model, KD_ONLY, cfg.recover, src=src, log=log, phase=phase)
                 whole, numbered = copy.deepcopy(model), number_outputs(model)
         table = widths(layers, model)
+        log.doing("measures the cut network")
         metrics = run.measure(model) | as_cut | first_decides(planned.metrics)
         _check(goal, before, metrics)
         if run.rank == 0:
@@ -82,7 +86,7 @@ def apply(cfg: PruneStage, src: Path, out: Path, run: Run) -> Metrics:
                     "cuts": [[cut.to_json() for cut in step] for step in steps],
                 },
             )
-        log.note(", ".join(f"{width.name} {width.out_before}→{width.out_after}" for width in table))
+        log.note_detail(", ".join(f"{width.name} {width.out_before}→{width.out_after}" for width in table))
         log.note(f"{metrics['macs_m']:.1f} of {before['macs_m']:.1f} M multiply-accumulates left")
     return metrics
 
@@ -174,11 +178,12 @@ def _reconstructed(
     assert cfg.reconstruct != "none"
     if run.rank == 0:
         started = time.monotonic()
+        log.doing("reads the images to solve from")
         most = affordable_images(whole.eval(), example_images(run.shape, run.device))
         wanted = min(cfg.reconstruct_images * JUDGED // (JUDGED - 1), most)
         images = torch.cat([batch.images for batch in run.feed.calibration(wanted)])
         views = torch.cat([batch.images for batch in run.feed.views(min(cfg.reconstruct_images, most))])
-        model, method = reconstruct(model.eval(), whole, kept, images, cfg.reconstruct, views=views)
+        model, method = reconstruct(model.eval(), whole, kept, images, cfg.reconstruct, views=views, tell=log.doing)
         seconds = time.monotonic() - started
         log.note(f"weights reconstructed ({method}) from {len(images):,} images, without labels, in {seconds:.0f} s")
     share_(model.state_dict().values(), run.group)

@@ -105,6 +105,7 @@ def apply(cfg: PtqStage, src: Path, out: Path, run: Run) -> Metrics:
     assert score is not None
     with run.log(out, "ptq") as log:
         fp32 = work / "float.onnx"
+        log.doing("scores the float student")
         export_network(load_float(src, trust_code=run.trust_code), fp32, run, score=score, target=run.target)
         reported = score_file(fp32, run, run.feed.validation(limit=cfg.score_images), optimize=True)
         baseline = tuning_score(fp32, run, optimize=True)
@@ -134,11 +135,13 @@ def _on_target(student: Student, target: Target) -> PtqTarget:
     work.mkdir(exist_ok=True)
     out.mkdir(exist_ok=True)
     prepared = student.prepared(target)
+    student.log.doing(f"{target.name}: calibrates")
     histograms = collect(prepared, student.calibration())
     means = float_means(prepared, student.correction_images)
     files: Files = {}
     for method in student.cfg.methods:
         set_ranges_(prepared, histograms, method)
+        student.log.doing(f"{target.name}: builds INT8 by {method}")
         path = files["compress", method] = work / f"compress-{method}.onnx"
         student.export(corrected(prepared, student.correction_images, means), path, target)
     files |= _by_onnxruntime(student, target, work, heads(prepared))
@@ -149,14 +152,14 @@ def _on_target(student: Student, target: Target) -> PtqTarget:
     rows = [_row(student, target, name, path, scores[name], off_grid.get(name)) for name, path in files.items()]
     rows += failed
     for row in rows:
-        student.log.note(_method_line(target, row))
+        student.log.note_detail(_method_line(target, row))
     judge = _judge(student, target, files, work)
     own = tuple(judge(Trial("int8", method)) for method in student.cfg.methods[: student.cfg.max_trials])
     rivals = [name for name in files if name[0] != "compress" and name not in off_grid]
     results = own + tuple(judge(Trial("int8", method, engine=engine)) for engine, method in rivals)
     best = _method(student.cfg, trial_of(own[choose(own)]))
     set_ranges_(prepared, histograms, best)
-    damage = worst_first(prepared, student.run, images=student.cfg.calibration_images)
+    damage = worst_first(prepared, student.run, images=student.cfg.calibration_images, tell=student.log.doing)
     del prepared
     if not any(result["met"] for result in results):
         groups = [group["group"] for group in damage]
@@ -188,6 +191,7 @@ def _by_onnxruntime(student: Student, target: Target, work: Path, keep_float: Co
     batches = [images.cpu().contiguous().numpy() for images in student.calibration()]
     files: Files = {}
     for method in student.cfg.methods:
+        student.log.doing(f"{target.name}: builds INT8 by onnxruntime's {method}")
         path = files["onnxruntime", method] = work / f"onnxruntime-{method}.onnx"
         ptq.quantize(student.fp32, path, batches, target=target, method=method, keep_float=keep_float)
     return files
@@ -196,6 +200,7 @@ def _by_onnxruntime(student: Student, target: Target, work: Path, keep_float: Co
 def _score(student: Student, target: Target, files: Files) -> dict[Name, Score]:
     """Score every file in ONNX Runtime on the same validation images; unoptimized where this machine is not the target."""
     images = student.run.feed.validation(limit=student.cfg.score_images)
+    student.log.doing(f"{target.name}: scores {len(files)} files on the validation images")
     named = {path.stem: path for path in files.values()}
     found = score_files(named, as_numpy(images), student.run.task.output, optimize=runs_here(target))
     return {name: found[path.stem] for name, path in files.items()}
@@ -258,6 +263,7 @@ def _judge(student: Student, target: Target, files: Files, work: Path) -> Callab
     cfg, run = student.cfg, student.run
 
     def build(trial: Trial, path: Path) -> None:
+        student.log.doing(f"{target.name}: tries {trial}")
         if trial.number_format == "fp16":
             write_float16(student.fp32, path, run)
         elif not trial.keep_float:

@@ -79,6 +79,7 @@ class _Qat:
             read_architecture(self.src), target=target.name, ranges=cfg.ranges, keep_float=cfg.keep_float
         )
         model: nn.Module = place_(prepare_as(architecture, self._student()), run.device)
+        self.log.doing(f"{target.name}: calibrates")
         calibrate_(model, (batch.images for batch in run.feed.calibration(cfg.calibration_images)), self.method)
         before = self._calibrated_alone(model)
         self.log.note(f"{target.name}: score after calibration by {self.method} alone {before['score']:.4f}")
@@ -139,7 +140,7 @@ class _Qat:
         """Put the worst 1, 2, 4 … layers into float until the file holds `max_drop` in ONNX Runtime; return the best trial."""
         run, target, max_drop = self.run, self.target, self.cfg.max_drop
         assert max_drop is not None
-        damage = worst_first(model, run, images=self.cfg.calibration_images)
+        damage = worst_first(model, run, images=self.cfg.calibration_images, tell=self.log.doing)
         work = self.log.out / f"trials-{target.name}"
         work.mkdir(exist_ok=True)
         fp32 = work / "float.onnx"

@@ -28,10 +28,11 @@ def apply(cfg: SourceStage, _src: None, out: Path, run: Run) -> Metrics:
             model = _trained(model, given.arch, cfg, run, log)
         else:
             log.note(f"weights from {given.weights or given.arch}, used as they are")
-    model = model.to(run.device).eval()
-    if run.rank == 0:
-        save_network(model, architecture, out)
-    return run.measure(model)
+        model = model.to(run.device).eval()
+        if run.rank == 0:
+            save_network(model, architecture, out)
+        log.doing("measures the network on the validation images")
+        return run.measure(model)
 
 
 def _trained(model: nn.Module, arch: str, cfg: SourceStage, run: Run, log: StageLog) -> nn.Module:
@@ -50,7 +51,8 @@ def _measure_given(out: Path, run: Run) -> Metrics:
     """Measure the recipe's `teacher`, which this run neither trains nor saves."""
     with run.log(out, "source") as log:
         log.note(f"teacher {', '.join(one.network for one in run.recipe.teacher)}, used as it is")
-    return run.measure(run.given_teacher(whole=True))
+        log.doing("measures it on the validation images")
+        return run.measure(run.given_teacher(whole=True))
 
 
 def _note_data(out: Path, run: Run) -> None:

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import time
 from io import StringIO
 from pathlib import Path
 
@@ -136,3 +137,25 @@ def test_libraries_are_quiet_unless_verbose(verbose: bool, expected: str) -> Non
     spoken = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stderr
     assert expected in spoken
     assert bool(spoken) == verbose
+
+
+def test_a_long_unit_of_work_has_a_line_of_its_own_and_a_short_one_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen_console, screen = console(terminal=False)
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with StageLog(tmp_path, stage="ptq", console=screen_console) as log:
+        for second in range(0, 21, 3):
+            now[0] = float(second)
+            log.doing(f"layer {second}")
+    assert screen.getvalue() == "ptq: layer 6\nptq: layer 12\nptq: layer 18\n"
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_the_live_line_says_what_is_done_and_counts_images(tmp_path: Path) -> None:
+    screen_console, screen = console(terminal=True)
+    with StageLog(tmp_path, stage="ptq", console=screen_console) as log:
+        log.doing("scores six files")
+        log.seen(192)
+    assert "scores six files: 192 images" in screen.getvalue()

@@ -1,5 +1,6 @@
 """What the prune stage scores by, and at which size it times layers."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 
 from compress.data.batches import Batch
 from compress.errors import CompressError
+from compress.logs.stage_log import StageLog
+from compress.models.saved import save_network
 from compress.pruning.plan import Options
 from compress.recipe.arguments import goal_of
 from compress.recipe.schema import Recipe
@@ -117,3 +120,20 @@ def test_layers_are_timed_with_the_maps_that_are_served(
             planner.cuts(model, torch.zeros(1, 3, 16, 16), 1)
     convolution = next(layer for layer in seen[0].layers if layer.kind == "Conv2d")
     assert convolution.maps[0] == (size, size)
+
+
+def test_a_verbose_run_says_each_layer_that_is_solved_and_counts_the_images_it_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = replace(open_small(), verbose=True)
+    given = run.recipe.model
+    assert given is not None
+    architecture, model = run.start(given)
+    save_network(model, architecture, tmp_path)
+    counted = list[int]()
+    monkeypatch.setattr(StageLog, "seen", lambda _, images: counted.append(images))
+    (out := tmp_path / "out").mkdir()
+    prune.apply(PruneStage(stage="prune", keep_macs=0.6, reconstruct_images=16), tmp_path, out, run)
+    said = capsys.readouterr().err
+    assert said.index("scores the channels") < said.index("solves layer 1 of") < said.index("measures the cut network")
+    assert sum(counted) >= 3 * len(run.dataset.val)  # before, as cut, and solved

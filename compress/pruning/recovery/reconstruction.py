@@ -63,6 +63,7 @@ def reconstruct(
     method: Method,
     *,
     views: Tensor,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[nn.Module, str]:
     """Return a copy of the student recovered by `method` or a simpler one, and the name of that method.
 
@@ -81,7 +82,7 @@ def reconstruct(
     if len(images) > 1 and method == "least_squares":
         candidates["least_squares"] = copy.deepcopy(student)
         samples = _sample(reference, order, norms, kept, images[~judged])
-        solve_layers_(candidates["least_squares"], samples, images[~judged])
+        solve_layers_(candidates["least_squares"], samples, images[~judged], tell)
     wanted = reference(images[judged])
     distances = {
         name: float((network(images[judged]) - wanted).square().mean()) for name, network in candidates.items()
@@ -100,12 +101,15 @@ def affordable_images(reference: nn.Module, image: Tensor) -> int:
 
 
 @torch.no_grad()
-def solve_layers_(student: nn.Module, samples: dict[str, Sample], images: Tensor) -> None:
+def solve_layers_(
+    student: nn.Module, samples: dict[str, Sample], images: Tensor, tell: Callable[[str], None] = lambda _: None
+) -> None:
     """Run the student over all images, and solve each layer in place just before it runs."""
     layers, norms = {layer: name for name, layer in _layers(student).items() if name in samples}, _norms(student)
 
     def solve_(layer: SOLVED, inputs: tuple[Tensor, ...]) -> None:
         sample = samples.pop(layers[layer])
+        tell(f"solves layer {len(layers) - len(samples)} of {len(layers)}")
         _solve_(layers[layer], layer, None if sample.norm is None else norms[sample.norm], sample, inputs[0])
 
     precision = torch.get_float32_matmul_precision()
