@@ -347,11 +347,21 @@ def search(
 
 
 @app.command()
-def doctor(out: Annotated[Path, option("DIR", "The folder of all runs.")] = Path("runs")) -> None:
+def doctor(
+    out: Annotated[Path, option("DIR", "The folder of all runs.")] = Path("runs"),
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Also time three blocks in every provider, in a minute.")
+    ] = False,
+) -> None:
     """Check this machine: its packages, and what INT8 can gain. Say how to install what is missing."""
     from compress.commands.doctor import examine
 
-    raise typer.Exit(examine(out))
+    code = examine(out)
+    if speed and code == 0:
+        from compress.commands.kernels import as_text, measure
+
+        sys.stdout.write(f"\n{as_text(measure())}\n")
+    raise typer.Exit(code)
 
 
 def main() -> None:
