@@ -84,12 +84,15 @@ def test_a_checkpoint_and_a_folder_become_a_recipe_that_reads(checkpoint: Path, 
 def test_other_classes_start_the_classifier_anew_and_train_the_teacher(checkpoint: Path, tmp_path: Path) -> None:
     write_classes(tmp_path / "data", classes=("cat", "dog"))
     out = tmp_path / "mine.yaml"
-    list(write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, minutes=30, trust_code=False))
+    told = list(
+        write_draft(str(checkpoint), tmp_path / "data", out, arch=None, latency_ms=None, minutes=30, trust_code=False)
+    )
     recipe = read_recipe(out)
     assert recipe.model is not None
     assert recipe.model.reset_head
     assert recipe.stages[0].stage == "source"
     assert recipe.stages[0].fine_tune
+    assert any("epochs for the new classifier come first" in line for line in told)
 
 
 def test_a_path_of_many_words_stays_one_line(checkpoint: Path, tmp_path: Path) -> None:

@@ -166,10 +166,12 @@ LIKELY = {
 
 def _estimated(given: Given, plan: Plan, clock: Clock, minutes: float) -> Iterator[str]:
     """Yield lines on the time of each stage, what it is likely to give, memory and disk space."""
+    if plan.source:
+        yield f"plan     {plan.source} epochs for the new classifier come first"
     if plan.distill:
         yield f"plan     {plan.distill} epochs of distillation and {plan.qat} for INT8, as {minutes:g} minutes allow"
     else:
-        yield f"plan     no training: in {minutes:g} minutes it would be too short to gain anything over the solve"
+        yield f"plan     no distillation and no training for INT8: in {minutes:g} minutes they would be too short to gain anything over the solve"
     for stage, seconds in plan.seconds.items():
         likely = (
             f"  {LIKELY[stage]}" if stage in LIKELY and given.folder.task in ("classification", "unlabelled") else ""
