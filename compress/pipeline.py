@@ -247,6 +247,8 @@ def _make_missing(
     made: set[Path] = set()
     run = replace(open_run(recipe, trust_code=trust_code, verbose=verbose), tell=tell)
     missing = {student: [not line.cached for line in plan] for student, plan in plans.items()}
+    if not run.task.output.labelled and any(map(any, missing.values())):
+        _ = run.dataset  # all ranks label it together: the rehearsal is rank 0's alone
     first_decides(partial(rehearse, run, missing))
     for student, chain in recipe.chains().items():
         parent: Path | None = None

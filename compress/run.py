@@ -140,12 +140,15 @@ class Run:
         return TASKS[self.recipe.task]
 
     @cached_property
+    def judged(self) -> Task:
+        """The task with what its losses need to know of the data."""
+        return self.task if self.task.fitted is None else self.task.fitted(self.task, self.dataset)
+
+    @cached_property
     def learned(self) -> Task:
         """The task with the training loss, which weighs classes if the recipe says so; CompressError where it cannot."""
-        if self.task.fitted is not None:
-            return self.task.fitted(self.task, self.dataset)
         if self.recipe.data.balance != "class_weights":
-            return self.task
+            return self.judged
         if self.task.class_weights is None:
             raise CompressError(
                 f"data.balance: the loss of {self.task.output.name} allows no class_weights: leave it out"
@@ -278,7 +281,7 @@ class Run:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Return score and loss of rank 0's network on all validation images, of which each rank runs a part."""
         share_(model.state_dict().values(), self.group)  # batch-norm's statistics differ between ranks
-        return evaluate(model, self.feed.validation(shared=True), self.task)
+        return evaluate(model, self.feed.validation(shared=True), self.judged)
 
     def measure(self, model: nn.Module) -> Metrics:
         """Return a float network's stage metrics: score, loss, parameters, multiply-accumulates, size."""

@@ -25,7 +25,7 @@ from export.runtime.cuda_options import describe
 from export.runtime.environment import environment
 from export.runtime.latency import MIN_BLOCKS
 from export.runtime.measure import Plan, bench
-from export.runtime.providers import PROVIDERS, Runtime, present, runtime_named
+from export.runtime.providers import PLAIN, PROVIDERS, Runtime, present, runtime_named
 from export.runtime.rows import AccuracyRow, BenchJson, OtherAccuracy, Setting, TimingRow, accuracy_of, metric_json
 
 
@@ -73,10 +73,10 @@ def measure(bundle: Bundle, arguments: argparse.Namespace) -> BenchJson:
 def as_text(found: BenchJson) -> str:
     """Return a table for each setting, with the provider of each row if there are several, then the warnings."""
     elsewhere = found.get("accuracy_elsewhere", [])
-    places = {str(runs_in(row)) for row in found["timings"]}
+    plugins = any(runs_in(row) != PLAIN and runs_in(row).provider.device == "cpu" for row in found["timings"])
     header = (
         "file",
-        *(["runs in", "open ms"] if len(places) > 1 else []),
+        *(["runs in", "open ms"] if plugins else []),
         "p50 ms",
         "p90 ms",
         "p99 ms",
@@ -91,7 +91,7 @@ def as_text(found: BenchJson) -> str:
     parts = []
     for setting, rows in groupby(found["timings"], key=setting_of):
         lines = [
-            [name, *([str(runs_in(row)), row.get("open_ms")] if len(places) > 1 else []), *numbers]
+            [name, *([str(runs_in(row)), row.get("open_ms")] if plugins else []), *numbers]
             for row in rows
             for name, *numbers in [cells(row, accuracy_of(row, found["accuracy"], elsewhere))]
         ]

@@ -125,9 +125,8 @@ def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def _memory_pixels(images: MemoryImages, shares: Sequence[Tensor], *, device: torch.device) -> Iterator[Raw]:
-    labels = images.labels.to(device)
     for share in shares:
-        truths = labels[share.to(device, non_blocking=True)] if images.placed is None else images.placed.still(share)
+        truths = images.labels[share] if images.placed is None else images.placed.still(share)
         yield Raw(images.still.images(share, device), truths.to(device, non_blocking=True), share)
 
 
@@ -139,10 +138,14 @@ def memory_views(
         yield from _memory_pixels(images, shares, device=device)
         return
     whole = draws.augmentation.crop == "random_resized"
-    stored, labels = images.stored(whole=whole), images.labels.to(device)
+    stored = images.stored(whole=whole)
     boxes = stored.boxes(draws, torch.arange(len(images))).to(device)
     for share in shares:
         indices = share.to(device, non_blocking=True)
         chosen, placed = boxes[indices], images.placed
-        truths = labels[indices] if placed is None else placed.seen(share, chosen, size, whole=whole)
+        truths = (
+            images.labels[share].to(device, non_blocking=True)
+            if placed is None
+            else placed.seen(share, chosen, size, whole=whole)
+        )
         yield Raw(cut(stored.images(share, device), chosen, size), truths, share)

@@ -55,7 +55,7 @@ open_dataset = partial(open_images, kind=_LABELS)
 _UNKNOWN = TruthKind(
     _LABELS.files,
     lambda _settings, _preprocess: None,
-    missing="has labels: leave out `task: unlabelled`, or give a folder of images (DATA=)",
+    missing="has labels, or is no plain folder of images: set the task that it is for, or give such a folder (DATA=)",
 )
 open_unlabelled = partial(open_images, kind=_UNKNOWN)
 

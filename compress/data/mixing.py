@@ -60,7 +60,8 @@ def mix(
         one if one.is_floating_point() else one_hot(one + 1, classes + 1)[:, 1:].float()
         for one in (labels, other_labels)
     )
-    return torch.lerp(other_images, images, own), torch.lerp(others, targets, own.mean((1, 2, 3))[:, None])
+    share = own.mean((1, 2, 3)).view(-1, *[1] * (targets.ndim - 1))
+    return torch.lerp(other_images, images, own), torch.lerp(others, targets, share)
 
 
 def _own_part(mixes: Mixes, size: torch.Size, device: torch.device) -> Tensor:

@@ -123,7 +123,7 @@ class StageLog:
         are trained again.
         """
         self._phase = phase or self.stage
-        self._unit = ""
+        self._unit, self._unit_images = "", 0
         self._epochs, self._batches, self._epoch, self._first_epoch = epochs, batches, done, done
         self._batch = self._images = 0
         self._shown = {}
@@ -155,7 +155,7 @@ class StageLog:
     def epoch(self, measurements: Mapping[str, float]) -> None:
         """Record a finished epoch's measurements: mean loss, learning rate, speed, validation score."""
         self._epoch += 1
-        self._batch = self._images = 0
+        self._batch = self._images = self._unit_images = 0
         self._epoch_started_s = time.monotonic()
         if not self.enabled:
             return
@@ -173,7 +173,7 @@ class StageLog:
 
     def epoch_again(self) -> None:
         """Reset the current epoch's steps, as it is trained again."""
-        self._batch = self._images = 0
+        self._batch = self._images = self._unit_images = 0
         self._epoch_started_s = time.monotonic()
 
     def doing(self, unit: str) -> None:

@@ -35,7 +35,7 @@ def count(model: nn.Module, shape: Shape) -> Counts:
     ModelError where the network does not take images of this size.
     """
     with FlopCounterMode(display=False) as counter:
-        _run(model, shape)
+        output_of(model, shape)
     flops = counter.get_flop_counts()["Global"]
     macs = sum(flops.get(operation, 0) for operation in WEIGHTED) // 2
     return Counts(sum(parameter.numel() for parameter in model.parameters()), macs)
@@ -65,7 +65,7 @@ def classifier(model: nn.Module) -> str:
     try:
         for shape in shapes:
             try:
-                _run(model, shape)
+                output_of(model, shape)
             except ModelError:
                 ran.clear()
             else:
@@ -90,7 +90,7 @@ def _own_sizes(model: nn.Module) -> list[Size]:
 
 def check_output(model: nn.Module, shape: Shape, *, output: tuple[int | None, ...]) -> None:
     """Raise ModelError unless the network turns images (n, *shape) into logits (n, *output)."""
-    found = _run(model, shape)
+    found = output_of(model, shape)
     sizes = tuple(found.shape[1:]) if isinstance(found, Tensor) else ()
     if len(sizes) != len(output) or any(wanted not in (None, size) for wanted, size in zip(output, sizes, strict=True)):
         got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
@@ -128,8 +128,8 @@ def _ends_in_sigmoid(outputs: Tensor) -> bool:
     return step is not None and step.name().startswith("Sigmoid")
 
 
-def _run(model: nn.Module, shape: Shape) -> object:
-    """Return the network's output for one black image."""
+def output_of(model: nn.Module, shape: Shape) -> object:
+    """Return the network's output for one black image, in eval mode; ModelError where it does not take one."""
     first = next(model.parameters(), torch.empty(0))
     return _outputs(model, torch.zeros((1, *shape), dtype=first.dtype, device=first.device))
 

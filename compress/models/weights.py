@@ -6,6 +6,7 @@ import struct
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -66,6 +67,8 @@ def load_weights_(model: nn.Module, arch: str, weights: str, *, reset_head: bool
     """
     state = _named(arch, weights) if is_named(weights) else _read(existing_file(weights, "the weights file"))
     state = _known_names(state, model.state_dict().keys())
+    if arch.startswith("timm:") and getattr(model, "num_classes", None) == 0:  # an encoder
+        state = _without_classifier(model, state)
     if reset_head:
         kept = tuple(_of_other_outputs(model, state)) or (classifier(model) + ".",)
         state |= {key: own for key, own in model.state_dict().items() if key.startswith(kept)}
@@ -75,6 +78,13 @@ def load_weights_(model: nn.Module, arch: str, weights: str, *, reset_head: bool
         _refuse_other_classes(model, state, weights)
     _fit_(model, state, f"{weights}: does not fit {arch}")
     _refuse_not_finite(model.state_dict(), weights)
+
+
+def _without_classifier(model: Any, state: State) -> State:
+    """Return a state without the tensors of the classifier that timm leaves out of an encoder."""
+    named = model.pretrained_cfg.get("classifier") or ()
+    layers = tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
+    return {key: value for key, value in state.items() if not layers or not key.startswith(layers)}
 
 
 def read_state(weights: str) -> State:

@@ -155,3 +155,4 @@ LossTerm = Annotated[
 ]
 LABELLED = ("dkd", "nkd")  # need every image's label
 KD_ONLY: tuple[LossTerm, ...] = (KDTerm(name="kd"),)
+MSE_ONLY: tuple[LossTerm, ...] = (MSETerm(name="mse"),)

@@ -18,7 +18,7 @@ def mistakes(recipe: "Recipe") -> Iterator[str]:
     for name, chain in recipe.chains().items():
         if (mistake := first_mistake(chain.stages)) is not None:
             yield f"{recipe.place(name, mistake[0])}{mistake[1]}"
-    for judge in (_source, _data, _teachers, _target, _targets, _cache):
+    for judge in (_source, _data, _teachers, _labels, _target, _targets, _cache):
         yield from judge(recipe)
 
 
@@ -89,6 +89,15 @@ def _teachers(recipe: "Recipe") -> Iterator[str]:
                 yield f"teacher.{index}.{name}: must have a number for each channel ({channels}), got {len(values)}"
 
 
+def _labels(recipe: "Recipe") -> Iterator[str]:
+    if TASKS[recipe.task].has_classes:
+        return
+    for name, chain in recipe.chains().items():
+        for index, section in enumerate(chain.stages):
+            if isinstance(section, PruneStage) and section.sparsity is not None:
+                yield f"{recipe.place(name, index)}.sparsity: learns from labels, and {recipe.task} have none: leave it out"
+
+
 def _target(recipe: "Recipe") -> Iterator[str]:
     stages = {section.stage for chain in recipe.chains().values() for section in chain.stages}
     quantizing = [name for name in ("ptq", "qat") if name in stages]
@@ -106,6 +115,8 @@ def _targets(recipe: "Recipe") -> Iterator[str]:
         for target in [target for target, value in chain.targets if value is not None]:
             if target != "max_macs_ratio" and "bench" not in stages:
                 yield f"{place}.{target}: a bench stage measures it: add `- stage: bench`, or leave it out"
+            if target == "max_class_drop" and not TASKS[recipe.task].has_classes:
+                yield f"{place}.{target}: {recipe.task} have no classes: leave it out"
             if target == "min_int8_speedup" and not stages & {"ptq", "qat"}:
                 yield f"{place}.{target}: there is no INT8 file: add `- stage: ptq`, or leave it out"
 

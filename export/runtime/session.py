@@ -66,9 +66,7 @@ def open_session(
             f"{name}: ONNX Runtime cannot load it ({first_line(error)}): export it again", defect="cannot_run"
         ) from error
     if session.get_providers()[0] != provider.name:
-        raise BundleError(
-            f"{provider.name}: did not start: install the CUDA and cuDNN versions that onnxruntime-gpu requires"
-        )
+        raise BundleError(f"{provider.name}: did not start: install {provider.libraries}")
     require_right(model, name, optimize=optimize)
     return session
 

@@ -444,3 +444,58 @@ def test_depths_under_weights_for_colours_are_read_as_colours_and_that_is_said(
     torch.save(build("cifar:resnet8", num_classes=2, shape=(1, 32, 32)).state_dict(), tmp_path / "grey.pt")
     with pytest.raises(CompressError, match=r"most images have 3 channels of 8 bits, and .*grey\.pt takes 1 channel"):
         list(write_draft(str(tmp_path / "grey.pt"), tmp_path / "colours", tmp_path / "b.yaml", **words))  # type: ignore[arg-type]
+
+
+OWN = """
+import torch
+from torch import nn
+def fixed(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Flatten(), nn.Linear(4 * 16 * 16, num_classes))
+def two(num_classes):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, num_classes)
+        def forward(self, images):
+            return self.layer(images.mean((2, 3))), images
+    return Two()
+"""
+
+
+def own(tmp_path: Path, factory: str, side: int) -> list[str]:
+    """Return what init says of a network of a person's own and images of one size, two classes that a grey level tells apart."""
+    (tmp_path / "own.py").write_text(OWN)
+    for label, grey in (("dark", 30), ("light", 220)):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for index in range(8):
+            Image.new("RGB", (side, side), (grey + index,) * 3).save(tmp_path / "data" / label / f"{index}.png")
+    (tmp_path / "data" / "labels.csv").write_text("id,name\ndark,Night\nlight,Day\n")
+    model = build(f"{tmp_path}/own.py:{factory}", num_classes=2, trust_code=True)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    arch, out = f"{tmp_path}/own.py:{factory}", tmp_path / "mine.yaml"
+    return list(
+        write_draft(
+            str(tmp_path / "w.pt"), tmp_path / "data", out, arch=arch, latency_ms=None, minutes=30, trust_code=True
+        )
+    )
+
+
+def test_a_network_of_one_size_is_tried_at_the_images_own_beside_a_table_of_something_else(tmp_path: Path) -> None:
+    told = "\n".join(own(tmp_path, "fixed", 32))
+    assert "seen at  32 pixels" in told
+    assert "2 classes" in told
+
+
+def test_a_network_that_takes_no_size_that_is_tried_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match="does not take images of"):
+        own(tmp_path, "fixed", 100)
+
+
+def test_a_network_of_two_outputs_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match="returns a tuple, and one tensor is served"):
+        own(tmp_path, "two", 32)
+
+
+def test_chance_is_what_guessing_gives() -> None:
+    assert write._by_chance(2, 128) < 0.65
+    assert 0.05 < write._by_chance(20, 129) < 0.12

@@ -160,3 +160,31 @@ def test_openvino_computes_as_the_cpu_provider_and_is_timed_beside_it(file: dict
     assert rows == [(one.provider.name, one.arithmetic) for one in runtimes(["cpu", "openvino"])]
     assert all(row["speedup_vs_student_fp32"] for row in found.timings)
     assert all(row.get("left_to_others") == [] and row["peak_memory_mb"] for row in found.timings)
+
+
+def test_the_cpu_provider_is_first_and_beside_its_plugins_whatever_the_order_asked_for() -> None:
+    assert present(["openvino", "cpu"]) == present(["openvino"]) == ["cpu", "openvino"]
+    assert present(["cuda"]) == ["cuda"]
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")  # it is not listed here
+def test_all_that_this_machine_has_leaves_out_what_is_listed_and_does_not_start(
+    file: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As onnxruntime-gpu lists TensorRT's, whose libraries are no part of the package.
+    providers_module.starts.cache_clear()
+    monkeypatch.setattr(providers_module, "available_providers", lambda: (CPU, PROVIDERS["tensorrt"].name))
+    assert missing(PROVIDERS["tensorrt"]) is None
+    assert "tensorrt" not in present("auto")
+    assert "cpu" in present("auto")
+    providers_module.starts.cache_clear()
+
+
+def test_a_plugin_whose_library_does_not_load_is_a_sentence_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: str) -> list[object]:
+        raise BundleError("OpenVINOExecutionProvider: its library does not load (x): pip install -U it")
+
+    monkeypatch.setattr(providers_module, "find_spec", lambda _: object())
+    monkeypatch.setattr(providers_module, "plugin_devices", broken)
+    assert "does not load" in str(missing(OPENVINO))
+    assert "openvino" not in present("auto")

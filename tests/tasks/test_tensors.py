@@ -17,6 +17,16 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from compress.cli import app
+from compress.data.augment import Augmentation
+from compress.data.images import ArrayImages
+from compress.data.mixing import draw_mixes, mix
+from compress.errors import RecipeError
+from compress.models.architectures import build
+from compress.models.weights import load_weights_
+from compress.recipe.read import read_recipe
+from compress.recipe.schema import Augment
+from compress.tasks.references import _holds
+from compress.tasks.tensors import squared_error_loss
 from export import predict
 from export.bundle.read import read_bundle
 from export.errors import BundleError
@@ -203,3 +213,50 @@ def test_losses_between_classes_are_refused(photos: Path, tmp_path: Path) -> Non
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 2
     assert "loss kd: compares classes, and tensors have none: use mse" in result.output
+
+
+def test_reference_outputs_of_a_shorter_run_are_made_again(tmp_path: Path) -> None:
+    np.save(tmp_path / "train.npy", np.zeros((3, 2), np.float32))
+    few, more = (ArrayImages(np.zeros((n, 4, 4, 3), np.uint8), torch.arange(n)) for n in (3, 4))
+    assert _holds(tmp_path / "train.npy", few)
+    assert not _holds(tmp_path / "train.npy", more)
+
+
+def test_losses_are_in_units_of_the_outputs_and_mixing_takes_any_shape() -> None:
+    outputs, truths = torch.randn(6, 3, 4, 4), torch.randn(6, 3, 4, 4)
+    expected = (outputs - truths).square().mean() / 4
+    assert torch.isclose(squared_error_loss(outputs, truths, scale=2.0), expected)
+    assert torch.isclose(squared_error_loss(outputs[:1], truths[:1]), (outputs[0] - truths[0]).square().mean())
+    mixes = draw_mixes(Augmentation(**Augment(mixup=1.0).model_dump()), 6, size=(8, 8), seed=0)
+    assert mixes is not None
+    images = torch.rand(6, 3, 8, 8)
+    _, targets = mix(images, truths, images.flip(0), truths.flip(0), mixes, classes=3)
+    assert targets.shape == truths.shape
+
+
+def test_what_needs_labels_is_refused_for_tensors(tmp_path: Path) -> None:
+    text = RECIPE.format(networks=NETWORKS, factory="encoder", weights="own.safetensors").replace(
+        "data: {", "data: {path: x, dataset: imagefolder, "
+    )
+    for change, sentence in (
+        (
+            ("keep_macs: 0.6,", "keep_macs: 0.6, sparsity: {fit: {epochs: 1}},"),
+            "sparsity: learns from labels, and tensors have none",
+        ),
+        (("stages:", "targets: {max_class_drop: 0.1}\nstages:"), "targets.max_class_drop: tensors have no classes"),
+    ):
+        (tmp_path / "own.yaml").write_text(text.replace(*change))
+        with pytest.raises(RecipeError, match=sentence):
+            read_recipe(tmp_path / "own.yaml")
+
+
+def test_an_encoder_of_timm_takes_weights_with_a_classifier(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    whole = timm.create_model("test_resnet", num_classes=7)
+    save_file(whole.state_dict(), tmp_path / "w.safetensors")
+    network = build("timm:test_resnet", num_classes=0)
+    load_weights_(network, "timm:test_resnet", str(tmp_path / "w.safetensors"), reset_head=False)
+    images = torch.randn(2, 3, 64, 64)
+    expected = whole.eval().forward_head(whole.forward_features(images), pre_logits=True)
+    assert torch.allclose(network(images), expected, atol=1e-5)

@@ -23,7 +23,7 @@ from export.images.masks import MaskListing, are_binary, read_mask, values_of_ma
 from export.images.preprocess import IGNORED, Preprocess
 from export.images.read import spread
 from export.images.size import Size
-from export.images.tables import TABLE, TableListing
+from export.images.tables import TableListing
 from export.tasks import TASKS
 from export.tasks.task import Array
 from export.tasks.unlabelled import list_images
@@ -117,7 +117,8 @@ def task_of_images(data: Path, arch: str, kind: str, weights: str) -> str:
     """Return the task of a folder's images for a network of this kind; CompressError where another kind is needed."""
     if kind != "classification":
         return kind  # its reader says what a folder lacks
-    if any((folder / TABLE).is_file() for folder in (data, *(data.iterdir() if data.is_dir() else ()))):
+    with suppress(DataError):  # a labels.csv that says something else does not count
+        TASKS["multilabel"].listing(data)
         return "multilabel"
     for name, other in ELSE.items():
         with suppress(DataError):

@@ -1,16 +1,18 @@
 """Find the network of a checkpoint: by its tensors, by the name that is given, or from a file that brings the network."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from compress.data.teachers import foreign
-from compress.errors import CompressError
+from compress.errors import CompressError, ModelError
 from compress.models.architectures import build
 from compress.models.published import published
 from compress.models.recognize import Match, channels_of, matched, recognize, task_of
+from compress.models.structure import PROBES, output_of
 from compress.models.weights import load_weights_
 from export.runtime.native import first_line
 
@@ -71,7 +73,9 @@ def given(arch: str, state: dict[str, Tensor], *, trust_code: bool) -> Match:
 
 def loaded(match: Match, weights: str, side: int, *, trust_code: bool) -> nn.Module:
     """Return the network with its weights, in eval mode."""
-    shape = None if match.channels == 3 else (match.channels, side, side)
+    known = published(match.arch)
+    own = known.size if known else side  # transformers are built for one size
+    shape = None if match.channels == 3 else (match.channels, own, own)
     model = build(match.arch, num_classes=match.classes, shape=shape, trust_code=trust_code)
     if foreign(match.arch) is None:
         load_weights_(model, match.arch, weights, reset_head=False)
@@ -83,9 +87,15 @@ def kind_of(match: Match, *, trust_code: bool) -> str:
     if (task := task_of(match.arch)) is not None:
         return task
     known = published(match.arch)
-    shape = (match.channels, *(known.size if known else 224,) * 2)
-    model = build(
-        match.arch, num_classes=match.classes, shape=shape if match.channels != 3 else None, trust_code=trust_code
-    )
-    with torch.inference_mode():
-        return KINDS.get(model(torch.zeros(1, *shape)).ndim, "classification")
+    sides = dict.fromkeys((*([known.size] if known else []), *PROBES))
+    shape = None if match.channels == 3 else (match.channels, *(next(iter(sides)),) * 2)
+    model = build(match.arch, num_classes=match.classes, shape=shape, trust_code=trust_code)
+    for side in sides:
+        with suppress(ModelError):
+            outputs = output_of(model, (match.channels, side, side))
+            if not isinstance(outputs, Tensor):
+                raise CompressError(
+                    f"{match.arch}: returns a {type(outputs).__name__}, and one tensor is served: return it alone"
+                )
+            return KINDS.get(outputs.ndim, "classification")
+    return "classification"  # it takes another size, perhaps the images' own

@@ -96,11 +96,13 @@ def seen_by(match: Match, model: nn.Module, folder: Folder, tell: Tell) -> Netwo
     if not same:
         return Network(match.arch, match.classes, ways[0], None, None)
     judge = _Judge(place_(model.eval(), torch.device("cpu")), folder, tell)
+    ways = judge.possible(ways)
     tried = judge.raced(ways) if folder.is_labelled else []
-    if not folder.is_labelled or not tried:
+    few = min(FEWEST, judge.affordable(ways[0]))  # too few images, or too large a network, to compare sizes
+    if not folder.is_labelled or not (tried or few):
         return _mirrored(Network(match.arch, match.classes, ways[0], None, None), judge)
-    best = _cheapest(tried)
-    images = max(FEWEST, best.images // 4)
+    best = _cheapest(tried) if tried else judge.tried(ways[0], few)
+    images = min(max(FEWEST, best.images // 4), len(judge.images))
     if best.score <= GOOD and judge.affordable(best.way) >= images:
         normalized = [
             folder.prepared(best.way.image_size, 1.0, pair) for pair in _normalizations(match, folder, best.way)
@@ -168,7 +170,7 @@ def _ways(match: Match, folder: Folder) -> Iterator[Preprocess]:
         yield folder.prepared((known.size,) * 2, known.resize if folder.pixel == RGB else 1.0, normalize)
     if fixed and known is not None:
         return
-    sides = {own, *(SIDES if known else ()), *((32,) if library == "cifar" else ())}
+    sides = {own, *(SIDES if known else (224,)), *((32,) if library == "cifar" else ())}
     for side in sorted(sides, key=lambda side: (side != own, side)):
         if known is None or side < known.size:
             yield folder.prepared((side, side), 1.0, normalize)
@@ -187,7 +189,7 @@ def _sizes_of_maps(arch: str, known: Published | None, folder: Folder) -> list[S
         if limit == min(height, width)
         else (round(height * limit / min(height, width)), round(width * limit / min(height, width)))
     )
-    return [own, *((_rounded(high), _rounded(wide)) for high, wide in sizes)]
+    return list(dict.fromkeys([own, *((_rounded(high), _rounded(wide)) for high, wide in (own, *sizes))]))
 
 
 def _rounded(side: int) -> int:
@@ -228,6 +230,7 @@ class _Judge:
         self.model, self.folder, self.tell = model, folder, tell
         self.images = folder.images(judged=True)
         self.task = TASKS[folder.task]
+        self._macs: dict[Shape, float] = {}  # by the image's shape
 
     def chosen(self, images: int) -> Sequence[int]:
         """Return the images of a round, spread over the folder; a longer round begins with a shorter one's."""
@@ -235,8 +238,23 @@ class _Judge:
         return [int(index) for index in np.random.default_rng(0).permutation(order)[:images]]
 
     def macs(self, way: Preprocess) -> float:
-        """Return the network's work for an image."""
-        return count(self.model, way.shape).macs
+        """Return the network's work for an image; ModelError where it does not take one of this size."""
+        if way.shape not in self._macs:
+            self._macs[way.shape] = count(self.model, way.shape).macs
+        return self._macs[way.shape]
+
+    def possible(self, ways: Sequence[Preprocess]) -> list[Preprocess]:
+        """Return the ways whose size the network takes; ModelError where it takes none."""
+        found, refused = list[Preprocess](), list[ModelError]()
+        for way in ways:
+            try:
+                self.macs(way)
+                found.append(way)
+            except ModelError as error:
+                refused.append(error)
+        if not found:
+            raise refused[0]
+        return found
 
     def affordable(self, way: Preprocess) -> int:
         """Return how many images fit into the budget."""
@@ -244,10 +262,7 @@ class _Judge:
 
     def raced(self, ways: Sequence[Preprocess]) -> list[Tried]:
         """Score all ways on a few images and the better ones on more: after n images a way may be 1/√n below the best."""
-        each = dict[Preprocess, float]()
-        for way in ways:
-            with suppress(ModelError):  # too small for the network
-                each[way] = self.macs(way)
+        each = {way: self.macs(way) for way in ways}
         rows: dict[Preprocess, list[Array]] = {way: [] for way in each}
         alive, spent, done = list(each), 0.0, 0
         order = self.chosen(MOST)

@@ -1,5 +1,6 @@
 """Write recipes for a checkpoint and a folder of images, from what the files tell and stated assumptions."""
 
+import math
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -151,8 +152,13 @@ def _seen(first: Match, folder: Folder, network: Network) -> Iterator[str]:
         yield f"         the weights are for {network.classes:,} classes, the folder has {len(folder.listing.classes):,}: the classifier is trained anew"
     elif network.score is None:
         yield "         too large to try sizes here: set data.image_size to the size that it was trained at"
-    elif metric.counts_images and network.score < 3 / len(folder.listing.classes):
+    elif metric.counts_images and network.score < _by_chance(len(folder.listing.classes), network.judged):
         yield "         that is little more than chance: check the order of the classes, mean and std, or name the network with --arch"
+
+
+def _by_chance(classes: int, images: int) -> float:
+    """Return three standard deviations above the score of guessing."""
+    return 1 / classes + 3 * math.sqrt((1 - 1 / classes) / classes / max(images, 1))
 
 
 # What whole runs gave (docs/results.md): networks of photographs cut to half of their multiply-accumulates.
