@@ -202,7 +202,7 @@ def _accumulate_gradients_(model: nn.Module, cfg: PruneStage, run: Run) -> None:
     for batch in run.feed.calibration(images):
         outputs = placed(batch.images)
         loss = run.judged.loss(outputs, batch.targets, label_smoothing=0.0)
-        (loss * max(1, int(run.task.loss_count(outputs, batch.targets))) / images).backward()
+        (loss * max(1, int(run.judged.loss_count(outputs, batch.targets))) / images).backward()
     for own, other in zip(model.parameters(), placed.parameters(), strict=True):
         own.grad = None if other.grad is None else other.grad.to(own.device)
 

@@ -62,7 +62,7 @@ def test_every_pixel_that_counts_has_the_same_part_in_gradient_and_loss() -> Non
     batches = [Batch(images[i : i + 1], masks[i : i + 1]) for i in range(2)]
     feed = SimpleNamespace(calibration=lambda _: batches)
     run: Any = SimpleNamespace(
-        device=torch.device("cpu"), task=task, dataset=SimpleNamespace(train=range(2)), feed=feed
+        device=torch.device("cpu"), judged=task, dataset=SimpleNamespace(train=range(2)), feed=feed
     )
     _accumulate_gradients_(network, PruneStage(stage="prune", keep_macs=0.5), run)
     loss = task.loss(network(images), masks, label_smoothing=0.0)
@@ -84,7 +84,7 @@ from compress.tasks import TASKS
 network = nn.Sequential(nn.Conv2d(8, 24, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 batch = Batch(torch.randn(9, 8, 96, 96).to(memory_format=torch.channels_last), torch.zeros(9, dtype=torch.int64))
 run = SimpleNamespace(
-    device=torch.device("cpu"), task=TASKS["classification"], dataset=SimpleNamespace(train=range(27)),
+    device=torch.device("cpu"), judged=TASKS["classification"], dataset=SimpleNamespace(train=range(27)),
     feed=SimpleNamespace(calibration=lambda _: [batch] * 3),
 )
 _accumulate_gradients_(network, PruneStage(stage="prune", keep_macs=0.5), run)

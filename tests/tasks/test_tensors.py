@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import Encoder, Restorer
+from networks import Encoder, Restorer, small
 from PIL import Image
 from safetensors.torch import save_file
+from several import ended, start
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
@@ -260,3 +261,24 @@ def test_an_encoder_of_timm_takes_weights_with_a_classifier(tmp_path: Path) -> N
     images = torch.randn(2, 3, 64, 64)
     expected = whole.eval().forward_head(whole.forward_features(images), pre_logits=True)
     assert torch.allclose(network(images), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["tensors", "unlabelled"])
+def test_ranks_label_the_images_together_before_one_of_them_rehearses(task: str, photos: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    factory, network = ("encoder", Encoder()) if task == "tensors" else ("small", small(10))
+    save_file(network.state_dict(), tmp_path / "own.safetensors")
+    (tmp_path / "classes.txt").write_text("".join(f"c{index}\n" for index in range(10)))
+    text = RECIPE.format(networks=NETWORKS, factory=factory, weights=tmp_path / "own.safetensors")
+    if task == "unlabelled":
+        text = text.replace("task: tensors", "task: unlabelled").replace("loss: [{name: mse}], ", "")
+        text = text.replace("data: {", f"data: {{classes: {tmp_path}/classes.txt, ")
+    (tmp_path / "own.yaml").write_text(text.replace("epochs: 12", "epochs: 1"))
+    words = ["compress", "run", str(tmp_path / "own.yaml"), f"--out={tmp_path}", f"--data={photos}", "--trust-code"]
+    said = ended(
+        start(f"import sys\nfrom compress import cli\nsys.argv = {[*words, '--until=distill']}\ncli.main()"),
+        within_s=300,
+    )
+    assert [code for code, _ in said] == [0, 0], said
+    assert [folder.name[:2] for folder in sorted((tmp_path / "own").glob("0*"))] == ["00", "01", "02"]
