@@ -24,7 +24,7 @@ from export.runtime.accuracy import accuracy, score_elsewhere, score_files
 from export.runtime.cuda_options import describe
 from export.runtime.environment import environment
 from export.runtime.latency import MIN_BLOCKS
-from export.runtime.measure import Plan, bench
+from export.runtime.measure import BenchPlan, bench
 from export.runtime.providers import PLAIN, PROVIDERS, Runtime, present, runtime_named
 from export.runtime.rows import AccuracyRow, BenchJson, OtherAccuracy, Setting, TimingRow, accuracy_of, metric_json
 
@@ -49,7 +49,7 @@ def measure(bundle: Bundle, arguments: argparse.Namespace) -> BenchJson:
             reference=reference,
             progress=print_live,
         )
-    plan = Plan(
+    plan = BenchPlan(
         batches=arguments.batches,
         threads=arguments.threads,
         image_sizes=arguments.image_sizes,

@@ -19,7 +19,7 @@ from export.runtime import measure as measure_module
 from export.runtime.accuracy import accuracy, score_files, score_of
 from export.runtime.environment import environment, fingerprint
 from export.runtime.intervals import clopper_pearson
-from export.runtime.measure import Plan, bench
+from export.runtime.measure import BenchPlan, bench
 from export.runtime.memory import peak_memory_mb
 from export.runtime.providers import PROVIDERS, Runtime, available_providers
 from export.runtime.rows import AccuracyRow, BenchJson, TimingRow
@@ -27,7 +27,7 @@ from export.runtime.session import bind, open_session, resize_input
 from export.tasks.classification import CLASSIFICATION, by_class, decode, further
 
 REPOSITORY = Path(__file__).parents[1]
-BRIEF = Plan(batches=(1,), threads=(1,), providers=("cpu",), seconds=0.01, blocks=6)
+BRIEF = BenchPlan(batches=(1,), threads=(1,), providers=("cpu",), seconds=0.01, blocks=6)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from compress.scoring import Served
 from export.command.table import table
 from export.onnx_file.targets import CPU, host_target
 from export.runtime.conditions import Conditions
-from export.runtime.measure import Bench, Plan, bench
+from export.runtime.measure import Bench, BenchPlan, bench
 from export.runtime.providers import present, runtime_named
 from export.runtime.rows import TimingRow
 
@@ -21,7 +21,7 @@ DEPTH, CHANNELS, SIZE = 4, 64, 64  # blocks in a row, their channels, the image'
 SECONDS, BLOCKS = 1.0, 6
 
 
-class Attention(nn.Module):
+class AttentionBlock(nn.Module):
     """Self-attention over the pixels with four heads, and a perceptron of four times the width, both residual."""
 
     def __init__(self, width: int = CHANNELS) -> None:
@@ -64,7 +64,7 @@ def depthwise() -> nn.Module:
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "convolution": convolution,
     "depthwise": depthwise,
-    "attention": Attention,
+    "attention": AttentionBlock,
 }
 
 
@@ -85,7 +85,7 @@ def network(kind: str) -> nn.Module:
 
 def measure(*, seconds: float = SECONDS) -> dict[str, Bench]:
     """Time each kind's FP32 and INT8 files with one thread on one image, all providers of this machine in turns."""
-    plan = Plan(batches=(1,), threads=(1,), providers=present("auto"), seconds=seconds, blocks=BLOCKS)
+    plan = BenchPlan(batches=(1,), threads=(1,), providers=present("auto"), seconds=seconds, blocks=BLOCKS)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for kind in KINDS:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 LARGEST_MIDDLE = 512  # most channels in Knowledge Review's fusion (the authors' code)
 
 
-class Match(nn.Module):
+class Widened(nn.Module):
     """A 1 × 1 convolution for each layer whose widths differ; the other features stay as they are."""
 
     def __init__(self, student: Sequence[torch.Size], teacher: Sequence[torch.Size]) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from compress.data.batches import Batch
 from compress.distillation import features, logits
-from compress.distillation.adapters import Auxiliary, Match, Review
+from compress.distillation.adapters import Auxiliary, Review, Widened
 from compress.distillation.taps import Tapped, tap
 from compress.errors import CompressError
 from compress.recipe.losses import (
@@ -69,8 +69,8 @@ LOSSES: Mapping[str, Loss] = {
     "dist": Loss(logits.dist_loss, ("beta", "gamma", "temperature")),
     "nkd": Loss(logits.nkd_loss, ("gamma", "temperature")),
     "pkt": Loss(features.pkt_loss),
-    "cwd": Loss(features.cwd_loss, ("temperature",), adapter=Match),
-    "pkd": Loss(features.pkd_loss, adapter=Match),
+    "cwd": Loss(features.cwd_loss, ("temperature",), adapter=Widened),
+    "pkd": Loss(features.pkd_loss, adapter=Widened),
     "review": Loss(features.review_loss, adapter=Review),
 }
 EXCLUSIVE = ("dice", "dkd", "dist", "nkd")  # need exactly one right class for each row

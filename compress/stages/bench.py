@@ -20,7 +20,7 @@ from export.onnx_file.roles import FP32, PTQ, TEACHER, deployed, files_in, is_in
 from export.runtime.accuracy import accuracy, score_elsewhere, score_files
 from export.runtime.end_to_end import EndToEnd, end_to_end
 from export.runtime.environment import environment
-from export.runtime.measure import Plan, bench
+from export.runtime.measure import BenchPlan, bench
 from export.runtime.providers import present
 from export.runtime.rows import metric_json
 
@@ -54,7 +54,7 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
         log.doing("times the files")
         whole = _end_to_end(rivals, run, seconds=cfg.seconds)
         sizes = [size_of(size) for size in cfg.image_sizes]
-        plan = Plan(cfg.batches, cfg.threads, sizes, providers, cfg.seconds, cfg.blocks, run.recipe.seed)
+        plan = BenchPlan(cfg.batches, cfg.threads, sizes, providers, cfg.seconds, cfg.blocks, run.recipe.seed)
         measured = bench(files, plan, target=run.target.name, progress=log.note_detail)
     found = json.loads((exported / AUDIT_JSON).read_text())[name]
     floats = {layer: found["reasons"].get(layer, "for no known reason") for layer in found["float_layers"]}

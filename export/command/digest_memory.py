@@ -15,7 +15,7 @@ TICK_NS = 2_000_000_000
 THREADS, FILES = 16, 64  # number of threads, and of files that each takes at a time
 
 
-class Entry(NamedTuple):
+class Remembered(NamedTuple):
     """A file's cached sha256, and the marks by which a change is seen."""
 
     size: int
@@ -35,10 +35,10 @@ def digests_of(
     known = _remembered(memory)
     now = time.time_ns()
 
-    def entries(part: Sequence[str]) -> dict[str, Entry]:
+    def entries(part: Sequence[str]) -> dict[str, Remembered]:
         return {name: _entry(root / name, known.get(name)) for name in part}
 
-    found: dict[str, Entry] = {}
+    found: dict[str, Remembered] = {}
     wanted = list(names)
     try:
         with ThreadPoolExecutor(THREADS) as threads:  # reading and hashing release Python's lock
@@ -53,22 +53,22 @@ def digests_of(
     return {name: entry.sha256 for name, entry in found.items()}
 
 
-def _entry(file: Path, known: Entry | None) -> Entry:
+def _entry(file: Path, known: Remembered | None) -> Remembered:
     status = file.stat()
     marks = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     if known is not None and known[:-1] == marks:
         return known
-    return Entry(*marks, sha256(file))
+    return Remembered(*marks, sha256(file))
 
 
-def _remembered(memory: Path) -> dict[str, Entry]:
+def _remembered(memory: Path) -> dict[str, Remembered]:
     try:
-        return {name: Entry(*entry) for name, entry in json.loads(memory.read_bytes()).items()}
+        return {name: Remembered(*entry) for name, entry in json.loads(memory.read_bytes()).items()}
     except (OSError, ValueError, TypeError, AttributeError):  # missing, or not written by `_remember`
         return {}
 
 
-def _remember(memory: Path, entries: Mapping[str, Entry]) -> None:
+def _remember(memory: Path, entries: Mapping[str, Remembered]) -> None:
     with suppress(OSError):  # without a cache every call reads every file, which only costs time
         memory.parent.mkdir(parents=True, exist_ok=True)
         with writing(memory) as file:

@@ -41,7 +41,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """What to time, and for how long: `seconds` for each file at each setting, in `blocks` that are interleaved.
 
     `image_sizes` are timed in addition to the files' own.
@@ -65,7 +65,7 @@ class Bench:
 
 
 def bench(
-    files: Mapping[str, Path], plan: Plan, *, target: str | None = None, progress: Progress = lambda _: None
+    files: Mapping[str, Path], plan: BenchPlan, *, target: str | None = None, progress: Progress = lambda _: None
 ) -> Bench:
     """Time `files` (name to ONNX file) at every setting of the plan, interleaved within a setting.
 
@@ -116,7 +116,7 @@ def bench(
     return result
 
 
-def settings(plan: Plan, sizes: Sequence[Size]) -> Iterator[Setting]:
+def settings(plan: BenchPlan, sizes: Sequence[Size]) -> Iterator[Setting]:
     """Yield the settings to time on each device that has a provider here, the headline's first; threads vary only on the CPU.
 
     Providers of one device are timed in turns, so their settings are one.
@@ -134,7 +134,7 @@ def settings(plan: Plan, sizes: Sequence[Size]) -> Iterator[Setting]:
         )
 
 
-def trusted(files: Mapping[str, Path], plan: Plan, *, channels: int, size: Size) -> tuple[list[Entry], list[str]]:
+def trusted(files: Mapping[str, Path], plan: BenchPlan, *, channels: int, size: Size) -> tuple[list[Entry], list[str]]:
     """Return every file in every provider and arithmetic of the plan that this machine has, and warnings on those left out.
 
     Left out is an arithmetic whose outputs for noise are not those of f32: bf16 is wrong on some processors (openvino's issue 38256).
@@ -199,7 +199,7 @@ def prepare(
     files: Mapping[str, Path],
     setting: Setting,
     shape: Shape,
-    plan: Plan,
+    plan: BenchPlan,
     *,
     progress: Progress,
 ) -> tuple[dict[Entry, Opened], list[str]]:

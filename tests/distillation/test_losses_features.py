@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.distillation.adapters import Match, Review
+from compress.distillation.adapters import Review, Widened
 from compress.distillation.features import cwd_loss, pkd_loss, pkt_loss, review_loss
 
 Array = NDArray[np.float64]
@@ -87,7 +87,7 @@ def test_pkd_is_one_minus_the_correlation_and_sees_no_scale() -> None:
 def test_features_of_the_same_width_need_no_adapter() -> None:
     narrow, wide = torch.Size((5, 3, 8, 8)), torch.Size((5, 6, 8, 8))
     student, same = tensors(STUDENT, SAME_WIDTH)
-    adapter = Match([narrow, wide], [wide, wide])
+    adapter = Widened([narrow, wide], [wide, wide])
     adapted = adapter([student, same])
     weight, bias = (parameter.detach().numpy() for parameter in adapter.parameters())
     expected = np.einsum("oc,nchw->nohw", weight[:, :, 0, 0], STUDENT) + bias[:, None, None]

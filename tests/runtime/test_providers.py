@@ -15,13 +15,13 @@ from export.runtime import accuracy as accuracy_module
 from export.runtime import measure as measure_module
 from export.runtime import providers as providers_module
 from export.runtime.accuracy import score_elsewhere, score_files
-from export.runtime.measure import Plan, bench
+from export.runtime.measure import BenchPlan, bench
 from export.runtime.providers import BF16, PLAIN, PROVIDERS, Arithmetic, Provider, Runtime, missing, present, runtimes
 from export.runtime.session import open_session
 from export.tasks.classification import CLASSIFICATION
 
 OPENVINO = PROVIDERS["openvino"]
-BRIEF = Plan(batches=(1,), threads=(1,), seconds=0.01, blocks=6)
+BRIEF = BenchPlan(batches=(1,), threads=(1,), seconds=0.01, blocks=6)
 needs_openvino = pytest.mark.skipif(missing(OPENVINO) is not None, reason=str(missing(OPENVINO)))
 
 
@@ -100,7 +100,7 @@ def test_a_plugin_that_is_not_installed_is_a_sentence_with_the_command(
     with pytest.raises(BundleError, match="not installed: pip install onnxruntime-ep-openvino"):
         open_session(file["student_fp32"], runs_in=Runtime(OPENVINO, "f32"))
     assert "openvino" not in present("auto")
-    found = bench(file, Plan(batches=(1,), threads=(1,), providers=("cpu", "openvino"), seconds=0.01, blocks=6))
+    found = bench(file, BenchPlan(batches=(1,), threads=(1,), providers=("cpu", "openvino"), seconds=0.01, blocks=6))
     assert found.warnings == [
         "not timed: OpenVINOExecutionProvider: not installed: pip install onnxruntime-ep-openvino"
     ]
@@ -135,14 +135,14 @@ def test_a_provider_that_computes_wrongly_is_caught_by_its_own_score(wrong: Prov
 def test_an_arithmetic_whose_outputs_are_not_those_of_f32_is_left_out_and_named(
     wrong: Provider, file: dict[str, Path]
 ) -> None:
-    found = bench(file, Plan(batches=(1,), threads=(1,), providers=("wrong",), seconds=0.01, blocks=6))
+    found = bench(file, BenchPlan(batches=(1,), threads=(1,), providers=("wrong",), seconds=0.01, blocks=6))
     assert [row.get("arithmetic") for row in found.timings] == ["f32"]
     assert len(found.warnings) == 1
     assert found.warnings[0].startswith("student_fp32: Wrong bf16 computes it wrongly on this machine")
 
 
 def test_the_cpu_provider_s_rows_are_the_first_and_say_where_they_ran(file: dict[str, Path]) -> None:
-    (row,) = bench(file, Plan(batches=(1,), threads=(1,), providers=("cpu",), seconds=0.01, blocks=6)).timings
+    (row,) = bench(file, BenchPlan(batches=(1,), threads=(1,), providers=("cpu",), seconds=0.01, blocks=6)).timings
     assert (row["provider"], row.get("arithmetic"), row.get("left_to_others")) == (CPU, "f32", [])
     assert (row.get("open_ms") or 0) > 0
 
@@ -155,7 +155,7 @@ def test_openvino_computes_as_the_cpu_provider_and_is_timed_beside_it(file: dict
         for one in (PLAIN, Runtime(OPENVINO, "f32"))
     )
     np.testing.assert_allclose(there, here, rtol=1e-4, atol=1e-4)
-    found = bench(file, Plan(batches=(1,), threads=(1,), providers=("cpu", "openvino"), seconds=0.01, blocks=6))
+    found = bench(file, BenchPlan(batches=(1,), threads=(1,), providers=("cpu", "openvino"), seconds=0.01, blocks=6))
     rows = [(row["provider"], row.get("arithmetic")) for row in found.timings]
     assert rows == [(one.provider.name, one.arithmetic) for one in runtimes(["cpu", "openvino"])]
     assert all(row["speedup_vs_student_fp32"] for row in found.timings)

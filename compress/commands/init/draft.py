@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from compress.commands.init.estimate import Plan
+from compress.commands.init.estimate import Training
 from compress.commands.init.images import Folder
 from compress.commands.init.ways import Network
 from compress.data.teachers import foreign
@@ -36,7 +36,7 @@ BATCHES = {"segmentation": 8, "detection": 8}
 
 
 @dataclass(frozen=True)
-class Given:
+class Draft:
     """What a recipe is written for."""
 
     weights: str
@@ -58,7 +58,7 @@ def step_of(model: nn.Module) -> str:
     )
 
 
-def recipe(given: Given, plan: Plan, name: str) -> str:
+def recipe(given: Draft, plan: Training, name: str) -> str:
     """Return a commented recipe as text."""
     network, folder = given.network, given.folder
     trust = " --trust-code" if given.trust_code else ""
@@ -83,7 +83,7 @@ def _task(folder: Folder) -> Sequence[str]:
     return (f"task: {folder.task}{why}",)
 
 
-def _data(given: Given) -> Sequence[str]:
+def _data(given: Draft) -> Sequence[str]:
     network, folder, way = given.network, given.folder, given.network.way
     size = written(way.image_size)
     large = way.image_size[0] * way.image_size[1] > LARGE
@@ -115,7 +115,7 @@ def _data(given: Given) -> Sequence[str]:
     ]
 
 
-def _model(given: Given) -> Sequence[str]:
+def _model(given: Draft) -> Sequence[str]:
     network = given.network
     others = given.folder.is_labelled and network.classes != len(given.folder.listing.classes)
     weights = [] if foreign(network.arch) else [_field("weights", given.weights)]
@@ -123,7 +123,7 @@ def _model(given: Given) -> Sequence[str]:
     return ["model:", _field("arch", network.arch), *weights, *reset]
 
 
-def _stages(given: Given, plan: Plan) -> Sequence[str]:
+def _stages(given: Draft, plan: Training) -> Sequence[str]:
     task = given.folder.task
     step, size = STEPS.get(task, step_of(given.model)), BATCHES.get(task, 32)
     goal = f"max_latency_ms: {given.latency_ms:g}" if given.latency_ms else "keep_macs: 0.5"
@@ -155,7 +155,7 @@ def _stages(given: Given, plan: Plan) -> Sequence[str]:
     ]
 
 
-def _targets(given: Given, plan: Plan) -> Sequence[str]:
+def _targets(given: Draft, plan: Training) -> Sequence[str]:
     latency = given.latency_ms
     drop = f"  max_drop: {TRAINED if plan.distill else SOLVED:g}"
     return [

@@ -36,7 +36,7 @@ LONGER = 3  # times these views for a night
 SOURCE_SHARE = 0.5  # of the time, for a teacher that is trained first
 
 
-class Clock(NamedTuple):
+class StepTime(NamedTuple):
     """Seconds for one image here, in batches: the network forward, and a training step; and the part of the machine that they got."""
 
     forward: float
@@ -44,7 +44,7 @@ class Clock(NamedTuple):
     share: float = 1.0
 
 
-class Plan(NamedTuple):
+class Training(NamedTuple):
     """Epochs of a run's trainings, 0 for none, and its seconds by stage on this machine when idle."""
 
     source: int
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
         return sum(self.seconds.values())
 
 
-def timed(model: nn.Module, shape: Shape) -> Clock:
+def timed(model: nn.Module, shape: Shape) -> StepTime:
     """Time two steps, the first of which warms up."""
     place_(model.train(), torch.device("cpu"))
     images = torch.randn(STEP, *shape).to(memory_format=torch.channels_last)
@@ -73,7 +73,7 @@ def timed(model: nn.Module, shape: Shape) -> Clock:
         forward, step = answered - start, ended - answered
         share = (time.process_time() - work) / (ended - start) / torch.get_num_threads()
     model.eval()
-    return Clock(forward / STEP, step / STEP, min(share, 1.0))
+    return StepTime(forward / STEP, step / STEP, min(share, 1.0))
 
 
 def epochs(images: int) -> int:
@@ -81,7 +81,7 @@ def epochs(images: int) -> int:
     return min(max(round(VIEWS / images), 2), 30)
 
 
-def costs(folder: Folder, clock: Clock, source: int, distill: int, qat: int) -> dict[str, float]:
+def costs(folder: Folder, clock: StepTime, source: int, distill: int, qat: int) -> dict[str, float]:
     """Return about what each stage takes in seconds."""
     forward, train, val = clock.forward, folder.train, folder.val
     student, judged = KEPT * clock.step + VIEW_S, val * KEPT * forward
@@ -97,7 +97,7 @@ def costs(folder: Folder, clock: Clock, source: int, distill: int, qat: int) -> 
     return found
 
 
-def planned(folder: Folder, network: Network, clock: Clock, seconds: float, *, longer: int = 1) -> Plan:
+def planned(folder: Folder, network: Network, clock: StepTime, seconds: float, *, longer: int = 1) -> Training:
     """Return the trainings that fit into the time: usually distillation and QAT, none where too little time is left for them.
 
     A network for other classes is trained on the folder's first. `longer` is the most, in usual trainings.
@@ -116,8 +116,8 @@ def planned(folder: Folder, network: Network, clock: Clock, seconds: float, *, l
     for distill in range(most, least - 1, -1):
         qat = max(1, distill // 4)
         if price(source, distill, qat) <= seconds:
-            return Plan(source, distill, qat, costs(folder, clock, source, distill, qat))
-    return Plan(source, 0, 0, costs(folder, clock, source, 0, 0))
+            return Training(source, distill, qat, costs(folder, clock, source, distill, qat))
+    return Training(source, 0, 0, costs(folder, clock, source, 0, 0))
 
 
 def _knows(network: Network, folder: Folder) -> bool:

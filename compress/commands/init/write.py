@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.commands.init.draft import Given, recipe
-from compress.commands.init.estimate import LONGER, Clock, Plan, planned, timed
+from compress.commands.init.draft import Draft, recipe
+from compress.commands.init.estimate import LONGER, StepTime, Training, planned, timed
 from compress.commands.init.images import Folder, as_taken, look_at, task_of_images
 from compress.commands.init.network import brought_by, kind_of, matches
 from compress.commands.init.ways import Network, choose
@@ -68,7 +68,7 @@ def write_draft(
     yield from _seen(first, folder, network)
     tell(f"times a training step at {said(network.way.image_size)} pixels")
     macs, clock = count(model, network.shape).macs, timed(model, network.shape)
-    given = Given(weights, data, folder, network, model, macs, latency_ms, trust_code)
+    given = Draft(weights, data, folder, network, model, macs, latency_ms, trust_code)
     plan = planned(folder, network, clock, 60 * minutes)
     longer = planned(folder, network, clock, NIGHT_S, longer=LONGER)
     _write(out, given, plan)
@@ -80,7 +80,7 @@ def write_draft(
         yield f"wrote    {night} for a night: {longer.distill} epochs of distillation, {longer.qat} for INT8, about {_spoken(longer.total)}"
 
 
-def _write(file: Path, given: Given, plan: Plan) -> None:
+def _write(file: Path, given: Draft, plan: Training) -> None:
     write_text(file, recipe(given, plan, _name(file.stem)))
     try:
         read_recipe(file)
@@ -170,7 +170,7 @@ LIKELY = {
 }
 
 
-def _estimated(given: Given, plan: Plan, clock: Clock, minutes: float) -> Iterator[str]:
+def _estimated(given: Draft, plan: Training, clock: StepTime, minutes: float) -> Iterator[str]:
     """Yield lines on the time of each stage, what it is likely to give, memory and disk space."""
     if plan.source:
         yield f"plan     {plan.source} epochs for the new classifier come first"

@@ -12,7 +12,7 @@ from compress.report.page import summary
 
 
 @dataclass(frozen=True)
-class Best:
+class Leading:
     """The leader in one respect, or several that are equal. `note` tells how sure that is."""
 
     title: str
@@ -32,7 +32,7 @@ class RunComparison:
     teachers: tuple[ComparedTeacher, ...]
     conditions: str | None
     speed_by: SpeedBy | None
-    best: tuple[Best, ...]
+    best: tuple[Leading, ...]
     differences: tuple[Difference, ...]
     warnings: tuple[str, ...]
     metric: str
@@ -93,19 +93,19 @@ def _best(
     speeds: Mapping[str, float],
     fairness: Fairness,
     digits: int,
-) -> Iterator[Best]:
+) -> Iterator[Leading]:
     """Yield the most accurate, the fastest and the smallest; a title is left out if no leader is known."""
     if names := _leaders(scores):
         sure = _apart(names, {name: found[name].score_ci95 for name in scores})
-        yield Best("Most accurate", names, numbers.percent(scores[names[0]], digits), sure)
+        yield Leading("Most accurate", names, numbers.percent(scores[names[0]], digits), sure)
     if names := _leaders(speeds):
         intervals = {name: one.speedup and one.speedup["ci95"] for name, one in found.items() if one.p50_ms}
         first, sure = found[names[0]], _apart(names, intervals) if fairness.same_teacher else ""
         facts = [numbers.significant(first.p50_ms, "ms")] if fairness.speed_by == "latency" else []
         facts += [f"{numbers.times(first.speedup['ratio'])} its teacher"] if first.speedup else []
-        yield Best("Fastest", names, facts[0], ", ".join(filter(None, (*facts[1:], sure))))
+        yield Leading("Fastest", names, facts[0], ", ".join(filter(None, (*facts[1:], sure))))
     if names := _leaders({name: -one.size_mb for name, one in found.items() if one.size_mb is not None}):
-        yield Best("Smallest", names, numbers.significant(found[names[0]].size_mb, "MB"), "")
+        yield Leading("Smallest", names, numbers.significant(found[names[0]].size_mb, "MB"), "")
 
 
 def _leaders(values: Mapping[str, float]) -> tuple[str, ...]:
