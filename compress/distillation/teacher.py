@@ -84,9 +84,8 @@ def teach(run: Run, src: Path, terms: Sequence[LossTerm], settings: Fit, log: St
     if not needs_teacher(terms):
         return Teaching(no_teacher, None)
     asked = run.recipe.teaching
-    if (
-        asked.mode == "online" or needs_features(terms) or len(run.output_shape) > 1
-    ):  # maps and anchors would fill the disk
+    fills_disk = len(run.output_shape) > 1  # maps and anchors
+    if asked.mode == "online" or needs_features(terms) or fills_disk:
         return Teaching(online_teacher(run.teacher(src), terms), None)
     views = min(asked.views, settings.epochs)
     cache = _CachedTeacher.about(run, src, log).filled(views)

@@ -7,9 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from compress.data.dataset import Dataset
-from compress.data.images import readable
 from compress.data.labelled import open_unlabelled
-from compress.data.validation import new_folder
+from compress.data.validation import copied, new_folder
 from compress.tasks.task import Task
 from export.tasks.tensors import TENSORS as OUTPUT
 
@@ -56,12 +55,8 @@ def scaled(task: Task, dataset: Dataset) -> Task:
 
 def write_images(dataset: Dataset, folder: Path) -> int:
     """Write the validation images as a folder; return their number. Raises DataError where the folder exists."""
-    images, written = dataset.held_out, 0
     with new_folder(folder) as partial_folder:
-        for index, _ in readable(images):
-            (partial_folder / f"{index:06d}{images.suffix(index)}").write_bytes(images.content(index))
-            written += 1
-    return written
+        return sum(1 for _ in copied(dataset.held_out, lambda _: partial_folder))
 
 
 TENSORS = Task(

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 
 from export.errors import BundleError
-from export.images.listing import NO_LABEL
 from export.images.preprocess import Preprocess
-from export.images.read import Examples, file_examples
+from export.images.read import Examples
 from export.images.size import Size
 from export.tasks.paired import compare_classes
 from export.tasks.task import Array, Comparison, Metric, OutputTask, Shown
-from export.tasks.unlabelled import list_images
+from export.tasks.unlabelled import list_images, without_labels
 
 ERROR, ENERGY, COSINE, SUMS = 1, 2, 3, slice(4, None)  # columns of a row; the first is the number of positions
 NEAR = 5  # neighbours
@@ -72,8 +71,7 @@ def truths_json(truths: Array) -> Sequence[None]:
 
 def find_images(data: Path, preprocess: Preprocess, _labels: Sequence[str]) -> Examples:
     """Find the images of a folder (of its validation split, if it has one), whose truths are not known; DataError if there are none."""
-    listing = list_images(data)
-    return file_examples(listing, np.full(len(listing.judged), NO_LABEL), preprocess)
+    return without_labels(data, preprocess)
 
 
 def as_numbers(outputs: Array) -> Array:
@@ -82,7 +80,7 @@ def as_numbers(outputs: Array) -> Array:
 
 
 def cosine(outputs: Array, others: Array) -> Array:
-    """Return the cosine similarity of two networks' outputs for each image, (n,); 1 where both are 0, 0 for other opposites of 0."""
+    """Return the cosine similarity of two networks' outputs for each image, (n,); 1 where both are 0, 0 where one is."""
     one, other = (part.reshape(len(part), -1).astype(np.float64) for part in (outputs, others))
     norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
     found = np.divide((one * other).sum(axis=1), norms, out=np.zeros(len(one)), where=norms > 0)

@@ -33,6 +33,11 @@ def find_images(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Ex
     with suppress(DataError):
         if data.suffix == ".npz" or set(list_folder(data).classes) <= set(labels):
             return find_examples(data, preprocess, labels)
+    return without_labels(data, preprocess)
+
+
+def without_labels(data: Path, preprocess: Preprocess) -> Examples:
+    """Return the images of a folder (of its validation split, if it has one), each with NO_LABEL; DataError if there are none."""
     listing = list_images(data)
     return file_examples(listing, np.full(len(listing.judged), NO_LABEL), preprocess)
 
