@@ -47,12 +47,23 @@ def colour_reader() -> ModelProto:
     return model_of(nodes, {}, shape=(3, 16, 16), classes=3)
 
 
+def restorer(size: int = 16, gain: float = 0.5) -> ModelProto:
+    """Return a network whose output is the image times `gain`."""
+    gains = {"gain": np.full((3, 1, 1), gain, np.float32)}
+    return model_of([helper.make_node("Mul", ["input", "gain"], ["logits"])], gains, shape=(3, size, size))
+
+
 def model_of(
-    nodes: Sequence[onnx.NodeProto], weights: dict[str, np.ndarray], *, shape: tuple[int, int, int], classes: int
+    nodes: Sequence[onnx.NodeProto],
+    weights: dict[str, np.ndarray],
+    *,
+    shape: tuple[int, int, int],
+    classes: int | None = None,
 ) -> ModelProto:
-    """Return a model from `input` (batch, *shape) to `logits` (batch, classes), opset 18, IR 9."""
+    """Return a model from `input` (batch, *shape) to `logits` (batch, classes) or of the same shape, opset 18, IR 9."""
     given = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", *shape])
-    wanted = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", classes])
+    output = ["batch", classes] if classes else ["batch", *shape]
+    wanted = helper.make_tensor_value_info("logits", TensorProto.FLOAT, output)
     tensors = [numpy_helper.from_array(values, name) for name, values in weights.items()]
     graph = helper.make_graph(nodes, "net", [given], [wanted], tensors)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)

@@ -17,7 +17,7 @@ from export.images.decode import BrokenImage
 from export.images.size import size_of
 from export.names import AUDIT_JSON, BENCH_JSON, EXAMPLES_NPZ, GOLDEN_NPZ
 from export.onnx_file.roles import FP32, PTQ, TEACHER, deployed, files_in, is_int8
-from export.runtime.accuracy import accuracy, score_elsewhere, score_files
+from export.runtime.accuracy import accuracy, predictions_of, score_elsewhere, score_files
 from export.runtime.end_to_end import EndToEnd, end_to_end
 from export.runtime.environment import environment
 from export.runtime.measure import BenchPlan, bench
@@ -106,10 +106,9 @@ def _write_examples(path: Path, files: Sequence[Path], exported: Path, run: Run)
         return
     with np.load(exported / GOLDEN_NPZ) as golden:
         images, truths = golden["images"][:DRAWN], golden["truths"][:DRAWN]
-    batch = (run.dataset.preprocess.normalize(images), truths)
-    scores = score_files({file.stem: file for file in files}, [batch], run.task.output)
-    predictions = np.stack([score.predictions for score in scores.values()])
-    np.savez(path, images=images, truths=truths, files=np.array(list(scores)), answers=predictions)
+    batch = run.dataset.preprocess.normalize(images)
+    predictions = np.stack([predictions_of(file, run.task.output)(batch) for file in files])
+    np.savez(path, images=images, truths=truths, files=np.array([file.stem for file in files]), answers=predictions)
 
 
 def _end_to_end(files: Sequence[Path], run: Run, *, seconds: float) -> dict[str, EndToEnd]:

@@ -24,8 +24,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-import numpy as np
-
 from export.bundle.golden import Golden, check_inputs, read_golden
 from export.bundle.inside import Json, brief, check_digest, contained, get, read_json, read_sums, read_text
 from export.command.files import sha256
@@ -88,11 +86,9 @@ class Bundle:
             raise DataError(
                 f"{data}: nobody labelled its images and the bundle has no {TEACHER}: give what `compress export-data` writes"
             )
-        found = self.task.taught(predictions_of(self.files[TEACHER], images.batches(), self.task))
-        truths = np.zeros((len(images.truths), *found.shape[1:]), found.dtype)
-        truths[images.chosen] = found
+        predict = predictions_of(self.files[TEACHER], self.task)
         note = f"the truths are what {TEACHER} of this bundle predicts"
-        return replace(images, truths=truths, notes=(*images.notes, note))
+        return replace(images, taught=lambda batch: self.task.taught(predict(batch)), notes=(*images.notes, note))
 
     def file(self, name: str | None) -> Path:
         """Return the path of the file `name`, or of the one to serve; raise BundleError for an unknown name."""

@@ -29,7 +29,8 @@ class Examples:
     """Labelled images of a folder or an archive, decoded on demand; `chosen` are the indices to use.
 
     `pixels` returns an image after resizing and cropping, (height, width, channels), `content` the bytes that identify it (the file's, or
-    the pixels' in an archive). `notes` are sentences to print with a score.
+    the pixels' in an archive). `taught` gives a batch's truths where nobody labelled the images. `notes` are sentences to print with a
+    score.
     """
 
     preprocess: Preprocess
@@ -37,6 +38,7 @@ class Examples:
     pixels: Callable[[int], Pixels]
     content: Callable[[int], bytes]
     chosen: NDArray[np.int64]  # (m,)
+    taught: Callable[[NDArray[np.float32]], NDArray[Any]] | None = None
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -78,7 +80,8 @@ class Examples:
         """Yield the images in order; DataError for a broken one."""
         for start in range(0, len(self), batch_size):
             part = self.chosen[start : start + batch_size]
-            yield self.preprocess.normalize(np.stack([self.pixels(index) for index in part])), self.truths[part]
+            images = self.preprocess.normalize(np.stack([self.pixels(index) for index in part]))
+            yield images, self.taught(images) if self.taught else self.truths[part]
 
 
 def find_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> Examples:
@@ -110,7 +113,7 @@ def file_examples(
         lambda index: read_pixels(files[index], preprocess),
         lambda index: content_of(files[index]),
         np.arange(len(files)),
-        (*listing.notes, *notes),
+        notes=(*listing.notes, *notes),
     )
 
 

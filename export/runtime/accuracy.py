@@ -23,10 +23,10 @@ DRAWS = 200  # resamples for the spread of a score, as Efron & Tibshirani (1993,
 
 @dataclass(frozen=True)
 class Score:
-    """One file's predictions, the task's row of statistics for each image, and optionally the outputs' evidence."""
+    """What agreements need of one file's predictions, the task's row of statistics for each image, and optionally the outputs' evidence."""
 
     task: OutputTask
-    predictions: Array  # (n, ...)
+    predictions: Array  # (n, ...), as the task keeps them
     rows: Array  # (n, k)
     evidence: Array | None = None  # (n, ...)
 
@@ -66,15 +66,16 @@ def score_of(task: OutputTask, outputs: Iterable[Array], truths: Iterable[Array]
     """Score outputs that were computed elsewhere, batch by batch."""
     predictions, rows = [], []
     for part, true in zip(outputs, truths, strict=True):
-        predictions.append(task.decode(part))
-        rows.append(task.statistics(predictions[-1], true, part.shape[1:]))
+        decoded = task.decode(part)
+        predictions.append(task.kept(decoded))
+        rows.append(task.statistics(decoded, true, part.shape[1:]))
     return Score(task, np.concatenate(predictions), np.concatenate(rows))
 
 
-def predictions_of(path: Path, batches: Iterable[Labelled], task: OutputTask) -> Array:
-    """Return a file's predictions (n, ...) for all images, whatever their truths; BundleError if the file cannot run."""
+def predictions_of(path: Path, task: OutputTask) -> Callable[[Array], Array]:
+    """Return a function from a batch of images to a file's predictions (n, ...); it raises BundleError if the file cannot run."""
     session = open_session(path)
-    return np.concatenate([task.decode(_run(path.name, session, images)) for images, _ in batches])
+    return lambda images: task.decode(_run(path.name, session, images))
 
 
 def _run(name: str, session: InferenceSession, images: Array) -> Array:
@@ -110,8 +111,9 @@ def score_files(
         images_seen += len(images)
         for name, session in sessions.items():
             outputs = _run(name, session, images)
-            predictions[name].append(task.decode(outputs))
-            rows[name].append(task.statistics(predictions[name][-1], truths, outputs.shape[1:]))
+            decoded = task.decode(outputs)
+            predictions[name].append(task.kept(decoded))
+            rows[name].append(task.statistics(decoded, truths, outputs.shape[1:]))
             if keep_evidence:
                 kept[name].append(task.evidence(outputs).astype(np.float32))
         progress(f"scored {images_seen} images")

@@ -116,6 +116,8 @@ class OutputTask:
     """A model to one that decodes inside the graph, for callers without this package."""
     evidence: Callable[[Array], Array] = lambda outputs: outputs
     """Outputs to the part to keep for `divergence`, small enough for thousands of images."""
+    kept: Callable[[Array], Array] = lambda predictions: predictions
+    """Predictions to the part to keep for `agreement` and `together`, small enough for thousands of images."""
     exclusive: bool = True
     """Whether exactly one class is right (softmax); otherwise each class is judged alone (sigmoid)."""
     by_class_axis: bool = True

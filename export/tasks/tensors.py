@@ -24,6 +24,7 @@ from export.tasks.unlabelled import list_images, without_labels
 
 ERROR, ENERGY, COSINE, SUMS = 1, 2, 3, slice(4, None)  # columns of a row; the first is the number of positions
 NEAR = 5  # neighbours
+BLOCK_VALUES = 2**22
 BLOCK = 1024  # images whose similarities to all are in memory
 KEPT = 4096  # values of an output that are kept for its divergence
 
@@ -89,6 +90,10 @@ def cosine(outputs: Array, others: Array) -> Array:
 
 def statistics(predictions: Array, truths: Array, _output: tuple[int, ...]) -> Array:
     """Return the rows (n, 4 + channels); an output that is not finite is infinitely wrong."""
+    some = max(1, BLOCK_VALUES // max(1, truths[0].size))  # images whose values are in memory in float64
+    if len(truths) > some:
+        parts = (slice(start, start + some) for start in range(0, len(truths), some))
+        return np.concatenate([statistics(predictions[part], truths[part], _output) for part in parts])
     true = channels_last(truths).astype(np.float64)
     wrong = np.square(channels_last(predictions) - true).sum(axis=(1, 2))
     columns = (
@@ -158,9 +163,14 @@ def agreement(predictions: Array, others: Array) -> Array:
 
 
 def evidence(outputs: Array) -> Array:
-    """Return at most KEPT values of each output, evenly spaced."""
+    """Return at most KEPT values of each output, evenly spaced, (n, values)."""
     flat = outputs.reshape(len(outputs), -1)
-    return np.asarray(flat[:, :: -(-flat.shape[1] // KEPT)])
+    return flat[:, :: -(-flat.shape[1] // KEPT)].copy()  # a view would keep the whole output
+
+
+def kept(predictions: Array) -> Array:
+    """Return the same values; those of maps are (n, values, 1), which are no embeddings."""
+    return evidence(predictions) if predictions.ndim == 2 else evidence(predictions)[:, :, None]
 
 
 def divergence(outputs: Array, reference: Array) -> Array:
@@ -218,6 +228,7 @@ TENSORS = OutputTask(
     by_class=by_class,
     agreement=agreement,
     evidence=evidence,
+    kept=kept,
     divergence=divergence,
     compare=compare,
     resampled=resampled,

@@ -1,6 +1,7 @@
 """The task `tensors`: explained variance by hand, neighbours by brute force, and an encoder and a network of images through the chain."""
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from networks import Encoder, Restorer, small
+from onnx_files import restorer, save
 from PIL import Image
 from safetensors.torch import save_file
 from several import ended, start
@@ -32,6 +34,7 @@ from export import predict
 from export.bundle.read import read_bundle
 from export.errors import BundleError
 from export.gate.__main__ import main as gate_main
+from export.runtime.accuracy import Score, score_files
 from export.tasks.tensors import TENSORS, agreement, divergence, nearest_images, show, statistics, together, total
 
 NETWORKS = Path(__file__).parent.parent / "networks.py"
@@ -123,6 +126,24 @@ def test_neighbours_are_those_of_brute_force() -> None:
     assert found["k-NN accuracy"] == pytest.approx(sum(map(str.__eq__, voted, folders)) / 60)
     assert together(taught, taught, ["one"] * 60) == {"nearest neighbour kept": 1.0}
     assert together(given[:, :, None, None], taught[:, :, None, None], folders) == {}
+
+
+def test_scoring_large_outputs_takes_memory_for_a_sample_of_them_alone(tmp_path: Path) -> None:
+    files = {name: save(restorer(128, gain), tmp_path / f"{name}.onnx") for name, gain in (("one", 0.5), ("two", 0.4))}
+    images = np.random.default_rng(0).standard_normal((3, 3, 128, 128), np.float32)
+    scored: list[dict[str, Score]] = []
+
+    def peak_mb(batches: int) -> float:
+        tracemalloc.start()
+        scored.append(score_files(files, ((images, images / 2) for _ in range(batches)), TENSORS))
+        found = tracemalloc.get_traced_memory()[1] / 1e6
+        tracemalloc.stop()
+        return found
+
+    few, many = peak_mb(4), peak_mb(24)
+    assert many - few < 8  # 60 more images of 0.2 MB, from two files: 24 MB
+    assert scored[-1]["two"].score == pytest.approx(0.96, abs=1e-3)  # 1 - 0.2²
+    assert scored[-1]["two"].agreement(scored[-1]["one"]) == pytest.approx(1)
 
 
 def test_predictions_are_shown_by_channel_or_as_one_embedding() -> None:
