@@ -62,7 +62,7 @@ def model_of(
 ) -> ModelProto:
     """Return a model from `input` (batch, *shape) to `logits` (batch, classes) or of the same shape, opset 18, IR 9."""
     given = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", *shape])
-    output = ["batch", classes] if classes else ["batch", *shape]
+    output: list[str | int] = ["batch", classes] if classes else ["batch", *shape]
     wanted = helper.make_tensor_value_info("logits", TensorProto.FLOAT, output)
     tensors = [numpy_helper.from_array(values, name) for name, values in weights.items()]
     graph = helper.make_graph(nodes, "net", [given], [wanted], tensors)

@@ -90,12 +90,13 @@ def train(clean: Tensor, folder: Path, steps: int) -> nn.Module:
     network, state = Denoiser().to(memory_format=torch.channels_last), folder / "state.pt"
     optimizer = torch.optim.AdamW(network.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps)
-    parts, first = (network, optimizer, schedule), 0
+    first = 0
     if state.exists():
         known = torch.load(state)
-        first = known.pop("step")
-        for part, of in zip(parts, known["parts"], strict=True):
-            part.load_state_dict(of)
+        first = known["step"]
+        network.load_state_dict(known["network"])
+        optimizer.load_state_dict(known["optimizer"])
+        schedule.load_state_dict(known["schedule"])
     started, losses = time.monotonic(), []
     for step in range(first, steps):
         noisy, wanted = batch(clean, step)
@@ -113,7 +114,12 @@ def train(clean: Tensor, folder: Path, steps: int) -> nn.Module:
             seconds = (time.monotonic() - started) / (step + 1 - first) * left
             sys.stdout.write(f"step {step + 1} of {steps}: {psnr:.2f} dB in training, {seconds / 60:.1f} min left\n")
             sys.stdout.flush()
-            torch.save({"step": step + 1, "parts": [part.state_dict() for part in parts]}, state)
+            states = {
+                "network": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+            }
+            torch.save({"step": step + 1, **states}, state)
     return network.eval()
 
 
