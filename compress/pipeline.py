@@ -20,7 +20,7 @@ from compress.data.digest import FILES, changes, dataset_digest, given, unlabell
 from compress.errors import ArtifactError, CompressError
 from compress.logs.stage_log import Tell, say
 from compress.logs.trackers import opened
-from compress.models.digest import class_names, source_digest, teachers_digest
+from compress.models.digest import class_names, code_digest, source_digest, teachers_digest
 from compress.ranks import barrier, first_decides, rank
 from compress.recipe.arguments import data_settings, goal_of, teachers_of
 from compress.recipe.order import GIVES, TAKES
@@ -182,6 +182,8 @@ def _outside(recipe: Recipe, section: StageSection) -> list[object]:
         found.append(runtime()["onnxruntime"])
     if section.stage in ("export", "bench"):
         found.append(_machine())
+    if section.stage == "bench" and recipe.score is not None:
+        found.append(code_digest(recipe.score))
     return found
 
 

@@ -44,10 +44,13 @@ def rehearse(run: Run, missing: Mapping[str, Sequence[bool]]) -> None:
     names the stage, where a stage cannot take its network.
     """
     tried: set[tuple[str, str]] = set()
+    own = run.own_metric
     for name, chain in run.recipe.chains().items():
         behind = chain.stages[len(missing[name]) :]
         sections = [section for section, absent in zip(chain.stages, missing[name], strict=False) if absent] + [*behind]
         if any(_trains(section, chain) for section in sections):
+            if own is not None and not run.task.output.has_classes:
+                own.row(run.dataset.held_out.labels[0].numpy(), run.paths()[0])
             stages = [section.stage for section in sections if section.stage in TRIED]
             if chain.teacher and ("teacher", "score") not in tried:
                 _check_teacher(run)

@@ -14,6 +14,7 @@ from compress.data.augment import Augmentation
 from compress.data.batches import steps_per_epoch
 from compress.data.dataset import Dataset
 from compress.data.feed import Feed
+from compress.data.images import FileImages
 from compress.data.labelled import relabelled
 from compress.data.named import download
 from compress.errors import CompressError, ModelError
@@ -35,6 +36,7 @@ from compress.training.device import device_of, gradient_group
 from compress.training.loop import Loop, Network, Step, fit, place_
 from export.images.size import Shape
 from export.onnx_file.targets import TARGETS, Target, resolve_target
+from export.runtime.own import OwnMetric, open_metric
 
 LOGIT_IMAGES = 8
 
@@ -277,6 +279,27 @@ class Run:
         if self.recipe.model is None:
             return self.given_teacher(whole=True).cpu()
         return load_float(lineage(directory)[0], trust_code=self.trust_code)
+
+    @cached_property
+    def own_metric(self) -> OwnMetric | None:
+        """The recipe's own metric; raises UserError where its code is not trusted or is none."""
+        if self.recipe.score is None:
+            return None
+        if not self.trust_code:
+            raise CompressError(
+                f"score: {self.recipe.score}: measuring it runs that file; read it first, then add --trust-code"
+            )
+        return open_metric(self.recipe.score)
+
+    def paths(self) -> list[Path]:
+        """Return the files of the validation images that can be read, in order; CompressError where they are in shards."""
+        images = self.dataset.held_out
+        if type(images) is not FileImages:
+            raise CompressError(
+                "score: finds an image by its path, and these are in shards: leave it out, or unpack them"
+            )
+        names = map(images.name, range(len(images)))
+        return [images.root / name for name in names if name not in self.dataset.val.broken]
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Return score and loss of rank 0's network on all validation images, of which each rank runs a part."""

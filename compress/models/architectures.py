@@ -1,7 +1,5 @@
 """Build a network from its name: torchvision's, timm's, one for CIFAR, or the user's own file."""
 
-import hashlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -22,7 +20,9 @@ from compress.models.digest import existing_file, local_modules
 from compress.models.foreign import exported, hugging_face, rebuilt
 from compress.models.known import check_name, suggestion
 from compress.models.segmenters import build_pyramid, build_smp
+from export.errors import UserError
 from export.images.size import Shape, Size, said
+from export.runtime.own import import_file
 
 # These two have auxiliary heads by default, and warn unless told how to initialize. Their published weights expect
 # transform_input, which turns ImageNet's normalization into theirs.
@@ -224,19 +224,9 @@ def _refuse_namesakes(file: Path) -> None:
 
 
 def _import(file: Path) -> ModuleType:
-    """Run the user's file as a module with a unique name, with its folder on sys.path meanwhile."""
+    """Run the user's file as a module."""
     _refuse_namesakes(file)
-    name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None, "a .py file has a spec"
-    assert spec.loader is not None, "and a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and torch.fx look up their module there
-    sys.path.insert(0, str(file.resolve().parent))
     try:
-        spec.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise ModelError(f"{file}: cannot be imported: {error}") from error
-    finally:
-        sys.path.remove(str(file.resolve().parent))
-    return module
+        return import_file(file)
+    except UserError as error:
+        raise ModelError(str(error)) from error.__cause__

@@ -182,6 +182,8 @@ class Targets(Section):
     """Largest fraction of the teacher's multiply-accumulates."""
     max_latency_ms: PositiveFloat | None = None
     """Largest median latency of the deployed file in ms, under the conditions of `min_speedup`."""
+    max_metric_drop: dict[str, NonNegativeFloat] = Field(default={})
+    """Largest loss from the teacher to the deployed file of metrics beside the score, by their name in the report and in their own unit, as `{PSNR dB: 0.2}`."""
 
 
 class StudentChain(Section):
@@ -222,6 +224,8 @@ class Recipe(Section):
     """Another network as the teacher, or several, whose mean prediction is taught; each as its `network` alone or as a section."""
     teaching: TeacherCache = TeacherCache()
     """How students get the teacher's logits."""
+    score: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")] | None = None
+    """A metric of your own, `file.py:function` (needs --trust-code), from one image's outputs and its path to a number, numbers by name or a 1-D array; more is better. The bench measures it beside the score (docs/tensors.md)."""
     stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
     """The stages, in order."""
     students: dict[Name, StudentChain] = Field(default={})

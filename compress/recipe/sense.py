@@ -18,7 +18,7 @@ def mistakes(recipe: "Recipe") -> Iterator[str]:
     for name, chain in recipe.chains().items():
         if (mistake := first_mistake(chain.stages)) is not None:
             yield f"{recipe.place(name, mistake[0])}{mistake[1]}"
-    for judge in (_source, _data, _teachers, _labels, _target, _targets, _cache):
+    for judge in (_source, _data, _teachers, _labels, _score, _target, _targets, _cache):
         yield from judge(recipe)
 
 
@@ -98,6 +98,11 @@ def _labels(recipe: "Recipe") -> Iterator[str]:
                 yield f"{recipe.place(name, index)}.sparsity: learns from labels, and {recipe.task} have none: leave it out"
 
 
+def _score(recipe: "Recipe") -> Iterator[str]:
+    if recipe.score is not None and recipe.data.dataset != "imagefolder":
+        yield f"score: finds an image by its path, and {recipe.data.dataset} has no files: leave it out, or set data.path"
+
+
 def _target(recipe: "Recipe") -> Iterator[str]:
     stages = {section.stage for chain in recipe.chains().values() for section in chain.stages}
     quantizing = [name for name in ("ptq", "qat") if name in stages]
@@ -112,7 +117,7 @@ def _targets(recipe: "Recipe") -> Iterator[str]:
     for name, chain in recipe.chains().items():
         stages = {section.stage for section in chain.stages}
         place = f"students.{name}.targets" if name and recipe.students[name].targets else "targets"
-        for target in [target for target, value in chain.targets if value is not None]:
+        for target in [target for target, value in chain.targets if value not in (None, {})]:
             if target != "max_macs_ratio" and "bench" not in stages:
                 yield f"{place}.{target}: a bench stage measures it: add `- stage: bench`, or leave it out"
             if target == "max_class_drop" and not TASKS[recipe.task].has_classes:

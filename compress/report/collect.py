@@ -13,7 +13,7 @@ from compress.recipe.schema import Recipe, Targets
 from compress.report.judge.classes import doubts
 from compress.report.judge.parity import mismatches
 from compress.report.judge.recommend import recommend
-from compress.report.judge.verdict import audited_name, guesses, has_targets, judge, judged_classes
+from compress.report.judge.verdict import METRIC_DROP, audited_name, guesses, has_targets, judge, judged_classes
 from compress.report.shape import REPORT_VERSION, DeployedRow, Json, Report, StageRow
 from export.names import AUDIT_JSON, BENCH_JSON, LIMITS_JSON, NOTES_JSON, PTQ_JSON, VERIFY_JSON
 from export.runtime.environment import environment
@@ -46,7 +46,7 @@ def collect(
         verify=_last(artifacts, VERIFY_JSON),
         limits=[],
         recommendation=None,
-        targets=(recipe.targets if is_whole else Targets()).model_dump(),
+        targets=_targets(recipe.targets if is_whole else Targets()),
         verdict="pass",
         failures=[],
         warnings=[
@@ -69,6 +69,12 @@ def collect(
     if report["verdict"] == "pass" and not is_whole:
         report["verdict"] = "partial"
     return report
+
+
+def _targets(targets: Targets) -> dict[str, float | None]:
+    found = targets.model_dump()
+    drops: dict[str, float] = found.pop("max_metric_drop")
+    return found | {f"{METRIC_DROP}{name}": drop for name, drop in drops.items()}
 
 
 def _deployed(bench: Json) -> list[DeployedRow]:

@@ -36,7 +36,8 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
     name, task = deployed(files, run.target), run.task.output
     with run.log(out, "bench") as log:
         log.doing(f"scores {len(files)} files on the validation images")
-        scored = score_files(files, as_numpy(run.feed.validation()), task)
+        own, paths = run.own_metric, run.paths() if run.own_metric else []
+        scored = score_files(files, as_numpy(run.feed.validation()), task, own=own, paths=paths)
         folders = _folders(run.dataset.held_out)
         scores = accuracy(scored, reference=scored[FP32], folders=folders)
         providers = present(cfg.providers)

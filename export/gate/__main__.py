@@ -7,11 +7,13 @@ from pathlib import Path
 from export.command.files import write_text
 from export.command.main import run
 from export.command.table import print_live
+from export.errors import BundleError
 from export.gate.checks import EXIT_CODES, Limits
 from export.gate.commands import BASELINES, judge, update
 from export.gate.latency import Plan
 from export.gate.outputs import as_json, as_junit, as_text
 from export.gate.subject import BrokenBundleError
+from export.runtime.own import open_metric
 
 EXITS = "exit code 0: pass, 1: regression, 2: this run cannot tell, 3: broken bundle"
 
@@ -35,6 +37,13 @@ def judge_or_accept(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         batch=arguments.batch,
     )
+    own = None
+    if arguments.score is not None:
+        if Path(arguments.score).resolve().is_relative_to(arguments.bundle.resolve()):
+            raise BundleError(
+                f"--score: {arguments.score} is in the bundle, whose code is never run: give a file of your own"
+            )
+        own = open_metric(arguments.score)
     if arguments.update_baseline:
         try:
             place, notes = update(
@@ -43,6 +52,7 @@ def judge_or_accept(arguments: argparse.Namespace) -> int:
                 data=arguments.data,
                 limits=limits,
                 plan=plan,
+                own=own,
                 progress=print_live,
                 notice=lambda sentence: print(sentence, file=sys.stderr, flush=True),  # noqa: T201
             )
@@ -60,6 +70,7 @@ def judge_or_accept(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         limits=limits,
         plan=plan,
+        own=own,
         progress=print_live,
     )
     print_live("")
@@ -86,6 +97,11 @@ def parser() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         help="a folder of class folders, or an .npz file (default: the data that the baseline names)",
+    )
+    found.add_argument(
+        "--score",
+        metavar="FILE.py:FUNCTION",
+        help="also judge by your own metric, from one image's output and its path to a number; its code runs",
     )
     found.add_argument("--max-latency-ratio", type=float, default=Limits.max_latency_ratio, metavar="1.05")
     found.add_argument("--no-latency", action="store_true", help="do not judge latency, as on a shared machine")

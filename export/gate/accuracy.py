@@ -1,9 +1,13 @@
 """Did the new file lose accuracy? Compare both files on the same images, image by image."""
 
+from collections.abc import Iterator
+
+import numpy as np
+
 from export.errors import first
 from export.gate.checks import Check, Status
 from export.gate.predictions import Predictions, pair
-from export.tasks.paired import ALPHA, POWER
+from export.tasks.paired import ALPHA, POWER, resamples, two_sided
 from export.tasks.task import Comparison, Metric
 
 
@@ -18,7 +22,29 @@ def accuracy_checks(
     if found is None:
         return [images], []
     score = score_check(found, limit, now.task.metric, same_file=same_file)
-    return [images, score, classes_check(found)], [power_note(found, limit)]
+    return [images, score, classes_check(found), *own_checks(was, now, limit)], [power_note(found, limit)]
+
+
+def own_checks(was: Predictions, now: Predictions, limit: float) -> Iterator[Check]:
+    """Yield a check for each of a person's own metrics: a significant loss of more than 1 - `limit` of its size fails."""
+    names = dict.fromkeys(name for found in (was, now) for name in next(iter(found.own.values()), {}))
+    both = [digest for digest in was.own if digest in now.own]
+    for name in names:
+        if not both or any(name not in found.own[digest] for found in (was, now) for digest in both):
+            yield Check(
+                name,
+                "inconclusive",
+                detail="not measured on both: give the --score that the baseline was recorded with",
+            )
+            continue
+        before, after = (np.array([found.own[digest][name] for digest in both]) for found in (was, now))
+        gains = (after - before)[resamples(len(both))].mean(axis=1)
+        then, here, p_value = float(before.mean()), float(after.mean()), two_sided(gains)
+        lost = then - here > (1 - limit) * abs(then)
+        status: Status = ("fail" if p_value < ALPHA else "inconclusive") if lost else "pass"
+        low, high = np.percentile(gains, [2.5, 97.5])
+        detail = f"change {low:+.4g} to {high:+.4g} (95 %), p = {p_value:.2g}, {len(both)} images"
+        yield Check(name, status, f"{then:.4g}", f"{here:.4g}", f"less {1 - limit:.1%} of its size", detail)
 
 
 def images_check(was: Predictions, now: Predictions) -> Check:

@@ -98,7 +98,9 @@ def _from_json(document: dict[str, Any]) -> Baseline:
         classes=classes,
         preprocess={"upright": False, **document["preprocess"]},  # missing in older baselines
         files={name: Facts(**facts) for name, facts in document["files"].items()},
-        predictions=None if rows is None else predictions_from_json(task_named(document["task"]), classes, rows),
+        predictions=None
+        if rows is None
+        else predictions_from_json(task_named(document["task"]), classes, rows, document.get("own", {})),
         latency=None if latency is None else Recorded(**latency),
     )
 
@@ -108,6 +110,7 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
     document = {"schema_version": BASELINE_VERSION, **vars(baseline)}
     predictions: Predictions | None = document.pop("predictions")
     document["answers"] = None if predictions is None else predictions.to_json()
+    document |= {"own": predictions.own} if predictions and predictions.own else {}
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False, default=asdict) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

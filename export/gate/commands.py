@@ -13,6 +13,7 @@ from export.gate.run import gate
 from export.gate.subject import BrokenBundleError, Subject, open_subject
 from export.onnx_file.roles import FP32, TEACHER
 from export.runtime.environment import environment, fingerprint
+from export.runtime.own import OwnMetric
 
 BASELINES = Path("baselines")
 Progress = Callable[[str], None]
@@ -26,6 +27,7 @@ def judge(
     data: Path | None,
     limits: Limits,
     plan: Plan,
+    own: OwnMetric | None = None,
     progress: Progress = lambda _: None,
 ) -> Verdict:
     """Judge the bundle against a baseline (a file, or a folder of them) or an old bundle; with both, speed is judged against the latter.
@@ -36,14 +38,14 @@ def judge(
     if baseline is not None:
         was = read_baseline(find_baseline(baseline, fingerprint(environment())))
     elif old is not None:
-        was = accept(old, data, replace(limits, max_latency_ratio=None), plan, progress)
+        was = accept(old, data, replace(limits, max_latency_ratio=None), plan, own, progress)
     else:
         raise BundleError("nothing to judge against: give a baseline or an old bundle")
     if old is not None and old.now.files.get(was.served) != was.files[was.served]:
         raise BundleError(
             f"{against}: its {was.served} is not the baseline's: give the bundle that was recorded, or no baseline"
         )
-    return gate(bundle, was, old=old, data=data, limits=limits, plan=plan, progress=progress)
+    return gate(bundle, was, old=old, data=data, limits=limits, plan=plan, own=own, progress=progress)
 
 
 def open_old(path: Path) -> Subject:
@@ -61,6 +63,7 @@ def update(
     data: Path | None,
     limits: Limits,
     plan: Plan,
+    own: OwnMetric | None = None,
     progress: Progress = lambda _: None,
     notice: Progress = lambda _: None,
 ) -> tuple[Path, tuple[str, ...]]:
@@ -70,7 +73,7 @@ def update(
     """
     if data is None and limits.min_score_ratio is not None:
         raise BundleError("no images to record predictions on: give --data, or leave accuracy out (--no-accuracy)")
-    accepted = accept(open_subject(bundle), data, limits, plan, progress, notice)
+    accepted = accept(open_subject(bundle), data, limits, plan, own, progress, notice)
     path = baseline if baseline.suffix == ".json" else baseline / f"{accepted.fingerprint}.json"
     write_baseline(path, accepted)
     return path, accepted.predictions.notes if accepted.predictions else ()
@@ -86,6 +89,7 @@ def accept(
     data: Path | None,
     limits: Limits,
     plan: Plan,
+    own: OwnMetric | None = None,
     progress: Progress = lambda _: None,
     notice: Progress = lambda _: None,
 ) -> Baseline:
@@ -111,6 +115,6 @@ def accept(
         progress(f"timing {subject.now.served} beside {reference}")
         other = opener(subject.bundle.files[reference], subject.bundle.preprocess, plan)
         latency = record(served, other, plan, name=reference)
-    predictions = None if data is None else predict_all(subject.bundle, subject.now.served, data)
+    predictions = None if data is None else predict_all(subject.bundle, subject.now.served, data, own)
     place = None if data is None else data.resolve().as_posix()
     return replace(subject.now, data=place, predictions=predictions, latency=latency)

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from export.bundle.read import Bundle
+from export.errors import BundleError
 from export.runtime.accuracy import score_files
+from export.runtime.own import OwnMetric
 from export.tasks.task import Array, Comparison, OutputTask
 
 
@@ -18,6 +20,7 @@ class Predictions:
     task: OutputTask
     labels: tuple[str, ...]
     rows: dict[str, tuple[str, tuple[float, ...]]]
+    own: dict[str, dict[str, float]] = field(default_factory=dict)  # a person's own metrics by digest, if any
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -34,9 +37,11 @@ class Predictions:
         return {digest: [truth, *row] for digest, (truth, row) in self.rows.items()}
 
 
-def predictions_from_json(task: OutputTask, labels: tuple[str, ...], document: dict[str, list[Any]]) -> Predictions:
-    """Read what `to_json` wrote."""
-    return Predictions(task, labels, {digest: (truth, tuple(row)) for digest, (truth, *row) in document.items()})
+def predictions_from_json(
+    task: OutputTask, labels: tuple[str, ...], document: dict[str, list[Any]], own: dict[str, dict[str, float]]
+) -> Predictions:
+    """Read what `to_json` wrote, and a person's own metrics."""
+    return Predictions(task, labels, {digest: (truth, tuple(row)) for digest, (truth, *row) in document.items()}, own)
 
 
 def pair(before: Predictions, now: Predictions) -> Comparison | None:
@@ -45,14 +50,22 @@ def pair(before: Predictions, now: Predictions) -> Comparison | None:
     return now.task.compare(before.table(both), now.table(both), now.labels) if both else None
 
 
-def predict_all(bundle: Bundle, file: str, data: Path) -> Predictions:
+def predict_all(bundle: Bundle, file: str, data: Path, own: OwnMetric | None = None) -> Predictions:
     """Run one file of the bundle on every image of `data`; duplicate images count once.
 
-    Raises BundleError for data that do not fit the bundle.
+    Raises BundleError for data that do not fit the bundle, and where a person's own metric is not finite.
     """
     examples = bundle.examples(data)
-    found = score_files({file: bundle.files[file]}, examples.batches(), bundle.task)[file]
+    paths = examples.paths() if own else []
+    found = score_files({file: bundle.files[file]}, examples.batches(), bundle.task, own=own, paths=paths)[file]
+    if bad := [name for name, values in found.own.items() if not np.isfinite(values).all()]:
+        raise BundleError(
+            f"--score: {bad[0]} of {file} is not finite on {paths[int(np.argmin(np.isfinite(found.own[bad[0]])))]}"
+        )
+    numbers: dict[str, dict[str, float]] = {}
+    for index, digest in enumerate(examples.digests() if own else ()):
+        numbers.setdefault(digest, {name: float(values[index]) for name, values in found.own.items()})
     rows: dict[str, tuple[str, tuple[float, ...]]] = {}
     for digest, row in zip(examples.digests(), found.rows, strict=True):
         rows.setdefault(digest, (bundle.task.truth_text(row, bundle.labels), tuple(row.tolist())))
-    return Predictions(bundle.task, bundle.labels, rows, examples.notes)
+    return Predictions(bundle.task, bundle.labels, rows, numbers, examples.notes)

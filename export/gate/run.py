@@ -17,6 +17,7 @@ from export.gate.predictions import predict_all
 from export.gate.subject import BrokenBundleError, Subject, open_subject
 from export.runtime.environment import environment, fingerprint
 from export.runtime.latency import Timing, median_ratio
+from export.runtime.own import OwnMetric
 
 Progress = Callable[[str], None]
 Environment = dict[str, Any]
@@ -30,6 +31,7 @@ def gate(
     data: Path | None,
     limits: Limits,
     plan: Plan,
+    own: OwnMetric | None = None,
     progress: Progress = lambda _: None,
 ) -> Verdict:
     """Judge the bundle in `path` against `was`, and its speed against the bundle `old` if given.
@@ -51,7 +53,7 @@ def gate(
     if was.served in subject.bundle.files:
         if limits.min_score_ratio is not None:
             progress("scoring images")
-            found, said, measured = judge_accuracy(subject, was, data, limits.min_score_ratio)
+            found, said, measured = judge_accuracy(subject, was, data, limits.min_score_ratio, own)
             checks, notes, metrics = [*checks, *found], [*notes, *said], [*metrics, *measured]
         if limits.max_latency_ratio is not None:
             progress("timing")
@@ -65,7 +67,7 @@ def gate(
 
 
 def judge_accuracy(
-    subject: Subject, was: Baseline, data: Path | None, limit: float
+    subject: Subject, was: Baseline, data: Path | None, limit: float, own: OwnMetric | None
 ) -> tuple[list[Check], list[str], list[Measured]]:
     """Score the images and compare; return checks, notes and metrics."""
     place = data or (Path(was.data) if was.data else None)
@@ -75,7 +77,7 @@ def judge_accuracy(
         )
         title = subject.bundle.task.metric.title
         return [Check(title, "inconclusive", detail=f"{reason}: give --data, or leave accuracy out")], [], []
-    predictions = predict_all(subject.bundle, was.served, place)
+    predictions = predict_all(subject.bundle, was.served, place, own)
     same_file = was.files[was.served].sha256 == subject.now.files[was.served].sha256
     checks, notes = accuracy_checks(was.predictions, predictions, limit, same_file=same_file)
     return (

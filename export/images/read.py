@@ -39,6 +39,7 @@ class Examples:
     content: Callable[[int], bytes]
     chosen: NDArray[np.int64]  # (m,)
     taught: Callable[[NDArray[np.float32]], NDArray[Any]] | None = None
+    files: tuple[Path, ...] = ()  # of all images (n,), where they are files
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -71,6 +72,14 @@ class Examples:
         if missing := left.total():
             notes.append(f"{missing:,} of the network's {len(validation):,} validation images are not here")
         return replace(self, chosen=np.array(kept), notes=tuple(notes))
+
+    def paths(self) -> list[Path]:
+        """Return the images' files; DataError where they are in an archive."""
+        if not self.files:
+            raise DataError(
+                "a metric of your own finds an image by its path, and these are in an archive: give a folder"
+            )
+        return [self.files[index] for index in self.chosen]
 
     def digests(self) -> list[str]:
         """Return the digest of each image before preprocessing."""
@@ -113,6 +122,7 @@ def file_examples(
         lambda index: read_pixels(files[index], preprocess),
         lambda index: content_of(files[index]),
         np.arange(len(files)),
+        files=tuple(files),
         notes=(*listing.notes, *notes),
     )
 

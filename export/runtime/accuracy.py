@@ -1,7 +1,7 @@
 """Score ONNX files in ONNX Runtime image by image, so that files can be compared on the same images."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from export.images.read import Labelled
 from export.onnx_file.roles import TEACHER
 from export.runtime.intervals import clopper_pearson, mean_interval, score_interval
 from export.runtime.native import RUNTIME_ERRORS, first_line
+from export.runtime.own import OwnMetric, means
 from export.runtime.providers import PLAIN, Runtime, runtimes
 from export.runtime.rows import AccuracyRow, OtherAccuracy
 from export.runtime.session import DTYPES, open_session
@@ -29,6 +30,7 @@ class Score:
     predictions: Array  # (n, ...), as the task keeps them
     rows: Array  # (n, k)
     evidence: Array | None = None  # (n, ...)
+    own: Mapping[str, Array] = field(default_factory=dict)  # a person's own metrics (n,) by name
 
     @property
     def images(self) -> int:
@@ -96,9 +98,11 @@ def score_files(
     runs_in: Runtime = PLAIN,
     optimize: bool = True,
     keep_evidence: bool = False,
+    own: OwnMetric | None = None,
+    paths: Sequence[Path] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Score]:
-    """Score every file on all batches, reading each batch once.
+    """Score every file on all batches, reading each batch once; `own` also gets the images' `paths`.
 
     Raises BundleError if there are no images or a file cannot run.
     """
@@ -106,8 +110,10 @@ def score_files(
     predictions: dict[str, list[Array]] = {name: [] for name in files}
     rows: dict[str, list[Array]] = {name: [] for name in files}
     kept: dict[str, list[Array]] = {name: [] for name in files}
+    numbers: dict[str, list[dict[str, float]]] = {name: [] for name in files}
     images_seen = 0
     for images, truths in batches:
+        these = paths[images_seen : images_seen + len(images)]
         images_seen += len(images)
         for name, session in sessions.items():
             outputs = _run(name, session, images)
@@ -116,6 +122,8 @@ def score_files(
             rows[name].append(task.statistics(decoded, truths, outputs.shape[1:]))
             if keep_evidence:
                 kept[name].append(task.evidence(outputs).astype(np.float32))
+            if own is not None:
+                numbers[name] += map(own.row, outputs.astype(np.float32, copy=False), these)
         progress(f"scored {images_seen} images")
     if not images_seen:
         raise BundleError("accuracy: no images to score: give a folder or file with at least one")
@@ -125,6 +133,7 @@ def score_files(
             np.concatenate(predictions[name]),
             np.concatenate(rows[name]),
             np.concatenate(kept[name]) if keep_evidence else None,
+            own.table(numbers[name]) if own else {},
         )
         for name in files
     }
@@ -158,7 +167,7 @@ def score_elsewhere(
 
 def accuracy(scores: Mapping[str, Score], *, reference: Score, folders: Sequence[str] = ()) -> dict[str, AccuracyRow]:
     """Return each file's score, further metrics, and agreement with the `reference`; `folders` are the images'."""
-    return {
+    rows = {
         name: AccuracyRow(
             score=found.score,
             further={**found.task.further(found.rows), **_together(found, scores.get(TEACHER), folders)},
@@ -169,6 +178,10 @@ def accuracy(scores: Mapping[str, Score], *, reference: Score, folders: Sequence
         )
         for name, found in scores.items()
     }
+    for name, found in scores.items():
+        if measures := {**found.task.measures(found.rows), **means(found.own)}:
+            rows[name]["measures"] = measures
+    return rows
 
 
 def _together(found: Score, teacher: Score | None, folders: Sequence[str]) -> Mapping[str, float | None]:

@@ -95,7 +95,7 @@ class OutputTask:
     total: Callable[[Array], float]
     """Rows (n, k), n > 0, to the score."""
     further: Callable[[Array], Mapping[str, float | None]]
-    """Rows to further metrics by name."""
+    """Rows to further metrics by name, fractions."""
     by_class: Callable[[Mapping[str, Array], Sequence[str], Collection[str]], Classes | None]
     """(rows by file, labels, files whose mistakes are kept) to results by class; None if there are no classes."""
     agreement: Callable[[Array, Array], Array]
@@ -112,6 +112,8 @@ class OutputTask:
     """(predictions, the teacher's, each image's folder) to further metrics of all images together; None if every image counts for itself."""
     resampled: Callable[[Array, Array], Array] | None = None
     """(rows, how often each image counts (draws, n)) to the scores (draws, classes) whose mean is the score; None if it is a mean over images."""
+    measures: Callable[[Array], Mapping[str, float | None]] = lambda _: {}
+    """Rows to metrics in units of their own, by name; more is better."""
     finish: Callable[[ModelProto], ModelProto] = lambda model: model
     """A model to one that decodes inside the graph, for callers without this package."""
     evidence: Callable[[Array], Array] = lambda outputs: outputs

@@ -124,6 +124,12 @@ def further(rows: Array) -> Mapping[str, float | None]:
     return {"cosine similarity": float(rows[:, COSINE].mean())}
 
 
+def measures(rows: Array) -> Mapping[str, float | None]:
+    """Return the signal-to-noise ratio 10 log10(Σt² / Σ(y - t)²); None where nothing differs."""
+    error, energy = rows[:, ERROR].sum(), rows[:, ENERGY].sum()
+    return {"SNR dB": float(10 * np.log10(energy / error)) if error > 0 < energy else None}
+
+
 def together(predictions: Array, taught: Array, folders: Sequence[str]) -> Mapping[str, float | None]:
     """Return of embeddings (n, channels) how many keep their nearest neighbour, and how well neighbours tell the folders.
 
@@ -224,6 +230,7 @@ TENSORS = OutputTask(
     statistics=statistics,
     total=total,
     further=further,
+    measures=measures,
     together=together,
     by_class=by_class,
     agreement=agreement,

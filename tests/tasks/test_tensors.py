@@ -23,18 +23,21 @@ from compress.cli import app
 from compress.data.augment import Augmentation
 from compress.data.images import ArrayImages
 from compress.data.mixing import draw_mixes, mix
-from compress.errors import RecipeError
+from compress.errors import CompressError, RecipeError
 from compress.models.architectures import build
 from compress.models.weights import load_weights_
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Augment
+from compress.run import open_run
 from compress.tasks.references import _holds
 from compress.tasks.tensors import squared_error_loss
 from export import predict
 from export.bundle.read import read_bundle
-from export.errors import BundleError
+from export.errors import BundleError, UserError
 from export.gate.__main__ import main as gate_main
 from export.runtime.accuracy import Score, score_files
+from export.runtime.own import open_metric
+from export.runtime.session import open_session
 from export.tasks.tensors import TENSORS, agreement, divergence, nearest_images, show, statistics, together, total
 
 NETWORKS = Path(__file__).parent.parent / "networks.py"
@@ -51,6 +54,14 @@ stages:
   - {{stage: ptq, calibration_images: 64, methods: [minmax]}}
   - {{stage: export, verify_images: 32, limits: {{max_float_fraction: 0.5}}}}
   - {{stage: bench, seconds: 0.05, blocks: 6, batches: [1], threads: [1]}}
+"""
+METRIC = """
+import numpy as np
+from PIL import Image
+
+def likeness(output, path):
+    image = np.asarray(Image.open(path).resize((16, 16))).transpose(2, 0, 1) / 127.5 - 1
+    return {"PSNR dB": 10 * np.log10(4 / np.square(output - image).mean())}
 """
 
 
@@ -174,24 +185,43 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["encoder", "restorer"])
-def done(request: pytest.FixtureRequest, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the whole chain."""
-    folder = tmp_path_factory.mktemp(request.param)
+def ran(kind: str, photos: Path, folder: Path) -> Path:
     torch.manual_seed(0)
-    network = {"encoder": Encoder, "restorer": Restorer}[request.param]()
+    network = {"encoder": Encoder, "restorer": Restorer}[kind]()
     images = torch.from_numpy(load_digits().images[:240, None] / 8 - 1).float().expand(-1, 3, -1, -1)
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None
     network(F.interpolate(images, 16, mode="bilinear"))  # batch-norm's statistics are the data's, as after a training
     save_file(network.state_dict(), folder / "own.safetensors")
-    text = RECIPE.format(networks=NETWORKS, factory=request.param, weights=folder / "own.safetensors")
+    text = RECIPE.format(networks=NETWORKS, factory=kind, weights=folder / "own.safetensors")
+    if kind == "restorer":
+        (folder / "metric.py").write_text(METRIC)
+        text += f"score: {folder}/metric.py:likeness\ntargets: {{max_metric_drop: {{PSNR dB: 9}}}}\n"
     (folder / "own.yaml").write_text(text)
     command = ["run", str(folder / "own.yaml"), "--data", str(photos), "--out", str(folder / "runs"), "--trust-code"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     return folder / "runs" / "own"
+
+
+@pytest.fixture(scope="module")
+def restored(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the whole chain on a network of images, with a metric of its own."""
+    return ran("restorer", photos, tmp_path_factory.mktemp("restorer"))
+
+
+@pytest.fixture(scope="module")
+def encoded(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on an encoder."""
+    return ran("encoder", photos, tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(params=["encoded", "restored"])
+def done(request: pytest.FixtureRequest) -> Path:
+    """Each of them."""
+    found: Path = request.getfixturevalue(request.param)
+    return found
 
 
 def test_a_network_is_cut_quantized_and_proved_without_a_label(done: Path) -> None:
@@ -217,6 +247,61 @@ def test_the_bundle_predicts_and_passes_the_gate_on_its_teachers_outputs(
     assert called(gate_main, *judge, "--update-baseline") == 0, capsys.readouterr().err
     assert called(gate_main, *judge) == 0, capsys.readouterr().err
     assert "explained variance" in capsys.readouterr().out
+
+
+def test_a_metric_of_ones_own_is_reported_limited_and_gated(
+    restored: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], called: Callable[..., int]
+) -> None:
+    report: dict[str, Any] = json.loads((restored / "report.json").read_text())
+    bundle, metric = read_bundle(restored / "bundle"), f"{restored.parent.parent}/metric.py:likeness"
+    (found,) = {row["measures"]["PSNR dB"] for row in report["deployed"] if row["name"] == bundle.served}
+    examples = bundle.examples(photos)
+    session = open_session(bundle.files[bundle.served])
+    by_hand = [
+        open_metric(metric).function(session.run(None, {"input": images})[0][0], path)["PSNR dB"]  # type: ignore[index]
+        for (images, _), path in zip(examples.batches(batch_size=1), examples.paths(), strict=True)
+    ]
+    assert found == pytest.approx(np.mean(by_hand), abs=1e-3)
+    assert report["targets"]["max_metric_drop.PSNR dB"] == 9
+    assert "PSNR dB" in (restored / "report" / "index.html").read_text()
+
+    judge = [restored / "bundle", "--baseline", tmp_path / "b.json", "--data", photos, "--no-latency"]
+    assert called(gate_main, *judge, "--update-baseline", "--score", metric) == 0, capsys.readouterr().err
+    assert called(gate_main, *judge, "--score", metric) == 0
+    assert called(gate_main, *judge) == 2
+    assert "PSNR dB" in capsys.readouterr().out
+    baseline = json.loads((tmp_path / "b.json").read_text())
+    baseline["own"] = {digest: {"PSNR dB": row["PSNR dB"] + 1} for digest, row in baseline["own"].items()}
+    (tmp_path / "b.json").write_text(json.dumps(baseline))
+    assert called(gate_main, *judge, "--score", metric) == 1
+    (restored / "bundle" / "metric.py").write_text(METRIC)
+    assert called(gate_main, *judge, "--score", f"{restored}/bundle/metric.py:likeness") == 2
+    assert "whose code is never run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ("'high'", "must return a number"),
+        ("[1, 2]", "must return a number"),
+        ("1 / 0", "fails on a.png: ZeroDivisionError"),
+    ],
+)
+def test_a_metric_that_gives_no_number_is_named(returned: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "m.py").write_text(f"def mine(output, path):\n    return {returned}\n")
+    with pytest.raises(UserError, match=f"score: mine {said}"):
+        open_metric(f"{tmp_path}/m.py:mine").row(np.zeros(3), Path("a.png"))
+    with pytest.raises(UserError, match="defines no function 'other'"):
+        open_metric(f"{tmp_path}/m.py:other")
+    run = open_run(read_recipe(own_recipe(tmp_path, "score: m.py:mine")), trust_code=False, verbose=False)
+    with pytest.raises(CompressError, match=r"m\.py:mine: measuring it runs that file"):
+        _ = run.own_metric
+
+
+def own_recipe(folder: Path, line: str) -> Path:
+    text = RECIPE.format(networks=NETWORKS, factory="encoder", weights="own.safetensors")
+    (folder / "own.yaml").write_text(text.replace("data: {", "data: {path: x, dataset: imagefolder, ") + line)
+    return folder / "own.yaml"
 
 
 def test_losses_between_classes_are_refused(photos: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from export.runtime.providers import PLAIN, Arithmetic, Runtime, runtime_named
 from export.runtime.rows import Speedup, is_headline
 from export.tasks.task import Classes
 
+METRIC_DROP = "max_metric_drop."  # a metric's name follows
 TOLERANCE = 1e-9  # rounding must not fail a target that is met exactly
 
 
@@ -84,6 +85,10 @@ def measure(report: Report) -> dict[str, Measurement]:
         "max_size_ratio": _size_ratio(teacher, student),
         "max_macs_ratio": _macs_ratio(report),
         "max_latency_ms": Measurement(fast and fast["p50_ms"], here),
+    } | {
+        target: _metric_drop(target.removeprefix(METRIC_DROP), teacher, student)
+        for target in report["targets"]
+        if target.startswith(METRIC_DROP)
     }
 
 
@@ -173,6 +178,14 @@ def _drop(teacher: DeployedRow | None, student: DeployedRow | None) -> Measureme
     return Measurement(teacher["score"] - student["score"], f"{scores} in ONNX Runtime, {student['images']:,} images")
 
 
+def _metric_drop(name: str, teacher: DeployedRow | None, student: DeployedRow | None) -> Measurement:
+    before, after = (row and (row["further"] | row.get("measures", {})).get(name) for row in (teacher, student))
+    if before is None or after is None or student is None:
+        return Measurement(None, f"{name} in ONNX Runtime")
+    values = f"{TEACHER} {significant(before, digits=4)}, {student['name']} {significant(after, digits=4)}"
+    return Measurement(before - after, f"{values}, {student['images']:,} images")
+
+
 def _class_drop(judged: tuple[Classes, str] | None) -> Measurement:
     if judged is None:
         return Measurement(None, "recall of each class in ONNX Runtime")
@@ -215,6 +228,8 @@ def show(target: str, value: float | None) -> str:
     """Return a target's value in its unit: points, times faster, milliseconds, or a fraction."""
     if value is None:
         return "not measured"
+    if target.startswith(METRIC_DROP):
+        return significant(value, digits=3).replace("-", "−")
     if target.endswith("_drop"):
         return f"{100 * value:.2f} points".replace("-", "−")
     if target.endswith("_ms"):

@@ -7,6 +7,7 @@ from typing import Any
 
 from compress.report.judge.parity import mismatches
 from compress.report.judge.verdict import (
+    METRIC_DROP,
     audited_name,
     deployed_name,
     first_and_last,
@@ -113,7 +114,7 @@ def targets(report: Report) -> ReportTable:
     rows = [
         (
             mark(is_met(target, wanted, measured[target].value)),
-            TARGET_TITLES[target],
+            TARGET_TITLES.get(target) or f"Drop of {target.removeprefix(METRIC_DROP)}",
             show(target, measured[target].value),
             f"{limit(target)} {show(target, wanted)}",
             measured[target].conditions,

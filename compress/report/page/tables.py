@@ -22,7 +22,10 @@ def sections(report: Report) -> list[PageSection]:
     return [
         PageSection("Stage by stage", [stages(report)]),
         deployed(report),
-        PageSection("Class by class", [*accuracy(report), *recalls(report), *confusion(report)]),
+        PageSection(
+            "Class by class" if report["classes"] else "Accuracy",
+            [*accuracy(report), *recalls(report), *confusion(report)],
+        ),
         *tables_int8.sections(report),
     ]
 
@@ -100,26 +103,30 @@ def files(report: Report, rows: Sequence[DeployedRow]) -> ReportTable:
 
 
 def accuracy(report: Report) -> list[ReportTable]:
-    """Return every file's score and its task's further metrics, and its score of each class, if the task has one."""
+    """Return every file's score, its further metrics and its score of each class, if the task has any of these."""
     classes, score, digits = report["classes"], summary.score_text(report), summary.decimals(report)
-    if classes is None or judged_classes(report) is None:
+    if classes is not None and judged_classes(report) is None:
         return []
     names = sorted({row["name"] for row in report["deployed"]}, key=summary.order)
     found = [row for name in names if (row := any_row(report, name))]
+    if classes is None and not any(row["further"] or row.get("measures") for row in found):
+        return []
     known = [title for title in found[0]["further"] if {row["further"][title] for row in found} != {None}]
+    measures = list(found[0].get("measures", {}))
     rows = [
         (
             row["name"],
             score(row["score"]),
             interval(row["score_ci95"], digits, 100) if "score_ci95" in row else "",
             *(score(row["further"][name]) for name in known),
+            *(significant(row.get("measures", {}).get(name), digits=4) for name in measures),
         )
         for row in found
     ]
-    columns = ("File", summary.metric_title(report), "95 %", *map(heading, known))
+    columns = ("File", summary.metric_title(report), "95 %", *map(heading, known), *measures)
     note = "Balanced accuracy is the mean recall of the classes: each counts the same, however many images it has."
     tables = [ReportTable("Accuracy", columns, rows, note=note if "balanced accuracy" in known else "")]
-    if "measure" in classes:
+    if classes is not None and "measure" in classes:
         names = sorted(classes["files"], key=summary.order)
         scores = zip(*(classes["files"][name].get("scores", []) for name in names), strict=True)
         each = [(label, *map(score, own)) for label, own in zip(classes["names"], scores, strict=True)]
