@@ -182,7 +182,7 @@ class Targets(Section):
     """Largest fraction of the teacher's multiply-accumulates."""
     max_latency_ms: PositiveFloat | None = None
     """Largest median latency of the deployed file in ms, under the conditions of `min_speedup`."""
-    max_metric_drop: dict[str, NonNegativeFloat] = Field(default={})
+    max_metric_drop: dict[Annotated[str, Field(pattern=r"^\S.*$")], NonNegativeFloat] = Field(default={})
     """Largest loss from the teacher to the deployed file of metrics beside the score, by their name in the report and in their own unit, as `{PSNR dB: 0.2}`."""
 
 

@@ -100,7 +100,7 @@ def _from_json(document: dict[str, Any]) -> Baseline:
         files={name: Facts(**facts) for name, facts in document["files"].items()},
         predictions=None
         if rows is None
-        else predictions_from_json(task_named(document["task"]), classes, rows, document.get("own", {})),
+        else predictions_from_json(task_named(document["task"]), classes, rows, document.get("own")),
         latency=None if latency is None else Recorded(**latency),
     )
 

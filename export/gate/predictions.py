@@ -38,10 +38,15 @@ class Predictions:
 
 
 def predictions_from_json(
-    task: OutputTask, labels: tuple[str, ...], document: dict[str, list[Any]], own: dict[str, dict[str, float]]
+    task: OutputTask,
+    labels: tuple[str, ...],
+    document: dict[str, list[Any]],
+    own: dict[str, dict[str, float]] | None = None,
 ) -> Predictions:
     """Read what `to_json` wrote, and a person's own metrics."""
-    return Predictions(task, labels, {digest: (truth, tuple(row)) for digest, (truth, *row) in document.items()}, own)
+    return Predictions(
+        task, labels, {digest: (truth, tuple(row)) for digest, (truth, *row) in document.items()}, own or {}
+    )
 
 
 def pair(before: Predictions, now: Predictions) -> Comparison | None:

@@ -50,13 +50,12 @@ class OwnMetric:
         if isinstance(found, np.ndarray) and found.ndim == 1:
             found = {f"{self.name} {index}": value for index, value in enumerate(found.tolist())}
         named = found if isinstance(found, Mapping) else {self.name: found}
-        if not named or not all(
-            isinstance(value, Real | np.ndarray) and np.ndim(value) == 0 for value in named.values()
-        ):
+        numbers = {str(name): _number(value) for name, value in named.items()}
+        if not numbers or None in numbers.values():
             raise UserError(
                 f"score: {self.name} must return a number, numbers by name or a 1-D array, got {found!r:.100}"
             )
-        return {str(name): float(value) for name, value in named.items()}
+        return {name: value for name, value in numbers.items() if value is not None}
 
     def table(self, rows: Sequence[Mapping[str, float]]) -> dict[str, Array]:
         """Return the images' numbers (n,) by name; UserError unless every image has the same names."""
@@ -66,6 +65,13 @@ class OwnMetric:
                 f"score: {self.name} must return the same names for every image, got {names} and {list(odd)}"
             )
         return {name: np.array([row[name] for row in rows]) for name in names}
+
+
+def _number(value: object) -> float | None:
+    """Return a number, also one in an array or tensor without axes; None for anything else."""
+    if isinstance(value, Real) or (hasattr(value, "item") and not getattr(value, "shape", True)):
+        return float(value)  # type: ignore[arg-type]
+    return None
 
 
 def open_metric(text: str) -> OwnMetric:
