@@ -145,7 +145,8 @@ def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], Ratio 
         if not runs_here(target):
             return None
         sessions = {name: bind(open_session(file, threads=1), image) for name, file in (("fp32", fp32), ("file", path))}
-        timed = time_sessions(sessions, seconds=LATENCY_SECONDS, blocks=LATENCY_BLOCKS)
+        clock = Conditions(CPU, threads=1, batch=1).clock
+        timed = time_sessions(sessions, seconds=LATENCY_SECONDS, blocks=LATENCY_BLOCKS, clock=clock)
         return speedup(timed["fp32"], timed["file"])
 
     return faster

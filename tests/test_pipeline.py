@@ -27,7 +27,8 @@ from compress.errors import ArtifactError, CompressError
 from compress.logs.stage_log import StageLog
 from compress.pipeline import plan_recipe, run_recipe, run_stage
 from compress.pruning.recovery import reconstruction
-from compress.quant.rows import PtqTarget, TrialRow
+from compress.quant.mixture import Border
+from compress.quant.rows import PtqTarget, SpeedRow, TrialRow
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import QatStage
@@ -37,6 +38,7 @@ from export.bundle.read import read_bundle
 from export.check.findings import check_bundle
 from export.onnx_file.graph import weight_levels
 from export.onnx_file.targets import TARGETS
+from export.runtime.latency import Ratio
 
 RECIPE = """
 name: small
@@ -630,3 +632,28 @@ def test_the_plan_command_imports_no_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path / "small.yaml")], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_a_layer_that_is_faster_in_float_stays_so_in_both_int8_files(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def times(
+        float_file: onnx.ModelProto, integer_file: onnx.ModelProto, **_: object
+    ) -> tuple[list[SpeedRow], list[Border], float]:
+        names = [name.removesuffix("/Conv") for node in float_file.graph.node if (name := node.name).endswith("/Conv")]
+        slow = [SpeedRow(layer=name, float_ms=1, integer_ms=0.5, in_float=False) for name in names]
+        slow[1]["integer_ms"] = 4.0
+        return slow, [], 0.1
+
+    monkeypatch.setattr("compress.quant.mixture.times_of_layers", times)
+    monkeypatch.setattr("compress.stages.ptq.faster_than", lambda *_: lambda _: Ratio(1.2, 1.1, 1.3))
+    assert run(copied, "stages.3.calibration_images=63", "stages.5.limits.max_float_layers=0") == 0
+    found = report(copied)
+    assert found["ptq"] is not None
+    assert found["audit"] is not None
+    (layer,) = (row["layer"] for row in found["ptq"]["targets"]["cpu_avx2"]["speed"] if row["in_float"])
+    for name in ("student_ptq_int8", "student_int8"):
+        assert found["audit"][name]["float_layers"] == [layer]
+        assert found["audit"][name]["reasons"][layer] == "faster in float: 1.000 ms, in integers 4.000"
+    assert "1 stay in float" in (copied / "small" / "report" / "index.html").read_text()

@@ -48,6 +48,15 @@ class TrialRow(TypedDict):
     met: bool
 
 
+class SpeedRow(TypedDict):
+    """A layer's time in the float file and in the file all in integers, with what follows it up to the next layers."""
+
+    layer: str
+    float_ms: float
+    integer_ms: float
+    in_float: bool  # the kept file has it in float for this reason
+
+
 class PtqTarget(TypedDict):
     """INT8 without training on one target's grid; `chosen` is an index into `trials`, which are scored on tuning images.
 
@@ -60,8 +69,14 @@ class PtqTarget(TypedDict):
     trials: list[TrialRow]
     chosen: int
     kept: NotRequired[int]  # missing in older reports
+    speed: NotRequired[list[SpeedRow]]  # empty where layers were not timed
     calibration: Method
     score: float
+
+
+def faster_in_float(found: PtqTarget) -> list[SpeedRow]:
+    """Return the layers that stay in float because they are faster so."""
+    return [row for row in found.get("speed", ()) if row["in_float"]]
 
 
 class Ptq(TypedDict):

@@ -226,6 +226,8 @@ class PtqStage(Section):
     """Largest loss of score against the float student, on 2,000 training images; 0.01 is one point."""
     max_trials: PositiveInt = 12
     """The most files that tuning builds and scores, besides those of other quantizers."""
+    float_where_faster: bool = True
+    """Keep layers in float where that is faster on this machine, borders included, if the whole file is measured faster; qat does the same."""
     score_images: PositiveInt | None = None
     """Validation images for each method's reported score; null takes all. They choose nothing."""
 

@@ -1,6 +1,7 @@
 """Write the ONNX files; audit what the optimizer makes of each, and verify INT8 files against the trained network."""
 
 import itertools
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from compress.logs.stage_log import StageLog
 from compress.models.saved import example_images, load_float, load_prepared
 from compress.quant.prepare import deploy, float_on_purpose, prepare
 from compress.quant.reference import reference_of
+from compress.quant.rows import Ptq, faster_in_float
 from compress.recipe.stages import AuditLimits, ExportStage
 from compress.run import Run
 from compress.scoring import RANGE_IMAGES, export_network, write_float16
@@ -26,12 +28,14 @@ from export.names import (
     LIMITS_JSON,
     NOTES_JSON,
     PREPROCESS,
+    PTQ_JSON,
     RECIPE_KEY,
     VALIDATION,
     VERIFY_JSON,
 )
 from export.onnx_file.graph import save_model
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER, UINT8, deployed, files_in, is_int8, name_for
+from export.onnx_file.targets import Target
 from export.onnx_file.uint8_input import with_uint8_input
 from export.proof.audit import Audit, audit, over_limits
 from export.proof.half import is_finite
@@ -60,12 +64,21 @@ def apply(cfg: ExportStage, src: Path, out: Path, run: Run) -> Metrics:
             log.note_detail(f"{twin}{UINT8}.onnx")
         # ONNX Runtime's CPU optimizer leaves TensorRT's file in float, and TensorRT itself is not here.
         judged = {name, *{PTQ, QAT} & files.keys()} if run.target.name != "tensorrt" else set()
-        over = {file: _over(cfg.limits, file, audits[file], parity.get(file)) for file in sorted(judged)}
+        fast = {
+            file: found for target in run.int8_targets for file, found in _faster_in_float(src, run, target).items()
+        }
+        over = {
+            file: _over(cfg.limits, file, audits[file], parity.get(file), fast=fast.get(file, {}))
+            for file in sorted(judged)
+        }
         _note(log, name, audits[name], parity.get(name), over.get(name, []))
     reasons = _reasons(files, trained, src, run)
     write_json(
         out / AUDIT_JSON,
-        {file: {**found, "reasons": {**found["reasons"], **reasons.get(file, {})}} for file, found in audits.items()},
+        {
+            file: {**found, "reasons": {**found["reasons"], **reasons.get(file, {}), **fast.get(file, {})}}
+            for file, found in audits.items()
+        },
     )
     write_json(out / VERIFY_JSON, {file: found.to_json() for file, found in parity.items()})
     write_json(out / LIMITS_JSON, over)
@@ -136,6 +149,19 @@ def _reasons(
     return found
 
 
+def _faster_in_float(src: Path, run: Run, target: Target) -> dict[str, dict[str, str]]:
+    """Return for each INT8 file of a target why layers stay in float for speed, by layer."""
+    ptq = newest(src, "ptq")
+    if ptq is None:
+        return {}
+    calibrated: Ptq = json.loads((ptq / PTQ_JSON).read_text())
+    reasons = {
+        row["layer"]: f"faster in float: {row['float_ms']:.3f} ms, in integers {row['integer_ms']:.3f}"
+        for row in faster_in_float(calibrated["targets"][target.name])
+    }
+    return {name_for(kind, target, run.target): reasons for kind in (PTQ, QAT)}
+
+
 def _write_float16(cfg: ExportStage, out: Path, run: Run) -> str:
     """Write the FP16 file unless its outputs are not finite; return a note, empty where everything is in float16."""
     path = out / f"{FP16}.onnx"
@@ -178,13 +204,15 @@ def _verify(
     }
 
 
-def _over(limits: AuditLimits, name: str, found: Audit, parity: Verification | None) -> list[str]:
-    """Return a sentence for each limit that a file exceeds."""
+def _over(
+    limits: AuditLimits, name: str, found: Audit, parity: Verification | None, *, fast: Mapping[str, str]
+) -> list[str]:
+    """Return a sentence for each limit that a file exceeds; layers that are float for speed, `fast`, and their borders do not count."""
     over = over_limits(
-        found,
+        {**found, "float_layers": [layer for layer in found["float_layers"] if layer not in fast]},
         max_float_layers=limits.max_float_layers,
-        max_float_fraction=limits.max_float_fraction if is_int8(name) else None,
-        max_leftover_qdq=limits.max_leftover_qdq,
+        max_float_fraction=limits.max_float_fraction if is_int8(name) and not fast else None,
+        max_leftover_qdq=None if fast else limits.max_leftover_qdq,
     )
     if limits.min_agreement is not None and parity is not None and parity.agreement < limits.min_agreement:
         over.append(

@@ -20,8 +20,9 @@ from compress.models.saved import ARCHITECTURE, WEIGHTS, example_images, load_fl
 from compress.quant import neural_compressor_ptq
 from compress.quant.bias_correction import corrected, float_means, images_to_correct_with
 from compress.quant.calibrate import calibrate_, collect, set_ranges_
+from compress.quant.mixture import repaired, said_faster
 from compress.quant.prepare import deploy, heads, prepare
-from compress.quant.rows import Engine, Method, MethodRow, Ptq, PtqTarget, TrialRow
+from compress.quant.rows import Engine, Method, MethodRow, Ptq, PtqTarget, SpeedRow, TrialRow
 from compress.quant.tuning import (
     Trial,
     choose,
@@ -164,10 +165,22 @@ def _on_target(student: Student, target: Target) -> PtqTarget:
     if not any(result["met"] for result in results):
         groups = [group["group"] for group in damage]
         results += until_one_holds(fallback_trials(best, groups, student.cfg.max_trials - len(own)), judge)
-    chosen = choose(results)
+    chosen, speed = choose(results), list[SpeedRow]()
     # Keep an INT8 file even where fp16 was chosen: the file's name says INT8, and later stages compare with it.
     int8 = [index for index, result in enumerate(results) if result["number_format"] == "int8"]
     kept = int8[choose([results[index] for index in int8])]
+    if student.cfg.float_where_faster and runs_here(target):
+        student.log.doing(f"{target.name}: times each layer in float and in integers")
+        base = trial_of(results[kept] if results[kept]["engine"] == "compress" else own[choose(own)])
+        than_kept = faster_than(file_of(trial_of(results[kept]), work), student.run, target)
+        speed, mixed = repaired(base, student.fp32, work, judge)
+        gain = than_kept(file_of(trial_of(mixed), work)) if mixed else None
+        won = bool(mixed and gain and gain.low > 1 and (mixed["met"] or not results[kept]["met"]))
+        student.log.note(f"{target.name}: {said_faster(speed, gain, won=won)}")
+        speed = [{**row, "in_float": row["in_float"] and won} for row in speed]
+        if mixed and won:
+            chosen = len(results) if chosen == kept or mixed["met"] else chosen
+            kept, results = len(results), (*results, mixed)
     shutil.copyfile(file_of(trial_of(results[kept]), work), out / f"{PTQ}.onnx")
     student.log.note(_verdict(student.cfg, target, results, chosen))
     trial = trial_of(results[chosen])
@@ -181,6 +194,7 @@ def _on_target(student: Student, target: Target) -> PtqTarget:
         trials=list(results),
         chosen=chosen,
         kept=kept,
+        speed=speed,
         calibration=best,
         score=reported.score,
     )

@@ -14,7 +14,7 @@ from compress.models.saved import Architecture, load_float, prepare_as, read_arc
 from compress.quant.bias_correction import corrected, images_to_correct_with
 from compress.quant.calibrate import calibrate_
 from compress.quant.prepare import deploy, freeze_batchnorm_, reestimate_batchnorm_, set_phase_
-from compress.quant.rows import Method, Ptq, PtqTarget
+from compress.quant.rows import Method, Ptq, PtqTarget, faster_in_float
 from compress.quant.tuning import Trial, choose, fallback_trials, judge_of, said, trial_of, until_one_holds
 from compress.ranks import first_decides
 from compress.recipe.arguments import qat_fit
@@ -39,7 +39,8 @@ def apply(cfg: QatStage, src: Path, out: Path, run: Run) -> Metrics:
         for target in reversed(run.int8_targets):  # the stage's own metrics are those of the recipe's target, the last
             found = calibrated["targets"][target.name]
             method = cfg.calibration or found["calibration"]
-            result = _skip(cfg, log, target, found) or _Qat(cfg, method, src, run, log, target).train()
+            fast = tuple(row["layer"] for row in faster_in_float(found))
+            result = _skip(cfg, log, target, found) or _Qat(cfg, method, fast, src, run, log, target).train()
             metrics |= {f"{name}_{target.name}": result[name] for name in ("score", "trained")} | result
     return metrics
 
@@ -57,7 +58,7 @@ def _skip(cfg: QatStage, log: StageLog, target: Target, ptq: PtqTarget) -> Metri
         "score": ptq["score"],
         "score_calibrated": ptq["score"],
         "trained": 0,
-        "float_groups": len(trial["keep_float"]),
+        "float_groups": len(trial["keep_float"]) - len(faster_in_float(ptq)),
     }
 
 
@@ -67,6 +68,7 @@ class _Qat:
 
     cfg: QatStage
     method: Method
+    fast: tuple[str, ...]  # layers that are faster in float
     src: Path
     run: Run
     log: StageLog
@@ -76,7 +78,7 @@ class _Qat:
         """Train, keep layers in float where the file loses too much, save the network and return its metrics."""
         cfg, run, target = self.cfg, self.run, self.target
         architecture = replace(
-            read_architecture(self.src), target=target.name, ranges=cfg.ranges, keep_float=cfg.keep_float
+            read_architecture(self.src), target=target.name, ranges=cfg.ranges, keep_float=(*cfg.keep_float, *self.fast)
         )
         model: nn.Module = place_(prepare_as(architecture, self._student()), run.device)
         self.log.doing(f"{target.name}: calibrates")
@@ -107,7 +109,7 @@ class _Qat:
             folder = self.log.out / target.name
             folder.mkdir(exist_ok=True)
             save_network(model, architecture, folder)
-        kept = len(architecture.keep_float)
+        kept = len(architecture.keep_float) - len(self.fast)
         return {**run.evaluate(model), "score_calibrated": before["score"], "trained": 1, "float_groups": kept}
 
     def _calibrated_alone(self, model: nn.Module) -> dict[str, float]:

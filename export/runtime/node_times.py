@@ -3,7 +3,9 @@
 import json
 import tempfile
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +25,15 @@ class NodeTime:
     operator: str
     provider: str
     milliseconds: float  # the median over the runs
+    elements: int = 0  # of its output; 0 if unknown
 
 
-def node_times(model: bytes, *, provider: str = CPU, threads: int = 1, runs: int = 1) -> list[NodeTime]:
+def node_times(
+    model: bytes, *, provider: str = CPU, threads: int = 1, runs: int = 1, each: bool = False
+) -> list[NodeTime]:
     """Run `model` on one black image `runs` times and return its nodes' times; of several runs the first is a warm-up.
 
+    `each`: nodes that the optimizer named alike are not put together, and their times are the least, which other processes disturb least.
     Raises BundleError if the network cannot run.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -43,10 +49,16 @@ def node_times(model: bytes, *, provider: str = CPU, threads: int = 1, runs: int
         except RUNTIME_ERRORS as error:
             raise BundleError(f"input {shape}: the network cannot run on it ({first_line(error)})") from error
         events = json.loads(Path(session.end_profiling()).read_text())
-    found: dict[tuple[str, str, str], list[float]] = {}
+    found: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {}
     for event in events:
         if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
-            name = ADDED.sub("", event["name"].removesuffix("_kernel_time"))
-            key = (name, event["args"]["op_name"], event["args"]["provider"])
-            found.setdefault(key, []).append(event["dur"] / 1e3)
-    return [NodeTime(*key, float(np.median(times[1:] or times))) for key, times in found.items()]
+            name, args = ADDED.sub("", event["name"].removesuffix("_kernel_time")), event["args"]
+            key = (name, args["op_name"], args["provider"], int(args["node_index"]) if each else 0)
+            found.setdefault(key, []).append(event)
+    times = []
+    for (name, operator, where, _), ran in found.items():
+        took = [event["dur"] / 1e3 for event in ran]
+        shapes = [shape for given in ran[0]["args"].get("output_type_shape", [])[:1] for shape in given.values()]
+        milliseconds = min(took) if each else float(np.median(took[1:] or took))
+        times.append(NodeTime(name, operator, where, milliseconds, prod(shapes[0]) if shapes else 0))
+    return times

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from compress.quant.rows import faster_in_float
 from compress.recipe.stages import MOST_FLOAT
 from compress.report.judge.classes import at_chance, worst_first
 from compress.report.numbers import percent, significant, times
@@ -121,10 +122,17 @@ def mostly_float(report: Report, name: str | None) -> str | None:
         or not is_int8(name or "")
         or target_of(report) in TARGET_PROVIDERS
         or in_float(found) <= MOST_FLOAT
+        or is_mixed(report)
     ):
         return None
     layers = len(found["float_layers"])
     return f"{layers} of {layers + len(found['integer_layers'])} layers in float"
+
+
+def is_mixed(report: Report) -> bool:
+    """Tell whether the target's INT8 files have layers in float because they are faster so."""
+    found = report["ptq"]["targets"].get(target_of(report)) if report["ptq"] else None
+    return found is not None and bool(faster_in_float(found))
 
 
 def headline_provider(report: Report) -> str:

@@ -8,7 +8,7 @@ from compress.quant.rows import Ptq, PtqTarget
 from compress.report.judge.gain import stage_metrics, stage_section
 from compress.report.judge.parity import allowed
 from compress.report.judge.recommend import ENGINES
-from compress.report.judge.verdict import TOLERANCE, any_row, audited_name, target_of
+from compress.report.judge.verdict import TOLERANCE, any_row, audited_name, is_mixed, target_of
 from compress.report.numbers import UNKNOWN, loss, percent, points, significant, times
 from compress.report.page import summary
 from compress.report.page.table import PageSection, ReportTable, bar, count, mark, strong
@@ -50,6 +50,7 @@ def calibrated(report: Report) -> Iterator[ReportTable]:
         yield methods(report, report["ptq"], target)
         yield trials(report, report["ptq"], target)
         yield from groups(target, found)
+        yield from speed(target, found)
 
 
 def methods(report: Report, ptq: Ptq, target: str) -> ReportTable:
@@ -130,6 +131,33 @@ def groups(target: str, found: PtqTarget) -> Iterator[ReportTable]:
     if rows:
         columns = ("Layer", "", "KL", "Points lost")
         yield ReportTable(f"Most sensitive layers · {target}", columns, rows, text=(0, 1), note=note)
+
+
+def speed(target: str, found: PtqTarget) -> Iterator[ReportTable]:
+    """Yield the table of the layers' times in float and in integers, if layers were timed; the greatest difference first."""
+    timed = sorted(found.get("speed", ()), key=lambda row: row["float_ms"] - row["integer_ms"])
+    rows = [
+        (row["layer"], f"{row['float_ms']:.3f}", f"{row['integer_ms']:.3f}", "float" if row["in_float"] else "integers")
+        for row in timed
+    ]
+    slower, count_ = sum(row["float_ms"] < row["integer_ms"] for row in timed), sum(row["in_float"] for row in timed)
+    note = (
+        f"{slower} of {len(timed)} layers are faster in float; "
+        + (
+            f"{count_} stay in float, chosen together with the borders between them."
+            if count_
+            else "no file with some of them in float was faster by more than the noise."
+        )
+        + " A layer's time has what follows it up to the next layers; one thread, one image."
+    )
+    if rows:
+        yield ReportTable(
+            f"Float or integers, by layer · {target}",
+            ("Layer", "Float ms", "Integer ms", "Chosen"),
+            rows,
+            text=(0, 3),
+            note=note,
+        )
 
 
 def parity(report: Report, name: str, row: VerifyRow) -> ReportTable:
@@ -238,6 +266,8 @@ def _limit(report: Report, name: str | None, key: str) -> float | None:
     """Return one of the export stage's limits; None unless the file is the deployed one."""
     section = stage_section(report, "export")
     if section is None or name is None or name != audited_name(report):
+        return None
+    if key in LIMITS and is_mixed(report):
         return None
     limit: float | None = section["limits"][key]
     return limit
