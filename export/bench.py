@@ -20,7 +20,7 @@ from export.images.size import Size, size_of
 from export.onnx_file.model_file import MAX_IMAGE_SIZE
 from export.onnx_file.roles import FP32
 from export.onnx_file.targets import CPU
-from export.runtime.accuracy import accuracy, score_elsewhere, score_files
+from export.runtime.accuracy import accuracy, accuracy_elsewhere, score_elsewhere, score_files
 from export.runtime.cuda_options import describe
 from export.runtime.environment import environment
 from export.runtime.latency import MIN_BLOCKS
@@ -41,14 +41,8 @@ def measure(bundle: Bundle, arguments: argparse.Namespace) -> BenchJson:
         scores = score_files(bundle.files, examples.batches(), bundle.task, progress=print_live)
         reference = scores[FP32 if FP32 in scores else min(scores)]
         scored = accuracy(scores, reference=reference)
-        elsewhere = score_elsewhere(
-            bundle.files,
-            examples.batches,
-            bundle.task,
-            providers=providers,
-            reference=reference,
-            progress=print_live,
-        )
+        others = score_elsewhere(bundle.files, examples.batches, bundle.task, providers=providers, progress=print_live)
+        elsewhere = accuracy_elsewhere(dict(others), reference=reference)
     plan = BenchPlan(
         batches=arguments.batches,
         threads=arguments.threads,

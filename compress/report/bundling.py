@@ -38,6 +38,7 @@ from export.onnx_file.model_file import inspect
 from export.onnx_file.roles import FP16, FP32, PTQ, QAT, deployed, files_in, name_for
 from export.onnx_file.targets import CPU, TARGETS, Target, resolve_target
 from export.onnx_file.uint8_input import with_uint8_input
+from export.runtime.providers import PROVIDERS
 from export.serving.triton import Kind, Serving, answering_repository, share
 from export.signature import sign
 from export.tasks import TASKS
@@ -90,6 +91,9 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
         metrics=metrics_of(report, files, json.loads((exported / AUDIT_JSON).read_text())),
         documents={name: text.encode() for name, text in texts.items()} | further,
         validation=(exported / VALIDATION).read_text().splitlines(),
+        providers=[
+            key for key, row in PROVIDERS.items() if any(one["provider"] == row.name for one in report["deployed"])
+        ],
     )
 
 

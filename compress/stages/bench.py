@@ -16,13 +16,13 @@ from export.command.files import write_json
 from export.images.decode import BrokenImage
 from export.images.size import size_of
 from export.names import AUDIT_JSON, BENCH_JSON, EXAMPLES_NPZ, GOLDEN_NPZ
-from export.onnx_file.roles import FP32, PTQ, TEACHER, deployed, files_in, is_int8
-from export.runtime.accuracy import accuracy, predictions_of, score_elsewhere, score_files
+from export.onnx_file.roles import FP32, PTQ, SERVED, TEACHER, deployed, files_in, is_int8
+from export.runtime.accuracy import accuracy, accuracy_elsewhere, predictions_of, score_elsewhere, score_files
 from export.runtime.end_to_end import EndToEnd, end_to_end
 from export.runtime.environment import environment
 from export.runtime.measure import BenchPlan, bench
-from export.runtime.providers import present
-from export.runtime.rows import metric_json
+from export.runtime.providers import PLAIN, present
+from export.runtime.rows import file_in, metric_json
 
 DRAWN = 4  # images that the report shows with their predictions
 WHOLE = 8  # images that are timed from their bytes to the prediction
@@ -41,14 +41,8 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
         folders = _folders(run.dataset.held_out)
         scores = accuracy(scored, reference=scored[FP32], folders=folders)
         providers = present(cfg.providers)
-        elsewhere = score_elsewhere(
-            files,
-            lambda: as_numpy(run.feed.validation()),
-            task,
-            providers=providers,
-            reference=scored[FP32],
-            folders=folders,
-        )
+        others = score_elsewhere(files, lambda: as_numpy(run.feed.validation()), task, providers=providers)
+        elsewhere = dict(others)
         # Their times and scores decide in the report which of the INT8 files is served.
         rivals = [path for file, path in files.items() if file in (TEACHER, name, PTQ)]
         _write_examples(out / EXAMPLES_NPZ, rivals, exported, run)
@@ -57,6 +51,7 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
         sizes = [size_of(size) for size in cfg.image_sizes]
         plan = BenchPlan(cfg.batches, cfg.threads, sizes, providers, cfg.seconds, cfg.blocks, run.recipe.seed)
         measured = bench(files, plan, target=run.target.name, progress=log.note_detail)
+    every = {PLAIN: scored, **elsewhere}
     found = json.loads((exported / AUDIT_JSON).read_text())[name]
     floats = {layer: found["reasons"].get(layer, "for no known reason") for layer in found["float_layers"]}
     notes = seen_without_label(run)
@@ -70,9 +65,11 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
         {
             "metric": metric_json(task.metric),
             "accuracy": scores,
-            "accuracy_elsewhere": elsewhere,
+            "accuracy_elsewhere": accuracy_elsewhere(elsewhere, reference=scored[FP32], folders=folders),
             "classes": task.by_class(
-                {file: found.rows for file, found in scored.items()}, run.dataset.classes, (TEACHER, name, PTQ)
+                {file_in(file, at): one.rows for at, found in every.items() for file, one in found.items()},
+                run.dataset.classes,
+                (TEACHER, name, PTQ, *(file_in(file, at) for at in elsewhere for file in SERVED)),
             ),
             "timings": measured.timings,
             "end_to_end": whole,

@@ -6,19 +6,22 @@ a time. Elsewhere kernels sum in another order, and ties between levels may roun
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import DTypeLike, NDArray
 
 from export.bundle.inside import Json, contained, get
 from export.errors import BundleError
 from export.images.preprocess import Preprocess
 from export.names import MANIFEST, SUMS
+from export.onnx_file.graph import rounded, rounded_values
 from export.runtime.environment import runtime
+from export.runtime.providers import PLAIN, Runtime
 from export.runtime.session import DTYPES, open_session
 from export.tasks.task import OutputTask
 
@@ -30,6 +33,9 @@ WIDEST = {"fp32": 1e-3, "fp16": 0.1, "int8": 0.25}
 # For INT8 also in changes by noise of half a pixel's level, which rounds about as many values the other way as another runtime does: on
 # 897 digits and two networks OpenVINO's largest difference was 0.7 to 1.4 times the largest change of NOISY images.
 CHANGES, NOISY = 2, 32
+# In bf16 and TF32 also in changes by rounding the file's constants and inputs to it, computed in the CPU provider's f32: activations round as
+# often, by as much (docs/decisions.md).
+COARSE = 1.0  # the most that is allowed there
 
 
 @dataclass(frozen=True)
@@ -42,25 +48,41 @@ class Golden:
     outputs: dict[str, NDArray[np.float32]]  # (n, ...) each
     tolerance: dict[str, float]
     made_with: Json  # empty in older bundles
+    elsewhere: dict[str, dict[str, float]] = field(default_factory=dict)  # tolerances by runtime, then file
 
-    def differing(self, name: str, outputs: NDArray[np.generic]) -> list[int]:
-        """Return the indices of images whose `outputs` (n, ...) differ from those of the file `name` by more than its tolerance."""
+    def differing(self, name: str, outputs: NDArray[np.generic], allowed: float | None = None) -> list[int]:
+        """Return the indices of images whose `outputs` (n, ...) differ from a file's by more than `allowed`, by default its tolerance."""
+        allowed = self.tolerance[name] if allowed is None else allowed
         apart = np.abs(outputs.astype(np.float64) - self.outputs[name]).reshape(len(outputs), -1).max(axis=1)  # (n,)
-        return [int(index) for index in np.flatnonzero(~(apart <= self.tolerance[name]))]  # NaN differs
+        return [int(index) for index in np.flatnonzero(~(apart <= allowed))]  # NaN differs
 
 
-def outputs_of(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+def outputs_of(model: Path | bytes, inputs: NDArray[np.float32], runs_in: Runtime = PLAIN) -> NDArray[np.float32]:
     """Return a file's outputs (n, ...) for `inputs` (n, channels, height, width), one image at a time on one CPU thread."""
-    session = open_session(path, threads=1)
+    session = open_session(model, threads=1, runs_in=runs_in)
     (given,) = session.get_inputs()
     images = inputs.astype(DTYPES[given.type], copy=False)
     return np.concatenate([session.run(None, {given.name: image[None]})[0] for image in images]).astype(np.float32)
 
 
 def tolerance_of(
-    path: Path, precision: str, inputs: NDArray[np.float32], outputs: NDArray[np.float32], preprocess: Preprocess
+    path: Path,
+    precision: str,
+    inputs: NDArray[np.float32],
+    outputs: NDArray[np.float32],
+    preprocess: Preprocess,
+    runs_in: Runtime = PLAIN,
 ) -> float:
-    """Return by how much an output value of a file may differ on another correct machine; `outputs` are this one's for `inputs`."""
+    """Return by how much an output value of a file may differ in a provider of another correct machine.
+
+    `outputs` are this machine's CPU provider's for `inputs`.
+    """
+    if runs_in.bits < PLAIN.bits:
+        coarse = outputs_of(
+            rounded(onnx.load(path), runs_in.bits).SerializeToString(), rounded_values(inputs, runs_in.bits)
+        )
+        own = tolerance_of(path, precision, inputs, outputs, preprocess)
+        return max(own, min(COARSE * spread(outputs), CHANGES * float(np.abs(coarse - outputs).max())))
     most = WIDEST[precision] * spread(outputs)
     if precision != "int8":
         return most
@@ -84,8 +106,11 @@ def make_golden(
     inputs: NDArray[np.float32],
     truths: NDArray[Any],
     preprocess: Preprocess,
+    elsewhere: Sequence[Runtime] = (),
 ) -> Golden:
     """Return the golden arrays of `files` (name to path and precision), run on this machine.
+
+    Also runs them `elsewhere`, for tolerances as tight as the distances that are found there; none where the outputs are too far away.
 
     Raises BundleError if an output is not finite.
     """
@@ -96,8 +121,19 @@ def make_golden(
     tolerance = {
         name: tolerance_of(path, kind, inputs, outputs[name], preprocess) for name, (path, kind) in files.items()
     }
-    rounded = {name: float(f"{value:.3g}") for name, value in tolerance.items()}
-    return Golden(images, inputs, truths, outputs, rounded, runtime())
+    found: dict[str, dict[str, float]] = {}
+    for runs_in in elsewhere:
+        for name, (path, kind) in files.items():
+            apart = float(np.abs(outputs_of(path, inputs, runs_in) - outputs[name]).max())
+            most = tolerance_of(path, kind, inputs, outputs[name], preprocess, runs_in)
+            if apart <= most:
+                found.setdefault(runs_in.key, {})[name] = _short(min(most, max(tolerance[name], CHANGES * apart)))
+    short = {name: _short(value) for name, value in tolerance.items()}
+    return Golden(images, inputs, truths, outputs, short, runtime(), found)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def write_arrays(folder: Path, golden: Golden) -> None:
@@ -149,12 +185,17 @@ def read_golden(
             f"{where}.truths: must be of 1 to {MAX_GOLDEN} images, got {len(values)}", defect="bad_content"
         )
     truths = task.truths(values, output)
-    if set(tolerance) != set(names) or not all(
-        type(one) is float and 0 <= one < math.inf for one in tolerance.values()
-    ):
-        raise BundleError(
-            f"{where}.tolerance: must be a number >= 0 for each file, got {tolerance!r:.200}", defect="bad_content"
-        )
+    elsewhere = get({"elsewhere": {}} | listed, where, "elsewhere", dict)
+    for given in (tolerance, *elsewhere.values()):
+        whole = given is not tolerance or set(given) == set(names)
+        if not (
+            isinstance(given, dict)
+            and whole
+            and all(type(one) is float and 0 <= one < math.inf for one in given.values())
+        ):
+            raise BundleError(
+                f"{where}.tolerance: must be a number >= 0 for each file, got {given!r:.200}", defect="bad_content"
+            )
 
     def array(name: str, dtype: type[np.generic], *shape: int) -> NDArray[Any]:
         file = f"{FOLDER}/{name}.npy"
@@ -167,7 +208,7 @@ def read_golden(
     inputs = array(INPUTS, np.float32, channels, height, width)
     outputs = {name: array(name, np.float32, *output) for name in names}
     made_with = get({"made_with": {}} | listed, where, "made_with", dict)
-    return Golden(images, inputs, truths, outputs, tolerance, made_with)
+    return Golden(images, inputs, truths, outputs, tolerance, made_with, elsewhere)
 
 
 def check_inputs(golden: Golden, preprocess: Preprocess) -> None:

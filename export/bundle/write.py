@@ -17,6 +17,7 @@ from export.errors import BundleError
 from export.images.listing import check_lengths, is_label
 from export.names import LABELS, MANIFEST, PREPROCESS, RECIPE_KEY, SUMS, VALIDATION
 from export.onnx_file.model_file import ModelFile, inspect
+from export.runtime.providers import PLAIN, runtimes
 from export.serving.protocol import write_kserve, write_requests
 from export.serving.triton import Serving, write_repositories
 from export.tasks import task_named
@@ -27,7 +28,8 @@ class Contents:
     """The contents of a bundle to write.
 
     `files` are the models by name; `metrics` has each file's score and agreement. `images` (n, height, width, channels) and `truths`
-    (n, ...) are the golden ones, `validation` has the digests of the validation images. `documents` are further files by path.
+    (n, ...) are the golden ones, `validation` has the digests of the validation images. `documents` are further files by path,
+    `providers` (keys of PROVIDERS) those in which the golden inputs run too, where this machine has them.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Contents:
     metrics: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     documents: Mapping[str, bytes] = field(default_factory=dict)
     validation: Sequence[str] = ()
+    providers: Sequence[str] = ()
 
 
 def write_bundle(out: Path, contents: Contents) -> None:
@@ -96,7 +99,14 @@ def fill(folder: Path, contents: Contents) -> None:
     preprocess = preprocess_of(contents.preprocess)
     inputs = preprocess.normalize(contents.images)
     models = {name: (folder / f"{name}.onnx", fact.precision) for name, fact in facts.items()}
-    golden = make_golden(models, contents.images, inputs, contents.truths, preprocess)
+    golden = make_golden(
+        models,
+        contents.images,
+        inputs,
+        contents.truths,
+        preprocess,
+        [one for one in runtimes(contents.providers) if one != PLAIN],
+    )
     write_arrays(folder, golden)
     write_text(folder / MANIFEST, json_text(manifest(folder, contents, facts, golden)))
     write_serving(folder, contents, facts, golden)
@@ -148,6 +158,7 @@ def manifest(folder: Path, contents: Contents, facts: Mapping[str, ModelFile], g
             "truths": task_named(contents.task).truths_json(golden.truths),
             "tolerance": golden.tolerance,
             "made_with": golden.made_with,
+            **({"elsewhere": golden.elsewhere} if golden.elsewhere else {}),
         },
     }
 

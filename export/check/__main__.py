@@ -6,6 +6,7 @@ from pathlib import Path
 
 from export.check.findings import Problem, check_bundle
 from export.command.main import run
+from export.runtime.providers import add_arguments, asked
 
 BROKEN = 3  # exit code
 
@@ -19,7 +20,7 @@ def as_text(path: Path, findings: list[Problem]) -> str:
 
 def print_findings(arguments: argparse.Namespace) -> int:
     """Print a line for each finding."""
-    _, findings = check_bundle(arguments.bundle)
+    _, findings = check_bundle(arguments.bundle, asked(arguments))
     sys.stdout.write(as_text(arguments.bundle, findings))
     return BROKEN if findings else 0
 
@@ -28,6 +29,7 @@ def main() -> int:
     """List all problems of a bundle; exit with 3 if there are any."""
     parser = argparse.ArgumentParser(prog="python -m export.check", description=main.__doc__)
     parser.add_argument("bundle", type=Path)
+    add_arguments(parser)
     return run(parser, print_findings)
 
 

@@ -11,6 +11,7 @@ from export.bundle.sandbox import vet
 from export.check.promises import broken_promises, other_answers
 from export.errors import BundleError, Defect
 from export.names import LABELS, SIGNATURE, SUMS
+from export.runtime.providers import PLAIN, Runtime
 from export.serving.triton import answering_model
 
 
@@ -22,10 +23,10 @@ class Problem:
     sentence: str
 
 
-def check_bundle(path: Path) -> tuple[Bundle | None, list[Problem]]:
+def check_bundle(path: Path, runs_in: Runtime = PLAIN) -> tuple[Bundle | None, list[Problem]]:
     """Return the bundle and no findings, or None and all findings; a broken bundle raises nothing.
 
-    Model files are opened in the sandbox first. Raises BundleError if this machine's ONNX Runtime cannot judge them.
+    Golden inputs run on the CPU and in `runs_in`. Model files are opened in the sandbox first. Raises BundleError if this machine's ONNX Runtime cannot judge them.
     """
     amiss: dict[str, BundleError] = {}  # by sentence, since one cause can show up twice
 
@@ -44,7 +45,7 @@ def check_bundle(path: Path) -> tuple[Bundle | None, list[Problem]]:
     if bundle is not None:
         tried(note, note_all, other_answers(bundle))
         for name in bundle.files:
-            tried(note, note_all, broken_promises(bundle, name))
+            tried(note, note_all, broken_promises(bundle, name, runs_in))
     findings = [Problem(error.defect, sentence) for sentence, error in amiss.items()]
     return (None if findings else bundle), findings
 

@@ -14,6 +14,7 @@ from export.gate.latency import Plan
 from export.gate.outputs import as_json, as_junit, as_text
 from export.gate.subject import BrokenBundleError
 from export.runtime.own import open_metric
+from export.runtime.providers import add_arguments, asked
 
 EXITS = "exit code 0: pass, 1: regression, 2: this run cannot tell, 3: broken bundle"
 
@@ -36,6 +37,7 @@ def judge_or_accept(arguments: argparse.Namespace) -> int:
         looks=arguments.looks,
         threads=arguments.threads,
         batch=arguments.batch,
+        runs_in=asked(arguments),
     )
     own = None
     if arguments.score is not None:
@@ -53,6 +55,7 @@ def judge_or_accept(arguments: argparse.Namespace) -> int:
                 limits=limits,
                 plan=plan,
                 own=own,
+                file=arguments.file,
                 progress=print_live,
                 notice=lambda sentence: print(sentence, file=sys.stderr, flush=True),  # noqa: T201
             )
@@ -71,6 +74,7 @@ def judge_or_accept(arguments: argparse.Namespace) -> int:
         limits=limits,
         plan=plan,
         own=own,
+        file=arguments.file,
         progress=print_live,
     )
     print_live("")
@@ -126,6 +130,8 @@ def parser() -> argparse.ArgumentParser:
         "--threads", type=int, default=Plan.threads, help="CPU threads; without --against, as the baseline was timed"
     )
     found.add_argument("--batch", type=int, default=Plan.batch, help="images per run; likewise")
+    found.add_argument("--file", metavar="NAME", help="the file to judge, by default the one that the bundle serves")
+    add_arguments(found)
     found.add_argument("--junit", type=Path, help="also write the checks as JUnit XML")
     found.add_argument("--json", type=Path, help="also write as_json")
     return found

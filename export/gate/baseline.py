@@ -11,6 +11,7 @@ from export.gate.facts import Facts
 from export.gate.latency import Recorded
 from export.gate.predictions import Predictions, predictions_from_json
 from export.runtime.environment import fingerprint
+from export.runtime.providers import PLAIN, PROVIDERS, Arithmetic, Runtime, runtime_named
 from export.tasks import task_named
 
 BASELINE_VERSION = 2
@@ -31,6 +32,13 @@ class Baseline:
     latency: Recorded | None = None
     data: str | None = None
     predictions: Predictions | None = None
+    provider: str = PLAIN.provider.name  # in which it was scored and timed; both are missing in older baselines
+    arithmetic: Arithmetic = "f32"
+
+    @property
+    def runs_in(self) -> Runtime:
+        """The provider and the arithmetic that recorded it."""
+        return runtime_named(self.provider, self.arithmetic)
 
     @property
     def runtime(self) -> str | None:
@@ -49,29 +57,61 @@ def runtime_of(environment: dict[str, Any]) -> str | None:
     return versions.get("onnxruntime-gpu") or versions.get("onnxruntime")
 
 
-def find_baseline(place: Path, machine: str) -> Path:
+def name_of(machine: str, runs_in: Runtime) -> str:
+    """Return the file of a machine's baseline in a provider and an arithmetic."""
+    return f"{machine}{_ending(runs_in)}"
+
+
+def _ending(runs_in: Runtime) -> str:
+    words = [] if runs_in == PLAIN else [runs_in.provider.key, *(["bf16"] if runs_in.arithmetic == "bf16" else [])]
+    return f"{'.' * bool(words)}{'-'.join(words)}.json"
+
+
+def find_baseline(place: Path, machine: str, runs_in: Runtime = PLAIN) -> Path:
     """Return `place` itself if it is a file, else this machine's file in the folder, else the first of another machine.
 
-    Raises BundleError if there is none.
+    In a folder only the provider's own count. Raises BundleError if there is none.
     """
     if not place.is_dir():
         if not place.is_file():
             raise BundleError(f"{place}: no such baseline: record one with --update-baseline")
         return place
-    own = place / f"{machine}.json"
-    found = [own] if own.is_file() else sorted(place.glob("*.json"))
+    own = place / name_of(machine, runs_in)
+    others = tuple(_ending(Runtime(row, one)) for row in PROVIDERS.values() for one in ("f32", "bf16"))[1:]
+    ending, names = _ending(runs_in), sorted(place.glob("*.json"))
+    found = [
+        path for path in names if path.name.endswith(ending) and (runs_in != PLAIN or not path.name.endswith(others))
+    ]
+    found = [own] if own.is_file() else found
     if not found:
-        raise BundleError(f"{place}: has no baseline: record one with --update-baseline")
+        where = "" if runs_in == PLAIN else f" in {runs_in}"
+        raise BundleError(f"{place}: has no baseline{where}: record one with --update-baseline")
     return found[0]
 
 
 def check_own(was: Baseline, now: Baseline) -> None:
-    """Raise BundleError for another bundle's baseline: of another task, or of another name with other classes."""
+    """Raise BundleError for a baseline of another provider or arithmetic, of another task, or of another name with other classes."""
+    if was.runs_in != now.runs_in:
+        raise BundleError(
+            f"the baseline was recorded in {was.runs_in}, and this run is in {now.runs_in}: {said(was.runs_in)}, or record one with "
+            "--update-baseline"
+        )
     if was.task != now.task or (was.bundle != now.bundle and was.classes != now.classes):
         raise BundleError(
             f"the baseline is of another bundle, {was.bundle} ({was.task}, {len(was.classes)} classes), and this one is {now.bundle} "
             f"({now.task}, {len(now.classes)} classes): give its own, or record it with --update-baseline"
         )
+
+
+def said(runs_in: Runtime) -> str:
+    """Return the options that mean a provider and an arithmetic."""
+    return f"give --provider {runs_in.provider.key} --arithmetic {runs_in.arithmetic}"
+
+
+def require_baseline(path: Path) -> None:
+    """Raise BundleError for a file that is there and is no baseline, so that none is written over it."""
+    if path.exists():
+        read_baseline(path)
 
 
 def read_baseline(path: Path) -> Baseline:
@@ -102,6 +142,7 @@ def _from_json(document: dict[str, Any]) -> Baseline:
         if rows is None
         else predictions_from_json(task_named(document["task"]), classes, rows, document.get("own")),
         latency=None if latency is None else Recorded(**latency),
+        **{key: document[key] for key in ("provider", "arithmetic") if key in document},
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from export.errors import BundleError
-from export.gate.baseline import Baseline, find_baseline, read_baseline, write_baseline
+from export.gate.baseline import Baseline, find_baseline, name_of, read_baseline, require_baseline, write_baseline
 from export.gate.checks import Limits, Verdict
 from export.gate.latency import Plan, opener, record, self_test
 from export.gate.predictions import predict_all
@@ -28,15 +28,16 @@ def judge(
     limits: Limits,
     plan: Plan,
     own: OwnMetric | None = None,
+    file: str | None = None,
     progress: Progress = lambda _: None,
 ) -> Verdict:
     """Judge the bundle against a baseline (a file, or a folder of them) or an old bundle; with both, speed is judged against the latter.
 
-    Raises BundleError for any problem that is not the bundle's.
+    `file` is judged, by default the served one. Raises BundleError for any problem that is not the bundle's.
     """
-    old = None if against is None else open_old(against)
+    old = None if against is None else open_old(against, plan, file)
     if baseline is not None:
-        was = read_baseline(find_baseline(baseline, fingerprint(environment())))
+        was = read_baseline(find_baseline(baseline, fingerprint(environment()), plan.runs_in))
     elif old is not None:
         was = accept(old, data, replace(limits, max_latency_ratio=None), plan, own, progress)
     else:
@@ -45,13 +46,13 @@ def judge(
         raise BundleError(
             f"{against}: its {was.served} is not the baseline's: give the bundle that was recorded, or no baseline"
         )
-    return gate(bundle, was, old=old, data=data, limits=limits, plan=plan, own=own, progress=progress)
+    return gate(bundle, was, old=old, data=data, limits=limits, plan=plan, file=file, own=own, progress=progress)
 
 
-def open_old(path: Path) -> Subject:
+def open_old(path: Path, plan: Plan, file: str | None) -> Subject:
     """Open the old bundle; if it is broken, that is not the new bundle's verdict."""
     try:
-        return open_subject(path)
+        return open_subject(path, plan.runs_in, file)
     except BrokenBundleError as error:
         raise BundleError(f"{path}: is not a sound bundle to judge against ({error})") from error
 
@@ -64,17 +65,23 @@ def update(
     limits: Limits,
     plan: Plan,
     own: OwnMetric | None = None,
+    file: str | None = None,
     progress: Progress = lambda _: None,
     notice: Progress = lambda _: None,
 ) -> tuple[Path, tuple[str, ...]]:
-    """Record the bundle as this machine's baseline; return the path, in a folder named by the machine, and notes on the images.
+    """Record the bundle as this machine's baseline; return the path, in a folder named by machine and provider, and notes on the images.
 
     Raises BrokenBundleError for a broken bundle, BundleError for a machine unfit for timing and for data that do not fit.
     """
     if data is None and limits.min_score_ratio is not None:
         raise BundleError("no images to record predictions on: give --data, or leave accuracy out (--no-accuracy)")
-    accepted = accept(open_subject(bundle), data, limits, plan, own, progress, notice)
-    path = baseline if baseline.suffix == ".json" else baseline / f"{accepted.fingerprint}.json"
+    in_folder = baseline / name_of(fingerprint(environment()), plan.runs_in)
+    path = baseline if baseline.suffix == ".json" else in_folder
+    require_baseline(path)
+    if limits.max_latency_ratio is not None:
+        seconds = 4 * plan.looks * plan.seconds  # two files in each look, for the machine's fitness and for the record
+        notice(f"timing takes {seconds:.0f} s and an idle machine: on a busy one, leave it out with --no-latency")
+    accepted = accept(open_subject(bundle, plan.runs_in, file), data, limits, plan, own, progress)
     write_baseline(path, accepted)
     return path, accepted.predictions.notes if accepted.predictions else ()
 
@@ -91,7 +98,6 @@ def accept(
     plan: Plan,
     own: OwnMetric | None = None,
     progress: Progress = lambda _: None,
-    notice: Progress = lambda _: None,
 ) -> Baseline:
     """Return the bundle as this machine's baseline, with predictions if there are `data`, and times if latency has a limit.
 
@@ -106,8 +112,6 @@ def accept(
                 "with --against"
             )
         served = opener(subject.served, subject.bundle.preprocess, plan)
-        seconds = 4 * plan.looks * plan.seconds  # two files in each look, for the machine's fitness and for the record
-        notice(f"timing takes {seconds:.0f} s and an idle machine: on a busy one, leave it out with --no-latency")
         progress("timing the file against itself")
         fit = self_test(served, plan, limits.max_latency_ratio)
         if fit.status != "pass":
@@ -115,6 +119,8 @@ def accept(
         progress(f"timing {subject.now.served} beside {reference}")
         other = opener(subject.bundle.files[reference], subject.bundle.preprocess, plan)
         latency = record(served, other, plan, name=reference)
-    predictions = None if data is None else predict_all(subject.bundle, subject.now.served, data, own)
+    predictions = None
+    if data is not None:
+        predictions = predict_all(subject.bundle, subject.now.served, data, own, runs_in=plan.runs_in)
     place = None if data is None else data.resolve().as_posix()
     return replace(subject.now, data=place, predictions=predictions, latency=latency)

@@ -12,6 +12,7 @@ from export.errors import BundleError
 from export.gate.checks import Check, Status
 from export.images.preprocess import Preprocess
 from export.runtime.latency import MIN_BLOCKS, Floats, Ratio, Timing, change, median_ratio, time_sessions
+from export.runtime.providers import PLAIN, Runtime
 from export.runtime.session import Run, bind, open_session
 
 Opener = Callable[[], Run]
@@ -23,7 +24,7 @@ ALONE = Ratio(1.0, 1.0, 1.0)  # the earlier ratio, if none was recorded
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to measure. Each look adds blocks of newly opened sessions; looks are added until the result is clear."""
+    """Where and how long to measure. Each look adds blocks of newly opened sessions; looks are added until the result is clear."""
 
     seconds: float = 1.0  # for each file in each look
     blocks: int = 20
@@ -32,6 +33,7 @@ class Plan:
     batch: int = 1
     seed: int = 0
     clock: Callable[[], float] = time.perf_counter
+    runs_in: Runtime = PLAIN
 
     def __post_init__(self) -> None:
         """Raise BundleError for a plan that cannot measure."""
@@ -62,7 +64,7 @@ class Recorded:
 def opener(path: Path, preprocess: Preprocess, plan: Plan) -> Opener:
     """Return the opener of a file, with images of noise that are the same for every file."""
     images = np.random.default_rng(plan.seed).standard_normal((plan.batch, *preprocess.shape), dtype=np.float32)
-    return lambda: bind(open_session(path, threads=plan.threads), images)
+    return lambda: bind(open_session(path, threads=plan.threads, runs_in=plan.runs_in), images)
 
 
 def looks(openers: Mapping[str, Opener], plan: Plan) -> Iterator[dict[str, Timing]]:

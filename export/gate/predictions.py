@@ -10,6 +10,7 @@ from export.bundle.read import Bundle
 from export.errors import BundleError
 from export.runtime.accuracy import score_files
 from export.runtime.own import OwnMetric
+from export.runtime.providers import PLAIN, Runtime
 from export.tasks.task import Array, Comparison, OutputTask
 
 
@@ -55,14 +56,16 @@ def pair(before: Predictions, now: Predictions) -> Comparison | None:
     return now.task.compare(before.table(both), now.table(both), now.labels) if both else None
 
 
-def predict_all(bundle: Bundle, file: str, data: Path, own: OwnMetric | None = None) -> Predictions:
+def predict_all(
+    bundle: Bundle, file: str, data: Path, own: OwnMetric | None = None, *, runs_in: Runtime = PLAIN
+) -> Predictions:
     """Run one file of the bundle on every image of `data`; duplicate images count once.
 
     Raises BundleError for data that do not fit the bundle, and where a person's own metric is not finite.
     """
     examples = bundle.examples(data)
-    paths = examples.paths() if own else []
-    found = score_files({file: bundle.files[file]}, examples.batches(), bundle.task, own=own, paths=paths)[file]
+    paths, one = examples.paths() if own else [], {file: bundle.files[file]}
+    found = score_files(one, examples.batches(), bundle.task, runs_in=runs_in, own=own, paths=paths)[file]
     if bad := [name for name, values in found.own.items() if not np.isfinite(values).all()]:
         raise BundleError(
             f"--score: {bad[0]} of {file} is not finite on {paths[int(np.argmin(np.isfinite(found.own[bad[0]])))]}"

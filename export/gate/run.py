@@ -32,6 +32,7 @@ def gate(
     limits: Limits,
     plan: Plan,
     own: OwnMetric | None = None,
+    file: str | None = None,
     progress: Progress = lambda _: None,
 ) -> Verdict:
     """Judge the bundle in `path` against `was`, and its speed against the bundle `old` if given.
@@ -41,7 +42,7 @@ def gate(
     """
     try:
         progress("reading the bundle")
-        subject = open_subject(path)
+        subject = open_subject(path, plan.runs_in, file)
     except BrokenBundleError as error:
         return Verdict(str(path), (Check("bundle", "broken", detail=str(error)),), environment=environment())
     check_own(was, subject.now)
@@ -77,7 +78,7 @@ def judge_accuracy(
         )
         title = subject.bundle.task.metric.title
         return [Check(title, "inconclusive", detail=f"{reason}: give --data, or leave accuracy out")], [], []
-    predictions = predict_all(subject.bundle, was.served, place, own)
+    predictions = predict_all(subject.bundle, was.served, place, own, runs_in=was.runs_in)
     same_file = was.files[was.served].sha256 == subject.now.files[was.served].sha256
     checks, notes = accuracy_checks(was.predictions, predictions, limit, same_file=same_file)
     return (

@@ -1,10 +1,10 @@
 """Open the bundle under judgement, after checking that it is complete, loads, and reproduces its golden outputs."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from export.bundle.golden import outputs_of
+from export.bundle.golden import outputs_of, tolerance_of
 from export.bundle.inside import get
 from export.bundle.read import Bundle, read_bundle
 from export.bundle.sandbox import vet
@@ -14,6 +14,7 @@ from export.gate.checks import Check
 from export.gate.facts import facts
 from export.names import MANIFEST
 from export.runtime.environment import environment
+from export.runtime.providers import PLAIN, Runtime
 
 
 class BrokenBundleError(BundleError):
@@ -30,27 +31,36 @@ class Subject:
 
     @property
     def served(self) -> Path:
-        """The file that the bundle serves."""
+        """The file that is judged."""
         return self.bundle.files[self.bundle.served]
 
 
-def open_subject(path: Path) -> Subject:
-    """Check every digest, let ONNX Runtime optimize every file, and run the golden inputs.
+def open_subject(path: Path, runs_in: Runtime = PLAIN, file: str | None = None) -> Subject:
+    """Check every digest, let ONNX Runtime optimize every file for the CPU, and run the golden inputs there and in `runs_in`.
 
-    Model files are opened in the sandbox first. Raises BrokenBundleError if any of it fails.
+    `file` is judged, by default the one that the bundle serves. Model files are opened in the sandbox first. Raises BrokenBundleError if any of it fails.
     """
     try:
         bundle = read_bundle(path, inspect=vet)
         preprocess = json.loads(json.dumps(asdict(bundle.preprocess)))  # as in a baseline
         listed = get(bundle.manifest, MANIFEST, "files", dict)
         files = {name: facts(path, listed[name]) for name, path in bundle.files.items()}
-        check_golden(bundle)
+        check_golden(bundle, runs_in)
     except BundleError as error:
         if error.defect == "wrong_runtime":
             raise
         raise BrokenBundleError(str(error)) from error
+    bundle = replace(bundle, served=bundle.file(file).stem)
     now = Baseline(
-        bundle.name, bundle.task.name, bundle.served, bundle.labels, preprocess, environment=environment(), files=files
+        bundle.name,
+        bundle.task.name,
+        bundle.served,
+        bundle.labels,
+        preprocess,
+        environment=environment(),
+        files=files,
+        provider=runs_in.provider.name,
+        arithmetic=runs_in.arithmetic,
     )
     whole = Check("digests", "pass", limit="whole", detail=f"{len(bundle.files)} files, every digest right")
     golden = Check(
@@ -59,11 +69,18 @@ def open_subject(path: Path) -> Subject:
     return Subject(bundle, now, (whole, golden))
 
 
-def check_golden(bundle: Bundle) -> None:
-    """Run the golden inputs through every file; BundleError if outputs differ from the golden ones."""
-    for name, path in bundle.files.items():
-        if differing := bundle.golden.differing(name, outputs_of(path, bundle.golden.inputs)):
-            raise BundleError(
-                f"{name}: golden outputs: {len(differing)} of {len(bundle.golden.truths)} images have other outputs than where "
-                f"the bundle was made (first image {differing[0]}): the bundle is for another kind of machine, or the runtime is wrong"
-            )
+def check_golden(bundle: Bundle, runs_in: Runtime) -> None:
+    """Run the golden inputs through every file, on the CPU and in `runs_in`; BundleError if outputs differ from the golden ones."""
+    golden, listed = bundle.golden, get(bundle.manifest, MANIFEST, "files", dict)
+    for place in dict.fromkeys((PLAIN, runs_in)):
+        for name, path in bundle.files.items():
+            allowed = golden.tolerance[name] if place == PLAIN else golden.elsewhere.get(place.key, {}).get(name)
+            if allowed is None:
+                kind, outputs = listed[name]["precision"], golden.outputs[name]
+                allowed = tolerance_of(path, kind, golden.inputs, outputs, bundle.preprocess, place)
+            if differing := golden.differing(name, outputs_of(path, golden.inputs, place), allowed):
+                where = "" if place == PLAIN else f" in {place}"
+                raise BundleError(
+                    f"{name}: golden outputs: {len(differing)} of {len(golden.truths)} images have other outputs{where} than where "
+                    f"the bundle was made (first image {differing[0]}): the bundle is for another kind of machine, or the runtime is wrong"
+                )

@@ -8,7 +8,8 @@ from export.onnx_file.targets import Target
 TEACHER, FP32, FP16 = "teacher_fp32", "student_fp32", "student_fp16"
 PTQ, QAT = "student_ptq_int8", "student_int8"
 UINT8 = "_uint8"  # ends the name of an INT8 file's twin that takes pixels
-ORDER = (TEACHER, FP32, FP16, PTQ, QAT)
+SERVED = (FP32, FP16, PTQ, QAT)
+ORDER = (TEACHER, *SERVED)
 
 
 def name_for(name: str, target: Target, primary: Target) -> str:

@@ -1,6 +1,6 @@
 """Score ONNX files in ONNX Runtime image by image, so that files can be compared on the same images."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -145,23 +145,25 @@ def score_elsewhere(
     task: OutputTask,
     *,
     providers: Sequence[str],
-    reference: Score,
-    folders: Sequence[str] = (),
     progress: Callable[[str], None] = lambda _: None,
+) -> Iterator[tuple[Runtime, dict[str, Score]]]:
+    """Yield every file's score in all of the `providers` (keys of PROVIDERS) and their arithmetics but the CPU provider in f32."""
+    for runs_in in runtimes(providers):
+        if runs_in != PLAIN:
+            yield runs_in, score_files(files, batches(), task, runs_in=runs_in, progress=progress)
+
+
+def accuracy_elsewhere(
+    found: Mapping[Runtime, Mapping[str, Score]], *, reference: Score, folders: Sequence[str] = ()
 ) -> list[OtherAccuracy]:
-    """Return every file's accuracy in all of the `providers` (keys of PROVIDERS) and their arithmetics but the CPU provider in f32."""
+    """Return the files' accuracy in each provider and arithmetic."""
     return [
         OtherAccuracy(
             provider=runs_in.provider.name,
             arithmetic=runs_in.arithmetic,
-            files=accuracy(
-                score_files(files, batches(), task, runs_in=runs_in, progress=progress),
-                reference=reference,
-                folders=folders,
-            ),
+            files=accuracy(scores, reference=reference, folders=folders),
         )
-        for runs_in in runtimes(providers)
-        if runs_in != PLAIN
+        for runs_in, scores in found.items()
     ]
 
 

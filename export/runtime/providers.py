@@ -51,6 +51,9 @@ class Provider:
     needs: str = ""  # what the plugin offers that device on
     libraries: str = "the CUDA and cuDNN versions that onnxruntime-gpu requires"  # without which it does not start
     options: Options | None = None  # from threads and arithmetic; None: the session's own say all
+    float_bits: int = (
+        24  # of a significand in its f32: CUDA's and TensorRT's products are TF32 unless they are told otherwise
+    )
     bf16: frozenset[str] = frozenset()  # it computes float files in bf16 on processors with one of these flags
 
     @property
@@ -63,8 +66,8 @@ ROWS = (
     Provider("cpu", CPU, "CPU", "onnxruntime"),
     Provider("openvino", OPENVINO, "OpenVINO", "onnxruntime-ep-openvino", plugin="onnxruntime_ep_openvino",
              device_facts={"ov_device": "CPU"}, needs="version 1.8 takes Intel's only", options=openvino_options, bf16=BF16),
-    Provider("cuda", CUDA, "CUDA", "onnxruntime-gpu", device="cuda"),
-    Provider("tensorrt", TENSORRT, "TensorRT", "onnxruntime-gpu", device="cuda",
+    Provider("cuda", CUDA, "CUDA", "onnxruntime-gpu", device="cuda", float_bits=11),
+    Provider("tensorrt", TENSORRT, "TensorRT", "onnxruntime-gpu", device="cuda", float_bits=11,
              libraries="TensorRT, CUDA and cuDNN in the versions that onnxruntime-gpu requires"),
 )  # fmt: skip
 PROVIDERS = {row.key: row for row in ROWS}
@@ -75,6 +78,16 @@ class Runtime(NamedTuple):
 
     provider: Provider
     arithmetic: Arithmetic
+
+    @property
+    def bits(self) -> int:
+        """The significand's bits of what it multiplies."""
+        return 8 if self.arithmetic == "bf16" else self.provider.float_bits
+
+    @property
+    def key(self) -> str:
+        """Its name in files."""
+        return f"{self.provider.name} {self.arithmetic}"
 
     def __str__(self) -> str:
         """Return for example CPU, OpenVINO, OpenVINO bf16."""

@@ -12,7 +12,7 @@ from export.onnx_file.model_file import ModelFile
 from export.onnx_file.roles import FP32, TEACHER
 from export.runtime.conditions import Conditions
 from export.runtime.latency import Timing, speedup
-from export.runtime.providers import Arithmetic, Runtime, provider_named
+from export.runtime.providers import PLAIN, Arithmetic, Runtime, provider_named
 from export.runtime.session import Run
 from export.tasks.task import Metric
 
@@ -90,6 +90,11 @@ def accuracy_of(
     runs_in = row["provider"], row.get("arithmetic", "f32")
     own = (other["files"] for other in elsewhere if (other["provider"], other["arithmetic"]) == runs_in)
     return next(own, accuracy).get(row["name"])
+
+
+def file_in(name: str, runs_in: Runtime) -> str:
+    """Return a file's name among those of all providers: its own in the CPU provider."""
+    return name if runs_in == PLAIN else f"{name} in {runs_in}"
 
 
 def metric_json(metric: Metric) -> MetricJson:

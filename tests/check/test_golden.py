@@ -17,6 +17,7 @@ from export.bundle.read import read_bundle
 from export.bundle.write import write_bundle
 from export.check import promises
 from export.check.findings import check_bundle
+from export.runtime.providers import Runtime
 
 NAME = "student_int8"
 
@@ -49,7 +50,7 @@ def test_a_convolution_off_by_hundreds_of_levels_is_found(bundle: Path, monkeypa
     assert apart < WIDEST["int8"] * golden.outputs[NAME].std() / 2, "less than half of what no network may exceed"
     assert check_bundle(bundle)[1] == []
 
-    def run(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    def run(path: Path, inputs: NDArray[np.float32], _: Runtime) -> NDArray[np.float32]:
         return outputs_of(planted if path.stem == NAME else path, inputs)
 
     monkeypatch.setattr(promises, "outputs_of", run)

@@ -46,7 +46,7 @@ def test_a_float_file_in_bf16_is_named_where_it_is_the_fastest(report: Report) -
     assert found["file"] == "student_int8"  # for a machine without the plugin
     assert found.get("best") == {"file": "student_fp32", "provider": OPENVINO, "arithmetic": "bf16"}
     assert "The best on this machine is student_fp32 in OpenVINO bf16: 4.00× [3.92, 4.08]" in found["sentence"]
-    assert "INT8 does not pay there (pip install onnxruntime-ep-openvino)" in found["sentence"]
+    assert "INT8 does not pay here: that is 2.07× as fast as student_int8 in CPU (pip install" in found["sentence"]
     assert judge(report) == ("pass", [])  # 8 times the teacher's
     assert "OpenVINO bf16" in " ".join(shown(report, width=200).split())
 
@@ -85,3 +85,22 @@ def test_the_card_has_the_lines_that_open_the_fastest_file(report: Report) -> No
     found = plugin(report)
     assert found is not None
     assert (found["file"], found["module"]) == ("student_fp32", "onnxruntime_ep_openvino")
+
+
+def test_a_class_is_judged_where_the_recommended_file_runs(report: Report) -> None:
+    there = "student_fp32 in OpenVINO bf16"
+    report["targets"]["max_class_drop"] = 0.05
+    kept: Any = {"correct": [95, 95], "answered": [100, 100], "mistakes": []}
+    lossy: Any = {"correct": [95, 80], "answered": [115, 85], "mistakes": []}
+    files: Any = dict.fromkeys(["teacher_fp32", "student_fp32", "student_ptq_int8", "student_int8", there], kept)
+    report["classes"] = {"names": ["cat", "dog"], "images": [100, 100], "files": files}
+    beside(report, "student_fp32", "bf16", 4.0)
+    report["recommendation"] = recommend(report)
+    assert judge(report) == ("pass", [])
+    files[there] = lossy
+    found = recommend(report)
+    assert found is not None
+    assert "best" not in found  # bf16 loses a class that f32 keeps
+    verdict, (sentence,) = judge(report)  # of the file that an earlier verdict recommended
+    assert verdict == "fail"
+    assert f'class "dog": teacher_fp32 95.00\xa0%, {there} 80.00\xa0% of 100 images' in sentence

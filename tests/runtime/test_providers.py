@@ -1,12 +1,11 @@
 """Providers are rows: which are here, what they are told, and what they compute."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
+from altered import plant
 from onnx_files import classifier, save
 
 from export.errors import BundleError
@@ -14,9 +13,9 @@ from export.onnx_file.targets import CPU
 from export.runtime import accuracy as accuracy_module
 from export.runtime import measure as measure_module
 from export.runtime import providers as providers_module
-from export.runtime.accuracy import score_elsewhere, score_files
+from export.runtime.accuracy import accuracy_elsewhere, score_elsewhere, score_files
 from export.runtime.measure import BenchPlan, bench
-from export.runtime.providers import BF16, PLAIN, PROVIDERS, Arithmetic, Provider, Runtime, missing, present, runtimes
+from export.runtime.providers import PLAIN, PROVIDERS, Arithmetic, Provider, Runtime, missing, present, runtimes
 from export.runtime.session import open_session
 from export.tasks.classification import CLASSIFICATION
 
@@ -25,34 +24,14 @@ BRIEF = BenchPlan(batches=(1,), threads=(1,), seconds=0.01, blocks=6)
 needs_openvino = pytest.mark.skipif(missing(OPENVINO) is not None, reason=str(missing(OPENVINO)))
 
 
-class Altered:
-    """A session whose outputs are `change` of the right ones."""
-
-    def __init__(self, session: onnxruntime.InferenceSession, change: Callable[[np.ndarray], np.ndarray]) -> None:
-        self.session, self.change = session, change
-
-    def run(self, names: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        return [self.change(output) for output in self.session.run(names, inputs)]
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.session, name)
-
-
 @pytest.fixture
 def wrong(monkeypatch: pytest.MonkeyPatch) -> Provider:
     """A row beside the CPU provider's that computes in bf16 too, and wrongly in both."""
-    row = Provider("wrong", CPU, "Wrong", "onnxruntime", bf16=BF16 | {"wrong"})
-    monkeypatch.setitem(PROVIDERS, "wrong", row)
-    monkeypatch.setattr(providers_module, "host_instruction_sets", lambda: frozenset({"wrong"}))
 
-    def planted(*arguments: object, runs_in: Runtime = PLAIN, **options: object) -> object:
-        session = open_session(*arguments, **options)  # type: ignore[arg-type]
-        shift = {"f32": 1, "bf16": 2}[runs_in.arithmetic]
-        return Altered(session, lambda outputs: np.roll(outputs, shift, axis=1)) if runs_in.provider is row else session
+    def shifted(outputs: np.ndarray, runs_in: Runtime) -> np.ndarray:
+        return np.roll(outputs, {"f32": 1, "bf16": 2}[runs_in.arithmetic], axis=1)
 
-    for module in (accuracy_module, measure_module):
-        monkeypatch.setattr(module, "open_session", planted)
-    return row
+    return plant(monkeypatch, (accuracy_module, measure_module), shifted, name=CPU)
 
 
 @pytest.fixture
@@ -126,7 +105,8 @@ def test_a_provider_that_computes_wrongly_is_caught_by_its_own_score(wrong: Prov
     batch = (images, logits.argmax(axis=1))
     reference = score_files(file, [batch], CLASSIFICATION)["student_fp32"]
     assert reference.score == 1.0
-    found = score_elsewhere(file, lambda: [batch], CLASSIFICATION, providers=["cpu", "wrong"], reference=reference)
+    others = dict(score_elsewhere(file, lambda: [batch], CLASSIFICATION, providers=["cpu", "other"]))
+    found = accuracy_elsewhere(others, reference=reference)
     scores = {(other["provider"], other["arithmetic"]): other["files"]["student_fp32"] for other in found}
     assert scores[CPU, "f32"]["score"] == scores[CPU, "bf16"]["score"] == 0.0
     assert scores[CPU, "f32"]["agreement"] == 0.0
@@ -135,10 +115,10 @@ def test_a_provider_that_computes_wrongly_is_caught_by_its_own_score(wrong: Prov
 def test_an_arithmetic_whose_outputs_are_not_those_of_f32_is_left_out_and_named(
     wrong: Provider, file: dict[str, Path]
 ) -> None:
-    found = bench(file, BenchPlan(batches=(1,), threads=(1,), providers=("wrong",), seconds=0.01, blocks=6))
+    found = bench(file, BenchPlan(batches=(1,), threads=(1,), providers=("other",), seconds=0.01, blocks=6))
     assert [row.get("arithmetic") for row in found.timings] == ["f32"]
     assert len(found.warnings) == 1
-    assert found.warnings[0].startswith("student_fp32: Wrong bf16 computes it wrongly on this machine")
+    assert found.warnings[0].startswith("student_fp32: Other bf16 computes it wrongly on this machine")
 
 
 def test_the_cpu_provider_s_rows_are_the_first_and_say_where_they_ran(file: dict[str, Path]) -> None:

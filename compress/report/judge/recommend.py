@@ -8,10 +8,10 @@ from compress.report.judge.classes import at_chance, worst_first
 from compress.report.judge.verdict import TOLERANCE, deployed_name, headline_row, mostly_float, runs_in, target_of
 from compress.report.numbers import loss, times
 from compress.report.shape import Best, DeployedRow, Recommendation, Report
-from export.onnx_file.roles import FP16, FP32, PTQ, QAT, TEACHER
+from export.onnx_file.roles import FP16, FP32, PTQ, QAT, SERVED, TEACHER
 from export.onnx_file.targets import CPU, TARGET_PROVIDERS, TARGETS
 from export.runtime.providers import PLAIN
-from export.runtime.rows import Speedup
+from export.runtime.rows import Speedup, file_in
 
 ENGINES = {"onnxruntime": "ONNX Runtime", "neural-compressor": "neural-compressor", "compress": "this pipeline"}
 SLOW_INT8 = (
@@ -71,7 +71,7 @@ def _elsewhere_faster(report: Report, own: DeployedRow | None, bar: Bar) -> tupl
     timed = [
         row
         for row in report["deployed"]
-        if runs_in(row) != PLAIN and runs_in(row).provider.device == "cpu" and row["name"] in (FP32, FP16, PTQ, QAT)
+        if runs_in(row) != PLAIN and runs_in(row).provider.device == "cpu" and row["name"] in SERVED
     ]
     timed = [row for row in timed if row == headline_row(report, row["name"], row["provider"], runs_in(row).arithmetic)]
     if not timed or own is None:
@@ -80,13 +80,23 @@ def _elsewhere_faster(report: Report, own: DeployedRow | None, bar: Bar) -> tupl
     if not good:
         tried = ", ".join(dict.fromkeys(str(runs_in(row)) for row in timed))
         return None, f" No file is beyond doubt faster, and accurate enough, in {tried}."
-    best = max(good, key=lambda row: row["speedup_vs_student_fp32"]["ratio"] if row["speedup_vs_student_fp32"] else 0)
-    place = runs_in(best)
-    float_wins = best["precision"] != "int8" and any(row["precision"] == "int8" for row in timed)
+    best = max(good, key=_speed)
+    place, pays = runs_in(best), ""
+    own_int8 = [row for name in (PTQ, QAT) if (row := headline_row(report, name))]
+    int8 = max((row for row in [*own_int8, *timed] if row["precision"] == "int8"), key=_speed, default=best)
+    if best["precision"] != "int8" and _speed(int8):
+        faster = times(_speed(best) / _speed(int8))
+        pays = f"; INT8 does not pay here: that is {faster} as fast as {int8['name']} in {runs_in(int8)}"
     return best, (
-        f" The best on this machine is {best['name']} in {place}: {_praise(best, bar)} in the CPU provider"
-        f"{'; INT8 does not pay there' if float_wins else ''} (pip install {place.provider.package})."
+        f" The best on this machine is {best['name']} in {place}: {_praise(best, bar)} in the CPU provider{pays} "
+        f"(pip install {place.provider.package})."
     )
+
+
+def _speed(row: DeployedRow) -> float:
+    """Return a row's speed-up over the float student in the CPU provider, 0 if it was not timed beside it."""
+    found = row["speedup_vs_student_fp32"]
+    return found["ratio"] if found else 0.0
 
 
 def _choose(rows: dict[str, DeployedRow | None], bar: Bar, *, on_gpu: bool) -> tuple[str, str]:
@@ -161,8 +171,8 @@ def _problem(row: DeployedRow, bar: Bar, *, on_gpu: bool = False) -> str | None:
 def _accuracy_problem(row: DeployedRow, bar: Bar) -> str | None:
     if row["score"] is None or bar.score is None:
         return f"the accuracy of {row['name']} was not measured"
-    if row["name"] in bar.unfit:
-        return bar.unfit[row["name"]]
+    if problem := bar.unfit.get(file_in(row["name"], runs_in(row))):
+        return problem
     drop = bar.score - row["score"]
     if drop <= bar.max_drop + TOLERANCE:
         return None

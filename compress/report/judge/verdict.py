@@ -12,7 +12,7 @@ from export.onnx_file.roles import FP32, PTQ, QAT, TEACHER, deployed, is_int8
 from export.onnx_file.targets import CPU, TARGET_PROVIDERS, TARGETS, provider_title
 from export.proof.audit import in_float
 from export.runtime.providers import PLAIN, Arithmetic, Runtime, runtime_named
-from export.runtime.rows import Speedup, is_headline
+from export.runtime.rows import Speedup, file_in, is_headline
 from export.tasks.task import Classes
 
 METRIC_DROP = "max_metric_drop."  # a metric's name follows
@@ -55,8 +55,10 @@ def guesses(report: Report) -> dict[str, str]:
 
 
 def judged_classes(report: Report) -> tuple[Classes, str] | None:
-    """Return the classes and the deployed file's name; None if it was not scored along with the teacher."""
-    classes, name = report["classes"], deployed_name(report)
+    """Return the classes and the deployed file's name, in the provider that serves it; None if it was not scored along with the teacher."""
+    classes, name, best = report["classes"], deployed_name(report), served_elsewhere(report)
+    if classes and best and (there := file_in(best["name"], runs_in(best))) in classes["files"]:
+        name = there
     return (classes, name) if classes and name and {TEACHER, name} <= classes["files"].keys() else None
 
 

@@ -127,7 +127,7 @@ def accuracy(report: Report) -> list[ReportTable]:
     note = "Balanced accuracy is the mean recall of the classes: each counts the same, however many images it has."
     tables = [ReportTable("Accuracy", columns, rows, note=note if "balanced accuracy" in known else "")]
     if classes is not None and "measure" in classes:
-        names = sorted(classes["files"], key=summary.order)
+        names = sorted(classes["files"].keys() & set(names), key=summary.order)
         scores = zip(*(classes["files"][name].get("scores", []) for name in names), strict=True)
         each = [(label, *map(score, own)) for label, own in zip(classes["names"], scores, strict=True)]
         tables.append(ReportTable(f"{classes['measure']} of each class", ("Class", *names), each))
