@@ -22,7 +22,7 @@ from compress.logs.stage_log import Tell, say
 from compress.logs.trackers import opened
 from compress.models.digest import class_names, code_digest, source_digest, teachers_digest
 from compress.ranks import barrier, first_decides, rank
-from compress.recipe.arguments import data_settings, goal_of, teachers_of
+from compress.recipe.arguments import data_settings, goal_of, providers_of, teachers_of
 from compress.recipe.order import GIVES, TAKES
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import StageSection
@@ -30,7 +30,8 @@ from compress.report.files import report_root, report_run, run_root
 from export.command.files import key_of, write_json
 from export.errors import did_you_mean
 from export.onnx_file.targets import resolve_target
-from export.runtime.environment import environment, fingerprint, runtime
+from export.runtime.environment import environment, fingerprint, runtime, version
+from export.runtime.providers import PROVIDERS
 
 if TYPE_CHECKING:
     from compress.run import Run
@@ -182,6 +183,8 @@ def _outside(recipe: Recipe, section: StageSection) -> list[object]:
         found.append(runtime()["onnxruntime"])
     if section.stage in ("export", "bench"):
         found.append(_machine())
+    if section.stage in ("ptq", "bench"):  # as are their choices on what else the machine has
+        found += [f"{key} {version(PROVIDERS[key].package)}" for key in providers_of(recipe) if PROVIDERS[key].plugin]
     if section.stage == "bench" and recipe.score is not None:
         found.append(code_digest(recipe.score))
     return found

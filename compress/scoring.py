@@ -1,8 +1,10 @@
 """Write, score and time a run's ONNX files; rank layers by the damage of their quantization."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +21,22 @@ from compress.quant.prepare import deploy, prepare
 from compress.quant.rows import GroupRow
 from compress.quant.sensitivity import sensitivity
 from compress.recipe import stages
+from compress.recipe.arguments import providers_of
 from compress.run import Run
 from export.images.size import Shape, size_of
 from export.names import CLASSES_KEY, PREPROCESS_KEY, SCORE_KEY, TARGET_KEY, TASK_KEY
 from export.onnx_file.graph import INPUT, save_model, to_float16
 from export.onnx_file.names import module_of
+from export.onnx_file.roles import FP32
 from export.onnx_file.targets import CPU, RUNS, TARGET_PROVIDERS, Target, host_target
 from export.onnx_file.to_onnx import to_onnx
 from export.proof.half import overflowing
 from export.runtime.accuracy import Score, score_files, score_of
 from export.runtime.conditions import Conditions
 from export.runtime.latency import Ratio, speedup, time_sessions
-from export.runtime.providers import PROVIDERS
+from export.runtime.measure import BenchPlan, trusted
+from export.runtime.providers import PLAIN, PROVIDERS, Runtime
+from export.runtime.rows import file_in
 from export.runtime.session import bind, open_session
 
 LATENCY_SECONDS, LATENCY_BLOCKS = 0.5, 6
@@ -137,17 +143,33 @@ def tuning_score(path: Path, run: Run, *, optimize: bool) -> Score:
 def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], Ratio | None]:
     """Return a function that times a file and `fp32` in turns (one image, one thread), and returns the speed-up.
 
-    It returns None for another machine's target.
+    Each is taken in the CPU's provider and arithmetic that is the fastest for it, among those of the recipe. It returns None for another
+    machine's target.
     """
     image = np.random.default_rng(0).standard_normal((1, *run.shape), np.float32)
+    on_cpu = [key for key in providers_of(run.recipe) if PROVIDERS[key].device == "cpu"] or ["cpu"]
+
+    @cache
+    def places() -> list[Runtime]:
+        channels, height, width = run.shape
+        plan = BenchPlan(providers=on_cpu, seed=run.recipe.seed)
+        return [one.runs_in for one in trusted({FP32: fp32}, plan, channels=channels, size=(height, width))[0]]
 
     def faster(path: Path) -> Ratio | None:
         if not runs_here(target):
             return None
-        sessions = {name: bind(open_session(file, threads=1), image) for name, file in (("fp32", fp32), ("file", path))}
-        clock = Conditions(CPU, threads=1, batch=1).clock
+        files = {(name, place): file for place in places() for name, file in ((FP32, fp32), ("file", path))}
+        sessions = {
+            file_in(name, place): bind(open_session(file, threads=1, runs_in=place), image)
+            for (name, place), file in files.items()
+        }
+        clock = Conditions(CPU, threads=1, batch=1).clock if places() == [PLAIN] else time.perf_counter
         timed = time_sessions(sessions, seconds=LATENCY_SECONDS, blocks=LATENCY_BLOCKS, clock=clock)
-        return speedup(timed["fp32"], timed["file"])
+        best = {
+            name: min((timed[file_in(name, place)] for place in places()), key=lambda timing: timing.percentile(50))
+            for name in (FP32, "file")
+        }
+        return speedup(best[FP32], best["file"])
 
     return faster
 

@@ -7,8 +7,9 @@ from compress.data.settings import DataSettings
 from compress.data.teachers import GivenTeacher
 from compress.pruning.goals import Goal
 from compress.recipe.schema import Recipe
-from compress.recipe.stages import DistillStage, Fit, PruneStage, QatStage, SourceStage
+from compress.recipe.stages import DEFAULT_PROVIDERS, DistillStage, Fit, PruneStage, QatStage, SourceStage
 from export.images.size import size_of
+from export.runtime.providers import PROVIDERS, present
 
 
 def data_settings(recipe: Recipe) -> DataSettings:
@@ -93,3 +94,16 @@ def qat_fit(cfg: QatStage, recipe: Recipe) -> Fit:
             "stop": None,
         }
     )
+
+
+def providers_of(recipe: Recipe) -> list[str]:
+    """Return the keys of the providers in which a recipe's files are scored and timed: its bench's.
+
+    With `target: auto` a recipe that names none also takes the plugins that start on this machine.
+    """
+    bench = next((section for section in recipe.stages if section.stage == "bench"), None)
+    asked = bench.providers if bench else DEFAULT_PROVIDERS
+    named = bench is not None and "providers" in bench.model_fields_set
+    if named or recipe.target != "auto" or asked == "auto":
+        return present(asked)
+    return present([*asked, *(key for key in present("auto") if PROVIDERS[key].plugin)])

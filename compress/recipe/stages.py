@@ -1,6 +1,6 @@
 """The sections of a recipe's stages and trainings. Imports no torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -11,6 +11,7 @@ from compress.recipe.section import Arch, BelowOne, Drop, Fraction, OptionalSize
 MAX_DROP = 0.01  # the largest loss of score, unless the recipe says otherwise
 MOST_FLOAT = 0.2  # a file with a larger fraction of its multiply-accumulates in float is not called INT8
 THIS = Field(description="This stage.")
+DEFAULT_PROVIDERS: Final = ("cpu", "cuda")
 GOALS = ("keep_macs", "keep_params", "keep_latency", "max_latency_ms")
 
 
@@ -305,8 +306,8 @@ class BenchStage(Section):
     """Further image sizes to time, each one number or `[height, width]`, besides the recipe's own."""
     providers: (
         Literal["auto"] | Annotated[tuple[Literal["cpu", "openvino", "cuda", "tensorrt"], ...], Field(min_length=1)]
-    ) = ("cpu", "cuda")
-    """Execution providers to score and time in; auto takes all that this machine has. One that it lacks is left out, and the report says so."""
+    ) = DEFAULT_PROVIDERS
+    """Execution providers to score and time in; auto takes all that this machine has. If this field is left out and `target` is auto, plugins that start here (OpenVINO's) are added. One that it lacks is left out, and the report says so."""
     seconds: PositiveFloat = 1.0
     """Seconds of timing for each file at each setting."""
     blocks: Annotated[int, Field(ge=6)] = 10

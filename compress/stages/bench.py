@@ -10,6 +10,7 @@ import numpy as np
 from compress.artifact import Metrics, newest
 from compress.data.feed import as_numpy
 from compress.data.images import FileImages, Lazy
+from compress.recipe.arguments import providers_of
 from compress.recipe.stages import BenchStage
 from compress.run import Run
 from export.command.files import write_json
@@ -21,7 +22,7 @@ from export.runtime.accuracy import accuracy, accuracy_elsewhere, predictions_of
 from export.runtime.end_to_end import EndToEnd, end_to_end
 from export.runtime.environment import environment
 from export.runtime.measure import BenchPlan, bench
-from export.runtime.providers import PLAIN, present
+from export.runtime.providers import PLAIN
 from export.runtime.rows import file_in, metric_json
 
 DRAWN = 4  # images that the report shows with their predictions
@@ -40,7 +41,7 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
         scored = score_files(files, as_numpy(run.feed.validation()), task, own=own, paths=paths)
         folders = _folders(run.dataset.held_out)
         scores = accuracy(scored, reference=scored[FP32], folders=folders)
-        providers = present(cfg.providers)
+        providers = providers_of(run.recipe)
         others = score_elsewhere(files, lambda: as_numpy(run.feed.validation()), task, providers=providers)
         elsewhere = dict(others)
         # Their times and scores decide in the report which of the INT8 files is served.
