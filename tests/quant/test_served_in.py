@@ -16,7 +16,7 @@ from compress.recipe.arguments import providers_of
 from compress.recipe.read import read_recipe
 from export.onnx_file.targets import host_target
 from export.runtime import measure as measure_module
-from export.runtime.providers import PLAIN, Runtime
+from export.runtime.providers import PLAIN, Runtime, present
 
 
 def recipe(path: Path, more: str = "") -> Any:
@@ -27,7 +27,7 @@ def test_without_a_list_target_auto_takes_the_plugins_that_start_here(
     recipe_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = ["cpu", "openvino"]
-    known = arguments.present
+    known = present
     monkeypatch.setattr(arguments, "present", lambda asked: there if asked == "auto" else known(asked))
     assert providers_of(recipe(recipe_path)) == ["cpu", "openvino", "cuda"]
     assert providers_of(recipe(recipe_path, "target=cpu_avx2")) == ["cpu", "cuda"]
