@@ -140,7 +140,9 @@ def tuning_score(path: Path, run: Run, *, optimize: bool) -> Score:
     return score_files({path.stem: path}, batches, run.task.output, optimize=optimize, keep_evidence=True)[path.stem]
 
 
-def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], Ratio | None]:
+def faster_than(
+    fp32: Path, run: Run, target: Target, *, blocks: int = LATENCY_BLOCKS
+) -> Callable[[Path], Ratio | None]:
     """Return a function that times a file and `fp32` in turns (one image, one thread), and returns the speed-up.
 
     Each is taken in the CPU's provider and arithmetic that is the fastest for it, among those of the recipe. It returns None for another
@@ -164,7 +166,7 @@ def faster_than(fp32: Path, run: Run, target: Target) -> Callable[[Path], Ratio 
             for (name, place), file in files.items()
         }
         clock = Conditions(CPU, threads=1, batch=1).clock if places() == [PLAIN] else time.perf_counter
-        timed = time_sessions(sessions, seconds=LATENCY_SECONDS, blocks=LATENCY_BLOCKS, clock=clock)
+        timed = time_sessions(sessions, seconds=LATENCY_SECONDS / LATENCY_BLOCKS * blocks, blocks=blocks, clock=clock)
         best = {
             name: min((timed[file_in(name, place)] for place in places()), key=lambda timing: timing.percentile(50))
             for name in (FP32, "file")

@@ -50,7 +50,7 @@ from export.command.files import write_json
 from export.errors import BundleError
 from export.names import PTQ_JSON
 from export.onnx_file import ptq
-from export.onnx_file.roles import PTQ
+from export.onnx_file.roles import PTQ, PTQ_DYNAMIC
 from export.onnx_file.targets import Target
 from export.onnx_file.to_onnx import to_onnx
 from export.proof.audit import audit
@@ -58,6 +58,9 @@ from export.runtime.accuracy import Score, score_files, score_of
 
 Name = tuple[Engine, str]  # and method
 Files = dict[Name, Path]
+MIXED_BLOCKS = 24  # to time the mixed file against the one all in integers, which differ less than INT8 from float
+LINEAR = 0.5  # of the multiply-accumulates in linear layers; then dynamic INT8 is measured, too
+DYNAMIC = Trial("int8", "dynamic", engine="onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ def _on_target(student: Student, target: Target) -> PtqTarget:
     if student.cfg.float_where_faster and runs_here(target):
         student.log.doing(f"{target.name}: times each layer in float and in integers")
         base = trial_of(results[kept] if results[kept]["engine"] == "compress" else own[choose(own)])
-        than_kept = faster_than(file_of(trial_of(results[kept]), work), student.run, target)
+        than_kept = faster_than(file_of(trial_of(results[kept]), work), student.run, target, blocks=MIXED_BLOCKS)
         speed, mixed = repaired(base, student.fp32, work, judge)
         gain = than_kept(file_of(trial_of(mixed), work)) if mixed else None
         won = bool(mixed and gain and gain.low > 1 and (mixed["met"] or not results[kept]["met"]))
@@ -183,6 +186,9 @@ def _on_target(student: Student, target: Target) -> PtqTarget:
             kept, results = len(results), (*results, mixed)
     shutil.copyfile(file_of(trial_of(results[kept]), work), out / f"{PTQ}.onnx")
     student.log.note(_verdict(student.cfg, target, results, chosen))
+    if runs_here(target) and ptq.linear_fraction(student.fp32) > LINEAR:  # behind the others: never chosen
+        results = (*results, judge(DYNAMIC))
+        shutil.copyfile(file_of(DYNAMIC, work), out / f"{PTQ_DYNAMIC}.onnx")
     trial = trial_of(results[chosen])
     reported = None if trial.keep_float else scores.get((trial.engine, trial.calibration))
     if reported is None:
@@ -280,6 +286,8 @@ def _judge(student: Student, target: Target, files: Files, work: Path) -> Callab
         student.log.doing(f"{target.name}: tries {trial}")
         if trial.number_format == "fp16":
             write_float16(student.fp32, path, run)
+        elif trial == DYNAMIC:
+            ptq.quantize_dynamically(student.fp32, path)
         elif not trial.keep_float:
             shutil.copyfile(files[trial.engine, trial.calibration], path)
         else:

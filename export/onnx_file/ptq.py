@@ -11,12 +11,21 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from export.onnx_file.graph import INPUT, save_model, strip_, weight_levels
+from export.onnx_file.macs import macs
 from export.onnx_file.names import module_of
 from export.onnx_file.targets import Target
+from export.onnx_file.wiring import weights, wire
 
 METHODS = {
     "minmax": CalibrationMethod.MinMax,
@@ -24,6 +33,7 @@ METHODS = {
     "percentile": CalibrationMethod.Percentile,
 }
 PERCENTILE = 99.999
+LINEAR = ("Gemm", "MatMul")
 SLICE = 8  # images per round, whose activations are all in memory: 3 GB for a ResNet-50 at 224
 MIN_SCALE = 2.0**-24  # a dead channel must not divide by zero
 
@@ -85,11 +95,38 @@ def quantize(
         )
         model = onnx.load(quantized)
     _check_grid(model, target)
-    original = onnx.load(float_file)
-    metadata = {entry.key: entry.value for entry in original.metadata_props}
+    _finish(model, onnx.load(float_file), path)
+
+
+def linear_fraction(float_file: Path) -> float:
+    """Return the fraction of an FP32 file's multiply-accumulates that products with constant matrices do; 0 if shapes are unknown."""
+    file = wire(onnx.load(float_file))
+    counts = macs(file) or {}
+    linear = [name for name in counts if file.nodes[name].op_type in LINEAR and weights(file.nodes[name]) is not None]
+    return sum(counts[name] for name in linear) / max(sum(counts.values()), 1)
+
+
+def quantize_dynamically(float_file: Path, path: Path) -> None:
+    """Write an FP32 file whose linear layers have INT8 weights, and take the range of their inputs at run time, so without images.
+
+    Convolutions stay float. The file has no Q/DQ pairs, which `export.verify` needs.
+    """
+    model, original = onnx.load(float_file), onnx.load(float_file)
+    onnx.helper.set_model_props(model, {"onnx.quant.pre_process": "onnxruntime.quant"})  # else it warns
+    with tempfile.TemporaryDirectory() as folder:
+        quantized = Path(folder, "quantized.onnx")
+        quantize_dynamic(
+            model, str(quantized), per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=list(LINEAR)
+        )
+        model = onnx.load(quantized)
+    _finish(model, original, path)
+
+
+def _finish(model: ModelProto, original: ModelProto, path: Path) -> None:
+    """Write a quantized file with its float file's version and metadata."""
     strip_(model)
     model.ir_version = original.ir_version
-    onnx.helper.set_model_props(model, metadata)
+    onnx.helper.set_model_props(model, {entry.key: entry.value for entry in original.metadata_props})
     save_model(model, path)
 
 

@@ -7,6 +7,7 @@ from export.onnx_file.targets import Target
 
 TEACHER, FP32, FP16 = "teacher_fp32", "student_fp32", "student_fp16"
 PTQ, QAT = "student_ptq_int8", "student_int8"
+PTQ_DYNAMIC = "student_dynamic_int8"  # in the ptq stage's folder only: nothing proves it
 UINT8 = "_uint8"  # ends the name of an INT8 file's twin that takes pixels
 SERVED = (FP32, FP16, PTQ, QAT)
 ORDER = (TEACHER, *SERVED)

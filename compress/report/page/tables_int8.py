@@ -116,7 +116,13 @@ def trials(report: Report, ptq: Ptq, target: str) -> ReportTable:
         rows.append(strong(cells) if chosen else list(cells))
     columns = ("Trial", "Calibration", "Result", "KL", summary.metric_title(report), "Drop", "In float", "vs FP32")
     title = f"Tuning · {target} · by {ptq['tuning_images']:,} training images"
-    return ReportTable(title, (*columns, "Agreement", "Layers in float"), rows, text=(0, 1, 2, 9), more=2)
+    beside = any(trial["calibration"] == "dynamic" for trial in found["trials"])
+    note = (
+        "Dynamic ranges need no images; the file lies in the ptq stage's folder and is never chosen, as nothing proves it."
+        if beside
+        else ""
+    )
+    return ReportTable(title, (*columns, "Agreement", "Layers in float"), rows, text=(0, 1, 2, 9), more=2, note=note)
 
 
 def groups(target: str, found: PtqTarget) -> Iterator[ReportTable]:
