@@ -647,7 +647,7 @@ def test_a_layer_that_is_faster_in_float_stays_so_in_both_int8_files(
         return slow, [], 0.1
 
     monkeypatch.setattr("compress.quant.mixture.times_of_layers", times)
-    monkeypatch.setattr("compress.stages.ptq.faster_than", lambda *_: lambda _: Ratio(1.2, 1.1, 1.3))
+    monkeypatch.setattr("compress.stages.ptq.faster_than", lambda *_, **__: lambda _: Ratio(1.2, 1.1, 1.3))
     assert run(copied, "stages.3.calibration_images=63", "stages.5.limits.max_float_layers=0") == 0
     found = report(copied)
     assert found["ptq"] is not None
