@@ -8,6 +8,7 @@ from typing import Literal
 
 from compress.quant.rows import Engine, TrialRow
 from export.command.files import key_of, write_json
+from export.errors import first
 from export.runtime.accuracy import Score
 from export.runtime.latency import Ratio
 
@@ -24,7 +25,7 @@ class Trial:
     def __str__(self) -> str:
         if self.number_format == "fp16":
             return "fp16"
-        kept = f", in float: {', '.join(self.keep_float)}" if self.keep_float else ""
+        kept = f", in float: {first(self.keep_float)}" if self.keep_float else ""
         whose = "" if self.engine == "compress" else f"{self.engine}'s "
         return f"int8 by {whose}{self.calibration}{kept}"
 
