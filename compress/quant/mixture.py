@@ -22,7 +22,7 @@ from compress.quant.tuning import Trial, file_of
 from export.onnx_file.names import module_of
 from export.onnx_file.operators import DQ, LAYERS, Q
 from export.onnx_file.targets import CPU
-from export.onnx_file.wiring import Wiring, wire
+from export.onnx_file.wiring import Wiring, weights, wire
 from export.runtime.latency import Ratio
 from export.runtime.node_times import NodeTime, node_times
 
@@ -82,7 +82,8 @@ def times_of_layers(
     """Return the float and integer time of each segment, the tensors between them, and the nanoseconds a Q or DQ takes for a number."""
     files = [wire(model) for model in (float_file, integer_file)]
     profiles = [node_times(file.to_bytes(), provider=provider, threads=threads, runs=RUNS, each=True) for file in files]
-    names = [{module_of(str(node.name)) for node in file.layers()} for file in files]
+    # Attention's products have no weights: they are no layers that could be named in keep_float.
+    names = [{module_of(str(node.name)) for node in file.layers() if weights(node) is not None} for file in files]
     both = names[0] & names[1]
     owners = [segments(file, both) for file in files]
     in_float, in_integers = (_by_segment(profile, owner) for profile, owner in zip(profiles, owners, strict=True))
