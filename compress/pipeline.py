@@ -148,6 +148,7 @@ def _keys(recipe: Recipe) -> Iterator[str]:
                 else {
                     "model": source_digest(recipe.model.arch, recipe.model.weights),
                     "reset_head": recipe.model.reset_head,
+                    **({"outputs": list(recipe.model.outputs.items())} if recipe.model.outputs else {}),
                 }
             ),
         }

@@ -50,7 +50,7 @@ def rehearse(run: Run, missing: Mapping[str, Sequence[bool]]) -> None:
         sections = [section for section, absent in zip(chain.stages, missing[name], strict=False) if absent] + [*behind]
         if any(_trains(section, chain) for section in sections):
             if own is not None and not run.task.output.has_classes:
-                own.row(run.dataset.held_out.labels[0].numpy(), run.paths()[0])
+                own.row(run.task.output.split(run.dataset.held_out.labels[:1].numpy())[0], run.paths()[0])
             stages = [section.stage for section in sections if section.stage in TRIED]
             if chain.teacher and ("teacher", "score") not in tried:
                 _check_teacher(run)
@@ -123,7 +123,8 @@ def _networks(run: Run, chain: Recipe, sections: Sequence[StageSection]) -> list
     """Return teacher and student, if it is another network, by architecture; a student to start has its weights."""
 
     def untrained(arch: str) -> nn.Module:
-        return rebuild(Architecture(arch, run.num_classes, run.shape), trust_code=run.trust_code)
+        architecture = Architecture(arch, run.num_classes, run.shape, outputs=run.served)
+        return rebuild(architecture, trust_code=run.trust_code)
 
     if chain.model is None:
         found = [("teacher", run.given_teacher(whole=True).cpu())]
@@ -153,7 +154,7 @@ def _export(model: nn.Module, run: Run) -> None:
     images = _images(run)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "float.onnx"
-        to_onnx(model, path, shape=run.shape, metadata={})
+        to_onnx(model, path, shape=run.shape, metadata={}, outputs=run.dataset.outputs)
         session = open_session(path, threads=1)
         try:
             bind(session, images.numpy())()
@@ -173,7 +174,7 @@ def _quantize(model: nn.Module, run: Run) -> None:
     """Write and run the INT8 file."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
-        Served(Conditions(CPU, 1, 1), "int8", run.shape, run.int8_targets[0]).write(model, path)
+        Served(Conditions(CPU, 1, 1), "int8", run.shape, run.int8_targets[0], run.dataset.outputs).write(model, path)
         bind(open_session(path, threads=1), _images(run).numpy())()
 
 

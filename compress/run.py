@@ -21,6 +21,7 @@ from compress.errors import CompressError, ModelError
 from compress.logs.stage_log import StageLog, Tell
 from compress.models.architectures import build
 from compress.models.digest import source_digest, teachers_digest
+from compress.models.outputs import signature_of
 from compress.models.saved import Architecture, load_float, rebuild
 from compress.models.structure import check_logits, check_output, count
 from compress.models.teachers import seen, teacher_of
@@ -74,11 +75,12 @@ class Run:
         """The images, opened on first use."""
         if self.opened is not None:
             return self.opened()
-        found = self.task.open(data_settings(self.recipe), _augmentation(self.recipe))
+        task = TASKS[self.recipe.task]
+        found = task.open(data_settings(self.recipe), _augmentation(self.recipe))
         if found.classes:
             return found
         recipe, model = self.recipe, self.recipe.model
-        if not self.task.output.has_classes:
+        if not task.output.has_classes:
             return self._referred(found)
         labeller = Labeller(
             teachers_of(recipe),
@@ -101,24 +103,37 @@ class Run:
     def _referred(self, found: Dataset) -> Dataset:
         """Return the images with the outputs of the recipe's uncompressed network as truths."""
         data, model, given = self.recipe.data, self.recipe.model, teachers_of(self.recipe)
+        weights = {} if model is None else model.outputs
 
         def build_source() -> nn.Module:
             if model is None:
-                return teacher_of(given, None, seen(found.preprocess), trust_code=self.trust_code)
-            network = build(model.arch, num_classes=0, shape=found.preprocess.shape, trust_code=self.trust_code)
+                return teacher_of(given, None, seen(found.preprocess), trust_code=self.trust_code, outputs=())
+            shape, names = found.preprocess.shape, tuple(weights)
+            network = build(model.arch, num_classes=0, shape=shape, trust_code=self.trust_code, outputs=names)
             if model.weights is not None:
                 load_weights_(network, model.arch, model.weights, reset_head=False)
             return network
 
-        return with_references(
+        facts = {"teacher": teachers_digest(given), "model": model and source_digest(model.arch, model.weights)}
+        referred = with_references(
             found,
             build_source,
-            {"teacher": teachers_digest(given), "model": model and source_digest(model.arch, model.weights)},
+            facts | ({"outputs": list(weights)} if weights else {}),
             memory=Path(self.recipe.out) / LOGITS,
             batch_size=data.eval_batch_size,
             workers=data.workers,
             device=self.device,
         )
+        weighted = tuple(replace(one, weight=weights.get(one.name, 1.0)) for one in referred.outputs)
+        return replace(referred, outputs=weighted)
+
+    @property
+    def served(self) -> tuple[str, ...] | None:
+        """The names of the outputs that networks return side by side, or of the one chosen of several; None for a single one."""
+        if TASKS[self.recipe.task].output.has_classes:
+            return None
+        chosen = self.recipe.model.outputs if self.recipe.model else {}
+        return tuple(one.name for one in self.dataset.outputs) or tuple(chosen) or None
 
     @property
     def num_classes(self) -> int:
@@ -138,8 +153,11 @@ class Run:
 
     @property
     def task(self) -> Task:
-        """What the network is for."""
-        return TASKS[self.recipe.task]
+        """What the network is for; a task of tensors knows the network's outputs."""
+        found = TASKS[self.recipe.task]
+        if found.output.has_classes:
+            return found
+        return replace(found, output=found.output.of(self.dataset.outputs))
 
     @cached_property
     def judged(self) -> Task:
@@ -233,7 +251,7 @@ class Run:
 
         Raises ModelError where it cannot be built or loaded, or does not return logits of the data's classes.
         """
-        architecture = Architecture(given.arch, self.num_classes, self.shape)
+        architecture = Architecture(given.arch, self.num_classes, self.shape, outputs=self.served)
         torch.manual_seed(self.recipe.seed)
         model = rebuild(architecture, trust_code=self.trust_code)
         if given.weights is not None:
@@ -247,6 +265,12 @@ class Run:
         `logits` also looks at its outputs for a few training images, on the CPU: probabilities are refused.
         """
         check_output(model, self.shape, output=self.output_shape)
+        wanted, found = (
+            [(one.name, one.shape) for one in outputs]
+            for outputs in (self.dataset.outputs, signature_of(model, self.shape) if self.dataset.outputs else ())
+        )
+        if wanted != found:
+            raise ModelError(f"{type(model).__name__}: must have the outputs {wanted}, has {found}: name its own alike")
         for batch in self.feed.calibration(LOGIT_IMAGES) if logits and self.task.output.has_classes else ():
             check_logits(model, batch.images.cpu())
 
@@ -261,7 +285,9 @@ class Run:
         student = seen(self.dataset.preprocess)
         has_classes = self.task.output.has_classes
         classes = self.dataset.classes if has_classes else None
-        found = teacher_of(teachers_of(self.recipe), classes, student, trust_code=self.trust_code, whole=whole)
+        found = teacher_of(
+            teachers_of(self.recipe), classes, student, trust_code=self.trust_code, whole=whole, outputs=self.served
+        )
         place_(found.requires_grad_(False), self.device)
         for batch in self.feed.calibration(LOGIT_IMAGES) if has_classes else ():
             found.note_probabilities_(batch.images)

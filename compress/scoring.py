@@ -25,8 +25,9 @@ from compress.recipe.arguments import providers_of
 from compress.run import Run
 from export.images.size import Shape, size_of
 from export.names import CLASSES_KEY, PREPROCESS_KEY, SCORE_KEY, TARGET_KEY, TASK_KEY
-from export.onnx_file.graph import INPUT, save_model, to_float16
+from export.onnx_file.graph import save_model, to_float16
 from export.onnx_file.names import module_of
+from export.onnx_file.outputs import Output
 from export.onnx_file.roles import FP32
 from export.onnx_file.targets import CPU, RUNS, TARGET_PROVIDERS, Target, host_target
 from export.onnx_file.to_onnx import to_onnx
@@ -37,7 +38,7 @@ from export.runtime.latency import Ratio, speedup, time_sessions
 from export.runtime.measure import BenchPlan, trusted
 from export.runtime.providers import PLAIN, PROVIDERS, Runtime
 from export.runtime.rows import file_in
-from export.runtime.session import bind, open_session
+from export.runtime.session import bind, infer, open_session
 
 LATENCY_SECONDS, LATENCY_BLOCKS = 0.5, 6
 SENSITIVITY_IMAGES = 128  # there is one pass over them for each layer
@@ -47,7 +48,8 @@ RANGE_IMAGES = 64  # for finding values that exceed half precision
 def export_network(model: nn.Module, path: Path, run: Run, *, score: float, target: Target) -> None:
     """Write `model`, which is on the CPU, with its `score` in torch as metadata."""
     model = model.eval().to(memory_format=torch.contiguous_format)
-    to_onnx(model, path, shape=run.shape, metadata=metadata_of(run, score=score, target=target))
+    metadata = metadata_of(run, score=score, target=target)
+    to_onnx(model, path, shape=run.shape, metadata=metadata, outputs=run.dataset.outputs)
 
 
 def metadata_of(run: Run, *, score: float, target: Target) -> dict[str, str]:
@@ -78,6 +80,7 @@ class Served:
     precision: str
     shape: Shape
     target: Target
+    outputs: tuple[Output, ...] = ()
 
     def write(self, model: nn.Module, path: Path) -> None:
         """Write a network on the CPU, with ranges from random images, on which its latency does not depend.
@@ -89,7 +92,7 @@ class Served:
             prepared = prepare(model, self.target, images)
             calibrate_(prepared, [images], "minmax")
             model = deploy(prepared)
-        to_onnx(model, path, shape=self.shape, metadata={})
+        to_onnx(model, path, shape=self.shape, metadata={}, outputs=self.outputs)
         if self.precision == "fp16":
             save_model(to_float16(onnx.load(path)), path)
 
@@ -108,7 +111,7 @@ def served(asked: stages.ServingConditions, run: Run) -> Served:
     conditions = Conditions(provider, asked.threads, asked.batch)
     channels, *size = run.shape
     shape = (channels, *(size_of(asked.image_size or size)))
-    return Served(conditions, asked.precision or own, shape, run.target)
+    return Served(conditions, asked.precision or own, shape, run.target, run.dataset.outputs)
 
 
 def random_images(shape: Shape) -> Tensor:
@@ -118,7 +121,7 @@ def random_images(shape: Shape) -> Tensor:
 
 def difference(model: nn.Module, session: InferenceSession, images: Tensor) -> tuple[float, float]:
     """Return how far a file's outputs for images are from the network's at most, and the network's largest output."""
-    (outputs,) = session.run(None, {INPUT: images.contiguous().numpy()})
+    outputs = infer(session, images.contiguous().numpy())
     with torch.no_grad():
         wanted = model(images)
     return float((torch.from_numpy(outputs) - wanted).abs().max()), float(wanted.abs().max())

@@ -24,7 +24,7 @@ from export.images.preprocess import Preprocess
 from export.images.read import read_pixels
 from export.runtime.native import RUNTIME_ERRORS, first_line
 from export.runtime.providers import add_arguments, asked
-from export.runtime.session import DTYPES, open_session
+from export.runtime.session import infer, open_session
 from export.tasks.task import Array, OutputTask
 
 TOP = 5
@@ -37,9 +37,8 @@ def predict(session: onnxruntime.InferenceSession, bundle: Bundle, path: Path) -
     Raises DataError for a broken image, BundleError if the network cannot run or its output is not finite.
     """
     images = bundle.preprocess.normalize(read_pixels(path, bundle.preprocess)[None])  # (1, channels, height, width)
-    (given,) = session.get_inputs()
     try:
-        (outputs,) = session.run(None, {given.name: images.astype(DTYPES[given.type], copy=False)})
+        outputs = infer(session, images)
     except RUNTIME_ERRORS as error:
         raise BundleError(f"{path}: the network cannot run on it ({first_line(error)}): export it again") from error
     if not np.isfinite(outputs).all():

@@ -108,3 +108,20 @@ def recipe_path(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY_RECIPE)
     return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits as files in folders of their classes."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    folder = tmp_path_factory.mktemp("photos")
+    found = load_digits()
+    for index, (image, label) in enumerate(zip(found.images[:240], found.target, strict=False)):
+        place = folder / str(label)
+        place.mkdir(exist_ok=True)
+        Image.fromarray((image * 15.9).astype(np.uint8)).resize((20, 20)).convert("RGB").save(
+            place / f"{index:03d}.png"
+        )
+    return folder

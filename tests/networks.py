@@ -217,6 +217,21 @@ class Encoder(nn.Module):
         return torch.flatten(F.adaptive_avg_pool2d(self.block2(self.block1(self.stem(x))), 1), 1)
 
 
+class TwoHeaded(nn.Module):
+    """The encoder with a second output, a map of 3 channels at half of the image's size, in a dict with the name of its backbone."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.backbone, self.heat = Encoder(width), nn.Conv2d(2 * width, 3, 3, padding=1)
+        self.embed = nn.Linear(2 * width, 12)
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        """Return an embedding (n, 12) and a map (n, 3, height / 2, width / 2)."""
+        maps = self.backbone.block2(self.backbone.block1(self.backbone.stem(x)))
+        embedding = self.embed(F.adaptive_avg_pool2d(maps, 1).flatten(1))
+        return {"embedding": embedding, "heat": 10 * self.heat(maps), "backbone": "encoder", "left_out": None}
+
+
 class Restorer(nn.Module):
     """A small U-Net that gives an image of the input's size."""
 
@@ -240,6 +255,11 @@ def _rectified(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 def encoder() -> nn.Module:
     """Return a network without classes."""
     return Encoder()
+
+
+def two_headed() -> nn.Module:
+    """Return a network of two outputs."""
+    return TwoHeaded()
 
 
 def restorer() -> nn.Module:

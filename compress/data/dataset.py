@@ -33,6 +33,7 @@ from export.images.listing import NO_LABEL
 from export.images.preprocess import Preprocess
 from export.images.read import digest
 from export.images.size import area as area_of
+from export.onnx_file.outputs import Output
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Dataset:
 
     `files` are the digests of a folder's files by path; `held_out` are the validation images, not decoded. Where there
     are images without a label (-1), `everything` is the training images followed by them, with the digest of all. `notes`
-    are sentences that a run's log and report repeat.
+    are sentences that a run's log and report repeat. `outputs` are a network's, if it has several, which lie side by side in the truths.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Dataset:
     held_out: Lazy
     everything: tuple[ImageSet, str] | None = None
     notes: tuple[str, ...] = ()
+    outputs: tuple[Output, ...] = ()
 
     @property
     def with_unlabelled(self) -> "Dataset":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from compress.artifact import lineage
 from compress.data.batches import Batch, Views
@@ -37,6 +37,7 @@ from compress.recipe.losses import LossTerm
 from compress.recipe.stages import Fit
 from compress.run import Run
 from compress.tasks.predictions import LOGITS
+from compress.training.modes import other_in_training, train_norms_only_
 from export.command.files import key_of, sha256, write_json
 
 FORMAT = 1  # of the cached views; raise it when views are drawn in another way
@@ -70,6 +71,10 @@ def distil(
     run = replace(run, opened=lambda: images)
     teaching = teach(run, src, terms, settings, log)
     shown = example_images(run.shape, run.device)
+    plain = not isinstance(student, fx.GraphModule)  # which is a graph of the eval mode already
+    if plain and (does := other_in_training(student, shown, values=not task.output.has_classes)):
+        train_norms_only_(student)
+        log.note(f"{phase}: the student learns in eval mode but for its batch-norms: in its own training mode {does}")
     learner, step = distillation(
         terms, task, student=student, teacher=teaching.teacher, images=shown, seed=run.recipe.seed
     )
@@ -84,7 +89,7 @@ def teach(run: Run, src: Path, terms: Sequence[LossTerm], settings: Fit, log: St
     if not needs_teacher(terms):
         return Teaching(no_teacher, None)
     asked = run.recipe.teaching
-    fills_disk = len(run.output_shape) > 1  # maps and anchors
+    fills_disk = max([len(run.output_shape), *(len(one.shape) for one in run.dataset.outputs)]) > 1  # maps and anchors
     if asked.mode == "online" or needs_features(terms) or fills_disk:
         return Teaching(online_teacher(run.teacher(src), terms), None)
     views = min(asked.views, settings.epochs)
@@ -114,7 +119,8 @@ class _CachedTeacher:
     def about(cls, run: Run, src: Path, log: StageLog) -> "_CachedTeacher":
         """Open the cache of the teacher of the artifact `src`."""
         facts = first_decides(lambda: _facts(run, lineage(src)[0]))
-        classes, top_k = len(run.dataset.classes), run.recipe.teaching.top_k
+        classes, top_k = run.num_classes or run.output_shape[0], run.recipe.teaching.top_k
+        assert classes is not None, "an output that is cached has a fixed size"
         layout = Layout(len(run.dataset.train), classes, top_k if top_k and top_k < classes else None)
         cache = LogitCache(Path(run.recipe.out) / LOGITS / key_of(facts), layout)
         if run.rank == 0:

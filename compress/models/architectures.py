@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 from compress.data.teachers import foreign
 from compress.errors import ModelError
@@ -19,6 +19,7 @@ from compress.models.detectors import BUILDERS, KINDS, build_detector, torchvisi
 from compress.models.digest import existing_file, local_modules
 from compress.models.foreign import exported, hugging_face, rebuilt
 from compress.models.known import check_name, suggestion
+from compress.models.outputs import serve_
 from compress.models.segmenters import build_pyramid, build_smp
 from export.errors import UserError
 from export.images.size import Shape, Size, said
@@ -27,19 +28,46 @@ from export.runtime.own import import_file
 # These two have auxiliary heads by default, and warn unless told how to initialize. Their published weights expect
 # transform_input, which turns ImageNet's normalization into theirs.
 _NO_AUXILIARY_HEADS: dict[str, bool] = {"aux_logits": False, "init_weights": True, "transform_input": True}
-TRAINING = ("aux", "loss")  # outputs that only a training needs
 _EXTRA = {"googlenet": _NO_AUXILIARY_HEADS, "inception_v3": _NO_AUXILIARY_HEADS}
 
 
-def build(arch: str, *, num_classes: int, shape: Shape | None = None, trust_code: bool = False) -> nn.Module:
+def build(
+    arch: str,
+    *,
+    num_classes: int,
+    shape: Shape | None = None,
+    trust_code: bool = False,
+    outputs: Sequence[str] | None = None,
+) -> nn.Module:
     """Build `torchvision:NAME`, `timm:NAME`, `cifar:NAME` or `file.py:factory` with random weights, in eval mode.
 
     `onnx:FILE`, `hf:FOLDER` and `exported:FILE.pt2` contain their weights. A network is built for the channels of `shape`, and one for one
     image size only (ViT, Swin) for its size, by default for three channels and its own size. A file's factory is called as
     `factory(num_classes)`, or `factory(num_classes, channels=n)` if it has that argument, and only with `trust_code`, as
-    loading the file runs its code. Raises ModelError for an unknown name, a shape that does not fit, or a
+    loading the file runs its code. It returns one tensor, in which the named `outputs` lie side by side, all of several for ()
+    (`models.outputs`); by default it is the only one, or the logits. Raises ModelError for an unknown name, a shape that does not fit, or a
     file that cannot be used.
     """
+    model = thawed_(_built(arch, num_classes, shape, trust_code=trust_code))
+    source, _, name = arch.rpartition(":")
+    alone = outputs is None and source in LIBRARIES and foreign(arch) is None and name not in _segmentation()
+    return model if alone else serve_(model, outputs)
+
+
+def thawed_(model: nn.Module) -> nn.Module:
+    """Replace frozen batch-norms, which are four buffers and a product, by batch-norms that compute the same in eval mode.
+
+    They can be cut and folded. torchvision's and transformers' classes are meant, whose name ends in FrozenBatchNorm2d.
+    """
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("FrozenBatchNorm2d"):
+            norm = nn.BatchNorm2d(len(module.get_buffer("weight")), eps=getattr(module, "eps", 1e-5))
+            norm.load_state_dict(module.state_dict(), strict=False)  # the counter of batches is not there
+            model.set_submodule(name, norm.eval())
+    return model
+
+
+def _built(arch: str, num_classes: int, shape: Shape | None, *, trust_code: bool) -> nn.Module:
     channels, *sides = shape or (3,)
     source, name = foreign(arch) or (arch.rpartition(":")[0], arch.rpartition(":")[2])
     if source not in LIBRARIES:
@@ -47,7 +75,7 @@ def build(arch: str, *, num_classes: int, shape: Shape | None = None, trust_code
     given = {OF_CHANNELS[source]: channels} if channels != 3 and source in OF_CHANNELS else {}
     if not sides or source not in SIZED or not SIZED[source][0](name):
         model = LIBRARIES[source](name, num_classes, **given)
-        return (_unnamed(model) if foreign(arch) else model if given else with_channels(model, channels)).eval()
+        return (model if given or foreign(arch) else with_channels(model, channels)).eval()
     size = (sides[0], sides[1])
     try:
         model = LIBRARIES[source](name, num_classes, **SIZED[source][1](size), **given)
@@ -88,7 +116,10 @@ def _torchvision(name: str, num_classes: int, **sized: Any) -> nn.Module:
             name, weights=None, num_classes=num_classes, **_EXTRA.get(name, {}), **sized
         )
         return model
-    return _unnamed(torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes))
+    network: nn.Module = torchvision.models.get_model(
+        name, weights=None, weights_backbone=None, num_classes=num_classes
+    )
+    return network
 
 
 def torchvision_names() -> tuple[str, ...]:
@@ -113,28 +144,6 @@ def auxiliary(arch: str, num_classes: int) -> tuple[str, nn.Module] | None:
     )
     (layer,) = (layer for layer, output in both.backbone.return_layers.items() if output == "aux")
     return f"backbone.{layer}", both.aux_classifier
-
-
-def _unnamed(model: nn.Module) -> nn.Module:
-    """Make a network with named outputs return the logits alone: torchvision's segmentation `out`, transformers' `logits`.
-
-    Its weights keep their names. A call raises ModelError where another tensor would be dropped that is not for training.
-    """
-
-    def out(_model: nn.Module, _inputs: object, outputs: object) -> object:
-        named = outputs if isinstance(outputs, Mapping) else {}
-        kept = next((name for name in ("out", "logits") if name in named), None)
-        if kept is None:
-            return outputs
-        others = [name for name, value in named.items() if isinstance(value, Tensor) and name not in (kept, *TRAINING)]
-        if others:
-            raise ModelError(
-                f"{type(model).__name__}: returns {', '.join(others)} besides {kept}, and one output is served: return it alone"
-            )
-        return named[kept]
-
-    model.register_forward_hook(out)
-    return model
 
 
 def _timm(name: str, num_classes: int, **sized: Any) -> nn.Module:
@@ -212,7 +221,7 @@ def _own(arch: str, num_classes: int, channels: int, *, trust_code: bool) -> nn.
     model = factories[name](*wanted, **given)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{arch}: must return a torch.nn.Module, returned {type(model).__name__}")
-    return _unnamed(model)
+    return model
 
 
 def _refuse_namesakes(file: Path) -> None:

@@ -5,7 +5,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,10 +19,12 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from compress.errors import ModelError
 from compress.models.digest import existing_file
 from compress.models.onnx_layers import spell_out_, teach_converter
+from compress.models.outputs import tensors_of
 from compress.quant.graph.trace import trace
 from export.onnx_file.model_file import parse
 from export.onnx_file.targets import CPU, CUDA
@@ -34,6 +36,7 @@ from export.runtime.session import open_session
 CANNOT: tuple[type[Exception], ...] = (NotImplementedError, ValueError, KeyError, TypeError, *RUNTIME_ERRORS)
 AXES_AS_INPUT = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2")  # since opset 18
 LAST: dict[str, Callable[[Tensor], Tensor]] = {"Softmax": lambda logits: logits.softmax(1), "Sigmoid": torch.sigmoid}
+FLOATS = ("tensor(float)", "tensor(float16)")
 FLOAT_ROUNDING = 1e-4  # largest difference of ONNX Runtime's and torch's kernels, as a fraction of the largest logit
 # The only text allowed in an archive's shapes, as torch has sympy evaluate them.
 SYMBOLS = re.compile(
@@ -50,23 +53,19 @@ class OnnxFile(nn.Module):
         self.file = file
         parse(file)  # refuses other files, and weights in separate files
         self._sessions = {CPU: open_session(file)}
-        given, wanted = self._sessions[CPU].get_inputs(), self._sessions[CPU].get_outputs()
-        if len(given) != 1 or len(given[0].shape) != 4 or given[0].type not in ("tensor(float)", "tensor(float16)"):
+        given = self._sessions[CPU].get_inputs()
+        if len(given) != 1 or len(given[0].shape) != 4 or given[0].type not in FLOATS:
             found = ", ".join(f"{one.name} {one.type} {one.shape}" for one in given)
             raise ModelError(
                 f"{file}: must take one float tensor of images, takes {found}; export it with such an input"
             )
-        if len(wanted) != 1:
-            found = ", ".join(one.name for one in wanted)
-            raise ModelError(
-                f"{file}: has {len(wanted)} outputs ({found}), and one is served: keep it alone with onnx.utils.extract_model"
-            )
         self.shape, self.float16 = given[0].shape, given[0].type == "tensor(float16)"
-        self.names = given[0].name, wanted[0].name
+        wanted = [one.name for one in self._sessions[CPU].get_outputs() if one.type in FLOATS]
+        self.names = given[0].name, wanted
         self.last = _channels_last(self.shape)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the first output for images (n, channels, height, width), float32 on their device."""
+    def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
+        """Return the output for images (n, channels, height, width), or several by name, float32 on their device."""
         channels = self.shape[3 if self.last else 1]
         if isinstance(channels, int) and channels != images.shape[1]:
             raise ModelError(
@@ -83,13 +82,17 @@ class OnnxFile(nn.Module):
             part = values[first : first + fixed]
             padded = np.concatenate([part, np.repeat(part[-1:], fixed - len(part), axis=0)])
             try:
-                (output,) = self._sessions[provider].run([self.names[1]], {self.names[0]: padded})
+                found = self._sessions[provider].run(self.names[1], {self.names[0]: padded})
             except RUNTIME_ERRORS as error:
                 raise ModelError(
                     f"{self.file}: takes {self.shape}, got {padded.shape} ({first_line(error)}); set its image_size"
                 ) from error
-            outputs.append(output[: len(part)])
-        return torch.from_numpy(np.concatenate(outputs).astype(np.float32)).to(images.device)
+            outputs.append([output[: len(part)] for output in found])
+        whole = [
+            torch.from_numpy(np.concatenate(parts).astype(np.float32)).to(images.device)
+            for parts in zip(*outputs, strict=True)
+        ]
+        return dict(zip(self.names[1], whole, strict=True)) if len(whole) > 1 else whole[0]
 
 
 class _ChannelsLast(nn.Module):
@@ -123,7 +126,7 @@ class _Fixed(nn.Module):
 
 
 def rebuilt(name: str, _num_classes: int = 0) -> nn.Module:
-    """Return an ONNX file as a torch network with its weights, without a softmax or sigmoid at its end.
+    """Return an ONNX file as a torch network with its weights, without a softmax or sigmoid at its end; several outputs are a dict.
 
     Raises ModelError where onnx2torch lacks one of its operators, or where outputs differ from the file's on noise.
     """
@@ -134,14 +137,16 @@ def rebuilt(name: str, _num_classes: int = 0) -> nn.Module:
     advice = "so it cannot be cut or trained: name it as `teacher` and add a student stage for another network"
     try:
         proto = _static(file, black_box.shape)
-        last = _without_probabilities_(proto)
+        last = _without_probabilities_(proto) if len(proto.graph.output) == 1 else None
         found = converter.convert(proto).eval()
-        network: nn.Module = _with_numbers(fx.GraphModule(found, _Inlined().trace(found), file.stem))
+        graph = _with_numbers(fx.GraphModule(found, _Inlined().trace(found), file.stem))
+        if len(proto.graph.output) > 1:
+            _name_outputs_(graph, [one.name for one in proto.graph.output])
     except CANNOT as error:
         raise ModelError(
             f"{file}: onnx2torch cannot rebuild it ({str(error).strip() or type(error).__name__}), {advice}"
         ) from error
-    network = _ChannelsLast(network) if black_box.last else network
+    network: nn.Module = _ChannelsLast(graph) if black_box.last else graph
     for tensor in network.state_dict().values():
         tensor.data = tensor.data.clone()  # the file's bytes are read-only
     _, channels, height, width = _channels_first(black_box.shape)
@@ -151,28 +156,45 @@ def rebuilt(name: str, _num_classes: int = 0) -> nn.Module:
         with torch.no_grad():
             outputs = network(images)
             outputs = LAST[last](outputs) if last else outputs
+            both = [dict(tensors_of(one)) for one in (outputs, expected)]
+            both[0] = {name: both[0][name] for name in both[1]}
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"{file}: rebuilt, it does not run on two images ({first_line(error)}), {advice}") from error
-    difference = float((outputs - expected).abs().max())
-    if not difference <= FLOAT_ROUNDING * max(1.0, float(expected.abs().max())):
-        raise ModelError(f"{file}: rebuilt, its outputs differ from the file's by up to {difference:.2g}, {advice}")
+    for output, wanted in zip(*(one.values() for one in both), strict=True):
+        difference = float((output - wanted).abs().max())
+        if not difference <= FLOAT_ROUNDING * max(1.0, float(wanted.abs().max())):
+            raise ModelError(f"{file}: rebuilt, its outputs differ from the file's by up to {difference:.2g}, {advice}")
     return network
 
 
+def _name_outputs_(network: fx.GraphModule, names: Sequence[str]) -> None:
+    """Make a graph that returns a tuple return a dict."""
+    (output,) = network.graph.find_nodes(op="output")
+    output.args = (dict(zip(names, output.args[0], strict=True)),)
+    network.recompile()
+
+
 def hugging_face(name: str, _num_classes: int = 0) -> nn.Module:
-    """Return the image classifier in a folder that transformers' save_pretrained wrote; raise ModelError for other folders."""
+    """Return the network in a folder that transformers' save_pretrained wrote, of the class that its config names.
+
+    Raises ModelError for other folders, and for a network that takes more than images.
+    """
     transformers = _library("transformers", "transformers")
     transformers.utils.logging.disable_progress_bar()
     if not (Path(name) / "config.json").is_file():
         raise ModelError(f"hf:{name}: must be a folder that save_pretrained wrote, with config.json; give that folder")
+    (named,) = (json.loads((Path(name) / "config.json").read_text()).get("architectures") or [""])[:1]
+    kind = getattr(transformers, named, None) or transformers.AutoModelForImageClassification
     try:
-        network: nn.Module = transformers.AutoModelForImageClassification.from_pretrained(
+        network: nn.Module = kind.from_pretrained(
             name, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(
-            f"hf:{name}: transformers cannot load it as an image classifier ({first_line(error)})"
+            f"hf:{name}: transformers cannot load it as {named or 'an image classifier'} ({first_line(error)})"
         ) from error
+    if (takes := getattr(network, "main_input_name", "pixel_values")) != "pixel_values":
+        raise ModelError(f"hf:{name}: {named} takes {takes}, not images alone; save its vision tower by itself")
     return network.eval()
 
 
@@ -194,8 +216,18 @@ def exported(name: str, _num_classes: int = 0) -> nn.Module:
     program = read_program(name)
     network: nn.Module = _Fixed(program.module())
     if program.example_inputs:
+        images = program.example_inputs[0][0]
         with suppress(ModelError):
-            network = trace(network, program.example_inputs[0][0])
+            traced = trace(network, images)
+            with torch.no_grad():
+                found = network(images)
+            names = [name for name, _ in tensors_of(found)]
+            if isinstance(found, Tensor) or len(names) == len(tree_leaves(found)):
+                if not isinstance(found, Tensor):
+                    (output,) = traced.graph.find_nodes(op="output")
+                    output.args = (output.args if len(names) == 1 else output.args[0],)
+                    _name_outputs_(traced, names)
+                network = traced
     return network
 
 

@@ -31,6 +31,7 @@ class Architecture:
     target: str | None = None  # of a fake-quantized network, as are the other arguments of `prepare`
     ranges: Ranges = "moving_average"
     keep_float: tuple[str, ...] = ()
+    outputs: tuple[str, ...] | None = None  # the served ones by name, where a network has several
 
     def pruned(self, *steps: tuple[Cut, ...]) -> "Architecture":
         """Return the architecture after further cuts."""
@@ -48,7 +49,7 @@ def save_network(model: nn.Module, architecture: Architecture, directory: Path) 
     said = {"image_size": written((height, width)), **({} if channels == 3 else {"channels": channels})}
     facts = dict[str, object]()
     for name, value in asdict(architecture).items():
-        facts |= said if name == "shape" else {name: value}
+        facts |= said if name == "shape" else {} if (name, value) == ("outputs", None) else {name: value}
     write_json(directory / ARCHITECTURE, facts)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     save_file(tensors, directory / WEIGHTS)
@@ -60,13 +61,14 @@ def read_architecture(directory: Path) -> Architecture:
     cuts = tuple(tuple(Cut(cut["root"], tuple(cut["remove"])) for cut in step) for step in value.pop("cuts"))
     keep_float = tuple(value.pop("keep_float", ()))  # missing in float networks of version 0.1.0
     shape = (value.pop("channels", 3), *size_of(value.pop("image_size")))
-    return Architecture(**value, shape=shape, cuts=cuts, keep_float=keep_float)
+    outputs = tuple(value.pop("outputs")) if "outputs" in value else None
+    return Architecture(**value, shape=shape, cuts=cuts, keep_float=keep_float, outputs=outputs)
 
 
 def rebuild(architecture: Architecture, *, trust_code: bool) -> nn.Module:
     """Return the pruned float network with random weights, in eval mode on the CPU."""
-    shape = architecture.shape
-    model = build(architecture.arch, num_classes=architecture.num_classes, shape=shape, trust_code=trust_code)
+    shape, classes, outputs = architecture.shape, architecture.num_classes, architecture.outputs
+    model = build(architecture.arch, num_classes=classes, shape=shape, trust_code=trust_code, outputs=outputs)
     for step in architecture.cuts:
         cut_(model, example_images(shape), step)
     return model

@@ -12,6 +12,7 @@ from compress.errors import ModelError
 from compress.models.architectures import build
 from compress.models.digest import class_names, existing_file
 from compress.models.foreign import OnnxFile, rebuilt
+from compress.models.outputs import serve_
 from compress.models.weights import load_weights_
 from export.errors import first
 from export.images.preprocess import Preprocess
@@ -119,25 +120,34 @@ def teacher_of(
     *,
     trust_code: bool,
     whole: bool = False,
+    outputs: Sequence[str] | None = None,
 ) -> Teacher:
-    """Return a student's teachers in eval mode on the CPU, with outputs for `classes` (None: their own, in order).
+    """Return a student's teachers in eval mode on the CPU, with outputs for `classes` (None: their own, in order), or `outputs` by name.
 
     `whole` rebuilds ONNX files as torch networks, whose cost can be counted and which can be exported. Raises ModelError
     where a teacher cannot be built, or lacks a class.
     """
-    return Teacher([_member(one, classes, student, trust_code=trust_code, whole=whole) for one in given]).eval()
+    return Teacher(
+        [_member(one, classes, student, trust_code=trust_code, whole=whole, outputs=outputs) for one in given]
+    ).eval()
 
 
 def _member(
-    given: GivenTeacher, classes: tuple[str, ...] | None, student: Seen, *, trust_code: bool, whole: bool
+    given: GivenTeacher,
+    classes: tuple[str, ...] | None,
+    student: Seen,
+    *,
+    trust_code: bool,
+    whole: bool,
+    outputs: Sequence[str] | None,
 ) -> Member:
     kind, path = foreign(given.network) or ("", "")
     if kind == "onnx":
-        network = rebuilt(path) if whole else OnnxFile(existing_file(path, "the teacher's file"))
+        network = serve_(rebuilt(path) if whole else OnnxFile(existing_file(path, "the teacher's file")), outputs)
     else:
         channels, names = len(student.mean), own_names(given) or classes or ()
         shape = None if channels == 3 else (channels, *(given.image_size or student.size))
-        network = build(given.network, num_classes=len(names), shape=shape, trust_code=trust_code)
+        network = build(given.network, num_classes=len(names), shape=shape, trust_code=trust_code, outputs=outputs)
     if given.weights is not None:
         load_weights_(network, given.network, given.weights, reset_head=False)
     own = Seen(given.image_size or student.size, given.mean or student.mean, given.std or student.std)

@@ -24,7 +24,7 @@ from compress.quant.graph.placement import (
     runs_in_integers,
 )
 from compress.quant.graph.rewrite import traced
-from compress.quant.graph.trace import called, name_of
+from compress.quant.graph.trace import called, is_end, name_of
 from compress.quant.layers import Kernel, QuantConv2d, QuantLayer, QuantLinear, QuantNorm, QuantNorm1d, QuantNorm2d
 from export.onnx_file.targets import Target
 
@@ -34,7 +34,7 @@ QUANTIZED_NORMS: dict[type, type[QuantNorm]] = {nn.BatchNorm1d: QuantNorm1d, nn.
 # in 1.32, one thread), with up to 6 % of its levels off by one.
 RUNTIME_ROUNDS = (torch.ops.aten.softmax.int,)
 # Markers and sizes, which compute nothing.
-SILENT = (SameRange, JoinRange, "size")
+SILENT = (SameRange, JoinRange, "size", "pack")
 
 
 def prepare(
@@ -85,12 +85,12 @@ def heads(graph: fx.GraphModule) -> tuple[str, ...]:
         if node.op == "output":
             continue
         moves = [
-            user.op == "output" or called(graph, user) in (*JOINS, *CLIPS) or keeps_range(graph, user)
+            is_end(graph, user) or called(graph, user) in (*JOINS, *CLIPS) or keeps_range(graph, user)
             for user in node.users
         ]
         ends[node] = bool(moves) and all(moves) and all(ends[user] for user in node.users)
         joined[node] = any(joined[user] or called(graph, user) in JOINS for user in node.users)
-        joined[node] |= called(graph, node) is nn.Conv2d and all(user.op == "output" for user in node.users)
+        joined[node] |= called(graph, node) is nn.Conv2d and all(is_end(graph, user) for user in node.users)
     return tuple(str(node.target) for node in ends if called(graph, node) in PLAIN and ends[node] and joined[node])
 
 

@@ -6,7 +6,15 @@ Imports no torch, so `compress check` takes less than a second.
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from compress.data.named import DATA_SETS, DataName
@@ -22,6 +30,11 @@ def known_task(name: str) -> str:
     if name not in TASKS:
         raise PydanticCustomError("task", "must be one of {known}", {"known": ", ".join(TASKS)})
     return name
+
+
+def weighted(outputs: object) -> object:
+    """Return a list of outputs with a weight of 1 each."""
+    return dict.fromkeys(outputs, 1.0) if isinstance(outputs, list | tuple) else outputs
 
 
 Int8Target = Literal["cpu_avx2", "cpu_vnni", "cpu_arm", "tensorrt"]
@@ -121,6 +134,8 @@ class Model(Section):
     """`torchvision:NAME`, `timm:NAME`, `cifar:NAME` (32-pixel networks of the papers), `onnx:FILE`, `hf:FOLDER` or `exported:FILE.pt2` with their own weights, `fpn:BACKBONE` or `smp:DECODER/ENCODER` for segmentation, a detector as `ssd:`, `ssdlite:`, `retinanet:` or `fcos:BACKBONE`, or `file.py:factory` (your own; needs --trust-code)."""
     weights: PathText | None = None
     """A state dict (.safetensors, .pt, .pth or .ckpt, whose other entries are ignored), or the library's named weights as `torchvision:IMAGENET1K_V2` or `timm:TAG`; null trains here."""
+    outputs: Annotated[dict[str, PositiveFloat], BeforeValidator(weighted)] = Field(default={})
+    """For `task: tensors` and a network of several outputs: the names of those to serve, in order, or `name: weight` in the score and the losses; by default all, equally (docs/tensors.md)."""
     reset_head: bool = False
     """Initialize a new classifier (of a network with several heads, all layers with another number of outputs) and keep all other weights, for weights trained on other classes."""
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,8 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
         images, truths = golden["images"], golden["truths"]
     serving = serving_of(report, files, target, size=preprocess["image_size"])
     facts = inspect(files[serving.served])
+    weights = recipe.model.outputs if recipe.model else {}
+    outputs = tuple(replace(one, weight=weights.get(one.name, 1.0)) for one in facts.signature)
     # Leave out whether a stage was reused, so that running again makes the same bytes.
     report = {**report, "stages": [{**row, "cached": False} for row in report["stages"]]}
     readme = card(
@@ -61,7 +64,8 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
         served=serving.served,
         classes=len(labels),
         golden=len(images),
-        tensors={"input": facts.input, "output": facts.output},
+        tensors={"input": facts.input, "outputs": facts.outputs},
+        outputs=outputs,
     )
     texts = {
         "README.md": readme,
@@ -94,6 +98,7 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
         providers=[
             key for key, row in PROVIDERS.items() if any(one["provider"] == row.name for one in report["deployed"])
         ],
+        outputs=outputs,
     )
 
 

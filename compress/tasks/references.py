@@ -1,8 +1,9 @@
 """The uncompressed network's outputs for images without labels, which become their truths."""
 
+import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,15 @@ from compress.data.batches import eval_batches, in_order
 from compress.data.dataset import Dataset
 from compress.data.images import ImageSet
 from compress.errors import ModelError
+from compress.models.outputs import signature_of
 from compress.ranks import first_decides
-from export.command.files import key_of
+from export.command.files import key_of, write_json
 from export.images.preprocess import Preprocess
+from export.onnx_file.outputs import Output
 from export.tasks.tensors import channels_of
 
 Build = Callable[[], nn.Module]
+OUTPUTS = "outputs.json"
 
 
 def with_references(
@@ -43,6 +47,8 @@ def with_references(
         missing = [name for name, part in files.items() if not _holds(folder / f"{name}.npy", part)]
         network = build().to(device).to(memory_format=torch.channels_last).eval() if missing else nn.Identity()
         folder.mkdir(parents=True, exist_ok=True)
+        if missing and (outputs := signature_of(network, images.preprocess.shape)):
+            write_json(folder / OUTPUTS, [asdict(one) for one in outputs])
         for name in missing:
             partial = folder / f"{name}.{os.getpid()}.partial"  # another run may compute the same
             _write(partial, files[name], images.preprocess, network, batch_size, workers, device)
@@ -51,15 +57,25 @@ def with_references(
     first_decides(compute)
     # Copy-on-write: nothing is written, and only what is read is loaded.
     train, val = (torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in files)
-    channels = channels_of(train.shape[1:])
-    names = tuple(f"channel_{index:04d}" for index in range(channels or 0))
+    outputs = _read_outputs(folder / OUTPUTS)
+    if outputs:
+        names = [f"{one.name}_{index:04d}" for one in outputs for index in range(channels_of(one.shape) or 0)]
+    else:
+        names = [f"channel_{index:04d}" for index in range(channels_of(train.shape[1:]) or 0)]
     return replace(
         images,
-        classes=names,
+        classes=tuple(names),
+        outputs=outputs,
         train=replace(images.train, labels=_of(images.train, train)),
         val=replace(images.val, labels=_of(images.val, val)),
         held_out=replace(images.held_out, labels=val),
     )
+
+
+def _read_outputs(path: Path) -> tuple[Output, ...]:
+    """Return the outputs that lie side by side in the truths; empty for a single one."""
+    listed = json.loads(path.read_text()) if path.exists() else []
+    return tuple(Output(one["name"], tuple(one["shape"])) for one in listed)
 
 
 def _holds(path: Path, images: ImageSet) -> bool:

@@ -1,15 +1,19 @@
 """Any network that maps an image to a tensor, trained to give the uncompressed network's outputs."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from compress.data.dataset import Dataset
 from compress.data.labelled import open_unlabelled
 from compress.data.validation import copied, new_folder
 from compress.tasks.task import Task
+from export.onnx_file.outputs import Output, columns
 from export.tasks.tensors import TENSORS as OUTPUT
 
 SCALED_BY = 2000  # training images whose outputs set the scale of the loss
@@ -31,15 +35,19 @@ def squared_error_loss(
     *,
     label_smoothing: float = 0.0,  # noqa: ARG001 (the interface, as the next)
     weights: Tensor | None = None,  # noqa: ARG001
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
 ) -> Tensor:
     """Return the mean squared error in units of `scale`, which with the outputs' deviation is one minus the score."""
-    return ((outputs.float() - truths) / scale).square().mean()
+    return ((outputs.float() - truths) / _on(scale, outputs)).square().mean()
 
 
-def rows(outputs: Tensor, _truths: Tensor, *, scale: float = 1.0) -> Tensor:
+def rows(outputs: Tensor, _truths: Tensor, *, scale: float | Tensor = 1.0) -> Tensor:
     """Return every position's values, (n · positions, channels), in units of `scale`."""
-    return channels_last(outputs) / scale
+    return channels_last(outputs) / _on(scale, outputs)
+
+
+def _on(scale: float | Tensor, outputs: Tensor) -> float | Tensor:
+    return scale.to(outputs.device) if isinstance(scale, Tensor) else scale
 
 
 def truth_rows(_outputs: Tensor, truths: Tensor) -> Tensor:
@@ -49,8 +57,23 @@ def truth_rows(_outputs: Tensor, truths: Tensor) -> Tensor:
 
 def scaled(task: Task, dataset: Dataset) -> Task:
     """Return the task whose losses are in units of the outputs' variance, so that the same rate suits any network."""
-    scale = float(spread(dataset.train.labels[:: -(-len(dataset.train) // SCALED_BY)]))
+    some = dataset.train.labels[:: -(-len(dataset.train) // SCALED_BY)]
+    scale = scales(some, dataset.outputs) if dataset.outputs else float(spread(some))
     return replace(task, rows=partial(rows, scale=scale), loss=partial(squared_error_loss, scale=scale))
+
+
+def scales(packed: Tensor, outputs: Sequence[Output]) -> Tensor:
+    """Return by column the unit in which a mean square over all columns is the outputs' mean loss, by their weights, (values,).
+
+    One output's loss is its mean squared error over its variance, however many values it has.
+    """
+    weight, values = sum(one.weight for one in outputs), sum(one.size for one in outputs)
+    parts = {name: packed[:, place] for name, place in columns(outputs).items()}
+    units = [
+        spread(parts[one.name].reshape(-1, *one.shape)) * math.sqrt(weight * one.size / (values * one.weight))
+        for one in outputs
+    ]
+    return torch.cat([unit.expand(one.size) for unit, one in zip(units, outputs, strict=True)])
 
 
 def write_images(dataset: Dataset, folder: Path) -> int:

@@ -20,9 +20,10 @@ from export.errors import BundleError
 from export.images.preprocess import Preprocess
 from export.names import MANIFEST, SUMS
 from export.onnx_file.graph import rounded, rounded_values
+from export.onnx_file.outputs import Output, columns
 from export.runtime.environment import runtime
 from export.runtime.providers import PLAIN, Runtime
-from export.runtime.session import DTYPES, open_session
+from export.runtime.session import infer, open_session
 from export.tasks.task import OutputTask
 
 FOLDER, IMAGES, INPUTS = "golden", "images", "inputs"
@@ -37,32 +38,43 @@ CHANGES, NOISY = 2, 32
 # often, by as much (docs/decisions.md).
 COARSE = 1.0  # the most that is allowed there
 
+Tolerance = dict[str, float]
+"""The largest allowed difference of a value of each output by its name; of a network with one output by ""."""
+
 
 @dataclass(frozen=True)
 class Golden:
-    """The golden arrays; `outputs` and `tolerance` (largest difference of a value) are by file, `made_with` is their runtime."""
+    """The golden arrays; `outputs` and `tolerance` (largest difference of a value) are by file, `made_with` is their runtime.
+
+    Several outputs lie side by side, and each has its own tolerance.
+    """
 
     images: NDArray[Any]  # uint8 or uint16 (n, height, width, channels), resized and cropped
     inputs: NDArray[np.float32]  # (n, channels, height, width), the images normalized
     truths: NDArray[Any]  # (n, ...)
     outputs: dict[str, NDArray[np.float32]]  # (n, ...) each
-    tolerance: dict[str, float]
+    tolerance: dict[str, Tolerance]
     made_with: Json  # empty in older bundles
-    elsewhere: dict[str, dict[str, float]] = field(default_factory=dict)  # tolerances by runtime, then file
+    several: tuple[Output, ...] = ()
+    elsewhere: dict[str, dict[str, Tolerance]] = field(default_factory=dict)  # by runtime, then file
 
-    def differing(self, name: str, outputs: NDArray[np.generic], allowed: float | None = None) -> list[int]:
+    def differing(self, name: str, outputs: NDArray[np.generic], allowed: Tolerance | None = None) -> list[int]:
         """Return the indices of images whose `outputs` (n, ...) differ from a file's by more than `allowed`, by default its tolerance."""
         allowed = self.tolerance[name] if allowed is None else allowed
-        apart = np.abs(outputs.astype(np.float64) - self.outputs[name]).reshape(len(outputs), -1).max(axis=1)  # (n,)
-        return [int(index) for index in np.flatnonzero(~(apart <= allowed))]  # NaN differs
+        apart = np.abs(outputs.astype(np.float64) - self.outputs[name])
+        sound = [largest(part) <= allowed[one] for one, part in parts(apart, self.several).items()]  # NaN differs
+        return [int(index) for index in np.flatnonzero(~np.all(sound, axis=0))]
+
+
+def largest(differences: NDArray[Any]) -> NDArray[Any]:
+    """Return each image's largest value, (n,)."""
+    return np.asarray(differences.reshape(len(differences), -1).max(axis=1))
 
 
 def outputs_of(model: Path | bytes, inputs: NDArray[np.float32], runs_in: Runtime = PLAIN) -> NDArray[np.float32]:
     """Return a file's outputs (n, ...) for `inputs` (n, channels, height, width), one image at a time on one CPU thread."""
     session = open_session(model, threads=1, runs_in=runs_in)
-    (given,) = session.get_inputs()
-    images = inputs.astype(DTYPES[given.type], copy=False)
-    return np.concatenate([session.run(None, {given.name: image[None]})[0] for image in images]).astype(np.float32)
+    return np.concatenate([infer(session, image[None]) for image in inputs]).astype(np.float32)
 
 
 def tolerance_of(
@@ -71,27 +83,39 @@ def tolerance_of(
     inputs: NDArray[np.float32],
     outputs: NDArray[np.float32],
     preprocess: Preprocess,
+    several: Sequence[Output] = (),
     runs_in: Runtime = PLAIN,
-) -> float:
-    """Return by how much an output value of a file may differ in a provider of another correct machine.
+) -> Tolerance:
+    """Return by how much a value of each of a file's outputs may differ in a provider of another correct machine.
 
     `outputs` are this machine's CPU provider's for `inputs`.
     """
+    spreads = {name: spread(part) for name, part in parts(outputs, several).items()}
     if runs_in.bits < PLAIN.bits:
         coarse = outputs_of(
             rounded(onnx.load(path), runs_in.bits).SerializeToString(), rounded_values(inputs, runs_in.bits)
         )
-        own = tolerance_of(path, precision, inputs, outputs, preprocess)
-        return max(own, min(COARSE * spread(outputs), CHANGES * float(np.abs(coarse - outputs).max())))
-    most = WIDEST[precision] * spread(outputs)
+        own = tolerance_of(path, precision, inputs, outputs, preprocess, several)
+        moved = {name: float(change.max()) for name, change in parts(np.abs(coarse - outputs), several).items()}
+        return {name: max(own[name], min(COARSE * spreads[name], CHANGES * moved[name])) for name in own}
+    most = {name: WIDEST[precision] * deviation for name, deviation in spreads.items()}
     if precision != "int8":
         return most
     level = 1 / (255 * np.array(preprocess.std)[:, None, None])  # (channels, 1, 1)
-    random, moved = np.random.default_rng(0), 0.0
+    random, moved = np.random.default_rng(0), dict.fromkeys(spreads, 0.0)
     for _ in range(-(-NOISY // len(inputs))):
         noisy = inputs + random.uniform(-0.5, 0.5, inputs.shape) * level
-        moved = max(moved, float(np.abs(outputs_of(path, noisy.astype(np.float32)) - outputs).max()))
-    return min(most, max(CHANGES * moved, WIDEST["fp32"] * spread(outputs)))
+        changes = parts(np.abs(outputs_of(path, noisy.astype(np.float32)) - outputs), several)
+        moved = {name: max(moved[name], float(change.max())) for name, change in changes.items()}
+    return {
+        name: min(most[name], max(CHANGES * moved[name], WIDEST["fp32"] * deviation))
+        for name, deviation in spreads.items()
+    }
+
+
+def parts(array: NDArray[Any], several: Sequence[Output]) -> Mapping[str, NDArray[Any]]:
+    """Return the columns of each output; a single one's name is ""."""
+    return {name: array[:, place] for name, place in columns(several).items()} if several else {"": array}
 
 
 def spread(outputs: NDArray[np.float32]) -> float:
@@ -107,6 +131,7 @@ def make_golden(
     truths: NDArray[Any],
     preprocess: Preprocess,
     elsewhere: Sequence[Runtime] = (),
+    several: Sequence[Output] = (),
 ) -> Golden:
     """Return the golden arrays of `files` (name to path and precision), run on this machine.
 
@@ -119,21 +144,29 @@ def make_golden(
         if not np.isfinite(logits).all():
             raise BundleError(f"{name}: its outputs for a golden image are not finite: export it again")
     tolerance = {
-        name: tolerance_of(path, kind, inputs, outputs[name], preprocess) for name, (path, kind) in files.items()
+        name: tolerance_of(path, kind, inputs, outputs[name], preprocess, several)
+        for name, (path, kind) in files.items()
     }
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Tolerance]] = {}
     for runs_in in elsewhere:
         for name, (path, kind) in files.items():
-            apart = float(np.abs(outputs_of(path, inputs, runs_in) - outputs[name]).max())
-            most = tolerance_of(path, kind, inputs, outputs[name], preprocess, runs_in)
-            if apart <= most:
-                found.setdefault(runs_in.key, {})[name] = _short(min(most, max(tolerance[name], CHANGES * apart)))
+            distances = parts(np.abs(outputs_of(path, inputs, runs_in) - outputs[name]), several)
+            apart = {one: float(distance.max()) for one, distance in distances.items()}
+            most = tolerance_of(path, kind, inputs, outputs[name], preprocess, several, runs_in)
+            if all(apart[one] <= most[one] for one in most):
+                wanted = {one: min(most[one], max(tolerance[name][one], CHANGES * apart[one])) for one in most}
+                found.setdefault(runs_in.key, {})[name] = _short(wanted)
     short = {name: _short(value) for name, value in tolerance.items()}
-    return Golden(images, inputs, truths, outputs, short, runtime(), found)
+    return Golden(images, inputs, truths, outputs, short, runtime(), tuple(several), found)
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.3g}")
+def _short(values: Tolerance) -> Tolerance:
+    return {name: float(f"{value:.3g}") for name, value in values.items()}
+
+
+def tolerances_json(tolerances: Mapping[str, Tolerance]) -> Mapping[str, float | Tolerance]:
+    """Return tolerances by file as JSON values: a number where there is one output."""
+    return {name: one.get("", one) for name, one in tolerances.items()}
 
 
 def write_arrays(folder: Path, golden: Golden) -> None:
@@ -175,27 +208,34 @@ def read_golden(
     *,
     preprocess: Preprocess,
     output: tuple[int, ...],
+    outputs: tuple[Output, ...],
 ) -> Golden:
     """Return the golden arrays, whose shapes follow from the manifest and the models."""
     listed, where = get(manifest, MANIFEST, "golden", dict), "bundle.json: golden"
     names = list(get(manifest, MANIFEST, "files", dict))
-    values, tolerance = get(listed, where, "truths", list), get(listed, where, "tolerance", dict)
+    values, stated = get(listed, where, "truths", list), get(listed, where, "tolerance", dict)
     if not 0 < len(values) <= MAX_GOLDEN:
         raise BundleError(
             f"{where}.truths: must be of 1 to {MAX_GOLDEN} images, got {len(values)}", defect="bad_content"
         )
     truths = task.truths(values, output)
     elsewhere = get({"elsewhere": {}} | listed, where, "elsewhere", dict)
-    for given in (tolerance, *elsewhere.values()):
-        whole = given is not tolerance or set(given) == set(names)
-        if not (
-            isinstance(given, dict)
-            and whole
-            and all(type(one) is float and 0 <= one < math.inf for one in given.values())
+    wanted = {one.name for one in outputs} or {""}
+
+    def tolerances(given: object, *, of_all: bool) -> dict[str, Tolerance]:
+        by_file: dict[str, Any] = given if isinstance(given, dict) else {"": given}
+        found = by_file if outputs else {name: {"": value} for name, value in by_file.items()}
+        if not (set(found) == set(names) if of_all else isinstance(given, dict)) or not all(
+            isinstance(one, dict)
+            and set(one) == wanted
+            and all(type(value) is float and 0 <= value < math.inf for value in one.values())
+            for one in found.values()
         ):
             raise BundleError(
-                f"{where}.tolerance: must be a number >= 0 for each file, got {given!r:.200}", defect="bad_content"
+                f"{where}.tolerance: must be a number >= 0 for each file{' and output' * bool(outputs)}, got {given!r:.200}",
+                defect="bad_content",
             )
+        return found
 
     def array(name: str, dtype: type[np.generic], *shape: int) -> NDArray[Any]:
         file = f"{FOLDER}/{name}.npy"
@@ -206,9 +246,18 @@ def read_golden(
     channels, height, width = preprocess.shape
     images = array(IMAGES, preprocess.pixel.dtype, height, width, channels)
     inputs = array(INPUTS, np.float32, channels, height, width)
-    outputs = {name: array(name, np.float32, *output) for name in names}
+    found = {name: array(name, np.float32, *output) for name in names}
     made_with = get({"made_with": {}} | listed, where, "made_with", dict)
-    return Golden(images, inputs, truths, outputs, tolerance, made_with, elsewhere)
+    return Golden(
+        images,
+        inputs,
+        truths,
+        found,
+        tolerances(stated, of_all=True),
+        made_with,
+        outputs,
+        {place: tolerances(given, of_all=False) for place, given in elsewhere.items()},
+    )
 
 
 def check_inputs(golden: Golden, preprocess: Preprocess) -> None:

@@ -8,8 +8,9 @@ validation.txt      the digest of each validation image, one per line: 64 bits o
 NAME.onnx           the model files
 golden/images.npy   uint8 or uint16 (n, height, width, channels): real validation images, resized and cropped
 golden/inputs.npy   float32 (n, channels, height, width): the same images normalized, to the last bit
-golden/NAME.npy     float32 (n, classes): the outputs of NAME.onnx where the bundle was made; `golden` in bundle.json has the
-                    images' labels and, for each file, the largest difference allowed on another machine
+golden/NAME.npy     float32 (n, classes): the outputs of NAME.onnx where the bundle was made (several lie side by side, in the
+                    order of bundle.json); `golden` in bundle.json has the images' labels and, for each file and each of several
+                    outputs, the largest difference allowed on another machine
 serving/            folders and requests for servers, made from the files above
 README.md           the model card; recipe.yaml, environment.json, report.json, report/index.html, LICENSE, NOTICE: its origin
 SHA256SUMS          the digest of every other file; `sha256sum -c SHA256SUMS` passes
@@ -33,13 +34,14 @@ from export.images.preprocess import AS_STORED, BINARY, KEPT, UPRIGHT, Preproces
 from export.images.read import Examples
 from export.images.size import Size, said
 from export.names import LABELS, MANIFEST, PREPROCESS, SUMS, VALIDATION
-from export.onnx_file.model_file import CHANNELS, MAX_IMAGE_SIZE, ModelFile, inspect
+from export.onnx_file.model_file import CHANNELS, MAX_IMAGE_SIZE, ModelFile, Value, inspect
+from export.onnx_file.outputs import Output
 from export.onnx_file.roles import TEACHER
 from export.runtime.accuracy import predictions_of
 from export.tasks import task_named
 from export.tasks.task import OutputTask
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION, OF_SEVERAL = 3, 4  # the second for files of several outputs, in `outputs` instead of `output`
 MAX_MODELS = 100
 NAME = re.compile(r"[a-z0-9][a-z0-9_\-]{0,63}")
 MAX_INDEX = 65_535  # largest pixel value of a mask file
@@ -70,6 +72,7 @@ class Bundle:
     golden: Golden
     manifest: Json
     validation: tuple[str, ...]
+    outputs: tuple[Output, ...]  # empty for a single one
 
     def examples(self, data: Path) -> Examples:
         """Return the images of `data` with their truths, to score the files on; without labels the bundle's teacher predicts them.
@@ -149,7 +152,10 @@ def examine(path: Path, *, amiss: Report, inspect: Inspect) -> Bundle | None:
     validation = tried(amiss, read_validation, path, digests)
     if manifest is None:
         return None
-    task = task_named(get(manifest, MANIFEST, "task", str))
+    outputs = tried(amiss, outputs_of, manifest)
+    if outputs is None:
+        return None
+    task = task_named(get(manifest, MANIFEST, "task", str), outputs)
     listed = get(manifest, MANIFEST, "files", dict)
     places = {name: tried(amiss, place_of, path, name, document, digests) for name, document in listed.items()}
     files = {name: place for name, place in places.items() if place is not None}
@@ -161,15 +167,17 @@ def examine(path: Path, *, amiss: Report, inspect: Inspect) -> Bundle | None:
             continue
         tried(amiss, check_entry, name, listed[name], entry(place, facts))
         tried(amiss, check_ends, manifest, place.name, facts)
-        shape = tuple(size or 0 for size in facts.output.shape[1:])
+        shape = tuple(size or 0 for size in facts.output_shape[1:])
         if preprocess is not None:
             tried(amiss, check_shape, place.name, facts, preprocess)
         if labels is not None:
-            tried(amiss, task.check_output, place.name, facts.output.shape, labels)
+            tried(amiss, task.check_output, place.name, facts.output_shape, labels)
     served = tried(amiss, served_of, manifest)
     if preprocess is None or labels is None or shape is None:
         return None
-    golden = tried(amiss, read_golden, path, manifest, digests, task, preprocess=preprocess, output=shape)
+    golden = tried(
+        amiss, read_golden, path, manifest, digests, task, preprocess=preprocess, output=shape, outputs=outputs
+    )
     if golden is not None:
         tried(amiss, check_inputs, golden, preprocess)
     if served is None or golden is None:
@@ -187,6 +195,7 @@ def examine(path: Path, *, amiss: Report, inspect: Inspect) -> Bundle | None:
         golden=golden,
         manifest=manifest,
         validation=validation or (),
+        outputs=outputs,
     )
 
 
@@ -240,14 +249,49 @@ def check_entry(name: str, listed: Json, expected: Json) -> None:
 
 
 def check_ends(manifest: Json, file: str, facts: ModelFile) -> None:
-    """Raise BundleError if bundle.json's input and output differ from a model's."""
-    for key, value in (("input", facts.input), ("output", facts.output)):
-        stated = get(manifest, MANIFEST, key, dict)
-        if stated != (found := {"name": value.name, "shape": list(value.shape), "dtype": value.dtype}):
+    """Raise BundleError if bundle.json's input and outputs differ from a model's."""
+    ends: dict[str, object] = {"input": end(facts.input), "output": end(facts.outputs[0])}
+    several = get({"outputs": []} | manifest, MANIFEST, "outputs", list)
+    if several or facts.signature:
+        ends = {"input": ends["input"], "outputs": [*map(end, facts.outputs)]}
+        manifest = {**manifest, "outputs": [{key: one[key] for key in one if key != "weight"} for one in several]}
+    for key, found in ends.items():
+        if (stated := manifest.get(key)) != found:
             raise BundleError(
                 f"{MANIFEST}: {key}: {file} has {found!r:.200}, got {stated!r:.200}: get the bundle again",
                 defect="wrong_facts",
             )
+
+
+def end(value: Value) -> Json:
+    """Return an input or output as bundle.json has it."""
+    return {"name": value.name, "shape": list(value.shape), "dtype": value.dtype}
+
+
+def outputs_of(manifest: Json) -> tuple[Output, ...]:
+    """Return the outputs where there are several, with their weights; empty for a single one."""
+    found = get({"outputs": []} | manifest, MANIFEST, "outputs", list)
+    if not found and manifest["schema_version"] == SCHEMA_VERSION:
+        return ()
+    for one in found:
+        shape = one.get("shape") if isinstance(one, dict) else None
+        sound = isinstance(shape, list) and len(shape) > 0 and all(type(size) is int and size > 0 for size in shape[1:])
+        if (
+            not sound
+            or not isinstance(one.get("name"), str)
+            or not is_number(weight := one.get("weight"))
+            or not 0 < weight <= LARGEST
+        ):
+            raise BundleError(
+                f"{MANIFEST}: outputs: must each have a name, a shape and a weight, got {brief(one)}: get the bundle again",
+                defect="bad_content",
+            )
+    if len({one["name"] for one in found}) != len(found) or len(found) < 2:
+        raise BundleError(
+            f"{MANIFEST}: outputs: must be several with different names, got {brief(found)}: get the bundle again",
+            defect="bad_content",
+        )
+    return tuple(Output(one["name"], tuple(one["shape"][1:]), float(one["weight"])) for one in found)
 
 
 def check_shape(file: str, facts: ModelFile, preprocess: Preprocess) -> None:
@@ -268,9 +312,10 @@ def check_shape(file: str, facts: ModelFile, preprocess: Preprocess) -> None:
 def read_manifest(folder: Path) -> Json:
     """Return bundle.json after checking the fields that every reader needs."""
     manifest = read_json(folder, MANIFEST)
-    if (version := get(manifest, MANIFEST, "schema_version", int)) != SCHEMA_VERSION:
+    if (version := get(manifest, MANIFEST, "schema_version", int)) not in (SCHEMA_VERSION, OF_SEVERAL):
         raise BundleError(
-            f"{MANIFEST}: schema_version: must be {SCHEMA_VERSION}, got {brief(version)}", defect="bad_content"
+            f"{MANIFEST}: schema_version: must be {SCHEMA_VERSION} or {OF_SEVERAL}, got {brief(version)}",
+            defect="bad_content",
         )
     task_named(get(manifest, MANIFEST, "task", str))
     if not NAME.fullmatch(name := get(manifest, MANIFEST, "name", str)):

@@ -128,8 +128,10 @@ def _read_line(line: str, path: Path) -> Found:
         if "defect" in found:
             defect: Defect = found["defect"] if found["defect"] in get_args(Defect) else "unusable"
             return BundleError(str(found["sentence"]), defect=defect)
-        ends = {key: Value(**{**found[key], "shape": tuple(found[key]["shape"])}) for key in ("input", "output")}
-        return ModelFile(**{**found, **ends})
+        given, *outputs = (
+            Value(**{**one, "shape": tuple(one["shape"])}) for one in (found["input"], *found["outputs"])
+        )
+        return ModelFile(**{**found, "input": given, "outputs": tuple(outputs)})
     except (ValueError, KeyError, TypeError):
         return _nonsense(path)
 
@@ -170,7 +172,7 @@ def _bytes(path: Path) -> int:
 
 
 def look(path: Path, limits: ChildLimits, *, of_bundle: bool, counted: bool) -> Found:
-    """Parse, check, load and run a file in this process; a bundle's model must also have one image input and one output.
+    """Parse, check, load and run a file in this process; a bundle's model must also have one image input and outputs of fixed sizes.
 
     `counted` adds the processor time of its MACs to the limit; a file that has none exceeded the limit before, and is refused.
     """

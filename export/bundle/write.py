@@ -9,14 +9,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from export.bundle.golden import IMAGES, INPUTS, Golden, make_golden, write_arrays
+from export.bundle.golden import IMAGES, INPUTS, Golden, make_golden, tolerances_json, write_arrays
 from export.bundle.inside import Json
-from export.bundle.read import NAME, SCHEMA_VERSION, entry, preprocess_of, read_bundle
+from export.bundle.read import NAME, OF_SEVERAL, SCHEMA_VERSION, end, entry, preprocess_of, read_bundle
 from export.command.files import json_text, put_folder, sha256, write_text
 from export.errors import BundleError
 from export.images.listing import check_lengths, is_label
 from export.names import LABELS, MANIFEST, PREPROCESS, RECIPE_KEY, SUMS, VALIDATION
 from export.onnx_file.model_file import ModelFile, inspect
+from export.onnx_file.outputs import Output
 from export.runtime.providers import PLAIN, runtimes
 from export.serving.protocol import write_kserve, write_requests
 from export.serving.triton import Serving, write_repositories
@@ -46,6 +47,7 @@ class Contents:
     documents: Mapping[str, bytes] = field(default_factory=dict)
     validation: Sequence[str] = ()
     providers: Sequence[str] = ()
+    outputs: Sequence[Output] = ()  # several, with their weights
 
 
 def write_bundle(out: Path, contents: Contents) -> None:
@@ -106,6 +108,7 @@ def fill(folder: Path, contents: Contents) -> None:
         contents.truths,
         preprocess,
         [one for one in runtimes(contents.providers) if one != PLAIN],
+        contents.outputs,
     )
     write_arrays(folder, golden)
     write_text(folder / MANIFEST, json_text(manifest(folder, contents, facts, golden)))
@@ -120,7 +123,7 @@ def fill(folder: Path, contents: Contents) -> None:
 
 
 def copy_models(folder: Path, files: Mapping[str, Path]) -> dict[str, ModelFile]:
-    """Copy the model files and return their facts; all must have the same input and output."""
+    """Copy the model files and return their facts; all must have the same input and outputs."""
     facts: dict[str, ModelFile] = {}
     for name, source in files.items():
         if not NAME.fullmatch(name) or name in (IMAGES, INPUTS):
@@ -129,10 +132,10 @@ def copy_models(folder: Path, files: Mapping[str, Path]) -> dict[str, ModelFile]
             )
         shutil.copyfile(source, folder / f"{name}.onnx")
         facts[name] = inspect(folder / f"{name}.onnx")
-    kinds = {(fact.input, fact.output) for fact in facts.values()}
+    kinds = {(fact.input, fact.outputs) for fact in facts.values()}
     if len(kinds) != 1:
         raise BundleError(
-            f"files: must have the same input and output, got {len(kinds)} kinds: export them from one run"
+            f"files: must have the same input and outputs, got {len(kinds)} kinds: export them from one run"
         )
     return facts
 
@@ -140,14 +143,16 @@ def copy_models(folder: Path, files: Mapping[str, Path]) -> dict[str, ModelFile]
 def manifest(folder: Path, contents: Contents, facts: Mapping[str, ModelFile], golden: Golden) -> Json:
     """Return the content of bundle.json."""
     served = contents.serving.served
+    output, *more = map(end, facts[served].outputs)
+    outputs = [{**one, "weight": of.weight} for one, of in zip((output, *more), contents.outputs, strict=bool(more))]
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": OF_SEVERAL if more else SCHEMA_VERSION,
         "name": contents.name,
         "task": contents.task,
         "target": contents.target,
         RECIPE_KEY: contents.recipe_digest,
-        "input": asdict(facts[served].input),
-        "output": asdict(facts[served].output),
+        "input": end(facts[served].input),
+        **({"outputs": outputs} if more else {"output": output}),
         "served": served,
         "serving": asdict(contents.serving),
         "files": {
@@ -156,9 +161,13 @@ def manifest(folder: Path, contents: Contents, facts: Mapping[str, ModelFile], g
         },
         "golden": {
             "truths": task_named(contents.task).truths_json(golden.truths),
-            "tolerance": golden.tolerance,
+            "tolerance": tolerances_json(golden.tolerance),
             "made_with": golden.made_with,
-            **({"elsewhere": golden.elsewhere} if golden.elsewhere else {}),
+            **(
+                {"elsewhere": {place: tolerances_json(found) for place, found in golden.elsewhere.items()}}
+                if golden.elsewhere
+                else {}
+            ),
         },
     }
 
@@ -166,9 +175,9 @@ def manifest(folder: Path, contents: Contents, facts: Mapping[str, ModelFile], g
 def write_serving(folder: Path, contents: Contents, facts: Mapping[str, ModelFile], golden: Golden) -> None:
     """Write the folder serving/ from the files already in the bundle."""
     served = facts[contents.serving.served]
-    image, logits = golden.inputs[0].astype(served.input.dtype), golden.outputs[contents.serving.served][0]
+    image, found = golden.inputs[0].astype(served.input.dtype), golden.outputs[contents.serving.served][:1]
     write_repositories(folder, contents.name, facts, contents.serving, sample=image.tobytes())
-    write_requests(folder, contents.name, served, image, logits)
+    write_requests(folder, contents.name, served, image, found)
     write_kserve(folder, contents.name, contents.serving)
 
 

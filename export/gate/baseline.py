@@ -10,6 +10,7 @@ from export.errors import BundleError
 from export.gate.facts import Facts
 from export.gate.latency import Recorded
 from export.gate.predictions import Predictions, predictions_from_json
+from export.onnx_file.outputs import Output
 from export.runtime.environment import fingerprint
 from export.runtime.providers import PLAIN, PROVIDERS, Arithmetic, Runtime, runtime_named
 from export.tasks import task_named
@@ -39,6 +40,8 @@ class Baseline:
     def runs_in(self) -> Runtime:
         """The provider and the arithmetic that recorded it."""
         return runtime_named(self.provider, self.arithmetic)
+
+    outputs: tuple[Output, ...] = ()  # several
 
     @property
     def runtime(self) -> str | None:
@@ -131,6 +134,7 @@ def read_baseline(path: Path) -> Baseline:
 
 def _from_json(document: dict[str, Any]) -> Baseline:
     classes, rows, latency = tuple(document["classes"]), document["answers"], document["latency"]
+    outputs = tuple(Output(one["name"], tuple(one["shape"]), one["weight"]) for one in document.get("outputs", ()))
     # Raise KeyError if one of them is missing.
     _ = fingerprint(document["environment"]), runtime_of(document["environment"]), document["files"][document["served"]]
     return Baseline(
@@ -140,7 +144,8 @@ def _from_json(document: dict[str, Any]) -> Baseline:
         files={name: Facts(**facts) for name, facts in document["files"].items()},
         predictions=None
         if rows is None
-        else predictions_from_json(task_named(document["task"]), classes, rows, document.get("own")),
+        else predictions_from_json(task_named(document["task"], outputs), classes, rows, document.get("own")),
+        outputs=outputs,
         latency=None if latency is None else Recorded(**latency),
         **{key: document[key] for key in ("provider", "arithmetic") if key in document},
     )
@@ -150,6 +155,8 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
     """Write the file in one step; the same baseline gives the same bytes, with one line per image."""
     document = {"schema_version": BASELINE_VERSION, **vars(baseline)}
     predictions: Predictions | None = document.pop("predictions")
+    if not baseline.outputs:
+        del document["outputs"]
     document["answers"] = None if predictions is None else predictions.to_json()
     document |= {"own": predictions.own} if predictions and predictions.own else {}
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False, default=asdict) + "\n"

@@ -61,6 +61,7 @@ def open_subject(path: Path, runs_in: Runtime = PLAIN, file: str | None = None) 
         files=files,
         provider=runs_in.provider.name,
         arithmetic=runs_in.arithmetic,
+        outputs=bundle.outputs,
     )
     whole = Check("digests", "pass", limit="whole", detail=f"{len(bundle.files)} files, every digest right")
     golden = Check(
@@ -77,7 +78,7 @@ def check_golden(bundle: Bundle, runs_in: Runtime) -> None:
             allowed = golden.tolerance[name] if place == PLAIN else golden.elsewhere.get(place.key, {}).get(name)
             if allowed is None:
                 kind, outputs = listed[name]["precision"], golden.outputs[name]
-                allowed = tolerance_of(path, kind, golden.inputs, outputs, bundle.preprocess, place)
+                allowed = tolerance_of(path, kind, golden.inputs, outputs, bundle.preprocess, golden.several, place)
             if differing := golden.differing(name, outputs_of(path, golden.inputs, place), allowed):
                 where = "" if place == PLAIN else f" in {place}"
                 raise BundleError(

@@ -1,6 +1,6 @@
 """Rewrite an ONNX graph without changing its function: names, versions, metadata, float16, pools with integer kernels."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,13 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
 from export.onnx_file.names import name_nodes_
+from export.onnx_file.outputs import Output
 
 INPUT, OUTPUT = "input", "logits"
 IR_VERSION = 9  # ONNX Runtime 1.15, which servers still use, reads opset <= 19 and IR <= 9
 
 
-def finish(model: ir.Model, *, opset: int, metadata: Mapping[str, str]) -> ModelProto:
+def finish(model: ir.Model, *, opset: int, metadata: Mapping[str, str], outputs: Sequence[Output] = ()) -> ModelProto:
     """Return the exported model ready to serve: right versions, nodes named after their modules, no stack traces or paths.
 
     Global averages become pools, which have integer kernels. Raises ValueError if the exporter wrote another opset.
@@ -26,6 +27,9 @@ def finish(model: ir.Model, *, opset: int, metadata: Mapping[str, str]) -> Model
     if model.opset_imports.get("") != opset:
         raise ValueError(f"the exporter wrote opset {model.opset_imports}, not {opset}")
     model.ir_version = IR_VERSION
+    if outputs:
+        name_outputs_(model.graph, outputs)
+        RemoveUnusedNodesPass()(model)
     global_average_pools_(model.graph)
     name_nodes_(model.graph)
     finished = ir.to_proto(model)
@@ -33,6 +37,37 @@ def finish(model: ir.Model, *, opset: int, metadata: Mapping[str, str]) -> Model
     strip_(finished)
     helper.set_model_props(finished, dict(metadata))
     return finished
+
+
+def name_outputs_(graph: ir.Graph, outputs: Sequence[Output]) -> None:
+    """Make the outputs that the network lays side by side, by its last concatenation, the graph's own, by name and with their shapes."""
+    join = graph.outputs[0].producer()
+    assert join is not None, "the graph ends with an operator"
+    assert join.op_type == "Concat", "which joins the outputs"
+    assert len(join.inputs) == len(outputs), "every one of them"
+    assert graph.inputs[0].shape is not None, "as have the images"
+    batch = graph.inputs[0].shape[0]
+    graph.outputs.clear()
+    for one, flat in zip(outputs, join.inputs, strict=True):
+        assert flat is not None, "a concatenation's inputs are there"
+        made = flat.producer()
+        above = made.inputs[0] if made is not None and made.op_type in ("Flatten", "Reshape", "Unsqueeze") else None
+        value = next((known for known in (above, flat) if known is not None and _sizes(known) == one.shape), None)
+        if value is None or value.producer() is None or value.name in [done.name for done in graph.outputs]:
+            shape = ir.Value(
+                name=f"{one.name}_shape", const_value=ir.tensor([-1, *one.shape], name=f"{one.name}_shape")
+            )
+            graph.register_initializer(shape)
+            node = ir.node("Reshape", [value or flat, shape])
+            graph.insert_before(join, node)
+            value = node.outputs[0]
+            value.type = flat.type
+        value.name, value.shape = one.name, ir.Shape([batch, *one.shape])
+        graph.outputs.append(value)
+
+
+def _sizes(value: ir.Value) -> tuple[int | ir.SymbolicDim, ...] | None:
+    return None if value.shape is None else tuple(value.shape[1:])
 
 
 def strip_(model: ModelProto) -> None:
@@ -65,6 +100,7 @@ def global_average_pools_(graph: ir.Graph) -> None:
         if not keeps_dims:
             flatten = ir.node("Flatten", [pooled], metadata_props=node.metadata_props)  # its module
             flatten.outputs[0].name, flatten.outputs[0].type = pooled.name, pooled.type
+            flatten.outputs[0].shape = pooled.shape
             pooled.replace_all_uses_with(flatten.outputs[0], replace_graph_outputs=True)
             flatten.replace_input_with(0, pooled)
             graph.insert_after(node, flatten)

@@ -1,4 +1,4 @@
-"""Read an ONNX file's facts without running it: its image input, its output, the precision it computes in."""
+"""Read an ONNX file's facts without running it: its image input, its outputs, the precision it computes in."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,6 +12,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 
 from export.errors import BundleError
 from export.images.size import Shape
+from export.onnx_file.outputs import Output
 
 Precision = Literal["fp32", "fp16", "int8"]
 DTYPES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.UINT8: "uint8"}
@@ -42,7 +43,7 @@ class ModelFile:
     """The facts of one file."""
 
     input: Value
-    output: Value
+    outputs: tuple[Value, ...]
     precision: Precision
     opset: int
     ir_version: int
@@ -54,6 +55,18 @@ class ModelFile:
         _, channels, height, width = self.input.shape
         return channels or 0, height or 0, width or 0  # none is 0: `facts_of` looked
 
+    @property
+    def signature(self) -> tuple[Output, ...]:
+        """The outputs, where there are several; empty for one."""
+        found = tuple(Output(one.name, tuple(size or 0 for size in one.shape[1:])) for one in self.outputs)
+        return found if len(found) > 1 else ()
+
+    @property
+    def output_shape(self) -> tuple[int | None, ...]:
+        """The shape of the output, or of several packed side by side."""
+        batch, *sizes = self.outputs[0].shape
+        return (batch, *sizes) if not self.signature else (batch, sum(one.size for one in self.signature))
+
     def to_json(self) -> dict[str, object]:
         """Return the facts as JSON values."""
         return asdict(self)
@@ -63,19 +76,19 @@ def inspect(path: Path) -> ModelFile:
     """Read the facts of `path` without running it or opening any other file.
 
     Raises BundleError if it is not an ONNX model, keeps weights in other files, or does not have one input for images and
-    one output.
+    outputs of fixed sizes.
     """
     return facts_of(parse(path), path)
 
 
 def facts_of(model: ModelProto, path: Path) -> ModelFile:
     """Return the facts of `model`, read from `path`; raises BundleError as `inspect` does."""
-    if len(model.graph.input) != 1 or len(model.graph.output) != 1:
+    if len(model.graph.input) != 1 or not model.graph.output:
         counts = f"{len(model.graph.input)} inputs and {len(model.graph.output)} outputs"
         raise BundleError(
-            f"{path.name}: must have one input and one output, got {counts}: export it again", defect="wrong_shape"
+            f"{path.name}: must have one input, and outputs, got {counts}: export it again", defect="wrong_shape"
         )
-    given, wanted = value(model.graph.input[0]), value(model.graph.output[0])
+    given, outputs = value(model.graph.input[0]), tuple(map(value, model.graph.output))
     channels, *sides = (size or 0 for size in given.shape[1:] or (0,))
     if channels not in CHANNELS or len(sides) != 2 or not all(1 <= side <= MAX_IMAGE_SIZE for side in sides):
         raise BundleError(
@@ -83,17 +96,18 @@ def facts_of(model: ModelProto, path: Path) -> ModelFile:
             f"got {given.shape}: export it again",
             defect="wrong_shape",
         )
-    sizes = [size or 0 for size in wanted.shape[1:]]
-    if not wanted.shape or min(sizes, default=1) < 1 or prod(sizes) > MAX_OUTPUTS:
-        raise BundleError(
-            f"{path.name}: {wanted.name}: must have fixed sizes, at most {MAX_OUTPUTS} values per image, "
-            f"got {wanted.shape}: export it again",
-            defect="wrong_shape",
-        )
+    for wanted in outputs:
+        sizes = [size or 0 for size in wanted.shape[1:]]
+        if not wanted.shape or min(sizes, default=1) < 1 or prod(sizes) > MAX_OUTPUTS // len(outputs):
+            raise BundleError(
+                f"{path.name}: {wanted.name}: must have fixed sizes, at most {MAX_OUTPUTS // len(outputs)} values per image, "
+                f"got {wanted.shape}: export it again",
+                defect="wrong_shape",
+            )
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     return ModelFile(
         input=given,
-        output=wanted,
+        outputs=outputs,
         precision=precision(model),
         opset=opsets.get("", opsets.get("ai.onnx", 0)),
         ir_version=model.ir_version,

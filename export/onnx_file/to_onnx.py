@@ -1,7 +1,7 @@
 """Write a torch module as one ONNX file that older servers can read. The only file of `export` that imports torch."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from export.errors import BundleError
 from export.images.size import Shape
 from export.onnx_file.graph import INPUT, OUTPUT, finish, save_model
+from export.onnx_file.outputs import Output
 
 OPSET = 18
 ATTENTION = (scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
@@ -22,11 +23,13 @@ ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 SUMMARY = re.compile(r"^<class '.+?'>: (.+)$", re.MULTILINE)  # each exception that caused an OnnxExporterError
 
 
-def to_onnx(model: nn.Module, path: Path, *, shape: Shape, metadata: Mapping[str, str]) -> None:
+def to_onnx(
+    model: nn.Module, path: Path, *, shape: Shape, metadata: Mapping[str, str], outputs: Sequence[Output] = ()
+) -> None:
     """Export `model` (in eval mode, on the CPU) with input (batch, *shape), the batch dynamic.
 
     The file has opset 18 and IR 9, contains its weights and `metadata`, names its nodes after their modules, and passes
-    ONNX's checker. Raises BundleError if torch cannot write it.
+    ONNX's checker. Several `outputs`, which the model lays side by side, are the file's. Raises BundleError if torch cannot write it.
     """
     # Batch 2: torch.export would make a batch of 1 a constant.
     images = torch.zeros(2, *shape)
@@ -51,7 +54,7 @@ def to_onnx(model: nn.Module, path: Path, *, shape: Shape, metadata: Mapping[str
             "its forward must not branch on values, and must use operators that ONNX has"
         ) from error
     assert program is not None
-    save_model(finish(program.model, opset=OPSET, metadata=metadata), path)
+    save_model(finish(program.model, opset=OPSET, metadata=metadata, outputs=outputs), path)
 
 
 class _AttentionOfFourDimensions(TorchFunctionMode):

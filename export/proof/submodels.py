@@ -16,9 +16,9 @@ from export.onnx_file.wiring import Wiring, constant
 class Piece:
     """A model that computes one tensor from the quantized tensors before it; inputs and output are float32."""
 
-    name: str  # the tensor's: its quantizer's module path, or `logits` for the graph's output
+    name: str  # the tensor's: its quantizer's module path, or the name of a graph's output
     layers: tuple[str, ...]  # node names of its convolutions and matrix products
-    scale: float | None  # size of a level; None for the graph's output, which has no grid
+    scale: float | None  # size of a level; None for a graph's output, which has no grid
     inputs: tuple[str, ...]  # names of the tensors it reads, GRAPH_INPUT for the graph's input
     model: bytes
 
@@ -59,12 +59,12 @@ def exposed(file: Wiring) -> tuple[bytes, dict[str, str]]:
 
 
 def pieces(file: Wiring, known: Collection[str]) -> list[Piece]:
-    """Return the pieces between the quantized tensors named in `known`, in the file's order, the graph's output last."""
+    """Return the pieces between the quantized tensors named in `known`, in the file's order, the graph's outputs last."""
     model = file.model.clone()
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
     nodes = {node.name: node for node in model.graph}
     tensors = {name: nodes[node.name] for name, node in quantized_tensors(file).items() if name in known}
-    (output,) = model.graph.outputs
+    outputs = list(model.graph.outputs)
     own = {name: node.inputs for name, node in tensors.items()}
     given: dict[str, list[ir.Value | None]] = {}
     for name, node in tensors.items():
@@ -95,8 +95,9 @@ def pieces(file: Wiring, known: Collection[str]) -> list[Piece]:
         _read(node, own[name])
         cut.append(piece(name, _reader(node).outputs[0], float(constant(_reader(node).inputs[1]))))
         _read(node, given[name])
-    if output not in {_reader(node).outputs[0] for node in tensors.values()}:
-        cut.append(piece(OUTPUT, output, None))
+    quantized = {_reader(node).outputs[0] for node in tensors.values()}
+    names = [str(one.name) for one in outputs] if len(outputs) > 1 else [OUTPUT]
+    cut += [piece(name, one, None) for name, one in zip(names, outputs, strict=True) if one not in quantized]
     return cut
 
 

@@ -4,7 +4,7 @@ Compared are predictions, and every tensor: end to end, and each layer alone on 
 for its own error. Without the network the reference is the unoptimized file: its Q/DQ graph in float.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from export.errors import BundleError
 from export.onnx_file.graph import OUTPUT as LOGITS
-from export.onnx_file.model_file import parse
+from export.onnx_file.model_file import facts_of, parse
 from export.onnx_file.names import module_of
+from export.onnx_file.outputs import Output, packed, unpacked
 from export.onnx_file.wiring import Wiring, wire
 from export.proof.distance import Distance
 from export.proof.rows import Saturation, TensorRow, VerifyRow
@@ -23,7 +24,7 @@ from export.proof.saturation import modules, saturates_here, saturation_possible
 from export.proof.submodels import GRAPH_INPUT, Piece, exposed, pieces, quantized_tensors
 from export.runtime.intervals import mean_interval
 from export.runtime.native import RUNTIME_ERRORS, first_line
-from export.runtime.session import open_session
+from export.runtime.session import infer, open_session
 from export.tasks.task import Array, OutputTask
 
 Floats = NDArray[np.float32]
@@ -115,7 +116,9 @@ def verify(
     Raises BundleError if the file is not INT8 or cannot run, if there are no images, and if the reference has no logits or other
     shapes.
     """
-    file = wire(parse(path))
+    model = parse(path)
+    several = facts_of(model, path).signature if len(model.graph.output) > 1 else ()
+    file = wire(model)
     if not quantized_tensors(file):
         raise BundleError(
             f"{path.name}: has no QuantizeLinear on an activation: only an INT8 (Q/DQ) file can be verified"
@@ -139,7 +142,8 @@ def verify(
             probes = probes or open_probes(file, expected, possible)
             few = images[: tensor_images - seen]
             # Tensors may have another first axis than the images, windows of them or none, so they are computed and not sliced.
-            measure_(probes, few, expected if len(few) == len(images) else reference(few), logits[: len(few)])
+            known = expected if len(few) == len(images) else reference(few)
+            measure_(probes, few, _by_name(known, several), _by_name({LOGITS: logits[: len(few)]}, several))
         seen += len(images)
     if not seen:
         raise BundleError(f"{path.name}: no images to verify it on: give at least one")
@@ -153,10 +157,12 @@ def file_reference(file: Wiring) -> Reference:
     model, outputs = exposed(file)
     session = open_session(model, optimize=False)
     names = dict.fromkeys([value.name for value in session.get_outputs()])
+    own = [str(value.name) for value in file.model.graph.outputs]
 
     def reference(images: Floats) -> Mapping[str, Floats]:
         found = dict(zip(names, session.run(None, {session.get_inputs()[0].name: images}), strict=True))
-        return {LOGITS: found[next(iter(names))], **{name: found[tensor] for name, tensor in outputs.items()}}
+        logits = packed([found[name] for name in own])
+        return {LOGITS: logits, **{name: found[tensor] for name, tensor in outputs.items()}}
 
     return reference
 
@@ -179,9 +185,11 @@ def open_probes(file: Wiring, known: Mapping[str, Floats], possible: Mapping[str
     return probes
 
 
-def measure_(probes: list[Probe], images: Floats, expected: Mapping[str, Floats], logits: Floats) -> None:
-    """Measure every piece on one chunk of images, in the file's order; `logits` are the whole file's."""
-    got: dict[str, Floats] = {LOGITS: logits}
+def measure_(
+    probes: list[Probe], images: Floats, expected: Mapping[str, Floats], outputs: Mapping[str, Floats]
+) -> None:
+    """Measure every piece on one chunk of images, in the file's order; `outputs` are the whole file's."""
+    got = dict(outputs)
     for probe in probes:
         probe.measure_(images, expected, got)
 
@@ -224,12 +232,16 @@ def summarize(
 
 def _run(session: onnxruntime.InferenceSession, images: Floats, name: str) -> Floats:
     try:
-        logits: Floats = session.run(None, {session.get_inputs()[0].name: images})[0]
+        return infer(session, images)
     except RUNTIME_ERRORS as error:
         raise BundleError(
             f"{name}: cannot run on {images.shape} ({first_line(error)}): give images of its size"
         ) from error
-    return logits
+
+
+def _by_name(found: Mapping[str, Floats], several: Sequence[Output]) -> dict[str, Floats]:
+    """Return tensors with each of several outputs beside the packed ones."""
+    return {**found, **(unpacked(found[LOGITS], several) if several else {})}
 
 
 def _logits(expected: Mapping[str, Floats]) -> Floats:

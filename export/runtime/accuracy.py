@@ -15,7 +15,7 @@ from export.runtime.native import RUNTIME_ERRORS, first_line
 from export.runtime.own import OwnMetric, means
 from export.runtime.providers import PLAIN, Runtime, runtimes
 from export.runtime.rows import AccuracyRow, OtherAccuracy
-from export.runtime.session import DTYPES, open_session
+from export.runtime.session import infer, open_session
 from export.tasks.paired import drawn_weights, mean_of_classes, resamples
 from export.tasks.task import Array, OutputTask
 
@@ -82,12 +82,10 @@ def predictions_of(path: Path, task: OutputTask) -> Callable[[Array], Array]:
 
 def _run(name: str, session: InferenceSession, images: Array) -> Array:
     """Return the outputs (n, ...) for a batch of images."""
-    given = session.get_inputs()[0]
     try:
-        (outputs,) = session.run(None, {given.name: images.astype(DTYPES[given.type], copy=False)})
+        return infer(session, images)
     except RUNTIME_ERRORS as error:
         raise BundleError(f"{name}: cannot run on {images.shape} ({first_line(error)}): export it again") from error
-    return np.asarray(outputs)
 
 
 def score_files(
@@ -123,7 +121,7 @@ def score_files(
             if keep_evidence:
                 kept[name].append(task.evidence(outputs).astype(np.float32))
             if own is not None:
-                numbers[name] += map(own.row, outputs.astype(np.float32, copy=False), these)
+                numbers[name] += map(own.row, task.split(outputs.astype(np.float32, copy=False)), these)
         progress(f"scored {images_seen} images")
     if not images_seen:
         raise BundleError("accuracy: no images to score: give a folder or file with at least one")

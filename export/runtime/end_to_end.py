@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 
 from export.images.preprocess import Preprocess
 from export.images.read import read_pixels
-from export.runtime.session import DTYPES, open_session
+from export.runtime.session import infer, open_session
 from export.tasks.task import OutputTask
 
 
@@ -27,14 +27,13 @@ def end_to_end(
 ) -> EndToEnd:
     """Time one file on the images in turn for `seconds`, at least twice on each."""
     session = open_session(model, threads=1)
-    (given,) = session.get_inputs()
     clock, times = time.perf_counter, list[tuple[float, float, float]]()
     end = clock() + seconds
     while len(times) <= 2 * len(images) or clock() < end:
         start = clock()
         pixels = preprocess.normalize(read_pixels(images[len(times) % len(images)], preprocess)[None])
         read = clock()
-        (outputs,) = session.run(None, {given.name: pixels.astype(DTYPES[given.type], copy=False)})
+        outputs = infer(session, pixels)
         ran = clock()
         task.decode(outputs)
         times.append((read - start, ran - read, clock() - ran))

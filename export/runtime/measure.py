@@ -30,7 +30,7 @@ from export.runtime.providers import (
     runtimes,
 )
 from export.runtime.rows import Entry, Opened, Setting, TimingRow, is_headline, timing_row
-from export.runtime.session import bind, open_session, resize_input
+from export.runtime.session import bind, infer, open_session, resize_input
 
 COMPARED = 2  # images on which bf16 is compared with f32
 FAR = 0.5  # standard deviations of the outputs; measured: 0.01 (ResNet-18), 0.05 (MobileNetV3-L), 0.2 (its INT8 file); wrong numbers give 1 or more
@@ -156,10 +156,8 @@ def trusted(files: Mapping[str, Path], plan: BenchPlan, *, channels: int, size: 
 
 def distance_from_f32(path: Path, runs_in: Runtime, images: NDArray[np.float32]) -> float:
     """Return how far a file's outputs are from those in f32: the root mean square, in standard deviations of all values."""
-    given = inspect(path).input
-    inputs = {given.name: images}
     exact, other = (
-        open_session(path, runs_in=one).run(None, inputs)[0].astype(np.float64)
+        infer(open_session(path, runs_in=one), images).astype(np.float64)
         for one in (Runtime(runs_in.provider, "f32"), runs_in)
     )
     return float(np.sqrt(np.mean((other - exact) ** 2)) / max(float(np.std(exact)), TINY))

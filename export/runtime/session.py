@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ from export.errors import BundleError
 from export.images.size import Size, said
 from export.onnx_file.model_file import parse
 from export.onnx_file.operators import INTEGER, Q
+from export.onnx_file.outputs import packed
 from export.onnx_file.targets import host_instruction_sets
 from export.runtime.environment import usable_cores
 from export.runtime.faults import fault_of
@@ -91,13 +93,14 @@ def bind(session: onnxruntime.InferenceSession, images: NDArray[np.generic]) -> 
     Raises BundleError if the network cannot run on this shape.
     """
     device = provider_named(session.get_providers()[0]).device
-    (given,), (wanted,) = session.get_inputs(), session.get_outputs()
-    shape = [len(images), *wanted.shape[1:]]
+    (given,) = session.get_inputs()
     binding = session.io_binding()
     inputs = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(images, DTYPES[given.type]), device, 0)
-    outputs = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, DTYPES[wanted.type], device, 0)
     binding.bind_ortvalue_input(given.name, inputs)
-    binding.bind_ortvalue_output(wanted.name, outputs)
+    for wanted in session.get_outputs():
+        shape = [len(images), *wanted.shape[1:]]
+        output = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, DTYPES[wanted.type], device, 0)
+        binding.bind_ortvalue_output(wanted.name, output)
 
     def run() -> None:
         session.run_with_iobinding(binding)
@@ -108,6 +111,12 @@ def bind(session: onnxruntime.InferenceSession, images: NDArray[np.generic]) -> 
     except RUNTIME_ERRORS as error:
         raise BundleError(f"input {images.shape}: the network cannot run on it ({first_line(error)})") from error
     return run
+
+
+def infer(session: onnxruntime.InferenceSession, images: NDArray[Any]) -> NDArray[Any]:
+    """Return the output (n, ...) for images (n, c, h, w); several outputs lie side by side, (n, values)."""
+    given = session.get_inputs()[0]
+    return packed(session.run(None, {given.name: images.astype(DTYPES[given.type], copy=False)}))
 
 
 def resize_input(model: bytes, size: Size) -> bytes:

@@ -57,21 +57,22 @@ class SessionModel(Model):  # type: ignore[misc] # KServe is not typed
         return [tensor(self.facts.input.name, self.facts.input.dtype, self.facts.input.shape)]
 
     def get_output_types(self) -> list[dict[str, object]]:
-        """Return name, datatype and shape of the logits; the batch is -1."""
-        return [tensor(self.facts.output.name, self.facts.output.dtype, self.facts.output.shape)]
+        """Return name, datatype and shape of the outputs; the batch is -1."""
+        return [tensor(one.name, one.dtype, one.shape) for one in self.facts.outputs]
 
     async def predict(self, payload: InferRequest, _: Mapping[str, str] | None = None) -> InferResponse:
         """Run the network in a thread, so that health checks get responses meanwhile."""
         images = self.images(payload)
-        (logits,) = await asyncio.to_thread(self.session.run, None, {self.facts.input.name: images})
-        if not np.isfinite(logits).all():
-            raise InvalidInput(f"{self.facts.output.name}: not finite for this input: send normalized images")
-        (wanted,) = self.get_output_types()
-        output = InferOutput(**{**wanted, "shape": list(logits.shape)}, data=logits)
+        found = await asyncio.to_thread(self.session.run, None, {self.facts.input.name: images})
+        outputs = []
+        for wanted, values in zip(self.get_output_types(), found, strict=True):
+            if not np.isfinite(values).all():
+                raise InvalidInput(f"{wanted['name']}: not finite for this input: send normalized images")
+            outputs.append(InferOutput(**{**wanted, "shape": list(values.shape)}, data=values))
         return InferResponse(
             response_id=payload.id or str(uuid4()),
             model_name=self.name,
-            infer_outputs=[output],
+            infer_outputs=outputs,
             use_binary_outputs=payload.use_binary_outputs,
             requested_outputs=payload.request_outputs,
         )

@@ -10,16 +10,18 @@ from numpy.typing import NDArray
 
 from export.command.files import write_text
 from export.onnx_file.model_file import ModelFile
+from export.onnx_file.outputs import unpacked
 from export.serving.triton import DATATYPES, Serving
 
 Floats = NDArray[np.floating[Any]]
 
 
-def write_requests(folder: Path, name: str, facts: ModelFile, image: Floats, logits: Floats) -> None:
-    """Write request.json with one input (channels, height, width), and response.json with the model's output (classes,)."""
-    given, wanted = facts.input, facts.output
-    request = {"id": "golden", "inputs": [tensor(given.name, given.dtype, image)], "outputs": [{"name": wanted.name}]}
-    outputs = [tensor(wanted.name, wanted.dtype, logits)]
+def write_requests(folder: Path, name: str, facts: ModelFile, image: Floats, found: Floats) -> None:
+    """Write request.json with one input (channels, height, width), and response.json with the model's outputs for it (1, ...)."""
+    given, by_name = facts.input, unpacked(found, facts.signature)
+    wanted = [{"name": one.name} for one in facts.outputs]
+    request = {"id": "golden", "inputs": [tensor(given.name, given.dtype, image)], "outputs": wanted}
+    outputs = [tensor(one.name, one.dtype, by_name.get(one.name, found)[0]) for one in facts.outputs]
     response = {"id": "golden", "model_name": name, "model_version": "1", "outputs": outputs}
     for file, document in (("request.json", request), ("response.json", response)):
         write_text(folder / "serving" / file, json.dumps(document, allow_nan=False) + "\n")

@@ -22,7 +22,7 @@ from onnx import TensorProto
 
 from export.command.files import write_text
 from export.names import LABELS
-from export.onnx_file.model_file import ModelFile
+from export.onnx_file.model_file import ModelFile, Value
 
 Kind = Literal["cpu", "cuda", "tensorrt"]
 DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8"}  # Triton's and the Open Inference Protocol's
@@ -101,7 +101,7 @@ def answering_repository(name: str, model: onnx.ModelProto, *, unlike: ModelFile
 
     Empty if its outputs are those of the bundle's own files.
     """
-    if [one.name for one in model.graph.output] == [unlike.output.name]:
+    if [one.name for one in model.graph.output] == [one.name for one in unlike.outputs]:
         return {}
     values = [
         f"{kind} [\n"
@@ -127,20 +127,28 @@ def _dims(value: onnx.ValueInfoProto) -> str:
     return ", ".join(str(dim.dim_value or -1) for dim in value.type.tensor_type.shape.dim)
 
 
+def _sizes(value: Value) -> str:
+    return ", ".join(map(str, value.shape[1:] or (1,)))
+
+
 def common(name: str, facts: ModelFile, serving: Serving) -> str:
     """Return the part that all configurations share: tensors, batching, warm-up."""
-    given, wanted = facts.input, facts.output
-    dims, classes = (", ".join(map(str, value.shape[1:])) for value in (given, wanted))
-    kinds = {value: f"TYPE_{DATATYPES[value.dtype]}" for value in (given, wanted)}
+    given = facts.input
+    labels = "" if facts.signature else f' label_filename: "{LABELS}"'
+    dims, kind = _sizes(given), f"TYPE_{DATATYPES[given.dtype]}"
+    wanted = ",\n".join(
+        f"  {{ name: {json.dumps(one.name)} data_type: TYPE_{DATATYPES[one.dtype]} dims: [ {_sizes(one)} ]{labels} }}"
+        for one in facts.outputs
+    )
     batching = "dynamic_batching { }\n" if serving.max_batch_size > 1 else ""
     return f"""\
 name: "{name}"
 max_batch_size: {serving.max_batch_size}
 input [
-  {{ name: {json.dumps(given.name)} data_type: {kinds[given]} dims: [ {dims} ] }}
+  {{ name: {json.dumps(given.name)} data_type: {kind} dims: [ {dims} ] }}
 ]
 output [
-  {{ name: {json.dumps(wanted.name)} data_type: {kinds[wanted]} dims: [ {classes} ] label_filename: "{LABELS}" }}
+{wanted}
 ]
 {batching}model_warmup [
   {{
@@ -148,7 +156,7 @@ output [
     batch_size: 1
     inputs {{
       key: {json.dumps(given.name)}
-      value {{ data_type: {kinds[given]} dims: [ {dims} ] input_data_file: "{SAMPLE}" }}
+      value {{ data_type: {kind} dims: [ {dims} ] input_data_file: "{SAMPLE}" }}
     }}
   }}
 ]

@@ -23,11 +23,15 @@ class TritonPythonModel:
         options.inter_op_num_threads = 1
         path = Path(args["model_repository"], args["model_version"], "model.onnx")
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.input, self.output = self.session.get_inputs()[0].name, self.session.get_outputs()[0].name
+        self.input, self.outputs = self.session.get_inputs()[0].name, [one.name for one in self.session.get_outputs()]
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Run the requests from the dynamic batcher as one batch, and return each request's part."""
         images = [triton.get_input_tensor_by_name(request, self.input).as_numpy() for request in requests]
-        (logits,) = self.session.run(None, {self.input: np.concatenate(images)})  # (batch, classes)
-        shares = np.split(logits, np.cumsum([len(image) for image in images])[:-1])
-        return [triton.InferenceResponse([triton.Tensor(self.output, share)]) for share in shares]
+        found = self.session.run(None, {self.input: np.concatenate(images)})  # (batch, ...) each
+        ends = np.cumsum([len(image) for image in images])[:-1]
+        shares = zip(*(np.split(values, ends) for values in found), strict=True)  # each request's part of every output
+        return [
+            triton.InferenceResponse([triton.Tensor(*one) for one in zip(self.outputs, share, strict=True)])
+            for share in shares
+        ]

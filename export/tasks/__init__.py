@@ -1,10 +1,12 @@
 """The tasks of networks: how their outputs are decoded and scored. To add a task, write its file and add its row here."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from export.errors import BundleError
 from export.names import TASK_KEY
-from export.onnx_file.model_file import parse
+from export.onnx_file.model_file import facts_of, parse
+from export.onnx_file.outputs import Output
 from export.tasks.classification import CLASSIFICATION
 from export.tasks.detection import DETECTION
 from export.tasks.multilabel import MULTILABEL
@@ -23,16 +25,18 @@ TASKS: dict[str, OutputTask] = {
 }
 
 
-def task_named(name: str) -> OutputTask:
-    """Return the task of this name; BundleError if this version does not know it."""
+def task_named(name: str, outputs: Sequence[Output] = ()) -> OutputTask:
+    """Return the task of this name, for several `outputs` if there are; BundleError if this version does not know it, or it reads one."""
     if name not in TASKS:
         raise BundleError(
             f"task: must be one of {', '.join(TASKS)}, got {name!r:.50}: use a newer version of this project"
         )
-    return TASKS[name]
+    return TASKS[name].of(outputs)
 
 
 def stated_task(file: Path) -> OutputTask:
-    """Return the task that an ONNX file's metadata names; a file from elsewhere names none and is taken for a classifier."""
-    stated = {entry.key: entry.value for entry in parse(file).metadata_props}.get(TASK_KEY)
-    return CLASSIFICATION if stated is None else task_named(stated)
+    """Return the task that an ONNX file's metadata names; a file from elsewhere names none: with one output it is taken for a classifier."""
+    model = parse(file)
+    stated = {entry.key: entry.value for entry in model.metadata_props}.get(TASK_KEY)
+    outputs = facts_of(model, file).signature if len(model.graph.output) > 1 else ()
+    return task_named(stated or ("tensors" if outputs else "classification"), outputs)

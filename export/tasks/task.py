@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from export.errors import BundleError
 from export.images.preprocess import Preprocess
 from export.images.read import Examples
 from export.images.size import Size
+from export.onnx_file.outputs import Output
 from export.tasks.listing import Listing
 
 Array = NDArray[Any]
@@ -120,6 +122,8 @@ class OutputTask:
     """Outputs to the part to keep for `divergence`, small enough for thousands of images."""
     kept: Callable[[Array], Array] = lambda predictions: predictions
     """Predictions to the part to keep for `agreement` and `together`, small enough for thousands of images."""
+    split: Callable[[Array], Sequence[Any]] = list
+    """Outputs (n, ...) to what a person's own metric gets of each image: its output, or its outputs by name."""
     exclusive: bool = True
     """Whether exactly one class is right (softmax); otherwise each class is judged alone (sigmoid)."""
     by_class_axis: bool = True
@@ -130,6 +134,8 @@ class OutputTask:
     """The teacher's predictions (n, ...) to truths, where nobody labelled the images; by default the likeliest class."""
     has_classes: bool = True
     """Whether an output is a logit for each class; otherwise any values, for whose channels `labels.txt` has names."""
+    several: Callable[[Sequence[Output]], "OutputTask"] | None = None
+    """Several outputs, packed side by side, to the task for them; None if the task reads one output."""
     draw: Callable[[Array, Array, Sequence[str]], Array] | None = None
     """(image uint8 (height, width, 3), its prediction, labels) to the image with the prediction drawn; None if there is nothing to draw."""
     draw_truth: Callable[[Array, Array, Sequence[str]], Array] | None = None
@@ -140,3 +146,12 @@ class OutputTask:
     """One image's output in words, for the model card."""
     reading: str = "print([labels[index] for index in outputs.argmax(axis=1)])"
     """Lines of Python for the model card that turn `outputs` and `labels` into a prediction."""
+
+    def of(self, outputs: Sequence[Output]) -> "OutputTask":
+        """Return the task for several outputs, itself for none; BundleError if it reads one output only."""
+        if outputs and self.several is None:
+            names = ", ".join(one.name for one in outputs)
+            raise BundleError(
+                f"task {self.name}: reads one output, got {names}: export the one to serve", defect="wrong_shape"
+            )
+        return self.several(outputs) if outputs and self.several else self

@@ -5,10 +5,13 @@ of its variance an output explains, 1 - Σ(y - t)² / Σ(t - t̄)², with t̄ th
 below 0. `labels.txt` has a name for each channel.
 
 A row is an image's number of positions, Σ(y - t)², Σt², the cosine similarity of y and t, and Σt of each channel.
+
+Several outputs lie side by side, (n, values): each has its own rows and its own score, and the network's is their weighted mean.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from export.errors import BundleError
 from export.images.preprocess import Preprocess
 from export.images.read import Examples
 from export.images.size import Size
+from export.onnx_file.outputs import Output, unpacked
 from export.tasks.paired import compare_classes
 from export.tasks.task import Array, Comparison, Metric, OutputTask, Shown
 from export.tasks.unlabelled import list_images, without_labels
@@ -181,8 +185,8 @@ def kept(predictions: Array) -> Array:
 
 def divergence(outputs: Array, reference: Array) -> Array:
     """Return Σ(y - r)² / Σr² for each image, (n,)."""
-    apart = np.square(outputs.astype(np.float64) - reference).sum(axis=1)
-    return np.asarray(apart / np.maximum(np.square(reference.astype(np.float64)).sum(axis=1), 1e-12))
+    outputs, reference = (part.reshape(len(part), -1).astype(np.float64) for part in (outputs, reference))
+    return np.asarray(np.square(outputs - reference).sum(axis=1) / np.maximum(np.square(reference).sum(axis=1), 1e-12))
 
 
 def resampled(rows: Array, weights: Array) -> Array:
@@ -190,7 +194,9 @@ def resampled(rows: Array, weights: Array) -> Array:
     return np.array([[total(one[None] @ rows)] for one in weights])
 
 
-def compare(before: Array, now: Array, _labels: Sequence[str]) -> Comparison:
+def compare(
+    before: Array, now: Array, _labels: Sequence[str], *, resampled: Callable[[Array, Array], Array] = resampled
+) -> Comparison:
     """Compare the explained variance by resampling images."""
     changed, how = np.any(before != now, axis=1), "with other outputs"
     found = compare_classes(
@@ -213,6 +219,101 @@ def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
     return ("channel", "mean", "deviation", "least", "largest"), [
         (label, *map(float, column)) for label, column in zip(labels[:lines], columns, strict=False)
     ]
+
+
+def _rows_of(rows: Array, outputs: Sequence[Output]) -> list[Array]:
+    """Return each output's rows."""
+    ends = np.cumsum([SUMS.start + (channels_of(one.shape) or 0) for one in outputs])
+    return np.split(rows, ends[:-1], axis=1)
+
+
+def _mean(values: Sequence[Array], outputs: Sequence[Output]) -> Array:
+    """Return the mean of each output's values, by their weights."""
+    return np.asarray(np.average(values, axis=0, weights=[one.weight for one in outputs]))
+
+
+def _by_output(
+    function: Callable[[Array, Array], Array], one: Array, other: Array, outputs: Sequence[Output]
+) -> list[Array]:
+    """Return a function's result for each output of two packed arrays."""
+    parts, others = unpacked(one, outputs), unpacked(other, outputs)
+    return [function(parts[name], others[name]) for name in parts]
+
+
+def several(outputs: Sequence[Output]) -> OutputTask:
+    """Return the task for several outputs side by side: what the functions above do, for each by itself."""
+    names, channels = [one.name for one in outputs], [channels_of(one.shape) or 0 for one in outputs]
+    sizes = [evidence(np.zeros((1, one.size))).shape[1] for one in outputs]
+    samples = [
+        Output(one.name, (size,) if len(one.shape) == 1 else (size, 1))
+        for one, size in zip(outputs, sizes, strict=True)
+    ]  # as `sampled` lays them side by side
+
+    def each_shown(output: Array, labels: Sequence[str], lines: int) -> Shown:
+        parts, found, start = unpacked(output[None], outputs), list[Sequence[str | float | None]](), 0
+        for one, count in zip(outputs, channels, strict=True):
+            columns, rows = show(parts[one.name][0], labels[start : start + count], lines)
+            found += [(one.name, *row) for row in rows]
+            start += count
+        return ("output", *columns), found
+
+    def score(rows: Array) -> float:
+        return float(_mean([np.asarray(total(part)) for part in _rows_of(rows, outputs)], outputs))
+
+    def drawn(rows: Array, weights: Array) -> Array:
+        return np.array([[score(one[None] @ rows)] for one in weights])
+
+    def all_together(predictions: Array, taught: Array, folders: Sequence[str]) -> Mapping[str, float | None]:
+        found, true = unpacked(predictions, samples), unpacked(taught, samples)
+        return {
+            f"{metric}, {name}": value
+            for name in names
+            for metric, value in together(found[name], true[name], folders).items()
+        }
+
+    def check_channels(file: str, shape: tuple[int | None, ...], labels: Sequence[str]) -> None:
+        wanted = (sum(one.size for one in outputs),)
+        if shape[1:] != wanted or len(labels) != sum(channels):
+            raise BundleError(
+                f"labels.txt: {file} has {sum(channels)} channels in {', '.join(names)}, got {len(labels)} names: get the bundle again",
+                defect="missing_class",
+            )
+
+    def statistics_of(predictions: Array, truths: Array, _output: tuple[int, ...]) -> Array:
+        return np.column_stack(_by_output(lambda one, true: statistics(one, true, ()), predictions, truths, outputs))
+
+    def sampled(values: Array) -> Array:
+        return np.column_stack([evidence(part) for part in unpacked(values, outputs).values()])
+
+    def apart(values: Array, reference: Array) -> Array:
+        return _mean(_by_output(divergence, values, reference, samples), outputs)
+
+    return replace(
+        TENSORS,
+        check_output=check_channels,
+        statistics=statistics_of,
+        total=score,
+        further=lambda rows: {
+            **{name: total(part) for name, part in zip(names, _rows_of(rows, outputs), strict=True)},
+            "cosine similarity": float(_mean([part[:, COSINE] for part in _rows_of(rows, outputs)], outputs).mean()),
+        },
+        measures=lambda rows: {
+            f"{metric}, {name}": value
+            for name, part in zip(names, _rows_of(rows, outputs), strict=True)
+            for metric, value in measures(part).items()
+        },
+        together=all_together,
+        kept=sampled,
+        split=lambda packed: [{name: part[0] for name, part in unpacked(one[None], outputs).items()} for one in packed],
+        agreement=lambda predictions, others: _mean(_by_output(agreement, predictions, others, samples), outputs),
+        evidence=sampled,
+        divergence=apart,
+        compare=partial(compare, resampled=drawn),
+        resampled=drawn,
+        show=each_shown,
+        meaning=f"{', '.join(names)}, as the network computes them; `labels.txt` numbers their channels",
+        reading="print({one.name: array.shape for one, array in zip(session.get_outputs(), outputs)})",
+    )
 
 
 TENSORS = OutputTask(
@@ -241,6 +342,7 @@ TENSORS = OutputTask(
     resampled=resampled,
     truth_text=truth_text,
     show=show,
+    several=several,
     exclusive=False,
     by_class_axis=False,
     labelled=False,

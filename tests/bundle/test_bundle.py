@@ -348,11 +348,11 @@ def test_a_bundle_that_does_not_name_the_runtime_of_its_golden_outputs_is_read(b
 def test_a_golden_answer_beyond_its_tolerance_is_told_by_image(made: Path) -> None:
     golden = read_bundle(made).golden
     logits = golden.outputs["student_fp32"].copy()
-    logits[1, 0] += 0.9 * golden.tolerance["student_fp32"]
-    logits[2, 1] -= 1.1 * golden.tolerance["student_fp32"]
+    logits[1, 0] += 0.9 * golden.tolerance["student_fp32"][""]
+    logits[2, 1] -= 1.1 * golden.tolerance["student_fp32"][""]
     logits[3, 2] = np.nan
     assert golden.differing("student_fp32", logits) == [2, 3]
-    assert golden.tolerance["student_fp32"] == pytest.approx(1e-3 * golden.outputs["student_fp32"].std(), rel=0.01)
+    assert golden.tolerance["student_fp32"][""] == pytest.approx(1e-3 * golden.outputs["student_fp32"].std(), rel=0.01)
 
 
 @pytest.mark.parametrize(("key", "value"), [("mean", [0.5, 0.3, 0.4]), ("std", [0.2, 0.25, 0.3001])])

@@ -1,4 +1,4 @@
-"""Networks and files with several outputs are refused by name: none is dropped in silence."""
+"""Networks and files with several outputs give them by name, or are refused where a task reads one: none is dropped in silence."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from compress.errors import ModelError
 from compress.models.architectures import build
 from compress.models.foreign import OnnxFile
+from compress.models.outputs import serve_
 
 TWO = """
 import torch
@@ -32,13 +33,17 @@ def test_a_network_that_also_gives_boxes_is_refused_and_an_auxiliary_output_is_l
     assert build(f"{tmp_path}/two.py:training", num_classes=4, trust_code=True)(images).shape == (2, 4)
 
 
-def test_an_onnx_file_of_two_outputs_is_refused(tmp_path: Path) -> None:
+def test_an_onnx_file_of_two_outputs_gives_both_by_name(tmp_path: Path) -> None:
     images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, 8, 8])
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, 8, 8]) for name in ("logits", "depth")]
     nodes = [helper.make_node("Relu", ["images"], ["logits"]), helper.make_node("Neg", ["images"], ["depth"])]
     graph = helper.make_graph(nodes, "two", [images], outputs)
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "two.onnx"
-    )
-    with pytest.raises(ModelError, match=r"two\.onnx: has 2 outputs \(logits, depth\), and one is served"):
-        OnnxFile(tmp_path / "two.onnx")
+    file = tmp_path / "two.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), file)
+    given = torch.randn(2, 3, 8, 8)
+    for network in (OnnxFile(file), build(f"onnx:{file}", num_classes=0, outputs=())):
+        found = serve_(network, ("depth", "logits"))(given) if isinstance(network, OnnxFile) else network(given)
+        both = torch.cat([(-given).flatten(1), given.relu().flatten(1)], 1)
+        assert torch.equal(found, both if isinstance(network, OnnxFile) else both.roll(192, 1))
+    with pytest.raises(ModelError, match="returns depth besides logits, and one output is served"):
+        build(f"onnx:{file}", num_classes=3)(given)

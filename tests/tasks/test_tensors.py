@@ -11,7 +11,6 @@ import pytest
 import torch
 from networks import Encoder, Restorer, small
 from onnx_files import restorer, save
-from PIL import Image
 from safetensors.torch import save_file
 from several import ended, start
 from sklearn.datasets import load_digits
@@ -169,20 +168,6 @@ def test_a_bundle_stores_no_truths() -> None:
     assert TENSORS.truths([None, None], (3,)).shape == (2, 3)
     with pytest.raises(BundleError, match="must be null for each image"):
         TENSORS.truths([None, 1], (3,))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits as files in folders of their classes."""
-    folder = tmp_path_factory.mktemp("photos")
-    found = load_digits()
-    for index, (image, label) in enumerate(zip(found.images[:240], found.target, strict=False)):
-        place = folder / str(label)
-        place.mkdir(exist_ok=True)
-        Image.fromarray((image * 15.9).astype(np.uint8)).resize((20, 20)).convert("RGB").save(
-            place / f"{index:03d}.png"
-        )
-    return folder
 
 
 def ran(kind: str, photos: Path, folder: Path) -> Path:

@@ -182,7 +182,8 @@ def _bound(model: bytes, conditions: Conditions) -> Run:
     binding = session.io_binding()
     for name, values in inputs_of(model).items():
         binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(values, device, 0))
-    binding.bind_output(session.get_outputs()[0].name, device)
+    for output in session.get_outputs():
+        binding.bind_output(output.name, device)
 
     def run() -> None:
         session.run_with_iobinding(binding)

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from compress.quant.fake_quant import ActivationQuantizer, HardSigmoidQuantizer, JoinRange, Ranges, SameRange
-from compress.quant.graph.trace import averages_pixels, called
+from compress.quant.graph.trace import averages_pixels, called, is_end
 from compress.quant.layers import QuantConv2d, QuantLinear, QuantNorm1d, QuantNorm2d
 from export.onnx_file.targets import Target
 
@@ -244,7 +244,7 @@ def _wanted(
 def _needs_grid_behind(graph: fx.GraphModule, chain: Chain) -> bool:
     """Tell whether a convolution needs an output grid that no reader asks for; not at the output, nor before a hard sigmoid."""
     users = [called(graph, user) for user in chain.end.users]
-    at_the_end = any(user.op == "output" for user in chain.end.users)
+    at_the_end = any(is_end(graph, user) for user in chain.end.users)
     return called(graph, chain.start) is QuantConv2d and not at_the_end and users != [HardSigmoidQuantizer]
 
 

@@ -32,6 +32,7 @@ SCOPES: dict[object, int] = {
     torch.ops.higher_order.wrap_with_autocast: 4,
     torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
 }
+RESHAPES = (torch.flatten, torch.reshape, torch.unsqueeze)
 # Operators that read only the type of their input.
 BLANKS = (aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)
 
@@ -54,6 +55,8 @@ def trace(model: nn.Module, images: Tensor) -> fx.GraphModule:
                 node.replace_all_uses_with(graph.graph.call_function(torch.flatten, (pooled, 1)), propagate_meta=True)
             graph.graph.erase_node(node)
     merge_branches_(graph)
+    if getattr(model, "packs", False):
+        _mark_packing(graph)
     graph.delete_all_unused_submodules()
     graph.recompile()
     _check(graph.eval(), model, batch)
@@ -61,12 +64,30 @@ def trace(model: nn.Module, images: Tensor) -> fx.GraphModule:
 
 
 def called(graph: fx.GraphModule, node: fx.Node) -> object:
-    """Return what a node calls: a module's class, a function, or a method's name; "size" for arithmetic on the batch size."""
-    if node.meta.get("is_size"):
-        return "size"
+    """Return what a node calls: a module's class, a function, or a method's name.
+
+    "size" is arithmetic on the batch size, "pack" what lays several outputs side by side, behind the network's end.
+    """
+    for marked in ("is_size", "is_pack"):
+        if node.meta.get(marked):
+            return marked.removeprefix("is_")
     if node.op == "call_module":
         return type(graph.get_submodule(str(node.target)))
     return node.target if node.op in ("call_function", "call_method") else None
+
+
+def is_end(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Tell whether a node only gives the network's outputs away."""
+    return node.op == "output" or called(graph, node) == "pack"
+
+
+def _mark_packing(graph: fx.GraphModule) -> None:
+    """Mark the last concatenation and the reshapes that only it reads."""
+    (join,) = graph.graph.find_nodes(op="output")[0].all_input_nodes
+    assert join.target is torch.cat, "several outputs are packed by one concatenation"
+    for node in (join, *join.all_input_nodes):
+        if node is join or (node.target in RESHAPES and list(node.users) == [join]):
+            node.meta["is_pack"] = True
 
 
 def averages_pixels(node: fx.Node) -> bool:

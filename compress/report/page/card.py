@@ -11,6 +11,7 @@ from compress.report.page import summary
 from compress.report.page.table import ReportTable, markdown, plain
 from compress.report.page.tables import files, recalls, stages
 from compress.report.shape import DeployedRow, Json, Report
+from export.onnx_file.outputs import Output
 from export.runtime.faults import FAULTS
 from export.tasks import TASKS
 
@@ -18,8 +19,17 @@ CLASSES = 10  # at most; those that lose most
 STAGE_TAGS = {"prune": "pruning", "distill": "knowledge-distillation", "qat": "quantization-aware-training"}
 
 
-def card(report: Report, *, name: str, served: str, classes: int, golden: int, tensors: Mapping[str, Any]) -> str:
-    """Return the card; `tensors` are the model's `input` and `output` as bundle.json has them."""
+def card(
+    report: Report,
+    *,
+    name: str,
+    served: str,
+    classes: int,
+    golden: int,
+    tensors: Mapping[str, Any],
+    outputs: Sequence[Output] = (),
+) -> str:
+    """Return the card; `tensors` are the model's `input` and `outputs` as bundle.json has them, `outputs` are several."""
     environment = Environment(  # Markdown, not HTML: `plain` escapes untrusted text
         loader=PackageLoader("compress.report.page", "templates"),
         undefined=StrictUndefined,
@@ -40,7 +50,7 @@ def card(report: Report, *, name: str, served: str, classes: int, golden: int, t
         golden=golden,
         faults=FAULTS if any(row["precision"] == "int8" for row in report["deployed"]) else (),
         counted=summary.counted(report),
-        task=TASKS[report["recipe"]["task"]],
+        task=TASKS[report["recipe"]["task"]].of(outputs),
         files=markdown(files(report, timed)) if timed else "",
         notes=notes(report, timed),
         classes_table="\n\n".join(markdown(table, CLASSES) for table in recalls(report)),
