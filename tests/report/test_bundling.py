@@ -123,7 +123,7 @@ def test_unknown_numbers_are_left_out_of_the_card(tmp_path: Path) -> None:
     report = build_report(tmp_path)
     for row in report["deployed"]:
         row["speedup"] = row["speedup_vs_student_fp32"] = None
-    tensors = {"input": Value("input", (None, 3, 8, 8), "float32"), "output": Value("logits", (None, 3), "float32")}
+    tensors = {"input": Value("input", (None, 3, 8, 8), "float32"), "outputs": (Value("logits", (None, 3), "float32"),)}
     text = card(report, name="net", served="student_int8", classes=3, golden=2, tensors=tensors)
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front)["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.97778
