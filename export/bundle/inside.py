@@ -115,3 +115,8 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> Mapping[str, object]:
 
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number")
+
+
+def is_number(value: object) -> bool:
+    """Tell whether a JSON value is a number; in Python, True is an int too."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -25,8 +25,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from export.bundle.ends import OF_SEVERAL, SCHEMA_VERSION, check_ends, outputs_of
 from export.bundle.golden import Golden, check_inputs, read_golden
-from export.bundle.inside import Json, brief, check_digest, contained, get, read_json, read_sums, read_text
+from export.bundle.inside import Json, brief, check_digest, contained, get, is_number, read_json, read_sums, read_text
 from export.command.files import sha256
 from export.errors import BundleError, DataError
 from export.images.listing import LONGEST_NAME, is_label
@@ -34,14 +35,13 @@ from export.images.preprocess import AS_STORED, BINARY, KEPT, UPRIGHT, Preproces
 from export.images.read import Examples
 from export.images.size import Size, said
 from export.names import LABELS, MANIFEST, PREPROCESS, SUMS, VALIDATION
-from export.onnx_file.model_file import CHANNELS, MAX_IMAGE_SIZE, ModelFile, Value, inspect
+from export.onnx_file.model_file import CHANNELS, MAX_IMAGE_SIZE, ModelFile, inspect
 from export.onnx_file.outputs import Output
 from export.onnx_file.roles import TEACHER
 from export.runtime.accuracy import predictions_of
 from export.tasks import task_named
 from export.tasks.task import OutputTask
 
-SCHEMA_VERSION, OF_SEVERAL = 3, 4  # the second for files of several outputs, in `outputs` instead of `output`
 MAX_MODELS = 100
 NAME = re.compile(r"[a-z0-9][a-z0-9_\-]{0,63}")
 MAX_INDEX = 65_535  # largest pixel value of a mask file
@@ -248,52 +248,6 @@ def check_entry(name: str, listed: Json, expected: Json) -> None:
         )
 
 
-def check_ends(manifest: Json, file: str, facts: ModelFile) -> None:
-    """Raise BundleError if bundle.json's input and outputs differ from a model's."""
-    ends: dict[str, object] = {"input": end(facts.input), "output": end(facts.outputs[0])}
-    several = get({"outputs": []} | manifest, MANIFEST, "outputs", list)
-    if several or facts.signature:
-        ends = {"input": ends["input"], "outputs": [*map(end, facts.outputs)]}
-        manifest = {**manifest, "outputs": [{key: one[key] for key in one if key != "weight"} for one in several]}
-    for key, found in ends.items():
-        if (stated := manifest.get(key)) != found:
-            raise BundleError(
-                f"{MANIFEST}: {key}: {file} has {found!r:.200}, got {stated!r:.200}: get the bundle again",
-                defect="wrong_facts",
-            )
-
-
-def end(value: Value) -> Json:
-    """Return an input or output as bundle.json has it."""
-    return {"name": value.name, "shape": list(value.shape), "dtype": value.dtype}
-
-
-def outputs_of(manifest: Json) -> tuple[Output, ...]:
-    """Return the outputs where there are several, with their weights; empty for a single one."""
-    found = get({"outputs": []} | manifest, MANIFEST, "outputs", list)
-    if not found and manifest["schema_version"] == SCHEMA_VERSION:
-        return ()
-    for one in found:
-        shape = one.get("shape") if isinstance(one, dict) else None
-        sound = isinstance(shape, list) and len(shape) > 0 and all(type(size) is int and size > 0 for size in shape[1:])
-        if (
-            not sound
-            or not isinstance(one.get("name"), str)
-            or not is_number(weight := one.get("weight"))
-            or not 0 < weight <= LARGEST
-        ):
-            raise BundleError(
-                f"{MANIFEST}: outputs: must each have a name, a shape and a weight, got {brief(one)}: get the bundle again",
-                defect="bad_content",
-            )
-    if len({one["name"] for one in found}) != len(found) or len(found) < 2:
-        raise BundleError(
-            f"{MANIFEST}: outputs: must be several with different names, got {brief(found)}: get the bundle again",
-            defect="bad_content",
-        )
-    return tuple(Output(one["name"], tuple(one["shape"][1:]), float(one["weight"])) for one in found)
-
-
 def check_shape(file: str, facts: ModelFile, preprocess: Preprocess) -> None:
     """Raise BundleError if images are cropped to another size than the model's input."""
     (channels, *size), (given, *cropped) = facts.shape, preprocess.shape
@@ -411,8 +365,3 @@ def _size(document: Mapping[str, object], key: str) -> Size:
         return sides[0], sides[1]
     side = get(document, PREPROCESS, key, int)
     return side, side
-
-
-def is_number(value: object) -> bool:
-    """Tell whether a JSON value is a number; in Python, True is an int too."""
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -9,9 +9,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from export.bundle.ends import OF_SEVERAL, SCHEMA_VERSION, end
 from export.bundle.golden import IMAGES, INPUTS, Golden, make_golden, tolerances_json, write_arrays
 from export.bundle.inside import Json
-from export.bundle.read import NAME, OF_SEVERAL, SCHEMA_VERSION, end, entry, preprocess_of, read_bundle
+from export.bundle.read import NAME, entry, preprocess_of, read_bundle
 from export.command.files import json_text, put_folder, sha256, write_text
 from export.errors import BundleError
 from export.images.listing import check_lengths, is_label

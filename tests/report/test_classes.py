@@ -260,7 +260,7 @@ def test_page_terminal_and_card_show_the_classes(tmp_path: Path, classes: int) -
     assert "Recall of each class, worst loss first" in screen
     assert ("Confusion matrix" in page) == (classes <= 20)
     assert max(len(line) for line in screen.splitlines() if "Recall" in line or "%" in line) <= 80
-    tensors = {"input": Value("input", (None, 3, 8, 8), "float32"), "output": Value("logits", (None, 3), "float32")}
+    tensors = {"input": Value("input", (None, 3, 8, 8), "float32"), "outputs": (Value("logits", (None, 3), "float32"),)}
     text = card(report, name="net", served="student_int8", classes=classes, golden=2, tensors=tensors)
     rows = text.split("## Classes")[1].split("## Use")[0].strip().splitlines()[2:]
     assert len(rows) == 2 + min(classes, 10)
