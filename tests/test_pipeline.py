@@ -655,5 +655,5 @@ def test_a_layer_that_is_faster_in_float_stays_so_in_both_int8_files(
     (layer,) = (row["layer"] for row in found["ptq"]["targets"]["cpu_avx2"]["speed"] if row["in_float"])
     for name in ("student_ptq_int8", "student_int8"):
         assert found["audit"][name]["float_layers"] == [layer]
-        assert found["audit"][name]["reasons"][layer] == "faster in float: 1.000 ms, in integers 4.000"
+        assert found["audit"][name]["reasons"][layer] == "it is faster in float"
     assert "1 stay in float" in (copied / "small" / "report" / "index.html").read_text()
