@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 PLANNED = "stages.json"  # in the run's folder: the directory of each stage, in order
 # Raised when a stage makes something else from the same settings.
-VERSIONS = {"source": 5, "student": 1, "prune": 13, "distill": 5, "ptq": 13, "qat": 14, "export": 15, "bench": 6}
+VERSIONS = {"source": 5, "student": 1, "prune": 13, "distill": 6, "ptq": 13, "qat": 15, "export": 15, "bench": 6}
+
+JUDGED = "the training between cuts keeps its best epoch"  # in place of a new version of every prune stage
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ def _outside(recipe: Recipe, section: StageSection) -> list[object]:
         found += [resolve_target(recipe.target).name, *recipe.further_targets]
     if section.stage in ("distill", "qat") or (section.stage == "prune" and section.recover is not None):
         found.append(recipe.teaching.model_dump(mode="json"))
+        found += [JUDGED] if section.stage == "prune" else []
         found += [teachers_digest(teachers_of(recipe))] if recipe.teacher else []
     if section.stage == "prune" and goal_of(section).cost == "latency":  # networks are timed as they will be served
         found += [resolve_target(recipe.target).name, any(other.stage in ("ptq", "qat") for other in recipe.stages)]

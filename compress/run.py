@@ -34,7 +34,7 @@ from compress.tasks import TASKS, Task, evaluate
 from compress.tasks.predictions import LOGITS, Labeller, labels_of
 from compress.tasks.references import with_references
 from compress.training.device import device_of, gradient_group
-from compress.training.loop import Loop, Network, Step, fit, place_
+from compress.training.loop import Held, Loop, Network, Step, fit, place_
 from export.images.size import Shape
 from export.onnx_file.targets import TARGETS, Target, resolve_target
 from export.runtime.own import OwnMetric, open_metric
@@ -222,13 +222,15 @@ class Run:
         views: int | None = None,
         before_step: Callable[[nn.Module, float], None] | None = None,
         after_backward: Callable[[nn.Module], None] | None = None,
+        held: Held | None = None,
     ) -> Network:
         """Train in the one loop. `phase` names the training's files; epochs cycle through `views` views (None: all new)."""
+        without = held.images if held else ()
         loop = Loop(
             batches=lambda epoch: self.feed.training(
-                settings.batch_size, epoch=epoch, view=epoch if views is None else epoch % views
+                settings.batch_size, epoch=epoch, view=epoch if views is None else epoch % views, without=without
             ),
-            steps_per_epoch=steps_per_epoch(len(self.dataset.train), settings.batch_size),
+            steps_per_epoch=steps_per_epoch(len(self.dataset.train) - len(without), settings.batch_size),
             evaluate=self.evaluate,
             metric=self.task.output.metric.title,
             log=log,
@@ -242,6 +244,7 @@ class Run:
             before_step=before_step,
             after_backward=after_backward,
             left_out=lambda: len(set().union(*gather(set(self.dataset.train.broken)))),
+            held=held,
         )
         log.note_detail(f"{len(self.dataset.train):,} training images {self.dataset.train.place}")
         return fit(model, step, settings, loop)

@@ -81,14 +81,18 @@ class Feed:
         """Return the training images of each share (indices) under one augmented view, without broken ones."""
         return (batch for batch in self._shown(number, shares) if len(batch.targets))
 
-    def training(self, batch_size: int, *, epoch: int, view: int) -> Iterator[Batch]:
+    def training(
+        self, batch_size: int, *, epoch: int, view: int, without: Sequence[int] | Tensor = ()
+    ) -> Iterator[Batch]:
         """Return this rank's share of an epoch's batches, under one view; `batch_size` is over all ranks.
 
-        Raises DataError for fewer images in a batch than ranks, and for a batch without a readable image.
+        The images `without` (indices) are left out. Raises DataError for fewer images in a batch than ranks, and for a
+        batch without a readable image.
         """
-        return self._counted(self._shown(view, self._shares(batch_size, epoch)), batch_size)
+        shares = self._shares(batch_size, epoch, torch.as_tensor(without, dtype=torch.int64))
+        return self._counted(self._shown(view, shares), min(batch_size, len(self.dataset.train) - len(without)))
 
-    def _shares(self, batch_size: int, epoch: int) -> list[Tensor]:
+    def _shares(self, batch_size: int, epoch: int, without: Tensor) -> list[Tensor]:
         """Return this rank's image indices for every batch of an epoch, shuffled by (seed, epoch).
 
         Where classes are balanced, they are drawn with replacement, all equally often.
@@ -98,19 +102,21 @@ class Feed:
             raise DataError("data.balance: needs images with one label each: leave it out")
         n, generator = len(images), torch.Generator().manual_seed(_derived_seed(self.seed, epoch, "order"))
         if self.balanced:
-            order = torch.multinomial(balanced(images.labels), n, replacement=True, generator=generator)
+            weights = balanced(images.labels).index_fill(0, without, 0.0)
+            order = torch.multinomial(weights, n - len(without), replacement=True, generator=generator)
         else:
             order = torch.randperm(n, generator=generator)
-        batches = torch.split(order, batch_size)[: steps_per_epoch(n, batch_size)]
+            order = order[~torch.isin(order, without)]
+        batches = torch.split(order, batch_size)[: steps_per_epoch(len(order), batch_size)]
         shares = [batch[self.rank :: self.ranks] for batch in batches]
         if len(shares[-1]) == 0:
             raise DataError(
-                f"batch_size: {min(batch_size, n)} images cannot be shared by {self.ranks} ranks; raise it or use fewer ranks"
+                f"batch_size: {min(batch_size, len(order))} images cannot be shared by {self.ranks} ranks; raise it or use fewer ranks"
             )
         return shares
 
-    def _counted(self, batches: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
-        """Yield batches with their number of images over all ranks."""
+    def _counted(self, batches: Iterator[Batch], whole: int) -> Iterator[Batch]:
+        """Yield batches with their number of images over all ranks, `whole` if none is broken."""
         images = self.dataset.train
         for batch in batches:
             if not len(batch.targets):
@@ -118,7 +124,7 @@ class Feed:
                     f"{self.dataset.name}: no image of a batch can be read; check the folder, or raise the batch size"
                 )
             skips = isinstance(images, FileImages) and images.skip_broken
-            yield batch._replace(among=sum(gather(len(batch.targets))) if skips else min(batch_size, len(images)))
+            yield batch._replace(among=sum(gather(len(batch.targets))) if skips else whole)
 
     def _unchanged(self, images: ImageSet, shares: Sequence[Tensor]) -> Iterator[Batch]:
         batches = eval_batches(images, self.dataset.preprocess, shares, device=self.device, workers=self.workers)

@@ -180,7 +180,7 @@ def distillation(
         outputs, adapted = model(batch.images)
         features = iter(adapted)  # of each feature loss in turn
         with torch.autocast(batch.images.device.type, enabled=False):  # products inside losses stay in float32
-            means = [_mean(term, task, outputs, features, taught, batch.targets) for term in terms]
+            means = [mean_loss(term, task, outputs, features, taught, batch.targets) for term in terms]
         counts = [_count(term, task, outputs, lambda part: taught if part is batch else ask(part)) for term in terms]
         values = [mean * share for mean, share in zip(means, _shares(batch, counts), strict=True)]
         weighted = [weight_of(term, done) * value for term, value in zip(terms, values, strict=True)]
@@ -244,7 +244,7 @@ def weight_of(term: LossTerm, done: float) -> float:
     return term.weight * warmed_up * SCHEDULES[term.schedule](done)
 
 
-def _mean(
+def mean_loss(
     term: LossTerm,
     task: Task,
     outputs: Tensor,

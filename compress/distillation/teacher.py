@@ -4,6 +4,7 @@ The cache's folder is named by a key over everything that the logits depend on (
 augmentation, the seed), so all stages, students and searches of one `out` folder share it.
 """
 
+import copy
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from compress.artifact import lineage
+from compress.artifact import lineage, read_meta
 from compress.data.batches import Batch, Views
+from compress.distillation.judge import judge, judging_images
 from compress.distillation.logit_cache import Layout, LogitCache
 from compress.distillation.step import (
+    Learner,
     Teacher,
     TeacherOutput,
     distillation,
@@ -27,6 +30,7 @@ from compress.distillation.step import (
     no_teacher,
     online_teacher,
 )
+from compress.distillation.taps import tap
 from compress.errors import CompressError
 from compress.logs.stage_log import StageLog
 from compress.models.digest import teachers_digest
@@ -34,9 +38,10 @@ from compress.models.saved import ARCHITECTURE, WEIGHTS, example_images
 from compress.ranks import barrier, first_decides
 from compress.recipe.arguments import teachers_of
 from compress.recipe.losses import LossTerm
-from compress.recipe.stages import Fit
+from compress.recipe.stages import Fit, StudentStage
 from compress.run import Run
 from compress.tasks.predictions import LOGITS
+from compress.training.loop import Held
 from compress.training.modes import other_in_training, train_norms_only_
 from export.command.files import key_of, sha256, write_json
 
@@ -53,6 +58,7 @@ class Teaching:
 
     teacher: Teacher
     views: int | None
+    network: nn.Module | None = None
 
 
 def distil(
@@ -65,11 +71,16 @@ def distil(
     log: StageLog,
     phase: str,
     before_step: Callable[[nn.Module, float], None] | None = None,
+    start: nn.Module | None = None,
 ) -> nn.Module:
-    """Train the student with the teacher of the artifact `src` and return it."""
+    """Train the student with the teacher of the artifact `src` and return it, or `start` if the training did not help.
+
+    `start` is the student as it is given, unless it says otherwise; where that was never trained, the last epoch is returned.
+    """
     task, images = run.learned, run.dataset.with_unlabelled
     run = replace(run, opened=lambda: images)
     teaching = teach(run, src, terms, settings, log)
+    held = _held(run, src, terms, copy.deepcopy(student) if start is None else start, teaching, log)
     shown = example_images(run.shape, run.device)
     plain = not isinstance(student, fx.GraphModule)  # which is a graph of the eval mode already
     if plain and (does := other_in_training(student, shown, values=not task.output.has_classes)):
@@ -78,7 +89,23 @@ def distil(
     learner, step = distillation(
         terms, task, student=student, teacher=teaching.teacher, images=shown, seed=run.recipe.seed
     )
-    return run.fit(learner, step, settings, log=log, phase=phase, views=teaching.views, before_step=before_step).student
+    return run.fit(
+        learner, step, settings, log=log, phase=phase, views=teaching.views, before_step=before_step, held=held
+    ).student
+
+
+def _held(
+    run: Run, src: Path, terms: Sequence[LossTerm], start: nn.Module, teaching: "Teaching", log: StageLog
+) -> Held | None:
+    """Return what judges the training; None for a student with random weights, which any training helps."""
+    meta = read_meta(src)
+    if meta.stage == "student" and not StudentStage.model_validate(meta.section).is_trained:
+        return None
+    images, held_out = judging_images(len(run.dataset.train), seed=run.recipe.seed)
+    how = "held out" if held_out else "too few to hold out, so they are trained on as well"
+    log.note_detail(f"judged on {len(images):,} training images, {how}")
+    loss = judge(run, terms, lambda: teaching.network or run.teacher(src), images)
+    return Held(Learner(start, tap(start, ()), (), ()), images if held_out else (), loss)
 
 
 def teach(run: Run, src: Path, terms: Sequence[LossTerm], settings: Fit, log: StageLog) -> Teaching:
@@ -91,14 +118,16 @@ def teach(run: Run, src: Path, terms: Sequence[LossTerm], settings: Fit, log: St
     asked = run.recipe.teaching
     fills_disk = max([len(run.output_shape), *(len(one.shape) for one in run.dataset.outputs)]) > 1  # maps and anchors
     if asked.mode == "online" or needs_features(terms) or fills_disk:
-        return Teaching(online_teacher(run.teacher(src), terms), None)
+        network = run.teacher(src)
+        return Teaching(online_teacher(network, terms), None, network)
     views = min(asked.views, settings.epochs)
-    cache = _CachedTeacher.about(run, src, log).filled(views)
+    cached = _CachedTeacher.about(run, src, log)
+    cache = cached.filled(views)
 
     def answer(batch: Batch) -> TeacherOutput:
         return TeacherOutput(cache.logits(_views(batch)).to(batch.images.device, non_blocking=True), {})
 
-    return Teaching(answer, views)
+    return Teaching(answer, views, cached.network)
 
 
 def _views(batch: Batch) -> Views:

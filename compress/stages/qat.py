@@ -1,5 +1,6 @@
 """Quantization-aware training on each target's grid, under the teacher's soft targets."""
 
+import copy
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -62,6 +63,13 @@ def _skip(cfg: QatStage, log: StageLog, target: Target, ptq: PtqTarget) -> Metri
     }
 
 
+def _with_tensors(model: nn.Module, other: nn.Module) -> nn.Module:
+    """Return a copy of a network with the tensors of another that it has, too: biases that were added could not be loaded."""
+    found, known = copy.deepcopy(model), model.state_dict()
+    found.load_state_dict(known | {name: value for name, value in other.state_dict().items() if name in known})
+    return found
+
+
 @dataclass(frozen=True)
 class _Qat:
     """The training on one target's grid, from the ranges that a calibration method sets."""
@@ -83,7 +91,8 @@ class _Qat:
         model: nn.Module = place_(prepare_as(architecture, self._student()), run.device)
         self.log.doing(f"{target.name}: calibrates")
         calibrate_(model, (batch.images for batch in run.feed.calibration(cfg.calibration_images)), self.method)
-        before = self._calibrated_alone(model)
+        calibrated = self._corrected(model)
+        before = run.evaluate(calibrated)
         self.log.note(f"{target.name}: score after calibration by {self.method} alone {before['score']:.4f}")
 
         def before_step(training: nn.Module, done: float) -> None:
@@ -95,7 +104,17 @@ class _Qat:
         settings = qat_fit(cfg, run.recipe)
         settings = settings.model_copy(update={"precision": "fp32"}) if settings.precision == "auto" else settings
         phase = "qat" if target == run.target else f"qat-{target.name}"
-        model = distil(run, model, cfg.loss, settings, src=self.src, log=self.log, phase=phase, before_step=before_step)
+        model = distil(
+            run,
+            model,
+            cfg.loss,
+            settings,
+            src=self.src,
+            log=self.log,
+            phase=phase,
+            before_step=before_step,
+            start=_with_tensors(model, calibrated),
+        )
         set_phase_(model, "round")
         if cfg.reestimate_batchnorm_images:
             reestimate_batchnorm_(
@@ -112,13 +131,13 @@ class _Qat:
         kept = len(architecture.keep_float) - len(self.fast)
         return {**run.evaluate(model), "score_calibrated": before["score"], "trained": 1, "float_groups": kept}
 
-    def _calibrated_alone(self, model: nn.Module) -> dict[str, float]:
-        """Return the metrics of a calibrated network as the ptq stage would write it, its biases corrected."""
+    def _corrected(self, model: nn.Module) -> nn.Module:
+        """Return a calibrated network as the ptq stage would write it, its biases corrected."""
         assert isinstance(model, fx.GraphModule)
         images = images_to_correct_with(
             batch.images for batch in self.run.feed.calibration(self.cfg.calibration_images)
         )
-        return self.run.evaluate(corrected(model, images))
+        return corrected(model, images)
 
     def _student(self) -> nn.Module:
         return load_float(self.src, trust_code=self.run.trust_code)

@@ -30,6 +30,7 @@ class Progress:
     timed_epoch: int = 0  # epochs done when the threads were chosen
     images_per_s: float = 0.0  # of the fastest epoch since then
     events: list[str] = field(default_factory=list)
+    held_out: list[float] = field(default_factory=list)  # losses on held-out images: of the start and of each epoch
 
 
 @dataclass
@@ -40,6 +41,7 @@ class State:
     optimizer: torch.optim.Optimizer
     average: AveragedModel | None
     progress: Progress
+    kept: Snapshot | None = None  # the result's tensors after the epoch of the least held-out loss
 
     @property
     def result(self) -> nn.Module:
@@ -61,7 +63,8 @@ class State:
     def save(self, path: Path) -> None:
         """Write the checkpoint, complete or not at all."""
         with writing(path) as file:  # given a path, torch's error hides the cause, such as a full disk
-            torch.save({**self._tensors(), "progress": asdict(self.progress)}, file)
+            kept = {"kept": self.kept} if self.kept else {}
+            torch.save({**self._tensors(), **kept, "progress": asdict(self.progress)}, file)
 
     def resume_(self, path: Path) -> None:
         """Continue from the checkpoint of a killed run, if there is one."""
@@ -69,6 +72,7 @@ class State:
             saved = torch.load(path, weights_only=True)
             self.restore_(saved)
             self.progress = Progress(**saved["progress"])
+            self.kept = saved.get("kept")
 
     def _tensors(self) -> Snapshot:
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -4,7 +4,7 @@ import bisect
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from compress.ranks import first_decides, gather, rank
 from compress.recipe.stages import Fit
 from compress.training import compilation
 from compress.training.checkpoint import Progress, Snapshot, State
-from compress.training.guards import batch_norm_named, is_out_of_memory, not_finite, record_, stop_reason
+from compress.training.guards import batch_norm_named, is_out_of_memory, judge_, not_finite, record_, stop_reason
 from compress.training.shares import shared
 from compress.training.speed import AUTOCAST, Pace, thread_limit
 from compress.training.sync_batchnorm import synchronized
@@ -37,6 +37,15 @@ ONEDNN_BLOCK = 16  # channels; strided 1 x 1 convolutions of fewer inputs crash 
 CHECKPOINT_EVERY_S = 20.0
 CHECK_EVERY_STEPS = 100  # that the loss is finite
 MAX_ROLLBACKS = 3
+
+
+@dataclass(frozen=True)
+class Held:
+    """What keeps a training from ending below its start: that network, and a loss on images that are held out."""
+
+    start: nn.Module
+    images: Sequence[int] | Tensor  # indices of the training images that are left out
+    loss: Callable[[nn.Module], float]  # of a network; the same on all ranks, which call it together
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class Loop:
     before_step: Callable[[nn.Module, float], None] | None = None  # (model, fraction of the training done)
     after_backward: Callable[[nn.Module], None] | None = None
     left_out: Callable[[], int] = lambda: 0  # number of training images that could not be read so far
+    held: Held | None = None
 
 
 def learning_rate(settings: Fit, step: int, steps_per_epoch: int) -> float:
@@ -109,6 +119,7 @@ def _in_rows(_layer: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]
 def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     """Train `model` and return it in eval mode on its device, or its moving average where the settings ask for one.
 
+    With `loop.held`, return the network of the least held-out loss instead: of an epoch, or the one that it started from.
     `step` returns a dictionary of measurements whose "loss" is minimized; they add up over the parts of a batch that is
     split (`Batch.share`). Every view, dropout and shuffle is a function of (seed, epoch), so a run that was killed continues
     from its checkpoint to the same bits. Raises CompressError where the loss stays not finite after MAX_ROLLBACKS rollbacks,
@@ -121,6 +132,8 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     progress, stopped = state.progress, None
     training = _Training(step, settings, loop, state)
     loop.log.start(epochs=settings.epochs, batches=loop.steps_per_epoch, done=progress.epoch, phase=loop.phase)
+    if loop.held and not progress.held_out:
+        progress.held_out.append(loop.held.loss(loop.held.start))
     saved_at = time.monotonic()
     started = saved_at - progress.seconds
     synchronizing = synchronized(model, loop.group) if settings.sync_batchnorm and loop.ranks > 1 else nullcontext()
@@ -135,6 +148,8 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
             progress.seconds = time.monotonic() - started
             score = measurements["score"]
             record_(progress, score, settings.stop)
+            if loop.held:
+                judge_(state, measurements["held_out_loss"])
             stopped = first_decides(partial(stop_reason, settings.stop, progress, score, metric=loop.metric))
             if stopped is None:
                 pace.after_epoch_(measurements["images_per_s"])
@@ -144,13 +159,14 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
                 saved_at = time.monotonic()
     if stopped is not None:
         training.tell(f"stopped after epoch {progress.epoch} of {settings.epochs}, whose network is kept: {stopped}")
+    chosen = training.chosen_()
     if left_out := loop.left_out():
         training.tell(f"training images that cannot be read were left out: {left_out:,}")
     if loop.log.enabled:
         write_json(
             loop.summary, {"phase": loop.phase, "epochs": settings.epochs, "stopped": stopped, **asdict(progress)}
         )
-    return cast(Network, state.result).eval()
+    return cast(Network, chosen).eval()
 
 
 @dataclass(frozen=True)
@@ -184,14 +200,32 @@ class _Training:
 
     def evaluate(self) -> Mapping[str, float]:
         """Return the validation measurements of what the training would give now."""
+        result, held = self.state.result, self.loop.held
         try:
-            return self.loop.evaluate(self.state.result)
+            return {**self.loop.evaluate(result), **({"held_out_loss": held.loss(result)} if held else {})}
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise CompressError(
                 f"{self.loop.phase}: out of memory in the evaluation; lower data.eval_batch_size"
             ) from error
+
+    def chosen_(self) -> nn.Module:
+        """Return the network of the least held-out loss, in eval mode; the last one where nothing is held out."""
+        result, losses, held = self.state.result, self.state.progress.held_out, self.loop.held
+        best = min(range(len(losses)), key=losses.__getitem__, default=0)
+        if held is None or best == len(losses) - 1:
+            return result
+        if best == 0:
+            self.tell(
+                "training did not help: kept the network that it started from, whose loss on held-out images is "
+                f"{losses[0]:.4g} (the epochs': {', '.join(format(loss, '.4g') for loss in losses[1:])})"
+            )
+            return held.start
+        assert self.state.kept is not None
+        result.load_state_dict(self.state.kept)
+        self.note(f"kept the network of epoch {best}, whose loss on held-out images is {losses[best]:.4g}, the least")
+        return result
 
     def within_memory(self, attempt: Callable[[], Result], good: Snapshot) -> Result:
         """Return `attempt()`; where memory runs out, restore the snapshot and try again with half the micro-batch size."""

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from compress.logs.stage_log import StageLog
 from compress.recipe.stages import Fit
 from compress.tasks import TASKS, evaluate
 from compress.training import loop as train
-from compress.training.loop import Loop, fit, learning_rate, make_optimizer
+from compress.training.loop import Held, Loop, fit, learning_rate, make_optimizer
 
 CPU = torch.device("cpu")
 STEP = supervised_step(TASKS["classification"], label_smoothing=0.0)
@@ -172,6 +173,35 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert all(
         torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
     )
+
+
+@pytest.mark.parametrize("best", [0, 1, 3])
+def test_the_network_of_the_least_held_out_loss_is_the_result_also_of_a_killed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: int
+) -> None:
+    def held(kill_at: int = 9) -> tuple[Held, list[dict[str, torch.Tensor]]]:
+        seen: list[dict[str, torch.Tensor]] = []
+
+        def loss(model: nn.Module) -> float:
+            seen.append(copy.deepcopy(model.state_dict()))
+            if len(seen) == kill_at:
+                raise KeyboardInterrupt
+            return abs(best - len(before) - len(seen) + 1) + 1.0
+
+        return Held(network().eval(), (), loss), seen
+
+    settings, before = Fit(epochs=3, batch_size=16, lr=0.05, ema_decay=0.5), list[dict[str, torch.Tensor]]()
+    judged, seen = held()
+    whole = fit(network(), STEP, settings, replace(loop(tmp_path / "whole"), held=judged))
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", -1.0)
+    killed, before = held(kill_at=4)
+    with pytest.raises(KeyboardInterrupt):
+        fit(network(), STEP, settings, replace(loop(tmp_path / "killed"), held=killed))
+    before.pop()
+    resumed = fit(network(), STEP, settings, replace(loop(tmp_path / "killed"), held=held()[0]))
+    for result in (whole, resumed):
+        assert not result.training
+        assert all(torch.equal(value, result.state_dict()[name]) for name, value in seen[best].items())
 
 
 def test_the_moving_average_is_the_result(tmp_path: Path) -> None:

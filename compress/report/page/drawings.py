@@ -16,7 +16,7 @@ from export.names import LOG_JSONL
 
 WIDTH = 440  # of a chart in its own pixels; near a phone's, so that text stays readable there
 FRAME = charts.Box(56, 8, WIDTH - 6, 236)  # of a scatter plot's points
-CURVES = {"loss": "loss", "score": "{}", "lr": "learning rate"}
+CURVES = {"loss": "loss", "held_out_loss": "loss on held-out images", "score": "{}", "lr": "learning rate"}
 WATERFALLS = {"score": ("", ""), "params_m": ("Parameters", "M"), "macs_m": ("MACs", "M"), "size_mb": ("Size", "MB")}
 LATENCY = "median latency, ms (log scale)"
 

@@ -1,0 +1,120 @@
+"""A training that makes a network worse gives back what it started from, judged on images that it does not train on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compress.distillation.judge import judged_terms, judging_images
+from compress.models.saved import WEIGHTS
+from compress.pipeline import plan_recipe, run_recipe
+from compress.recipe.losses import CrossEntropyTerm, KDTerm, PKDTerm
+from compress.recipe.read import read_recipe
+from compress.run import open_run
+
+RECIPE = """
+name: judged
+target: cpu_avx2
+data: {dataset: digits, image_size: 16}
+model: {arch: "NETWORKS:small", weights: WEIGHTS}
+stages:
+  - {stage: source}
+  - {stage: prune, keep_macs: 0.4}
+  - {stage: distill, fit: {epochs: 2, batch_size: 64, lr: 0.02}}
+  - {stage: ptq, calibration_images: 64, methods: [minmax]}
+  - {stage: qat, fit: {epochs: 1, batch_size: 64, lr: 20.0}, calibration_images: 64}
+  - {stage: export, verify_images: 64}
+"""
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory, learned: dict[str, Tensor]) -> Path:
+    """A folder with the recipe and a run until the cut."""
+    folder = tmp_path_factory.mktemp("judged")
+    save_file(learned, folder / "learned.safetensors")
+    text = RECIPE.replace("NETWORKS", str(Path(__file__).parents[1] / "networks.py"))
+    (folder / "recipe.yaml").write_text(text.replace("WEIGHTS", str(folder / "learned.safetensors")))
+    run(folder, until="prune")
+    return folder
+
+
+def run(folder: Path, *overrides: str, until: str) -> dict[str, Path]:
+    """Run the recipe; return its stages' folders."""
+    recipe = read_recipe(folder / "recipe.yaml", [f"out={folder}", *overrides])
+    assert run_recipe(recipe, trust_code=True, until=until, verbose=False, command="") == 0
+    return {line.stage: line.directory for line in plan_recipe(recipe)}
+
+
+def score(stage: Path) -> float:
+    return float(json.loads((stage / "meta.json").read_text())["metrics"]["score"])
+
+
+def training(stage: Path) -> dict[str, object]:
+    return dict(json.loads((stage / f"training-{stage.name.split('-')[1]}.json").read_text()))
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_a_rate_that_wrecks_the_network_leaves_the_solve(pruned: Path, ema: float) -> None:
+    stages = run(pruned, "distill.fit.lr=20", f"distill.fit.ema_decay={ema}", until="distill")
+    before, after = (load_file(stages[name] / WEIGHTS) for name in ("prune", "distill"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert score(stages["distill"]) == score(stages["prune"]) > 0.5
+    start, *epochs = training(stages["distill"])["held_out"]  # type: ignore[misc]
+    assert all(loss > start for loss in epochs)
+    (event,) = training(stages["distill"])["events"]  # type: ignore[misc]
+    assert event.startswith("training did not help: kept the network that it started from")
+    assert event in " ".join(json.loads((pruned / "judged" / "report.json").read_text())["warnings"])
+
+
+def test_a_rate_that_helps_is_kept(pruned: Path) -> None:
+    stages = run(pruned, until="distill")
+    losses = training(stages["distill"])["held_out"]
+    assert min(losses) < losses[0]  # type: ignore[call-overload, index]
+    assert training(stages["distill"])["events"] == []
+    assert score(stages["distill"]) >= score(stages["prune"])
+
+
+def test_training_for_integers_ends_no_worse_than_the_calibrated_file(pruned: Path) -> None:
+    stages = run(pruned, until="export")  # whose parity with the network is checked
+    metrics = json.loads((stages["qat"] / "meta.json").read_text())["metrics"]
+    assert metrics["score"] == metrics["score_calibrated"] > 0.5
+    assert len(training(stages["qat"])["events"]) == 1  # type: ignore[arg-type]
+
+
+def test_images_that_judge_are_in_no_batch(pruned: Path) -> None:
+    run_ = open_run(read_recipe(pruned / "recipe.yaml", [f"out={pruned}"]), trust_code=True, verbose=False)
+    n = len(run_.dataset.train)
+    held, held_out = judging_images(n, seed=0)
+    assert (len(held), held_out) == (n // 20, True)
+    shown = [
+        index
+        for batch in run_.feed.training(64, epoch=1, view=1, without=held)
+        if batch.views
+        for index in batch.views.indices.tolist()
+    ]
+    assert len(set(shown)) == len(shown) == (n - len(held)) // 64 * 64
+    assert not set(shown) & set(held.tolist())
+
+
+@pytest.mark.parametrize(
+    ("images", "judging", "held_out"), [(20, 20, False), (639, 32, False), (640, 32, True), (10**5, 500, True)]
+)
+def test_few_images_judge_and_are_trained_on_as_well(images: int, judging: int, held_out: bool) -> None:
+    chosen, out = judging_images(images, seed=0)
+    assert (len(chosen.unique()), out) == (judging, held_out)
+
+
+def test_what_learns_or_changes_with_the_training_judges_nothing() -> None:
+    ce = CrossEntropyTerm(name="cross_entropy", schedule="linear_down", warmup=0.5)
+    features = PKDTerm(name="pkd", layers=("a",))
+    assert judged_terms((features, ce), has_classes=True) == (CrossEntropyTerm(name="cross_entropy"),)
+    assert judged_terms((features,), has_classes=True) == (KDTerm(name="kd"),)
+
+
+def test_a_student_with_random_weights_trains_on_all_images(pruned: Path) -> None:
+    student = "stages.1={stage: student, arch: " + str(Path(__file__).parents[1] / "networks.py") + ":small}"
+    stages = run(pruned, student, "name=random", until="distill")
+    assert training(stages["distill"])["held_out"] == []
