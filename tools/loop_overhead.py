@@ -134,9 +134,9 @@ def timed_run(run: Run, clock: Clock) -> Run:
     evaluations = 0
 
     class Timed(Feed):
-        def training(self, batch_size: int, *, epoch: int, view: int) -> Iterator[Batch]:
+        def training(self, batch_size: int, *, epoch: int, view: int, without: Any = ()) -> Iterator[Batch]:
             clock.begin("steps")
-            batches = super().training(batch_size, epoch=epoch, view=view)
+            batches = super().training(batch_size, epoch=epoch, view=view, without=without)
             while True:
                 clock.begin("data")
                 batch = next(batches, None)

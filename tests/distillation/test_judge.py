@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ stages:
   - {stage: prune, keep_macs: 0.4}
   - {stage: distill, fit: {epochs: 2, batch_size: 64, lr: 0.02}}
   - {stage: ptq, calibration_images: 64, methods: [minmax]}
-  - {stage: qat, fit: {epochs: 1, batch_size: 64, lr: 20.0}, calibration_images: 64}
+  - {stage: qat, fit: {epochs: 1, batch_size: 64, lr: 3.0}, calibration_images: 64}
   - {stage: export, verify_images: 64}
 """
 
@@ -52,7 +53,7 @@ def score(stage: Path) -> float:
     return float(json.loads((stage / "meta.json").read_text())["metrics"]["score"])
 
 
-def training(stage: Path) -> dict[str, object]:
+def training(stage: Path) -> dict[str, Any]:
     return dict(json.loads((stage / f"training-{stage.name.split('-')[1]}.json").read_text()))
 
 
@@ -62,9 +63,9 @@ def test_a_rate_that_wrecks_the_network_leaves_the_solve(pruned: Path, ema: floa
     before, after = (load_file(stages[name] / WEIGHTS) for name in ("prune", "distill"))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert score(stages["distill"]) == score(stages["prune"]) > 0.5
-    start, *epochs = training(stages["distill"])["held_out"]  # type: ignore[misc]
+    start, *epochs = training(stages["distill"])["held_out"]
     assert all(loss > start for loss in epochs)
-    (event,) = training(stages["distill"])["events"]  # type: ignore[misc]
+    (event,) = training(stages["distill"])["events"]
     assert event.startswith("training did not help: kept the network that it started from")
     assert event in " ".join(json.loads((pruned / "judged" / "report.json").read_text())["warnings"])
 
@@ -72,7 +73,7 @@ def test_a_rate_that_wrecks_the_network_leaves_the_solve(pruned: Path, ema: floa
 def test_a_rate_that_helps_is_kept(pruned: Path) -> None:
     stages = run(pruned, until="distill")
     losses = training(stages["distill"])["held_out"]
-    assert min(losses) < losses[0]  # type: ignore[call-overload, index]
+    assert min(losses) < losses[0]
     assert training(stages["distill"])["events"] == []
     assert score(stages["distill"]) >= score(stages["prune"])
 
@@ -81,7 +82,7 @@ def test_training_for_integers_ends_no_worse_than_the_calibrated_file(pruned: Pa
     stages = run(pruned, until="export")  # whose parity with the network is checked
     metrics = json.loads((stages["qat"] / "meta.json").read_text())["metrics"]
     assert metrics["score"] == metrics["score_calibrated"] > 0.5
-    assert len(training(stages["qat"])["events"]) == 1  # type: ignore[arg-type]
+    assert training(stages["qat"])["events"][-1].startswith("training did not help")
 
 
 def test_images_that_judge_are_in_no_batch(pruned: Path) -> None:

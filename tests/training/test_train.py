@@ -194,10 +194,10 @@ def test_the_network_of_the_least_held_out_loss_is_the_result_also_of_a_killed_r
     judged, seen = held()
     whole = fit(network(), STEP, settings, replace(loop(tmp_path / "whole"), held=judged))
     monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", -1.0)
-    killed, before = held(kill_at=4)
+    killed, lost = held(kill_at=4)
     with pytest.raises(KeyboardInterrupt):
         fit(network(), STEP, settings, replace(loop(tmp_path / "killed"), held=killed))
-    before.pop()
+    before = lost[:-1]
     resumed = fit(network(), STEP, settings, replace(loop(tmp_path / "killed"), held=held()[0]))
     for result in (whole, resumed):
         assert not result.training
