@@ -20,6 +20,7 @@ from export.command.table import table
 from export.errors import BundleError, UserError
 from export.images.decode import read_image, values_of
 from export.images.drawing import as_rgb
+from export.images.orientation import read_header
 from export.images.preprocess import Preprocess
 from export.images.read import read_pixels
 from export.runtime.native import RUNTIME_ERRORS, first_line
@@ -32,7 +33,7 @@ ALL = 1000  # most lines with --json
 
 
 def predict(session: onnxruntime.InferenceSession, bundle: Bundle, path: Path) -> Array:
-    """Return the network's output for one image, without the batch dimension.
+    """Return the network's output for one image, without the batch dimension; places are fractions of the whole image.
 
     Raises DataError for a broken image, BundleError if the network cannot run or its output is not finite.
     """
@@ -43,6 +44,9 @@ def predict(session: onnxruntime.InferenceSession, bundle: Bundle, path: Path) -
         raise BundleError(f"{path}: the network cannot run on it ({first_line(error)}): export it again") from error
     if not np.isfinite(outputs).all():
         raise BundleError(f"{path}: the network's output for it is not finite: export it again")
+    if bundle.task.of_whole is not None:
+        size = read_header(path).upright if bundle.preprocess.upright else read_header(path).size
+        outputs = bundle.task.of_whole(outputs, bundle.preprocess, size[::-1])
     found: Array = outputs[0]
     return found
 
@@ -53,7 +57,7 @@ def draw(output: Array, task: OutputTask, labels: list[str], preprocess: Preproc
 
     assert task.draw is not None
     whole = read_image(path, upright=preprocess.upright, pixel=preprocess.pixel)
-    pixels = as_rgb(values_of(whole) if preprocess.stretch else preprocess.pixels(whole))
+    pixels = as_rgb(values_of(whole) if preprocess.stretch or task.of_whole else preprocess.pixels(whole))
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(task.draw(pixels, task.decode(output[None])[0], labels)).save(folder / f"{path.stem}.png")
 

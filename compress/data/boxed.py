@@ -19,7 +19,7 @@ from compress.data.stored import Stored
 from compress.data.validation import copied, new_folder
 from compress.data.views import Boxes
 from export.errors import first
-from export.images.box_listing import BoxListing, table_of
+from export.images.box_listing import BoxListing, framed_boxes, table_of
 from export.images.listing import Pair, count
 from export.images.orientation import read_header
 from export.images.preprocess import Preprocess
@@ -32,18 +32,20 @@ Frame = Stored | None  # the stored images, for their sizes
 class PlacedBoxes:
     """Boxes float32 (n, most of one image, 6): class (-1 for none), corners as fractions of the image, crowd.
 
-    `frames` are the evaluation images and the whole ones, once they are in memory; before that, `files` are.
+    `framed` are the same as fractions of evaluation's input. `frames` are the evaluation images and the whole ones, once they are in
+    memory; before that, `files` are.
     """
 
     boxes: Tensor
+    framed: Tensor
     files: FileImages | None = None
     frames: tuple[Frame, Frame] = (None, None)
 
     def take(self, chosen: np.ndarray) -> "PlacedBoxes":
         """Return the boxes of these images, without rows that none of them has."""
-        boxes = self.boxes[torch.from_numpy(chosen)]
+        boxes, framed = (part[torch.from_numpy(chosen)] for part in (self.boxes, self.framed))
         most = max([1, *(boxes[..., 0] >= 0).sum(dim=1).tolist()])
-        return PlacedBoxes(boxes[:, :most], self.files and self.files.take(chosen))
+        return PlacedBoxes(boxes[:, :most], framed[:, :most], self.files and self.files.take(chosen))
 
     def begin(self, _area: int) -> "PlacedBoxes":
         """Return self: boxes are in memory already."""
@@ -54,16 +56,17 @@ class PlacedBoxes:
 
     def filled(self, good: np.ndarray, still: Stored, whole: Stored | None) -> "PlacedBoxes":
         """Return the boxes of the images that were not broken."""
-        return PlacedBoxes(self.boxes[torch.from_numpy(good)], None, (still, whole))
+        kept = torch.from_numpy(good)
+        return PlacedBoxes(self.boxes[kept], self.framed[kept], None, (still, whole))
 
     def still(self, chosen: Tensor) -> Tensor:
-        """Return the boxes (m, most, 6) in evaluation images, which are whole images stretched to their size."""
-        return self.boxes[chosen]
+        """Return the boxes (m, most, 6) in evaluation images."""
+        return self.framed[chosen]
 
     def seen(self, chosen: Tensor, boxes: Boxes, size: Size, *, whole: bool) -> Tensor:
         """Return the boxes in the view, on its device; boxes whose centre lies outside get class -1."""
         frame = self._sizes(chosen, size, whole=whole).to(boxes.top.device)  # (m, 2): height, width
-        found = self.boxes[chosen].to(boxes.top.device, copy=True)
+        found = (self.boxes if whole else self.framed)[chosen].to(boxes.top.device, copy=True)
         start, length = torch.stack([boxes.left, boxes.top], 1), torch.stack([boxes.width, boxes.height], 1)
         corners = found[..., 1:5].unflatten(2, (2, 2))  # (m, most, corner, x and y)
         corners = (corners * frame.flip(1)[:, None, None] - start[:, None, None]) / length[:, None, None]
@@ -85,10 +88,11 @@ class PlacedBoxes:
         return torch.tensor([header.upright[::-1] for header in headers])
 
 
-def _files(listing: BoxListing, files: Sequence[Pair], settings: DataSettings, _: Preprocess) -> FileImages:
+def _files(listing: BoxListing, files: Sequence[Pair], settings: DataSettings, preprocess: Preprocess) -> FileImages:
     names, labels = [path for path, _ in files], torch.zeros(len(files), dtype=torch.int64)
     images = from_files(listing.root, names, labels, skip_broken=settings.skip_broken)
-    return replace(images, placed=PlacedBoxes(torch.from_numpy(listing.truths(files)), images))
+    boxes, framed = (torch.from_numpy(listing.truths(files, seen_by=seen)) for seen in (None, preprocess))
+    return replace(images, placed=PlacedBoxes(boxes, framed, images))
 
 
 def _scenes(scenes: Scenes, preprocess: Preprocess) -> ArrayImages:
@@ -97,12 +101,14 @@ def _scenes(scenes: Scenes, preprocess: Preprocess) -> ArrayImages:
         np.column_stack([one[:, 4:] - 1, one[:, :4] / size, np.zeros(len(one))]).astype(np.float32)
         for one in scenes.boxes
     ]
-    labels = torch.zeros(len(table), dtype=torch.int64)
-    return ArrayImages(scenes.images, labels, placed=PlacedBoxes(torch.from_numpy(table_of(table))))
+    labels, boxes = torch.zeros(len(table), dtype=torch.int64), table_of(table)
+    framed = framed_boxes(boxes, [scenes.images.shape[1:3]] * len(boxes), preprocess)
+    return ArrayImages(scenes.images, labels, placed=PlacedBoxes(torch.from_numpy(boxes), torch.from_numpy(framed)))
 
 
 def _stretched(settings: DataSettings, _: object) -> Preprocess:
-    return Preprocess(settings.size, settings.size, settings.mean, settings.std, stretch=True)
+    stretch = settings.look.letterbox == "none"
+    return Preprocess(settings.size, settings.size, settings.mean, settings.std, stretch=stretch, look=settings.look)
 
 
 def _notes(dataset: Dataset) -> tuple[str, ...]:

@@ -80,7 +80,9 @@ Parts = tuple[Lazy, Lazy | None, tuple[str, ...]]
 
 def centred(settings: DataSettings, _listing: object = None) -> Preprocess:
     """Return the preprocessing that resizes an image until it covers the size and crops the centre."""
-    return Preprocess(settings.size, settings.resize_to, settings.mean, settings.std)
+    return Preprocess(
+        settings.size, settings.resize_to, settings.mean, settings.std, stretch=settings.stretch, look=settings.look
+    )
 
 
 def drawn(

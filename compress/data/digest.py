@@ -19,6 +19,7 @@ from export.command.digest_memory import digests_of
 from export.errors import DataError, first
 from export.images.folders import FolderListing, check_folder, images_in, list_folder
 from export.images.listing import TRAIN, count
+from export.images.preprocess import Look
 from export.images.size import written
 from export.tasks import TASKS
 from export.tasks.listing import Listing
@@ -28,6 +29,7 @@ FILES = "images.json"  # in a source's artifact: digests of the files that it wa
 NOTES = "data-notes.json"  # and there the data set's `notes`
 # The artifact key covers the task and the unlabelled images; `ignore_index` counts only where it is set.
 UNDECIDING = ("task", "ignore_index", "unlabelled")
+NEWER = {"stretch": False, "look": asdict(Look())}  # settings that count only where they differ from these
 PATIENCE_S = 2  # progress is shown when reading files takes longer
 VERSION = 3  # raise it when images become other tensors: every cached stage then runs again
 
@@ -89,7 +91,11 @@ def dataset_digest(settings: DataSettings, found: Given) -> str:
     """
     listing = found.listing
     content = {
-        **{name: value for name, value in asdict(settings).items() if name not in UNDECIDING},
+        **{
+            name: value
+            for name, value in asdict(settings).items()
+            if name not in UNDECIDING and NEWER.get(name) != value
+        },
         **({} if settings.ignore_index is None else {"ignore_index": settings.ignore_index}),
         "version": VERSION,
         "image_size": written(settings.size),

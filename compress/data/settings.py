@@ -1,9 +1,10 @@
 """What decides a data set's images, their split and their preprocessing, as plain values. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from compress.data.named import DATA_SETS
+from export.images.preprocess import Look
 from export.images.size import Size, size_of
 
 
@@ -30,6 +31,8 @@ class DataSettings:
     tuning: bool
     memory: Path
     unlabelled: Path | None = None
+    stretch: bool = False
+    look: Look = field(default_factory=Look)
 
     @property
     def size(self) -> Size:

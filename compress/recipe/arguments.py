@@ -8,21 +8,28 @@ from compress.data.teachers import GivenTeacher
 from compress.pruning.goals import Goal
 from compress.recipe.schema import Recipe
 from compress.recipe.stages import DEFAULT_PROVIDERS, DistillStage, Fit, PruneStage, QatStage, SourceStage
+from export.images.preprocess import Letterbox, Look
 from export.images.size import size_of
 from export.runtime.providers import PROVIDERS, present
 
 
 def data_settings(recipe: Recipe) -> DataSettings:
     """Return the settings of a recipe's images, their split and their preprocessing."""
-    data = recipe.data
+    data, n = recipe.data, recipe.data.channels
+    mean, std = {
+        "normalized": (data.mean, data.std),
+        "unit": ((0.0,) * n, (1.0,) * n),
+        "bytes": ((0.0,) * n, (1 / 255,) * n),
+    }[data.pixels]
+    boxed: dict[str | None, Letterbox] = {"letterbox": "centre", "letterbox_corner": "corner"}
     return DataSettings(
         task=recipe.task,
         name=data.dataset,
         path=None if data.path is None else Path(data.path),
         image_size=None if data.image_size is None else size_of(data.image_size),
         resize=data.resize,
-        mean=data.mean,
-        std=data.std,
+        mean=mean,
+        std=std,
         val_fraction=data.val_fraction,
         limit_per_class=data.limit_per_class,
         skip_broken=data.skip_broken,
@@ -31,6 +38,10 @@ def data_settings(recipe: Recipe) -> DataSettings:
         tuning=data.judge_by == "tuning",
         memory=Path(recipe.out) / ".images",
         unlabelled=None if data.unlabelled is None else Path(data.unlabelled),
+        stretch=data.framing == "stretch" and recipe.task != "detection",
+        look=Look(
+            boxed.get(data.framing, "none"), data.pad_value, data.interpolation, data.antialias, data.colors == "bgr"
+        ),
     )
 
 

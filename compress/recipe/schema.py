@@ -22,6 +22,7 @@ from compress.data.teachers import foreign
 from compress.recipe.section import Arch, Channels, Drop, Name, OptionalSize, PathText, Section, refuse_tag
 from compress.recipe.sense import mistakes
 from compress.recipe.stages import StageSection
+from export.images.preprocess import Kernel, Look
 from export.tasks import TASKS
 
 
@@ -77,6 +78,18 @@ class Data(Section):
     """Size of the network's input in pixels: one number for a square, or `[height, width]`; null takes the data set's own (digits 32, imagefolder 224)."""
     resize: Annotated[float, Field(ge=1, le=2)] = 1.0
     """Evaluation resizes images until they cover `image_size * resize`, then crops the centre (ImageNet's usual value is 1.143)."""
+    framing: Literal["crop", "stretch", "letterbox", "letterbox_corner"] | None = None
+    """How evaluation brings an image to `image_size`: `crop` as `resize` says, `stretch` it, or keep its proportions in a `letterbox`, in the middle (YOLO) or in the top left corner (YOLOX). Null is crop, and stretch for detection."""
+    pad_value: Annotated[int, Field(ge=0, le=255)] = Look.pad_value
+    """The letterbox's colour, from 0 to 255."""
+    interpolation: Kernel = "bilinear"
+    """The kernel by which evaluation resizes images."""
+    antialias: bool = True
+    """Widen the kernel where images shrink, as Pillow does; false samples as OpenCV and TensorFlow do."""
+    pixels: Literal["normalized", "unit", "bytes"] = "normalized"
+    """The values that the network takes: normalized by `mean` and `std`, from 0 to 1 (YOLO), or from 0 to 255 (YOLOX)."""
+    colors: Literal["rgb", "bgr"] = "rgb"
+    """The order of an image's three channels, of `mean` and of `std`."""
     mean: Channels = (0.485, 0.456, 0.406)
     """The mean that is subtracted from each channel, for pixels in [0, 1]."""
     std: Channels = (0.229, 0.224, 0.225)
@@ -120,6 +133,12 @@ class Data(Section):
                     f"{name}: must have a number for each channel ({self.channels}), got {len(values)}: set data.mean and data.std, "
                     "which compress init measures"
                 )
+        if self.pixels != "normalized" and not self.model_fields_set.isdisjoint(("mean", "std")):
+            raise ValueError(f"pixels: {self.pixels} takes neither mean nor std: leave them out, or pixels")
+        if self.colors == "bgr" and self.channels != 3:
+            raise ValueError(f"colors: bgr needs three channels, got {self.channels}: leave it out")
+        if self.framing != "crop" and self.framing is not None and self.resize != 1:
+            raise ValueError(f"resize: {self.framing} keeps the whole image, got {self.resize:g}: leave it out")
         if self.channels != 3 and (self.augment.randaugment or self.augment.distort):
             raise ValueError("augment: randaugment and distort change red, green and blue: leave them out")
         if min(self.std) <= 0:

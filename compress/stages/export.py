@@ -100,6 +100,7 @@ def _write_golden_images(path: Path, run: Run, *, limit: int) -> None:
     images, truths = zip(*as_numpy(run.feed.validation(limit=limit)), strict=True)
     mean, std = (np.array(part, np.float32) for part in (preprocess.mean, preprocess.std))
     pixels = (np.concatenate(images).transpose(0, 2, 3, 1) * std + mean) * pixel.largest
+    pixels = pixels[..., ::-1] if preprocess.look.bgr else pixels
     np.savez(path, images=np.rint(pixels).astype(pixel.dtype), truths=np.concatenate(truths))
 
 

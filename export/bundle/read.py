@@ -31,7 +31,17 @@ from export.bundle.inside import Json, brief, check_digest, contained, get, is_n
 from export.command.files import sha256
 from export.errors import BundleError, DataError
 from export.images.listing import LONGEST_NAME, is_label
-from export.images.preprocess import AS_STORED, BINARY, KEPT, UPRIGHT, Preprocess
+from export.images.preprocess import (
+    AS_STORED,
+    BGR,
+    BINARY,
+    INTERPOLATIONS,
+    KEPT,
+    LETTERBOXES,
+    UPRIGHT,
+    Look,
+    Preprocess,
+)
 from export.images.read import Examples
 from export.images.size import Size, said
 from export.names import LABELS, MANIFEST, PREPROCESS, SUMS, VALIDATION
@@ -345,6 +355,18 @@ def preprocess_of(document: Mapping[str, object]) -> Preprocess:
             f"{PREPROCESS}: mask_values: must be {BINARY} or missing, got {brief(values)}", defect="bad_content"
         )
     mean, std = (tuple(map(float, numbers[key])) for key in ("mean", "std"))
+    look: dict[str, Any] = {
+        "letterbox": LETTERBOXES[0],
+        "interpolation": next(iter(INTERPOLATIONS)),
+        "pad_value": Look.pad_value,
+    }
+    look |= {key: document[key] for key in look if key in document}
+    for key, known in (("letterbox", LETTERBOXES), ("interpolation", [*INTERPOLATIONS]), ("pad_value", range(256))):
+        if look[key] not in known:
+            raise BundleError(
+                f"{PREPROCESS}: {key}: must be one of {brief(list(known))}, got {brief(look[key])}",
+                defect="bad_content",
+            )
     return Preprocess(
         size,
         resize_to,
@@ -352,9 +374,15 @@ def preprocess_of(document: Mapping[str, object]) -> Preprocess:
         std,
         upright=orientation == UPRIGHT,
         ignore_index=ignore,
-        stretch=document.get("crop") == "none",
+        stretch=document.get("crop") == "none" and look["letterbox"] == "none",
         bits=16 if document.get("sixteen_bits") == KEPT else 8,
         binary_masks=values is not None,
+        look=Look(
+            look["letterbox"],
+            look["pad_value"],
+            *INTERPOLATIONS[look["interpolation"]],
+            bgr=document.get("color") == BGR,
+        ),
     )
 
 

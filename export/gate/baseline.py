@@ -10,6 +10,7 @@ from export.errors import BundleError
 from export.gate.facts import Facts
 from export.gate.latency import Recorded
 from export.gate.predictions import Predictions, predictions_from_json
+from export.images.preprocess import Look
 from export.onnx_file.outputs import Output
 from export.runtime.environment import fingerprint
 from export.runtime.providers import PLAIN, PROVIDERS, Arithmetic, Runtime, runtime_named
@@ -140,7 +141,7 @@ def _from_json(document: dict[str, Any]) -> Baseline:
     return Baseline(
         **{key: document[key] for key in ("bundle", "task", "served", "environment", "data")},
         classes=classes,
-        preprocess={"upright": False, **document["preprocess"]},  # missing in older baselines
+        preprocess={"upright": False, "look": asdict(Look()), **document["preprocess"]},  # missing in older baselines
         files={name: Facts(**facts) for name, facts in document["files"].items()},
         predictions=None
         if rows is None

@@ -37,7 +37,7 @@ def box_examples(data: Path, preprocess: Preprocess, labels: Sequence[str]) -> E
     require_pillow(data)
     listing = list_boxes(data)
     places, notes = match(data, listing.classes, labels)
-    truths = listing.truths(listing.judged)
+    truths = listing.truths(listing.judged, seen_by=preprocess)
     real = truths[..., 0] >= 0
     truths[real, 0] = np.array(places, np.float32)[truths[real, 0].astype(int)]
     return file_examples(listing, truths, preprocess, notes)

@@ -19,6 +19,8 @@ from export.errors import DataError, first
 from export.images.decode import BrokenImage
 from export.images.listing import TRAIN, VAL_NAMES, SplitListing, check_lengths, is_label
 from export.images.orientation import REPAIR, read_header, turn_of, turned_corners
+from export.images.preprocess import Preprocess
+from export.images.size import Size
 
 BoxTable = NDArray[np.float32]
 """An image's truths (m, 6): class, left, top, right and bottom as fractions of the image, and 1 for a crowd of uncounted objects."""
@@ -56,9 +58,29 @@ class BoxListing(SplitListing[str]):
         """Return what decides the data besides the classes' names and the files' content: the boxes as they are read."""
         return {**super().decisive(), "boxes": hashlib.sha256(self.truths(self.every).tobytes()).hexdigest()}
 
-    def truths(self, files: Sequence[tuple[str, str]]) -> BoxTable:
-        """Return the boxes of the listed files (n, most boxes of an image, 6)."""
-        return table_of([self.boxes[path] for path, _ in files])
+    def truths(self, files: Sequence[tuple[str, str]], *, seen_by: Preprocess | None = None) -> BoxTable:
+        """Return the boxes of the listed files (n, most boxes of an image, 6); with a preprocessing as fractions of its input."""
+        table = table_of([self.boxes[path] for path, _ in files])
+        if seen_by is None or seen_by.stretch:
+            return table
+        return framed_boxes(table, [self._size(path) for path, _ in files], seen_by)
+
+    def _size(self, path: str) -> Size:
+        """Return an image's height and width; any for a broken one, which is refused or skipped once it is read."""
+        try:
+            width, height = read_header(self.root / path).upright
+        except BrokenImage:
+            return 1, 1
+        return height, width
+
+
+def framed_boxes(table: BoxTable, sizes: Sequence[Size], preprocess: Preprocess) -> BoxTable:
+    """Return boxes (n, most, 6) of images of these sizes as fractions of what the network sees; rows without a box stay as they are."""
+    framed = table.copy()
+    for row, size in zip(framed, sizes, strict=True):
+        real = row[:, 0] >= 0
+        row[real, 1:5] = preprocess.boxes(row[real, 1:5], size)
+    return framed
 
 
 def table_of(each: Sequence[BoxTable]) -> BoxTable:

@@ -9,6 +9,7 @@ import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from export.errors import BundleError
+from export.images.preprocess import BGR, COLOURS
 from export.images.size import Shape, size_of
 from export.names import PREPROCESS_KEY
 
@@ -29,12 +30,13 @@ def with_uint8_input(model: ModelProto, preprocess: Mapping[str, Any]) -> ModelP
     # (ResNet-18 at 224, one thread: 0.08 ms of 10.6). If transposed first, its optimizer moves the transpose after the arithmetic,
     # which then runs on vectors of 3: 1.3 ms. A QuantizeLinear before the transpose gains nothing in ONNX Runtime, and makes OpenVINO
     # run the first convolution in float.
+    order = -1 if preprocess.get("color") == BGR else 1  # pixels are decoded ones, red first
     constants = {
         "rows": np.array([0, height, channels * width]),
         "images": np.array([0, height, width, channels]),
         "255": np.float32(255),
-        "mean": np.tile(np.float32(preprocess["mean"]), width),
-        "std": np.tile(np.float32(preprocess["std"]), width),
+        "mean": np.tile(np.array(preprocess["mean"], np.float32)[::order], width),
+        "std": np.tile(np.array(preprocess["std"], np.float32)[::order], width),
     }
     steps: list[tuple[str, list[str], dict[str, Any]]] = [
         ("Reshape", ["rows"], {}),  # (batch, height, width x channels)
@@ -45,6 +47,9 @@ def with_uint8_input(model: ModelProto, preprocess: Mapping[str, Any]) -> ModelP
         ("Reshape", ["images"], {}),  # (batch, height, width, channels)
         ("Transpose", [], {"perm": [0, 3, 1, 2]}),
     ]
+    if order < 0:
+        steps.append(("Gather", ["reversed"], {"axis": 1}))
+        constants["reversed"] = np.arange(channels)[::-1]
     nodes, last = [], PIXELS
     for number, (operator, operands, attributes) in enumerate(steps):
         name = f"{PIXELS}/{number}_{operator}"
@@ -82,4 +87,6 @@ def _without_normalization(preprocess: Mapping[str, Any]) -> dict[str, Any]:
     """Return the preprocessing left for a file that normalizes by itself: resize and crop."""
     inside = {"scale": 1 / 255, "mean": preprocess["mean"], "std": preprocess["std"]}
     nothing = {"scale": 1.0, "mean": [0.0] * len(inside["mean"]), "std": [1.0] * len(inside["mean"])}
+    if preprocess.get("color") == BGR:
+        inside, nothing = inside | {"color": BGR}, nothing | {"color": COLOURS[3]}
     return {**preprocess, **nothing, "input": PIXELS, "layout": "NHWC", "dtype": "uint8", "normalized_inside": inside}

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from export.images.preprocess import Preprocess
+from export.images.size import Size
 from export.tasks.task import Array
 
 # Kinds of heads: SSD; RetinaNet; its second version, which differs only in training; FCOS, whose background column is the centre-ness.
@@ -90,6 +92,17 @@ def decode(outputs: Array) -> Array:
         kept = detections(*candidates(found, score), score, place)
         predictions[image, : len(kept)] = kept
     return predictions
+
+
+def of_whole(outputs: Array, preprocess: Preprocess, image: Size) -> Array:
+    """Return outputs (n, anchors, columns) whose anchors are fractions of an image of this size, not of the network's input."""
+    if preprocess.stretch:
+        return outputs
+    found, centre, half = outputs.copy(), outputs[..., -4:-2], outputs[..., -2:] / 2
+    corners = preprocess.boxes(np.concatenate([centre - half, centre + half], axis=-1), image, back=True)
+    low, high = corners[..., :2], corners[..., 2:]
+    found[..., -4:] = np.concatenate([(low + high) / 2, high - low], axis=-1)
+    return found
 
 
 def candidates(found: Heads, scores: Array) -> tuple[Array, Array]:

@@ -24,7 +24,20 @@ from export.tasks.average_precision import (
     split,
     statistics,
 )
-from export.tasks.boxes import BOX, LABEL, MOVES, NONE, READS, SCORE, SOFTMAX, decode, heads, overlap, probabilities
+from export.tasks.boxes import (
+    BOX,
+    LABEL,
+    MOVES,
+    NONE,
+    READS,
+    SCORE,
+    SOFTMAX,
+    decode,
+    heads,
+    of_whole,
+    overlap,
+    probabilities,
+)
 from export.tasks.paired import compare_classes
 from export.tasks.suppression import with_suppression
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
@@ -221,6 +234,7 @@ DETECTION = OutputTask(
     examples=box_examples,
     decode=decode,
     finish=with_suppression,
+    of_whole=of_whole,
     statistics=row_of,
     total=mean_average_precision,
     further=further,

@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from compress.data.augment import Augmentation
+from compress.data.batches import Batch
 from compress.data.boxed import PlacedBoxes, open_boxes, write_boxes
 from compress.data.digest import Given, dataset_digest
 from compress.data.settings import DataSettings
@@ -25,6 +26,7 @@ from compress.data.views import Boxes
 from export.errors import DataError
 from export.images.annotations import box_examples, list_boxes
 from export.images.decode import ORIENTATION
+from export.images.preprocess import Look
 
 STILL = Augmentation("none", 0.125, 0.5, False, 0, 0.0, 0.0)
 CPU = torch.device("cpu")
@@ -48,9 +50,9 @@ def test_boxes_move_as_torchvisions_do(mirrored: bool, size: list[int]) -> None:
     frame = Stored(torch.empty(1, 3, 2000), torch.tensor([[40, 50]]), torch.tensor([[40, 50]]))
     top, left, height, width = (torch.tensor([float(one)]) for one in (4, 8, 30, 36))
     view = Boxes(top, left, height, width, torch.tensor([mirrored]))
-    found = PlacedBoxes(boxes[None], None, (None, frame)).seen(torch.tensor([0]), view, (size[0], size[1]), whole=True)[
-        0
-    ]
+    found = PlacedBoxes(boxes[None], boxes[None], None, (None, frame)).seen(
+        torch.tensor([0]), view, (size[0], size[1]), whole=True
+    )[0]
     assert found[:, 0].tolist() == [0, 1, -1]  # the middle of the last one is not in the view
     assert torch.allclose(found[:2, 1:5], inside.as_subclass(torch.Tensor)[:2], atol=1e-6)
 
@@ -113,6 +115,25 @@ def test_a_folder_is_opened_whole_and_stretched(tmp_path: Path) -> None:
         assert np.allclose(batch.targets.numpy(), listing.truths(listing.val or ()))
         shown = next(train_batches(data, batch_size=2, augmentation=augmentation, workers=0))
         assert shown.targets.shape == (2, 2, 6)
+
+
+@pytest.mark.parametrize("augmentation", [STILL, replace(STILL, crop="random_resized", min_area=0.9)])
+@pytest.mark.parametrize("write", ["coco", "voc"])
+def test_boxes_lie_on_their_objects_in_letterboxed_views(
+    write: str, augmentation: Augmentation, tmp_path: Path
+) -> None:
+    """In training, whole or cropped, in validation and where the bundle scores."""
+    bright(tmp_path / "data", orientation=6, stored=True, write=write)
+    given = settings(tmp_path, name="imagefolder", path=tmp_path / "data")
+    data = open_boxes(replace(given, look=Look("centre", pad_value=0)), augmentation)
+    train = next(train_batches(data, batch_size=1, augmentation=augmentation, workers=0))
+    ((images, truths),) = box_examples(tmp_path / "data", data.preprocess, data.classes).batches()
+    judged = Batch(torch.from_numpy(images), torch.from_numpy(truths))
+    for batch in (train, next(eval_batches(data.val, data.preprocess, batch_size=1)), judged):
+        rows, columns = np.nonzero(batch.images[0, 0].numpy() > 0)
+        edges = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / 64
+        assert np.abs(batch.targets[0, 0, 1:5].numpy() - edges).max() < 2 / 64
+    assert not np.allclose(data.train.placed.boxes, data.train.placed.framed)  # type: ignore[union-attr]
 
 
 def test_a_class_without_a_training_box_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from export.bundle.read import preprocess_of
 from export.errors import DataError
 from export.images.decode import Pixel, read_pixels_of
-from export.images.preprocess import Preprocess
+from export.images.preprocess import Look, Preprocess
 from export.images.read import archive_examples, read_pixels
 
 GREY16 = Preprocess((4, 6), (4, 6), (0.5,), (0.25,), bits=16)
@@ -71,7 +71,14 @@ def test_a_size_that_is_no_square_is_covered_and_cropped(height: int, width: int
 
 @pytest.mark.parametrize(
     "preprocess",
-    [GREY16, FOUR, Preprocess((8, 8), (9, 9), (0.5,), (0.2,)), Preprocess((4, 6), (5, 7), (0.1,) * 3, (0.2,) * 3)],
+    [
+        GREY16,
+        FOUR,
+        Preprocess((8, 8), (9, 9), (0.5,), (0.2,)),
+        Preprocess((4, 6), (5, 7), (0.1,) * 3, (0.2,) * 3),
+        Preprocess((4, 6), (4, 6), (0.0,) * 3, (1 / 255,) * 3, look=Look("corner", 0, "bicubic", False, True)),
+        Preprocess((4, 6), (4, 6), (0.1,) * 3, (0.2,) * 3, stretch=True, look=Look(antialias=False)),
+    ],
 )
 def test_what_a_bundle_says_is_read_back(preprocess: Preprocess) -> None:
     assert preprocess_of(json.loads(json.dumps(preprocess.to_json()))) == preprocess

@@ -13,7 +13,7 @@ from onnx import ModelProto, helper, numpy_helper
 from onnx_files import PREPROCESS, classifier, colour_reader, model_of
 
 from export.errors import BundleError
-from export.images.preprocess import Preprocess
+from export.images.preprocess import Look, Preprocess
 from export.onnx_file.uint8_input import with_uint8_input
 
 Level = np.uint8 | np.int8
@@ -109,6 +109,15 @@ def test_the_channels_keep_their_order() -> None:
     pixels[..., 0] = 255
     logits = run(with_uint8_input(colour_reader(), PREPROCESS), pixels)
     assert logits[0] == pytest.approx([(1 - 0.5) / 0.2, -0.4 / 0.25, -0.3 / 0.3], rel=1e-5)
+
+
+def test_bytes_are_red_first_for_a_network_that_takes_blue_first() -> None:
+    preprocess = Preprocess((16, 16), (16, 16), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), look=Look(bgr=True))
+    pixels = every_pixel(2)
+    model = with_uint8_input(colour_reader(), json.loads(json.dumps(preprocess.to_json())))
+    assert np.array_equal(run(model, pixels), run(colour_reader(), preprocess.normalize(pixels)))
+    told = json.loads({entry.key: entry.value for entry in model.metadata_props}["preprocess"])
+    assert (told["color"], told["normalized_inside"]["color"]) == ("RGB", "BGR")
 
 
 def test_the_file_keeps_its_versions_output_and_metadata_and_says_what_it_takes() -> None:

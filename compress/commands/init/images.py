@@ -98,7 +98,9 @@ class Folder:
             paths = [(listing.root / mask, listing.root / image) for image, mask in picked]
             found = [read_mask(*pair, classes=len(listing.classes), preprocess=preprocess)[0] for pair in paths]
             return np.stack([preprocess.mask(mask) for mask in found])
-        if isinstance(listing, BoxListing | TableListing):
+        if isinstance(listing, BoxListing):
+            return listing.truths(picked, seen_by=preprocess)
+        if isinstance(listing, TableListing):
             return listing.truths(picked)
         return np.array([label for _, label in picked], np.int64)
 
