@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from export.bundle.ends import OF_SEVERAL, SCHEMA_VERSION, check_ends, outputs_of
 from export.bundle.golden import Golden, check_inputs, read_golden
