@@ -30,6 +30,7 @@ from compress.data.split import sampled
 from compress.data.views import draw
 from compress.ranks import gather
 from export.errors import DataError
+from export.images.preprocess import Preprocess
 
 CALIBRATION_BATCH = 32
 TUNING_IMAGES = 2000
@@ -57,6 +58,10 @@ class Feed:
         images = self.dataset.val
         shares = in_order(len(images), limit).split(self.batch_size)
         return self._unchanged(images, shares[self.rank :: self.ranks] if shared else shares)
+
+    def chosen(self, numbers: Tensor) -> Batch:
+        """Return the validation images of these numbers, one batch."""
+        return next(self._unchanged(self.dataset.val, [numbers]))
 
     def calibration(self, images: int, *, labelled: bool = False) -> Iterator[Batch]:
         """Return n unaugmented training images in batches, spread over the set; `labelled` excludes others."""
@@ -163,3 +168,10 @@ def as_numpy(batches: Iterator[Batch]) -> Iterator[tuple[NDArray[np.float32], ND
     """Yield (images (n, channels, height, width), truths (n, ...)) as contiguous arrays for ONNX Runtime."""
     for batch in batches:
         yield batch.images.cpu().contiguous().numpy(), batch.targets.cpu().numpy()
+
+
+def as_pixels(images: NDArray[np.float32], preprocess: Preprocess) -> NDArray[Any]:
+    """Return normalized images (n, channels, height, width) as decoded, uint8 or uint16 (n, height, width, channels)."""
+    mean, std = (np.array(part, np.float32) for part in (preprocess.mean, preprocess.std))
+    pixels = np.rint((images.transpose(0, 2, 3, 1) * std + mean) * preprocess.pixel.largest)
+    return np.asarray((pixels[..., ::-1] if preprocess.look.bgr else pixels).astype(preprocess.pixel.dtype))

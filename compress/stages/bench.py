@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from compress.artifact import Metrics, newest
-from compress.data.feed import as_numpy
+from compress.data.feed import as_numpy, as_pixels
 from compress.data.images import FileImages, Lazy
 from compress.recipe.arguments import providers_of
 from compress.recipe.stages import BenchStage
@@ -24,6 +25,7 @@ from export.runtime.environment import environment
 from export.runtime.measure import BenchPlan, bench
 from export.runtime.providers import PLAIN
 from export.runtime.rows import file_in, metric_json
+from export.tasks.task import Array
 
 DRAWN = 4  # images that the report shows with their predictions
 WHOLE = 8  # images that are timed from their bytes to the prediction
@@ -46,7 +48,7 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
         elsewhere = dict(others)
         # Their times and scores decide in the report which of the INT8 files is served.
         rivals = [path for file, path in files.items() if file in (TEACHER, name, PTQ)]
-        _write_examples(out / EXAMPLES_NPZ, rivals, exported, run)
+        _write_examples(out / EXAMPLES_NPZ, rivals, scored[name].rows, exported, run)
         log.doing("times the files")
         whole = _end_to_end(rivals, run, seconds=cfg.seconds)
         sizes = [size_of(size) for size in cfg.image_sizes]
@@ -99,15 +101,24 @@ def _folders(images: Lazy) -> list[str]:
     return [Path(images.name(index)).parent.name for index in range(len(images))]
 
 
-def _write_examples(path: Path, files: Sequence[Path], exported: Path, run: Run) -> None:
-    """Write what the report draws: some golden images, their truths, and each file's predictions."""
-    if run.task.output.draw is None:
+def _write_examples(path: Path, files: Sequence[Path], rows: Array, exported: Path, run: Run) -> None:
+    """Write what the report draws: the worst images by a file's `rows`, or some golden ones, their truths, and each file's predictions."""
+    task = run.task.output
+    if task.draw is None:
         return
-    with np.load(exported / GOLDEN_NPZ) as golden:
-        images, truths = golden["images"][:DRAWN], golden["truths"][:DRAWN]
-    batch = run.dataset.preprocess.normalize(images)
-    predictions = np.stack([predictions_of(file, run.task.output)(batch) for file in files])
-    np.savez(path, images=images, truths=truths, files=np.array([file.stem for file in files]), answers=predictions)
+    if task.worst is not None and len(rows) == len(
+        run.dataset.val
+    ):  # fewer if some cannot be read, so that numbers differ
+        worst = np.argsort(-task.worst(rows), kind="stable")[:DRAWN]
+        ((batch, truths),) = as_numpy(iter([run.feed.chosen(torch.from_numpy(worst))]))
+        images = as_pixels(batch, run.dataset.preprocess)
+    else:
+        with np.load(exported / GOLDEN_NPZ) as golden:
+            images, truths = golden["images"][:DRAWN], golden["truths"][:DRAWN]
+        batch = run.dataset.preprocess.normalize(images)
+    drawn = task.drawn(np.stack([predictions_of(file, task)(batch) for file in files]))
+    if drawn is not None:
+        np.savez(path, images=images, truths=truths, files=np.array([file.stem for file in files]), answers=drawn)
 
 
 def _end_to_end(files: Sequence[Path], run: Run, *, seconds: float) -> dict[str, EndToEnd]:

@@ -11,7 +11,7 @@ import onnx
 from torch import fx
 
 from compress.artifact import Metrics, float_ancestor, lineage, newest, read_meta
-from compress.data.feed import as_numpy
+from compress.data.feed import as_numpy, as_pixels
 from compress.logs.stage_log import StageLog
 from compress.models.saved import example_images, load_float, load_prepared
 from compress.quant.prepare import deploy, float_on_purpose, prepare
@@ -96,12 +96,8 @@ def apply(cfg: ExportStage, src: Path, out: Path, run: Run) -> Metrics:
 
 def _write_golden_images(path: Path, run: Run, *, limit: int) -> None:
     """Write validation images, spread over the set: `images`, uint8 or uint16 (n, height, width, channels) as decoded, and `truths`."""
-    preprocess, pixel = run.dataset.preprocess, run.dataset.preprocess.pixel
     images, truths = zip(*as_numpy(run.feed.validation(limit=limit)), strict=True)
-    mean, std = (np.array(part, np.float32) for part in (preprocess.mean, preprocess.std))
-    pixels = (np.concatenate(images).transpose(0, 2, 3, 1) * std + mean) * pixel.largest
-    pixels = pixels[..., ::-1] if preprocess.look.bgr else pixels
-    np.savez(path, images=np.rint(pixels).astype(pixel.dtype), truths=np.concatenate(truths))
+    np.savez(path, images=as_pixels(np.concatenate(images), run.dataset.preprocess), truths=np.concatenate(truths))
 
 
 def _trained(src: Path, run: Run) -> dict[str, fx.GraphModule]:

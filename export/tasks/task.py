@@ -141,7 +141,11 @@ class OutputTask:
     draw: Callable[[Array, Array, Sequence[str]], Array] | None = None
     """(image uint8 (height, width, 3), its prediction, labels) to the image with the prediction drawn; None if there is nothing to draw."""
     draw_truth: Callable[[Array, Array, Sequence[str]], Array] | None = None
-    """The same for its truth."""
+    """The same for its truth; None if that is not drawn."""
+    drawn: Callable[[Array], Array | None] = lambda predictions: predictions
+    """Some files' predictions (files, n, ...), the teacher's first, to what `draw` takes; None if there is nothing to draw."""
+    worst: Callable[[Array], Array] | None = None
+    """Rows to how wrong each image is (n,), where the report draws the worst images; else it draws some."""
     hub: tuple[str, str] = ("image-classification", "accuracy")
     """The names of the task and of its metric on Hugging Face's hub."""
     meaning: str = "a logit for each line of `labels.txt`"

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from export.errors import BundleError
+from export.images.drawing import as_rgb
 from export.images.preprocess import Preprocess
 from export.images.read import Examples
 from export.images.size import Size
@@ -221,6 +222,20 @@ def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
     ]
 
 
+def worst(rows: Array) -> Array:
+    """Return each image's squared error, (n,)."""
+    return np.asarray(rows[:, ERROR])
+
+
+def pictures(outputs: Array) -> Array | None:
+    """Return images that networks give (files, n, 1 or 3, height, width) in uint8, channels last, black to white as the first file's; else None."""
+    if outputs.ndim != 5 or outputs.shape[2] not in (1, 3):
+        return None
+    low, high = (of(outputs[0], axis=(1, 2, 3), keepdims=True) for of in (np.min, np.max))
+    shown = np.nan_to_num((outputs - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    return np.moveaxis(np.rint(255 * shown).astype(np.uint8), 2, -1)
+
+
 def _rows_of(rows: Array, outputs: Sequence[Output]) -> list[Array]:
     """Return each output's rows."""
     ends = np.cumsum([SUMS.start + (channels_of(one.shape) or 0) for one in outputs])
@@ -311,6 +326,7 @@ def several(outputs: Sequence[Output]) -> OutputTask:
         compare=partial(compare, resampled=drawn),
         resampled=drawn,
         show=each_shown,
+        draw=None,
         meaning=f"{', '.join(names)}, as the network computes them; `labels.txt` numbers their channels",
         reading="print({one.name: array.shape for one, array in zip(session.get_outputs(), outputs)})",
     )
@@ -348,6 +364,9 @@ TENSORS = OutputTask(
     labelled=False,
     has_classes=False,
     taught=as_numbers,
+    draw=lambda _image, picture, _labels: as_rgb(picture),
+    drawn=pictures,
+    worst=worst,
     hub=("image-feature-extraction", "explained variance"),
     meaning="what the network computes; `labels.txt` numbers its channels",
     reading="print(outputs.shape)",

@@ -4,7 +4,7 @@ import json
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -27,6 +27,8 @@ from compress.models.architectures import build
 from compress.models.weights import load_weights_
 from compress.recipe.read import read_recipe
 from compress.recipe.schema import Augment
+from compress.report.page.pictures import examples
+from compress.report.shape import Report
 from compress.run import open_run
 from compress.tasks.references import _holds
 from compress.tasks.tensors import squared_error_loss
@@ -240,11 +242,11 @@ def test_a_metric_of_ones_own_is_reported_limited_and_gated(
     report: dict[str, Any] = json.loads((restored / "report.json").read_text())
     bundle, metric = read_bundle(restored / "bundle"), f"{restored.parent.parent}/metric.py:likeness"
     (found,) = {row["measures"]["PSNR dB"] for row in report["deployed"] if row["name"] == bundle.served}
-    examples = bundle.examples(photos)
+    seen = bundle.examples(photos)
     session = open_session(bundle.files[bundle.served])
     by_hand = [
         open_metric(metric).function(session.run(None, {"input": images})[0][0], path)["PSNR dB"]  # type: ignore[index]
-        for (images, _), path in zip(examples.batches(batch_size=1), examples.paths(), strict=True)
+        for (images, _), path in zip(seen.batches(batch_size=1), seen.paths(), strict=True)
     ]
     assert found == pytest.approx(np.mean(by_hand), abs=1e-3)
     assert report["targets"]["max_metric_drop.PSNR dB"] == 9
@@ -262,6 +264,23 @@ def test_a_metric_of_ones_own_is_reported_limited_and_gated(
     (restored / "bundle" / "metric.py").write_text(METRIC)
     assert called(gate_main, *judge, "--score", f"{restored}/bundle/metric.py:likeness") == 2
     assert "whose code is never run" in capsys.readouterr().err
+
+
+def test_the_report_draws_the_worst_images_side_by_side(restored: Path, encoded: Path, photos: Path) -> None:
+    report = cast(Report, json.loads((restored / "report.json").read_text()))
+    assert [[title for title, _ in images] for images in examples(restored, report)] == [
+        ["Image", "Teacher FP32", "Student INT8 (PTQ)"]
+    ] * 4
+    assert not list(encoded.glob("*/examples.npz"))
+    bundle = read_bundle(restored / "bundle")
+    found = bundle.examples(photos)
+    infer = open_session(bundle.files[bundle.served]).run
+    wrong = [np.square(infer(None, {"input": one})[0] - true).sum() for one, true in found.batches(batch_size=1)]
+    with np.load(next(restored.glob("*-bench-*/examples.npz"))) as kept:
+        for place, index in enumerate(np.argsort(wrong)[::-1][:4]):
+            assert np.array_equal(kept["images"][place], found.pixels(found.chosen[index]))
+        assert kept["answers"].shape == (2, 4, 16, 16, 3)
+        assert (kept["answers"][0].max(axis=(1, 2, 3)) == 255).all()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from compress.report.page.series import layer_times, widths
 from compress.report.page.table import PageSection, ReportTable
 from compress.report.page.tables import sections
 from compress.report.shape import Report
+from export.tasks import TASKS
 
 
 class Page(NamedTuple):
@@ -61,7 +62,10 @@ def render(report: Report, root: Path) -> str:
             warnings=list(dict.fromkeys([*wrong, *report["warnings"]])),
             sections=[
                 *((section, above.get(section.title, ())) for section in sections(report)),
-                (PageSection("Examples", ()), [drawings.draw("example", images) for images in examples(root, report)]),
+                (
+                    PageSection("The worst images" if TASKS[recipe["task"]].worst else "Examples", ()),
+                    [drawings.draw("example", images) for images in examples(root, report)],
+                ),
                 (PageSection("Channel widths", widths(root, report)), ()),
                 (PageSection("Where the time goes", layer_times(root, report)), ()),
                 (PageSection("Training", ()), list(drawings.curves(root, report))),

@@ -27,7 +27,6 @@ def examples(root: Path, report: Report) -> Iterator[Sequence[tuple[str, str]]]:
         return
     task = TASKS[report["recipe"]["task"]]
     assert task.draw is not None
-    assert task.draw_truth is not None
     labels = (report["classes"] or {"names": []})["names"]
     with np.load(folders[-1] / EXAMPLES_NPZ) as kept:
         images, truths, predictions, files = (kept[name] for name in ("images", "truths", "answers", "files"))
@@ -35,18 +34,22 @@ def examples(root: Path, report: Report) -> Iterator[Sequence[tuple[str, str]]]:
         height, width = (SIDE * side // max(pixels.shape[:2]) for side in pixels.shape[:2])
         image = np.asarray(Image.fromarray(as_rgb(pixels)).resize((width, height), Image.Resampling.BICUBIC))
         yield [
-            ("Image", _jpeg(image)),
-            ("Truth", _jpeg(task.draw_truth(image, truths[index], labels))),
+            ("Image", _jpeg(image, (width, height))),
             *(
-                (summary.title(name), _jpeg(task.draw(image, of[index], labels)))
+                [("Truth", _jpeg(task.draw_truth(image, truths[index], labels), (width, height)))]
+                if task.draw_truth
+                else []
+            ),
+            *(
+                (summary.title(name), _jpeg(task.draw(image, of[index], labels), (width, height)))
                 for name, of in zip(files.tolist(), predictions, strict=True)
                 if name in (TEACHER, deployed_name(report))
             ),
         ]
 
 
-def _jpeg(pixels: NDArray[np.uint8]) -> str:
+def _jpeg(pixels: NDArray[np.uint8], size: tuple[int, int]) -> str:
     content = io.BytesIO()
     # Subsampling would blur the boxes' thin coloured lines.
-    Image.fromarray(pixels).save(content, "JPEG", quality=85, subsampling=0)
+    Image.fromarray(pixels).resize(size).save(content, "JPEG", quality=85, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
