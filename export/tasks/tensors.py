@@ -233,7 +233,7 @@ def pictures(outputs: Array) -> Array | None:
         return None
     low, high = (of(outputs[0], axis=(1, 2, 3), keepdims=True) for of in (np.min, np.max))
     shown = np.nan_to_num((outputs - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
-    return np.moveaxis(np.rint(255 * shown).astype(np.uint8), 2, -1)
+    return np.asarray(np.moveaxis(np.rint(255 * shown).astype(np.uint8), 2, -1))
 
 
 def _rows_of(rows: Array, outputs: Sequence[Output]) -> list[Array]:
