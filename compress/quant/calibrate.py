@@ -122,8 +122,10 @@ def entropy(histogram: Histogram, symmetric: bool) -> tuple[float, float]:
     used = int(np.ceil(largest / histogram.top * BINS))
     width = -(-used // ENTROPY_BINS)  # fine bins per coarse bin
     counts = np.add.reduceat((positive + negative[::-1])[:used], np.arange(0, used, width))
-    one_sided = histogram.low == 0 and not symmetric
-    kept = least_divergent(counts, levels=256 if one_sided else 128)
+    levels = 256 if histogram.low == 0 and not symmetric else 128
+    if len(counts) < levels:  # values far below SMALLEST_TOP fill a few bins
+        return minmax(histogram, symmetric)
+    kept = least_divergent(counts, levels=levels)
     threshold = kept * width / BINS * histogram.top
     return max(histogram.low, -threshold), min(histogram.high, threshold)
 

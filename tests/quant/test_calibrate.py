@@ -165,6 +165,10 @@ def test_entropy_of_zeros_is_an_empty_range() -> None:
     assert entropy(histogram_of(torch.zeros(10)), True) == (0.0, 0.0)
 
 
+def test_entropy_of_values_too_small_for_its_bins_keeps_them_all() -> None:
+    assert entropy(histogram_of(torch.tensor([0.0, 1e-10])), True) == (0.0, pytest.approx(1e-10))
+
+
 @pytest.mark.parametrize("method", get_args(Method))
 def test_calibration_leaves_a_model_that_quantizes_and_observes(prepared: fx.GraphModule, method: Method) -> None:
     calibrate_(prepared.train(), batches(), method)
