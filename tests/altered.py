@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from export.onnx_file.graph import rounded
+from export.onnx_file.rounding import rounded
 from export.runtime import providers
 from export.runtime.providers import BF16, PLAIN, PROVIDERS, Provider, Runtime
 from export.runtime.session import open_session

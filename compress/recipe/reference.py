@@ -50,7 +50,8 @@ def _kind(field: Schema) -> str:
         case {"anyOf": options} | {"oneOf": options}:
             return " or ".join(map(_kind, options))
         case {"type": "object"}:
-            return f"names, each with {_kind(next(iter(field['patternProperties'].values())))}"
+            of_each = field.get("patternProperties", {"": field.get("additionalProperties")})
+            return f"names, each with {_kind(next(iter(of_each.values())))}"
         case {"prefixItems": items}:
             return f"{len(items)} × {_kind(items[0])}"
         case {"type": "array"}:

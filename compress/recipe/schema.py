@@ -153,7 +153,10 @@ class Model(Section):
     """`torchvision:NAME`, `timm:NAME`, `cifar:NAME` (32-pixel networks of the papers), `onnx:FILE`, `hf:FOLDER` or `exported:FILE.pt2` with their own weights, `fpn:BACKBONE` or `smp:DECODER/ENCODER` for segmentation, a detector as `ssd:`, `ssdlite:`, `retinanet:` or `fcos:BACKBONE`, or `file.py:factory` (your own; needs --trust-code)."""
     weights: PathText | None = None
     """A state dict (.safetensors, .pt, .pth or .ckpt, whose other entries are ignored), or the library's named weights as `torchvision:IMAGENET1K_V2` or `timm:TAG`; null trains here."""
-    outputs: Annotated[dict[str, PositiveFloat], BeforeValidator(weighted)] = Field(default={})
+    outputs: Annotated[
+        dict[str, PositiveFloat],
+        BeforeValidator(weighted, json_schema_input_type=tuple[str, ...] | dict[str, PositiveFloat]),
+    ] = Field(default={})
     """For `task: tensors` and a network of several outputs: the names of those to serve, in order, or `name: weight` in the score and the losses; by default all, equally (docs/tensors.md)."""
     reset_head: bool = False
     """Initialize a new classifier (of a network with several heads, all layers with another number of outputs) and keep all other weights, for weights trained on other classes."""

@@ -19,8 +19,8 @@ from export.bundle.inside import Json, contained, get
 from export.errors import BundleError
 from export.images.preprocess import Preprocess
 from export.names import MANIFEST, SUMS
-from export.onnx_file.graph import rounded, rounded_values
 from export.onnx_file.outputs import Output, columns
+from export.onnx_file.rounding import rounded, rounded_values
 from export.runtime.environment import runtime
 from export.runtime.providers import PLAIN, Runtime
 from export.runtime.session import infer, open_session

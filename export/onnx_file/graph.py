@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, helper, numpy_helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
@@ -104,23 +103,6 @@ def global_average_pools_(graph: ir.Graph) -> None:
             pooled.replace_all_uses_with(flatten.outputs[0], replace_graph_outputs=True)
             flatten.replace_input_with(0, pooled)
             graph.insert_after(node, flatten)
-
-
-def rounded(model: ModelProto, bits: int) -> ModelProto:
-    """Return a copy whose float constants have significands of `bits` bits, as other arithmetics read them: 8 in bf16, 11 in TF32."""
-    found: ModelProto = ModelProto.FromString(model.SerializeToString())
-    for tensor in found.graph.initializer:
-        if tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16):
-            values = numpy_helper.to_array(tensor)
-            coarse = rounded_values(values.astype(np.float32), bits).astype(values.dtype)
-            tensor.CopyFrom(numpy_helper.from_array(coarse, tensor.name))
-    return found
-
-
-def rounded_values(values: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
-    """Return finite values rounded to significands of `bits` bits, ties to even."""
-    drop, whole = 24 - bits, np.ascontiguousarray(values).view(np.uint32)
-    return ((whole + (1 << (drop - 1)) - 1 + (whole >> drop & 1)) >> drop << drop).view(np.float32)
 
 
 def to_float16(model: ModelProto, keep: Collection[str] = ()) -> ModelProto:

@@ -1,4 +1,4 @@
-"""A U-Net that takes noise off photographs: the network, its images and its training, for recipes/restoration_int8.yaml.
+"""A U-Net that takes noise off photographs: the network, its images and its training, for restoration_int8.yaml.
 
 `python tools/restoration/denoiser.py PHOTOGRAPHS FOLDER` writes FOLDER/clean and FOLDER/noisy (train, val) and FOLDER/denoiser.safetensors;
 started again it goes on. PHOTOGRAPHS has train/ and val/ with JPEG files, all of one size.
