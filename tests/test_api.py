@@ -134,3 +134,26 @@ def test_images_of_another_form_are_refused(model: nn.Module, images: Tensor) ->
 def test_the_import_takes_no_torch() -> None:
     code = "import sys, compress; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+class Pooling(nn.Module):
+    """Attention of one learned query over an image's places, as SigLIP pools."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 8, 8)
+        self.query = nn.Parameter(torch.randn(1, 1, 16))
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        places = self.patches(images).flatten(2).transpose(1, 2)
+        pooled: Tensor = self.attention(self.query.repeat(images.shape[0], 1, 1), places, places)[0]
+        return pooled[:, 0]
+
+
+def test_a_layer_whose_path_leads_on_to_another_is_deployed_with_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    prepared = compress.quantize(Pooling().eval(), torch.randn(8, 3, 16, 16), target="cpu_avx2")
+    found = compress.export(prepared, tmp_path / "pooling.onnx", task="tensors")
+    assert {"patches", "attention"} <= set(found["integer_layers"])
+    assert "attention.out_proj" in {*found["integer_layers"], *found["float_layers"]}

@@ -169,7 +169,9 @@ def as_markdown(rows: dict[str, dict[str, Any]]) -> str:
         if "failed" in row:
             lines.append(f"| {name} | – | – | – | – | – | {row['failed']} | – | – |")
             continue
-        snr = ", ".join(f"{min(one, 99):.0f} ({other:.0f})" for one, other in row["snr"].values())
+        snr = ", ".join(
+            f"{min(one, 99):.0f} ({other:.0f})" if one > -99 else "all 0" for one, other in row["snr"].values()
+        )
         kept = f"{row['kept']:.2f}" if not row["why"] else f"1: {row['why']}"
         ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*row["faster"])
         layers = f"{row['integer']} of {row['integer'] + row['float']}"

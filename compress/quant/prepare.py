@@ -157,7 +157,11 @@ def deploy(prepared: fx.GraphModule) -> fx.GraphModule:
                 graph.set_submodule(str(node.target), DeployedSameRange(source[node]))
         elif isinstance(module, QuantLayer | QuantNorm) and module.kernel is not None:
             if module is module.kernel.start:
-                graph.set_submodule(str(node.target), module.kernel.deployed())
+                deployed = module.kernel.deployed()
+                for name, child in module.named_children():  # a layer's path may lead on: attention, attention.out_proj
+                    if not hasattr(deployed, name):
+                        deployed.add_module(name, child)
+                graph.set_submodule(str(node.target), deployed)
             else:  # the layer before it has fused the batch-norm
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 graph.graph.erase_node(node)
