@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import compress
 from compress.errors import CompressError
+from compress.models.architectures import thawed_
 from compress.models.outputs import serve_, signature_of
 from compress.models.structure import count
 from compress.quant.reference import reference_of
@@ -119,7 +120,7 @@ def row_of(name: str) -> dict[str, Any]:
     size, build = NETWORKS[name]
     torch.manual_seed(0)
     images, shape = crops(40, size, seed=0)[0], (3, size, size)
-    network = serve_(enlivened(build().eval(), images), ())
+    network = serve_(enlivened(thawed_(build()).eval(), images), ())
     outputs = signature_of(network, shape)
     full, kept, why = count(network, shape).macs, 1.0, ""
     student: nn.Module = network
@@ -163,11 +164,11 @@ def row_of(name: str) -> dict[str, Any]:
 
 def as_markdown(rows: dict[str, dict[str, Any]]) -> str:
     """Return the table."""
-    titles = ("network", "pixels", "outputs", "MACs kept", "layers in integers", "equal", "SNR by output (rounding), dB", "FP32, INT8 ms", "faster")  # fmt: skip
+    titles = ("network, pixels", "outputs", "MACs kept", "layers in integers", "equal; SNR by output (rounding), dB", "FP32, INT8 ms", "faster")  # fmt: skip
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for name, row in rows.items():
         if "failed" in row:
-            lines.append(f"| {name} | – | – | – | – | – | {row['failed']} | – | – |")
+            lines.append(f"| {name} | – | – | – | {row['failed']} | – | – |")
             continue
         snr = ", ".join(
             f"{min(one, 99):.0f} ({other:.0f})" if one > -99 else "all 0" for one, other in row["snr"].values()
@@ -175,7 +176,7 @@ def as_markdown(rows: dict[str, dict[str, Any]]) -> str:
         kept = f"{row['kept']:.2f}" if not row["why"] else f"1: {row['why']}"
         ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*row["faster"])
         layers = f"{row['integer']} of {row['integer'] + row['float']}"
-        cells = (name, row["pixels"], ", ".join(row["outputs"]), kept, layers, "yes" if row["equal"] else "no", snr, "{:.2f}, {:.2f}".format(*row["ms"]), ratio)  # fmt: skip
+        cells = (f"{name}, {row['pixels']}", ", ".join(row["outputs"]), kept, layers, f"{'yes' if row['equal'] else 'no'}; {snr}", "{:.2f}, {:.2f}".format(*row["ms"]), ratio)  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
