@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from compress.errors import ModelError
 from compress.models.structure import output_of
@@ -101,8 +101,18 @@ def tensors_of(outputs: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def serve_(model: nn.Module, served: Sequence[str] | None) -> nn.Module:
     """Make a network return its served outputs (`Packing`); weights and modules keep their names."""
+    if isinstance(model, fx.GraphModule) and not isinstance(model.graph.find_nodes(op="output")[0].args[0], fx.Node):
+        model = _plain(model)
     model.register_forward_hook(Packing(served))
     return model
+
+
+def _plain(graph: fx.GraphModule) -> nn.Module:
+    """Return a graph as a module of a plain class: a copy of a GraphModule loses its hooks."""
+    found: nn.Module = type(type(graph).__name__, (nn.Module,), {"forward": type(graph).forward})()
+    for held in ("_modules", "_parameters", "_buffers"):
+        setattr(found, held, getattr(graph, held))
+    return found.train(graph.training)
 
 
 @torch.no_grad()

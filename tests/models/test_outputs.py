@@ -1,5 +1,6 @@
 """Networks and files with several outputs give them by name, or are refused where a task reads one: none is dropped in silence."""
 
+import copy
 from pathlib import Path
 
 import onnx
@@ -45,5 +46,6 @@ def test_an_onnx_file_of_two_outputs_gives_both_by_name(tmp_path: Path) -> None:
         found = serve_(network, ("depth", "logits"))(given) if isinstance(network, OnnxFile) else network(given)
         both = torch.cat([(-given).flatten(1), given.relu().flatten(1)], 1)
         assert torch.equal(found, both if isinstance(network, OnnxFile) else both.roll(192, 1))
+    assert torch.equal(copy.deepcopy(network)(given), found), "a graph's copies would lose the hook"
     with pytest.raises(ModelError, match="returns depth besides logits, and one output is served"):
         build(f"onnx:{file}", num_classes=3)(given)
