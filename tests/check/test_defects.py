@@ -167,10 +167,11 @@ def test_a_wrong_mean_is_named_by_the_files_where_the_golden_inputs_were_made_an
     assert names(bundle) == {"preprocess_differs", "golden_differs"}
 
 
-def test_another_interpolation_is_named(bundle: Path) -> None:
-    change(bundle, "preprocess.json", interpolation="nearest")
+@pytest.mark.parametrize(("kernel", "defect"), [("bicubic", "preprocess_differs"), ("nearest", "bad_content")])
+def test_another_interpolation_is_named(bundle: Path, kernel: str, defect: str) -> None:
+    change(bundle, "preprocess.json", interpolation=kernel)
     seal(bundle)
-    assert names(bundle) == {"preprocess_differs"}
+    assert names(bundle) == {defect}
 
 
 def test_a_file_for_another_machine_is_named(bundle: Path) -> None:
