@@ -15,9 +15,11 @@ from compress.quant.layers import deployed_once
 from compress.ranks import gather, share_
 from compress.recipe.losses import KD_ONLY, MSE_ONLY, FeatureTerm, LossTerm
 from compress.run import Run
+from compress.tasks import Task
 
 SHARE = 20  # one training image of 20 judges
 FEWEST, MOST = 32, 500  # images that judge; where a twentieth is fewer than FEWEST, these are trained on as well
+SMALL = 4096  # values of an image's output that are remembered
 VIEW = -1  # the number of the judges' view, which no epoch shows
 
 
@@ -37,13 +39,16 @@ def judged_terms(terms: Sequence[LossTerm], *, has_classes: bool) -> tuple[LossT
 
 
 def judge(
-    run: Run, terms: Sequence[LossTerm], teacher: Callable[[], nn.Module], images: Tensor
+    run: Run, task: Task, terms: Sequence[LossTerm], teacher: Callable[[], nn.Module], images: Tensor
 ) -> Callable[[nn.Module], float]:
-    """Return the function that measures a network's loss on `images` (indices), shared by all ranks, with rank 0's weights."""
-    terms = judged_terms(terms, has_classes=run.task.output.has_classes)
+    """Return the function that measures a network's loss on `images` (indices), shared by all ranks, with rank 0's weights.
+
+    `task` is that of the training, whose loss has the same scale.
+    """
+    terms = judged_terms(terms, has_classes=task.output.has_classes)
     network = teacher() if needs_teacher(terms) else None
     shares = images.split(run.recipe.data.eval_batch_size)[run.rank :: run.ranks]
-    known: list[Tensor] = []  # the teacher's logits, unless they are maps and too many
+    known: list[Tensor] = []  # the teacher's outputs, if they are small
 
     def taught(number: int, batch: Batch) -> TeacherOutput:
         if network is None:
@@ -51,16 +56,14 @@ def judge(
         if number < len(known):
             return TeacherOutput(known[number], {})
         output = network(batch.images).float()
-        if output.ndim == 2:
+        if output[0].numel() <= SMALL:
             known.append(output)
         return TeacherOutput(output, {})
 
     def losses(model: nn.Module) -> Iterator[tuple[float, int]]:
         for number, batch in enumerate(run.feed.view(VIEW, shares)):
             outputs, answer = model(batch.images).float(), taught(number, batch)
-            values = [
-                term.weight * mean_loss(term, run.learned, outputs, iter(()), answer, batch.targets) for term in terms
-            ]
+            values = [term.weight * mean_loss(term, task, outputs, iter(()), answer, batch.targets) for term in terms]
             yield float(torch.stack(values).sum()), len(batch.targets)
 
     @torch.inference_mode()

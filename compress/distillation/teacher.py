@@ -40,6 +40,7 @@ from compress.recipe.arguments import teachers_of
 from compress.recipe.losses import LossTerm
 from compress.recipe.stages import Fit, StudentStage
 from compress.run import Run
+from compress.tasks import Task
 from compress.tasks.predictions import LOGITS
 from compress.training.loop import Held
 from compress.training.modes import other_in_training, train_norms_only_
@@ -80,7 +81,7 @@ def distil(
     task, images = run.learned, run.dataset.with_unlabelled
     run = replace(run, opened=lambda: images)
     teaching = teach(run, src, terms, settings, log)
-    held = _held(run, src, terms, copy.deepcopy(student) if start is None else start, teaching, log)
+    held = _held(run, task, src, terms, copy.deepcopy(student) if start is None else start, teaching, log)
     shown = example_images(run.shape, run.device)
     plain = not isinstance(student, fx.GraphModule)  # which is a graph of the eval mode already
     if plain and (does := other_in_training(student, shown, values=not task.output.has_classes)):
@@ -95,7 +96,7 @@ def distil(
 
 
 def _held(
-    run: Run, src: Path, terms: Sequence[LossTerm], start: nn.Module, teaching: "Teaching", log: StageLog
+    run: Run, task: Task, src: Path, terms: Sequence[LossTerm], start: nn.Module, teaching: Teaching, log: StageLog
 ) -> Held | None:
     """Return what judges the training; None for a student with random weights, which any training helps."""
     meta = read_meta(src)
@@ -104,7 +105,7 @@ def _held(
     images, held_out = judging_images(len(run.dataset.train), seed=run.recipe.seed)
     how = "held out" if held_out else "too few to hold out, so they are trained on as well"
     log.note_detail(f"judged on {len(images):,} training images, {how}")
-    loss = judge(run, terms, lambda: teaching.network or run.teacher(src), images)
+    loss = judge(run, task, terms, lambda: teaching.network or run.teacher(src), images)
     return Held(Learner(start, tap(start, ()), (), ()), images if held_out else (), loss)
 
 

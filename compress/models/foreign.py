@@ -221,13 +221,14 @@ def exported(name: str, _num_classes: int = 0) -> nn.Module:
             traced = trace(network, images)
             with torch.no_grad():
                 found = network(images)
+            if isinstance(found, Tensor):
+                return traced
             names = [name for name, _ in tensors_of(found)]
-            if isinstance(found, Tensor) or len(names) == len(tree_leaves(found)):
-                if not isinstance(found, Tensor):
-                    (output,) = traced.graph.find_nodes(op="output")
-                    output.args = (output.args if len(names) == 1 else output.args[0],)
-                    _name_outputs_(traced, names)
-                network = traced
+            if len(names) == len(tree_leaves(found)):
+                (output,) = traced.graph.find_nodes(op="output")
+                output.args = (output.args if len(names) == 1 else output.args[0],)
+                _name_outputs_(traced, names)
+                return traced
     return network
 
 

@@ -18,10 +18,8 @@ from export.images.size import Shape
 from export.onnx_file.graph import INPUT
 from export.onnx_file.outputs import Output
 
-LOGITS, TRAINING = (
-    ("out", "logits"),
-    ("aux", "loss"),
-)  # the one output of classifiers; outputs that only a training needs
+LOGITS = ("out", "logits")  # the one output of classifiers
+TRAINING = ("aux", "loss")  # outputs that only a training needs
 
 
 class Packing:

@@ -18,7 +18,7 @@ def mistakes(recipe: "Recipe") -> Iterator[str]:
     for name, chain in recipe.chains().items():
         if (mistake := first_mistake(chain.stages)) is not None:
             yield f"{recipe.place(name, mistake[0])}{mistake[1]}"
-    for judge in (_source, _data, _teachers, _labels, _score, _target, _targets, _cache):
+    for judge in (_source, _data, _teachers, _labels, _outputs, _score, _target, _targets, _cache):
         yield from judge(recipe)
 
 
@@ -96,6 +96,11 @@ def _labels(recipe: "Recipe") -> Iterator[str]:
         for index, section in enumerate(chain.stages):
             if isinstance(section, PruneStage) and section.sparsity is not None:
                 yield f"{recipe.place(name, index)}.sparsity: learns from labels, and {recipe.task} have none: leave it out"
+
+
+def _outputs(recipe: "Recipe") -> Iterator[str]:
+    if recipe.model is not None and recipe.model.outputs and TASKS[recipe.task].several is None:
+        yield f"model.outputs: {recipe.task} reads one output: leave it out, or set task: tensors"
 
 
 def _score(recipe: "Recipe") -> Iterator[str]:

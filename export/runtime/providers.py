@@ -51,9 +51,7 @@ class Provider:
     needs: str = ""  # what the plugin offers that device on
     libraries: str = "the CUDA and cuDNN versions that onnxruntime-gpu requires"  # without which it does not start
     options: Options | None = None  # from threads and arithmetic; None: the session's own say all
-    float_bits: int = (
-        24  # of a significand in its f32: CUDA's and TensorRT's products are TF32 unless they are told otherwise
-    )
+    float_bits: int = 24  # of a significand in its f32; CUDA's and TensorRT's products are TF32 unless told otherwise
     bf16: frozenset[str] = frozenset()  # it computes float files in bf16 on processors with one of these flags
 
     @property

@@ -26,9 +26,7 @@ class AccuracyRow(TypedDict):
     images: int
     score_ci95: NotRequired[tuple[float, float]]  # by resampling images, if the score does not count them
     agreement_ci95: NotRequired[tuple[float, float]]
-    measures: NotRequired[
-        dict[str, float | None]
-    ]  # in units of their own: SNR in dB, a person's own metric; more is better
+    measures: NotRequired[dict[str, float | None]]  # in their own units: SNR in dB, a person's metric; more is better
 
 
 class OtherAccuracy(TypedDict):

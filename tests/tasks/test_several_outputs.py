@@ -11,11 +11,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from networks import TwoHeaded
+from networks import TwoHeaded, settled
 from safetensors.torch import save_file
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from compress.cli import app
@@ -58,12 +56,7 @@ def done(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the whole chain on a network with a small embedding and a map of ten times its deviation."""
     folder = tmp_path_factory.mktemp("two")
     torch.manual_seed(0)
-    network = TwoHeaded()
-    images = torch.from_numpy(load_digits().images[:240, None] / 8 - 1).float().expand(-1, 3, -1, -1)
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = None
-    network(F.interpolate(images, 16, mode="bilinear"))
+    network = settled(TwoHeaded())
     save_file(network.state_dict(), folder / "own.safetensors")
     (folder / "own.yaml").write_text(RECIPE.format(networks=NETWORKS, weights=folder / "own.safetensors"))
     command = ["run", str(folder / "own.yaml"), "--data", str(photos), "--out", str(folder / "runs"), "--trust-code"]

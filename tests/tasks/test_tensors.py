@@ -9,13 +9,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from networks import Encoder, Restorer, small
+from networks import Encoder, Restorer, settled, small
 from onnx_files import restorer, save
 from safetensors.torch import save_file
 from several import ended, start
-from sklearn.datasets import load_digits
-from torch import nn
-from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from compress.cli import app
@@ -174,12 +171,7 @@ def test_a_bundle_stores_no_truths() -> None:
 
 def ran(kind: str, photos: Path, folder: Path) -> Path:
     torch.manual_seed(0)
-    network = {"encoder": Encoder, "restorer": Restorer}[kind]()
-    images = torch.from_numpy(load_digits().images[:240, None] / 8 - 1).float().expand(-1, 3, -1, -1)
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = None
-    network(F.interpolate(images, 16, mode="bilinear"))  # batch-norm's statistics are the data's, as after a training
+    network = settled({"encoder": Encoder, "restorer": Restorer}[kind]())
     save_file(network.state_dict(), folder / "own.safetensors")
     text = RECIPE.format(networks=NETWORKS, factory=kind, weights=folder / "own.safetensors")
     if kind == "restorer":
@@ -359,6 +351,13 @@ def test_what_needs_labels_is_refused_for_tensors(tmp_path: Path) -> None:
         (tmp_path / "own.yaml").write_text(text.replace(*change))
         with pytest.raises(RecipeError, match=sentence):
             read_recipe(tmp_path / "own.yaml")
+
+
+def test_outputs_are_refused_where_a_task_reads_one(tmp_path: Path) -> None:
+    text = RECIPE.format(networks=NETWORKS, factory="encoder", weights="own.safetensors, outputs: [a]")
+    (tmp_path / "own.yaml").write_text(text.replace("task: tensors", "task: classification"))
+    with pytest.raises(RecipeError, match=r"model\.outputs: classification reads one output"):
+        read_recipe(tmp_path / "own.yaml")
 
 
 def test_an_encoder_of_timm_takes_weights_with_a_classifier(tmp_path: Path) -> None:
