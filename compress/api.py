@@ -47,7 +47,7 @@ def prune(model: nn.Module, images: Images, *, keep_macs: float, exclude: Sequen
         student,
         example,
         cfg.criterion,
-        exclude=(classifier(student), *cfg.exclude),
+        exclude=(classifier(student, shape), *cfg.exclude),
         scope=cfg.scope,
         round_to=cfg.round_to,
         min_keep=cfg.min_keep,

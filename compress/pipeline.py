@@ -24,7 +24,7 @@ from compress.models.digest import class_names, code_digest, source_digest, teac
 from compress.ranks import barrier, first_decides, rank
 from compress.recipe.arguments import data_settings, goal_of, providers_of, teachers_of
 from compress.recipe.order import GIVES, TAKES
-from compress.recipe.schema import Recipe
+from compress.recipe.schema import Decode, Recipe
 from compress.recipe.stages import StageSection
 from compress.report.files import report_root, report_run, run_root
 from export.command.files import key_of, write_json
@@ -143,6 +143,7 @@ def _keys(recipe: Recipe) -> Iterator[str]:
             "data": dataset_digest(settings, given(settings)),
             "augment": recipe.data.augment.model_dump(mode="json"),
             **({} if recipe.data.balance == "none" else {"balance": recipe.data.balance}),
+            **({} if recipe.decode is None else {"decode": _decode_facts(recipe.decode)}),
             **({} if recipe.data.classes is None else {"classes": class_names(Path(recipe.data.classes))}),
             **(
                 {"teacher": teachers_digest(teachers_of(recipe))}
@@ -165,6 +166,11 @@ def _keys(recipe: Recipe) -> Iterator[str]:
             }
         )
         yield key
+
+
+def _decode_facts(decode: Decode) -> dict[str, object]:
+    code = code_digest(decode.function, "decode") if ".py:" in decode.function else decode.function
+    return {**decode.model_dump(mode="json"), "function": code}
 
 
 def _outside(recipe: Recipe, section: StageSection) -> list[object]:

@@ -180,7 +180,7 @@ def _quantize(model: nn.Module, run: Run) -> None:
 
 def _try_cut(model: nn.Module, cfg: PruneStage, run: Run) -> None:
     """Print which layers keep their width; raise CompressError where even the narrowest network misses the goal."""
-    images, goal, exclude = example_images(run.shape), goal_of(cfg), (classifier(model), *cfg.exclude)
+    images, goal, exclude = example_images(run.shape), goal_of(cfg), (classifier(model, run.shape), *cfg.exclude)
     options = options_of_uncut(
         model,
         images,

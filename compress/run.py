@@ -20,6 +20,7 @@ from compress.data.named import download
 from compress.errors import CompressError, ModelError
 from compress.logs.stage_log import StageLog, Tell
 from compress.models.architectures import build
+from compress.models.decodes import Decode, function_of
 from compress.models.digest import source_digest, teachers_digest
 from compress.models.outputs import signature_of
 from compress.models.saved import Architecture, load_float, rebuild
@@ -27,10 +28,11 @@ from compress.models.structure import check_logits, check_output, count
 from compress.models.teachers import seen, teacher_of
 from compress.models.weights import load_weights_
 from compress.ranks import first_decides, gather, rank, ranks, share_
-from compress.recipe.arguments import data_settings, fits, teachers_of
+from compress.recipe.arguments import data_settings, fits, limits_of, teachers_of
 from compress.recipe.schema import Model, Recipe
 from compress.recipe.stages import Fit, StudentStage
 from compress.tasks import TASKS, Task, evaluate
+from compress.tasks.decoded import decoded, with_decoder
 from compress.tasks.predictions import LOGITS, Labeller, labels_of
 from compress.tasks.references import with_references
 from compress.training.device import device_of, gradient_group
@@ -77,6 +79,8 @@ class Run:
             return self.opened()
         task = TASKS[self.recipe.task]
         found = task.open(data_settings(self.recipe), _augmentation(self.recipe))
+        if self.recipe.decode is not None:
+            return self._decoded(found)
         if found.classes:
             return found
         recipe, model = self.recipe, self.recipe.model
@@ -108,11 +112,7 @@ class Run:
         def build_source() -> nn.Module:
             if model is None:
                 return teacher_of(given, None, seen(found.preprocess), trust_code=self.trust_code, outputs=())
-            shape, names = found.preprocess.shape, tuple(weights)
-            network = build(model.arch, num_classes=0, shape=shape, trust_code=self.trust_code, outputs=names)
-            if model.weights is not None:
-                load_weights_(network, model.arch, model.weights, reset_head=False)
-            return network
+            return self._source_of(model, 0, found.preprocess.shape, tuple(weights))
 
         facts = {"teacher": teachers_digest(given), "model": model and source_digest(model.arch, model.weights)}
         referred = with_references(
@@ -127,10 +127,38 @@ class Run:
         weighted = tuple(replace(one, weight=weights.get(one.name, 1.0)) for one in referred.outputs)
         return replace(referred, outputs=weighted)
 
+    def _decoded(self, found: Dataset) -> Dataset:
+        """Return the images with what the source's outputs are and how they become boxes."""
+        model, asked = self.recipe.model, self.recipe.decode
+        assert model is not None and asked is not None, "one without the other was refused"  # noqa: PT018
+        network = self._source_of(model, len(found.classes), found.preprocess.shape, tuple(model.outputs))
+        function = function_of(asked.function, trust_code=self.trust_code)
+        return with_decoder(found, network, function, limits_of(asked))
+
+    def _source_of(self, model: Model, classes: int, shape: Shape, outputs: tuple[str, ...]) -> nn.Module:
+        found = build(model.arch, num_classes=classes, shape=shape, trust_code=self.trust_code, outputs=outputs)
+        if model.weights is not None:
+            load_weights_(found, model.arch, model.weights, reset_head=model.reset_head)
+        return found
+
+    @cached_property
+    def _decode(self) -> Decode | None:
+        """The recipe's decode as a torch module."""
+        asked = self.recipe.decode
+        if asked is None or (data := self.dataset).decoder is None:
+            return None
+        function = function_of(asked.function, trust_code=self.trust_code)
+        return Decode(function, data.decoder.outputs, data.preprocess.image_size, len(data.classes))
+
+    @property
+    def gives_logits(self) -> bool:
+        """Whether a network's one output is a logit for each class, or a built-in detector's rows."""
+        return TASKS[self.recipe.task].output.has_classes and self.recipe.decode is None
+
     @property
     def served(self) -> tuple[str, ...] | None:
         """The names of the outputs that networks return side by side, or of the one chosen of several; None for a single one."""
-        if TASKS[self.recipe.task].output.has_classes:
+        if self.gives_logits:
             return None
         chosen = self.recipe.model.outputs if self.recipe.model else {}
         return tuple(one.name for one in self.dataset.outputs) or tuple(chosen) or None
@@ -155,6 +183,8 @@ class Run:
     def task(self) -> Task:
         """What the network is for; a task of tensors knows the network's outputs."""
         found = TASKS[self.recipe.task]
+        if self.recipe.decode is not None and self.dataset.decoder is not None and self._decode is not None:
+            return decoded(found, self.dataset.decoder, self._decode)
         if found.output.has_classes:
             return found
         return replace(found, output=found.output.of(self.dataset.outputs))
@@ -274,7 +304,7 @@ class Run:
         )
         if wanted != found:
             raise ModelError(f"{type(model).__name__}: must have the outputs {wanted}, has {found}: name its own alike")
-        for batch in self.feed.calibration(LOGIT_IMAGES) if logits and self.task.output.has_classes else ():
+        for batch in self.feed.calibration(LOGIT_IMAGES) if logits and self.gives_logits else ():
             check_logits(model, batch.images.cpu())
 
     def teacher(self, directory: Path) -> nn.Module:
@@ -286,13 +316,12 @@ class Run:
     def given_teacher(self, *, whole: bool = False) -> nn.Module:
         """Return the recipe's `teacher` on the device; with `whole` as a torch network, which can be exported."""
         student = seen(self.dataset.preprocess)
-        has_classes = self.task.output.has_classes
-        classes = self.dataset.classes if has_classes else None
+        classes = self.dataset.classes if self.gives_logits else None
         found = teacher_of(
             teachers_of(self.recipe), classes, student, trust_code=self.trust_code, whole=whole, outputs=self.served
         )
         place_(found.requires_grad_(False), self.device)
-        for batch in self.feed.calibration(LOGIT_IMAGES) if has_classes else ():
+        for batch in self.feed.calibration(LOGIT_IMAGES) if self.gives_logits else ():
             found.note_probabilities_(batch.images)
         try:
             self.check(found, logits=False)

@@ -55,7 +55,7 @@ def export_network(model: nn.Module, path: Path, run: Run, *, score: float, targ
 def metadata_of(run: Run, *, score: float, target: Target) -> dict[str, str]:
     """Return a file's metadata."""
     return {
-        TASK_KEY: run.recipe.task,
+        TASK_KEY: run.recipe.task if run.dataset.decoder is None else "tensors",  # which the file alone computes
         CLASSES_KEY: json.dumps(run.dataset.classes),
         PREPROCESS_KEY: json.dumps(run.dataset.preprocess.to_json()),
         "recipe": run.recipe.name,

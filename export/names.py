@@ -7,6 +7,7 @@ MANIFEST: Final = "bundle.json"
 PREPROCESS: Final = "preprocess.json"  # also in the folder of the export stage
 LABELS: Final = "labels.txt"  # also there
 VALIDATION: Final = "validation.txt"  # also there
+DECODER: Final = "decode.onnx"  # also there; a detector's own graph from its outputs to boxes
 SUMS: Final = "SHA256SUMS"
 SIGNATURE: Final = "model.sig"
 

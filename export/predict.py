@@ -33,7 +33,7 @@ ALL = 1000  # most lines with --json
 
 
 def predict(session: onnxruntime.InferenceSession, bundle: Bundle, path: Path) -> Array:
-    """Return the network's output for one image, without the batch dimension; places are fractions of the whole image.
+    """Return the network's output for one image, without the batch dimension.
 
     Raises DataError for a broken image, BundleError if the network cannot run or its output is not finite.
     """
@@ -44,11 +44,16 @@ def predict(session: onnxruntime.InferenceSession, bundle: Bundle, path: Path) -
         raise BundleError(f"{path}: the network cannot run on it ({first_line(error)}): export it again") from error
     if not np.isfinite(outputs).all():
         raise BundleError(f"{path}: the network's output for it is not finite: export it again")
-    if bundle.task.of_whole is not None:
-        size = read_header(path).upright if bundle.preprocess.upright else read_header(path).size
-        outputs = bundle.task.of_whole(outputs, bundle.preprocess, size[::-1])
     found: Array = outputs[0]
     return found
+
+
+def task_for(bundle: Bundle, path: Path) -> OutputTask:
+    """Return the task whose places are fractions of this image."""
+    if bundle.task.of_whole is None:
+        return bundle.task
+    size = read_header(path).upright if bundle.preprocess.upright else read_header(path).size
+    return bundle.task.of_whole(bundle.task, bundle.preprocess, size[::-1])
 
 
 def draw(output: Array, task: OutputTask, labels: list[str], preprocess: Preprocess, path: Path, folder: Path) -> None:
@@ -72,7 +77,7 @@ def print_predictions(arguments: argparse.Namespace) -> int:
     session = open_session(bundle.file(arguments.file), runs_in=asked(arguments))
     for path in arguments.images:
         try:
-            output = predict(session, bundle, path)
+            output, task = predict(session, bundle, path), task_for(bundle, path)
             if arguments.draw:
                 draw(output, task, labels, bundle.preprocess, path, arguments.draw)
             columns, rows = task.show(output, labels, arguments.top or (ALL if arguments.json else TOP))

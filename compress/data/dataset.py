@@ -34,6 +34,7 @@ from export.images.preprocess import Preprocess
 from export.images.read import digest
 from export.images.size import area as area_of
 from export.onnx_file.outputs import Output
+from export.tasks.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Dataset:
 
     `files` are the digests of a folder's files by path; `held_out` are the validation images, not decoded. Where there
     are images without a label (-1), `everything` is the training images followed by them, with the digest of all. `notes`
-    are sentences that a run's log and report repeat. `outputs` are a network's, if it has several, which lie side by side in the truths.
+    are sentences that a run's log and report repeat. `outputs` are a network's, if it has several, which lie side by side (so do the
+    truths that are another network's), and a detector's `decoder` reads them.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Dataset:
     everything: tuple[ImageSet, str] | None = None
     notes: tuple[str, ...] = ()
     outputs: tuple[Output, ...] = ()
+    decoder: Decoder | None = None
 
     @property
     def with_unlabelled(self) -> "Dataset":

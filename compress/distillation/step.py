@@ -265,7 +265,8 @@ def mean_loss(
     if isinstance(term, FeatureTerm):
         pairs = zip(next(features), _teacher_layers(term), strict=True)
         return torch.stack([loss.function(mine, taught.features[path], **settings) for mine, path in pairs]).sum()
-    both = [task.rows(one, truths) for one in (outputs, taught.logits)]
+    pair = (outputs, taught.logits)
+    both = list(task.pairs(*pair)) if task.pairs else [task.rows(one, truths) for one in pair]
     if not len(both[0]):  # no pixel of the batch counts, and a mean over none is not a number
         return 0 * outputs.sum()
     if term.standardize:

@@ -84,7 +84,8 @@ def distil(
     held = _held(run, task, src, terms, copy.deepcopy(student) if start is None else start, teaching, log)
     shown = example_images(run.shape, run.device)
     plain = not isinstance(student, fx.GraphModule)  # which is a graph of the eval mode already
-    if plain and (does := other_in_training(student, shown, values=not task.output.has_classes)):
+    values = not (task.output.has_classes and task.supervised)  # its outputs themselves are learned
+    if plain and (does := other_in_training(student, shown, values=values)):
         train_norms_only_(student)
         log.note(f"{phase}: the student learns in eval mode but for its batch-norms: in its own training mode {does}")
     learner, step = distillation(

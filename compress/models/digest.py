@@ -43,10 +43,10 @@ def source_digest(arch: str, weights: str | None) -> str:
     return hashlib.sha256(b"\0".join((code, name.encode(), _weights(weights)))).hexdigest()
 
 
-def code_digest(own: str) -> str:
-    """Return a sha256 over `FILE.py:function` of the user's; raise ModelError where the file is missing."""
+def code_digest(own: str, field: str = "score") -> str:
+    """Return a sha256 over `FILE.py:function` of a recipe's field; raise ModelError where the file is missing."""
     path, _, name = own.rpartition(":")
-    return hashlib.sha256(_code(existing_file(path, "the file of score")) + name.encode()).hexdigest()
+    return hashlib.sha256(_code(existing_file(path, f"the file of {field}")) + name.encode()).hexdigest()
 
 
 def files_of(arch: str) -> list[Path]:

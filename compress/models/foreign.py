@@ -2,6 +2,7 @@
 
 import io
 import json
+import operator
 import pickle
 import re
 import zipfile
@@ -336,6 +337,10 @@ class _Inlined(fx.Tracer):
         """Tell whether a module stays a single call."""
         return not type(m).__module__.startswith("onnx2torch") and super().is_leaf_module(m, module_qualified_name)
 
+    def create_arg(self, a: Any) -> Any:
+        """Take numpy's integers, which onnx2torch's slices have, as Python's."""
+        return super().create_arg(int(a) if isinstance(a, np.integer) else a)
+
 
 def _with_numbers(network: fx.GraphModule) -> fx.GraphModule:
     """Return the network with its single whole numbers as such, not as tensors, whose values torch.export does not know: Keras's axes."""
@@ -349,6 +354,9 @@ def _with_numbers(network: fx.GraphModule) -> fx.GraphModule:
         user.kwargs = fx.map_arg(user.kwargs, lambda part: numbers.get(part, part))
     for node in numbers:
         network.graph.erase_node(node)
+    for node in network.graph.find_nodes(op="call_function", target=operator.getitem):
+        if isinstance(node.args[1], list):  # onnx2torch's slices, which torch no longer takes in a list
+            node.args = (node.args[0], tuple(node.args[1]))
     network.recompile()
     return network
 

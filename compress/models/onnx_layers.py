@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import Tensor, nn
 
 WINDOWS = ("Conv", "ConvTranspose", "MaxPool", "AveragePool")
@@ -105,11 +105,12 @@ def teach_converter() -> None:
 
 
 def spell_out_(proto: ModelProto) -> None:
-    """Write automatic padding in numbers, and uneven padding and scaled activations in further operators, for the images' static size."""
+    """Write automatic padding in numbers, and uneven padding, scaled activations and quotients in further operators, for the images' static size."""
     shapes = {
         value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*proto.graph.input, *proto.graph.value_info)
     } | {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer}
+    floats = {value.name for value in (*proto.graph.value_info, *proto.graph.output) if _is_float(value)}
     nodes = []
     for node in proto.graph.node:
         given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -120,10 +121,20 @@ def spell_out_(proto: ModelProto) -> None:
             factor = _constant(proto, node, np.float32(gamma))
             inner = helper.make_node("Elu", node.input[:1], [f"{node.output[0]}_elu"], alpha=alpha)
             nodes += [inner, helper.make_node("Mul", [inner.output[0], factor], node.output)]
+        elif (
+            node.op_type == "Div" and node.output[0] in floats
+        ):  # onnx2torch's asks for the type, which cannot be traced
+            inverse = f"{node.output[0]}_reciprocal"  # the name, too: onnx2torch mixes up nodes without one
+            nodes += [helper.make_node("Reciprocal", node.input[1:], [inverse], inverse)]
+            nodes += [helper.make_node("Mul", [node.input[0], inverse], node.output, f"{node.output[0]}_product")]
         else:
             nodes.append(node)
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
+
+
+def _is_float(value: ValueInfoProto) -> bool:
+    return value.type.tensor_type.elem_type == TensorProto.FLOAT
 
 
 def _with_even_pads(

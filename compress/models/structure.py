@@ -48,15 +48,16 @@ def width_cost(model: nn.Module, layers: Sequence[Layer], cost: Literal["macs", 
     return COSTS[cost](layers, whole - within)
 
 
-def classifier(model: nn.Module) -> str:
-    """Return the module path of the classifier: the convolution or linear layer that runs last.
+def classifier(model: nn.Module, known: Shape | None = None) -> str:
+    """Return the module path of the classifier: the convolution or linear layer that runs last, on images of a `known` shape.
 
-    Raises ModelError where the network runs at none of the usual image sizes, or has no such layer.
+    Raises ModelError where the network runs neither on these nor at the usual image sizes, or has no such layer.
     """
     ran: list[nn.Module] = []
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     first = next((layer.in_channels for layer in layers if isinstance(layer, nn.Conv2d)), 3)
-    shapes = [
+    shapes = [known] if known else []
+    shapes += [
         (channels, *size)
         for channels in dict.fromkeys((first, 3))  # the first convolution may read what others computed from the image
         for size in (*_own_sizes(model), *((side, side) for side in PROBES))

@@ -6,11 +6,20 @@ from pathlib import Path
 from compress.data.settings import DataSettings
 from compress.data.teachers import GivenTeacher
 from compress.pruning.goals import Goal
-from compress.recipe.schema import Recipe
+from compress.recipe.schema import Decode, Recipe
 from compress.recipe.stages import DEFAULT_PROVIDERS, DistillStage, Fit, PruneStage, QatStage, SourceStage
 from export.images.preprocess import Letterbox, Look
 from export.images.size import size_of
 from export.runtime.providers import PROVIDERS, present
+from export.tasks.boxes import Limits
+
+MOST_OVERLAP = 0.65  # of a recipe's decode, as in YOLOX
+
+
+def limits_of(decode: Decode) -> Limits:
+    """Return what counts as a detection."""
+    most = decode.most_overlap or (1.0 if decode.function == "queries" else MOST_OVERLAP)
+    return Limits(decode.detections, decode.least_score, most)
 
 
 def data_settings(recipe: Recipe) -> DataSettings:

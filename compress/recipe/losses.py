@@ -154,5 +154,6 @@ LossTerm = Annotated[
     Field(discriminator="name"),
 ]
 LABELLED = ("dkd", "nkd")  # need every image's label
+OF_LABELS = (*LABELLED, "cross_entropy", "dice")
 KD_ONLY: tuple[LossTerm, ...] = (KDTerm(name="kd"),)
 MSE_ONLY: tuple[LossTerm, ...] = (MSETerm(name="mse"),)

@@ -157,7 +157,7 @@ class Model(Section):
         dict[str, PositiveFloat],
         BeforeValidator(weighted, json_schema_input_type=tuple[str, ...] | dict[str, PositiveFloat]),
     ] = Field(default={})
-    """For `task: tensors` and a network of several outputs: the names of those to serve, in order, or `name: weight` in the score and the losses; by default all, equally (docs/tensors.md)."""
+    """For `task: tensors`, or detection with `decode`, and a network of several outputs: the names of those to serve, in order, or `name: weight` in the score and the losses; by default all, equally (docs/tensors.md)."""
     reset_head: bool = False
     """Initialize a new classifier (of a network with several heads, all layers with another number of outputs) and keep all other weights, for weights trained on other classes."""
 
@@ -223,6 +223,24 @@ class Targets(Section):
     """Largest loss from the teacher to the deployed file of metrics beside the score, by their name in the report and in their own unit, as `{PSNR dB: 0.2}`."""
 
 
+class Decode(Section):
+    """How a detector's outputs become boxes."""
+
+    function: Annotated[str, Field(pattern=r"^(dense|yolox|queries|.+\.py:[A-Za-z_]\w*)$")]
+    """`dense` rows of boxes and scores (YOLO), `yolox` undecoded, `queries` (DETR), or your own `file.py:function` of torch's operations (needs --trust-code; docs/detectors.md)."""
+    detections: PositiveInt = 100
+    """Most detections of an image."""
+    least_score: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Boxes with this score or less are none."""
+    most_overlap: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of two boxes of one class that overlap (IoU) by more, the one with the lower score is suppressed; 1 suppresses none. Null is 0.65, and 1 for queries."""
+
+
+def named_function(given: object) -> object:
+    """Return the name of a decode as its section."""
+    return {"function": given} if isinstance(given, str) else given
+
+
 class StudentChain(Section):
     """One of several students of the same teacher."""
 
@@ -261,6 +279,8 @@ class Recipe(Section):
     """Another network as the teacher, or several, whose mean prediction is taught; each as its `network` alone or as a section."""
     teaching: TeacherCache = TeacherCache()
     """How students get the teacher's logits."""
+    decode: Annotated[Decode, BeforeValidator(named_function, json_schema_input_type=str | Decode)] | None = None
+    """For `task: detection` and a network that is none of the built-in detectors: how its outputs become boxes; the function alone, or a section."""
     score: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")] | None = None
     """A metric of your own, `file.py:function` (needs --trust-code), from one image's outputs and its path to a number, numbers by name or a 1-D array; more is better. The bench measures it beside the score (docs/tensors.md)."""
     stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from compress.data.teachers import foreign
-from compress.recipe.losses import LABELLED, LossTerm
+from compress.recipe.losses import LABELLED, OF_LABELS, LossTerm
 from compress.recipe.order import first_mistake
 from compress.recipe.stages import DistillStage, PruneStage, QatStage, SourceStage
 from export.tasks import TASKS
@@ -18,7 +18,7 @@ def mistakes(recipe: "Recipe") -> Iterator[str]:
     for name, chain in recipe.chains().items():
         if (mistake := first_mistake(chain.stages)) is not None:
             yield f"{recipe.place(name, mistake[0])}{mistake[1]}"
-    for judge in (_source, _data, _teachers, _labels, _outputs, _score, _target, _targets, _cache):
+    for judge in (_source, _data, _teachers, _labels, _outputs, _decode, _score, _target, _targets, _cache):
         yield from judge(recipe)
 
 
@@ -101,6 +101,27 @@ def _labels(recipe: "Recipe") -> Iterator[str]:
 def _outputs(recipe: "Recipe") -> Iterator[str]:
     if recipe.model is not None and recipe.model.outputs and TASKS[recipe.task].several is None:
         yield f"model.outputs: {recipe.task} reads one output: leave it out, or set task: tensors"
+
+
+def _decode(recipe: "Recipe") -> Iterator[str]:
+    if recipe.decode is None:
+        if recipe.task == "detection" and recipe.model is not None and recipe.model.outputs:
+            yield "model.outputs: a detector of several outputs needs `decode`: name the function that makes boxes of them"
+        return
+    if recipe.task != "detection":
+        yield f"decode: makes boxes, and {recipe.task} has none: leave it out, or set task: detection"
+    if recipe.model is None:
+        yield "decode: reads the outputs of the recipe's own network: name it as model"
+    if isinstance(source := recipe.stages[0], SourceStage) and source.fit is not None:
+        yield "stages.0.fit: a network with `decode` has no loss from labels here: train it elsewhere and give model.weights"
+    for stage, term in _losses(recipe):
+        if term.name in OF_LABELS:
+            yield f"decode: {term.name} in {stage} needs a loss from labels: use kd and boxes, which need none"
+    for name, chain in recipe.chains().items():
+        for index, section in enumerate(chain.stages):
+            if isinstance(section, PruneStage) and (section.sparsity is not None or section.criterion == "taylor"):
+                what = "sparsity" if section.sparsity is not None else "criterion"
+                yield f"{recipe.place(name, index)}.{what}: learns from labels, and a network with `decode` has no loss from them"
 
 
 def _score(recipe: "Recipe") -> Iterator[str]:

@@ -26,6 +26,7 @@ from export.images.size import Written, size_of
 from export.names import (
     AUDIT_JSON,
     BUNDLE,
+    DECODER,
     GOLDEN_NPZ,
     LABELS,
     PAGE,
@@ -42,7 +43,8 @@ from export.onnx_file.uint8_input import with_uint8_input
 from export.runtime.providers import PROVIDERS
 from export.serving.triton import Kind, Serving, answering_repository, share
 from export.signature import sign
-from export.tasks import TASKS
+from export.tasks import task_named
+from export.tasks.decoder import Decoder
 
 
 def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Report) -> Contents:
@@ -56,6 +58,7 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
     facts = inspect(files[serving.served])
     weights = recipe.model.outputs if recipe.model else {}
     outputs = tuple(replace(one, weight=weights.get(one.name, 1.0)) for one in facts.signature)
+    decoder = (exported / DECODER).read_bytes() if (exported / DECODER).exists() else None
     # Leave out whether a stage was reused, so that running again makes the same bytes.
     report = {**report, "stages": [{**row, "cached": False} for row in report["stages"]]}
     readme = card(
@@ -66,6 +69,7 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
         golden=len(images),
         tensors={"input": facts.input, "outputs": facts.outputs},
         outputs=outputs,
+        decoder=decoder,
     )
     texts = {
         "README.md": readme,
@@ -80,7 +84,8 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
     bits = preprocess_of(preprocess).bits
     if bits == 8 and any(section.stage == "export" and section.uint8_input for section in recipe.stages):
         pixels = with_uint8_input(onnx.load(files[serving.served]), preprocess)
-        further = answering_repository(name, TASKS[recipe.task].finish(pixels), unlike=facts)
+        task = task_named(recipe.task, outputs, Decoder(decoder) if decoder else None)
+        further = answering_repository(name, task.finish(pixels), unlike=facts)
     return Contents(
         name=name,
         files=files,
@@ -99,6 +104,7 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
             key for key, row in PROVIDERS.items() if any(one["provider"] == row.name for one in report["deployed"])
         ],
         outputs=outputs,
+        decoder=decoder,
     )
 
 

@@ -23,6 +23,7 @@ from compress.scoring import RANGE_IMAGES, export_network, write_float16
 from export.command.files import write_json
 from export.names import (
     AUDIT_JSON,
+    DECODER,
     GOLDEN_NPZ,
     LABELS,
     LIMITS_JSON,
@@ -86,6 +87,8 @@ def apply(cfg: ExportStage, src: Path, out: Path, run: Run) -> Metrics:
     write_json(out / PREPROCESS, run.dataset.preprocess.to_json())
     _write_golden_images(out / GOLDEN_NPZ, run, limit=cfg.golden_images)
     (out / VALIDATION).write_text("".join(f"{digest}\n" for digest in run.dataset.validation_digests()))
+    if run.dataset.decoder is not None:
+        (out / DECODER).write_bytes(run.dataset.decoder.content)
     (out / LABELS).write_text("".join(f"{label}\n" for label in run.dataset.classes), encoding="utf-8")
     return {
         "size_mb": files[name].stat().st_size / 1e6,

@@ -40,6 +40,7 @@ from compress.run import Run
 from compress.scoring import served
 from compress.training.loop import place_
 from export.command.files import write_json
+from export.images.size import Shape
 from export.names import LATENCY_JSON, PLAN_JSON
 
 TABLE = "latency-table"  # in the recipe's `out`, shared by all runs
@@ -52,7 +53,9 @@ def apply(cfg: PruneStage, src: Path, out: Path, run: Run) -> Metrics:
     with run.log(out, "prune") as log:
         log.doing("measures the whole network on the validation images")
         layers, before = measure_layers(model, images), run.measure(model)
-        smallest = smallest_widths(find_groups(model, images, "random", exclude=_excluded(model, cfg)), cfg.min_keep)
+        smallest = smallest_widths(
+            find_groups(model, images, "random", exclude=_excluded(model, cfg, run.shape)), cfg.min_keep
+        )
         steps: list[tuple[Cut, ...]] = []
         if cfg.sparsity is not None:
             model = _learn_sparsity(model, cfg, images, log, run)
@@ -116,7 +119,11 @@ class _Planner:
             batches = (batch.images for batch in self.run.feed.calibration(self.cfg.score_images))
             covariances = input_covariances(model.eval(), batches)
         groups = find_groups(
-            model, images, self.cfg.criterion, exclude=_excluded(model, self.cfg), covariances=covariances
+            model,
+            images,
+            self.cfg.criterion,
+            exclude=_excluded(model, self.cfg, self.run.shape),
+            covariances=covariances,
         )
         options = options_of(
             model,
@@ -168,8 +175,8 @@ class _Planner:
         return list(self.attempts[-1].cuts)
 
 
-def _excluded(model: nn.Module, cfg: PruneStage) -> tuple[str, ...]:
-    return (classifier(model), *cfg.exclude)
+def _excluded(model: nn.Module, cfg: PruneStage, shape: Shape) -> tuple[str, ...]:
+    return (classifier(model, shape), *cfg.exclude)
 
 
 def _reconstructed(
@@ -215,7 +222,7 @@ def _learn_sparsity(model: nn.Module, cfg: PruneStage, images: torch.Tensor, log
         example_inputs=images,
         importance=tp.importance.GroupMagnitudeImportance(p=2, normalizer=None),
         reg=cfg.sparsity.strength,
-        ignored_layers=[model.get_submodule(classifier(model))],
+        ignored_layers=[model.get_submodule(classifier(model, run.shape))],
         customized_pruners={},
         unwrapped_parameters={},
         in_channel_groups={},

@@ -47,6 +47,10 @@ class Task:
     """(student's outputs, teacher's) to (): distance of their boxes where the teacher is sure; None without boxes."""
     places_count: Callable[[Tensor], Tensor] | None = None
     """(teacher's outputs) to the number of boxes where it is sure; None without boxes."""
+    pairs: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    """(student's outputs, teacher's) to both logits (rows, classes), which losses between logits compare; None takes each one's `rows`."""
+    supervised: bool = True
+    """Whether there is a loss from labels."""
     fitted: Callable[["Task", Dataset], "Task"] | None = None
     """(task, data) to the task with what its losses need to know of the data."""
     smooths: bool = True
@@ -63,20 +67,23 @@ def inverse_frequency(counts: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task) -> dict[str, float]:
-    """Return the task's score and loss over the batches of all ranks; restore the model's mode."""
+    """Return the task's score, and its loss if there is one, over the batches of all ranks; restore the model's mode."""
     training = model.training
     model.eval()
     rows, losses = [], []
     with deployed_once(model):
         for batch in batches:
             outputs = model(batch.images).float()
-            loss = task.loss(outputs, batch.targets, label_smoothing=0.0)
-            losses.append((float(loss), max(1, int(task.loss_count(outputs, batch.targets)))))
+            if task.supervised:
+                loss = task.loss(outputs, batch.targets, label_smoothing=0.0)
+                losses.append((float(loss), max(1, int(task.loss_count(outputs, batch.targets)))))
             predictions = task.output.decode(outputs.cpu().numpy())
             rows.append(task.output.statistics(predictions, batch.targets.cpu().numpy(), outputs.shape[1:]))
     model.train(training)
     of_all = [part for rank in gather(rows) for part in rank]
     found = [part for rank in gather(losses) for part in rank]
+    score = {"score": task.output.total(np.concatenate(of_all))}
+    if not task.supervised:
+        return score
     # fsum rounds exactly, so it does not matter which rank had which batch.
-    val_loss = math.fsum(mean * count for mean, count in found) / sum(count for _, count in found)
-    return {"score": task.output.total(np.concatenate(of_all)), "val_loss": val_loss}
+    return score | {"val_loss": math.fsum(mean * count for mean, count in found) / sum(count for _, count in found)}

@@ -1,4 +1,4 @@
-"""A bundle's statement of its files' input and outputs."""
+"""A bundle's statement of its files' input and outputs, and of the file to serve."""
 
 from export.bundle.inside import Json, brief, get, is_number
 from export.errors import BundleError
@@ -54,3 +54,14 @@ def outputs_of(manifest: Json) -> tuple[Output, ...]:
             defect="bad_content",
         )
     return tuple(Output(one["name"], tuple(one["shape"][1:]), float(one["weight"])) for one in found)
+
+
+def served_of(manifest: Json) -> str:
+    """Return the name of the model to serve."""
+    served, files = get(manifest, MANIFEST, "served", str), get(manifest, MANIFEST, "files", dict)
+    if served not in files:
+        raise BundleError(
+            f"{MANIFEST}: served: must be one of {', '.join(files)}, got {brief(served)}: get the bundle again",
+            defect="bad_content",
+        )
+    return served

@@ -120,3 +120,9 @@ def _no_number(name: str) -> NoReturn:
 def is_number(value: object) -> bool:
     """Tell whether a JSON value is a number; in Python, True is an int too."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_listed(digests: Mapping[str, str], *names: str) -> None:
+    """Raise BundleError for a file that is not in SHA256SUMS."""
+    if missing := [name for name in names if name not in digests]:
+        raise BundleError(f"{SUMS}: lists no {', '.join(missing)}: get the bundle again", defect="unlisted_file")

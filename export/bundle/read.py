@@ -6,6 +6,7 @@ labels.txt          one class name per line, in the order of the outputs
 validation.txt      the digest of each validation image, one per line: 64 bits of the SHA-256 of its file, or of the file that
                     `compress export-data` writes for an image without one (missing in older bundles)
 NAME.onnx           the model files
+decode.onnx         of a detector with a decoding graph: from the outputs of all model files to boxes and scores
 golden/images.npy   uint8 or uint16 (n, height, width, channels): real validation images, resized and cropped
 golden/inputs.npy   float32 (n, channels, height, width): the same images normalized, to the last bit
 golden/NAME.npy     float32 (n, classes): the outputs of NAME.onnx where the bundle was made (several lie side by side, in the
@@ -25,9 +26,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from export.bundle.ends import OF_SEVERAL, SCHEMA_VERSION, check_ends, outputs_of
+from export.bundle.decoder import read_decoder
+from export.bundle.ends import OF_SEVERAL, SCHEMA_VERSION, check_ends, outputs_of, served_of
 from export.bundle.golden import Golden, check_inputs, read_golden
-from export.bundle.inside import Json, brief, check_digest, contained, get, is_number, read_json, read_sums, read_text
+from export.bundle.inside import (
+    Json,
+    brief,
+    check_digest,
+    check_listed,
+    contained,
+    get,
+    is_number,
+    read_json,
+    read_sums,
+    read_text,
+)
 from export.command.files import sha256
 from export.errors import BundleError, DataError
 from export.images.listing import LONGEST_NAME, is_label
@@ -44,7 +57,7 @@ from export.images.preprocess import (
 )
 from export.images.read import Examples
 from export.images.size import Size, said
-from export.names import LABELS, MANIFEST, PREPROCESS, SUMS, VALIDATION
+from export.names import LABELS, MANIFEST, PREPROCESS, VALIDATION
 from export.onnx_file.model_file import CHANNELS, MAX_IMAGE_SIZE, ModelFile, inspect
 from export.onnx_file.outputs import Output
 from export.onnx_file.roles import TEACHER
@@ -165,7 +178,14 @@ def examine(path: Path, *, amiss: Report, inspect: Inspect) -> Bundle | None:
     outputs = tried(amiss, outputs_of, manifest)
     if outputs is None:
         return None
-    task = task_named(get(manifest, MANIFEST, "task", str), outputs)
+    decoder = (
+        tried(amiss, read_decoder, path, manifest, digests, trusted=inspect is inspect_here)
+        if "decode" in manifest
+        else None
+    )
+    if decoder is None and "decode" in manifest:
+        return None
+    task = task_named(get(manifest, MANIFEST, "task", str), outputs, decoder)
     listed = get(manifest, MANIFEST, "files", dict)
     places = {name: tried(amiss, place_of, path, name, document, digests) for name, document in listed.items()}
     files = {name: place for name, place in places.items() if place is not None}
@@ -228,23 +248,6 @@ def place_of(folder: Path, name: str, listed: object, digests: Mapping[str, str]
     if digests is not None:
         check_listed(digests, file)
     return path
-
-
-def served_of(manifest: Json) -> str:
-    """Return the name of the model to serve."""
-    served, files = get(manifest, MANIFEST, "served", str), get(manifest, MANIFEST, "files", dict)
-    if served not in files:
-        raise BundleError(
-            f"{MANIFEST}: served: must be one of {', '.join(files)}, got {brief(served)}: get the bundle again",
-            defect="bad_content",
-        )
-    return served
-
-
-def check_listed(digests: Mapping[str, str], *names: str) -> None:
-    """Raise BundleError for a file that is not in SHA256SUMS."""
-    if missing := [name for name in names if name not in digests]:
-        raise BundleError(f"{SUMS}: lists no {', '.join(missing)}: get the bundle again", defect="unlisted_file")
 
 
 def check_entry(name: str, listed: Json, expected: Json) -> None:

@@ -16,7 +16,7 @@ from export.bundle.read import NAME, entry, preprocess_of, read_bundle
 from export.command.files import json_text, put_folder, sha256, write_text
 from export.errors import BundleError
 from export.images.listing import check_lengths, is_label
-from export.names import LABELS, MANIFEST, PREPROCESS, RECIPE_KEY, SUMS, VALIDATION
+from export.names import DECODER, LABELS, MANIFEST, PREPROCESS, RECIPE_KEY, SUMS, VALIDATION
 from export.onnx_file.model_file import ModelFile, inspect
 from export.onnx_file.outputs import Output
 from export.runtime.providers import PLAIN, runtimes
@@ -49,6 +49,7 @@ class Contents:
     validation: Sequence[str] = ()
     providers: Sequence[str] = ()
     outputs: Sequence[Output] = ()  # several, with their weights
+    decoder: bytes | None = None  # a detector's decode.onnx
 
 
 def write_bundle(out: Path, contents: Contents) -> None:
@@ -96,6 +97,8 @@ def fill(folder: Path, contents: Contents) -> None:
     check_lengths("labels", contents.labels)
     facts = copy_models(folder, contents.files)
     write_text(folder / PREPROCESS, json_text(contents.preprocess))
+    if contents.decoder is not None:
+        (folder / DECODER).write_bytes(contents.decoder)
     write_text(folder / LABELS, "".join(f"{label}\n" for label in contents.labels))
     if contents.validation:
         write_text(folder / VALIDATION, "".join(f"{digest}\n" for digest in contents.validation))
@@ -127,9 +130,10 @@ def copy_models(folder: Path, files: Mapping[str, Path]) -> dict[str, ModelFile]
     """Copy the model files and return their facts; all must have the same input and outputs."""
     facts: dict[str, ModelFile] = {}
     for name, source in files.items():
-        if not NAME.fullmatch(name) or name in (IMAGES, INPUTS):
+        taken = (IMAGES, INPUTS, DECODER.removesuffix(".onnx"))
+        if not NAME.fullmatch(name) or name in taken:
             raise BundleError(
-                f"files: {name!r}: must be lower-case letters, digits, - and _, and not {IMAGES} or {INPUTS}"
+                f"files: {name!r}: must be lower-case letters, digits, - and _, and not {' or '.join(taken)}"
             )
         shutil.copyfile(source, folder / f"{name}.onnx")
         facts[name] = inspect(folder / f"{name}.onnx")
@@ -150,6 +154,7 @@ def manifest(folder: Path, contents: Contents, facts: Mapping[str, ModelFile], g
         "schema_version": OF_SEVERAL if more else SCHEMA_VERSION,
         "name": contents.name,
         "task": contents.task,
+        **({} if contents.decoder is None else {"decode": DECODER}),
         "target": contents.target,
         RECIPE_KEY: contents.recipe_digest,
         "input": end(facts[served].input),

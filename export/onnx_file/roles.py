@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
+from export.names import DECODER
 from export.onnx_file.targets import Target
 
 TEACHER, FP32, FP16 = "teacher_fp32", "student_fp32", "student_fp16"
@@ -24,8 +25,8 @@ def is_int8(name: str) -> bool:
 
 
 def files_in(directory: Path) -> dict[str, Path]:
-    """Return the ONNX files of an export by name, without those with uint8 input, whose images differ."""
-    names = [path.stem for path in directory.glob("*.onnx") if not path.stem.endswith(UINT8)]
+    """Return the networks' ONNX files of an export by name, without those with uint8 input, whose images differ."""
+    names = [path.stem for path in directory.glob("*.onnx") if path.name != DECODER and not path.stem.endswith(UINT8)]
     ranked = sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
     return {name: directory / f"{name}.onnx" for name in ranked}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnx import ModelProto
 from torch import fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -31,19 +32,37 @@ def to_onnx(
     The file has opset 18 and IR 9, contains its weights and `metadata`, names its nodes after their modules, and passes
     ONNX's checker. Several `outputs`, which the model lays side by side, are the file's. Raises BundleError if torch cannot write it.
     """
-    # Batch 2: torch.export would make a batch of 1 a constant.
-    images = torch.zeros(2, *shape)
+    named = with_named_calls(model) if isinstance(model, fx.GraphModule) else model
+    program = _exported(named, [(INPUT, shape)], [OUTPUT], ({0: torch.export.Dim("batch")},))
+    save_model(finish(program.model, opset=OPSET, metadata=metadata, outputs=outputs), path)
+
+
+def graph_to_onnx(
+    model: nn.Module, inputs: Sequence[tuple[str, tuple[int, ...]]], outputs: Sequence[str]
+) -> ModelProto:
+    """Return a module (*inputs) -> outputs, tensors by name with any batch size, as a graph; BundleError if torch cannot write it."""
+    batch = {0: torch.export.Dim("batch")}
+    program = _exported(model, inputs, outputs, {"outputs": (batch,) * len(inputs)})
+    return finish(program.model, opset=OPSET, metadata={})
+
+
+def _exported(
+    model: nn.Module,
+    inputs: Sequence[tuple[str, tuple[int, ...]]],
+    outputs: Sequence[str],
+    sizes: tuple[Any, ...] | dict[str, Any],
+) -> torch.onnx.ONNXProgram:
     try:
         # When it fails, it prints the partial graph of each try.
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()), _AttentionOfFourDimensions():
             program = torch.onnx.export(
-                with_named_calls(model) if isinstance(model, fx.GraphModule) else model,
-                (images,),
+                model,
+                tuple(torch.zeros(2, *shape) for _, shape in inputs),  # torch.export would make a batch of 1 a constant
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=[INPUT],
-                output_names=[OUTPUT],
+                dynamic_shapes=sizes,
+                input_names=[name for name, _ in inputs],
+                output_names=list(outputs),
                 external_data=False,
                 verbose=False,
             )
@@ -54,7 +73,7 @@ def to_onnx(
             "its forward must not branch on values, and must use operators that ONNX has"
         ) from error
     assert program is not None
-    save_model(finish(program.model, opset=OPSET, metadata=metadata, outputs=outputs), path)
+    return program
 
 
 class _AttentionOfFourDimensions(TorchFunctionMode):

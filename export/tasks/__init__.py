@@ -8,6 +8,7 @@ from export.names import TASK_KEY
 from export.onnx_file.model_file import facts_of, parse
 from export.onnx_file.outputs import Output
 from export.tasks.classification import CLASSIFICATION
+from export.tasks.decoder import Decoder, decoded
 from export.tasks.detection import DETECTION
 from export.tasks.multilabel import MULTILABEL
 from export.tasks.segmentation import SEGMENTATION
@@ -25,13 +26,16 @@ TASKS: dict[str, OutputTask] = {
 }
 
 
-def task_named(name: str, outputs: Sequence[Output] = ()) -> OutputTask:
-    """Return the task of this name, for several `outputs` if there are; BundleError if this version does not know it, or it reads one."""
+def task_named(name: str, outputs: Sequence[Output] = (), decoder: Decoder | None = None) -> OutputTask:
+    """Return the task of this name, for several `outputs` if there are, or a detector's `decoder`.
+
+    Raises BundleError if this version does not know it, or it reads one output.
+    """
     if name not in TASKS:
         raise BundleError(
             f"task: must be one of {', '.join(TASKS)}, got {name!r:.50}: use a newer version of this project"
         )
-    return TASKS[name].of(outputs)
+    return TASKS[name].of(outputs) if decoder is None else decoded(decoder)
 
 
 def stated_task(file: Path) -> OutputTask:

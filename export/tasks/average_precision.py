@@ -1,34 +1,37 @@
 """COCO's mean average precision from one row of statistics per image, which can be resampled, paired and stored.
 
-Matching and interpolation follow pycocotools' COCOeval (Lin 2014), all areas, at most 100 detections per image; tests compare the two.
+Matching and interpolation follow pycocotools' COCOeval (Lin 2014), all areas; tests compare the two.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from export.tasks.boxes import BOX, DETECTIONS, LABEL, NONE, SCORE, overlap
+from export.tasks.boxes import BOX, LABEL, LIMITS, NONE, SCORE, overlap
 from export.tasks.task import Array
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # least overlaps of a right detection
 RECALLS = np.linspace(0, 1, 101)
 TRUTH, CORNERS, CROWD = 0, slice(1, 5), 5  # columns of a truth: label, box, and whether it is a crowd of objects
-# A row is DETECTIONS times (label, score, and bits: right, then ignored, at each threshold), then the labels of the truths.
-PER_DETECTION = 3
+# A row is for each detection label, score, and bits (right, then ignored, at each threshold), then the labels of the truths. Where there
+# are not LIMITS.detections of them, the row begins with their number, negative and less COUNTED, as no label is.
+PER_DETECTION, COUNTED = 3, -2
 
 
 def statistics(predictions: Array, truths: Array) -> Array:
-    """Return one row per image from detections (n, DETECTIONS, 6) and truths (n, boxes, 6)."""
-    rows = np.full((len(predictions), DETECTIONS * PER_DETECTION + truths.shape[1]), float(NONE))
+    """Return one row per image from detections (n, detections, 6) and truths (n, boxes, 6)."""
+    detections = predictions.shape[1]
+    rows = np.full((len(predictions), detections * PER_DETECTION + truths.shape[1]), float(NONE))
     for row, found, true in zip(rows, predictions, truths, strict=True):
-        table = row[: DETECTIONS * PER_DETECTION].reshape(DETECTIONS, PER_DETECTION)
+        table = row[: detections * PER_DETECTION].reshape(detections, PER_DETECTION)
         table[:, 0], table[:, 1], table[:, 2] = found[:, LABEL], found[:, SCORE], 0
         for label in np.intersect1d(found[:, LABEL], true[:, TRUTH]):
             if label != NONE:
                 chosen = np.flatnonzero(found[:, LABEL] == label)
                 table[chosen, 2] = _matched(found[chosen][:, BOX], true[true[:, TRUTH] == label])
-        row[DETECTIONS * PER_DETECTION :] = np.where(true[:, CROWD] > 0, NONE, true[:, TRUTH])
-    return rows
+        row[detections * PER_DETECTION :] = np.where(true[:, CROWD] > 0, NONE, true[:, TRUTH])
+    counted = np.full((len(rows), int(detections != LIMITS.detections)), COUNTED - detections)
+    return np.concatenate([counted, rows], axis=1)
 
 
 def _matched(boxes: Array, true: Array) -> Array:
@@ -95,9 +98,12 @@ def curves(rows: Array) -> list[Curve]:
 
 
 def split(rows: Array) -> tuple[Array, Array]:
-    """Return the detections in rows (n, DETECTIONS, (label, score, bits)), and the labels of their truths (n, boxes)."""
-    first = DETECTIONS * PER_DETECTION
-    return rows[:, :first].reshape(len(rows), DETECTIONS, PER_DETECTION), rows[:, first:]
+    """Return the detections in rows (n, detections, (label, score, bits)), and the labels of their truths (n, boxes)."""
+    detections = LIMITS.detections
+    if rows.size and rows[0, 0] < COUNTED:
+        detections, rows = int(COUNTED - rows[0, 0]), rows[:, 1:]
+    first = detections * PER_DETECTION
+    return rows[:, :first].reshape(len(rows), detections, PER_DETECTION), rows[:, first:]
 
 
 def average_precision(rows: Array) -> dict[int, Array]:

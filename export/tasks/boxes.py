@@ -5,13 +5,13 @@ the kind of head with the level of the pyramid, and the anchor's centre, width a
 input. So outputs can be decoded without further data, and files with other anchors in the same way.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from export.images.preprocess import Preprocess
-from export.images.size import Size
 from export.tasks.task import Array
 
 # Kinds of heads: SSD; RetinaNet; its second version, which differs only in training; FCOS, whose background column is the centre-ness.
@@ -21,13 +21,22 @@ MOVES, READS = 4, 5  # numbers of columns after the logits: moves, constants
 # Divisors of the moves: for x and y, for width and height. SSD's variances (Liu 2016) are 1 / 10 and 1 / 5.
 WEIGHTS = {SOFTMAX: (10.0, 5.0), SIGMOID: (1.0, 1.0), GIOU: (1.0, 1.0)}
 LARGEST_GROWTH = np.log(1000 / 16)  # torchvision's bound on a box's growth
-LEAST_SCORE = 0.01
-MOST_OVERLAP = 0.5  # of two boxes of one class; above it the one with the lower score is a duplicate
 # Most boxes of an image that suppression considers, by score, as in torchvision: of each class for SSD, of each level for the others.
 OF_CLASS, OF_LEVEL = 400, 1000
-DETECTIONS = 100  # most boxes per image after suppression, as in COCO
 NONE = -1  # the label of a row without a box
 LABEL, SCORE, BOX = 0, 1, slice(2, 6)  # columns of a detection; boxes are left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which boxes of an image are its detections."""
+
+    detections: int = 100  # most of them, as in COCO
+    least_score: float = 0.01
+    most_overlap: float = 0.5  # of two boxes of one class; above it the one with the lower score is a duplicate
+
+
+LIMITS = Limits()
 
 
 class Heads(NamedTuple):
@@ -80,44 +89,42 @@ def boxes(found: Heads) -> Array:
 
 
 def decode(outputs: Array) -> Array:
-    """Return each image's detections (n, DETECTIONS, 6) by score: label, score and box; label NONE in rows without one.
-
-    NaN is never a detection. Scores are rounded to float32, in which other programs see them, so that the same scores are equal.
-    """
+    """Return each image's detections, (n, 100, 6), as `suppressed` does."""
     found = heads(outputs)
-    scores, places = np.nan_to_num(probabilities(found)).astype(np.float32), np.nan_to_num(boxes(found))
-    predictions = np.zeros((len(outputs), DETECTIONS, 6))
+    return suppressed(probabilities(found), boxes(found), found.levels, by_class=found.kind == SOFTMAX)
+
+
+def suppressed(
+    scores: Array, places: Array, levels: Sequence[int], *, by_class: bool = False, limits: Limits = LIMITS
+) -> Array:
+    """Return each image's detections (n, detections, 6) by score: label, score and box; label NONE in rows without one.
+
+    `scores` are (n, anchors, classes), `places` (n, anchors, 4), `levels` and `by_class` as `candidates` takes them. NaN is never a
+    detection. Scores are rounded to float32, in which other programs see them, so that the same scores are equal.
+    """
+    scores, places = np.nan_to_num(scores).astype(np.float32), np.nan_to_num(places)
+    predictions = np.zeros((len(scores), limits.detections, 6))
     predictions[..., LABEL] = NONE
     for image, (score, place) in enumerate(zip(scores, places, strict=True)):
-        kept = detections(*candidates(found, score), score, place)
+        chosen = candidates(score, levels, by_class=by_class, least=limits.least_score)
+        kept = detections(*chosen, score, place, limits)
         predictions[image, : len(kept)] = kept
     return predictions
 
 
-def of_whole(outputs: Array, preprocess: Preprocess, image: Size) -> Array:
-    """Return outputs (n, anchors, columns) whose anchors are fractions of an image of this size, not of the network's input."""
-    if preprocess.stretch:
-        return outputs
-    found, centre, half = outputs.copy(), outputs[..., -4:-2], outputs[..., -2:] / 2
-    corners = preprocess.boxes(np.concatenate([centre - half, centre + half], axis=-1), image, back=True)
-    low, high = corners[..., :2], corners[..., 2:]
-    found[..., -4:] = np.concatenate([(low + high) / 2, high - low], axis=-1)
-    return found
-
-
-def candidates(found: Heads, scores: Array) -> tuple[Array, Array]:
+def candidates(scores: Array, levels: Sequence[int], *, by_class: bool, least: float) -> tuple[Array, Array]:
     """Return anchors and labels (m,) of the boxes that suppression considers, by score, from one image's scores (anchors, classes).
 
-    SSD takes each class's best boxes above LEAST_SCORE, other heads each level's, over its classes (torchvision's postprocess_detections).
-    Of equal scores the first counts as the best: in order of class and anchor for SSD, of anchor and class for the others.
+    SSD takes each class's best boxes above the `least` score, other heads each level's, over its classes (torchvision's
+    postprocess_detections). Of equal scores the first counts as the best: in order of class and anchor for SSD, of anchor and class for
+    the others.
     """
     anchors, classes = scores.shape
-    by_class = found.kind == SOFTMAX
     flat = scores.T.ravel() if by_class else scores.ravel()
-    parts = range(0, flat.size + 1, anchors) if by_class else [classes * first for first in found.levels]
+    parts = range(0, flat.size + 1, anchors) if by_class else [classes * first for first in levels]
     chosen = []
     for start, end in pairwise(parts):
-        likely = start + np.flatnonzero(flat[start:end] > LEAST_SCORE)
+        likely = start + np.flatnonzero(flat[start:end] > least)
         best = np.argsort(-flat[likely], kind="stable")[: OF_CLASS if by_class else OF_LEVEL]
         chosen.append(likely[np.sort(best)])
     index = np.concatenate(chosen)
@@ -125,19 +132,19 @@ def candidates(found: Heads, scores: Array) -> tuple[Array, Array]:
     return (index % anchors, index // anchors) if by_class else (index // classes, index % classes)
 
 
-def detections(anchor: Array, label: Array, scores: Array, places: Array) -> Array:
+def detections(anchor: Array, label: Array, scores: Array, places: Array, limits: Limits = LIMITS) -> Array:
     """Return one image's detections (m, 6) from candidates (k,), scores (anchors, classes) and boxes (anchors, 4).
 
-    Greedy: of two boxes of one class that overlap by more than MOST_OVERLAP, the first candidate stays (as torchvision's batched_nms).
+    Greedy: of two boxes of one class that overlap by more than is allowed, the first candidate stays (as torchvision's batched_nms).
     """
     place = places[anchor]
     alive, kept = np.ones(len(anchor), bool), list[int]()
-    while len(kept) < DETECTIONS and alive.any():
+    while len(kept) < limits.detections and alive.any():
         best = int(alive.argmax())
         kept.append(best)
         alive[best] = False
         rivals = np.flatnonzero(alive & (label == label[best]))
-        alive[rivals] = overlap(place[best : best + 1], place[rivals])[0] <= MOST_OVERLAP
+        alive[rivals] = overlap(place[best : best + 1], place[rivals])[0] <= limits.most_overlap
     return np.column_stack([label[kept], scores[anchor, label][kept], place[kept]])
 
 

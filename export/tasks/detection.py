@@ -1,10 +1,11 @@
-"""Detection: boxes with a class and a score. Predictions are boxes (n, DETECTIONS, 6), the score is COCO's mean average precision.
+"""Detection: boxes with a class and a score. Predictions are boxes (n, detections, 6), the score is COCO's mean average precision.
 
 An image's row has each detection's label, score, and the overlaps at which it is right, and the labels of the truths: enough to score
 any set of images.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from export.errors import BundleError
 from export.images.annotations import box_examples, list_boxes
 from export.images.box_listing import table_of
 from export.images.drawing import with_boxes
+from export.images.preprocess import Preprocess
 from export.images.size import Size
 from export.tasks.average_precision import (
     CORNERS,
@@ -34,7 +36,6 @@ from export.tasks.boxes import (
     SOFTMAX,
     decode,
     heads,
-    of_whole,
     overlap,
     probabilities,
 )
@@ -71,9 +72,9 @@ def truths_json(truths: Array) -> Sequence[Sequence[Sequence[float]]]:
     return [boxes[boxes[:, 0] != NONE].astype(float).tolist() for boxes in truths]
 
 
-def truths(values: Sequence[Any], output: tuple[int, ...]) -> Array:
-    """Return boxes (n, most boxes of an image, 6), padded with rows without a box."""
-    classes = output[-1] - 1 - MOVES - READS
+def truths(values: Sequence[Any], output: tuple[int, ...], *, classes: int | None = None) -> Array:
+    """Return boxes (n, most boxes of an image, 6), padded with rows without a box; by default the output has a column for each class."""
+    classes = output[-1] - 1 - MOVES - READS if classes is None else classes
     for boxes in values:
         if not isinstance(boxes, list) or len(boxes) > MOST_TRUTHS or not all(_is_box(box, classes) for box in boxes):
             raise BundleError(
@@ -202,11 +203,23 @@ def truth_text(row: Array, labels: Sequence[str]) -> str:
     return ", ".join(f"{label} {number}" for label, number in zip(labels, counts, strict=True) if number) or "nothing"
 
 
-def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
+def show(output: Array, labels: Sequence[str], lines: int, *, decode: Callable[[Array], Array] = decode) -> Shown:
     """Return the boxes with the highest scores; lengths are fractions of the image."""
     found = [one for one in decode(output[None])[0] if one[LABEL] != NONE and one[SCORE] >= SURE][:lines]
     columns = ("label", "score", "left", "top", "right", "bottom")
     return columns, [(labels[int(one[LABEL])], *map(float, one[1:])) for one in found]
+
+
+def of_whole(task: OutputTask, preprocess: Preprocess, image: Size) -> OutputTask:
+    """Return the task whose boxes are fractions of an image of this size, not of the network's input."""
+
+    def placed(outputs: Array) -> Array:
+        found = task.decode(outputs)
+        if not preprocess.stretch:
+            found[..., BOX] = np.clip(preprocess.boxes(found[..., BOX], image, back=True), 0, 1)
+        return found
+
+    return replace(task, decode=placed, show=partial(show, decode=placed))
 
 
 def draw(image: Array, prediction: Array, labels: Sequence[str]) -> Array:
@@ -223,7 +236,7 @@ def draw_truth(image: Array, truth: Array, labels: Sequence[str]) -> Array:
     return with_boxes(image, real[:, CORNERS], classes, [labels[label] for label in classes])
 
 
-DETECTION = OutputTask(
+DETECTION: OutputTask = OutputTask(
     name="detection",
     metric=Metric("map", "mAP", ALIKE, counts_images=False),
     output_shape=output_shape,
@@ -246,6 +259,7 @@ DETECTION = OutputTask(
     resampled=resampled,
     truth_text=truth_text,
     show=show,
+    several=lambda _outputs: DETECTION,  # which a decoder reads; all else works on predictions
     by_class_axis=False,  # it is the anchors, and each network's boxes are its own
     draw=draw,
     draw_truth=draw_truth,

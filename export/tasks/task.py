@@ -118,8 +118,8 @@ class OutputTask:
     """Rows to metrics in units of their own, by name; more is better."""
     finish: Callable[[ModelProto], ModelProto] = lambda model: model
     """A model to one that decodes inside the graph, for callers without this package."""
-    of_whole: Callable[[Array, Preprocess, Size], Array] | None = None
-    """(outputs, preprocessing, an image's height and width) to outputs whose places are fractions of the image, not of the network's input."""
+    of_whole: Callable[["OutputTask", Preprocess, Size], "OutputTask"] | None = None
+    """(task, preprocessing, an image's height and width) to the task whose places are fractions of the image, not of the network's input."""
     evidence: Callable[[Array], Array] = lambda outputs: outputs
     """Outputs to the part to keep for `divergence`, small enough for thousands of images."""
     kept: Callable[[Array], Array] = lambda predictions: predictions

@@ -23,7 +23,7 @@ from compress.tasks.detection import detection_loss
 from export.errors import BundleError
 from export.images.drawing import colours
 from export.tasks.average_precision import average_precision, curves, mean_average_precision, statistics
-from export.tasks.boxes import DETECTIONS, LEAST_SCORE, MOST_OVERLAP, NONE, decode, heads
+from export.tasks.boxes import LIMITS, NONE, decode, heads
 from export.tasks.detection import DETECTION, truths, truths_json
 from export.tasks.task import Array
 
@@ -53,7 +53,11 @@ def network(request: pytest.FixtureRequest) -> tuple[Any, Detector, Tensor]:
             parameter.data[
                 :: CLASSES + 1
             ] = -50.0  # torchvision takes column 0 for a class, too, where each stands alone
-    their.score_thresh, their.nms_thresh, their.detections_per_img = LEAST_SCORE, MOST_OVERLAP, DETECTIONS
+    their.score_thresh, their.nms_thresh, their.detections_per_img = (
+        LIMITS.least_score,
+        LIMITS.most_overlap,
+        LIMITS.detections,
+    )
     assert isinstance(mine, Detector)
     return their, mine, torch.rand(2, 3, SIZE, WIDTH)
 
@@ -209,7 +213,7 @@ def test_a_backbone_that_is_none_is_refused() -> None:
 def scattered(seed: int, *, images: int = 25, most: int = 12, classes: int = CLASSES) -> tuple[Array, Array]:
     """Return detections around truths, some of another class, some of crowds, with many equal scores."""
     random = np.random.default_rng(seed)
-    true, answers = np.zeros((images, most, 6)), np.zeros((images, DETECTIONS, 6))
+    true, answers = np.zeros((images, most, 6)), np.zeros((images, LIMITS.detections, 6))
     true[..., 0] = answers[..., 0] = NONE
     for image in range(images):
         number = random.integers(0, most + 1)
@@ -295,7 +299,7 @@ def test_the_score_is_faster_coco_evals() -> None:
 def test_the_score_by_hand() -> None:
     """Two truths; the first detection is right, the second wrong, the third finds the other truth at 0.6 only: precision 1, then 2 / 3."""
     true = np.array([[[0, 0, 0, 0.5, 0.5, 0], [0, 0.5, 0.5, 1, 1, 0]]])
-    answers = np.zeros((1, DETECTIONS, 6))
+    answers = np.zeros((1, LIMITS.detections, 6))
     answers[..., 0] = NONE
     answers[0, :3] = [[0, 0.9, 0, 0, 0.5, 0.5], [0, 0.8, 0, 0.6, 0.3, 0.9], [0, 0.7, 0.5, 0.5, 1, 0.8]]
     found = average_precision(statistics(answers, true))[0]
@@ -324,7 +328,7 @@ def test_a_set_without_objects_scores_nothing_and_says_so() -> None:
 def test_files_agree_where_place_class_and_score_do() -> None:
     answers, _ = scattered(2)
     assert np.array_equal(DETECTION.agreement(answers, answers), np.ones(len(answers)))
-    one = np.zeros((1, DETECTIONS, 6))
+    one = np.zeros((1, LIMITS.detections, 6))
     one[..., 0] = NONE
     one[0, 0] = [1, 0.8, 0.1, 0.1, 0.5, 0.5]
     for column, value, same in ((1, 0.815, 1.0), (1, 0.83, 0.0), (0, 2, 0.0), (2, 0.105, 1.0), (2, 0.16, 0.0)):

@@ -24,10 +24,8 @@ from export.serving.triton import answering_repository
 from export.tasks.average_precision import mean_average_precision, statistics
 from export.tasks.boxes import (
     CENTRED,
-    DETECTIONS,
     GIOU,
-    LEAST_SCORE,
-    MOST_OVERLAP,
+    LIMITS,
     NONE,
     PER_LEVEL,
     SIGMOID,
@@ -100,8 +98,8 @@ def test_boxes_of_the_graph_are_those_of_numpy(kind: int) -> None:
     expected = expected[expected[:, 0] != NONE]
     model = DETECTION.finish(with_uint8_input(answering(values), PREPROCESS))
     found = run(model, np.zeros((1, SIDE, SIDE, 3), np.uint8))
-    assert 10 < len(expected) <= DETECTIONS
-    assert found["scores"].min() > LEAST_SCORE
+    assert 10 < len(expected) <= LIMITS.detections
+    assert found["scores"].min() > LIMITS.least_score
     assert np.allclose(found["scores"], expected[:, 1], atol=1e-6)
     assert np.array_equal(found["labels"], expected[:, 0])
     assert np.allclose(found["boxes"], expected[:, 2:], atol=1e-6)
@@ -166,9 +164,9 @@ def by_torchvision(values: Array, kind: int) -> Array:
         box_coder=BoxLinearCoder(normalize_by_size=True)
         if kind == CENTRED
         else BoxCoder((place, place, growth, growth)),
-        score_thresh=LEAST_SCORE,
-        nms_thresh=MOST_OVERLAP,
-        detections_per_img=DETECTIONS,
+        score_thresh=LIMITS.least_score,
+        nms_thresh=LIMITS.most_overlap,
+        detections_per_img=LIMITS.detections,
         topk_candidates=400 if kind == SOFTMAX else 1000,
     )
     found = {"cls_logits": logits, "bbox_regression": moves}
@@ -185,7 +183,7 @@ def by_torchvision(values: Array, kind: int) -> Array:
 
 
 def in_rows(detections: Array) -> Array:
-    table = np.full((1, DETECTIONS, 6), float(NONE))
+    table = np.full((1, LIMITS.detections, 6), float(NONE))
     table[0, : len(detections)] = detections
     return table
 
@@ -214,13 +212,13 @@ def test_of_equal_scores_the_graph_and_numpy_keep_those_that_torchvision_keeps(k
     values, _ = crowded(kind, objects=60, near=4, tied=True)  # beyond 1,000 candidates torchvision's sort is not stable
     found = heads(values)
     scores = probabilities(found)[0].astype(np.float32)
-    anchor, label = (part[scores > LEAST_SCORE] for part in np.indices(scores.shape))
+    anchor, label = (part[scores > LIMITS.least_score] for part in np.indices(scores.shape))
     if kind == SOFTMAX:  # torchvision lists SSD's candidates class by class, the others' anchor by anchor
         order = np.argsort(label, kind="stable")
         anchor, label = anchor[order], label[order]
     boxes_of, scores_of = boxes(found)[0][anchor], scores[anchor, label]
     as_double = torch.tensor(boxes_of), torch.tensor(scores_of).double()
-    kept = batched_nms(*as_double, torch.tensor(label), MOST_OVERLAP)[:DETECTIONS]
+    kept = batched_nms(*as_double, torch.tensor(label), LIMITS.most_overlap)[: LIMITS.detections]
     assert len(np.unique(scores_of[kept])) < len(kept) / 2
     expected = np.column_stack([label, scores_of, boxes_of])[kept]
     mine = decode(values)[0]
@@ -229,7 +227,7 @@ def test_of_equal_scores_the_graph_and_numpy_keep_those_that_torchvision_keeps(k
     found_by_graph = np.column_stack([graph["labels"], graph["scores"], graph["boxes"]])
     # A softmax's sum over the classes depends on their order, so only one class's scores are equal to the bit.
     if kind == SOFTMAX:
-        assert len(expected) < DETECTIONS
+        assert len(expected) < LIMITS.detections
         expected, found_by_graph = (part[np.argsort(part[:, 0], kind="stable")] for part in (expected, found_by_graph))
     assert np.allclose(found_by_graph, expected, atol=1e-6)
 

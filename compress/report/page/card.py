@@ -13,7 +13,8 @@ from compress.report.page.tables import files, recalls, stages
 from compress.report.shape import DeployedRow, Json, Report
 from export.onnx_file.outputs import Output
 from export.runtime.faults import FAULTS
-from export.tasks import TASKS
+from export.tasks import TASKS, task_named
+from export.tasks.decoder import Decoder
 
 CLASSES = 10  # at most; those that lose most
 STAGE_TAGS = {"prune": "pruning", "distill": "knowledge-distillation", "qat": "quantization-aware-training"}
@@ -28,8 +29,9 @@ def card(
     golden: int,
     tensors: Mapping[str, Any],
     outputs: Sequence[Output] = (),
+    decoder: bytes | None = None,
 ) -> str:
-    """Return the card; `tensors` are the model's `input` and `outputs` as bundle.json has them, `outputs` are several."""
+    """Return the card; `tensors` are the model's `input` and `outputs` as bundle.json has them, `outputs` are several, `decoder` is a detector's file."""
     environment = Environment(  # Markdown, not HTML: `plain` escapes untrusted text
         loader=PackageLoader("compress.report.page", "templates"),
         undefined=StrictUndefined,
@@ -50,7 +52,7 @@ def card(
         golden=golden,
         faults=FAULTS if any(row["precision"] == "int8" for row in report["deployed"]) else (),
         counted=summary.counted(report),
-        task=TASKS[report["recipe"]["task"]].of(outputs),
+        task=task_named(report["recipe"]["task"], outputs, Decoder(decoder) if decoder else None),
         files=markdown(files(report, timed)) if timed else "",
         notes=notes(report, timed),
         classes_table="\n\n".join(markdown(table, CLASSES) for table in recalls(report)),
