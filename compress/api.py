@@ -11,6 +11,7 @@ from compress.data.given import Images, first_images
 from compress.errors import CompressError
 from compress.models.structure import classifier, width_cost
 from compress.pruning.goals import Goal
+from compress.pruning.inside_heads import open_heads_, rotate_
 from compress.pruning.plan import choose, cut_
 from compress.pruning.planner import options_of_uncut
 from compress.pruning.recovery import reconstruction as recovery
@@ -32,16 +33,21 @@ COMPARED = 128  # images on which a file is compared with its network, at most
 TOLERANCE = 1e-3  # of a float file from its network, over the outputs' largest value
 
 
-def prune(model: nn.Module, images: Images, *, keep_macs: float, exclude: Sequence[str] = ()) -> nn.Module:
+def prune(
+    model: nn.Module, images: Images, *, keep_macs: float, exclude: Sequence[str] = (), inside_heads: bool = False
+) -> nn.Module:
     """Return a copy with this fraction of the multiply-accumulates, its weights solved on unlabelled images; in eval mode.
 
-    Layers that match `exclude` (shell patterns) and the classifier keep their outputs. Raises CompressError where it cannot be cut so far.
+    Layers that match `exclude` (shell patterns) and the classifier keep their outputs.
+    `inside_heads` removes dimensions inside attention's heads instead of whole heads. Raises CompressError where it cannot be cut so far.
     """
     if not 0 < keep_macs < 1:
         raise CompressError(f"keep_macs: must be above 0 and below 1, got {keep_macs}")
     cfg = PruneStage(stage="prune", keep_macs=keep_macs, exclude=tuple(exclude))
     shown, shape = first_images(images, cfg.reconstruct_images * recovery.JUDGED // (recovery.JUDGED - 1))
     whole, example = copy.deepcopy(model).cpu().eval(), shown[:1]
+    if inside_heads and open_heads_(whole, example):
+        rotate_(whole, shown[: cfg.score_images].split(BATCH))
     student, numbered = copy.deepcopy(whole), recovery.number_outputs(whole)
     options = options_of_uncut(
         student,

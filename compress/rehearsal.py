@@ -15,6 +15,7 @@ from compress.distillation.step import check_layers, check_smoothing, check_task
 from compress.errors import CompressError, ModelError, own_line
 from compress.models.saved import Architecture, example_images, rebuild
 from compress.models.structure import classifier, width_cost
+from compress.pruning.inside_heads import open_heads_
 from compress.pruning.latency.clock import Clock
 from compress.pruning.plan import cut_
 from compress.pruning.planner import options_of_uncut
@@ -181,6 +182,8 @@ def _quantize(model: nn.Module, run: Run) -> None:
 def _try_cut(model: nn.Module, cfg: PruneStage, run: Run) -> None:
     """Print which layers keep their width; raise CompressError where even the narrowest network misses the goal."""
     images, goal, exclude = example_images(run.shape), goal_of(cfg), (classifier(model, run.shape), *cfg.exclude)
+    if cfg.inside_heads:
+        open_heads_(model, images)
     options = options_of_uncut(
         model,
         images,

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 from compress.pruning.criteria import Slices
 
+HEADS = (
+    "num_heads",
+    "num_attention_heads",
+)  # attribute names for the number of heads; those with the second lose no whole head
 # Attribute names for the width of all heads together.
 WIDTHS = ("attn_dim", "all_head_dim", "inner_dim")
 
@@ -32,7 +36,7 @@ class Attention:
 
     def rows(self, projection: str, heads: Sequence[int]) -> list[int]:
         """Return the outputs of a projection that belong to `heads`; a joint projection writes q, k and v one after the other."""
-        parts = _linear(self.module, projection).out_features // (self.heads * self.size)
+        parts = linear(self.module, projection).out_features // (self.heads * self.size)
         width = self.heads * self.size
         return [
             part * width + head * self.size + i for part in range(parts) for head in heads for i in range(self.size)
@@ -46,19 +50,22 @@ class Attention:
         """Yield the projections for a criterion to score, one row per output or input, with the head of each row."""
         everything = range(self.heads)
         for projection, output in [*((name, True) for name in self.inputs), (self.output, False)]:
-            layer = _linear(self.module, projection)
             rows = self.rows(projection, everything) if output else self.columns(everything)
             roots = [row // self.size % self.heads for row in rows]
-            weight, grad = (
-                None if part is None else part if output else part.T
-                for part in (layer.weight.detach(), layer.weight.grad)
-            )
-            assert weight is not None
-            yield Slices(layer, weight[rows], None if grad is None else grad[rows], output, torch.tensor(roots))
+            yield slices_of(linear(self.module, projection), rows, roots, output=output)
 
 
-def find_attentions(model: nn.Module, images: Tensor) -> list[Attention]:
-    """Return the modules whose heads can be cut, in the order they run; of `images` (1, c, h, w) only the shape matters."""
+def slices_of(layer: nn.Linear, rows: Sequence[int], roots: Sequence[int], *, output: bool) -> Slices:
+    """Return some outputs, or inputs, of a layer for a criterion to score, with the channel that each belongs to."""
+    weight, grad = (
+        None if part is None else part if output else part.T for part in (layer.weight.detach(), layer.weight.grad)
+    )
+    assert weight is not None
+    return Slices(layer, weight[rows], None if grad is None else grad[rows], output, torch.tensor(roots))
+
+
+def attention_calls(model: nn.Module, images: Tensor) -> list[tuple[Attention, tuple[Any, ...], dict[str, Any]]]:
+    """Return what looks like attention, in the order it runs, each with the arguments of its first call on noise."""
     calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -69,27 +76,38 @@ def find_attentions(model: nn.Module, images: Tensor) -> list[Attention]:
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
-            model.eval()(noise.to(images))
+            if named:
+                model.eval()(noise.to(images))
     finally:
         for handle in handles:
             handle.remove()
-    found = [attention_at(model, named[module]) for module in calls]
-    return [attention for attention in found if _heads_are_alone(attention, *calls[attention.module])]
+    return [(attention_at(model, named[module]), *call) for module, call in calls.items()]
+
+
+def find_attentions(model: nn.Module, images: Tensor) -> list[Attention]:
+    """Return the modules whose heads can be cut, in the order they run; of `images` (1, c, h, w) only the shape matters."""
+    calls = (call for call in attention_calls(model, images) if hasattr(call[0].module, HEADS[0]))
+    return [call[0] for call in calls if _heads_are_alone(*call)]
 
 
 def attention_at(model: nn.Module, path: str) -> Attention:
     """Return the attention module at a path; the last of its linear layers is the output projection."""
     module = model.get_submodule(path)
     *inputs, output = _projections(module)
-    heads = int(module.num_heads)  # type: ignore[arg-type]
-    return Attention(path, module, tuple(inputs), output, heads, _linear(module, output).in_features // heads)
+    heads = _heads(module)
+    return Attention(path, module, tuple(inputs), output, heads, linear(module, output).in_features // heads)
+
+
+def _heads(module: nn.Module) -> int:
+    found = (getattr(module, name, None) for name in HEADS)
+    return next((heads for heads in found if isinstance(heads, int)), 0)
 
 
 def _projections(module: nn.Module) -> list[str]:
     """Return the names of an attention module's linear layers; none if their widths are not multiples of the heads."""
-    heads = getattr(module, "num_heads", None)
+    heads = _heads(module)
     own = {name: part for name, part in module.named_children() if isinstance(part, nn.Linear)}
-    if not isinstance(heads, int) or heads < 2 or len(own) < 2:
+    if heads < 2 or len(own) < 2:
         return []
     *inputs, output = own.values()
     whole = output.in_features % heads == 0 and all(layer.out_features % output.in_features == 0 for layer in inputs)
@@ -101,7 +119,7 @@ def cut_heads_(attention: Attention, heads: Sequence[int]) -> None:
     module, kept = attention.module, [head for head in range(attention.heads) if head not in heads]
     width = attention.heads * attention.size
     projections = {
-        id(part) for name in (*attention.inputs, attention.output) for part in _linear(module, name).parameters()
+        id(part) for name in (*attention.inputs, attention.output) for part in linear(module, name).parameters()
     }
     for owner in module.modules():
         for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
@@ -111,13 +129,8 @@ def cut_heads_(attention: Attention, heads: Sequence[int]) -> None:
                         rows = kept if size == attention.heads else attention.columns(kept)
                         _keep_(owner, name, dim, rows)
     for projection in attention.inputs:
-        layer, rows = _linear(module, projection), attention.rows(projection, kept)
-        for name, _ in list(layer.named_parameters()):
-            _keep_(layer, name, 0, rows)
-        layer.out_features = len(rows)
-    layer = _linear(module, attention.output)
-    _keep_(layer, "weight", 1, attention.columns(kept))
-    layer.in_features = len(kept) * attention.size
+        keep_outputs_(linear(module, projection), attention.rows(projection, kept))
+    keep_inputs_(linear(module, attention.output), attention.columns(kept))
     for name, value in vars(module).items():
         if name == "num_heads":
             setattr(module, name, len(kept))
@@ -129,26 +142,44 @@ def cut_heads_(attention: Attention, heads: Sequence[int]) -> None:
 def _heads_are_alone(attention: Attention, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Tell whether cutting the first head gives the same outputs as setting its columns to zero."""
     masked, cut = copy.deepcopy(attention.module), copy.deepcopy(attention.module)
-    _linear(masked, attention.output).weight[:, attention.columns([0])] = 0
+    linear(masked, attention.output).weight[:, attention.columns([0])] = 0
     try:
         cut_heads_(replace(attention, module=cut), [0])
-        expected, got = masked(*args, **kwargs), cut(*args, **kwargs)
+        return same(masked(*args, **kwargs), cut(*args, **kwargs))
     except (RuntimeError, ValueError, IndexError, AssertionError):
         return False  # it uses its heads in some other way
+
+
+def same(expected: object, got: object) -> bool:
+    """Tell whether two modules returned the same tensors but for rounding; raise ValueError if not as many."""
     return all(
         one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-5)
         for one, other in zip(_tensors(expected), _tensors(got), strict=True)
     )
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(value: object) -> list[Tensor]:
     return [part for part in (value if isinstance(value, tuple | list) else [value]) if isinstance(part, Tensor)]
 
 
-def _linear(module: nn.Module, name: str) -> nn.Linear:
+def linear(module: nn.Module, name: str) -> nn.Linear:
+    """Return a projection of an attention module."""
     layer = module.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     return layer
+
+
+def keep_outputs_(layer: nn.Linear, rows: Sequence[int]) -> None:
+    """Keep some outputs of a layer."""
+    for name, _ in list(layer.named_parameters()):
+        _keep_(layer, name, 0, rows)
+    layer.out_features = len(rows)
+
+
+def keep_inputs_(layer: nn.Linear, columns: Sequence[int]) -> None:
+    """Keep some inputs of a layer."""
+    _keep_(layer, "weight", 1, columns)
+    layer.in_features = len(columns)
 
 
 def _keep_(owner: nn.Module, name: str, dim: int, rows: Sequence[int]) -> None:

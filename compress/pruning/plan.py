@@ -8,7 +8,8 @@ import copy
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from compress.pruning.costs import Floats, Layer, WidthCost, full_widths, is_out
 from compress.pruning.criteria import score, score_slices
 from compress.pruning.graph import GRAPH_ERRORS, channel_graph
 from compress.pruning.heads import Attention, attention_at, cut_heads_, find_attentions
+from compress.pruning.inside_heads import PARTS, HeadAttention, Side, cut_side_, side_of, side_root
 from compress.pruning.surgeon import Surgeon, shares_in_order
 
 Scope = Literal["global", "local", "isomorphic"]
@@ -29,7 +31,10 @@ Scope = Literal["global", "local", "isomorphic"]
 
 @dataclass(frozen=True)
 class Cut:
-    """Output channels of one root layer to remove (and of all coupled layers), or heads of an attention; none means a whole residual block."""
+    """Output channels of one root layer to remove (and of all coupled layers), or heads of an attention, or dimensions inside its heads.
+
+    None means a whole residual block.
+    """
 
     root: str
     remove: tuple[int, ...]
@@ -188,6 +193,7 @@ def find_groups(
             scores = _remaining_error(surgeon.head_scores(attention), scores)
         if scores is not None and not any(attention.module.get_submodule(name) in kept for name in attention.inputs):
             groups.append(_heads(attention, scores))
+    groups += [group for path, side in _inside(model, kept) if (group := _side(model, path, side, criterion, surgeon))]
     return _runnable(groups, model, images)
 
 
@@ -229,13 +235,16 @@ def choose(options: Options, cost: WidthCost, budget: float) -> list[Cut]:
 def cut_(model: nn.Module, images: Tensor, cuts: Sequence[Cut]) -> None:
     """Remove the channels in place. The same cuts on the same weights give the same network, bit for bit."""
     whole = [cut for cut in cuts if not cut.remove]
-    attentions = [cut for cut in cuts if cut.remove and hasattr(model.get_submodule(cut.root), "num_heads")]
-    for cut in attentions:
-        cut_heads_(attention_at(model, cut.root), cut.remove)
+    channels = []
+    for cut in (cut for cut in cuts if cut.remove):
+        if inside := side_of(cut.root):
+            cut_side_(model, *inside, cut.remove)
+        elif hasattr(model.get_submodule(cut.root), "num_heads"):
+            cut_heads_(attention_at(model, cut.root), cut.remove)
+        else:
+            channels.append(cut)
     graph = channel_graph(model, images)
-    for cut in cuts:
-        if cut in attentions or cut in whole:
-            continue
+    for cut in channels:
         root = model.get_submodule(cut.root)
         pruner = graph.get_pruner_of_module(root)
         graph.get_pruning_group(root, pruner.prune_out_channels, list(cut.remove)).prune(record_history=False)
@@ -317,6 +326,30 @@ def _heads(attention: Attention, scores: Tensor) -> ChannelGroup:
     return ChannelGroup(path, attention.heads, 1, pattern, tuple(touches), scores, attention.size)
 
 
+def _inside(model: nn.Module, kept: Sequence[nn.Module]) -> Iterator[tuple[str, Side]]:
+    """Yield the path and side of all dimensions inside heads that can be cut."""
+    for path, module in model.named_modules():
+        if isinstance(module, HeadAttention) and not any(module.get_submodule(name) in kept for name in module.sides):
+            yield from ((path, side) for side in dict.fromkeys(PARTS))
+
+
+def _side(model: nn.Module, path: str, side: Side, criterion: str, surgeon: Surgeon | None) -> ChannelGroup | None:
+    """Return the group of one side's dimensions; None if they have no scores."""
+    module = model.get_submodule(path)
+    assert isinstance(module, HeadAttention)
+    channels = module.heads * module.widths[side]
+    scores = score_slices(module.slices(side), channels, criterion)
+    if surgeon is not None:
+        scores = _remaining_error(surgeon.side_scores(module, side), scores)
+    if scores is None:
+        return None
+    counts = Counter(name for own, name, _ in module.places() if own == side)
+    touches = [(f"{path}.{name}", True, count) for name, count in counts.items()]
+    touches += [(f"{path}.{module.output}", False, 1)] if side == "value" else []
+    pattern = f"{side}:{module.widths[side]}"
+    return ChannelGroup(side_root(path, side), channels, module.heads, pattern, tuple(touches), scores)
+
+
 def _ranked(blocks: Sequence[Block], groups: Sequence[ChannelGroup], scope: Scope) -> list[Block]:
     """Return the blocks by rank: the score, the place in the group, or the place among all groups of the same structure."""
     if scope == "global":
@@ -340,7 +373,8 @@ def _blocks(index: int, group: ChannelGroup, round_to: int, min_channels: Mappin
     units = group.channels // group.unit
     scores = group.scores.view(group.unit, units).mean(0)  # (units,)
     order = torch.argsort(scores, stable=True).tolist()
-    step = round_to // math.gcd(round_to, group.unit * group.width)
+    # Kernels work on one head at a time, so dimensions inside heads stay a multiple for each of them.
+    step = round_to // (1 if side_of(group.root) else math.gcd(round_to, group.unit * group.width))
     smallest = max(step, math.ceil(min_channels[group.root] / group.unit))
     first = units % step or step  # the first block takes the odd channels too
     edges = [0, *range(first, units - smallest + 1, step)]

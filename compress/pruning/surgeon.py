@@ -17,13 +17,15 @@ from torch_pruning.dependency import Group
 
 from compress.errors import CompressError
 from compress.pruning.costs import is_output_cut, one_to_one
-from compress.pruning.heads import Attention
+from compress.pruning.heads import Attention, linear
+from compress.pruning.inside_heads import HeadAttention, Side, query_key_errors
 from compress.pruning.recovery.least_squares import SOLVED
 
 RIDGE = 1e-2  # of the inputs' mean square
 ROWS = 64  # positions per image
 MAX_CHANNELS = 8192  # of a layer: its covariance takes 256 MB
 REMEMBERED = 2048  # inputs of a layer whose two matrices, of at most 32 MB each, are kept for the next group
+MEASURED = 16  # images on which the errors of narrower queries and keys are measured
 STEPS = 32  # in which a group's channels are removed; the errors are computed anew after each
 
 
@@ -31,7 +33,7 @@ STEPS = 32  # in which a group's channels are removed; the errors are computed a
 def input_covariances(model: nn.Module, batches: Iterable[Tensor]) -> dict[nn.Module, Tensor]:
     """Return the inputs' covariance (channels, channels) of each layer that `_group_weights` knows, at random positions of batches (n, c, h, w).
 
-    Raises CompressError if inputs are not finite.
+    Of a HeadAttention, the error at each width of its queries and keys (width,). Raises CompressError if inputs are not finite.
     """
     sums: dict[nn.Module, tuple[Tensor, Tensor, int]] = {}
     centers: dict[nn.Module, Tensor] = {}  # large means would leave nothing of small variances in float32
@@ -53,9 +55,11 @@ def input_covariances(model: nn.Module, batches: Iterable[Tensor]) -> dict[nn.Mo
 
     small = [module for module in model.modules() if isinstance(module, SOLVED) and _group_weights(module) is not None]
     handles = [layer.register_forward_hook(add) for layer in small]
+    first: list[Tensor] = []
     try:
         for images in batches:
             model(images)
+            first = first or [images[:MEASURED]]
     finally:
         for handle in handles:
             handle.remove()
@@ -64,7 +68,8 @@ def input_covariances(model: nn.Module, batches: Iterable[Tensor]) -> dict[nn.Mo
             raise CompressError(
                 f"{name}: its inputs are not finite, so its channels cannot be scored: give weights and images that are"
             )
-    return {layer: square / n - torch.outer(total / n, total / n) for layer, (square, total, n) in sums.items()}
+    covariances = {layer: square / n - torch.outer(total / n, total / n) for layer, (square, total, n) in sums.items()}
+    return query_key_errors(model, first) | covariances
 
 
 def _group_weights(layer: SOLVED) -> Tensor | None:
@@ -138,6 +143,17 @@ class Surgeon:
         projection = attention.module.get_submodule(attention.output)
         reader = self._reader(projection, [attention.columns([head]) for head in range(attention.heads)])
         return None if reader is None else _errors_in_order([reader], attention.heads)
+
+    def side_scores(self, module: HeadAttention, side: Side) -> Tensor | None:
+        """Return the same for the dimensions inside heads, of which those at one place of all heads leave together, (heads * width,)."""
+        width = module.widths[side]
+        if side == "query_key":
+            scores = self.covariances.get(module)
+        else:
+            places = [list(range(place, module.heads * width, width)) for place in range(width)]
+            reader = self._reader(linear(module, module.output), places)
+            scores = None if reader is None else _errors_in_order([reader], width)
+        return None if scores is None else scores.repeat(module.heads)
 
     @torch.no_grad()
     def _reader(self, layer: nn.Module, inputs: Sequence[Sequence[int]]) -> Reader | None:

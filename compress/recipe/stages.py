@@ -174,6 +174,8 @@ class PruneStage(Section):
     """The conditions of `keep_latency` and `max_latency_ms`."""
     blocks: bool = False
     """With `keep_latency` or `max_latency_ms`, also remove whole residual blocks where that loses less importance for the same time."""
+    inside_heads: bool = False
+    """Instead of whole heads of attention, remove dimensions inside all of its heads: of queries and keys, and of values."""
     steps: PositiveInt = 1
     """Number of cuts; channels are scored again before each, and `recover` trains in between."""
     recover: Fit | None = None

@@ -20,6 +20,7 @@ from compress.models.structure import classifier, width_cost
 from compress.pruning.costs import measure_layers
 from compress.pruning.criteria import NEEDS_COVARIANCES, NEEDS_GRADIENTS
 from compress.pruning.goals import METRICS, UNITS, Goal
+from compress.pruning.inside_heads import open_heads_, rotate_
 from compress.pruning.latency.search import Attempt, Latency, open_latency
 from compress.pruning.latency.timings import Table
 from compress.pruning.plan import Cut, Options, choose, cut_, find_groups, smallest_widths, widths
@@ -51,6 +52,8 @@ def apply(cfg: PruneStage, src: Path, out: Path, run: Run) -> Metrics:
     model, goal = place_(load_float(src, trust_code=run.trust_code), run.device), goal_of(cfg)
     images = example_images(run.shape, run.device)
     with run.log(out, "prune") as log:
+        if cfg.inside_heads:
+            open_heads_(model, images)
         log.doing("measures the whole network on the validation images")
         layers, before = measure_layers(model, images), run.measure(model)
         smallest = smallest_widths(
@@ -59,6 +62,7 @@ def apply(cfg: PruneStage, src: Path, out: Path, run: Run) -> Metrics:
         steps: list[tuple[Cut, ...]] = []
         if cfg.sparsity is not None:
             model = _learn_sparsity(model, cfg, images, log, run)
+        _sort_inside_heads_(model, cfg, run)
         whole, numbered, as_cut = copy.deepcopy(model), number_outputs(model), {}
         planned = _Planner(cfg, goal, before, smallest, out, log, run)
         for number in range(1, cfg.steps + 1):
@@ -76,6 +80,7 @@ def apply(cfg: PruneStage, src: Path, out: Path, run: Run) -> Metrics:
                 phase = f"recover-{number}"
                 terms = KD_ONLY if run.task.output.has_classes else MSE_ONLY
                 model = distil(run, model, terms, cfg.recover, src=src, log=log, phase=phase)
+                _sort_inside_heads_(model, cfg, run)
                 whole, numbered = copy.deepcopy(model), number_outputs(model)
         table = widths(layers, model)
         log.doing("measures the cut network")
@@ -177,6 +182,14 @@ class _Planner:
 
 def _excluded(model: nn.Module, cfg: PruneStage, shape: Shape) -> tuple[str, ...]:
     return (classifier(model, shape), *cfg.exclude)
+
+
+def _sort_inside_heads_(model: nn.Module, cfg: PruneStage, run: Run) -> None:
+    """Sort the dimensions inside heads by what they are worth; rank 0 sorts for all ranks."""
+    if cfg.inside_heads and run.rank == 0:
+        rotate_(model.eval(), (batch.images for batch in run.feed.calibration(cfg.score_images)))
+    if cfg.inside_heads:
+        share_(model.state_dict().values(), run.group)
 
 
 def _reconstructed(

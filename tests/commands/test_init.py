@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from compress.cli import app
 from compress.commands.init import ways, write
+from compress.commands.init.draft import Draft, recipe
 from compress.commands.init.estimate import START_S, StepTime, planned
 from compress.commands.init.images import Folder, look_at
 from compress.commands.init.ways import Network, Tried, _Judge
@@ -215,6 +216,16 @@ def test_an_estimate_counts_every_stage(tmp_path: Path, classes: int) -> None:
     assert plan.seconds["source"] == pytest.approx(START_S + (0 if classes == 2 else 8 * 7500 * 0.0043))
     assert plan.seconds["distill"] == pytest.approx(8 * student + 8 * 7500 * 0.001)
     assert plan.seconds["qat"] == pytest.approx(2 * 2 * student)
+
+
+@pytest.mark.parametrize(("arch", "has_heads"), [("timm:test_vit", True), ("cifar:resnet20", False)])
+def test_a_recipe_opens_the_heads_of_attention_where_there_are_any(arch: str, has_heads: bool, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, 20)
+    network = Network(arch, 2, folder.prepared((32, 32), 1.0, IMAGENET), 0.9, 0.9)
+    model = build(arch, num_classes=2, shape=network.shape).eval()
+    given = Draft("a.pth", tmp_path, folder, network, model, 1e6, None, trust_code=False)
+    plan = planned(folder, network, StepTime(forward=0.001, step=0.004), 3600)
+    assert ("inside_heads: true" in recipe(given, plan, "a")) == has_heads
 
 
 def test_a_plan_trains_what_the_minutes_allow_and_nothing_where_it_would_be_too_little(tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ from torch.nn import functional as F
 from compress.data.batches import Batch
 from compress.errors import CompressError
 from compress.logs.stage_log import StageLog
-from compress.models.saved import save_network
+from compress.models.architectures import build
+from compress.models.saved import Architecture, load_float, save_network
+from compress.models.structure import count
+from compress.pruning.inside_heads import HeadAttention
 from compress.pruning.plan import Options
 from compress.recipe.arguments import goal_of
 from compress.recipe.schema import Recipe
@@ -137,3 +140,19 @@ def test_a_verbose_run_says_each_layer_that_is_solved_and_counts_the_images_it_r
     said = capsys.readouterr().err
     assert said.index("scores the channels") < said.index("solves layer 1 of") < said.index("measures the cut network")
     assert sum(counted) >= 3 * len(run.dataset.val)  # before, as cut, and solved
+
+
+def test_a_stage_of_two_cuts_removes_dimensions_inside_heads_and_its_network_comes_back(tmp_path: Path) -> None:
+    run = open_small()
+    (out := tmp_path / "out").mkdir()
+    architecture = Architecture("timm:test_vit", 10, run.shape)
+    whole = build(architecture.arch, num_classes=10, shape=run.shape)
+    save_network(whole, architecture, tmp_path)
+    cfg = PruneStage(stage="prune", keep_macs=0.5, inside_heads=True, steps=2, reconstruct_images=16)
+    metrics = prune.apply(cfg, tmp_path, out, run)
+    cut = load_float(out, trust_code=False)
+    attentions = [module for module in cut.modules() if isinstance(module, HeadAttention)]
+    assert attentions
+    assert all(module.heads == 2 and width < 32 for module in attentions for width in module.widths.values())
+    assert metrics["macs_m"] == count(cut, run.shape).macs / 1e6 <= 0.5 * count(whole, run.shape).macs / 1e6
+    assert run.measure(cut)["score"] == metrics["score"]

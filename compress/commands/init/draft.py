@@ -1,5 +1,6 @@
 """The lines of a recipe for a network, a folder of images, and the trainings that a plan has room for."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from compress.commands.init.estimate import Training
 from compress.commands.init.images import Folder
 from compress.commands.init.ways import Network
 from compress.data.teachers import foreign
+from compress.models.saved import example_images
+from compress.pruning.inside_heads import open_heads_
 from compress.recipe import strict_yaml
 from export.images.size import written
 
@@ -47,6 +50,11 @@ class Draft:
     macs: float
     latency_ms: float | None
     trust_code: bool
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether dimensions inside heads of attention can be removed."""
+        return open_heads_(copy.deepcopy(self.model), example_images(self.network.shape))
 
 
 def step_of(model: nn.Module) -> str:
@@ -147,6 +155,7 @@ def _stages(given: Draft, plan: Training) -> Sequence[str]:
         *(source if plan.source else []),
         "  - stage: prune  # and solve the weights to make up for it, without training",
         f"    {goal}",
+        *(["    inside_heads: true  # of attention, rather than whole heads"] if given.has_heads else []),
         *(distill if plan.distill else []),
         "  - stage: ptq",
         *(qat if plan.qat else []),
