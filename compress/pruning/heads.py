@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from compress.pruning.criteria import Slices
 
-HEADS = (
-    "num_heads",
-    "num_attention_heads",
-)  # attribute names for the number of heads; those with the second lose no whole head
+# Attribute names for the number of heads; modules with the second lose no whole head.
+HEADS = ("num_heads", "num_attention_heads")
 # Attribute names for the width of all heads together.
 WIDTHS = ("attn_dim", "all_head_dim", "inner_dim")
 
@@ -76,8 +74,7 @@ def attention_calls(model: nn.Module, images: Tensor) -> list[tuple[Attention, t
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
-            if named:
-                model.eval()(noise.to(images))
+            model.eval()(noise.to(images))
     finally:
         for handle in handles:
             handle.remove()

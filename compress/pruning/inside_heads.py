@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.errors import CompressError
 from compress.pruning.criteria import Slices
 from compress.pruning.heads import (
     Attention,
@@ -160,7 +161,7 @@ def rotate_(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Sort the dimensions inside each opened head by what they are worth on batches (n, c, h, w); the network computes the same.
 
     Without the last dimensions, the squared error of the scores is least over pairs of a query and a key (less the mean key of its image,
-    which the softmax ignores), that of the output over tokens, for each head alone.
+    which the softmax ignores), that of the output over tokens, for each head alone. Raises CompressError if a value is not finite.
     """
     sums: dict[tuple[HeadAttention, int], Tensor] = {}
 
@@ -172,7 +173,13 @@ def rotate_(model: nn.Module, batches: Iterable[Tensor]) -> None:
             sums[module, part] = sums.get((module, part), torch.zeros_like(square)) + square
 
     _run_with(model, batches, read)
-    for module in _opened(model):
+    for path, module in model.named_modules():
+        if not isinstance(module, HeadAttention):
+            continue
+        if not all(bool(sums[module, part].isfinite().all()) for part in range(len(PARTS))):
+            raise CompressError(
+                f"{path}: its inputs are not finite, so its heads cannot be sorted: give weights and images that are"
+            )
         query, key, attended = (sums[module, part] for part in range(len(PARTS)))  # (heads, width, width)
         count, mean = attended[:, -1:, -1:], attended[:, :-1, -1:] / attended[:, -1:, -1:]
         (root, inverse), (key_root, key_inverse) = _roots(query / count), _roots(key / count)

@@ -195,6 +195,14 @@ def test_a_saved_network_comes_back_with_its_widths_and_serves(tmp_path: Path) -
     compress.export(loaded, tmp_path / "vit.onnx", images=images)  # raises where the file differs
 
 
+def test_weights_that_are_not_finite_are_a_sentence() -> None:
+    network = copy.deepcopy(opened("vit"))
+    with torch.no_grad():
+        network.get_parameter("blocks.1.attn.qkv.weight")[0] = torch.nan
+    with pytest.raises(CompressError, match=r"blocks\.1\.attn: its inputs are not finite"):
+        rotate_(network, [IMAGES])
+
+
 def test_attention_of_another_kind_keeps_its_heads_closed() -> None:
     normed = VisionTransformer(img_size=SIZE, patch_size=8, embed_dim=32, depth=1, num_heads=2, qk_norm=True)
     dropped = VisionTransformer(img_size=SIZE, patch_size=8, embed_dim=32, depth=1, num_heads=2, attn_drop_rate=0.1)
