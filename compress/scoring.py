@@ -36,7 +36,7 @@ from export.runtime.accuracy import Score, score_files, score_of
 from export.runtime.conditions import Conditions
 from export.runtime.latency import Ratio, speedup, time_sessions
 from export.runtime.measure import BenchPlan, trusted
-from export.runtime.providers import PLAIN, PROVIDERS, Runtime
+from export.runtime.providers import PLAIN, PROVIDERS, Arithmetic, Runtime
 from export.runtime.rows import file_in
 from export.runtime.session import bind, infer, open_session
 
@@ -108,10 +108,12 @@ def served(asked: stages.ServingConditions, run: Run) -> Served:
     if asked.precision == "int8" and not run.int8_targets:
         raise CompressError(f"prune.conditions.precision: {run.target.name} has no int8: use fp16, or leave it out")
     provider = PROVIDERS[asked.provider].name if asked.provider else TARGET_PROVIDERS.get(run.target.name, CPU)
-    conditions = Conditions(provider, asked.threads, asked.batch)
+    precision = "fp32" if asked.precision == "bf16" else asked.precision or own
+    arithmetic: Arithmetic = "bf16" if asked.precision == "bf16" else "f32"
+    conditions = Conditions(provider, asked.threads, asked.batch, arithmetic)
     channels, *size = run.shape
     shape = (channels, *(size_of(asked.image_size or size)))
-    return Served(conditions, asked.precision or own, shape, run.target, run.dataset.outputs)
+    return Served(conditions, precision, shape, run.target, run.dataset.outputs)
 
 
 def random_images(shape: Shape) -> Tensor:
@@ -168,7 +170,7 @@ def faster_than(
             file_in(name, place): bind(open_session(file, threads=1, runs_in=place), image)
             for (name, place), file in files.items()
         }
-        clock = Conditions(CPU, threads=1, batch=1).clock if places() == [PLAIN] else time.perf_counter
+        clock = time.thread_time if places() == [PLAIN] else time.perf_counter
         timed = time_sessions(sessions, seconds=LATENCY_SECONDS / LATENCY_BLOCKS * blocks, blocks=blocks, clock=clock)
         best = {
             name: min((timed[file_in(name, place)] for place in places()), key=lambda timing: timing.percentile(50))

@@ -96,7 +96,7 @@ def as_text(found: BenchJson) -> str:
 def setting_of(row: TimingRow) -> Setting:
     """Return the conditions of a row; all providers on the CPU share theirs."""
     provider = CPU if runs_in(row).provider.device == "cpu" else row["provider"]
-    return Setting(provider, row["threads"], row["batch"], size_of(row["image_size"]))
+    return Setting(provider, row["threads"], row["batch"], image_size=size_of(row["image_size"]))
 
 
 def runs_in(row: TimingRow) -> Runtime:

@@ -148,9 +148,9 @@ class ServingConditions(Section):
     """Images in a call."""
     image_size: OptionalSize = None
     """Pixels, one number or `[height, width]`; null takes the recipe's own."""
-    precision: Literal["int8", "fp16", "fp32"] | None = None
-    """Number format of the file; null takes fp16 for `target: cuda`, else int8 where a ptq or qat stage follows, else fp32."""
-    provider: Literal["cpu", "cuda"] | None = None
+    precision: Literal["int8", "fp16", "fp32", "bf16"] | None = None
+    """Number format of the file; bf16 is the fp32 file computed in bf16. Null takes fp16 for `target: cuda`, else int8 where a ptq or qat stage follows, else fp32."""
+    provider: Literal["cpu", "openvino", "cuda", "tensorrt"] | None = None
     """ONNX Runtime's execution provider; null takes the target's."""
 
 

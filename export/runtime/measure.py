@@ -127,7 +127,7 @@ def settings(plan: BenchPlan, sizes: Sequence[Size]) -> Iterator[Setting]:
         # 0 is all cores, the largest count.
         counts = sorted(set(plan.threads), key=lambda count: count or sys.maxsize) if device == "cpu" else [1]
         yield from (
-            Setting(first, count, batch, size)
+            Setting(first, count, batch, image_size=size)
             for size in sizes
             for batch in sorted(set(plan.batches))
             for count in counts
@@ -217,7 +217,8 @@ def prepare(
             found[entry] = Opened(run, options, None, [])
             warnings.extend(f"{setting}: {entry.name}: {sentence}" for sentence in skipped)
             continue
-        session = open_session(path, runs_in=runs_in, threads=setting.threads)
+        fixed = setting.batch if runs_in.provider.plugin else None  # a plugin compiles for it
+        session = open_session(path, runs_in=runs_in, threads=setting.threads, batch=fixed)
         milliseconds = (time.perf_counter() - start) * 1e3
         found[entry] = Opened(bind(session, images), {}, milliseconds, left_to_others(session, runs_in.provider))
     return found, warnings

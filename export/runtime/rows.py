@@ -1,7 +1,7 @@
 """The content of bench.json: accuracy for each file, and a row of timings for each file at each setting."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NotRequired
 
@@ -115,7 +115,7 @@ class BenchJson(TypedDict):
 class Setting(Conditions):
     """The conditions under which files are compared, with the images' size; `provider` is the first that is timed."""
 
-    image_size: Size
+    image_size: Size = field(kw_only=True)
 
     def __str__(self) -> str:
         row = provider_named(self.provider)

@@ -20,8 +20,14 @@ from export.runtime.faults import fault_of
 from export.runtime.native import RUNTIME_ERRORS, first_line
 from export.runtime.providers import PLAIN, Runtime, configure, provider_named, require
 
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+}
 
+BATCH = "batch"  # the free dimension of every exported file
 Run = Callable[[], None]
 
 
@@ -30,12 +36,13 @@ def open_session(
     *,
     runs_in: Runtime = PLAIN,
     threads: int = 0,
+    batch: int | None = None,
     provider_options: Mapping[str, str] | None = None,
     optimize: bool = True,
     optimized_file: Path | None = None,
     profile_prefix: Path | None = None,
 ) -> onnxruntime.InferenceSession:
-    """Open `model` in a provider with `threads` intra-op threads (0 is all cores), fully optimized or not at all.
+    """Open `model` in a provider with `threads` intra-op threads (0 is all cores), fully optimized or not at all, for one `batch` or any.
 
     Writes the graph that will run to `optimized_file`, and node times to a file that starts with `profile_prefix`.
     Raises BundleError if the file or the provider cannot be loaded, and if this ONNX Runtime would compute the file wrongly on this
@@ -54,6 +61,8 @@ def open_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    if batch is not None:
+        options.add_free_dimension_override_by_name(BATCH, batch)
     # Stop workers from spinning after a run: interleaved files would take each other's cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if provider.plugin is not None:

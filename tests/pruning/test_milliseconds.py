@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,6 @@ import pytest
 import torch
 from networks import Mobile, Residual, lively
 from numpy.typing import NDArray
-from onnx import NodeProto
 from planning import options_of
 from torch import Tensor, nn
 
@@ -26,19 +26,20 @@ from compress.models.structure import count
 from compress.pruning.branches import find_branches
 from compress.pruning.costs import Layer
 from compress.pruning.goals import Goal
-from compress.pruning.latency import timings
+from compress.pruning.latency import nodes, timings
 from compress.pruning.latency.clock import Clock
 from compress.pruning.latency.knapsack import most_value
-from compress.pruning.latency.nodes import Node, alone, inputs_of, read_nodes
+from compress.pruning.latency.nodes import Node, alone, read_nodes
 from compress.pruning.latency.predict import LatencyModel, choose_within, ladders
 from compress.pruning.latency.search import Latency, Search, open_latency
-from compress.pruning.latency.timings import Table, Widths, fill, grid
+from compress.pruning.latency.timings import BUILT_IN, Grid, Table, Widths, fill, timed_nodes
 from compress.pruning.plan import ChannelGroup, Cut, Options, cut_, find_options, smallest_widths
 from compress.scoring import Served
-from export.onnx_file.targets import CPU, host_target
+from export.onnx_file.targets import CPU, OPENVINO, host_target
+from export.proof.optimized import MOVES, optimize
 from export.runtime.conditions import Conditions
 from export.runtime.latency import Ratio
-from export.runtime.session import open_session
+from export.runtime.node_times import NodeTime
 
 SIZE = 32
 HERE = Conditions(CPU, 1, 1)
@@ -77,9 +78,9 @@ def wanted(files: dict[str, Path], name: str = "residual") -> list[timings.Wante
     options = options_for(name)
     return [
         timings.Wanted(
-            block,
+            block.piece,
             layer := options.layers[block.layer],
-            timings.widths_to_time(layer, round_to=8, cut_inputs=True, cut_outputs=True),
+            timings.widths_to_time(layer, BUILT_IN, round_to=8, cut_inputs=True, cut_outputs=True),
         )
         for block in read_nodes(files[name], options.layers, HERE)
         if block.layer is not None
@@ -101,22 +102,70 @@ def test_every_layer_is_a_node_that_runs_alone_at_half_its_width(files: dict[str
     for block, layer in zip(blocks, layers, strict=True):
         for divisor in (1, 2):
             inputs = layer.inputs if layer.inputs == 3 else layer.inputs // divisor
-            model = alone(block, layer, inputs=inputs, outputs=layer.outputs // divisor, batch=1)
-            assert model is not None
-            (output,) = open_session(model, threads=1).run(None, inputs_of(model))
-            assert output.size > 0
+            assert block.piece is not None
+            model = alone(block.piece, layer, inputs=inputs, outputs=layer.outputs // divisor, batch=1)
+            assert timings.time_models({(1, 1): model}, HERE)[1, 1] == 1
+            operators = [node.op_type for node in optimize(model, CPU).nodes.values()]
+            integer = [name for name in operators if name not in MOVES]
+            assert len(integer) == 1, integer  # fused as in the whole file, and no Q or DQ of its own
 
 
 def test_every_other_node_follows_the_layers_whose_channels_it_works_on(files: dict[str, Path]) -> None:
     options = options_for("residual")
     follows = {
-        block.proto.op_type: {options.layers[index].name for index in block.follows}
+        block.name: {options.layers[index].name for index in block.follows}
         for block in read_nodes(files["residual"], options.layers, HERE)
         if block.layer is None
     }
-    assert follows["QuantizeLinear"] == set()
-    assert follows["QLinearGlobalAveragePool"] <= {"block2.conv2", "block2.down.0"}
-    assert follows["QLinearGlobalAveragePool"]
+    assert any("Quantize" in name and not layers for name, layers in follows.items())  # of the image
+    pooled = set().union(*(layers for name, layers in follows.items() if "/GlobalAveragePool" in name))
+    assert pooled
+    assert pooled <= {"block2.conv2", "block2.down.0"}
+
+
+def test_layers_that_a_provider_compiles_into_one_node_take_their_pieces_own_time(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options_for("residual")
+    known = {node.name: node for node in timed_nodes(files["residual"], options.layers, HERE)}
+    monkeypatch.setattr(nodes, "node_times", lambda *_, **__: [NodeTime("OpenVINO_0", "OpenVINO_0", OPENVINO, 9.0)])
+    found = timed_nodes(files["residual"], options.layers, HERE)
+    assert {node.name for node in found} == {node.name for node in known.values() if node.layer is not None}
+    assert all(0 < node.ms < 9 for node in found)
+    heavy = max(found, key=lambda node: node.ms)
+    assert known[heavy.name].ms > 0.5 * max(node.ms for node in known.values())
+
+
+def test_widths_are_whole_tiles_where_the_provider_computes_in_tiles() -> None:
+    grid = Grid(outputs=8, inputs=3, opening_s=0.2, tile=32)
+    assert grid.widths(512, 8, 8) == [64, 128, 192, 256, 320, 384, 448, 512]
+    assert grid.widths(128, 8, 8) == [32, 64, 96, 128]
+    assert grid.widths(48, 8, 8) == [8, 16, 24, 32, 40, 48]  # no two tiles fit
+    groups = [ChannelGroup(f"{n}", n, 1, "", (), torch.arange(float(n))) for n in (80, 256, 48)]
+    options = find_options(groups, (), scope="global", round_to=8, min_channels=smallest_widths(groups, 0.1))
+    first, second, third = (
+        [group.channels - gone for gone in one.removed]
+        for one, group in zip(ladders(options, grid), groups, strict=True)
+    )
+    assert first == [80, 64, 32, 8]
+    assert second == [256, 224, 192, 160, 128, 96, 64, 32]
+    assert third == [48, 40, 32, 24, 16, 8]
+
+
+def test_a_run_that_hands_its_work_to_other_threads_is_timed_by_the_wall_clock() -> None:
+    def spin() -> None:
+        until = time.thread_time() + 0.002
+        while time.thread_time() < until:
+            pass
+
+    def elsewhere() -> None:
+        thread = threading.Thread(target=spin)
+        thread.start()
+        thread.join()
+
+    assert HERE.clock(spin) is time.thread_time
+    assert HERE.clock(elsewhere) is time.perf_counter
+    assert Conditions(CPU, 2, 1).clock(spin) is time.perf_counter
 
 
 # --- the table
@@ -205,7 +254,7 @@ def test_what_is_no_table_is_named(tmp_path: Path) -> None:
 def test_a_real_layer_takes_many_times_longer_at_eight_times_its_widths(files: dict[str, Path], tmp_path: Path) -> None:
     one = max(wanted(files), key=lambda one: one.layer.macs)
     full, wide = (one.layer.inputs, one.layer.outputs), (8 * one.layer.inputs, 8 * one.layer.outputs)
-    ((found,), _) = fill(Table(tmp_path, HERE), [timings.Wanted(one.node, one.layer, (wide, full))], tell=quiet)
+    ((found,), _) = fill(Table(tmp_path, HERE), [timings.Wanted(one.piece, one.layer, (wide, full))], tell=quiet)
     assert 0.5 < found[full] < 2  # of its own time, in another session on a machine that may be busy
     assert found[wide] > 5 * found[full]
 
@@ -239,15 +288,12 @@ def test_the_program_finds_what_brute_force_finds(seed: int) -> None:
 
 def fake_model(options: Options, files: dict[str, Path], folder: Path, name: str) -> LatencyModel:
     """The model of a network on the machine of `by_product`: every layer takes 1 ms whole, every other node a tenth."""
-    nodes = [
-        Node(b.name, 1.0 if b.layer is not None else 0.1, b.layer, b.follows, b.proto, b.constants)
-        for b in read_nodes(files[name], options.layers, HERE)
-    ]
+    nodes = [replace(b, ms=1.0 if b.layer is not None else 0.1) for b in read_nodes(files[name], options.layers, HERE)]
     asked = {
         index: timings.Wanted(
-            node,
+            node.piece,
             options.layers[node.layer],
-            timings.widths_to_time(options.layers[node.layer], round_to=4, cut_inputs=True, cut_outputs=True),
+            timings.widths_to_time(options.layers[node.layer], BUILT_IN, round_to=4, cut_inputs=True, cut_outputs=True),
         )
         for index, node in enumerate(nodes)
         if node.layer is not None
@@ -367,14 +413,12 @@ def machine(
             stair = (
                 math.ceil(o / step) / math.ceil(layer.outputs / step) * math.exp(rng.normal(0, 0.03) * (o < full[1]))
             )
-            own.update({(i, o): (0.1 + 0.9 * i / full[0]) * stair for i in grid(full[0], 64, 8)})
-        timed = itertools.product(grid(full[0], timings.INPUT_LEVELS, 8), grid(full[1], timings.LEVELS, 8))
+            own.update({(i, o): (0.1 + 0.9 * i / full[0]) * stair for i in BUILT_IN.widths(full[0], 64, 8)})
+        timed = itertools.product(BUILT_IN.widths(full[0], 5, 8), BUILT_IN.widths(full[1], 16, 8))
         table.update({at: own[at] * math.exp(rng.normal(0, 0.02) * (at != full)) for at in timed})
 
     def model(ms: NDArray[np.float64], tables: Sequence[dict[Widths, float]]) -> LatencyModel:
-        nodes = [
-            Node(layer.name, one, i, (), NodeProto(), {}) for i, (layer, one) in enumerate(zip(layers, ms, strict=True))
-        ]
+        nodes = [Node(layer.name, one, i, ()) for i, (layer, one) in enumerate(zip(layers, ms, strict=True))]
         return LatencyModel(layers, nodes, tables)
 
     ms = rng.uniform(0.2, 2.0, len(widths))

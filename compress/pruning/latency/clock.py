@@ -11,8 +11,7 @@ from compress.errors import CompressError
 from export.images.size import Shape
 from export.runtime.conditions import Conditions
 from export.runtime.latency import Ratio, median_ratio, time_sessions
-from export.runtime.providers import runtime_named
-from export.runtime.session import bind, open_session
+from export.runtime.session import bind
 
 SECONDS, BLOCKS = 0.4, 12
 CLOSE = 1.01  # stop once the interval's ends differ by less than this factor
@@ -33,13 +32,13 @@ class Clock:
         """Return the ratio of `file`'s time to the reference's, and the medians of the reference and the file in ms."""
         images = np.random.default_rng(0).standard_normal((self.conditions.batch, *self.shape), np.float32)
         files = {"reference": self.reference, "file": file}
-        runs_in, threads = runtime_named(self.conditions.provider), self.conditions.threads
         reference, other = np.empty(0), np.empty(0)
         for seed in range(REPEATS):
             # Reopen in alternating order: of two sessions of one file, the one opened first was 1.5 % slower.
             names = [*files] if seed % 2 else [*reversed(files)]
-            runs = {name: bind(open_session(files[name], runs_in=runs_in, threads=threads), images) for name in names}
-            timed = time_sessions(runs, seconds=SECONDS, blocks=BLOCKS, seed=seed, clock=self.conditions.clock)
+            runs = {name: bind(self.conditions.open(files[name]), images) for name in names}
+            clock = self.conditions.clock(runs["reference"])
+            timed = time_sessions(runs, seconds=SECONDS, blocks=BLOCKS, seed=seed, clock=clock)
             reference = np.append(reference, timed["reference"].block_ms)
             other = np.append(other, timed["file"].block_ms)
             ratio = median_ratio(other / reference)

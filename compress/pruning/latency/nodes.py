@@ -1,170 +1,217 @@
-"""The nodes of a file after ONNX Runtime's optimizer, with the layers whose widths decide each node's time; and single nodes at other widths.
+"""What a file takes node by node, and its layers cut out of it, to be timed alone at other widths.
 
-Such a node is what really runs: a layer fused with its quantizers, its activation and, in float, the addition after it.
+A piece is a layer with its own Q/DQ nodes and the activation or addition after it, in ONNX's operators: every provider opens it, and fuses
+it as it does in the whole file.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import nan, prod
 from pathlib import Path
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from compress.pruning.costs import Layer
-from export.onnx_file.names import ADDED, module_of
-from export.onnx_file.operators import FLOAT, INTEGER
-from export.onnx_file.wiring import origin, wire
-from export.proof.optimized import optimize
+from export.onnx_file.names import module_of
+from export.onnx_file.operators import DQ, FLOAT, INTEGER, LAYERS, Q
 from export.runtime.conditions import Conditions
 from export.runtime.node_times import node_times
 
-WEIGHTS = {"QLinearConv": 3, "QGemm": 3, "QLinearMatMul": 3}  # input index of the weights; else 1
-MATRICES = ("Gemm", "FusedGemm", "QGemm", "MatMul", "QLinearMatMul")
-NCHWC = 16  # most channels in a block of the blocked layout
 RUNS = 30  # profiled runs of the whole file
-VARIED = {"Concat", "QLinearConcat"}  # output width is the sum over all inputs
+MATRICES = ("Gemm", "MatMul")
+# What providers fuse into the layer before it.
+FUSED = ("Add", "Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Relu", "Sigmoid")
+FREE = ("Clip", "Relu")  # take no time of their own once they are fused
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+FROM_LAST, TO_LAST = (0, 3, 1, 2), (0, 2, 3, 1)  # permutations of a map whose channels are last
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A layer cut out of a file: its nodes in order, and the constants that they read."""
+
+    nodes: tuple[NodeProto, ...]
+    constants: Mapping[str, TensorProto]
+    layer: NodeProto
+    weights: TensorProto
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The inputs and outputs that it has in the file."""
+        dims, groups = self.weights.dims, _attribute(self.layer, "group", 1)
+        if self.layer.op_type in MATRICES:
+            return (dims[1], dims[0]) if _attribute(self.layer, "transB", 0) else (dims[0], dims[1])
+        return (dims[0], dims[1] * groups) if self.layer.op_type == "ConvTranspose" else (dims[1] * groups, dims[0])
+
+    @property
+    def types(self) -> tuple[int, int]:
+        """The types of the tensors that it reads and writes."""
+        number = self.weights.data_type if self.weights.data_type in FLOATS else TensorProto.FLOAT
+        ends = [node for node in self.nodes if node.op_type == DQ and node.output[0] == self.layer.input[0]]
+        read, written = (
+            self.constants[node[0].input[2]].data_type if node else number
+            for node in (ends, [node for node in self.nodes if node.op_type == Q])
+        )
+        return read, written
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node of an optimized graph: its time in the whole file, and its layer or the layers whose outputs it reads."""
+    """What runs as one node: its time in the whole file, and its layer or the layers whose outputs it reads."""
 
     name: str
-    ms: float
+    ms: float  # nan for a layer that the provider compiled into something larger
     layer: int | None  # index in the list of layers; None if the node is no layer
     follows: tuple[int, ...]  # indices of the layers that it reads; empty if the node is a layer
-    proto: NodeProto
-    constants: dict[str, TensorProto]
+    piece: Piece | None = None  # None if the node is no layer, or cannot be cut out
 
 
 def read_nodes(path: Path, layers: Sequence[Layer], conditions: Conditions) -> list[Node]:
-    """Return the nodes of a file as ONNX Runtime runs them; BundleError if it cannot run."""
+    """Return the nodes of a file that take time, and its layers; BundleError if it cannot run."""
     model = onnx.load(path)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = conditions.batch
-    content = model.SerializeToString()
-    file, runs = wire(model), optimize(content, conditions.provider)
-    graph = onnx.load_model_from_string(runs.to_bytes()).graph
-    initializers = {tensor.name: tensor for tensor in graph.initializer}
-    times = node_times(content, provider=conditions.provider, threads=conditions.threads, runs=RUNS)
-    ms = {found.name: found.milliseconds for found in times}
+    file = _File(model)
     position = {layer.name: index for index, layer in enumerate(layers)}
     made_by: dict[str, tuple[int, ...]] = {}  # the layers whose outputs a tensor holds
-    nodes = []
-    for node in graph.node:
-        found = runs.nodes[node.name]
-        written = origin(found, file) if found.op_type in (*INTEGER, *FLOAT) else None
-        layer = None if written is None else position.get(module_of(str(written.name)))
+    found: dict[str, Node] = {}
+    for node in model.graph.node:
         data = [name for name in node.input if name in made_by]
-        sources = data if node.op_type in VARIED else data[:1]
+        sources = data if node.op_type == "Concat" else data[:1]  # its width is the sum over all inputs
         follows = tuple(dict.fromkeys(index for name in sources for index in made_by[name]))
+        layer = position.get(module_of(node.name)) if node.op_type in LAYERS else None
         made_by |= dict.fromkeys(node.output, follows if layer is None else (layer,))
-        constants = {name: initializers[name] for name in node.input if name in initializers}
-        took = ms.get(ADDED.sub("", node.name), 0.0)
-        nodes.append(Node(node.name, took, layer, () if layer is not None else follows, node, constants))
-    return nodes
+        piece = None if layer is None else file.piece(node)
+        found[node.name] = Node(node.name, nan, layer, follows if layer is None else (), piece)
+    profile = node_times(model.SerializeToString(), provider=conditions.provider, threads=conditions.threads, runs=RUNS)
+    ran = [(file.ran_as(one.name, one.operator), one.milliseconds) for one in profile]
+    compiled = any(node.layer is not None and node.name not in dict(ran) for node in found.values())
+    ms: dict[str, float] = {}
+    here = None
+    for name, took in ran:
+        here = name or (None if compiled else here)  # a node that the optimizer added counts to the one before it
+        if here is not None:
+            ms[here] = ms.get(here, 0.0) + took
+    timed = (replace(node, ms=ms.get(name, nan)) for name, node in found.items())
+    return [node for node in timed if node.layer is not None or node.name in ms]
 
 
-def signature(node: Node, layer: Layer, batch: int) -> str:
-    """Return a digest of all that decides a layer's time; equal for layers of the same shape, whatever their names."""
-    attributes = sorted(attribute.SerializeToString(deterministic=True).hex() for attribute in node.proto.attribute)
-    inputs = [
-        [node.constants[name].data_type, list(node.constants[name].dims)] if name in node.constants else bool(name)
-        for name in node.proto.input
-    ]
-    facts = [node.proto.domain, node.proto.op_type, attributes, inputs, layer.inputs, layer.outputs, layer.maps, batch]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+class _File:
+    """A model's nodes and constants by name."""
 
+    def __init__(self, model: ModelProto) -> None:
+        self.nodes = {node.name: node for node in model.graph.node}
+        self.makers = {name: node for node in model.graph.node for name in node.output}
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.readers: dict[str, list[NodeProto]] = {value.name: [NodeProto()] for value in model.graph.output}
+        for node in model.graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
 
-def alone(node: Node, layer: Layer, *, inputs: int, outputs: int, batch: int) -> bytes | None:
-    """Return a model with only a layer's node at other widths, or None if the node cannot be resized.
+    def ran_as(self, name: str, operator: str) -> str | None:
+        """Return the name of the file's node that ran under a name, or None for one that the optimizer added.
 
-    Weights are repeated or cut; time does not depend on their values.
-    """
-    proto = NodeProto.FromString(node.proto.SerializeToString())
-    place = WEIGHTS.get(proto.op_type, 1)
-    weights = node.constants.get(proto.input[place]) if len(proto.input) > place else None
-    if weights is None:
-        return None
-    blocked = proto.domain.endswith("nchwc")
-    padded_in, padded_out = (_up(inputs), _up(outputs)) if blocked else (inputs, outputs)
-    if blocked and layer.inputs % NCHWC:  # the first layer reads unpadded images
-        padded_in = inputs
-    full_out = weights.dims[0]
-    constants = []
-    for name, tensor in node.constants.items():
-        array = numpy_helper.to_array(tensor)
-        if tensor is weights:
-            shape = _weight_shape(node, layer, array.shape, padded_in, padded_out)
-            if shape is None:
-                return None
-            array = np.resize(array, shape)
-        elif array.ndim == 1 and array.size in (layer.outputs, full_out) and array.size > 1:
-            array = np.resize(array, padded_out if array.size == full_out else outputs)
-        constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
-    for attribute in proto.attribute:
-        if attribute.name == "group" and layer.depthwise:
-            attribute.i = padded_out
-    return _model(proto, constants, _element(node, place), layer, padded_in, padded_out, batch)
+        A fused float layer is named after its last output, so the search goes up from there to the layer.
+        """
+        node = self.nodes.get(name) or self.makers.get(name)
+        while node is not None and operator in (*INTEGER, *FLOAT) and node.op_type not in LAYERS:
+            node = self.makers.get(node.input[0]) if node.input else None
+        return None if node is None else str(node.name)
 
-
-def _weight_shape(node: Node, layer: Layer, full: tuple[int, ...], inputs: int, outputs: int) -> tuple[int, ...] | None:
-    if node.proto.op_type in MATRICES:
-        if len(full) != 2 or set(full) != {layer.inputs, layer.outputs}:
+    def piece(self, layer: NodeProto) -> Piece | None:
+        """Cut a layer out with what is fused into it; None if its weights are computed."""
+        above = {name: self.makers[name] for name in layer.input if name in self.makers}
+        weights = above[layer.input[1]].input[0] if layer.input[1] in above else layer.input[1]
+        computed = any(name in above and above[name].op_type != DQ for name in layer.input[1:])
+        if computed or weights not in self.constants:
             return None
-        transposed = any(attribute.name == "transB" and attribute.i for attribute in node.proto.attribute)
-        return (outputs, inputs) if transposed else (inputs, outputs)
-    if len(full) != 4:
-        return None
-    if layer.depthwise:
-        return (outputs, *full[1:])
-    groups = next((attribute.i for attribute in node.proto.attribute if attribute.name == "group"), 1)
-    return outputs, inputs // groups, *full[2:]
+        nodes = [node for node in above.values() if node.op_type == DQ]
+        nodes.append(layer)
+        while nodes[-1].op_type != Q and len(readers := self.readers.get(nodes[-1].output[0], [])) == 1:
+            dynamic = [name for name in readers[0].input if name in self.makers]
+            if readers[0].op_type not in (*FUSED, Q) or len(dynamic) > 1:
+                break
+            nodes.append(readers[0])
+        constants = {name: self.constants[name] for node in nodes for name in node.input if name in self.constants}
+        return Piece(tuple(nodes), constants, layer, self.constants[weights])
 
 
-def _element(node: Node, place: int) -> int:
-    """Return the type of a node's activations: the input zero-point's, else the weights'."""
-    zero_point = node.constants.get(node.proto.input[2]) if place == 3 else None
-    return int((zero_point or node.constants[node.proto.input[place]]).data_type)
+def signature(piece: Piece, layer: Layer, batch: int) -> str:
+    """Return a digest of all that decides a layer's time; equal for layers of the same shape, whatever their names."""
+    facts = [
+        [
+            node.domain,
+            node.op_type,
+            sorted(attribute.SerializeToString(deterministic=True).hex() for attribute in node.attribute),
+            [
+                [piece.constants[name].data_type, list(piece.constants[name].dims)]
+                if name in piece.constants
+                else bool(name)
+                for name in node.input
+            ],
+        ]
+        for node in piece.nodes
+        if node.op_type not in FREE
+    ]
+    return hashlib.sha256(json.dumps([facts, layer.maps, batch]).encode()).hexdigest()[:24]
 
 
-def _model(
-    node: NodeProto, constants: list[TensorProto], element: int, layer: Layer, inputs: int, outputs: int, batch: int
-) -> bytes:
-    channels_last = any(attribute.name == "channels_last" and attribute.i for attribute in node.attribute)
+def alone(piece: Piece, layer: Layer, *, inputs: int, outputs: int, batch: int) -> bytes:
+    """Return a model with only a piece, at other widths.
+
+    Weights are repeated or cut; time does not depend on their values. Integers come and go with their channels last, as all providers lay
+    them out, so that no time goes into turning them.
+    """
+    nodes = [NodeProto.FromString(node.SerializeToString()) for node in piece.nodes]
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        if attribute.name == "group" and layer.depthwise:
+            attribute.i = outputs
+    constants = [_resized(tensor, piece, layer, inputs, outputs) for tensor in piece.constants.values()]
     before, after = layer.maps
+    matrices = piece.layer.op_type in MATRICES
+    read, written = piece.types
+    turned = not {read, written} & {*FLOATS} and len(before) == len(after) == 2 and not matrices
 
     def shape(channels: int, sides: tuple[int, ...]) -> list[int]:
-        if node.op_type in MATRICES:
-            return [batch * int(np.prod(sides, dtype=int)), channels] if len(before) == 0 else [batch, *sides, channels]
-        return [batch, *sides, channels] if channels_last else [batch, channels, *sides]
+        if matrices:
+            return [batch * prod(sides), channels] if piece.layer.op_type == "Gemm" else [batch, *sides, channels]
+        return [batch, *sides, channels] if turned else [batch, channels, *sides]
 
-    given = {tensor.name for tensor in constants}
-    dynamic = [name for name in dict.fromkeys(node.input) if name and name not in given]
-    values = [helper.make_tensor_value_info(dynamic[0], element, shape(inputs, before))]
-    values += [helper.make_tensor_value_info(name, element, shape(outputs, after)) for name in dynamic[1:]]
-    out = element if node.op_type != "QGemm" or len(node.input) > 8 else TensorProto.FLOAT
-    result = helper.make_tensor_value_info(node.output[0], out, shape(outputs, after))
-    graph = helper.make_graph([node], "block", values, [result], constants)
+    made = {name for node in nodes for name in node.output}
+    first = next(
+        name for node in nodes for name in node.input if name and name not in made and name not in piece.constants
+    )
+    end = nodes[-1].output[0]
+    if turned:
+        nodes.insert(0, helper.make_node("Transpose", ["turned"], [first], perm=FROM_LAST))
+        nodes.append(helper.make_node("Transpose", [end], ["back"], perm=TO_LAST))
+        first, end = "turned", "back"
+    value = helper.make_tensor_value_info(first, read, shape(inputs, before))
+    result = helper.make_tensor_value_info(end, written, shape(outputs, after))
+    graph = helper.make_graph(nodes, "piece", [value], [result], constants)
     imports = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    imports += [helper.make_opsetid(node.domain, 1)] if node.domain.endswith("nchwc") else []
     model: ModelProto = helper.make_model(graph, opset_imports=imports, ir_version=9)
     return bytes(model.SerializeToString())
 
 
-def inputs_of(model: bytes) -> dict[str, NDArray[np.generic]]:
-    """Return random values of the declared types and shapes for a model's inputs."""
-    rng = np.random.default_rng(0)
-    values = {}
-    for value in onnx.load_model_from_string(model).graph.input:
-        kind = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        values[value.name] = rng.integers(0, 100, shape).astype(kind)
-    return values
+def _resized(tensor: TensorProto, piece: Piece, layer: Layer, inputs: int, outputs: int) -> TensorProto:
+    """Return a constant of a piece at other widths: the weights, or one with an entry for each output."""
+    shape, groups = list(tensor.dims), _attribute(piece.layer, "group", 1)
+    if tensor is not piece.weights:
+        shape = [outputs if size == piece.widths[1] and size > 1 else size for size in shape]
+    elif piece.layer.op_type in MATRICES:
+        shape = [outputs, inputs] if _attribute(piece.layer, "transB", 0) else [inputs, outputs]
+    elif layer.depthwise:
+        shape[0] = outputs
+    elif piece.layer.op_type == "ConvTranspose":
+        shape[:2] = inputs, outputs // groups
+    else:
+        shape[:2] = outputs, inputs // groups
+    return numpy_helper.from_array(np.resize(numpy_helper.to_array(tensor), shape), tensor.name)
 
 
-def _up(channels: int) -> int:
-    return -(-channels // NCHWC) * NCHWC
+def _attribute(node: NodeProto, name: str, default: int) -> int:
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == name), default)

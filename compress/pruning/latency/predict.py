@@ -12,7 +12,7 @@ import numpy as np
 from compress.pruning.costs import Floats, Layer, full_widths
 from compress.pruning.latency.knapsack import most_value
 from compress.pruning.latency.nodes import Node
-from compress.pruning.latency.timings import LEVELS, Table, Wanted, Widths, fill, widths_to_time
+from compress.pruning.latency.timings import BUILT_IN, Grid, Table, Wanted, Widths, fill, widths_to_time
 from compress.pruning.plan import Block, Cut, Options
 
 
@@ -25,6 +25,7 @@ class LatencyModel:
     fractions: Sequence[Mapping[Widths, float]]  # for each node; empty if the node is no layer
     scale: float = 1.0  # the whole file's time over the sum of its nodes' times
     timed: int = 0  # rows of the table that were measured for this model
+    grid: Grid = BUILT_IN
 
     def cost(self, outputs: Floats, inputs: Floats) -> float:
         """Return the milliseconds at the layers' widths (layers,)."""
@@ -67,10 +68,14 @@ def latency_model(
     outputs, inputs = (np.flatnonzero(side.sum(0)) for side in options.reach)
     wanted = {
         index: Wanted(
-            node,
+            node.piece,
             layer := options.layers[node.layer],
             widths_to_time(
-                layer, round_to=options.round_to, cut_inputs=node.layer in inputs, cut_outputs=node.layer in outputs
+                layer,
+                table.grid,
+                round_to=options.round_to,
+                cut_inputs=node.layer in inputs,
+                cut_outputs=node.layer in outputs,
             ),
         )
         for index, node in enumerate(nodes)
@@ -79,7 +84,8 @@ def latency_model(
     found, timed = fill(table, list(wanted.values()), tell=tell)
     fractions = dict(zip(wanted, found, strict=True))
     scale = whole_ms / sum(node.ms for node in nodes)
-    return LatencyModel(options.layers, nodes, [fractions.get(index, {}) for index in range(len(nodes))], scale, timed)
+    each = [fractions.get(index, {}) for index in range(len(nodes))]
+    return LatencyModel(options.layers, nodes, each, scale, timed, table.grid)
 
 
 @dataclass(frozen=True)
@@ -97,20 +103,20 @@ class Ladder:
     blocks: tuple[tuple[Block, ...], ...]
 
 
-def ladders(options: Options) -> list[Ladder]:
-    """Return each group's ladder, with at most about LEVELS widths: a wide group loses several blocks per level."""
+def ladders(options: Options, grid: Grid = BUILT_IN) -> list[Ladder]:
+    """Return each group's ladder, with about as many widths as the grid has: a wide group loses several blocks per level."""
     found = []
     inside = {index for branch in options.branches for index in branch.groups}
     for group in range(len(options.groups)):
         blocks = [block for block in options.blocks if block.group == group]
-        step = -(-len(blocks) // LEVELS) or 1
-        taken = [*range(0, len(blocks), step), len(blocks)] if blocks else [0]
-        taken = list(dict.fromkeys(taken))
         channels = options.groups[group].channels
+        gone = np.cumsum([0, *(len(block.channels) for block in blocks)])
+        whole_tiles = grid.tile if channels >= 2 * grid.tile else 1
+        taken = [n for n in range(len(blocks)) if n == 0 or (channels - gone[n]) % whole_tiles == 0]
+        taken = [*taken[:: -(-len(taken) // grid.outputs)], len(blocks)] if blocks else [0]
         lost = np.cumsum(
             [0.0, *(block.rank * len(block.channels) / channels / (1 - block.place) ** 2 for block in blocks)]
         )
-        gone = np.cumsum([0, *(len(block.channels) for block in blocks)])
         ladder = Ladder(
             tuple(int(gone[n]) for n in taken),
             tuple(float(lost[n]) for n in taken),
@@ -132,7 +138,7 @@ def choose_within(options: Options, model: LatencyModel, budget_ms: float) -> li
     A layer's time is as the model predicts where at most two groups decide its widths. Where more do (after a concatenation), it is taken
     as a sum of one term per group.
     """
-    steps = ladders(options)
+    steps = ladders(options, model.grid)
     own: list[Floats] = [np.zeros(len(ladder.removed)) for ladder in steps]
     pairs: dict[tuple[int, int], Floats] = {}
     outputs_reach, inputs_reach = options.reach

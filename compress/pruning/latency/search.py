@@ -14,9 +14,9 @@ from compress.errors import CompressError
 from compress.pruning.costs import Floats
 from compress.pruning.goals import Goal
 from compress.pruning.latency.clock import Clock
-from compress.pruning.latency.nodes import Node, read_nodes
+from compress.pruning.latency.nodes import Node
 from compress.pruning.latency.predict import LatencyModel, choose_within, latency_model
-from compress.pruning.latency.timings import Table
+from compress.pruning.latency.timings import Table, timed_nodes
 from compress.pruning.plan import Cut, Options, cut_
 from export.command.files import key_of
 from export.images.size import Shape, written
@@ -79,7 +79,7 @@ class Latency:
     def to_json(self, attempts: Sequence[Attempt]) -> dict[str, Any]:
         """Return the wanted, predicted and measured times, and the time of each layer before and after."""
         conditions = self.clock.conditions
-        after = read_nodes(self.file(attempts[-1].cuts), self.model.layers, conditions)
+        after = timed_nodes(self.file(attempts[-1].cuts), self.model.layers, conditions)
         return {
             "goal": asdict(self.goal),
             "conditions": asdict(conditions) | {"image_size": written(self.clock.shape[1:])},
@@ -114,7 +114,7 @@ def open_latency(
     clock = Clock(reference, table.conditions, shape)
     whole_ms = clock.require_quiet(tell)
     started = time.monotonic()
-    nodes = read_nodes(reference, options.layers, table.conditions)
+    nodes = timed_nodes(reference, options.layers, table.conditions)
     model = latency_model(nodes, options, table, whole_ms=whole_ms, tell=tell)
     return Latency(goal, clock, whole_ms, model, time.monotonic() - started, write, folder, tell)
 
