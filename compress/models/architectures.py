@@ -15,7 +15,7 @@ from torch import nn
 from compress.data.teachers import foreign
 from compress.errors import ModelError
 from compress.models.cifar import CIFAR_NETWORKS
-from compress.models.detectors import BUILDERS, KINDS, build_detector, torchvision_detector
+from compress.models.detectors import BUILDERS, KINDS, build_detector, build_yolox, torchvision_detector
 from compress.models.digest import existing_file, local_modules
 from compress.models.foreign import exported, hugging_face, rebuilt
 from compress.models.known import check_name, suggestion
@@ -174,6 +174,7 @@ LIBRARIES: dict[str, Callable[..., nn.Module]] = {
     "cifar": _cifar,
     "fpn": build_pyramid,
     "smp": build_smp,
+    "yolox": build_yolox,
     "onnx": rebuilt,
     "hf": hugging_face,
     "exported": exported,

@@ -24,6 +24,7 @@ from torchvision.models.detection.ssdlite import SSDLiteHead, _mobilenet_extract
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.ops.misc import Conv2dNormActivation
 
+from compress.errors import ModelError
 from compress.models.known import check_name
 from export.tasks.boxes import CENTRED, GIOU, PER_LEVEL, SIGMOID, SOFTMAX
 
@@ -126,6 +127,26 @@ def _fcos(backbone: str, classes: int) -> nn.Module:
     return Detector(FCOS(_pyramid(backbone), classes + 1), CENTRED)
 
 
+def build_yolox(name: str, classes: int) -> nn.Module:
+    """Return pixeltable-yolox's network with random weights; its rows are not decoded, which `decode: yolox` does.
+
+    Raises ModelError where the package is missing or has no such network.
+    """
+    try:
+        from yolox.config import YoloxConfig
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"yolox:{name}: cannot be built ({error}); pip install 'prune-distill-quantize[yolox]'"
+        ) from error
+    check_name("yolox", name, YOLOX)
+    config = YoloxConfig.get_named_config(f"yolox_{name}")
+    config.num_classes = classes
+    network: nn.Module = config.get_model()
+    vars(network.get_submodule("head"))["decode_in_inference"] = False
+    return network.eval()
+
+
+YOLOX = ("nano", "tiny", "s", "m", "l", "x")
 RESIDUAL, MOBILE = ("resnet18", "resnet34", "resnet50"), ("mobilenet_v3_small", "mobilenet_v3_large")
 # Kind of detector: its builder, and the backbones that it takes.
 BUILDERS: Mapping[str, tuple[Callable[[str, int], nn.Module], Sequence[str]]] = {

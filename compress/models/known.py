@@ -18,6 +18,7 @@ LACKS = {
     "torchvision": "torchvision has no network",
     "timm": "timm has no model",
     "cifar": "there is no network for CIFAR",
+    "yolox": "pixeltable-yolox has no network",
     "smp": "segmentation-models-pytorch has no decoder",
     **dict.fromkeys(("fpn", "ssd", "ssdlite", "retinanet", "fcos"), "there is no backbone"),
 }

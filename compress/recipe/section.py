@@ -15,7 +15,7 @@ PathText = Annotated[str, Field(min_length=1)]
 Arch = Annotated[
     str,
     Field(
-        pattern=r"^((torchvision|cifar|fpn|ssd|ssdlite|retinanet|fcos):[a-z0-9_]+|smp:[a-z0-9]+/[A-Za-z0-9_.\-]+|timm:[A-Za-z0-9_.\-]+|onnx:.+|hf:.+|exported:.+|.+\.py:[A-Za-z_]\w*)$"
+        pattern=r"^((torchvision|cifar|fpn|ssd|ssdlite|retinanet|fcos):[a-z0-9_]+|yolox:[a-z]+|smp:[a-z0-9]+/[A-Za-z0-9_.\-]+|timm:[A-Za-z0-9_.\-]+|onnx:.+|hf:.+|exported:.+|.+\.py:[A-Za-z_]\w*)$"
     ),
 ]
 

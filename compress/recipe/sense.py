@@ -105,6 +105,8 @@ def _outputs(recipe: "Recipe") -> Iterator[str]:
 
 def _decode(recipe: "Recipe") -> Iterator[str]:
     if recipe.decode is None:
+        if recipe.model is not None and recipe.model.arch.startswith("yolox:"):
+            yield "model.arch: yolox gives rows that are not decoded: also set `decode: yolox`"
         if recipe.task == "detection" and recipe.model is not None and recipe.model.outputs:
             yield "model.outputs: a detector of several outputs needs `decode`: name the function that makes boxes of them"
         return
