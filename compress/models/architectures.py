@@ -21,6 +21,7 @@ from compress.models.foreign import exported, hugging_face, rebuilt
 from compress.models.known import check_name, suggestion
 from compress.models.outputs import serve_
 from compress.models.segmenters import build_pyramid, build_smp
+from compress.quant.layers import is_expectation
 from export.errors import UserError
 from export.images.size import Shape, Size, said
 from export.runtime.own import import_file
@@ -57,9 +58,12 @@ def build(
 def thawed_(model: nn.Module) -> nn.Module:
     """Replace frozen batch-norms, which are four buffers and a product, by batch-norms that compute the same in eval mode.
 
-    They can be cut and folded. torchvision's and transformers' classes are meant, whose name ends in FrozenBatchNorm2d.
+    They can be cut and folded. torchvision's and transformers' classes are meant, whose name ends in FrozenBatchNorm2d. Fixed convolutions,
+    which are parameters in an ONNX file, do not learn.
     """
     for name, module in list(model.named_modules()):
+        if is_expectation(module):
+            module.requires_grad_(False)
         if type(module).__name__.endswith("FrozenBatchNorm2d"):
             norm = nn.BatchNorm2d(len(module.get_buffer("weight")), eps=getattr(module, "eps", 1e-5))
             norm.load_state_dict(module.state_dict(), strict=False)  # the counter of batches is not there

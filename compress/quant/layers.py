@@ -156,6 +156,19 @@ class QuantNorm2d(QuantNorm, nn.BatchNorm2d):
     """A batch-norm of (n, channels, h, w)."""
 
 
+def is_expectation(module: nn.Module) -> bool:
+    """Tell whether a convolution only takes the mean of 0, 1, 2 … under a distribution, as behind a detector's distances (Li 2020, DFL)."""
+    if (
+        not isinstance(module, nn.Conv2d)
+        or module.out_channels != 1
+        or module.in_channels < 2
+        or module.bias is not None
+    ):
+        return False
+    weights = module.weight.detach().flatten()
+    return bool(torch.equal(weights, torch.arange(len(weights), dtype=weights.dtype, device=weights.device)))
+
+
 def fold(layer: QuantConv2d | QuantLinear, norm: QuantNorm | None) -> Folded:
     """Return the trained levels, with the batch-norm after the layer folded into scale, sign and bias.
 

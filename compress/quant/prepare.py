@@ -1,6 +1,7 @@
 """Turn a float network into one that trains for INT8 (`prepare`), switch its phases, and convert it for export (`deploy`)."""
 
 import copy
+import operator
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
@@ -25,7 +26,16 @@ from compress.quant.graph.placement import (
 )
 from compress.quant.graph.rewrite import traced
 from compress.quant.graph.trace import called, is_end, name_of
-from compress.quant.layers import Kernel, QuantConv2d, QuantLayer, QuantLinear, QuantNorm, QuantNorm1d, QuantNorm2d
+from compress.quant.layers import (
+    Kernel,
+    QuantConv2d,
+    QuantLayer,
+    QuantLinear,
+    QuantNorm,
+    QuantNorm1d,
+    QuantNorm2d,
+    is_expectation,
+)
 from export.onnx_file.targets import Target
 
 PLAIN = (nn.Conv2d, nn.Linear)
@@ -33,6 +43,9 @@ QUANTIZED_NORMS: dict[type, type[QuantNorm]] = {nn.BatchNorm1d: QuantNorm1d, nn.
 # ONNX Runtime runs a softmax between Q/DQ pairs as QLinearSoftmax, which is four times slower (0.25 instead of 0.065 ms on 3 x 197 x 197
 # in 1.32, one thread), with up to 6 % of its levels off by one.
 RUNTIME_ROUNDS = (torch.ops.aten.softmax.int,)
+SQUASHES = (torch.sigmoid, torch.ops.aten.softmax.int, torch.ops.aten.exp.default)
+ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv, torch.ops.aten.sub.Tensor, torch.ops.aten.div.Tensor,
+              torch.ops.aten.unflatten.int, torch.ops.aten.unbind.int, torch.ops.aten.stack.default)  # fmt: skip
 # Markers and sizes, which compute nothing.
 SILENT = (SameRange, JoinRange, "size", "pack")
 
@@ -75,23 +88,36 @@ def groups(graph: fx.GraphModule) -> tuple[str, ...]:
 def heads(graph: fx.GraphModule) -> tuple[str, ...]:
     """Return the paths of convolutions at the network's output, and of layers that are only moved, clipped and joined on the way there.
 
-    Such are the last convolutions of a U-Net or a detector. No integer kernel reads them, and quantizing them would round the predictions. A
-    linear layer that is the output itself is none of them: its integer kernel can write floats.
+    Such are the last convolutions of a U-Net or a detector, also where a sigmoid or softmax, arithmetic and fixed convolutions follow. No
+    integer kernel reads them, and quantizing them would round the predictions. A linear layer that is the output itself is none of them: its
+    integer kernel can write floats.
     """
-    # ends: only moves, clips and joins lie between the node and the output. joined: at least one of them is a join.
+    # ends: only these lie between the node and the output. joined: at least one of them is a join, or squashes a convolution's values.
     ends = {node: node.op == "output" for node in graph.graph.nodes}
     joined = dict.fromkeys(ends, False)
     for node in reversed(graph.graph.nodes):
         if node.op == "output":
             continue
         moves = [
-            is_end(graph, user) or called(graph, user) in (*JOINS, *CLIPS) or keeps_range(graph, user)
+            is_end(graph, user)
+            or called(graph, user) in (*JOINS, *CLIPS)
+            or keeps_range(graph, user)
+            or _scales(graph, user)
             for user in node.users
         ]
         ends[node] = bool(moves) and all(moves) and all(ends[user] for user in node.users)
-        joined[node] = any(joined[user] or called(graph, user) in JOINS for user in node.users)
+        joined[node] = any(joined[user] or called(graph, user) in (*JOINS, *SQUASHES) for user in node.users)
         joined[node] |= called(graph, node) is nn.Conv2d and all(is_end(graph, user) for user in node.users)
     return tuple(str(node.target) for node in ends if called(graph, node) in PLAIN and ends[node] and joined[node])
+
+
+def _scales(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Tell whether a node is arithmetic or squashes values, or a fixed convolution; a gate such as SiLU, which is an activation, is none."""
+    what, before = called(graph, node), node.all_input_nodes
+    if what is nn.Conv2d:
+        return is_expectation(graph.get_submodule(str(node.target)))
+    gates = what is operator.mul and any(set(one.all_input_nodes) & set(before) for one in before)
+    return what in (*SQUASHES, *ARITHMETIC) and not gates
 
 
 def quantizers(model: nn.Module) -> Iterator[ActivationQuantizer]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from compress.commands.init.detector import is_detector, write_detector
 from compress.commands.init.draft import Draft, recipe
 from compress.commands.init.estimate import LONGER, StepTime, Training, planned, timed
 from compress.commands.init.images import Folder, as_taken, look_at, task_of_images
@@ -51,6 +52,9 @@ def write_draft(
             raise CompressError(f"{file}: exists already: give another file with -o, or remove it")
     tell("reads the weights")
     whole = brought_by(weights)
+    if (detector := whole or arch) is not None and is_detector(detector, data):
+        yield from write_detector(detector, weights, data, out, tell=tell)
+        return
     state = read_state(weights) if whole is None else {}
     fitting = matches(weights, state, arch, trust_code=trust_code)
     first = next(fitting)
