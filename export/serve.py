@@ -42,14 +42,15 @@ def serve(arguments: argparse.Namespace) -> int:
     if not NAME.fullmatch(bundle.name):
         raise BundleError(f"bundle.json: name: must be lower-case letters, digits, - and _, got {bundle.name!r}")
     path = bundle.file(arguments.file)
-    session = open_session(path, runs_in=asked(arguments), threads=arguments.threads)
+    runs_in = asked(arguments)
+    sessions = [open_session(path, runs_in=runs_in, threads=arguments.threads) for _ in range(arguments.instances)]
     listener = listen(arguments.host, arguments.port)
     # Imported here, because KServe takes seconds to import and may not be installed.
     import uvicorn
 
     from export.serving.open_inference import SessionModel, application
 
-    app = application(SessionModel(bundle.name, session, inspect(path), max_batch=arguments.max_batch))
+    app = application(SessionModel(bundle.name, sessions, inspect(path), max_batch=arguments.max_batch))
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE)
     host, port = listener.getsockname()[:2]
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -87,6 +88,12 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 accepts the network")
     parser.add_argument("--port", type=at_least(0), default=8080, help="0 chooses a free one")
     parser.add_argument("--threads", type=at_least(0), default=1, help="CPU threads per run; 0 is all cores")
+    parser.add_argument(
+        "--instances",
+        type=at_least(1),
+        default=1,
+        help="sessions; requests that meet in one share it, and a plugin's with one thread runs them one after the other",
+    )
     add_arguments(parser)
     parser.add_argument("--max-batch", type=at_least(1), default=8, help="most images per request")
     return run(parser, serve)

@@ -16,6 +16,8 @@ from elsewhere.serving import (
     JSON,
     JSON_LENGTH,
     OCTETS,
+    PYTHON,
+    ROOT,
     Body,
     Server,
     as_binary,
@@ -113,6 +115,44 @@ def test_requests_at_once_get_their_own_answers(server: Server, bundle: Path) ->
         answers = list(pool.map(ask, range(12)))
     for seed, answer in enumerate(answers):
         assert np.array_equal(answer, bare(bundle / "student_fp32.onnx", noise(2, seed=seed)))
+
+
+def test_requests_at_once_run_in_sessions_of_their_own(bundle: Path) -> None:
+    """While one request runs, the next takes another session: a slow one does not hold it up."""
+    script = """
+import asyncio, threading, time
+from types import SimpleNamespace
+import numpy as np
+from export.serving.open_inference import SessionModel
+
+met, used = threading.Barrier(2), []
+
+class Session:
+    def run(self, wanted, images):
+        used.append(self)
+        met.wait(30)  # two sessions at once, or it breaks
+        return [images["input"]]
+
+value = SimpleNamespace(name="input", dtype="float32", shape=(None, 1))
+facts = SimpleNamespace(input=value, outputs=[SimpleNamespace(name="logits", dtype="float32", shape=(None, 1))])
+given = SimpleNamespace(name="input", datatype="FP32", shape=[1, 1], as_numpy=lambda: np.ones((1, 1), np.float32))
+payload = SimpleNamespace(inputs=[given], id="x", use_binary_outputs=False, request_outputs=None)
+
+async def ask():
+    model = SessionModel("small", [Session(), Session()], facts, max_batch=1)
+    await asyncio.gather(*(model.predict(payload) for _ in range(4)))
+    assert len(set(map(id, used[:2]))) == 2, used
+    assert model.running == [0, 0]
+
+asyncio.run(ask())
+"""
+    subprocess.run([PYTHON, "-c", script], cwd=ROOT, check=True)
+    with served(bundle, "--instances", "2") as running, ThreadPoolExecutor(4) as pool:
+        bodies = [as_json("input", noise(2, seed=seed)) for seed in range(8)]
+        answers = list(pool.map(lambda body: running.ask("POST", INFER, body), bodies))
+    for seed, (status, answer, _) in enumerate(answers):
+        expected = bare(bundle / "student_fp32.onnx", noise(2, seed=seed))
+        assert (status, from_json(answer).tobytes()) == (200, expected.tobytes())
 
 
 def tensor(**changes: object) -> dict[str, object]:

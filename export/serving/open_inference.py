@@ -1,4 +1,4 @@
-"""Serve one ONNX session by the Open Inference Protocol (v2), with KServe's endpoints and codecs and strict checks.
+"""Serve an ONNX file by the Open Inference Protocol (v2), with KServe's endpoints and codecs and strict checks.
 
 KServe's Python SDK implements the protocol, in JSON and with binary tensor data. Added here: a request that does not fit the
 network gets a 4xx with one sentence, the body's size is limited, and clients cannot load or unload models.
@@ -7,7 +7,7 @@ network gets a 4xx with one sentence, the body's size is limited, and clients ca
 import asyncio
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import NoReturn
 from uuid import uuid4
@@ -45,11 +45,14 @@ STATUS = {
 
 
 class SessionModel(Model):  # type: ignore[misc] # KServe is not typed
-    """The network as a KServe model."""
+    """The network as a KServe model; a request runs in the session with the fewest running ones."""
 
-    def __init__(self, name: str, session: onnxruntime.InferenceSession, facts: ModelFile, *, max_batch: int) -> None:
+    def __init__(
+        self, name: str, sessions: Sequence[onnxruntime.InferenceSession], facts: ModelFile, *, max_batch: int
+    ) -> None:
         super().__init__(name)
-        self.session, self.facts, self.max_batch = session, facts, max_batch
+        self.sessions, self.facts, self.max_batch = sessions, facts, max_batch
+        self.running = [0] * len(sessions)
         self.ready = True
 
     def get_input_types(self) -> list[dict[str, object]]:
@@ -63,7 +66,12 @@ class SessionModel(Model):  # type: ignore[misc] # KServe is not typed
     async def predict(self, payload: InferRequest, _: Mapping[str, str] | None = None) -> InferResponse:
         """Run the network in a thread, so that health checks get responses meanwhile."""
         images = self.images(payload)
-        found = await asyncio.to_thread(self.session.run, None, {self.facts.input.name: images})
+        least = min(range(len(self.running)), key=self.running.__getitem__)
+        self.running[least] += 1
+        try:
+            found = await asyncio.to_thread(self.sessions[least].run, None, {self.facts.input.name: images})
+        finally:
+            self.running[least] -= 1
         outputs = []
         for wanted, values in zip(self.get_output_types(), found, strict=True):
             if not np.isfinite(values).all():
