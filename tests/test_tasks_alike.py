@@ -20,7 +20,7 @@ from compress.run import open_run
 from compress.stages import prune
 from export.bundle.read import read_bundle
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.acceptance  # the chains of each task hold the rest
 HEAD = """
 name: {name}
 task: {task}
@@ -55,7 +55,7 @@ def head(task: str) -> str:
     return HEAD.format(name=task, task=task, networks=file, network=NETWORKS[task])
 
 
-@pytest.fixture(scope="module", params=[pytest.param("segmentation", marks=pytest.mark.acceptance), "detection"])
+@pytest.fixture(scope="module", params=["segmentation", "detection"])
 def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two students."""
     folder = tmp_path_factory.mktemp("alike")
@@ -90,7 +90,6 @@ def test_students_are_compared_in_the_words_of_their_metric(root: Path) -> None:
     assert "top-1" not in page.lower()
 
 
-@pytest.mark.acceptance  # times real files, for which a machine must be quiet
 @pytest.mark.parametrize(("task", "arch"), [("segmentation", "fpn:resnet18"), ("detection", "ssd:resnet18")])
 def test_a_cut_keeps_its_fraction_of_the_latency(
     task: str, arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -113,7 +112,6 @@ def test_a_cut_keeps_its_fraction_of_the_latency(
     assert after <= 0.6 * before
 
 
-@pytest.mark.acceptance
 def test_a_search_tries_either_task(tmp_path: Path) -> None:
     for task in NETWORKS:
         (tmp_path / f"{task}.yaml").write_text(f"{head(task)}  - {{stage: prune, keep_macs: 0.6, round_to: 4}}\n")

@@ -41,7 +41,7 @@ def test_the_list_of_networks_is_that_of_the_installed_libraries() -> None:
         "renew it: make names"
     )
     for library, _, entries in listed:
-        for known_entry in entries[:: max(len(entries) // 8, 1)]:
+        for known_entry in entries[:: max(len(entries) // 4, 1)]:
             assert entry(library, known_entry.partition("=")[0]) == known_entry, "renew it: make names"
 
 
