@@ -55,7 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data: {{dataset: imagefolder, path: {folder / "data"}, image_size: {SIZE}, pixels: unit}}}}"""
     (folder / "seen.yaml").write_text(seen)
     batches = [*open_run(read_recipe(folder / "seen.yaml"), trust_code=False, verbose=False).feed.calibration(64)]
-    trained_(network, torch.cat([one.images for one in batches]), torch.cat([one.targets for one in batches]), 150)
+    trained_(network, torch.cat([one.images for one in batches]), torch.cat([one.targets for one in batches]), 80)
     to_onnx(network, folder / "my_yolo.onnx", shape=(3, SIZE, SIZE), metadata={})
     recipe = read_recipe(folder / "recipe.yaml", [f"out={folder}"])
     assert run_recipe(recipe, trust_code=False, until=None, verbose=False, command="compress run recipe.yaml") == 0

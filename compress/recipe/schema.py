@@ -4,6 +4,7 @@
 Imports no torch, so `compress check` takes less than a second.
 """
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -223,10 +224,17 @@ class Targets(Section):
     """Largest loss from the teacher to the deployed file of metrics beside the score, by their name in the report and in their own unit, as `{PSNR dB: 0.2}`."""
 
 
+def known_decode(name: str) -> str:
+    """Return the name of a decode; raise PydanticCustomError for another."""
+    if not re.fullmatch(r"dense|yolox|queries|.+\.py:[A-Za-z_]\w*", name):
+        raise PydanticCustomError("decode", "must be dense, yolox, queries or FILE.py:function")
+    return name
+
+
 class Decode(Section):
     """How a detector's outputs become boxes."""
 
-    function: Annotated[str, Field(pattern=r"^(dense|yolox|queries|.+\.py:[A-Za-z_]\w*)$")]
+    function: Annotated[str, AfterValidator(known_decode)]
     """`dense` rows of boxes and scores (YOLO), `yolox` undecoded, `queries` (DETR), or your own `file.py:function` of torch's operations (needs --trust-code; docs/detectors.md)."""
     detections: PositiveInt = 100
     """Most detections of an image."""

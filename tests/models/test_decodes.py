@@ -9,10 +9,11 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from yolo import Yolo
 
-from compress.errors import ModelError
+from compress.errors import ModelError, RecipeError
 from compress.models.decodes import DECODES, Decode, Function, decoder_of, function_of
 from compress.quant.graph.rewrite import traced
 from compress.quant.prepare import heads
+from compress.recipe.read import read_recipe
 from export.images.size import Size
 from export.onnx_file.outputs import Output
 from export.tasks.boxes import NONE, Limits
@@ -95,3 +96,41 @@ def test_convolutions_before_sigmoids_and_distributions_are_heads() -> None:
     found = heads(traced(Yolo(2).eval(), torch.zeros(1, 3, 32, 32)))
     last = {f"{kind}.{level}.1" for kind in ("boxes", "scores") for level in (0, 1)}
     assert {name.removesuffix("_run2") for name in found} == {*last, "expectation"}
+
+
+RECIPE = """
+name: mine
+task: detection
+data: {dataset: imagefolder, path: parts}
+model: {arch: "onnx:mine.onnx"}
+decode: dense
+stages:
+  - {stage: source}
+  - {stage: distill, fit: {epochs: 1}, loss: [{name: kd}]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "complaint"),
+    [
+        ("task: detection", "task: segmentation", "decode: makes boxes, and segmentation has none"),
+        ("{stage: source}", "{stage: source, fit: {epochs: 1}}", r"stages.0.fit: .* no loss from labels here"),
+        (
+            "name: kd",
+            "name: cross_entropy",
+            "decode: cross_entropy in distill needs a loss from labels: use kd and boxes",
+        ),
+        ("decode: dense", "decode: other", "must be dense, yolox, queries or FILE.py:function"),
+        ("decode: dense", "", None),
+        ('"onnx:mine.onnx"}\ndecode: dense', "yolox:nano, weights: a.pth}", "also set `decode: yolox`"),
+        ('"}\ndecode: dense', '", outputs: [a, b]}', "a detector of several outputs needs `decode`"),
+    ],
+)
+def test_what_decode_cannot_mean_is_refused(tmp_path: Path, before: str, after: str, complaint: str | None) -> None:
+    assert before in RECIPE
+    (tmp_path / "a.yaml").write_text(RECIPE.replace(before, after))
+    if complaint is None:
+        read_recipe(tmp_path / "a.yaml")
+        return
+    with pytest.raises(RecipeError, match=complaint):
+        read_recipe(tmp_path / "a.yaml")
