@@ -103,6 +103,7 @@ class _Qat:
         # bf16 has 8 bits of precision, as many as the grid: levels rounded once more would train the wrong numbers.
         settings = qat_fit(cfg, run.recipe)
         settings = settings.model_copy(update={"precision": "fp32"}) if settings.precision == "auto" else settings
+        start = _with_tensors(model, calibrated)
         phase = "qat" if target == run.target else f"qat-{target.name}"
         model = distil(
             run,
@@ -113,10 +114,10 @@ class _Qat:
             log=self.log,
             phase=phase,
             before_step=before_step,
-            start=_with_tensors(model, calibrated),
+            start=start,
         )
         set_phase_(model, "round")
-        if cfg.reestimate_batchnorm_images:
+        if cfg.reestimate_batchnorm_images and model is not start:
             reestimate_batchnorm_(
                 model, (batch.images for batch in run.feed.calibration(cfg.reestimate_batchnorm_images))
             )

@@ -12,7 +12,12 @@ from compress.errors import CompressError
 from compress.recipe.stages import Stop
 from compress.training.checkpoint import Progress, State
 
+FEWEST_IDLE = 3  # epochs without a gain before a training that is judged ends
 CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory")  # a plain RuntimeError says one of these
+
+
+class NotFiniteError(CompressError):
+    """A training whose numbers are not finite at any rate that was tried."""
 
 
 @contextmanager
@@ -56,8 +61,15 @@ def judge_(state: State, loss: float) -> None:
     held_out.append(loss)
 
 
-def stop_reason(stop: Stop | None, progress: Progress, score: float, *, metric: str) -> str | None:
-    """Return why the training stops after this epoch, None where it continues."""
+def stop_reason(stop: Stop | None, progress: Progress, score: float, *, metric: str, epochs: int) -> str | None:
+    """Return why the training stops after this epoch of `epochs`, None where it continues.
+
+    Where held-out images judge, it stops once no epoch was better than one before it for half of the epochs. The start does
+    not count: a high rate first loses it, and passes it when the rate falls.
+    """
+    judged, idle = progress.held_out[1:], max(FEWEST_IDLE, -(-epochs // 2))
+    if judged and len(judged) - 1 - judged.index(min(judged)) >= idle:
+        return f"the loss on held-out images has not fallen below {min(judged):.4g} for {idle} epochs"
     if stop is None:
         return None
     if stop.score is not None and score >= stop.score:

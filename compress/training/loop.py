@@ -24,7 +24,15 @@ from compress.ranks import first_decides, gather, rank
 from compress.recipe.stages import Fit
 from compress.training import compilation
 from compress.training.checkpoint import Progress, Snapshot, State
-from compress.training.guards import batch_norm_named, is_out_of_memory, judge_, not_finite, record_, stop_reason
+from compress.training.guards import (
+    NotFiniteError,
+    batch_norm_named,
+    is_out_of_memory,
+    judge_,
+    not_finite,
+    record_,
+    stop_reason,
+)
 from compress.training.shares import shared
 from compress.training.speed import AUTOCAST, Pace, thread_limit
 from compress.training.sync_batchnorm import synchronized
@@ -122,8 +130,8 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     With `loop.held`, return the network of the least held-out loss instead: of an epoch, or the one that it started from.
     `step` returns a dictionary of measurements whose "loss" is minimized; they add up over the parts of a batch that is
     split (`Batch.share`). Every view, dropout and shuffle is a function of (seed, epoch), so a run that was killed continues
-    from its checkpoint to the same bits. Raises CompressError where the loss stays not finite after MAX_ROLLBACKS rollbacks,
-    and where memory does not suffice for one image.
+    from its checkpoint to the same bits. Where the loss stays not finite after MAX_ROLLBACKS rollbacks, a training with
+    `loop.held` ends; raises CompressError without it, and where memory does not suffice for one image.
     """
     model = place_(model, loop.device)
     progress = Progress(micro_batches=settings.micro_batches)
@@ -143,22 +151,31 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
             state.save(loop.checkpoint)
         wrapped = training.wrap()
         while progress.epoch < settings.epochs and stopped is None:
-            measurements = training.good_epoch(wrapped)
+            try:
+                measurements = training.good_epoch(wrapped)
+            except NotFiniteError as error:
+                if loop.held is None:
+                    raise
+                stopped = str(error).removeprefix(f"{loop.phase}: ")
+                break
             loop.log.epoch(measurements)
             progress.seconds = time.monotonic() - started
             score = measurements["score"]
             record_(progress, score, settings.stop)
             if loop.held:
                 judge_(state, measurements["held_out_loss"])
-            stopped = first_decides(partial(stop_reason, settings.stop, progress, score, metric=loop.metric))
+            stopped = first_decides(
+                partial(stop_reason, settings.stop, progress, score, metric=loop.metric, epochs=settings.epochs)
+            )
             if stopped is None:
                 pace.after_epoch_(measurements["images_per_s"])
-            due = progress.epoch < settings.epochs and time.monotonic() - saved_at > CHECKPOINT_EVERY_S
-            if loop.log.enabled and due:
+            goes_on = stopped is None and progress.epoch < settings.epochs
+            if loop.log.enabled and goes_on and time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
                 state.save(loop.checkpoint)
                 saved_at = time.monotonic()
     if stopped is not None:
-        training.tell(f"stopped after epoch {progress.epoch} of {settings.epochs}, whose network is kept: {stopped}")
+        which = "" if loop.held else ", whose network is kept"
+        training.tell(f"stopped after epoch {progress.epoch} of {settings.epochs}{which}: {stopped}")
     chosen = training.chosen_()
     if left_out := loop.left_out():
         training.tell(f"training images that cannot be read were left out: {left_out:,}")
@@ -190,7 +207,8 @@ class _Training:
                 return measurements
             place = f"{broken or 'a loss is not finite'} in epoch {progress.epoch + 1}"
             if progress.rollbacks == MAX_ROLLBACKS:
-                raise CompressError(
+                self.state.restore_(good)
+                raise NotFiniteError(
                     f"{loop.phase}: {place}, also at 1/{2**MAX_ROLLBACKS} of the rate; lower fit.lr or set fit.clip_norm"
                 )
             progress.rollbacks += 1
@@ -214,14 +232,17 @@ class _Training:
         """Return the network of the least held-out loss, in eval mode; the last one where nothing is held out."""
         result, losses, held = self.state.result, self.state.progress.held_out, self.loop.held
         best = min(range(len(losses)), key=losses.__getitem__, default=0)
-        if held is None or best == len(losses) - 1:
+        if held is None:
             return result
         if best == 0:
+            epochs = ", ".join(format(loss, ".4g") for loss in losses[1:]) or "none ended"
             self.tell(
                 "training did not help: kept the network that it started from, whose loss on held-out images is "
-                f"{losses[0]:.4g} (the epochs': {', '.join(format(loss, '.4g') for loss in losses[1:])})"
+                f"{losses[0]:.4g} (the epochs': {epochs})"
             )
             return held.start
+        if best == len(losses) - 1:
+            return result
         assert self.state.kept is not None
         result.load_state_dict(self.state.kept)
         self.note(f"kept the network of epoch {best}, whose loss on held-out images is {losses[best]:.4g}, the least")

@@ -26,7 +26,7 @@ stages:
   - {stage: prune, keep_macs: 0.4}
   - {stage: distill, fit: {epochs: 2, batch_size: 64, lr: 0.02}}
   - {stage: ptq, calibration_images: 64, methods: [minmax]}
-  - {stage: qat, fit: {epochs: 1, batch_size: 64, lr: 3.0}, calibration_images: 64}
+  - {stage: qat, fit: {epochs: 1, batch_size: 64, lr: 3.0}, calibration_images: 64, reestimate_batchnorm_images: 64}
   - {stage: export, verify_images: 64}
 """
 
@@ -68,6 +68,15 @@ def test_a_rate_that_wrecks_the_network_leaves_the_solve(pruned: Path, ema: floa
     (event,) = training(stages["distill"])["events"]
     assert event.startswith("training did not help: kept the network that it started from")
     assert event in " ".join(json.loads((pruned / "judged" / "report.json").read_text())["warnings"])
+
+
+def test_a_loss_that_is_never_finite_leaves_the_solve(pruned: Path) -> None:
+    stages = run(pruned, "distill.fit.lr=1e30", until="distill")
+    assert score(stages["distill"]) == score(stages["prune"])
+    *_, stopped, kept = training(stages["distill"])["events"]
+    assert stopped.startswith("stopped after epoch 0 of 2: the ")
+    assert "at 1/8 of the rate" in stopped
+    assert kept.startswith("training did not help: kept the network that it started from")
 
 
 def test_a_rate_that_helps_is_kept(pruned: Path) -> None:

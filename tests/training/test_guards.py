@@ -22,7 +22,7 @@ from compress.recipe.stages import Fit, QatStage, Stop
 from compress.training import compilation
 from compress.training import loop as train
 from compress.training.checkpoint import Progress, State
-from compress.training.guards import is_out_of_memory
+from compress.training.guards import is_out_of_memory, stop_reason
 from compress.training.loop import Loop, Step, fit
 
 QUIET = {"momentum": 0.0, "weight_decay": 0.0, "lr": 0.1}
@@ -141,6 +141,21 @@ def test_a_killed_run_remembers_its_returns(tmp_path: Path, monkeypatch: pytest.
         fit(network(), killed, settings, loop(tmp_path / "killed"))
     assert equal(whole, fit(network(), STEP, settings, loop(tmp_path / "killed")))
     assert summary(tmp_path / "killed")["rollbacks"] == 1
+
+
+@pytest.mark.parametrize(
+    ("losses", "stops"),
+    [
+        ([1.0, 9.0, 8.0, 7.0, 6.0], False),  # still worse than the start, but falling
+        ([1.0, 5.0, 8.0, 7.0, 6.0], True),
+        ([1.0, 5.0, 8.0, 7.0], False),
+        ([1.0, 5.0, 8.0, 7.0, 4.0], False),
+        ([], False),
+    ],
+)
+def test_a_judged_training_ends_after_half_of_its_epochs_without_a_gain(losses: list[float], stops: bool) -> None:
+    progress = Progress(epoch=max(len(losses) - 1, 0), held_out=losses)
+    assert bool(stop_reason(None, progress, 0.5, metric="top-1", epochs=6)) == stops
 
 
 # --- memory ---
