@@ -68,13 +68,13 @@ class Feed:
         shown = self.dataset.train if labelled else self.dataset.with_unlabelled.train
         return self._unchanged(shown, in_order(len(shown), images).split(min(self.batch_size, CALIBRATION_BATCH)))
 
-    def tuning(self) -> Iterator[Batch]:
-        """Return the tuning split: unaugmented training images, drawn by seed, on which stages choose."""
+    def tuning(self, *, limit: int | None = None) -> Iterator[Batch]:
+        """Return the tuning split: unaugmented training images, drawn by seed, on which stages choose; `limit` as in validation."""
         images = self.dataset.train
         # Without classes all images are one stratum.
         strata = torch.zeros(len(images), dtype=torch.int64) if images.labels.is_floating_point() else images.labels
         chosen = sampled(strata.numpy(), len(self.dataset.classes), images=TUNING_IMAGES, seed=self.seed)
-        return self._unchanged(images, torch.from_numpy(chosen).split(self.batch_size))
+        return self._unchanged(images, torch.from_numpy(chosen)[in_order(len(chosen), limit)].split(self.batch_size))
 
     def views(self, images: int) -> Iterator[Batch]:
         """Return n augmented training images in batches, spread over the set, the same on every rank."""

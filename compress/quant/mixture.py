@@ -33,6 +33,7 @@ INPUT = ""  # the segment of what comes before every layer; it is float, as the 
 TO_INTEGERS, TO_FLOAT = 2, 3
 WORTH = 0.95  # of the time all in integers: a file is built if the cut promises less
 LEAST_MS = 0.5  # a profile counts whole microseconds, too coarse for the nodes of faster files
+FAST = 2.0  # times as fast as FP32: no network that was measured gained from layers in float above 1.4
 LEAST_INTEGER = 0.25  # of the layers; with fewer in integers, the float file itself is the better one
 
 
@@ -43,6 +44,12 @@ class Border:
     source: str
     reader: str
     elements: int
+
+
+def may_gain(row: TrialRow) -> bool:
+    """Tell whether a trial's INT8 file is slow enough for layers in float to make it faster."""
+    interval = row.get("latency_ci95")
+    return interval is None or interval[0] < FAST
 
 
 def repaired(

@@ -74,8 +74,8 @@ def judge_of(
         if result is None:
             build(trial, path)
             found = score(path)
-            drop, speed = baseline.score - found.score, faster(path)
-            result = TrialRow(
+            drop = baseline.score - found.score
+            row = TrialRow(
                 number_format=trial.number_format,
                 calibration=trial.calibration,
                 keep_float=list(trial.keep_float),
@@ -84,10 +84,11 @@ def judge_of(
                 drop=drop,
                 agreement=found.agreement(baseline),
                 kl=found.divergence(baseline),
-                latency_ratio=speed.ratio if speed else None,
-                latency_ci95=[speed.low, speed.high] if speed else None,
+                latency_ratio=None,
+                latency_ci95=None,
                 met=drop <= max_drop + 1e-9,  # differences of floats are not exact
             )
+            result = with_time(row, faster(path))
             write_json(known, result)
         tell(result)
         return result
@@ -105,6 +106,31 @@ def until_one_holds(trials: Sequence[Trial], judge: Callable[[Trial], TrialRow])
     return tuple(results)
 
 
+def rivals(results: Sequence[TrialRow]) -> list[int]:
+    """Return the index of each engine's file with the lowest KL, of those that meet `max_drop`, or of all if none does."""
+    held = [index for index, result in enumerate(results) if result["met"]] or list(range(len(results)))
+    by_engine: dict[Engine, int] = {}
+    for index in sorted(held, key=lambda index: results[index]["kl"]):
+        by_engine.setdefault(results[index]["engine"], index)
+    return list(by_engine.values())
+
+
+def timed(results: Sequence[TrialRow], faster: Callable[[Trial], Ratio | None]) -> tuple[TrialRow, ...]:
+    """Return the results with the times of those that `choose` compares, among all and among the INT8 files alone."""
+    int8 = [index for index, result in enumerate(results) if result["number_format"] == "int8"]
+    compared = {*rivals(results), *(int8[index] for index in rivals([results[index] for index in int8]))}
+    return tuple(
+        with_time(result, faster(trial_of(result))) if index in compared and result["latency_ratio"] is None else result
+        for index, result in enumerate(results)
+    )
+
+
+def with_time(row: TrialRow, speed: Ratio | None) -> TrialRow:
+    """Return a trial's row with its speed-up over the float file."""
+    ends = [speed.low, speed.high] if speed else None
+    return {**row, "latency_ratio": speed.ratio if speed else None, "latency_ci95": ends}
+
+
 def choose(results: Sequence[TrialRow]) -> int:
     """Return the index of the best file among those that meet `max_drop`, or among all if none does.
 
@@ -112,16 +138,12 @@ def choose(results: Sequence[TrialRow]) -> int:
     on other images better than score or agreement do (docs/decisions.md). Between engines the fastest wins; if intervals overlap, the
     lowest KL among the fastest. Without times this project's own file wins: a file with more float layers has a lower KL, but is slower.
     """
-    held = [index for index, result in enumerate(results) if result["met"]] or list(range(len(results)))
-    by_engine: dict[Engine, int] = {}
-    for index in sorted(held, key=lambda index: results[index]["kl"]):
-        by_engine.setdefault(results[index]["engine"], index)
-    ends = {index: results[index]["latency_ci95"] for index in by_engine.values()}
-    timed = {index: interval for index, interval in ends.items() if interval is not None}
-    if len(timed) < len(ends):
-        return by_engine.get("compress", next(iter(ends)))
-    fastest = max(low for low, _ in timed.values())
-    return next(index for index, (_, high) in timed.items() if high >= fastest)
+    best = rivals(results)
+    ends = {index: interval for index in best if (interval := results[index]["latency_ci95"]) is not None}
+    if len(ends) < len(best):
+        return next((index for index in best if results[index]["engine"] == "compress"), best[0])
+    fastest = max(low for low, _ in ends.values())
+    return next(index for index, (_, high) in ends.items() if high >= fastest)
 
 
 def file_of(trial: Trial, folder: Path) -> Path:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.artifact import Metrics, read_meta
+from compress.data.batches import in_order
 from compress.data.feed import as_numpy
 from compress.errors import ModelError
 from compress.logs.stage_log import StageLog
@@ -20,9 +21,9 @@ from compress.models.saved import ARCHITECTURE, WEIGHTS, example_images, load_fl
 from compress.quant import neural_compressor_ptq
 from compress.quant.bias_correction import corrected, float_means, images_to_correct_with
 from compress.quant.calibrate import calibrate_, collect, set_ranges_
-from compress.quant.mixture import repaired, said_faster
+from compress.quant.mixture import may_gain, repaired, said_faster
 from compress.quant.prepare import deploy, heads, prepare
-from compress.quant.rows import Engine, Method, MethodRow, Ptq, PtqTarget, SpeedRow, TrialRow
+from compress.quant.rows import Engine, GroupRow, Method, MethodRow, Ptq, PtqTarget, SpeedRow, TrialRow
 from compress.quant.tuning import (
     Trial,
     choose,
@@ -30,8 +31,10 @@ from compress.quant.tuning import (
     file_of,
     judge_of,
     said,
+    timed,
     trial_of,
     until_one_holds,
+    with_time,
 )
 from compress.recipe.stages import PtqStage
 from compress.run import Run
@@ -55,11 +58,13 @@ from export.onnx_file.targets import Target
 from export.onnx_file.to_onnx import to_onnx
 from export.proof.audit import audit
 from export.runtime.accuracy import Score, score_files, score_of
+from export.runtime.latency import Ratio
 
 Name = tuple[Engine, str]  # and method
 Files = dict[Name, Path]
 MIXED_BLOCKS = 24  # to time the mixed file against the one all in integers, which differ less than INT8 from float
 LINEAR = 0.5  # of the multiply-accumulates in linear layers; then dynamic INT8 is measured, too
+FEW_IMAGES = 512  # of the tuning images order an engine's files; all judge the best
 DYNAMIC = Trial("int8", "dynamic", engine="onnxruntime")
 
 
@@ -79,6 +84,12 @@ class Student:
     def calibration(self) -> Iterator[Tensor]:
         """Yield the calibration images."""
         return (batch.images for batch in self.run.feed.calibration(self.cfg.calibration_images))
+
+    @cached_property
+    def few(self) -> Score | None:
+        """The baseline on few of the tuning images; None where there are not many."""
+        images = self.baseline.images
+        return self.baseline.part(in_order(images, FEW_IMAGES).numpy()) if images > 2 * FEW_IMAGES else None
 
     @cached_property
     def correction_images(self) -> Tensor:
@@ -157,22 +168,29 @@ def _on_target(student: Student, target: Target) -> PtqTarget:
     rows += failed
     for row in rows:
         student.log.note_detail(_method_line(target, row))
-    judge = _judge(student, target, files, work)
-    own = tuple(judge(Trial("int8", method)) for method in student.cfg.methods[: student.cfg.max_trials])
-    rivals = [name for name in files if name[0] != "compress" and name not in off_grid]
-    results = own + tuple(judge(Trial("int8", method, engine=engine)) for engine, method in rivals)
+    judge, faster = _judge(student, target, files, work), faster_than(student.fp32, student.run, target)
+
+    def time(trial: Trial) -> Ratio | None:
+        student.log.doing(f"{target.name}: times {trial}")
+        return faster(file_of(trial, work))
+
+    candidates = {name: path for name, path in files.items() if name not in off_grid}
+    own, others_judged = _judged(student, target, candidates, judge)
+    results = own + others_judged
     best = _method(student.cfg, trial_of(own[choose(own)]))
-    set_ranges_(prepared, histograms, best)
-    damage = worst_first(prepared, student.run, images=student.cfg.calibration_images, tell=student.log.doing)
-    del prepared
+    damage: tuple[GroupRow, ...] = ()
     if not any(result["met"] for result in results):
+        set_ranges_(prepared, histograms, best)
+        damage = worst_first(prepared, student.run, images=student.cfg.calibration_images, tell=student.log.doing)
         groups = [group["group"] for group in damage]
         results += until_one_holds(fallback_trials(best, groups, student.cfg.max_trials - len(own)), judge)
+    del prepared
+    results = timed(results, time)
     chosen, speed = choose(results), list[SpeedRow]()
     # Keep an INT8 file even where fp16 was chosen: the file's name says INT8, and later stages compare with it.
     int8 = [index for index, result in enumerate(results) if result["number_format"] == "int8"]
     kept = int8[choose([results[index] for index in int8])]
-    if student.cfg.float_where_faster and runs_here(target):
+    if student.cfg.float_where_faster and runs_here(target) and may_gain(results[kept]):
         student.log.doing(f"{target.name}: times each layer in float and in integers")
         base = trial_of(results[kept] if results[kept]["engine"] == "compress" else own[choose(own)])
         than_kept = faster_than(file_of(trial_of(results[kept]), work), student.run, target, blocks=MIXED_BLOCKS)
@@ -183,11 +201,11 @@ def _on_target(student: Student, target: Target) -> PtqTarget:
         speed = [{**row, "in_float": row["in_float"] and won} for row in speed]
         if mixed and won:
             chosen = len(results) if chosen == kept or mixed["met"] else chosen
-            kept, results = len(results), (*results, mixed)
+            kept, results = len(results), (*results, with_time(mixed, time(trial_of(mixed))))
     shutil.copyfile(file_of(trial_of(results[kept]), work), out / f"{PTQ}.onnx")
     student.log.note(_verdict(student.cfg, target, results, chosen))
     if runs_here(target) and ptq.linear_fraction(student.fp32) > LINEAR:  # behind the others: never chosen
-        results = (*results, judge(DYNAMIC))
+        results = (*results, with_time(judge(DYNAMIC), time(DYNAMIC)))
         shutil.copyfile(file_of(DYNAMIC, work), out / f"{PTQ_DYNAMIC}.onnx")
     trial = trial_of(results[chosen])
     reported = None if trial.keep_float else scores.get((trial.engine, trial.calibration))
@@ -204,6 +222,36 @@ def _on_target(student: Student, target: Target) -> PtqTarget:
         calibration=best,
         score=reported.score,
     )
+
+
+def _judged(
+    student: Student, target: Target, files: Files, judge: Callable[[Trial], TrialRow]
+) -> tuple[tuple[TrialRow, ...], tuple[TrialRow, ...]]:
+    """Judge this project's files and the other engines'; return both.
+
+    Where there are many tuning images, each engine's files are ordered by their KL on few of them, and are judged on all only up to the
+    first that holds: the one that would be chosen of all.
+    """
+    cfg, few, images = student.cfg, student.few, student.baseline.images
+    trials: dict[Engine, list[Trial]] = {}
+    for engine, method in files:
+        trials.setdefault(engine, []).append(Trial("int8", method, engine=engine))
+    trials["compress"] = trials["compress"][: cfg.max_trials]
+    if few is None:
+        results = {engine: tuple(map(judge, tried)) for engine, tried in trials.items()}
+    else:
+        student.log.doing(f"{target.name}: compares {len(files)} files on {FEW_IMAGES} of {images} tuning images")
+        named = {path.stem: path for path in files.values()}
+        batches = as_numpy(student.run.feed.tuning(limit=FEW_IMAGES))
+        found = score_files(named, batches, student.run.task.output, optimize=runs_here(target), keep_evidence=True)
+        kl = {name: found[path.stem].divergence(few) for name, path in files.items()}
+        for (engine, method), divergence in kl.items():
+            student.log.note_detail(f"{target.name}: {engine}, {method}: KL {divergence:.3g} on {FEW_IMAGES} images")
+        results = {
+            engine: until_one_holds(sorted(tried, key=lambda trial: kl[trial.engine, trial.calibration]), judge)
+            for engine, tried in trials.items()
+        }
+    return results.pop("compress"), tuple(row for rows in results.values() for row in rows)
 
 
 def _by_onnxruntime(student: Student, target: Target, work: Path, keep_float: Collection[str]) -> Files:
@@ -301,7 +349,6 @@ def _judge(student: Student, target: Target, files: Files, work: Path) -> Callab
         baseline=student.baseline,
         max_drop=cfg.max_drop,
         folder=work,
-        faster=faster_than(student.fp32, run, target),
         tell=lambda result: student.log.note(f"{target.name}: {said(result)}"),
     )
 

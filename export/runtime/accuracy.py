@@ -53,6 +53,11 @@ class Score:
             drawn = mean_of_classes(self.task.resampled(self.rows, drawn_weights(self.images, DRAWS)))
         return score_interval(self.score, drawn, self.images)
 
+    def part(self, numbers: Array) -> "Score":
+        """Return the score on some of the images, by their numbers; without a person's own metrics."""
+        evidence = None if self.evidence is None else self.evidence[numbers]
+        return Score(self.task, self.predictions[numbers], self.rows[numbers], evidence)
+
     def agreement(self, other: "Score") -> float:
         """Return the agreement of both files' predictions, from 0 to 1."""
         return float(np.mean(self.task.agreement(self.predictions, other.predictions)))

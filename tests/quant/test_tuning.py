@@ -21,6 +21,7 @@ from compress.quant.tuning import (
     fallback_trials,
     file_of,
     judge_of,
+    timed,
     until_one_holds,
 )
 from export.onnx_file.targets import TARGETS
@@ -194,6 +195,21 @@ def test_without_times_another_engine_s_closer_file_is_no_better_than_ours() -> 
 def test_the_files_of_one_engine_are_not_told_apart_by_time() -> None:
     slow, fast = (result(trial, kl, met=True, speed=(2 * kl, 2.1 * kl)) for trial, kl in ((MINMAX, 1), (ENTROPY, 2)))
     assert choose([fast, slow]) == 1
+
+
+def test_each_engines_best_is_timed_and_the_best_int8_file_where_fp16_is_chosen() -> None:
+    asked: list[Trial] = []
+
+    def faster(trial: Trial) -> Ratio:
+        asked.append(trial)
+        return Ratio(2.0, 1.9, 2.1)
+
+    held = [result(MINMAX, 0.05, met=True), result(PERCENTILE, 0.01, met=True), result(OTHERS, 0.02, met=False)]
+    assert [row["latency_ratio"] for row in timed(held, faster)] == [None, 2.0, None]
+    half = Trial("fp16", "none")
+    lost = [result(MINMAX, 0.05, met=False), result(OTHERS, 0.02, met=False), result(half, 0.001, met=True)]
+    assert [row["latency_ratio"] for row in timed(lost, faster)] == [2.0, 2.0, 2.0]
+    assert asked == [PERCENTILE, MINMAX, OTHERS, half]
 
 
 def test_where_nothing_holds_the_best_is_chosen() -> None:
