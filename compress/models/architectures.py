@@ -201,7 +201,14 @@ def import_timm() -> ModuleType:
     return timm
 
 
-def _own(arch: str, num_classes: int, channels: int, *, trust_code: bool) -> nn.Module:
+def takes_classes(arch: str, *, trust_code: bool) -> bool:
+    """Tell whether a network is built for a number of classes: a person's `factory()` is not."""
+    if arch.rpartition(":")[0] in LIBRARIES or foreign(arch):
+        return True
+    return bool(inspect.signature(_factory(arch, trust_code=trust_code)).parameters.keys() - {"channels"})
+
+
+def _factory(arch: str, *, trust_code: bool) -> Callable[..., object]:
     path, _, name = arch.rpartition(":")
     if not path.endswith(".py"):
         raise ModelError(
@@ -214,7 +221,12 @@ def _own(arch: str, num_classes: int, channels: int, *, trust_code: bool) -> nn.
     factories = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
     if name not in factories:
         raise ModelError(f"{arch}: {file} defines no {name}; {suggestion(name, factories)}")
-    signature = inspect.signature(factories[name])
+    return factories[name]
+
+
+def _own(arch: str, num_classes: int, channels: int, *, trust_code: bool) -> nn.Module:
+    factory = _factory(arch, trust_code=trust_code)
+    signature = inspect.signature(factory)
     given = {"channels": channels} if "channels" in signature.parameters else {}
     wanted = (
         (num_classes,) if num_classes or signature.parameters.keys() - {"channels"} else ()
@@ -222,8 +234,8 @@ def _own(arch: str, num_classes: int, channels: int, *, trust_code: bool) -> nn.
     try:
         signature.bind(*wanted, **given)
     except TypeError as error:
-        raise ModelError(f"{arch}: must be callable as {name}(num_classes): {error}") from error
-    model = factories[name](*wanted, **given)
+        raise ModelError(f"{arch}: must be callable as {arch.rpartition(':')[2]}(num_classes): {error}") from error
+    model = factory(*wanted, **given)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{arch}: must return a torch.nn.Module, returned {type(model).__name__}")
     return model

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -16,15 +16,23 @@ from compress.models.known import libraries
 COUNTER = "num_batches_tracked"  # missing in old files
 MOST = 12  # matches to return; up to 40 networks have the same tensors' names
 BUILT = 1000  # classes with which a network is built to be compared
+# Where timm's networks have their classifier, which an encoder's checkpoint lacks.
+HEADS = ("head.fc", "head", "classifier", "fc", "head.linear", "last_linear", "head.classifier.linear", "head.fc.fc2", "head.classifier.4",
+         "head.head.l", "head.proj", "head.fc2", "head.l")  # fmt: skip
 SEGMENTERS = ("fcn_", "deeplabv3_", "lraspp_")  # torchvision's, by the start of their names
 
 
 class Match(NamedTuple):
-    """A network that a checkpoint fits, and the checkpoint's number of classes and of the images' channels."""
+    """A network that a checkpoint fits, and the checkpoint's number of classes and of the images' channels.
+
+    One whose outputs are no classes has the names of those to serve, () for all, and of the others.
+    """
 
     arch: str
     classes: int
     channels: int = 3
+    outputs: tuple[str, ...] | None = None
+    others: tuple[str, ...] = ()
 
 
 def fingerprint(names: Iterable[str]) -> str:
@@ -36,17 +44,38 @@ def fingerprint(names: Iterable[str]) -> str:
 def recognize(state: Mapping[str, Tensor]) -> Iterator[Match]:
     """Yield the networks with these names and shapes of tensors, whatever the number of classes; the likeliest first.
 
-    Networks that differ only in parts without weights (an activation, a padding) all fit.
+    Networks that differ only in parts without weights (an activation, a padding) all fit. Encoders are timm's without their classifier.
     """
-    wanted = fingerprint(state)
+    found = (match for arch in _alike(state) if (match := matched(arch, state)) is not None)
+    encoders = (
+        arch
+        for head in HEADS
+        for arch in _alike([*state, f"{head}.weight", f"{head}.bias"])
+        if arch.startswith("timm:")
+    )
+    yield from islice(chain(found, filter(None, (encoder(arch, state) for arch in encoders))), MOST)
+
+
+def _alike(names: Iterable[str]) -> list[str]:
+    """Return the networks whose tensors have these names."""
+    wanted = fingerprint(names)
     alike = [
         f"{library}:{name}"
         for library, listed in libraries().items()
         for name, own in listed.fingerprints.items()
         if own == wanted
     ]
-    alike.sort(key=lambda arch: (arch.startswith("timm:"), not arch.startswith("torchvision:"), len(arch), arch))
-    yield from islice((match for arch in alike if (match := matched(arch, state)) is not None), MOST)
+    return sorted(
+        alike, key=lambda arch: (arch.startswith("timm:"), not arch.startswith("torchvision:"), len(arch), arch)
+    )
+
+
+def encoder(arch: str, state: Mapping[str, Tensor]) -> Match | None:
+    """Return a network of timm without its classifier if it fits the state."""
+    channels, own = _shapes(arch, state, 0, trust_code=False)
+    given = {name: tensor.shape for name, tensor in state.items()}
+    fits = all(own.get(name) == given.get(name) for name in own.keys() | given.keys() if not name.endswith(COUNTER))
+    return Match(arch, 0, channels, ()) if fits else None
 
 
 def task_of(arch: str) -> str | None:

@@ -17,6 +17,7 @@ from export.images.size import Shape, Size, size_of
 PROBES = (224, 32, 64, 128, 256, 299, 384)
 aten = torch.ops.aten
 RESHAPES = ("View", "UnsafeView", "Clone", "Squeeze", "Unsqueeze", "Permute", "Transpose")  # in autograd's record
+CLASSIFIES = ("Addmm", "Mm", "Convolution", "Softmax", "LogSoftmax", "Sigmoid")  # there, what ends a classifier
 WEIGHTED = (aten.convolution, aten.addmm, aten.mm)  # the operators of convolutions and linear layers
 
 
@@ -123,10 +124,21 @@ def check_logits(model: nn.Module, images: Tensor) -> None:
 
 def _ends_in_sigmoid(outputs: Tensor) -> bool:
     """Tell whether a sigmoid made the outputs, whatever their shape became after it, by autograd's record."""
+    return _last_steps(outputs)[0].startswith("Sigmoid")
+
+
+def ends_in_classifier(outputs: Tensor) -> bool:
+    """Tell whether a layer with weights, a softmax or sigmoids made the outputs: an encoder's come from a norm or a mean."""
+    last, *before = _last_steps(outputs)
+    return any(name.startswith(CLASSIFIES) for name in ([last, *before] if last.startswith("AddBack") else [last]))
+
+
+def _last_steps(outputs: Tensor) -> list[str]:
+    """Return autograd's names of the operation that made the outputs, whatever their shape became after it, and of those before it."""
     step = outputs.grad_fn
     while step is not None and step.name().startswith(RESHAPES):
         step = step.next_functions[0][0]
-    return step is not None and step.name().startswith("Sigmoid")
+    return [""] if step is None else [step.name(), *(one.name() for one, _ in step.next_functions if one is not None)]
 
 
 def output_of(model: nn.Module, shape: Shape) -> object:

@@ -23,6 +23,7 @@ LARGE = 100_000  # pixels of an image; evaluation takes fewer of these at once
 TRAINED, SOLVED = 0.02, 0.05  # largest drop: after training, and without
 KD = "      - {name: kd, temperature: 2.0}"
 LABELS = "      - {name: cross_entropy}"
+MSE = "      - {name: mse}  # in units of the outputs' variance"
 # What a task adds to a recipe: random changes of images, losses of distillation, and optimizer and rate; None is the classifier's.
 AUGMENTS = {
     "segmentation": "{{crop: random_resized, min_area: 0.4, flip: {flip}}}",
@@ -32,6 +33,7 @@ LOSSES = {
     "segmentation": (LABELS, KD),
     "detection": (LABELS, KD, "      - {name: boxes}"),
     "multilabel": (LABELS, KD),
+    "tensors": (MSE,),
 }
 STEPS = {"segmentation": "optimizer: adamw, lr: 0.0005", "detection": "optimizer: adamw, lr: 0.0005"}
 QAT_STEPS = {"segmentation": "optimizer: adamw, lr: 0.00005", "detection": "optimizer: adamw, lr: 0.00005"}
@@ -50,6 +52,8 @@ class Draft:
     macs: float
     latency_ms: float | None
     trust_code: bool
+    outputs: tuple[str, ...] = ()  # the names of several, or of the one of several
+    others: tuple[str, ...] = ()  # of those that are not served
 
     @property
     def has_heads(self) -> bool:
@@ -87,8 +91,11 @@ def recipe(given: Draft, plan: Training, name: str) -> str:
 def _task(folder: Folder) -> Sequence[str]:
     if folder.task == "classification":
         return ()
-    why = "  # the network's predictions are the labels" if folder.task == "unlabelled" else ""
-    return (f"task: {folder.task}{why}",)
+    why = {
+        "unlabelled": "  # the network's predictions are the labels",
+        "tensors": "  # the truth is what the network computes",
+    }
+    return (f"task: {folder.task}{why.get(folder.task, '')}",)
 
 
 def _data(given: Draft) -> Sequence[str]:
@@ -112,8 +119,12 @@ def _data(given: Draft) -> Sequence[str]:
                 f"  resize: {network.resize:.4g}  # resize the shorter side to this times image_size, then crop the centre"
             ]
             if not way.stretch
+            else ["  framing: stretch  # to image_size, whatever an image's proportions"]
+            if folder.task != "detection"
             else []
         ),
+        *([f"  interpolation: {way.look.interpolation}"] if way.look.interpolation != "bilinear" else []),
+        *(["  colors: bgr"] if way.look.bgr else []),
         f"  mean: [{', '.join(f'{value:g}' for value in way.mean)}]",
         f"  std: [{', '.join(f'{value:g}' for value in way.std)}]",
         *([f"  ignore_index: {folder.ignored}  # in the masks, but none of the classes"] if folder.ignored else []),
@@ -128,7 +139,9 @@ def _model(given: Draft) -> Sequence[str]:
     others = given.folder.is_labelled and network.classes != len(given.folder.listing.classes)
     weights = [] if foreign(network.arch) else [_field("weights", given.weights)]
     reset = ["  reset_head: true  # the weights are for other classes"] if others else []
-    return ["model:", _field("arch", network.arch), *weights, *reset]
+    beside = f"  # it also gives {', '.join(given.others)}" if given.others else ""
+    outputs = [f"  outputs: [{', '.join(given.outputs)}]{beside}"] if given.outputs else []
+    return ["model:", _field("arch", network.arch), *weights, *outputs, *reset]
 
 
 def _stages(given: Draft, plan: Training) -> Sequence[str]:
@@ -148,7 +161,7 @@ def _stages(given: Draft, plan: Training) -> Sequence[str]:
     qat = [
         "  - stage: qat",
         f"    fit: {{epochs: {plan.qat}, batch_size: {size}, {QAT_STEPS.get(task, 'lr: 0.0005')}, clip_norm: 1.0}}",
-        *(["    loss:", *LOSSES[task]] if task == "detection" else []),
+        *(["    loss:", *LOSSES[task]] if task in ("detection", "tensors") else []),
     ]
     return [
         "  - stage: source",
@@ -166,10 +179,11 @@ def _stages(given: Draft, plan: Training) -> Sequence[str]:
 
 def _targets(given: Draft, plan: Training) -> Sequence[str]:
     latency = given.latency_ms
+    kept = "explained variance" if given.folder.task == "tensors" else "agreement with the network"
     drop = f"  max_drop: {TRAINED if plan.distill else SOLVED:g}"
     return [
         "targets:  # a miss ends the run with exit code 1",
-        drop if given.folder.is_labelled else "  max_drop: 0.1  # agreement with the network: 90 % or more",
+        drop if given.folder.is_labelled else f"  max_drop: 0.1  # {kept}: 90 % or more",
         *([f"  max_latency_ms: {latency:g}"] if latency else []),
         *(["  min_speedup: 2.0"] if not latency and given.macs >= WORTH_SPEED else []),
     ]

@@ -13,14 +13,17 @@ import torch
 from compress.data.digest import shards_in
 from compress.data.images import FileImages, from_files, images_of
 from compress.data.shards import Rows, ShardListing
+from compress.data.teachers import foreign
 from compress.errors import CompressError
+from compress.models.published import Published
+from compress.models.recognize import Match
 from export.errors import DataError
 from export.images.box_listing import BoxListing
 from export.images.decode import RGB, BrokenImage, Pixel
 from export.images.folders import FolderListing, list_folder
 from export.images.listing import TRAIN, VAL_NAMES
 from export.images.masks import MaskListing, are_binary, read_mask, values_of_masks
-from export.images.preprocess import IGNORED, Preprocess
+from export.images.preprocess import IGNORED, Look, Preprocess
 from export.images.read import spread
 from export.images.size import Size
 from export.images.tables import TableListing
@@ -104,19 +107,38 @@ class Folder:
             return listing.truths(picked)
         return np.array([label for _, label in picked], np.int64)
 
-    def prepared(self, size: Size, resize: float, normalize: Sequence[Sequence[float]]) -> Preprocess:
-        """Return what becomes of an image, as the task's data sets are read."""
+    def prepared(
+        self, size: Size, resize: float, normalize: Sequence[Sequence[float]], *, seen: Published | None = None
+    ) -> Preprocess:
+        """Return what becomes of an image, as the task's data sets are read; stretched, and by the kernel, as a network has `seen` it."""
         mean, std = (tuple(values) for values in normalize)
         if self.task == "detection":
             return Preprocess(size, size, mean, std, stretch=True)
         covered = round(size[0] * resize), round(size[1] * resize)
         return Preprocess(
-            size, covered, mean, std, bits=self.pixel.bits, ignore_index=self.ignored, binary_masks=self.binary
+            size,
+            covered,
+            mean,
+            std,
+            bits=self.pixel.bits,
+            ignore_index=self.ignored,
+            binary_masks=self.binary,
+            stretch=seen is not None and seen.stretch,
+            look=seen.look if seen else Look(),
         )
 
 
-def task_of_images(data: Path, arch: str, kind: str, weights: str) -> str:
+def task_of_images(data: Path, match: Match, kind: str, weights: str) -> str:
     """Return the task of a folder's images for a network of this kind; CompressError where another kind is needed."""
+    arch = match.arch
+    if kind == "tensors" and match.classes:  # it ends unlike most classifiers, in a mean, yet may be one
+        with suppress(DataError):
+            return "classification" if len(_listed(data).classes) == match.classes else kind
+    if foreign(arch) and kind in ELSE:  # its outputs alone tell, and they may be depths or tokens
+        with suppress(DataError):
+            TASKS[kind].listing(data)
+            return kind
+        return "tensors"
     if kind != "classification":
         return kind  # its reader says what a folder lacks
     with suppress(DataError):  # a labels.csv that says something else does not count
@@ -134,13 +156,8 @@ def task_of_images(data: Path, arch: str, kind: str, weights: str) -> str:
 
 def look_at(data: Path, task: str = "classification") -> Folder:
     """List the folder for a task and open some of its images; `unlabelled` takes the place of `classification` without class folders."""
-    listing: Any
-    if task == "classification":
-        found = shards_in(data, SEEN)
-        listing = _listed(data) if found is None else found.listing
-    else:
-        listing = TASKS[task].listing(data)
-    task = task if listing.classes else "unlabelled"
+    listing: Any = _listed(data) if task == "classification" else TASKS[task].listing(data)
+    task = task if listing.classes or not TASKS[task].has_classes else "unlabelled"
     sizes, broken, stored = list[Size](), dict[str, str](), Counter[Pixel]()
     folder = Folder(task, listing, sizes, broken, stored)
     images = folder.images()
@@ -168,16 +185,18 @@ def _with_masks_read(folder: Folder) -> Folder:
     return replace(folder, ignored=beyond.pop() if len(beyond) == 1 else None, binary=binary)
 
 
-def _listed(data: Path) -> FolderListing:
+def _listed(data: Path) -> FolderListing | ShardListing:
     """List a folder's images, without labels if none lies in a class folder; DataError if it has another layout."""
+    if (found := shards_in(data, SEEN)) is not None:
+        return found.listing
     try:
         return list_folder(data)
     except DataError:
         with suppress(DataError):
-            found = list_images(data)
-            parents = {Path(path).parent.as_posix().lower() for path, _ in (*found.train, *(found.val or ()))}
+            plain = list_images(data)
+            parents = {Path(path).parent.as_posix().lower() for path, _ in (*plain.train, *(plain.val or ()))}
             if parents <= {".", TRAIN, *VAL_NAMES}:
-                return found
+                return plain
         raise
 
 

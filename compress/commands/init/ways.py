@@ -16,7 +16,7 @@ from compress.commands.init.network import loaded
 from compress.data.teachers import foreign
 from compress.errors import ModelError
 from compress.models.architectures import SIZED
-from compress.models.published import HALVES, IMAGENET, Published, published
+from compress.models.published import HALVES, IMAGENET, NONE, Published, published
 from compress.models.recognize import Match
 from compress.models.structure import count
 from compress.training.loop import place_
@@ -39,7 +39,6 @@ GOOD = 0.5  # a score that needs no other normalization
 MIRRORED, LOST_BY_FLIP = 64, 0.1  # networks of digits lose 0.65 (docs/results.md)
 BATCH = 16
 BYTES = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # pixels from 0 to 255, as some Keras networks take them
-NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 Tell = Callable[[str], None]
 
 
@@ -104,9 +103,7 @@ def seen_by(match: Match, model: nn.Module, folder: Folder, tell: Tell) -> Netwo
     best = _cheapest(tried) if tried else judge.tried(ways[0], few)
     images = min(max(FEWEST, best.images // 4), len(judge.images))
     if best.score <= GOOD and judge.affordable(best.way) >= images:
-        normalized = [
-            folder.prepared(best.way.image_size, 1.0, pair) for pair in _normalizations(match, folder, best.way)
-        ]
+        normalized = [replace(best.way, mean=mean, std=std) for mean, std in _normalizations(match, folder, best.way)]
         others = [judge.tried(way, images) for way in normalized]
         first = judge.tried(best.way, images)
         better = max([first, *others], key=lambda one: one.score)
@@ -144,7 +141,7 @@ def _cheapest(tried: Sequence[Tried]) -> Tried:
 
 def _mirrored(network: Network, judge: "_Judge") -> Network:
     """Add the score on mirrored images, where a task has one that mirroring does not move."""
-    if judge.folder.task in ("segmentation", "detection"):
+    if judge.folder.task in ("segmentation", "detection", "tensors"):
         return network
     plain, mirrored, images = judge.mirrored(network.way)
     if network.score is not None and network.judged > images:  # the same images tell whether mirroring loses
@@ -167,13 +164,13 @@ def _ways(match: Match, folder: Folder) -> Iterator[Preprocess]:
     library = match.arch.partition(":")[0]
     fixed = whole or (library in SIZED and SIZED[library][0](match.arch.rpartition(":")[2]))
     if known is not None and (folder.pixel == RGB or fixed):
-        yield folder.prepared((known.size,) * 2, known.resize if folder.pixel == RGB else 1.0, normalize)
+        yield folder.prepared(known.image_size, known.resize if folder.pixel == RGB else 1.0, normalize, seen=known)
     if fixed and known is not None:
         return
     sides = {own, *(SIDES if known else (224,)), *((32,) if library == "cifar" else ())}
     for side in sorted(sides, key=lambda side: (side != own, side)):
         if known is None or side < known.size:
-            yield folder.prepared((side, side), 1.0, normalize)
+            yield folder.prepared((side, side), 1.0, normalize, seen=known)
 
 
 def _sizes_of_maps(arch: str, known: Published | None, folder: Folder) -> list[Size]:

@@ -14,6 +14,7 @@ from compress.commands.init.images import Folder, as_taken, look_at, task_of_ima
 from compress.commands.init.network import brought_by, kind_of, matches
 from compress.commands.init.ways import Network, choose
 from compress.errors import CompressError
+from compress.models.outputs import signature_of
 from compress.models.recognize import Match
 from compress.models.structure import count
 from compress.models.weights import read_state
@@ -58,21 +59,25 @@ def write_draft(
     state = read_state(weights) if whole is None else {}
     fitting = matches(weights, state, arch, trust_code=trust_code)
     first = next(fitting)
-    yield f"weights  {weights}: {first.arch} for {first.classes:,} classes"
+    kind = kind_of(first, trust_code=trust_code)
+    tensors = f", which gives {', '.join(first.outputs or ['tensors'])}" if kind == "tensors" else ""
+    yield f"weights  {weights}: {first.arch}{tensors or f' for {first.classes:,} classes'}"
     tell("looks at the images")
-    task = task_of_images(data, first.arch, kind_of(first, trust_code=trust_code), weights)
+    task = task_of_images(data, first, kind, weights)
     folder = as_taken(look_at(data, task), first.channels, weights)
     yield from _images(folder)
     if whole and folder.is_labelled and first.classes != len(folder.listing.classes):
         raise CompressError(
             f"{weights}: has {first.classes:,} classes, {data} has {len(folder.listing.classes):,}, and a whole network keeps its "
-            "classifier: give images of its classes, or name it as `teacher` with its `classes` in a recipe"
+            "classifier: give images of its classes, or name it as `teacher` with its `classes` in a recipe (of outputs that are no classes, "
+            "as model.arch with `task: tensors`)"
         )
     network, model = choose(fitting, first, weights, folder, tell, trust_code=trust_code)
     yield from _seen(first, folder, network)
     tell(f"times a training step at {said(network.way.image_size)} pixels")
     macs, clock = count(model, network.shape).macs, timed(model, network.shape)
-    given = Draft(weights, data, folder, network, model, macs, latency_ms, trust_code)
+    names = first.outputs or tuple(one.name for one in signature_of(model, network.shape))
+    given = Draft(weights, data, folder, network, model, macs, latency_ms, trust_code, names, first.others)
     plan = planned(folder, network, clock, 60 * minutes)
     longer = planned(folder, network, clock, NIGHT_S, longer=LONGER)
     _write(out, given, plan)
@@ -107,8 +112,14 @@ def _images(folder: Folder) -> Iterator[str]:
     kind = f" {COUNTED[folder.task]}" if folder.task in COUNTED else ""
     yield (
         f"images   {listing.root}: "
-        + (f"{len(listing.classes):,} classes" if folder.is_labelled else "no class folders, so no labels")
-        + f", {len(listing.train):,} images{kind} ({held}), "
+        + (
+            f"{len(listing.classes):,} classes, "
+            if folder.is_labelled
+            else ""
+            if folder.task == "tensors"
+            else "no class folders, so no labels, "
+        )
+        + f"{len(listing.train):,} images{kind} ({held}), "
         + (f"{counts.min():,} to {counts.max():,} a class, " if by_class else "")
         + f"shorter sides {min(folder.sides)} to {max(folder.sides)} pixels"
     )
@@ -150,8 +161,10 @@ def _seen(first: Match, folder: Folder, network: Network) -> Iterator[str]:
     if not network.flip:
         alike = "of them" if folder.is_labelled else "of its predictions stay the same"
         yield f"         mirrored {network.mirrored:.1%} {alike}: left and right differ, so augment.flip is false"
-    if not folder.is_labelled:
-        yield "         nothing here tells whether that is how it was trained; its predictions are the labels (task: unlabelled)"
+    if folder.task == "tensors":
+        yield "         what it computes is the truth, whatever it means (task: tensors); a wrong size or mean would not show"
+    elif not folder.is_labelled:
+        yield "         nothing here tells whether that is how it was trained; its predictions are the labels (task: unlabelled; tensors if they are no classes)"
     elif network.classes != len(folder.listing.classes):
         yield f"         the weights are for {network.classes:,} classes, the folder has {len(folder.listing.classes):,}: the classifier is trained anew"
     elif network.score is None:
