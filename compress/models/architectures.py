@@ -221,7 +221,8 @@ def _factory(arch: str, *, trust_code: bool) -> Callable[..., object]:
     factories = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
     if name not in factories:
         raise ModelError(f"{arch}: {file} defines no {name}; {suggestion(name, factories)}")
-    return factories[name]
+    found: Callable[..., object] = factories[name]
+    return found
 
 
 def _own(arch: str, num_classes: int, channels: int, *, trust_code: bool) -> nn.Module:

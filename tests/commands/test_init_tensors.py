@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -141,7 +140,8 @@ def test_a_folder_s_processor_says_how_images_are_seen(
     found = published(f"hf:{tmp_path}")
     assert found is not None
     assert (found.image_size, found.stretch, found.look.interpolation) == (size, stretch, kernel)
-    assert (found.resize, found.normalize[0][0]) == (pytest.approx(resize), pytest.approx(mean))
+    assert found.resize == pytest.approx(resize)
+    assert found.normalize[0][0] == pytest.approx(mean)
 
 
 def test_the_pooled_output_of_a_vision_tower_is_served(tmp_path: Path) -> None:
@@ -156,4 +156,5 @@ def test_the_pooled_output_of_a_vision_tower_is_served(tmp_path: Path) -> None:
     assert (recipe.task, list(recipe.model.outputs)) == ("tensors", ["pooler_output"])
     assert "it also gives last_hidden_state" in (tmp_path / "mine.yaml").read_text()
     data = recipe.data
-    assert (data.image_size, data.framing, data.interpolation, np.mean(data.mean)) == (32, "stretch", "bicubic", 0.5)
+    assert (data.image_size, data.framing, data.interpolation) == (32, "stretch", "bicubic")
+    assert data.mean == (0.5, 0.5, 0.5)

@@ -185,7 +185,7 @@ def _with_masks_read(folder: Folder) -> Folder:
     return replace(folder, ignored=beyond.pop() if len(beyond) == 1 else None, binary=binary)
 
 
-def _listed(data: Path) -> FolderListing | ShardListing:
+def _listed(data: Path) -> Any:
     """List a folder's images, without labels if none lies in a class folder; DataError if it has another layout."""
     if (found := shards_in(data, SEEN)) is not None:
         return found.listing
