@@ -28,10 +28,10 @@ from compress.models.structure import check_logits, check_output, count
 from compress.models.teachers import seen, teacher_of
 from compress.models.weights import load_weights_
 from compress.ranks import first_decides, gather, rank, ranks, share_
-from compress.recipe.arguments import data_settings, fits, limits_of, teachers_of
+from compress.recipe.arguments import as_served, data_settings, fits, limits_of, teachers_of
 from compress.recipe.schema import Model, Recipe
 from compress.recipe.stages import Fit, StudentStage
-from compress.tasks import TASKS, Task, evaluate
+from compress.tasks import TASKS, Task, aligning, evaluate
 from compress.tasks.decoded import decoded, with_decoder
 from compress.tasks.predictions import LOGITS, Labeller, labels_of
 from compress.tasks.references import with_references
@@ -124,8 +124,7 @@ class Run:
             workers=data.workers,
             device=self.device,
         )
-        weighted = tuple(replace(one, weight=weights.get(one.name, 1.0)) for one in referred.outputs)
-        return replace(referred, outputs=weighted)
+        return replace(referred, outputs=as_served(self.recipe, referred.outputs))
 
     def _decoded(self, found: Dataset) -> Dataset:
         """Return the images with what the source's outputs are and how they become boxes."""
@@ -133,7 +132,8 @@ class Run:
         assert model is not None and asked is not None, "one without the other was refused"  # noqa: PT018
         network = self._source_of(model, len(found.classes), found.preprocess.shape, tuple(model.outputs))
         function = function_of(asked.function, trust_code=self.trust_code)
-        return with_decoder(found, network, function, limits_of(asked))
+        found = with_decoder(found, network, function, limits_of(asked))
+        return replace(found, outputs=as_served(self.recipe, found.outputs))
 
     def _source_of(self, model: Model, classes: int, shape: Shape, outputs: tuple[str, ...]) -> nn.Module:
         found = build(model.arch, num_classes=classes, shape=shape, trust_code=self.trust_code, outputs=outputs)
@@ -184,10 +184,10 @@ class Run:
         """What the network is for; a task of tensors knows the network's outputs."""
         found = TASKS[self.recipe.task]
         if self.recipe.decode is not None and self.dataset.decoder is not None and self._decode is not None:
-            return decoded(found, self.dataset.decoder, self._decode)
+            return aligning(decoded(found, self.dataset.decoder, self._decode), self.dataset.outputs)
         if found.output.has_classes:
             return found
-        return replace(found, output=found.output.of(self.dataset.outputs))
+        return aligning(replace(found, output=found.output.of(self.dataset.outputs)), self.dataset.outputs)
 
     @cached_property
     def judged(self) -> Task:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import compress
 from compress.errors import CompressError
 from compress.models.architectures import thawed_
-from compress.models.outputs import serve_, signature_of
+from compress.models.outputs import serve_, signature_of, tensors_of
 from compress.models.structure import count
 from compress.quant.reference import reference_of
 from export.errors import UserError
@@ -73,6 +73,15 @@ def detr() -> nn.Module:
     return t.DetrForObjectDetection(t.DetrConfig(d_model=128, num_queries=20, backbone_config=body, **layers))  # type: ignore[no-any-return]
 
 
+def detector(kind: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from queried import built
+
+        return built(kind)
+
+    return build
+
+
 def timm_encoder(name: str, **settings: Any) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, num_classes=0, **settings)
 
@@ -105,7 +114,10 @@ NETWORKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "ViTPose (heat maps)": (64, lambda: vitpose()),
     "YOLOS (logits, boxes, tokens)": (64, transformer("YolosForObjectDetection", image_size=[64, 64], patch_size=16, num_detection_tokens=10)),
     "DETR (logits, boxes, tokens)": (64, detr),
+    **{f"{kind} ({part})": (64, detector(kind)) for kind, part in {"Conditional DETR": "queries", "Deformable DETR": "queries", "Deformable DETR, two stages": "chosen queries", "RT-DETR": "chosen queries", "RT-DETRv2": "chosen queries", "D-FINE": "chosen queries", "RF-DETR": "chosen queries"}.items()},
 }  # fmt: skip
+# What the networks of queries serve, where they have it: the rest are steps on the way.
+QUERIES = ("logits", "pred_boxes", "enc_outputs_class", "enc_outputs_coord_logits")
 
 
 def vitpose() -> nn.Module:
@@ -120,7 +132,10 @@ def row_of(name: str) -> dict[str, Any]:
     size, build = NETWORKS[name]
     torch.manual_seed(0)
     images, shape = crops(40, size, seed=0)[0], (3, size, size)
-    network = serve_(enlivened(thawed_(build()).eval(), images), ())
+    network = enlivened(thawed_(build()).eval(), images)
+    with torch.no_grad():
+        named = [one for one, _ in tensors_of(network(images[:1]))] if "queries" in name else []
+    network = serve_(network, [one for one in QUERIES if one in named])
     outputs = signature_of(network, shape)
     full, kept, why = count(network, shape).macs, 1.0, ""
     student: nn.Module = network

@@ -257,6 +257,8 @@ def mean_loss(
         return task.loss(outputs, truths, label_smoothing=term.label_smoothing)
     if isinstance(term, DiceTerm):
         return logits.dice_loss(task.rows(outputs, truths), task.truth_rows(outputs, truths))
+    if task.aligned is not None and not isinstance(term, FeatureTerm):
+        taught = taught._replace(logits=task.aligned(outputs, taught.logits))
     if isinstance(term, BoxesTerm):
         assert task.places is not None
         return task.places(outputs, taught.logits)

@@ -27,6 +27,7 @@ from export.tasks.decoder import GIVES, Decoder, as_file
 Outputs = Tensor | Mapping[str, Tensor]
 Function = Callable[[Any, Size, int], Sequence[Tensor]]
 STRIDES = (8, 16, 32)  # YOLOX's
+CHOSEN_FROM = ("enc_outputs_class", "enc_outputs_coord_logits")  # as transformers calls them
 CLOSE = 1e-4  # largest difference of the graph's scores and boxes
 
 
@@ -120,8 +121,23 @@ class Decode(nn.Module):
         """Return the same for a network's one tensor, in which several outputs lie side by side."""
         if len(self.outputs) == 1:
             return self.forward(outputs)
+        return self.forward(*self._parts(outputs).values())
+
+    def learned(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same, followed by the rows from which top-k chose the queries where they are outputs: only they teach what to choose."""
+        boxes, scores = self.packed(outputs)
+        shapes = {one.name: one.shape for one in self.outputs}
+        if self.function is not queries or not set(CHOSEN_FROM) <= set(shapes):
+            return boxes, scores
+        if shapes[CHOSEN_FROM[0]][0] <= boxes.shape[1]:  # RF-DETR's are chosen already
+            return boxes, scores
+        classes, places = (self._parts(outputs)[name] for name in CHOSEN_FROM)
+        more = self.function({"logits": classes, "pred_boxes": places.sigmoid()}, self.size, self.classes)
+        return torch.cat([boxes, more[0]], 1), torch.cat([scores, more[1]], 1)
+
+    def _parts(self, outputs: Tensor) -> dict[str, Tensor]:
         places = columns(self.outputs)
-        return self.forward(*(outputs[:, places[one.name]].reshape(-1, *one.shape) for one in self.outputs))
+        return {one.name: outputs[:, places[one.name]].reshape(-1, *one.shape) for one in self.outputs}
 
 
 @torch.no_grad()

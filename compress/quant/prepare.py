@@ -66,7 +66,7 @@ def prepare(
     """
     graph = traced(model, images)
     _split_shared_layers_(graph)
-    kept = {*matching("qat.keep_float", keep_float, groups(graph)), *heads(graph)}
+    kept = {*matching("qat.keep_float", keep_float, groups(graph)), *heads(graph), *of_chosen_rows(graph)}
     for name, module in graph.named_modules():
         if type(module) in PLAIN and name not in kept:
             module.__class__ = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
@@ -118,6 +118,18 @@ def _scales(graph: fx.GraphModule, node: fx.Node) -> bool:
         return is_expectation(graph.get_submodule(str(node.target)))
     gates = what is operator.mul and any(set(one.all_input_nodes) & set(before) for one in before)
     return what in (*SQUASHES, *ARITHMETIC) and not gates
+
+
+def of_chosen_rows(graph: fx.GraphModule) -> tuple[str, ...]:
+    """Return the paths of layers that run only on rows that top-k chose, as a detector's decoder on its queries.
+
+    They refine few rows' boxes in small steps, which rounding destroys, and are little of the work.
+    """
+    behind = dict.fromkeys(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default), True)
+    for node in graph.graph.nodes:
+        if any(source in behind for source in node.all_input_nodes):
+            behind[node] = True
+    return tuple(str(node.target) for node in behind if called(graph, node) in PLAIN)
 
 
 def quantizers(model: nn.Module) -> Iterator[ActivationQuantizer]:
@@ -220,6 +232,8 @@ def float_on_purpose(prepared: fx.GraphModule) -> dict[str, str]:
 def _reason(graph: fx.GraphModule, node: fx.Node) -> str:
     what = called(graph, node)
     if what in PLAIN:
+        if str(node.target) in of_chosen_rows(graph):
+            return "it runs on the rows that top-k chose"
         return "its output leaves the network" if str(node.target) in heads(graph) else "keep_float names it"
     if not is_kernel(graph, node):
         kind = what if isinstance(what, str) else getattr(what, "__name__", str(what)).partition(".")[0]

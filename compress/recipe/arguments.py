@@ -1,6 +1,7 @@
 """Translate a recipe's sections into the plain arguments of the algorithms. Imports no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from compress.data.settings import DataSettings
@@ -10,6 +11,7 @@ from compress.recipe.schema import Decode, Recipe
 from compress.recipe.stages import DEFAULT_PROVIDERS, DistillStage, Fit, PruneStage, QatStage, SourceStage
 from export.images.preprocess import Letterbox, Look
 from export.images.size import size_of
+from export.onnx_file.outputs import Output
 from export.runtime.providers import PROVIDERS, present
 from export.tasks.boxes import Limits
 
@@ -20,6 +22,18 @@ def limits_of(decode: Decode) -> Limits:
     """Return what counts as a detection."""
     most = decode.most_overlap or (1.0 if decode.function == "queries" else MOST_OVERLAP)
     return Limits(decode.detections, decode.least_score, most)
+
+
+def as_served(recipe: Recipe, outputs: Sequence[Output]) -> tuple[Output, ...]:
+    """Return a network's several outputs with their weights, and which are sets: those that the recipe says, and what `queries` decodes."""
+    known = recipe.model.outputs if recipe.model else {}
+    sets = {name for name, one in known.items() if one.unordered}
+    if recipe.decode is not None and recipe.decode.function == "queries":
+        sets |= {"logits", "pred_boxes"}
+    return tuple(
+        replace(one, weight=known[one.name].weight if one.name in known else 1.0, unordered=one.name in sets)
+        for one in outputs
+    )
 
 
 def data_settings(recipe: Recipe) -> DataSettings:

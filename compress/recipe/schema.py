@@ -35,8 +35,21 @@ def known_task(name: str) -> str:
 
 
 def weighted(outputs: object) -> object:
-    """Return a list of outputs with a weight of 1 each."""
-    return dict.fromkeys(outputs, 1.0) if isinstance(outputs, list | tuple) else outputs
+    """Return outputs with a section each, of a list or of their weights."""
+    if isinstance(outputs, list | tuple):
+        return {name: {} for name in outputs}
+    if isinstance(outputs, dict):
+        return {name: one if isinstance(one, dict | ServedOutput) else {"weight": one} for name, one in outputs.items()}
+    return outputs
+
+
+class ServedOutput(Section):
+    """One of several outputs."""
+
+    weight: PositiveFloat = 1.0
+    """In the score and the losses."""
+    unordered: bool = False
+    """Its rows are a set, such as queries that top-k chose: compared after matching, together with those of other unordered outputs (docs/detectors.md)."""
 
 
 Int8Target = Literal["cpu_avx2", "cpu_vnni", "cpu_arm", "tensorrt"]
@@ -155,10 +168,12 @@ class Model(Section):
     weights: PathText | None = None
     """A state dict (.safetensors, .pt, .pth or .ckpt, whose other entries are ignored), or the library's named weights as `torchvision:IMAGENET1K_V2` or `timm:TAG`; null trains here."""
     outputs: Annotated[
-        dict[str, PositiveFloat],
-        BeforeValidator(weighted, json_schema_input_type=tuple[str, ...] | dict[str, PositiveFloat]),
+        dict[str, ServedOutput],
+        BeforeValidator(
+            weighted, json_schema_input_type=tuple[str, ...] | dict[str, PositiveFloat] | dict[str, ServedOutput]
+        ),
     ] = Field(default={})
-    """For `task: tensors`, or detection with `decode`, and a network of several outputs: the names of those to serve, in order, or `name: weight` in the score and the losses; by default all, equally (docs/tensors.md)."""
+    """For `task: tensors`, or detection with `decode`, and a network of several outputs: the names of those to serve, in order, `name: weight` in the score and the losses, or `name: {weight, unordered}`; by default all, equally (docs/tensors.md)."""
     reset_head: bool = False
     """Initialize a new classifier (of a network with several heads, all layers with another number of outputs) and keep all other weights, for weights trained on other classes."""
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from compress.artifact import lineage, read_meta, students_of
 from compress.data.teachers import foreign
 from compress.errors import ArtifactError
 from compress.recipe import strict_yaml
+from compress.recipe.arguments import as_served
 from compress.recipe.schema import Recipe
 from compress.report.distribution import own_distribution
 from compress.report.page.card import card
@@ -56,8 +56,7 @@ def contents(recipe: Recipe, name: str, root: Path, exported: Path, report: Repo
         images, truths = golden["images"], golden["truths"]
     serving = serving_of(report, files, target, size=preprocess["image_size"])
     facts = inspect(files[serving.served])
-    weights = recipe.model.outputs if recipe.model else {}
-    outputs = tuple(replace(one, weight=weights.get(one.name, 1.0)) for one in facts.signature)
+    outputs = as_served(recipe, facts.signature)
     decoder = (exported / DECODER).read_bytes() if (exported / DECODER).exists() else None
     # Leave out whether a stage was reused, so that running again makes the same bytes.
     report = {**report, "stages": [{**row, "cached": False} for row in report["stages"]]}

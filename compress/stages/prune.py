@@ -204,7 +204,9 @@ def _reconstructed(
         wanted = min(cfg.reconstruct_images * JUDGED // (JUDGED - 1), most)
         images = torch.cat([batch.images for batch in run.feed.calibration(wanted)])
         views = torch.cat([batch.images for batch in run.feed.views(min(cfg.reconstruct_images, most))])
-        model, method = reconstruct(model.eval(), whole, kept, images, cfg.reconstruct, views=views, tell=log.doing)
+        model, method = reconstruct(
+            model.eval(), whole, kept, images, cfg.reconstruct, views=views, tell=log.doing, aligned=run.task.aligned
+        )
         seconds = time.monotonic() - started
         log.note(f"weights reconstructed ({method}) from {len(images):,} images, without labels, in {seconds:.0f} s")
     share_(model.state_dict().values(), run.group)

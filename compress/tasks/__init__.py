@@ -1,5 +1,6 @@
 """The tasks of networks. To add one, write a file here and in `export/tasks/`, and a row in both tables."""
 
+from compress.tasks.aligned import aligning
 from compress.tasks.classification import CLASSIFICATION
 from compress.tasks.detection import DETECTION
 from compress.tasks.multilabel import MULTILABEL
@@ -17,4 +18,4 @@ TASKS: dict[str, Task] = {
     "tensors": TENSORS,
 }
 
-__all__ = ["TASKS", "Task", "evaluate"]
+__all__ = ["TASKS", "Task", "aligning", "evaluate"]

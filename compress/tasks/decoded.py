@@ -39,7 +39,7 @@ def _logits(scores: Tensor) -> Tensor:
 
 def pairs(outputs: Tensor, taught: Tensor, *, decode: Decode) -> tuple[Tensor, Tensor]:
     """Return student's and teacher's logits (rows, 2), in the rows where the teacher sees something and some others."""
-    found = [decode.packed(one.float())[1] for one in (outputs, taught)]
+    found = [decode.learned(one.float())[1] for one in (outputs, taught)]
     chosen = found[1].amax(2) >= LIKELY
     chosen[:, ::EVERY] = True
     return _logits(found[0][chosen]), _logits(found[1][chosen])
@@ -47,7 +47,7 @@ def pairs(outputs: Tensor, taught: Tensor, *, decode: Decode) -> tuple[Tensor, T
 
 def places(outputs: Tensor, taught: Tensor, *, decode: Decode) -> Tensor:
     """Return the smooth L1 distance of the boxes' corners in sides of the teacher's box, summed over the four, where it is sure: a mean."""
-    (mine, _), (its, scores) = (decode.packed(one.float()) for one in (outputs, taught))
+    (mine, _), (its, scores) = (decode.learned(one.float()) for one in (outputs, taught))
     sure = scores.amax(2) >= SURE
     mine, its = mine[sure], its[sure]
     sides = (its[:, 2:] - its[:, :2]).clamp(min=SIDE).repeat(1, 2)
@@ -56,7 +56,7 @@ def places(outputs: Tensor, taught: Tensor, *, decode: Decode) -> Tensor:
 
 def count_sure(taught: Tensor, *, decode: Decode) -> Tensor:
     """Return the number of rows where the teacher is sure."""
-    return (decode.packed(taught.float())[1].amax(2) >= SURE).sum()
+    return (decode.learned(taught.float())[1].amax(2) >= SURE).sum()
 
 
 def _of_labels(*_args: object, **_settings: object) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from compress.data.dataset import Dataset
 from compress.data.labelled import open_unlabelled
 from compress.data.validation import copied, new_folder
+from compress.tasks.aligned import aligning
 from compress.tasks.task import Task
 from export.onnx_file.outputs import Output, columns
 from export.tasks.tensors import TENSORS as OUTPUT
@@ -59,7 +60,8 @@ def scaled(task: Task, dataset: Dataset) -> Task:
     """Return the task whose losses are in units of the outputs' variance, so that the same rate suits any network."""
     some = dataset.train.labels[:: -(-len(dataset.train) // SCALED_BY)]
     scale = scales(some, dataset.outputs) if dataset.outputs else float(spread(some))
-    return replace(task, rows=partial(rows, scale=scale), loss=partial(squared_error_loss, scale=scale))
+    fitted = replace(task, rows=partial(rows, scale=scale), loss=partial(squared_error_loss, scale=scale))
+    return aligning(fitted, dataset.outputs)
 
 
 def scales(packed: Tensor, outputs: Sequence[Output]) -> Tensor:

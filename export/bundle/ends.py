@@ -16,7 +16,8 @@ def check_ends(manifest: Json, file: str, facts: ModelFile) -> None:
     several = get({"outputs": []} | manifest, MANIFEST, "outputs", list)
     if several or facts.signature:
         ends = {"input": ends["input"], "outputs": [*map(end, facts.outputs)]}
-        manifest = {**manifest, "outputs": [{key: one[key] for key in one if key != "weight"} for one in several]}
+        named = [{key: one[key] for key in one if key not in ("weight", "unordered")} for one in several]
+        manifest = {**manifest, "outputs": named}
     for key, found in ends.items():
         if (stated := manifest.get(key)) != found:
             raise BundleError(
@@ -43,6 +44,7 @@ def outputs_of(manifest: Json) -> tuple[Output, ...]:
             or not isinstance(one.get("name"), str)
             or not is_number(weight := one.get("weight"))
             or not 0 < weight <= LARGEST
+            or type(one.get("unordered", False)) is not bool
         ):
             raise BundleError(
                 f"{MANIFEST}: outputs: must each have a name, a shape and a weight, got {brief(one)}: get the bundle again",
@@ -53,7 +55,9 @@ def outputs_of(manifest: Json) -> tuple[Output, ...]:
             f"{MANIFEST}: outputs: must be several with different names, got {brief(found)}: get the bundle again",
             defect="bad_content",
         )
-    return tuple(Output(one["name"], tuple(one["shape"][1:]), float(one["weight"])) for one in found)
+    return tuple(
+        Output(one["name"], tuple(one["shape"][1:]), float(one["weight"]), one.get("unordered", False)) for one in found
+    )
 
 
 def served_of(manifest: Json) -> str:

@@ -19,7 +19,7 @@ from export.bundle.inside import Json, contained, get
 from export.errors import BundleError
 from export.images.preprocess import Preprocess
 from export.names import MANIFEST, SUMS
-from export.onnx_file.outputs import Output, columns
+from export.onnx_file.outputs import Output, columns, matched
 from export.onnx_file.rounding import rounded, rounded_values
 from export.runtime.environment import runtime
 from export.runtime.providers import PLAIN, Runtime
@@ -61,8 +61,8 @@ class Golden:
     def differing(self, name: str, outputs: NDArray[np.generic], allowed: Tolerance | None = None) -> list[int]:
         """Return the indices of images whose `outputs` (n, ...) differ from a file's by more than `allowed`, by default its tolerance."""
         allowed = self.tolerance[name] if allowed is None else allowed
-        apart = np.abs(outputs.astype(np.float64) - self.outputs[name])
-        sound = [largest(part) <= allowed[one] for one, part in parts(apart, self.several).items()]  # NaN differs
+        apart = distances(outputs.astype(np.float64), self.outputs[name], self.several)
+        sound = [largest(part) <= allowed[one] for one, part in apart.items()]  # NaN differs
         return [int(index) for index in np.flatnonzero(~np.all(sound, axis=0))]
 
 
@@ -96,7 +96,7 @@ def tolerance_of(
             rounded(onnx.load(path), runs_in.bits).SerializeToString(), rounded_values(inputs, runs_in.bits)
         )
         own = tolerance_of(path, precision, inputs, outputs, preprocess, several)
-        moved = {name: float(change.max()) for name, change in parts(np.abs(coarse - outputs), several).items()}
+        moved = {name: float(change.max()) for name, change in distances(coarse, outputs, several).items()}
         return {name: max(own[name], min(COARSE * spreads[name], CHANGES * moved[name])) for name in own}
     most = {name: WIDEST[precision] * deviation for name, deviation in spreads.items()}
     if precision != "int8":
@@ -105,7 +105,7 @@ def tolerance_of(
     random, moved = np.random.default_rng(0), dict.fromkeys(spreads, 0.0)
     for _ in range(-(-NOISY // len(inputs))):
         noisy = inputs + random.uniform(-0.5, 0.5, inputs.shape) * level
-        changes = parts(np.abs(outputs_of(path, noisy.astype(np.float32)) - outputs), several)
+        changes = distances(outputs_of(path, noisy.astype(np.float32)), outputs, several)
         moved = {name: max(moved[name], float(change.max())) for name, change in changes.items()}
     return {
         name: min(most[name], max(CHANGES * moved[name], WIDEST["fp32"] * deviation))
@@ -116,6 +116,11 @@ def tolerance_of(
 def parts(array: NDArray[Any], several: Sequence[Output]) -> Mapping[str, NDArray[Any]]:
     """Return the columns of each output; a single one's name is ""."""
     return {name: array[:, place] for name, place in columns(several).items()} if several else {"": array}
+
+
+def distances(outputs: NDArray[Any], expected: NDArray[Any], several: Sequence[Output]) -> Mapping[str, NDArray[Any]]:
+    """Return each output's distances from the expected values, of sets after matching."""
+    return parts(np.abs(matched(outputs, expected, several) - expected), several)
 
 
 def spread(outputs: NDArray[np.float32]) -> float:
@@ -150,8 +155,8 @@ def make_golden(
     found: dict[str, dict[str, Tolerance]] = {}
     for runs_in in elsewhere:
         for name, (path, kind) in files.items():
-            distances = parts(np.abs(outputs_of(path, inputs, runs_in) - outputs[name]), several)
-            apart = {one: float(distance.max()) for one, distance in distances.items()}
+            found_there = distances(outputs_of(path, inputs, runs_in), outputs[name], several)
+            apart = {one: float(distance.max()) for one, distance in found_there.items()}
             most = tolerance_of(path, kind, inputs, outputs[name], preprocess, several, runs_in)
             if all(apart[one] <= most[one] for one in most):
                 wanted = {one: min(most[one], max(tolerance[name][one], CHANGES * apart[one])) for one in most}

@@ -149,7 +149,10 @@ def manifest(folder: Path, contents: Contents, facts: Mapping[str, ModelFile], g
     """Return the content of bundle.json."""
     served = contents.serving.served
     output, *more = map(end, facts[served].outputs)
-    outputs = [{**one, "weight": of.weight} for one, of in zip((output, *more), contents.outputs, strict=bool(more))]
+    outputs = [
+        {**one, "weight": of.weight, **({"unordered": True} if of.unordered else {})}
+        for one, of in zip((output, *more), contents.outputs, strict=bool(more))
+    ]
     return {
         "schema_version": OF_SEVERAL if more else SCHEMA_VERSION,
         "name": contents.name,

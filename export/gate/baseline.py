@@ -135,7 +135,7 @@ def read_baseline(path: Path) -> Baseline:
 
 def _from_json(document: dict[str, Any]) -> Baseline:
     classes, rows, latency = tuple(document["classes"]), document["answers"], document["latency"]
-    outputs = tuple(Output(one["name"], tuple(one["shape"]), one["weight"]) for one in document.get("outputs", ()))
+    outputs = tuple(Output(**{**one, "shape": tuple(one["shape"])}) for one in document.get("outputs", ()))
     # Raise KeyError if one of them is missing.
     _ = fingerprint(document["environment"]), runtime_of(document["environment"]), document["files"][document["served"]]
     return Baseline(

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from export.errors import BundleError
+
 
 @dataclass(frozen=True)
 class Output:
@@ -16,6 +18,9 @@ class Output:
     name: str
     shape: tuple[int, ...]  # of one image's
     weight: float = 1.0  # in the score and in losses
+    unordered: bool = (
+        False  # whether its rows are a set, as a detector's queries chosen by top-k: compared after matching
+    )
 
     @property
     def size(self) -> int:
@@ -40,3 +45,50 @@ def unpacked(array: NDArray[Any], outputs: Sequence[Output]) -> Mapping[str, NDA
     """Return each output (n, *shape) of a packed array (n, values)."""
     places = columns(outputs)
     return {one.name: array[:, places[one.name]].reshape(-1, *one.shape) for one in outputs}
+
+
+def matched(array: NDArray[Any], reference: NDArray[Any], outputs: Sequence[Output]) -> NDArray[Any]:
+    """Return a packed array (n, values) with the rows of its unordered outputs moved to those of the reference that they are nearest to.
+
+    Unordered outputs (n, rows, channels) of equally many rows are one set, whose rows move together. The assignment has the least sum of
+    squared distances, each output in units of both arrays' variance over an image's rows (Hungarian method, Kuhn 1955). BundleError without
+    scipy where the nearest rows alone do not tell it.
+    """
+    sets: dict[int, list[Output]] = {}
+    for one in outputs:
+        if one.unordered:
+            sets.setdefault(one.shape[0], []).append(one)
+    if not sets:
+        return array
+    places, moved = columns(outputs), array.copy()
+    for rows, members in sets.items():
+        cost: NDArray[Any] = np.zeros((len(array), rows, rows))  # of a row of the reference and one of the array
+        for one in members:
+            mine, its = (
+                np.nan_to_num(
+                    part[:, places[one.name]].reshape(len(array), rows, -1).astype(np.float64), posinf=1e9, neginf=-1e9
+                )
+                for part in (array, reference)
+            )
+            unit = np.concatenate([mine, its], 1).var(axis=1).mean(axis=1)[:, None, None] * mine.shape[2] + 1e-12
+            apart = (
+                np.square(its).sum(2)[:, :, None] + np.square(mine).sum(2)[:, None] - 2 * its @ mine.transpose(0, 2, 1)
+            )
+            cost += apart / unit
+        order = np.stack([_assigned(each) for each in cost])  # (n, rows)
+        for one in members:
+            part = array[:, places[one.name]].reshape(len(array), rows, -1)
+            moved[:, places[one.name]] = np.take_along_axis(part, order[:, :, None], 1).reshape(len(array), -1)
+    return moved
+
+
+def _assigned(cost: NDArray[Any]) -> NDArray[Any]:
+    """Return for each row the column of the assignment with the least sum, (rows,)."""
+    nearest = cost.argmin(axis=1)
+    if len(set(nearest.tolist())) == len(nearest):
+        return np.asarray(nearest)
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise BundleError(f"unordered outputs: rows are matched by scipy ({error}): pip install scipy") from error
+    return np.asarray(linear_sum_assignment(cost)[1])

@@ -1,8 +1,10 @@
 """Write a torch module as one ONNX file that older servers can read. The only file of `export` that imports torch."""
 
+import builtins
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,12 @@ def _exported(
 ) -> torch.onnx.ONNXProgram:
     try:
         # When it fails, it prints the partial graph of each try.
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()), _AttentionOfFourDimensions():
+        with (
+            lengths_as_sizes(model),
+            redirect_stdout(StringIO()),
+            redirect_stderr(StringIO()),
+            _AttentionOfFourDimensions(),
+        ):
             program = torch.onnx.export(
                 model,
                 tuple(torch.zeros(2, *shape) for _, shape in inputs),  # torch.export would make a batch of 1 a constant
@@ -74,6 +81,27 @@ def _exported(
         ) from error
     assert program is not None
     return program
+
+
+@contextmanager
+def lengths_as_sizes(model: nn.Module) -> Iterator[None]:
+    """Make `len(tensor)` in the files of the model's modules its first size, which torch.export keeps open; Python's is a constant.
+
+    transformers' RT-DETR and D-FINE take their batch size so.
+    """
+
+    def length(value: Any) -> Any:
+        return value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else builtins.len(value)
+
+    files = {id(found): found for module in model.modules() if (found := vars(sys.modules[type(module).__module__]))}
+    changed = [names for names in files.values() if "len" not in names]
+    for names in changed:
+        names["len"] = length
+    try:
+        yield
+    finally:
+        for names in changed:
+            del names["len"]
 
 
 class _AttentionOfFourDimensions(TorchFunctionMode):

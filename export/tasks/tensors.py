@@ -22,7 +22,7 @@ from export.images.drawing import as_rgb
 from export.images.preprocess import Preprocess
 from export.images.read import Examples
 from export.images.size import Size
-from export.onnx_file.outputs import Output, unpacked
+from export.onnx_file.outputs import Output, matched, unpacked
 from export.tasks.paired import compare_classes
 from export.tasks.task import Array, Comparison, Metric, OutputTask, Shown
 from export.tasks.unlabelled import list_images, without_labels
@@ -251,18 +251,22 @@ def _by_output(
     function: Callable[[Array, Array], Array], one: Array, other: Array, outputs: Sequence[Output]
 ) -> list[Array]:
     """Return a function's result for each output of two packed arrays."""
-    parts, others = unpacked(one, outputs), unpacked(other, outputs)
+    parts, others = unpacked(matched(one, other, outputs), outputs), unpacked(other, outputs)
     return [function(parts[name], others[name]) for name in parts]
+
+
+def _some(values: Array, output: Output) -> Array:
+    """Return at most KEPT values of an output (n, ...): of a set all rows, of which fewer channels."""
+    if output.unordered:
+        return values[..., :: max(1, -(-output.size // KEPT))]
+    return kept(values)
 
 
 def several(outputs: Sequence[Output]) -> OutputTask:
     """Return the task for several outputs side by side: what the functions above do, for each by itself."""
     names, channels = [one.name for one in outputs], [channels_of(one.shape) or 0 for one in outputs]
-    sizes = [evidence(np.zeros((1, one.size))).shape[1] for one in outputs]
-    samples = [
-        Output(one.name, (size,) if len(one.shape) == 1 else (size, 1))
-        for one, size in zip(outputs, sizes, strict=True)
-    ]  # as `sampled` lays them side by side
+    # As `sampled` lays them side by side.
+    samples = [replace(one, shape=_some(np.zeros((1, *one.shape)), one).shape[1:]) for one in outputs]
 
     def each_shown(output: Array, labels: Sequence[str], lines: int) -> Shown:
         parts, found, start = unpacked(output[None], outputs), list[Sequence[str | float | None]](), 0
@@ -298,7 +302,8 @@ def several(outputs: Sequence[Output]) -> OutputTask:
         return np.column_stack(_by_output(lambda one, true: statistics(one, true, ()), predictions, truths, outputs))
 
     def sampled(values: Array) -> Array:
-        return np.column_stack([evidence(part) for part in unpacked(values, outputs).values()])
+        parts = unpacked(values, outputs)
+        return np.column_stack([_some(parts[one.name], one).reshape(len(values), -1) for one in outputs])
 
     def apart(values: Array, reference: Array) -> Array:
         return _mean(_by_output(divergence, values, reference, samples), outputs)

@@ -64,13 +64,14 @@ def reconstruct(
     *,
     views: Tensor,
     tell: Callable[[str], None] = lambda _: None,
+    aligned: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[nn.Module, str]:
     """Return a copy of the student recovered by `method` or a simpler one, and the name of that method.
 
     `reference` is the unpruned network, `kept` the outputs of its layers that the student still has; both networks are in eval mode. Every
     fifth of the unlabelled images (n, c, h, w) chooses the method with the least squared distance to the reference's outputs, so that no
     method makes the network worse. `views` are augmented views as training will show them; after least squares, batch-norms take their
-    statistics from these. Raises CompressError if a value is not finite.
+    statistics from these. `aligned` lays the second outputs in the order of the first's. Raises CompressError if a value is not finite.
     """
     order, norms, _ = _survey(reference, images[:1])
     order = [name for name in order if name in kept]  # the others were removed with their residual block
@@ -84,8 +85,10 @@ def reconstruct(
         samples = _sample(reference, order, norms, kept, images[~judged])
         solve_layers_(candidates["least_squares"], samples, images[~judged], tell)
     wanted = reference(images[judged])
+    found = {name: network(images[judged]) for name, network in candidates.items()}
     distances = {
-        name: float((network(images[judged]) - wanted).square().mean()) for name, network in candidates.items()
+        name: float((one - (aligned(one, wanted) if aligned else wanted)).square().mean())
+        for name, one in found.items()
     }
     best = min(distances, key=lambda name: distances[name] if math.isfinite(distances[name]) else math.inf)
     if best == "least_squares":

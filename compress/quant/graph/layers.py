@@ -126,6 +126,8 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def _linear(given: Options, _dimensions: int) -> nn.Module | None:
     weight, bias = given["weight"], given.get("bias")
+    if weight.dim() != 2:  # a mean by fixed weights, as D-FINE's of its distances
+        return None
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     return _with_weights(layer, weight=weight, bias=bias)
 

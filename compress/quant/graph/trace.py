@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from compress.errors import ModelError, own_line
 from compress.quant.graph.branches import merge_branches_
 from compress.quant.graph.layers import FUNCTIONS, IDENTITIES, Lifted, layer_of, pad_into_convolutions_
+from export.onnx_file.to_onnx import lengths_as_sizes
 
 aten = torch.ops.aten
 # Operators that run a graph of their own, and its position among their arguments.
@@ -33,6 +34,11 @@ SCOPES: dict[object, int] = {
     torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
 }
 RESHAPES = (torch.flatten, torch.reshape, torch.unsqueeze)
+# What writes into a slice of a tensor, by what cuts it out.
+SCATTERS: dict[object, Any] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+}
 # Operators that read only the type of their input.
 BLANKS = (aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)
 
@@ -107,7 +113,12 @@ def name_of(node: fx.Node) -> str:
 def _export(model: nn.Module, batch: Tensor) -> ExportedProgram:
     try:
         # When it fails, it prints the partial graph.
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        with (
+            lengths_as_sizes(model),
+            warnings.catch_warnings(),
+            redirect_stdout(StringIO()),
+            redirect_stderr(StringIO()),
+        ):
             warnings.simplefilter("ignore")
             return torch.export.export(model, (batch,), dynamic_shapes=({0: Dim("batch")},), strict=False)
     except Exception as error:
@@ -168,12 +179,21 @@ def _step(lifted: Lifted, node: fx.Node, done: dict[fx.Node, Any]) -> Any:
         args = (torch.empty(0, dtype=node.all_input_nodes[0].meta["val"].dtype), *args[1:])
     elif any(on_images):
         new = _record(lifted, node, args, kwargs)
-        if _writes_into_input(node):  # later readers of the tensor must see what was written
-            written = done[node.all_input_nodes[0]]
-            done.update({source: new for source in done if done[source] is written})
+        if _writes_into_input(node):
+            _write_(lifted, node.all_input_nodes[0], new, done)
         return new
     assert callable(node.target)
     return node.target(*args, **kwargs)  # in-place operators may write: nothing else owns these values
+
+
+def _write_(lifted: Lifted, written: fx.Node, new: Any, done: dict[fx.Node, Any]) -> None:
+    """Let later readers of a tensor, and of what it is a slice of, see what was written into it."""
+    before = done[written]
+    done.update({source: new for source in done if done[source] is before})
+    scatter = SCATTERS.get(written.target)
+    if scatter is not None and isinstance(done[base := written.all_input_nodes[0]], fx.Node):
+        places = fx.map_arg(written.args[1:], lambda argument: done[argument])
+        _write_(lifted, base, lifted.call(scatter, (done[base], new, *places), {}), done)
 
 
 def _record(lifted: Lifted, node: fx.Node, args: Any, kwargs: Any) -> Any:
