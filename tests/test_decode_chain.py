@@ -21,7 +21,7 @@ from export.onnx_file.to_onnx import to_onnx
 from export.runtime.session import open_session
 from export.tasks.boxes import NONE
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.acceptance
 
 RECIPE = f"""
 name: mine
