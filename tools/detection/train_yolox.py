@@ -1,6 +1,6 @@
 """Train a small YOLOX from nothing with its package's own loss, on the images of a recipe: the teacher of yolox_int8.yaml.
 
-`python tools/detection/train_yolox.py RECIPE FOLDER` writes FOLDER/yolox.safetensors; started again it goes on. Needs pip install pixeltable-yolox.
+`python tools/detection/train_yolox.py RECIPE FOLDER --data IMAGES` writes FOLDER/yolox.safetensors; started again it goes on. Needs pip install pixeltable-yolox.
 """
 
 import argparse
@@ -82,11 +82,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--data", help="the images, in place of the recipe's")
     parser.add_argument("--name", default="yolox-nano")
-    parser.add_argument("--epochs", type=int, default=120)
+    parser.add_argument("--epochs", type=int, default=130)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    run = open_run(read_recipe(arguments.recipe), trust_code=True, verbose=False)
+    recipe = read_recipe(arguments.recipe, data=arguments.data)
+    # Of the recipe only the images count here: there are no weights yet, whose outputs could be decoded.
+    run = open_run(recipe.model_copy(update={"decode": None}), trust_code=True, verbose=False)
     torch.manual_seed(run.recipe.seed)
     network = train(run, arguments.name, arguments.folder, arguments.epochs)
     weights = {key: value.contiguous() for key, value in network.state_dict().items()}
