@@ -1,5 +1,7 @@
 """Read an ONNX file's facts without running it: its image input, its outputs, the precision it computes in."""
 
+import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import ceil, prod
@@ -157,7 +159,11 @@ def check_tensor(tensor: TensorProto, file: str) -> None:
     """
     name = tensor.name or "a tensor"
     if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
-        raise BundleError(f"{file}: keeps {name} in another file: export it as one file", defect="external_data")
+        code = f"import onnx; onnx.save(onnx.load({json.dumps(file)}), {json.dumps(f'one_{file}')})"
+        raise BundleError(
+            f"{file}: keeps {name} in another file: write it as one file, in its folder: python -c {shlex.quote(code)}",
+            defect="external_data",
+        )
     if tensor.data_type not in BITS:
         raise BundleError(
             f"{file}: {name}: must be of a known type, got {tensor.data_type}: export it again", defect="not_onnx"

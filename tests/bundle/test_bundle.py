@@ -1,13 +1,16 @@
 import hashlib
 import json
 import pickle
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
@@ -315,6 +318,16 @@ def test_external_data_is_refused_wherever_it_hides(tmp_path: Path) -> None:
             inspect(path)
         refused.append(place)
     assert refused == list(hidden)
+
+
+def test_the_line_that_refuses_external_data_writes_one_file(tmp_path: Path) -> None:
+    onnx.save(classifier(), tmp_path / "it's.onnx", save_as_external_data=True, location="data", size_threshold=0)
+    with pytest.raises(BundleError, match="in its folder: python -c") as refused:
+        inspect(tmp_path / "it's.onnx")
+    line = str(refused.value).partition("in its folder: ")[2]
+    subprocess.run(shlex.split(line.replace("python", sys.executable, 1)), cwd=tmp_path, check=True)
+    (tmp_path / "data").unlink()
+    inspect(tmp_path / "one_it's.onnx")
 
 
 def test_golden_outputs_are_what_another_session_answers(made: Path) -> None:
