@@ -79,13 +79,13 @@ class Ends(nn.Module):
 
 def test_an_onnx_file_of_three_outputs_names_them(tmp_path: Path) -> None:
     pytest.importorskip("onnx2torch")
-    names = ("maps", "pooled", "scores")
+    names = ("encoder_maps", "hidden_state", "scores")  # a file's author chose them
     torch.onnx.export(Three().eval(), (torch.zeros(2, 3, 32, 32),), tmp_path / "net.onnx", output_names=names, verbose=False,
                       dynamic_shapes=({0: torch.export.Dim("n")},), external_data=False)  # fmt: skip
     recipe, told = drafted(tmp_path / "net.onnx", tmp_path)
     assert recipe.model is not None
     assert (recipe.task, tuple(recipe.model.outputs), recipe.data.image_size) == ("tensors", names, 32)
-    assert "which gives maps, pooled, scores" in told
+    assert "which gives encoder_maps, hidden_state, scores" in told
 
 
 @pytest.mark.parametrize(("channels", "task"), [(3, "classification"), (8, "tensors")])

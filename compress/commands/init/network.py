@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compress.data.teachers import foreign
 from compress.errors import CompressError, ModelError
 from compress.models.architectures import build, takes_classes
-from compress.models.outputs import LOGITS, tensors_of
+from compress.models.outputs import LOGITS, TRAINING, tensors_of
 from compress.models.published import published
 from compress.models.recognize import Match, channels_of, encoder, matched, recognize, task_of
 from compress.models.structure import PROBES, ends_in_classifier, output_of
@@ -60,12 +60,18 @@ def whole_match(arch: str) -> Match:
         raise CompressError(
             f"{arch}: does not take images of {height} x {width} ({first_line(error)}); name it as model.arch in a recipe, with its data.image_size"
         ) from error
+    if not found:
+        raise CompressError(
+            f"{arch}: gives no float tensor for an image, as after an argmax: give the network without that step"
+        )
     varied = [name for name, one in found.items() if len(one) == len(noise) and bool((one != one[:1]).any())] or [
         *found
     ]
-    served = tuple(name for name in varied if not WITHIN.search(name)) or tuple(varied)
+    folder = arch.startswith("hf:")  # a file's outputs were chosen by a person
+    within = {name for name in varied if (WITHIN.search(name) if folder else name in TRAINING)}
+    served = tuple(name for name in varied if name not in within) or tuple(varied)
     output = found[served[0]]
-    if len(served) > 1 or (len(found) > 1 and served[0] not in LOGITS):
+    if len(served) > 1 or (served[0] not in ("output", *LOGITS) and (folder or len(found) > 1)):
         return Match(arch, 0, channels, served, tuple(name for name in found if name not in served))
     return Match(arch, output.shape[1], channels, None if output.ndim > 2 or ends_in_classifier(output) else ())
 
