@@ -6,9 +6,11 @@ from pathlib import Path
 
 from compress.data.settings import DataSettings
 from compress.data.teachers import GivenTeacher
+from compress.errors import CompressError
 from compress.pruning.goals import Goal
 from compress.recipe.schema import Decode, Recipe
 from compress.recipe.stages import DEFAULT_PROVIDERS, DistillStage, Fit, PruneStage, QatStage, SourceStage
+from export.errors import first
 from export.images.preprocess import Letterbox, Look
 from export.images.size import size_of
 from export.onnx_file.outputs import Output
@@ -28,6 +30,10 @@ def as_served(recipe: Recipe, outputs: Sequence[Output]) -> tuple[Output, ...]:
     """Return a network's several outputs with their weights, and which are sets: those that the recipe says, and what `queries` decodes."""
     known = recipe.model.outputs if recipe.model else {}
     sets = {name for name, one in known.items() if one.unordered}
+    if sets and (not outputs or any(len(one.shape) != 2 for one in outputs if one.name in sets)):
+        raise CompressError(
+            f"model.outputs: unordered needs several outputs, of which {first(sorted(sets))} are rows (n, rows, channels): leave it out"
+        )
     if recipe.decode is not None and recipe.decode.function == "queries":
         sets |= {"logits", "pred_boxes"}
     return tuple(

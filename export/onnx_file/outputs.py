@@ -62,24 +62,20 @@ def matched(array: NDArray[Any], reference: NDArray[Any], outputs: Sequence[Outp
         return array
     places, moved = columns(outputs), array.copy()
     for rows, members in sets.items():
-        cost: NDArray[Any] = np.zeros((len(array), rows, rows))  # of a row of the reference and one of the array
-        for one in members:
-            mine, its = (
-                np.nan_to_num(
-                    part[:, places[one.name]].reshape(len(array), rows, -1).astype(np.float64), posinf=1e9, neginf=-1e9
-                )
-                for part in (array, reference)
-            )
-            unit = np.concatenate([mine, its], 1).var(axis=1).mean(axis=1)[:, None, None] * mine.shape[2] + 1e-12
-            apart = (
-                np.square(its).sum(2)[:, :, None] + np.square(mine).sum(2)[:, None] - 2 * its @ mine.transpose(0, 2, 1)
-            )
-            cost += apart / unit
-        order = np.stack([_assigned(each) for each in cost])  # (n, rows)
-        for one in members:
-            part = array[:, places[one.name]].reshape(len(array), rows, -1)
-            moved[:, places[one.name]] = np.take_along_axis(part, order[:, :, None], 1).reshape(len(array), -1)
+        for mine, its, found in zip(array, reference, moved, strict=True):  # one image's distances are in memory
+            parts = [[one[places[member.name]].reshape(rows, -1) for one in (mine, its)] for member in members]
+            order = _assigned(np.sum([_distances(*part) for part in parts], axis=0))
+            for member, (part, _) in zip(members, parts, strict=True):
+                found[places[member.name]] = part[order].ravel()
     return moved
+
+
+def _distances(array: NDArray[Any], reference: NDArray[Any]) -> NDArray[Any]:
+    """Return the mean squared distance of each row of the reference (rows, channels) from each of the array, in units of their variance."""
+    mine, its = (np.nan_to_num(one.astype(np.float64), posinf=1e9, neginf=-1e9) for one in (array, reference))
+    unit = np.concatenate([mine, its]).var(axis=0).sum() + 1e-12
+    apart = np.square(its).sum(1)[:, None] + np.square(mine).sum(1)[None] - 2 * its @ mine.T
+    return np.asarray(apart / unit)
 
 
 def _assigned(cost: NDArray[Any]) -> NDArray[Any]:

@@ -13,10 +13,13 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from compress.cli import app
+from compress.errors import CompressError
 from compress.models.architectures import build
 from compress.models.outputs import serve_
 from compress.quant.graph.trace import trace
 from compress.quant.prepare import groups, of_chosen_rows, prepare
+from compress.recipe.arguments import as_served
+from compress.recipe.schema import Recipe
 from compress.tasks.aligned import aligned, aligning
 from compress.tasks.tensors import TENSORS as TASK
 from export.bundle.golden import Golden
@@ -133,6 +136,16 @@ def test_a_choice_by_top_k_is_one_graph_for_any_number_of_images_and_what_follow
     for count in (1, 3):
         got = infer(open_session(tmp_path / "net.onnx"), images[:count].numpy())
         assert np.allclose(got, network(images[:count]).detach().numpy(), atol=1e-5)
+
+
+def test_unordered_is_refused_where_an_output_has_no_rows_or_is_alone() -> None:
+    recipe = Recipe.model_validate(
+        {"name": "a", "task": "tensors", "model": {"arch": "hf:folder", "outputs": {"a": {"unordered": True}}}, "stages": [{"stage": "source"}]}
+    )  # fmt: skip
+    assert as_served(recipe, [Output("a", (5, 2)), Output("b", (3,))])[0].unordered
+    for outputs in ([], [Output("a", (5,)), Output("b", (3,))]):
+        with pytest.raises(CompressError, match="unordered needs several outputs"):
+            as_served(recipe, outputs)
 
 
 def test_len_is_pythons_own_again_after_an_export() -> None:
