@@ -180,8 +180,8 @@ class PruneStage(Section):
     """Number of cuts; channels are scored again before each, and `recover` trains in between."""
     recover: Fit | None = None
     """Distillation between the cuts; null has none."""
-    reconstruct: Literal["least_squares", "batch_norm", "none"] = "least_squares"
-    """Recovery after each cut, without training or labels: solve each layer's weights so that its outputs stay close to those before the cut, only measure batch-norm's statistics again, or nothing."""
+    reconstruct: Literal["gradients", "least_squares", "batch_norm", "none"] = "least_squares"
+    """Recovery after each cut, without labels: solve each layer's weights so that its outputs stay close to those before the cut (`least_squares`), go on from there by 150 steps on augmented images (`gradients`), only measure batch-norm's statistics again, or nothing."""
     reconstruct_images: PositiveInt = 512
     """Training images for `reconstruct`; a quarter more decide whether it helps. Fewer are used where large images would not fit into memory."""
     round_to: PositiveInt = 8

@@ -1,8 +1,10 @@
 """Remove whole channels: score, plan, cut, reconstruct the remaining weights, check, measure."""
 
 import copy
+import itertools
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from compress.pruning.latency.search import Attempt, Latency, open_latency
 from compress.pruning.latency.timings import Table
 from compress.pruning.plan import Cut, Options, choose, cut_, find_groups, smallest_widths, widths
 from compress.pruning.planner import options_of
+from compress.pruning.recovery.gradients import BATCH, STEPS
 from compress.pruning.recovery.reconstruction import (
     JUDGED,
     affordable_images,
@@ -204,13 +207,33 @@ def _reconstructed(
         wanted = min(cfg.reconstruct_images * JUDGED // (JUDGED - 1), most)
         images = torch.cat([batch.images for batch in run.feed.calibration(wanted)])
         views = torch.cat([batch.images for batch in run.feed.views(min(cfg.reconstruct_images, most))])
+        if cfg.reconstruct == "gradients":
+            place_(model, run.device)  # the cut may have left layers that need it to train
         model, method = reconstruct(
-            model.eval(), whole, kept, images, cfg.reconstruct, views=views, tell=log.doing, aligned=run.task.aligned
+            model.eval(),
+            whole,
+            kept,
+            images,
+            cfg.reconstruct,
+            views=views,
+            batches=_shown(run, log),
+            tell=log.doing,
+            aligned=run.task.aligned,
         )
         seconds = time.monotonic() - started
         log.note(f"weights reconstructed ({method}) from {len(images):,} images, without labels, in {seconds:.0f} s")
     share_(model.state_dict().values(), run.group)
     return model
+
+
+def _shown(run: Run, log: StageLog) -> Iterator[torch.Tensor]:
+    """Yield a batch of augmented training images for each step by gradients, labels unread, in a new order and view each time round."""
+    n, generator = len(run.dataset.train), torch.Generator().manual_seed(run.recipe.seed)
+    rounds = (run.feed.view(view, torch.randperm(n, generator=generator).split(BATCH)) for view in itertools.count(1))
+    batches = (batch.images for batch in itertools.chain.from_iterable(rounds))
+    for step, images in enumerate(itertools.islice(batches, STEPS), start=1):
+        log.doing(f"step {step} of {STEPS} from the solve")
+        yield images
 
 
 def _accumulate_gradients_(model: nn.Module, cfg: PruneStage, run: Run) -> None:

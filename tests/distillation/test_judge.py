@@ -124,6 +124,12 @@ def test_what_learns_or_changes_with_the_training_judges_nothing() -> None:
     assert judged_terms((features,), has_classes=True) == (KDTerm(name="kd"),)
 
 
+def test_gradients_go_on_from_the_solve_without_a_label(pruned: Path) -> None:
+    stages = run(pruned, "prune.reconstruct=gradients", "name=further", until="prune")
+    assert "weights reconstructed (gradients)" in (stages["prune"] / "log.jsonl").read_text()
+    assert score(stages["prune"]) > 0.5
+
+
 def test_a_student_with_random_weights_trains_on_all_images(pruned: Path) -> None:
     student = "stages.1={stage: student, arch: " + str(Path(__file__).parents[1] / "networks.py") + ":small}"
     stages = run(pruned, student, "name=random", until="distill")

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from compress.errors import CompressError
 from compress.pruning.plan import Cut, cut_
+from compress.pruning.recovery import gradients
 from compress.pruning.recovery.least_squares import RIDGES, SOLVED, layer_rows, set_weight_matrix_, solve, weight_matrix
 from compress.pruning.recovery.reconstruction import (
     Method,
@@ -204,6 +205,27 @@ def test_a_trained_networks_outputs_come_back_and_each_method_beats_the_simpler(
     assert (chosen, simple) == ("least_squares", "batch_norm")
     cut, norms, squares = (distance(network, trained, digits[400:]) for network in (student, measured, solved))
     assert squares < 0.5 * norms < 0.5 * cut
+
+
+def test_gradients_bring_the_outputs_nearer_than_the_solve_and_wreck_nothing(
+    trained: nn.Module, digits: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, kept = halved(trained)
+    before = copy.deepcopy([student.state_dict(), trained.state_dict()])
+    order = torch.randint(400, (150, 32), generator=torch.Generator().manual_seed(0))
+
+    def by(method: Method) -> tuple[float, str]:
+        batches = (digits[part] for part in order)
+        network, chosen = reconstruct(student, trained, kept, digits[:400], method, views=digits, batches=batches)
+        return distance(network, trained, digits[400:]), chosen
+
+    (solve, _), (further, chosen) = by("least_squares"), by("gradients")
+    assert chosen == "gradients"
+    assert further < 0.95 * solve
+    for state, old in zip([student.state_dict(), trained.state_dict()], before, strict=True):
+        assert all(torch.equal(state[name], old[name]) for name in old)
+    monkeypatch.setattr(gradients, "RATE", 1.0)
+    assert by("gradients") == (solve, "least_squares")
 
 
 def test_the_head_is_what_lstsq_makes_of_the_students_own_features(trained: nn.Module, digits: Tensor) -> None:

@@ -8,7 +8,7 @@ the student runs once over all images, and each layer is solved just before it r
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.pruning.costs import one_to_one
+from compress.pruning.recovery.gradients import approach_
 from compress.pruning.recovery.least_squares import SOLVED, layer_rows, set_weight_matrix_, solve, weight_matrix
 
 ROWS = 16384  # output positions that a layer is solved from
@@ -25,7 +26,7 @@ MAX_BYTES = 4 * 2**30  # the student's activations of all images at one layer
 NEGLIGIBLE = 1e-10  # fraction of the outputs' mean square that is only rounding
 HELD_OUT = 4  # every fourth image chooses the ridge
 JUDGED = 5  # every fifth image chooses the method
-Method = Literal["batch_norm", "least_squares"]
+Method = Literal["batch_norm", "least_squares", "gradients"]
 Norm = nn.modules.batchnorm._BatchNorm
 
 
@@ -63,6 +64,7 @@ def reconstruct(
     method: Method,
     *,
     views: Tensor,
+    batches: Iterable[Tensor] = (),
     tell: Callable[[str], None] = lambda _: None,
     aligned: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[nn.Module, str]:
@@ -71,7 +73,8 @@ def reconstruct(
     `reference` is the unpruned network, `kept` the outputs of its layers that the student still has; both networks are in eval mode. Every
     fifth of the unlabelled images (n, c, h, w) chooses the method with the least squared distance to the reference's outputs, so that no
     method makes the network worse. `views` are augmented views as training will show them; after least squares, batch-norms take their
-    statistics from these. `aligned` lays the second outputs in the order of the first's. Raises CompressError if a value is not finite.
+    statistics from these. `aligned` lays the second outputs in the order of the first's. `batches` of views, one for each step, train the
+    solved network on under `gradients`. Raises CompressError if a value is not finite.
     """
     order, norms, _ = _survey(reference, images[:1])
     order = [name for name in order if name in kept]  # the others were removed with their residual block
@@ -80,10 +83,15 @@ def reconstruct(
     if len(images) > 1:
         candidates["batch_norm"] = copy.deepcopy(student)
         estimate_batchnorm_(candidates["batch_norm"], images[~judged])
-    if len(images) > 1 and method == "least_squares":
+    if len(images) > 1 and method in {"least_squares", "gradients"}:
         candidates["least_squares"] = copy.deepcopy(student)
         samples = _sample(reference, order, norms, kept, images[~judged])
         solve_layers_(candidates["least_squares"], samples, images[~judged], tell)
+    if len(images) > 1 and method == "gradients":
+        network = candidates["gradients"] = copy.deepcopy(candidates["least_squares"])
+        last = {name: -1 if isinstance(layer, nn.Linear) else 1 for name, layer in _layers(student).items()}
+        read = {name: (norms.get(name, name), kept[name].to(images.device), last[name]) for name in order}
+        approach_(network, reference, read, batches, aligned)
     wanted = reference(images[judged])
     found = {name: network(images[judged]) for name, network in candidates.items()}
     distances = {
@@ -91,7 +99,7 @@ def reconstruct(
         for name, one in found.items()
     }
     best = min(distances, key=lambda name: distances[name] if math.isfinite(distances[name]) else math.inf)
-    if best == "least_squares":
+    if best in {"least_squares", "gradients"}:
         rebase_batchnorm_(candidates[best], views)
     return candidates[best], best
 

@@ -71,7 +71,7 @@ def without_training(report: Report) -> str | None:
         return None
     parts = [f"INT8 {_step(int8, cut, int8['speedup_vs_student_fp32'])}"]
     if prune := stage_section(report, "prune"):
-        solved = " and solving the weights" if prune["reconstruct"] == "least_squares" else ""
+        solved = " and solving the weights" if prune["reconstruct"] in {"least_squares", "gradients"} else ""
         parts.insert(0, f"pruning{solved} {_step(cut, teacher, cut['speedup'])}")
     return f"Without training: {'; '.join(parts)}, all in ONNX Runtime."
 
