@@ -124,6 +124,7 @@ def test_what_learns_or_changes_with_the_training_judges_nothing() -> None:
     assert judged_terms((features,), has_classes=True) == (KDTerm(name="kd"),)
 
 
+@pytest.mark.slow
 def test_gradients_go_on_from_the_solve_without_a_label(pruned: Path) -> None:
     stages = run(pruned, "prune.reconstruct=gradients", "name=further", until="prune")
     assert "weights reconstructed (gradients)" in (stages["prune"] / "log.jsonl").read_text()
