@@ -25,6 +25,7 @@ TARGETS = {
     "names",
     "overhead",
     "latency",
+    "providers",
     "recovery",
     "gate",
     "trials",
