@@ -230,7 +230,7 @@ def _judged(
     """Judge this project's files and the other engines'; return both.
 
     Where there are many tuning images, each engine's files are ordered by their KL on few of them, and are judged on all only up to the
-    first that holds: the one that would be chosen of all.
+    first that holds. Of files that hold it has the smallest KL on the few, where all images might have preferred another.
     """
     cfg, few, images = student.cfg, student.few, student.baseline.images
     trials: dict[Engine, list[Trial]] = {}

@@ -8,7 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import onnx
-import torch
 
 from compress.data.teachers import foreign
 from compress.errors import CompressError
@@ -129,6 +128,7 @@ def _score(text: str) -> tuple[float, int]:
         path = Path(folder, "tried.yaml")
         path.write_text(text, encoding="utf-8")
         run = open_run(read_recipe(path, ["device=cpu"]), trust_code=False, verbose=False)
-        _, network = run.start(run.recipe.model) if run.recipe.model else (None, torch.nn.Identity())
+        assert run.recipe.model is not None
+        _, network = run.start(run.recipe.model)
         score = evaluate(network, run.feed.validation(limit=IMAGES), run.task)["score"]
         return score, min(IMAGES, len(run.dataset.val))
