@@ -48,7 +48,7 @@ MEET = $(if $(filter-out 1,$(NODES)),--nnodes=$(NODES) --rdzv-backend=c10d --rdz
 LAUNCH = $(if $(filter-out 1,$(RANKS) $(NODES)),$(BIN)/torchrun $(MEET) --nproc-per-node=$(RANKS) --no-python) $(BIN)/compress
 EXIT_CODES = 1: a target is missed, 2: something to correct above, 70: a crash, 130: interrupted
 
-.PHONY: help setup init compress test acceptance check bench report search names zoo overhead latency providers recovery gate trials elsewhere fuzz clean
+.PHONY: help setup init compress test acceptance check bench report search names zoo overhead latency providers results recovery gate trials elsewhere fuzz clean
 
 help: ## list the targets and their variables
 	@awk -F ' ## ' '/^[a-z]+:.* ## / { split($$1, target, ":"); printf "  make %-10s %s\n", target[1], $$2 }' $(MAKEFILE_LIST)
@@ -99,6 +99,9 @@ latency: $(READY) ## prune untrained networks to fractions of their INT8 time, s
 
 providers: $(READY) ## time untrained networks, whole and cut to half, in every provider and arithmetic here (ARGS="resnet50 --cut-in openvino")
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tools/provider_study.py $(ARGS)
+
+results: $(READY) ## run the recipes, write the tables of recipes/README.md (DATA=/folder/of/tin20,bccd,camvid ARGS="quickstart no_training")
+	@PYTHONPATH=tests $(BIN)/python tools/results.py $(call option,DATA,data) $(ARGS)
 
 recovery: $(READY) ## cut a trained network, say what each recovery gives (WEIGHTS= DATA= ARGS="torchvision:resnet18 --keep 0.5")
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tools/recovery_study.py $(call option,WEIGHTS,weights) $(call option,DATA,data) $(ARGS)

@@ -26,6 +26,7 @@ TARGETS = {
     "overhead",
     "latency",
     "providers",
+    "results",
     "recovery",
     "gate",
     "trials",
