@@ -30,6 +30,7 @@ NOTES_JSON: Final = "notes.json"
 GOLDEN_NPZ: Final = "golden.npz"
 BENCH_JSON: Final = "bench.json"
 EXAMPLES_NPZ: Final = "examples.npz"  # bench: images with their predictions
+ANSWERS: Final = "answers"  # in it, followed by an output's name where there are several
 
 # In an ONNX file's metadata.
 TASK_KEY: Final = "task"

@@ -176,7 +176,7 @@ def _name_outputs_(network: fx.GraphModule, names: Sequence[str]) -> None:
 
 
 def hugging_face(name: str, _num_classes: int = 0) -> nn.Module:
-    """Return the network in a folder that transformers' save_pretrained wrote, of the class that its config names.
+    """Return the network in a folder that transformers' save_pretrained wrote, of the class that its config names; of CLIP and its like the image tower.
 
     Raises ModelError for other folders, and for a network that takes more than images.
     """
@@ -195,8 +195,26 @@ def hugging_face(name: str, _num_classes: int = 0) -> nn.Module:
             f"hf:{name}: transformers cannot load it as {named or 'an image classifier'} ({first_line(error)})"
         ) from error
     if (takes := getattr(network, "main_input_name", "pixel_values")) != "pixel_values":
+        if hasattr(network, "get_image_features") and hasattr(network, "text_model"):
+            return _ImageTower(network).eval()
         raise ModelError(f"hf:{name}: {named} takes {takes}, not images alone; save its vision tower by itself")
     return network.eval()
+
+
+class _ImageTower(nn.Module):
+    """What embeds images in a network of images and texts, such as CLIP or SigLIP, where they are compared with texts."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        for name in [*dict(network.named_children()), *dict(network.named_parameters(recurse=False))]:
+            if name.startswith(("text", "logit")):
+                delattr(network, name)
+        self.network = network
+
+    def forward(self, images: Tensor) -> Any:
+        """Return the tokens and the embedding, `pooler_output`."""
+        embed: Any = self.network.get_image_features
+        return embed(images)
 
 
 def read_program(name: str) -> ExportedProgram:

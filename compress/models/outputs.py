@@ -20,6 +20,7 @@ from export.onnx_file.outputs import Output
 
 LOGITS = ("out", "logits")  # the one output of classifiers
 TRAINING = ("aux", "loss")  # outputs that only a training needs
+SCALES = (2, 1, 0.5, 0.25)
 
 
 class Packing:
@@ -32,13 +33,13 @@ class Packing:
         self.served = served
         self.noted: dict[str, Tensor] | None = None  # what `signature_of` looks at
 
-    def __call__(self, model: nn.Module, _inputs: object, outputs: object) -> object:
+    def __call__(self, model: nn.Module, inputs: tuple[Tensor], outputs: object) -> object:
         """Return the served outputs. Raises ModelError where one is missing, or where several are and one must be."""
-        if isinstance(outputs, Tensor):
-            return outputs
-        named = dict(tensors_of(outputs))
         if self.served is None:
-            return _alone(model, outputs, named)
+            return outputs if isinstance(outputs, Tensor) else _alone(model, outputs, dict(tensors_of(outputs)))
+        named = {name: _as_map(tensor, inputs[0]) for name, tensor in tensors_of(outputs)}
+        if isinstance(outputs, Tensor):
+            return next(iter(named.values()))
         if missing := [name for name in self.served if name not in named]:
             raise ModelError(
                 f"{type(model).__name__}: has no output {missing[0]}, only {', '.join(named)}: name these in model.outputs"
@@ -62,6 +63,12 @@ class Packing:
         return torch.cat(
             [tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1) for tensor in chosen.values()], 1
         )
+
+
+def _as_map(output: Tensor, images: Tensor) -> Tensor:
+    """Return depths (n, height, width) as the map (n, 1, height, width) that they are, told by their sides: the images' by a factor of SCALES."""
+    sides = [[side * scale for side in images.shape[2:]] for scale in SCALES]
+    return output.unsqueeze(1) if output.dim() == 3 and [*output.shape[1:]] in sides else output
 
 
 def _alone(model: nn.Module, outputs: object, named: Mapping[str, Tensor]) -> object:

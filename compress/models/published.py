@@ -59,14 +59,20 @@ def published(arch: str) -> Published | None:
             return None
         preset = weights["DEFAULT"].transforms()
         (crop,) = getattr(preset, "crop_size", preset.resize_size)  # segmentation crops nothing
-        return Published((crop, crop), preset.resize_size[0] / crop, (tuple(preset.mean), tuple(preset.std)))
+        normal = (tuple(preset.mean), tuple(preset.std))
+        return Published((crop, crop), preset.resize_size[0] / crop, normal, look=_look(preset.interpolation.value))
     if library == "timm":
         settings = import_timm().models.get_pretrained_cfg(name)
         if settings is None:
             return None
         side = settings.input_size[-1]
-        return Published((side, side), 1 / settings.crop_pct, (tuple(settings.mean), tuple(settings.std)))
+        normal = (tuple(settings.mean), tuple(settings.std))
+        return Published((side, side), 1 / settings.crop_pct, normal, look=_look(settings.interpolation))
     return None
+
+
+def _look(kernel: str) -> Look:
+    return Look(interpolation="bicubic" if kernel == "bicubic" else "bilinear")
 
 
 def _of_onnx(path: str) -> Published | None:
@@ -78,10 +84,11 @@ def _of_onnx(path: str) -> Published | None:
 def _of_folder(path: str) -> Published | None:
     """Return the preprocessing in the settings of transformers' processor; None where they state no size."""
     folder = Path(path)
-    (network, processor) = (
+    (network, processor, of_both) = (
         json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
-        for name in ("config.json", "preprocessor_config.json")
+        for name in ("config.json", "preprocessor_config.json", "processor_config.json")
     )
+    processor = processor or of_both.get("image_processor", {})  # of networks of images and texts
     cropped = _sides(processor.get("crop_size")) if processor.get("do_center_crop", True) else None
     whole, within = (
         _sides(processor.get("size")),

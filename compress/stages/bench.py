@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from compress.run import Run
 from export.command.files import write_json
 from export.images.decode import BrokenImage
 from export.images.size import size_of
-from export.names import AUDIT_JSON, BENCH_JSON, EXAMPLES_NPZ, GOLDEN_NPZ
+from export.names import ANSWERS, AUDIT_JSON, BENCH_JSON, EXAMPLES_NPZ, GOLDEN_NPZ
 from export.onnx_file.roles import FP32, PTQ, SERVED, TEACHER, deployed, files_in, is_int8
 from export.runtime.accuracy import accuracy, accuracy_elsewhere, predictions_of, score_elsewhere, score_files
 from export.runtime.end_to_end import EndToEnd, end_to_end
@@ -117,8 +118,9 @@ def _write_examples(path: Path, files: Sequence[Path], rows: Array, exported: Pa
             images, truths = golden["images"][:DRAWN], golden["truths"][:DRAWN]
         batch = run.dataset.preprocess.normalize(images)
     drawn = task.drawn(np.stack([predictions_of(file, task)(batch) for file in files]))
-    if drawn is not None:
-        np.savez(path, images=images, truths=truths, files=np.array([file.stem for file in files]), answers=drawn)
+    if drawn:
+        answers: dict[str, Any] = {f"{ANSWERS}{name}": one for name, one in drawn.items()}
+        np.savez(path, images=images, truths=truths, files=np.array([file.stem for file in files]), **answers)
 
 
 def _end_to_end(files: Sequence[Path], run: Run, *, seconds: float) -> dict[str, EndToEnd]:

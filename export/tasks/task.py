@@ -142,8 +142,8 @@ class OutputTask:
     """(image uint8 (height, width, 3), its prediction, labels) to the image with the prediction drawn; None if there is nothing to draw."""
     draw_truth: Callable[[Array, Array, Sequence[str]], Array] | None = None
     """The same for its truth; None if that is not drawn."""
-    drawn: Callable[[Array], Array | None] = lambda predictions: predictions
-    """Some files' predictions (files, n, ...), the teacher's first, to what `draw` takes; None if there is nothing to draw."""
+    drawn: Callable[[Array], Mapping[str, Array]] = lambda predictions: {"": predictions}
+    """Some files' predictions (files, n, ...), the teacher's first, to what `draw` takes, by output where there are several; empty if there is nothing to draw."""
     worst: Callable[[Array], Array] | None = None
     """Rows to how wrong each image is (n,), where the report draws the worst images; else it draws some."""
     hub: tuple[str, str] = ("image-classification", "accuracy")

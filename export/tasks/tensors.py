@@ -111,17 +111,17 @@ def statistics(predictions: Array, truths: Array, _output: tuple[int, ...]) -> A
 
 
 def total(rows: Array) -> float:
-    """Return the explained variance, from 0 to 1."""
-    positions, error, energy = rows[:, : ENERGY + 1].sum(axis=0).tolist()
-    return explained(error, energy, rows[:, SUMS].sum(axis=0), positions)
-
-
-def explained(error: float, energy: float, sums: Array, positions: float) -> float:
-    """Return 1 - Σ(y - t)² / Σ(t - t̄)², at least 0, as Σ(t - t̄)² = Σt² - Σ_channels (Σt)² / positions."""
-    variance = energy - float(np.square(sums).sum()) / positions
-    if variance <= 1e-12 * energy:  # constant outputs: right or wrong
+    """Return the explained variance, 1 - Σ(y - t)² / Σ(t - t̄)², at least 0."""
+    error, energy, spread = float(rows[:, ERROR].sum()), float(rows[:, ENERGY].sum()), variance(rows)
+    if spread <= 1e-12 * energy:  # constant outputs: right or wrong
         return float(error <= 1e-12 * energy)
-    return max(0.0, 1 - error / variance)
+    return max(0.0, 1 - error / spread)
+
+
+def variance(rows: Array) -> float:
+    """Return Σ(t - t̄)², which is Σt² - Σ_channels (Σt)² / positions."""
+    sums = rows[:, SUMS].sum(axis=0)
+    return float(rows[:, ENERGY].sum() - np.square(sums).sum() / rows[:, 0].sum())
 
 
 def further(rows: Array) -> Mapping[str, float | None]:
@@ -227,13 +227,13 @@ def worst(rows: Array) -> Array:
     return np.asarray(rows[:, ERROR])
 
 
-def pictures(outputs: Array) -> Array | None:
-    """Return images that networks give (files, n, 1 or 3, height, width) in uint8, channels last, black to white as the first file's; else None."""
+def pictures(outputs: Array) -> Mapping[str, Array]:
+    """Return images that networks give (files, n, 1 or 3, height, width) in uint8, channels last, black to white as the first file's; else none."""
     if outputs.ndim != 5 or outputs.shape[2] not in (1, 3):
-        return None
+        return {}
     low, high = (of(outputs[0], axis=(1, 2, 3), keepdims=True) for of in (np.min, np.max))
     shown = np.nan_to_num((outputs - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
-    return np.asarray(np.moveaxis(np.rint(255 * shown).astype(np.uint8), 2, -1))
+    return {"": np.moveaxis(np.rint(255 * shown).astype(np.uint8), 2, -1)}
 
 
 def _rows_of(rows: Array, outputs: Sequence[Output]) -> list[Array]:
@@ -305,6 +305,11 @@ def several(outputs: Sequence[Output]) -> OutputTask:
         parts = unpacked(values, outputs)
         return np.column_stack([_some(parts[one.name], one).reshape(len(values), -1) for one in outputs])
 
+    def all_pictures(packed: Array) -> Mapping[str, Array]:
+        parts = unpacked(packed.reshape(-1, packed.shape[-1]), outputs)
+        shown = {name: pictures(part.reshape(*packed.shape[:2], *part.shape[1:])) for name, part in parts.items()}
+        return {name: found[""] for name, found in shown.items() if found}
+
     def apart(values: Array, reference: Array) -> Array:
         return _mean(_by_output(divergence, values, reference, samples), outputs)
 
@@ -331,7 +336,10 @@ def several(outputs: Sequence[Output]) -> OutputTask:
         compare=partial(compare, resampled=drawn),
         resampled=drawn,
         show=each_shown,
-        draw=None,
+        drawn=all_pictures,
+        worst=lambda rows: _mean(
+            [worst(part) / max(variance(part), 1e-12) for part in _rows_of(rows, outputs)], outputs
+        ),
         meaning=f"{', '.join(names)}, as the network computes them; `labels.txt` numbers their channels",
         reading="print({one.name: array.shape for one, array in zip(session.get_outputs(), outputs)})",
     )

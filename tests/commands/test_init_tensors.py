@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compress.commands.init import write
 from compress.commands.init.estimate import StepTime
 from compress.commands.init.write import write_draft
+from compress.models.architectures import build
 from compress.models.published import published
 from compress.models.structure import ends_in_classifier
 from compress.recipe.read import read_recipe
@@ -144,10 +145,54 @@ def test_a_folder_s_processor_says_how_images_are_seen(
     assert found.normalize[0][0] == pytest.approx(mean)
 
 
+@pytest.mark.parametrize(
+    ("arch", "kernel"), [("torchvision:resnet18", "bilinear"), ("torchvision:swin_t", "bicubic"), ("timm:resnet18", "bicubic")]
+)  # fmt: skip
+def test_a_library_says_its_kernel(arch: str, kernel: str) -> None:
+    found = published(arch)
+    assert found is not None
+    assert found.look.interpolation == kernel
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+def test_of_a_network_of_images_and_texts_the_image_tower_is_taken(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    texts, images = SMALL | {"vocab_size": 9}, SMALL | {"image_size": 32, "patch_size": 16}
+    network = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=texts, vision_config=images, projection_dim=24)
+    ).eval()
+    network.save_pretrained(tmp_path / "clip")
+    said = {"image_processor": CLIP | HALVES | {"crop_size": 32, "size": {"shortest_edge": 36}}}
+    (tmp_path / "clip" / "processor_config.json").write_text(json.dumps(said))
+    recipe, _ = drafted(tmp_path / "clip", tmp_path)
+    assert recipe.model is not None
+    assert (recipe.task, list(recipe.model.outputs), recipe.data.resize) == ("tensors", ["pooler_output"], 36 / 32)
+    tower, seen = (
+        build(recipe.model.arch, num_classes=0, outputs=list(recipe.model.outputs)),
+        torch.randn(2, 3, 32, 32),
+    )
+    with torch.no_grad():
+        assert torch.equal(tower(seen), network.get_image_features(pixel_values=seen).pooler_output)
+    assert not any("text" in name or "logit" in name for name in tower.state_dict())
+
+
+def test_depths_without_an_axis_of_channels_are_a_map(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DPTConfig(**SMALL | {"num_hidden_layers": 4}, image_size=32, patch_size=16, backbone_out_indices=[0, 1, 2, 3],
+                                    neck_hidden_sizes=[8] * 4, fusion_hidden_size=8)  # fmt: skip
+    transformers.DPTForDepthEstimation(config).save_pretrained(tmp_path / "dpt")
+    recipe, _ = drafted(tmp_path / "dpt", tmp_path)
+    assert recipe.model is not None
+    assert (recipe.task, list(recipe.model.outputs)) == ("tensors", ["predicted_depth"])
+    network = build(recipe.model.arch, num_classes=0, outputs=["predicted_depth"])
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 1, 32, 32)
+
+
 def test_the_pooled_output_of_a_vision_tower_is_served(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    config = transformers.CLIPVisionConfig(image_size=32, patch_size=16, **sizes)
+    config = transformers.CLIPVisionConfig(image_size=32, patch_size=16, **SMALL)
     transformers.CLIPVisionModel(config).save_pretrained(tmp_path / "tower")
     said = {"size": {"height": 32, "width": 32}, "resample": 3, **HALVES}
     (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(said))

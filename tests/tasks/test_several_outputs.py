@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime
@@ -20,6 +20,8 @@ from compress.cli import app
 from compress.errors import ModelError
 from compress.models.outputs import serve_, signature_of
 from compress.quant.graph.trace import trace
+from compress.report.page.pictures import examples
+from compress.report.shape import Report
 from compress.tasks.tensors import scales, squared_error_loss
 from export import predict
 from export.bundle.read import read_bundle
@@ -80,6 +82,8 @@ def test_two_outputs_go_through_the_whole_chain(done: Path) -> None:
         session = onnxruntime.InferenceSession(done / f"bundle/{file}.onnx")
         shapes = {one.name: one.shape[1:] for one in session.get_outputs()}
         assert shapes == {"embedding": [12], "heat": [3, 8, 8]}
+    titles = [[title for title, _ in images] for images in examples(done, cast(Report, report))]
+    assert titles == [["Image", "Teacher FP32 heat", "Student INT8 heat"]] * 4
 
 
 @pytest.mark.slow

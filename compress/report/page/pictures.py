@@ -13,7 +13,7 @@ from compress.report.judge.verdict import deployed_name
 from compress.report.page import summary
 from compress.report.shape import Report
 from export.images.drawing import as_rgb
-from export.names import EXAMPLES_NPZ
+from export.names import ANSWERS, EXAMPLES_NPZ
 from export.onnx_file.roles import TEACHER
 from export.tasks import TASKS
 
@@ -29,7 +29,8 @@ def examples(root: Path, report: Report) -> Iterator[Sequence[tuple[str, str]]]:
     assert task.draw is not None
     labels = (report["classes"] or {"names": []})["names"]
     with np.load(folders[-1] / EXAMPLES_NPZ) as kept:
-        images, truths, predictions, files = (kept[name] for name in ("images", "truths", "answers", "files"))
+        images, truths, files = (kept[name] for name in ("images", "truths", "files"))
+        drawn = {name.removeprefix(ANSWERS): kept[name] for name in kept if name.startswith(ANSWERS)}
     for index, pixels in enumerate(images):
         height, width = (SIDE * side // max(pixels.shape[:2]) for side in pixels.shape[:2])
         image = np.asarray(Image.fromarray(as_rgb(pixels)).resize((width, height), Image.Resampling.BICUBIC))
@@ -41,7 +42,11 @@ def examples(root: Path, report: Report) -> Iterator[Sequence[tuple[str, str]]]:
                 else []
             ),
             *(
-                (summary.title(name), _jpeg(task.draw(image, of[index], labels), (width, height)))
+                (
+                    f"{summary.title(name)} {output}".rstrip(),
+                    _jpeg(task.draw(image, of[index], labels), (width, height)),
+                )
+                for output, predictions in drawn.items()
                 for name, of in zip(files.tolist(), predictions, strict=True)
                 if name in (TEACHER, deployed_name(report))
             ),
