@@ -17,7 +17,8 @@ from compress.errors import ModelError
 from compress.models.cifar import CIFAR_NETWORKS
 from compress.models.detectors import BUILDERS, KINDS, build_detector, build_yolox, torchvision_detector
 from compress.models.digest import existing_file, local_modules
-from compress.models.foreign import exported, hugging_face, rebuilt
+from compress.models.foreign import exported, rebuilt
+from compress.models.hugging_face import hugging_face
 from compress.models.known import check_name, suggestion
 from compress.models.outputs import serve_
 from compress.models.segmenters import build_pyramid, build_smp
