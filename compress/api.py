@@ -97,8 +97,8 @@ def export(model: nn.Module, path: str | Path, *, images: Images | None = None, 
     if calibrated is not None:
         reference = reference_of(copy.deepcopy(calibrated).cpu().eval())
         found = verify(file, [(shown.contiguous().numpy(), None)], reference, task=meaning)
-        if found.first_divergence is not None:
-            raise CompressError(f"{file}: does not compute what the network does, from {found.first_divergence} on")
+        if found["first_divergence"] is not None:
+            raise CompressError(f"{file}: does not compute what the network does, from {found['first_divergence']} on")
     else:
         off, largest = difference(network, open_session(file), shown)
         if not off <= TOLERANCE * largest:  # not a number is no agreement

@@ -18,55 +18,56 @@ from export.command.table import table
 from export.errors import BundleError
 from export.images.read import Examples
 from export.onnx_file.model_file import parse, precision
-from export.proof.verify import Floats, Verification, verify
+from export.proof.rows import VerifyRow
+from export.proof.verify import Floats, verify
 from export.tasks import stated_task
 from export.tasks.task import Array, Metric
 
 
-def as_text(found: Verification, metric: Metric) -> str:
+def as_text(found: VerifyRow, metric: Metric) -> str:
     """Return the verification as lines for a terminal."""
-    low, high = found.agreement_ci95
+    low, high = found["agreement_ci95"]
     rows = [
         (
-            tensor.name,
-            ", ".join(tensor.layers) or "no layer",
-            str(tensor.accumulated.max_lsb),
-            f"{tensor.accumulated.differing / tensor.accumulated.values:.2%}",
-            tensor.accumulated.snr_db,
-            str(tensor.local.max_lsb),
-            f"{tensor.local.differing / tensor.local.values:.2%}",
+            tensor["name"],
+            ", ".join(tensor["layers"]) or "no layer",
+            str(tensor["max_lsb"]),
+            f"{tensor['differing']:.2%}",
+            tensor["snr_db"],
+            str(tensor["local"]["max_lsb"]),
+            f"{tensor['local']['differing']:.2%}",
         )
-        for tensor in found.tensors
+        for tensor in found["tensors"]
     ]
     header = ("tensor", "layers", "max LSB", "differing", "SNR dB", "alone: max LSB", "differing")
     lines = [
-        f"agreement {found.agreement:.2%} on {found.images} images (95 % interval {low:.2%} to {high:.2%})",
+        f"agreement {found['agreement']:.2%} on {found['images']} images (95 % interval {low:.2%} to {high:.2%})",
         *(
-            [f"{metric.title} {found.score:.2%}, the reference's {found.score_reference:.2%}"]
-            if found.score is not None
+            [f"{metric.title} {found['score']:.2%}, the reference's {found['score_reference']:.2%}"]
+            if found["score"] is not None
             else []
         ),
         table(header, rows),
-        f"first tensor that diverges: {found.first_divergence or 'none'}",
-        *(_blame(found) if found.first_divergence and not found.saturation else []),
+        f"first tensor that diverges: {found['first_divergence'] or 'none'}",
+        *(_blame(found) if found["first_divergence"] and not found["saturation"] else []),
         *(
             f"{layer['layer']}: saturates on this machine: {layer['values']:.2%} of its values are wrong, by up to {layer['max_lsb']} levels: "
             "export for cpu_avx2 (7-bit weights)"
-            for layer in found.saturation
+            for layer in found["saturation"]
         ),
     ]
-    if found.saturation_possible and not found.saturation:
-        some = ", ".join(found.saturation_possible[:3])
+    if found["saturation_possible"] and not found["saturation"]:
+        some = ", ".join(found["saturation_possible"][:3])
         lines.append(
-            f"on a CPU without VNNI {len(found.saturation_possible)} layers can saturate ({some} first): serve the file for cpu_avx2 there"
+            f"on a CPU without VNNI {len(found['saturation_possible'])} layers can saturate ({some} first): serve the file for cpu_avx2 there"
         )
     return "\n".join(lines)
 
 
-def _blame(found: Verification) -> list[str]:
+def _blame(found: VerifyRow) -> list[str]:
     """Return a sentence on the first tensor that diverges although nothing saturates: the file is its own reference."""
-    (tensor,) = (tensor for tensor in found.tensors if tensor.name == found.first_divergence)
-    named = ", ".join(tensor.layers) or tensor.name
+    (tensor,) = (tensor for tensor in found["tensors"] if tensor["name"] == found["first_divergence"])
+    named = ", ".join(tensor["layers"]) or tensor["name"]
     return [f"ONNX Runtime {onnxruntime.__version__} does not compute {named} as the file says: try another version"]
 
 
@@ -96,7 +97,7 @@ def _is_int8_of_floats(file: Path) -> bool:
 
 def print_verifications(arguments: argparse.Namespace) -> int:
     """Print how each file compares with its reference; return 1 if one diverges."""
-    found: dict[str, Verification] = {}
+    found: dict[str, VerifyRow] = {}
     path: Path = arguments.path
     folder = path if path.is_dir() else path.parent
     bundle = read_bundle(folder, inspect=vet) if path.is_dir() or arguments.data else None
@@ -110,13 +111,8 @@ def print_verifications(arguments: argparse.Namespace) -> int:
         found[name] = verify(file, images, task=task, tensor_images=arguments.tensor_images)
         sys.stdout.write(f"{name}\n{as_text(found[name], task.metric)}\n\n")
     if arguments.json:
-        content = {name: verification.to_json() for name, verification in found.items()}
-        write_text(arguments.json, json_text(content))
-    diverged = any(
-        verification.first_divergence or verification.agreement < arguments.min_agreement
-        for verification in found.values()
-    )
-    return int(diverged)
+        write_text(arguments.json, json_text(found))
+    return int(any(row["first_divergence"] or row["agreement"] < arguments.min_agreement for row in found.values()))
 
 
 def main() -> int:

@@ -105,7 +105,7 @@ def examine(arch: str, image_size: int, task: OutputTask = CLASSIFICATION) -> Ro
         sum(name not in weighted for name in found["float_layers"]),
         {name: found["reasons"][name] for name in found["float_layers"]} | float_on_purpose(prepared),
         all(level.min() >= TARGET.weight_min and level.max() <= TARGET.weight_max for level in levels),
-        verified.first_divergence,
+        verified["first_divergence"],
         float(task.agreement(task.decode(expected), task.decode(deployed)).mean()),
         snr_db(expected, deployed),
         snr_db(trained, expected),

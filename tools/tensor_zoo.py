@@ -170,7 +170,7 @@ def row_of(name: str) -> dict[str, Any]:
         "why": why,
         "integer": len(found["integer_layers"]),
         "float": len(found["float_layers"]),
-        "equal": verified.first_divergence is None,
+        "equal": verified["first_divergence"] is None,
         "snr": {one: [snr_db(flat[0][:, at], flat[1][:, at]), snr_db(flat[2][:, at], flat[0][:, at])] for one, at in places.items()},
         "ms": [float(np.median(timed[one].block_ms)) for one in ("fp32", "int8")],
         "faster": [faster.ratio, faster.low, faster.high],

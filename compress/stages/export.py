@@ -40,7 +40,8 @@ from export.onnx_file.targets import Target
 from export.onnx_file.uint8_input import with_uint8_input
 from export.proof.audit import Audit, audit, over_limits
 from export.proof.half import is_finite
-from export.proof.verify import Verification, verify
+from export.proof.rows import VerifyRow
+from export.proof.verify import verify
 
 
 def apply(cfg: ExportStage, src: Path, out: Path, run: Run) -> Metrics:
@@ -81,7 +82,7 @@ def apply(cfg: ExportStage, src: Path, out: Path, run: Run) -> Metrics:
             for file, found in audits.items()
         },
     )
-    write_json(out / VERIFY_JSON, {file: found.to_json() for file, found in parity.items()})
+    write_json(out / VERIFY_JSON, parity)
     write_json(out / LIMITS_JSON, over)
     write_json(out / NOTES_JSON, [note] if note else [])
     write_json(out / PREPROCESS, run.dataset.preprocess.to_json())
@@ -186,7 +187,7 @@ def _metric(artifact: Path, name: str) -> float:
 
 def _verify(
     cfg: ExportStage, files: Mapping[str, Path], run: Run, trained: Mapping[str, fx.GraphModule]
-) -> dict[str, Verification]:
+) -> dict[str, VerifyRow]:
     """Compare each trained INT8 file with its fake-quantized network, each calibrated one with itself unoptimized."""
     names = [name_for(kind, target, run.target) for target in run.int8_targets for kind in (QAT, PTQ)]
     return {
@@ -202,7 +203,7 @@ def _verify(
 
 
 def _over(
-    limits: AuditLimits, name: str, found: Audit, parity: Verification | None, *, fast: Mapping[str, str]
+    limits: AuditLimits, name: str, found: Audit, parity: VerifyRow | None, *, fast: Mapping[str, str]
 ) -> list[str]:
     """Return a sentence for each limit that a file exceeds; layers that are float for speed, `fast`, and their borders do not count."""
     over = over_limits(
@@ -211,15 +212,15 @@ def _over(
         max_float_fraction=limits.max_float_fraction if is_int8(name) and not fast else None,
         max_leftover_qdq=None if fast else limits.max_leftover_qdq,
     )
-    if limits.min_agreement is not None and parity is not None and parity.agreement < limits.min_agreement:
+    if limits.min_agreement is not None and parity is not None and parity["agreement"] < limits.min_agreement:
         over.append(
-            f"min_agreement: wanted at least {limits.min_agreement:.2%}, measured {parity.agreement:.2%} on {parity.images} images; "
-            f"the first quantized tensor that diverges: {parity.first_divergence or 'none'}"
+            f"min_agreement: wanted at least {limits.min_agreement:.2%}, measured {parity['agreement']:.2%} on {parity['images']} images; "
+            f"the first quantized tensor that diverges: {parity['first_divergence'] or 'none'}"
         )
     return [f"{name}: {sentence}" for sentence in over]
 
 
-def _note(log: StageLog, name: str, found: Audit, parity: Verification | None, over: list[str]) -> None:
+def _note(log: StageLog, name: str, found: Audit, parity: VerifyRow | None, over: list[str]) -> None:
     if is_int8(name):
         log.note(
             f"{name}: {len(found['integer_layers'])} layers run in integers, {len(found['float_layers'])} in float"
@@ -227,12 +228,12 @@ def _note(log: StageLog, name: str, found: Audit, parity: Verification | None, o
     if is_int8(name) and found["float_layers"]:
         log.note(f"in float once optimized: {', '.join(found['float_layers'])}")
     if parity is not None:
-        low, high = parity.agreement_ci95
+        low, high = parity["agreement_ci95"]
         log.note(
-            f"agrees with {'the trained network' if name == QAT else 'itself unoptimized'} on {parity.agreement:.2%} "
-            f"of {parity.images} images (95 % interval {low:.2%} to {high:.2%})"
+            f"agrees with {'the trained network' if name == QAT else 'itself unoptimized'} on {parity['agreement']:.2%} "
+            f"of {parity['images']} images (95 % interval {low:.2%} to {high:.2%})"
         )
-        for layer in parity.saturation:
+        for layer in parity["saturation"]:
             log.note(f"{layer['layer']}: saturates on this machine")
     for sentence in over:
         log.note(sentence)

@@ -30,7 +30,7 @@ class TensorRow(DistanceRow):
 
 
 class VerifyRow(TypedDict):
-    """One file's entry of verify.json, as `Verification` has it."""
+    """How a file's predictions and tensors compare with its reference; one file's entry of verify.json."""
 
     images: int
     tensor_images: int

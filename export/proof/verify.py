@@ -34,41 +34,6 @@ Reference = Callable[[Floats], Mapping[str, Floats]]
 CHUNK = 8  # images per run; the tensors of a ResNet-50 at 224 pixels take 44 MB per image
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """One quantized tensor's distance from the reference: end to end, and for its layers alone on the reference's inputs."""
-
-    name: str
-    layers: tuple[str, ...]
-    accumulated: Distance
-    local: Distance
-
-    def to_json(self) -> TensorRow:
-        """Return the tensor as a JSON value."""
-        return {"name": self.name, "layers": self.layers, **self.accumulated.to_json(), "local": self.local.to_json()}
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How a file's predictions and tensors compare with its reference."""
-
-    images: int
-    tensor_images: int
-    agreement: float
-    agreement_ci95: tuple[float, float]
-    score_reference: float | None
-    score: float | None
-    tensors: tuple[Tensor, ...]
-    first_divergence: str | None
-    saturation: tuple[Saturation, ...]
-    saturation_possible: tuple[str, ...]
-
-    def to_json(self) -> VerifyRow:
-        """Return the verification as a JSON value."""
-        tensors = [tensor.to_json() for tensor in self.tensors]
-        return VerifyRow(**{**vars(self), "tensors": tensors})  # type: ignore[typeddict-item]
-
-
 @dataclass
 class Probe:
     """A piece of the graph with open sessions, and its measured distances."""
@@ -95,6 +60,11 @@ class Probe:
         if self.unoptimized is not None:
             self.unoptimized_local.add_(self._run(self.unoptimized, images, expected), alone, scale)
 
+    def to_json(self) -> TensorRow:
+        """Return the tensor as a JSON value."""
+        own, alone = self.accumulated.to_json(), self.local.to_json()
+        return {"name": self.piece.name, "layers": self.piece.modules, **own, "local": alone}
+
     def _run(self, session: onnxruntime.InferenceSession, images: Floats, tensors: Mapping[str, Floats]) -> Floats:
         feeds = [images if name == GRAPH_INPUT else tensors[name] for name in self.piece.inputs]
         result: Floats = session.run(
@@ -110,7 +80,7 @@ def verify(
     *,
     task: OutputTask,
     tensor_images: int = 64,
-) -> Verification:
+) -> VerifyRow:
     """Compare the file with `reference` (None: the file unoptimized) on all images, and tensors on the first `tensor_images`.
 
     Raises BundleError if the file is not INT8 or cannot run, if there are no images, and if the reference has no logits or other
@@ -201,19 +171,18 @@ def summarize(
     predictions: tuple[Array, Array],
     scores: tuple[float | None, float | None],
     tensor_images: int,
-) -> Verification:
+) -> VerifyRow:
     """Return the verification from its parts; predictions and scores are (the reference's, the file's)."""
-    tensors = tuple(Tensor(probe.piece.name, probe.piece.modules, probe.accumulated, probe.local) for probe in probes)
     images, same = len(predictions[0]), task.agreement(*predictions)
-    return Verification(
+    return VerifyRow(
         images=images,
         tensor_images=tensor_images,
         agreement=float(np.sum(same)) / images,
         agreement_ci95=mean_interval(same),
         score_reference=scores[0],
         score=scores[1],
-        tensors=tensors,
-        first_divergence=next((tensor.name for tensor in tensors if tensor.local.diverges), None),
+        tensors=[probe.to_json() for probe in probes],
+        first_divergence=next((probe.piece.name for probe in probes if probe.local.diverges), None),
         saturation=tuple(
             Saturation(
                 layer=module_of(layer),

@@ -28,8 +28,6 @@ from compress.report.page import summary, tables_int8
 from compress.report.page.html import render
 from compress.report.page.table import ReportTable, Strong
 from compress.report.shape import Report
-from export.proof.rows import VerifyRow
-from export.proof.verify import Verification
 from export.tasks.paired import mcnemar
 
 LIMITS = {"max_float_layers": 1, "max_float_fraction": 0.0001, "max_leftover_qdq": 0, "min_agreement": 0.99}
@@ -321,10 +319,6 @@ def test_layers_put_back_to_float_are_counted(tmp_path: Path) -> None:
     said = "2 layers stay in float to lose no more than 0.50 points against the float student (qat.max_drop)."
     assert said in page_of(report, tmp_path)
     assert said in text_of(report, verbose=True)
-
-
-def test_a_row_holds_what_the_export_stage_writes() -> None:
-    assert VerifyRow.__annotations__.keys() == Verification.__annotations__.keys()
 
 
 class Fact(NamedTuple):
