@@ -13,6 +13,7 @@ from export.bundle.write import Contents, write_bundle
 from export.gate.checks import Limits
 from export.gate.commands import update
 from export.gate.latency import Plan
+from export.gate.run import Terms
 from export.images.preprocess import Preprocess
 from export.runtime.session import open_session
 
@@ -78,7 +79,7 @@ def gated_place(folder: Path) -> Path:
     write_gated_bundle(folder / "bundle", networks())
     write_images(folder / "images.npz", 600)
     limits = Limits(max_latency_ratio=None)
-    update(folder / "bundle", folder / "baselines", data=folder / "images.npz", limits=limits, plan=Plan())
+    update(folder / "bundle", folder / "baselines", Terms(folder / "images.npz", limits, Plan()))
     return folder
 
 

@@ -12,6 +12,7 @@ from export.gate.checks import EXIT_CODES, Limits
 from export.gate.commands import BASELINES, judge, update
 from export.gate.latency import Plan
 from export.gate.outputs import as_json, as_junit, as_text
+from export.gate.run import Terms
 from export.gate.subject import BrokenBundleError
 from export.runtime.own import open_metric
 from export.runtime.providers import add_arguments, asked
@@ -46,17 +47,13 @@ def judge_or_accept(arguments: argparse.Namespace) -> int:
                 f"--score: {arguments.score} is in the bundle, whose code is never run: give a file of your own"
             )
         own = open_metric(arguments.score)
+    terms = Terms(arguments.data, limits, plan, own, arguments.file, print_live)
     if arguments.update_baseline:
         try:
             place, notes = update(
                 arguments.bundle,
                 arguments.baseline or BASELINES,
-                data=arguments.data,
-                limits=limits,
-                plan=plan,
-                own=own,
-                file=arguments.file,
-                progress=print_live,
+                terms,
                 notice=lambda sentence: print(sentence, file=sys.stderr, flush=True),  # noqa: T201
             )
         except BrokenBundleError as error:
@@ -66,17 +63,8 @@ def judge_or_accept(arguments: argparse.Namespace) -> int:
         sys.stdout.write("".join(f"note: {note}\n" for note in notes))
         sys.stdout.write(f"recorded {arguments.bundle} in {place}: commit it\n")
         return 0
-    verdict = judge(
-        arguments.bundle,
-        arguments.baseline or (None if arguments.against else BASELINES),
-        against=arguments.against,
-        data=arguments.data,
-        limits=limits,
-        plan=plan,
-        own=own,
-        file=arguments.file,
-        progress=print_live,
-    )
+    baseline = arguments.baseline or (None if arguments.against else BASELINES)
+    verdict = judge(arguments.bundle, baseline, terms, against=arguments.against)
     print_live("")
     sys.stdout.write(f"{as_text(verdict)}\n")
     for path, text in ((arguments.junit, as_junit), (arguments.json, as_json)):

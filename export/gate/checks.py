@@ -6,9 +6,8 @@ from typing import Literal
 from export.errors import BundleError
 
 Status = Literal["pass", "skipped", "unexplained", "inconclusive", "fail", "broken"]
-# The worst status decides: 0 pass, 1 regression, 2 cannot tell, 3 broken bundle.
+# The worst status, the last of these, decides: 0 pass, 1 regression, 2 cannot tell, 3 broken bundle.
 EXIT_CODES: dict[Status, int] = {"pass": 0, "skipped": 0, "unexplained": 2, "inconclusive": 2, "fail": 1, "broken": 3}
-SEVERITY: tuple[Status, ...] = ("pass", "skipped", "unexplained", "inconclusive", "fail", "broken")
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Verdict:
     def status(self) -> Status:
         """The worst status of all checks; inconclusive if nothing was judged."""
         found = [check.status for check in self.checks if check.status != "skipped"]
-        return max(found, key=SEVERITY.index, default="inconclusive")
+        return max(found, key=list(EXIT_CODES).index, default="inconclusive")
 
     @property
     def exit_code(self) -> int:

@@ -6,47 +6,34 @@ from pathlib import Path
 
 from export.errors import BundleError
 from export.gate.baseline import Baseline, find_baseline, name_of, read_baseline, require_baseline, write_baseline
-from export.gate.checks import Limits, Verdict
+from export.gate.checks import Verdict
 from export.gate.latency import Plan, opener, record, self_test
 from export.gate.predictions import predict_all
-from export.gate.run import gate
+from export.gate.run import Terms, gate
 from export.gate.subject import BrokenBundleError, Subject, open_subject
 from export.onnx_file.roles import FP32, TEACHER
 from export.runtime.environment import environment, fingerprint
-from export.runtime.own import OwnMetric
 
 BASELINES = Path("baselines")
-Progress = Callable[[str], None]
 
 
-def judge(
-    bundle: Path,
-    baseline: Path | None,
-    *,
-    against: Path | None,
-    data: Path | None,
-    limits: Limits,
-    plan: Plan,
-    own: OwnMetric | None = None,
-    file: str | None = None,
-    progress: Progress = lambda _: None,
-) -> Verdict:
+def judge(bundle: Path, baseline: Path | None, terms: Terms, *, against: Path | None = None) -> Verdict:
     """Judge the bundle against a baseline (a file, or a folder of them) or an old bundle; with both, speed is judged against the latter.
 
-    `file` is judged, by default the served one. Raises BundleError for any problem that is not the bundle's.
+    Raises BundleError for any problem that is not the bundle's.
     """
-    old = None if against is None else open_old(against, plan, file)
+    old = None if against is None else open_old(against, terms.plan, terms.file)
     if baseline is not None:
-        was = read_baseline(find_baseline(baseline, fingerprint(environment()), plan.runs_in))
+        was = read_baseline(find_baseline(baseline, fingerprint(environment()), terms.plan.runs_in))
     elif old is not None:
-        was = accept(old, data, replace(limits, max_latency_ratio=None), plan, own, progress)
+        was = accept(old, replace(terms, limits=replace(terms.limits, max_latency_ratio=None)))
     else:
         raise BundleError("nothing to judge against: give a baseline or an old bundle")
     if old is not None and old.now.files.get(was.served) != was.files[was.served]:
         raise BundleError(
             f"{against}: its {was.served} is not the baseline's: give the bundle that was recorded, or no baseline"
         )
-    return gate(bundle, was, old=old, data=data, limits=limits, plan=plan, file=file, own=own, progress=progress)
+    return gate(bundle, was, terms, old=old)
 
 
 def open_old(path: Path, plan: Plan, file: str | None) -> Subject:
@@ -58,22 +45,14 @@ def open_old(path: Path, plan: Plan, file: str | None) -> Subject:
 
 
 def update(
-    bundle: Path,
-    baseline: Path,
-    *,
-    data: Path | None,
-    limits: Limits,
-    plan: Plan,
-    own: OwnMetric | None = None,
-    file: str | None = None,
-    progress: Progress = lambda _: None,
-    notice: Progress = lambda _: None,
+    bundle: Path, baseline: Path, terms: Terms, *, notice: Callable[[str], None] = lambda _: None
 ) -> tuple[Path, tuple[str, ...]]:
     """Record the bundle as this machine's baseline; return the path, in a folder named by machine and provider, and notes on the images.
 
     Raises BrokenBundleError for a broken bundle, BundleError for a machine unfit for timing and for data that do not fit.
     """
-    if data is None and limits.min_score_ratio is not None:
+    limits, plan = terms.limits, terms.plan
+    if terms.data is None and limits.min_score_ratio is not None:
         raise BundleError("no images to record predictions on: give --data, or leave accuracy out (--no-accuracy)")
     in_folder = baseline / name_of(fingerprint(environment()), plan.runs_in)
     path = baseline if baseline.suffix == ".json" else in_folder
@@ -81,7 +60,7 @@ def update(
     if limits.max_latency_ratio is not None:
         seconds = 4 * plan.looks * plan.seconds  # two files in each look, for the machine's fitness and for the record
         notice(f"timing takes {seconds:.0f} s and an idle machine: on a busy one, leave it out with --no-latency")
-    accepted = accept(open_subject(bundle, plan.runs_in, file), data, limits, plan, own, progress)
+    accepted = accept(open_subject(bundle, plan.runs_in, terms.file), terms)
     write_baseline(path, accepted)
     return path, accepted.predictions.notes if accepted.predictions else ()
 
@@ -91,20 +70,13 @@ def reference_of(subject: Subject) -> str | None:
     return next((name for name in (FP32, TEACHER) if name in subject.now.files and name != subject.now.served), None)
 
 
-def accept(
-    subject: Subject,
-    data: Path | None,
-    limits: Limits,
-    plan: Plan,
-    own: OwnMetric | None = None,
-    progress: Progress = lambda _: None,
-) -> Baseline:
-    """Return the bundle as this machine's baseline, with predictions if there are `data`, and times if latency has a limit.
+def accept(subject: Subject, terms: Terms) -> Baseline:
+    """Return the bundle as this machine's baseline, with predictions if there are data, and times if latency has a limit.
 
     Raises BundleError for a machine unfit for timing, and for a bundle without a float file to compare times with.
     """
-    latency = None
-    if limits.max_latency_ratio is not None:
+    data, plan, latency = terms.data, terms.plan, None
+    if terms.limits.max_latency_ratio is not None:
         reference = reference_of(subject)
         if reference is None:
             raise BundleError(
@@ -112,15 +84,15 @@ def accept(
                 "with --against"
             )
         served = opener(subject.served, subject.bundle.preprocess, plan)
-        progress("timing the file against itself")
-        fit = self_test(served, plan, limits.max_latency_ratio)
+        terms.progress("timing the file against itself")
+        fit = self_test(served, plan, terms.limits.max_latency_ratio)
         if fit.status != "pass":
             raise BundleError(f"machine: {fit.detail} (--no-latency); no baseline was written")
-        progress(f"timing {subject.now.served} beside {reference}")
+        terms.progress(f"timing {subject.now.served} beside {reference}")
         other = opener(subject.bundle.files[reference], subject.bundle.preprocess, plan)
         latency = record(served, other, plan, name=reference)
     predictions = None
     if data is not None:
-        predictions = predict_all(subject.bundle, subject.now.served, data, own, runs_in=plan.runs_in)
+        predictions = predict_all(subject.bundle, subject.now.served, data, terms.own, runs_in=plan.runs_in)
     place = None if data is None else data.resolve().as_posix()
     return replace(subject.now, data=place, predictions=predictions, latency=latency)

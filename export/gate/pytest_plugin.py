@@ -54,15 +54,14 @@ def run_gate(config: pytest.Config, marker: pytest.Mark) -> None:
     from export.gate.commands import judge, update
     from export.gate.latency import Plan
     from export.gate.outputs import as_text
+    from export.gate.run import Terms
 
     try:
-        limits = limits_of(marker)
+        terms = Terms(data, limits_of(marker), Plan())
         if config.getoption("update_baseline"):
-            update(bundle, baseline, data=data, limits=limits, plan=Plan())
+            update(bundle, baseline, terms)
             return
-        verdict = judge(
-            bundle, baseline, against=config.getoption("against_bundle"), data=data, limits=limits, plan=Plan()
-        )
+        verdict = judge(bundle, baseline, terms, against=config.getoption("against_bundle"))
     except UserError as error:
         pytest.fail(f"{bundle}: {error}", pytrace=False)
     if verdict.exit_code:

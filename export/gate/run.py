@@ -1,7 +1,7 @@
 """Judge a bundle against its baseline: first the checks that never flake, then accuracy, then speed."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +19,30 @@ from export.runtime.environment import environment, fingerprint
 from export.runtime.latency import Timing, median_ratio
 from export.runtime.own import OwnMetric
 
-Progress = Callable[[str], None]
 Environment = dict[str, Any]
 
 
-def gate(
-    path: Path,
-    was: Baseline,
-    *,
-    old: Subject | None,
-    data: Path | None,
-    limits: Limits,
-    plan: Plan,
-    own: OwnMetric | None = None,
-    file: str | None = None,
-    progress: Progress = lambda _: None,
-) -> Verdict:
+@dataclass(frozen=True)
+class Terms:
+    """On what a bundle is judged; `data` are labelled images, by default those that the baseline names."""
+
+    data: Path | None
+    limits: Limits
+    plan: Plan
+    own: OwnMetric | None = None
+    file: str | None = None  # by default the one that the bundle serves
+    progress: Callable[[str], None] = lambda _: None
+
+
+def gate(path: Path, was: Baseline, terms: Terms, *, old: Subject | None = None) -> Verdict:
     """Judge the bundle in `path` against `was`, and its speed against the bundle `old` if given.
 
-    `data` are labelled images, by default those that the baseline names. A broken bundle gets a verdict; BundleError is raised
-    for any other problem.
+    A broken bundle gets a verdict; BundleError is raised for any other problem.
     """
+    limits, plan = terms.limits, terms.plan
     try:
-        progress("reading the bundle")
-        subject = open_subject(path, plan.runs_in, file)
+        terms.progress("reading the bundle")
+        subject = open_subject(path, plan.runs_in, terms.file)
     except BrokenBundleError as error:
         return Verdict(str(path), (Check("bundle", "broken", detail=str(error)),), environment=environment())
     check_own(was, subject.now)
@@ -53,11 +53,11 @@ def gate(
     metrics, notes = size_metrics(subject), [] if is_here else [machine_note(was, here)]
     if was.served in subject.bundle.files:
         if limits.min_score_ratio is not None:
-            progress("scoring images")
-            found, said, measured = judge_accuracy(subject, was, data, limits.min_score_ratio, own)
+            terms.progress("scoring images")
+            found, said, measured = judge_accuracy(subject, was, terms.data, limits.min_score_ratio, terms.own)
             checks, notes, metrics = [*checks, *found], [*notes, *said], [*metrics, *measured]
         if limits.max_latency_ratio is not None:
-            progress("timing")
+            terms.progress("timing")
             why = faster_because(was, subject, here, same_graph=same_graph, old=old)
             if old is not None:
                 found, measured = judge_beside(subject, old, was.served, limits.max_latency_ratio, plan, why)

@@ -18,6 +18,7 @@ from export.bundle.read import read_bundle
 from export.gate.checks import Limits
 from export.gate.commands import judge, update
 from export.gate.latency import Plan
+from export.gate.run import Terms
 from export.images.read import read_pixels
 from export.runtime.session import open_session
 
@@ -112,6 +113,6 @@ def test_what_init_wrote_runs_to_a_bundle(saved: Callable[[Path, Path], Path], d
         right += bundle.labels[session.run(None, {"input": pixels})[0].argmax()] == file.parent.name
     assert right / len(files) > 0.85
     limits, plan = Limits(max_latency_ratio=None), Plan(seconds=0.1)
-    update(bundle.path, tmp_path / "baseline.json", data=digits, limits=limits, plan=plan)
-    verdict = judge(bundle.path, tmp_path / "baseline.json", against=None, data=None, limits=limits, plan=plan)
+    update(bundle.path, tmp_path / "baseline.json", Terms(digits, limits, plan))
+    verdict = judge(bundle.path, tmp_path / "baseline.json", Terms(None, limits, plan))
     assert verdict.exit_code == 0, verdict

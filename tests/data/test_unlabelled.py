@@ -31,6 +31,7 @@ from export.bundle.read import read_bundle
 from export.gate.checks import Limits, Verdict
 from export.gate.commands import judge, update
 from export.gate.latency import Plan
+from export.gate.run import Terms
 from export.images.listing import NO_LABEL
 
 NETWORKS = Path(__file__).parent.parent / "networks.py"
@@ -196,8 +197,8 @@ def test_a_folder_without_labels_goes_from_teacher_to_bundle(bundle: Path, tmp_p
 def judged(bundle: Path, data: Path, folder: Path) -> Verdict:
     """Accept a bundle on some images, and judge it by that."""
     limits, plan = Limits(max_latency_ratio=None), Plan(seconds=0.1)
-    update(bundle, folder / "baseline.json", data=data, limits=limits, plan=plan)
-    return judge(bundle, folder / "baseline.json", against=None, data=None, limits=limits, plan=plan)
+    update(bundle, folder / "baseline.json", Terms(data, limits, plan))
+    return judge(bundle, folder / "baseline.json", Terms(None, limits, plan))
 
 
 def test_the_gate_judges_a_bundle_without_labels_by_agreement(bundle: Path, digits: Path, tmp_path: Path) -> None:

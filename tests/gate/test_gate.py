@@ -22,6 +22,7 @@ from export.gate.checks import Check, Limits, Verdict
 from export.gate.commands import accept, judge, update
 from export.gate.latency import Plan
 from export.gate.outputs import as_junit
+from export.gate.run import Terms
 from export.gate.subject import open_subject
 from export.runtime.session import Run
 
@@ -47,7 +48,7 @@ def baseline(place: Path) -> Baseline:
 
 
 def gated(bundle: Path, was: Baseline, limits: Limits = NO_LATENCY, data: Path | None = None) -> Verdict:
-    return run.gate(bundle, was, old=None, data=data, limits=limits, plan=Plan())
+    return run.gate(bundle, was, Terms(data, limits, Plan()))
 
 
 def check(verdict: Verdict, name: str) -> Check:
@@ -253,7 +254,7 @@ def test_images_of_another_set_leave_no_verdict(place: Path, baseline: Baseline,
 def test_an_image_that_is_there_twice_counts_once(place: Path, tmp_path: Path) -> None:
     images = pixels(5)
     np.savez(tmp_path / "twice.npz", images=np.concatenate([images, images]), labels=np.zeros(10, np.int64))
-    accepted = accept(open_subject(place / "bundle"), tmp_path / "twice.npz", NO_LATENCY, Plan())
+    accepted = accept(open_subject(place / "bundle"), Terms(tmp_path / "twice.npz", NO_LATENCY, Plan()))
     assert accepted.predictions is not None
     assert len(accepted.predictions.rows) == 5
 
@@ -301,11 +302,9 @@ def timed(place: Path, baseline: Baseline, speeds: Speeds, now: dict[str, float]
     seconds, plan = speeds
     seconds |= {"student_int8": 0.002, "student_fp32": 0.004}
     limits = Limits(min_score_ratio=None)
-    was = accept(open_subject(place / "bundle"), None, limits, plan)
+    was = accept(open_subject(place / "bundle"), Terms(None, limits, plan))
     seconds |= now
-    return run.gate(
-        place / "bundle", replace(was, environment=baseline.environment), old=None, data=None, limits=limits, plan=plan
-    )
+    return run.gate(place / "bundle", replace(was, environment=baseline.environment), Terms(None, limits, plan))
 
 
 def test_a_machine_that_is_slower_today_changes_nothing(place: Path, baseline: Baseline, speeds: Speeds) -> None:
@@ -339,8 +338,8 @@ def test_a_changed_float_file_cannot_be_divided_by(
     seconds, plan = speeds
     seconds |= {"student_int8": 0.002, "student_fp32": 0.004}
     limits = Limits(min_score_ratio=None)
-    was = accept(open_subject(place / "bundle"), None, limits, plan)
-    verdict = run.gate(rebuilt(tmp_path, **more_work(tmp_path)), was, old=None, data=None, limits=limits, plan=plan)
+    was = accept(open_subject(place / "bundle"), Terms(None, limits, plan))
+    verdict = run.gate(rebuilt(tmp_path, **more_work(tmp_path)), was, Terms(None, limits, plan))
     assert check(verdict, "latency").status == "inconclusive"
     assert "give --against OLD_BUNDLE" in check(verdict, "latency").detail
 
@@ -349,7 +348,7 @@ def test_beside_the_old_bundle_times_compare_directly(place: Path, speeds: Speed
     seconds, plan = speeds
     old = Path(shutil.copytree(place / "bundle", tmp_path / "old"))
     seconds |= {"student_int8": 0.0025, "old/student_int8": 0.002}
-    verdict = judge(place / "bundle", None, against=old, data=None, limits=Limits(), plan=plan)
+    verdict = judge(place / "bundle", None, Terms(None, Limits(), plan), against=old)
     assert check(verdict, "latency").status == "fail"
     assert (check(verdict, "latency").was, check(verdict, "latency").now) == ("2.000 ms", "2.500 ms")
 
@@ -357,12 +356,12 @@ def test_beside_the_old_bundle_times_compare_directly(place: Path, speeds: Speed
 def test_an_old_bundle_that_is_not_the_baselines_is_refused(place: Path, tmp_path: Path) -> None:
     old = rebuilt(tmp_path, **padded(tmp_path))
     with pytest.raises(BundleError, match="its student_int8 is not the baseline's"):
-        judge(place / "bundle", place / "baselines", against=old, data=None, limits=NO_LATENCY, plan=Plan())
+        judge(place / "bundle", place / "baselines", Terms(None, NO_LATENCY, Plan()), against=old)
 
 
 def test_nothing_is_recorded_on_an_unfit_machine(place: Path, speeds: Speeds, tmp_path: Path) -> None:
     seconds, plan = speeds
     seconds |= {"student_int8": 0.002, "student_fp32": 0.004, "opened later": 1.2}
     with pytest.raises(BundleError, match=r"machine: unfit for timing.*no baseline was written"):
-        update(place / "bundle", tmp_path / "b", data=None, limits=Limits(min_score_ratio=None), plan=plan)
+        update(place / "bundle", tmp_path / "b", Terms(None, Limits(min_score_ratio=None), plan))
     assert not (tmp_path / "b").exists()

@@ -12,6 +12,7 @@ from export.bundle.write import write_bundle
 from export.gate.checks import Limits
 from export.gate.commands import judge, update
 from export.gate.latency import Plan
+from export.gate.run import Terms
 
 SIZE, LABELS = 16, ("red", "green", "blue")
 PREPROCESS = {"image_size": SIZE, "resize_to": SIZE, "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
@@ -49,9 +50,9 @@ def test_the_class_that_was_lost_is_named_and_an_equal_file_passes(tmp_path: Pat
     (tmp_path / "data" / "classes.txt").write_text("\n".join(LABELS))
     good, equal = (write(tmp_path / name, brightest(), images, masks) for name in ("good", "equal"))
     planted = write(tmp_path / "planted", brightest(bias=(0.0, -0.55, 0.0)), images, masks)
-    update(good, tmp_path / "baselines", data=tmp_path / "data", limits=LIMITS, plan=Plan())
+    update(good, tmp_path / "baselines", Terms(tmp_path / "data", LIMITS, Plan()))
     verdicts = {
-        bundle: judge(bundle, tmp_path / "baselines", against=None, data=tmp_path / "data", limits=LIMITS, plan=Plan())
+        bundle: judge(bundle, tmp_path / "baselines", Terms(tmp_path / "data", LIMITS, Plan()))
         for bundle in (equal, planted)
     }
     assert verdicts[equal].status == "pass"

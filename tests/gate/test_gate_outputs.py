@@ -21,6 +21,7 @@ from export.gate.checks import Check, Limits, Verdict
 from export.gate.commands import judge, update
 from export.gate.latency import Plan, Recorded
 from export.gate.outputs import as_json, as_junit, as_text
+from export.gate.run import Terms
 from export.runtime.environment import environment, fingerprint
 
 REPOSITORY = Path(__file__).parents[2]
@@ -43,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_baseline_is_the_same_bytes_each_time_and_is_named_by_the_machine(place: Path, tmp_path: Path) -> None:
-    path, _ = update(place / "bundle", tmp_path, data=place / "images.npz", limits=NO_LATENCY, plan=Plan())
+    path, _ = update(place / "bundle", tmp_path, Terms(place / "images.npz", NO_LATENCY, Plan()))
     assert path.name == f"{fingerprint(environment())}.json"
     assert path.read_bytes() == (place / "baselines" / path.name).read_bytes()
     assert [other.name for other in tmp_path.iterdir()] == [path.name]
@@ -54,12 +55,12 @@ def test_a_baseline_finds_its_images_from_anywhere_and_says_where_they_were(
 ) -> None:
     shutil.copyfile(place / "images.npz", tmp_path / "images.npz")
     monkeypatch.chdir(tmp_path)
-    update(place / "bundle", tmp_path / "b", data=Path("images.npz"), limits=NO_LATENCY, plan=Plan())
+    update(place / "bundle", tmp_path / "b", Terms(Path("images.npz"), NO_LATENCY, Plan()))
     monkeypatch.chdir(place)
-    seen = {"against": None, "data": None, "limits": NO_LATENCY, "plan": Plan()}
-    assert judge(place / "bundle", tmp_path / "b", **seen).exit_code == 0  # type: ignore[arg-type]
+    terms = Terms(None, NO_LATENCY, Plan())
+    assert judge(place / "bundle", tmp_path / "b", terms).exit_code == 0
     (tmp_path / "images.npz").unlink()
-    (check,) = (one for one in judge(place / "bundle", tmp_path / "b", **seen).checks if one.name == "top-1")  # type: ignore[arg-type]
+    (check,) = (one for one in judge(place / "bundle", tmp_path / "b", terms).checks if one.name == "top-1")
     assert (check.status, f"({tmp_path}/images.npz): give --data" in check.detail) == ("inconclusive", True)
 
 

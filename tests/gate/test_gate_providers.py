@@ -21,6 +21,7 @@ from export.gate.baseline import find_baseline, read_baseline
 from export.gate.checks import Limits
 from export.gate.commands import judge, update
 from export.gate.latency import Plan
+from export.gate.run import Terms
 from export.runtime import accuracy as accuracy_module
 from export.runtime.providers import PROVIDERS, Runtime
 
@@ -49,7 +50,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recorded(place: Path, out: Path, plan: Plan, file: str | None = None) -> Path:
-    return update(place / "bundle", out, data=place / "images.npz", limits=NO_LATENCY, plan=plan, file=file)[0]
+    return update(place / "bundle", out, Terms(place / "images.npz", NO_LATENCY, plan, file=file))[0]
 
 
 def test_a_provider_has_a_baseline_of_its_own(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +60,7 @@ def test_a_provider_has_a_baseline_of_its_own(place: Path, tmp_path: Path, monke
     was = read_baseline(path)
     assert (was.runs_in, was.served) == (runs_in, "student_fp32")
     verdict = judge(
-        place / "bundle", tmp_path, against=None, data=None, limits=NO_LATENCY, plan=Plan(runs_in=runs_in), file="student_fp32"
+        place / "bundle", tmp_path, Terms(None, NO_LATENCY, Plan(runs_in=runs_in), file="student_fp32")
     )  # fmt: skip
     assert verdict.exit_code == 0
     with pytest.raises(BundleError, match="has no baseline: record one with --update-baseline"):
@@ -70,7 +71,7 @@ def test_a_provider_has_a_baseline_of_its_own(place: Path, tmp_path: Path, monke
         BundleError,
         match="recorded in Other bf16, and this run is in CPU: give --provider other --arithmetic bf16, or record",
     ):
-        judge(place / "bundle", path, against=None, data=None, limits=NO_LATENCY, plan=Plan())
+        judge(place / "bundle", path, Terms(None, NO_LATENCY, Plan()))
 
 
 def test_an_older_baseline_is_the_cpu_provider_s(place: Path, tmp_path: Path) -> None:
@@ -85,10 +86,10 @@ def test_a_provider_that_computes_wrongly_is_a_broken_bundle_there(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = Plan(runs_in=Runtime(plant(monkeypatch, MODULES, wrong), "f32"))
-    verdict = judge(place / "bundle", None, against=place / "bundle", data=None, limits=NO_LATENCY, plan=Plan())
+    verdict = judge(place / "bundle", None, Terms(None, NO_LATENCY, Plan()), against=place / "bundle")
     assert verdict.exit_code != 3
     with pytest.raises(BundleError, match="4 of 4 images have other outputs in Other than where"):
-        judge(place / "bundle", None, against=place / "bundle", data=None, limits=NO_LATENCY, plan=plan)
+        judge(place / "bundle", None, Terms(None, NO_LATENCY, plan), against=place / "bundle")
 
 
 @pytest.mark.parametrize("content", ['{"a": 1}', "not json"])
@@ -103,7 +104,7 @@ def test_no_latency_is_named_before_the_bundle_is_opened(place: Path, monkeypatc
     said: list[str] = []
     monkeypatch.setattr(commands, "open_subject", lambda *_: pytest.fail(said[0]))
     with pytest.raises(pytest.fail.Exception, match="on a busy one, leave it out with --no-latency"):
-        update(place / "bundle", place / "none", data=place, limits=Limits(), plan=Plan(), notice=said.append)
+        update(place / "bundle", place / "none", Terms(place, Limits(), Plan()), notice=said.append)
 
 
 def test_check_runs_the_golden_inputs_in_a_provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
