@@ -2,6 +2,7 @@
 
 UserError                a sentence that names the thing, the value and the repair; a command prints it and exits with 2
 ├── BundleError          a model file or bundle
+│   ├── ContentError       text of a bundle that readers would refuse
 │   └── BrokenBundleError  the bundle that the gate judges (exit code 3)
 ├── DataError            a data folder, an image, a split; also in training
 └── CompressError        `compress.errors`: recipes, networks, artifacts
@@ -58,6 +59,13 @@ class BundleError(UserError):
     def __init__(self, message: str, *, defect: Defect = "unusable") -> None:
         super().__init__(_harmless(message))
         self.defect: Defect = defect
+
+
+class ContentError(BundleError):
+    """Report text in a bundle that readers would refuse."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, defect="bad_content")
 
 
 class DataError(UserError):

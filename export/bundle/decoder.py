@@ -7,7 +7,7 @@ import numpy as np
 
 from export.bundle.inside import Json, brief, check_listed, contained
 from export.bundle.sandbox import require_sound
-from export.errors import BundleError
+from export.errors import BundleError, ContentError
 from export.names import DECODER, MANIFEST
 from export.onnx_file.model_file import parse
 from export.runtime.native import RUNTIME_ERRORS, first_line
@@ -19,9 +19,7 @@ AGAIN = "get the bundle again"
 def read_decoder(folder: Path, manifest: Json, digests: Mapping[str, str] | None, *, trusted: bool) -> Decoder:
     """Return the decoder that bundle.json names, run in the sandbox first unless it is `trusted`; BundleError if it is none."""
     if (file := manifest["decode"]) != DECODER or manifest["task"] != "detection":
-        raise BundleError(
-            f"{MANIFEST}: decode: must be {DECODER} of task detection, got {brief(file)}", defect="bad_content"
-        )
+        raise ContentError(f"{MANIFEST}: decode: must be {DECODER} of task detection, got {brief(file)}")
     if digests is not None:
         check_listed(digests, DECODER)
     path = contained(folder, DECODER)
@@ -43,5 +41,5 @@ def read_decoder(folder: Path, manifest: Json, digests: Mapping[str, str] | None
     except (KeyError, ValueError):
         sound = False
     if not sound:
-        raise BundleError(f"{DECODER}: its metadata lack what counts as a detection: {AGAIN}", defect="bad_content")
+        raise ContentError(f"{DECODER}: its metadata lack what counts as a detection: {AGAIN}")
     return found

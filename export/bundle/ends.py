@@ -1,7 +1,7 @@
 """A bundle's statement of its files' input and outputs, and of the file to serve."""
 
 from export.bundle.inside import Json, brief, get, is_number
-from export.errors import BundleError
+from export.errors import BundleError, ContentError
 from export.names import MANIFEST
 from export.onnx_file.model_file import ModelFile, Value
 from export.onnx_file.outputs import Output
@@ -46,14 +46,12 @@ def outputs_of(manifest: Json) -> tuple[Output, ...]:
             or not 0 < weight <= LARGEST
             or type(one.get("unordered", False)) is not bool
         ):
-            raise BundleError(
-                f"{MANIFEST}: outputs: must each have a name, a shape and a weight, got {brief(one)}: get the bundle again",
-                defect="bad_content",
+            raise ContentError(
+                f"{MANIFEST}: outputs: must each have a name, a shape and a weight, got {brief(one)}: get the bundle again"
             )
     if len({one["name"] for one in found}) != len(found) or len(found) < 2:
-        raise BundleError(
-            f"{MANIFEST}: outputs: must be several with different names, got {brief(found)}: get the bundle again",
-            defect="bad_content",
+        raise ContentError(
+            f"{MANIFEST}: outputs: must be several with different names, got {brief(found)}: get the bundle again"
         )
     return tuple(
         Output(one["name"], tuple(one["shape"][1:]), float(one["weight"]), one.get("unordered", False)) for one in found
@@ -64,8 +62,7 @@ def served_of(manifest: Json) -> str:
     """Return the name of the model to serve."""
     served, files = get(manifest, MANIFEST, "served", str), get(manifest, MANIFEST, "files", dict)
     if served not in files:
-        raise BundleError(
-            f"{MANIFEST}: served: must be one of {', '.join(files)}, got {brief(served)}: get the bundle again",
-            defect="bad_content",
+        raise ContentError(
+            f"{MANIFEST}: served: must be one of {', '.join(files)}, got {brief(served)}: get the bundle again"
         )
     return served

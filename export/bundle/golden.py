@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import DTypeLike, NDArray
 
 from export.bundle.inside import Json, contained, get
-from export.errors import BundleError
+from export.errors import BundleError, ContentError
 from export.images.preprocess import Preprocess
 from export.names import MANIFEST, SUMS
 from export.onnx_file.outputs import Output, columns, matched
@@ -190,9 +190,8 @@ def read_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[
     """
     header, size = npy_header(dtype, shape), np.dtype(dtype).itemsize * math.prod(shape)
     if path.stat().st_size != len(header) + size or not (data := path.read_bytes()).startswith(header):
-        raise BundleError(
-            f"{path.name}: must be a .npy file of {np.dtype(dtype)} {shape} and nothing else: get the bundle again",
-            defect="bad_content",
+        raise ContentError(
+            f"{path.name}: must be a .npy file of {np.dtype(dtype)} {shape} and nothing else: get the bundle again"
         )
     return np.frombuffer(data, dtype, offset=len(header)).reshape(shape)
 
@@ -220,9 +219,7 @@ def read_golden(
     names = list(get(manifest, MANIFEST, "files", dict))
     values, stated = get(listed, where, "truths", list), get(listed, where, "tolerance", dict)
     if not 0 < len(values) <= MAX_GOLDEN:
-        raise BundleError(
-            f"{where}.truths: must be of 1 to {MAX_GOLDEN} images, got {len(values)}", defect="bad_content"
-        )
+        raise ContentError(f"{where}.truths: must be of 1 to {MAX_GOLDEN} images, got {len(values)}")
     truths = task.truths(values, output)
     elsewhere = get({"elsewhere": {}} | listed, where, "elsewhere", dict)
     wanted = {one.name for one in outputs} or {""}
@@ -236,9 +233,8 @@ def read_golden(
             and all(type(value) is float and 0 <= value < math.inf for value in one.values())
             for one in found.values()
         ):
-            raise BundleError(
-                f"{where}.tolerance: must be a number >= 0 for each file{' and output' * bool(outputs)}, got {given!r:.200}",
-                defect="bad_content",
+            raise ContentError(
+                f"{where}.tolerance: must be a number >= 0 for each file{' and output' * bool(outputs)}, got {given!r:.200}"
             )
         return found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from export.command.files import sha256
-from export.errors import BundleError
+from export.errors import BundleError, ContentError
 from export.names import SUMS
 
 SUMS_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
@@ -53,7 +53,7 @@ def read_text(folder: Path, name: str) -> str:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:
         sentence = f"{name}: must be UTF-8 text ({error.reason} at byte {error.start})"
-        raise BundleError(sentence, defect="bad_content") from error
+        raise ContentError(sentence) from error
 
 
 def read_json(folder: Path, name: str) -> Json:
@@ -61,9 +61,9 @@ def read_json(folder: Path, name: str) -> Json:
     try:
         document = json.loads(read_text(folder, name), object_pairs_hook=_unique_keys, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{name}: must be JSON ({error})", defect="bad_content") from error
+        raise ContentError(f"{name}: must be JSON ({error})") from error
     if not isinstance(document, dict):
-        raise BundleError(f"{name}: must be a JSON object", defect="bad_content")
+        raise ContentError(f"{name}: must be a JSON object")
     return document
 
 
@@ -71,7 +71,7 @@ def get(document: Mapping[str, object], where: str, key: str, kind: type[Kind]) 
     """Return the value of a key; raise BundleError if it has another type (true and false are not numbers)."""
     value = document.get(key)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise BundleError(f"{where}: {key}: must be {kind.__name__}, got {brief(value)}", defect="bad_content")
+        raise ContentError(f"{where}: {key}: must be {kind.__name__}, got {brief(value)}")
     return value
 
 
@@ -81,9 +81,8 @@ def read_sums(folder: Path) -> dict[str, str]:
     for line in read_text(folder, SUMS).splitlines():
         found = SUMS_LINE.fullmatch(line)
         if not found or found[2] in digests or len(digests) == MAX_FILES:
-            raise BundleError(
-                f"{SUMS}: must have one digest and one name per line, each name once, at most {MAX_FILES} lines, got {brief(line)}",
-                defect="bad_content",
+            raise ContentError(
+                f"{SUMS}: must have one digest and one name per line, each name once, at most {MAX_FILES} lines, got {brief(line)}"
             )
         digests[found[2]] = found[1]
     return digests

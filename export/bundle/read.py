@@ -42,7 +42,7 @@ from export.bundle.inside import (
     read_text,
 )
 from export.command.files import sha256
-from export.errors import BundleError, DataError
+from export.errors import BundleError, ContentError, DataError
 from export.images.listing import LONGEST_NAME, is_label
 from export.images.preprocess import (
     AS_STORED,
@@ -242,7 +242,7 @@ def place_of(folder: Path, name: str, listed: object, digests: Mapping[str, str]
     """Return the path of a model that bundle.json lists."""
     where = f"{MANIFEST}: files.{name}"
     if not NAME.fullmatch(name) or not isinstance(listed, dict):
-        raise BundleError(f"{where}: must be a plain name with an object, got {brief(listed)}", defect="bad_content")
+        raise ContentError(f"{where}: must be a plain name with an object, got {brief(listed)}")
     file = get(listed, where, "file", str)
     path = contained(folder, file)
     if digests is not None:
@@ -280,17 +280,14 @@ def read_manifest(folder: Path) -> Json:
     """Return bundle.json after checking the fields that every reader needs."""
     manifest = read_json(folder, MANIFEST)
     if (version := get(manifest, MANIFEST, "schema_version", int)) not in (SCHEMA_VERSION, OF_SEVERAL):
-        raise BundleError(
-            f"{MANIFEST}: schema_version: must be {SCHEMA_VERSION} or {OF_SEVERAL}, got {brief(version)}",
-            defect="bad_content",
+        raise ContentError(
+            f"{MANIFEST}: schema_version: must be {SCHEMA_VERSION} or {OF_SEVERAL}, got {brief(version)}"
         )
     task_named(get(manifest, MANIFEST, "task", str))
     if not NAME.fullmatch(name := get(manifest, MANIFEST, "name", str)):
-        raise BundleError(
-            f"{MANIFEST}: name: must be lower-case letters, digits, - and _, got {brief(name)}", defect="bad_content"
-        )
+        raise ContentError(f"{MANIFEST}: name: must be lower-case letters, digits, - and _, got {brief(name)}")
     if not 0 < (count := len(get(manifest, MANIFEST, "files", dict))) <= MAX_MODELS:
-        raise BundleError(f"{MANIFEST}: files: must name 1 to {MAX_MODELS} models, got {count}", defect="bad_content")
+        raise ContentError(f"{MANIFEST}: files: must name 1 to {MAX_MODELS} models, got {count}")
     return manifest
 
 
@@ -298,9 +295,8 @@ def read_labels(folder: Path) -> tuple[str, ...]:
     """Return labels.txt's lines."""
     labels = read_text(folder, LABELS).removesuffix("\n").split("\n")
     if bad := [label for label in labels if not is_label(label) or len(label) > LONGEST_NAME]:
-        raise BundleError(
-            f"{LABELS}: must be one printable name of at most {LONGEST_NAME} characters per line, got {brief(bad[0])}: get the bundle again",
-            defect="bad_content",
+        raise ContentError(
+            f"{LABELS}: must be one printable name of at most {LONGEST_NAME} characters per line, got {brief(bad[0])}: get the bundle again"
         )
     return tuple(labels)
 
@@ -313,9 +309,8 @@ def read_validation(folder: Path, digests: Mapping[str, str] | None) -> tuple[st
         check_listed(digests, VALIDATION)
     lines = read_text(folder, VALIDATION).splitlines()
     if bad := [line for line in lines if not re.fullmatch("[0-9a-f]{16}", line)]:
-        raise BundleError(
-            f"{VALIDATION}: must be 16 hexadecimal digits per line, got {brief(bad[0])}: get the bundle again",
-            defect="bad_content",
+        raise ContentError(
+            f"{VALIDATION}: must be 16 hexadecimal digits per line, got {brief(bad[0])}: get the bundle again"
         )
     return tuple(lines)
 
@@ -329,34 +324,24 @@ def preprocess_of(document: Mapping[str, object]) -> Preprocess:
     """Return the content of a preprocess.json, checked."""
     size, resize_to = (_size(document, key) for key in ("image_size", "resize_to"))
     if not all(0 < side <= resized <= MAX_IMAGE_SIZE for side, resized in zip(size, resize_to, strict=True)):
-        raise BundleError(
+        raise ContentError(
             f"{PREPROCESS}: resize_to: must be >= image_size ({said(size)}) and at most {MAX_IMAGE_SIZE}, "
-            f"got {said(resize_to)}",
-            defect="bad_content",
+            f"got {said(resize_to)}"
         )
     numbers = {key: get(document, PREPROCESS, key, list) for key in ("mean", "std")}
     for key, lowest in (("mean", -LARGEST), ("std", 1 / LARGEST)):
         fits = len(numbers[key]) in CHANNELS and len(numbers[key]) == len(numbers["mean"])
         if not fits or not all(is_number(one) and lowest <= one <= LARGEST for one in numbers[key]):
-            raise BundleError(
-                f"{PREPROCESS}: {key}: must be a number for each of 1, 3 or 4 channels from {lowest:g} to {LARGEST:g}, got {numbers[key]!r:.100}",
-                defect="bad_content",
+            raise ContentError(
+                f"{PREPROCESS}: {key}: must be a number for each of 1, 3 or 4 channels from {lowest:g} to {LARGEST:g}, got {numbers[key]!r:.100}"
             )
     if (orientation := document.get("orientation", AS_STORED)) not in (UPRIGHT, AS_STORED):
-        raise BundleError(
-            f"{PREPROCESS}: orientation: must be {UPRIGHT!r} or {AS_STORED!r}, got {brief(orientation)}",
-            defect="bad_content",
-        )
+        raise ContentError(f"{PREPROCESS}: orientation: must be {UPRIGHT!r} or {AS_STORED!r}, got {brief(orientation)}")
     ignore = document.get("ignore_index")
     if ignore is not None and not (type(ignore) is int and 0 <= ignore <= MAX_INDEX):
-        raise BundleError(
-            f"{PREPROCESS}: ignore_index: must be an integer from 0 to {MAX_INDEX}, got {brief(ignore)}",
-            defect="bad_content",
-        )
+        raise ContentError(f"{PREPROCESS}: ignore_index: must be an integer from 0 to {MAX_INDEX}, got {brief(ignore)}")
     if (values := document.get("mask_values")) not in (None, BINARY):
-        raise BundleError(
-            f"{PREPROCESS}: mask_values: must be {BINARY} or missing, got {brief(values)}", defect="bad_content"
-        )
+        raise ContentError(f"{PREPROCESS}: mask_values: must be {BINARY} or missing, got {brief(values)}")
     mean, std = (tuple(map(float, numbers[key])) for key in ("mean", "std"))
     look: dict[str, Any] = {
         "letterbox": LETTERBOXES[0],
@@ -366,10 +351,7 @@ def preprocess_of(document: Mapping[str, object]) -> Preprocess:
     look |= {key: document[key] for key in look if key in document}
     for key, known in (("letterbox", LETTERBOXES), ("interpolation", [*INTERPOLATIONS]), ("pad_value", range(256))):
         if look[key] not in known:
-            raise BundleError(
-                f"{PREPROCESS}: {key}: must be one of {brief(list(known))}, got {brief(look[key])}",
-                defect="bad_content",
-            )
+            raise ContentError(f"{PREPROCESS}: {key}: must be one of {brief(list(known))}, got {brief(look[key])}")
     return Preprocess(
         size,
         resize_to,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from export.errors import BundleError
+from export.errors import BundleError, ContentError
 from export.images.folders import list_folder
 from export.images.read import find_examples
 from export.images.size import Size
@@ -34,9 +34,8 @@ def check_output(file: str, shape: tuple[int | None, ...], labels: Sequence[str]
 def truths(values: Sequence[Any], output: tuple[int, ...]) -> Array:
     """Return labels as integers (n,)."""
     if not all(type(value) is int and 0 <= value < output[0] for value in values):
-        raise BundleError(
-            f"bundle.json: golden.truths: must be integers below {output[0]}, got {list(values)[:9]!r:.100}",
-            defect="bad_content",
+        raise ContentError(
+            f"bundle.json: golden.truths: must be integers below {output[0]}, got {list(values)[:9]!r:.100}"
         )
     return np.array(values, np.int64)
 

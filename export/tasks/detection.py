@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from export.errors import BundleError
+from export.errors import BundleError, ContentError
 from export.images.annotations import box_examples, list_boxes
 from export.images.box_listing import table_of
 from export.images.drawing import with_boxes
@@ -77,9 +77,8 @@ def truths(values: Sequence[Any], output: tuple[int, ...], *, classes: int | Non
     classes = output[-1] - 1 - MOVES - READS if classes is None else classes
     for boxes in values:
         if not isinstance(boxes, list) or len(boxes) > MOST_TRUTHS or not all(_is_box(box, classes) for box in boxes):
-            raise BundleError(
-                f"bundle.json: golden.truths: must be lists of boxes with a class below {classes} inside the image, got {boxes!r:.100}",
-                defect="bad_content",
+            raise ContentError(
+                f"bundle.json: golden.truths: must be lists of boxes with a class below {classes} inside the image, got {boxes!r:.100}"
             )
     return table_of([np.array(boxes, np.float32).reshape(-1, 6) for boxes in values])
 

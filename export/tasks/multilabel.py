@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from export.errors import BundleError
+from export.errors import ContentError
 from export.images.tables import list_table, table_examples
 from export.tasks.classification import check_output, output_shape
 from export.tasks.paired import compare_classes
@@ -25,9 +25,8 @@ def truths(values: Sequence[Any], output: tuple[int, ...]) -> Array:
     found = np.zeros((len(values), output[0]), np.float32)
     for row, labels in zip(found, values, strict=True):
         if not isinstance(labels, list) or not all(type(one) is int and 0 <= one < output[0] for one in labels):
-            raise BundleError(
-                f"bundle.json: golden.truths: must be lists of integers below {output[0]}, got {labels!r:.100}",
-                defect="bad_content",
+            raise ContentError(
+                f"bundle.json: golden.truths: must be lists of integers below {output[0]}, got {labels!r:.100}"
             )
         row[labels] = 1
     return found

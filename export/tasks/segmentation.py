@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
-from export.errors import BundleError
+from export.errors import BundleError, ContentError
 from export.images.drawing import with_mask
 from export.images.masks import list_masks, mask_examples
 from export.images.preprocess import IGNORED
@@ -53,7 +53,7 @@ def _runs(values: Array) -> Iterator[tuple[int, int]]:
 def truths(values: Sequence[Any], output: tuple[int, ...]) -> Array:
     """Return masks as bytes (n, height, width)."""
     if len(output) != 3:
-        raise BundleError(f"bundle.json: output: must be maps of classes, got {output}", defect="bad_content")
+        raise ContentError(f"bundle.json: output: must be maps of classes, got {output}")
     return np.stack([_mask(value, output) for value in values])
 
 
@@ -67,9 +67,8 @@ def _mask(value: object, output: tuple[int, ...]) -> Array:
     except ValueError:
         known, lengths = False, []
     if not known or min(lengths, default=0) < 1 or sum(lengths) != height * width:
-        raise BundleError(
-            f"bundle.json: golden.truths: must be runs of classes below {classes} over {height} x {width} pixels, got {value!r:.60}",
-            defect="bad_content",
+        raise ContentError(
+            f"bundle.json: golden.truths: must be runs of classes below {classes} over {height} x {width} pixels, got {value!r:.60}"
         )
     return np.repeat(np.array([index for index, _ in runs], np.uint8), lengths).reshape(height, width)
 

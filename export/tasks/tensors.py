@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from export.errors import BundleError
+from export.errors import BundleError, ContentError
 from export.images.drawing import as_rgb
 from export.images.preprocess import Preprocess
 from export.images.read import Examples
@@ -63,10 +63,7 @@ def check_output(file: str, shape: tuple[int | None, ...], labels: Sequence[str]
 def truths(values: Sequence[Any], output: tuple[int, ...]) -> Array:
     """Return NaN for every value: a bundle does not store truths, its teacher computes them."""
     if any(value is not None for value in values):
-        raise BundleError(
-            f"bundle.json: golden.truths: must be null for each image, got {list(values)[:9]!r:.100}",
-            defect="bad_content",
-        )
+        raise ContentError(f"bundle.json: golden.truths: must be null for each image, got {list(values)[:9]!r:.100}")
     return np.broadcast_to(np.float32(np.nan), (len(values), *output))
 
 
