@@ -92,18 +92,18 @@ def ridge_by_lstsq(inputs: NDArray[np.float64], missing: NDArray[np.float64], ri
 
 @pytest.mark.parametrize("rows", [40, 400], ids=["fewer rows than inputs", "more rows"])
 @pytest.mark.parametrize("offset", [True, False])
-def test_the_solution_is_lstsqs_under_the_ridge_that_the_held_out_rows_choose(rows: int, offset: bool) -> None:
+def test_the_solution_is_weighted_lstsqs_under_the_ridge_that_the_held_out_rows_choose(rows: int, offset: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(rows, 2, 60, generator=generator) + 0.5
     truth = torch.randn(2, 3, 60, generator=generator)
     noise = 4 * torch.randn(rows, 2, 3, generator=generator)
     missing = torch.einsum("rgd,god->rgo", inputs, truth) + noise + (2.0 if offset else 0.0)
-    held_out = torch.arange(rows) % 4 == 0
-    found = solve(inputs, missing, held_out, offset=offset)
+    held_out, weights = torch.arange(rows) % 4 == 0, 0.2 + torch.rand(rows, generator=generator)
+    found = solve(inputs, missing, held_out, weights, offset=offset)
     assert found is not None
-    x, y, judged = inputs.double().numpy(), missing.double().numpy(), held_out.numpy()
-    mean_x, mean_y = x.mean(0) * offset, y.mean(0) * offset
-    x, y = x - mean_x, y - mean_y
+    x, y, judged, w = inputs.double().numpy(), missing.double().numpy(), held_out.numpy(), weights.double().numpy()
+    mean_x, mean_y = (np.average(values, axis=0, weights=w**2) * offset for values in (x, y))
+    x, y = (x - mean_x) * w[:, None, None], (y - mean_y) * w[:, None, None]
     errors = [
         sum(
             np.square(y[judged, g] - x[judged, g] @ ridge_by_lstsq(x[~judged, g], y[~judged, g], ridge)).sum()
@@ -119,7 +119,7 @@ def test_the_solution_is_lstsqs_under_the_ridge_that_the_held_out_rows_choose(ro
 
 def test_noise_is_not_fitted() -> None:
     inputs, missing = torch.randn(200, 1, 30), torch.randn(200, 1, 4)
-    found = solve(inputs, missing, torch.arange(200) % 4 == 0, offset=True)
+    found = solve(inputs, missing, torch.arange(200) % 4 == 0, torch.ones(200), offset=True)
     assert found is None or float(found[0].abs().max()) < 0.2
 
 
@@ -207,6 +207,14 @@ def test_a_trained_networks_outputs_come_back_and_each_method_beats_the_simpler(
     assert squares < 0.5 * norms < 0.5 * cut
 
 
+def test_a_few_images_of_huge_outputs_do_not_decide_the_solve(trained: nn.Module, digits: Tensor) -> None:
+    images = digits[:400].clone()
+    images[7::40] *= 100.0  # 99 % of all squared outputs
+    (_, clean, _), (_, solved, chosen) = recovered(trained, digits[:400]), recovered(trained, images)
+    assert chosen == "least_squares"
+    assert distance(solved, trained, digits[400:]) < 1.3 * distance(clean, trained, digits[400:])
+
+
 def test_gradients_bring_the_outputs_nearer_than_the_solve_and_wreck_nothing(
     trained: nn.Module, digits: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,12 +247,16 @@ def test_the_head_is_what_lstsq_makes_of_the_students_own_features(trained: nn.M
     handle.remove()
     x, state, cut = features[0].double().numpy(), solved.state_dict(), halved(trained)[0].state_dict()
     weight, bias = (cut[f"head.{name}"].double().numpy() for name in ("weight", "bias"))
-    missing = wanted - x @ weight.T - bias
-    solutions = [ridge_by_lstsq(x - x.mean(0), missing - missing.mean(0), ridge).T for ridge in RIDGES]
+    missing, sizes = wanted - x @ weight.T - bias, np.sqrt(np.square(wanted).mean(1))
+    w = np.minimum(1.0, np.sort(sizes)[(len(sizes) - 1) // 2] / sizes)  # an image counts as the median one at most
+    mean_x, mean_y = (np.average(values, axis=0, weights=w**2) for values in (x, missing))
+    solutions = [
+        ridge_by_lstsq((x - mean_x) * w[:, None], (missing - mean_y) * w[:, None], ridge).T for ridge in RIDGES
+    ]
     distances = [float(np.abs(weight + found - state["head.weight"].numpy()).max()) for found in solutions]
     assert min(distances) < 1e-3
     found = solutions[int(np.argmin(distances))]
-    assert np.allclose(bias + missing.mean(0) - found @ x.mean(0), state["head.bias"].numpy(), atol=1e-3)
+    assert np.allclose(bias + mean_y - found @ mean_x, state["head.bias"].numpy(), atol=1e-3)
 
 
 def test_depthwise_grouped_and_joined_channels_are_solved() -> None:

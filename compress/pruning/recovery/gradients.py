@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from compress.pruning.recovery.least_squares import image_weights
+
 STEPS = 150
 BATCH = 32  # images
 RATE = 3e-4  # Adam's, after a twentieth of the steps; falls by half a cosine
@@ -50,7 +52,10 @@ def approach_(
 
 
 def _distance(outputs: Tensor, wanted: Tensor) -> Tensor:
-    return (outputs - wanted).square().mean() / wanted.var().clamp(min=1e-12)
+    weights = image_weights(wanted.flatten(1)).square()
+    shares = weights / weights.sum()
+    variance = (wanted - wanted.flatten(1).mean(1) @ shares).square().flatten(1).mean(1) @ shares
+    return ((outputs - wanted).square().flatten(1).mean(1) @ shares) / variance.clamp(min=1e-12)
 
 
 @contextmanager

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 from compress.pruning.costs import one_to_one
 from compress.pruning.recovery.gradients import approach_
-from compress.pruning.recovery.least_squares import SOLVED, layer_rows, set_weight_matrix_, solve, weight_matrix
+from compress.pruning.recovery.least_squares import (
+    SOLVED,
+    image_weights,
+    layer_rows,
+    set_weight_matrix_,
+    solve,
+    weight_matrix,
+)
 
 ROWS = 16384  # output positions that a layer is solved from
 CHUNK = 32  # images per run of the reference
@@ -94,8 +101,9 @@ def reconstruct(
         approach_(network, reference, read, batches, aligned)
     wanted = reference(images[judged])
     found = {name: network(images[judged]) for name, network in candidates.items()}
+    weights = image_weights(wanted.flatten(1)).square()
     distances = {
-        name: float((one - (aligned(one, wanted) if aligned else wanted)).square().mean())
+        name: float((one - (aligned(one, wanted) if aligned else wanted)).square().flatten(1).mean(1) @ weights)
         for name, one in found.items()
     }
     best = min(distances, key=lambda name: distances[name] if math.isfinite(distances[name]) else math.inf)
@@ -257,7 +265,8 @@ def _solve_(name: str, layer: SOLVED, norm: Norm | None, sample: Sample, inputs:
         return
     per_image = sample.positions.shape[1]
     held_out = torch.arange(len(rows), device=rows.device) // per_image % HELD_OUT == 0
-    found = solve(rows, missing, held_out, offset=layer.bias is not None or norm is not None)
+    weights = image_weights(targets.view(-1, per_image * targets[0].numel())).repeat_interleave(per_image)
+    found = solve(rows, missing, held_out, weights, offset=layer.bias is not None or norm is not None)
     if found is None:
         return
     correction, shift = found
