@@ -13,7 +13,7 @@ ROWS = (
     ("compress.pruning", "compress.quant", "compress.recipe"),
     ("compress.models",),
     ("compress.distillation", "compress.run", "compress.tasks", "compress.training"),
-    ("compress.rehearsal", "compress.scoring"),
+    ("compress.calibration", "compress.rehearsal", "compress.scoring"),
     ("compress.stages",),
     ("compress.pipeline", "compress.report"),
     ("compress.api", "compress.cli", "compress.commands"),

@@ -68,6 +68,12 @@ class Feed:
         shown = self.dataset.train if labelled else self.dataset.with_unlabelled.train
         return self._unchanged(shown, in_order(len(shown), images).split(min(self.batch_size, CALIBRATION_BATCH)))
 
+    def calibration_names(self, images: int) -> list[str]:
+        """Return the files of the readable images that `calibration` gives, in its order, once it has read them."""
+        shown = self.dataset.with_unlabelled.train
+        names = map(shown.name, in_order(len(shown), images).tolist())
+        return [name for name in names if name not in shown.broken]
+
     def tuning(self, *, limit: int | None = None) -> Iterator[Batch]:
         """Return the tuning split: unaugmented training images, drawn by seed, on which stages choose; `limit` as in validation."""
         images = self.dataset.train

@@ -43,7 +43,8 @@ MEMORY_BYTES = 1_500_000_000  # data sets up to this size, decoded, are decoded 
 class MemoryImages:
     """Decoded images as evaluation sees them, for training with random crops also whole; `labels` int64 (n,).
 
-    `broken` has the files that were left out, with the reason. Masks and boxes are `placed`; their images' labels are 0.
+    `broken` has the files that were left out, with the reason. Masks and boxes are `placed`; their images' labels are 0. `paths` are the
+    files' (at least n, bytes), None for a named data set.
     """
 
     still: Stored
@@ -51,9 +52,14 @@ class MemoryImages:
     whole: Stored | None = None
     broken: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     placed: Placed | None = None
+    paths: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """Return the file's path relative to the root, else the image's number."""
+        return f"image {index}" if self.paths is None else os.fsdecode(self.paths[index])
 
     @property
     def place(self) -> str:
@@ -175,6 +181,10 @@ class ArrayImages:
         """Return the images of these indices."""
         placed = self.placed and self.placed.take(chosen)
         return replace(self, arrays=self.arrays[chosen], labels=self.labels[torch.from_numpy(chosen)], placed=placed)
+
+    def name(self, index: int) -> str:
+        """Return the image's number."""
+        return f"image {index}"
 
     def whole(self, index: int) -> Image.Image:
         """Return one image."""
@@ -307,7 +317,8 @@ def decode_all(images: Lazy, preprocess: Preprocess, *, area: int) -> MemoryImag
     whole_ones = Stored(read[1], read[2], read[3]) if area else None
     still_ones = Stored(read[0], seen, seen)
     truths = fill.filled(good, still_ones, whole_ones) if fill else None
-    return MemoryImages(still_ones, images.labels[good], whole_ones, images.broken, truths)
+    paths = images.paths[good] if isinstance(images, FileImages) else None
+    return MemoryImages(still_ones, images.labels[good], whole_ones, images.broken, truths, paths)
 
 
 def _shrunk(size: tuple[int, int], area: int) -> tuple[int, int]:

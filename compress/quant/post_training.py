@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from compress.quant.bias_correction import corrected, float_means, images_to_correct_with
 from compress.quant.calibrate import METHODS, collect, set_ranges_
+from compress.quant.outliers import outliers
 from compress.quant.prepare import prepare
 from export.onnx_file.targets import Target
 
@@ -19,10 +20,12 @@ SHOWN = "images"  # where the network keeps these images, on which its file is c
 def quantized(model: nn.Module, target: Target, images: Tensor) -> fx.GraphModule:
     """Return a copy fake-quantized for the target, calibrated on images (n, channels, height, width), its biases corrected.
 
-    Ranges are by the method whose outputs for every fourth image have the least squared distance to the float network's.
+    Outliers are left out. Ranges are by the method whose outputs for every fourth image have the least squared distance to the float
+    network's.
     """
-    judged = torch.arange(len(images)) % HELD_OUT == 0
     whole = copy.deepcopy(model).cpu().eval()
+    images = images[~outliers(whole, images.split(BATCH))]
+    judged = torch.arange(len(images)) % HELD_OUT == 0
     prepared = prepare(whole, target, images[:1]).eval()
     histograms = collect(prepared, images[~judged if len(images) > 1 else judged].split(BATCH))
     few = images_to_correct_with(images.split(BATCH))

@@ -80,9 +80,13 @@ def faster_in_float(found: PtqTarget) -> list[SpeedRow]:
 
 
 class Ptq(TypedDict):
-    """The whole file: methods are scored on `images` validation images, trials on `tuning_images` training images."""
+    """The whole file: methods are scored on `images` validation images, trials on `tuning_images` training images.
+
+    `outliers` are the files that calibration left out.
+    """
 
     images: int
     float_score: float
     tuning_images: int
+    outliers: NotRequired[list[str]]  # missing in older reports
     targets: dict[str, PtqTarget]

@@ -4,7 +4,7 @@ Files are chosen on the tuning images and reported on the validation images. The
 """
 
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.artifact import Metrics, read_meta
+from compress.calibration import Calibration
 from compress.data.batches import in_order
 from compress.data.feed import as_numpy
 from compress.errors import ModelError
@@ -80,10 +81,7 @@ class Student:
     reported: Score  # of `fp32` in ONNX Runtime, on the validation images
     baseline: Score  # the same on the tuning images
     log: StageLog
-
-    def calibration(self) -> Iterator[Tensor]:
-        """Yield the calibration images."""
-        return (batch.images for batch in self.run.feed.calibration(self.cfg.calibration_images))
+    calibration: Calibration
 
     @cached_property
     def few(self) -> Score | None:
@@ -94,7 +92,7 @@ class Student:
     @cached_property
     def correction_images(self) -> Tensor:
         """The images that correct the biases, (n, channels, h, w)."""
-        return images_to_correct_with(self.calibration())
+        return images_to_correct_with(self.calibration)
 
     def prepared(self, target: Target, keep_float: Sequence[str] = ()) -> torch.fx.GraphModule:
         """Return the network fake-quantized on the run's device, without ranges."""
@@ -128,11 +126,19 @@ def apply(cfg: PtqStage, src: Path, out: Path, run: Run) -> Metrics:
             f"float student in ONNX Runtime: {run.task.output.metric.title} {_percent(reported.score)} "
             f"on {reported.images} validation images, {_percent(baseline.score)} on {baseline.images} tuning images"
         )
-        student = Student(cfg, run, src, fp32, score, reported, baseline, log)
+        calibration = Calibration(run, src, cfg.calibration_images)
+        left_out = calibration.outliers(log)
+        student = Student(cfg, run, src, fp32, score, reported, baseline, log, calibration)
         found = {target.name: _on_target(student, target) for target in run.int8_targets}
     write_json(
         out / PTQ_JSON,
-        Ptq(images=reported.images, float_score=reported.score, tuning_images=baseline.images, targets=found),
+        Ptq(
+            images=reported.images,
+            float_score=reported.score,
+            tuning_images=baseline.images,
+            outliers=left_out,
+            targets=found,
+        ),
     )
     shutil.rmtree(work)
     own = found[run.target.name]
@@ -151,7 +157,7 @@ def _on_target(student: Student, target: Target) -> PtqTarget:
     out.mkdir(exist_ok=True)
     prepared = student.prepared(target)
     student.log.doing(f"{target.name}: calibrates")
-    histograms = collect(prepared, student.calibration())
+    histograms = collect(prepared, student.calibration)
     means = float_means(prepared, student.correction_images)
     files: Files = {}
     for method in student.cfg.methods:
@@ -256,7 +262,7 @@ def _judged(
 
 def _by_onnxruntime(student: Student, target: Target, work: Path, keep_float: Collection[str]) -> Files:
     """Build a file by each method of ONNX Runtime's own quantizer; what reads a layer in `keep_float` stays float, too."""
-    batches = [images.cpu().contiguous().numpy() for images in student.calibration()]
+    batches = [images.cpu().contiguous().numpy() for images in student.calibration]
     files: Files = {}
     for method in student.cfg.methods:
         student.log.doing(f"{target.name}: builds INT8 by onnxruntime's {method}")
@@ -309,7 +315,7 @@ def _by_neural_compressor(student: Student, target: Target, work: Path) -> tuple
         model = load_float(student.src, trust_code=student.run.trust_code)
         path = work / f"neural-compressor-{algorithm}.onnx"
         try:
-            images = (batch.cpu() for batch in student.calibration())
+            images = (batch.cpu() for batch in student.calibration)
             quantized = neural_compressor_ptq.quantize(model, images, target=target, algorithm=algorithm)
         except ModelError as error:
             failed.append({**row, "note": str(error)})
@@ -340,7 +346,7 @@ def _judge(student: Student, target: Target, files: Files, work: Path) -> Callab
             shutil.copyfile(files[trial.engine, trial.calibration], path)
         else:
             prepared = student.prepared(target, trial.keep_float)
-            calibrate_(prepared, student.calibration(), _method(cfg, trial))
+            calibrate_(prepared, student.calibration, _method(cfg, trial))
             student.export(corrected(prepared, student.correction_images), path, target)
 
     return judge_of(

@@ -4,11 +4,13 @@ import copy
 import json
 import shutil
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from torch import fx, nn
 
 from compress.artifact import Metrics, newest, read_meta
+from compress.calibration import Calibration
 from compress.distillation.teacher import distil
 from compress.logs.stage_log import StageLog
 from compress.models.saved import Architecture, load_float, prepare_as, read_architecture, save_network
@@ -90,7 +92,7 @@ class _Qat:
         )
         model: nn.Module = place_(prepare_as(architecture, self._student()), run.device)
         self.log.doing(f"{target.name}: calibrates")
-        calibrate_(model, (batch.images for batch in run.feed.calibration(cfg.calibration_images)), self.method)
+        calibrate_(model, self._calibration, self.method)
         calibrated = self._corrected(model)
         before = run.evaluate(calibrated)
         self.log.note(f"{target.name}: score after calibration by {self.method} alone {before['score']:.4f}")
@@ -135,10 +137,11 @@ class _Qat:
     def _corrected(self, model: nn.Module) -> nn.Module:
         """Return a calibrated network as the ptq stage would write it, its biases corrected."""
         assert isinstance(model, fx.GraphModule)
-        images = images_to_correct_with(
-            batch.images for batch in self.run.feed.calibration(self.cfg.calibration_images)
-        )
-        return corrected(model, images)
+        return corrected(model, images_to_correct_with(self._calibration))
+
+    @cached_property
+    def _calibration(self) -> Calibration:
+        return Calibration(self.run, self.src, self.cfg.calibration_images)
 
     def _student(self) -> nn.Module:
         return load_float(self.src, trust_code=self.run.trust_code)
@@ -150,8 +153,7 @@ class _Qat:
         changed = replace(architecture, keep_float=(*architecture.keep_float, *trial.keep_float))
         prepared = prepare_as(changed, self._student())
         # Beside a layer in float there can be quantizers that were not trained: they keep the calibrated range.
-        images = (batch.images.cpu() for batch in self.run.feed.calibration(self.cfg.calibration_images))
-        calibrate_(prepared, images, self.method)
+        calibrate_(prepared, (images.cpu() for images in self._calibration), self.method)
         known = prepared.state_dict()
         trained = {name: value for name, value in model.state_dict().items() if name in known}
         prepared.load_state_dict(trained, strict=False)

@@ -149,7 +149,7 @@ def test_without_a_validation_split_images_are_held_out_by_seed(tmp_path: Path) 
 def test_a_tuning_split_comes_out_of_the_training_images(root: Path) -> None:
     data = opened(root, tuning=True, val_fraction=0.5)
     assert (len(data.train), len(data.val)) == (3, 3)
-    assert all("/train/" in data.held_out.name(index) for index in range(3))  # type: ignore[union-attr]
+    assert all("/train/" in data.held_out.name(index) for index in range(3))
 
 
 def test_the_written_validation_images_are_read_back_with_their_masks(root: Path, tmp_path: Path) -> None:

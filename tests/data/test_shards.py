@@ -141,7 +141,7 @@ def test_folders_in_a_tar_are_classes_whatever_its_names(kind: int, tmp_path: Pa
     tar(tmp_path / "s" / "all.tar", *((name, photo(n)) for n, name in enumerate(names)), ("._x.png", b""), format=kind)
     dataset = opened("imagefolder", tmp_path / "s", val_fraction=0.5)
     assert dataset.classes == ("cat", "dög")
-    assert sorted(dataset.train.name(i) for i in range(2)) + sorted(dataset.held_out.name(i) for i in range(2)) != []  # type: ignore[union-attr]
+    assert sorted(dataset.train.name(i) for i in range(2)) + sorted(dataset.held_out.name(i) for i in range(2)) != []
     assert sorted(listed(tmp_path / "s").train.names.tolist()) == [f"all.tar/{name}".encode() for name in sorted(names)]  # type: ignore[attr-defined]
 
 

@@ -282,22 +282,24 @@ def test_what_neural_compressor_cannot_export_is_refused_by_name(capfd: pytest.C
     assert capfd.readouterr() == ("", "")
 
 
+SMALL = f"{Path(__file__).parents[1] / 'networks.py'}:small"
 RECIPE = """
 name: planted
 target: cpu_avx2
 further_targets: FURTHER
 data: {dataset: digits, image_size: 16}
-model: {arch: "NETWORKS:small", weights: WEIGHTS}
+model: {arch: "ARCH", weights: WEIGHTS}
 stages:
   - {stage: source}
   - {stage: ptq, calibration_images: 256, methods: [minmax, percentile], neural_compressor: NC, max_drop: 0.02}
 """
 
 
-def filled(text: str, weights: Path, *, further: str = "[]", neural_compressor: str = "false") -> str:
-    networks = str(Path(__file__).parents[1] / "networks.py")
+def filled(
+    text: str, weights: Path, *, further: str = "[]", neural_compressor: str = "false", arch: str = SMALL
+) -> str:
     return (
-        text.replace("NETWORKS", networks)
+        text.replace("ARCH", arch)
         .replace("WEIGHTS", str(weights))
         .replace("FURTHER", further)
         .replace("NC", neural_compressor)
@@ -324,6 +326,42 @@ def ptq_of(weights: dict[str, Tensor], folder: Path, **settings: str) -> tuple[d
     stage = next(folder.glob("planted/01-ptq-*"))
     found: dict[str, Any] = json.loads((stage / "ptq.json").read_text())
     return found, stage
+
+
+EXCITED = """
+import sys
+import torch
+from torch import nn
+sys.path.insert(0, {folder!r})
+from networks import Residual
+
+class Excited(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.net = Residual(num_classes)
+
+    def forward(self, images):
+        net = self.net
+        brighter = torch.relu(images.mean((1, 2, 3), keepdim=True) - {threshold}) * {strength}
+        features = net.block2(net.block1(net.pool(net.stem(images)) * (1 + brighter)))
+        return net.head(features.mean((2, 3)))
+"""
+
+
+@pytest.mark.slow
+def test_images_that_blow_the_network_up_are_named_and_set_no_range(learned: dict[str, Tensor], tmp_path: Path) -> None:
+    """Its features are a thousand times as large for the brightest of 1,797 images; each file lost half of its answers to them."""
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    less, more = np.unique((load_digits().images / 16).mean((1, 2)) * (1 / std).mean() - (mean / std).mean())[-5:-3]
+    threshold, gap = (less + more) / 2, (more - less) / 2
+    (tmp_path / "excited.py").write_text(
+        EXCITED.format(folder=str(Path(__file__).parents[1]), threshold=threshold, strength=1000 / gap)
+    )
+    found, _ = ptq_of(
+        {f"net.{name}": values for name, values in learned.items()}, tmp_path, arch=f"{tmp_path}/excited.py:Excited"
+    )
+    assert 1 <= len(found["outliers"]) <= 8
+    assert all(row["agreement"] > 0.95 for row in found["targets"]["cpu_avx2"]["methods"])
 
 
 @pytest.mark.acceptance

@@ -13,6 +13,7 @@ from compress.report.numbers import UNKNOWN, loss, percent, points, significant,
 from compress.report.page import summary
 from compress.report.page.table import PageSection, ReportTable, bar, count, mark, strong
 from compress.report.shape import Report
+from export.errors import first
 from export.onnx_file.roles import PTQ, QAT, is_int8
 from export.proof.audit import Audit
 from export.proof.rows import VerifyRow
@@ -62,6 +63,8 @@ def methods(report: Report, ptq: Ptq, target: str) -> ReportTable:
         layers = map(count, (row["integer_layers"], row["float_layers"]))
         rows.append([engine, row["method"], scored_in, score(row["score"]), score(row["agreement"]), *layers])
     notes = [f"{row['engine']}, {row['method']}: {row['note']}" for row in found if row["note"]]
+    if left_out := ptq.get("outliers"):
+        notes.append(f"calibrated without images of outlying values: {first(left_out)}")
     trained, note = _trained(report, ptq, target)
     return ReportTable(
         f"INT8 without training · {target} · {ptq['images']:,} validation images",
