@@ -5,9 +5,9 @@ import gc
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -15,14 +15,14 @@ import pytest
 if TYPE_CHECKING:
     from torch import Tensor
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # read when torch is imported; two workers with all threads each are slower
+# Read when torch is imported; two workers with all threads each are slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_finish() -> None:
     """Have torch's exporter read its operators once, not at every export, which is a quarter of an export's time; time candidates briefly.
 
+    A bench measures the memory of its first file, in a process of half a second, and says the same of all; `test_bench.py` measures each.
     Spare the collector what the imports made: it is called before every measured block of times.
     """
     from torch.onnx._internal.exporter import _registration
@@ -31,12 +31,31 @@ def pytest_collection_finish() -> None:
         from compress import scoring
 
         scoring.LATENCY_SECONDS = 0.05
+    if "export.runtime.measure" in sys.modules:
+        from export.runtime import measure, memory
+
+        measure.peak_memory_mb = functools.partial(_first, memory.peak_memory_mb, [])  # type: ignore[attr-defined]
     registry = _registration.ONNXRegistry
     read = functools.lru_cache(maxsize=1)(lambda opset, _modules, read=registry.from_torchlib: read(opset))
     # Whatever is imported may bring further operators.
     registry.from_torchlib = staticmethod(lambda opset_version: read(opset_version, len(sys.modules)))  # type: ignore[assignment, method-assign]
     gc.collect()
     gc.freeze()
+
+
+def _first(measure: Callable[..., float | None], found: list[float | None], *given: Any, **named: Any) -> float | None:
+    """Return what the first call measured."""
+    if not found:
+        found.append(measure(*given, **named))
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def unrehearsed() -> Iterator[None]:
+    """For chains of a network whose stages other tests rehearse."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.rehearsal.rehearse", lambda *_: None)
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

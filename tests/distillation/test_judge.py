@@ -16,6 +16,7 @@ from compress.recipe.losses import CrossEntropyTerm, KDTerm, PKDTerm
 from compress.recipe.read import read_recipe
 from compress.run import open_run
 
+pytestmark = pytest.mark.usefixtures("unrehearsed")
 RECIPE = """
 name: judged
 target: cpu_avx2

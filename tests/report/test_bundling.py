@@ -31,6 +31,7 @@ from export.errors import BundleError
 from export.onnx_file.model_file import Value
 from export.onnx_file.targets import TARGETS
 
+pytestmark = pytest.mark.usefixtures("unrehearsed")
 RECIPE = """
 name: small
 target: cpu_avx2
