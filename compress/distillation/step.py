@@ -7,6 +7,7 @@ is a function from a batch to logits and features: the network itself (`online_t
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from compress.recipe.losses import (
 )
 from compress.tasks import Task
 from compress.training.loop import Step
+from compress.training.modes import Attached
 
 # The factor of a loss's weight after a fraction `done` of the training, in [0, 1).
 SCHEDULES: Mapping[str, Callable[[float], float]] = {
@@ -86,18 +88,25 @@ class Learner(nn.Module):
     """
 
     def __init__(
-        self, student: nn.Module, tapped: Tapped, adapters: Sequence[nn.Module], layers: Sequence[Sequence[str]]
+        self,
+        student: nn.Module,
+        tapped: Tapped,
+        adapters: Sequence[nn.Module],
+        layers: Sequence[Sequence[str]],
+        *,
+        attached: bool = False,
     ) -> None:
-        """Take the student, its tap, and for each feature loss an adapter (list → list) and the layers that it reads."""
+        """Take the student, its tap, for each feature loss an adapter (list → list) and the layers that it reads, and whether nothing detaches."""
         super().__init__()
         self.student, self.adapters = student, nn.ModuleList(adapters)
-        self._tapped, self._layers = tapped, tuple(layers)
+        self._tapped, self._layers, self._attached = tapped, tuple(layers), attached
 
     def forward(self, images: Tensor) -> StudentOutput | Tensor:
         """Run the student on images (batch, channels, height, width)."""
         if not self.training:
             return self.student(images)  # type: ignore[no-any-return]
-        output, found = self._tapped(images)
+        with Attached() if self._attached else nullcontext():
+            output, found = self._tapped(images)
         chosen = zip(self.adapters, self._layers, strict=True)
         return StudentOutput(output, [adapter([found[path] for path in paths]) for adapter, paths in chosen])
 
@@ -170,7 +179,7 @@ def distillation(
     adapters. Raises ModelError for a layer that the student does not have, and CompressError where a loss cannot use a
     layer's output.
     """
-    learner = _learner(_of_features(terms), student, teacher, images, seed)
+    learner = _learner(_of_features(terms), student, teacher, images, seed, attached=task.aligned is not None)
     ask = teacher if needs_teacher(terms) else no_teacher
     names = [term.name for term in terms]
     labels = [f"{name}_{n}" if (n := names[: index + 1].count(name)) > 1 else name for index, name in enumerate(names)]
@@ -189,7 +198,9 @@ def distillation(
     return learner, step
 
 
-def _learner(terms: Sequence[FeatureTerm], student: nn.Module, teacher: Teacher, images: Tensor, seed: int) -> Learner:
+def _learner(
+    terms: Sequence[FeatureTerm], student: nn.Module, teacher: Teacher, images: Tensor, seed: int, *, attached: bool
+) -> Learner:
     """Return the student with an adapter for each feature loss, made for the shapes that both networks return."""
     tapped = tap(student, [path for term in terms for path in term.layers])
     adapters: list[nn.Module] = []
@@ -203,7 +214,7 @@ def _learner(terms: Sequence[FeatureTerm], student: nn.Module, teacher: Teacher,
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
             adapters = [_adapter(term, mine, its) for term in terms]
-    return Learner(student, tapped, adapters, [term.layers for term in terms])
+    return Learner(student, tapped, adapters, [term.layers for term in terms], attached=attached)
 
 
 def check_layers(terms: Sequence[LossTerm], *, student: nn.Module, teacher: nn.Module) -> None:

@@ -13,12 +13,15 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from compress.cli import app
+from compress.data.batches import Batch
+from compress.distillation.step import TeacherOutput, distillation
 from compress.errors import CompressError
 from compress.models.architectures import build
 from compress.models.outputs import serve_
 from compress.quant.graph.trace import trace
 from compress.quant.prepare import groups, of_chosen_rows, prepare
 from compress.recipe.arguments import as_served
+from compress.recipe.losses import MSETerm
 from compress.recipe.schema import Recipe
 from compress.tasks.aligned import aligned, aligning
 from compress.tasks.tensors import TENSORS as TASK
@@ -119,6 +122,35 @@ def test_losses_compare_rows_after_matching(truth: np.ndarray) -> None:
     loss.backward()
     assert found.grad is not None
     assert aligning(TASK, [replace(one, unordered=False) for one in SET]) is TASK
+
+
+class Refining(nn.Module):
+    """Boxes that two layers refine one after another, the second from the first's without their gradient, as DETRs write it."""
+
+    def __init__(self, *, detaches: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.detaches = nn.Linear(12, 4 * ROWS), nn.Linear(4 * ROWS, 4 * ROWS), detaches
+
+    def forward(self, images: Tensor) -> Tensor:
+        boxes = self.first(images.flatten(1))
+        boxes = (boxes.detach() if self.detaches else boxes).tanh()
+        return torch.cat([torch.ones_like(boxes[:, : 3 * ROWS]), boxes + self.second(boxes), boxes[:, :6]], 1)
+
+
+def test_layers_that_refine_boxes_learn_from_the_last_ones_loss(truth: np.ndarray) -> None:
+    images, taught = torch.randn(8, 3, 2, 2), torch.from_numpy(truth)
+    found = {}
+    for detaches, outputs in ((True, SET), (False, SET), (True, ())):
+        network = Refining(detaches=detaches)
+        task, terms = aligning(TASK, outputs), [MSETerm(name="mse")]
+        teacher = lambda _batch: TeacherOutput(taught, {})  # noqa: E731
+        learner, step = distillation(terms, task, student=network, teacher=teacher, images=images[:1], seed=0)
+        step(learner.train(), Batch(images, taught), 0.0)["loss"].backward()
+        found[detaches, outputs] = network.first.weight.grad
+    assert torch.equal(found[True, SET], found[False, SET])
+    assert found[True, SET].abs().max() > 0
+    assert found[True, ()] is None  # of other networks it is their own business
 
 
 def test_a_choice_by_top_k_is_one_graph_for_any_number_of_images_and_what_follows_stays_float(tmp_path: Path) -> None:
