@@ -22,7 +22,7 @@ from compress.logs.stage_log import Tell, say
 from compress.logs.trackers import opened
 from compress.models.digest import class_names, code_digest, source_digest, teachers_digest
 from compress.ranks import barrier, first_decides, rank
-from compress.recipe.arguments import data_settings, goal_of, providers_of, teachers_of
+from compress.recipe.arguments import data_settings, goal_of, providers_of, softmax_of, teachers_of
 from compress.recipe.order import GIVES, TAKES
 from compress.recipe.schema import Decode, Recipe
 from compress.recipe.stages import StageSection
@@ -152,6 +152,7 @@ def _keys(recipe: Recipe) -> Iterator[str]:
                     "model": source_digest(recipe.model.arch, recipe.model.weights),
                     "reset_head": recipe.model.reset_head,
                     **({"outputs": list(recipe.model.outputs.items())} if recipe.model.outputs else {}),
+                    **({"softmax": classes} if (classes := softmax_of(recipe)) else {}),
                 }
             ),
         }

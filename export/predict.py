@@ -1,7 +1,7 @@
 """Print a bundle's predictions for images.
 
 `python -m export.predict BUNDLE image.jpg` prints the likeliest labels with their probabilities, the boxes, or the classes' areas, without
-torch; `--json` prints JSON, `--draw FOLDER` draws boxes and masks on the images.
+torch; `--json` prints JSON, `--draw FOLDER` draws boxes, masks or what else is an image, `--npz FOLDER` writes the outputs.
 """
 
 import argparse
@@ -57,14 +57,25 @@ def task_for(bundle: Bundle, path: Path) -> OutputTask:
 
 
 def draw(output: Array, task: OutputTask, labels: list[str], preprocess: Preprocess, path: Path, folder: Path) -> None:
-    """Write the image, or its crop if the network sees only that, with the prediction drawn on it, as folder/NAME.png."""
+    """Write the image, or its crop if the network sees only that, with the prediction drawn on it, as folder/NAME.png, of several outputs each."""
     from PIL import Image
 
-    assert task.draw is not None
+    drawn = task.drawn(task.decode(output[None])[None])
+    if task.draw is None or not drawn:
+        raise BundleError(f"--draw: no output of {task.name} is an image: leave it out")
     whole = read_image(path, upright=preprocess.upright, pixel=preprocess.pixel)
     pixels = as_rgb(values_of(whole) if preprocess.stretch or task.of_whole else preprocess.pixels(whole))
     folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(task.draw(pixels, task.decode(output[None])[0], labels)).save(folder / f"{path.stem}.png")
+    for name, one in drawn.items():
+        place = folder / f"{path.stem}{name and f'_{name}'}.png"
+        Image.fromarray(task.draw(pixels, one[0, 0], labels)).save(place)
+
+
+def write_outputs(output: Array, task: OutputTask, path: Path, folder: Path) -> None:
+    """Write an image's outputs by name as folder/NAME.npz."""
+    (found,) = task.split(output[None])
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / f"{path.stem}.npz", **(found if isinstance(found, dict) else {"output": found}))
 
 
 def print_predictions(arguments: argparse.Namespace) -> int:
@@ -80,6 +91,8 @@ def print_predictions(arguments: argparse.Namespace) -> int:
             output, task = predict(session, bundle, path), task_for(bundle, path)
             if arguments.draw:
                 draw(output, task, labels, bundle.preprocess, path, arguments.draw)
+            if arguments.npz:
+                write_outputs(output, task, path, arguments.npz)
             columns, rows = task.show(output, labels, arguments.top or (ALL if arguments.json else TOP))
             if arguments.json:
                 found = [dict(zip(columns, row, strict=True)) for row in rows]
@@ -101,7 +114,10 @@ def main() -> int:
     add_arguments(parser)
     parser.add_argument("--top", type=at_least(1), help=f"most lines per image (default {TOP}; with --json all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image, one per line")
-    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write the images with boxes or masks on them")
+    parser.add_argument(
+        "--draw", type=Path, metavar="FOLDER", help="write the images with boxes or masks on them, or restored"
+    )
+    parser.add_argument("--npz", type=Path, metavar="FOLDER", help="write each image's outputs, as numpy.savez does")
     return run(parser, print_predictions)
 
 

@@ -273,6 +273,8 @@ def mean_loss(
     if isinstance(term, BoxesTerm):
         assert task.places is not None
         return task.places(outputs, taught.logits)
+    if isinstance(term, MSETerm) and task.distance is not None:
+        return task.distance(outputs, taught.logits)
     loss = LOSSES[term.name]
     settings = {field: getattr(term, field) for field in loss.fields}
     if isinstance(term, FeatureTerm):

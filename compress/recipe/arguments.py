@@ -13,7 +13,7 @@ from compress.recipe.stages import DEFAULT_PROVIDERS, DistillStage, Fit, PruneSt
 from export.errors import first
 from export.images.preprocess import Letterbox, Look
 from export.images.size import size_of
-from export.onnx_file.outputs import Output
+from export.onnx_file.outputs import Output, Softmax
 from export.runtime.providers import PROVIDERS, present
 from export.tasks.boxes import Limits
 
@@ -27,8 +27,14 @@ def limits_of(decode: Decode) -> Limits:
 
 
 def as_served(recipe: Recipe, outputs: Sequence[Output]) -> tuple[Output, ...]:
-    """Return a network's several outputs with their weights, and which are sets: those that the recipe says, and what `queries` decodes."""
+    """Return a network's several outputs as the recipe declares them; what `queries` decodes are sets."""
     known = recipe.model.outputs if recipe.model else {}
+    classes = softmax_of(recipe)
+    if classes and not outputs:
+        raise CompressError(
+            f"model.outputs: softmax needs several outputs, got {first(sorted(classes))} alone: leave it out, or for a classifier set task: "
+            "unlabelled, whose losses compare probabilities"
+        )
     sets = {name for name, one in known.items() if one.unordered}
     if sets and (not outputs or any(len(one.shape) != 2 for one in outputs if one.name in sets)):
         raise CompressError(
@@ -37,9 +43,19 @@ def as_served(recipe: Recipe, outputs: Sequence[Output]) -> tuple[Output, ...]:
     if recipe.decode is not None and recipe.decode.function == "queries":
         sets |= {"logits", "pred_boxes"}
     return tuple(
-        replace(one, weight=known[one.name].weight if one.name in known else 1.0, unordered=one.name in sets)
+        replace(
+            one,
+            weight=known[one.name].weight if one.name in known else 1.0,
+            unordered=one.name in sets,
+            softmax=classes.get(one.name),
+        )
         for one in outputs
     )
+
+
+def softmax_of(recipe: Recipe) -> dict[str, Softmax]:
+    """Return what the channels are of those outputs that the recipe declares a softmax."""
+    return {name: one.softmax for name, one in (recipe.model.outputs if recipe.model else {}).items() if one.softmax}
 
 
 def data_settings(recipe: Recipe) -> DataSettings:

@@ -24,6 +24,7 @@ from compress.recipe.section import Arch, Channels, Drop, Name, OptionalSize, Pa
 from compress.recipe.sense import mistakes
 from compress.recipe.stages import StageSection
 from export.images.preprocess import Kernel, Look
+from export.onnx_file.outputs import Softmax
 from export.tasks import TASKS
 
 
@@ -50,6 +51,8 @@ class ServedOutput(Section):
     """In the score and the losses."""
     unordered: bool = False
     """Its rows are a set, such as queries that top-k chose: compared after matching, together with those of other unordered outputs (docs/detectors.md)."""
+    softmax: Softmax | None = Field(None, repr=False)  # no part of the outputs' text, as which they are in keys
+    """Its channels are classes of which one is right: logits of a softmax, or its probabilities. Training then compares them by KL (docs/tensors.md)."""
 
 
 Int8Target = Literal["cpu_avx2", "cpu_vnni", "cpu_arm", "tensorrt"]
@@ -173,7 +176,7 @@ class Model(Section):
             weighted, json_schema_input_type=tuple[str, ...] | dict[str, PositiveFloat] | dict[str, ServedOutput]
         ),
     ] = Field(default={})
-    """For `task: tensors`, or detection with `decode`, and a network of several outputs: the names of those to serve, in order, `name: weight` in the score and the losses, or `name: {weight, unordered}`; by default all, equally (docs/tensors.md)."""
+    """For `task: tensors`, or detection with `decode`, and a network of several outputs: the names of those to serve, in order, `name: weight` in the score and the losses, or `name: {weight, unordered, softmax}`; by default all, equally (docs/tensors.md)."""
     reset_head: bool = False
     """Initialize a new classifier (of a network with several heads, all layers with another number of outputs) and keep all other weights, for weights trained on other classes."""
 

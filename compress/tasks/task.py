@@ -49,6 +49,8 @@ class Task:
     """(teacher's outputs) to the number of boxes where it is sure; None without boxes."""
     pairs: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     """(student's outputs, teacher's) to both logits (rows, classes), which losses between logits compare; None takes each one's `rows`."""
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(student's outputs, teacher's) to (): what `mse` is where some outputs are classes; None for the mean square of the rows' difference."""
     aligned: Callable[[Tensor, Tensor], Tensor] | None = None
     """(student's outputs, teacher's) to the teacher's, whose rows lie in the order of the student's; None where rows have a fixed order."""
     supervised: bool = True

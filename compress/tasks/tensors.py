@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from compress.data.dataset import Dataset
 from compress.data.labelled import open_unlabelled
@@ -17,6 +18,7 @@ from compress.tasks.task import Task
 from export.onnx_file.outputs import Output, columns
 from export.tasks.tensors import TENSORS as OUTPUT
 
+LEAST = 1e-6  # probability, whose logarithm is compared
 SCALED_BY = 2000  # training images whose outputs set the scale of the loss
 
 
@@ -58,10 +60,38 @@ def truth_rows(_outputs: Tensor, truths: Tensor) -> Tensor:
 
 def scaled(task: Task, dataset: Dataset) -> Task:
     """Return the task whose losses are in units of the outputs' variance, so that the same rate suits any network."""
-    some = dataset.train.labels[:: -(-len(dataset.train) // SCALED_BY)]
-    scale = scales(some, dataset.outputs) if dataset.outputs else float(spread(some))
+    some, served = dataset.train.labels[:: -(-len(dataset.train) // SCALED_BY)], dataset.outputs
+    scale = scales(some, served) if served else float(spread(some))
     fitted = replace(task, rows=partial(rows, scale=scale), loss=partial(squared_error_loss, scale=scale))
-    return aligning(fitted, dataset.outputs)
+    if any(one.softmax for one in served):
+        distance = partial(mixed_loss, scale=scale, served=served)
+        fitted = replace(fitted, loss=distance, distance=distance)
+    return aligning(fitted, served)
+
+
+def mixed_loss(
+    outputs: Tensor, truths: Tensor, *, scale: float | Tensor, served: Sequence[Output], **_settings: object
+) -> Tensor:
+    """Return the weighted mean of the outputs' losses: KL(softmax(truth) ‖ softmax(output)) in nats where one is declared, else the squared error.
+
+    KL is a mean over images and positions (Hinton, Vinyals & Dean 2015, section 2, at temperature 1).
+    """
+    wrong = ((outputs.float() - truths) / _on(scale, outputs)).square()
+    total, weight, columns_of = wrong.new_zeros(()), sum(one.weight for one in served), columns(served)
+    for one in served:
+        place = columns_of[one.name]
+        if one.softmax is None:
+            total = total + wrong[:, place].sum() / (len(wrong) * wrong.shape[1])
+            continue
+        mine, true = (
+            channels_last(part[:, place].reshape(-1, *one.shape).float()) for part in (outputs, truths)
+        )  # (n · positions, classes)
+        if one.softmax == "probabilities":
+            mine, true = (part.clamp(min=LEAST).log() for part in (mine, true))
+        total = total + one.weight / weight * F.kl_div(
+            *(part.log_softmax(1) for part in (mine, true)), reduction="batchmean", log_target=True
+        )
+    return total
 
 
 def scales(packed: Tensor, outputs: Sequence[Output]) -> Tensor:

@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import BundleError
+
+Softmax = Literal["logits", "probabilities"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Output:
     unordered: bool = (
         False  # whether its rows are a set, as a detector's queries chosen by top-k: compared after matching
     )
+
+    softmax: Softmax | None = None  # what its channels are of a softmax, which a training then compares by KL
 
     @property
     def size(self) -> int:

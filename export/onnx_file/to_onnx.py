@@ -23,6 +23,7 @@ from export.onnx_file.outputs import Output
 OPSET = 18
 ATTENTION = (scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+MASKS, EXPORTING = "transformers.masking_utils", "is_torchdynamo_exporting"
 SUMMARY = re.compile(r"^<class '.+?'>: (.+)$", re.MULTILINE)  # each exception that caused an OnnxExporterError
 
 
@@ -57,7 +58,7 @@ def _exported(
     try:
         # When it fails, it prints the partial graph of each try.
         with (
-            lengths_as_sizes(model),
+            as_it_runs(model),
             redirect_stdout(StringIO()),
             redirect_stderr(StringIO()),
             _AttentionOfFourDimensions(),
@@ -84,10 +85,11 @@ def _exported(
 
 
 @contextmanager
-def lengths_as_sizes(model: nn.Module) -> Iterator[None]:
-    """Make `len(tensor)` in the files of the model's modules its first size, which torch.export keeps open; Python's is a constant.
+def as_it_runs(model: nn.Module) -> Iterator[None]:
+    """Make torch.export record what the model does when it runs.
 
-    transformers' RT-DETR and D-FINE take their batch size so.
+    `len(tensor)` in the files of its modules is the first size, which stays open, where Python's is a constant: transformers' RT-DETR and
+    D-FINE take their batch size so. And transformers builds masks that hide nothing only while it is exported.
     """
 
     def length(value: Any) -> Any:
@@ -95,13 +97,19 @@ def lengths_as_sizes(model: nn.Module) -> Iterator[None]:
 
     files = {id(found): found for module in model.modules() if (found := vars(sys.modules[type(module).__module__]))}
     changed = [names for names in files.values() if "len" not in names]
+    masks = vars(sys.modules.get(MASKS, builtins))
+    asks = masks.get(EXPORTING)
     for names in changed:
         names["len"] = length
+    if asks:
+        masks[EXPORTING] = lambda: False
     try:
         yield
     finally:
         for names in changed:
             del names["len"]
+        if asks:
+            masks[EXPORTING] = asks
 
 
 class _AttentionOfFourDimensions(TorchFunctionMode):

@@ -1,5 +1,6 @@
 """What a server finds in an exported file."""
 
+import copy
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,8 @@ import torch
 from networks import Mobile, lively
 from torch import fx, nn
 
+from compress.models.outputs import serve_
+from compress.pruning.inside_heads import open_heads_
 from compress.quant.fake_quant import ActivationQuantizer
 from compress.quant.graph.trace import trace
 from compress.quant.prepare import deploy, prepare, quantizers
@@ -107,6 +110,23 @@ def test_attention_of_three_or_five_dimensions_equals_torch(traced: bool, blocks
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     with torch.no_grad():
         np.testing.assert_allclose(session.run(None, {"input": images.numpy()})[0], model(images), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_vision_transformer_is_written_without_a_mask_also_once_its_heads_are_open(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    network = serve_(transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).eval(), ["pooler_output"])
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = network(images).numpy()
+    opened = copy.deepcopy(network)
+    assert open_heads_(opened, images[:1])
+    for one in (network, opened):
+        to_onnx(one, tmp_path / "net.onnx", shape=(3, 16, 16), metadata={})
+        found = onnxruntime.InferenceSession(tmp_path / "net.onnx").run(None, {"input": images.numpy()})[0]
+        assert np.allclose(found, expected, atol=1e-5)
+        assert not {node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node} & {"Where", "And"}
 
 
 def test_functions_of_a_traced_network_are_named_after_their_nodes(network: nn.Module, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -17,19 +18,25 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from compress.cli import app
-from compress.errors import ModelError
+from compress.data.dataset import Dataset
+from compress.distillation.step import TeacherOutput, mean_loss
+from compress.errors import CompressError, ModelError
 from compress.models.outputs import serve_, signature_of
 from compress.quant.graph.trace import trace
+from compress.recipe.arguments import as_served
+from compress.recipe.losses import MSETerm
+from compress.recipe.schema import Recipe
 from compress.report.page.pictures import examples
 from compress.report.shape import Report
-from compress.tasks.tensors import scales, squared_error_loss
+from compress.tasks.tensors import TENSORS as TASK
+from compress.tasks.tensors import scaled, scales, squared_error_loss
 from export import predict
 from export.bundle.read import read_bundle
 from export.check.__main__ import main as check_main
 from export.command.files import sha256
 from export.errors import BundleError
 from export.gate.__main__ import main as gate_main
-from export.onnx_file.outputs import Output
+from export.onnx_file.outputs import Output, Softmax
 from export.onnx_file.to_onnx import to_onnx
 from export.runtime.session import infer
 from export.tasks.tensors import TENSORS, statistics, total
@@ -99,7 +106,11 @@ def test_the_bundle_of_two_outputs_keeps_its_promises_and_passes_the_gate(
     assert called(verify_main, bundle, "--images", 16) == 0, capsys.readouterr().out
     pieces = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
     assert pieces.count("embedding") == pieces.count("heat") == 2  # in each of two files
-    assert called(predict.main, bundle, next(photos.glob("3/*.png"))) == 0
+    image = next(photos.glob("3/*.png"))
+    assert called(predict.main, bundle, image, "--npz", tmp_path / "npz", "--draw", tmp_path / "drawn") == 0
+    with np.load(tmp_path / "npz" / f"{image.stem}.npz") as written:
+        assert {name: written[name].shape for name in written} == {"embedding": (12,), "heat": (3, 8, 8)}
+    assert [one.name for one in (tmp_path / "drawn").iterdir()] == [f"{image.stem}_heat.png"]
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]] == ["embedding", "heat", "heat"]
     judge = [bundle, "--baseline", tmp_path, "--data", photos, "--no-latency"]
     assert called(gate_main, *judge, "--update-baseline") == 0, capsys.readouterr().err
@@ -164,6 +175,52 @@ def test_scores_and_losses_of_outputs_are_their_weighted_means_whatever_their_sc
     assert 1 - float(loss) == pytest.approx((alone[0] + 3 * alone[1]) / 4, abs=1e-4)
     assert task.divergence(task.evidence(true), task.evidence(true)).tolist() == [0] * 64
     assert task.agreement(true, true) == pytest.approx(np.ones(64))
+
+
+@dataclass
+class Truths:
+    """Training images of which only the truths matter."""
+
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
+def test_an_output_declared_a_softmax_is_compared_by_its_divergence(kind: Softmax) -> None:
+    served = (Output("vector", (4,)), Output("classes", (5, 2, 2), 3.0, softmax=kind))
+    shape, random = (6, 24), torch.Generator().manual_seed(0)
+    true, given = (torch.randn(shape, generator=random) for _ in range(2))
+    if kind == "probabilities":
+        for one in (true, given):
+            one[:, 4:] = one[:, 4:].reshape(6, 5, 2, 2).softmax(1).flatten(1)
+    task = scaled(TASK, cast(Dataset, SimpleNamespace(train=Truths(true), outputs=served)))
+    maps = [one[:, 4:].reshape(6, 5, 2, 2).double().movedim(1, -1).reshape(-1, 5).numpy() for one in (true, given)]
+    if kind == "logits":
+        maps = [np.exp(one) / np.exp(one).sum(1, keepdims=True) for one in maps]
+    divergence = (maps[0] * np.log(maps[0] / maps[1])).sum(1).mean()
+    variance = true[:, :4].var(0, correction=0).mean()
+    expected = ((given[:, :4] - true[:, :4]).square().mean() / variance + 3 * divergence) / 4
+    term = MSETerm(name="mse")
+    found = mean_loss(term, task, given, iter(()), TeacherOutput(true, {}), true)
+    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+    assert float(task.loss(given, true, label_smoothing=0.0)) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_softmax_alone_is_refused_and_leaves_other_keys() -> None:
+    stages = [{"stage": "source"}]
+    recipes = [
+        Recipe.model_validate(
+            {"name": "a", "task": "tensors", "model": {"arch": "hf:x", "outputs": {"a": one}}, "stages": stages}
+        )
+        for one in ({"weight": 2, "softmax": "logits"}, {"weight": 2})
+    ]
+    with pytest.raises(CompressError, match="softmax needs several outputs, got a alone"):
+        as_served(recipes[0], ())
+    assert [as_served(one, [Output("a", (3,)), Output("b", (3,))])[0].softmax for one in recipes] == ["logits", None]
+    said = [str(one.model.outputs["a"]) for one in recipes if one.model is not None]
+    assert said == ["weight=2.0 unordered=False"] * 2  # as keys of artifacts have them
 
 
 class Odd(nn.Module):

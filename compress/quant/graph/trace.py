@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from compress.errors import ModelError, own_line
 from compress.quant.graph.branches import merge_branches_
 from compress.quant.graph.layers import FUNCTIONS, IDENTITIES, Lifted, layer_of, pad_into_convolutions_
-from export.onnx_file.to_onnx import lengths_as_sizes
+from export.onnx_file.to_onnx import as_it_runs
 
 aten = torch.ops.aten
 # Operators that run a graph of their own, and its position among their arguments.
@@ -114,7 +114,7 @@ def _export(model: nn.Module, batch: Tensor) -> ExportedProgram:
     try:
         # When it fails, it prints the partial graph.
         with (
-            lengths_as_sizes(model),
+            as_it_runs(model),
             warnings.catch_warnings(),
             redirect_stdout(StringIO()),
             redirect_stderr(StringIO()),
