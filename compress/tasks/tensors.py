@@ -77,20 +77,19 @@ def mixed_loss(
     KL is a mean over images and positions (Hinton, Vinyals & Dean 2015, section 2, at temperature 1).
     """
     wrong = ((outputs.float() - truths) / _on(scale, outputs)).square()
-    total, weight, columns_of = wrong.new_zeros(()), sum(one.weight for one in served), columns(served)
+    weight, columns_of = sum(one.weight for one in served), columns(served)
+    total = wrong.new_zeros(())
     for one in served:
         place = columns_of[one.name]
         if one.softmax is None:
             total = total + wrong[:, place].sum() / (len(wrong) * wrong.shape[1])
             continue
-        mine, true = (
-            channels_last(part[:, place].reshape(-1, *one.shape).float()) for part in (outputs, truths)
-        )  # (n · positions, classes)
+        mine, true = (part[:, place].reshape(-1, *one.shape).float() for part in (outputs, truths))
         if one.softmax == "probabilities":
-            mine, true = (part.clamp(min=LEAST).log() for part in (mine, true))
-        total = total + one.weight / weight * F.kl_div(
-            *(part.log_softmax(1) for part in (mine, true)), reduction="batchmean", log_target=True
-        )
+            mine, true = mine.clamp(min=LEAST).log(), true.clamp(min=LEAST).log()
+        mine, true = (channels_last(part).log_softmax(1) for part in (mine, true))  # (n · positions, classes)
+        divergence = F.kl_div(mine, true, reduction="batchmean", log_target=True)
+        total = total + one.weight / weight * divergence
     return total
 
 
