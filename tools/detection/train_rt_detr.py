@@ -1,6 +1,6 @@
 """Train a small RT-DETR from nothing on scenes of digits, with the denoising loss of transformers, and save it as a folder for `hf:FOLDER`.
 
-`python tools/detection/train_rt_detr.py FOLDER --minutes 25` continues a training that was stopped. The scenes are drawn anew for each batch from the
+`PYTHONPATH=tools python tools/detection/train_rt_detr.py FOLDER --minutes 25` continues a training that was stopped. The scenes are drawn anew for each batch from the
 digits of the training part; the validation scenes (`data.dataset: scenes`) show other digits. transformers is needed.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from queried import stepped
 from torch import Tensor
 
 from compress.data.named import DATA_SETS
@@ -27,32 +28,17 @@ EVERY = 500  # steps between two evaluations
 
 def network() -> transformers.RTDetrForObjectDetection:
     """Return the network: a residual network of eight convolutions, one transformer layer on stride 32, three decoder layers, 30 queries."""
-    body = transformers.RTDetrResNetConfig(
-        embedding_size=32,
-        hidden_sizes=[32, 64, 128, 256],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_indices=[2, 3, 4],
-    )
-    config = transformers.RTDetrConfig(
-        backbone_config=body,
+    settings = stepped(
         freeze_backbone_batch_norms=False,
-        encoder_in_channels=[64, 128, 256],
-        encoder_hidden_dim=64,
         encoder_ffn_dim=192,
-        encoder_attention_heads=4,
-        hidden_expansion=0.5,
-        d_model=64,
         num_queries=30,
-        decoder_in_channels=[64, 64, 64],
         decoder_ffn_dim=192,
         decoder_layers=3,
-        decoder_attention_heads=4,
         num_denoising=20,
         num_labels=CLASSES,
         id2label={number: str(number) for number in range(CLASSES)},
     )
-    return transformers.RTDetrForObjectDetection(config)
+    return transformers.RTDetrForObjectDetection(transformers.RTDetrConfig(**settings))
 
 
 def batch_of(scenes: list[Scene]) -> tuple[Tensor, list[dict[str, Tensor]]]:

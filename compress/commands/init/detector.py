@@ -1,4 +1,7 @@
-"""A recipe for a detector of another kind than the built-in ones: which decode, and which preprocessing, give the highest mAP."""
+"""A recipe for a detector of another kind than the built-in ones: which decode, and which preprocessing, give the highest mAP.
+
+A folder of transformers' states its preprocessing, and is decoded as `queries`.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,24 +11,31 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import onnx
+import torch
+from torch import nn
 
 from compress.data.teachers import foreign
 from compress.errors import CompressError
-from compress.models.decodes import DECODES
+from compress.models.architectures import build
+from compress.models.decodes import CHOSEN_FROM, DECODES
 from compress.models.foreign import OnnxFile
+from compress.models.outputs import tensors_of
+from compress.models.published import NONE, published
+from compress.models.teachers import names_within
 from compress.recipe import strict_yaml
 from compress.recipe.read import read_recipe
 from compress.run import open_run
 from compress.tasks import evaluate
 from export.command.files import write_text
-from export.errors import BundleError, DataError
-from export.images.size import Written, written
+from export.errors import BundleError, DataError, first
+from export.images.size import Written, size_of, written
 from export.tasks import TASKS
 
 IMAGES = 32  # on which each way is scored
 GOOD = 0.3  # mAP that needs no further trial
+Way = Mapping[str, object]  # fields of a recipe's data
 # How such detectors are trained: YOLO, YOLOX, DETR's descendants.
-WAYS: Sequence[Mapping[str, str]] = (
+WAYS: Sequence[Way] = (
     {"framing": "letterbox", "pixels": "unit"},
     {"framing": "letterbox_corner", "pixels": "bytes", "colors": "bgr"},
     {"framing": "stretch", "pixels": "normalized"},
@@ -37,8 +47,8 @@ stages:
   - stage: prune  # and solve the weights to make up for it, without training
     keep_macs: 0.5
   - stage: distill  # on the network's own boxes and scores, without labels
-    fit: {epochs: 20, batch_size: 16, optimizer: adamw, lr: 0.001, warmup_epochs: 1}
-    loss: [{name: kd}, {name: boxes}]
+    fit: {epochs: 24, batch_size: 16, optimizer: adamw, lr: RATE, warmup_epochs: 1, clip_norm: 1}
+    loss: [{name: kd, weight: 10}, {name: boxes}]
   - stage: ptq
   - stage: export
   - stage: bench
@@ -60,23 +70,30 @@ def write_detector(arch: str, weights: str, data: Path, out: Path, *, tell: Call
     """Write the recipe of the best way and yield lines on what was tried; CompressError where no decode reads the network's outputs."""
     found: list[tuple[float, str]] = []
     refused: list[str] = []
-    size = _size_of(arch)
-    named = "yolox" if arch.startswith("yolox:") else None
-    for way, function in product(WAYS, [named] if named else DECODES):
-        text = _recipe(arch, weights, data, out.stem, size, way, function)
-        tell(f"tries {function}, {', '.join(way.values())}")
+    model: dict[str, object] = {"arch": arch} if foreign(arch) else {"arch": arch, "weights": weights}
+    functions: Sequence[str] = ["yolox"] if arch.startswith("yolox:") else [*DECODES]
+    size, ways, rate = _size_of(arch), WAYS, 0.001
+    if arch.startswith("hf:"):
+        network, rate, functions = build(arch, num_classes=0, outputs=()).eval(), 0.0003, ["queries"]
+        size, ways = _stated(arch, size)
+        model["outputs"] = _taught(network, size)
+        yield from _named(arch, names_within(network), data)
+    for way, function in product(ways, functions):
+        text = _recipe(model, data, out.stem, size, way, function, rate)
+        shown = ", ".join(map(str, way.values()))
+        tell(f"tries {function}, {shown}")
         try:
             score, images = _score(text)
         except (CompressError, BundleError, KeyError, TypeError) as error:  # the outputs are another function's
             refused.append(str(error))
             continue
         found.append((score, text))
-        yield f"tried    decode {function}, {', '.join(way.values())}: mAP {score:.1%} on {images} images"
+        yield f"tried    decode {function}, {shown}: mAP {score:.1%} on {images} images"
         if score > GOOD:
             break
     if not found:
         raise CompressError(
-            f"{weights}: none of {', '.join(DECODES)} reads its outputs ({refused[0]}): set `decode: FILE.py:function` in a recipe"
+            f"{weights}: its outputs are not read as {' or '.join(functions)} ({refused[0]}): set `decode: FILE.py:function` in a recipe"
         )
     score, text = max(found)
     write_text(out, text)
@@ -105,10 +122,40 @@ def _size_of(arch: str) -> Written:
     return 416 if arch in ("yolox:nano", "yolox:tiny") else 640
 
 
+def _stated(arch: str, size: Written) -> tuple[Written, Sequence[Way]]:
+    """Return the image size and the preprocessing in the settings of a folder's processor; `size` and the usual ways where it has none."""
+    known = published(arch)
+    if known is None:
+        return size, [way for way in WAYS if way["framing"] == "stretch"]
+    mean, std = map(list, known.normalize)
+    pixels: Way = {"pixels": "unit"} if known.normalize == NONE else {"pixels": "normalized", "mean": mean, "std": std}
+    look = {"interpolation": known.look.interpolation, "colors": "bgr" if known.look.bgr else "rgb"}
+    return written(known.image_size), [{"framing": "stretch", **look, **pixels}]
+
+
+@torch.no_grad()
+def _taught(network: nn.Module, size: Written) -> list[str]:
+    """Return the outputs to serve: queries, and the rows that they were chosen from where the network shows these."""
+    shown = dict(tensors_of(network.forward(torch.zeros(1, 3, *size_of(size)))))  # without the hook that packs them
+    queries = shown["logits"].shape[1] if "logits" in shown else 0
+    return ["logits", "pred_boxes", *(name for name in CHOSEN_FROM if name in shown and shown[name].shape[1] > queries)]
+
+
+def _named(arch: str, names: Sequence[str] | None, data: Path) -> Iterator[str]:
+    """Yield a line on the network's classes; CompressError where the images have the same in another order."""
+    classes = tuple(TASKS["detection"].listing(data).classes)
+    if names is None or tuple(names) == classes:
+        return
+    if sorted(names) == sorted(classes):
+        raise CompressError(
+            f"{arch}: has the classes {', '.join(names)}, {data} has them as {', '.join(classes)}: list them there in the network's order"
+        )
+    yield f"         its classes {first(sorted(names))} are taken as {first(classes)}, in the order of the images'"
+
+
 def _recipe(
-    arch: str, weights: str, data: Path, name: str, size: Written, way: Mapping[str, str], function: str
+    model: Mapping[str, object], data: Path, name: str, size: Written, way: Way, function: str, rate: float
 ) -> str:
-    model = {"arch": arch} if foreign(arch) else {"arch": arch, "weights": weights}
     augment = {"crop": "random_resized", "min_area": 0.5, "flip": True, "distort": True}
     seen = {"dataset": "imagefolder", "path": str(data), "image_size": size, **way, "eval_batch_size": 8}
     plain = "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in name.lower()).strip("_")
@@ -119,7 +166,8 @@ def _recipe(
         "model": model,
         "decode": function,
     }
-    return f"# {arch}, for the images of {data}. Written by compress init.\n{strict_yaml.dump(document)}{STAGES}"
+    head = f"# {model['arch']}, for the images of {data}. Written by compress init.\n"
+    return head + strict_yaml.dump(document) + STAGES.replace("RATE", str(rate))
 
 
 def _score(text: str) -> tuple[float, int]:
