@@ -49,6 +49,7 @@ class Queries(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         rows = self.body(images).flatten(2).transpose(1, 2)  # (n, places, 16)
+        torch._check_tensor_all(torch.full((1, 2), rows.shape[1]).sum() == 2 * rows.shape[1])
         scores, places = self.score(rows), self.box(rows).sigmoid()
         chosen = scores.max(2).values.topk(ROWS, dim=1).indices.unsqueeze(2)
         kept = rows.gather(1, chosen.expand(-1, -1, 16))
