@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 PLANNED = "stages.json"  # in the run's folder: the directory of each stage, in order
 # Raised when a stage makes something else from the same settings.
-VERSIONS = {"source": 5, "student": 1, "prune": 13, "distill": 6, "ptq": 13, "qat": 15, "export": 15, "bench": 6}
+VERSIONS = {"source": 5, "student": 1, "prune": 14, "distill": 6, "ptq": 14, "qat": 15, "export": 15, "bench": 6}
 LATER = (("inside_heads", False),)  # settings that came later, with the value that leaves keys as they were
 JUDGED = "the training between cuts keeps its best epoch"  # in place of a new version of every prune stage
 
