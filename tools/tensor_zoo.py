@@ -43,9 +43,9 @@ SECONDS, BLOCKS = 1.0, 8
 class Pair(nn.Module):
     """A backbone whose last two levels are returned as a tuple."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "resnet18") -> None:
         super().__init__()
-        self.body = timm.create_model("resnet18", features_only=True, out_indices=(3, 4), pretrained=False)
+        self.body = timm.create_model(name, features_only=True, out_indices=(3, 4), pretrained=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.body(images))
@@ -127,9 +127,8 @@ def vitpose() -> nn.Module:
     return t.VitPoseForPoseEstimation(t.VitPoseConfig(backbone_config=body, num_labels=17))  # type: ignore[no-any-return]
 
 
-def row_of(name: str) -> dict[str, Any]:
-    """Return what became of a network: cut, quantized, compared by output, timed."""
-    size, build = NETWORKS[name]
+def row_of(name: str, size: int, build: Callable[[], nn.Module], *, timed: bool = True) -> dict[str, Any]:
+    """Return what became of a network for images of `size` pixels: cut, quantized, compared by output, perhaps timed."""
     torch.manual_seed(0)
     images, shape = crops(40, size, seed=0)[0], (3, size, size)
     network = enlivened(thawed_(build()).eval(), images)
@@ -150,19 +149,25 @@ def row_of(name: str) -> dict[str, Any]:
     prepared = compress.quantize(student, images)
     with tempfile.TemporaryDirectory() as folder:
         whole, file = Path(folder, "fp32.onnx"), Path(folder, "int8.onnx")
-        compress.export(network, whole, images=images, task="tensors")
         found = compress.export(prepared, file, images=images[:8], task="tensors")
         unseen = crops(20, size, seed=1)[0]
         verified = verify(file, [(unseen[:4].numpy(), None)], reference_of(prepared), task=TENSORS.of(outputs))
         got = infer(open_session(file, threads=1), unseen.numpy())
         with torch.no_grad():
             expected, real = prepared(unseen).numpy(), student(unseen).numpy()
-        sessions = {one: open_session(path, threads=1) for one, path in (("fp32", whole), ("int8", file))}
-        runs = {one: bind(session, images[:1].numpy()) for one, session in sessions.items()}
-        timed = time_sessions(runs, seconds=SECONDS, blocks=BLOCKS, clock=time.thread_time)
+        times: dict[str, Any] = {}
+        if timed:
+            compress.export(network, whole, images=images, task="tensors")
+            sessions = {one: open_session(path, threads=1) for one, path in (("fp32", whole), ("int8", file))}
+            runs = {one: bind(session, images[:1].numpy()) for one, session in sessions.items()}
+            clocked = time_sessions(runs, seconds=SECONDS, blocks=BLOCKS, clock=time.thread_time)
+            faster = speedup(clocked["fp32"], clocked["int8"])
+            times = {
+                "ms": [float(np.median(clocked[one].block_ms)) for one in ("fp32", "int8")],
+                "faster": [faster.ratio, faster.low, faster.high],
+            }
     places = columns(outputs or [Output("output", tuple(expected.shape[1:]))])
     flat = [part.reshape(len(part), -1) for part in (expected, got, real)]
-    faster = speedup(timed["fp32"], timed["int8"])
     return {
         "pixels": size,
         "outputs": [one.name for one in outputs] or ["one"],
@@ -170,10 +175,10 @@ def row_of(name: str) -> dict[str, Any]:
         "why": why,
         "integer": len(found["integer_layers"]),
         "float": len(found["float_layers"]),
+        "by_runtime": found["quantized_by_runtime"],
         "equal": verified["first_divergence"] is None,
         "snr": {one: [snr_db(flat[0][:, at], flat[1][:, at]), snr_db(flat[2][:, at], flat[0][:, at])] for one, at in places.items()},
-        "ms": [float(np.median(timed[one].block_ms)) for one in ("fp32", "int8")],
-        "faster": [faster.ratio, faster.low, faster.high],
+        **times,
     }  # fmt: skip
 
 
@@ -207,7 +212,7 @@ def main() -> None:
         if name in done or (chosen and not any(part in name for part in chosen)):
             continue
         try:
-            row = row_of(name)
+            row = row_of(name, *NETWORKS[name])
         except ImportError as error:
             print(f"{name}: {error}")  # noqa: T201
             continue

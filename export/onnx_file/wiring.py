@@ -11,6 +11,8 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from export.onnx_file.names import ADDED, unique
 from export.onnx_file.operators import DQ, FLOAT, INTEGER, LAYERS
 
+RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
+
 
 @dataclass(frozen=True)
 class Wiring:
@@ -63,8 +65,15 @@ def weights(layer: ir.Node) -> ir.TensorProtocol | None:
 
 
 def is_quantized(layer: ir.Node) -> bool:
-    """Tell whether both factors of a layer come from a DequantizeLinear."""
-    return all(maker(value) == DQ for value in layer.inputs[:2])
+    """Tell whether both factors of a layer come from a DequantizeLinear, perhaps reshaped, as tokens are for a Gemm."""
+    return all(maker(_unshaped(value)) == DQ for value in layer.inputs[:2])
+
+
+def _unshaped(value: ir.Value | None) -> ir.Value | None:
+    while value is not None and maker(value) in RESHAPES:
+        made = value.producer()
+        value = made.inputs[0] if made else None
+    return value
 
 
 def origin(node: ir.Node, file: Wiring) -> ir.Node | None:
