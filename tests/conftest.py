@@ -20,13 +20,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_finish() -> None:
-    """Have torch's exporter read its operators once, not at every export, which is a quarter of an export's time; time candidates briefly.
+    """Time candidates briefly, and spare the collector what the imports made.
 
     A bench measures the memory of its first file, in a process of half a second, and says the same of all; `test_bench.py` measures each.
-    Spare the collector what the imports made: it is called before every measured block of times.
     """
-    from torch.onnx._internal.exporter import _registration
-
     if "compress.pipeline" in sys.modules:
         from compress import scoring
 
@@ -35,10 +32,6 @@ def pytest_collection_finish() -> None:
         from export.runtime import measure, memory
 
         measure.peak_memory_mb = functools.partial(_first, memory.peak_memory_mb, [])  # type: ignore[attr-defined]
-    registry = _registration.ONNXRegistry
-    read = functools.lru_cache(maxsize=1)(lambda opset, _modules, read=registry.from_torchlib: read(opset))
-    # Whatever is imported may bring further operators.
-    registry.from_torchlib = staticmethod(lambda opset_version: read(opset_version, len(sys.modules)))  # type: ignore[assignment, method-assign]
     gc.collect()
     gc.freeze()
 

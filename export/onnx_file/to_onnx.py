@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from onnx import ModelProto
 from torch import fx, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.overrides import TorchFunctionMode
 
 from export.errors import BundleError
@@ -25,6 +27,7 @@ OPSET = 18
 ATTENTION = (scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 MASKS, EXPORTING = "transformers.masking_utils", "is_torchdynamo_exporting"
+READ_OPERATORS = ONNXRegistry.from_torchlib
 SUMMARY = re.compile(r"^<class '.+?'>: (.+)$", re.MULTILINE)  # each exception that caused an OnnxExporterError
 
 
@@ -61,6 +64,7 @@ def _exported(
         with (
             as_it_runs(model),
             patch.object(torch, "_check_tensor_all", lambda *_: None),  # checks; ONNX has no such operator
+            operators_read_once(),
             redirect_stdout(StringIO()),
             redirect_stderr(StringIO()),
             _AttentionOfFourDimensions(),
@@ -112,6 +116,22 @@ def as_it_runs(model: nn.Module) -> Iterator[None]:
             del names["len"]
         if asks:
             masks[EXPORTING] = asks
+
+
+@lru_cache(maxsize=1)
+def _operators(opset: int, _modules: int) -> ONNXRegistry:
+    """Return the exporter's table of operators. Whatever is imported may bring further ones."""
+    return READ_OPERATORS(opset)
+
+
+@contextmanager
+def operators_read_once() -> Iterator[None]:
+    """Keep the exporter's table of operators, which it makes anew for every export, in a quarter of the export's time."""
+    ONNXRegistry.from_torchlib = staticmethod(lambda opset_version: _operators(opset_version, len(sys.modules)))  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = READ_OPERATORS  # type: ignore[method-assign]
 
 
 class _AttentionOfFourDimensions(TorchFunctionMode):
