@@ -348,8 +348,10 @@ def test_a_teacher_that_scores_otherwise_than_it_did_fails_the_run(copied: Path)
     source = plan_recipe(recipe(copied))[0].directory
     negate_head(source / "weights.safetensors")
     as_if_made_so(source)
-    assert run(copied, "targets.max_drop=0.5") == 1
-    assert [row["cached"] for row in report(copied)["stages"]] == [True] + [False] * 6  # all descend from it
+    sections = [line.removeprefix("  - ") for line in RECIPE.splitlines() if line.startswith("  - ")]
+    brief = f"stages=[{', '.join(sections[:2] + sections[-2:])}]"  # without INT8, of which this is not
+    assert run(copied, brief, "targets.max_drop=0.5") == 1
+    assert [row["cached"] for row in report(copied)["stages"]] == [True] + [False] * 3  # all descend from it
     assert report(copied)["failures"][0].startswith("teacher_fp32: score is ")
 
 

@@ -3,14 +3,14 @@
 import json
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
 from typing import Literal
 
 import onnx
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 
 from export.errors import BundleError
 from export.images.size import Shape
@@ -68,10 +68,6 @@ class ModelFile:
         """The shape of the output, or of several packed side by side."""
         batch, *sizes = self.outputs[0].shape
         return (batch, *sizes) if not self.signature else (batch, sum(one.size for one in self.signature))
-
-    def to_json(self) -> dict[str, object]:
-        """Return the facts as JSON values."""
-        return asdict(self)
 
 
 def inspect(path: Path) -> ModelFile:
@@ -136,7 +132,8 @@ def parse(path: Path) -> ModelProto:
         model = onnx.load_model(path, format="protobuf", load_external_data=False)
         if not model.graph.node:
             raise BundleError(f"{path.name}: is not an ONNX model (no graph in it): export it again", defect="not_onnx")
-        graphs = [model.graph, *(function_graph(function.node) for function in model.functions)]
+        # A model-local function's nodes as a graph, so that `tensors` finds its tensors.
+        graphs = [model.graph, *(GraphProto(node=function.node) for function in model.functions)]
         if (count := sum(len(graph.node) for graph in graphs)) > MAX_NODES:
             raise BundleError(
                 f"{path.name}: must have at most {MAX_NODES} nodes, got {count}: export it again", defect="too_large"
@@ -210,11 +207,6 @@ def is_text(message: Message) -> bool:
                 if not (isinstance(one.name, str) if isinstance(one, TensorProto) else is_text(one)):
                     return False
     return True
-
-
-def function_graph(nodes: list[NodeProto]) -> GraphProto:
-    """Return a model-local function's nodes as a graph, so that `tensors` finds its tensors."""
-    return GraphProto(node=nodes)
 
 
 def value(info: ValueInfoProto) -> Value:
