@@ -44,8 +44,7 @@ def predict(session: onnxruntime.InferenceSession, bundle: Bundle, path: Path) -
         raise BundleError(f"{path}: the network cannot run on it ({first_line(error)}): export it again") from error
     if not np.isfinite(outputs).all():
         raise BundleError(f"{path}: the network's output for it is not finite: export it again")
-    found: Array = outputs[0]
-    return found
+    return np.asarray(outputs[0])
 
 
 def task_for(bundle: Bundle, path: Path) -> OutputTask:

@@ -244,14 +244,8 @@ def seconds_for_macs(model: onnx.ModelProto, limits: ChildLimits) -> int:
         from export.onnx_file.wiring import wire
 
         count = sum((macs(wire(model)) or {}).values())
-    except (
-        ImportError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-    ):  # onnx_ir's, for a graph it cannot read
+    # onnx_ir's, for a graph it cannot read.
+    except (ImportError, RuntimeError, ValueError, TypeError, LookupError, AttributeError):
         return 0
     return int(min(limits.cpu_seconds_per_gmac * max(count, 0) / 1e9, limits.max_cpu_seconds_for_macs))
 

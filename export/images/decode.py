@@ -23,14 +23,8 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte decoded
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error)
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 TURNS = {
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_270",
-    7: "TRANSVERSE",
-    8: "ROTATE_90",
-}
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
+}  # fmt: skip
 WIDE = ("I", "I;16", "I;16B", "I;16L")  # Pillow's modes of 16-bit grey
 CHANNELS = {1: ("1", "L", *WIDE), 4: ("RGBA",), 3: ("RGB", "P", "CMYK", "YCbCr")}  # and its modes of so many channels
 NAMED = 3  # broken files that an error lists; the rest are counted

@@ -23,8 +23,7 @@ OPAQUE = 0.55  # opacity of a mask's colours
 
 def colours(classes: NDArray[np.integer]) -> Pixels:
     """Return each class's colour, (..., 3)."""
-    found: Pixels = COLOURS[classes % len(COLOURS)]
-    return found
+    return np.asarray(COLOURS[classes % len(COLOURS)])
 
 
 def as_rgb(pixels: NDArray[Any]) -> Pixels:

@@ -3,13 +3,7 @@
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # ONNX Runtime's replacements for them, in integers and in float.
 INTEGER = (
-    "QLinearConv",
-    "QGemm",
-    "QLinearMatMul",
-    "ConvInteger",
-    "MatMulInteger",
-    "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul",
-)
+    "QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
+)  # fmt: skip
 FLOAT = (*LAYERS, "FusedConv", "NhwcFusedConv", "FusedGemm", "FusedMatMul")
 Q, DQ = "QuantizeLinear", "DequantizeLinear"

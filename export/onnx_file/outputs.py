@@ -20,9 +20,7 @@ class Output:
     name: str
     shape: tuple[int, ...]  # of one image's
     weight: float = 1.0  # in the score and in losses
-    unordered: bool = (
-        False  # whether its rows are a set, as a detector's queries chosen by top-k: compared after matching
-    )
+    unordered: bool = False  # its rows are a set, as a detector's queries chosen by top-k: compared after matching
 
     softmax: Softmax | None = None  # what its channels are of a softmax, which a training then compares by KL
 

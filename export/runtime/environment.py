@@ -20,15 +20,8 @@ INSTRUCTION_SETS = (
     "amx_bf16", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2", "sme",
 )  # fmt: skip
 PACKAGES = (
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxruntime-ep-openvino",
-    "onnx",
-    "numpy",
-    "torch",
-    "torchvision",
-    "torch-pruning",
-)
+    "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino", "onnx", "numpy", "torch", "torchvision", "torch-pruning",
+)  # fmt: skip
 HARDWARE = ("machine", "cpu", "cores", "instruction_sets", "gpu")
 
 

@@ -17,7 +17,7 @@ from export.onnx_file.model_file import ModelFile, inspect
 from export.onnx_file.roles import FP32
 from export.onnx_file.targets import CPU, TARGET_PROVIDERS, host_target
 from export.runtime.cuda_options import ON_CUDA, fastest
-from export.runtime.latency import Timing, speedup, time_sessions
+from export.runtime.latency import speedup, time_sessions
 from export.runtime.memory import peak_memory_mb
 from export.runtime.providers import (
     PLAIN,
@@ -107,8 +107,11 @@ def bench(
                 )
                 result.timings.append(row)
             if setting.provider == CPU:
-                halves = {name for name, fact in facts.items() if fact.precision == "fp16" and name in timed}
-                emulated |= {name for name in halves if is_slow(timed, name)}
+                halves = {
+                    name for name, fact in facts.items() if fact.precision == "fp16" and {name, FP32} <= timed.keys()
+                }
+                # Certainly so much slower than the float32 student that its kernels must be emulated.
+                emulated |= {name for name in halves if speedup(timed[FP32], timed[name]).high < 1 / SLOW}
     result.warnings.extend(
         f"{name}: this CPU has no fast float16 kernels (over {SLOW:g} times slower than float32): timed with one thread and batch 1 only"
         for name in sorted(emulated)
@@ -222,11 +225,6 @@ def prepare(
         milliseconds = (time.perf_counter() - start) * 1e3
         found[entry] = Opened(bind(session, images), {}, milliseconds, left_to_others(session, runs_in.provider))
     return found, warnings
-
-
-def is_slow(timed: Mapping[str, Timing], name: str) -> bool:
-    """Tell whether a float16 file is certainly so much slower than the float32 student that its kernels must be emulated."""
-    return FP32 in timed and speedup(timed[FP32], timed[name]).high < 1 / SLOW
 
 
 def target_warnings(target: str | None) -> list[str]:

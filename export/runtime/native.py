@@ -4,16 +4,9 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 # ONNX Runtime's exceptions have no common base class; pybind turns the rest into RuntimeError.
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
-    native.EPFail,
-    native.Fail,
-    native.InvalidArgument,
-    native.InvalidGraph,
-    native.InvalidProtobuf,
-    native.NoSuchFile,
-    native.NotImplemented,
-    native.RuntimeException,
-    RuntimeError,
-)
+    native.EPFail, native.Fail, native.InvalidArgument, native.InvalidGraph, native.InvalidProtobuf, native.NoSuchFile,
+    native.NotImplemented, native.RuntimeException, RuntimeError,
+)  # fmt: skip
 
 
 def first_line(error: Exception) -> str:

@@ -22,9 +22,7 @@ from export.runtime.native import RUNTIME_ERRORS, first_line
 Arithmetic = Literal["f32", "bf16"]
 Options = Callable[[int, Arithmetic], dict[str, str]]
 BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # processors' flags, as Linux names them on x86-64 and Arm
-PLUGINS_SINCE = (
-    "1.25"  # the version of ONNX Runtime that loads the plugins of this table and says which nodes they take
-)
+PLUGINS_SINCE = "1.25"  # of ONNX Runtime, which loads the plugins of this table and says which nodes they take
 
 
 def openvino_options(threads: int, arithmetic: Arithmetic) -> dict[str, str]:

@@ -18,7 +18,7 @@ TRUTH, CORNERS, CROWD = 0, slice(1, 5), 5  # columns of a truth: label, box, and
 PER_DETECTION, COUNTED = 3, -2
 
 
-def statistics(predictions: Array, truths: Array) -> Array:
+def statistics(predictions: Array, truths: Array, _output: tuple[int, ...] = ()) -> Array:
     """Return one row per image from detections (n, detections, 6) and truths (n, boxes, 6)."""
     detections = predictions.shape[1]
     rows = np.full((len(predictions), detections * PER_DETECTION + truths.shape[1]), float(NONE))
@@ -78,8 +78,7 @@ class Curve(NamedTuple):
         precision = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
         precision = np.concatenate([precision, np.zeros((1, len(THRESHOLDS)))])  # for recalls that are not reached
         found = [np.searchsorted(recall, RECALLS, side="left") for recall in (hits / total).T]
-        means: Array = np.take_along_axis(precision, np.stack(found, axis=1), axis=0).mean(axis=0)
-        return means
+        return np.asarray(np.take_along_axis(precision, np.stack(found, axis=1), axis=0).mean(axis=0))
 
 
 def curves(rows: Array) -> list[Curve]:

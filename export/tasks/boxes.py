@@ -54,10 +54,8 @@ def heads(outputs: Array) -> Heads:
     values = outputs.astype(np.float64)
     constants = np.rint(np.nan_to_num(values[0, :, -READS])).astype(np.int64) if values.size else np.zeros(0, np.int64)
     levels = [0, *(np.flatnonzero(np.diff(constants // PER_LEVEL)) + 1).tolist(), values.shape[1]]
-    kind, parts = (
-        int(constants[0]) % PER_LEVEL if values.size else SOFTMAX,
-        np.split(values, [-MOVES - READS, -READS, 1 - READS], axis=2),
-    )
+    kind = int(constants[0]) % PER_LEVEL if values.size else SOFTMAX
+    parts = np.split(values, [-MOVES - READS, -READS, 1 - READS], axis=2)
     return Heads(kind, parts[0], parts[1], parts[3], tuple(levels))
 
 
@@ -72,12 +70,8 @@ def probabilities(found: Heads) -> Array:
 
 def boxes(found: Heads) -> Array:
     """Return the boxes (n, anchors, 4), clipped to the image."""
-    centre, size, first, second = (
-        found.anchors[..., :2],
-        found.anchors[..., 2:],
-        found.moves[..., :2],
-        found.moves[..., 2:],
-    )
+    centre, size = found.anchors[..., :2], found.anchors[..., 2:]
+    first, second = found.moves[..., :2], found.moves[..., 2:]
     if found.kind == CENTRED:
         corners = [centre - first * size, centre + second * size]
     else:

@@ -96,23 +96,20 @@ def _mistakes(rows: Array) -> list[tuple[int, int, int]]:
 
 def agreement(predictions: Array, others: Array) -> Array:
     """Return 1 where both predict the same class, else 0, (n,)."""
-    same: Array = (predictions[:, 0] == others[:, 0]).astype(np.float64)
-    return same
+    return np.asarray((predictions[:, 0] == others[:, 0]).astype(np.float64))
 
 
 def divergence(outputs: Array, reference: Array) -> Array:
     """Return the Kullback-Leibler divergence in nats of each output's distribution from the reference's, (n,)."""
     true, found = log_probabilities(reference), log_probabilities(outputs)
-    apart: Array = np.sum(np.exp(true) * (true - found), axis=1)
-    return apart
+    return np.asarray(np.sum(np.exp(true) * (true - found), axis=1))
 
 
 def log_probabilities(logits: Array) -> Array:
     """Return the logarithm of the softmax (n, classes); infinite logits count as ±10,000, NaN as 0."""
     finite = np.nan_to_num(logits.astype(np.float64), nan=0.0, posinf=1e4, neginf=-1e4)
     shifted: Array = finite - finite.max(axis=1, keepdims=True)
-    found: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return found
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
 def compare(before: Array, now: Array, labels: Sequence[str]) -> Comparison:
@@ -157,8 +154,7 @@ def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
 def softmax(logits: Array) -> Array:
     """Return the softmax, subtracting the largest logit first to avoid overflow."""
     powers = np.exp(logits - logits.max())
-    shares: Array = powers / powers.sum()
-    return shares
+    return np.asarray(powers / powers.sum())
 
 
 CLASSIFICATION = OutputTask(

@@ -89,11 +89,6 @@ def _is_box(box: object, classes: int) -> bool:
     return box[0] in range(classes) and all(0 <= one <= 1 for one in box[1:])
 
 
-def row_of(predictions: Array, truths: Array, _output: tuple[int, ...]) -> Array:
-    """Return one row for each image."""
-    return statistics(predictions, truths)
-
-
 def further(rows: Array) -> Mapping[str, float | None]:
     """Return the mean average precision at an overlap of 0.5, and at 0.75."""
     return {
@@ -247,7 +242,7 @@ DETECTION: OutputTask = OutputTask(
     decode=decode,
     finish=with_suppression,
     of_whole=of_whole,
-    statistics=row_of,
+    statistics=statistics,
     total=mean_average_precision,
     further=further,
     by_class=by_class,

@@ -65,8 +65,7 @@ class Ranking(NamedTuple):
         times = weights[self.image]
         hits = np.cumsum(self.right * times, axis=0)
         at = np.take_along_axis(hits / np.maximum(np.cumsum(times, axis=0), 1), self.last, axis=0)
-        found: Array = (self.right * times * at).sum(axis=0) / np.where(hits[-1] > 0, hits[-1], np.nan)
-        return found
+        return np.asarray((self.right * times * at).sum(axis=0) / np.where(hits[-1] > 0, hits[-1], np.nan))
 
 
 def ranking(rows: Array) -> Ranking:

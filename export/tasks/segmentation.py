@@ -17,7 +17,7 @@ from export.images.drawing import with_mask
 from export.images.masks import list_masks, mask_examples
 from export.images.preprocess import IGNORED
 from export.images.size import Size
-from export.tasks.classification import log_probabilities
+from export.tasks import classification
 from export.tasks.paired import compare_classes
 from export.tasks.task import Array, Classes, Comparison, FileClasses, Metric, OutputTask, Shown
 
@@ -75,8 +75,7 @@ def _mask(value: object, output: tuple[int, ...]) -> Array:
 
 def decode(outputs: Array) -> Array:
     """Return the likeliest class of each pixel, uint8 (n, height, width)."""
-    found: Array = outputs.argmax(axis=1).astype(np.uint8)
-    return found
+    return np.asarray(outputs.argmax(axis=1).astype(np.uint8))
 
 
 def finish(model: ModelProto) -> ModelProto:
@@ -163,8 +162,7 @@ def _mistakes(confusion: Array, classes: int) -> list[tuple[int, int, int]]:
 
 def agreement(predictions: Array, others: Array) -> Array:
     """Return the fraction of pixels for which both predict the same class, (n,)."""
-    same: Array = (predictions == others).mean(axis=(1, 2))
-    return same
+    return np.asarray((predictions == others).mean(axis=(1, 2)))
 
 
 def evidence(outputs: Array) -> Array:
@@ -174,11 +172,8 @@ def evidence(outputs: Array) -> Array:
 
 def divergence(outputs: Array, reference: Array) -> Array:
     """Return the mean over pixels of the Kullback-Leibler divergence in nats from the reference's distribution, (n,)."""
-    true, found = (
-        log_probabilities(np.moveaxis(part, 1, -1).reshape(-1, part.shape[1])) for part in (reference, outputs)
-    )
-    apart: Array = np.sum(np.exp(true) * (true - found), axis=1).reshape(len(outputs), -1).mean(axis=1)
-    return apart
+    pixels, true = (np.moveaxis(part, 1, -1).reshape(-1, part.shape[1]) for part in (outputs, reference))
+    return np.asarray(classification.divergence(pixels, true).reshape(len(outputs), -1).mean(axis=1))
 
 
 def resampled(rows: Array, weights: Array) -> Array:
