@@ -156,7 +156,7 @@ class StageLog:
         """Record a finished epoch's measurements: mean loss, learning rate, speed, validation score."""
         self._epoch += 1
         self._batch = self._images = self._unit_images = 0
-        self._epoch_started_s = time.monotonic()
+        took_s, self._epoch_started_s = time.monotonic() - self._epoch_started_s, time.monotonic()
         if not self.enabled:
             return
         phase = {} if self._phase == self.stage else {"phase": self._phase}
@@ -168,7 +168,9 @@ class StageLog:
             self._tell(self._phase, self._epoch, measurements)
         self._shown = {name: measurements[name] for name in SHOWN if name in measurements}
         self._refresh()
-        if self.verbose or not self._progress:
+        # In a file the next epoch's line is soon enough, unless it would come too late.
+        is_due = self._epoch == self._epochs or time.monotonic() + took_s - self._said_s > QUIET_S
+        if self.verbose or (not self._progress and is_due):
             self._say(self._epoch_line(measurements))
 
     def epoch_again(self) -> None:

@@ -229,7 +229,7 @@ def _note(log: StageLog, name: str, found: Audit, parity: VerifyRow | None, over
         log.note(f"in float once optimized: {', '.join(found['float_layers'])}")
     if parity is not None:
         low, high = parity["agreement_ci95"]
-        log.note(
+        log.note_detail(
             f"agrees with {'the trained network' if name == QAT else 'itself unoptimized'} on {parity['agreement']:.2%} "
             f"of {parity['images']} images (95 % interval {low:.2%} to {high:.2%})"
         )

@@ -95,7 +95,7 @@ class _Qat:
         calibrate_(model, self._calibration, self.method)
         calibrated = self._corrected(model)
         before = run.evaluate(calibrated)
-        self.log.note(f"{target.name}: score after calibration by {self.method} alone {before['score']:.4f}")
+        self.log.note_detail(f"{target.name}: score after calibration by {self.method} alone {before['score']:.4f}")
 
         def before_step(training: nn.Module, done: float) -> None:
             set_phase_(training, "adapt" if done < cfg.freeze_ranges_at else "round")
@@ -182,7 +182,7 @@ class _Qat:
             max_drop=max_drop,
             folder=work,
             faster=faster_than(fp32, run, target),
-            tell=lambda result: self.log.note(f"{target.name}: {said(result)}"),
+            tell=lambda result: self.log.note_detail(f"{target.name}: {said(result)}"),
         )
         fallbacks = fallback_trials("trained", [group["group"] for group in damage], MAX_TRIALS)[:-1]
         results = until_one_holds((Trial("int8", "trained"), *fallbacks), judge)

@@ -59,6 +59,22 @@ def test_without_a_terminal_an_epoch_is_one_plain_line_and_a_batch_is_none(tmp_p
     assert screen.getvalue() == "distill 1/1  loss 0.65  score 90.00%  1,234 images/s\n"
 
 
+def test_of_short_epochs_a_file_shows_those_that_are_due_and_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    screen_console, screen = console(terminal=False)
+    with StageLog(tmp_path, stage="distill", console=screen_console) as log:
+        log.start(epochs=7, batches=1)
+        for seconds in (2, 2, 2, 4, 4, 2, 2):
+            now[0] += seconds
+            log.epoch({"loss": 0.5})
+    shown = [int(line.split("/")[0].split()[1]) for line in screen.getvalue().splitlines()]
+    assert shown == [2, 4, 5, 7]  # at 4, 10, 14 and 18 s
+    assert len(lines(tmp_path)) == 7
+
+
 def test_verbose_lines_show_every_measurement(tmp_path: Path) -> None:
     screen_console, screen = console(terminal=False)
     with StageLog(tmp_path, stage="distill", verbose=True, console=screen_console) as log:

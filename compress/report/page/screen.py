@@ -49,8 +49,8 @@ def print_screen(
 
     def draw(console: Console, notes: int) -> None:
         start(console)
-        for warning in warnings[: max(0, notes - failures)]:
-            say(console, warning, "yellow", "\nwarning ")
+        for index, warning in enumerate(warnings[: max(0, notes - failures)]):
+            say(console, warning, "yellow", "warning " if index else "\nwarning ")
         if (hidden := failures + len(warnings) - notes) > 0:
             say(console, f"\n{hidden} more on the page and with -v", "yellow")
         for end in ends:
