@@ -203,8 +203,7 @@ def _on_target(student: Student, target: Target) -> PtqTarget:
         speed, mixed = repaired(base, student.fp32, work, judge)
         gain = than_kept(file_of(trial_of(mixed), work)) if mixed else None
         won = bool(mixed and gain and gain.low > 1 and (mixed["met"] or not results[kept]["met"]))
-        tell = student.log.note if won else student.log.note_detail
-        tell(f"{target.name}: {said_faster(speed, gain, won=won)}")
+        (student.log.note if won else student.log.note_detail)(f"{target.name}: {said_faster(speed, gain, won=won)}")
         speed = [{**row, "in_float": row["in_float"] and won} for row in speed]
         if mixed and won:
             chosen = len(results) if chosen == kept or mixed["met"] else chosen
