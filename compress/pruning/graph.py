@@ -5,12 +5,13 @@ its module, that couples the wrong channels, divides by zero (ShuffleNetV2) or f
 channels are not followed through them, and a group that reaches one keeps its width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch_pruning import ops
 from torch_pruning.dependency.index_mapping import _FlattenIndexMapping
 
@@ -82,7 +83,7 @@ def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:
     # Pass fresh containers: Torch-Pruning's mutable defaults are shared between calls.
     training = model.training
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _Attached():
             return ChannelGraph().build_dependency(
                 model, example_inputs=(images,), unwrapped_parameters=[], customized_pruners={}, verbose=False
             )
@@ -94,6 +95,16 @@ def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:
     finally:
         # The switch clears the position biases that LeViT and the like cache in this pass.
         model.train().train(training)
+
+
+class _Attached(TorchFunctionMode):
+    """Makes `detach` return the tensor itself, as channels are followed by what autograd records."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call the function."""
+        return args[0] if function is Tensor.detach else function(*args, **(kwargs or {}))
 
 
 def _follow_(node: Any, axis: int, axes: Axes) -> None:

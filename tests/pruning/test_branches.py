@@ -11,7 +11,9 @@ import pytest
 import torch
 from networks import Mobile, Residual, lively
 from planning import options_of
+from torch import Tensor, nn
 
+import compress
 from compress.models.architectures import build
 from compress.models.saved import Architecture, load_float, read_architecture, save_network
 from compress.pruning.branches import find_branches
@@ -104,3 +106,28 @@ def test_groups_of_one_block_go_together_or_not_at_all(seed: int) -> None:
     assert found is not None
     assert tuple(found) in legal
     assert total(values, found) == pytest.approx(best, rel=2e-3)
+
+
+class Detached(nn.Module):
+    """Two convolutions, between which gradients may be held up."""
+
+    def __init__(self, *, detach: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3), nn.Linear(24, 5)
+        self.detach = detach
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.first(images).relu()
+        return self.head(self.second(maps.detach() if self.detach else maps).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_channels_are_followed_through_detach() -> None:
+    widths = []
+    for detach in (False, True):
+        torch.manual_seed(0)
+        images = torch.randn(8, 3, 12, 12)
+        cut = compress.prune(Detached(detach=detach).eval(), images, keep_macs=0.3)
+        assert cut(images).shape == (8, 5)
+        widths.append({name: tuple(weight.shape) for name, weight in cut.state_dict().items()})
+    assert widths[0] == widths[1]
+    assert widths[0]["first.weight"][0] < 16
