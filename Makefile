@@ -64,16 +64,16 @@ compress: $(READY) ## run a recipe (RECIPE= DATA= WEIGHTS= OUT= SET="path=value 
 		|| { code=$$?; echo "compress: exit code $$code ($(EXIT_CODES))" >&2; exit $$code; }
 
 test: $(READY) ## run all tests but the longest (ARGS="-k words")
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not acceptance' $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not acceptance' $(ARGS)
 
 acceptance: $(READY) ## run the longest tests
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m acceptance $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m acceptance $(ARGS)
 
 check: $(READY) ## format, lint, types, and the quick tests
 	@$(BIN)/ruff format --check
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not acceptance'
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not acceptance'
 
 bench: $(READY) ## time a bundle's files in ONNX Runtime (BUNDLE=runs/quickstart/bundle ARGS=...)
 	@$(BIN)/python -m export.bench $(call quoted,BUNDLE) $(ARGS)
