@@ -87,7 +87,8 @@ def distil(
     values = not (task.output.has_classes and task.supervised)  # its outputs themselves are learned
     if plain and (does := other_in_training(student, shown, values=values)):
         train_norms_only_(student)
-        log.note(f"{phase}: the student learns in eval mode but for its batch-norms: in its own training mode {does}")
+        text = f"the student learns in eval mode but for its batch-norms: in its own training mode {does}"
+        log.note(f"{phase}: {text}" if phase != log.stage else text)
     learner, step = distillation(
         terms, task, student=student, teacher=teaching.teacher, images=shown, seed=run.recipe.seed
     )
