@@ -19,6 +19,7 @@ from compress.distillation import features, logits
 from compress.distillation.adapters import Auxiliary, Review, Widened
 from compress.distillation.taps import Tapped, tap
 from compress.errors import CompressError
+from compress.pruning.graph import Attached
 from compress.recipe.losses import (
     LABELLED,
     BoxesTerm,
@@ -31,7 +32,6 @@ from compress.recipe.losses import (
 )
 from compress.tasks import Task
 from compress.training.loop import Step
-from compress.training.modes import Attached
 
 # The factor of a loss's weight after a fraction `done` of the training, in [0, 1).
 SCHEDULES: Mapping[str, Callable[[float], float]] = {
@@ -96,7 +96,11 @@ class Learner(nn.Module):
         *,
         attached: bool = False,
     ) -> None:
-        """Take the student, its tap, for each feature loss an adapter (list → list) and the layers that it reads, and whether nothing detaches."""
+        """Take the student, its tap, for each feature loss an adapter (list → list) and the layers that it reads, and whether nothing detaches.
+
+        A DETR's decoder layer gives the next one boxes that are detached, and learns its own from a loss in every layer (Zhu 2021,
+        Deformable DETR, section 4.2). From a loss on the last layer alone its boxes learn nothing, and drift while all around them learns.
+        """
         super().__init__()
         self.student, self.adapters = student, nn.ModuleList(adapters)
         self._tapped, self._layers, self._attached = tapped, tuple(layers), attached

@@ -83,7 +83,7 @@ def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:
     # Pass fresh containers: Torch-Pruning's mutable defaults are shared between calls.
     training = model.training
     try:
-        with torch.enable_grad(), _Attached():
+        with torch.enable_grad(), Attached():
             return ChannelGraph().build_dependency(
                 model, example_inputs=(images,), unwrapped_parameters=[], customized_pruners={}, verbose=False
             )
@@ -97,8 +97,8 @@ def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:
         model.train().train(training)
 
 
-class _Attached(TorchFunctionMode):
-    """Makes `detach` return the tensor itself, as channels are followed by what autograd records."""
+class Attached(TorchFunctionMode):
+    """While it is entered, `detach` returns the tensor itself: channels are followed by what autograd records, and gradients are whole."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -1,13 +1,11 @@
 """Networks whose own training mode is another network: it asserts targets, multiplies queries, returns losses or other outputs."""
 
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 RANDOM = ("Drop", "StochasticDepth")  # in the names of classes whose training mode is random
 
@@ -60,17 +58,3 @@ def _probing(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-class Attached(TorchFunctionMode):
-    """While it is entered, `Tensor.detach` returns the tensor itself, so that a loss's gradients are whole.
-
-    A DETR's decoder layer gives the next one boxes that are detached, and learns its own from a loss in every layer (Zhu 2021, Deformable
-    DETR, section 4.2). From a loss on the last layer alone its boxes learn nothing, and drift while all around them learns.
-    """
-
-    def __torch_function__(
-        self, func: Any, _types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Call a function of torch, or return what would be detached."""
-        return args[0] if func is Tensor.detach else func(*args, **(kwargs or {}))
