@@ -19,7 +19,7 @@ from compress.errors import CompressError
 from compress.pruning.costs import is_output_cut, one_to_one
 from compress.pruning.heads import Attention, linear
 from compress.pruning.inside_heads import HeadAttention, Side, query_key_errors
-from compress.pruning.recovery.least_squares import SOLVED
+from compress.pruning.recovery.least_squares import SOLVED, image_sizes, image_weights
 
 RIDGE = 1e-2  # of the inputs' mean square
 ROWS = 64  # positions per image
@@ -33,9 +33,11 @@ STEPS = 32  # in which a group's channels are removed; the errors are computed a
 def input_covariances(model: nn.Module, batches: Iterable[Tensor]) -> dict[nn.Module, Tensor]:
     """Return the inputs' covariance (channels, channels) of each layer that `_group_weights` knows, at random positions of batches (n, c, h, w).
 
+    Positions are weighted as in the solve: images of larger inputs than the first batch's median image's count as if they were as large.
     Of a HeadAttention, the error at each width of its queries and keys (width,). Raises CompressError if inputs are not finite.
     """
-    sums: dict[nn.Module, tuple[Tensor, Tensor, int]] = {}
+    sums: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = {}
+    medians: dict[nn.Module, Tensor] = {}
     centers: dict[nn.Module, Tensor] = {}  # large means would leave nothing of small variances in float32
     generator = torch.Generator().manual_seed(0)
 
@@ -44,14 +46,14 @@ def input_covariances(model: nn.Module, batches: Iterable[Tensor]) -> dict[nn.Mo
         if tensors is None:
             return
         found = tensors[0] if isinstance(layer, nn.Linear) else tensors[0].movedim(1, -1)
+        sizes = image_sizes(found)
+        weights = image_weights(sizes, medians.setdefault(layer, sizes.median())).square()
         rows = found.reshape(-1, found.shape[-1])
-        chosen = torch.randint(len(rows), (min(len(rows), ROWS * len(found)),), generator=generator)
-        rows = rows[chosen.to(rows.device)].float()
+        chosen = torch.randint(len(rows), (min(len(rows), ROWS * len(found)),), generator=generator).to(rows.device)
+        rows, weights = rows[chosen].float(), weights[chosen // (len(rows) // len(found))]
         rows = rows - centers.setdefault(layer, rows.mean(0))
-        square, total, n = sums.get(
-            layer, (torch.zeros((), device=rows.device), torch.zeros((), device=rows.device), 0)
-        )
-        sums[layer] = square + rows.T @ rows, total + rows.sum(0), n + len(rows)
+        square, total, n = sums.get(layer, (torch.zeros((), device=rows.device),) * 3)
+        sums[layer] = square + rows.T @ (rows * weights[:, None]), total + weights @ rows, n + weights.sum()
 
     small = [module for module in model.modules() if isinstance(module, SOLVED) and _group_weights(module) is not None]
     handles = [layer.register_forward_hook(add) for layer in small]

@@ -276,6 +276,16 @@ def test_training_goes_on_from_the_solution(trained: nn.Module, digits: Tensor) 
     assert moved[1] < 1e-6 < 0.01 < moved[0]
 
 
+def test_a_few_images_of_huge_outputs_do_not_decide_the_statistics_of_a_training(
+    trained: nn.Module, digits: Tensor
+) -> None:
+    views = digits[:400].clone()
+    views[7::40] *= 100.0
+    rebased = copy.deepcopy(trained)
+    rebase_batchnorm_(rebased, views)
+    assert distance(copy.deepcopy(rebased).train(), trained, digits[:400]) < 0.01
+
+
 def test_the_statistics_that_a_training_wants_change_nothing_else(trained: nn.Module, digits: Tensor) -> None:
     rebased = copy.deepcopy(trained)
     rebase_batchnorm_(rebased, 0.5 * digits[:40] - 0.5)

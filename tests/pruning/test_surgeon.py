@@ -55,12 +55,20 @@ def in_order(error: Callable[[list[int]], float], channels: int) -> list[float]:
 
 def test_the_first_channel_to_go_leaves_the_least_error_by_least_squares() -> None:
     model = network()
-    square = input_covariances(model, [images()])[model[2]].double()
+    square = input_covariances(model, images().split(32))[model[2]].double()
     weight = model.get_parameter("2.weight").detach().permute(0, 2, 3, 1).flatten(0, 2).double()
     by_hand = [left_without([channel], square, weight) for channel in range(6)]
     scores = scores_of(model)
     assert int(scores.argmin()) == min(range(6), key=by_hand.__getitem__)
     assert float(scores.min()) == pytest.approx(min(by_hand), rel=1e-4)
+
+
+def test_a_few_images_of_huge_inputs_do_not_decide_the_scores() -> None:
+    model, usual = network(), images()
+    few = usual.clone()
+    few[7::16] *= 100.0
+    by_usual, by_few = (input_covariances(model, shown.split(32))[model[2]] for shown in (usual, few))
+    assert float((by_few - by_usual).norm()) < 0.2 * float(by_usual.norm())
 
 
 class Joined(nn.Module):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from compress.pruning.recovery.least_squares import image_weights
+from compress.pruning.recovery.least_squares import image_sizes, image_weights
 
 STEPS = 150
 BATCH = 32  # images
@@ -52,7 +52,7 @@ def approach_(
 
 
 def _distance(outputs: Tensor, wanted: Tensor) -> Tensor:
-    weights = image_weights(wanted.flatten(1)).square()
+    weights = image_weights(image_sizes(wanted)).square()
     shares = weights / weights.sum()
     variance = (wanted - wanted.flatten(1).mean(1) @ shares).square().flatten(1).mean(1) @ shares
     return ((outputs - wanted).square().flatten(1).mean(1) @ shares) / variance.clamp(min=1e-12)

@@ -73,14 +73,18 @@ def set_weight_matrix_(layer: SOLVED, matrix: Tensor) -> None:
     layer.weight.detach().copy_(matrix.reshape(layer.weight.shape))
 
 
-def image_weights(outputs: Tensor) -> Tensor:
-    """Return what each image's rows of a least-squares problem are multiplied by, (n,), for its outputs (n, values).
+def image_sizes(outputs: Tensor) -> Tensor:
+    """Return the root mean square of each image's outputs (n, ...), float32 (n,)."""
+    return outputs.float().flatten(1).square().mean(1).sqrt()
+
+
+def image_weights(sizes: Tensor, median: Tensor | None = None) -> Tensor:
+    """Return what each image's rows of a least-squares problem are multiplied by, (n,), for its outputs' `image_sizes`.
 
     Images of larger outputs than the median image's count as if they were as large (Huber 1964). A network can answer a few images
     with outputs a thousand times as large as others: in a hundredth of the images, 99 % of all squared outputs.
     """
-    sizes = outputs.square().mean(1).sqrt()
-    median = sizes.median().clamp(min=torch.finfo(torch.float32).tiny)
+    median = (sizes.median() if median is None else median).clamp(min=torch.finfo(torch.float32).tiny)
     return median / sizes.maximum(median)
 
 

@@ -20,6 +20,7 @@ from compress.pruning.costs import one_to_one
 from compress.pruning.recovery.gradients import approach_
 from compress.pruning.recovery.least_squares import (
     SOLVED,
+    image_sizes,
     image_weights,
     layer_rows,
     set_weight_matrix_,
@@ -32,6 +33,7 @@ CHUNK = 32  # images per run of the reference
 MAX_BYTES = 4 * 2**30  # the student's activations of all images at one layer
 NEGLIGIBLE = 1e-10  # fraction of the outputs' mean square that is only rounding
 HELD_OUT = 4  # every fourth image chooses the ridge
+OUTLIER = 6.0  # times the median image's root mean square: batch-norm's statistics leave larger images out
 JUDGED = 5  # every fifth image chooses the method
 Method = Literal["batch_norm", "least_squares", "gradients"]
 Norm = nn.modules.batchnorm._BatchNorm
@@ -101,7 +103,7 @@ def reconstruct(
         approach_(network, reference, read, batches, aligned)
     wanted = reference(images[judged])
     found = {name: network(images[judged]) for name, network in candidates.items()}
-    weights = image_weights(wanted.flatten(1)).square()
+    weights = image_weights(image_sizes(wanted)).square()
     distances = {
         name: float((one - (aligned(one, wanted) if aligned else wanted)).square().flatten(1).mean(1) @ weights)
         for name, one in found.items()
@@ -265,7 +267,7 @@ def _solve_(name: str, layer: SOLVED, norm: Norm | None, sample: Sample, inputs:
         return
     per_image = sample.positions.shape[1]
     held_out = torch.arange(len(rows), device=rows.device) // per_image % HELD_OUT == 0
-    weights = image_weights(targets.view(-1, per_image * targets[0].numel())).repeat_interleave(per_image)
+    weights = image_weights(image_sizes(targets.unflatten(0, (-1, per_image)))).repeat_interleave(per_image)
     found = solve(rows, missing, held_out, weights, offset=layer.bias is not None or norm is not None)
     if found is None:
         return
@@ -290,5 +292,7 @@ def _own_statistics_(norm: Norm, inputs: tuple[Tensor, ...]) -> None:
 
 
 def _statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return variance and mean of each channel, (channels,)."""
-    return torch.var_mean(inputs.transpose(0, 1).flatten(1), dim=1, correction=0)
+    """Return variance and mean of each channel, (channels,), over the images that are no outliers."""
+    sizes = image_sizes(inputs)
+    usual = inputs[~(sizes > OUTLIER * sizes.median())]  # with values that are not finite, all
+    return torch.var_mean(usual.transpose(0, 1).flatten(1), dim=1, correction=0)
