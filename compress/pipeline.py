@@ -38,9 +38,7 @@ if TYPE_CHECKING:
 
 PLANNED = "stages.json"  # in the run's folder: the directory of each stage, in order
 # Raised when a stage makes something else from the same settings.
-VERSIONS = {"source": 5, "student": 1, "prune": 14, "distill": 6, "ptq": 14, "qat": 15, "export": 15, "bench": 6}
-LATER = (("inside_heads", False),)  # settings that came later, with the value that leaves keys as they were
-JUDGED = "the training between cuts keeps its best epoch"  # in place of a new version of every prune stage
+VERSIONS = {"source": 5, "student": 1, "prune": 14, "distill": 7, "ptq": 14, "qat": 15, "export": 15, "bench": 6}
 
 
 @dataclass(frozen=True)
@@ -160,9 +158,7 @@ def _keys(recipe: Recipe) -> Iterator[str]:
     for section in recipe.stages:
         key = key_of(
             {
-                "section": {
-                    name: given for name, given in section.model_dump(mode="json").items() if (name, given) not in LATER
-                },
+                "section": section.model_dump(mode="json"),
                 "parent": key,
                 "version": VERSIONS[section.stage],
                 "more": _outside(recipe, section),
@@ -185,7 +181,6 @@ def _outside(recipe: Recipe, section: StageSection) -> list[object]:
         found += [resolve_target(recipe.target).name, *recipe.further_targets]
     if section.stage in ("distill", "qat") or (section.stage == "prune" and section.recover is not None):
         found.append(recipe.teaching.model_dump(mode="json"))
-        found += [JUDGED] if section.stage == "prune" else []
         found += [teachers_digest(teachers_of(recipe))] if recipe.teacher else []
     if section.stage == "prune" and goal_of(section).cost == "latency":  # networks are timed as they will be served
         found += [resolve_target(recipe.target).name, any(other.stage in ("ptq", "qat") for other in recipe.stages)]

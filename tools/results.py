@@ -75,6 +75,7 @@ LEADING = {  # the rows of README.md: what they show
     "quickstart": "ResNet-18, digits",
     "resnet18_latency": "ResNet-18, photographs",
     "resnet50_int8_photographs": "ResNet-50, photographs",
+    "no_training_resnet50": "the same at 64 pixels, without labels or training",
     "detection_int8": "SSD, digits in scenes, mAP",
 }
 

@@ -4,7 +4,6 @@ import copy
 import json
 import shutil
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 from torch import fx, nn
@@ -38,12 +37,14 @@ def apply(cfg: QatStage, src: Path, out: Path, run: Run) -> Metrics:
     assert ptq is not None  # the recipe's validator holds the order
     calibrated: Ptq = json.loads((ptq / PTQ_JSON).read_text())
     metrics: Metrics = {"params_m": costs["params_m"], "macs_m": costs["macs_m"], "size_mb": None}
+    calibration = Calibration(run, src, cfg.calibration_images)
     with run.log(out, "qat") as log:
         for target in reversed(run.int8_targets):  # the stage's own metrics are those of the recipe's target, the last
             found = calibrated["targets"][target.name]
             method = cfg.calibration or found["calibration"]
             fast = tuple(row["layer"] for row in faster_in_float(found))
-            result = _skip(cfg, log, target, found) or _Qat(cfg, method, fast, src, run, log, target).train()
+            qat = _Qat(cfg, method, fast, src, run, log, target, calibration)
+            result = _skip(cfg, log, target, found) or qat.train()
             metrics |= {f"{name}_{target.name}": result[name] for name in ("score", "trained")} | result
     return metrics
 
@@ -83,6 +84,7 @@ class _Qat:
     run: Run
     log: StageLog
     target: Target
+    calibration: Calibration
 
     def train(self) -> Metrics:
         """Train, keep layers in float where the file loses too much, save the network and return its metrics."""
@@ -92,7 +94,7 @@ class _Qat:
         )
         model: nn.Module = place_(prepare_as(architecture, self._student()), run.device)
         self.log.doing(f"{target.name}: calibrates")
-        calibrate_(model, self._calibration, self.method)
+        calibrate_(model, self.calibration, self.method)
         calibrated = self._corrected(model)
         before = run.evaluate(calibrated)
         self.log.note_detail(f"{target.name}: score after calibration by {self.method} alone {before['score']:.4f}")
@@ -137,11 +139,7 @@ class _Qat:
     def _corrected(self, model: nn.Module) -> nn.Module:
         """Return a calibrated network as the ptq stage would write it, its biases corrected."""
         assert isinstance(model, fx.GraphModule)
-        return corrected(model, images_to_correct_with(self._calibration))
-
-    @cached_property
-    def _calibration(self) -> Calibration:
-        return Calibration(self.run, self.src, self.cfg.calibration_images)
+        return corrected(model, images_to_correct_with(self.calibration))
 
     def _student(self) -> nn.Module:
         return load_float(self.src, trust_code=self.run.trust_code)
@@ -153,7 +151,7 @@ class _Qat:
         changed = replace(architecture, keep_float=(*architecture.keep_float, *trial.keep_float))
         prepared = prepare_as(changed, self._student())
         # Beside a layer in float there can be quantizers that were not trained: they keep the calibrated range.
-        calibrate_(prepared, (images.cpu() for images in self._calibration), self.method)
+        calibrate_(prepared, (images.cpu() for images in self.calibration), self.method)
         known = prepared.state_dict()
         trained = {name: value for name, value in model.state_dict().items() if name in known}
         prepared.load_state_dict(trained, strict=False)
