@@ -81,6 +81,7 @@ class Served:
     shape: Shape
     target: Target
     outputs: tuple[Output, ...] = ()
+    keep_float: tuple[str, ...] = ()  # modules, if the precision is int8
 
     def write(self, model: nn.Module, path: Path) -> None:
         """Write a network on the CPU, with ranges from random images, on which its latency does not depend.
@@ -89,7 +90,7 @@ class Served:
         """
         images = random_images(self.shape)
         if self.precision == "int8":
-            prepared = prepare(model, self.target, images)
+            prepared = prepare(model, self.target, images, keep_float=self.keep_float)
             calibrate_(prepared, [images], "minmax")
             model = deploy(prepared)
         to_onnx(model, path, shape=self.shape, metadata={}, outputs=self.outputs)

@@ -1,7 +1,8 @@
 """Time networks of random weights, whole and cut to half of their INT8 time, in every provider and arithmetic of this machine: `make providers`.
 
 Goes on where it stopped: a row once measured lies in runs/provider_study.jsonl, which also names the processor. Writes docs/results.md's
-table. Time does not depend on the weights; nothing here says what accuracy is left.
+table. Time does not depend on the weights; nothing here says what accuracy is left. MIXED is the INT8 file with those layers in float that a
+minimum cut finds faster so (compress/quant/mixture.py), if there are any.
 """
 
 import argparse
@@ -10,10 +11,12 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import onnx
 import torch
 from torch import nn
 
@@ -24,10 +27,11 @@ from compress.pruning.latency.search import open_latency
 from compress.pruning.latency.timings import Table
 from compress.pruning.plan import cut_, find_groups, smallest_widths
 from compress.pruning.planner import options_of
+from compress.quant.mixture import minimum_cut, times_of_layers
 from compress.scoring import Served
 from export.errors import UserError
 from export.images.size import Shape
-from export.onnx_file.targets import host_target
+from export.onnx_file.targets import CPU, host_target
 from export.runtime.conditions import Conditions
 from export.runtime.environment import cpu_model, runtime
 from export.runtime.latency import speedup, time_sessions
@@ -107,7 +111,14 @@ def rows_of(arch: str, size: int, provider: str, done: set[str]) -> Iterator[tup
                 files = {name.upper(): Path(folder, f"{form}-{name}.onnx") for name in precisions}
                 for name, served in precisions.items():
                     served.write(copy.deepcopy(network), files[name.upper()])
-                yield f"{arch} {form}", {"times": timed(files, shape, whole)}
+                layers = times_of_layers(*map(onnx.load, files.values()), provider=CPU, threads=1)
+                if floats := minimum_cut(*layers):
+                    files["MIXED"] = Path(folder, f"{form}-mixed.onnx")
+                    replace(precisions["int8"], keep_float=tuple(floats)).write(copy.deepcopy(network), files["MIXED"])
+                yield (
+                    f"{arch} {form}",
+                    {"times": timed(files, shape, whole), "in_float": len(floats), "layers": len(layers[0])},
+                )
             except UserError as error:
                 yield f"{arch} {form}", {"failed": str(error)}
 
@@ -122,7 +133,10 @@ def as_markdown(rows: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
             f"{one['ms']:.1f} ms, {one['ratio']:.2f} [{one['low']:.2f}, {one['high']:.2f}]" if one else ""
             for one in cells
         ]
-        lines.append([key, *([str(row["failed"]), *[""] * (len(names) - 1)] if "failed" in row else texts)])
+        floats = f", {row['in_float']} of {row['layers']} layers in float if mixed" if row.get("in_float") else ""
+        lines.append(
+            [f"{key}{floats}", *([str(row["failed"]), *[""] * (len(names) - 1)] if "failed" in row else texts)]
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
