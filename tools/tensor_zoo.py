@@ -182,11 +182,16 @@ def row_of(name: str, size: int, build: Callable[[], nn.Module], *, timed: bool 
     }  # fmt: skip
 
 
-def as_markdown(rows: dict[str, dict[str, Any]]) -> str:
-    """Return the table."""
+def as_markdown(rows: dict[str, dict[str, Any]], known: str) -> str:
+    """Return the table; what was not made here keeps its line of the known one."""
     titles = ("network, pixels", "outputs", "MACs kept", "layers in integers", "equal; SNR by output (rounding), dB", "FP32, INT8 ms", "faster")  # fmt: skip
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    for name, row in rows.items():
+    before = {line.split(" | ")[0].removeprefix("| ").rsplit(", ", 1)[0]: line for line in known.splitlines()}
+    for name in NETWORKS:
+        row = rows.get(name)
+        if row is None:
+            lines += [before[name]] if name in before else []
+            continue
         if "failed" in row:
             lines.append(f"| {name} | – | – | – | {row['failed']} | – | – |")
             continue
@@ -227,10 +232,9 @@ def main() -> None:
         print(name, json.dumps(row), flush=True)  # noqa: T201
     text = DOCUMENT.read_text()
     if BEGIN in text:
-        head, tail = text.split(BEGIN)[0], text.split(END)[1]
-        DOCUMENT.write_text(
-            f"{head}{BEGIN}\n{as_markdown({name: done[name] for name in NETWORKS if name in done})}\n{END}{tail}"
-        )
+        head, rest = text.split(BEGIN)
+        known, tail = rest.split(END)
+        DOCUMENT.write_text(f"{head}{BEGIN}\n{as_markdown(done, known)}\n{END}{tail}")
 
 
 if __name__ == "__main__":

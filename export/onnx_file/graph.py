@@ -26,6 +26,7 @@ def finish(model: ir.Model, *, opset: int, metadata: Mapping[str, str], outputs:
     if model.opset_imports.get("") != opset:
         raise ValueError(f"the exporter wrote opset {model.opset_imports}, not {opset}")
     model.ir_version = IR_VERSION
+    keep_constants_(model.graph)
     if outputs:
         name_outputs_(model.graph, outputs)
         RemoveUnusedNodesPass()(model)
@@ -36,6 +37,17 @@ def finish(model: ir.Model, *, opset: int, metadata: Mapping[str, str], outputs:
     strip_(finished)
     helper.set_model_props(finished, dict(metadata))
     return finished
+
+
+def keep_constants_(graph: ir.Graph) -> None:
+    """Give back to the graph the constants that its clips read and it lost: torch's optimizer names those of all clips of one tensor alike."""
+    for node in graph:
+        for value in node.inputs:
+            if value is None or value.producer() or value.is_graph_input() or value.is_initializer():
+                continue
+            if value.name in graph.initializers:
+                value.name = f"{node.name}_{value.name}"
+            graph.register_initializer(value)
 
 
 def name_outputs_(graph: ir.Graph, outputs: Sequence[Output]) -> None:

@@ -112,6 +112,21 @@ def test_attention_of_three_or_five_dimensions_equals_torch(traced: bool, blocks
         np.testing.assert_allclose(session.run(None, {"input": images.numpy()})[0], model(images), atol=1e-6)
 
 
+class Clipped(nn.Module):
+    """A tensor that is clipped twice in a row, in two places: torch's optimizer makes one clip of each two, with constants of one name."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        chances = images.sigmoid()
+        return chances.clamp(0, 1).clamp(min=0.2) + 2 * chances.clamp(0.1, 0.9).clamp(max=0.7)
+
+
+def test_clips_of_one_tensor_keep_their_bounds(tmp_path: Path) -> None:
+    images = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    to_onnx(Clipped().eval(), tmp_path / "model.onnx", shape=(3, 4, 4), metadata={})
+    found = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"input": images.numpy()})[0]
+    np.testing.assert_allclose(found, Clipped()(images), atol=1e-6)
+
+
 @pytest.mark.slow
 def test_a_vision_transformer_is_written_without_a_mask_also_once_its_heads_are_open(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
