@@ -7,6 +7,7 @@ from pathlib import Path
 
 from compress.data.teachers import GivenTeacher, foreign
 from compress.errors import ModelError
+from compress.models.external_data import data_files
 from compress.models.known import LACKS
 from export.command.files import sha256
 from export.errors import nearest
@@ -61,7 +62,8 @@ def files_of(arch: str) -> list[Path]:
                 f"{arch}: must be a folder with config.json and .safetensors, as save_pretrained writes; give that folder"
             )
         return found
-    return [existing_file(path, "the network's file")]
+    file = existing_file(path, "the network's file")
+    return [file, *(data_files(file) if kind == "onnx" else [])]
 
 
 def is_named(weights: str) -> bool:

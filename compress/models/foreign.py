@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_leaves
 
 from compress.errors import ModelError
 from compress.models.digest import existing_file
+from compress.models.external_data import data_files, whole
 from compress.models.onnx_layers import spell_out_, teach_converter
 from compress.models.outputs import tensors_of
 from compress.quant.graph.trace import trace
-from export.onnx_file.model_file import parse
 from export.onnx_file.targets import CPU, CUDA
 from export.runtime.native import RUNTIME_ERRORS, first_line
 from export.runtime.providers import runtime_named
@@ -52,8 +52,9 @@ class OnnxFile(nn.Module):
         """Open the file. Raises ModelError where its input is not one float tensor of images."""
         super().__init__()
         self.file = file
-        parse(file)  # refuses other files, and weights in separate files
-        self._sessions = {CPU: open_session(file)}
+        model = whole(file)
+        self._source = model.SerializeToString() if data_files(file) else file
+        self._sessions = {CPU: open_session(self._source)}
         given = self._sessions[CPU].get_inputs()
         if len(given) != 1 or len(given[0].shape) != 4 or given[0].type not in FLOATS:
             found = ", ".join(f"{one.name} {one.type} {one.shape}" for one in given)
@@ -74,7 +75,7 @@ class OnnxFile(nn.Module):
             )
         provider = CUDA if images.device.type == "cuda" else CPU
         if provider not in self._sessions:
-            self._sessions[provider] = open_session(self.file, runs_in=runtime_named(provider))
+            self._sessions[provider] = open_session(self._source, runs_in=runtime_named(provider))
         values = images.detach().cpu().numpy().astype(np.float16 if self.float16 else np.float32)
         values = np.ascontiguousarray(values.transpose(0, 2, 3, 1) if self.last else values)
         fixed = self.shape[0] if isinstance(self.shape[0], int) else len(values)
@@ -245,7 +246,7 @@ def _static(file: Path, shape: list[int | str | None]) -> onnx.ModelProto:
 
     ONNX Runtime folds it for one image; reshapes to one image are then made to keep the batch size. Batch-norms stay.
     """
-    proto = onnx.load(file)
+    proto = whole(file)
     sizes = (1, *(size if isinstance(size, int) else 0 for size in shape[1:]))
     for dim, size in zip(proto.graph.input[0].type.tensor_type.shape.dim, sizes, strict=True):
         if size:

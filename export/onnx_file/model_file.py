@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Literal
 
 import onnx
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
-from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from export.errors import BundleError
 from export.images.size import Shape
@@ -119,6 +119,14 @@ def parse(path: Path) -> ModelProto:
     Raises BundleError if it is not an ONNX model, keeps weights in other files (their paths may lead anywhere), or has
     tensors that claim another size than they have.
     """
+    model, found = read(path)
+    for tensor in found:
+        check_tensor(tensor, path.name)
+    return model
+
+
+def read(path: Path) -> tuple[ModelProto, list[TensorProto]]:
+    """Return the model in `path` with its tensors, which are not checked; raise BundleError if it is not an ONNX model."""
     if not path.is_file():
         raise BundleError(f"{path}: no such file", defect="missing_file")
     size = path.stat().st_size
@@ -132,9 +140,7 @@ def parse(path: Path) -> ModelProto:
         model = onnx.load_model(path, format="protobuf", load_external_data=False)
         if not model.graph.node:
             raise BundleError(f"{path.name}: is not an ONNX model (no graph in it): export it again", defect="not_onnx")
-        # A model-local function's nodes as a graph, so that `tensors` finds its tensors.
-        graphs = [model.graph, *(GraphProto(node=function.node) for function in model.functions)]
-        if (count := sum(len(graph.node) for graph in graphs)) > MAX_NODES:
+        if (count := len(model.graph.node) + sum(len(function.node) for function in model.functions)) > MAX_NODES:
             raise BundleError(
                 f"{path.name}: must have at most {MAX_NODES} nodes, got {count}: export it again", defect="too_large"
             )
@@ -142,11 +148,10 @@ def parse(path: Path) -> ModelProto:
             raise BundleError(
                 f"{path.name}: is not an ONNX model (a name is not UTF-8): export it again", defect="not_onnx"
             )
-        for tensor in (tensor for graph in graphs for tensor in tensors(graph)):
-            check_tensor(tensor, path.name)
+        in_functions = (tensor for function in model.functions for tensor in _tensors_of(function.node))
+        return model, [*tensors(model.graph), *in_functions]
     except (DecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{path.name}: is not an ONNX model ({error}): export it again", defect="not_onnx") from error
-    return model
 
 
 def check_tensor(tensor: TensorProto, file: str) -> None:
@@ -155,7 +160,7 @@ def check_tensor(tensor: TensorProto, file: str) -> None:
     A few bytes can claim terabytes, which a trusting reader would allocate first.
     """
     name = tensor.name or "a tensor"
-    if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+    if is_outside(tensor):
         code = f"import onnx; onnx.save(onnx.load({json.dumps(file)}), {json.dumps(f'one_{file}')})"
         raise BundleError(
             f"{file}: keeps {name} in another file: write it as one file, in its folder: python -c {shlex.quote(code)}",
@@ -179,12 +184,21 @@ def check_tensor(tensor: TensorProto, file: str) -> None:
         )
 
 
+def is_outside(tensor: TensorProto) -> bool:
+    """Tell whether another file keeps the tensor's values."""
+    return tensor.data_location == TensorProto.EXTERNAL or bool(tensor.external_data)
+
+
 def tensors(graph: GraphProto) -> Iterator[TensorProto]:
     """Yield every tensor of the graph: initializers, constants in attributes, and those of subgraphs."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
-    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+    yield from _tensors_of(graph.node)
+
+
+def _tensors_of(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
         yield from ([attribute.t] if attribute.HasField("t") else [])
         yield from attribute.tensors
         for sparse in [

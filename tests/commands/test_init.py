@@ -383,6 +383,13 @@ def test_an_onnx_file_becomes_a_recipe_of_its_own_size(tmp_path: Path) -> None:
         )
 
 
+def test_an_onnx_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    write_classes(tmp_path / "data")
+    words = {"arch": None, "latency_ms": None, "minutes": 30, "trust_code": False}
+    with pytest.raises(CompressError, match=r"gone\.onnx: the ONNX file does not exist; check the path"):
+        list(write_draft(str(tmp_path / "gone.onnx"), tmp_path / "data", tmp_path / "a.yaml", **words))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("shape", "size"), [((1, 32, 32), 32), ((3, 32, 64), (32, 64))])
 def test_an_onnx_file_of_one_channel_or_of_two_sides_is_taken(
     tmp_path: Path, shape: tuple[int, int, int], size: object

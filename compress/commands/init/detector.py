@@ -10,7 +10,6 @@ from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import onnx
 import torch
 from torch import nn
 
@@ -18,6 +17,7 @@ from compress.data.teachers import foreign
 from compress.errors import CompressError
 from compress.models.architectures import build
 from compress.models.decodes import CHOSEN_FROM, DECODES
+from compress.models.digest import existing_file
 from compress.models.foreign import OnnxFile
 from compress.models.outputs import tensors_of
 from compress.models.published import NONE, published
@@ -29,6 +29,7 @@ from compress.tasks import evaluate
 from export.command.files import write_text
 from export.errors import BundleError, DataError, first
 from export.images.size import Written, size_of, written
+from export.onnx_file.model_file import read
 from export.tasks import TASKS
 
 IMAGES = 32  # on which each way is scored
@@ -105,7 +106,7 @@ def write_detector(arch: str, weights: str, data: Path, out: Path, *, tell: Call
 def _gives_rows(arch: str) -> bool:
     kind, path = foreign(arch) or ("", "")
     if kind == "onnx":
-        outputs = onnx.load(path, load_external_data=False).graph.output
+        outputs = read(existing_file(path, "the ONNX file"))[0].graph.output
         return len(outputs) > 1 or len(outputs[0].type.tensor_type.shape.dim) == 3
     if kind == "hf" and (config := Path(path) / "config.json").is_file():
         return "Detection" in str(json.loads(config.read_text()).get("architectures"))
