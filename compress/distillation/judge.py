@@ -1,10 +1,13 @@
 """Judge a student in training by its loss on images that it does not train on, so that no training ends below its start.
 
-The loss is the training's own, in augmented views of its own kind, which the teacher knows less by heart than the plain images.
+The loss is that of the labels where the data have some: it orders networks as their score does, where nearness to the teacher does not
+(docs/decisions.md). Else it is the training's own. Views are augmented, as the teacher knows the plain images by heart.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +16,14 @@ from compress.data.batches import Batch
 from compress.distillation.step import TeacherOutput, mean_loss, needs_teacher
 from compress.quant.layers import deployed_once
 from compress.ranks import gather, share_
-from compress.recipe.losses import KD_ONLY, MSE_ONLY, FeatureTerm, LossTerm
+from compress.recipe.losses import KD_ONLY, MSE_ONLY, CrossEntropyTerm, FeatureTerm, LossTerm
 from compress.run import Run
 from compress.tasks import Task
 
 SHARE = 20  # one training image of 20 judges
 FEWEST, MOST = 32, 500  # images that judge; where a twentieth is fewer than FEWEST, these are trained on as well
 SMALL = 4096  # values of an image's output that are remembered
+GROUP = 10  # images, whose mean loss is one of those that the median is of
 VIEW = -1  # the number of the judges' view, which no epoch shows
 
 
@@ -30,8 +34,10 @@ def judging_images(images: int, *, seed: int) -> tuple[Tensor, bool]:
     return order[:count], images // SHARE >= FEWEST
 
 
-def judged_terms(terms: Sequence[LossTerm], *, has_classes: bool) -> tuple[LossTerm, ...]:
-    """Return the losses that compare two networks at any time: with constant weights, and without adapters, which learn."""
+def judged_terms(terms: Sequence[LossTerm], *, labelled: bool, has_classes: bool) -> tuple[LossTerm, ...]:
+    """Return the losses that compare two networks at any time: the labels', or `terms` with constant weights and without adapters, which learn."""
+    if labelled:
+        return (CrossEntropyTerm(name="cross_entropy"),)
     compared = [term for term in terms if not isinstance(term, FeatureTerm)]
     return tuple(term.model_copy(update={"schedule": "constant", "warmup": 0.0}) for term in compared) or (
         KD_ONLY if has_classes else MSE_ONLY
@@ -43,28 +49,39 @@ def judge(
 ) -> Callable[[nn.Module], float]:
     """Return the function that measures a network's loss on `images` (indices), shared by all ranks, with rank 0's weights.
 
-    `task` is that of the training, whose loss has the same scale.
+    It is the median over groups of GROUP images of their mean losses (median of means: Lerasle & Oliveira 2011, Robust Empirical Mean
+    Estimators): a network can answer an image of a hundred with outputs a thousand times as large as the others', whose losses would be the
+    mean. `task` is that of the training, whose loss has the same scale.
     """
-    terms = judged_terms(terms, has_classes=task.output.has_classes)
+    data, output = run.recipe.data, task.output
+    labelled = task.supervised and output.labelled and data.unlabelled is None
+    terms = judged_terms(terms, labelled=labelled, has_classes=output.has_classes)
+    feed = run.feed
+    if labelled:  # a mixed image has no label of its own
+        feed = replace(feed, augmentation=replace(feed.augmentation, mixup=0.0, cutmix=0.0))
     network = teacher() if needs_teacher(terms) else None
-    shares = images.split(run.recipe.data.eval_batch_size)[run.rank :: run.ranks]
+    shares = images.split(data.eval_batch_size)[run.rank :: run.ranks]
     known: list[Tensor] = []  # the teacher's outputs, if they are small
 
-    def taught(number: int, batch: Batch) -> TeacherOutput:
+    def taught(number: int, batch: Batch) -> Tensor:
         if network is None:
-            return TeacherOutput(torch.empty(0), {})
+            return torch.empty(0)
         if number < len(known):
-            return TeacherOutput(known[number], {})
-        output = network(batch.images).float()
-        if output[0].numel() <= SMALL:
-            known.append(output)
-        return TeacherOutput(output, {})
+            return known[number]
+        answer: Tensor = network(batch.images).float()
+        if answer[0].numel() <= SMALL:
+            known.append(answer)
+        return answer
 
-    def losses(model: nn.Module) -> Iterator[tuple[float, int]]:
-        for number, batch in enumerate(run.feed.view(VIEW, shares)):
+    def losses(model: nn.Module) -> Iterator[float]:
+        for number, batch in enumerate(feed.view(VIEW, shares)):
             outputs, answer = model(batch.images).float(), taught(number, batch)
-            values = [term.weight * mean_loss(term, task, outputs, iter(()), answer, batch.targets) for term in terms]
-            yield float(torch.stack(values).sum()), len(batch.targets)
+            for first in range(0, len(outputs), GROUP):
+                mine, its, truths = (rows[first : first + GROUP] for rows in (outputs, answer, batch.targets))
+                given = TeacherOutput(its, {})
+                values = [term.weight * mean_loss(term, task, mine, iter(()), given, truths) for term in terms]
+                value = float(torch.stack(values).sum())
+                yield math.inf if math.isnan(value) else value
 
     @torch.inference_mode()
     def loss(model: nn.Module) -> float:
@@ -74,8 +91,6 @@ def judge(
         with deployed_once(model):
             mine = list(losses(model))
         model.train(training)
-        found = [part for rank in gather(mine) for part in rank]
-        # fsum rounds exactly, so it does not matter which rank had which batch.
-        return math.fsum(mean * count for mean, count in found) / sum(count for _, count in found)
+        return median(value for rank in gather(mine) for value in rank)
 
     return loss

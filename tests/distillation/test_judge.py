@@ -1,18 +1,20 @@
 """A training that makes a network worse gives back what it started from, judged on images that it does not train on."""
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from compress.distillation.judge import judged_terms, judging_images
+from compress.distillation.judge import VIEW, judge, judged_terms, judging_images
 from compress.models.saved import WEIGHTS
 from compress.pipeline import plan_recipe, run_recipe
-from compress.recipe.losses import CrossEntropyTerm, KDTerm, PKDTerm
+from compress.recipe.losses import KD_ONLY, CrossEntropyTerm, KDTerm, PKDTerm
 from compress.recipe.read import read_recipe
 from compress.run import open_run
 
@@ -118,11 +120,41 @@ def test_few_images_judge_and_are_trained_on_as_well(images: int, judging: int, 
     assert (len(chosen.unique()), out) == (judging, held_out)
 
 
+class BlownUp(nn.Module):
+    """A network whose outputs for the brightest images have the wrong sign and a thousand times their size."""
+
+    def __init__(self, network: nn.Module, above: float) -> None:
+        super().__init__()
+        self.network, self.above = network, above
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs = self.network(images)
+        return torch.where(images.mean((1, 2, 3))[:, None] > self.above, -1000 * outputs, outputs)
+
+
+@pytest.mark.parametrize("supervised", [True, False])
+def test_a_few_images_that_blow_a_network_up_do_not_judge_it(pruned: Path, supervised: bool) -> None:
+    run_ = open_run(read_recipe(pruned / "recipe.yaml", [f"out={pruned}"]), trust_code=True, verbose=False)
+    assert run_.recipe.model is not None
+    images, _ = judging_images(len(run_.dataset.train), seed=0)
+    _, teacher = run_.start(run_.recipe.model)
+    worse = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for weights in worse.parameters():
+            noise = torch.randn(weights.shape, generator=torch.Generator().manual_seed(0))
+            weights.add_(0.2 * weights.std(correction=0) * noise)
+    light = torch.cat([batch.images.mean((1, 2, 3)) for batch in run_.feed.view(VIEW, [images])])
+    better = BlownUp(teacher, float(light.sort().values[-2]))  # so one of the images that judge
+    loss = judge(run_, replace(run_.learned, supervised=supervised), KD_ONLY, lambda: teacher.eval(), images)
+    assert run_.evaluate(better)["score"] > run_.evaluate(worse)["score"]
+    assert loss(better) < loss(worse)
+
+
 def test_what_learns_or_changes_with_the_training_judges_nothing() -> None:
     ce = CrossEntropyTerm(name="cross_entropy", schedule="linear_down", warmup=0.5)
     features = PKDTerm(name="pkd", layers=("a",))
-    assert judged_terms((features, ce), has_classes=True) == (CrossEntropyTerm(name="cross_entropy"),)
-    assert judged_terms((features,), has_classes=True) == (KDTerm(name="kd"),)
+    assert judged_terms((features, ce), labelled=False, has_classes=True) == (CrossEntropyTerm(name="cross_entropy"),)
+    assert judged_terms((features,), labelled=False, has_classes=True) == (KDTerm(name="kd"),)
 
 
 @pytest.mark.slow
