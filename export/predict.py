@@ -19,7 +19,7 @@ from export.command.main import MISTAKE, run
 from export.command.table import table
 from export.errors import BundleError, UserError
 from export.images.decode import read_image, values_of
-from export.images.drawing import as_rgb
+from export.images.drawing import as_rgb, with_legend
 from export.images.orientation import read_header
 from export.images.preprocess import Preprocess
 from export.images.read import read_pixels
@@ -56,7 +56,7 @@ def task_for(bundle: Bundle, path: Path) -> OutputTask:
 
 
 def draw(output: Array, task: OutputTask, labels: list[str], preprocess: Preprocess, path: Path, folder: Path) -> None:
-    """Write the image, or its crop if the network sees only that, with the prediction drawn on it, as folder/NAME.png, of several outputs each."""
+    """Write the image, or the crop that a network of images sees, with the prediction drawn on it, as folder/NAME.png, of several outputs each."""
     from PIL import Image
 
     drawn = task.drawn(task.decode(output[None])[None])
@@ -67,7 +67,10 @@ def draw(output: Array, task: OutputTask, labels: list[str], preprocess: Preproc
     folder.mkdir(parents=True, exist_ok=True)
     for name, one in drawn.items():
         place = folder / f"{path.stem}{name and f'_{name}'}.png"
-        Image.fromarray(task.draw(pixels, one[0, 0], labels)).save(place)
+        drawing = task.draw(pixels, one[0, 0], labels)
+        if task.legend:
+            drawing = with_legend(drawing, task.legend(one[0, 0]), labels)
+        Image.fromarray(drawing).save(place)
 
 
 def write_outputs(output: Array, task: OutputTask, path: Path, folder: Path) -> None:

@@ -19,7 +19,7 @@ def points(difference: float) -> str:
 
 def loss(drop: float) -> str:
     """Return a drop of a fraction as 0.56 points; a negative one is a gain."""
-    return f"{100 * drop:.2f}{GAP}points".replace("-", "−")
+    return f"{round(100 * drop, 2) + 0.0:.2f}{GAP}points".replace("-", "−")  # no −0.00
 
 
 def change(before: float, after: float) -> str:

@@ -1,4 +1,4 @@
-"""Draw predictions on images: labelled boxes, and masks as colours. Needs Pillow."""
+"""Draw predictions on images: labelled boxes, masks as colours, and their legend. Needs Pillow."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -48,15 +48,40 @@ def with_mask(pixels: Pixels, mask: NDArray[np.uint8]) -> Pixels:
 
 def with_boxes(pixels: Pixels, boxes: NDArray[np.floating], classes: Sequence[int], words: Sequence[str]) -> Pixels:
     """Return an image (height, width, 3) with `boxes` (n, 4) in their classes' colours; left, top, right, bottom as fractions."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     image = Image.fromarray(pixels)
     pen, line = ImageDraw.Draw(image), max(round(image.width / 160), 1)
+    size = max(11, image.width // 50)
+    font = ImageFont.load_default(size)
     for box, label, text in zip(boxes * np.tile(image.size, 2), classes, words, strict=True):
         colour = tuple(colours(np.array(label + 1)).tolist())  # boxes have no background
         left, top, right, bottom = box.tolist()
         pen.rectangle((left, top, max(right, left), max(bottom, top)), outline=colour, width=line)
-        place = (left + line, max(top - 11, 0))
-        pen.rectangle(pen.textbbox(place, text), fill=colour)
-        pen.text(place, text, fill="white")
+        place = (left + line, max(top - size, 0))
+        pen.rectangle(pen.textbbox(place, text, font), fill=colour)
+        pen.text(place, text, "white", font)
+    return np.asarray(image)
+
+
+def with_legend(pixels: Pixels, classes: Sequence[int], labels: Sequence[str]) -> Pixels:
+    """Return an image (height, width, 3) above rows with its classes' colours and names, in their order."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = pixels.shape[:2]
+    size = max(11, width // 50)
+    font, line = ImageFont.load_default(size), size + size // 2
+    places, left, top = [], size // 2, height + size // 4
+    for label in classes:
+        wide = line + round(font.getlength(labels[label])) + size
+        if left + wide > width and left > size // 2:
+            left, top = size // 2, top + line
+        places.append((label, left, top))
+        left += wide
+    image = Image.new("RGB", (width, top + line), "white")
+    image.paste(Image.fromarray(pixels), (0, 0))
+    pen = ImageDraw.Draw(image)
+    for label, left, top in places:
+        pen.rectangle((left, top, left + size, top + size), tuple(colours(np.array(label)).tolist()), "black")
+        pen.text((left + line, top + size // 2), labels[label], "black", font, anchor="lm")
     return np.asarray(image)

@@ -143,6 +143,18 @@ class Preprocess:
         found = (boxes * side - shift) / factor if back else (boxes * factor + shift) / side
         return np.asarray(found, boxes.dtype)
 
+    def whole_mask(self, mask: NDArray[np.uint8], image: Size) -> NDArray[np.uint8]:
+        """Return a mask of the network's input, at any resolution, for an image of this size; what the network does not see is IGNORED."""
+        lines = []
+        for axis, (resized, start) in enumerate(zip(*self.frame(image), strict=True)):
+            seen = ((np.arange(image[axis]) + 0.5) * resized / image[axis] + start) / self.image_size[axis]
+            lines.append(np.floor(seen * mask.shape[axis]).astype(np.int64))
+        hidden = np.logical_or.outer(
+            *((line < 0) | (line >= side) for line, side in zip(lines, mask.shape, strict=True))
+        )
+        rows, columns = (line.clip(0, side - 1) for line, side in zip(lines, mask.shape, strict=True))
+        return np.where(hidden, np.uint8(IGNORED), mask[np.ix_(rows, columns)])
+
     def normalize(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
         """Return uint8 or uint16 (batch, height, width, channels) as normalized float32 (batch, channels, height, width)."""
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)

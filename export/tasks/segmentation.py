@@ -7,6 +7,7 @@ section 4.3). Pixels whose truth is IGNORED are not counted.
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from onnx import ModelProto, TensorProto, helper
 from export.errors import BundleError, ContentError
 from export.images.drawing import with_mask
 from export.images.masks import list_masks, mask_examples
-from export.images.preprocess import IGNORED
+from export.images.preprocess import IGNORED, Preprocess
 from export.images.size import Size
 from export.tasks import classification
 from export.tasks.paired import compare_classes
@@ -201,9 +202,22 @@ def show(output: Array, labels: Sequence[str], lines: int) -> Shown:
     return ("label", "area"), [(labels[index], float(areas[index])) for index in best]
 
 
+def of_whole(task: OutputTask, preprocess: Preprocess, image: Size) -> OutputTask:
+    """Return the task whose masks are of an image of this size (height, width)."""
+    return replace(
+        task, decode=lambda outputs: np.stack([preprocess.whole_mask(one, image) for one in decode(outputs)])
+    )
+
+
 def draw(image: Array, mask: Array, _labels: Sequence[str]) -> Array:
     """Return the image under the mask's colours."""
     return with_mask(image, mask)
+
+
+def legend(mask: Array) -> Sequence[int]:
+    """Return the classes in a mask, the largest first."""
+    areas = np.bincount(mask[mask != IGNORED], minlength=1)
+    return [int(label) for label in np.argsort(-areas, kind="stable") if areas[label]]
 
 
 SEGMENTATION = OutputTask(
@@ -217,6 +231,7 @@ SEGMENTATION = OutputTask(
     examples=mask_examples,
     decode=decode,
     finish=finish,
+    of_whole=of_whole,
     statistics=statistics,
     total=total,
     further=further,
@@ -230,6 +245,7 @@ SEGMENTATION = OutputTask(
     show=show,
     draw=draw,
     draw_truth=draw,
+    legend=legend,
     hub=("image-segmentation", "mean_iou"),
     meaning="logits of every pixel, one for each line of `labels.txt`",
     reading="masks = outputs.argmax(axis=1)  # (batch, height, width): lines of labels.txt, counted from 0",

@@ -142,6 +142,8 @@ class OutputTask:
     """(image uint8 (height, width, 3), its prediction, labels) to the image with the prediction drawn; None if there is nothing to draw."""
     draw_truth: Callable[[Array, Array, Sequence[str]], Array] | None = None
     """The same for its truth; None if that is not drawn."""
+    legend: Callable[[Array], Sequence[int]] | None = None
+    """A prediction to the classes whose colours need a legend in a drawing; None if it has none."""
     drawn: Callable[[Array], Mapping[str, Array]] = lambda predictions: {"": predictions}
     """Some files' predictions (files, n, ...), the teacher's first, to what `draw` takes, by output where there are several; empty if there is nothing to draw."""
     worst: Callable[[Array], Array] | None = None
