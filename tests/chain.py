@@ -154,7 +154,8 @@ def measure_batchnorm_(model: nn.Module, images: Tensor) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
-    model.train()(images[:32])
+            module.train()  # it alone: in a training mode of its own a detector wants boxes
+    model(images[:32])
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_var is not None

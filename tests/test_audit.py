@@ -16,7 +16,7 @@ from export.errors import BundleError
 from export.onnx_file.graph import to_float16
 from export.onnx_file.macs import macs
 from export.onnx_file.wiring import wire
-from export.proof.audit import Audit, audit, over_limits
+from export.proof.audit import Audit, audit, float_times, over_limits
 from export.runtime.providers import available_providers
 
 MACS = {"conv1/Conv": 9 * 3 * WIDTH * SIZE**2, "conv2/Conv": 9 * WIDTH**2 * SIZE**2, "head/Gemm": 3 * WIDTH}
@@ -55,6 +55,9 @@ def test_a_float_convolution_that_sneaked_in_is_named_with_its_work(tmp_path: Pa
     assert found["reasons"]["conv2"] == "its weights are float in the file: it was not quantized"
     assert set(found["leftover_qdq"]) == {"quantizer_conv1/DequantizeLinear", "quantizer_add/QuantizeLinear"}
     assert found["float_operators"] == {"add": "Add"}
+    times = float_times(tmp_path / "model.onnx")
+    assert set(times["modules"]) == {"conv2", "add"}
+    assert 0 < sum(times["modules"].values()) < times["whole"]
     over = over_limits(found, max_float_layers=0, max_float_fraction=0.5, max_leftover_qdq=1)
     assert [sentence.partition(":")[0] for sentence in over] == [
         "max_float_layers",

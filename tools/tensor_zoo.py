@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import compress
 from compress.errors import CompressError
 from compress.models.architectures import thawed_
+from compress.models.detectors import build_yolox
 from compress.models.outputs import serve_, signature_of, tensors_of
 from compress.models.structure import count
 from compress.quant.reference import reference_of
@@ -82,6 +83,10 @@ def detector(kind: str) -> Callable[[], nn.Module]:
     return build
 
 
+def yolox(name: str) -> Callable[[], nn.Module]:
+    return lambda: build_yolox(name, 6)
+
+
 def timm_encoder(name: str, **settings: Any) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, num_classes=0, **settings)
 
@@ -114,6 +119,7 @@ NETWORKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "ViTPose (heat maps)": (64, lambda: vitpose()),
     "YOLOS (logits, boxes, tokens)": (64, transformer("YolosForObjectDetection", image_size=[64, 64], patch_size=16, num_detection_tokens=10)),
     "DETR (logits, boxes, tokens)": (64, detr),
+    **{f"YOLOX-{name} (rows)": (192, yolox(name)) for name in ("nano", "tiny", "s")},
     **{f"{kind} ({part})": (64, detector(kind)) for kind, part in {"Conditional DETR": "queries", "Deformable DETR": "queries", "Deformable DETR, two stages": "chosen queries", "RT-DETR": "chosen queries", "RT-DETRv2": "chosen queries", "D-FINE": "chosen queries", "RF-DETR": "chosen queries"}.items()},
 }  # fmt: skip
 # What the networks of queries serve, where they have it: the rest are steps on the way.

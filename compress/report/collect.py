@@ -40,6 +40,7 @@ def collect(
         stages=[_stage_row(path, root, path not in made) for path in artifacts],
         deployed=_deployed(bench),
         end_to_end=bench.get("end_to_end", {}),
+        float_times=bench.get("float_times", {}),
         classes=bench.get("classes"),
         ptq=_last(artifacts, PTQ_JSON),
         audit=_last(artifacts, AUDIT_JSON),

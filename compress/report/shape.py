@@ -5,7 +5,7 @@ from typing import Any, Literal, NotRequired
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from compress.quant.rows import Ptq
-from export.proof.audit import Audit
+from export.proof.audit import Audit, FloatTimes
 from export.proof.rows import VerifyRow
 from export.runtime.end_to_end import EndToEnd
 from export.runtime.providers import Arithmetic
@@ -68,6 +68,7 @@ class Report(TypedDict):
     stages: list[StageRow]
     deployed: list[DeployedRow]
     end_to_end: NotRequired[dict[str, EndToEnd]]  # missing in older reports
+    float_times: NotRequired[dict[str, FloatTimes]]  # by file
     classes: Classes | None
     ptq: Ptq | None
     audit: dict[str, Audit] | None

@@ -20,6 +20,7 @@ from export.images.decode import BrokenImage
 from export.images.size import size_of
 from export.names import ANSWERS, AUDIT_JSON, BENCH_JSON, EXAMPLES_NPZ, GOLDEN_NPZ
 from export.onnx_file.roles import FP32, PTQ, SERVED, TEACHER, deployed, files_in, is_int8
+from export.proof.audit import float_times
 from export.runtime.accuracy import accuracy, accuracy_elsewhere, predictions_of, score_elsewhere, score_files
 from export.runtime.end_to_end import EndToEnd, end_to_end
 from export.runtime.environment import environment
@@ -77,6 +78,7 @@ def apply(cfg: BenchStage, src: Path, out: Path, run: Run) -> Metrics:
             ),
             "timings": measured.timings,
             "end_to_end": whole,
+            "float_times": {file: float_times(path) for file, path in files.items() if is_int8(file)},
             "warnings": [*notes, *measured.warnings],
             "environment": environment(),
         },

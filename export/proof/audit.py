@@ -17,6 +17,7 @@ from export.onnx_file.wiring import Wiring, is_quantized, maker, origin, wire
 from export.proof.optimized import FLOATS, MOVES, float_operators, leftover_qdq, optimize
 from export.runtime.node_times import NodeTime, node_times
 
+RUNS = 10  # of the profile that times what is left in float
 AUDITED = {"cpu": CPU, "cuda": CUDA}  # other providers compile the graph, and ONNX Runtime cannot write it then
 
 
@@ -36,6 +37,13 @@ class Audit(TypedDict):
     copies: list[str]  # between the memories of two providers
     float_operators: dict[str, str]  # float operators that are not layers, by module
     reasons: dict[str, str]
+
+
+class FloatTimes(TypedDict):
+    """Milliseconds of one image in ONNX Runtime's CPU provider on one thread, by its profile: the whole file, and what runs in float by module."""
+
+    whole: float
+    modules: dict[str, float]
 
 
 def audit(path: Path, provider: str = "cpu") -> Audit:
@@ -80,6 +88,21 @@ def audit(path: Path, provider: str = "cpu") -> Audit:
         float_operators=by_module,
         reasons=reasons,
     )
+
+
+def float_times(path: Path) -> FloatTimes:
+    """Return what the float layers and operators of a file cost: each node's median over nine runs after a warm-up."""
+    file = wire(parse(path))
+    model = file.to_bytes()
+    runs = optimize(model, CPU)
+    floats = [*(node for node in runs.nodes.values() if node.op_type in FLOAT), *float_operators(runs)]
+    names = {_plain(node): _label(origin(node, file), node.name) for node in floats}
+    times = node_times(model, runs=RUNS)
+    modules = dict.fromkeys(names.values(), 0.0)
+    for node in times:
+        if node.name in names and node.operator not in (Q, DQ):
+            modules[names[node.name]] += node.milliseconds
+    return FloatTimes(whole=sum(node.milliseconds for node in times), modules=modules)
 
 
 def float_fraction(counts: dict[str, int] | None, in_integers: set[str]) -> float | None:

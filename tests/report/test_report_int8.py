@@ -456,6 +456,10 @@ def test_what_runs_in_float_is_named_with_its_reason(tmp_path: Path) -> None:
         assert "its weights are float in the file: it was not quantized" in text
         assert "Softmax" in text
     assert "53 layers in integers" in page_of(report, tmp_path)
+    report["float_times"] = {"student_int8": {"whole": 2.5, "modules": {"fc": 0.125}}}
+    (table,) = tables_of(report, "student_int8 ·")
+    assert [row[2] for row in table.rows if row[:2] == ("layer in float", "fc")] == ["0.125"]
+    assert "0.125 of 2.500 ms" in table.note
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from compress.report.page.table import PageSection, ReportTable, bar, count, mar
 from compress.report.shape import Report
 from export.errors import first
 from export.onnx_file.roles import PTQ, QAT, is_int8
-from export.proof.audit import Audit
+from export.proof.audit import Audit, FloatTimes
 from export.proof.rows import VerifyRow
 
 SCORED_IN = {"onnxruntime": "ONNX Runtime", "pytorch": "PyTorch"}
@@ -26,6 +26,7 @@ LIMITS = ("max_float_layers", "max_float_fraction", "max_leftover_qdq")
 def sections(report: Report) -> list[PageSection]:
     """Return how INT8 was made and proved; a section is empty if its stage did not run."""
     audits = sorted((item for item in (report["audit"] or {}).items() if is_int8(item[0])), key=_order)
+    times = report.get("float_times", {})
     verified = sorted((report["verify"] or {}).items(), key=_order)
     return [
         PageSection("INT8 without training", [*calibrated(report)] if report["ptq"] else []),
@@ -36,9 +37,11 @@ def sections(report: Report) -> list[PageSection]:
         ),
         PageSection(
             "What runs in integers",
-            [audit(report, audits), *(in_float(name, row) for name, row in audits[:1])] if audits else [],
+            [audit(report, audits), *(in_float(name, row, times.get(name)) for name, row in audits[:1])]
+            if audits
+            else [],
             lead="The graph after ONNX Runtime's optimizer: what really runs, not what the file contains.",
-            folded=[in_float(name, row) for name, row in audits[1:]],
+            folded=[in_float(name, row, times.get(name)) for name, row in audits[1:]],
         ),
     ]
 
@@ -247,23 +250,36 @@ def audit(report: Report, audits: Iterable[tuple[str, Audit]]) -> ReportTable:
     return ReportTable("Layers and what is left in float", columns, rows, note=note)
 
 
-def in_float(name: str, row: Audit) -> ReportTable:
-    """Return a file's float layers and operators by name with reasons, and the number of operators of each kind."""
+def in_float(name: str, row: Audit, times: FloatTimes | None) -> ReportTable:
+    """Return a file's float layers and operators by name with reasons and times, and the number of operators of each kind."""
+    cost = {} if times is None else {module: f"{ms:.3f}" for module, ms in times["modules"].items()}
     reasons = row["reasons"]
     operators = sorted(row["operators"].items(), key=lambda item: (-item[1], item[0]))
     found = [
-        *(("layer in float", layer, reasons.get(layer, "")) for layer in row["float_layers"]),
+        *(("layer in float", layer, cost.get(layer, ""), reasons.get(layer, "")) for layer in row["float_layers"]),
         *(
-            ("operator in float", module, " · ".join(filter(None, (operator, reasons.get(module)))))
+            (
+                "operator in float",
+                module,
+                cost.get(module, ""),
+                " · ".join(filter(None, (operator, reasons.get(module)))),
+            )
             for module, operator in row["float_operators"].items()
         ),
-        *(("leftover Q/DQ", node, reasons.get(node, "")) for node in row["leftover_qdq"]),
-        *(("float bias", layer, "") for layer in row["float_biases"]),
-        *(("copy", node, "") for node in row["copies"]),
-        ("all operators", ", ".join(f"{number} {operator}" for operator, number in operators), ""),
-        (f"{len(row['integer_layers']):,} layers in integers", ", ".join(row["integer_layers"]), ""),
+        *(("leftover Q/DQ", node, "", reasons.get(node, "")) for node in row["leftover_qdq"]),
+        *(("float bias", layer, "", "") for layer in row["float_biases"]),
+        *(("copy", node, "", "") for node in row["copies"]),
+        ("all operators", ", ".join(f"{number} {operator}" for operator, number in operators), "", ""),
+        (f"{len(row['integer_layers']):,} layers in integers", ", ".join(row["integer_layers"]), "", ""),
     ]
-    return ReportTable(f"{name} · {row['provider'].upper()}", ("What", "Name", "Why"), found, text=(0, 1, 2))
+    note = (
+        f"What runs in float takes {sum(times['modules'].values()):.3f} of {times['whole']:.3f} ms by ONNX Runtime's profile: "
+        "one image, one thread."
+        if times
+        else ""
+    )
+    title = f"{name} · {row['provider'].upper()}"
+    return ReportTable(title, ("What", "Name", "ms", "Why"), found, text=(0, 1, 3), note=note)
 
 
 def _judged(report: Report, name: str, key: str, value: float | None, shown: str) -> str:
