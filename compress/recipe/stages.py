@@ -212,6 +212,8 @@ class DistillStage(Section):
     """The training's settings."""
     loss: Annotated[tuple[LossTerm, ...], Field(min_length=1)] = KD_ONLY
     """The losses; their weighted sum is minimized."""
+    freeze_batchnorm_at: Fraction = 1.0
+    """Fraction of the training after which batch-norm uses its running statistics; 0 keeps those of the start, 1 never freezes them."""
 
 
 class PtqStage(Section):

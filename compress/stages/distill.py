@@ -2,19 +2,27 @@
 
 from pathlib import Path
 
+from torch import nn
+
 from compress.artifact import Metrics
 from compress.distillation.teacher import distil
 from compress.models.saved import load_float, read_architecture, save_network
 from compress.recipe.stages import DistillStage
 from compress.run import Run
 from compress.training.loop import place_
+from compress.training.modes import freeze_norms_
 
 
 def apply(cfg: DistillStage, src: Path, out: Path, run: Run) -> Metrics:
     """Train the student under the recipe's losses and measure it."""
     student = place_(load_float(src, trust_code=run.trust_code), run.device)
+
+    def before_step(_learner: nn.Module, done: float) -> None:
+        if done >= cfg.freeze_batchnorm_at:
+            freeze_norms_(student)
+
     with run.log(out, "distill") as log:
-        student = distil(run, student, cfg.loss, cfg.fit, src=src, log=log, phase="distill")
+        student = distil(run, student, cfg.loss, cfg.fit, src=src, log=log, phase="distill", before_step=before_step)
         if run.rank == 0:
             save_network(student, read_architecture(src), out)
         log.doing("measures the student on the validation images")

@@ -45,6 +45,13 @@ def train_norms_only_(model: nn.Module) -> None:
     vars(model)["train"] = types.MethodType(train, model)
 
 
+def freeze_norms_(model: nn.Module) -> None:
+    """Make batch-norms use their running statistics until the next `train()`; scale and shift keep learning."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
 def _is_leaf_of_training(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) or any(word in type(module).__name__ for word in RANDOM)
 

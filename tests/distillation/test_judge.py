@@ -90,6 +90,17 @@ def test_a_rate_that_helps_is_kept(pruned: Path) -> None:
     assert score(stages["distill"]) >= score(stages["prune"])
 
 
+def test_frozen_batch_norms_keep_the_statistics_of_the_solve(pruned: Path) -> None:
+    stages = run(
+        pruned, "distill.freeze_batchnorm_at=0", "distill.fit.lr=0.005", "distill.fit.clip_norm=1", until="distill"
+    )
+    before, after = (load_file(stages[name] / WEIGHTS) for name in ("prune", "distill"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    norms = {name.removesuffix(".running_mean") for name in before if name.endswith(".running_mean")}
+    assert changed == {name for name in before if not name.endswith(("running_mean", "running_var", "tracked"))}
+    assert {f"{norm}.weight" for norm in norms} < changed
+
+
 def test_training_for_integers_ends_no_worse_than_the_calibrated_file(pruned: Path) -> None:
     stages = run(pruned, until="export")  # whose parity with the network is checked
     metrics = json.loads((stages["qat"] / "meta.json").read_text())["metrics"]
