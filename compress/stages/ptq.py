@@ -31,6 +31,7 @@ from compress.quant.tuning import (
     fallback_trials,
     file_of,
     judge_of,
+    nearest_first,
     said,
     timed,
     trial_of,
@@ -65,7 +66,7 @@ Name = tuple[Engine, str]  # and method
 Files = dict[Name, Path]
 MIXED_BLOCKS = 24  # to time the mixed file against the one all in integers, which differ less than INT8 from float
 LINEAR = 0.5  # of the multiply-accumulates in linear layers; then dynamic INT8 is measured, too
-FEW_IMAGES = 512  # of the tuning images order an engine's files; all judge the best
+FEW_IMAGES = 512  # of the tuning images compare an engine's files; all judge the nearest
 DYNAMIC = Trial("int8", "dynamic", engine="onnxruntime")
 
 
@@ -235,8 +236,7 @@ def _judged(
 ) -> tuple[tuple[TrialRow, ...], tuple[TrialRow, ...]]:
     """Judge this project's files and the other engines'; return both.
 
-    Where there are many tuning images, each engine's files are ordered by their KL on few of them, and are judged on all only up to the
-    first that holds. Of files that hold it has the smallest KL on the few, where all images might have preferred another.
+    Where there are many tuning images, each engine's files are compared by their KL on few of them, and only the nearest are judged on all.
     """
     cfg, few, images = student.cfg, student.few, student.baseline.images
     trials: dict[Engine, list[Trial]] = {}
@@ -250,13 +250,13 @@ def _judged(
         named = {path.stem: path for path in files.values()}
         batches = as_numpy(student.run.feed.tuning(limit=FEW_IMAGES))
         found = score_files(named, batches, student.run.task.output, optimize=runs_here(target), keep_evidence=True)
-        kl = {name: found[path.stem].divergence(few) for name, path in files.items()}
-        for (engine, method), divergence in kl.items():
-            student.log.note_detail(f"{target.name}: {engine}, {method}: KL {divergence:.3g} on {FEW_IMAGES} images")
-        results = {
-            engine: until_one_holds(sorted(tried, key=lambda trial: kl[trial.engine, trial.calibration]), judge)
-            for engine, tried in trials.items()
+        kl = {
+            Trial("int8", method, engine=engine): found[path.stem].divergence(few)
+            for (engine, method), path in files.items()
         }
+        for trial, divergence in kl.items():
+            student.log.note_detail(f"{target.name}: {trial}: KL {divergence:.3g} on {FEW_IMAGES} images")
+        results = {engine: nearest_first(tried, kl, judge) for engine, tried in trials.items()}
     return results.pop("compress"), tuple(row for rows in results.values() for row in rows)
 
 

@@ -21,6 +21,7 @@ from compress.quant.tuning import (
     fallback_trials,
     file_of,
     judge_of,
+    nearest_first,
     timed,
     until_one_holds,
 )
@@ -109,6 +110,24 @@ def test_a_trial_that_was_judged_is_not_built_again(tmp_path: Path) -> None:
     assert second.built == [ENTROPY]
     assert after[:2] == before
     assert file_of(MINMAX, tmp_path).read_text() == "20"
+
+
+def test_files_near_the_best_on_few_images_are_judged_on_all(tmp_path: Path) -> None:
+    bench = Bench({MINMAX: 6, PERCENTILE: 6, ENTROPY: 6})
+    nearest_first(
+        [MINMAX, PERCENTILE, ENTROPY],
+        {MINMAX: 0.02, PERCENTILE: 0.011, ENTROPY: 0.01},
+        bench.judge(tmp_path, max_drop=0.01),
+    )
+    assert bench.built == [ENTROPY, PERCENTILE]
+
+
+def test_where_no_file_near_the_best_holds_the_next_are_judged_up_to_one_that_does(tmp_path: Path) -> None:
+    bench = Bench({MINMAX: 6, PERCENTILE: 20, ENTROPY: 30})
+    kl = {MINMAX: 0.03, PERCENTILE: 0.02, ENTROPY: 0.01}
+    results = nearest_first([MINMAX, PERCENTILE, ENTROPY], kl, bench.judge(tmp_path, max_drop=0.01))
+    assert bench.built == [ENTROPY, PERCENTILE, MINMAX]
+    assert [row["met"] for row in results] == [False, False, True]
 
 
 def test_every_result_is_told_as_it_comes(tmp_path: Path) -> None:

@@ -394,15 +394,17 @@ def test_the_stage_measures_every_engine_on_every_target_and_gives_the_network_o
         assert all(row["scored_in"] == "onnxruntime" for row in target["methods"])
         assert target["trials"][target["chosen"]]["met"]
         # On the 7-bit grid neural-compressor's full-range weights would saturate: measured, but no candidate.
-        # Of each other library, the file with the lowest KL on few images holds.
-        assert len(target["trials"]) == {"cpu_avx2": 2, "tensorrt": 3}[name]
+        # Of each library, the files near the lowest KL on few images are judged on all.
+        engines = [trial["engine"] for trial in target["trials"]]
+        assert len(set(engines)) == {"cpu_avx2": 2, "tensorrt": 3}[name]
+        assert len(engines) <= 2 * len(set(engines))
         assert (stage / name / "student_ptq_int8.onnx").exists()
     source = next(tmp_path.glob("planted/00-source-*"))
     for name in ("architecture.json", "weights.safetensors"):
         assert (stage / name).read_bytes() == (source / name).read_bytes()
     metrics = json.loads((stage / "meta.json").read_text())["metrics"]
     assert metrics["ptq_score"] == found["targets"]["cpu_avx2"]["score"]
-    assert metrics["trials"] == 2
+    assert metrics["trials"] == len(found["targets"]["cpu_avx2"]["trials"])
     assert sorted(path.name for path in stage.iterdir()) == [
         ".digests.json", "architecture.json", "cpu_avx2", "log.jsonl", "meta.json", "ptq.json", "tensorrt", "weights.safetensors",
     ]  # fmt: skip
