@@ -184,7 +184,7 @@ class Run:
         """What the network is for; a task of tensors knows the network's outputs."""
         found = TASKS[self.recipe.task]
         if self.recipe.decode is not None and self.dataset.decoder is not None and self._decode is not None:
-            return aligning(decoded(found, self.dataset.decoder, self._decode), self.dataset.outputs)
+            return aligning(decoded(found, self.dataset, self._decode), self.dataset.outputs)
         if found.output.has_classes:
             return found
         return aligning(replace(found, output=found.output.of(self.dataset.outputs)), self.dataset.outputs)

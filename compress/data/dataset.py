@@ -44,7 +44,7 @@ class Dataset:
     `files` are the digests of a folder's files by path; `held_out` are the validation images, not decoded. Where there
     are images without a label (-1), `everything` is the training images followed by them, with the digest of all. `notes`
     are sentences that a run's log and report repeat. `outputs` are a network's, if it has several, which lie side by side (so do the
-    truths that are another network's), and a detector's `decoder` reads them.
+    truths that are another network's), and a detector's `decoder` reads them; `own_loss` is what its library learns from labels by.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     outputs: tuple[Output, ...] = ()
     decoder: Decoder | None = None
+    own_loss: Callable[..., torch.Tensor] | None = None
 
     @property
     def with_unlabelled(self) -> "Dataset":

@@ -121,7 +121,7 @@ class Decode(nn.Module):
         """Return the same for a network's one tensor, in which several outputs lie side by side."""
         if len(self.outputs) == 1:
             return self.forward(outputs)
-        return self.forward(*self._parts(outputs).values())
+        return self.forward(*self.parts(outputs).values())
 
     def learned(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the same, followed by the rows from which top-k chose the queries where they are outputs: only they teach what to choose."""
@@ -131,11 +131,12 @@ class Decode(nn.Module):
             return boxes, scores
         if shapes[CHOSEN_FROM[0]][0] <= boxes.shape[1]:  # RF-DETR's are chosen already
             return boxes, scores
-        classes, places = (self._parts(outputs)[name] for name in CHOSEN_FROM)
+        classes, places = (self.parts(outputs)[name] for name in CHOSEN_FROM)
         more = self.function({"logits": classes, "pred_boxes": places.sigmoid()}, self.size, self.classes)
         return torch.cat([boxes, more[0]], 1), torch.cat([scores, more[1]], 1)
 
-    def _parts(self, outputs: Tensor) -> dict[str, Tensor]:
+    def parts(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Return a network's outputs by name, of one tensor in which they lie side by side."""
         places = columns(self.outputs)
         return {one.name: outputs[:, places[one.name]].reshape(-1, *one.shape) for one in self.outputs}
 

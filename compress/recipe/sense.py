@@ -116,8 +116,9 @@ def _decode(recipe: "Recipe") -> Iterator[str]:
         yield "decode: reads the outputs of the recipe's own network: name it as model"
     if isinstance(source := recipe.stages[0], SourceStage) and source.fit is not None:
         yield "stages.0.fit: a network with `decode` has no loss from labels here: train it elsewhere and give model.weights"
+    own = recipe.decode.function == "queries" and recipe.model is not None and recipe.model.arch.startswith("hf:")
     for stage, term in _losses(recipe):
-        if term.name in OF_LABELS:
+        if term.name in OF_LABELS and not (own and term.name == "cross_entropy"):
             yield f"decode: {term.name} in {stage} needs a loss from labels: use kd and boxes, which need none"
     for name, chain in recipe.chains().items():
         for index, section in enumerate(chain.stages):

@@ -82,14 +82,19 @@ def _read(outputs: Tensor, truths: Tensor) -> tuple[int, dict[str, Tensor], list
     if kind == CENTRED:  # compares lengths in x and y: its anchors are square in pixels, which tells the proportions
         scale[::2] *= constants[0, 0, 3] / constants[0, 0, 2]
     anchors = list(box_convert(constants * scale, "cxcywh", "xyxy"))
-    return kind, {"cls_logits": logits, "bbox_regression": moves}, anchors, [_target(boxes, scale) for boxes in truths]
+    return (
+        kind,
+        {"cls_logits": logits, "bbox_regression": moves},
+        anchors,
+        [target_of(boxes, scale) for boxes in truths],
+    )
 
 
 def _sum(parts: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(parts.values())).sum()
 
 
-def _target(boxes: Tensor, scale: Tensor | float = PIXELS) -> dict[str, Tensor]:
+def target_of(boxes: Tensor, scale: Tensor | float = PIXELS) -> dict[str, Tensor]:
     """Return one image's truths as torchvision wants them, in lengths of `scale` (4,) or pixels, without crowds; labels count from 1."""
     real = boxes[(boxes[:, 0] >= 0) & (boxes[:, 5] == 0)]
     return {"boxes": real[:, 1:5] * scale, "labels": real[:, 0].long() + 1}
@@ -147,7 +152,7 @@ def _chosen(outputs: Tensor, truths: Tensor) -> Tensor:
 
 def _overlaps(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Return each anchor's largest IoU with a box and that box's label, from 1; both are 0 where there is no box."""
-    target = _target(boxes)
+    target = target_of(boxes)
     anchors = box_convert(image[:, 1 - READS :].detach().float() * PIXELS, "cxcywh", "xyxy")
     if not len(target["boxes"]):
         none = torch.zeros(len(image), device=image.device)

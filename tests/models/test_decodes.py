@@ -120,6 +120,11 @@ stages:
             "name: cross_entropy",
             "decode: cross_entropy in distill needs a loss from labels: use kd and boxes",
         ),
+        (
+            RECIPE,
+            RECIPE.replace("onnx:mine.onnx", "hf:a").replace("dense", "queries").replace("kd", "cross_entropy"),
+            None,
+        ),
         ("decode: dense", "decode: other", "must be dense, yolox, queries or FILE.py:function"),
         ("decode: dense", "", None),
         ('"onnx:mine.onnx"}\ndecode: dense', "yolox:nano, weights: a.pth}", "also set `decode: yolox`"),

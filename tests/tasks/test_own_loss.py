@@ -1,0 +1,88 @@
+"""Detectors of transformers learn from labels by the loss of their own class."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from chain import enlivened
+from torch import Tensor, nn
+
+from compress.data.batches import Batch
+from compress.data.named import DATA_SETS
+from compress.data.scenes import draw_scenes
+from compress.distillation.step import distillation, no_teacher
+from compress.models.architectures import thawed_
+from compress.models.decodes import Decode, queries
+from compress.models.outputs import serve_, signature_of
+from compress.recipe.losses import CrossEntropyTerm
+from compress.tasks import TASKS
+from compress.tasks.decoded import count_objects, own_loss
+from compress.tasks.task import Task
+
+pytest.importorskip("transformers")
+SIZE, CLASSES = 64, 6
+SERVED = ("logits", "pred_boxes", "enc_outputs_class", "enc_outputs_coord_logits")
+
+
+@pytest.fixture(scope="module")
+def scenes() -> tuple[Tensor, Tensor]:
+    """Return images (8, 3, 64, 64) from 0 to 1 and truths (8, boxes, 6), digits from 0 to 5 among them, without the others."""
+    difficulty = DATA_SETS["scenes"].scenes
+    assert difficulty is not None
+    drawn = draw_scenes(difficulty, "val", size=SIZE, seed=0)
+    truths = torch.full((8, max(map(len, drawn.boxes[:8])), 6), -1.0)
+    for truth, boxes in zip(truths, drawn.boxes[:8], strict=False):
+        known = torch.from_numpy(boxes[boxes[:, 4] <= CLASSES]).float()
+        truth[: len(known)] = torch.cat([known[:, 4:5] - 1, known[:, :4] / SIZE, 0 * known[:, :1]], 1)
+    return torch.from_numpy(drawn.images[:8]).permute(0, 3, 1, 2).float() / 255, truths
+
+
+def opened(kind: str, images: Tensor) -> tuple[nn.Module, Task]:
+    from queried import built
+
+    torch.manual_seed(0)
+    network = enlivened(thawed_(built(kind).eval()), images)
+    with torch.no_grad():
+        named = network(images[:1])
+    serve_(network, [one for one in SERVED if named.get(one) is not None])
+    own = own_loss(network, Decode(queries, signature_of(network, (3, SIZE, SIZE)), (SIZE, SIZE), CLASSES))
+    assert own is not None
+    return network, replace(TASKS["detection"], loss=own, loss_count=count_objects)
+
+
+@pytest.mark.parametrize("kind", ["DETR", "RT-DETR", "RF-DETR"])
+def test_the_loss_is_that_of_the_network_s_class(kind: str, scenes: tuple[Tensor, Tensor]) -> None:
+    images, truths = scenes
+    network, task = opened(kind, images)
+    labels = []
+    for boxes in truths:
+        known = boxes[boxes[:, 0] >= 0]
+        sides = known[:, 3:5] - known[:, 1:3]
+        labels.append({"class_labels": known[:, 0].long(), "boxes": torch.cat([known[:, 1:3] + sides / 2, sides], 1)})
+    config = vars(network)["config"]
+    config.auxiliary_loss = False
+    if hasattr(config, "group_detr"):
+        config.group_detr = 1
+    with torch.no_grad():
+        packed = network(images)
+        network._forward_hooks.popitem()  # which lays the outputs side by side
+        expected = network(images, labels=labels).loss
+        torch.testing.assert_close(task.loss(packed, truths, label_smoothing=0.0), expected, rtol=1e-4, atol=1e-4)
+    assert task.loss_count(packed, truths) == sum(len(one["boxes"]) for one in labels)
+    assert torch.isfinite(task.loss(packed, torch.full_like(truths, -1.0), label_smoothing=0.0))
+
+
+def test_a_detr_learns_from_labels(scenes: tuple[Tensor, Tensor]) -> None:
+    images, truths = scenes
+    network, task = opened("DETR", images)
+    term = CrossEntropyTerm(name="cross_entropy")
+    learner, step = distillation([term], task, student=network, teacher=no_teacher, images=images[:1], seed=0)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(12):
+        loss = step(learner.train(), Batch(images, truths), 0.0)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
