@@ -12,7 +12,7 @@ from export.errors import first
 from export.runtime.accuracy import Score
 from export.runtime.latency import Ratio
 
-CLOSE = 1.25  # times the lowest KL on few images: on all images, one of these has the lowest in 98 % of draws (docs/results.md)
+CLOSE = 1.25  # times the lowest KL on few images: on all images, one of these has the lowest in 97 % of draws (docs/results.md)
 
 
 @dataclass(frozen=True)
