@@ -11,7 +11,7 @@ from compress.logs.stage_log import StageLog
 from compress.models.saved import load_float
 from compress.quant.outliers import TIMES, outliers, without
 from compress.run import Run
-from compress.training.loop import place_
+from compress.training.device import place_
 from export.errors import first
 
 

@@ -35,8 +35,8 @@ from compress.tasks import TASKS, Task, aligning, evaluate
 from compress.tasks.decoded import decoded, with_decoder
 from compress.tasks.predictions import LOGITS, Labeller, labels_of
 from compress.tasks.references import with_references
-from compress.training.device import device_of, gradient_group
-from compress.training.loop import Held, Loop, Network, Step, fit, place_
+from compress.training.device import Network, device_of, gradient_group, place_
+from compress.training.loop import Held, Loop, Step, fit
 from export.images.size import Shape
 from export.onnx_file.targets import TARGETS, Target, resolve_target
 from export.runtime.own import OwnMetric, open_metric

@@ -35,7 +35,8 @@ from compress.recipe.schema import Recipe
 from compress.recipe.stages import Fit
 from compress.run import Run, open_run
 from compress.training.compilation import wait
-from compress.training.loop import Step, make_optimizer, place_
+from compress.training.device import place_
+from compress.training.loop import Step, make_optimizer
 from compress.training.speed import AUTOCAST, precisions
 from export.images.folders import list_folder
 

@@ -9,7 +9,7 @@ from compress.distillation.teacher import distil
 from compress.models.saved import load_float, read_architecture, save_network
 from compress.recipe.stages import DistillStage
 from compress.run import Run
-from compress.training.loop import place_
+from compress.training.device import place_
 from compress.training.modes import freeze_norms_
 
 

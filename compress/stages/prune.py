@@ -42,7 +42,7 @@ from compress.recipe.losses import KD_ONLY, MSE_ONLY
 from compress.recipe.stages import PruneStage
 from compress.run import Run
 from compress.scoring import served
-from compress.training.loop import place_
+from compress.training.device import place_
 from export.command.files import write_json
 from export.images.size import Shape
 from export.names import LATENCY_JSON, PLAN_JSON

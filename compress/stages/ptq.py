@@ -50,7 +50,7 @@ from compress.scoring import (
     worst_first,
     write_float16,
 )
-from compress.training.loop import place_
+from compress.training.device import place_
 from export.command.files import write_json
 from export.errors import BundleError
 from export.names import PTQ_JSON

@@ -23,7 +23,7 @@ from compress.recipe.arguments import qat_fit
 from compress.recipe.stages import QatStage
 from compress.run import Run
 from compress.scoring import export_network, faster_than, runs_here, tuning_score, worst_first
-from compress.training.loop import place_
+from compress.training.device import place_
 from export.command.files import write_json
 from export.names import PTQ_JSON
 from export.onnx_file.targets import Target

@@ -6,8 +6,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -24,6 +25,7 @@ from compress.ranks import first_decides, gather, rank
 from compress.recipe.stages import Fit
 from compress.training import compilation
 from compress.training.checkpoint import Progress, Snapshot, State
+from compress.training.device import Network, place_
 from compress.training.guards import (
     NotFiniteError,
     batch_norm_named,
@@ -33,15 +35,14 @@ from compress.training.guards import (
     record_,
     stop_reason,
 )
+from compress.training.rates import find_rate_
 from compress.training.shares import shared
 from compress.training.speed import AUTOCAST, Pace, thread_limit
 from compress.training.sync_batchnorm import synchronized
 from export.command.files import write_json
 
 Step = Callable[[nn.Module, Batch, float], dict[str, Tensor]]  # (model, batch, fraction of the training done)
-Network = TypeVar("Network", bound=nn.Module)
 Result = TypeVar("Result")
-ONEDNN_BLOCK = 16  # channels; strided 1 x 1 convolutions of fewer inputs crash in their backward pass
 CHECKPOINT_EVERY_S = 20.0
 CHECK_EVERY_STEPS = 100  # that the loss is finite
 MAX_ROLLBACKS = 3
@@ -104,26 +105,6 @@ def make_optimizer(model: nn.Module, settings: Fit) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov, fused=True)
 
 
-def place_(model: Network, device: torch.device) -> Network:
-    """Move a network to the device in channels_last: convolutions up to 8 times faster on a CPU, tensor cores on a GPU."""
-    model.to(device).to(memory_format=torch.channels_last)
-    for layer in model.modules() if device.type == "cpu" else ():
-        if isinstance(layer, nn.Conv2d) and layer.in_channels < ONEDNN_BLOCK and _is_strided_1x1(layer):
-            layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
-            if not layer._forward_pre_hooks:
-                layer.register_forward_pre_hook(_in_rows)
-    return model
-
-
-def _is_strided_1x1(layer: nn.Conv2d) -> bool:
-    return layer.kernel_size == (1, 1) and layer.stride != (1, 1)
-
-
-def _in_rows(_layer: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Pass a layer its images row by row where a gradient follows: in channels_last oneDNN 3.12 writes past its memory (its issue 6035)."""
-    return tuple(images.contiguous() for images in given) if torch.is_grad_enabled() else None
-
-
 def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     """Train `model` and return it in eval mode on its device, or its moving average where the settings ask for one.
 
@@ -142,14 +123,13 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     loop.log.start(epochs=settings.epochs, batches=loop.steps_per_epoch, done=progress.epoch, phase=loop.phase)
     if loop.held and not progress.held_out:
         progress.held_out.append(loop.held.loss(loop.held.start))
-    saved_at = time.monotonic()
-    started = saved_at - progress.seconds
+    started = (saved_at := time.monotonic()) - progress.seconds
     synchronizing = synchronized(model, loop.group) if settings.sync_batchnorm and loop.ranks > 1 else nullcontext()
     with thread_limit() as threads, synchronizing:
         pace = training.pace(threads)
-        if pace.begin_() and loop.log.enabled:
+        timed, wrapped = pace.begin_(), training.wrap()
+        if (training.find_rate_(wrapped) or timed) and loop.log.enabled:
             state.save(loop.checkpoint)
-        wrapped = training.wrap()
         while progress.epoch < settings.epochs and stopped is None:
             try:
                 measurements = training.good_epoch(wrapped)
@@ -241,11 +221,12 @@ class _Training:
                 f"{losses[0]:.4g} (the epochs': {epochs})"
             )
             return held.start
-        if best == len(losses) - 1:
-            return result
-        assert self.state.kept is not None
-        result.load_state_dict(self.state.kept)
-        self.note(f"kept the network of epoch {best}, whose loss on held-out images is {losses[best]:.4g}, the least")
+        if best < len(losses) - 1:
+            assert self.state.kept is not None
+            result.load_state_dict(self.state.kept)
+            self.note(
+                f"kept the network of epoch {best}, whose loss on held-out images is {min(losses):.4g}, the least"
+            )
         return result
 
     def within_memory(self, attempt: Callable[[], Result], good: Snapshot) -> Result:
@@ -286,7 +267,7 @@ class _Training:
     def epoch(self, wrapped: nn.Module) -> dict[str, float]:
         """Train one epoch, or until its loss is not finite; return the step's mean measurements, the rate and the speed."""
         loop, epoch = self.loop, self.state.progress.epoch
-        torch.manual_seed(hash((loop.seed, epoch, rank()) if rank() else (loop.seed, epoch)) % 2**63)  # dropout
+        self.seed_(epoch)
         sums: dict[str, Tensor] = {}
         images, started = 0, time.perf_counter()
         self.state.model.train()
@@ -305,14 +286,19 @@ class _Training:
         rate = self.state.optimizer.param_groups[0]["lr"]
         return means | {"lr": rate, "images_per_s": images / (time.perf_counter() - started)}
 
+    def seed_(self, epoch: int) -> None:
+        """Seed this rank's random numbers, such as dropout's."""
+        torch.manual_seed(hash((self.loop.seed, epoch, *([rank()] if rank() else []))) % 2**63)
+
     def train_step(self, wrapped: nn.Module, batch: Batch, index: int) -> dict[str, Tensor]:
         """Train on the epoch's batch number `index`; return the step's measurements, which add up over ranks."""
         loop, settings, state = self.loop, self.settings, self.state
         model, progress, dtype = state.model, state.progress, AUTOCAST[state.progress.precision]
         index += progress.epoch * loop.steps_per_epoch
         done = index / (settings.epochs * loop.steps_per_epoch)
+        scale = (progress.rate or 1.0) / 2**progress.rollbacks
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, index, loop.steps_per_epoch) / 2**progress.rollbacks
+            group["lr"] = scale * learning_rate(settings, index, loop.steps_per_epoch)
         if loop.before_step:
             loop.before_step(model, done)
         measured: dict[str, Tensor] = {}
@@ -370,6 +356,26 @@ class _Training:
             tell=self.tell,
         )
 
+    def find_rate_(self, wrapped: nn.Module) -> bool:
+        """Find the rate by trials, if the settings ask for them and held-out images judge; return whether any was made."""
+        loop, state, held = self.loop, self.state, self.loop.held
+        if held is None or not self.settings.range_test:
+            return False
+        good = state.snapshot()
+
+        def trial(settings: Fit, steps: int) -> float:
+            loop.log.doing(f"tries the rate {settings.lr:.3g} for {steps} steps")
+            short = replace(self, settings=settings, loop=replace(loop, steps_per_epoch=steps))
+            self.seed_(0)
+            state.model.train()
+            for index, batch in enumerate(islice(chain.from_iterable(map(loop.batches, count())), steps)):
+                self.within_memory(partial(short.train_step, wrapped, batch, index), good)
+            loss = held.loss(state.result)
+            state.restore_(good)
+            return loss
+
+        return find_rate_(state.progress, self.settings, loop.steps_per_epoch, trial, self.tell)
+
     @contextmanager
     def rehearsal(self) -> Iterator[Callable[[nn.Module], None]]:
         """Give a function that trains a network for one step; restore everything at the end."""
@@ -390,6 +396,5 @@ def _synchronized(wrapped: nn.Module, last: bool) -> AbstractContextManager[obje
 
 
 def _average(model: nn.Module, settings: Fit) -> AveragedModel | None:
-    if not settings.ema_decay:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True)
+    average = get_ema_multi_avg_fn(settings.ema_decay)
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True) if settings.ema_decay else None

@@ -16,7 +16,7 @@ from compress.models.architectures import build
 from compress.quant.calibrate import collect, set_ranges_
 from compress.quant.graph.trace import called, trace
 from compress.quant.prepare import deploy, prepare
-from compress.training.loop import place_
+from compress.training.device import place_
 from export.onnx_file.targets import TARGETS
 
 MultiBranch = RepVggBlock | MobileOneBlock | FastMobileOneBlock

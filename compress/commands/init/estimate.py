@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from compress.commands.init.images import Folder
 from compress.commands.init.ways import Network
 from compress.recipe.schema import TeacherCache
-from compress.training.loop import place_
+from compress.training.device import place_
 from export.images.size import Shape
 
 STEP = 8  # images in a timed step

@@ -19,7 +19,7 @@ from compress.models.architectures import SIZED
 from compress.models.published import HALVES, IMAGENET, NONE, Published, published
 from compress.models.recognize import Match
 from compress.models.structure import count
-from compress.training.loop import place_
+from compress.training.device import place_
 from export.images.box_listing import NO_BOX, BoxListing
 from export.images.decode import RGB, BrokenImage
 from export.images.preprocess import Preprocess
