@@ -73,6 +73,7 @@ def distil(
     phase: str,
     before_step: Callable[[nn.Module, float], None] | None = None,
     start: nn.Module | None = None,
+    settle: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """Train the student with the teacher of the artifact `src` and return it, or `start` if the training did not help.
 
@@ -93,7 +94,15 @@ def distil(
         terms, task, student=student, teacher=teaching.teacher, images=shown, seed=run.recipe.seed
     )
     return run.fit(
-        learner, step, settings, log=log, phase=phase, views=teaching.views, before_step=before_step, held=held
+        learner,
+        step,
+        settings,
+        log=log,
+        phase=phase,
+        views=teaching.views,
+        before_step=before_step,
+        held=held,
+        settle=settle,
     ).student
 
 

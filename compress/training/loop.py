@@ -1,6 +1,5 @@
 """The one training loop. Plain training, distillation and quantization-aware training each pass in their own step."""
 
-import bisect
 import gc
 import math
 import time
@@ -35,7 +34,7 @@ from compress.training.guards import (
     record_,
     stop_reason,
 )
-from compress.training.rates import find_rate_
+from compress.training.rates import find_rate_, learning_rate
 from compress.training.shares import shared
 from compress.training.speed import AUTOCAST, Pace, thread_limit
 from compress.training.sync_batchnorm import synchronized
@@ -77,16 +76,7 @@ class Loop:
     after_backward: Callable[[nn.Module], None] | None = None
     left_out: Callable[[], int] = lambda: 0  # number of training images that could not be read so far
     held: Held | None = None
-
-
-def learning_rate(settings: Fit, step: int, steps_per_epoch: int) -> float:
-    """Return a step's rate: linear warm-up, then milestones or a cosine to 0 (Loshchilov & Hutter 2017, eq. 5)."""
-    warm_up, total = settings.warmup_epochs * steps_per_epoch, settings.epochs * steps_per_epoch
-    if step < warm_up:
-        return settings.lr * min((step + 1) / warm_up, 1.0)
-    if settings.schedule == "step":
-        return settings.lr * settings.gamma ** bisect.bisect_right(settings.milestones, step // steps_per_epoch)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(total - warm_up, 1)))
+    settle: Callable[[nn.Module], None] | None = None  # (the result so far) before it is judged
 
 
 def make_optimizer(model: nn.Module, settings: Fit) -> torch.optim.Optimizer:
@@ -198,7 +188,7 @@ class _Training:
 
     def evaluate(self) -> Mapping[str, float]:
         """Return the validation measurements of what the training would give now."""
-        result, held = self.state.result, self.loop.held
+        result, held = self.settled(), self.loop.held
         try:
             return {**self.loop.evaluate(result), **({"held_out_loss": held.loss(result)} if held else {})}
         except RuntimeError as error:
@@ -207,6 +197,12 @@ class _Training:
             raise CompressError(
                 f"{self.loop.phase}: out of memory in the evaluation; lower data.eval_batch_size"
             ) from error
+
+    def settled(self) -> nn.Module:
+        """Return what the training would give now, ready to be judged."""
+        if self.loop.settle:
+            self.loop.settle(self.state.result)
+        return self.state.result
 
     def chosen_(self) -> nn.Module:
         """Return the network of the least held-out loss, in eval mode; the last one where nothing is held out."""
@@ -370,7 +366,7 @@ class _Training:
             state.model.train()
             for index, batch in enumerate(islice(chain.from_iterable(map(loop.batches, count())), steps)):
                 self.within_memory(partial(short.train_step, wrapped, batch, index), good)
-            loss = held.loss(state.result)
+            loss = held.loss(self.settled())
             state.restore_(good)
             return loss
 

@@ -1,9 +1,10 @@
-"""Find a training's rate: train briefly at a few parts of `fit.lr`, each from the start, and compare the losses on held-out images.
+"""A training's rate: its schedule, and a test that finds its size.
 
-Unlike the range test of Smith 2017 (Cyclical Learning Rates, section 3.3), whose one rate rises while the training loss is watched, each
+The test trains briefly at a few parts of `fit.lr`, each from the start, and compares the losses on held-out images. Unlike the range test of Smith 2017 (Cyclical Learning Rates, section 3.3), whose one rate rises while the training loss is watched, each
 trial is a training of its own whose rate falls to 0, since it is the end of a training that counts.
 """
 
+import bisect
 import math
 from collections.abc import Callable
 
@@ -14,6 +15,16 @@ PARTS = (3.0, 1.0, 0.3, 0.1)  # of `fit.lr`
 SHARE = 0.04  # of the training's steps, for each trial
 FEWEST = 20  # steps of a trial
 WARM_UP = 0.1  # of a trial's steps
+
+
+def learning_rate(settings: Fit, step: int, steps_per_epoch: int) -> float:
+    """Return a step's rate: linear warm-up, then milestones or a cosine to 0 (Loshchilov & Hutter 2017, eq. 5)."""
+    warm_up, total = settings.warmup_epochs * steps_per_epoch, settings.epochs * steps_per_epoch
+    if step < warm_up:
+        return settings.lr * min((step + 1) / warm_up, 1.0)
+    if settings.schedule == "step":
+        return settings.lr * settings.gamma ** bisect.bisect_right(settings.milestones, step // steps_per_epoch)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(total - warm_up, 1)))
 
 
 def find_rate_(

@@ -23,7 +23,8 @@ from compress.recipe.stages import Fit
 from compress.tasks import TASKS, evaluate
 from compress.training import loop as train
 from compress.training import rates
-from compress.training.loop import Held, Loop, Step, fit, learning_rate, make_optimizer
+from compress.training.loop import Held, Loop, Step, fit, make_optimizer
+from compress.training.rates import learning_rate
 
 CPU = torch.device("cpu")
 STEP = supervised_step(TASKS["classification"], label_smoothing=0.0)

@@ -152,12 +152,21 @@ def rebase_batchnorm_(student: nn.Module, images: Tensor) -> None:
 
 @torch.no_grad()
 def estimate_batchnorm_(student: nn.Module, images: Tensor) -> None:
-    """Set every batch-norm's statistics to its inputs' mean and variance over `images` (n, c, h, w), in the order they run."""
+    """Set every batch-norm's statistics to its inputs' mean and variance over `images` (n, c, h, w), in the order they run in eval mode.
+
+    Images whose inputs are many times the usual are left out. Source: Wu & Johnson 2021 (Rethinking "Batch" in BatchNorm, section 3).
+    """
 
     def measure(norm: Norm, inputs: tuple[Tensor, ...]) -> None:
-        norm.running_var, norm.running_mean = _statistics(inputs[0])
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        variance, mean = _statistics(inputs[0])
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
 
-    _run_with(student, images, dict.fromkeys(_norms(student).values(), measure))
+    training = student.training
+    _run_with(student.eval(), images, dict.fromkeys(_norms(student).values(), measure))
+    student.train(training)
 
 
 def _layers(model: nn.Module) -> dict[str, SOLVED]:

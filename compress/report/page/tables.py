@@ -79,6 +79,7 @@ def end_to_end(report: Report) -> list[ReportTable]:
 def files(report: Report, rows: Sequence[DeployedRow]) -> ReportTable:
     """Return the table of files that were timed under the same conditions, with the provider of each if there are several."""
     several = len({runs_in(row) for row in rows}) > 1
+    tuned = any(row["provider_options"] for row in rows)
     score = summary.score_text(report)
     cells = [
         (
@@ -92,13 +93,13 @@ def files(report: Report, rows: Sequence[DeployedRow]) -> ReportTable:
             times(row["speedup_vs_student_fp32"] and row["speedup_vs_student_fp32"]["ratio"]),
             *(significant(row[key]) for key in ("p90_ms", "throughput_ips", "peak_memory_mb")),
             *((significant(row.get("open_ms")), str(len(row.get("left_to_others", [])))) if several else ()),
-            ", ".join(f"{key}={value}" for key, value in row["provider_options"].items()),
+            *((", ".join(f"{key}={value}" for key, value in row["provider_options"].items()),) if tuned else ()),
         )
         for row in rows
     ]
     place, opened = (("Runs in",), ("Open ms", "Left to others")) if several else ((), ())
     columns = ("File", *place, summary.metric_title(report), "Agree", "MB", "p50 ms", "p99 ms", "vs teacher", "95 %")
-    further = ("p90 ms", "Images/s", "Peak MB", *opened, "Provider options")
+    further = ("p90 ms", "Images/s", "Peak MB", *opened, *(("Provider options",) if tuned else ()))
     return ReportTable(summary.conditions(rows[0]), (*columns, "vs FP32", *further), cells, more=len(further))
 
 
