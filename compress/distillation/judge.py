@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compress.data.batches import Batch
 from compress.distillation.step import TeacherOutput, mean_loss, needs_teacher
+from compress.pruning.recovery.reconstruction import estimate_batchnorm_
 from compress.quant.layers import deployed_once
 from compress.ranks import gather, share_
 from compress.recipe.losses import KD_ONLY, MSE_ONLY, CrossEntropyTerm, FeatureTerm, LossTerm
@@ -94,3 +95,17 @@ def judge(
         return median(value for rank in gather(mine) for value in rank)
 
     return loss
+
+
+@torch.no_grad()
+def settle_(network: nn.Module, loss: Callable[[nn.Module], float], images: Tensor) -> None:
+    """Set batch-norms' statistics to those over `images` (n, channels, height, width) where that lowers the loss.
+
+    The running ones are those of the last few batches, which a few images that blow a network up can ruin; a network whose other weights
+    live with such images needs them, however.
+    """
+    before, running = loss(network), {name: values.clone() for name, values in network.named_buffers()}
+    estimate_batchnorm_(network, images)
+    if not loss(network) < before:
+        for name, values in network.named_buffers():
+            values.copy_(running[name])

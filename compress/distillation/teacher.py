@@ -10,15 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from compress.artifact import lineage, read_meta
 from compress.data.batches import Batch, Views
-from compress.distillation.judge import judge, judging_images
+from compress.distillation.judge import judge, judging_images, settle_
 from compress.distillation.logit_cache import Layout, LogitCache
 from compress.distillation.step import (
     Learner,
@@ -73,11 +74,12 @@ def distil(
     phase: str,
     before_step: Callable[[nn.Module, float], None] | None = None,
     start: nn.Module | None = None,
-    settle: Callable[[nn.Module], None] | None = None,
+    views: Tensor | None = None,
 ) -> nn.Module:
     """Train the student with the teacher of the artifact `src` and return it, or `start` if the training did not help.
 
     `start` is the student as it is given, unless it says otherwise; where that was never trained, the last epoch is returned.
+    After each epoch batch-norms take their statistics from `views` (n, channels, height, width), if that helps.
     """
     task, images = run.learned, run.dataset.with_unlabelled
     run = replace(run, opened=lambda: images)
@@ -102,7 +104,7 @@ def distil(
         views=teaching.views,
         before_step=before_step,
         held=held,
-        settle=settle,
+        settle=partial(settle_, loss=held.loss, images=views) if held and views is not None else None,
     ).student
 
 

@@ -1,15 +1,14 @@
 """Recover accuracy: the student learns from the teacher, which sees the same augmented views."""
 
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.artifact import Metrics
 from compress.distillation.teacher import distil
 from compress.models.saved import example_images, load_float, read_architecture, save_network
-from compress.pruning.recovery.reconstruction import affordable_images, estimate_batchnorm_
+from compress.pruning.recovery.reconstruction import affordable_images
 from compress.recipe.stages import DistillStage
 from compress.run import Run
 from compress.training.device import place_
@@ -24,10 +23,6 @@ def apply(cfg: DistillStage, src: Path, out: Path, run: Run) -> Metrics:
         if done >= cfg.freeze_batchnorm_at:
             freeze_norms_(student)
 
-    settle = None
-    if cfg.reestimate_batchnorm_images and cfg.freeze_batchnorm_at == 1:
-        count = min(cfg.reestimate_batchnorm_images, affordable_images(student, example_images(run.shape, run.device)))
-        settle = partial(estimate_batchnorm_, images=torch.cat([batch.images for batch in run.feed.views(count)]))
     with run.log(out, "distill") as log:
         student = distil(
             run,
@@ -38,9 +33,17 @@ def apply(cfg: DistillStage, src: Path, out: Path, run: Run) -> Metrics:
             log=log,
             phase="distill",
             before_step=before_step,
-            settle=settle,
+            views=_views(cfg, student, run),
         )
         if run.rank == 0:
             save_network(student, read_architecture(src), out)
         log.doing("measures the student on the validation images")
         return run.measure(student)
+
+
+def _views(cfg: DistillStage, student: nn.Module, run: Run) -> Tensor | None:
+    """Return the images that measure batch-norms' statistics again; None where they are frozen, or none are asked for."""
+    if not cfg.reestimate_batchnorm_images or cfg.freeze_batchnorm_at < 1:
+        return None
+    most = affordable_images(student, example_images(run.shape, run.device))
+    return torch.cat([batch.images for batch in run.feed.views(min(cfg.reestimate_batchnorm_images, most))])

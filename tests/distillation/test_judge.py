@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compress.distillation.judge import VIEW, judge, judged_terms, judging_images
-from compress.models.saved import WEIGHTS
+from compress.distillation.judge import VIEW, judge, judged_terms, judging_images, settle_
+from compress.models.saved import WEIGHTS, load_float
 from compress.pipeline import plan_recipe, run_recipe
+from compress.pruning.recovery.reconstruction import estimate_batchnorm_
 from compress.recipe.losses import KD_ONLY, CrossEntropyTerm, KDTerm, PKDTerm
 from compress.recipe.read import read_recipe
 from compress.run import open_run
@@ -106,6 +107,32 @@ def test_frozen_batch_norms_keep_the_statistics_of_the_solve(pruned: Path) -> No
     norms = {name.removesuffix(".running_mean") for name in before if name.endswith(".running_mean")}
     assert changed == {name for name in before if not name.endswith(("running_mean", "running_var", "tracked"))}
     assert {f"{norm}.weight" for norm in norms} < changed
+
+
+def test_batch_norms_end_with_the_statistics_of_many_views(pruned: Path) -> None:
+    stages = run(pruned, "distill.reestimate_batchnorm_images=300", until="distill")
+    recipe = read_recipe(pruned / "recipe.yaml", [f"out={pruned}"])
+    run_ = open_run(recipe, trust_code=True, verbose=False)
+    network = load_float(stages["distill"], trust_code=True)
+    again = copy.deepcopy(network)
+    estimate_batchnorm_(again, torch.cat([batch.images for batch in run_.feed.views(300)]))
+    for name, values in network.named_buffers():
+        torch.testing.assert_close(values, again.get_buffer(name), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_statistics_that_make_a_network_worse_are_not_taken(better: bool) -> None:
+    norm, images = nn.BatchNorm2d(3).train(), torch.randn(32, 3, 4, 4) + 5
+    before = copy.deepcopy(norm.state_dict())
+
+    def loss(network: nn.Module) -> float:
+        mean = network.get_buffer("running_mean").mean()
+        return float(-mean if better else mean)
+
+    settle_(norm, loss, images)
+    assert norm.training
+    wanted = images.mean((0, 2, 3)) if better else before["running_mean"]
+    torch.testing.assert_close(norm.running_mean, wanted)
 
 
 def test_training_for_integers_ends_no_worse_than_the_calibrated_file(pruned: Path) -> None:
