@@ -253,7 +253,6 @@ class Run:
         before_step: Callable[[nn.Module, float], None] | None = None,
         after_backward: Callable[[nn.Module], None] | None = None,
         held: Held | None = None,
-        settle: Callable[[nn.Module], None] | None = None,
     ) -> Network:
         """Train in the one loop. `phase` names the training's files; epochs cycle through `views` views (None: all new)."""
         without = held.images if held else ()
@@ -276,7 +275,6 @@ class Run:
             after_backward=after_backward,
             left_out=lambda: len(set().union(*gather(set(self.dataset.train.broken)))),
             held=held,
-            settle=settle,
         )
         log.note_detail(f"{len(self.dataset.train):,} training images {self.dataset.train.place}")
         return fit(model, step, settings, loop)

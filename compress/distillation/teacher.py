@@ -84,7 +84,7 @@ def distil(
     task, images = run.learned, run.dataset.with_unlabelled
     run = replace(run, opened=lambda: images)
     teaching = teach(run, src, terms, settings, log)
-    held = _held(run, task, src, terms, copy.deepcopy(student) if start is None else start, teaching, log)
+    held = _held(run, task, src, terms, copy.deepcopy(student) if start is None else start, teaching, views, log)
     shown = example_images(run.shape, run.device)
     plain = not isinstance(student, fx.GraphModule)  # which is a graph of the eval mode already
     values = not (task.output.has_classes and task.supervised)  # its outputs themselves are learned
@@ -96,20 +96,19 @@ def distil(
         terms, task, student=student, teacher=teaching.teacher, images=shown, seed=run.recipe.seed
     )
     return run.fit(
-        learner,
-        step,
-        settings,
-        log=log,
-        phase=phase,
-        views=teaching.views,
-        before_step=before_step,
-        held=held,
-        settle=partial(settle_, loss=held.loss, images=views) if held and views is not None else None,
+        learner, step, settings, log=log, phase=phase, views=teaching.views, before_step=before_step, held=held
     ).student
 
 
 def _held(
-    run: Run, task: Task, src: Path, terms: Sequence[LossTerm], start: nn.Module, teaching: Teaching, log: StageLog
+    run: Run,
+    task: Task,
+    src: Path,
+    terms: Sequence[LossTerm],
+    start: nn.Module,
+    teaching: Teaching,
+    views: Tensor | None,
+    log: StageLog,
 ) -> Held | None:
     """Return what judges the training; None for a student with random weights, which any training helps."""
     meta = read_meta(src)
@@ -119,7 +118,8 @@ def _held(
     how = "held out" if held_out else "too few to hold out, so they are trained on as well"
     log.note_detail(f"judged on {len(images):,} training images, {how}")
     loss = judge(run, task, terms, lambda: teaching.network or run.teacher(src), images)
-    return Held(Learner(start, tap(start, ()), (), ()), images if held_out else (), loss)
+    settle = None if views is None else partial(settle_, loss=loss, images=views)
+    return Held(Learner(start, tap(start, ()), (), ()), images if held_out else (), loss, settle)
 
 
 def teach(run: Run, src: Path, terms: Sequence[LossTerm], settings: Fit, log: StageLog) -> Teaching:

@@ -143,7 +143,6 @@ def qat_fit(cfg: QatStage, recipe: Recipe) -> Fit:
         update={
             "epochs": max(1, round(trained[-1].epochs / 10)),
             "lr": trained[-1].lr / 100,
-            "range_test": False,
             "warmup_epochs": 0.0,
             "schedule": "cosine",
             "milestones": (),

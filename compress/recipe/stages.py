@@ -49,8 +49,6 @@ class Fit(Section):
     """SGD with momentum, or AdamW."""
     lr: PositiveFloat = 0.05
     """The peak learning rate, after the warm-up."""
-    range_test: bool = False
-    """First try 3, 1, 0.3 and 0.1 times `lr`, each for a 25th of the steps, and train at the one whose loss on held-out images is the least. In `distill` and `qat`."""
     schedule: Literal["cosine", "step"] = "cosine"
     """How the rate falls after the warm-up: by half a cosine to 0, or by the factor `gamma` at each of `milestones`."""
     milestones: tuple[PositiveInt, ...] = ()

@@ -24,7 +24,6 @@ class Progress:
     best: float = float("-inf")
     best_epoch: int = 0
     rollbacks: int = 0  # each halves the rate
-    rate: float = 0.0  # part of `fit.lr` that a range test found; 0 without one
     micro_batches: int = 1
     precision: str = ""  # of the steps; empty until chosen
     threads: int = 0  # on a CPU

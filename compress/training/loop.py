@@ -1,13 +1,13 @@
 """The one training loop. Plain training, distillation and quantization-aware training each pass in their own step."""
 
+import bisect
 import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain, count, islice
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -34,7 +34,6 @@ from compress.training.guards import (
     record_,
     stop_reason,
 )
-from compress.training.rates import find_rate_, learning_rate
 from compress.training.shares import shared
 from compress.training.speed import AUTOCAST, Pace, thread_limit
 from compress.training.sync_batchnorm import synchronized
@@ -54,6 +53,7 @@ class Held:
     start: nn.Module
     images: Sequence[int] | Tensor  # indices of the training images that are left out
     loss: Callable[[nn.Module], float]  # of a network; the same on all ranks, which call it together
+    settle: Callable[[nn.Module], None] | None = None  # what is done to an epoch's network before it is judged
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,16 @@ class Loop:
     after_backward: Callable[[nn.Module], None] | None = None
     left_out: Callable[[], int] = lambda: 0  # number of training images that could not be read so far
     held: Held | None = None
-    settle: Callable[[nn.Module], None] | None = None  # (the result so far) before it is judged
+
+
+def learning_rate(settings: Fit, step: int, steps_per_epoch: int) -> float:
+    """Return a step's rate: linear warm-up, then milestones or a cosine to 0 (Loshchilov & Hutter 2017, eq. 5)."""
+    warm_up, total = settings.warmup_epochs * steps_per_epoch, settings.epochs * steps_per_epoch
+    if step < warm_up:
+        return settings.lr * min((step + 1) / warm_up, 1.0)
+    if settings.schedule == "step":
+        return settings.lr * settings.gamma ** bisect.bisect_right(settings.milestones, step // steps_per_epoch)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(total - warm_up, 1)))
 
 
 def make_optimizer(model: nn.Module, settings: Fit) -> torch.optim.Optimizer:
@@ -117,9 +126,9 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     synchronizing = synchronized(model, loop.group) if settings.sync_batchnorm and loop.ranks > 1 else nullcontext()
     with thread_limit() as threads, synchronizing:
         pace = training.pace(threads)
-        timed, wrapped = pace.begin_(), training.wrap()
-        if (training.find_rate_(wrapped) or timed) and loop.log.enabled:
+        if pace.begin_() and loop.log.enabled:
             state.save(loop.checkpoint)
+        wrapped = training.wrap()
         while progress.epoch < settings.epochs and stopped is None:
             try:
                 measurements = training.good_epoch(wrapped)
@@ -188,8 +197,10 @@ class _Training:
 
     def evaluate(self) -> Mapping[str, float]:
         """Return the validation measurements of what the training would give now."""
-        result, held = self.settled(), self.loop.held
+        result, held = self.state.result, self.loop.held
         try:
+            if held and held.settle:
+                held.settle(result)
             return {**self.loop.evaluate(result), **({"held_out_loss": held.loss(result)} if held else {})}
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -197,12 +208,6 @@ class _Training:
             raise CompressError(
                 f"{self.loop.phase}: out of memory in the evaluation; lower data.eval_batch_size"
             ) from error
-
-    def settled(self) -> nn.Module:
-        """Return what the training would give now, ready to be judged."""
-        if self.loop.settle:
-            self.loop.settle(self.state.result)
-        return self.state.result
 
     def chosen_(self) -> nn.Module:
         """Return the network of the least held-out loss, in eval mode; the last one where nothing is held out."""
@@ -263,7 +268,7 @@ class _Training:
     def epoch(self, wrapped: nn.Module) -> dict[str, float]:
         """Train one epoch, or until its loss is not finite; return the step's mean measurements, the rate and the speed."""
         loop, epoch = self.loop, self.state.progress.epoch
-        self.seed_(epoch)
+        torch.manual_seed(hash((loop.seed, epoch, rank()) if rank() else (loop.seed, epoch)) % 2**63)  # dropout
         sums: dict[str, Tensor] = {}
         images, started = 0, time.perf_counter()
         self.state.model.train()
@@ -282,19 +287,14 @@ class _Training:
         rate = self.state.optimizer.param_groups[0]["lr"]
         return means | {"lr": rate, "images_per_s": images / (time.perf_counter() - started)}
 
-    def seed_(self, epoch: int) -> None:
-        """Seed this rank's random numbers, such as dropout's."""
-        torch.manual_seed(hash((self.loop.seed, epoch, *([rank()] if rank() else []))) % 2**63)
-
     def train_step(self, wrapped: nn.Module, batch: Batch, index: int) -> dict[str, Tensor]:
         """Train on the epoch's batch number `index`; return the step's measurements, which add up over ranks."""
         loop, settings, state = self.loop, self.settings, self.state
         model, progress, dtype = state.model, state.progress, AUTOCAST[state.progress.precision]
         index += progress.epoch * loop.steps_per_epoch
         done = index / (settings.epochs * loop.steps_per_epoch)
-        scale = (progress.rate or 1.0) / 2**progress.rollbacks
         for group in state.optimizer.param_groups:
-            group["lr"] = scale * learning_rate(settings, index, loop.steps_per_epoch)
+            group["lr"] = learning_rate(settings, index, loop.steps_per_epoch) / 2**progress.rollbacks
         if loop.before_step:
             loop.before_step(model, done)
         measured: dict[str, Tensor] = {}
@@ -351,26 +351,6 @@ class _Training:
             note=self.note,
             tell=self.tell,
         )
-
-    def find_rate_(self, wrapped: nn.Module) -> bool:
-        """Find the rate by trials, if the settings ask for them and held-out images judge; return whether any was made."""
-        loop, state, held = self.loop, self.state, self.loop.held
-        if held is None or not self.settings.range_test:
-            return False
-        good = state.snapshot()
-
-        def trial(settings: Fit, steps: int) -> float:
-            loop.log.doing(f"tries the rate {settings.lr:.3g} for {steps} steps")
-            short = replace(self, settings=settings, loop=replace(loop, steps_per_epoch=steps))
-            self.seed_(0)
-            state.model.train()
-            for index, batch in enumerate(islice(chain.from_iterable(map(loop.batches, count())), steps)):
-                self.within_memory(partial(short.train_step, wrapped, batch, index), good)
-            loss = held.loss(self.settled())
-            state.restore_(good)
-            return loss
-
-        return find_rate_(state.progress, self.settings, loop.steps_per_epoch, trial, self.tell)
 
     @contextmanager
     def rehearsal(self) -> Iterator[Callable[[nn.Module], None]]:

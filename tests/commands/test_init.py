@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from compress.cli import app
 from compress.commands.init import ways, write
 from compress.commands.init.draft import Draft, recipe
-from compress.commands.init.estimate import START_S, StepTime, planned
+from compress.commands.init.estimate import SETTLED, START_S, StepTime, planned
 from compress.commands.init.images import Folder, look_at
 from compress.commands.init.ways import Network, Tried, _Judge
 from compress.commands.init.write import write_draft
@@ -209,13 +209,13 @@ def folder_of(tmp_path: Path, train: int) -> Folder:
 def test_an_estimate_counts_every_stage(tmp_path: Path, classes: int) -> None:
     folder = folder_of(tmp_path, 7500)
     network = Network("cifar:resnet20", classes, folder.prepared((32, 32), 1.0, IMAGENET), None, None)
-    plan = planned(folder, network, StepTime(forward=0.001, step=0.004), 3600)
-    # 8 epochs of distillation and 2 of QAT by half a step each, twice as dear in QAT; the teacher sees 8 views.
-    student = 7500 * (0.5 * 0.004 + 0.0003)
+    plan = planned(folder, network, StepTime(forward=0.001, step=0.004, exact=0.004, layers=50), 3600)
+    # 8 epochs of distillation and 2 of QAT by half a step each, half as much again in QAT; the teacher sees 8 views.
+    student, settled = 7500 * (0.5 * 0.004 + 0.0003), SETTLED * 0.5 * 0.001
     assert (plan.source, plan.distill, plan.qat) == (0 if classes == 2 else 8, 8, 2)
     assert plan.seconds["source"] == pytest.approx(START_S + (0 if classes == 2 else 8 * 7500 * 0.0043))
-    assert plan.seconds["distill"] == pytest.approx(8 * student + 8 * 7500 * 0.001)
-    assert plan.seconds["qat"] == pytest.approx(2 * 2 * student)
+    assert plan.seconds["distill"] == pytest.approx(8 * (student + settled) + 8 * 7500 * 0.001)
+    assert plan.seconds["qat"] == pytest.approx(2 * 7500 * (1.5 * 0.5 * 0.004 + 0.0003))
 
 
 @pytest.mark.parametrize(("arch", "has_heads"), [("timm:test_vit", True), ("cifar:resnet20", False)])
@@ -224,20 +224,20 @@ def test_a_recipe_opens_the_heads_of_attention_where_there_are_any(arch: str, ha
     network = Network(arch, 2, folder.prepared((32, 32), 1.0, IMAGENET), 0.9, 0.9)
     model = build(arch, num_classes=2, shape=network.shape).eval()
     given = Draft("a.pth", tmp_path, folder, network, model, 1e6, None, trust_code=False)
-    plan = planned(folder, network, StepTime(forward=0.001, step=0.004), 3600)
+    plan = planned(folder, network, StepTime(forward=0.001, step=0.004, exact=0.004, layers=50), 3600)
     assert ("inside_heads: true" in recipe(given, plan, "a")) == has_heads
 
 
 def test_a_plan_trains_what_the_minutes_allow_and_nothing_where_it_would_be_too_little(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, 7500)
     network = Network("cifar:resnet20", 2, folder.prepared((32, 32), 1.0, IMAGENET), 0.9, 0.9)
-    clock = StepTime(forward=0.004, step=0.012)
+    clock = StepTime(forward=0.004, step=0.012, exact=0.012, layers=50)
     plans = [planned(folder, network, clock, 60 * minutes) for minutes in (4, 9, 12, 60)]
     assert [plan.distill for plan in plans] == sorted(plan.distill for plan in plans)
     assert (plans[0].distill, plans[0].qat, plans[-1].distill) == (0, 0, 8)
     assert all(plan.total <= 60 * minutes for plan, minutes in zip(plans, (4, 9, 12, 60), strict=True))
     assert planned(folder, network, clock, 8 * 3600, longer=3).distill == 24
-    busy = clock._replace(forward=2 * clock.forward, step=2 * clock.step, share=0.5)
+    busy = clock._replace(forward=2 * clock.forward, step=2 * clock.step, exact=2 * clock.exact, share=0.5)
     assert planned(folder, network, busy, 1800) == planned(folder, network, clock, 1800)
 
 
@@ -287,7 +287,7 @@ def write_placed(folder: Path, task: str) -> None:
 def test_masks_boxes_and_several_labels_become_a_recipe_that_reads(
     tmp_path: Path, task: str, arch: str, same: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write, "timed", lambda *_: StepTime(0.001, 0.003))
+    monkeypatch.setattr(write, "timed", lambda *_: StepTime(0.001, 0.003, 0.003, 50))
     monkeypatch.setattr(ways, "FEWEST", 2)
     monkeypatch.setattr(ways, "FIRST", 2)
     monkeypatch.setattr(ways, "BATCH", 1)
@@ -354,7 +354,7 @@ def test_the_cheapest_size_within_a_point_of_the_best_is_taken(tmp_path: Path, m
         return [Tried(way, 90, scores.get(way.image_size[0], 0.1), float(way.image_size[0]) ** 2) for way in asked]
 
     monkeypatch.setattr(_Judge, "raced", raced)
-    monkeypatch.setattr(write, "timed", lambda *_: StepTime(0.001, 0.003))
+    monkeypatch.setattr(write, "timed", lambda *_: StepTime(0.001, 0.003, 0.003, 50))
     out = tmp_path / "mine.yaml"
     words = {"arch": None, "latency_ms": None, "minutes": 30, "trust_code": False}
     told = "\n".join(write_draft(str(tmp_path / "w.pt"), tmp_path / "data", out, **words))  # type: ignore[arg-type]

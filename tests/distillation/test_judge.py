@@ -91,13 +91,6 @@ def test_a_rate_that_helps_is_kept(pruned: Path) -> None:
     assert score(stages["distill"]) >= score(stages["prune"])
 
 
-def test_a_range_test_finds_a_rate_that_helps(pruned: Path) -> None:
-    stages = run(pruned, "distill.fit.lr=0.5", "distill.fit.range_test=true", until="distill")
-    losses, (event, *_) = (training(stages["distill"])[name] for name in ("held_out", "events"))
-    assert min(losses) < losses[0]
-    assert event.startswith(("rate 0.05, found by 20 steps", "rate 0.15, found by 20 steps"))
-
-
 def test_frozen_batch_norms_keep_the_statistics_of_the_solve(pruned: Path) -> None:
     stages = run(
         pruned, "distill.freeze_batchnorm_at=0", "distill.fit.lr=0.005", "distill.fit.clip_norm=1", until="distill"

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,9 +21,7 @@ from compress.logs.stage_log import StageLog
 from compress.recipe.stages import Fit
 from compress.tasks import TASKS, evaluate
 from compress.training import loop as train
-from compress.training import rates
-from compress.training.loop import Held, Loop, Step, fit, make_optimizer
-from compress.training.rates import learning_rate
+from compress.training.loop import Held, Loop, fit, learning_rate, make_optimizer
 
 CPU = torch.device("cpu")
 STEP = supervised_step(TASKS["classification"], label_smoothing=0.0)
@@ -205,37 +202,6 @@ def test_the_network_of_the_least_held_out_loss_is_the_result_also_of_a_killed_r
     for result in (whole, resumed):
         assert not result.training
         assert all(torch.equal(value, result.state_dict()[name]) for name, value in seen[best].items())
-
-
-def test_a_range_test_leaves_its_rate_behind_and_nothing_else_also_of_a_killed_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def loss(model: nn.Module) -> float:
-        with torch.no_grad():
-            return float(nn.functional.cross_entropy(model(DATA), LABELS))
-
-    def trained(name: str, settings: Fit, step: Step = STEP) -> nn.Module:
-        given = replace(loop(tmp_path / name), held=Held(network().eval(), (), loss))
-        return fit(network(), step, settings, given)
-
-    def killed(model: nn.Module, batch: Batch, done: float) -> dict[str, torch.Tensor]:
-        steps.append(done)
-        if len(steps) == len(rates.PARTS) * rates.FEWEST + 11:  # in the middle of the third epoch
-            raise KeyboardInterrupt
-        return STEP(model, batch, done)
-
-    settings, steps = Fit(epochs=4, batch_size=16, lr=1.0, ema_decay=0.5, range_test=True), list[float]()
-    whole = trained("whole", settings)
-    progress = json.loads((tmp_path / "whole" / "training.json").read_text())
-    assert progress["rate"] in {0.1, 0.3}
-    assert progress["events"][0].startswith(f"rate {progress['rate']:.3g}, found by 20 steps each")
-    plain = trained("plain", settings.model_copy(update={"range_test": False, "lr": progress["rate"]}))
-    monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", -1.0)
-    with pytest.raises(KeyboardInterrupt):
-        trained("killed", settings, killed)
-    resumed = trained("killed", settings)
-    for other in (plain, resumed):
-        assert all(torch.equal(value, other.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
 def test_the_moving_average_is_the_result(tmp_path: Path) -> None:

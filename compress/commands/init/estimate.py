@@ -12,35 +12,38 @@ from compress.commands.init.images import Folder
 from compress.commands.init.ways import Network
 from compress.recipe.schema import TeacherCache
 from compress.training.device import place_
+from compress.training.speed import FAST_BF16
 from export.images.size import Shape
+from export.onnx_file.targets import host_instruction_sets
 
-STEP = 8  # images in a timed step
+STEP, PIXELS = 32, 32 * 128**2  # images in a timed step, fewer where they are larger
+STEPS = 3  # of which the fastest counts
 # A run's costs, roughly: docs/results.md has whole runs and what was said before them.
 KEPT = 0.5  # of the teacher's work, the student's
 CACHED = TeacherCache().views  # the teacher predicts each view once
 VIEW_S = 0.0003  # to draw an image's view, and a step's costs besides the network
-QAT_STEPS = 2  # a QAT step in float steps
+QAT_STEPS = 1.5  # a QAT step in float32 steps
+SETTLED = 7_000  # images at the student's speed for batch-norms' statistics after an epoch, and for its judges
 START_S = 20  # libraries, the images' digests, the rehearsal
-SOLVED, SOLVED_FROM = (
-    5_000,
-    640,
-)  # images whose forward pass takes as long as scoring channels and solving the weights, from the latter
-QUANTIZED_S = 20  # to build the INT8 candidates
-QUANTIZED = 28_000  # images at the student's speed, for their ranges and each layer's damage
-CANDIDATES, TUNING = 6, 2_000  # which are scored on these images, and on the validation images
+SOLVED, SOLVED_FROM = 10_000, 640  # images at the teacher's speed to score channels and solve weights, from the latter
+SOLVED_S, QUANTIZED_S = 0.25, 0.5  # a layer besides, and for the INT8 candidates
+QUANTIZED, QUANTIZED_FROM = 13_000, 512  # images at the student's speed for ranges and each layer's damage
+CANDIDATES, TUNING = 4, 2_000  # which are scored on these images, and on the validation images
 TIMED_S = 45  # seconds that bench and export take besides their images
 EXPORTED = 1_500  # images at the student's speed for proofs
 VIEWS = 60_000  # augmented views for distillation: 8 epochs of 7,500 images
-WORTH = 0.5  # of these views; with fewer a large network ends below the solve (docs/results.md)
+WORTH = 0.3  # of these views at least, two epochs (docs/training.md)
 LONGER = 3  # times these views for a night
 SOURCE_SHARE = 0.5  # of the time, for a teacher that is trained first
 
 
 class StepTime(NamedTuple):
-    """Seconds for one image here, in batches: the network forward, and a training step; and the part of the machine that they got."""
+    """Seconds for one image here, in batches: forward, a training's step, and one in float32; the network's layers; the part of the machine that they got."""
 
     forward: float
     step: float
+    exact: float
+    layers: int
     share: float = 1.0
 
 
@@ -59,21 +62,29 @@ class Training(NamedTuple):
 
 
 def timed(model: nn.Module, shape: Shape) -> StepTime:
-    """Time two steps, the first of which warms up."""
+    """Time steps in each precision that a training tries; the first warms up."""
     place_(model.train(), torch.device("cpu"))
-    images = torch.randn(STEP, *shape).to(memory_format=torch.channels_last)
-    forward = step = share = 0.0
-    for _ in range(2):
-        start, work = time.perf_counter(), time.process_time()
-        with torch.no_grad():
-            teacher = model(images)
-        answered = time.perf_counter()
-        F.mse_loss(model(images), teacher).backward()
-        ended = time.perf_counter()
-        forward, step = answered - start, ended - answered
-        share = (time.process_time() - work) / (ended - start) / torch.get_num_threads()
+    count = max(2, min(STEP, PIXELS // (shape[1] * shape[2])))
+    images = torch.randn(count, *shape).to(memory_format=torch.channels_last)
+    began, work = time.perf_counter(), time.process_time()
+    forwards, steps = list[float](), list[float]()
+    for bf16 in (False, True) if host_instruction_sets() & FAST_BF16 else (False,):
+        found = list[float]()
+        for _ in range(STEPS):
+            start = time.perf_counter()
+            with torch.no_grad():
+                teacher = model(images)
+            answered = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = F.mse_loss(model(images).float(), teacher)
+            loss.backward()
+            forwards.append(answered - start)
+            found.append(time.perf_counter() - answered)
+        steps.append(min(found) / count)
+    share = (time.process_time() - work) / (time.perf_counter() - began) / torch.get_num_threads()
+    layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
     model.eval()
-    return StepTime(forward / STEP, step / STEP, min(share, 1.0))
+    return StepTime(min(forwards) / count, min(steps), steps[0], layers, min(share, 1.0))
 
 
 def epochs(images: int) -> int:
@@ -86,13 +97,15 @@ def costs(folder: Folder, clock: StepTime, source: int, distill: int, qat: int) 
     forward, train, val = clock.forward, folder.train, folder.val
     student, judged = KEPT * clock.step + VIEW_S, val * KEPT * forward
     found = {"source": START_S + val * forward + source * (train * (clock.step + VIEW_S) + val * forward)}
-    found["prune"] = SOLVED * min(train / SOLVED_FROM, 1) * forward + 2 * judged
+    found["prune"] = SOLVED * min(train / SOLVED_FROM, 1) * forward + SOLVED_S * clock.layers + 2 * judged
     if distill:
         taught = distill if folder.task in ("segmentation", "detection") else min(distill, CACHED)
-        found["distill"] = distill * (train * student + judged) + taught * train * forward
-    found["ptq"] = QUANTIZED_S + (QUANTIZED + CANDIDATES * (min(train, TUNING) + val)) * KEPT * forward
+        settled = min(train, SETTLED) * KEPT * forward
+        found["distill"] = distill * (train * student + judged + settled) + taught * train * forward
+    quantized = QUANTIZED * min(train / QUANTIZED_FROM, 1) + CANDIDATES * (min(train, TUNING) + val)
+    found["ptq"] = QUANTIZED_S * clock.layers + quantized * KEPT * forward
     if qat:
-        found["qat"] = qat * QAT_STEPS * (train * student + judged)
+        found["qat"] = qat * (train * (QAT_STEPS * KEPT * clock.exact + VIEW_S) + judged)
     found["export and bench"] = TIMED_S + EXPORTED * KEPT * forward + val * 2 * forward
     return found
 
@@ -102,7 +115,9 @@ def planned(folder: Folder, network: Network, clock: StepTime, seconds: float, *
 
     A network for other classes is trained on the folder's first. `longer` is the most, in usual trainings.
     """
-    clock = clock._replace(forward=clock.forward * clock.share, step=clock.step * clock.share)
+    clock = clock._replace(
+        forward=clock.forward * clock.share, step=clock.step * clock.share, exact=clock.exact * clock.share
+    )
     usual = epochs(folder.train)
 
     def price(source: int, distill: int, qat: int) -> float:

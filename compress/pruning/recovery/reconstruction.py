@@ -302,6 +302,8 @@ def _own_statistics_(norm: Norm, inputs: tuple[Tensor, ...]) -> None:
 
 def _statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Return variance and mean of each channel, (channels,), over the images that are no outliers."""
-    sizes = image_sizes(inputs)
-    usual = inputs[~(sizes > OUTLIER * sizes.median())]  # with values that are not finite, all
-    return torch.var_mean(usual.transpose(0, 1).flatten(1), dim=1, correction=0)
+    values = inputs.float().flatten(2) if inputs.ndim > 2 else inputs.float()[..., None]
+    variances, means = torch.var_mean(values, dim=2, correction=0)  # of each image, (n, channels)
+    sizes = (variances + means.square()).mean(1).sqrt()
+    usual = ~(sizes > OUTLIER * sizes.median())  # with values that are not finite, all
+    return variances[usual].mean(0) + means[usual].var(0, correction=0), means[usual].mean(0)
