@@ -25,6 +25,7 @@ SHARE = 20  # one training image of 20 judges
 FEWEST, MOST = 32, 500  # images that judge; where a twentieth is fewer than FEWEST, these are trained on as well
 SMALL = 4096  # values of an image's output that are remembered
 GROUP = 10  # images, whose mean loss is one of those that the median is of
+CAP = 2.0  # times the loss of a network that knows nothing: what an image counts at most where labels judge
 VIEW = -1  # the number of the judges' view, which no epoch shows
 
 
@@ -50,9 +51,11 @@ def judge(
 ) -> Callable[[nn.Module], float]:
     """Return the function that measures a network's loss on `images` (indices), shared by all ranks, with rank 0's weights.
 
-    It is the median over groups of GROUP images of their mean losses (median of means: Lerasle & Oliveira 2011, Robust Empirical Mean
-    Estimators): a network can answer an image of a hundred with outputs a thousand times as large as the others', whose losses would be the
-    mean. `task` is that of the training, whose loss has the same scale.
+    A network can answer an image of a hundred with outputs a thousand times as large as the others', whose losses would be the mean. So
+    where labels judge, an image's loss counts at most CAP times what it is for outputs of zero; the mean of such losses still sees every
+    error, of which a good network makes few. Losses without such a scale count as the median over groups of GROUP images of their means
+    (median of means: Lerasle & Oliveira 2011, Robust Empirical Mean Estimators). `task` is that of the training, whose loss has the same
+    scale.
     """
     data, output = run.recipe.data, task.output
     labelled = task.supervised and output.labelled and data.unlabelled is None
@@ -75,14 +78,21 @@ def judge(
         return answer
 
     def losses(model: nn.Module) -> Iterator[float]:
+        size = 1 if labelled else GROUP
         for number, batch in enumerate(feed.view(VIEW, shares)):
             outputs, answer = model(batch.images).float(), taught(number, batch)
-            for first in range(0, len(outputs), GROUP):
-                mine, its, truths = (rows[first : first + GROUP] for rows in (outputs, answer, batch.targets))
-                given = TeacherOutput(its, {})
-                values = [term.weight * mean_loss(term, task, mine, iter(()), given, truths) for term in terms]
-                value = float(torch.stack(values).sum())
-                yield math.inf if math.isnan(value) else value
+            for first in range(0, len(outputs), size):
+                mine, its, truths = (rows[first : first + size] for rows in (outputs, answer, batch.targets))
+                found = total(mine, its, truths)
+                if not labelled:
+                    yield found
+                elif math.isfinite(most := CAP * total(torch.zeros_like(mine), its, truths)):
+                    yield min(found, most)
+
+    def total(mine: Tensor, its: Tensor, truths: Tensor) -> float:
+        values = [term.weight * mean_loss(term, task, mine, iter(()), TeacherOutput(its, {}), truths) for term in terms]
+        value = float(torch.stack(values).sum())
+        return math.inf if math.isnan(value) else value
 
     @torch.inference_mode()
     def loss(model: nn.Module) -> float:
@@ -92,7 +102,8 @@ def judge(
         with deployed_once(model):
             mine = list(losses(model))
         model.train(training)
-        return median(value for rank in gather(mine) for value in rank)
+        every = [value for rank in gather(mine) for value in rank]
+        return sum(every) / max(len(every), 1) if labelled else median(every)
 
     return loss
 

@@ -103,7 +103,10 @@ def test_frozen_batch_norms_keep_the_statistics_of_the_solve(pruned: Path) -> No
 
 
 def test_batch_norms_end_with_the_statistics_of_many_views(pruned: Path) -> None:
-    stages = run(pruned, "distill.reestimate_batchnorm_images=300", until="distill")
+    few = (
+        "distill.fit={epochs: 1, batch_size: 4, lr: 0.001}"  # images in the last batches, so the running ones are poor
+    )
+    stages = run(pruned, few, "distill.reestimate_batchnorm_images=300", until="distill")
     recipe = read_recipe(pruned / "recipe.yaml", [f"out={pruned}"])
     run_ = open_run(recipe, trust_code=True, verbose=False)
     network = load_float(stages["distill"], trust_code=True)
@@ -159,15 +162,15 @@ def test_few_images_judge_and_are_trained_on_as_well(images: int, judging: int, 
 
 
 class BlownUp(nn.Module):
-    """A network whose outputs for the brightest images have the wrong sign and a thousand times their size."""
+    """A network whose outputs for the brightest images have the wrong sign and a thousand times their size; the others are `times` as large."""
 
-    def __init__(self, network: nn.Module, above: float) -> None:
+    def __init__(self, network: nn.Module, above: float, times: float = 1.0) -> None:
         super().__init__()
-        self.network, self.above = network, above
+        self.network, self.above, self.times = network, above, times
 
     def forward(self, images: Tensor) -> Tensor:
         outputs = self.network(images)
-        return torch.where(images.mean((1, 2, 3))[:, None] > self.above, -1000 * outputs, outputs)
+        return torch.where(images.mean((1, 2, 3))[:, None] > self.above, -1000 * outputs, self.times * outputs)
 
 
 @pytest.mark.parametrize("supervised", [True, False])
@@ -186,6 +189,18 @@ def test_a_few_images_that_blow_a_network_up_do_not_judge_it(pruned: Path, super
     loss = judge(run_, replace(run_.learned, supervised=supervised), KD_ONLY, lambda: teacher.eval(), images)
     assert run_.evaluate(better)["score"] > run_.evaluate(worse)["score"]
     assert loss(better) < loss(worse)
+
+
+def test_the_few_errors_of_a_good_network_judge_it(pruned: Path) -> None:
+    """Surer of most images and wrong about three more of 71: no median sees them, and they are the score."""
+    run_ = open_run(read_recipe(pruned / "recipe.yaml", [f"out={pruned}"]), trust_code=True, verbose=False)
+    assert run_.recipe.model is not None
+    images, _ = judging_images(len(run_.dataset.train), seed=0)
+    _, teacher = run_.start(run_.recipe.model)
+    light = torch.cat([batch.images.mean((1, 2, 3)) for batch in run_.feed.view(VIEW, [images])])
+    surer = BlownUp(teacher, float(light.sort().values[-4]), times=3.0)
+    loss = judge(run_, run_.learned, KD_ONLY, lambda: teacher, images)
+    assert loss(teacher.eval()) < loss(surer.eval())
 
 
 def test_what_learns_or_changes_with_the_training_judges_nothing() -> None:
