@@ -79,7 +79,7 @@ def distil(
     """Train the student with the teacher of the artifact `src` and return it, or `start` if the training did not help.
 
     `start` is the student as it is given, unless it says otherwise; where that was never trained, the last epoch is returned.
-    After each epoch batch-norms take their statistics from `views` (n, channels, height, width), if that helps.
+    After each epoch of the second half batch-norms take their statistics from `views` (n, channels, height, width), if that helps.
     """
     task, images = run.learned, run.dataset.with_unlabelled
     run = replace(run, opened=lambda: images)

@@ -215,7 +215,7 @@ class DistillStage(Section):
     freeze_batchnorm_at: Fraction = 1.0
     """Fraction of the training after which batch-norm uses its running statistics; 0 keeps those of the start, 1 never freezes them."""
     reestimate_batchnorm_images: NonNegativeInt = 2048
-    """Augmented training images that measure batch-norm's statistics again after every epoch where that lowers the loss on held-out images, unless they are frozen (0 keeps the running ones)."""
+    """Augmented training images that measure batch-norm's statistics again after each epoch of the second half where that lowers the loss on held-out images, unless they are frozen (0 keeps the running ones)."""
 
 
 class PtqStage(Section):

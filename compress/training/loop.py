@@ -53,7 +53,9 @@ class Held:
     start: nn.Module
     images: Sequence[int] | Tensor  # indices of the training images that are left out
     loss: Callable[[nn.Module], float]  # of a network; the same on all ranks, which call it together
-    settle: Callable[[nn.Module], None] | None = None  # what is done to an epoch's network before it is judged
+    settle: Callable[[nn.Module], None] | None = (
+        None  # done to the network of an epoch of the second half before it is judged
+    )
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ class _Training:
         """Return the validation measurements of what the training would give now."""
         result, held = self.state.result, self.loop.held
         try:
-            if held and held.settle:
+            if held and held.settle and 2 * (self.state.progress.epoch + 1) > self.settings.epochs:
                 held.settle(result)
             return {**self.loop.evaluate(result), **({"held_out_loss": held.loss(result)} if held else {})}
         except RuntimeError as error:
