@@ -210,8 +210,8 @@ def test_an_estimate_counts_every_stage(tmp_path: Path, classes: int) -> None:
     folder = folder_of(tmp_path, 7500)
     network = Network("cifar:resnet20", classes, folder.prepared((32, 32), 1.0, IMAGENET), None, None)
     plan = planned(folder, network, StepTime(forward=0.001, step=0.004, exact=0.004, layers=50), 3600)
-    # 8 epochs of distillation and 2 of QAT by half a step each, half as much again in QAT; the teacher sees 8 views.
-    student, settled = 7500 * (0.5 * 0.004 + 0.0003), SETTLED * 0.5 * 0.001
+    # 8 epochs of distillation by 0.7 steps each, 2 of QAT by three quarters of one; the teacher sees 8 views.
+    student, settled = 7500 * (0.7 * 0.004 + 0.0003), SETTLED * 0.5 * 0.001
     assert (plan.source, plan.distill, plan.qat) == (0 if classes == 2 else 8, 8, 2)
     assert plan.seconds["source"] == pytest.approx(START_S + (0 if classes == 2 else 8 * 7500 * 0.0043))
     assert plan.seconds["distill"] == pytest.approx(8 * (student + settled) + 8 * 7500 * 0.001)
