@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from compress.artifact import Metrics
 from compress.distillation.teacher import distil
 from compress.models.saved import example_images, load_float, read_architecture, save_network
-from compress.pruning.recovery.reconstruction import affordable_images
+from compress.pruning.recovery.reconstruction import affordable_images, has_statistics
 from compress.recipe.stages import DistillStage
 from compress.run import Run
 from compress.training.device import place_
@@ -42,8 +42,8 @@ def apply(cfg: DistillStage, src: Path, out: Path, run: Run) -> Metrics:
 
 
 def _views(cfg: DistillStage, student: nn.Module, run: Run) -> Tensor | None:
-    """Return the images that measure batch-norms' statistics again; None where they are frozen, or none are asked for."""
-    if not cfg.reestimate_batchnorm_images or cfg.freeze_batchnorm_at < 1:
+    """Return the images that measure batch-norms' statistics again; None where there are none, they are frozen, or it is not asked for."""
+    if not cfg.reestimate_batchnorm_images or cfg.freeze_batchnorm_at < 1 or not has_statistics(student):
         return None
-    most = affordable_images(student, example_images(run.shape, run.device))
+    most = affordable_images(student.eval(), example_images(run.shape, run.device))
     return torch.cat([batch.images for batch in run.feed.views(min(cfg.reestimate_batchnorm_images, most))])

@@ -53,9 +53,7 @@ class Held:
     start: nn.Module
     images: Sequence[int] | Tensor  # indices of the training images that are left out
     loss: Callable[[nn.Module], float]  # of a network; the same on all ranks, which call it together
-    settle: Callable[[nn.Module], None] | None = (
-        None  # done to the network of an epoch of the second half before it is judged
-    )
+    settle: Callable[[nn.Module], None] | None = None  # done to a network of the second half of the epochs first
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,8 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     loop.log.start(epochs=settings.epochs, batches=loop.steps_per_epoch, done=progress.epoch, phase=loop.phase)
     if loop.held and not progress.held_out:
         progress.held_out.append(loop.held.loss(loop.held.start))
-    started = (saved_at := time.monotonic()) - progress.seconds
+    saved_at = time.monotonic()
+    started = saved_at - progress.seconds
     synchronizing = synchronized(model, loop.group) if settings.sync_batchnorm and loop.ranks > 1 else nullcontext()
     with thread_limit() as threads, synchronizing:
         pace = training.pace(threads)
@@ -224,12 +223,11 @@ class _Training:
                 f"{losses[0]:.4g} (the epochs': {epochs})"
             )
             return held.start
-        if best < len(losses) - 1:
-            assert self.state.kept is not None
-            result.load_state_dict(self.state.kept)
-            self.note(
-                f"kept the network of epoch {best}, whose loss on held-out images is {min(losses):.4g}, the least"
-            )
+        if best == len(losses) - 1:
+            return result
+        assert self.state.kept is not None
+        result.load_state_dict(self.state.kept)
+        self.note(f"kept the network of epoch {best}, whose loss on held-out images is {losses[best]:.4g}, the least")
         return result
 
     def within_memory(self, attempt: Callable[[], Result], good: Snapshot) -> Result:
@@ -374,5 +372,6 @@ def _synchronized(wrapped: nn.Module, last: bool) -> AbstractContextManager[obje
 
 
 def _average(model: nn.Module, settings: Fit) -> AveragedModel | None:
-    average = get_ema_multi_avg_fn(settings.ema_decay)
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True) if settings.ema_decay else None
+    if not settings.ema_decay:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True)

@@ -19,10 +19,8 @@ from export.onnx_file.targets import host_instruction_sets
 STEP, PIXELS = 32, 32 * 128**2  # images in a timed step, fewer where they are larger
 STEPS = 3  # of which the fastest counts
 # A run's costs, roughly: docs/results.md has whole runs and what was said before them.
-KEPT, TRAINED = (
-    0.5,
-    0.7,
-)  # of the teacher's time, the student's forward, and in a training step, where narrow layers gain less
+KEPT = 0.5  # of the teacher's time, the student's forward
+TRAINED = 0.7  # the same in a training step, where narrow layers gain less
 CACHED = TeacherCache().views  # the teacher predicts each view once
 VIEW_S = 0.0003  # to draw an image's view, and a step's costs besides the network
 QAT_STEPS = 1.5  # a QAT step in float32 steps

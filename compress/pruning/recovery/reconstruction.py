@@ -169,6 +169,11 @@ def estimate_batchnorm_(student: nn.Module, images: Tensor) -> None:
     student.train(training)
 
 
+def has_statistics(model: nn.Module) -> bool:
+    """Tell whether a network has batch-norms with running statistics."""
+    return bool(_norms(model))
+
+
 def _layers(model: nn.Module) -> dict[str, SOLVED]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SOLVED)}
 
