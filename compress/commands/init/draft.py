@@ -37,7 +37,7 @@ LOSSES = {
 }
 STEPS = {"segmentation": "optimizer: adamw, lr: 0.0005", "detection": "optimizer: adamw, lr: 0.0005"}
 QAT_STEPS = {"segmentation": "optimizer: adamw, lr: 0.00005", "detection": "optimizer: adamw, lr: 0.00005"}
-BATCHES = {"segmentation": 8, "detection": 8}
+BATCH, BATCHES = 32, {"segmentation": 8, "detection": 8}  # images in a step, by task
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _model(given: Draft) -> Sequence[str]:
 
 def _stages(given: Draft, plan: Training) -> Sequence[str]:
     task = given.folder.task
-    step, size = STEPS.get(task, step_of(given.model)), BATCHES.get(task, 32)
+    step, size = STEPS.get(task, step_of(given.model)), BATCHES.get(task, BATCH)
     goal = f"max_latency_ms: {given.latency_ms:g}" if given.latency_ms else "keep_macs: 0.5"
     source = [
         "    fine_tune: true",

@@ -16,7 +16,7 @@ from compress.training.speed import FAST_BF16
 from export.images.size import Shape
 from export.onnx_file.targets import host_instruction_sets
 
-STEP, PIXELS = 32, 32 * 128**2  # images in a timed step, fewer where they are larger
+PIXELS = 32 * 128**2  # of all images in a timed step, which has fewer images where they are larger
 STEPS = 3  # of which the fastest counts
 # A run's costs, roughly: docs/results.md has whole runs and what was said before them.
 KEPT = 0.5  # of the teacher's time, the student's forward
@@ -62,10 +62,10 @@ class Training(NamedTuple):
         return sum(self.seconds.values())
 
 
-def timed(model: nn.Module, shape: Shape) -> StepTime:
-    """Time steps in each precision that a training tries; the first warms up."""
+def timed(model: nn.Module, shape: Shape, batch: int) -> StepTime:
+    """Time steps of `batch` images in each precision that a training tries; the first warms up."""
     place_(model.train(), torch.device("cpu"))
-    count = max(2, min(STEP, PIXELS // (shape[1] * shape[2])))
+    count = max(2, min(batch, PIXELS // (shape[1] * shape[2])))
     images = torch.randn(count, *shape).to(memory_format=torch.channels_last)
     began, work = time.perf_counter(), time.process_time()
     forwards, steps = list[float](), list[float]()

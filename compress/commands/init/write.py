@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from compress.commands.init.detector import is_detector, write_detector
-from compress.commands.init.draft import Draft, recipe
+from compress.commands.init.draft import BATCH, BATCHES, Draft, recipe
 from compress.commands.init.estimate import LONGER, StepTime, Training, planned, timed
 from compress.commands.init.images import Folder, as_taken, look_at, task_of_images
 from compress.commands.init.network import brought_by, kind_of, matches
@@ -75,7 +75,8 @@ def write_draft(
     network, model = choose(fitting, first, weights, folder, tell, trust_code=trust_code)
     yield from _seen(first, folder, network)
     tell(f"times a training step at {said(network.way.image_size)} pixels")
-    macs, clock = count(model, network.shape).macs, timed(model, network.shape)
+    batch = BATCHES.get(folder.task, BATCH)
+    macs, clock = count(model, network.shape).macs, timed(model, network.shape, batch)
     several = signature_of(model, network.shape) if folder.task == "tensors" else ()
     names = first.outputs or tuple(one.name for one in several)
     given = Draft(weights, data, folder, network, model, macs, latency_ms, trust_code, names, first.others)
