@@ -37,7 +37,7 @@ LOSSES = {
 }
 STEPS = {"segmentation": "optimizer: adamw, lr: 0.0005", "detection": "optimizer: adamw, lr: 0.0005"}
 QAT_STEPS = {"segmentation": "optimizer: adamw, lr: 0.00005", "detection": "optimizer: adamw, lr: 0.00005"}
-BATCH, BATCHES = 32, {"segmentation": 8, "detection": 8}  # images in a step, by task
+BATCHES = {"segmentation": 8, "detection": 8}
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,11 @@ def _data(given: Draft) -> Sequence[str]:
     ]
 
 
+def batch_of(task: str) -> int:
+    """Return the images in a training's step."""
+    return BATCHES.get(task, 32)
+
+
 def _model(given: Draft) -> Sequence[str]:
     network = given.network
     others = given.folder.is_labelled and network.classes != len(given.folder.listing.classes)
@@ -146,7 +151,7 @@ def _model(given: Draft) -> Sequence[str]:
 
 def _stages(given: Draft, plan: Training) -> Sequence[str]:
     task = given.folder.task
-    step, size = STEPS.get(task, step_of(given.model)), BATCHES.get(task, BATCH)
+    step, size = STEPS.get(task, step_of(given.model)), batch_of(task)
     goal = f"max_latency_ms: {given.latency_ms:g}" if given.latency_ms else "keep_macs: 0.5"
     source = [
         "    fine_tune: true",

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from compress.commands.init.images import Folder
 from compress.commands.init.ways import Network
 from compress.recipe.schema import TeacherCache
+from compress.recipe.stages import Fit
 from compress.training.device import place_
-from compress.training.speed import FAST_BF16
+from compress.training.speed import AUTOCAST, precisions
 from export.images.size import Shape
-from export.onnx_file.targets import host_instruction_sets
 
 PIXELS = 32 * 128**2  # of all images in a timed step, which has fewer images where they are larger
 STEPS = 3  # of which the fastest counts
@@ -64,19 +64,20 @@ class Training(NamedTuple):
 
 def timed(model: nn.Module, shape: Shape, batch: int) -> StepTime:
     """Time steps of `batch` images in each precision that a training tries; the first warms up."""
-    place_(model.train(), torch.device("cpu"))
+    cpu = torch.device("cpu")
+    place_(model.train(), cpu)
     count = max(2, min(batch, PIXELS // (shape[1] * shape[2])))
     images = torch.randn(count, *shape).to(memory_format=torch.channels_last)
     began, work = time.perf_counter(), time.process_time()
     forwards, steps = list[float](), list[float]()
-    for bf16 in (False, True) if host_instruction_sets() & FAST_BF16 else (False,):
+    for dtype in map(AUTOCAST.__getitem__, precisions(Fit(epochs=1), cpu)):  # the first is float32
         found = list[float]()
         for _ in range(STEPS):
             start = time.perf_counter()
             with torch.no_grad():
                 teacher = model(images)
             answered = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
                 loss = F.mse_loss(model(images).float(), teacher)
             loss.backward()
             forwards.append(answered - start)

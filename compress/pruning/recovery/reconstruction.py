@@ -156,16 +156,8 @@ def estimate_batchnorm_(student: nn.Module, images: Tensor) -> None:
 
     Images whose inputs are many times the usual are left out. Source: Wu & Johnson 2021 (Rethinking "Batch" in BatchNorm, section 3).
     """
-
-    def measure(norm: Norm, inputs: tuple[Tensor, ...]) -> None:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        variance, mean = _statistics(inputs[0])
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
-
     training = student.training
-    _run_with(student.eval(), images, dict.fromkeys(_norms(student).values(), measure))
+    _run_with(student.eval(), images, dict.fromkeys(_norms(student).values(), _take_statistics_))
     student.train(training)
 
 
@@ -297,18 +289,19 @@ def _own_statistics_(norm: Norm, inputs: tuple[Tensor, ...]) -> None:
     """Set a batch-norm's statistics to its inputs', and adapt scale and shift so that it computes the same."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    variance, mean = _statistics(inputs[0])
-    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    norm.bias.add_(scale * (mean - norm.running_mean))
-    norm.weight.copy_(scale * (variance + norm.eps).sqrt())
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(variance)
+    mean, scale = norm.running_mean.clone(), norm.weight / (norm.running_var + norm.eps).sqrt()
+    _take_statistics_(norm, inputs)
+    norm.bias.add_(scale * (norm.running_mean - mean))
+    norm.weight.copy_(scale * (norm.running_var + norm.eps).sqrt())
 
 
-def _statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return variance and mean of each channel, (channels,), over the images that are no outliers."""
-    values = inputs.float().flatten(2) if inputs.ndim > 2 else inputs.float()[..., None]
+def _take_statistics_(norm: Norm, inputs: tuple[Tensor, ...]) -> None:
+    """Set a batch-norm's statistics to variance and mean of each channel over the images that are no outliers."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    values = inputs[0].float().flatten(2) if inputs[0].ndim > 2 else inputs[0].float()[..., None]
     variances, means = torch.var_mean(values, dim=2, correction=0)  # of each image, (n, channels)
     sizes = (variances + means.square()).mean(1).sqrt()
     usual = ~(sizes > OUTLIER * sizes.median())  # with values that are not finite, all
-    return variances[usual].mean(0) + means[usual].var(0, correction=0), means[usual].mean(0)
+    norm.running_mean.copy_(means[usual].mean(0))
+    norm.running_var.copy_(variances[usual].mean(0) + means[usual].var(0, correction=0))
