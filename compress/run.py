@@ -36,7 +36,8 @@ from compress.tasks.decoded import decoded, with_decoder
 from compress.tasks.predictions import LOGITS, Labeller, labels_of
 from compress.tasks.references import with_references
 from compress.training.device import Network, device_of, gradient_group, place_
-from compress.training.loop import Held, Loop, Step, fit
+from compress.training.held import Held
+from compress.training.loop import Loop, Step, fit
 from export.images.size import Shape
 from export.onnx_file.targets import TARGETS, Target, resolve_target
 from export.runtime.own import OwnMetric, open_metric
@@ -353,9 +354,7 @@ class Run:
         """Return the files of the validation images that can be read, in order; CompressError where they are in shards."""
         images = self.dataset.held_out
         if type(images) is not FileImages:
-            raise CompressError(
-                "score: finds an image by its path, and these are in shards: leave it out, or unpack them"
-            )
+            raise CompressError("score: needs images in files, and these are in shards: leave it out, or unpack them")
         names = map(images.name, range(len(images)))
         return [images.root / name for name in names if name not in self.dataset.val.broken]
 

@@ -7,7 +7,6 @@ The loss is that of the labels where the data have some: it orders networks as t
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from compress.ranks import gather, share_
 from compress.recipe.losses import KD_ONLY, MSE_ONLY, CrossEntropyTerm, FeatureTerm, LossTerm
 from compress.run import Run
 from compress.tasks import Task
+from compress.training.held import Losses
 
 SHARE = 20  # one training image of 20 judges
 FEWEST, MOST = 32, 500  # images that judge; where a twentieth is fewer than FEWEST, these are trained on as well
@@ -48,8 +48,8 @@ def judged_terms(terms: Sequence[LossTerm], *, labelled: bool, has_classes: bool
 
 def judge(
     run: Run, task: Task, terms: Sequence[LossTerm], teacher: Callable[[], nn.Module], images: Tensor
-) -> Callable[[nn.Module], float]:
-    """Return the function that measures a network's loss on `images` (indices), shared by all ranks, with rank 0's weights.
+) -> Callable[[nn.Module], Losses]:
+    """Return the function that measures a network's losses on `images` (indices), shared by all ranks, with rank 0's weights.
 
     A network can answer an image of a hundred with outputs a thousand times as large as the others', whose losses would be the mean. So
     where labels judge, an image's loss counts at most CAP times what it is for outputs of zero; the mean of such losses still sees every
@@ -95,7 +95,7 @@ def judge(
         return math.inf if math.isnan(value) else value
 
     @torch.inference_mode()
-    def loss(model: nn.Module) -> float:
+    def loss(model: nn.Module) -> Losses:
         share_(model.state_dict().values(), run.group)
         training = model.training
         model.eval()
@@ -103,20 +103,20 @@ def judge(
             mine = list(losses(model))
         model.train(training)
         every = [value for rank in gather(mine) for value in rank]
-        return sum(every) / max(len(every), 1) if labelled else median(every)
+        return Losses(tuple(every), unbounded=not labelled)
 
     return loss
 
 
 @torch.no_grad()
-def settle_(network: nn.Module, loss: Callable[[nn.Module], float], images: Tensor) -> None:
+def settle_(network: nn.Module, loss: Callable[[nn.Module], Losses], images: Tensor) -> None:
     """Set batch-norms' statistics to those over `images` (n, channels, height, width) where that lowers the loss.
 
     The running ones are those of the last few batches, which a few images that blow a network up can ruin; a network whose other weights
     live with such images needs them, however.
     """
-    before, running = loss(network), {name: values.clone() for name, values in network.named_buffers()}
+    before, running = loss(network).value, {name: values.clone() for name, values in network.named_buffers()}
     estimate_batchnorm_(network, images)
-    if not loss(network) < before:
+    if not loss(network).value < before:
         for name, values in network.named_buffers():
             values.copy_(running[name])

@@ -43,7 +43,7 @@ from compress.recipe.stages import Fit, StudentStage
 from compress.run import Run
 from compress.tasks import Task
 from compress.tasks.predictions import LOGITS
-from compress.training.loop import Held
+from compress.training.held import Held
 from compress.training.modes import other_in_training, train_norms_only_
 from export.command.files import key_of, sha256, write_json
 

@@ -31,6 +31,7 @@ class Progress:
     images_per_s: float = 0.0  # of the fastest epoch since then
     events: list[str] = field(default_factory=list)
     held_out: list[float] = field(default_factory=list)  # losses on held-out images: of the start and of each epoch
+    kept_epoch: int = 0  # of `State.kept`
 
 
 @dataclass
@@ -41,7 +42,8 @@ class State:
     optimizer: torch.optim.Optimizer
     average: AveragedModel | None
     progress: Progress
-    kept: Snapshot | None = None  # the result's tensors after the epoch of the least held-out loss
+    kept: Snapshot | None = None  # the result's tensors after the last epoch that none before is clearly better than
+    least: list[float] = field(default_factory=list)  # each held-out image's loss after the best epoch
 
     @property
     def result(self) -> nn.Module:
@@ -63,7 +65,7 @@ class State:
     def save(self, path: Path) -> None:
         """Write the checkpoint, complete or not at all."""
         with writing(path) as file:  # given a path, torch's error hides the cause, such as a full disk
-            kept = {"kept": self.kept} if self.kept else {}
+            kept = {"kept": self.kept, "least": self.least} if self.kept else {}
             torch.save({**self._tensors(), **kept, "progress": asdict(self.progress)}, file)
 
     def resume_(self, path: Path) -> None:
@@ -72,7 +74,7 @@ class State:
             saved = torch.load(path, weights_only=True)
             self.restore_(saved)
             self.progress = Progress(**saved["progress"])
-            self.kept = saved.get("kept")
+            self.kept, self.least = saved.get("kept"), saved.get("least", [])
 
     def _tensors(self) -> Snapshot:
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -1,6 +1,5 @@
 """What a training checks while it runs: memory, finite numbers, and whether to stop early."""
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.recipe.stages import Stop
-from compress.training.checkpoint import Progress, State
+from compress.training.checkpoint import Progress
 
 FEWEST_IDLE = 3  # epochs without a gain before a training that is judged ends
 CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory")  # a plain RuntimeError says one of these
@@ -51,14 +50,6 @@ def record_(progress: Progress, score: float, stop: Stop | None) -> None:
     progress.epoch += 1
     if score > progress.best + (stop.min_delta if stop else 0.0) or progress.best_epoch == 0:
         progress.best, progress.best_epoch = score, progress.epoch
-
-
-def judge_(state: State, loss: float) -> None:
-    """Count an epoch's loss on held-out images, and keep the network of the least one that is below the start's."""
-    held_out = state.progress.held_out
-    if loss < min(held_out):
-        state.kept = copy.deepcopy(state.result.state_dict())
-    held_out.append(loss)
 
 
 def stop_reason(stop: Stop | None, progress: Progress, score: float, *, metric: str, epochs: int) -> str | None:

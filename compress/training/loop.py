@@ -4,7 +4,7 @@ import bisect
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,11 +29,11 @@ from compress.training.guards import (
     NotFiniteError,
     batch_norm_named,
     is_out_of_memory,
-    judge_,
     not_finite,
     record_,
     stop_reason,
 )
+from compress.training.held import Held, Losses
 from compress.training.shares import shared
 from compress.training.speed import AUTOCAST, Pace, thread_limit
 from compress.training.sync_batchnorm import synchronized
@@ -44,16 +44,6 @@ Result = TypeVar("Result")
 CHECKPOINT_EVERY_S = 20.0
 CHECK_EVERY_STEPS = 100  # that the loss is finite
 MAX_ROLLBACKS = 3
-
-
-@dataclass(frozen=True)
-class Held:
-    """What keeps a training from ending below its start: that network, and a loss on images that are held out."""
-
-    start: nn.Module
-    images: Sequence[int] | Tensor  # indices of the training images that are left out
-    loss: Callable[[nn.Module], float]  # of a network; the same on all ranks, which call it together
-    settle: Callable[[nn.Module], None] | None = None  # done to a network of the second half of the epochs first
 
 
 @dataclass(frozen=True)
@@ -107,7 +97,7 @@ def make_optimizer(model: nn.Module, settings: Fit) -> torch.optim.Optimizer:
 def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     """Train `model` and return it in eval mode on its device, or its moving average where the settings ask for one.
 
-    With `loop.held`, return the network of the least held-out loss instead: of an epoch, or the one that it started from.
+    With `loop.held`, return what `Held.chosen_` gives instead: an epoch's network, or the one that it started from.
     `step` returns a dictionary of measurements whose "loss" is minimized; they add up over the parts of a batch that is
     split (`Batch.share`). Every view, dropout and shuffle is a function of (seed, epoch), so a run that was killed continues
     from its checkpoint to the same bits. Where the loss stays not finite after MAX_ROLLBACKS rollbacks, a training with
@@ -121,7 +111,7 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     training = _Training(step, settings, loop, state)
     loop.log.start(epochs=settings.epochs, batches=loop.steps_per_epoch, done=progress.epoch, phase=loop.phase)
     if loop.held and not progress.held_out:
-        progress.held_out.append(loop.held.loss(loop.held.start))
+        progress.held_out.append(loop.held.losses(loop.held.start).value)
     saved_at = time.monotonic()
     started = saved_at - progress.seconds
     synchronizing = synchronized(model, loop.group) if settings.sync_batchnorm and loop.ranks > 1 else nullcontext()
@@ -132,7 +122,7 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
         wrapped = training.wrap()
         while progress.epoch < settings.epochs and stopped is None:
             try:
-                measurements = training.good_epoch(wrapped)
+                measurements, losses = training.good_epoch(wrapped)
             except NotFiniteError as error:
                 if loop.held is None:
                     raise
@@ -142,8 +132,8 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
             progress.seconds = time.monotonic() - started
             score = measurements["score"]
             record_(progress, score, settings.stop)
-            if loop.held:
-                judge_(state, measurements["held_out_loss"])
+            if loop.held and losses:
+                loop.held.judge_(state, losses)
             stopped = first_decides(
                 partial(stop_reason, settings.stop, progress, score, metric=loop.metric, epochs=settings.epochs)
             )
@@ -156,7 +146,11 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     if stopped is not None:
         which = "" if loop.held else ", whose network is kept"
         training.tell(f"stopped after epoch {progress.epoch} of {settings.epochs}{which}: {stopped}")
-    chosen = training.chosen_()
+    chosen, said = loop.held.chosen_(state) if loop.held else (state.result, "")
+    if chosen is not state.result:
+        training.tell(said)
+    elif said:
+        training.note(said)
     if left_out := loop.left_out():
         training.tell(f"training images that cannot be read were left out: {left_out:,}")
     if loop.log.enabled:
@@ -175,16 +169,17 @@ class _Training:
     loop: Loop
     state: State
 
-    def good_epoch(self, wrapped: nn.Module) -> dict[str, float]:
-        """Train and evaluate one epoch; where a measurement is not finite, roll back and repeat at half the rate."""
+    def good_epoch(self, wrapped: nn.Module) -> tuple[dict[str, float], Losses | None]:
+        """Train one epoch, and return its measurements and held-out losses; where one is not finite, repeat it at half the rate."""
         loop, progress, good = self.loop, self.state.progress, self.state.snapshot()
         while True:
-            measurements = self.within_memory(lambda: self.epoch(wrapped), good)
+            measurements, losses = self.within_memory(lambda: self.epoch(wrapped), good), None
             if math.isfinite(measurements["loss"]):
-                measurements |= self.evaluate()
+                more, losses = self.evaluate()
+                measurements |= more
             broken = not_finite(measurements)
             if not any(gather(broken is not None)):
-                return measurements
+                return measurements, losses
             place = f"{broken or 'a loss is not finite'} in epoch {progress.epoch + 1}"
             if progress.rollbacks == MAX_ROLLBACKS:
                 self.state.restore_(good)
@@ -196,39 +191,20 @@ class _Training:
             self.state.restore_(good)
             loop.log.epoch_again()
 
-    def evaluate(self) -> Mapping[str, float]:
-        """Return the validation measurements of what the training would give now."""
+    def evaluate(self) -> tuple[Mapping[str, float], Losses | None]:
+        """Return the validation measurements of what the training would give now, and its losses on held-out images."""
         result, held = self.state.result, self.loop.held
         try:
             if held and held.settle and 2 * (self.state.progress.epoch + 1) > self.settings.epochs:
                 held.settle(result)
-            return {**self.loop.evaluate(result), **({"held_out_loss": held.loss(result)} if held else {})}
+            measurements, losses = self.loop.evaluate(result), held.losses(result) if held else None
+            return {**measurements, **({"held_out_loss": losses.value} if losses else {})}, losses
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise CompressError(
                 f"{self.loop.phase}: out of memory in the evaluation; lower data.eval_batch_size"
             ) from error
-
-    def chosen_(self) -> nn.Module:
-        """Return the network of the least held-out loss, in eval mode; the last one where nothing is held out."""
-        result, losses, held = self.state.result, self.state.progress.held_out, self.loop.held
-        best = min(range(len(losses)), key=losses.__getitem__, default=0)
-        if held is None:
-            return result
-        if best == 0:
-            epochs = ", ".join(format(loss, ".4g") for loss in losses[1:]) or "none ended"
-            self.tell(
-                "training did not help: kept the network that it started from, whose loss on held-out images is "
-                f"{losses[0]:.4g} (the epochs': {epochs})"
-            )
-            return held.start
-        if best == len(losses) - 1:
-            return result
-        assert self.state.kept is not None
-        result.load_state_dict(self.state.kept)
-        self.note(f"kept the network of epoch {best}, whose loss on held-out images is {losses[best]:.4g}, the least")
-        return result
 
     def within_memory(self, attempt: Callable[[], Result], good: Snapshot) -> Result:
         """Return `attempt()`; where memory runs out, restore the snapshot and try again with half the micro-batch size."""

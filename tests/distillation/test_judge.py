@@ -18,6 +18,7 @@ from compress.pruning.recovery.reconstruction import estimate_batchnorm_
 from compress.recipe.losses import KD_ONLY, CrossEntropyTerm, KDTerm, PKDTerm
 from compress.recipe.read import read_recipe
 from compress.run import open_run
+from compress.training.held import Losses
 
 pytestmark = pytest.mark.usefixtures("unrehearsed")
 RECIPE = """
@@ -120,9 +121,9 @@ def test_statistics_that_make_a_network_worse_are_not_taken(better: bool) -> Non
     norm, images = nn.BatchNorm2d(3).train(), torch.randn(32, 3, 4, 4) + 5
     before = copy.deepcopy(norm.state_dict())
 
-    def loss(network: nn.Module) -> float:
-        mean = network.get_buffer("running_mean").mean()
-        return float(-mean if better else mean)
+    def loss(network: nn.Module) -> Losses:
+        mean = float(network.get_buffer("running_mean").mean())
+        return Losses((-mean if better else mean,))
 
     settle_(norm, loss, images)
     assert norm.training
@@ -187,7 +188,7 @@ def test_a_few_images_that_blow_a_network_up_do_not_judge_it(pruned: Path, super
     better = BlownUp(teacher, float(light.sort().values[-2]))  # so one of the images that judge
     loss = judge(run_, replace(run_.learned, supervised=supervised), KD_ONLY, lambda: teacher.eval(), images)
     assert run_.evaluate(better)["score"] > run_.evaluate(worse)["score"]
-    assert loss(better) < loss(worse)
+    assert loss(better).value < loss(worse).value
 
 
 def test_the_few_errors_of_a_good_network_judge_it(pruned: Path) -> None:
@@ -199,7 +200,7 @@ def test_the_few_errors_of_a_good_network_judge_it(pruned: Path) -> None:
     light = torch.cat([batch.images.mean((1, 2, 3)) for batch in run_.feed.view(VIEW, [images])])
     surer = BlownUp(teacher, float(light.sort().values[-4]), times=3.0)
     loss = judge(run_, run_.learned, KD_ONLY, lambda: teacher, images)
-    assert loss(teacher.eval()) < loss(surer.eval())
+    assert loss(teacher.eval()).value < loss(surer.eval()).value
 
 
 def test_what_learns_or_changes_with_the_training_judges_nothing() -> None:

@@ -21,7 +21,8 @@ from compress.logs.stage_log import StageLog
 from compress.recipe.stages import Fit
 from compress.tasks import TASKS, evaluate
 from compress.training import loop as train
-from compress.training.loop import Held, Loop, fit, learning_rate, make_optimizer
+from compress.training.held import Held, Losses
+from compress.training.loop import Loop, fit, learning_rate, make_optimizer
 
 CPU = torch.device("cpu")
 STEP = supervised_step(TASKS["classification"], label_smoothing=0.0)
@@ -182,13 +183,13 @@ def test_the_network_of_the_least_held_out_loss_is_the_result_also_of_a_killed_r
     def held(kill_at: int = 9) -> tuple[Held, list[dict[str, torch.Tensor]]]:
         seen: list[dict[str, torch.Tensor]] = []
 
-        def loss(model: nn.Module) -> float:
+        def losses(model: nn.Module) -> Losses:
             seen.append(copy.deepcopy(model.state_dict()))
             if len(seen) == kill_at:
                 raise KeyboardInterrupt
-            return abs(best - len(before) - len(seen) + 1) + 1.0
+            return Losses((abs(best - len(before) - len(seen) + 1) + 1.0,))
 
-        return Held(network().eval(), (), loss), seen
+        return Held(network().eval(), (), losses), seen
 
     settings, before = Fit(epochs=3, batch_size=16, lr=0.05, ema_decay=0.5), list[dict[str, torch.Tensor]]()
     judged, seen = held()
