@@ -42,8 +42,9 @@ class State:
     optimizer: torch.optim.Optimizer
     average: AveragedModel | None
     progress: Progress
-    kept: Snapshot | None = None  # the result's tensors after the last epoch that none before is clearly better than
-    least: list[float] = field(default_factory=list)  # each held-out image's loss after the best epoch
+    kept: Snapshot | None = None  # the result's tensors after the epoch that is given (held.py)
+    first: list[float] = field(default_factory=list)  # each held-out image's loss before the training
+    least: list[float] = field(default_factory=list)  # and after the best epoch
 
     @property
     def result(self) -> nn.Module:
@@ -65,8 +66,8 @@ class State:
     def save(self, path: Path) -> None:
         """Write the checkpoint, complete or not at all."""
         with writing(path) as file:  # given a path, torch's error hides the cause, such as a full disk
-            kept = {"kept": self.kept, "least": self.least} if self.kept else {}
-            torch.save({**self._tensors(), **kept, "progress": asdict(self.progress)}, file)
+            judged = {"kept": self.kept, "first": self.first, "least": self.least}
+            torch.save({**self._tensors(), **judged, "progress": asdict(self.progress)}, file)
 
     def resume_(self, path: Path) -> None:
         """Continue from the checkpoint of a killed run, if there is one."""
@@ -74,7 +75,7 @@ class State:
             saved = torch.load(path, weights_only=True)
             self.restore_(saved)
             self.progress = Progress(**saved["progress"])
-            self.kept, self.least = saved.get("kept"), saved.get("least", [])
+            self.kept, self.first, self.least = saved["kept"], saved["first"], saved["least"]
 
     def _tensors(self) -> Snapshot:
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}

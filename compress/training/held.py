@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.training.checkpoint import State
 
-MARGIN = 2.0  # standard errors of a difference by which one epoch must beat a later one, whose rate is lower
+MARGIN = 2.0  # standard errors of a difference that is not luck
 DEVIATION, OF_MEDIAN = (
     1.4826,
     1.2533,
@@ -59,15 +59,22 @@ class Held:
     losses: Callable[[nn.Module], Losses]  # of a network; the same on all ranks, which call it together
     settle: Callable[[nn.Module], None] | None = None  # done to a network of the second half of the epochs first
 
+    def begin_(self, state: State) -> None:
+        """Judge the network that the training starts from, unless a killed run has done it."""
+        if not state.progress.held_out:
+            losses = self.losses(self.start)
+            state.first, state.progress.held_out = list(losses.each), [losses.value]
+
     def judge_(self, state: State, losses: Losses) -> None:
-        """Count the losses of the epoch that ended; keep its network unless one before is clearly better.
+        """Count the losses of the epoch that ended; keep its network if it is clearly better than the start, and no epoch before than it.
 
         With few images the least of many losses is a matter of luck, and the rate falls towards the end.
         """
-        progress, least = state.progress, replace(losses, each=tuple(state.least))
+        progress = state.progress
+        first, least = (replace(losses, each=tuple(each)) for each in (state.first, state.least))
         if not state.least or losses.value < least.value:
             least, state.least = losses, list(losses.each)
-        if not losses.clearly_above(least):
+        if first.clearly_above(losses) and not losses.clearly_above(least):
             state.kept, progress.kept_epoch = copy.deepcopy(state.result.state_dict()), len(progress.held_out)
         progress.held_out.append(losses.value)
 
@@ -75,11 +82,11 @@ class Held:
         """Return the network that the training gives, and what is to be said of it."""
         progress, losses = state.progress, state.progress.held_out
         kept = progress.kept_epoch
-        if not kept or not losses[kept] < losses[0]:
+        if not kept:
             epochs = ", ".join(format(loss, ".4g") for loss in losses[1:]) or "none ended"
             return self.start, (
                 "training did not help: kept the network that it started from, whose loss on held-out images is "
-                f"{losses[0]:.4g} (the epochs': {epochs})"
+                f"{losses[0]:.4g}; none of the epochs' is clearly lower ({epochs})"
             )
         if kept == len(losses) - 1:
             return state.result, ""

@@ -110,8 +110,8 @@ def fit(model: Network, step: Step, settings: Fit, loop: Loop) -> Network:
     progress, stopped = state.progress, None
     training = _Training(step, settings, loop, state)
     loop.log.start(epochs=settings.epochs, batches=loop.steps_per_epoch, done=progress.epoch, phase=loop.phase)
-    if loop.held and not progress.held_out:
-        progress.held_out.append(loop.held.losses(loop.held.start).value)
+    if loop.held:
+        loop.held.begin_(state)
     saved_at = time.monotonic()
     started = saved_at - progress.seconds
     synchronizing = synchronized(model, loop.group) if settings.sync_batchnorm and loop.ranks > 1 else nullcontext()

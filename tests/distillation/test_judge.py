@@ -105,7 +105,7 @@ def test_frozen_batch_norms_keep_the_statistics_of_the_solve(pruned: Path) -> No
 
 def test_batch_norms_end_with_the_statistics_of_many_views(pruned: Path) -> None:
     # The last batches have few images, so the running statistics are poor.
-    few = "distill.fit={epochs: 1, batch_size: 4, lr: 0.001}"
+    few = "distill.fit={epochs: 3, batch_size: 4, lr: 0.003}"
     stages = run(pruned, few, "distill.reestimate_batchnorm_images=300", until="distill")
     recipe = read_recipe(pruned / "recipe.yaml", [f"out={pruned}"])
     run_ = open_run(recipe, trust_code=True, verbose=False)
