@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from compress.cli import app
 from compress.commands.init import ways, write
 from compress.commands.init.draft import Draft, recipe
-from compress.commands.init.estimate import SETTLED, START_S, StepTime, planned
+from compress.commands.init.estimate import SETTLED, START_S, StepTime, halved, planned, timed
 from compress.commands.init.images import Folder, look_at
 from compress.commands.init.ways import Network, Tried, _Judge
 from compress.commands.init.write import write_draft
@@ -26,6 +26,7 @@ from compress.errors import CompressError
 from compress.models.architectures import build
 from compress.models.published import IMAGENET
 from compress.models.recognize import fingerprint, recognize
+from compress.models.structure import count
 from compress.recipe import shipped
 from compress.recipe.read import read_recipe
 from export.errors import DataError
@@ -209,13 +210,24 @@ def folder_of(tmp_path: Path, train: int) -> Folder:
 def test_an_estimate_counts_every_stage(tmp_path: Path, classes: int) -> None:
     folder = folder_of(tmp_path, 7500)
     network = Network("cifar:resnet20", classes, folder.prepared((32, 32), 1.0, IMAGENET), None, None)
-    plan = planned(folder, network, StepTime(forward=0.001, step=0.004, exact=0.004, layers=50), 3600)
-    # 8 epochs of distillation by 0.7 steps each, 2 of QAT by three quarters of one; the teacher sees 8 views.
-    student, settled = 7500 * (0.7 * 0.004 + 0.0003), SETTLED * 0.5 * 0.001
+    plan = planned(folder, network, StepTime(forward=0.001, half=0.0005, step=0.0028, exact=0.002, layers=50), 3600)
+    # 8 epochs of distillation, 2 of QAT; the teacher sees 8 views.
+    student, settled = 7500 * (0.0028 + 0.0003), SETTLED * 0.0005
     assert (plan.source, plan.distill, plan.qat) == (0 if classes == 2 else 8, 8, 2)
-    assert plan.seconds["source"] == pytest.approx(START_S + (0 if classes == 2 else 8 * 7500 * 0.0043))
+    assert plan.seconds["source"] == pytest.approx(START_S + (0 if classes == 2 else 8 * 7500 * 0.0059))
     assert plan.seconds["distill"] == pytest.approx(8 * (student + settled) + 8 * 7500 * 0.001)
-    assert plan.seconds["qat"] == pytest.approx(2 * 7500 * (1.5 * 0.5 * 0.004 + 0.0003))
+    assert plan.seconds["qat"] == pytest.approx(2 * 7500 * (1.5 * 0.002 + 0.0003))
+
+
+def test_a_step_of_the_half_is_timed_and_of_the_whole_where_nothing_can_be_cut() -> None:
+    model, shape = build("cifar:resnet20", num_classes=10), (3, 32, 32)
+    assert count(halved(model, shape), shape).macs == pytest.approx(0.5 * count(model, shape).macs, rel=0.1)
+    clock = timed(model, shape, 32)
+    assert 0 < clock.half < clock.step
+    assert clock.step <= clock.exact
+    assert not model.training
+    alone = nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert count(halved(alone, shape), shape).macs == count(alone, shape).macs
 
 
 @pytest.mark.parametrize(("arch", "has_heads"), [("timm:test_vit", True), ("cifar:resnet20", False)])
@@ -224,20 +236,20 @@ def test_a_recipe_opens_the_heads_of_attention_where_there_are_any(arch: str, ha
     network = Network(arch, 2, folder.prepared((32, 32), 1.0, IMAGENET), 0.9, 0.9)
     model = build(arch, num_classes=2, shape=network.shape).eval()
     given = Draft("a.pth", tmp_path, folder, network, model, 1e6, None, trust_code=False)
-    plan = planned(folder, network, StepTime(forward=0.001, step=0.004, exact=0.004, layers=50), 3600)
+    plan = planned(folder, network, StepTime(forward=0.001, half=0.0005, step=0.0028, exact=0.002, layers=50), 3600)
     assert ("inside_heads: true" in recipe(given, plan, "a")) == has_heads
 
 
 def test_a_plan_trains_what_the_minutes_allow_and_nothing_where_it_would_be_too_little(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, 7500)
     network = Network("cifar:resnet20", 2, folder.prepared((32, 32), 1.0, IMAGENET), 0.9, 0.9)
-    clock = StepTime(forward=0.004, step=0.012, exact=0.012, layers=50)
+    clock = StepTime(forward=0.004, half=0.002, step=0.0084, exact=0.006, layers=50)
     plans = [planned(folder, network, clock, 60 * minutes) for minutes in (4, 9, 12, 60)]
     assert [plan.distill for plan in plans] == sorted(plan.distill for plan in plans)
     assert (plans[0].distill, plans[0].qat, plans[-1].distill) == (0, 0, 8)
     assert all(plan.total <= 60 * minutes for plan, minutes in zip(plans, (4, 9, 12, 60), strict=True))
     assert planned(folder, network, clock, 8 * 3600, longer=3).distill == 24
-    busy = clock._replace(forward=2 * clock.forward, step=2 * clock.step, exact=2 * clock.exact, share=0.5)
+    busy = StepTime(0.008, 0.004, 0.0168, 0.012, 50, share=0.5)
     assert planned(folder, network, busy, 1800) == planned(folder, network, clock, 1800)
 
 
@@ -287,7 +299,7 @@ def write_placed(folder: Path, task: str) -> None:
 def test_masks_boxes_and_several_labels_become_a_recipe_that_reads(
     tmp_path: Path, task: str, arch: str, same: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write, "timed", lambda *_: StepTime(0.001, 0.003, 0.003, 50))
+    monkeypatch.setattr(write, "timed", lambda *_: StepTime(0.001, 0.0005, 0.0021, 0.0015, 50))
     monkeypatch.setattr(ways, "FEWEST", 2)
     monkeypatch.setattr(ways, "FIRST", 2)
     monkeypatch.setattr(ways, "BATCH", 1)
@@ -354,7 +366,7 @@ def test_the_cheapest_size_within_a_point_of_the_best_is_taken(tmp_path: Path, m
         return [Tried(way, 90, scores.get(way.image_size[0], 0.1), float(way.image_size[0]) ** 2) for way in asked]
 
     monkeypatch.setattr(_Judge, "raced", raced)
-    monkeypatch.setattr(write, "timed", lambda *_: StepTime(0.001, 0.003, 0.003, 50))
+    monkeypatch.setattr(write, "timed", lambda *_: StepTime(0.001, 0.0005, 0.0021, 0.0015, 50))
     out = tmp_path / "mine.yaml"
     words = {"arch": None, "latency_ms": None, "minutes": 30, "trust_code": False}
     told = "\n".join(write_draft(str(tmp_path / "w.pt"), tmp_path / "data", out, **words))  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from export.onnx_file.to_onnx import to_onnx
 
 @pytest.fixture(autouse=True)
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "timed", lambda *_: StepTime(0.001, 0.003, 0.003, 50))
+    monkeypatch.setattr(write, "timed", lambda *_: StepTime(0.001, 0.0005, 0.0021, 0.0015, 50))
 
 
 def drafted(weights: Path, folder: Path, arch: str | None = None) -> tuple[Recipe, str]:

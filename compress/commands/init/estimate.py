@@ -1,15 +1,23 @@
 """Plan what a run can train in the time that is given, from a few timed steps and what whole runs took."""
 
+import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from compress.commands.init.images import Folder
 from compress.commands.init.ways import Network
+from compress.errors import CompressError
+from compress.models.saved import example_images
+from compress.models.structure import classifier, width_cost
+from compress.pruning.goals import Goal
+from compress.pruning.plan import choose, cut_
+from compress.pruning.planner import options_of_uncut
 from compress.recipe.schema import TeacherCache
 from compress.recipe.stages import Fit
 from compress.training.device import place_
@@ -18,9 +26,8 @@ from export.images.size import Shape
 
 PIXELS = 32 * 128**2  # of all images in a timed step, which has fewer images where they are larger
 STEPS = 3  # of which the fastest counts
+HALF = 0.5  # of the multiply-accumulates is kept
 # A run's costs, roughly: docs/results.md has whole runs and what was said before them.
-KEPT = 0.5  # of the teacher's time, the student's forward
-TRAINED = 0.7  # the same in a training step, where narrow layers gain less
 CACHED = TeacherCache().views  # the teacher predicts each view once
 VIEW_S = 0.0003  # to draw an image's view, and a step's costs besides the network
 QAT_STEPS = 1.5  # a QAT step in float32 steps
@@ -39,13 +46,22 @@ SOURCE_SHARE = 0.5  # of the time, for a teacher that is trained first
 
 
 class StepTime(NamedTuple):
-    """Seconds for one image here, in batches: forward, a training's step, and one in float32; the network's layers; the part of the machine that they got."""
+    """Seconds for one image here, in batches, and the part of the machine that they got.
+
+    `half` is a network with half of the multiply-accumulates, which `step` trains as the precision is fastest, `exact` in float32.
+    """
 
     forward: float
+    half: float
     step: float
     exact: float
-    layers: int
+    layers: int  # of the network
     share: float = 1.0
+
+    @property
+    def whole_step(self) -> float:
+        """Seconds for an image in a training of the whole network."""
+        return self.step * self.forward / self.half
 
 
 class Training(NamedTuple):
@@ -62,31 +78,48 @@ class Training(NamedTuple):
         return sum(self.seconds.values())
 
 
+def halved(model: nn.Module, shape: Shape) -> nn.Module:
+    """Return a copy with half of the multiply-accumulates, its smallest weights cut; a whole one where it cannot be cut so far."""
+    student, images = copy.deepcopy(model), example_images(shape)
+    with suppress(CompressError):
+        options = options_of_uncut(
+            student, images, "l2", exclude=(classifier(student, shape),), scope="global", round_to=8, min_keep=0.1
+        )
+        cost = width_cost(student, options.layers, "macs", shape)
+        budget = Goal("keep_macs", "macs", HALF).budget(options.full(cost), least=options.least(cost))
+        cut_(student, images, choose(options, cost, budget))
+    return student
+
+
 def timed(model: nn.Module, shape: Shape, batch: int) -> StepTime:
-    """Time steps of `batch` images in each precision that a training tries; the first warms up."""
-    cpu = torch.device("cpu")
-    place_(model.train(), cpu)
+    """Time the network, and training steps of its half in each precision that a training tries, for `batch` images."""
+    cpu, layers = torch.device("cpu"), sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
+    student = place_(halved(model, shape), cpu)
+    place_(model, cpu)
     count = max(2, min(batch, PIXELS // (shape[1] * shape[2])))
     images = torch.randn(count, *shape).to(memory_format=torch.channels_last)
     began, work = time.perf_counter(), time.process_time()
-    forwards, steps = list[float](), list[float]()
-    for dtype in map(AUTOCAST.__getitem__, precisions(Fit(epochs=1), cpu)):  # the first is float32
-        found = list[float]()
+
+    def fastest(call: Callable[[], object]) -> float:
+        """Return seconds for an image; the first call warms up."""
+        times = list[float]()
         for _ in range(STEPS):
             start = time.perf_counter()
-            with torch.no_grad():
-                teacher = model(images)
-            answered = time.perf_counter()
-            with torch.autocast("cpu", dtype, enabled=dtype is not None):
-                loss = F.mse_loss(model(images).float(), teacher)
-            loss.backward()
-            forwards.append(answered - start)
-            found.append(time.perf_counter() - answered)
-        steps.append(min(found) / count)
+            call()
+            times.append(time.perf_counter() - start)
+        return min(times) / count
+
+    def step(dtype: torch.dtype | None) -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            output = student(images)
+        output.float().square().mean().backward()
+
+    with torch.no_grad():
+        forward, half = (fastest(partial(network.eval(), images)) for network in (model, student))
+    student.train()
+    steps = [fastest(partial(step, AUTOCAST[name])) for name in precisions(Fit(epochs=1), cpu)]  # float32 is the first
     share = (time.process_time() - work) / (time.perf_counter() - began) / torch.get_num_threads()
-    layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
-    model.eval()
-    return StepTime(min(forwards) / count, min(steps), steps[0], layers, min(share, 1.0))
+    return StepTime(forward, half, min(steps), steps[0], layers, min(share, 1.0))
 
 
 def epochs(images: int) -> int:
@@ -97,18 +130,18 @@ def epochs(images: int) -> int:
 def costs(folder: Folder, clock: StepTime, source: int, distill: int, qat: int) -> dict[str, float]:
     """Return about what each stage takes in seconds."""
     forward, train, val = clock.forward, folder.train, folder.val
-    student, judged = TRAINED * clock.step + VIEW_S, val * KEPT * forward
-    found = {"source": START_S + val * forward + source * (train * (clock.step + VIEW_S) + val * forward)}
+    student, judged = clock.step + VIEW_S, val * clock.half
+    found = {"source": START_S + val * forward + source * (train * (clock.whole_step + VIEW_S) + val * forward)}
     found["prune"] = SOLVED * min(train / SOLVED_FROM, 1) * forward + SOLVED_S * clock.layers + 2 * judged
     if distill:
         taught = distill if folder.task in ("segmentation", "detection") else min(distill, CACHED)
-        settled = min(train, SETTLED) * KEPT * forward
+        settled = min(train, SETTLED) * clock.half
         found["distill"] = distill * (train * student + judged + settled) + taught * train * forward
     quantized = QUANTIZED * min(train / QUANTIZED_FROM, 1) + CANDIDATES * (min(train, TUNING) + val)
-    found["ptq"] = QUANTIZED_S * clock.layers + quantized * KEPT * forward
+    found["ptq"] = QUANTIZED_S * clock.layers + quantized * clock.half
     if qat:
-        found["qat"] = qat * (train * (QAT_STEPS * KEPT * clock.exact + VIEW_S) + judged)
-    found["export and bench"] = TIMED_S + EXPORTED * KEPT * forward + val * 2 * forward
+        found["qat"] = qat * (train * (QAT_STEPS * clock.exact + VIEW_S) + judged)
+    found["export and bench"] = TIMED_S + EXPORTED * clock.half + val * 2 * forward
     return found
 
 
@@ -118,7 +151,7 @@ def planned(folder: Folder, network: Network, clock: StepTime, seconds: float, *
     A network for other classes is trained on the folder's first. `longer` is the most, in usual trainings.
     """
     clock = clock._replace(
-        forward=clock.forward * clock.share, step=clock.step * clock.share, exact=clock.exact * clock.share
+        **{name: getattr(clock, name) * clock.share for name in ("forward", "half", "step", "exact")}
     )
     usual = epochs(folder.train)
 
