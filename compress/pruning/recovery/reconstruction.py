@@ -30,6 +30,7 @@ from compress.pruning.recovery.least_squares import (
 
 ROWS = 16384  # output positions that a layer is solved from
 CHUNK = 32  # images per run of the reference
+CACHED = 4  # images at once of which a batch-norm's statistics are taken: more leave the processor's cache
 MAX_BYTES = 4 * 2**30  # the student's activations of all images at one layer
 NEGLIGIBLE = 1e-10  # fraction of the outputs' mean square that is only rounding
 HELD_OUT = 4  # every fourth image chooses the ridge
@@ -180,7 +181,7 @@ def _run_with(model: nn.Module, images: Tensor, before: Mapping[nn.Module, Calla
     """Run a network once, calling each module's hook in `before` just before the module runs."""
     handles = [module.register_forward_pre_hook(hook) for module, hook in before.items()]
     try:
-        model(images)
+        model(images.contiguous(memory_format=torch.channels_last))
     finally:
         for handle in handles:
             handle.remove()
@@ -285,6 +286,13 @@ def _solve_(name: str, layer: SOLVED, norm: Norm | None, sample: Sample, inputs:
         norm.running_mean.sub_(shift.flatten())
 
 
+def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of each channel in each image, both (n, channels), of values (n, channels, positions)."""
+    values = values.float()
+    means = values.mean(2, keepdim=True)
+    return means[..., 0], (values - means).square_().mean(2)
+
+
 def _own_statistics_(norm: Norm, inputs: tuple[Tensor, ...]) -> None:
     """Set a batch-norm's statistics to its inputs', and adapt scale and shift so that it computes the same."""
     assert norm.running_mean is not None
@@ -299,8 +307,8 @@ def _take_statistics_(norm: Norm, inputs: tuple[Tensor, ...]) -> None:
     """Set a batch-norm's statistics to variance and mean of each channel over the images that are no outliers."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    values = inputs[0].float().flatten(2) if inputs[0].ndim > 2 else inputs[0].float()[..., None]
-    variances, means = torch.var_mean(values, dim=2, correction=0)  # of each image, (n, channels)
+    values = inputs[0].flatten(2) if inputs[0].ndim > 2 else inputs[0][..., None]
+    means, variances = (torch.cat(found) for found in zip(*map(_moments, values.split(CACHED)), strict=True))
     sizes = (variances + means.square()).mean(1).sqrt()
     usual = ~(sizes > OUTLIER * sizes.median())  # with values that are not finite, all
     norm.running_mean.copy_(means[usual].mean(0))
