@@ -16,7 +16,8 @@ from compress.models.decodes import Decode, queries
 from compress.models.outputs import serve_, signature_of
 from compress.recipe.losses import CrossEntropyTerm
 from compress.tasks import TASKS
-from compress.tasks.decoded import count_objects, own_loss
+from compress.tasks.decoded import count_objects
+from compress.tasks.own_loss import own_loss
 from compress.tasks.task import Task
 
 pytest.importorskip("transformers")
