@@ -109,12 +109,10 @@ model: {arch: "yolox:nano"}
 decode: {function: yolox, detections: 20}
 stages:
   - {stage: source, fit: {epochs: 24, batch_size: 8, optimizer: adamw, lr: 0.003, warmup_epochs: 1, clip_norm: 10}}
-  - {stage: prune, keep_macs: 0.7, round_to: 4}
-  - stage: distill
-    fit: {epochs: 2, batch_size: 8, optimizer: adamw, lr: 0.001, clip_norm: 10}
-    loss: [{name: cross_entropy}, {name: kd, weight: 10}, {name: boxes}]
-  - {stage: ptq, calibration_images: 32, methods: [minmax]}
-  - {stage: qat, fit: {epochs: 1, batch_size: 8, lr: 0.0001}, loss: [{name: cross_entropy}], calibration_images: 32}
+  - {stage: prune, keep_macs: 0.5, round_to: 4, reconstruct: none}
+  - {stage: distill, fit: {epochs: 6, batch_size: 8, optimizer: adamw, lr: 0.002, clip_norm: 10}, loss: [{name: cross_entropy}]}
+  - {stage: ptq, calibration_images: 32, methods: [minmax], float_where_faster: false}
+  - {stage: qat, fit: {epochs: 2, batch_size: 8, optimizer: adamw, lr: 0.0005, clip_norm: 10}, loss: [{name: cross_entropy}], calibration_images: 32}
 """
 
 
@@ -126,5 +124,6 @@ def test_labels_teach_the_teacher_the_student_and_its_int8(tmp_path: Path) -> No
     recipe = read_recipe(tmp_path / "recipe.yaml", [f"out={tmp_path}"])
     assert run_recipe(recipe, trust_code=False, until=None, verbose=False, command="compress run recipe.yaml") == 0
     scores = {read_meta(one).stage: read_meta(one).metrics["score"] for one in (tmp_path / "labels").glob("0*")}
-    assert scores["source"] > 0.3
-    assert min(scores[stage] for stage in ("distill", "ptq", "qat")) > 0.8 * scores["source"]
+    assert scores["source"] > 0.6
+    assert scores["prune"] < 0.1, "so that what follows comes from the labels"
+    assert min(scores["distill"], scores["qat"]) > 0.8 * scores["source"]
