@@ -80,5 +80,7 @@ def yolox_labels(truths: Tensor, size: Size) -> Tensor:
     scale = torch.tensor([size[1], size[0]] * 2, device=truths.device)
     found = torch.cat([truths[..., :1], box_convert(truths[..., 1:5] * scale, "xyxy", "cxcywh")], 2)
     real = (truths[..., 0] >= 0) & (truths[..., 5] == 0) & (found[..., 3:].amin(2) >= 1)
-    order = real.long().argsort(dim=1, descending=True, stable=True)  # the package counts the rows before the first zeros
+    order = real.long().argsort(
+        dim=1, descending=True, stable=True
+    )  # the package counts the rows before the first zeros
     return (found * real[..., None]).gather(1, order[..., None].expand(-1, -1, 5))
