@@ -131,7 +131,7 @@ def _decode(recipe: "Recipe") -> Iterator[str]:
         for index, section in enumerate(chain.stages):
             if isinstance(section, PruneStage) and (section.sparsity is not None or section.criterion == "taylor"):
                 what = "sparsity" if section.sparsity is not None else "criterion"
-                yield f"{recipe.place(name, index)}.{what}: learns from labels, and a network with `decode` has no loss from them"
+                yield f"{recipe.place(name, index)}.{what}: learns from labels, which it cannot with `decode`: leave it out"
 
 
 def _score(recipe: "Recipe") -> Iterator[str]:
