@@ -44,7 +44,7 @@ from compress.run import Run
 from compress.tasks import Task
 from compress.tasks.predictions import LOGITS
 from compress.training.held import Held
-from compress.training.modes import other_in_training, train_norms_only_
+from compress.training.modes import train_as_it_runs_
 from export.command.files import key_of, sha256, write_json
 
 FORMAT = 1  # of the cached views; raise it when views are drawn in another way
@@ -88,10 +88,8 @@ def distil(
     shown = example_images(run.shape, run.device)
     plain = not isinstance(student, fx.GraphModule)  # which is a graph of the eval mode already
     values = not (task.output.has_classes and task.supervised)  # its outputs themselves are learned
-    if plain and (does := other_in_training(student, shown, values=values)):
-        train_norms_only_(student)
-        text = f"the student learns in eval mode but for its batch-norms: in its own training mode {does}"
-        log.note(f"{phase}: {text}" if phase != log.stage else text)
+    if plain and (how := train_as_it_runs_(student, shown, values=values)):
+        log.note(f"{phase}: the student {how}" if phase != log.stage else f"the student {how}")
     learner, step = distillation(
         terms, task, student=student, teacher=teaching.teacher, images=shown, seed=run.recipe.seed
     )

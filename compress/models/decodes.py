@@ -48,20 +48,25 @@ def dense(outputs: Tensor, size: Size, classes: int) -> Sequence[Tensor]:
     return box_convert(rows[..., :4] / scale, "cxcywh", "xyxy"), scores
 
 
-def yolox(outputs: Tensor, size: Size, classes: int) -> Sequence[Tensor]:
-    """Return the boxes of YOLOX's undecoded rows (Ge 2021): places and logarithms of sizes in strides, objectness, classes (n, rows, 5 + classes)."""
+def cells(size: Size) -> tuple[Tensor, Tensor]:
+    """Return the column and line of each of YOLOX's rows, in strides (rows, 2), and its stride in pixels (rows, 1)."""
     sides = [(size[0] // stride, size[1] // stride) for stride in STRIDES]
-    if outputs.dim() != 3 or outputs.shape[1:] != (sum(high * wide for high, wide in sides), 5 + classes):
-        raise ModelError(
-            f"decode: yolox: reads (n, {sum(high * wide for high, wide in sides)}, {5 + classes}) for {classes} classes, got "
-            f"{tuple(outputs.shape)}: export with decode_in_inference=False, or use dense"
-        )
     grid = [torch.cartesian_prod(torch.arange(high), torch.arange(wide)).flip(1) for high, wide in sides]
     stride = torch.cat([torch.full((len(one), 1), each) for one, each in zip(grid, STRIDES, strict=True)])
-    cells, stride = (part.to(outputs.device, outputs.dtype) for part in (torch.cat(grid), stride))
+    return torch.cat(grid), stride
+
+
+def yolox(outputs: Tensor, size: Size, classes: int) -> Sequence[Tensor]:
+    """Return the boxes of YOLOX's undecoded rows (Ge 2021): places and logarithms of sizes in strides, objectness, classes (n, rows, 5 + classes)."""
+    places, stride = (part.to(outputs.device, outputs.dtype) for part in cells(size))
+    if outputs.dim() != 3 or outputs.shape[1:] != (len(places), 5 + classes):
+        raise ModelError(
+            f"decode: yolox: reads (n, {len(places)}, {5 + classes}) for {classes} classes, got "
+            f"{tuple(outputs.shape)}: export with decode_in_inference=False, or use dense"
+        )
     scale = torch.tensor([size[1], size[0]], dtype=outputs.dtype, device=outputs.device)
-    centre, sides_of = (outputs[..., :2] + cells) * stride / scale, outputs[..., 2:4].exp() * stride / scale
-    return box_convert(torch.cat([centre, sides_of], 2), "cxcywh", "xyxy"), outputs[..., 4:5] * outputs[..., 5:]
+    centre, sides = (outputs[..., :2] + places) * stride / scale, outputs[..., 2:4].exp() * stride / scale
+    return box_convert(torch.cat([centre, sides], 2), "cxcywh", "xyxy"), outputs[..., 4:5] * outputs[..., 5:]
 
 
 def queries(outputs: Mapping[str, Tensor], _size: Size, classes: int) -> Sequence[Tensor]:

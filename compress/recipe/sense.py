@@ -12,6 +12,9 @@ from export.tasks import TASKS
 if TYPE_CHECKING:
     from compress.recipe.schema import Recipe
 
+# Libraries whose detectors have a loss from labels of their own, and the decode of their outputs.
+OWN_LOSS = {"hf": "queries", "yolox": "yolox"}
+
 
 def mistakes(recipe: "Recipe") -> Iterator[str]:
     """Yield a line, with its place in the recipe, for each mistake; a later one may follow from the first."""
@@ -114,9 +117,13 @@ def _decode(recipe: "Recipe") -> Iterator[str]:
         yield f"decode: makes boxes, and {recipe.task} has none: leave it out, or set task: detection"
     if recipe.model is None:
         yield "decode: reads the outputs of the recipe's own network: name it as model"
-    if isinstance(source := recipe.stages[0], SourceStage) and source.fit is not None:
-        yield "stages.0.fit: a network with `decode` has no loss from labels here: train it elsewhere and give model.weights"
-    own = recipe.decode.function == "queries" and recipe.model is not None and recipe.model.arch.startswith("hf:")
+    arch = "" if recipe.model is None else recipe.model.arch
+    own = OWN_LOSS.get(arch.partition(":")[0]) == recipe.decode.function
+    if isinstance(source := recipe.stages[0], SourceStage) and source.fit is not None and not own:
+        yield (
+            f"stages.0.fit: {arch} with decode {recipe.decode.function} has no loss from labels here, only hf: with queries and yolox: "
+            "with yolox have one: train it elsewhere and give its weights"
+        )
     for stage, term in _losses(recipe):
         if term.name in OF_LABELS and not (own and term.name == "cross_entropy"):
             yield f"decode: {term.name} in {stage} needs a loss from labels: use kd and boxes, which need none"
@@ -124,7 +131,7 @@ def _decode(recipe: "Recipe") -> Iterator[str]:
         for index, section in enumerate(chain.stages):
             if isinstance(section, PruneStage) and (section.sparsity is not None or section.criterion == "taylor"):
                 what = "sparsity" if section.sparsity is not None else "criterion"
-                yield f"{recipe.place(name, index)}.{what}: learns from labels, and a network with `decode` has no loss from them"
+                yield f"{recipe.place(name, index)}.{what}: learns from labels, which it cannot with `decode`: leave it out"
 
 
 def _score(recipe: "Recipe") -> Iterator[str]:

@@ -6,12 +6,16 @@ from torch import nn
 
 from compress.artifact import Metrics
 from compress.data.digest import FILES, NOTES
-from compress.distillation.step import auxiliary_training, supervised_step
+from compress.distillation.step import Learner, auxiliary_training, distillation, no_teacher, supervised_step
 from compress.logs.stage_log import StageLog
 from compress.models.architectures import auxiliary
-from compress.models.saved import save_network
+from compress.models.saved import example_images, save_network
+from compress.recipe.losses import CrossEntropyTerm
 from compress.recipe.stages import SourceStage
 from compress.run import Run
+from compress.training.device import place_
+from compress.training.loop import Step
+from compress.training.modes import train_as_it_runs_
 from export.command.files import write_json
 
 
@@ -38,6 +42,9 @@ def apply(cfg: SourceStage, _src: None, out: Path, run: Run) -> Metrics:
 def _trained(model: nn.Module, arch: str, cfg: SourceStage, run: Run, log: StageLog) -> nn.Module:
     """Train the network on the labels, with its auxiliary classifier if it has one, and return it without that."""
     assert cfg.fit is not None
+    if run.recipe.decode is not None:
+        learner, step = _by_own_loss(model, cfg, run, log)
+        return run.fit(learner, step, cfg.fit, log=log, phase="source").student
     second = auxiliary(arch, run.num_classes)
     if second is None:
         step = supervised_step(run.learned, label_smoothing=cfg.label_smoothing)
@@ -45,6 +52,15 @@ def _trained(model: nn.Module, arch: str, cfg: SourceStage, run: Run, log: Stage
     layer, head = second
     learner, step = auxiliary_training(run.learned, model, layer=layer, head=head, label_smoothing=cfg.label_smoothing)
     return run.fit(learner, step, cfg.fit, log=log, phase="source").student
+
+
+def _by_own_loss(model: nn.Module, cfg: SourceStage, run: Run, log: StageLog) -> tuple[Learner, Step]:
+    """Return the learner and step of a detector with `decode`, which learns as a student does by `cross_entropy` alone."""
+    images = example_images(run.shape, run.device)
+    if how := train_as_it_runs_(place_(model, run.device), images, values=True):
+        log.note(f"the network {how}")
+    terms = [CrossEntropyTerm(name="cross_entropy", label_smoothing=cfg.label_smoothing)]
+    return distillation(terms, run.learned, student=model, teacher=no_teacher, images=images, seed=run.recipe.seed)
 
 
 def _measure_given(out: Path, run: Run) -> Metrics:

@@ -1,21 +1,19 @@
 """Detection with a decoder: a network learns from the teacher's boxes and scores, whatever its outputs are, without labels."""
 
-import copy
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import box_convert
 
 from compress.data.batches import eval_batches, in_order
 from compress.data.dataset import Dataset
 from compress.errors import CompressError
-from compress.models.decodes import CHOSEN_FROM, Decode, Function, decoder_of, queries
+from compress.models.decodes import CHOSEN_FROM, Decode, Function, decoder_of
 from compress.models.outputs import signature_of
 from compress.tasks.detection import EVERY, target_of
+from compress.tasks.own_loss import own_loss
 from compress.tasks.task import Task, count_images
 from export.onnx_file.graph import OUTPUT
 from export.onnx_file.outputs import Output
@@ -61,45 +59,16 @@ def count_sure(taught: Tensor, *, decode: Decode) -> Tensor:
     return (decode.learned(taught.float())[1].amax(2) >= SURE).sum()
 
 
-def own_loss(network: nn.Module, decode: Decode) -> Callable[..., Tensor] | None:
-    """Return transformers' loss of a detector's class, of its last layer: (outputs, truths, label_smoothing=) to (); None where there is none.
-
-    The loss of the layers before and of denoising needs what the network does not serve.
-    """
-    names = [one.name for one in decode.outputs]
-    if decode.function is not queries or not type(network).__name__.endswith("ForObjectDetection"):
-        return None
-    compare, config = getattr(network, "loss_function", None), copy.copy(getattr(network, "config", None))
-    grouped = hasattr(config, "group_detr")  # in training LW-DETR and RF-DETR have groups of queries
-    if compare is None or config is None or (grouped and not set(CHOSEN_FROM) <= set(names)):
-        return None
-    for name, value in {"auxiliary_loss": False, **({"group_detr": 1} if grouped else {})}.items():
-        setattr(config, name, value)
-
-    def loss(outputs: Tensor, truths: Tensor, *, label_smoothing: float) -> Tensor:
-        assert not label_smoothing, "refused, as detection has none"
-        found = decode.parts(outputs.float())
-        more = dict(zip(("enc_outputs_class", "enc_outputs_coord"), map(found.get, CHOSEN_FROM), strict=True))
-        targets = [target_of(boxes, 1.0) for boxes in truths]
-        labels = [
-            {"class_labels": one["labels"] - 1, "boxes": box_convert(one["boxes"], "xyxy", "cxcywh")} for one in targets
-        ]
-        total: Tensor
-        total, *_ = compare(
-            found["logits"], labels, outputs.device, found["pred_boxes"], config, **(more if grouped else {})
-        )
-        return total
-
-    return loss
-
-
 def count_objects(_outputs: Tensor, truths: Tensor) -> int:
-    """Return the number of boxes, by which transformers' losses divide."""
+    """Return the number of boxes, by which transformers' losses divide; YOLOX's divides by rows that only outputs tell, more the more boxes."""
     return sum(len(target_of(boxes)["labels"]) for boxes in truths)
 
 
 def _of_labels(*_args: object, **_settings: object) -> Tensor:
-    raise CompressError("decode: such a network has no loss from labels here: use kd and boxes, which need none")
+    raise CompressError(
+        "decode: such a network has no loss from labels here: use kd and boxes, which need none; RF-DETR's wants "
+        f"{' and '.join(CHOSEN_FROM)} in model.outputs"
+    )
 
 
 def decoded(task: Task, images: Dataset, decode: Decode) -> Task:

@@ -32,6 +32,14 @@ def other_in_training(model: nn.Module, images: Tensor, *, values: bool) -> str:
     return "it returns other values" if differs else ""
 
 
+def train_as_it_runs_(model: nn.Module, images: Tensor, *, values: bool) -> str:
+    """Make a network whose training mode is another network learn in eval mode; return what to tell of it, empty if it needs nothing."""
+    does = other_in_training(model, images, values=values)
+    if does:
+        train_norms_only_(model)
+    return f"learns in eval mode but for its batch-norms: in its own training mode {does}" if does else ""
+
+
 def train_norms_only_(model: nn.Module) -> None:
     """Make `train()` put only batch-norms into training mode, so that the network computes what it does in eval mode."""
 

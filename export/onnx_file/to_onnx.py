@@ -25,6 +25,8 @@ from export.onnx_file.outputs import Output
 
 OPSET = 18
 ATTENTION = (scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+CLIPS = (torch.clamp, torch.clip, *(getattr(torch.Tensor, name) for name in ("clamp", "clamp_", "clip", "clip_")),
+         torch.ops.aten.clamp.default, torch.ops.aten.clip.default)  # fmt: skip
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 MASKS, EXPORTING = "transformers.masking_utils", "is_torchdynamo_exporting"
 READ_OPERATORS = ONNXRegistry.from_torchlib
@@ -68,6 +70,7 @@ def _exported(
             redirect_stdout(StringIO()),
             redirect_stderr(StringIO()),
             _AttentionOfFourDimensions(),
+            _BoundsOfOneType(),
         ):
             program = torch.onnx.export(
                 model,
@@ -156,6 +159,20 @@ class _AttentionOfFourDimensions(TorchFunctionMode):
         }
         attended = function(**given)
         return attended.squeeze(1) if query.dim() == 3 else attended.unflatten(0, query.shape[:-3])
+
+
+class _BoundsOfOneType(TorchFunctionMode):
+    """Makes both bounds of a clamp floats where one is: torch's exporter makes a tensor of the other, which clamp then refuses."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call the function."""
+        bounds = [*args[1:], *(kwargs or {}).values()]
+        if function not in CLIPS or not any(isinstance(bound, float) for bound in bounds):
+            return function(*args, **(kwargs or {}))
+        given = {name: float(bound) if isinstance(bound, int) else bound for name, bound in (kwargs or {}).items()}
+        return function(*(float(one) if isinstance(one, int) else one for one in args), **given)
 
 
 class _Call(nn.Module):

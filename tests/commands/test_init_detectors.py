@@ -1,4 +1,4 @@
-"""What init writes for a folder of transformers' detectors: its processor's preprocessing, what it serves, and how it learns."""
+"""What init writes for a folder of transformers' detectors (its processor's preprocessing, what it serves, how it learns), and for a YOLOX."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from test_detection_chain import write_squares
 from typer.testing import CliRunner
 
 from compress.cli import app
+from compress.models.architectures import build
 from compress.recipe.read import read_recipe
 
 PROCESSOR = {
@@ -72,3 +73,27 @@ def test_classes_in_another_order_than_the_images_are_refused(root: Path) -> Non
     assert result.exit_code == 2
     assert "has the classes blue, red, " in result.stderr
     assert "list them there in the network's order" in result.stderr
+
+
+def test_a_yolox_of_other_classes_learns_the_images_first(tmp_path: Path) -> None:
+    pytest.importorskip("yolox")
+    write_squares(tmp_path / "data", "train", 4, 0)
+    write_squares(tmp_path / "data", "val", 4, 1)
+    torch.save({"model": build("yolox:nano", num_classes=80).state_dict()}, tmp_path / "nano.pth")
+    given = ["--arch", "yolox:nano", "--weights", str(tmp_path / "nano.pth"), "--data", str(tmp_path / "data")]
+    result = CliRunner().invoke(app, ["init", *given, "-o", str(tmp_path / "mine.yaml")])
+    assert result.exit_code == 0, result.output
+    assert "its classes are not the images'" in " ".join(result.output.split())
+    recipe = read_recipe(tmp_path / "mine.yaml")
+    assert recipe.model is not None
+    assert recipe.model.reset_head
+    assert recipe.data.framing == "letterbox_corner"
+    source = recipe.stages[0]
+    assert source.stage == "source"
+    assert source.fit is not None
+    assert source.fine_tune
+
+    given[1] = "yolox:tiny"
+    result = CliRunner().invoke(app, ["init", *given, "-o", str(tmp_path / "other.yaml")])
+    assert result.exit_code == 2
+    assert "give weights of this architecture" in result.stderr

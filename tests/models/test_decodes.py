@@ -125,6 +125,21 @@ stages:
             RECIPE.replace("onnx:mine.onnx", "hf:a").replace("dense", "queries").replace("kd", "cross_entropy"),
             None,
         ),
+        (
+            RECIPE,
+            RECIPE.replace('"onnx:mine.onnx"', "yolox:nano")
+            .replace("dense", "yolox")
+            .replace("kd", "cross_entropy")
+            .replace("{stage: source}", "{stage: source, fit: {epochs: 1}}"),
+            None,
+        ),
+        (
+            RECIPE,
+            RECIPE.replace("onnx:mine.onnx", "hf:a")
+            .replace("dense", "queries")
+            .replace("{stage: source}", "{stage: source, fit: {epochs: 1}}"),
+            None,
+        ),
         ("decode: dense", "decode: other", "must be dense, yolox, queries or FILE.py:function"),
         ("decode: dense", "", None),
         ('"onnx:mine.onnx"}\ndecode: dense', "yolox:nano, weights: a.pth}", "also set `decode: yolox`"),

@@ -1,6 +1,7 @@
 """What a server finds in an exported file."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -125,6 +126,35 @@ def test_clips_of_one_tensor_keep_their_bounds(tmp_path: Path) -> None:
     to_onnx(Clipped().eval(), tmp_path / "model.onnx", shape=(3, 4, 4), metadata={})
     found = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"input": images.numpy()})[0]
     np.testing.assert_allclose(found, Clipped()(images), atol=1e-6)
+
+
+CLIPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "clamp": lambda values: values.clamp(0.1, 1),
+    "in place": lambda values: (values + 0).clamp_(max=0.9, min=0),
+    "clip": lambda values: torch.clip(values, -1, max=0.5),
+    "of integers": lambda values: (4 * values).long().clamp(0.5, 2),
+}
+
+
+class Calls(nn.Module):
+    """A network that is one function."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.function(images)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_clip_takes_an_integer_beside_a_float(traced: bool, clip: str, tmp_path: Path) -> None:
+    images = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    model = Calls(CLIPS[clip]).eval()
+    to_onnx(trace(model, images) if traced else model, tmp_path / "model.onnx", shape=(3, 4, 4), metadata={})
+    found = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"input": images.numpy()})[0]
+    np.testing.assert_allclose(found, model(images), atol=1e-6)
 
 
 @pytest.mark.slow

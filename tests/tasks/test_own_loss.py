@@ -1,10 +1,13 @@
 """Detectors of transformers learn from labels by the loss of their own class."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from chain import enlivened
+from test_detection_chain import write_squares
 from torch import Tensor, nn
 
 from compress.data.batches import Batch
@@ -14,9 +17,12 @@ from compress.distillation.step import distillation, no_teacher
 from compress.models.architectures import thawed_
 from compress.models.decodes import Decode, queries
 from compress.models.outputs import serve_, signature_of
+from compress.pipeline import run_recipe
 from compress.recipe.losses import CrossEntropyTerm
+from compress.recipe.read import read_recipe
 from compress.tasks import TASKS
-from compress.tasks.decoded import count_objects, own_loss
+from compress.tasks.decoded import count_objects
+from compress.tasks.own_loss import own_loss
 from compress.tasks.task import Task
 
 pytest.importorskip("transformers")
@@ -86,3 +92,34 @@ def test_a_detr_learns_from_labels(scenes: tuple[Tensor, Tensor]) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
+
+
+RECIPE = """
+name: labels
+task: detection
+data: {dataset: imagefolder, path: FOLDER/data, image_size: 64, framing: stretch, pixels: unit, eval_batch_size: 16}
+model: {arch: "hf:FOLDER/net", outputs: [logits, pred_boxes]}
+decode: {function: queries, detections: 20}
+stages:
+  - {stage: source, fit: {epochs: 20, batch_size: 8, optimizer: adamw, lr: 0.001, warmup_epochs: 1, clip_norm: 1}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:# The axis name")  # which the decoder's inputs share
+def test_a_folder_of_transformers_is_trained_on_labels_as_source(tmp_path: Path) -> None:
+    import transformers
+    from queried import stepped
+
+    torch.manual_seed(0)
+    network = transformers.RTDetrForObjectDetection(transformers.RTDetrConfig(**stepped(num_labels=2)))
+    for last in network.model.decoder.bbox_embed:  # zeros, so that all images would have the same boxes
+        nn.init.normal_(last.layers[-1].weight, std=0.02)
+    network.save_pretrained(tmp_path / "net")
+    write_squares(tmp_path / "data", "train", 64, 0)
+    write_squares(tmp_path / "data", "val", 24, 1)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("FOLDER", str(tmp_path)))
+    recipe = read_recipe(tmp_path / "recipe.yaml", [f"out={tmp_path}"])
+    assert run_recipe(recipe, trust_code=False, until=None, verbose=False, command="compress run recipe.yaml") == 0
+    (folder,) = (tmp_path / "labels").glob("00-source*")
+    assert json.loads((folder / "meta.json").read_text())["metrics"]["score"] > 0.1

@@ -10,27 +10,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torchvision.ops import box_convert
+from torch import nn
 from yolox.config import YoloxConfig
 from yolox.utils import ModelEMA
 
 from compress.recipe.read import read_recipe
 from compress.run import Run, open_run
+from compress.tasks.own_loss import yolox_labels
 
 BATCH, RATE, WARMUP = 16, 2e-3, 3  # the last in epochs
 EVERY = 10  # epochs between two saved states
-
-
-def labels_of(truths: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return boxes (n, most, 5) as YOLOX's loss wants them: class, centre and size in pixels, zeros where there is none."""
-    scale = torch.tensor([size[1], size[0]] * 2)
-    found = torch.cat([truths[..., :1], box_convert(truths[..., 1:5] * scale, "xyxy", "cxcywh")], 2)
-    real = (truths[..., 0] >= 0) & (truths[..., 5] == 0) & (found[..., 3:].amin(2) >= 1)
-    order = real.long().argsort(
-        dim=1, descending=True, stable=True
-    )  # the package counts the rows before the first zeros
-    return (found * real[..., None]).gather(1, order[..., None].expand(-1, -1, 5))
 
 
 def train(run: Run, name: str, folder: Path, epochs: int) -> nn.Module:
@@ -58,7 +47,7 @@ def train(run: Run, name: str, folder: Path, epochs: int) -> nn.Module:
         losses = []
         for batch in run.feed.training(BATCH, epoch=epoch, view=epoch):
             images = batch.images.to(memory_format=torch.channels_last)
-            loss = network(images, labels_of(batch.targets, size))["total_loss"]
+            loss = network(images, yolox_labels(batch.targets, size))["total_loss"]
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 10)

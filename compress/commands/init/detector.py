@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from compress.data.teachers import foreign
-from compress.errors import CompressError
+from compress.errors import CompressError, ModelError
 from compress.models.architectures import build
 from compress.models.decodes import CHOSEN_FROM, DECODES
 from compress.models.digest import existing_file
@@ -22,6 +22,7 @@ from compress.models.foreign import OnnxFile
 from compress.models.outputs import tensors_of
 from compress.models.published import NONE, published
 from compress.models.teachers import names_within
+from compress.models.weights import load_weights_
 from compress.recipe import strict_yaml
 from compress.recipe.read import read_recipe
 from compress.run import open_run
@@ -35,10 +36,11 @@ from export.tasks import TASKS
 IMAGES = 32  # on which each way is scored
 GOOD = 0.3  # mAP that needs no further trial
 Way = Mapping[str, object]  # fields of a recipe's data
+YOLOX: Way = {"framing": "letterbox_corner", "pixels": "bytes", "colors": "bgr"}
 # How such detectors are trained: YOLO, YOLOX, DETR's descendants.
 WAYS: Sequence[Way] = (
     {"framing": "letterbox", "pixels": "unit"},
-    {"framing": "letterbox_corner", "pixels": "bytes", "colors": "bgr"},
+    YOLOX,
     {"framing": "stretch", "pixels": "normalized"},
     {"framing": "stretch", "pixels": "unit"},
 )
@@ -55,6 +57,13 @@ stages:
   - stage: bench
 targets:  # a miss ends the run with exit code 1
   max_drop: 0.03
+"""
+SOURCE = "  - stage: source\n"
+# Where the weights are for other classes: layers with new numbers of outputs learn from the labels.
+FINE_TUNED = """\
+  - stage: source  # new last layers, for the images' classes, learn from the labels with all others
+    fit: {epochs: 24, batch_size: 16, optimizer: adamw, lr: RATE, warmup_epochs: 1, clip_norm: 1}
+    fine_tune: true
 """
 
 
@@ -74,6 +83,12 @@ def write_detector(arch: str, weights: str, data: Path, out: Path, *, tell: Call
     model: dict[str, object] = {"arch": arch} if foreign(arch) else {"arch": arch, "weights": weights}
     functions: Sequence[str] = ["yolox"] if arch.startswith("yolox:") else [*DECODES]
     size, ways, rate = _size_of(arch), WAYS, 0.001
+    if arch.startswith("yolox:") and _has_other_classes(arch, weights, data):
+        text = _recipe(model | {"reset_head": True}, data, out.stem, size, YOLOX, "yolox", rate)
+        write_text(out, text.replace(SOURCE, FINE_TUNED.replace("RATE", str(rate))))
+        yield "         its classes are not the images': the teacher learns these from the labels first, as source"
+        yield f"wrote    {out}; run it with: compress run {out}"
+        return
     if arch.startswith("hf:"):
         network, rate, functions = build(arch, num_classes=0, outputs=()).eval(), 0.0003, ["queries"]
         size, ways = _stated(arch, size)
@@ -121,6 +136,17 @@ def _size_of(arch: str) -> Written:
         if isinstance(high, int) and isinstance(wide, int):
             return written((high, wide))
     return 416 if arch in ("yolox:nano", "yolox:tiny") else 640
+
+
+def _has_other_classes(arch: str, weights: str, data: Path) -> bool:
+    """Tell whether a YOLOX's weights are for another number of classes than the images'; ModelError where they do not fit at all."""
+    network = build(arch, num_classes=len(TASKS["detection"].listing(data).classes))
+    try:
+        load_weights_(network, arch, weights, reset_head=False)
+    except ModelError:
+        load_weights_(network, arch, weights, reset_head=True)
+        return True
+    return False
 
 
 def _stated(arch: str, size: Written) -> tuple[Written, Sequence[Way]]:
