@@ -31,6 +31,7 @@ from export.errors import UserError
 from export.onnx_file.outputs import Output, columns
 from export.proof.verify import verify
 from export.runtime.latency import speedup, time_sessions
+from export.runtime.own import import_file
 from export.runtime.session import bind, infer, open_session
 from export.tasks.tensors import TENSORS
 
@@ -92,14 +93,7 @@ def timm_encoder(name: str, **settings: Any) -> Callable[[], nn.Module]:
 
 
 def denoiser() -> nn.Module:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("denoiser", ROOT / "tools" / "restoration" / "denoiser.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    built: nn.Module = module.denoiser()
+    built: nn.Module = import_file(ROOT / "tools" / "restoration" / "denoiser.py").denoiser()
     return built
 
 
