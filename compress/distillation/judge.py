@@ -86,7 +86,7 @@ def judge(
                 found = total(mine, its, truths)
                 if not labelled:
                     yield found
-                elif math.isfinite(most := CAP * total(torch.zeros_like(mine), its, truths)):
+                elif math.isfinite(most := CAP * total(task.blank(mine), its, truths)):
                     yield min(found, most)
 
     def total(mine: Tensor, its: Tensor, truths: Tensor) -> float:

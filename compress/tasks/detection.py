@@ -52,6 +52,12 @@ def detection_loss(outputs: Tensor, truths: Tensor, *, label_smoothing: float) -
     return total
 
 
+def blank(outputs: Tensor) -> Tensor:
+    """Return outputs with the same anchors and zeros for classes and moves."""
+    constants = outputs[..., -READS:]
+    return torch.cat([torch.zeros_like(outputs[..., :-READS]), constants], dim=-1)
+
+
 def count_objects(outputs: Tensor, truths: Tensor) -> Tensor | int:
     """Return what the loss of these truths divides by: the number of anchors with an object, of images for RetinaNet's.
 
@@ -201,4 +207,5 @@ DETECTION = Task(
     places=places,
     places_count=count_sure,
     smooths=False,
+    blank=blank,
 )

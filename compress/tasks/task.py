@@ -55,6 +55,8 @@ class Task:
     """(student's outputs, teacher's) to the teacher's, whose rows lie in the order of the student's; None where rows have a fixed order."""
     supervised: bool = True
     """Whether there is a loss from labels."""
+    blank: Callable[[Tensor], Tensor] = torch.zeros_like
+    """A network's outputs to those of one that knows nothing: zeros, but for what no network learns."""
     fitted: Callable[["Task", Dataset], "Task"] | None = None
     """(task, data) to the task with what its losses need to know of the data."""
     smooths: bool = True
