@@ -10,10 +10,9 @@ from torch import fx, nn
 from compress.data.given import Images, first_images
 from compress.errors import CompressError
 from compress.models.structure import classifier, width_cost
-from compress.pruning.goals import Goal
 from compress.pruning.inside_heads import open_heads_, rotate_
-from compress.pruning.plan import choose, cut_
-from compress.pruning.planner import options_of_uncut
+from compress.pruning.plan import cut_
+from compress.pruning.planner import cuts_to, options_of_uncut
 from compress.pruning.recovery import reconstruction as recovery
 from compress.pruning.surgeon import input_covariances
 from compress.quant.post_training import BATCH, SHOWN, quantized
@@ -59,9 +58,7 @@ def prune(
         min_keep=cfg.min_keep,
         covariances=input_covariances(student, shown[: cfg.score_images].split(BATCH)),
     )
-    cost = width_cost(student, options.layers, "macs", shape)
-    budget = Goal("keep_macs", "macs", keep_macs).budget(options.full(cost), least=options.least(cost))
-    cuts = choose(options, cost, budget)
+    cuts = cuts_to(keep_macs, options, width_cost(student, options.layers, "macs", shape))
     for network in (student, numbered):
         cut_(network, example, cuts)
     shown, kept = shown[: recovery.affordable_images(whole, example)], recovery.kept_outputs(numbered)

@@ -52,7 +52,7 @@ def judge(
     """Return the function that measures a network's losses on `images` (indices), shared by all ranks, with rank 0's weights.
 
     A network can answer an image of a hundred with outputs a thousand times as large as the others', whose losses would be the mean. So
-    where labels judge, an image's loss counts at most CAP times what it is for outputs of zero; the mean of such losses still sees every
+    where labels judge, an image's loss counts at most CAP times that of a network that knows nothing (`Task.blank`); the mean of such losses still sees every
     error, of which a good network makes few. Losses without such a scale count as the median over groups of GROUP images of their means
     (median of means: Lerasle & Oliveira 2011, Robust Empirical Mean Estimators). `task` is that of the training, whose loss has the same
     scale.

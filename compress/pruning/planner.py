@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from compress.pruning.branches import find_branches
-from compress.pruning.costs import measure_layers
-from compress.pruning.plan import ChannelGroup, Options, Scope, find_groups, find_options, smallest_widths
+from compress.pruning.costs import WidthCost, measure_layers
+from compress.pruning.goals import Goal
+from compress.pruning.plan import ChannelGroup, Cut, Options, Scope, choose, find_groups, find_options, smallest_widths
 
 
 def options_of(
@@ -47,3 +48,8 @@ def options_of_uncut(
     groups = find_groups(model, images, criterion, exclude=exclude, covariances=covariances)
     smallest = smallest_widths(groups, min_keep)
     return options_of(model, groups, images, scope=scope, round_to=round_to, min_channels=smallest, blocks=blocks)
+
+
+def cuts_to(keep: float, options: Options, cost: WidthCost) -> list[Cut]:
+    """Return the cuts that leave this fraction of an uncut network's multiply-accumulates; CompressError where the options do not reach it."""
+    return choose(options, cost, Goal("keep_macs", "macs", keep).budget(options.full(cost), least=options.least(cost)))

@@ -1,4 +1,4 @@
-"""Which network a training ends with, judged on images that it does not train on: never one below its start."""
+"""Which network a training ends with: its start, unless an epoch is clearly better on images that are not trained on."""
 
 import copy
 import math
@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from compress.training.checkpoint import State
 
 MARGIN = 2.0  # standard errors of a difference that is not luck
-DEVIATION, OF_MEDIAN = (
-    1.4826,
-    1.2533,
-)  # normal: from the median absolute deviation; a median's standard error over a mean's
+DEVIATION = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
+OF_MEDIAN = 1.2533  # a median's standard error over a mean's, of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class Held:
             epochs = ", ".join(format(loss, ".4g") for loss in losses[1:]) or "none ended"
             return self.start, (
                 "training did not help: kept the network that it started from, whose loss on held-out images is "
-                f"{losses[0]:.4g}; none of the epochs' is clearly lower ({epochs})"
+                f"{losses[0]:.4g}; none of the epochs' is lower by {MARGIN:g} standard errors ({epochs})"
             )
         if kept == len(losses) - 1:
             return state.result, ""

@@ -7,18 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from chain import enlivened
+from learning import learned_losses
 from test_detection_chain import write_squares
 from torch import Tensor, nn
 
-from compress.data.batches import Batch
 from compress.data.named import DATA_SETS
 from compress.data.scenes import draw_scenes
-from compress.distillation.step import distillation, no_teacher
 from compress.models.architectures import thawed_
 from compress.models.decodes import Decode, queries
 from compress.models.outputs import serve_, signature_of
 from compress.pipeline import run_recipe
-from compress.recipe.losses import CrossEntropyTerm
 from compress.recipe.read import read_recipe
 from compress.tasks import TASKS
 from compress.tasks.decoded import count_objects
@@ -81,16 +79,7 @@ def test_the_loss_is_that_of_the_network_s_class(kind: str, scenes: tuple[Tensor
 def test_a_detr_learns_from_labels(scenes: tuple[Tensor, Tensor]) -> None:
     images, truths = scenes
     network, task = opened("DETR", images)
-    term = CrossEntropyTerm(name="cross_entropy")
-    learner, step = distillation([term], task, student=network, teacher=no_teacher, images=images[:1], seed=0)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(12):
-        loss = step(learner.train(), Batch(images, truths), 0.0)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = learned_losses(network, task, images, truths, rate=1e-3, steps=12)
     assert losses[-1] < 0.7 * losses[0]
 
 

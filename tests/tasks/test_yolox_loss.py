@@ -6,17 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from chain import prune_
+from learning import learned_losses
 from test_detection_chain import write_squares
 from torch import Tensor, nn
 
 from compress.artifact import read_meta
-from compress.data.batches import Batch
-from compress.distillation.step import distillation, no_teacher
 from compress.models.architectures import build
 from compress.models.decodes import Decode, yolox
 from compress.pipeline import run_recipe
 from compress.quant.graph.trace import trace
-from compress.recipe.losses import CrossEntropyTerm
 from compress.recipe.read import read_recipe
 from compress.tasks import TASKS, Task
 from compress.tasks.decoded import count_objects
@@ -88,16 +86,7 @@ def test_a_student_learns_from_labels(kind: str) -> None:
         student = trace(student, images)
     else:
         assert "learns in eval mode" in train_as_it_runs_(student, images, values=True)
-    term = CrossEntropyTerm(name="cross_entropy")
-    learner, step = distillation([term], task, student=student, teacher=no_teacher, images=images[:1], seed=0)
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=5e-3)
-    losses = []
-    for _ in range(20):
-        loss = step(learner.train(), Batch(images, truths()), 0.0)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = learned_losses(student, task, images, truths(), rate=5e-3, steps=20)
     assert losses[-1] < 0.7 * losses[0]
 
 

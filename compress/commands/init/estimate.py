@@ -15,9 +15,8 @@ from compress.commands.init.ways import Network
 from compress.errors import CompressError
 from compress.models.saved import example_images
 from compress.models.structure import classifier, width_cost
-from compress.pruning.goals import Goal
-from compress.pruning.plan import choose, cut_
-from compress.pruning.planner import options_of_uncut
+from compress.pruning.plan import cut_
+from compress.pruning.planner import cuts_to, options_of_uncut
 from compress.recipe.schema import TeacherCache
 from compress.recipe.stages import Fit
 from compress.training.device import place_
@@ -85,9 +84,7 @@ def halved(model: nn.Module, shape: Shape) -> nn.Module:
         options = options_of_uncut(
             student, images, "l2", exclude=(classifier(student, shape),), scope="global", round_to=8, min_keep=0.1
         )
-        cost = width_cost(student, options.layers, "macs", shape)
-        budget = Goal("keep_macs", "macs", HALF).budget(options.full(cost), least=options.least(cost))
-        cut_(student, images, choose(options, cost, budget))
+        cut_(student, images, cuts_to(HALF, options, width_cost(student, options.layers, "macs", shape)))
     return student
 
 

@@ -182,7 +182,7 @@ def _by_chance(classes: int, images: int) -> float:
 # What whole runs gave (docs/results.md): networks of photographs cut to half of their multiply-accumulates.
 LIKELY = {
     "prune": "cut to half and solved: 1.0 points lost by a ResNet-50, 1.1 by a ResNet-18, 2.3 by a MobileNetV2",
-    "distill": "a ResNet-18 cut to a third of its time regained 4 points in eight epochs, a ResNet-50 cut to half nothing certain; the solve is kept where held-out images see no clear gain",
+    "distill": "a ResNet-18 cut to 0.38 of its time regained 4 points in eight epochs, a ResNet-50 cut to half nothing certain; the solve is kept where held-out images see no clear gain",
     "ptq": "INT8 by calibration: at most 0.5 points lost, more where layers are depthwise; two to three and a half times as fast",
     "qat": "INT8 trained: what calibration lost comes back",
 }
