@@ -60,7 +60,8 @@ def _gone(line: str) -> str:
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write the recipe with all defaults as YAML, which reads back to an equal one."""
-    path.write_text(strict_yaml.dump(recipe.model_dump(mode="json")), encoding="utf-8")
+    unused = {"data": {"mean", "std"}} if recipe.data.pixels != "normalized" else None  # refused beside such pixels
+    path.write_text(strict_yaml.dump(recipe.model_dump(mode="json", exclude=unused)), encoding="utf-8")
 
 
 @contextmanager

@@ -50,6 +50,14 @@ def test_written_recipe_reads_back_equal(path: Path, tmp_path: Path) -> None:
     assert read_recipe(tmp_path / "again.yaml") == recipe
 
 
+@pytest.mark.parametrize("pixels", ["unit", "bytes"])
+def test_a_written_recipe_of_pixels_without_mean_and_std_reads_back_equal(pixels: str, tmp_path: Path) -> None:
+    """A run of such a detector could not be opened again: by export-data, search and everything that reads its recipe."""
+    recipe = read_recipe(ROOT / "recipes" / "quickstart.yaml", [f"data.pixels={pixels}"])
+    write_recipe(recipe, tmp_path / "again.yaml")
+    assert read_recipe(tmp_path / "again.yaml") == recipe
+
+
 def fields_left_out(section: object, written: object, path: str = "") -> list[str]:
     """Return the path of every field of a section that is not in its written form."""
     if isinstance(section, Section):
