@@ -103,9 +103,12 @@ def test_frozen_batch_norms_keep_the_statistics_of_the_solve(pruned: Path) -> No
     assert {f"{norm}.weight" for norm in norms} < changed
 
 
-def test_batch_norms_end_with_the_statistics_of_many_views(pruned: Path) -> None:
-    # The last batches have few images, so the running statistics are poor.
-    few = "distill.fit={epochs: 3, batch_size: 4, lr: 0.003}"
+def test_batch_norms_end_with_the_statistics_of_many_views(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whether the held-out loss falls by them is luck on so small a network (the next test has that choice): here it does.
+    monkeypatch.setattr(
+        "compress.distillation.teacher.settle_", lambda network, *, loss, images: estimate_batchnorm_(network, images)
+    )
+    few = "distill.fit={epochs: 3, batch_size: 4, lr: 0.003, precision: fp32}"
     stages = run(pruned, few, "distill.reestimate_batchnorm_images=300", until="distill")
     recipe = read_recipe(pruned / "recipe.yaml", [f"out={pruned}"])
     run_ = open_run(recipe, trust_code=True, verbose=False)
