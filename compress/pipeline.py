@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 PLANNED = "stages.json"  # in the run's folder: the directory of each stage, in order
 # Raised when a stage makes something else from the same settings.
-VERSIONS = {"source": 5, "student": 1, "prune": 16, "distill": 11, "ptq": 15, "qat": 19, "export": 15, "bench": 6}
+VERSIONS = {"source": 5, "student": 1, "prune": 16, "distill": 12, "ptq": 15, "qat": 20, "export": 15, "bench": 6}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ FEWEST, MOST = 32, 500  # images that judge; where a twentieth is fewer than FEW
 SMALL = 4096  # values of an image's output that are remembered
 GROUP = 10  # images, whose mean loss is one of those that the median is of
 CAP = 2.0  # times the loss of a network that knows nothing: what an image counts at most where labels judge
-VIEW = -1  # the number of the judges' view, which no epoch shows
+VIEWS, SHOWN = 8, 2_000  # of each judging image at most, and of all together, if they are no more than that
 
 
 def judging_images(images: int, *, seed: int) -> tuple[Tensor, bool]:
@@ -34,6 +34,11 @@ def judging_images(images: int, *, seed: int) -> tuple[Tensor, bool]:
     count = min(max(images // SHARE, FEWEST), MOST, images)
     order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
     return order[:count], images // SHARE >= FEWEST
+
+
+def judging_views(images: int) -> range:
+    """Return the numbers of the views in which so many judging images are seen: negative, as no epoch shows them."""
+    return range(-min(max(SHOWN // images, 1), VIEWS), 0)
 
 
 def judged_terms(terms: Sequence[LossTerm], *, labelled: bool, has_classes: bool) -> tuple[LossTerm, ...]:
@@ -65,6 +70,7 @@ def judge(
         feed = replace(feed, augmentation=replace(feed.augmentation, mixup=0.0, cutmix=0.0))
     network = teacher() if needs_teacher(terms) else None
     shares = images.split(data.eval_batch_size)[run.rank :: run.ranks]
+    views = judging_views(len(images))
     known: list[Tensor] = []  # the teacher's outputs, if they are small
 
     def taught(number: int, batch: Batch) -> Tensor:
@@ -79,15 +85,15 @@ def judge(
 
     def losses(model: nn.Module) -> Iterator[float]:
         size = 1 if labelled else GROUP
-        for number, batch in enumerate(feed.view(VIEW, shares)):
+        for number, batch in enumerate(batch for view in views for batch in feed.view(view, shares)):
             outputs, answer = model(batch.images).float(), taught(number, batch)
             for first in range(0, len(outputs), size):
                 mine, its, truths = (rows[first : first + size] for rows in (outputs, answer, batch.targets))
                 found = total(mine, its, truths)
-                if not labelled:
-                    yield found
-                elif math.isfinite(most := CAP * total(task.blank(mine), its, truths)):
-                    yield min(found, most)
+                if labelled:
+                    most = CAP * total(task.blank(mine), its, truths)
+                    found = min(found, most) if math.isfinite(most) else math.nan
+                yield found
 
     def total(mine: Tensor, its: Tensor, truths: Tensor) -> float:
         values = [term.weight * mean_loss(term, task, mine, iter(()), TeacherOutput(its, {}), truths) for term in terms]
@@ -100,7 +106,9 @@ def judge(
         training = model.training
         model.eval()
         with deployed_once(model):
-            mine = list(losses(model))
+            found = torch.tensor(list(losses(model)), dtype=torch.float64)
+            each = found.reshape(len(views), len(found) // len(views)).nanmean(0)
+            mine = each[~each.isnan()].tolist()
         model.train(training)
         every = [value for rank in gather(mine) for value in rank]
         return Losses(tuple(every), unbounded=not labelled)
@@ -109,14 +117,17 @@ def judge(
 
 
 @torch.no_grad()
-def settle_(network: nn.Module, loss: Callable[[nn.Module], Losses], images: Tensor) -> None:
-    """Set batch-norms' statistics to those over `images` (n, channels, height, width) where that lowers the loss.
+def settle_(network: nn.Module, loss: Callable[[nn.Module], Losses], images: Tensor) -> Losses:
+    """Set batch-norms' statistics to those over `images` (n, channels, height, width) where that lowers the loss; return the losses.
 
     The running ones are those of the last few batches, which a few images that blow a network up can ruin; a network whose other weights
     live with such images needs them, however.
     """
-    before, running = loss(network).value, {name: values.clone() for name, values in network.named_buffers()}
+    before, running = loss(network), {name: values.clone() for name, values in network.named_buffers()}
     estimate_batchnorm_(network, images)
-    if not loss(network).value < before:
-        for name, values in network.named_buffers():
-            values.copy_(running[name])
+    after = loss(network)
+    if after.value < before.value:
+        return after
+    for name, values in network.named_buffers():
+        values.copy_(running[name])
+    return before

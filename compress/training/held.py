@@ -55,7 +55,9 @@ class Held:
     start: nn.Module
     images: Sequence[int] | Tensor  # indices of the training images that are left out
     losses: Callable[[nn.Module], Losses]  # of a network; the same on all ranks, which call it together
-    settle: Callable[[nn.Module], None] | None = None  # done to a network of the second half of the epochs first
+    settle: Callable[[nn.Module], Losses] | None = (
+        None  # the same, after changing a network of the second half of the epochs
+    )
 
     def begin_(self, state: State) -> None:
         """Judge the network that the training starts from, unless a killed run has done it."""

@@ -195,9 +195,9 @@ class _Training:
         """Return the validation measurements of what the training would give now, and its losses on held-out images."""
         result, held = self.state.result, self.loop.held
         try:
-            if held and held.settle and 2 * (self.state.progress.epoch + 1) > self.settings.epochs:
-                held.settle(result)
-            measurements, losses = self.loop.evaluate(result), held.losses(result) if held else None
+            later = 2 * (self.state.progress.epoch + 1) > self.settings.epochs
+            losses = (held.settle if held.settle and later else held.losses)(result) if held else None
+            measurements = self.loop.evaluate(result)
             return {**measurements, **({"held_out_loss": losses.value} if losses else {})}, losses
         except RuntimeError as error:
             if not is_out_of_memory(error):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compress.distillation.judge import VIEW, judge, judged_terms, judging_images, settle_
+from compress.distillation.judge import VIEWS, judge, judged_terms, judging_images, judging_views, settle_
 from compress.models.saved import WEIGHTS, load_float
 from compress.pipeline import plan_recipe, run_recipe
 from compress.pruning.recovery.reconstruction import estimate_batchnorm_
 from compress.recipe.losses import KD_ONLY, CrossEntropyTerm, KDTerm, PKDTerm
 from compress.recipe.read import read_recipe
-from compress.run import open_run
+from compress.run import Run, open_run
 from compress.training.held import Losses
 
 pytestmark = pytest.mark.usefixtures("unrehearsed")
@@ -105,9 +106,11 @@ def test_frozen_batch_norms_keep_the_statistics_of_the_solve(pruned: Path) -> No
 
 def test_batch_norms_end_with_the_statistics_of_many_views(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Whether the held-out loss falls by them is luck on so small a network (the next test has that choice): here it does.
-    monkeypatch.setattr(
-        "compress.distillation.teacher.settle_", lambda network, *, loss, images: estimate_batchnorm_(network, images)
-    )
+    def settle_always_(network: nn.Module, loss: Callable[[nn.Module], Losses], images: Tensor) -> Losses:
+        estimate_batchnorm_(network, images)
+        return loss(network)
+
+    monkeypatch.setattr("compress.distillation.teacher.settle_", settle_always_)
     few = "distill.fit={epochs: 3, batch_size: 4, lr: 0.003, precision: fp32}"
     stages = run(pruned, few, "distill.reestimate_batchnorm_images=300", until="distill")
     recipe = read_recipe(pruned / "recipe.yaml", [f"out={pruned}"])
@@ -128,7 +131,7 @@ def test_statistics_that_make_a_network_worse_are_not_taken(better: bool) -> Non
         mean = float(network.get_buffer("running_mean").mean())
         return Losses((-mean if better else mean,))
 
-    settle_(norm, loss, images)
+    assert settle_(norm, loss, images) == loss(norm)
     assert norm.training
     wanted = images.mean((0, 2, 3)) if better else before["running_mean"]
     torch.testing.assert_close(norm.running_mean, wanted)
@@ -164,6 +167,11 @@ def test_few_images_judge_and_are_trained_on_as_well(images: int, judging: int, 
     assert (len(chosen.unique()), out) == (judging, held_out)
 
 
+def test_an_image_is_judged_in_as_many_views_as_are_worth_their_time() -> None:
+    assert [len(judging_views(images)) for images in (71, 500, 2_001)] == [VIEWS, 4, 1]
+    assert not any(view >= 0 for view in judging_views(71))
+
+
 class BlownUp(nn.Module):
     """A network whose outputs for the brightest images have the wrong sign and a thousand times their size; the others are `times` as large."""
 
@@ -174,6 +182,14 @@ class BlownUp(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         outputs = self.network(images)
         return torch.where(images.mean((1, 2, 3))[:, None] > self.above, -1000 * outputs, self.times * outputs)
+
+
+def brightness(run_: Run, images: Tensor, count: int) -> float:
+    """Return the mean pixel that so many of the images have more of, counted over the views in which they judge."""
+    shown = [
+        batch.images.mean((1, 2, 3)) for view in judging_views(len(images)) for batch in run_.feed.view(view, [images])
+    ]
+    return float(torch.cat(shown).sort().values[-count * len(shown) - 1])
 
 
 @pytest.mark.parametrize("supervised", [True, False])
@@ -187,8 +203,7 @@ def test_a_few_images_that_blow_a_network_up_do_not_judge_it(pruned: Path, super
         for weights in worse.parameters():
             noise = torch.randn(weights.shape, generator=torch.Generator().manual_seed(0))
             weights.add_(0.2 * weights.std(correction=0) * noise)
-    light = torch.cat([batch.images.mean((1, 2, 3)) for batch in run_.feed.view(VIEW, [images])])
-    better = BlownUp(teacher, float(light.sort().values[-2]))  # so one of the images that judge
+    better = BlownUp(teacher, brightness(run_, images, 1))
     loss = judge(run_, replace(run_.learned, supervised=supervised), KD_ONLY, lambda: teacher.eval(), images)
     assert run_.evaluate(better)["score"] > run_.evaluate(worse)["score"]
     assert loss(better).value < loss(worse).value
@@ -200,8 +215,7 @@ def test_the_few_errors_of_a_good_network_judge_it(pruned: Path) -> None:
     assert run_.recipe.model is not None
     images, _ = judging_images(len(run_.dataset.train), seed=0)
     _, teacher = run_.start(run_.recipe.model)
-    light = torch.cat([batch.images.mean((1, 2, 3)) for batch in run_.feed.view(VIEW, [images])])
-    surer = BlownUp(teacher, float(light.sort().values[-4]), times=3.0)
+    surer = BlownUp(teacher, brightness(run_, images, 3), times=3.0)
     loss = judge(run_, run_.learned, KD_ONLY, lambda: teacher, images)
     assert loss(teacher.eval()).value < loss(surer.eval()).value
 

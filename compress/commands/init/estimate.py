@@ -30,13 +30,13 @@ HALF = 0.5  # of the multiply-accumulates is kept
 CACHED = TeacherCache().views  # the teacher predicts each view once
 VIEW_S = 0.0003  # to draw an image's view, and a step's costs besides the network
 QAT_STEPS = 1.5  # a QAT step in float32 steps
-SETTLED = 3_000  # images at the student's speed an epoch for batch-norms' statistics and for its judges
+SETTLED = 5_000  # images at the student's speed an epoch for batch-norms' statistics and for its judges
 START_S = 20  # libraries, the images' digests, the rehearsal
 SOLVED, SOLVED_FROM = 10_000, 640  # images at the teacher's speed to score channels and solve weights, from the latter
-SOLVED_S, QUANTIZED_S = 0.25, 0.5  # a layer besides, and for the INT8 candidates
+SOLVED_S, QUANTIZED_S, EXPORTED_S = 0.25, 1.0, 0.5  # a layer besides, for the INT8 candidates, and in each export
 QUANTIZED, QUANTIZED_FROM = 13_000, 512  # images at the student's speed for ranges and each layer's damage
 CANDIDATES, TUNING = 4, 2_000  # which are scored on these images, and on the validation images
-TIMED_S = 45  # seconds that bench and export take besides their images
+TIMED_S = 30  # seconds that bench and export take besides
 EXPORTED = 1_500  # images at the student's speed for proofs
 VIEWS = 60_000  # augmented views for distillation: 8 epochs of 7,500 images
 WORTH = 0.3  # of these views at least, two epochs (docs/training.md)
@@ -138,7 +138,7 @@ def costs(folder: Folder, clock: StepTime, source: int, distill: int, qat: int) 
     found["ptq"] = QUANTIZED_S * clock.layers + quantized * clock.half
     if qat:
         found["qat"] = qat * (train * (QAT_STEPS * clock.exact + VIEW_S) + judged)
-    found["export and bench"] = TIMED_S + EXPORTED * clock.half + val * 2 * forward
+    found["export and bench"] = TIMED_S + EXPORTED_S * clock.layers + EXPORTED * clock.half + val * 2 * forward
     return found
 
 
